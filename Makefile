@@ -1,0 +1,34 @@
+# `make train` and `make test` set up what they need in .venv, with Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train train-text test lint notebooks clean
+
+train: $(VENV)/ready
+	$(BIN)/python examples/train.py
+
+train-text: $(VENV)/ready
+	$(BIN)/python examples/train.py --task text
+
+test: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: $(VENV)/ready
+	$(BIN)/python notebooks/execute.py
+
+# The constraints name the release that this repository is developed on. TORCH= installs another:
+#   make test TORCH=torch==2.8.0
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

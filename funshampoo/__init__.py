@@ -1,0 +1,82 @@
+"""funshampoo: gradient transformations for PyTorch, with Distributed Shampoo at their heart.
+
+>>> import torch, funshampoo
+>>> tx = funshampoo.shampoo(0.01)
+>>> params = {"w": torch.eye(2)}
+>>> state = tx.init(params)
+>>> grads = torch.func.grad(lambda p: (p["w"] ** 2).sum())(params)
+>>> updates, state = tx.update(grads, state, params)
+>>> params = funshampoo.apply_updates(params, updates)
+"""
+
+from funshampoo import linalg, recipes, schedules, state
+from funshampoo.accumulation import multi_steps
+from funshampoo.base import (
+    EmptyState,
+    GradientTransformation,
+    apply_updates,
+    identity,
+)
+from funshampoo.combine import chain, masked, partition
+from funshampoo.hyperparams import inject_hyperparams
+from funshampoo.recipes import adamw, from_reference, sgd, shampoo
+from funshampoo.steps import refresh_due
+from funshampoo.transforms import (
+    add_decayed_weights,
+    blocked,
+    clip,
+    clip_by_global_norm,
+    ema,
+    global_norm,
+    graft,
+    kronecker_statistics,
+    root_inverse,
+    scale,
+    scale_by_adagrad,
+    scale_by_adam,
+    scale_by_learning_rate,
+    scale_by_rms,
+    scale_by_sgd,
+    trace,
+)
+from funshampoo.tree import MaskedNode
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EmptyState",
+    "GradientTransformation",
+    "MaskedNode",
+    "adamw",
+    "add_decayed_weights",
+    "apply_updates",
+    "blocked",
+    "chain",
+    "clip",
+    "clip_by_global_norm",
+    "ema",
+    "from_reference",
+    "global_norm",
+    "graft",
+    "identity",
+    "inject_hyperparams",
+    "kronecker_statistics",
+    "linalg",
+    "masked",
+    "multi_steps",
+    "partition",
+    "recipes",
+    "refresh_due",
+    "root_inverse",
+    "scale",
+    "scale_by_adagrad",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_rms",
+    "scale_by_sgd",
+    "schedules",
+    "sgd",
+    "shampoo",
+    "state",
+    "trace",
+]

@@ -1,0 +1,121 @@
+"""Gradient accumulation over micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import GradientTransformation, Tree, as_transformation
+from funshampoo.checks import check_count
+from funshampoo.state.stages import MultiStepsState
+from funshampoo.steps import current_step, new_counter
+from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves
+
+
+def multi_steps(inner: GradientTransformation, every: int) -> GradientTransformation:
+    """Average the gradients of `every` calls and run `inner` on the last of them only.
+
+    In between the updates are zeros and `inner` and its state are not touched. A micro-gradient with
+    any entry that is not finite is left out of the average and counted in `skipped`. If all of a
+    step's are, the step is too: the updates are zeros and every floating-point tensor of `inner`'s
+    state stays as it was (its counters go on). None of it waits for the device. A micro-gradient
+    that is None counts as zeros, since another micro-batch may have one for that parameter.
+
+    Args:
+        inner: any transformation.
+        every: micro-batches per real step.
+
+    Context: `step=`, if given, is the number of the micro-step from 1; `inner` sees the number of
+    the real step. It is needed in torch.compile, as in `root_inverse`.
+
+    State: `MultiStepsState`.
+
+    Raises:
+        ValueError: every < 1.
+        RuntimeError: inside torch.compile without `step=`.
+
+    >>> from funshampoo import scale
+    >>> tx = multi_steps(scale(-1.0), every=2)
+    >>> state = tx.init({"w": torch.zeros(1)})
+    >>> for g in (1.0, 3.0):
+    ...     u, state = tx.update({"w": torch.tensor([g])}, state)
+    ...     print(u["w"])
+    tensor([0.])
+    tensor([-2.])
+    """
+    inner = as_transformation(inner)
+    check_count("every", every)
+
+    def init(params: Tree, **context: Any) -> MultiStepsState:
+        check_parameters(params, "multi_steps")
+        leaves, _ = flatten(params)
+        device = leaves[0].device if leaves else None
+        return MultiStepsState(
+            count=new_counter(),
+            total=map_leaves(_zeros, params),
+            used=torch.zeros((), device=device),
+            skipped=torch.zeros((), dtype=torch.int64, device=device),
+            inner=inner.init(params, **context),
+        )
+
+    def update(
+        updates: Tree,
+        state: MultiStepsState,
+        params: Tree = None,
+        *,
+        step: int | None = None,
+        **context: Any,
+    ) -> tuple[Tree, MultiStepsState]:
+        t = current_step(state.count, step)
+        if t is None:
+            raise RuntimeError(
+                "multi_steps can't read its counter inside torch.compile: pass step= (from 1)."
+            )
+        finite = _all_finite(updates, like=state.used)
+        total = map_leaves(lambda u, s: _add_if(finite, u, s), updates, state.total)
+        used = state.used + finite
+        skipped = state.skipped + ~finite
+        count = state.count + 1
+        if t % every:
+            return map_leaves(_zeros, total), MultiStepsState(count, total, used, skipped, state.inner)
+
+        if step is not None:
+            context["step"] = t // every
+        # `inner` may not consume its state: a step without one finite gradient falls back to it.
+        context["donate"] = False
+        some = used > 0
+        mean = map_leaves(lambda s: s / used.clamp(min=1).to(s), total)
+        out, new = inner.update(mean, state.inner, params, **context)
+        out = map_leaves(lambda u: _where(some, u, _zeros(u)), out)
+        new = map_leaves(lambda a, b: _where(some, a, b), new, state.inner)
+        empty = map_leaves(torch.zeros_like, total)
+        return out, MultiStepsState(count, empty, torch.zeros_like(used), skipped, new)
+
+    return GradientTransformation(init, update)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=compute_dtype(x))
+
+
+def _all_finite(tree: Tree, like: Tensor) -> Tensor:
+    """() bool on the device of `like`, without a sync."""
+    leaves = [x for x in flatten(tree)[0] if x is not None]
+    flags = [torch.isfinite(x).all().to(like.device) for x in leaves]
+    return torch.stack(flags).all() if flags else torch.ones_like(like, dtype=torch.bool)
+
+
+def _add_if(finite: Tensor, u: Tensor | None, total: Tensor) -> Tensor:
+    if u is None:
+        return total
+    u = u.to(total.dtype)
+    return total + torch.where(finite.to(u.device), u, torch.zeros_like(u))
+
+
+def _where(some: Tensor, new: Any, old: Any) -> Any:
+    """new where some, else old, for floating-point tensors; counters go on."""
+    if not isinstance(new, Tensor) or not new.is_floating_point():
+        return new
+    return torch.where(some.to(new.device), new, old)

@@ -1,0 +1,62 @@
+"""Checks of static arguments, at construction. A tensor is never looked at: its value may be traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def check_range(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = float("inf"),
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+    schedule: bool = False,
+) -> None:
+    """A Python number `value` lies between low and high; a tensor passes unseen.
+
+    With `schedule` a function passes too.
+
+    Raises:
+        ValueError: it does not. Names the parameter and the range.
+        TypeError: it is neither a number nor a tensor (nor a function, where one may stand).
+    """
+    if isinstance(value, Tensor) or (schedule and callable(value)):
+        return
+    if callable(value):
+        raise TypeError(
+            f"{name} is a function; to schedule it, wrap the recipe in inject_hyperparams(...)."
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; expected a number or a 0-dimensional tensor.")
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (above and below):
+        left, right = "(" if low_open else "[", ")" if high_open or high == float("inf") else "]"
+        raise ValueError(f"{name} is {value}; it must lie in {left}{low}, {high}{right}.")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """`value` is an int of at least `least`.
+
+    Raises:
+        TypeError, ValueError: name the parameter.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; expected an int.")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """`value` is one of `choices`.
+
+    Raises:
+        ValueError: names the parameter and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")

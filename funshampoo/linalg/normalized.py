@@ -1,0 +1,63 @@
+"""Scaling around the iterative solvers: they work on B = A / scale, so that float32's range is never in the way."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .estimates import largest_eigenvalue, largest_row_norm, probe_vectors
+from .solver import InverseRoot, identity_like, symmetrize, where
+
+
+class Normalized(NamedTuple):
+    """A = scale·B: B (..., d, d) with largest entry 1 in magnitude, scale (...), and which (...) A are to be solved.
+
+    B is the identity where A is not. The scale is a constant to autograd: (A / scale)^(-1/p) times scale^(-1/p) does
+    not depend on it.
+    """
+
+    B: Tensor
+    scale: Tensor
+    solvable: Tensor
+
+
+def normalize(A: Tensor, wanted: Tensor) -> Normalized:
+    """Divide each matrix by its largest entry in magnitude: neither it nor the squares in a norm can then overflow.
+
+    A matrix is solvable if it is wanted (...), finite and not zero.
+    """
+    largest = A.detach().abs().amax((-2, -1))
+    solvable = wanted & largest.isfinite() & (largest > 0)
+    scale = torch.where(solvable, largest, 1.0)
+    return Normalized(where(solvable, A, identity_like(A)) / scale[..., None, None], scale, solvable)
+
+
+def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> InverseRoot:
+    """The result for X ≈ B^(-1/p): converged where the residual of the root itself allows it.
+
+    The residual is computed from X and B, not from what an iteration believes of itself. It is off
+    by rounding of about machine epsilon·condition. X (..., d, d) must be finite.
+    """
+    B, scale, solvable = system
+    X = symmetrize(X)
+    residual = torch.where(solvable, _residual(X.detach(), p, B.detach()), torch.inf)
+    condition = largest_eigenvalue(B.detach()) * largest_eigenvalue(X.detach()) ** p
+    root = X * (scale ** (-1 / p))[..., None, None]
+    converged = residual <= max_residual
+    return InverseRoot(
+        root=where(converged, root, identity_like(root)),
+        residual=residual,
+        condition=torch.where(solvable, condition, torch.inf),
+        converged=converged,
+    )
+
+
+def _residual(X: Tensor, p: int, B: Tensor) -> Tensor:
+    """Row norm of X^⌈p/2⌉ B X^⌊p/2⌋ - I."""
+    V = probe_vectors(B)
+    product = V
+    for factor in [X] * (p // 2) + [B] + [X] * (p - p // 2):
+        product = factor @ product
+    return largest_row_norm(product - V)

@@ -1,0 +1,199 @@
+"""Functions of a symmetric matrix through its eigendecomposition, with gradients that are finite at tied eigenvalues."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .estimates import largest_row_norm, probe_vectors
+from .solver import InverseRoot, identity_like, replace_nonfinite, symmetrize, where
+
+
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+class Spectrum(NamedTuple):
+    """A = Q diag(λ) Qᵀ: values λ (..., d) in ascending order, vectors Q (..., d, d), and which (...) A were decomposed.
+
+    A matrix that was not decomposed has the identity's spectrum. `values` carry gradients, `vectors` do not.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    decomposed: Tensor
+
+
+def decompose(A: Tensor) -> Spectrum:
+    """Eigendecomposition of each matrix of A (..., d, d) that is finite and that LAPACK can handle."""
+    A, finite = replace_nonfinite(A)
+    values, vectors, solved = _Decompose.apply(A)  # type: ignore[no-untyped-call]
+    return Spectrum(values, vectors, finite & solved)
+
+
+def inverse_root(A: Tensor, spectrum: Spectrum, values: Tensor, keep: Tensor, p: float) -> InverseRoot:
+    """X = Q diag(λ^(-1/p) where kept, else 0) Qᵀ for A = Q diag(λ) Qᵀ, with its residual and verdict.
+
+    A:        (..., d, d), the damped matrix: gradients of X flow to it alone, and through it to the damping.
+    spectrum: the decomposition that A's eigenvectors are those of.
+    values:   λ (..., d), A's eigenvalues as they are to be used, after any repair: the repair of a spectrum that
+              rounding made indefinite is a constant to autograd.
+    keep:     (..., d), bool.
+    """
+    exponent = 1 / p
+    kept = torch.where(keep, values.detach(), 1.0)
+    smallest = torch.where(keep, kept, torch.inf).amin(-1)
+    largest = torch.where(keep, kept, 0.0).amax(-1)
+    finite = smallest.isfinite() & largest.isfinite() & smallest.pow(-exponent).isfinite()
+    solvable = spectrum.decomposed & finite & (smallest > 0)
+    # Ones in place of eigenvalues without a root: what torch.where discards below must be finite for its gradient.
+    kept = torch.where(solvable[..., None], kept, 1.0)
+    Q = spectrum.vectors
+    residual = torch.where(solvable, _residual(A.detach(), kept, Q, keep), torch.inf)
+    converged = solvable & residual.isfinite()
+    X = _InversePower.apply(A, kept, values, Q, keep, exponent)  # type: ignore[no-untyped-call]
+    return InverseRoot(
+        root=where(converged, X, identity_like(A)),
+        residual=residual,
+        condition=torch.where(solvable, largest / smallest, torch.inf),
+        converged=converged,
+    )
+
+
+def _residual(A: Tensor, kept: Tensor, Q: Tensor, keep: Tensor) -> Tensor:
+    """Row norm of H A H - (I - the projector on dropped eigenvectors), H = Q diag(λ^(-1/2)) Qᵀ."""
+    V = probe_vectors(A)
+    half = torch.where(keep, kept.rsqrt(), 0.0)[..., None]
+    dropped = torch.where(keep, kept.new_zeros(()), 1.0)[..., None]
+    HAHV = Q @ (half * (Q.mT @ (A @ (Q @ (half * (Q.mT @ V))))))
+    return largest_row_norm(HAHV - V + Q @ (dropped * (Q.mT @ V)))
+
+
+class _Decompose(Function):
+    """A -> λ, Q, solved, with dA = Q diag(dλ) Qᵀ: no differences of eigenvalues, since Q carries no gradient."""
+
+    @staticmethod
+    def forward(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
+        if torch.compiler.is_compiling():  # a graph can't catch: there, LAPACK's failures raise
+            return *torch.linalg.eigh(A), solved
+        try:
+            return *torch.linalg.eigh(A), solved
+        except LinAlgError:
+            return _decompose_one_by_one(A)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        values, vectors, solved = output
+        ctx.mark_non_differentiable(vectors, solved)
+        ctx.save_for_backward(values, vectors)
+
+    @staticmethod
+    def backward(ctx: Any, d_values: Tensor, *_: Tensor) -> Tensor:
+        values, Q = ctx.saved_tensors
+        return _first_order(symmetrize((Q * d_values[..., None, :]) @ Q.mT), values)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], A: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+        # A stack is a stack: forward never sees a batched tensor, and can catch and isolate under vmap too.
+        return _Decompose.apply(A.movedim(in_dims[0], 0)), 0  # type: ignore[no-untyped-call]
+
+
+def _decompose_one_by_one(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack's decompositions when one of them fails: that one again in float64, and failing that the identity's.
+
+    One by one from the start, so that the others come out as they would have without it.
+    """
+    stack = [_decompose_one(matrix) for matrix in A.reshape(-1, *A.shape[-2:])]
+    values, vectors, solved = (torch.stack(column) for column in zip(*stack, strict=True))
+    return values.reshape(A.shape[:-1]), vectors.reshape(A.shape), solved.reshape(A.shape[:-2])
+
+
+def _decompose_one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    for dtype in (matrix.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(dtype))
+        except LinAlgError:
+            continue
+        return values.to(matrix.dtype), vectors.to(matrix.dtype), torch.tensor(True, device=matrix.device)
+    return matrix.new_ones(matrix.shape[-1]), identity_like(matrix), torch.tensor(False, device=matrix.device)
+
+
+class _InversePower(Function):
+    """A -> X = Q diag(f) Qᵀ, f_i = λ_i^(-α) where kept, else 0, for A = Q diag(λ) Qᵀ.
+
+    The derivative is the Daleckii-Krein form, dA = Q (Γ ∘ (Qᵀ sym(dX) Q)) Qᵀ with Γ the divided differences of f
+    (Higham, Functions of Matrices, 2008, theorem 3.11). It is taken with respect to A only.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(A: Tensor, kept: Tensor, values: Tensor, Q: Tensor, keep: Tensor, exponent: float) -> Tensor:
+        f = torch.where(keep, kept.pow(-exponent), 0.0)
+        return symmetrize((Q * f[..., None, :]) @ Q.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, kept, values, Q, keep, ctx.exponent = inputs
+        ctx.save_for_backward(kept, values, Q, keep)
+
+    @staticmethod
+    def backward(ctx: Any, dX: Tensor) -> tuple[Tensor | None, ...]:
+        kept, values, Q, keep = ctx.saved_tensors
+        differences = _divided_differences(kept, values, keep, ctx.exponent)
+        dA = symmetrize(Q @ (differences * (Q.mT @ symmetrize(dX) @ Q)) @ Q.mT)
+        return _first_order(dA, values), None, None, None, None, None
+
+
+def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: float) -> Tensor:
+    """Γ (..., d, d): (f_i - f_j) / (λ_i - λ_j), and f'(λ_i) where they are equal, without cancellation.
+
+    For two kept eigenvalues λ_s ≤ λ_l, with r = log(λ_l / λ_s):
+        Γ = (f_s / λ_s) expm1(-αr) / expm1(r), which tends to -α f_s / λ_s = f'(λ_s) as r -> 0.
+    A kept and a dropped eigenvalue are never equal: Γ = f_i / (λ_i - λ_j). Two dropped ones: 0.
+    """
+    log = kept.log()
+    r = (log[..., :, None] - log[..., None, :]).abs()
+    tied = r == 0
+    ratio = torch.where(tied, -exponent, torch.expm1(-exponent * r) / torch.expm1(torch.where(tied, 1.0, r)))
+    slope = kept.pow(-exponent) / kept  # falls with λ: the larger of two belongs to the smaller eigenvalue
+    both_kept = torch.maximum(slope[..., :, None], slope[..., None, :]) * ratio
+
+    f = torch.where(keep, kept.pow(-exponent), 0.0)
+    gap = values[..., :, None] - values[..., None, :]
+    one_kept = keep[..., :, None] ^ keep[..., None, :]
+    across = (f[..., :, None] - f[..., None, :]) / torch.where(one_kept & (gap != 0), gap, 1.0)
+    return torch.where(one_kept, across, torch.where(keep[..., :, None], both_kept, 0.0))
+
+
+class _FirstOrder(Function):
+    """The identity on a gradient; differentiating it again is an error.
+
+    The eigenvectors are constants to autograd, so second derivatives would silently lack terms.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, values: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(
+            "roots by eigendecomposition have first derivatives only; "
+            "use newton_schulz() or coupled_newton() for second derivatives"
+        )
+
+
+def _first_order(gradient: Tensor, values: Tensor) -> Tensor:
+    """`gradient`, guarded; `values` tie it to the matrix that it is the gradient at."""
+    guarded: Tensor = _FirstOrder.apply(gradient, values)  # type: ignore[no-untyped-call]
+    return guarded

@@ -1,0 +1,97 @@
+"""The diagonal methods that everybody compares with, from the same parts."""
+
+from __future__ import annotations
+
+from funshampoo.base import GradientTransformation, Hyper, Schedule
+from funshampoo.combine import Mask, chain
+from funshampoo.transforms import (
+    add_decayed_weights,
+    scale_by_adam,
+    scale_by_learning_rate,
+    trace,
+)
+
+
+def adamw(
+    learning_rate: Hyper | Schedule = 1e-3,
+    *,
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.999,
+    epsilon: Hyper = 1e-8,
+    weight_decay: Hyper = 1e-2,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """AdamW: `scale_by_adam`, decoupled weight decay, learning rate.
+
+    Agrees with torch.optim.AdamW, whose defaults it has.
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count.
+        beta1, beta2, epsilon: as in `scale_by_adam`.
+        weight_decay: λ ≥ 0.
+        mask: which leaves decay.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference: Loshchilov and Hutter, arXiv 1711.05101.
+
+    >>> import torch
+    >>> tx = adamw(0.1)
+    >>> params = {"w": torch.ones(1)}
+    >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
+    {'w': tensor([-0.1010])}
+    """
+    return chain(
+        scale_by_adam(beta1, beta2, epsilon),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def sgd(
+    learning_rate: Hyper | Schedule,
+    *,
+    momentum: Hyper = 0.0,
+    nesterov: bool = False,
+    dampening: Hyper = 0.0,
+    weight_decay: Hyper = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """SGD with momentum: coupled weight decay, `trace`, learning rate.
+
+    Agrees with torch.optim.SGD; as there, the first step is not damped.
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count.
+        momentum, nesterov, dampening: as in `trace`. The number 0 for momentum leaves it out.
+        weight_decay: λ ≥ 0, an L2 penalty: it is added to the gradient.
+        mask: which leaves decay.
+
+    Raises:
+        ValueError: an argument out of range; nesterov without momentum, or with dampening.
+
+    Reference: Sutskever et al., ICML 2013.
+
+    >>> import torch
+    >>> tx = sgd(0.1, momentum=0.9, nesterov=True)
+    >>> params = {"w": torch.ones(1)}
+    >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
+    {'w': tensor([-0.1900])}
+    """
+    if nesterov and (is_zero(momentum) or not is_zero(dampening)):
+        raise ValueError("nesterov needs momentum above 0 and dampening 0.")
+    stages = []
+    if not is_zero(weight_decay):
+        stages.append(add_decayed_weights(weight_decay, mask, kind="coupled"))
+    if not is_zero(momentum):
+        momentum_stage = trace(
+            momentum, nesterov=nesterov, dampening=dampening, dampen_first_step=False
+        )
+        stages.append(momentum_stage)
+    return chain(*stages, scale_by_learning_rate(learning_rate))
+
+
+def is_zero(value: Hyper) -> bool:
+    """Whether a hyperparameter is the number 0; a tensor never is, whatever its value."""
+    return isinstance(value, float | int) and value == 0

@@ -1,0 +1,174 @@
+"""Shampoo as a chain."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from funshampoo.base import GradientTransformation, Hyper, Schedule
+from funshampoo.checks import check_choice
+from funshampoo.combine import Mask, chain
+from funshampoo.linalg import Solver, eigh
+from funshampoo.recipes.diagonal import is_zero
+from funshampoo.transforms import (
+    add_decayed_weights,
+    blocked,
+    ema,
+    graft,
+    kronecker_statistics,
+    root_inverse,
+    scale_by_adagrad,
+    scale_by_adam,
+    scale_by_learning_rate,
+    scale_by_rms,
+    scale_by_sgd,
+    trace,
+)
+from funshampoo.transforms.exponents import Exponents
+from funshampoo.transforms.layout import Merge
+from funshampoo.transforms.weight_decay import DecayKind
+
+Grafting: TypeAlias = Literal["adam", "rms", "adagrad", "sgd"] | GradientTransformation | None
+
+
+def shampoo(
+    learning_rate: Hyper | Schedule,
+    *,
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.99,
+    beta3: Hyper | None = None,
+    epsilon: Hyper = 0.0,
+    relative_epsilon: Hyper = 1e-6,
+    every: int = 10,
+    start: int | None = 1,
+    max_size: int | None = 1024,
+    merge: Merge = "small",
+    keep: int = 2,
+    grafting: Grafting = "adam",
+    grafting_beta2: Hyper | None = None,
+    grafting_epsilon: Hyper = 1e-8,
+    momentum: Hyper = 0.0,
+    nesterov: bool = False,
+    dampening: Hyper = 0.0,
+    weight_decay: Hyper = 0.0,
+    weight_decay_kind: DecayKind = "decoupled",
+    decay_through_momentum: bool = False,
+    peak_learning_rate: Hyper | None = None,
+    mask: Mask | None = None,
+    bias_correction: bool = True,
+    weighted: bool = True,
+    solver: Solver | None = None,
+    exponents: Exponents | None = None,
+    trace_scaling: Hyper | None = None,
+    own_steps: bool = True,
+) -> GradientTransformation:
+    """Shampoo with grafting.
+
+        L_i ← beta2 L_i + (1-beta2) mat_i(G) mat_i(G)ᵀ            kronecker_statistics
+        M ← beta1 M + (1-beta1) G,  M̂ = M / (1-beta1^t)          ema
+        X_i ← (L_i/(1-beta2^t) + εI)^(-1/2k), now and then        root_inverse
+        P = M̂ ×_1 X_1 … ×_k X_k,  P ← P ‖P_g‖/‖P‖ per block      graft(root_inverse, onto=...)
+        B ← momentum B + (1-dampening) P                          trace
+        W ← W - learning_rate (B + weight_decay W)                add_decayed_weights, ...
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count. With grafting its scale is
+            that of the grafted method: start from what AdamW likes.
+        beta1, beta3: the filter; see `ema`.
+        beta2: decay of the statistics; the number 1 means a plain sum.
+        epsilon: absolute damping. 0, since the gradients' scale is anyone's guess.
+        relative_epsilon: damping relative to each factor's largest eigenvalue, for the default
+            solver (a solver given as `solver` brings its own). Below 1e-7 float32 roots are noise.
+        every, start: refreshes happen at step `start` (None: `every`) and on multiples of `every`
+            after it. Until then a step is the grafted method's.
+        max_size, merge, keep: blocks; see `blocked`. Matrices stay matrices (keep=2): merging a
+            32×32 matrix into a 1024-vector costs a 1024×1024 factor.
+        grafting: whose step length to take: "adam", "rms", "adagrad", "sgd", a transformation, or
+            None for Shampoo's own.
+        grafting_beta2, grafting_epsilon: of that method; beta2 by default (0.999 if that is 1).
+        momentum, nesterov, dampening: see `trace`. The number 0 for momentum leaves the stage out.
+        weight_decay, weight_decay_kind, peak_learning_rate, mask: see `add_decayed_weights`.
+        decay_through_momentum: add decoupled decay before the momentum, as the reference does,
+            instead of after it, as AdamW does.
+        bias_correction: of the filter and the statistics.
+        weighted: False: L ← beta2 L + mat matᵀ.
+        solver, exponents, trace_scaling: see `root_inverse`.
+        own_steps: bias correction counts each parameter's own gradients, not everyone's steps.
+
+    Context: `step=` or `refresh=` as in `root_inverse`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named.
+
+    Reference: Gupta et al., arXiv 1802.09568; Anil et al., arXiv 2002.09018; Shi et al.,
+    arXiv 2309.06497.
+
+    >>> import torch
+    >>> tx = shampoo(0.1)
+    >>> params = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"w": torch.ones(2, 3), "b": torch.ones(2)}, state, params)
+    >>> updates["b"]
+    tensor([-0.1000, -0.1000])
+    """
+    solver = eigh(relative_epsilon=relative_epsilon) if solver is None else solver
+    first = every if start is None else start
+    roots = root_inverse(
+        every,
+        start=first,
+        epsilon=epsilon,
+        solver=solver,
+        exponents=exponents,
+        trace_scaling=trace_scaling,
+    )
+    onto = _grafting_partner(grafting, grafting_beta2, beta2, grafting_epsilon, own_steps)
+    statistics = kronecker_statistics(
+        beta2,
+        bias_correction=bias_correction,
+        weighted=weighted,
+        exponents=exponents,
+        own_steps=own_steps,
+    )
+    block_stages = [
+        statistics,
+        ema(beta1, beta3, bias_correction=bias_correction, own_steps=own_steps),
+        roots if onto is None else graft(roots, onto, start=first),
+    ]
+
+    decay = []
+    if not is_zero(weight_decay):
+        decay_stage = add_decayed_weights(
+            weight_decay,
+            mask,
+            kind=weight_decay_kind,
+            learning_rate=learning_rate,
+            peak_learning_rate=peak_learning_rate,
+        )
+        decay.append(decay_stage)
+    heavy_ball = []
+    if not is_zero(momentum):
+        heavy_ball.append(trace(momentum, nesterov=nesterov, dampening=dampening))
+
+    def blocks(*stages: GradientTransformation) -> GradientTransformation:
+        return blocked(chain(*block_stages, *stages), max_size, merge=merge, keep=keep)
+
+    step = scale_by_learning_rate(learning_rate)
+    if weight_decay_kind == "coupled":
+        return chain(*decay, blocks(*heavy_ball), step)
+    if decay and heavy_ball and decay_through_momentum:
+        return chain(blocks(), *decay, *heavy_ball, step)
+    return chain(blocks(*heavy_ball), *decay, step)
+
+
+def _grafting_partner(
+    grafting: Any, own_beta2: Hyper | None, beta2: Hyper, epsilon: Hyper, own_steps: bool
+) -> GradientTransformation | None:
+    if grafting is None or isinstance(grafting, GradientTransformation):
+        return grafting
+    check_choice("grafting", grafting, ("adam", "rms", "adagrad", "sgd"))
+    if own_beta2 is None:
+        own_beta2 = 0.999 if isinstance(beta2, float | int) and beta2 == 1 else beta2
+    if grafting == "adam":
+        return scale_by_adam(0.0, own_beta2, epsilon, own_steps=own_steps)
+    if grafting == "rms":
+        return scale_by_rms(own_beta2, epsilon)
+    return scale_by_adagrad(epsilon) if grafting == "adagrad" else scale_by_sgd()

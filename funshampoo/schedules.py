@@ -1,0 +1,134 @@
+"""Schedules: functions of the number of steps done so far.
+
+A schedule takes the old count (0 on the first step) as a tensor, an int or a float and returns a
+0-dimensional float32 tensor. It has no Python branch on the count, so it works in torch.compile
+and under vmap. Any function of this kind will do in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import Schedule
+from funshampoo.checks import check_count, check_range
+
+
+def constant(value: float) -> Schedule:
+    """`value` at every step.
+
+    >>> constant(0.5)(3)
+    tensor(0.5000)
+    """
+
+    def schedule(count: Tensor) -> Tensor:
+        return _as_rate(torch.full_like(_as_float64(count), value))
+
+    return schedule
+
+
+def polynomial(
+    start: float, end: float, steps: int, *, power: float = 1.0, begin: int = 0
+) -> Schedule:
+    """From `start` to `end` in `steps` steps, along (1 - x)^power; constant before and after.
+
+        x = clip((count - begin) / steps, 0, 1),  value = end + (start - end) (1 - x)^power
+
+    >>> schedule = polynomial(1.0, 0.0, steps=4)
+    >>> [schedule(count).item() for count in (0, 1, 2, 4, 9)]
+    [1.0, 0.75, 0.5, 0.0, 0.0]
+    """
+    check_count("steps", steps)
+    check_count("begin", begin, 0)
+    check_range("power", power, 0.0, low_open=True)
+
+    def schedule(count: Tensor) -> Tensor:
+        x = torch.clamp((_as_float64(count) - begin) / steps, 0, 1)
+        return _as_rate(end + (start - end) * (1 - x) ** power)
+
+    return schedule
+
+
+def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
+    """A straight line from `start` to `end` in `steps` steps; for warm-up, linear(0, peak, steps).
+
+    >>> warm_up = linear(0.0, 1.0, steps=4)
+    >>> [warm_up(count).item() for count in range(6)]
+    [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    return polynomial(start, end, steps, begin=begin)
+
+
+def cosine(start: float, steps: int, *, end: float = 0.0) -> Schedule:
+    """Half a cosine from `start` to `end` in `steps` steps (Loshchilov and Hutter, arXiv 1608.03983).
+
+        value = end + (start - end) (1 + cos(π min(count/steps, 1))) / 2
+
+    >>> schedule = cosine(1.0, steps=4)
+    >>> [round(schedule(count).item(), 4) for count in (0, 2, 4, 9)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    check_count("steps", steps)
+
+    def schedule(count: Tensor) -> Tensor:
+        x = torch.clamp(_as_float64(count) / steps, 0, 1)
+        return _as_rate(end + (start - end) * (1 + torch.cos(math.pi * x)) / 2)
+
+    return schedule
+
+
+def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
+    """Schedules one after the other; each counts from its own beginning.
+
+    Args:
+        schedules: n functions.
+        boundaries: n - 1 increasing step counts at which the next one begins.
+
+    Raises:
+        ValueError: the lengths do not fit, or the boundaries do not increase.
+
+    >>> schedule = join([linear(0.0, 1.0, 2), cosine(1.0, 4)], [2])
+    >>> [round(schedule(count).item(), 4) for count in range(7)]
+    [0.0, 0.5, 1.0, 0.8536, 0.5, 0.1464, 0.0]
+    """
+    if len(schedules) != len(boundaries) + 1:
+        raise ValueError(
+            f"{len(schedules)} schedules need {len(schedules) - 1} boundaries, got {len(boundaries)}."
+        )
+    if any(b <= a for a, b in zip(boundaries, boundaries[1:])):
+        raise ValueError(f"boundaries must increase, got {list(boundaries)}.")
+
+    def schedule(count: Tensor) -> Tensor:
+        now = torch.as_tensor(count)
+        value = torch.as_tensor(schedules[0](now), dtype=torch.float32)
+        for boundary, following in zip(boundaries, schedules[1:]):
+            later = torch.as_tensor(following(now - boundary), dtype=torch.float32)
+            value = torch.where(now >= boundary, later, value)
+        return value
+
+    return schedule
+
+
+def warmup_cosine(peak: float, warmup_steps: int, steps: int, *, end: float = 0.0) -> Schedule:
+    """Linear warm-up from 0 to `peak`, then half a cosine to `end` at step `steps`.
+
+    >>> schedule = warmup_cosine(1.0, warmup_steps=2, steps=6)
+    >>> [round(schedule(count).item(), 4) for count in range(7)]
+    [0.0, 0.5, 1.0, 0.8536, 0.5, 0.1464, 0.0]
+    """
+    check_count("warmup_steps", warmup_steps)
+    check_count("steps", steps, warmup_steps + 1)
+    decay = cosine(peak, steps - warmup_steps, end=end)
+    return join([linear(0.0, peak, warmup_steps), decay], [warmup_steps])
+
+
+def _as_float64(count: Tensor | int | float) -> Tensor:
+    # float32 counts every step only up to 2^24
+    return torch.as_tensor(count).to(torch.float64)
+
+
+def _as_rate(value: Tensor) -> Tensor:
+    return value.to(torch.float32)

@@ -1,0 +1,208 @@
+"""The named tuples that stages own and later stages may read.
+
+A *tree* below has the structure of the updates that reach the stage: the parameters' own, or inside
+`blocked` a dict {stack: tensor} whose tensors lead with the block axis. N is the number of blocks in
+a stack; outside `blocked` it is absent. Floating-point tensors are float32 at least.
+
+Every weight is the total weight of the gradients in an average: it follows the average's own
+recursion with 1 in the gradient's place, so that average / weight is the weighted mean. With a
+constant beta it is 1 - beta^t, t the number of gradients that this block has seen. Where no bias
+correction is wanted it starts at 1 and stays there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Tree = Any
+StateT = TypeVar("StateT")
+
+
+class KroneckerState(NamedTuple):
+    """Of `kronecker_statistics`: L_i, one factor matrix a side.
+
+    Attributes:
+        factors: tree of tuples, one entry a side: (N, d_i, d_i), or () for a side that is not
+            preconditioned.
+        weight: tree of (N,).
+    """
+
+    factors: Tree
+    weight: Tree
+
+
+class FactorRoot(NamedTuple):
+    """One inverse root, and what the last refresh found.
+
+    Attributes:
+        root: (N, d, d), X = (L / weight + epsilon I)^(-e); the identity before the first refresh.
+        residual: (N,), ‖X^(1/e) A - I‖ as the solver estimates it; 0 before.
+        condition: (N,), condition number of the damped factor; 1 before.
+        failures: (N,) int64, how many refreshes kept the old root because the solver failed.
+    """
+
+    root: Tensor
+    residual: Tensor
+    condition: Tensor
+    failures: Tensor
+
+
+class RootInverseState(NamedTuple):
+    """Of `root_inverse`.
+
+    Attributes:
+        count: steps so far, () int64 on the CPU.
+        roots: tree of tuples, one entry a side: `FactorRoot`, or () for a side left alone.
+    """
+
+    count: Tensor
+    roots: Tree
+
+
+class GraftState(NamedTuple):
+    """Of `graft`: the states of the two methods, and the steps so far (() int64 on the CPU)."""
+
+    count: Tensor
+    direction: Any
+    onto: Any
+
+
+class EmaState(NamedTuple):
+    """Of `ema`: the filtered gradient M (a tree like the updates) and its weight (tree of (N,))."""
+
+    average: Tree
+    weight: Tree
+
+
+class TraceState(NamedTuple):
+    """Of `trace`: the momentum buffer B (a tree like the updates), and `seen`, a tree of (N,).
+
+    `seen` is 1 for a block that has had a step and 0 before; it is an empty tuple where dampening
+    does not need it.
+    """
+
+    buffer: Tree
+    seen: Tree
+
+
+class AdamState(NamedTuple):
+    """Of `scale_by_adam`: first moment M and second moment V with their weights, trees.
+
+    `first` and `first_weight` are empty tuples where beta1 is 0.
+    """
+
+    first: Tree
+    first_weight: Tree
+    second: Tree
+    second_weight: Tree
+
+
+class RmsState(NamedTuple):
+    """Of `scale_by_rms`: the second moment V, a tree like the updates."""
+
+    second: Tree
+
+
+class AdagradState(NamedTuple):
+    """Of `scale_by_adagrad`: the sum of squares V, a tree like the updates."""
+
+    second: Tree
+
+
+class ScheduleState(NamedTuple):
+    """Of a stage with a schedule: the steps so far, () int64 on the CPU."""
+
+    count: Tensor
+
+
+class HyperparamsState(NamedTuple):
+    """Of `inject_hyperparams`.
+
+    Attributes:
+        count: steps so far, () int64 on the CPU.
+        hyperparams: {name: 0-dimensional tensor}, float32 unless given as a tensor. Replace an
+            entry between steps and the next step uses it.
+        inner: the state of the transformation that the factory makes.
+    """
+
+    count: Tensor
+    hyperparams: dict[str, Tensor]
+    inner: Any
+
+
+class MultiStepsState(NamedTuple):
+    """Of `multi_steps`.
+
+    Attributes:
+        count: micro-steps so far, () int64 on the CPU.
+        total: tree, the sum of the finite micro-gradients since the last real step.
+        used: () float, how many micro-batches are in `total`.
+        skipped: () int64, how many were left out so far because they were not finite.
+        inner: the state of the wrapped transformation.
+    """
+
+    count: Tensor
+    total: Tree
+    used: Tensor
+    skipped: Tensor
+    inner: Any
+
+
+class MaskedState(NamedTuple):
+    """Of `masked`: the state of the wrapped transformation, on a tree with holes."""
+
+    inner: Any
+
+
+class PartitionState(NamedTuple):
+    """Of `partition`: {label: state}."""
+
+    inner: dict[str, Any]
+
+
+class BlockedState(NamedTuple):
+    """Of `blocked`: the inner state in stacks, and which rows of them are whose.
+
+    Attributes:
+        inner: the state of the wrapped transformation.
+        layout: {parameter: {stack: {"first:last": ()}}}: that parameter's blocks are the rows
+            first..last-1 of the stack. It is written in keys, with nothing below them, so that the
+            state describes itself while pytrees find no leaf in it: vmap has nothing to batch,
+            torch.compile nothing to trace.
+    """
+
+    inner: Any
+    layout: dict[str, dict[str, dict[str, tuple[()]]]]
+
+
+def find_state(states: Any, kind: type[StateT]) -> StateT | None:
+    """The last state of this kind in a (nested) state, or None.
+
+    >>> import torch
+    >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
+    ScheduleState(count=tensor(3))
+    """
+    found = None
+    for _, node in walk(states):
+        if isinstance(node, kind):
+            found = node
+    return found
+
+
+def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every node of a state with its path, parents first, in the order of the chain."""
+    yield path, node
+    if isinstance(node, dict):
+        children = list(node.items())
+    elif isinstance(node, tuple):
+        names = getattr(node, "_fields", range(len(node)))
+        children = list(zip(names, node))
+    elif isinstance(node, list):
+        children = list(enumerate(node))
+    else:
+        return
+    for key, child in children:
+        yield from walk(child, (*path, str(key)))

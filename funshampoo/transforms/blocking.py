@@ -1,0 +1,261 @@
+"""Block space: run a transformation on stacks of equal blocks instead of on parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import GradientTransformation, Tree, as_transformation
+from funshampoo.checks import check_choice, check_count
+from funshampoo.state.stages import BlockedState
+from funshampoo.transforms.layout import (
+    Layout,
+    Merge,
+    ParameterLayout,
+    Region,
+    layout_of,
+    leaf_key,
+)
+from funshampoo.tree import check_parameters, compute_dtype, flatten, leaf_names
+
+
+def blocked(
+    inner: GradientTransformation,
+    max_size: int | None = 1024,
+    *,
+    merge: Merge = "small",
+    keep: int = 1,
+    with_params: bool = False,
+) -> GradientTransformation:
+    """Cut every parameter into blocks, run `inner` on stacks of equal blocks, put the pieces back.
+
+    A stack has the shape (number of blocks, *block shape) and holds the blocks of one shape, dtype
+    and device from all parameters, so that every stage of `inner` works on a few large tensors.
+    The state lives in stacks and stays there. Inside, `gradient` is the tree of stacks and
+    `block_ndim` is 1.
+
+    Args:
+        inner: a transformation whose state is per block: tensors that lead with the block axis, in
+            dicts keyed by stack, and 0-dimensional tensors.
+        max_size: longest side of a block; None does not cut.
+        merge: how sides are merged before the cut, see `merged_shape`: "none", "small" (multiply
+            neighbours while the product stays ≤ max_size), "matrix" (keep the first side, fold the
+            rest).
+        keep: "small" stops merging when this many sides are left.
+        with_params: also hand `inner` the parameters in stacks (a copy more a step).
+
+    Half-precision gradients enter the stacks as float32 and the updates leave in float32. Empty
+    parameters have no block. A gradient that is None leaves the state of that parameter's blocks as
+    it is, and its update is None.
+
+    State: `BlockedState`.
+
+    Raises:
+        ValueError: an argument out of range; blocked inside blocked; from update, gradients whose
+            shapes differ from those that init saw (names the leaf).
+
+    Reference: Shi et al., arXiv 2309.06497, section 3.1 (blocking) and 3.2 (merging).
+
+    >>> import torch
+    >>> from funshampoo import trace
+    >>> tx = blocked(trace(0.9), max_size=4, merge="none")
+    >>> state = tx.init({"w": torch.zeros(8, 6)})
+    >>> {name: tuple(b.shape) for name, b in state.inner.buffer.items()}
+    {'4x4': (2, 4, 4), '4x2': (2, 4, 2)}
+    >>> state.layout
+    {'w': {'4x4': {'0:2': ()}, '4x2': {'0:2': ()}}}
+    """
+    inner = as_transformation(inner)
+    if max_size is not None:
+        check_count("max_size", max_size)
+    check_choice("merge", merge, ("none", "small", "matrix"))
+    check_count("keep", keep)
+
+    def find_layout(leaves: list[Tensor]) -> Layout:
+        return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
+
+    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> BlockedState:
+        check_parameters(params, "blocked")
+        if block_ndim:
+            raise ValueError("blocked inside blocked: the parameters are cut into blocks already.")
+        leaves, _ = flatten(params)
+        layout = find_layout(leaves)
+        stacks = stack_blocks(leaves, layout)
+        state = inner.init(stacks, block_ndim=1, **context)
+        return BlockedState(state, dict(zip(leaf_names(params), layout.described)))
+
+    def update(
+        updates: Tree, state: BlockedState, params: Tree = None, **context: Any
+    ) -> tuple[Tree, BlockedState]:
+        leaves, spec = flatten(updates)
+        missing = [i for i, leaf in enumerate(leaves) if leaf is None]
+        shaped = leaves if not missing else _shapes_from(params, updates)
+        layout = find_layout(shaped)
+        if not torch.compiler.is_compiling():
+            _check_layout(layout, state.layout, updates)
+        stacks = stack_blocks(leaves, layout)
+        kept = _saved_rows(state.inner, layout, missing) if missing else []
+        context |= {"gradient": stacks, "block_ndim": 1}
+        inner_params = stack_blocks(flatten(params)[0], layout) if with_params else None
+        stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
+        if missing:
+            inner_state = _restored_rows(inner_state, layout, missing, kept)
+        pieces = unstack_blocks(stacks, layout, leaves)
+        return spec.unflatten(pieces), BlockedState(inner_state, state.layout)
+
+    return GradientTransformation(init, update)
+
+
+def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tensor]:
+    """Gather leaves in stacks, {name: (rows, *block)}; None fills its rows with zeros.
+
+    A stack of one region may be a view of the leaf: stages read their updates and never write them.
+    """
+    pieces: dict[str, list[Tensor]] = {name: [] for name in layout.stacks}
+    for leaf, where in zip(leaves, layout.parameters):
+        for region in where.regions:
+            pieces[region.stack].append(_cut_out(leaf, where, region, layout))
+    return {
+        name: torch.cat(parts) if len(parts) > 1 else parts[0]
+        for name, parts in pieces.items()
+    }
+
+
+def unstack_blocks(
+    stacks: Mapping[str, Tensor], layout: Layout, leaves: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Put the blocks of every parameter back together; None where the leaf is None."""
+    return [
+        None if leaf is None else _assemble(stacks, where, leaf)
+        for leaf, where in zip(leaves, layout.parameters)
+    ]
+
+
+def _cut_out(
+    leaf: Tensor | None, where: ParameterLayout, region: Region, layout: Layout
+) -> Tensor:
+    """One region as (rows, *block): slice, split every side into (grid, block), grid axes first."""
+    stack = layout.stacks[region.stack]
+    if leaf is None:
+        return torch.zeros(region.rows, *region.block, dtype=stack.dtype, device=stack.device)
+    x = leaf.reshape(where.merged)
+    split: list[int] = []
+    for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
+        x = x.narrow(axis, start, count * size)
+        split += (count, size)
+    order = len(region.block)
+    axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
+    x = x.reshape(split).permute(axes) if order else x
+    return x.reshape((region.rows, *region.block)).to(stack.dtype)
+
+
+def _assemble(stacks: Mapping[str, Tensor], where: ParameterLayout, leaf: Tensor) -> Tensor:
+    """Undo `_cut_out` for every region, then join the regions side by side, last axis first."""
+    if not where.regions:
+        return torch.zeros_like(leaf, dtype=compute_dtype(leaf))
+    pieces = [_paste(stacks[region.stack], region) for region in where.regions]
+    for axis in range(len(where.parts) - 1, -1, -1):
+        n = where.parts[axis]
+        if n > 1:
+            pieces = [torch.cat(pieces[i : i + n], axis) for i in range(0, len(pieces), n)]
+    return pieces[0].reshape(where.shape)
+
+
+def _paste(stack: Tensor, region: Region) -> Tensor:
+    rows = stack.narrow(0, region.first, region.rows)
+    order = len(region.block)
+    x = rows.reshape((*region.grid, *region.block))
+    axes = [axis for i in range(order) for axis in (i, order + i)]
+    sides = [count * size for count, size in zip(region.grid, region.block)]
+    return x.permute(axes).reshape(sides) if order else x
+
+
+def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) -> None:
+    """The gradients fall into the rows that init laid out."""
+    if list(expected.values()) == layout.described:
+        return
+    names = leaf_names(updates)
+    found = dict(zip(names, layout.described))
+    if found == dict(expected):  # the same, after something has sorted the keys
+        return
+    for name, where in zip(names, layout.parameters):
+        if found[name] != expected.get(name):
+            raise ValueError(
+                f"the gradient of '{name}', shape {where.shape}, does not fit the state: init saw "
+                "other parameters. Call init again for a changed model, or pass the gradients of "
+                "the tree that init saw."
+            )
+    missing = sorted(set(expected) - set(names))
+    raise ValueError(f"the gradients lack '{missing[0]}', for which the state has blocks.")
+
+
+def _shapes_from(params: Tree, updates: Tree) -> list[Tensor]:
+    if params is None:
+        names = [n for n, u in zip(leaf_names(updates), flatten(updates)[0]) if u is None]
+        raise ValueError(
+            f"the gradient of '{names[0]}' is None and its shape unknown: pass params to update."
+        )
+    leaves: list[Tensor] = flatten(params)[0]
+    return leaves
+
+
+def _rows_of(layout: Layout, parameters: list[int]) -> dict[str, list[int]]:
+    """{stack: the rows that belong to these parameters}."""
+    rows: dict[str, list[int]] = {}
+    for i in parameters:
+        for region in layout.parameters[i].regions:
+            span = range(region.first, region.first + region.rows)
+            rows.setdefault(region.stack, []).extend(span)
+    return rows
+
+
+def _saved_rows(state: Any, layout: Layout, missing: list[int]) -> list[Tensor]:
+    """Copies of the rows of parameters without a gradient, in the order of the walk."""
+    saved: list[Tensor] = []
+
+    def save(x: Tensor, rows: Tensor) -> Tensor:
+        saved.append(x.index_select(0, rows))
+        return x
+
+    _map_rows(save, state, layout, _rows_of(layout, missing))
+    return saved
+
+
+def _restored_rows(state: Any, layout: Layout, missing: list[int], saved: list[Tensor]) -> Any:
+    remaining = iter(saved)
+
+    def restore(x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_copy(0, rows, next(remaining))
+
+    return _map_rows(restore, state, layout, _rows_of(layout, missing))
+
+
+def _map_rows(
+    function: Callable[[Tensor, Tensor], Tensor],
+    node: Any,
+    layout: Layout,
+    rows: dict[str, list[int]],
+    stack: str | None = None,
+) -> Any:
+    """Apply function(tensor, rows) to every per-block tensor of a state that lies in `rows`.
+
+    A dict whose keys are the stacks is a tree over block space; below such a key, a tensor with a
+    row for every block is per block. 0-dimensional tensors are counters and shared weights.
+    """
+    if isinstance(node, Tensor):
+        if stack not in rows or node.ndim == 0:
+            return node
+        return function(node, torch.tensor(rows[stack], device=node.device))
+    if isinstance(node, dict):
+        over_stacks = stack is None and node.keys() == layout.stacks.keys()
+        return {
+            key: _map_rows(function, child, layout, rows, key if over_stacks else stack)
+            for key, child in node.items()
+        }
+    if isinstance(node, tuple):
+        children = [_map_rows(function, child, layout, rows, stack) for child in node]
+        return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+    return node

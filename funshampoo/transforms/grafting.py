@@ -1,0 +1,84 @@
+"""Grafting: the direction of one method, the step length of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import GradientTransformation, Tree, as_transformation
+from funshampoo.checks import check_count
+from funshampoo.state.stages import GraftState
+from funshampoo.steps import current_step, new_counter
+from funshampoo.transforms.leaf_ops import per_block
+from funshampoo.tree import update_leaves
+
+
+def graft(
+    direction: GradientTransformation,
+    onto: GradientTransformation,
+    *,
+    start: int = 1,
+) -> GradientTransformation:
+    """Give the direction of one transformation the norm of another, block by block.
+
+        P ← P ‖P_g‖ / (‖P‖ + 1e-16),  P = direction(M),  P_g = onto(M)
+
+    Norms are Euclidean, over a block inside `blocked` and over a leaf elsewhere. Both methods
+    receive the same updates M and the same context, so that `onto` builds its second moment from
+    `gradient` and applies it to M.
+
+    Args:
+        direction: usually `root_inverse(...)`.
+        onto: the method whose step length is trusted: `scale_by_rms`, `scale_by_adam(beta1=0)`,
+            `scale_by_adagrad`, `scale_by_sgd`, or any other transformation.
+        start: before this step the result is P_g itself. Use the first refresh of `direction`.
+
+    State: `GraftState`.
+
+    Raises:
+        ValueError: start < 1.
+
+    Reference: Agarwal et al., arXiv 2002.11803; Shi et al., arXiv 2309.06497, section 2.4.
+
+    >>> import torch
+    >>> from funshampoo import scale, scale_by_sgd
+    >>> tx = graft(scale(100.0), onto=scale_by_sgd())
+    >>> params = {"w": torch.zeros(2)}
+    >>> tx.update({"w": torch.tensor([3.0, 4.0])}, tx.init(params))[0]
+    {'w': tensor([3., 4.])}
+    """
+    direction, onto = as_transformation(direction), as_transformation(onto)
+    check_count("start", start)
+
+    def init(params: Tree, **context: Any) -> GraftState:
+        states = direction.init(params, **context), onto.init(params, **context)
+        return GraftState(new_counter(), *states)
+
+    def update(
+        updates: Tree, state: GraftState, params: Tree = None, **context: Any
+    ) -> tuple[Tree, GraftState]:
+        p, direction_state = direction.update(updates, state.direction, params, **context)
+        p_g, onto_state = onto.update(updates, state.onto, params, **context)
+        block_ndim = context.get("block_ndim", 0)
+        t = 1 if start == 1 else current_step(state.count, context.get("step"))
+
+        def rescale(p: Tensor, p_g: Tensor) -> tuple[Tensor]:
+            if t is not None and t < start:
+                return (p_g,)
+            ratio = _norm(p_g, block_ndim) / (_norm(p, block_ndim) + 1e-16)
+            grafted = p * per_block(ratio, p)
+            if t is None:  # in torch.compile the counter is a tensor without a value
+                grafted = torch.where(state.count + 1 >= start, grafted, p_g)
+            return (grafted,)
+
+        (grafted,) = update_leaves(rescale, p, (), (p_g,))
+        return grafted, GraftState(state.count + 1, direction_state, onto_state)
+
+    return GradientTransformation(init, update)
+
+
+def _norm(x: Tensor, block_ndim: int) -> Tensor:
+    """‖x‖ per block, shape (N,), or () outside block space."""
+    return torch.linalg.vector_norm(x.reshape(*x.shape[:block_ndim], -1), dim=-1)

@@ -1,0 +1,76 @@
+"""The few operations that update a state tensor: pure, or in its own memory when it is donated.
+
+Each is written once, as the same sequence of roundings either way, so that donate=True gives the
+same numbers bit for bit. Only `old`, a state tensor, is ever written to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+
+from funshampoo.base import Hyper
+
+
+def lerp(old: Tensor, new: Tensor, weight: Hyper, donate: bool) -> Tensor:
+    """(1 - weight) old + weight new, in one pass. The result has old's dtype."""
+    if isinstance(weight, Tensor):
+        weight = weight.to(old)
+    return old.lerp_(new, weight) if donate else torch.lerp(old, new, weight)
+
+
+def add(old: Tensor, new: Tensor, donate: bool) -> Tensor:
+    """old + new."""
+    return old.add_(new) if donate else torch.add(old, new)
+
+
+def multiply(old: Tensor, factor: Hyper, donate: bool) -> Tensor:
+    """factor old, in old's dtype whatever the factor's."""
+    factor = on_device(factor, old)
+    return old.mul_(factor) if donate else torch.mul(old, factor).to(old.dtype)
+
+
+def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -> Tensor:
+    """beta old + weight x xᵀ for old (..., d, d) and x (..., d, n), fused where beta is a number."""
+    if isinstance(beta, Tensor) or isinstance(weight, Tensor):
+        gram = multiply(x @ x.mT, weight, donate=False)
+        return add(multiply(old, beta, donate), gram, donate)
+    if old.ndim == 3:
+        if donate:
+            return old.baddbmm_(x, x.mT, beta=beta, alpha=weight)
+        return torch.baddbmm(old, x, x.mT, beta=beta, alpha=weight)
+    if donate:
+        return old.addmm_(x, x.mT, beta=beta, alpha=weight)
+    return torch.addmm(old, x, x.mT, beta=beta, alpha=weight)
+
+
+def add_weight(total: Tensor, beta: Hyper, donate: bool) -> Tensor:
+    """The recursion of an average's total weight: beta total + (1 - beta)."""
+    return lerp(total, torch.ones_like(total), 1 - beta, donate)
+
+
+def per_block(values: Tensor, like: Tensor) -> Tensor:
+    """View one value a block, (N,) or (), so that it broadcasts over the blocks (N, ...)."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """√x with a finite derivative at 0.
+
+    The smallest normal number under the root changes no x above it, and d√x/dx · 0 = 0 where plain
+    sqrt gives inf · 0 = NaN: a zero gradient must not poison hyperparameter gradients.
+    """
+    return torch.sqrt(x + torch.finfo(x.dtype).tiny)
+
+
+def on_device(factor: Hyper, like: Tensor) -> Hyper:
+    """A factor that `like` can be multiplied by, moved to its device only if it has to be.
+
+    A 0-dimensional CPU tensor goes with a tensor on any device as it is, without a copy or a sync.
+    The same inside vmap may be a vector underneath, which does not.
+    """
+    if isinstance(factor, Tensor) and factor.device != like.device:
+        if factor.ndim or _functorch.is_functorch_wrapped_tensor(factor):
+            return factor.to(like.device)
+    return factor

@@ -1,0 +1,83 @@
+"""Multiply the updates: by a constant, or by minus the learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.checks import check_range
+from funshampoo.state.stages import ScheduleState
+from funshampoo.steps import new_counter
+from funshampoo.transforms.leaf_ops import on_device
+from funshampoo.tree import compute_dtype, update_leaves
+
+
+def scale(factor: Hyper) -> GradientTransformation:
+    """U ← factor U, computed in float32 at least.
+
+    >>> import torch
+    >>> scale(-0.5).update({"w": torch.ones(2)}, EmptyState())[0]
+    {'w': tensor([-0.5000, -0.5000])}
+    """
+    check_range("factor", factor, float("-inf"))
+
+    def init(params: Tree) -> EmptyState:
+        return EmptyState()
+
+    def update(updates: Tree, state: EmptyState) -> tuple[Tree, EmptyState]:
+        return _times(updates, factor), state
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_learning_rate(
+    learning_rate: Hyper | Schedule, *, flip_sign: bool = True
+) -> GradientTransformation:
+    """U ← -learning_rate U, the last stage of a chain.
+
+    Args:
+        learning_rate: a number ≥ 0, a 0-dimensional tensor (which may be batched or differentiated),
+            or a schedule: a function of the number of steps done so far, 0 on the first step.
+        flip_sign: False keeps the sign.
+
+    State: `ScheduleState` with a schedule, else empty.
+
+    Raises:
+        ValueError: a negative number.
+
+    >>> import torch
+    >>> tx = scale_by_learning_rate(lambda count: 0.1 * 2.0 ** -count)
+    >>> state = tx.init({"w": torch.zeros(1)})
+    >>> for _ in range(3):
+    ...     u, state = tx.update({"w": torch.ones(1)}, state)
+    ...     print(u["w"])
+    tensor([-0.1000])
+    tensor([-0.0500])
+    tensor([-0.0250])
+    """
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    sign = -1 if flip_sign else 1
+    if not callable(learning_rate):
+        constant = scale(sign * learning_rate)
+        return GradientTransformation(*constant, name="scale_by_learning_rate")
+
+    def init(params: Tree) -> ScheduleState:
+        return ScheduleState(new_counter())
+
+    def update(updates: Tree, state: ScheduleState) -> tuple[Tree, ScheduleState]:
+        rate = learning_rate(state.count)
+        return _times(updates, sign * rate), ScheduleState(state.count + 1)
+
+    return GradientTransformation(init, update)
+
+
+def _times(updates: Tree, factor: Hyper) -> Tree:
+    def leaf(u: Tensor) -> tuple[Any]:
+        dtype = compute_dtype(u)
+        return ((u.to(dtype) * on_device(factor, u)).to(dtype),)
+
+    (scaled,) = update_leaves(leaf, updates, ())
+    return scaled
+

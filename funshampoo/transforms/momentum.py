@@ -1,0 +1,168 @@
+"""First moments: the gradient filter (an average) and momentum (a sum)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import GradientTransformation, Hyper, Tree, identity
+from funshampoo.checks import check_range
+from funshampoo.state.stages import EmaState, TraceState
+from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block
+from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_leaves
+
+
+def ema(
+    beta1: Hyper = 0.9,
+    beta3: Hyper | None = None,
+    *,
+    bias_correction: bool = True,
+    own_steps: bool = True,
+) -> GradientTransformation:
+    """The gradient filter: an exponential moving average of the updates.
+
+        M ← beta1 M + (1 - beta1) U,    U ← M / (1 - beta1^t)
+
+    With beta3, the update looks ahead with another decay from the old M (Lion, NAdam):
+
+        U ← (beta3 M_old + (1 - beta3) U) / (1 - beta3 beta1^(t-1))
+
+    Args:
+        beta1: decay, in [0, 1). The number 0 makes the stage the identity, without state.
+        beta3: decay of the look-ahead, in [0, 1); None means beta1.
+        bias_correction: divide by the total weight of the gradients in the average.
+        own_steps: count each block's own gradients for that; False: all blocks count together.
+
+    State: `EmaState`, float32 at least.
+
+    Raises:
+        ValueError: beta1 or beta3 out of range.
+
+    Reference: Kingma and Ba, arXiv 1412.6980; for beta3 Chen et al., arXiv 2302.06675.
+
+    >>> import torch
+    >>> tx = ema(0.9)
+    >>> params = {"w": torch.zeros(2)}
+    >>> tx.update({"w": torch.tensor([1.0, 2.0])}, tx.init(params))[0]
+    {'w': tensor([1., 2.])}
+    """
+    check_range("beta1", beta1, 0.0, 1.0, high_open=True)
+    if beta3 is not None:
+        check_range("beta3", beta3, 0.0, 1.0, high_open=True)
+    if isinstance(beta1, float | int) and beta1 == 0:
+        return GradientTransformation(*identity(), name="ema")
+
+    def init(params: Tree, *, block_ndim: int = 0) -> EmaState:
+        check_parameters(params, "ema")
+
+        def weight(x: Tensor) -> Tensor:
+            start = 0.0 if bias_correction else 1.0
+            return x.new_full(x.shape[: block_ndim * own_steps], start, dtype=compute_dtype(x))
+
+        return EmaState(zeros_like(params), map_leaves(weight, params))
+
+    def update(
+        updates: Tree, state: EmaState, params: Tree = None, *, donate: bool = False
+    ) -> tuple[Tree, EmaState]:
+        def average(u: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            u = u.to(m.dtype)
+            ahead = None
+            if beta3 is not None:
+                ahead = lerp(m, u, 1 - beta3, donate=False), add_weight(w, beta3, donate=False)
+            m = lerp(m, u, 1 - beta1, donate)
+            w = add_weight(w, beta1, donate)
+            value, total = ahead or (m, w)
+            if bias_correction:
+                return value / per_block(total, value), m, w
+            return unshared(value, donate), m, w
+
+        out, *trees = update_leaves(average, updates, (state.average, state.weight))
+        return out, EmaState(*trees)
+
+    return GradientTransformation(init, update)
+
+
+def trace(
+    momentum: Hyper = 0.9,
+    *,
+    nesterov: bool = False,
+    dampening: Hyper = 0.0,
+    dampen_first_step: bool = True,
+) -> GradientTransformation:
+    """Heavy-ball momentum: a decaying sum of the updates, with Nesterov's look-ahead if wanted.
+
+        B ← momentum B + (1 - dampening) U
+        U ← (1 - dampening) U + momentum B   if nesterov, else B
+
+    Args:
+        momentum: decay, ≥ 0 (below 1 for a bounded sum).
+        nesterov: look ahead.
+        dampening: share of every update that is left out, in [0, 1).
+        dampen_first_step: False lets a block's first update in undamped, as torch.optim.SGD does.
+            The Distributed Shampoo reference damps it too.
+
+    State: `TraceState`, float32 at least.
+
+    Raises:
+        ValueError: momentum or dampening out of range.
+
+    Reference: Sutskever et al., ICML 2013; torch.optim.SGD.
+
+    >>> import torch
+    >>> tx = trace(0.5)
+    >>> state = tx.init({"w": torch.zeros(1)})
+    >>> for _ in range(3):
+    ...     u, state = tx.update({"w": torch.ones(1)}, state)
+    >>> u
+    {'w': tensor([1.7500])}
+    """
+    check_range("momentum", momentum, 0.0)
+    check_range("dampening", dampening, 0.0, 1.0, high_open=True)
+    damps = isinstance(dampening, Tensor) or dampening != 0
+    needs_seen = damps and not dampen_first_step
+
+    def init(params: Tree, *, block_ndim: int = 0) -> TraceState:
+        check_parameters(params, "trace")
+
+        def unseen(x: Tensor) -> Tensor:
+            return x.new_zeros(x.shape[:block_ndim], dtype=compute_dtype(x))
+
+        seen = map_leaves(unseen, params) if needs_seen else ()
+        return TraceState(zeros_like(params), seen)
+
+    def update(
+        updates: Tree, state: TraceState, params: Tree = None, *, donate: bool = False
+    ) -> tuple[Tree, TraceState]:
+        def accumulate(u: Tensor, b: Tensor, *seen: Tensor) -> tuple[Tensor, ...]:
+            u = u.to(b.dtype)
+            entering = damped(u)
+            if seen:
+                entering = u * (1 - per_block(seen[0], u) * dampening)
+            b = add(multiply(b, momentum, donate), entering.to(b.dtype), donate)
+            ones = [torch.ones_like(s) for s in seen]
+            if nesterov:
+                return (damped(u) + b * momentum).to(b.dtype), b, *ones
+            return unshared(b, donate), b, *ones
+
+        def damped(u: Tensor) -> Tensor:
+            return u * (1 - dampening) if damps else u
+
+        if needs_seen:
+            out, buffer, seen = update_leaves(accumulate, updates, state)
+            return out, TraceState(buffer, seen)
+        out, buffer = update_leaves(accumulate, updates, state[:1])
+        return out, TraceState(buffer, ())
+
+    return GradientTransformation(init, update)
+
+
+def unshared(state: Tensor, donate: bool) -> Tensor:
+    """A state tensor as an update. A donated one is overwritten on the next step: hand out a copy."""
+    return state.clone() if donate else state
+
+
+def zeros_like(params: Tree) -> Tree:
+    """A tree of zeros in the compute dtype."""
+    return map_leaves(lambda x: torch.zeros_like(x, dtype=compute_dtype(x)), params)

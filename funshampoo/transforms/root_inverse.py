@@ -1,0 +1,206 @@
+"""Inverse roots of the factor matrices, and the direction they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import GradientTransformation, Hyper, Tree
+from funshampoo.checks import check_count, check_range
+from funshampoo.linalg import InverseRoot, Solver, eigh
+from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState, find_state
+from funshampoo.steps import current_step, new_counter, refresh_due
+from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
+from funshampoo.transforms.kronecker import bias_corrected
+from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_leaves
+
+
+def root_inverse(
+    every: int = 20,
+    *,
+    start: int | None = None,
+    epsilon: Hyper = 0.0,
+    solver: Solver | None = None,
+    exponents: Exponents | None = None,
+    trace_scaling: Hyper | None = None,
+) -> GradientTransformation:
+    """Precondition the updates with roots of the factor matrices, refreshed now and then.
+
+        on a refresh:   X_i ← (L_i / weight + epsilon I)^(-e_i)
+        on every step:  P = M ×_1 X_1 … ×_k X_k
+
+    L_i and weight come from the `KroneckerState` upstream and include this step's gradient; M is
+    what the chain has made of the gradient so far. Until its first refresh a block has X_i = I.
+
+    A refresh keeps the old root of a matrix for which the solver fails, and counts it. It also
+    keeps it where the statistics are still exactly zero: (0 + epsilon I)^(-e) would be an enormous
+    multiple of the identity that the first real gradient would meet.
+
+    Args:
+        every: steps between refreshes.
+        start: the first refresh; `every` by default. Afterwards on multiples of `every`.
+        epsilon: absolute damping, ≥ 0 (number or tensor). Damping relative to the largest
+            eigenvalue is the solver's: `eigh(relative_epsilon=...)`.
+        solver: a function of `funshampoo.linalg`; by default eigh with relative_epsilon=1e-6. In
+            float32 some damping relative to the largest eigenvalue, 1e-7 or more, is needed.
+        exponents: {order: e, or {side: e}} in place of e = 1/(2 order); 0 leaves a side alone. Give
+            `kronecker_statistics` the same, so that it spares the factor.
+        trace_scaling: an exponent s in (0, 1]: take roots of A · max(tr A, epsilon)^(-s) instead of
+            A = L_i / weight.
+
+    Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
+    inside torch.compile, where the counter in the state can't be read.
+
+    State: `RootInverseState`.
+
+    Raises:
+        ValueError: an argument out of range; or, from init and update, no `KroneckerState` upstream.
+        RuntimeError: inside torch.compile without `step=` or `refresh=`.
+
+    Reference: Shi et al., arXiv 2309.06497, algorithm 2.
+
+    >>> import torch
+    >>> from funshampoo import chain, kronecker_statistics
+    >>> tx = chain(kronecker_statistics(1.0), root_inverse(every=1, solver=eigh()))
+    >>> params = {"w": torch.zeros(2)}
+    >>> tx.update({"w": torch.tensor([3.0, 4.0])}, tx.init(params))[0]  # g / |g|
+    {'w': tensor([0.6000, 0.8000])}
+    """
+    check_count("every", every)
+    if start is not None:
+        check_count("start", start)
+    check_range("epsilon", epsilon, 0.0)
+    check_exponents(exponents)
+    if trace_scaling is not None:
+        check_range("trace_scaling", trace_scaling, 0.0, 1.0, low_open=True)
+    solve = eigh(relative_epsilon=1e-6) if solver is None else solver
+
+    def init(params: Tree, *, upstream: Any = None, block_ndim: int = 0) -> RootInverseState:
+        check_parameters(params, "root_inverse")
+        if upstream is not None:
+            _statistics(upstream)
+
+        def identities(x: Tensor) -> tuple[Any, ...]:
+            lead, sides = x.shape[:block_ndim], x.shape[block_ndim:]
+            powers = inverse_exponents(len(sides), exponents)
+            return tuple(_identity(x, lead, d) if e else () for d, e in zip(sides, powers))
+
+        return RootInverseState(new_counter(), map_leaves(identities, params))
+
+    def update(
+        updates: Tree,
+        state: RootInverseState,
+        params: Tree = None,
+        *,
+        upstream: Any = (),
+        block_ndim: int = 0,
+        step: int | None = None,
+        refresh: bool | None = None,
+    ) -> tuple[Tree, RootInverseState]:
+        statistics = _statistics(upstream)
+        roots = state.roots
+        if is_due(state.count, step, refresh):
+            inputs = (statistics.factors, statistics.weight)
+            _, roots = update_leaves(refreshed, updates, (roots,), inputs)
+
+        def direction(u: Tensor, sides: Any) -> tuple[Tensor]:
+            matrices = [side.root if side else None for side in sides]
+            return (precondition(u.to(compute_dtype(u)), matrices, block_ndim),)
+
+        (preconditioned,) = update_leaves(direction, updates, (), (roots,))
+        return preconditioned, RootInverseState(state.count + 1, roots)
+
+    def is_due(count: Tensor, step: int | None, refresh: bool | None) -> bool:
+        if refresh is not None:
+            return refresh
+        t = current_step(count, step)
+        if t is None:
+            raise RuntimeError(
+                "root_inverse can't read the step counter inside torch.compile: pass "
+                "refresh=funshampoo.refresh_due(step, every, start), or step= (from 1), to update."
+            )
+        return refresh_due(t, every, start)
+
+    def refreshed(u: Tensor, factors: Any, weight: Tensor, sides: Any) -> tuple[Any, ...]:
+        powers = inverse_exponents(len(factors), exponents)
+        new = [
+            refresh_side(factor, weight, old, power) if old else old
+            for factor, old, power in zip(factors, sides, powers)
+        ]
+        return u, tuple(new)
+
+    def refresh_side(factor: Any, weight: Tensor, old: FactorRoot, power: float) -> FactorRoot:
+        if not isinstance(factor, Tensor):
+            raise ValueError(
+                "root_inverse preconditions a side for which kronecker_statistics keeps no factor: "
+                "give both stages the same exponents."
+            )
+        matrix = bias_corrected(factor, weight)
+        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if trace_scaling is not None:
+            floor = torch.as_tensor(epsilon, dtype=trace.dtype, device=trace.device)
+            scale = torch.maximum(trace, floor) ** (-trace_scaling)
+            matrix = matrix * scale[..., None, None]
+        found = solve(matrix, 1 / power, epsilon)
+        return _keep_old_where_failed(found, old, known=trace != 0)
+
+    return GradientTransformation(init, update)
+
+
+def precondition(x: Tensor, roots: Sequence[Tensor | None], block_ndim: int = 0) -> Tensor:
+    """x ×_1 X_1 … ×_k X_k for every block, a mode product for every side that has a root.
+
+    Args:
+        x: (N, d_1, ..., d_k), or without N where block_ndim is 0.
+        roots: one entry a side, (N, d_i, d_i), symmetric, or None.
+
+    >>> precondition(torch.ones(2), [torch.tensor([[2.0, 0.0], [0.0, 3.0]])])
+    tensor([2., 3.])
+    """
+    last = len(roots) - 1
+    for side, root in enumerate(roots):
+        if root is None:
+            continue
+        if side == last and side > 0:
+            rows = x.reshape(*x.shape[:block_ndim], -1, x.shape[-1])
+            x = (rows @ root).reshape(x.shape)  # symmetric: from the right, no transposed copy
+        else:
+            moved = x.movedim(block_ndim + side, block_ndim)
+            product = root @ moved.reshape(*moved.shape[: block_ndim + 1], -1)
+            x = product.reshape(moved.shape).movedim(block_ndim, block_ndim + side)
+    return x
+
+
+def _statistics(upstream: Any) -> KroneckerState:
+    found = find_state(upstream, KroneckerState)
+    if found is None:
+        raise ValueError(
+            "root_inverse found no factor matrices: put kronecker_statistics(...) before it in the "
+            "same chain, as in chain(kronecker_statistics(0.99), root_inverse(every=20))."
+        )
+    return found
+
+
+def _identity(x: Tensor, lead: torch.Size, d: int) -> FactorRoot:
+    dtype = compute_dtype(x)
+    eye = torch.eye(d, dtype=dtype, device=x.device)
+    return FactorRoot(
+        root=eye.expand(*lead, d, d).clone(),
+        residual=x.new_zeros(lead, dtype=dtype),
+        condition=x.new_ones(lead, dtype=dtype),
+        failures=x.new_zeros(lead, dtype=torch.int64),
+    )
+
+
+def _keep_old_where_failed(found: InverseRoot, old: FactorRoot, known: Tensor) -> FactorRoot:
+    """The new roots where the solver converged on statistics that are not zero, else the old."""
+    accepted = found.converged & known
+    return FactorRoot(
+        root=torch.where(accepted[..., None, None], found.root, old.root),
+        residual=torch.where(accepted, found.residual, old.residual).detach(),
+        condition=torch.where(accepted, found.condition, old.condition).detach(),
+        failures=old.failures + (known & ~found.converged),
+    )

@@ -1,0 +1,215 @@
+"""Diagonal methods: grafting partners inside `graft`, optimizers of their own elsewhere.
+
+All build their second moment from `gradient`, or from `updates` where there is no scope, and apply
+it to the updates. epsilon stands outside the root.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import EmptyState, GradientTransformation, Hyper, Tree, identity
+from funshampoo.checks import check_range
+from funshampoo.state.stages import AdagradState, AdamState, RmsState
+from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block, sqrt
+from funshampoo.transforms.momentum import zeros_like
+from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_leaves
+
+
+def scale_by_sgd() -> GradientTransformation:
+    """The identity: as a grafting partner it gives P the norm of the (filtered) gradient.
+
+    >>> scale_by_sgd().update({"w": 1.0}, EmptyState())[0]
+    {'w': 1.0}
+    """
+    return GradientTransformation(*identity(), name="scale_by_sgd")
+
+
+def scale_by_adam(
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.999,
+    epsilon: Hyper = 1e-8,
+    *,
+    weighted: bool = True,
+    own_steps: bool = True,
+) -> GradientTransformation:
+    """Adam: bias-corrected first moment over the root of the bias-corrected second moment.
+
+        M ← beta1 M + (1 - beta1) U,   V ← beta2 V + (1 - beta2) G²
+        U ← M/(1 - beta1^t) / (√(V/(1 - beta2^t)) + epsilon)
+
+    Args:
+        beta1: decay of the first moment, in [0, 1). The number 0 keeps none: as a grafting partner,
+            where an `ema` has filtered the updates already.
+        beta2: decay of the second moment, in [0, 1).
+        epsilon: added to the root, ≥ 0.
+        weighted: False: V ← beta2 V + G², without correction of V.
+        own_steps: count each block's own gradients for the corrections; False: all together.
+
+    State: `AdamState`, float32 at least.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference: Kingma and Ba, arXiv 1412.6980. Agrees with torch.optim.Adam.
+
+    >>> import torch
+    >>> tx = scale_by_adam(epsilon=0.0)
+    >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init({"w": torch.zeros(2)}))[0]
+    {'w': tensor([ 1., -1.])}
+    """
+    check_range("beta1", beta1, 0.0, 1.0, high_open=True)
+    check_range("beta2", beta2, 0.0, 1.0, high_open=True)
+    check_range("epsilon", epsilon, 0.0)
+    filtered = isinstance(beta1, Tensor) or beta1 != 0
+
+    def init(params: Tree, *, block_ndim: int = 0) -> AdamState:
+        check_parameters(params, "scale_by_adam")
+
+        def weight(x: Tensor, start: float) -> Tensor:
+            return x.new_full(x.shape[: block_ndim * own_steps], start, dtype=compute_dtype(x))
+
+        second_weight = map_leaves(lambda x: weight(x, 0.0 if weighted else 1.0), params)
+        second = (zeros_like(params), second_weight)
+        if not filtered:
+            return AdamState((), (), *second)
+        return AdamState(zeros_like(params), map_leaves(lambda x: weight(x, 0.0), params), *second)
+
+    def update(
+        updates: Tree,
+        state: AdamState,
+        params: Tree = None,
+        *,
+        gradient: Tree = None,
+        donate: bool = False,
+    ) -> tuple[Tree, AdamState]:
+        def filter_first(u: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            m, w = lerp(m, u.to(m.dtype), 1 - beta1, donate), add_weight(w, beta1, donate)
+            return m / per_block(w, m), m, w
+
+        def leaf(u: Tensor, g: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            v = _second_moment(v, g.to(v.dtype), beta2, weighted, donate)
+            w = add_weight(w, beta2, donate)
+            return _scaled(u.to(v.dtype), v / per_block(w, v), epsilon), v, w
+
+        source = updates if gradient is None else gradient
+        first = (state.first, state.first_weight)
+        if filtered:
+            updates, *first = update_leaves(filter_first, updates, first)
+        out, *second = update_leaves(leaf, updates, state[2:], (source,))
+        return out, AdamState(*first, *second)
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_rms(
+    beta2: Hyper = 0.99, epsilon: Hyper = 1e-8, *, weighted: bool = True
+) -> GradientTransformation:
+    """RMSprop: V ← beta2 V + (1 - beta2) G², U ← U / (√V + epsilon). Not bias-corrected.
+
+    Args:
+        beta2: decay, in [0, 1).
+        epsilon: added to the root, ≥ 0.
+        weighted: False: V ← beta2 V + G².
+
+    State: `RmsState`, float32 at least.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference: Tieleman and Hinton, 2012. Agrees with torch.optim.RMSprop.
+
+    >>> import torch
+    >>> tx = scale_by_rms(beta2=0.75, epsilon=0.0)
+    >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init({"w": torch.zeros(2)}))[0]
+    {'w': tensor([ 2., -2.])}
+    """
+    check_range("beta2", beta2, 0.0, 1.0, high_open=True)
+    check_range("epsilon", epsilon, 0.0)
+
+    def init(params: Tree) -> RmsState:
+        check_parameters(params, "scale_by_rms")
+        return RmsState(zeros_like(params))
+
+    def update(
+        updates: Tree,
+        state: RmsState,
+        params: Tree = None,
+        *,
+        gradient: Tree = None,
+        donate: bool = False,
+    ) -> tuple[Tree, RmsState]:
+        def leaf(u: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            v = _second_moment(v, g.to(v.dtype), beta2, weighted, donate)
+            return _scaled(u.to(v.dtype), v, epsilon), v
+
+        source = updates if gradient is None else gradient
+        out, second = update_leaves(leaf, updates, tuple(state), (source,))
+        return out, RmsState(second)
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_adagrad(
+    epsilon: Hyper = 1e-10, *, initial_accumulator: float = 0.0
+) -> GradientTransformation:
+    """AdaGrad: V ← V + G², U ← U / (√V + epsilon).
+
+    Args:
+        epsilon: added to the root, ≥ 0.
+        initial_accumulator: V before the first step, ≥ 0.
+
+    State: `AdagradState`, float32 at least.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference: Duchi, Hazan, Singer, JMLR 2011. Agrees with torch.optim.Adagrad.
+
+    >>> import torch
+    >>> tx = scale_by_adagrad(epsilon=0.0)
+    >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init({"w": torch.zeros(2)}))[0]
+    {'w': tensor([ 1., -1.])}
+    """
+    check_range("epsilon", epsilon, 0.0)
+    check_range("initial_accumulator", initial_accumulator, 0.0)
+
+    def init(params: Tree) -> AdagradState:
+        check_parameters(params, "scale_by_adagrad")
+
+        def full(x: Tensor) -> Tensor:
+            return torch.full_like(x, initial_accumulator, dtype=compute_dtype(x))
+
+        return AdagradState(map_leaves(full, params))
+
+    def update(
+        updates: Tree,
+        state: AdagradState,
+        params: Tree = None,
+        *,
+        gradient: Tree = None,
+        donate: bool = False,
+    ) -> tuple[Tree, AdagradState]:
+        def leaf(u: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            g = g.to(v.dtype)
+            v = add(v, g * g, donate)
+            return _scaled(u.to(v.dtype), v, epsilon), v
+
+        source = updates if gradient is None else gradient
+        out, second = update_leaves(leaf, updates, tuple(state), (source,))
+        return out, AdagradState(second)
+
+    return GradientTransformation(init, update)
+
+
+def _second_moment(v: Tensor, g: Tensor, beta2: Hyper, weighted: bool, donate: bool) -> Tensor:
+    if weighted:
+        return lerp(v, g * g, 1 - beta2, donate)
+    return add(multiply(v, beta2, donate), g * g, donate)
+
+
+def _scaled(u: Tensor, v: Tensor, epsilon: Hyper) -> Tensor:
+    return (u / (sqrt(v) + epsilon)).to(u.dtype)

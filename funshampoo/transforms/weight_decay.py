@@ -1,0 +1,96 @@
+"""Weight decay in its four kinds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.checks import check_choice, check_range
+from funshampoo.combine import Mask, masked
+from funshampoo.state.stages import ScheduleState
+from funshampoo.steps import new_counter
+from funshampoo.transforms.leaf_ops import on_device
+from funshampoo.tree import compute_dtype, update_leaves
+
+DecayKind: TypeAlias = Literal["coupled", "decoupled", "corrected", "independent"]
+
+
+def add_decayed_weights(
+    weight_decay: Hyper | Schedule = 0.0,
+    mask: Mask | None = None,
+    *,
+    kind: DecayKind = "decoupled",
+    learning_rate: Hyper | Schedule | None = None,
+    peak_learning_rate: Hyper | None = None,
+) -> GradientTransformation:
+    """U ← U + λ W, into a new tensor.
+
+    With a learning rate α applied later in the chain, the parameter shrinks by
+
+        decoupled     1 - α λ          λ as it is                      (AdamW)
+        corrected     1 - α² λ/α_peak  λ · α/α_peak
+        independent   1 - α λ/α_peak   λ / α_peak
+        coupled       as an L2 penalty: λ as it is, but the stage stands before `blocked`, so that
+                      the statistics see it
+
+    so decoupled and coupled are the same sum in different places. Before `trace`, decay passes
+    through the momentum (the Distributed Shampoo reference); after it, it does not (AdamW).
+
+    Args:
+        weight_decay: λ: a number ≥ 0, a tensor, or a schedule of the old step count.
+        mask: which leaves decay: a tree of bools, a prefix of one, or a function of the parameters.
+        kind: see above.
+        learning_rate: α, for "corrected": what `scale_by_learning_rate` gets.
+        peak_learning_rate: α_peak > 0, for "corrected" and "independent".
+
+    State: `ScheduleState` where λ or α is a schedule, else empty.
+
+    Raises:
+        ValueError: a negative number; α or α_peak missing; from update, params missing.
+
+    Reference: Loshchilov and Hutter, arXiv 1711.05101; Defazio, arXiv 2506.02285 (corrected).
+
+    >>> import torch
+    >>> tx = add_decayed_weights(0.1, mask={"w": True, "b": False})
+    >>> params = {"w": torch.ones(1), "b": torch.ones(1)}
+    >>> zero = {"w": torch.zeros(1), "b": torch.zeros(1)}
+    >>> tx.update(zero, tx.init(params), params)[0]
+    {'w': tensor([0.1000]), 'b': tensor([0.])}
+    """
+    check_range("weight_decay", weight_decay, 0.0, schedule=True)
+    check_choice("kind", kind, ("coupled", "decoupled", "corrected", "independent"))
+    if kind in ("corrected", "independent"):
+        if peak_learning_rate is None:
+            raise ValueError(f"kind={kind!r} needs peak_learning_rate, the largest learning rate.")
+        check_range("peak_learning_rate", peak_learning_rate, 0.0, low_open=True)
+    if kind == "corrected" and learning_rate is None:
+        raise ValueError("kind='corrected' needs learning_rate, as scale_by_learning_rate gets it.")
+    scheduled = callable(weight_decay) or (kind == "corrected" and callable(learning_rate))
+
+    def coefficient(count: Tensor | None) -> Any:
+        decay = weight_decay(count) if callable(weight_decay) else weight_decay
+        if kind == "corrected":
+            decay = decay * (learning_rate(count) if callable(learning_rate) else learning_rate)
+        return decay / peak_learning_rate if kind in ("corrected", "independent") else decay
+
+    def init(params: Tree) -> ScheduleState | EmptyState:
+        return ScheduleState(new_counter()) if scheduled else EmptyState()
+
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        if params is None:
+            raise ValueError("add_decayed_weights needs the parameters: pass params to update.")
+        decay = coefficient(state.count if scheduled else None)
+
+        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
+            dtype = compute_dtype(u)
+            return ((u.to(dtype) + w.to(dtype) * on_device(decay, w)).to(dtype),)
+
+        (decayed,) = update_leaves(leaf, updates, (), (params,))
+        return decayed, ScheduleState(state.count + 1) if scheduled else state
+
+    stage = GradientTransformation(init, update)
+    if mask is None:
+        return stage
+    return GradientTransformation(*masked(stage, mask), name=stage.name)

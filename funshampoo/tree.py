@@ -1,0 +1,146 @@
+"""Pytrees: what every stage needs of them, and the errors that name a leaf.
+
+A gradient may be None ("this parameter had none"). None is therefore a leaf here, unlike in optree's
+default, and stages leave the state and the update of such a leaf as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+
+class MaskedNode(NamedTuple):
+    """Stands where `masked` hides a leaf: an empty node, so that no stage sees it."""
+
+
+def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Leaves and structure; None is a leaf."""
+    return optree.tree_flatten(tree, none_is_leaf=True)
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
+    paths = optree.tree_paths(tree, none_is_leaf=True)
+    return [".".join(map(str, path)) or "(the tree itself)" for path in paths]
+
+
+def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply `function(leaf, *parts)` to the leaves of `tree`; `rest` may go deeper than `tree`."""
+    leaves, spec = flatten(tree)
+    columns = [spec.flatten_up_to(other) for other in rest]
+    return spec.unflatten([function(*row) for row in zip(leaves, *columns)])
+
+
+def update_leaves(
+    function: Callable[..., tuple[Any, ...]],
+    updates: Any,
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+) -> tuple[Any, ...]:
+    """Run `(u, *new_states) = function(u, *inputs, *states)` leaf by leaf.
+
+    Args:
+        function: called once for every leaf of `updates` that is not None.
+        updates: the tree whose structure rules.
+        states: trees with `updates` as their prefix: a leaf's state may be a tuple of tensors.
+        inputs: further trees to read.
+
+    Returns:
+        The tree of new updates and one tree for each of `states`. Where the update is None, it
+        and the states of that leaf come back as they are.
+    """
+    leaves, spec = flatten(updates)
+    columns = [spec.flatten_up_to(tree) for tree in (*inputs, *states)]
+    rows = []
+    for u, *parts in zip(leaves, *columns):
+        kept = (None, *parts[len(inputs) :])
+        rows.append(kept if u is None else function(u, *parts))
+    if not rows:
+        return (updates, *states)
+    return tuple([spec.unflatten(column) for column in zip(*rows)])
+
+
+def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
+    """One value of `prefix` for every leaf of `tree`: `prefix` may stop at any subtree.
+
+    Raises:
+        ValueError: `prefix` is not a prefix of `tree`; `what` names the argument.
+    """
+    values, spec = flatten(prefix)
+    try:
+        subtrees = spec.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"{what} is not a prefix of the tree it labels: {error}") from error
+    return [v for v, subtree in zip(values, subtrees) for _ in flatten(subtree)[0]]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which statistics and updates of `x` live: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def check_parameters(params: Any, stage: str) -> None:
+    """Every leaf is a dense tensor of a real floating dtype.
+
+    Raises:
+        TypeError: names the leaf, what it is, and how to leave it out.
+    """
+    leaves, _ = flatten(params)
+    for i, leaf in enumerate(leaves):
+        problem = _problem_of(leaf)
+        if problem:
+            raise TypeError(
+                f"{stage}: parameter '{leaf_names(params)[i]}' {problem}; only dense tensors of a "
+                "real floating dtype can be optimized. Leave it out of the tree or hide it with "
+                "masked(...) or partition(...)."
+            )
+
+
+def _problem_of(leaf: Any) -> str:
+    if leaf is None:
+        return "is None"
+    if not isinstance(leaf, Tensor):
+        return f"is a {type(leaf).__name__}, not a tensor"
+    if leaf.layout is not torch.strided:
+        return f"is sparse ({leaf.layout})"
+    if not leaf.is_floating_point():
+        kind = "complex" if leaf.is_complex() else "an integer or bool tensor"
+        return f"is {kind} ({leaf.dtype})"
+    return ""
+
+
+def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> None:
+    """The two trees have the same leaves in the same places, of the same shapes.
+
+    Raises:
+        ValueError: names the first leaf that differs.
+    """
+    leaves, spec = flatten(tree)
+    others, other_spec = flatten(other)
+    if spec != other_spec:
+        raise ValueError(_difference(tree, other, name, other_name))
+    for i, (a, b) in enumerate(zip(leaves, others)):
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
+            raise ValueError(
+                f"leaf '{leaf_names(tree)[i]}' has shape {tuple(a.shape)} in {name} "
+                f"and {tuple(b.shape)} in {other_name}."
+            )
+
+
+def _difference(tree: Any, other: Any, name: str, other_name: str) -> str:
+    names, other_names = leaf_names(tree), leaf_names(other)
+    for leaf in names:
+        if leaf not in other_names:
+            return (
+                f"{name} and {other_name} differ: leaf '{leaf}' is missing from {other_name}. "
+                "A parameter without a gradient is written as None."
+            )
+    for leaf in other_names:
+        if leaf not in names:
+            return f"{name} and {other_name} differ: leaf '{leaf}' is missing from {name}."
+    return f"{name} and {other_name} have the same leaves in containers of different types."

@@ -1,0 +1,107 @@
+"""What every solver promises whatever its method: purity, shapes, and errors that help."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from funshampoo.linalg import coupled_newton, eigh, newton_schulz, pseudo_inverse
+
+SOLVERS = {
+    "eigh": eigh(),
+    "pseudo_inverse": pseudo_inverse(),
+    "coupled_newton": coupled_newton(),
+    "newton_schulz": newton_schulz(),
+}
+INTEGER = ["coupled_newton", "newton_schulz"]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@given(lead=st.lists(st.integers(0, 3), max_size=3), d=st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_any_leading_dimensions(name: str, lead: list[int], d: int) -> None:
+    A = 2 * torch.eye(d).expand(*lead, d, d)
+    result = SOLVERS[name](A, 2, 0.0)
+    torch.testing.assert_close(result.root, A / 8**0.5, rtol=1e-5, atol=1e-6)
+    assert result.residual.shape == result.condition.shape == result.converged.shape == (*lead,)
+    assert result.converged.dtype == torch.bool and result.residual.dtype == A.dtype
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_pure(name: str) -> None:
+    G = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0))
+    A = G @ G.mT
+    before, version = A.clone(), A._version
+    first, second = (SOLVERS[name](A, 4, 0.0) for _ in range(2))
+    assert A.equal(before) and A._version == version
+    assert all(x.equal(y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_only_the_root_carries_gradients(name: str) -> None:
+    result = SOLVERS[name](torch.eye(3, requires_grad=True), 2, 0.0)
+    assert [x.requires_grad for x in result] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_no_random_state_is_used(name: str) -> None:
+    before = torch.get_rng_state()
+    SOLVERS[name](torch.eye(3), 2, 0.0)
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_wrong_static_arguments(name: str) -> None:
+    solve = SOLVERS[name]
+    for dtype in (torch.bfloat16, torch.int64, torch.complex64):
+        with pytest.raises(TypeError, match="A must be float32 or float64"):
+            solve(torch.eye(2, dtype=dtype), 2, 0.0)
+    for shape in ((2, 3), (4,), (0, 0)):
+        with pytest.raises(ValueError, match=r"A must have shape \(\.\.\., d, d\)"):
+            solve(torch.ones(shape), 2, 0.0)
+    for p in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="p must be"):
+            solve(torch.eye(2), p, 0.0)
+    with pytest.raises(ValueError, match="epsilon must be"):
+        solve(torch.eye(2), 2, -1e-3)
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_exponents_that_iterations_can_not_do(name: str) -> None:
+    with pytest.raises(ValueError, match=f"p must be an integer for {name}, got 2.5: use eigh"):
+        SOLVERS[name](torch.eye(2), 2.5, 0.0)
+    assert SOLVERS[name](torch.eye(2), 2.0, 0.0).converged
+
+
+def test_pseudo_inverse_takes_no_damping() -> None:
+    for epsilon in (1e-3, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="epsilon must be the number 0"):
+            pseudo_inverse()(torch.eye(2), 2, epsilon)
+
+
+@pytest.mark.parametrize("name", [n for n in SOLVERS if n != "pseudo_inverse"])
+def test_epsilon_that_does_not_broadcast(name: str) -> None:
+    for A, epsilon in ((torch.eye(2), torch.ones(3)), (torch.ones(2, 2, 2), torch.ones(3))):
+        with pytest.raises(ValueError, match="epsilon of shape"):
+            SOLVERS[name](A, 2, epsilon)
+
+
+def test_wrong_factory_arguments() -> None:
+    for make, name, value in (
+        (eigh, "relative_epsilon", -1e-6),
+        (pseudo_inverse, "rtol", -1e-6),
+        (pseudo_inverse, "atol", -1e-6),
+        (coupled_newton, "relative_epsilon", -1e-6),
+        (coupled_newton, "max_iterations", -1),
+        (coupled_newton, "tolerance", -1e-6),
+        (coupled_newton, "retries", -1),
+        (coupled_newton, "max_residual", -0.1),
+        (newton_schulz, "relative_epsilon", float("nan")),
+        (newton_schulz, "condition", 0.5),
+        (newton_schulz, "tolerance", 0.0),
+        (newton_schulz, "max_residual", -0.1),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be at least"):
+            make(**{name: value})

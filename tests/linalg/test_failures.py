@@ -1,0 +1,141 @@
+"""Bad matrices in a stack: flagged, replaced by the identity, and of no consequence to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from funshampoo.linalg import Solver, coupled_newton, eigh, newton_schulz, pseudo_inverse
+
+from .spectra import DTYPES, log_spaced, orthogonal, solvers, with_spectrum
+
+ALL = {**solvers(torch.float32), "pseudo_inverse": pseudo_inverse()}
+RETRYING = {**ALL, "coupled_newton": coupled_newton(), "newton_schulz": newton_schulz()}
+
+
+def good(d: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    return with_spectrum(orthogonal(d, 4), log_spaced(d, 1e2), dtype)
+
+
+def unaffected(solver: Solver, A: Tensor, bad: Tensor) -> None:
+    """`bad` in the stack's second place fails there; the rest is what it was, to the last bit."""
+    with_bad = A.clone()
+    with_bad[1] = bad
+    before, after = solver(A, 4, 0.0), solver(with_bad, 4, 0.0)
+    assert after.converged.tolist() == [True, False, True, True]
+    assert after.root[1].equal(torch.eye(A.shape[-1], dtype=A.dtype))
+    others = torch.tensor([0, 2, 3])
+    for x, y in zip(before, after, strict=True):
+        assert x[others].equal(y[others])
+
+
+@pytest.mark.parametrize("name", RETRYING)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_non_finite_entry(name: str, value: float) -> None:
+    bad = good()[0]
+    bad[2, 1] = value
+    unaffected(RETRYING[name], good(), bad)
+
+
+@pytest.mark.parametrize("name", RETRYING)
+def test_a_zero_matrix_without_damping(name: str) -> None:
+    unaffected(RETRYING[name], good(), torch.zeros(8, 8))
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if not n.startswith(("eigh", "pseudo"))])
+def test_an_indefinite_matrix(name: str) -> None:
+    bad = torch.diag(torch.tensor([1.0, -1.0, 1, 1, 1, 1, 1, 1]))
+    unaffected(ALL[name], good(), bad)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_failed_matrices_have_zero_gradient(name: str) -> None:
+    A = good()
+    A[1] = torch.nan
+    A[2] = 0
+    A.requires_grad_()
+    result = ALL[name](A, 4, 0.0)
+    assert result.converged.tolist() == [True, False, False, True]
+    result.root.square().sum().backward()
+    assert A.grad is not None and A.grad.isfinite().all()
+    assert A.grad[1:3].count_nonzero() == 0
+    assert A.grad[0].count_nonzero() == 64
+
+
+def test_non_finite_epsilon() -> None:
+    epsilon = torch.tensor([0.1, torch.nan, torch.inf, 0.1])
+    for name in (n for n in RETRYING if n != "pseudo_inverse"):
+        result = RETRYING[name](good(), 4, epsilon)
+        assert result.converged.tolist() == [True, False, False, True], name
+        assert result.root.isfinite().all()
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+def test_mistake_8_newton_iterations_that_did_not_converge_are_never_used(p: int) -> None:
+    """Undamped, singular to rounding, in float32: the iterates of some diverge to 1e21 and beyond."""
+    A = with_spectrum(orthogonal(32, 16), log_spaced(32, 1e12), torch.float32)
+    for make in (coupled_newton, newton_schulz):
+        for max_residual in (0.1, 0.25):
+            result = make(relative_epsilon=0.0, max_residual=max_residual)(A, p, 0.0)
+            assert result.root.isfinite().all()
+            assert (result.residual[result.converged] <= max_residual).all()
+            # No eigenvalue of a root that is used exceeds that of the damping the solver ended with.
+            size = torch.linalg.matrix_norm(result.root, 2)
+            assert (size <= 2 * result.condition.clamp(min=1) ** (1 / p))[result.converged].all()
+            stand_in = torch.eye(32).expand(16, 32, 32)
+            assert result.root[~result.converged].equal(stand_in[~result.converged])
+
+
+def test_one_newton_iteration_is_not_a_root() -> None:
+    A = good(dtype=torch.float64)
+    result = coupled_newton(max_iterations=1, retries=0)(A, 4, 0.0)
+    assert not result.converged.any()
+    assert result.residual.isfinite().all()
+    assert result.root.equal(torch.eye(8).double().expand(4, 8, 8))
+
+
+def fail_when(condition: Callable[[Tensor], bool], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Make torch.linalg.eigh fail as LAPACK does, and return the list of what it is asked for."""
+    calls, original = [], torch.linalg.eigh
+
+    def failing(A: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(A)
+        if condition(A):
+            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+        return original(A)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    return calls
+
+
+def test_eigh_fails_in_float32_and_is_repeated_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = good()
+    expected = eigh()(A.double(), 4, 0.0).root
+    calls = fail_when(lambda A: A.dtype == torch.float32, monkeypatch)
+    result = eigh()(A, 4, 0.0)
+    assert [call.dtype for call in calls[-2:]] == [torch.float32, torch.float64]
+    assert result.converged.all() and result.root.dtype == torch.float32
+    torch.testing.assert_close(result.root, expected.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eigh_fails_on_one_matrix(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For good: that one is flagged, the others are bitwise what they are without it."""
+    A = good(dtype=dtype)
+    bad = torch.diag(torch.arange(8, dtype=dtype) + 77)
+    fail_when(lambda A: bool((A.diagonal(dim1=-2, dim2=-1) == 77).any()), monkeypatch)
+    unaffected(eigh(), A, bad)
+    unaffected(pseudo_inverse(), A, bad)
+
+
+def test_eigh_fails_on_one_matrix_under_vmap_and_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = good(dtype=torch.float64)
+    A[1] = torch.diag(torch.arange(8) + 77)
+    fail_when(lambda A: bool((A.diagonal(dim1=-2, dim2=-1) == 77).any()), monkeypatch)
+    converged = torch.func.vmap(lambda a: eigh()(a, 4, 0.0).converged)(A)
+    assert converged.tolist() == [True, False, True, True]
+    gradient = torch.func.vmap(torch.func.grad(lambda a: eigh()(a, 4, 0.0).root.sum()))(A)
+    assert gradient[1].count_nonzero() == 0 and gradient[0].count_nonzero() > 0

@@ -1,0 +1,145 @@
+"""The iterations themselves: their iterates, when they stop, what they retry, how many steps they take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from funshampoo.linalg import coupled_newton, eigh, newton_schulz
+from funshampoo.linalg.newton_schulz import _cubics, _newton_steps
+
+from .spectra import DTYPES, log_spaced, low_rank, orthogonal, relative_error, with_spectrum
+
+
+def plain_newton(A: Tensor, p: int, tolerance: float, max_iterations: int) -> Tensor:
+    """The iteration as it is written down, for one matrix."""
+    identity = torch.eye(A.shape[-1], dtype=A.dtype)
+    z = (p + 1) / (2 * A.norm())
+    X, M = z ** (1 / p) * identity, z * A
+    for _ in range(max_iterations):
+        if (M - identity).abs().max() <= tolerance:
+            break
+        N = ((p + 1) * identity - M) / p
+        X, M = X @ N, torch.linalg.matrix_power(N, p) @ M
+    return X
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 6])
+@pytest.mark.parametrize("max_iterations", [0, 1, 5, 9, 100])
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-6, 1e-10])
+def test_the_iterates_of_each_matrix_alone(p: int, max_iterations: int, tolerance: float) -> None:
+    """The stack's matrices stop at different steps; none is touched after its own."""
+    Q = orthogonal(6, 4)
+    A = torch.stack([with_spectrum(Q[i], log_spaced(6, 10.0**i) * 3.0**i) for i in range(4)])
+    solver = coupled_newton(
+        relative_epsilon=0.0,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        retries=0,
+        max_residual=float("inf"),
+    )
+    expected = torch.stack([plain_newton(a, p, tolerance, max_iterations) for a in A])
+    torch.testing.assert_close(solver(A, p, 0.0).root, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_an_error_that_rises_in_the_first_step_is_no_divergence() -> None:
+    """max|M - I| rises from 0.65 to 0.79 here, although the iteration converges."""
+    v = torch.tensor([0.948, 0.318], dtype=torch.float64)
+    A = torch.stack([torch.outer(w, w) for w in (v, torch.tensor([0.6, 0.8]).double())])
+    for angle in torch.linspace(0, math.pi, 50, dtype=torch.float64):
+        w = torch.stack([angle.cos(), angle.sin()])
+        A = torch.cat([A, torch.outer(w, w)[None]])
+    for p in (2, 4):
+        assert coupled_newton(relative_epsilon=0.0, retries=0)(A, p, 1e-6).converged.all()
+
+
+def test_retry_raises_the_damping_of_failures_alone() -> None:
+    d = 16
+    A = with_spectrum(orthogonal(d), low_rank(d, 4), torch.float32)
+    A[1] = with_spectrum(orthogonal(d, 1)[0], log_spaced(d, 10), torch.float32)
+    once = coupled_newton(relative_epsilon=0.0, retries=0)(A, 4, 0.0)
+    assert once.converged.tolist() == [False, True, False]
+    result = coupled_newton(relative_epsilon=0.0, retries=3)(A, 4, 0.0)
+    assert result.converged.all()
+    assert all(x[1].equal(y[1]) for x, y in zip(once, result, strict=True))
+    # From zero, the damping starts at d·eps·λmax and is raised tenfold, at most twice here.
+    least = d * torch.finfo(torch.float32).eps
+    damping = 1 / (result.condition[0].item() - 1)
+    assert 0.9 * least < damping < 110 * least
+    assert relative_error(result.root[0], eigh()(A[0].double(), 4, damping).root) < 0.05
+
+
+def test_no_retries_for_what_can_not_be_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    original = torch.linalg.matrix_power
+    monkeypatch.setattr(
+        torch.linalg, "matrix_power", lambda *args: products.append(1) or original(*args)
+    )
+    A = torch.stack([torch.zeros(3, 3), torch.full((3, 3), torch.nan)])
+    assert not coupled_newton()(A, 4, 0.0).converged.any()
+    assert not products
+
+
+@pytest.mark.parametrize("condition", [1.0, 10.0, 1e4, 1e12, 1e20])
+def test_cubics_bring_every_value_within_the_tolerance(condition: float) -> None:
+    lower = 1 / condition
+    x = torch.logspace(math.log10(lower), 0, 1000, dtype=torch.float64)
+    for beta, gamma in _cubics(lower, 1e-12):
+        x = beta * x - gamma * x**3
+        assert x.min() > 0 and x.max() < 2
+    assert (x - 1).abs().max() < 2e-12
+
+
+def test_cubics_are_those_of_the_paper() -> None:
+    """The table of arXiv 2506.10935 starts from the interval that its first entry implies.
+
+    Later entries differ by its safety margin.
+    """
+    lower = (math.sqrt(1 - 4 * (1 - 5.182504 / 5.126830)) - 1) / 2
+    beta, gamma = next(_cubics(lower, 1e-6))
+    assert math.isclose(beta / gamma, 5.182504 / 5.126830, rel_tol=1e-6)
+    assert math.isclose(beta, 5.182504, rel_tol=0.05)
+
+
+def test_fixed_step_counts() -> None:
+    """At the default condition 1e6 and tolerance 1e-6, side 1: what a root costs."""
+    assert len(list(_cubics(1e-3, 1e-6))) == 11
+    assert len(list(_cubics(1e-3, 1e-12))) == 12
+    assert _newton_steps(3, 1e6, 1e-6) == 19
+    for p in (1, 3, 5, 7):
+        m = torch.logspace(-6, 0, 1000, dtype=torch.float64) * (p + 1) / 2
+        for _ in range(_newton_steps(p, 1e6, 1e-10)):
+            m = m * ((p + 1 - m) / p) ** p
+        assert (m - 1).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
+def test_newton_schulz_reaches_1e_10_in_float64_at_its_default_damping(p: int) -> None:
+    A = with_spectrum(orthogonal(64), low_rank(64, 16))
+    result = newton_schulz(relative_epsilon=0.0, tolerance=1e-12)(A, p, 1e-6)
+    truth = with_spectrum(orthogonal(64), (low_rank(64, 16) + 1e-6) ** (-1 / p))
+    assert relative_error(result.root, truth) < 5e-10
+
+
+@pytest.mark.parametrize("make", [coupled_newton, newton_schulz])
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+def test_defaults_are_enough_in_float32(make, p: int) -> None:  # type: ignore[no-untyped-def]
+    """Rank-deficient stacks at the default damping: every root is accepted, and is right."""
+    for d in (1, 2, 8, 64, 256):
+        count = 64 if d < 64 else 2
+        values = low_rank(d, max(1, d // 4))
+        Q = orthogonal(d, count)
+        result = make()(with_spectrum(Q, values, torch.float32), p, 0.0)
+        assert result.converged.all(), d
+        truth = with_spectrum(Q, (values + 1e-6) ** (-1 / p))
+        assert relative_error(result.root, truth) < 0.2 / p
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_newton_schulz_flags_a_condition_beyond_its_promise(dtype: torch.dtype) -> None:
+    A = with_spectrum(orthogonal(16), log_spaced(16, 1e5), dtype)
+    assert not newton_schulz(relative_epsilon=0.0, condition=1e2)(A, 4, 0.0).converged.any()
+    assert newton_schulz(relative_epsilon=0.0, condition=1e5)(A, 4, 0.0).converged.all()
