@@ -1,5 +1,6 @@
 # `make train` and `make test` set up what they need in .venv, with Python 3.11+ and make.
 PYTHON ?= python3
+TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -12,7 +13,7 @@ train-text: $(VENV)/ready
 	$(BIN)/python examples/train.py --task text
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -27,7 +28,7 @@ notebooks: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(if $(TORCH),$(TORCH),--constraint constraints.txt) --editable '.[dev]'
 	touch $@
 
 clean:

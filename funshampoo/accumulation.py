@@ -17,11 +17,12 @@ from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves
 def multi_steps(inner: GradientTransformation, every: int) -> GradientTransformation:
     """Average the gradients of `every` calls and run `inner` on the last of them only.
 
-    In between the updates are zeros and `inner` and its state are not touched. A micro-gradient with
-    any entry that is not finite is left out of the average and counted in `skipped`. If all of a
-    step's are, the step is too: the updates are zeros and every floating-point tensor of `inner`'s
-    state stays as it was (its counters go on). None of it waits for the device. A micro-gradient
-    that is None counts as zeros, since another micro-batch may have one for that parameter.
+    In between the updates are zeros and `inner` and its state are not touched. A micro-gradient
+    with any entry that is not finite is left out of the average and counted in `skipped`. If all of
+    a step's are, the step is left out too: the updates are zeros and every floating-point tensor of
+    `inner`'s state stays as it was (its counters go on). None of it waits for the device. A
+    micro-gradient that is None counts as zeros, since another micro-batch may have one for that
+    parameter.
 
     Args:
         inner: any transformation.
@@ -53,7 +54,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         leaves, _ = flatten(params)
         device = leaves[0].device if leaves else None
         return MultiStepsState(
-            count=new_counter(),
+            steps=new_counter(),
             total=map_leaves(_zeros, params),
             used=torch.zeros((), device=device),
             skipped=torch.zeros((), dtype=torch.int64, device=device),
@@ -68,7 +69,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         step: int | None = None,
         **context: Any,
     ) -> tuple[Tree, MultiStepsState]:
-        t = current_step(state.count, step)
+        t = current_step(state.steps, step)
         if t is None:
             raise RuntimeError(
                 "multi_steps can't read its counter inside torch.compile: pass step= (from 1)."
@@ -77,9 +78,11 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         total = map_leaves(lambda u, s: _add_if(finite, u, s), updates, state.total)
         used = state.used + finite
         skipped = state.skipped + ~finite
-        count = state.count + 1
+        count = state.steps + 1
         if t % every:
-            return map_leaves(_zeros, total), MultiStepsState(count, total, used, skipped, state.inner)
+            return map_leaves(_zeros, total), MultiStepsState(
+                count, total, used, skipped, state.inner
+            )
 
         if step is not None:
             context["step"] = t // every

@@ -20,8 +20,8 @@ function that does not declare one of these names never sees it, so that a two- 
 
 from __future__ import annotations
 
-import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -72,14 +72,19 @@ class GradientTransformation:
     name: str = ""
 
     def __post_init__(self) -> None:
-        set_field = functools.partial(object.__setattr__, self)  # frozen: the only way in
-        set_field("name", self.name or _name_of(self.update))
-        set_field("init", _ignoring_unknown_context(self.init, required=1))
-        set_field("update", _ignoring_unknown_context(self.update, required=2))
+        # Frozen for everybody else; this is the way in.
+        object.__setattr__(self, "name", self.name or _name_of(self.update))
+        object.__setattr__(self, "init", _ignoring_unknown_context(self.init, required=1))
+        object.__setattr__(self, "update", _ignoring_unknown_context(self.update, required=2))
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         yield self.init
         yield self.update
+
+
+def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
+    """The same functions under another name."""
+    return GradientTransformation(stage.init, stage.update, name)
 
 
 def as_transformation(stage: Any) -> GradientTransformation:
@@ -148,9 +153,11 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
 def _name_of(update: Callable[..., Any]) -> str:
     """`momentum` for the function `momentum.<locals>.update`; `stage` where there is no such."""
-    outer, _, _ = getattr(update, "__qualname__", "").partition(".<locals>")
-    name = outer.rpartition(".")[2]
-    return name if name not in ("", "update", "<lambda>") else "stage"
+    code = getattr(update, "__code__", None)  # which torch.compile can read, unlike __qualname__
+    qualified = code.co_qualname if code is not None else ""
+    outer, _, own = qualified.rpartition(".<locals>.")
+    name = (outer or own).rpartition(".")[2]
+    return "stage" if name in ("", "update", "<lambda>") or name.startswith("_") else name
 
 
 def _ignoring_unknown_context(function: Callable[..., Any], required: int) -> Callable[..., Any]:
@@ -158,17 +165,36 @@ def _ignoring_unknown_context(function: Callable[..., Any], required: int) -> Ca
 
     `required` positional arguments are always passed; the one after (params) only if declared.
     """
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    positional, known, variadic, any_keyword = _signature(function)
+    if any_keyword:
         return function
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    known = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    most = required + 1 if variadic or len(positional) > required else required
+    most = required + 1 if variadic or positional > required else required
 
-    @functools.wraps(function)
     def adapted(*args: Any, **context: Any) -> Any:
         kept = {name: value for name, value in context.items() if name in known}
         return function(*args[:most], **kept)
 
     return adapted
+
+
+def _signature(function: Callable[..., Any]) -> tuple[int, frozenset[str], bool, bool]:
+    """(number of positional parameters, names that work as keywords, has *args, has **kwargs).
+
+    A plain function is asked for its code object, which torch.compile can trace through where
+    `inspect` can't: `inject_hyperparams` builds transformations inside `update`.
+    """
+    if isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__"):
+        code = function.__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        variadic = bool(code.co_flags & inspect.CO_VARARGS)
+        any_keyword = bool(code.co_flags & inspect.CO_VARKEYWORDS)
+        by_keyword = frozenset(names[code.co_posonlyargcount :])
+        return code.co_argcount, by_keyword, variadic, any_keyword
+    parameters = list(inspect.signature(function).parameters.values())
+    kinds = [p.kind for p in parameters]
+    return (
+        sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds),
+        frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY),
+        inspect.Parameter.VAR_POSITIONAL in kinds,
+        inspect.Parameter.VAR_KEYWORD in kinds,
+    )

@@ -1,4 +1,4 @@
-"""Checks of static arguments, at construction. A tensor is never looked at: its value may be traced."""
+"""Checks of static arguments, at construction. Tensors are never read: they may be traced."""
 
 from __future__ import annotations
 

@@ -157,7 +157,9 @@ def partition(
         return given
 
     def member(label: str, given: list[Any]) -> GradientTransformation:
-        return masked(parts[label], lambda tree: flatten(tree)[1].unflatten([g == label for g in given]))
+        return masked(
+            parts[label], lambda tree: flatten(tree)[1].unflatten([g == label for g in given])
+        )
 
     def init(params: Tree, **context: Any) -> PartitionState:
         given = find_labels(params)
@@ -223,5 +225,3 @@ def _fill(tree: Tree, original: Tree, flags: list[bool]) -> Tree:
     leaves, spec = flatten(original)
     visible = spec.flatten_up_to(tree)
     return spec.unflatten([v if flag else x for v, x, flag in zip(visible, leaves, flags)])
-
-

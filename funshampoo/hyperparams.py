@@ -14,6 +14,7 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, State, Tree
 from funshampoo.state.stages import HyperparamsState
 from funshampoo.steps import new_counter
+from funshampoo.tree import flatten
 
 
 def inject_hyperparams(
@@ -76,21 +77,22 @@ def _injected(
         replaced.arguments.update(hyperparams)
         return factory(*replaced.args, **replaced.kwargs)
 
-    def scheduled(count: Tensor) -> dict[str, Tensor]:
-        return {name: _as_hyperparam(schedule(count)) for name, schedule in schedules.items()}
+    def scheduled(steps: Tensor) -> dict[str, Tensor]:
+        return {name: _as_hyperparam(schedule(steps)) for name, schedule in schedules.items()}
 
     def init(params: Tree, **context: Any) -> HyperparamsState:
-        count = new_counter()
-        hyperparams = {name: _as_hyperparam(value) for name, value in numbers.items()}
-        hyperparams |= scheduled(count)
-        return HyperparamsState(count, hyperparams, build(hyperparams).init(params, **context))
+        steps = new_counter()
+        device = next((x.device for x in flatten(params)[0] if isinstance(x, Tensor)), None)
+        hyperparams = {name: _as_hyperparam(value, device) for name, value in numbers.items()}
+        hyperparams |= scheduled(steps)
+        return HyperparamsState(steps, hyperparams, build(hyperparams).init(params, **context))
 
     def update(
         updates: Tree, state: HyperparamsState, params: Tree = None, **context: Any
     ) -> tuple[Tree, State]:
-        hyperparams = state.hyperparams | scheduled(state.count)
+        hyperparams = state.hyperparams | scheduled(state.steps)
         out, inner = build(hyperparams).update(updates, state.inner, params, **context)
-        return out, HyperparamsState(state.count + 1, hyperparams, inner)
+        return out, HyperparamsState(state.steps + 1, hyperparams, inner)
 
     return GradientTransformation(init, update, name="inject_hyperparams")
 
@@ -102,5 +104,7 @@ def _takes_number(bound: inspect.BoundArguments, name: str) -> bool:
     return says_so or isinstance(parameter.default, float)
 
 
-def _as_hyperparam(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
+def _as_hyperparam(value: Any, device: torch.device | None = None) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float32, device=device)

@@ -7,6 +7,7 @@ and under vmap. Any function of this kind will do in their place.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -63,7 +64,7 @@ def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
 
 
 def cosine(start: float, steps: int, *, end: float = 0.0) -> Schedule:
-    """Half a cosine from `start` to `end` in `steps` steps (Loshchilov and Hutter, arXiv 1608.03983).
+    """Half a cosine from `start` to `end` in `steps` steps (Loshchilov, Hutter, arXiv 1608.03983).
 
         value = end + (start - end) (1 + cos(π min(count/steps, 1))) / 2
 
@@ -96,9 +97,10 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     """
     if len(schedules) != len(boundaries) + 1:
         raise ValueError(
-            f"{len(schedules)} schedules need {len(schedules) - 1} boundaries, got {len(boundaries)}."
+            f"{len(schedules)} schedules need {len(schedules) - 1} boundaries, "
+            f"got {len(boundaries)}."
         )
-    if any(b <= a for a, b in zip(boundaries, boundaries[1:])):
+    if any(b <= a for a, b in itertools.pairwise(boundaries)):
         raise ValueError(f"boundaries must increase, got {list(boundaries)}.")
 
     def schedule(count: Tensor) -> Tensor:

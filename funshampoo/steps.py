@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+
+from funshampoo.host import unwrapped
 
 
 def new_counter() -> Tensor:
@@ -27,11 +28,10 @@ def read_counter(counter: Tensor) -> int | None:
     Raises:
         ValueError: members of an ensemble are at different steps.
     """
-    if torch.compiler.is_compiling():
+    plain = unwrapped(counter)
+    if plain is None:
         return None
-    while _functorch.is_functorch_wrapped_tensor(counter):
-        counter = _functorch.get_unwrapped(counter)
-    values = set(counter.reshape(-1).tolist())
+    values = set(plain.reshape(-1).tolist())
     if len(values) > 1:
         raise ValueError(
             f"members of the ensemble are at different steps ({sorted(values)}), so they can't "

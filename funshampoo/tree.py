@@ -1,7 +1,7 @@
 """Pytrees: what every stage needs of them, and the errors that name a leaf.
 
-A gradient may be None ("this parameter had none"). None is therefore a leaf here, unlike in optree's
-default, and stages leave the state and the update of such a leaf as they are.
+A gradient may be None ("this parameter had none"). None is therefore a leaf here, unlike in
+optree's default, and stages leave the state and the update of such a leaf as they are.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import optree
 import torch
 from torch import Tensor
 
+from funshampoo.traced_tree import traced_flatten
+
 
 class MaskedNode(NamedTuple):
     """Stands where `masked` hides a leaf: an empty node, so that no stage sees it."""
 
 
-def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
-    """Leaves and structure; None is a leaf."""
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure (an optree.PyTreeSpec, or its like in torch.compile); None is a leaf."""
+    if torch.compiler.is_compiling():
+        return traced_flatten(tree)
     return optree.tree_flatten(tree, none_is_leaf=True)
 
 

@@ -1,12 +1,12 @@
-"""Inverse p-th roots of stacks of symmetric positive semidefinite matrices: pure batched functions, usable alone."""
+"""Inverse p-th roots of stacks of symmetric matrices: pure batched functions, usable alone."""
 
 from __future__ import annotations
 
-from .coupled_newton import coupled_newton
-from .eigh import eigh
-from .newton_schulz import newton_schulz
-from .pseudo_inverse import pseudo_inverse
-from .solver import InverseRoot, Solver
+from funshampoo.linalg.coupled_newton import coupled_newton
+from funshampoo.linalg.eigh import eigh
+from funshampoo.linalg.newton_schulz import newton_schulz
+from funshampoo.linalg.pseudo_inverse import pseudo_inverse
+from funshampoo.linalg.solver import InverseRoot, Solver
 
 __all__ = [
     "InverseRoot",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .solver import (
+from funshampoo.linalg.solver import (
     InverseRoot,
     Solver,
     add_to_diagonal,
@@ -14,28 +14,31 @@ from .solver import (
     check_matrix,
     total_damping,
 )
-from .spectral import decompose, inverse_root
+from funshampoo.linalg.spectral import decompose, inverse_root
 
 
 def eigh(*, relative_epsilon: float | Tensor = 0.0, floor: bool = True) -> Solver:
-    """Inverse root by eigendecomposition, for any p > 0 (Gupta, Koren and Singer, arXiv 1802.09568).
+    """Inverse root by eigendecomposition (Shampoo, arXiv 1802.09568), for any p > 0.
 
-        A = Q diag(λ) Qᵀ,   X = Q diag(λ̃^(-1/p)) Qᵀ,   damping = epsilon + relative_epsilon·λmax
+        A = Q diag(λ) Qᵀ,   X = Q diag(λ̃^(-1/p)) Qᵀ
+        damping = epsilon + relative_epsilon·λmax
         floor=True:   λ̃ = max(λ, 0) + damping
         floor=False:  λ̃ = λ - min(λmin, 0) + damping
 
-    Where A is positive semidefinite the two agree; they differ in how they repair eigenvalues that rounding has made
-    negative. The floor moves those alone; floor=False moves the whole spectrum, as the reference implementation of
-    Distributed Shampoo (arXiv 2309.06497) does. In float32, eigenvalues below about 1e-7·λmax are rounding errors:
-    keep the damping above that, or use `pseudo_inverse`.
+    Where A is positive semidefinite the two agree; they differ in how they repair eigenvalues that
+    rounding has made negative. The floor moves those alone; floor=False moves the whole spectrum,
+    as the reference implementation of Distributed Shampoo (arXiv 2309.06497) does. In float32,
+    eigenvalues below about 1e-7·λmax are rounding errors: keep the damping above that, or use
+    `pseudo_inverse`.
 
-    A matrix that LAPACK fails on is decomposed again in float64, by itself (not inside torch.compile, where its error
-    is raised). A root fails when λ̃ is not positive. Gradients flow to A, epsilon and relative_epsilon, are finite at
-    tied eigenvalues, and treat the repair as a constant; second derivatives are a NotImplementedError.
+    A matrix that LAPACK fails on is decomposed again in float64, by itself (not inside
+    torch.compile, where its error is raised). A root fails when λ̃ is not positive. Gradients flow
+    to A, epsilon and relative_epsilon, are finite at tied eigenvalues, and treat the repair as a
+    constant; second derivatives are a NotImplementedError.
 
     relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2].
-    Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for a dtype other than
-    float32 and float64.
+    Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for
+    a dtype other than float32 and float64.
 
     >>> A = torch.diag(torch.tensor([1.0, 16.0]))
     >>> eigh()(A, 4, 0.0).root
@@ -52,8 +55,7 @@ def eigh(*, relative_epsilon: float | Tensor = 0.0, floor: bool = True) -> Solve
         damping = total_damping(A, epsilon, relative_epsilon, lambda: values[..., -1])
         repair = (-values if floor else -values[..., :1]).clamp(min=0)
         repaired = values + repair + damping[..., None]
-        return inverse_root(
-            add_to_diagonal(A, damping), spectrum, repaired, torch.ones_like(repaired, dtype=torch.bool), p
-        )
+        keep = torch.ones_like(repaired, dtype=torch.bool)
+        return inverse_root(add_to_diagonal(A, damping), spectrum, repaired, keep, p)
 
     return solve

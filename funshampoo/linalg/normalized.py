@@ -1,21 +1,22 @@
-"""Scaling around the iterative solvers: they work on B = A / scale, so that float32's range is never in the way."""
+"""What surrounds an iteration: scaling into float32's range before, and the verdict after."""
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .estimates import largest_eigenvalue, largest_row_norm, probe_vectors
-from .solver import InverseRoot, identity_like, symmetrize, where
+from funshampoo.linalg.estimates import RESIDUAL_ITERATIONS, largest_eigenvalue, spectral_norm
+from funshampoo.linalg.solver import InverseRoot, identity_like, symmetrize, where
 
 
 class Normalized(NamedTuple):
-    """A = scale·B: B (..., d, d) with largest entry 1 in magnitude, scale (...), and which (...) A are to be solved.
+    """A = scale·B, max|B| = 1: B (..., d, d), scale (...), and which (...) A are to be solved.
 
-    B is the identity where A is not. The scale is a constant to autograd: (A / scale)^(-1/p) times scale^(-1/p) does
-    not depend on it.
+    B is the identity where A is not. The scale is a constant to autograd: (A / scale)^(-1/p) times
+    scale^(-1/p) does not depend on it.
     """
 
     B: Tensor
@@ -24,14 +25,15 @@ class Normalized(NamedTuple):
 
 
 def normalize(A: Tensor, wanted: Tensor) -> Normalized:
-    """Divide each matrix by its largest entry in magnitude: neither it nor the squares in a norm can then overflow.
+    """Divide each matrix by its largest entry, after which the squares in a norm can't overflow.
 
     A matrix is solvable if it is wanted (...), finite and not zero.
     """
     largest = A.detach().abs().amax((-2, -1))
     solvable = wanted & largest.isfinite() & (largest > 0)
     scale = torch.where(solvable, largest, 1.0)
-    return Normalized(where(solvable, A, identity_like(A)) / scale[..., None, None], scale, solvable)
+    B = where(solvable, A, identity_like(A)) / scale[..., None, None]
+    return Normalized(B, scale, solvable)
 
 
 def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> InverseRoot:
@@ -55,9 +57,10 @@ def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> Inver
 
 
 def _residual(X: Tensor, p: int, B: Tensor) -> Tensor:
-    """Row norm of X^⌈p/2⌉ B X^⌊p/2⌋ - I."""
-    V = probe_vectors(B)
-    product = V
-    for factor in [X] * (p // 2) + [B] + [X] * (p - p // 2):
-        product = factor @ product
-    return largest_row_norm(product - V)
+    """‖X^⌈p/2⌉ B X^⌊p/2⌋ - I‖₂."""
+    factors = [X] * (p // 2) + [B] + [X] * (p - p // 2)
+
+    def apply(v: Tensor) -> Tensor:
+        return reduce(torch.matmul, factors, v) - v
+
+    return spectral_norm(apply, B, RESIDUAL_ITERATIONS)

@@ -5,22 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .solver import InverseRoot, Solver, check_at_least, check_exponent, check_matrix
-from .spectral import decompose, inverse_root
+from funshampoo.linalg.solver import (
+    InverseRoot,
+    Solver,
+    check_at_least,
+    check_exponent,
+    check_matrix,
+)
+from funshampoo.linalg.spectral import decompose, inverse_root
 
 
-def pseudo_inverse(*, rtol: float | None = None, atol: float = 0.0) -> Solver:
-    """Inverse root of the Moore-Penrose kind (Penrose, 1955): no damping, and nothing along directions never seen.
+def pseudo_inverse(*, rtol: float | Tensor | None = None, atol: float = 0.0) -> Solver:
+    """Inverse root of the kind of Moore and Penrose (1955): zero along directions never seen.
 
-        A = Q diag(λ) Qᵀ,   X = Q diag(f(λ)) Qᵀ,   f(λ) = λ^(-1/p) if λ > max(rtol·λmax, atol), else 0
+        A = Q diag(λ) Qᵀ,   X = Q diag(f(λ)) Qᵀ
+        f(λ) = λ^(-1/p) if λ > max(rtol·λmax, atol), else 0
 
-    For any p > 0. Residual, condition and gradient are those of the kept eigenspace (the gradient at constant rank). A
-    matrix with no eigenvalue to keep, such as zero, says nothing: its root does not converge. Failures of LAPACK,
-    ties and second derivatives are as for `eigh`.
+    For any p > 0. Residual, condition and gradient are those of the kept eigenspace (the gradient
+    at constant rank). A matrix with no eigenvalue to keep, such as zero, says nothing: its root
+    does not converge. Failures of LAPACK, ties and second derivatives are as for `eigh`.
 
     rtol: None means d times the machine epsilon of A's dtype, the size of eigh's rounding errors.
-    epsilon of the solver must be the number 0. Raises ValueError for another epsilon, a negative rtol or atol, or
-    p ≤ 0; TypeError for a dtype other than float32 and float64.
+    epsilon of the solver must be the number 0. Raises ValueError for another epsilon, a negative
+    rtol or atol, or p ≤ 0; TypeError for a dtype other than float32 and float64.
 
     >>> A = torch.diag(torch.tensor([0.0, 16.0]))
     >>> pseudo_inverse()(A, 4, 0.0).root
@@ -35,10 +42,12 @@ def pseudo_inverse(*, rtol: float | None = None, atol: float = 0.0) -> Solver:
         check_exponent(p)
         if isinstance(epsilon, Tensor) or epsilon != 0:
             raise ValueError(
-                f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would fill the null space "
-                "that it leaves out; use eigh() for a damped root"
+                f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would "
+                "fill the null space that it leaves out; use eigh() for a damped root"
             )
         relative = A.shape[-1] * torch.finfo(A.dtype).eps if rtol is None else rtol
+        if isinstance(relative, Tensor):
+            relative = relative.to(A)
         spectrum = decompose(A)
         values = spectrum.values
         # Zero is never kept, whatever the tolerances: it has no inverse.

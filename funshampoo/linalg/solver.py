@@ -1,4 +1,4 @@
-"""What a root solver is: its signature, its result, and the checks that every solver makes at the door."""
+"""What a root solver is: its signature, its result, and the checks all solvers make at the door."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 class InverseRoot(NamedTuple):
-    """X = (A + damping·I)^(-1/p) for a stack of matrices A (..., d, d), and how far each X can be trusted.
+    """X = (A + damping·I)^(-1/p) for matrices A (..., d, d), and how far to trust each X.
 
     root:      (..., d, d), A's dtype, symmetric. The identity where `converged` is False, so that
                `torch.where(converged[..., None, None], root, old)` is safe, under autograd too.
-    residual:  (...), how far X^(p/2) (A + damping·I) X^(p/2) is from the identity: an estimate of
-               the largest row norm of the difference, which lies between its largest entry and
-               its spectral norm. inf where there was nothing to solve. For `pseudo_inverse`,
-               everything is restricted to the eigenspace that is kept.
+    residual:  (...), ‖X^(p/2) (A + damping·I) X^(p/2) - I‖₂, the largest relative error of an
+               eigenvalue, estimated from below by power iterations. inf where there was nothing
+               to solve. For `pseudo_inverse`, restricted to the eigenspace that is kept.
     condition: (...), λmax / λmin of A + damping·I (of the kept eigenvalues for `pseudo_inverse`).
     converged: (...), bool. False for a matrix that is not finite, that has no root, or whose root
                was not reached.
 
-    The residual is that of the balanced product because it has the eigenvalues of X^p (A +
-    damping·I) but is symmetric: it measures the relative errors of eigenvalues. The entries of
-    X^p (A + damping·I) - I also hold rounding errors in X times up to √condition: in float32 at
-    condition 1e6 these are 0.3 to 7 for roots that are right to 1 %, where the balanced ones are
-    0.02 to 0.15. For odd p the halves of X^p are X^((p+1)/2) and X^((p-1)/2) in iterative solvers.
+    Two choices in the residual. Balanced: the entries of X^p (A + damping·I) - I, which has the
+    same eigenvalues but is not symmetric, hold rounding errors in X times up to √condition; in
+    float32 at condition 1e6 they reach 0.3 to 7 for roots that are right to 1 %, the balanced
+    residual 0.05 to 0.2. And the spectral norm: one eigenvalue that did not converge leaves 1 in
+    it, but only about 1/d in the largest entry. For odd p, iterative solvers halve X^p into powers
+    (p ± 1)/2.
 
     Only `root` carries gradients.
     """
@@ -38,11 +38,11 @@ class InverseRoot(NamedTuple):
 
 
 Solver = Callable[[Tensor, float, float | Tensor], InverseRoot]
-"""solver(A, p, epsilon): the inverse p-th root of A + damping·I, damping = epsilon + relative_epsilon·λmax(A).
+"""solver(A, p, epsilon) = (A + damping·I)^(-1/p), damping = epsilon + relative_epsilon·λmax(A).
 
-A (..., d, d) is float32 or float64, symmetric and positive semidefinite up to rounding; epsilon is a number or a tensor
-that broadcasts to A.shape[:-2]. A solver is pure, never raises because of a matrix's values, and treats each matrix of
-the stack as if it were alone.
+A (..., d, d) is float32 or float64, symmetric and positive semidefinite up to rounding; epsilon is
+a number or a tensor that broadcasts to A.shape[:-2]. A solver is pure, never raises because of a
+matrix's values, and treats each matrix of the stack as if it were alone.
 """
 
 
@@ -57,46 +57,49 @@ def check_matrix(A: Tensor) -> None:
 def check_exponent(p: float) -> None:
     """Raise unless p is a positive Python number."""
     if isinstance(p, Tensor) or not p > 0:
-        raise ValueError(f"p must be a positive Python number, got {p}: the root is (A + damping·I)^(-1/p)")
+        raise ValueError(f"p must be a positive Python number, got {p}: the root is A^(-1/p)")
 
 
 def integer_exponent(p: float, solver: str) -> int:
     """Return p as an int; raise unless it is a positive integer, as `solver` needs."""
     check_exponent(p)
     if p != int(p):
-        raise ValueError(f"p must be an integer for {solver}, got {p}: use eigh() for other exponents")
+        raise ValueError(f"p must be an integer for {solver}, got {p}: use eigh() for others")
     return int(p)
 
 
 def check_at_least(name: str, value: float | Tensor, least: float) -> None:
-    """Raise if `value` is a Python number below `least`; tensors are never read, which would wait for the device."""
+    """Raise if `value` is a number below `least`. Reading a tensor would wait for its device."""
     if not isinstance(value, Tensor) and not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def total_damping(
-    A: Tensor, epsilon: float | Tensor, relative_epsilon: float | Tensor, largest: Callable[[], Tensor]
+    A: Tensor,
+    epsilon: float | Tensor,
+    relative_epsilon: float | Tensor,
+    largest: Callable[[], Tensor],
 ) -> Tensor:
-    """damping = epsilon + relative_epsilon·λmax(A), of shape A.shape[:-2] and A's dtype.
+    """Damping = epsilon + relative_epsilon·λmax(A), of shape A.shape[:-2] and A's dtype.
 
     `largest` returns λmax(A); it is not called when relative_epsilon is the number 0.
     """
     check_at_least("epsilon", epsilon, 0)
-    batch = A.shape[:-2]
-    damping = A.new_zeros(batch) + _like(epsilon, A, "epsilon")
+    damping = A.new_zeros(A.shape[:-2]) + _like(epsilon, A, "epsilon")
     if isinstance(relative_epsilon, Tensor) or relative_epsilon != 0:
-        # A matrix that rounding has made negative must not be damped by a negative amount.
+        # Rounding can leave λmax of a vanishing matrix negative; damping must not be.
         damping = damping + _like(relative_epsilon, A, "relative_epsilon") * largest().clamp(min=0)
     return damping
 
 
 def _like(value: float | Tensor, A: Tensor, name: str) -> float | Tensor:
-    """`value` in A's dtype: a float32 hyperparameter must not pull float64 matrices down to float32."""
+    """`value` in A's dtype, so that a float32 hyperparameter does not lower float64 matrices."""
     if not isinstance(value, Tensor):
         return value
-    batch = A.shape[:-2]
-    if value.ndim > len(batch) or any(v not in (1, b) for v, b in zip(value.shape[::-1], batch[::-1], strict=False)):
-        raise ValueError(f"{name} of shape {tuple(value.shape)} does not broadcast to the stack {tuple(batch)}")
+    shape, batch = value.shape, A.shape[:-2]
+    pairs = zip(shape[::-1], batch[::-1], strict=False)
+    if len(shape) > len(batch) or any(size not in (1, count) for size, count in pairs):
+        raise ValueError(f"{name} of shape {(*shape,)} must broadcast to the stack's {(*batch,)}")
     return value.to(dtype=A.dtype, device=A.device)
 
 
@@ -106,7 +109,7 @@ def identity_like(A: Tensor) -> Tensor:
 
 
 def replace_nonfinite(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A with the identity in place of every matrix that is not finite, and which (...) of them are finite.
+    """A with the identity in place of matrices that are not finite, and which (...) are finite.
 
     The stand-in keeps such a matrix from reaching LAPACK, and its gradient at exactly zero.
     """

@@ -1,4 +1,4 @@
-"""Functions of a symmetric matrix through its eigendecomposition, with gradients that are finite at tied eigenvalues."""
+"""Inverse roots through the eigendecomposition, with finite gradients at tied eigenvalues."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .estimates import largest_row_norm, probe_vectors
-from .solver import InverseRoot, identity_like, replace_nonfinite, symmetrize, where
-
+from funshampoo.linalg.estimates import RESIDUAL_ITERATIONS, spectral_norm
+from funshampoo.linalg.solver import (
+    InverseRoot,
+    identity_like,
+    replace_nonfinite,
+    symmetrize,
+    where,
+)
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class Spectrum(NamedTuple):
-    """A = Q diag(λ) Qᵀ: values λ (..., d) in ascending order, vectors Q (..., d, d), and which (...) A were decomposed.
+    """A = Q diag(λ) Qᵀ: λ (..., d) ascending, Q (..., d, d), and which (...) A were decomposed.
 
-    A matrix that was not decomposed has the identity's spectrum. `values` carry gradients, `vectors` do not.
+    A matrix that was not has the identity's spectrum. `values` carry gradients, `vectors` do not.
     """
 
     values: Tensor
@@ -27,19 +32,22 @@ class Spectrum(NamedTuple):
 
 
 def decompose(A: Tensor) -> Spectrum:
-    """Eigendecomposition of each matrix of A (..., d, d) that is finite and that LAPACK can handle."""
+    """The eigendecomposition of each matrix of A (..., d, d) that is finite and has one."""
     A, finite = replace_nonfinite(A)
     values, vectors, solved = _Decompose.apply(A)  # type: ignore[no-untyped-call]
     return Spectrum(values, vectors, finite & solved)
 
 
-def inverse_root(A: Tensor, spectrum: Spectrum, values: Tensor, keep: Tensor, p: float) -> InverseRoot:
-    """X = Q diag(λ^(-1/p) where kept, else 0) Qᵀ for A = Q diag(λ) Qᵀ, with its residual and verdict.
+def inverse_root(
+    A: Tensor, spectrum: Spectrum, values: Tensor, keep: Tensor, p: float
+) -> InverseRoot:
+    """X = Q diag(λ^(-1/p) where kept, else 0) Qᵀ for A = Q diag(λ) Qᵀ, with its verdict.
 
-    A:        (..., d, d), the damped matrix: gradients of X flow to it alone, and through it to the damping.
+    A:        (..., d, d), the damped matrix: gradients of X flow to it alone, and through it to the
+              damping.
     spectrum: the decomposition that A's eigenvectors are those of.
-    values:   λ (..., d), A's eigenvalues as they are to be used, after any repair: the repair of a spectrum that
-              rounding made indefinite is a constant to autograd.
+    values:   λ (..., d), A's eigenvalues as they are to be used, after any repair: the repair of a
+              spectrum that rounding made indefinite is a constant to autograd.
     keep:     (..., d), bool.
     """
     exponent = 1 / p
@@ -48,7 +56,7 @@ def inverse_root(A: Tensor, spectrum: Spectrum, values: Tensor, keep: Tensor, p:
     largest = torch.where(keep, kept, 0.0).amax(-1)
     finite = smallest.isfinite() & largest.isfinite() & smallest.pow(-exponent).isfinite()
     solvable = spectrum.decomposed & finite & (smallest > 0)
-    # Ones in place of eigenvalues without a root: what torch.where discards below must be finite for its gradient.
+    # What torch.where discards below must be finite all the same, for its gradient is 0·it.
     kept = torch.where(solvable[..., None], kept, 1.0)
     Q = spectrum.vectors
     residual = torch.where(solvable, _residual(A.detach(), kept, Q, keep), torch.inf)
@@ -63,16 +71,20 @@ def inverse_root(A: Tensor, spectrum: Spectrum, values: Tensor, keep: Tensor, p:
 
 
 def _residual(A: Tensor, kept: Tensor, Q: Tensor, keep: Tensor) -> Tensor:
-    """Row norm of H A H - (I - the projector on dropped eigenvectors), H = Q diag(λ^(-1/2)) Qᵀ."""
-    V = probe_vectors(A)
-    half = torch.where(keep, kept.rsqrt(), 0.0)[..., None]
-    dropped = torch.where(keep, kept.new_zeros(()), 1.0)[..., None]
-    HAHV = Q @ (half * (Q.mT @ (A @ (Q @ (half * (Q.mT @ V))))))
-    return largest_row_norm(HAHV - V + Q @ (dropped * (Q.mT @ V)))
+    """‖H Qᵀ A Q H - I‖₂ with H = diag(λ^(-1/2)), on the kept eigenvectors."""
+    half = torch.where(keep, kept.rsqrt(), 0.0)[..., None, :]
+
+    def apply(v: Tensor) -> Tensor:
+        return (v * half) @ Q.mT @ A @ Q * half - torch.where(keep[..., None, :], v, 0.0)
+
+    return spectral_norm(apply, A, RESIDUAL_ITERATIONS)
 
 
 class _Decompose(Function):
-    """A -> λ, Q, solved, with dA = Q diag(dλ) Qᵀ: no differences of eigenvalues, since Q carries no gradient."""
+    """A -> λ, Q, solved, with dA = Q diag(dλ) Qᵀ.
+
+    Q carries no gradient, which would divide by differences of eigenvalues.
+    """
 
     @staticmethod
     def forward(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +97,9 @@ class _Decompose(Function):
             return _decompose_one_by_one(A)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         values, vectors, solved = output
         ctx.mark_non_differentiable(vectors, solved)
         ctx.save_for_backward(values, vectors)
@@ -96,42 +110,51 @@ class _Decompose(Function):
         return _first_order(symmetrize((Q * d_values[..., None, :]) @ Q.mT), values)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int], A: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-        # A stack is a stack: forward never sees a batched tensor, and can catch and isolate under vmap too.
+    def vmap(
+        info: Any, in_dims: tuple[int], A: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+        # One stack more: so forward never sees a batched tensor, and can isolate failures here too.
         return _Decompose.apply(A.movedim(in_dims[0], 0)), 0  # type: ignore[no-untyped-call]
 
 
 def _decompose_one_by_one(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The stack's decompositions when one of them fails: that one again in float64, and failing that the identity's.
+    """The stack's decompositions when one fails: that one in float64, or else the identity's.
 
-    One by one from the start, so that the others come out as they would have without it.
+    One by one from the start, and in the memory layout of a stack's eigenvectors, column by column,
+    so that the others come out as they would have without it (for odd d ≥ 9, where MKL's rounding
+    depends on a matrix's alignment, up to rounding).
     """
     stack = [_decompose_one(matrix) for matrix in A.reshape(-1, *A.shape[-2:])]
-    values, vectors, solved = (torch.stack(column) for column in zip(*stack, strict=True))
-    return values.reshape(A.shape[:-1]), vectors.reshape(A.shape), solved.reshape(A.shape[:-2])
+    values, rows, solved = (torch.stack(column) for column in zip(*stack, strict=True))
+    return values.reshape(A.shape[:-1]), rows.reshape(A.shape).mT, solved.reshape(A.shape[:-2])
 
 
 def _decompose_one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """λ (d,), Qᵀ (d, d), and whether there are any."""
     for dtype in (matrix.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(matrix.to(dtype))
         except LinAlgError:
             continue
-        return values.to(matrix.dtype), vectors.to(matrix.dtype), torch.tensor(True, device=matrix.device)
-    return matrix.new_ones(matrix.shape[-1]), identity_like(matrix), torch.tensor(False, device=matrix.device)
+        return values.to(matrix), vectors.mT.to(matrix), values.new_ones((), dtype=torch.bool)
+    ones = matrix.new_ones(matrix.shape[-1])
+    return ones, ones.diag(), ones.new_zeros((), dtype=torch.bool)
 
 
 class _InversePower(Function):
     """A -> X = Q diag(f) Qᵀ, f_i = λ_i^(-α) where kept, else 0, for A = Q diag(λ) Qᵀ.
 
-    The derivative is the Daleckii-Krein form, dA = Q (Γ ∘ (Qᵀ sym(dX) Q)) Qᵀ with Γ the divided differences of f
-    (Higham, Functions of Matrices, 2008, theorem 3.11). It is taken with respect to A only.
+    The derivative is the Daleckii-Krein form, dA = Q (Γ ∘ (Qᵀ sym(dX) Q)) Qᵀ with Γ the divided
+    differences of f (Higham, Functions of Matrices, 2008, theorem 3.11). It is taken with respect
+    to A only.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(A: Tensor, kept: Tensor, values: Tensor, Q: Tensor, keep: Tensor, exponent: float) -> Tensor:
+    def forward(
+        A: Tensor, kept: Tensor, values: Tensor, Q: Tensor, keep: Tensor, exponent: float
+    ) -> Tensor:
         f = torch.where(keep, kept.pow(-exponent), 0.0)
         return symmetrize((Q * f[..., None, :]) @ Q.mT)
 
@@ -149,7 +172,7 @@ class _InversePower(Function):
 
 
 def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: float) -> Tensor:
-    """Γ (..., d, d): (f_i - f_j) / (λ_i - λ_j), and f'(λ_i) where they are equal, without cancellation.
+    """Γ (..., d, d) = (f_i - f_j) / (λ_i - λ_j), or f'(λ_i) at a tie, free of cancellation.
 
     For two kept eigenvalues λ_s ≤ λ_l, with r = log(λ_l / λ_s):
         Γ = (f_s / λ_s) expm1(-αr) / expm1(r), which tends to -α f_s / λ_s = f'(λ_s) as r -> 0.
@@ -158,8 +181,10 @@ def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: f
     log = kept.log()
     r = (log[..., :, None] - log[..., None, :]).abs()
     tied = r == 0
-    ratio = torch.where(tied, -exponent, torch.expm1(-exponent * r) / torch.expm1(torch.where(tied, 1.0, r)))
-    slope = kept.pow(-exponent) / kept  # falls with λ: the larger of two belongs to the smaller eigenvalue
+    ratio = torch.where(
+        tied, -exponent, torch.expm1(-exponent * r) / torch.expm1(torch.where(tied, 1.0, r))
+    )
+    slope = kept.pow(-exponent) / kept  # falls with λ: the larger of two is that of λ_s
     both_kept = torch.maximum(slope[..., :, None], slope[..., None, :]) * ratio
 
     f = torch.where(keep, kept.pow(-exponent), 0.0)

@@ -12,16 +12,20 @@ from funshampoo.base import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import InverseRoot, Solver, coupled_newton, eigh, pseudo_inverse
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
+from funshampoo.transforms.weight_decay import DecayKind
 
 Config = Mapping[str, Any]
 
-_DECAY_KINDS = {
+_DECAY_KINDS: dict[str, DecayKind] = {
     "L2": "coupled",
     "DECOUPLED": "decoupled",
     "CORRECTED": "corrected",
     "INDEPENDENT": "independent",
 }
-_SHAMPOO_TYPES = ("RootInvShampooPreconditionerConfig", "EigendecomposedShampooPreconditionerConfig")
+_SHAMPOO_TYPES = (
+    "RootInvShampooPreconditionerConfig",
+    "EigendecomposedShampooPreconditionerConfig",
+)
 # What the reference accepts and a chain has no use for: dtypes follow the parameters here, failed
 # roots are counted in the state, and symmetric storage is not arithmetic.
 _WITHOUT_EFFECT = (
@@ -50,7 +54,7 @@ def from_reference(
     grafting_config: Config | None = None,
     iterate_averaging_config: Config | None = None,
     preconditioner_config: Config | None = None,
-    peak_lr: float | None = None,
+    peak_lr: Hyper | None = None,
     group_steps: bool = True,
     floor: bool = True,
 ) -> GradientTransformation:
@@ -109,7 +113,9 @@ def from_reference(
     if kind in ("corrected", "independent") and peak_lr is None:
         peak_lr = _peak(lr)
     config = _Fields(
-        preconditioner_config or {"type": _SHAMPOO_TYPES[0]}, "preconditioner_config", _SHAMPOO_TYPES
+        preconditioner_config or {"type": _SHAMPOO_TYPES[0]},
+        "preconditioner_config",
+        _SHAMPOO_TYPES,
     )
     config.drop(*_WITHOUT_EFFECT)
     scaled = config.take("use_trace_scaling", False)

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from funshampoo.base import GradientTransformation, Hyper, Schedule
 from funshampoo.checks import check_choice
 from funshampoo.combine import Mask, chain
-from funshampoo.linalg import Solver, eigh
+from funshampoo.linalg import Solver, eigh, pseudo_inverse
 from funshampoo.recipes.diagonal import is_zero
 from funshampoo.transforms import (
     add_decayed_weights,
@@ -76,14 +76,17 @@ def shampoo(
         beta1, beta3: the filter; see `ema`.
         beta2: decay of the statistics; the number 1 means a plain sum.
         epsilon: absolute damping. 0, since the gradients' scale is anyone's guess.
-        relative_epsilon: damping relative to each factor's largest eigenvalue, for the default
-            solver (a solver given as `solver` brings its own). Below 1e-7 float32 roots are noise.
+        relative_epsilon: relative to each factor's largest eigenvalue, for the default solver (one
+            given as `solver` brings its own): the damping of eigh with grafting, the cut-off of the
+            pseudo-inverse without. Below 1e-7 float32 roots are noise.
         every, start: refreshes happen at step `start` (None: `every`) and on multiples of `every`
             after it. Until then a step is the grafted method's.
         max_size, merge, keep: blocks; see `blocked`. Matrices stay matrices (keep=2): merging a
             32×32 matrix into a 1024-vector costs a 1024×1024 factor.
         grafting: whose step length to take: "adam", "rms", "adagrad", "sgd", a transformation, or
-            None for Shampoo's own.
+            None for Shampoo's own. Without grafting nothing bounds a step along a direction that
+            the statistics had not seen at the last refresh, so the default solver then gives such
+            directions no step at all: the truncated pseudo-inverse (unless epsilon is set).
         grafting_beta2, grafting_epsilon: of that method; beta2 by default (0.999 if that is 1).
         momentum, nesterov, dampening: see `trace`. The number 0 for momentum leaves the stage out.
         weight_decay, weight_decay_kind, peak_learning_rate, mask: see `add_decayed_weights`.
@@ -110,7 +113,10 @@ def shampoo(
     >>> updates["b"]
     tensor([-0.1000, -0.1000])
     """
-    solver = eigh(relative_epsilon=relative_epsilon) if solver is None else solver
+    if solver is None:
+        truncate = grafting is None and is_zero(epsilon)
+        damped = eigh(relative_epsilon=relative_epsilon)
+        solver = pseudo_inverse(rtol=relative_epsilon) if truncate else damped
     first = every if start is None else start
     roots = root_inverse(
         every,

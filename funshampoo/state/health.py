@@ -22,7 +22,7 @@ class FactorHealth(NamedTuple):
     """One side of one stack (or leaf).
 
     Attributes:
-        where: stack or leaf, and side: "64x147 side 0".
+        where: stack or leaf, and side: "64x147 side 0", "layers.0.weight side 1".
         matrices: how many factor matrices.
         residual: the largest residual of a root.
         condition: the largest condition number.
@@ -94,7 +94,7 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
         elif isinstance(node, MultiStepsState):
             skipped += int(node.skipped.sum())
         elif isinstance(node, RootInverseState):
-            steps = int(node.count.max())
+            steps = int(node.steps.max())
         elif isinstance(node, FactorRoot):
             factors.append(_factor(path, node, layout))
     found = Health(steps, factors, skipped)
@@ -103,7 +103,8 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
 
 
 def _factor(path: tuple[str, ...], root: FactorRoot, layout: Mapping[str, Any]) -> FactorHealth:
-    *_, leaf, side = path
+    *inside, side = path[path.index("roots") + 1 :]
+    leaf = ".".join(inside)
     worst = int(torch.argmax(_rows(root.residual)))
     return FactorHealth(
         where=f"{leaf} side {side}",

@@ -127,7 +127,7 @@ def _is_entry(node: Any) -> bool:
 def _holds_states(node: dict[str, Any]) -> bool:
     """A dict of states (of a chain, of a partition), as against a tree of tensors."""
     return all(
-        isinstance(v, dict) and _holds_states(v) or type(v).__name__.endswith("State")
+        (isinstance(v, dict) and _holds_states(v)) or type(v).__name__.endswith("State")
         for v in node.values()
     )
 

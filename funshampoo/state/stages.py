@@ -1,8 +1,8 @@
 """The named tuples that stages own and later stages may read.
 
-A *tree* below has the structure of the updates that reach the stage: the parameters' own, or inside
-`blocked` a dict {stack: tensor} whose tensors lead with the block axis. N is the number of blocks in
-a stack; outside `blocked` it is absent. Floating-point tensors are float32 at least.
+A *tree* below has the structure of the updates that reach the stage: the parameters' own, or
+inside `blocked` a dict {stack: tensor} whose tensors lead with the block axis. N is the number of
+blocks in a stack; outside `blocked` it is absent. Floating-point tensors are float32 at least.
 
 Every weight is the total weight of the gradients in an average: it follows the average's own
 recursion with 1 in the gradient's place, so that average / weight is the weighted mean. With a
@@ -54,18 +54,18 @@ class RootInverseState(NamedTuple):
     """Of `root_inverse`.
 
     Attributes:
-        count: steps so far, () int64 on the CPU.
+        steps: so far, () int64 on the CPU.
         roots: tree of tuples, one entry a side: `FactorRoot`, or () for a side left alone.
     """
 
-    count: Tensor
+    steps: Tensor
     roots: Tree
 
 
 class GraftState(NamedTuple):
     """Of `graft`: the states of the two methods, and the steps so far (() int64 on the CPU)."""
 
-    count: Tensor
+    steps: Tensor
     direction: Any
     onto: Any
 
@@ -115,20 +115,20 @@ class AdagradState(NamedTuple):
 class ScheduleState(NamedTuple):
     """Of a stage with a schedule: the steps so far, () int64 on the CPU."""
 
-    count: Tensor
+    steps: Tensor
 
 
 class HyperparamsState(NamedTuple):
     """Of `inject_hyperparams`.
 
     Attributes:
-        count: steps so far, () int64 on the CPU.
+        steps: so far, () int64 on the CPU.
         hyperparams: {name: 0-dimensional tensor}, float32 unless given as a tensor. Replace an
             entry between steps and the next step uses it.
         inner: the state of the transformation that the factory makes.
     """
 
-    count: Tensor
+    steps: Tensor
     hyperparams: dict[str, Tensor]
     inner: Any
 
@@ -137,14 +137,14 @@ class MultiStepsState(NamedTuple):
     """Of `multi_steps`.
 
     Attributes:
-        count: micro-steps so far, () int64 on the CPU.
+        steps: micro-steps so far, () int64 on the CPU.
         total: tree, the sum of the finite micro-gradients since the last real step.
         used: () float, how many micro-batches are in `total`.
         skipped: () int64, how many were left out so far because they were not finite.
         inner: the state of the wrapped transformation.
     """
 
-    count: Tensor
+    steps: Tensor
     total: Tree
     used: Tensor
     skipped: Tensor
@@ -183,7 +183,7 @@ def find_state(states: Any, kind: type[StateT]) -> StateT | None:
 
     >>> import torch
     >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
-    ScheduleState(count=tensor(3))
+    ScheduleState(steps=tensor(3))
     """
     found = None
     for _, node in walk(states):

@@ -119,8 +119,7 @@ def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tenso
         for region in where.regions:
             pieces[region.stack].append(_cut_out(leaf, where, region, layout))
     return {
-        name: torch.cat(parts) if len(parts) > 1 else parts[0]
-        for name, parts in pieces.items()
+        name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()
     }
 
 
@@ -134,9 +133,7 @@ def unstack_blocks(
     ]
 
 
-def _cut_out(
-    leaf: Tensor | None, where: ParameterLayout, region: Region, layout: Layout
-) -> Tensor:
+def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout: Layout) -> Tensor:
     """One region as (rows, *block): slice, split every side into (grid, block), grid axes first."""
     stack = layout.stacks[region.stack]
     if leaf is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,9 @@ def global_norm(tree: Tree) -> Tensor | None:
     leaves = [x for x in flatten(tree)[0] if x is not None]
     if not leaves:
         return None
+    dtype = functools.reduce(torch.promote_types, [compute_dtype(x) for x in leaves])
     norms = [torch.linalg.vector_norm(x, dtype=compute_dtype(x)) for x in leaves]
-    dtype = max((n.dtype for n in norms), key=lambda dtype: dtype.itemsize)
-    return torch.linalg.vector_norm(torch.stack([n.to(leaves[0].device, dtype) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([n.to(leaves[0].device, dtype) for n in norms])
+    )
+    return total

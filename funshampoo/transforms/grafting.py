@@ -62,7 +62,7 @@ def graft(
         p, direction_state = direction.update(updates, state.direction, params, **context)
         p_g, onto_state = onto.update(updates, state.onto, params, **context)
         block_ndim = context.get("block_ndim", 0)
-        t = 1 if start == 1 else current_step(state.count, context.get("step"))
+        t = 1 if start == 1 else current_step(state.steps, context.get("step"))
 
         def rescale(p: Tensor, p_g: Tensor) -> tuple[Tensor]:
             if t is not None and t < start:
@@ -70,15 +70,17 @@ def graft(
             ratio = _norm(p_g, block_ndim) / (_norm(p, block_ndim) + 1e-16)
             grafted = p * per_block(ratio, p)
             if t is None:  # in torch.compile the counter is a tensor without a value
-                grafted = torch.where(state.count + 1 >= start, grafted, p_g)
+                begun = (state.steps + 1 >= start).to(p.device)
+                grafted = torch.where(begun, grafted, p_g)
             return (grafted,)
 
         (grafted,) = update_leaves(rescale, p, (), (p_g,))
-        return grafted, GraftState(state.count + 1, direction_state, onto_state)
+        return grafted, GraftState(state.steps + 1, direction_state, onto_state)
 
     return GradientTransformation(init, update)
 
 
 def _norm(x: Tensor, block_ndim: int) -> Tensor:
     """‖x‖ per block, shape (N,), or () outside block space."""
-    return torch.linalg.vector_norm(x.reshape(*x.shape[:block_ndim], -1), dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(x.reshape(*x.shape[:block_ndim], -1), dim=-1)
+    return norm

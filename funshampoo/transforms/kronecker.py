@@ -121,4 +121,3 @@ def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:
     """L_i / weight, a new tensor; a weight of 0 (no gradient yet) leaves zeros."""
     safe = torch.where(weight > 0, weight, torch.ones_like(weight))
     return factor / safe[..., None, None]
-

@@ -1,9 +1,9 @@
 """Which block of which parameter sits where: static facts, from shapes and options alone.
 
 A parameter is reshaped to its *merged* shape and every side is cut at multiples of the block size.
-All cuts but the last of a side are equal, so a parameter of order k falls into at most 2^k *regions*,
-each a regular grid of equal blocks. A region is copied into its stack as one view, without a loop
-over blocks, and takes consecutive rows there, in row-major order of the grid.
+All cuts but the last of a side are equal, so a parameter of order k falls into at most 2^k
+*regions*, each a regular grid of equal blocks. A region is copied into its stack as one view,
+without a loop over blocks, and takes consecutive rows there, in row-major order of the grid.
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ def leaf_key(x: Tensor) -> LeafKey:
     return tuple(x.shape), compute_dtype(x), x.device
 
 
-def layout_of(
-    leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int
-) -> Layout:
+def layout_of(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
     """The layout of a tree with these leaves. Remembered, but for torch.compile's tracing."""
     find = _layout if torch.compiler.is_compiling() else _remembered_layout
     return find(leaves, max_size, merge, keep)

@@ -32,7 +32,7 @@ def multiply(old: Tensor, factor: Hyper, donate: bool) -> Tensor:
 
 
 def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -> Tensor:
-    """beta old + weight x xᵀ for old (..., d, d) and x (..., d, n), fused where beta is a number."""
+    """beta old + weight x xᵀ, old (..., d, d), x (..., d, n); fused where beta is a number."""
     if isinstance(beta, Tensor) or isinstance(weight, Tensor):
         gram = multiply(x @ x.mT, weight, donate=False)
         return add(multiply(old, beta, donate), gram, donate)
@@ -70,7 +70,7 @@ def on_device(factor: Hyper, like: Tensor) -> Hyper:
     A 0-dimensional CPU tensor goes with a tensor on any device as it is, without a copy or a sync.
     The same inside vmap may be a vector underneath, which does not.
     """
-    if isinstance(factor, Tensor) and factor.device != like.device:
-        if factor.ndim or _functorch.is_functorch_wrapped_tensor(factor):
-            return factor.to(like.device)
-    return factor
+    if not isinstance(factor, Tensor) or factor.device == like.device:
+        return factor
+    moves = factor.ndim > 0 or _functorch.is_functorch_wrapped_tensor(factor)
+    return factor.to(like.device) if moves else factor

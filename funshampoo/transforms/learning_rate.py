@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree, renamed
 from funshampoo.checks import check_range
 from funshampoo.state.stages import ScheduleState
 from funshampoo.steps import new_counter
@@ -38,7 +38,7 @@ def scale_by_learning_rate(
     """U ← -learning_rate U, the last stage of a chain.
 
     Args:
-        learning_rate: a number ≥ 0, a 0-dimensional tensor (which may be batched or differentiated),
+        learning_rate: a number ≥ 0, a 0-dimensional tensor (it may be batched or differentiated),
             or a schedule: a function of the number of steps done so far, 0 on the first step.
         flip_sign: False keeps the sign.
 
@@ -61,14 +61,14 @@ def scale_by_learning_rate(
     sign = -1 if flip_sign else 1
     if not callable(learning_rate):
         constant = scale(sign * learning_rate)
-        return GradientTransformation(*constant, name="scale_by_learning_rate")
+        return renamed(constant, "scale_by_learning_rate")
 
     def init(params: Tree) -> ScheduleState:
         return ScheduleState(new_counter())
 
     def update(updates: Tree, state: ScheduleState) -> tuple[Tree, ScheduleState]:
-        rate = learning_rate(state.count)
-        return _times(updates, sign * rate), ScheduleState(state.count + 1)
+        rate = learning_rate(state.steps)
+        return _times(updates, sign * rate), ScheduleState(state.steps + 1)
 
     return GradientTransformation(init, update)
 
@@ -80,4 +80,3 @@ def _times(updates: Tree, factor: Hyper) -> Tree:
 
     (scaled,) = update_leaves(leaf, updates, ())
     return scaled
-

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper, Tree, identity
+from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.checks import check_range
 from funshampoo.state.stages import EmaState, TraceState
 from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block
@@ -52,7 +50,7 @@ def ema(
     if beta3 is not None:
         check_range("beta3", beta3, 0.0, 1.0, high_open=True)
     if isinstance(beta1, float | int) and beta1 == 0:
-        return GradientTransformation(*identity(), name="ema")
+        return renamed(identity(), "ema")
 
     def init(params: Tree, *, block_ndim: int = 0) -> EmaState:
         check_parameters(params, "ema")
@@ -159,7 +157,7 @@ def trace(
 
 
 def unshared(state: Tensor, donate: bool) -> Tensor:
-    """A state tensor as an update. A donated one is overwritten on the next step: hand out a copy."""
+    """A state tensor as an update. A donated one is overwritten later: hand out a copy."""
     return state.clone() if donate else state
 
 

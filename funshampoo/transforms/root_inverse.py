@@ -57,14 +57,15 @@ def root_inverse(
     State: `RootInverseState`.
 
     Raises:
-        ValueError: an argument out of range; or, from init and update, no `KroneckerState` upstream.
+        ValueError: an argument out of range; from init and update, no `KroneckerState` upstream.
         RuntimeError: inside torch.compile without `step=` or `refresh=`.
 
     Reference: Shi et al., arXiv 2309.06497, algorithm 2.
 
     >>> import torch
     >>> from funshampoo import chain, kronecker_statistics
-    >>> tx = chain(kronecker_statistics(1.0), root_inverse(every=1, solver=eigh()))
+    >>> from funshampoo.linalg import pseudo_inverse
+    >>> tx = chain(kronecker_statistics(1.0), root_inverse(every=1, solver=pseudo_inverse()))
     >>> params = {"w": torch.zeros(2)}
     >>> tx.update({"w": torch.tensor([3.0, 4.0])}, tx.init(params))[0]  # g / |g|
     {'w': tensor([0.6000, 0.8000])}
@@ -102,7 +103,7 @@ def root_inverse(
     ) -> tuple[Tree, RootInverseState]:
         statistics = _statistics(upstream)
         roots = state.roots
-        if is_due(state.count, step, refresh):
+        if is_due(state.steps, step, refresh):
             inputs = (statistics.factors, statistics.weight)
             _, roots = update_leaves(refreshed, updates, (roots,), inputs)
 
@@ -111,7 +112,7 @@ def root_inverse(
             return (precondition(u.to(compute_dtype(u)), matrices, block_ndim),)
 
         (preconditioned,) = update_leaves(direction, updates, (), (roots,))
-        return preconditioned, RootInverseState(state.count + 1, roots)
+        return preconditioned, RootInverseState(state.steps + 1, roots)
 
     def is_due(count: Tensor, step: int | None, refresh: bool | None) -> bool:
         if refresh is not None:

@@ -6,12 +6,12 @@ it to the updates. epsilon stands outside the root.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from funshampoo.base import EmptyState, GradientTransformation, Hyper, Tree, identity
+from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.checks import check_range
 from funshampoo.state.stages import AdagradState, AdamState, RmsState
 from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block, sqrt
@@ -22,10 +22,10 @@ from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_
 def scale_by_sgd() -> GradientTransformation:
     """The identity: as a grafting partner it gives P the norm of the (filtered) gradient.
 
-    >>> scale_by_sgd().update({"w": 1.0}, EmptyState())[0]
+    >>> scale_by_sgd().update({"w": 1.0}, ())[0]
     {'w': 1.0}
     """
-    return GradientTransformation(*identity(), name="scale_by_sgd")
+    return renamed(identity(), "scale_by_sgd")
 
 
 def scale_by_adam(
@@ -59,7 +59,7 @@ def scale_by_adam(
     >>> import torch
     >>> tx = scale_by_adam(epsilon=0.0)
     >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init({"w": torch.zeros(2)}))[0]
-    {'w': tensor([ 1., -1.])}
+    {'w': tensor([ 1.0000, -1.0000])}
     """
     check_range("beta1", beta1, 0.0, 1.0, high_open=True)
     check_range("beta2", beta2, 0.0, 1.0, high_open=True)
@@ -96,7 +96,7 @@ def scale_by_adam(
             return _scaled(u.to(v.dtype), v / per_block(w, v), epsilon), v, w
 
         source = updates if gradient is None else gradient
-        first = (state.first, state.first_weight)
+        first: Sequence[Tree] = state[:2]
         if filtered:
             updates, *first = update_leaves(filter_first, updates, first)
         out, *second = update_leaves(leaf, updates, state[2:], (source,))

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree, renamed
 from funshampoo.checks import check_choice, check_range
 from funshampoo.combine import Mask, masked
 from funshampoo.state.stages import ScheduleState
@@ -69,11 +69,13 @@ def add_decayed_weights(
         raise ValueError("kind='corrected' needs learning_rate, as scale_by_learning_rate gets it.")
     scheduled = callable(weight_decay) or (kind == "corrected" and callable(learning_rate))
 
-    def coefficient(count: Tensor | None) -> Any:
-        decay = weight_decay(count) if callable(weight_decay) else weight_decay
+    def coefficient(count: Any) -> Any:
+        def now(value: Any) -> Any:
+            return value(count) if callable(value) else value
+
         if kind == "corrected":
-            decay = decay * (learning_rate(count) if callable(learning_rate) else learning_rate)
-        return decay / peak_learning_rate if kind in ("corrected", "independent") else decay
+            return now(weight_decay) * now(learning_rate) / peak_learning_rate
+        return now(weight_decay) / (peak_learning_rate if kind == "independent" else 1)
 
     def init(params: Tree) -> ScheduleState | EmptyState:
         return ScheduleState(new_counter()) if scheduled else EmptyState()
@@ -81,16 +83,16 @@ def add_decayed_weights(
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         if params is None:
             raise ValueError("add_decayed_weights needs the parameters: pass params to update.")
-        decay = coefficient(state.count if scheduled else None)
+        decay = coefficient(state.steps if scheduled else None)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
             dtype = compute_dtype(u)
             return ((u.to(dtype) + w.to(dtype) * on_device(decay, w)).to(dtype),)
 
         (decayed,) = update_leaves(leaf, updates, (), (params,))
-        return decayed, ScheduleState(state.count + 1) if scheduled else state
+        return decayed, ScheduleState(state.steps + 1) if scheduled else state
 
     stage = GradientTransformation(init, update)
     if mask is None:
         return stage
-    return GradientTransformation(*masked(stage, mask), name=stage.name)
+    return renamed(masked(stage, mask), stage.name)

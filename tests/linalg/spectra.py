@@ -1,6 +1,8 @@
-"""Matrices with known spectra, and the float64 truth about their roots, independent of the solvers."""
+"""Matrices with known spectra, and so the float64 truth about their roots."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,7 +13,10 @@ from funshampoo.linalg import Solver, coupled_newton, eigh, newton_schulz
 def orthogonal(d: int, count: int = 3, seed: int = 0) -> Tensor:
     """(count, d, d) random orthogonal matrices."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(count, d, d, dtype=torch.float64, generator=generator))[0]
+    Q: Tensor = torch.linalg.qr(torch.randn(count, d, d, dtype=torch.float64, generator=generator))[
+        0
+    ]
+    return Q
 
 
 def with_spectrum(Q: Tensor, values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -36,7 +41,7 @@ def low_rank(d: int, rank: int) -> Tensor:
 def relative_error(X: Tensor, truth: Tensor) -> float:
     """The largest ‖X - truth‖₂ / ‖truth‖₂ of the stack."""
     error = torch.linalg.matrix_norm(X.double() - truth, 2) / torch.linalg.matrix_norm(truth, 2)
-    return error.max().item()
+    return float(error.max())
 
 
 def tolerance(d: int, condition: float, p: float, dtype: torch.dtype) -> float:
@@ -44,14 +49,15 @@ def tolerance(d: int, condition: float, p: float, dtype: torch.dtype) -> float:
 
     Rounding A to its dtype, adding the damping and any backward stable computation move A by a few
     √d·eps·λmax. That moves the smallest eigenvalue by condition times as much relative to itself,
-    and its root, the largest of X, by 1/p of that. The second term is rounding in X itself.
+    and its root, the largest of X, by 1/p of that. Rounding in X itself adds a few √d·eps, and the
+    iterations stop within a tolerance.
     """
-    eps = torch.finfo(dtype).eps
-    return 8 * d**0.5 * eps * (condition / p + 8)
+    eps: float = torch.finfo(dtype).eps
+    return 8 * math.sqrt(d) * eps * (condition / p + 8) + STOP[dtype]
 
 
-EXACT = {torch.float32: 1e-6, torch.float64: 1e-12}
-"""Tolerances for the iterative solvers under which rounding is what is left of the error."""
+STOP = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Tolerances for the iterative solvers."""
 
 
 def solvers(dtype: torch.dtype, condition: float = 1e6) -> dict[str, Solver]:
@@ -59,9 +65,9 @@ def solvers(dtype: torch.dtype, condition: float = 1e6) -> dict[str, Solver]:
     return {
         "eigh": eigh(),
         "eigh-shift": eigh(floor=False),
-        "coupled_newton": coupled_newton(relative_epsilon=0.0, tolerance=EXACT[dtype], retries=0),
+        "coupled_newton": coupled_newton(relative_epsilon=0.0, tolerance=STOP[dtype], retries=0),
         "newton_schulz": newton_schulz(
-            relative_epsilon=0.0, tolerance=EXACT[dtype], condition=condition
+            relative_epsilon=0.0, tolerance=STOP[dtype], condition=condition
         ),
     }
 

@@ -133,7 +133,7 @@ def test_epsilon_per_matrix(name: str) -> None:
 @pytest.mark.parametrize("make", [eigh, coupled_newton, newton_schulz])
 @pytest.mark.parametrize("d", [1, 2, 8, 64, 128])
 def test_relative_damping(make, d: int) -> None:  # type: ignore[no-untyped-def]
-    """λmax is exact for eigh. Elsewhere it is an estimate, here within 5 % with no gap at the top."""
+    """λmax is exact for eigh. Elsewhere it is an estimate, within 5 % without a gap at the top."""
     scale, relative = 7.0, 1e-2
     Q = orthogonal(d)
     values = torch.linspace(1, 0, d, dtype=torch.float64) * scale
@@ -163,16 +163,18 @@ def test_residual_is_that_of_the_root(name: str, p: int, dtype: torch.dtype) -> 
         result = solvers(dtype, 2e6)[name](A, p, epsilon)
         assert result.converged.all()
         identity = torch.eye(d, dtype=torch.float64)
-        left, right = (torch.linalg.matrix_power(result.root.double(), q) for q in (p - p // 2, p // 2))
+        left, right = (
+            torch.linalg.matrix_power(result.root.double(), q) for q in (p - p // 2, p // 2)
+        )
         difference = left @ (A.double() + epsilon * identity) @ right - identity
-        truth = torch.linalg.vector_norm(difference, dim=-1).amax(-1)
+        truth = torch.linalg.matrix_norm(difference, 2)
         rounding = torch.finfo(dtype).eps / epsilon
         assert (result.residual < 3 * truth + rounding).all()
         assert (truth < 3 * result.residual + rounding).all()
 
 
 def test_residual_sees_a_root_that_is_wrong() -> None:
-    """One that stops early: the estimate must follow the truth from 1e-1 up to where it rejects."""
+    """One that stops early: the estimate follows the truth, from below."""
     A = with_spectrum(orthogonal(32), log_spaced(32, 1e4))
     for iterations in (2, 5, 10, 12, 13, 14):
         solver = coupled_newton(
@@ -180,5 +182,6 @@ def test_residual_sees_a_root_that_is_wrong() -> None:
         )
         X, residual = solver(A, 4, 0.0)[:2]
         difference = X @ X @ A @ X @ X - torch.eye(32, dtype=torch.float64)
-        truth = torch.linalg.vector_norm(difference, dim=-1).amax(-1)
-        assert ((residual / truth).log().abs() < torch.tensor(3.0).log()).all()
+        truth = torch.linalg.matrix_norm(difference, 2)
+        assert (residual <= truth + 1e-11).all()
+        assert (residual > truth / 1.5).all()

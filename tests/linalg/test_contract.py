@@ -26,7 +26,8 @@ def test_any_leading_dimensions(name: str, lead: list[int], d: int) -> None:
     result = SOLVERS[name](A, 2, 0.0)
     torch.testing.assert_close(result.root, A / 8**0.5, rtol=1e-5, atol=1e-6)
     assert result.residual.shape == result.condition.shape == result.converged.shape == (*lead,)
-    assert result.converged.dtype == torch.bool and result.residual.dtype == A.dtype
+    assert result.converged.dtype == torch.bool
+    assert result.residual.dtype == A.dtype
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -35,7 +36,8 @@ def test_pure(name: str) -> None:
     A = G @ G.mT
     before, version = A.clone(), A._version
     first, second = (SOLVERS[name](A, 4, 0.0) for _ in range(2))
-    assert A.equal(before) and A._version == version
+    assert A.equal(before)
+    assert A._version == version
     assert all(x.equal(y) for x, y in zip(first, second, strict=True))
 
 
@@ -104,4 +106,4 @@ def test_wrong_factory_arguments() -> None:
         (newton_schulz, "max_residual", -0.1),
     ):
         with pytest.raises(ValueError, match=f"{name} must be at least"):
-            make(**{name: value})
+            make(**{name: value})  # type: ignore[arg-type]

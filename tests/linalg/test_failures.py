@@ -1,4 +1,4 @@
-"""Bad matrices in a stack: flagged, replaced by the identity, and of no consequence to the others."""
+"""Bad matrices in a stack: flagged, replaced by the identity, of no consequence to others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.linalg import Solver, coupled_newton, eigh, newton_schulz, pseudo_inverse
+from funshampoo.linalg.spectral import LinAlgError
 
 from .spectra import DTYPES, log_spaced, orthogonal, solvers, with_spectrum
 
@@ -59,10 +60,10 @@ def test_failed_matrices_have_zero_gradient(name: str) -> None:
     A.requires_grad_()
     result = ALL[name](A, 4, 0.0)
     assert result.converged.tolist() == [True, False, False, True]
-    result.root.square().sum().backward()
-    assert A.grad is not None and A.grad.isfinite().all()
-    assert A.grad[1:3].count_nonzero() == 0
-    assert A.grad[0].count_nonzero() == 64
+    (gradient,) = torch.autograd.grad(result.root.square().sum(), A)
+    assert gradient.isfinite().all()
+    assert gradient[1:3].count_nonzero() == 0
+    assert gradient[0].count_nonzero() == 64
 
 
 def test_non_finite_epsilon() -> None:
@@ -75,14 +76,15 @@ def test_non_finite_epsilon() -> None:
 
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
 def test_mistake_8_newton_iterations_that_did_not_converge_are_never_used(p: int) -> None:
-    """Undamped, singular to rounding, in float32: the iterates of some diverge to 1e21 and beyond."""
+    """Undamped, singular to rounding, in float32: some iterates diverge to 1e21 and beyond."""
     A = with_spectrum(orthogonal(32, 16), log_spaced(32, 1e12), torch.float32)
     for make in (coupled_newton, newton_schulz):
-        for max_residual in (0.1, 0.25):
+        for max_residual in (0.1, 0.5):
             result = make(relative_epsilon=0.0, max_residual=max_residual)(A, p, 0.0)
             assert result.root.isfinite().all()
             assert (result.residual[result.converged] <= max_residual).all()
-            # No eigenvalue of a root that is used exceeds that of the damping the solver ended with.
+            # No eigenvalue of a root that is used exceeds that of the damping the solver ended
+            # with.
             size = torch.linalg.matrix_norm(result.root, 2)
             assert (size <= 2 * result.condition.clamp(min=1) ** (1 / p))[result.converged].all()
             stand_in = torch.eye(32).expand(16, 32, 32)
@@ -104,7 +106,7 @@ def fail_when(condition: Callable[[Tensor], bool], monkeypatch: pytest.MonkeyPat
     def failing(A: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(A)
         if condition(A):
-            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+            raise LinAlgError("linalg.eigh: the algorithm failed to converge")
         return original(A)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
@@ -117,7 +119,8 @@ def test_eigh_fails_in_float32_and_is_repeated_in_float64(monkeypatch: pytest.Mo
     calls = fail_when(lambda A: A.dtype == torch.float32, monkeypatch)
     result = eigh()(A, 4, 0.0)
     assert [call.dtype for call in calls[-2:]] == [torch.float32, torch.float64]
-    assert result.converged.all() and result.root.dtype == torch.float32
+    assert result.converged.all()
+    assert result.root.dtype == torch.float32
     torch.testing.assert_close(result.root, expected.float())
 
 
@@ -138,4 +141,5 @@ def test_eigh_fails_on_one_matrix_under_vmap_and_grad(monkeypatch: pytest.Monkey
     converged = torch.func.vmap(lambda a: eigh()(a, 4, 0.0).converged)(A)
     assert converged.tolist() == [True, False, True, True]
     gradient = torch.func.vmap(torch.func.grad(lambda a: eigh()(a, 4, 0.0).root.sum()))(A)
-    assert gradient[1].count_nonzero() == 0 and gradient[0].count_nonzero() > 0
+    assert gradient[1].count_nonzero() == 0
+    assert gradient[0].count_nonzero() > 0

@@ -1,0 +1,262 @@
+"""recipes.from_reference against trajectories of the reference implementation, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import funshampoo as fs
+
+DATA = torch.load(Path(__file__).parents[1] / "reference" / "reference.pt", weights_only=True)
+NOT_BUILT = {
+    "evc_eigh": "EigenvalueCorrectedShampooPreconditionerConfig",
+    "evc_ignored_dims": "EigenvalueCorrectedShampooPreconditionerConfig",
+    "kl_root": "RootInvKLShampooPreconditionerConfig",
+    "gpa": "GeneralizedPrimalAveragingConfig",
+    "schedule_free": "ScheduleFreeConfig",
+    "spectral": "SpectralDescentPreconditionerConfig",
+    "sign_descent": "SignDescentPreconditionerConfig",
+}
+BUILT = sorted(set(DATA["configs"]) - set(NOT_BUILT))
+
+
+def make(config: dict[str, Any], **changes: Any) -> fs.GradientTransformation:
+    args = {**config["args"], **changes}
+    rates = config["lr_schedule"]
+    if rates is not None:
+        args["lr"] = lambda count: torch.tensor(rates, dtype=torch.float64)[count]
+    return fs.from_reference(**args)
+
+
+def largest_deviation(config: dict[str, Any], tx: fs.GradientTransformation) -> float:
+    """From the reference's parameters, over all steps, relative to the largest update."""
+    problem = DATA["problems"][config["problem"]]
+    params = list(problem["params0"])
+    state = tx.init(params)
+    deviation, largest_update = 0.0, 0.0
+    for t in range(DATA["meta"]["steps"]):
+        grads: list[Any] = [g.double() for g in problem["grads"][t]]
+        for absent in config["grad_none"].get(t + 1, []):
+            grads[absent] = None
+        updates, state = tx.update(grads, state, params)
+        params = fs.apply_updates(params, updates)
+        for p, u, trajectory in zip(params, updates, config["params"]):
+            deviation = max(deviation, float((p - trajectory[t]).abs().max()))
+            largest_update = max(largest_update, float(u.abs().max()) if u is not None else 0.0)
+    return deviation / largest_update
+
+
+def test_the_gradients_of_the_golden_problems_are_not_trivial() -> None:
+    for problem in DATA["problems"].values():
+        for g in (g for step in problem["grads"] for g in step):
+            assert g.abs().max() > 1e-3
+        first, second = problem["grads"][0], problem["grads"][1]
+        assert all((a - b).abs().max() > 1e-4 for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_agrees_with_the_reference(name: str) -> None:
+    config = DATA["configs"][name]
+    bound = max(1e-9, 1000 * config["sensitivity"])
+    assert largest_deviation(config, make(config)) <= bound
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_agreement_does_not_depend_on_flooring(name: str) -> None:
+    """The reference shifts the spectrum, which full-rank statistics don't show (an option here)."""
+    config = DATA["configs"][name]
+    bound = max(1e-9, 1000 * config["sensitivity"])
+    assert largest_deviation(config, make(config, floor=False)) <= bound
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("adam_b1_09_decoupled", {"weight_decay": 0.13}),
+        ("adam_b1_09_decoupled", {"weight_decay_type": "INDEPENDENT"}),
+        ("adam_b1_09_decoupled", {"epsilon": 1.1e-4}),
+        ("sgd_b1_09", {"betas": (0.9, 0.98)}),
+        ("adam_beta3", {"beta3": 0.8}),
+        ("momentum_nesterov_damp", {"use_bias_correction": False}),
+        ("adagrad_f5", {"precondition_frequency": 4}),
+        ("rmsprop_f5_start7", {"start_preconditioning_step": 8}),
+        ("block16_merge", {"max_preconditioner_dim": 15}),
+        ("merge_dim2", {"target_parameter_dimensionality": 1}),
+        ("adam_corrected_wd_sched", {"peak_lr": 0.02}),
+    ],
+)
+def test_every_argument_reaches_the_chain(name: str, change: dict[str, Any]) -> None:
+    """The agreement above can fail: a changed argument breaks it."""
+    config = DATA["configs"][name]
+    assert largest_deviation(config, make(config, **change)) > 1e-6
+
+
+@pytest.mark.parametrize(("name", "method"), NOT_BUILT.items())
+def test_a_method_that_is_not_built_says_so(name: str, method: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"{method} is not built here yet"):
+        make(DATA["configs"][name])
+
+
+def _both(changes: dict[str, Any], other: dict[str, Any]) -> float:
+    """Largest difference of two argument lists on the same gradients."""
+    problem = DATA["problems"]["matrix"]
+    final = []
+    for args in (changes, other):
+        tx = fs.from_reference(**{"lr": 0.1, "betas": (0.9, 0.99), "epsilon": 1e-4, **args})
+        params = list(problem["params0"])
+        state = tx.init(params)
+        for grads in problem["grads"]:
+            updates, state = tx.update([g.double() for g in grads], state, params)
+            params = fs.apply_updates(params, updates)
+        final.append(params)
+    return max(float((a - b).abs().max()) for a, b in zip(*final))
+
+
+def _root(amortized: dict[str, Any], **more: Any) -> dict[str, Any]:
+    config = {
+        "type": "RootInvShampooPreconditionerConfig",
+        "amortized_computation_config": amortized,
+        **more,
+    }
+    return {"preconditioner_config": config}
+
+
+def _perturbation(**fields: Any) -> dict[str, Any]:
+    return {
+        "type": "EigenConfig",
+        "rank_deficient_stability_config": {"type": "PerturbationConfig", **fields},
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "same"),
+    [
+        ({"preconditioner_config": {"type": "EigendecomposedShampooPreconditionerConfig"}}, {}),
+        (_root(_perturbation(perturb_before_computation=False)), {}),
+        (_root({"type": "CoupledNewtonConfig", "max_iterations": 500, "tolerance": 1e-12}), {}),
+        (
+            _root({"type": "CoupledHigherOrderConfig", "rel_epsilon": 0.0, "abs_epsilon": 1e-4}),
+            {"epsilon": 1e-4},
+        ),
+        ({"max_preconditioner_dim": "inf"}, {"max_preconditioner_dim": 1 << 20}),
+        (
+            {"target_parameter_dimensionality": float("inf")},
+            {"target_parameter_dimensionality": "inf"},
+        ),
+        ({"start_preconditioning_step": -1}, {"start_preconditioning_step": 1}),
+        ({"beta3": -1.0}, {"beta3": 0.9}),
+    ],
+    ids=lambda value: "",
+)
+def test_arguments_that_mean_the_same(args: dict[str, Any], same: dict[str, Any]) -> None:
+    assert _both(args, same) < 1e-9
+
+
+def test_higher_order_ignores_the_optimizers_epsilon() -> None:
+    config = {"type": "CoupledHigherOrderConfig", "rel_epsilon": 1e-3, "abs_epsilon": 0.0}
+    assert _both(_root(config), {**_root(config), "epsilon": 1.0}) == 0.0
+    assert _both(_root(config), {"epsilon": 1e-3}) > 1e-6
+
+
+def test_dropping_the_weighting_factor_is_a_plain_decayed_sum() -> None:
+    """V ← beta2 V + G², no correction: RMSprop's direction scaled by √(1 - beta2) before it."""
+    dropped = {
+        "type": "AdamPreconditionerConfig",
+        "beta2": 0.75,
+        "epsilon": 1e-30,
+        "drop_weighting_factor_on_gsquare": True,
+    }
+    plain = {"type": "RMSpropPreconditionerConfig", "beta2": 0.75, "epsilon": 1e-30}
+    ratio = (1 - 0.75) ** 0.5
+    assert (
+        _both({"grafting_config": dropped}, {"grafting_config": plain, "lr": 0.1 * ratio}) < 1e-12
+    )
+
+
+def test_dropping_the_weighting_factor_of_the_statistics() -> None:
+    """L ← beta2 L + G Gᵀ is 1/(1 - beta2) times the average: a root -1/4 a side scales by √."""
+    config = {
+        "type": "RootInvShampooPreconditionerConfig",
+        "drop_weighting_factor_on_gsquare": True,
+    }
+    dropped = {"betas": (0.9, 0.75), "epsilon": 4e-4, "preconditioner_config": config}
+    dropped |= {"target_parameter_dimensionality": 2}
+    average = {"betas": (0.9, 0.75), "epsilon": 1e-4, "target_parameter_dimensionality": 2}
+    steps_in = 90  # after which 1 - beta2^t is 1 - 6e-12
+    problem = DATA["problems"]["matrix"]
+    ends = []
+    for args in ({"lr": 0.1, **dropped}, {"lr": 0.05, **average}):
+        tx = fs.from_reference(**args)
+        params = list(problem["params0"])
+        state = tx.init(params)
+        for t in range(steps_in):
+            grads = [g.double() for g in problem["grads"][t % 20]]
+            updates, state = tx.update(grads, state, params)
+        ends.append(updates)
+    for a, b in zip(*ends):
+        assert torch.allclose(a, b, rtol=1e-9, atol=0)
+
+
+def test_bias_correction_by_everyones_steps_or_ones_own() -> None:
+    """Where we differ on purpose: group_steps=False counts each parameter's own gradients."""
+    args = {"lr": 0.1, "betas": (0.9, 0.99), "epsilon": 1e-4, "target_parameter_dimensionality": 2}
+    params = {"early": torch.zeros(2, 2), "late": torch.zeros(2, 2)}
+    g = torch.tensor([[1.0, 0.5], [0.0, 2.0]])
+    first_steps = {}
+    for group_steps in (True, False):
+        tx = fs.from_reference(**args, group_steps=group_steps)
+        state = tx.init(params)
+        for _ in range(9):
+            _, state = tx.update({"early": g, "late": None}, state, params)
+        updates, _ = tx.update({"early": g, "late": g}, state, params)
+        first_steps[group_steps] = updates
+    early = first_steps[True]["early"]
+    assert torch.allclose(first_steps[False]["late"], early, rtol=1e-4)  # as if from its start
+    assert not torch.allclose(first_steps[True]["late"], early, rtol=0.1)
+    # by hand: the average of the first gradient, divided by what ten steps would have given
+    m = 0.1 / (1 - 0.9**10)
+    a = torch.linalg.eigh(0.01 / (1 - 0.99**10) * g @ g.T + 1e-4 * torch.eye(2))
+    b = torch.linalg.eigh(0.01 / (1 - 0.99**10) * g.T @ g + 1e-4 * torch.eye(2))
+    left, right = ((q * lam**-0.25) @ q.T for lam, q in (a, b))
+    expected = -0.1 * left @ (m * g) @ right
+    assert torch.allclose(first_steps[True]["late"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ({"start_preconditioning_step": 0}, ValueError, "start_preconditioning_step is 0"),
+        ({"weight_decay_type": "L1"}, ValueError, "weight_decay_type is 'L1'"),
+        ({"grafting_config": {"type": "Lion"}}, NotImplementedError, "Lion is not built"),
+        (
+            {"grafting_config": {"type": "AdamPreconditionerConfig", "beta": 1}},
+            TypeError,
+            "AdamPreconditionerConfig has no field 'beta'",
+        ),
+        (
+            {"grafting_config": {"type": "RMSpropPreconditionerConfig", "beta2": 1.0}},
+            ValueError,
+            "AdaGradPreconditionerConfig is the plain sum",
+        ),
+        (_root({"type": "QREigendecompositionConfig"}), NotImplementedError, "QREigen"),
+        (
+            _root(
+                {
+                    "type": "EigenConfig",
+                    "rank_deficient_stability_config": {"type": "PseudoInverseConfig"},
+                }
+            ),
+            ValueError,
+            "epsilon is 1e-12; PseudoInverseConfig wants 0",
+        ),
+        ({"betas": (1.0, 0.9)}, ValueError, "beta1 is 1.0"),
+        ({"epsilon": -1.0}, ValueError, "epsilon is -1.0"),
+    ],
+    ids=lambda value: "",
+)
+def test_bad_arguments(args: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fs.from_reference(**args)

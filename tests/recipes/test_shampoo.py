@@ -1,0 +1,175 @@
+"""The recipe against a plain implementation that shares no code with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import funshampoo as fs
+from funshampoo import linalg
+from tests.plain import PlainShampoo
+from tests.trees import gradients, problem, tensors, train
+
+TOLERANCE = 1e-9
+
+
+def compare(params: list[torch.Tensor], grads: list[list[torch.Tensor]], **options: Any) -> None:
+    ours = dict(options)
+    ours.setdefault("epsilon", 1e-4)
+    ours.setdefault("every", 1)
+    ours.setdefault("start", None)
+    ours.setdefault("merge", "none")
+    ours.setdefault("grafting_beta2", 0.9)
+    if ours["merge"] == "small":
+        ours["keep"] = 1
+    tx = fs.shampoo(0.1, relative_epsilon=0.0, solver=linalg.eigh(), **ours)
+    new, history, _ = train(tx, params, grads, fs.apply_updates)
+    largest = max(float(u.abs().max()) for u in tensors(history))
+    for i, p in enumerate(params):
+        plain = PlainShampoo(p.numpy(), 0.1, **options)
+        for g in grads:
+            expected = plain.step(g[i].numpy())
+        assert np.abs(new[i].numpy() - expected).max() <= TOLERANCE * largest
+
+
+OPTIONS = [
+    {},
+    {"beta1": 0.0},
+    {"beta2": 1.0, "grafting": "adagrad"},
+    {"beta3": 0.5},
+    {"every": 3},
+    {"every": 2, "start": 5},
+    {"max_size": 3},
+    {"max_size": 4, "merge": "small"},
+    {"max_size": 16, "merge": "small"},
+    {"max_size": 4, "merge": "matrix"},
+    {"grafting": "rms"},
+    {"grafting": "sgd"},
+    {"grafting": None},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True, "dampening": 0.2},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "momentum": 0.9},
+    {"weight_decay": 0.1, "weight_decay_kind": "coupled"},
+    {"max_size": 3, "every": 2, "beta3": 0.7, "momentum": 0.5, "weight_decay": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_agrees_with_the_plain_implementation(options: dict[str, Any]) -> None:
+    grads = [tensors(g) for g in gradients(8)]
+    compare(tensors(problem()), grads, **options)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 6), min_size=0, max_size=5), min_size=1, max_size=4),
+    max_size=st.integers(1, 7),
+    merge=st.sampled_from(["none", "small", "matrix"]),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_for_any_shapes(
+    shapes: list[list[int]], max_size: int, merge: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+    compare(draw(), [draw() for _ in range(3)], max_size=max_size, merge=merge, every=2)
+
+
+def test_decay_after_momentum_or_through_it() -> None:
+    """W0 = 1, g = 0: after the momentum decay acts once; through it, it builds up."""
+    ends = {}
+    for through in (False, True):
+        tx = fs.shampoo(
+            0.1, momentum=0.5, weight_decay=1.0, decay_through_momentum=through, grafting="sgd"
+        )
+        params = {"w": torch.ones(1, dtype=torch.float64)}
+        zero = {"w": torch.zeros(1, dtype=torch.float64)}
+        new, _, _ = train(tx, params, [zero] * 2, fs.apply_updates)
+        ends[through] = new["w"].item()
+    assert ends[False] == pytest.approx(0.9 * 0.9)
+    assert ends[True] == pytest.approx(0.9 - 0.1 * (0.5 * 1 + 0.9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shrink"),
+    [
+        ("decoupled", lambda rate: 1 - rate * 0.5),
+        ("corrected", lambda rate: 1 - rate**2 * 0.5 / 0.4),
+        ("independent", lambda rate: 1 - rate / 0.4 * 0.5),
+    ],
+)
+def test_kinds_of_decay(kind: Any, shrink: Any) -> None:
+    """Without a gradient the parameter shrinks by the factor that the docstring states."""
+    schedule = fs.schedules.linear(0.4, 0.1, 3)
+    tx = fs.shampoo(schedule, weight_decay=0.5, weight_decay_kind=kind, peak_learning_rate=0.4)
+    params = {"w": torch.ones(2, dtype=torch.float64)}
+    zero = {"w": torch.zeros(2, dtype=torch.float64)}
+    new, _, _ = train(tx, params, [zero] * 3, fs.apply_updates)
+    expected = np.prod([shrink(rate) for rate in (0.4, 0.3, 0.2)])
+    assert new["w"][0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_default_step_is_the_documented_chain() -> None:
+    by_hand = fs.chain(
+        fs.blocked(
+            fs.chain(
+                fs.kronecker_statistics(0.99),
+                fs.ema(0.9),
+                fs.graft(
+                    fs.root_inverse(10, start=1, solver=linalg.eigh(relative_epsilon=1e-6)),
+                    onto=fs.scale_by_adam(0.0, 0.99),
+                ),
+            ),
+            1024,
+            keep=2,
+        ),
+        fs.scale_by_learning_rate(0.1),
+    )
+    params, grads = problem(), gradients(12)
+    a, _, _ = train(fs.shampoo(0.1), params, grads, fs.apply_updates)
+    b, _, _ = train(by_hand, params, grads, fs.apply_updates)
+    assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"beta2": -0.1}, "beta2 is -0.1"),
+        ({"epsilon": -1e-8}, "epsilon is -1e-08"),
+        ({"relative_epsilon": -1.0}, "relative_epsilon"),
+        ({"every": 0}, "every is 0"),
+        ({"start": 0}, "start is 0"),
+        ({"max_size": 0}, "max_size is 0"),
+        ({"merge": "all"}, "merge is 'all'"),
+        ({"grafting": "lion"}, "grafting is 'lion'"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"weight_decay": 0.1, "weight_decay_kind": "corrected"}, "needs peak_learning_rate"),
+        ({"trace_scaling": 2.0}, "trace_scaling is 2.0"),
+        ({"exponents": {2: {2: 0.5}}}, "names side 2"),
+        ({"momentum": -0.5}, "momentum is -0.5"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fs.shampoo(0.1, **options)
+
+
+def test_a_negative_learning_rate() -> None:
+    with pytest.raises(ValueError, match="learning_rate is -0.1"):
+        fs.shampoo(-0.1)
+
+
+def test_a_schedule_where_a_number_belongs_points_to_inject_hyperparams() -> None:
+    with pytest.raises(TypeError, match="inject_hyperparams"):
+        fs.shampoo(0.1, beta2=fs.schedules.constant(0.9))  # type: ignore[arg-type]

@@ -1,0 +1,88 @@
+"""summary and health."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch.func import vmap
+
+import funshampoo as fs
+from funshampoo.state import health, summary
+from tests.table import CASES, Case
+from tests.trees import gradients, problem, tensors, train
+
+
+def size(tree: object) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors(tree))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_byte_is_counted_by_stage_and_by_parameter(case: Case) -> None:
+    state = case.make().init(problem())
+    memory = summary(state, file=io.StringIO())
+    assert memory.total == sum(memory.stages.values()) == size(state)
+    assert abs(sum(memory.parameters.values()) - memory.total) <= len(memory.parameters)
+
+
+def test_where_the_memory_of_shampoo_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    params = {"w": torch.zeros(8, 4), "b": torch.zeros(4)}
+    state = fs.shampoo(0.1, max_size=4, momentum=0.9).init(params)
+    memory = summary(state)
+    assert str(memory) == capsys.readouterr().out.rstrip("\n")
+    inner = state["blocked"].inner
+    assert memory.stages["blocked/kronecker_statistics"] == size(inner["kronecker_statistics"])
+    assert memory.stages["blocked/graft"] == size(inner["graft"])
+    assert memory.stages["blocked/trace"] == (32 + 4) * 4
+    # w: two blocks of 4×4: two factors, two roots, three entries a root and two weights each
+    roots = 2 * (2 * (16 + 16) * 4 + 2 * (4 + 4 + 8))
+    assert memory.parameters["w"] == roots + 3 * 32 * 4 + 2 * 3 * 4
+    assert memory.parameters["(shared)"] == 2 * 8  # counters
+    assert set(memory.parameters) == {"w", "b", "(shared)"}
+
+
+def test_summary_of_an_ensemble() -> None:
+    params = {"w": torch.zeros(3, 8, 4)}
+    one = summary(fs.shampoo(0.1, max_size=4).init({"w": params["w"][0]}), file=io.StringIO())
+    all_of_them = summary(vmap(fs.shampoo(0.1, max_size=4).init)(params), file=io.StringIO())
+    assert all_of_them.parameters["w"] == 3 * one.parameters["w"]
+
+
+def test_health_names_the_parameter_with_the_worst_root(capsys: pytest.CaptureFixture[str]) -> None:
+    params = {"good": torch.zeros(4, 4), "bad": torch.zeros(4, 4)}
+    tx = fs.shampoo(0.1, every=1, beta1=0.0, relative_epsilon=1e-9)
+    g = {"good": torch.eye(4), "bad": torch.diag(torch.tensor([1.0, 1e-2, 1e-4, 1e-6]))}
+    _, state = tx.update(g, tx.init(params), params)
+    found = health(state)
+    assert str(found) == capsys.readouterr().out.rstrip("\n")
+    assert found.steps == 1
+    assert [f.where for f in found.factors] == ["4x4 side 0", "4x4 side 1"]
+    for f in found.factors:
+        assert f.matrices == 2
+        assert f.worst == "bad"
+        assert f.failures == 0
+        assert 1e8 < f.condition < 1e10
+        assert 0 < f.residual < 1e-3
+
+
+def test_health_counts_failures_and_skipped_micro_batches() -> None:
+    params = {"w": torch.zeros(4, 4), "b": torch.zeros(4)}
+    tx = fs.multi_steps(fs.shampoo(0.1, every=1), 1)
+    nan = {"w": torch.full((4, 4), float("nan")), "b": torch.ones(4)}
+    state = tx.init(params)
+    for g in (nan, nan, params):
+        _, state = tx.update(g, state, params)
+    assert health(state, file=io.StringIO()).skipped == 2
+    bare = fs.shampoo(0.1, every=1)
+    _, state = bare.update(nan, bare.init(params), params)
+    failures = {f.where: f.failures for f in health(state, file=io.StringIO()).factors}
+    assert failures == {"4 side 0": 0, "4x4 side 0": 1, "4x4 side 1": 1}
+
+
+def test_health_without_roots_and_outside_blocks() -> None:
+    assert health(fs.adamw(0.1).init(problem()), file=io.StringIO()).factors == []
+    tx = fs.chain(fs.kronecker_statistics(0.9), fs.root_inverse(1))
+    _, _, state = train(tx, problem(), gradients(2), fs.apply_updates)
+    found = health(state, file=io.StringIO())
+    assert "layers.0.weight side 2" in {f.where for f in found.factors}

@@ -1,0 +1,143 @@
+"""Every transformation and every recipe, for the checks that all of them have to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import funshampoo as fs
+from funshampoo import linalg
+
+
+class Case(NamedTuple):
+    name: str
+    make: Callable[[], fs.GradientTransformation]
+    changes_updates: bool = True
+
+
+def _statistics_and(*stages: fs.GradientTransformation) -> fs.GradientTransformation:
+    return fs.chain(fs.kronecker_statistics(0.9), *stages)
+
+
+def _root(every: int = 2, **options: object) -> fs.GradientTransformation:
+    return fs.root_inverse(every, start=1, **options)
+
+
+def _blocked(*stages: fs.GradientTransformation) -> fs.GradientTransformation:
+    return fs.blocked(_statistics_and(*stages), max_size=4)
+
+
+def _schedule() -> fs.base.Schedule:
+    return fs.schedules.warmup_cosine(0.1, 2, 6)
+
+
+CASES = [
+    Case("identity", fs.identity, changes_updates=False),
+    Case("chain", lambda: fs.chain(fs.ema(0.9), fs.trace(0.5), fs.scale(2.0))),
+    Case("chain_of_chains", lambda: fs.chain(fs.chain(fs.ema(0.9)), fs.chain(fs.scale(2.0)))),
+    Case("masked", lambda: fs.masked(fs.trace(0.9, nesterov=True), {"w": True, "layers": False})),
+    Case(
+        "partition",
+        lambda: fs.partition(
+            {"a": fs.adamw(0.1), "b": fs.shampoo(0.1, every=2)}, {"w": "a", "layers": "b"}
+        ),
+    ),
+    Case("inject_hyperparams", lambda: fs.inject_hyperparams(fs.shampoo)(_schedule(), every=2)),
+    Case("multi_steps", lambda: fs.multi_steps(fs.trace(0.9), 2)),
+    Case("multi_steps_shampoo", lambda: fs.multi_steps(fs.shampoo(0.1, every=2, start=1), 2)),
+    Case("blocked", lambda: fs.blocked(fs.trace(0.9, nesterov=True), 4)),
+    Case("kronecker_statistics", lambda: fs.kronecker_statistics(0.9), changes_updates=False),
+    Case("kronecker_sum", lambda: fs.kronecker_statistics(1.0), changes_updates=False),
+    Case("root_inverse", lambda: _statistics_and(_root())),
+    Case("root_inverse_blocked", lambda: _blocked(_root())),
+    Case("root_pseudo_inverse", lambda: _blocked(_root(solver=linalg.pseudo_inverse(rtol=1e-6)))),
+    Case("root_newton", lambda: _blocked(_root(solver=linalg.coupled_newton()))),
+    Case("root_newton_schulz", lambda: _blocked(_root(solver=linalg.newton_schulz()))),
+    Case("root_trace_scaled", lambda: _blocked(_root(trace_scaling=0.5))),
+    Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
+    Case("graft_from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
+    Case("ema", lambda: fs.ema(0.9)),
+    Case("ema_beta3", lambda: fs.ema(0.9, 0.8)),
+    Case("ema_uncorrected", lambda: fs.ema(0.9, bias_correction=False)),
+    Case("trace", lambda: fs.trace(0.9)),
+    Case("trace_nesterov", lambda: fs.trace(0.9, nesterov=True)),
+    Case("trace_damped", lambda: fs.trace(0.9, dampening=0.5, dampen_first_step=False)),
+    Case("scale_by_sgd", fs.scale_by_sgd, changes_updates=False),
+    Case("scale_by_adam", fs.scale_by_adam),
+    Case("scale_by_adam_unfiltered", lambda: fs.scale_by_adam(0.0)),
+    Case("scale_by_rms", fs.scale_by_rms),
+    Case("scale_by_rms_sum", lambda: fs.scale_by_rms(0.9, weighted=False)),
+    Case("scale_by_adagrad", fs.scale_by_adagrad),
+    Case("add_decayed_weights", lambda: fs.add_decayed_weights(0.1)),
+    Case(
+        "add_decayed_weights_masked",
+        lambda: fs.add_decayed_weights(0.1, {"w": True, "layers": False}),
+    ),
+    Case(
+        "add_decayed_weights_corrected",
+        lambda: fs.add_decayed_weights(
+            0.1, kind="corrected", learning_rate=_schedule(), peak_learning_rate=0.1
+        ),
+    ),
+    Case("clip", lambda: fs.clip(0.1)),
+    Case("clip_by_global_norm", lambda: fs.clip_by_global_norm(0.1)),
+    Case("scale", lambda: fs.scale(2.0)),
+    Case("scale_by_learning_rate", lambda: fs.scale_by_learning_rate(0.1)),
+    Case("scale_by_schedule", lambda: fs.scale_by_learning_rate(_schedule())),
+    Case("shampoo", lambda: fs.shampoo(0.1, every=2, max_size=4)),
+    Case(
+        "shampoo_everything",
+        lambda: fs.shampoo(
+            _schedule(),
+            beta3=0.8,
+            epsilon=1e-8,
+            every=2,
+            start=2,
+            max_size=3,
+            merge="matrix",
+            momentum=0.9,
+            nesterov=True,
+            dampening=0.1,
+            weight_decay=0.1,
+            weight_decay_kind="independent",
+            peak_learning_rate=0.1,
+            decay_through_momentum=True,
+            exponents={2: {0: 0.5, 1: 0.0}},
+        ),
+    ),
+    Case(
+        "shampoo_coupled",
+        lambda: fs.shampoo(
+            0.1, every=2, weight_decay=0.1, weight_decay_kind="coupled", momentum=0.9
+        ),
+    ),
+    Case("shampoo_adagrad", lambda: fs.shampoo(0.1, every=2, beta2=1.0, grafting="adagrad")),
+    Case("shampoo_ungrafted", lambda: fs.shampoo(0.1, every=2, grafting=None, beta1=0.0)),
+    Case("adamw", fs.adamw),
+    Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
+    Case(
+        "from_reference",
+        lambda: fs.from_reference(
+            lr=0.1,
+            betas=(0.9, 0.99),
+            epsilon=1e-4,  # undamped roots of rank-deficient statistics amplify rounding
+            precondition_frequency=2,
+            grafting_config={"type": "AdamPreconditionerConfig"},
+            iterate_averaging_config={"type": "ClassicMomentumConfig", "momentum": 0.9},
+        ),
+    ),
+]
+
+# Public names that are no transformation, so that a test can tell whether the table is complete.
+NOT_TRANSFORMATIONS = {
+    "EmptyState",
+    "GradientTransformation",
+    "MaskedNode",
+    "apply_updates",
+    "global_norm",
+    "linalg",
+    "recipes",
+    "refresh_due",
+    "schedules",
+    "state",
+}

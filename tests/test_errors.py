@@ -1,0 +1,101 @@
+"""Bad input: one clear error each, naming the leaf or the stage, and before anything changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import funshampoo as fs
+from tests.trees import assert_unchanged, problem, snapshot
+
+RECIPES = {
+    "shampoo": fs.shampoo(0.1),
+    "adamw": fs.adamw(0.1),
+    "sgd": fs.sgd(0.1, momentum=0.9),
+    "adam": fs.scale_by_adam(),
+    "blocked": fs.blocked(fs.trace(0.9)),
+    "multi_steps": fs.multi_steps(fs.sgd(0.1), 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("leaf", "problem"),
+    [
+        (torch.ones(2, dtype=torch.int64), "an integer or bool tensor"),
+        (torch.ones(2, dtype=torch.bool), "an integer or bool tensor"),
+        (torch.ones(2, dtype=torch.complex64), "is complex"),
+        (torch.eye(2).to_sparse(), "is sparse"),
+        (3.0, "is a float, not a tensor"),
+        (None, "is None"),
+    ],
+    ids=["integer", "bool", "complex", "sparse", "float", "none"],
+)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_parameters_that_can_not_be_optimized(recipe: str, leaf: Any, problem: str) -> None:
+    params = {"fine": torch.ones(2), "layers": [{"odd": leaf}]}
+    with pytest.raises(
+        TypeError, match=rf"'layers\.0\.odd' {problem}|'layers\.0\.odd' is {problem}"
+    ):
+        RECIPES[recipe].init(params)
+
+
+@pytest.mark.parametrize("recipe", ["shampoo", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: {k: v for k, v in g.items() if k != "w"}, "leaf 'w' is missing from gradients"),
+        (lambda g: {**g, "new": torch.ones(1)}, "leaf 'new' is missing from params"),
+        (lambda g: {**g, "w": g["w"].T}, r"leaf 'w' has shape \(6, 5\) in params and \(5, 6\)"),
+        (lambda g: {**g, "layers": tuple(g["layers"])}, "containers of different types"),
+    ],
+    ids=["missing", "unknown", "shape", "container"],
+)
+def test_gradients_that_do_not_fit_the_parameters(recipe: str, change: Any, message: str) -> None:
+    tx, params = RECIPES[recipe], problem()
+    state = tx.init(params)
+    before = snapshot(params, state)
+    with pytest.raises(ValueError, match=message):
+        tx.update(change(problem(1)), state, params, donate=True)
+    assert_unchanged(before, params, state)
+
+
+def test_apply_updates_checks_too() -> None:
+    with pytest.raises(ValueError, match="leaf 'w' is missing from updates"):
+        fs.apply_updates({"w": torch.ones(1)}, {})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fs.kronecker_statistics(1.5), "beta2 is 1.5; it must lie in"),
+        (lambda: fs.root_inverse(epsilon=-1.0), "epsilon is -1.0"),
+        (lambda: fs.root_inverse(every=2.5), "every is 2.5; expected an int"),
+        (lambda: fs.ema(1.0), r"beta1 is 1.0; it must lie in \[0.0, 1.0\)"),
+        (lambda: fs.trace(-0.1), "momentum is -0.1"),
+        (lambda: fs.trace(0.9, dampening=1.0), "dampening is 1.0"),
+        (lambda: fs.scale_by_adam(epsilon=-1e-8), "epsilon is -1e-08"),
+        (lambda: fs.scale_by_rms(float("nan")), "beta2 is nan"),
+        (lambda: fs.scale_by_adagrad("small"), "epsilon is 'small'; expected a number"),
+        (lambda: fs.clip(0.0), "max_value is 0.0"),
+        (lambda: fs.clip_by_global_norm(-1.0), "max_norm is -1.0"),
+        (lambda: fs.add_decayed_weights(-0.1), "weight_decay is -0.1"),
+        (lambda: fs.add_decayed_weights(0.1, kind="cuopled"), "kind is 'cuopled'; choose one of"),
+        (lambda: fs.scale_by_learning_rate(-1.0), "learning_rate is -1.0"),
+        (lambda: fs.scale(True), "factor is True"),
+        (lambda: fs.blocked(fs.trace(0.9), max_size=0), "max_size is 0"),
+        (lambda: fs.sgd(0.1, nesterov=True), "nesterov needs momentum"),
+    ],
+    ids=lambda value: "",
+)
+def test_arguments_out_of_range(make: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+@pytest.mark.parametrize("value", [-1.0, 5.0])
+def test_tensors_are_never_validated_by_value(value: float) -> None:
+    """They may be traced or batched; nothing reads them."""
+    t = torch.tensor(value)
+    fs.shampoo(t, beta1=t, beta2=t, epsilon=t, weight_decay=t, momentum=t, grafting_epsilon=t)

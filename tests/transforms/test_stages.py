@@ -1,0 +1,295 @@
+"""Stages one by one, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import funshampoo as fs
+from funshampoo import linalg
+from funshampoo.linalg import InverseRoot
+from funshampoo.state import FactorRoot, KroneckerState, find_state
+from funshampoo.transforms.exponents import inverse_exponents
+from funshampoo.transforms.kronecker import unfold
+from funshampoo.transforms.root_inverse import precondition
+from tests.trees import gradients, problem, tensors
+
+D = torch.float64
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=D)
+
+
+def run(tx: fs.GradientTransformation, grads: list[Any], **context: Any) -> tuple[list[Any], Any]:
+    state, history = tx.init(grads[0]), []
+    for g in grads:
+        u, state = tx.update(g, state, g, **context)
+        history.append(u)
+    return history, state
+
+
+@pytest.mark.parametrize("block_ndim", [0, 1])
+def test_statistics_are_contractions_over_all_other_axes(block_ndim: int) -> None:
+    g = randn(5, 4, 3, 2)
+    tx = fs.kronecker_statistics(0.9)
+    state = tx.init({"g": g}, block_ndim=block_ndim)
+    for _ in range(2):
+        _, state = tx.update({"g": g}, state, block_ndim=block_ndim)
+    letters = "nabc" if block_ndim else "nabc"[:4]
+    weight = 1 - 0.9**2
+    sides = letters[block_ndim:]
+    for side, factor in zip(sides, state.factors["g"]):
+        lead = letters[:block_ndim]
+        expected = torch.einsum(f"{letters},{letters.replace(side, 'z')}->{lead}{side}z", g, g)
+        assert torch.allclose(factor, weight * expected, rtol=1e-12)
+    assert state.weight["g"].shape == g.shape[:block_ndim]
+    assert torch.allclose(state.weight["g"], torch.tensor(weight, dtype=D))
+
+
+def test_unfolding_has_the_side_first() -> None:
+    x = randn(2, 3, 4, 5)
+    assert unfold(x, 1, 1).shape == (2, 4, 15)
+    assert torch.equal(unfold(x, 2)[1], x[:, :, 1].reshape(-1))
+
+
+@pytest.mark.parametrize("block_ndim", [0, 1])
+@pytest.mark.parametrize("order", [0, 1, 2, 3, 4])
+def test_precondition_is_a_mode_product_for_every_side(order: int, block_ndim: int) -> None:
+    sides = (3, 4, 2, 5)[:order]
+    x = randn(*(6,) * block_ndim, *sides)
+    roots: list[torch.Tensor | None] = []
+    for i, d in enumerate(sides):
+        a = randn(*(6,) * block_ndim, d, d, seed=i)
+        roots.append(a + a.mT)
+    if order > 2:
+        roots[1] = None
+    expected = x.clone()
+    for i, root in enumerate(roots):
+        if root is not None:
+            n = "n" * block_ndim
+            axes = "abcd"[:order]
+            to = axes.replace(axes[i], "z")
+            expected = torch.einsum(f"{n}z{axes[i]},{n}{axes}->{n}{to}", root, expected)
+    assert torch.allclose(precondition(x, roots, block_ndim), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_roots_of_each_order() -> None:
+    """X = L^(-1/2k) on every side, from statistics of full rank."""
+    for order in (1, 2, 3):
+        shape = (2, 3, 4)[:order]
+        grads = [{"g": randn(*shape, seed=t)} for t in range(12)]
+        tx = fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(12, solver=linalg.eigh()))
+        _, state = run(tx, grads)
+        for i, side in enumerate(state["root_inverse"].roots["g"]):
+            unfolded = [unfold(g["g"], i) for g in grads]
+            total = sum(u @ u.T for u in unfolded)
+            power = torch.linalg.matrix_power(side.root, 2 * order)
+            assert torch.allclose(power @ total, torch.eye(shape[i], dtype=D), atol=1e-7)
+
+
+def test_exponents() -> None:
+    assert inverse_exponents(0) == ()
+    assert inverse_exponents(3) == (1 / 6,) * 3
+    assert inverse_exponents(2, {2: 0.5}) == (0.5, 0.5)
+    assert inverse_exponents(2, {3: 0.5}) == (0.25, 0.25)
+    tx = fs.chain(
+        fs.kronecker_statistics(1.0, exponents={2: {0: 0.5, 1: 0.0}}),
+        fs.root_inverse(1, exponents={2: {0: 0.5, 1: 0.0}}, solver=linalg.eigh()),
+    )
+    g = randn(3, 5)
+    (updates,), state = run(tx, [{"g": g}])
+    assert torch.allclose(updates["g"] @ updates["g"].T, torch.eye(3, dtype=D), atol=1e-8)
+    assert state["kronecker_statistics"].factors["g"][1] == ()
+    assert state["root_inverse"].roots["g"][1] == ()
+
+
+def test_exponents_that_differ_between_the_stages() -> None:
+    tx = fs.chain(fs.kronecker_statistics(1.0, exponents={1: 0.0}), fs.root_inverse(1))
+    with pytest.raises(ValueError, match="give both stages the same exponents"):
+        run(tx, [{"g": randn(3)}])
+
+
+@pytest.mark.parametrize(
+    "stage", [fs.root_inverse(5), fs.graft(fs.root_inverse(5), fs.scale_by_sgd())]
+)
+def test_a_missing_upstream_stage_names_itself_and_the_remedy(stage: Any) -> None:
+    for tx in (fs.chain(stage), fs.blocked(fs.chain(fs.ema(0.9), stage))):
+        with pytest.raises(
+            ValueError, match=r"root_inverse found no factor matrices: put kronecker"
+        ):
+            tx.init(problem())
+
+
+def test_refresh_schedule_and_the_identity_before_it() -> None:
+    tx = fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(3, start=5))
+    grads = [{"g": randn(4, seed=t)} for t in range(10)]
+    state, roots = tx.init(grads[0]), [torch.eye(4, dtype=D)]
+    changed = []
+    for t, g in enumerate(grads, start=1):
+        u, state = tx.update(g, state)
+        root = state["root_inverse"].roots["g"][0].root
+        if not torch.equal(root, roots[-1]):
+            changed.append(t)
+        if t < 5:
+            assert torch.equal(u["g"], g["g"])
+        roots.append(root)
+    assert changed == [5, 6, 9]
+
+
+def test_step_and_refresh_in_the_context_decide() -> None:
+    tx = fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(3))
+    g = {"g": randn(4)}
+    state = tx.init(g)
+
+    def refreshed(**context: Any) -> bool:
+        _, new = tx.update(g, state, **context)
+        return not torch.equal(new["root_inverse"].roots["g"][0].root, torch.eye(4, dtype=D))
+
+    assert refreshed(step=3)
+    assert not refreshed(step=4)
+    assert refreshed(step=4, refresh=True)
+    assert not refreshed(step=3, refresh=False)
+    with pytest.raises(ValueError, match="step is 0; it counts from 1"):
+        refreshed(step=0)
+    with pytest.raises(TypeError, match="step is a float"):
+        refreshed(step=3.0)
+
+
+def test_a_failing_solver_keeps_the_old_root_and_counts() -> None:
+    """For the matrices that failed, and for no others."""
+
+    def solver(matrix: torch.Tensor, p: float, epsilon: Any) -> InverseRoot:
+        found = linalg.eigh()(matrix, p, 1e-3)
+        good = torch.tensor([True, False, True])
+        return found._replace(converged=good, root=found.root * 7)
+
+    tx = fs.blocked(fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(1, solver=solver)), 2)
+    g = {"g": randn(6)}
+    _, state = tx.update(g, tx.init(g))
+    root = find_state(state, FactorRoot)
+    assert root is not None
+    assert root.failures.tolist() == [0, 1, 0]
+    assert torch.equal(root.root[1], torch.eye(2, dtype=D))
+    assert not torch.equal(root.root[0], torch.eye(2, dtype=D))
+    _, state = tx.update(g, state)
+    assert find_state(state, FactorRoot).failures.tolist() == [0, 2, 0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        linalg.eigh(relative_epsilon=1e-6),
+        linalg.coupled_newton(),
+        linalg.newton_schulz(),
+        linalg.pseudo_inverse(),
+    ],
+)
+def test_a_non_finite_block_spares_the_others(solver: Any) -> None:
+    tx = fs.blocked(fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(1, solver=solver)), 4)
+    g = {"g": randn(8, 3).float()}
+    bad = {"g": g["g"].clone()}
+    bad["g"][0, 0] = float("nan")
+    good_updates, _ = tx.update(g, tx.init(g))
+    bad_updates, state = tx.update(bad, tx.init(g))
+    assert torch.equal(bad_updates["g"][4:], good_updates["g"][4:])
+    assert find_state(state, FactorRoot).failures.tolist() == [1, 0]  # type: ignore[union-attr]
+
+
+def test_trace_scaling() -> None:
+    g = randn(3, 4)
+    tx = fs.chain(
+        fs.kronecker_statistics(1.0),
+        fs.root_inverse(1, epsilon=1e-3, trace_scaling=0.5, solver=linalg.eigh()),
+    )
+    _, state = run(tx, [{"g": g}])
+    a = g @ g.T
+    a = a / a.trace().sqrt() + 1e-3 * torch.eye(3, dtype=D)
+    root = state["root_inverse"].roots["g"][0].root
+    assert torch.allclose(torch.linalg.matrix_power(root, 4) @ a, torch.eye(3, dtype=D), atol=1e-8)
+
+
+def test_graft_takes_direction_and_length_per_block() -> None:
+    tx = fs.blocked(
+        fs.graft(fs.scale(torch.tensor(5.0)), onto=fs.scale_by_adagrad(0.0)), 2, merge="none"
+    )
+    g = {"w": randn(4)}
+    (updates,), _ = run(tx, [g])
+    for piece, source in zip(updates["w"].split(2), g["w"].split(2)):
+        assert piece.norm().item() == pytest.approx(2**0.5)  # that of the signs
+        assert torch.allclose(piece / piece.norm(), source / source.norm())
+
+
+def test_graft_is_the_other_method_before_its_start() -> None:
+    tx = fs.graft(fs.scale(5.0), onto=fs.scale_by_adagrad(0.0), start=3)
+    history, _ = run(tx, [{"w": randn(3, seed=t)} for t in range(4)])
+    alone, _ = run(fs.scale_by_adagrad(0.0), [{"w": randn(3, seed=t)} for t in range(4)])
+    same = [torch.equal(a["w"], b["w"]) for a, b in zip(history, alone)]
+    assert same == [True, True, False, False]
+    with pytest.raises(ValueError, match="start is 0"):
+        fs.graft(fs.scale(1.0), fs.scale(1.0), start=0)
+
+
+def test_grafting_a_zero_gradient_is_zero_not_nan() -> None:
+    tx = fs.shampoo(0.1)
+    zero = {"w": torch.zeros(3, 2)}
+    updates, _ = tx.update(zero, tx.init(zero), zero)
+    assert torch.equal(updates["w"], zero["w"])
+
+
+def test_the_second_moment_of_a_partner_is_of_the_gradient() -> None:
+    """In a scope: V from `gradient`, applied to the filtered updates."""
+    tx = fs.blocked(fs.chain(fs.ema(0.5, bias_correction=False), fs.scale_by_rms(0.75, 0.0)))
+    (u,), _ = run(tx, [{"w": torch.tensor([4.0, -4.0])}])
+    assert u["w"].tolist() == [1.0, -1.0]  # 0.5 g / (0.5 |g|)
+
+
+def test_ema_follows_changing_betas_and_stays_a_weighted_mean() -> None:
+    """A constant gradient comes out unchanged whatever the decays have been."""
+    params = {"w": torch.tensor([3.0], dtype=D)}
+    state = fs.ema(0.9).init(params)
+    for beta in (0.9, 0.5, 0.99, 0.0001):
+        u, state = fs.ema(torch.tensor(beta, dtype=D)).update(params, state)
+        assert u["w"].item() == pytest.approx(3.0, rel=1e-12)
+
+
+def test_clip_by_global_norm_agrees_with_torch_and_is_exact_below() -> None:
+    g = gradients(1)[0]
+    parameters = [torch.nn.Parameter(torch.zeros_like(x)) for x in tensors(g)]
+    for p, x in zip(parameters, tensors(g)):
+        p.grad = x.clone()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+    assert fs.global_norm(g).item() == pytest.approx(norm.item(), rel=1e-12)  # type: ignore[union-attr]
+    clipped, _ = fs.clip_by_global_norm(0.5).update(g, fs.EmptyState())
+    for a, p in zip(tensors(clipped), parameters):
+        assert p.grad is not None
+        assert torch.allclose(a, p.grad, rtol=1e-5)
+    assert fs.global_norm(clipped).item() == pytest.approx(0.5, rel=1e-12)  # type: ignore[union-attr]
+    same, _ = fs.clip_by_global_norm(norm.item() * 1.001).update(g, fs.EmptyState())
+    assert all(torch.equal(a, b) for a, b in zip(tensors(same), tensors(g)))
+
+
+def test_clip() -> None:
+    g = {"w": torch.tensor([-3.0, 0.1, 2.0], dtype=torch.bfloat16)}
+    clipped, _ = fs.clip(torch.tensor(1.0)).update(g, fs.EmptyState())
+    assert clipped["w"].dtype == torch.float32
+    assert clipped["w"].tolist() == [-1.0, 0.10009765625, 1.0]
+
+
+def test_decayed_weights_need_parameters() -> None:
+    tx = fs.adamw(0.1)
+    with pytest.raises(ValueError, match="pass params to update"):
+        tx.update({"w": torch.ones(1)}, tx.init({"w": torch.ones(1)}))
+
+
+def test_statistics_of_bfloat16_gradients_do_not_stick() -> None:
+    """Mistake 5 for this part: an EMA kept in bfloat16 would stall far below its limit."""
+    g = {"w": torch.ones(1, dtype=torch.bfloat16)}
+    tx = fs.kronecker_statistics(0.99, bias_correction=False)
+    state = tx.init(g)
+    for _ in range(500):
+        _, state = tx.update(g, state)
+    assert isinstance(state, KroneckerState)
+    assert state.factors["w"][0].item() == pytest.approx(1 - 0.99**500, rel=1e-4)
