@@ -16,6 +16,7 @@ from funshampoo.base import (
     GradientTransformation,
     apply_updates,
     identity,
+    stateless,
 )
 from funshampoo.combine import chain, masked, partition
 from funshampoo.hyperparams import inject_hyperparams
@@ -78,5 +79,6 @@ __all__ = [
     "sgd",
     "shampoo",
     "state",
+    "stateless",
     "trace",
 ]

@@ -82,6 +82,24 @@ class GradientTransformation:
         yield self.update
 
 
+def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransformation:
+    """A stage without a state from `function(updates, params=None, **context) -> updates`.
+
+    >>> import torch
+    >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
+    >>> sign.update({"w": torch.tensor([3.0, -2.0])}, EmptyState())[0]
+    {'w': tensor([ 1., -1.])}
+    """
+    call = _ignoring_unknown_context(function, required=1)
+
+    def update(
+        updates: Tree, state: EmptyState, params: Tree = None, **context: Any
+    ) -> tuple[Tree, EmptyState]:
+        return call(updates, params, **context), state
+
+    return GradientTransformation(lambda params: EmptyState(), update, name or _name_of(function))
+
+
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     """The same functions under another name."""
     return GradientTransformation(stage.init, stage.update, name)
@@ -111,14 +129,7 @@ def identity() -> GradientTransformation:
     >>> identity().update({"w": 1.0}, EmptyState())
     ({'w': 1.0}, EmptyState())
     """
-
-    def init(params: Tree) -> EmptyState:
-        return EmptyState()
-
-    def update(updates: Tree, state: EmptyState) -> tuple[Tree, EmptyState]:
-        return updates, state
-
-    return GradientTransformation(init, update)
+    return stateless(lambda updates: updates, "identity")
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:

@@ -1,12 +1,14 @@
 """Schedules: functions of the number of steps done so far.
 
-A schedule takes the old count (0 on the first step) as a tensor, an int or a float and returns a
-0-dimensional float32 tensor. It has no Python branch on the count, so it works in torch.compile
-and under vmap. Any function of this kind will do in their place.
+A schedule takes the old count (0 on the first step) as a tensor or an int and returns a
+0-dimensional float32 tensor; its rates may be tensors, and then it has their dtype, so that a
+gradient through it keeps its precision. It has no Python branch on the count, so it works in
+torch.compile and under vmap. Any function of this kind will do in their place.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,11 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funshampoo.base import Schedule
+from funshampoo.base import Hyper, Schedule
 from funshampoo.checks import check_count, check_range
 
 
-def constant(value: float) -> Schedule:
+def constant(value: Hyper) -> Schedule:
     """`value` at every step.
 
     >>> constant(0.5)(3)
@@ -26,13 +28,13 @@ def constant(value: float) -> Schedule:
     """
 
     def schedule(count: Tensor) -> Tensor:
-        return _as_rate(torch.full_like(_as_float64(count), value))
+        return _as_rate(value + 0 * _as_float64(count), value)
 
     return schedule
 
 
 def polynomial(
-    start: float, end: float, steps: int, *, power: float = 1.0, begin: int = 0
+    start: Hyper, end: Hyper, steps: int, *, power: float = 1.0, begin: int = 0
 ) -> Schedule:
     """From `start` to `end` in `steps` steps, along (1 - x)^power; constant before and after.
 
@@ -48,12 +50,12 @@ def polynomial(
 
     def schedule(count: Tensor) -> Tensor:
         x = torch.clamp((_as_float64(count) - begin) / steps, 0, 1)
-        return _as_rate(end + (start - end) * (1 - x) ** power)
+        return _as_rate(end + (start - end) * (1 - x) ** power, start, end)
 
     return schedule
 
 
-def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
+def linear(start: Hyper, end: Hyper, steps: int, *, begin: int = 0) -> Schedule:
     """A straight line from `start` to `end` in `steps` steps; for warm-up, linear(0, peak, steps).
 
     >>> warm_up = linear(0.0, 1.0, steps=4)
@@ -63,7 +65,7 @@ def linear(start: float, end: float, steps: int, *, begin: int = 0) -> Schedule:
     return polynomial(start, end, steps, begin=begin)
 
 
-def cosine(start: float, steps: int, *, end: float = 0.0) -> Schedule:
+def cosine(start: Hyper, steps: int, *, end: Hyper = 0.0) -> Schedule:
     """Half a cosine from `start` to `end` in `steps` steps (Loshchilov, Hutter, arXiv 1608.03983).
 
         value = end + (start - end) (1 + cos(π min(count/steps, 1))) / 2
@@ -76,7 +78,7 @@ def cosine(start: float, steps: int, *, end: float = 0.0) -> Schedule:
 
     def schedule(count: Tensor) -> Tensor:
         x = torch.clamp(_as_float64(count) / steps, 0, 1)
-        return _as_rate(end + (start - end) * (1 + torch.cos(math.pi * x)) / 2)
+        return _as_rate(end + (start - end) * (1 + torch.cos(math.pi * x)) / 2, start, end)
 
     return schedule
 
@@ -105,16 +107,15 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
 
     def schedule(count: Tensor) -> Tensor:
         now = torch.as_tensor(count)
-        value = torch.as_tensor(schedules[0](now), dtype=torch.float32)
+        value = _as_tensor(schedules[0](now))
         for boundary, following in zip(boundaries, schedules[1:]):
-            later = torch.as_tensor(following(now - boundary), dtype=torch.float32)
-            value = torch.where(now >= boundary, later, value)
+            value = torch.where(now >= boundary, _as_tensor(following(now - boundary)), value)
         return value
 
     return schedule
 
 
-def warmup_cosine(peak: float, warmup_steps: int, steps: int, *, end: float = 0.0) -> Schedule:
+def warmup_cosine(peak: Hyper, warmup_steps: int, steps: int, *, end: Hyper = 0.0) -> Schedule:
     """Linear warm-up from 0 to `peak`, then half a cosine to `end` at step `steps`.
 
     >>> schedule = warmup_cosine(1.0, warmup_steps=2, steps=6)
@@ -132,5 +133,10 @@ def _as_float64(count: Tensor | int | float) -> Tensor:
     return torch.as_tensor(count).to(torch.float64)
 
 
-def _as_rate(value: Tensor) -> Tensor:
-    return value.to(torch.float32)
+def _as_rate(value: Tensor, *rates: Hyper) -> Tensor:
+    given = [_as_tensor(rate).dtype for rate in rates]
+    return value.to(functools.reduce(torch.promote_types, given))
+
+
+def _as_tensor(rate: Hyper) -> Tensor:
+    return rate if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float32)

@@ -28,16 +28,16 @@ def read_counter(counter: Tensor) -> int | None:
     Raises:
         ValueError: members of an ensemble are at different steps.
     """
-    plain = unwrapped(counter)
-    if plain is None:
+    members = unwrapped(counter)
+    if members is None:
         return None
-    values = set(plain.reshape(-1).tolist())
+    values = {int(member) for member in members.reshape(-1).unbind()}
     if len(values) > 1:
         raise ValueError(
             f"members of the ensemble are at different steps ({sorted(values)}), so they can't "
             "share one refresh: train them apart, or pass refresh=True or False."
         )
-    return int(values.pop())
+    return values.pop()
 
 
 def current_step(counter: Tensor, step: int | None) -> int | None:
@@ -57,15 +57,14 @@ def current_step(counter: Tensor, step: int | None) -> int | None:
     return step
 
 
-def refresh_due(step: int, every: int, start: int | None = None) -> bool:
+def refresh_due(step: int, every: int, start: int = 1) -> bool:
     """Whether step number `step` (from 1) recomputes the roots.
 
-    It does at `start` (by default `every`) and at every multiple of `every` after it.
+    It does at `start` and at every multiple of `every` after it.
 
     >>> [t for t in range(1, 13) if refresh_due(t, every=5)]
-    [5, 10]
-    >>> [t for t in range(1, 13) if refresh_due(t, every=5, start=1)]
     [1, 5, 10]
+    >>> [t for t in range(1, 13) if refresh_due(t, every=5, start=5)]
+    [5, 10]
     """
-    first = every if start is None else start
-    return step == first or (step > first and step % every == 0)
+    return step == start or (step > start and step % every == 0)

@@ -111,6 +111,7 @@ def test_refresh_due() -> None:
     def days(**options: Any) -> list[int]:
         return [t for t in range(1, 21) if fs.refresh_due(t, **options)]
 
-    assert days(every=5) == [5, 10, 15, 20]
+    assert days(every=5) == [1, 5, 10, 15, 20]
+    assert days(every=5, start=5) == [5, 10, 15, 20]
     assert days(every=5, start=7) == [7, 10, 15, 20]  # the rule of the reference
     assert days(every=1, start=18) == [18, 19, 20]

@@ -39,7 +39,7 @@ def shampoo(
     epsilon: Hyper = 0.0,
     relative_epsilon: Hyper = 1e-6,
     every: int = 10,
-    start: int | None = 1,
+    start: int = 1,
     max_size: int | None = 1024,
     merge: Merge = "small",
     keep: int = 2,
@@ -79,8 +79,8 @@ def shampoo(
         relative_epsilon: relative to each factor's largest eigenvalue, for the default solver (one
             given as `solver` brings its own): the damping of eigh with grafting, the cut-off of the
             pseudo-inverse without. Below 1e-7 float32 roots are noise.
-        every, start: refreshes happen at step `start` (None: `every`) and on multiples of `every`
-            after it. Until then a step is the grafted method's.
+        every, start: refreshes happen at step `start` and on multiples of `every` after it. Until
+            then a step is the grafted method's.
         max_size, merge, keep: blocks; see `blocked`. Matrices stay matrices (keep=2): merging a
             32×32 matrix into a 1024-vector costs a 1024×1024 factor.
         grafting: whose step length to take: "adam", "rms", "adagrad", "sgd", a transformation, or
@@ -117,10 +117,9 @@ def shampoo(
         truncate = grafting is None and is_zero(epsilon)
         damped = eigh(relative_epsilon=relative_epsilon)
         solver = pseudo_inverse(rtol=relative_epsilon) if truncate else damped
-    first = every if start is None else start
     roots = root_inverse(
         every,
-        start=first,
+        start=start,
         epsilon=epsilon,
         solver=solver,
         exponents=exponents,
@@ -137,7 +136,7 @@ def shampoo(
     block_stages = [
         statistics,
         ema(beta1, beta3, bias_correction=bias_correction, own_steps=own_steps),
-        roots if onto is None else graft(roots, onto, start=first),
+        roots if onto is None else graft(roots, onto, start=start),
     ]
 
     decay = []

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TextIO
 
 from torch import Tensor
 
-from funshampoo.state.stages import BlockedState, walk
+from funshampoo.state.stages import BlockedState, FactorRoot, walk
 
 
 class Memory(NamedTuple):
@@ -99,37 +99,33 @@ def _leaves(state: Any) -> list[_Leaf]:
     return leaves
 
 
+_HOLDS_A_STATE = ("inner", "direction", "onto")  # fields in which a combinator keeps another's
+
+
 def _split(state: Any, path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """A leaf's path as (stage, the part below the field of the stage's innermost named tuple)."""
+    """A leaf's path as (stage, the part below the innermost stage's field).
+
+    Dicts of states are those of chains and partitions: at the top, in a combinator's field, and
+    directly inside one another. Any other dict is a tree of the stage that it is found in.
+    """
     stage: list[str] = []
-    last_field = 0
-    node = state
+    node, of_states, below = state, True, 0
     for i, key in enumerate(path):
-        fields = getattr(node, "_fields", None)
-        if fields is not None and not _is_entry(node):
-            last_field = i + 1
-        elif last_field == i and isinstance(node, dict) and _holds_states(node):
+        if hasattr(node, "_fields") and not isinstance(node, FactorRoot):
+            of_states, below = key in _HOLDS_A_STATE, i + 1
+            if key in ("direction", "onto"):
+                stage.append(key)
+        elif of_states and isinstance(node, dict):
             stage.append(key)
-            last_field = i + 1
-        node = getattr(node, key) if fields is not None else _child(node, key)
-    return "/".join(stage) or type(state).__name__, path[last_field:]
+            below = i + 1
+        node = _child(node, key)
+    return "/".join(stage) or type(state).__name__, path[below:]
 
 
 def _child(node: Any, key: str) -> Any:
-    return node[key] if isinstance(node, dict) else node[int(key)]
-
-
-def _is_entry(node: Any) -> bool:
-    """A named tuple that stands for one side of a leaf (`FactorRoot`), not for a stage."""
-    return type(node).__name__ == "FactorRoot"
-
-
-def _holds_states(node: dict[str, Any]) -> bool:
-    """A dict of states (of a chain, of a partition), as against a tree of tensors."""
-    return all(
-        (isinstance(v, dict) and _holds_states(v)) or type(v).__name__.endswith("State")
-        for v in node.values()
-    )
+    if isinstance(node, dict):
+        return next(child for name, child in node.items() if str(name) == key)
+    return getattr(node, key) if hasattr(node, "_fields") else node[int(key)]
 
 
 def _owners(blocked: BlockedState) -> dict[str, list[tuple[str, float]]]:

@@ -39,7 +39,8 @@ class FactorRoot(NamedTuple):
 
     Attributes:
         root: (N, d, d), X = (L / weight + epsilon I)^(-e); the identity before the first refresh.
-        residual: (N,), ‖X^(1/e) A - I‖ as the solver estimates it; 0 before.
+        residual: (N,), how far X^(1/e) A is from the identity, by the solver's estimate (see
+            `funshampoo.linalg.InverseRoot`); 0 before.
         condition: (N,), condition number of the damped factor; 1 before.
         failures: (N,) int64, how many refreshes kept the old root because the solver failed.
     """
@@ -185,10 +186,13 @@ def find_state(states: Any, kind: type[StateT]) -> StateT | None:
     >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
     ScheduleState(steps=tensor(3))
     """
-    found = None
-    for _, node in walk(states):
-        if isinstance(node, kind):
-            found = node
+    # Without a generator, which torch.compile could not trace before torch 2.9.
+    found = states if isinstance(states, kind) else None
+    children: Any = states.values() if isinstance(states, dict) else states
+    if isinstance(states, (dict, tuple, list)):
+        for child in children:
+            inner = find_state(child, kind)
+            found = found if inner is None else inner
     return found
 
 

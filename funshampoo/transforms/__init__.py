@@ -3,10 +3,10 @@
 from funshampoo.transforms.blocking import blocked
 from funshampoo.transforms.clipping import clip, clip_by_global_norm, global_norm
 from funshampoo.transforms.grafting import graft
-from funshampoo.transforms.kronecker import kronecker_statistics
+from funshampoo.transforms.kronecker import bias_corrected, kronecker_statistics, unfold
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
 from funshampoo.transforms.momentum import ema, trace
-from funshampoo.transforms.root_inverse import root_inverse
+from funshampoo.transforms.root_inverse import precondition, root_inverse
 from funshampoo.transforms.scaling import (
     scale_by_adagrad,
     scale_by_adam,
@@ -17,6 +17,7 @@ from funshampoo.transforms.weight_decay import add_decayed_weights
 
 __all__ = [
     "add_decayed_weights",
+    "bias_corrected",
     "blocked",
     "clip",
     "clip_by_global_norm",
@@ -24,6 +25,7 @@ __all__ = [
     "global_norm",
     "graft",
     "kronecker_statistics",
+    "precondition",
     "root_inverse",
     "scale",
     "scale_by_adagrad",
@@ -32,4 +34,5 @@ __all__ = [
     "scale_by_rms",
     "scale_by_sgd",
     "trace",
+    "unfold",
 ]

@@ -27,7 +27,7 @@ def blocked(
     max_size: int | None = 1024,
     *,
     merge: Merge = "small",
-    keep: int = 1,
+    keep: int = 2,
     with_params: bool = False,
 ) -> GradientTransformation:
     """Cut every parameter into blocks, run `inner` on stacks of equal blocks, put the pieces back.
@@ -44,7 +44,8 @@ def blocked(
         merge: how sides are merged before the cut, see `merged_shape`: "none", "small" (multiply
             neighbours while the product stays ≤ max_size), "matrix" (keep the first side, fold the
             rest).
-        keep: "small" stops merging when this many sides are left.
+        keep: "small" stops merging when this many sides are left. At 2 matrices stay matrices; at 1
+            a 32×32 matrix becomes a 1024-vector, whose factor matrix is 1024×1024.
         with_params: also hand `inner` the parameters in stacks (a copy more a step).
 
     Half-precision gradients enter the stacks as float32 and the updates leave in float32. Empty

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from funshampoo.base import EmptyState, GradientTransformation, Hyper, Tree
+from funshampoo.base import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.checks import check_range
 from funshampoo.tree import compute_dtype, flatten, update_leaves
 
@@ -19,24 +19,20 @@ def clip(max_value: Hyper) -> GradientTransformation:
         ValueError: max_value is a number that is not above 0.
 
     >>> import torch
-    >>> clip(1.0).update({"w": torch.tensor([0.5, -3.0])}, EmptyState())[0]
+    >>> clip(1.0).update({"w": torch.tensor([0.5, -3.0])}, ())[0]
     {'w': tensor([ 0.5000, -1.0000])}
     """
     check_range("max_value", max_value, 0.0, low_open=True)
 
-    def init(params: Tree) -> EmptyState:
-        return EmptyState()
+    def leaf(u: Tensor) -> tuple[Tensor]:
+        u = u.to(compute_dtype(u))
+        limit = torch.as_tensor(max_value, dtype=u.dtype, device=u.device)
+        return (torch.clamp(u, -limit, limit),)
 
-    def update(updates: Tree, state: EmptyState) -> tuple[Tree, EmptyState]:
-        def leaf(u: Tensor) -> tuple[Tensor]:
-            u = u.to(compute_dtype(u))
-            limit = torch.as_tensor(max_value, dtype=u.dtype, device=u.device)
-            return (torch.clamp(u, -limit, limit),)
+    def clipped(updates: Tree) -> Tree:
+        return update_leaves(leaf, updates, ())[0]
 
-        (clipped,) = update_leaves(leaf, updates, ())
-        return clipped, state
-
-    return GradientTransformation(init, update)
+    return stateless(clipped, "clip")
 
 
 def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
@@ -51,18 +47,15 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
     Reference: Pascanu, Mikolov, Bengio, arXiv 1211.5063.
 
     >>> import torch
-    >>> clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, EmptyState())[0]
+    >>> clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, ())[0]
     {'w': tensor([0.6000, 0.8000])}
     """
     check_range("max_norm", max_norm, 0.0, low_open=True)
 
-    def init(params: Tree) -> EmptyState:
-        return EmptyState()
-
-    def update(updates: Tree, state: EmptyState) -> tuple[Tree, EmptyState]:
+    def clipped(updates: Tree) -> Tree:
         norm = global_norm(updates)
         if norm is None:
-            return updates, state
+            return updates
         limit = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
         factor = limit / torch.maximum(norm, limit)
 
@@ -70,10 +63,9 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
             u = u.to(compute_dtype(u))
             return ((u * factor.to(u.device)).to(u.dtype),)
 
-        (clipped,) = update_leaves(leaf, updates, ())
-        return clipped, state
+        return update_leaves(leaf, updates, ())[0]
 
-    return GradientTransformation(init, update)
+    return stateless(clipped, "clip_by_global_norm")
 
 
 def global_norm(tree: Tree) -> Tensor | None:

@@ -68,7 +68,7 @@ class Layout(NamedTuple):
 
 
 def merged_shape(
-    shape: Sequence[int], max_size: int | None, merge: Merge = "small", keep: int = 1
+    shape: Sequence[int], max_size: int | None, merge: Merge = "small", keep: int = 2
 ) -> tuple[int, ...]:
     """The shape in which a parameter is cut.
 
@@ -81,8 +81,8 @@ def merged_shape(
 
     >>> merged_shape((64, 3, 7, 7), 1024), merged_shape((128, 128, 3, 3), 1024)
     ((64, 147), (128, 128, 9))
-    >>> merged_shape((32, 32), 1024), merged_shape((32, 32), 1024, keep=2)
-    ((1024,), (32, 32))
+    >>> merged_shape((32, 32), 1024), merged_shape((32, 32), 1024, keep=1)
+    ((32, 32), (1024,))
     >>> merged_shape((128, 128, 3, 3), 1024, "matrix")
     (128, 1152)
     """

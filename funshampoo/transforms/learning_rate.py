@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree, renamed
+from funshampoo.base import GradientTransformation, Hyper, Schedule, Tree, renamed, stateless
 from funshampoo.checks import check_range
 from funshampoo.state.stages import ScheduleState
 from funshampoo.steps import new_counter
@@ -18,18 +18,12 @@ def scale(factor: Hyper) -> GradientTransformation:
     """U ← factor U, computed in float32 at least.
 
     >>> import torch
-    >>> scale(-0.5).update({"w": torch.ones(2)}, EmptyState())[0]
+    >>> scale(-0.5).update({"w": torch.ones(2)}, ())[0]
     {'w': tensor([-0.5000, -0.5000])}
     """
     check_range("factor", factor, float("-inf"))
 
-    def init(params: Tree) -> EmptyState:
-        return EmptyState()
-
-    def update(updates: Tree, state: EmptyState) -> tuple[Tree, EmptyState]:
-        return _times(updates, factor), state
-
-    return GradientTransformation(init, update)
+    return stateless(lambda updates: _times(updates, factor), "scale")
 
 
 def scale_by_learning_rate(

@@ -148,9 +148,9 @@ def trace(
             return u * (1 - dampening) if damps else u
 
         if needs_seen:
-            out, buffer, seen = update_leaves(accumulate, updates, state)
+            out, buffer, seen = update_leaves(accumulate, updates, (state.buffer, state.seen))
             return out, TraceState(buffer, seen)
-        out, buffer = update_leaves(accumulate, updates, state[:1])
+        out, buffer = update_leaves(accumulate, updates, (state.buffer,))
         return out, TraceState(buffer, ())
 
     return GradientTransformation(init, update)

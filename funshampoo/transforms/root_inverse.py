@@ -19,9 +19,9 @@ from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_
 
 
 def root_inverse(
-    every: int = 20,
+    every: int = 10,
     *,
-    start: int | None = None,
+    start: int = 1,
     epsilon: Hyper = 0.0,
     solver: Solver | None = None,
     exponents: Exponents | None = None,
@@ -41,7 +41,8 @@ def root_inverse(
 
     Args:
         every: steps between refreshes.
-        start: the first refresh; `every` by default. Afterwards on multiples of `every`.
+        start: the step of the first refresh; later ones fall on multiples of `every`. Give `graft`
+            the same, so that its step is the other method's until then.
         epsilon: absolute damping, ≥ 0 (number or tensor). Damping relative to the largest
             eigenvalue is the solver's: `eigh(relative_epsilon=...)`.
         solver: a function of `funshampoo.linalg`; by default eigh with relative_epsilon=1e-6. In
@@ -71,8 +72,7 @@ def root_inverse(
     {'w': tensor([0.6000, 0.8000])}
     """
     check_count("every", every)
-    if start is not None:
-        check_count("start", start)
+    check_count("start", start)
     check_range("epsilon", epsilon, 0.0)
     check_exponents(exponents)
     if trace_scaling is not None:

@@ -6,8 +6,6 @@ it to the updates. epsilon stands outside the root.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -96,11 +94,13 @@ def scale_by_adam(
             return _scaled(u.to(v.dtype), v / per_block(w, v), epsilon), v, w
 
         source = updates if gradient is None else gradient
-        first: Sequence[Tree] = state[:2]
+        first, first_weight = state.first, state.first_weight
         if filtered:
-            updates, *first = update_leaves(filter_first, updates, first)
-        out, *second = update_leaves(leaf, updates, state[2:], (source,))
-        return out, AdamState(*first, *second)
+            before = (first, first_weight)
+            updates, first, first_weight = update_leaves(filter_first, updates, before)
+        before = (state.second, state.second_weight)
+        out, second, second_weight = update_leaves(leaf, updates, before, (source,))
+        return out, AdamState(first, first_weight, second, second_weight)
 
     return GradientTransformation(init, update)
 
@@ -147,7 +147,7 @@ def scale_by_rms(
             return _scaled(u.to(v.dtype), v, epsilon), v
 
         source = updates if gradient is None else gradient
-        out, second = update_leaves(leaf, updates, tuple(state), (source,))
+        out, second = update_leaves(leaf, updates, (state.second,), (source,))
         return out, RmsState(second)
 
     return GradientTransformation(init, update)
@@ -199,7 +199,7 @@ def scale_by_adagrad(
             return _scaled(u.to(v.dtype), v, epsilon), v
 
         source = updates if gradient is None else gradient
-        out, second = update_leaves(leaf, updates, tuple(state), (source,))
+        out, second = update_leaves(leaf, updates, (state.second,), (source,))
         return out, AdagradState(second)
 
     return GradientTransformation(init, update)

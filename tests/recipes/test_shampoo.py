@@ -22,7 +22,7 @@ def compare(params: list[torch.Tensor], grads: list[list[torch.Tensor]], **optio
     ours = dict(options)
     ours.setdefault("epsilon", 1e-4)
     ours.setdefault("every", 1)
-    ours.setdefault("start", None)
+    ours.setdefault("start", ours["every"])
     ours.setdefault("merge", "none")
     ours.setdefault("grafting_beta2", 0.9)
     if ours["merge"] == "small":
@@ -125,12 +125,10 @@ def test_the_default_step_is_the_documented_chain() -> None:
                 fs.kronecker_statistics(0.99),
                 fs.ema(0.9),
                 fs.graft(
-                    fs.root_inverse(10, start=1, solver=linalg.eigh(relative_epsilon=1e-6)),
+                    fs.root_inverse(solver=linalg.eigh(relative_epsilon=1e-6)),
                     onto=fs.scale_by_adam(0.0, 0.99),
                 ),
             ),
-            1024,
-            keep=2,
         ),
         fs.scale_by_learning_rate(0.1),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def test_where_the_memory_of_shampoo_goes(capsys: pytest.CaptureFixture[str]) ->
     assert str(memory) == capsys.readouterr().out.rstrip("\n")
     inner = state["blocked"].inner
     assert memory.stages["blocked/kronecker_statistics"] == size(inner["kronecker_statistics"])
-    assert memory.stages["blocked/graft"] == size(inner["graft"])
+    assert memory.stages["blocked/graft/direction"] == size(inner["graft"].direction)
+    assert memory.stages["blocked/graft/onto"] == size(inner["graft"].onto)
     assert memory.stages["blocked/trace"] == (32 + 4) * 4
     # w: two blocks of 4×4: two factors, two roots, three entries a root and two weights each
     roots = 2 * (2 * (16 + 16) * 4 + 2 * (4 + 4 + 8))
@@ -86,3 +88,25 @@ def test_health_without_roots_and_outside_blocks() -> None:
     _, _, state = train(tx, problem(), gradients(2), fs.apply_updates)
     found = health(state, file=io.StringIO())
     assert "layers.0.weight side 2" in {f.where for f in found.factors}
+
+
+def test_a_readers_own_stages_are_stages_whatever_their_states_are() -> None:
+    class Watched(NamedTuple):
+        seen: torch.Tensor
+
+    own = fs.GradientTransformation(
+        lambda params: Watched(torch.zeros(3)), lambda updates, state: (updates, state), "watch"
+    )
+    bare = fs.GradientTransformation(
+        lambda params: torch.zeros(5), lambda updates, state: (updates, state), "bare"
+    )
+    tx = fs.chain(fs.trace(0.9), own, bare, fs.blocked(fs.chain(fs.kronecker_statistics(), own)))
+    memory = summary(tx.init({"w": torch.zeros(2)}), file=io.StringIO())
+    assert memory.stages == {
+        "trace": 8,
+        "watch": 12,
+        "bare": 20,
+        "blocked/kronecker_statistics": 20,
+        "blocked/watch": 12,
+    }
+    assert memory.parameters == {"w": 28, "(shared)": 44}

@@ -82,15 +82,15 @@ def test_rows_are_the_blocks_in_row_major_order_of_the_grid(
     ],
 )
 def test_merging_examples(shape: tuple[int, ...], merged: tuple[int, ...]) -> None:
-    assert merged_shape(shape, 1024) == merged
+    assert merged_shape(shape, 1024, keep=1) == merged
 
 
 def test_merging_targets_and_kinds() -> None:
-    assert merged_shape((1, 2, 5, 1), 10) == (10,)
-    assert merged_shape((1, 2, 5, 1), 1) == (2, 5)
-    assert merged_shape((32, 3, 64, 64), 8192) == (96, 4096)
+    assert merged_shape((1, 2, 5, 1), 10, keep=1) == (10,)
+    assert merged_shape((1, 2, 5, 1), 1, keep=1) == (2, 5)
+    assert merged_shape((32, 3, 64, 64), 8192, keep=1) == (96, 4096)
     assert merged_shape((32, 3, 64, 64), 10**6, keep=2) == (32, 12288)
-    assert merged_shape((2, 3, 4, 5), None) == (120,)
+    assert merged_shape((2, 3, 4, 5), None, keep=1) == (120,)
     assert merged_shape((2, 3, 4, 5), 20, keep=3) == (2, 3, 20)
     assert merged_shape((6, 1, 3, 1), 1024, "none") == (6, 1, 3, 1)
     assert merged_shape((128, 128, 3, 3), 1024, "matrix") == (128, 1152)

@@ -81,7 +81,9 @@ def test_roots_of_each_order() -> None:
     for order in (1, 2, 3):
         shape = (2, 3, 4)[:order]
         grads = [{"g": randn(*shape, seed=t)} for t in range(12)]
-        tx = fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(12, solver=linalg.eigh()))
+        tx = fs.chain(
+            fs.kronecker_statistics(1.0), fs.root_inverse(12, start=12, solver=linalg.eigh())
+        )
         _, state = run(tx, grads)
         for i, side in enumerate(state["root_inverse"].roots["g"]):
             unfolded = [unfold(g["g"], i) for g in grads]
@@ -140,7 +142,7 @@ def test_refresh_schedule_and_the_identity_before_it() -> None:
 
 
 def test_step_and_refresh_in_the_context_decide() -> None:
-    tx = fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(3))
+    tx = fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(3, start=3))
     g = {"g": randn(4)}
     state = tx.init(g)
 

@@ -1,0 +1,48 @@
+"""The code in the documentation runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import funshampoo as fs
+from tests.trees import gradients, problem, tensors, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_the_stages_of_the_guide_work() -> None:
+    names: dict[str, object] = {}
+    for block in python_blocks("docs/stages.md"):
+        exec(block, names)
+    centralize, signs, roots = (
+        names[name]()  # type: ignore[operator]
+        for name in ("centralize", "sign_of_average", "diagonal_roots")
+    )
+    assert signs.name == "sign_of_average"
+    blocks = fs.chain(
+        fs.kronecker_statistics(), fs.ema(), fs.graft(roots, onto=fs.scale_by_adam(beta1=0))
+    )
+    for tx in (fs.chain(signs), fs.chain(fs.blocked(blocks, 4), fs.scale(-0.1))):
+        _, history, _ = train(tx, problem(), gradients(3), fs.apply_updates)
+        assert all(torch.isfinite(u).all() for u in tensors(history))
+    rows, _ = centralize.update({"w": torch.randn(3, 4)}, ())
+    assert torch.allclose(rows["w"].sum(-1), torch.zeros(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("i", range(len(python_blocks("README.md"))))
+def test_the_examples_of_the_readme_run(i: int) -> None:
+    exec(python_blocks("README.md")[i], {})
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
