@@ -14,6 +14,7 @@ from funshampoo.accumulation import multi_steps
 from funshampoo.base import (
     EmptyState,
     GradientTransformation,
+    Schedule,
     apply_updates,
     identity,
     stateless,
@@ -48,6 +49,7 @@ __all__ = [
     "EmptyState",
     "GradientTransformation",
     "MaskedNode",
+    "Schedule",
     "adamw",
     "add_decayed_weights",
     "apply_updates",

@@ -116,15 +116,17 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
 
 
 def warmup_cosine(peak: Hyper, warmup_steps: int, steps: int, *, end: Hyper = 0.0) -> Schedule:
-    """Linear warm-up from 0 to `peak`, then half a cosine to `end` at step `steps`.
+    """Linear warm-up from 0 at count 0 to `peak`, then half a cosine to `end` at count `steps`.
 
     >>> schedule = warmup_cosine(1.0, warmup_steps=2, steps=6)
     >>> [round(schedule(count).item(), 4) for count in range(7)]
     [0.0, 0.5, 1.0, 0.8536, 0.5, 0.1464, 0.0]
     """
-    check_count("warmup_steps", warmup_steps)
+    check_count("warmup_steps", warmup_steps, 0)
     check_count("steps", steps, warmup_steps + 1)
     decay = cosine(peak, steps - warmup_steps, end=end)
+    if warmup_steps == 0:
+        return decay
     return join([linear(0.0, peak, warmup_steps), decay], [warmup_steps])
 
 

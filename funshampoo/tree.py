@@ -85,7 +85,7 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which statistics and updates of `x` live: float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 def check_parameters(params: Any, stage: str) -> None:

@@ -133,6 +133,8 @@ NOT_TRANSFORMATIONS = {
     "EmptyState",
     "GradientTransformation",
     "MaskedNode",
+    "Schedule",
+    "stateless",
     "apply_updates",
     "global_norm",
     "linalg",

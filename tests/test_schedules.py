@@ -64,5 +64,6 @@ def test_bad_arguments() -> None:
         schedules.join([ALL["cosine"], ALL["linear"]], [1, 2])
     with pytest.raises(ValueError, match="must increase"):
         schedules.join([ALL["cosine"]] * 3, [2, 2])
+    assert float(schedules.warmup_cosine(1.0, 0, 4)(torch.tensor(0))) == 1.0
     with pytest.raises(ValueError, match="steps is 3; it must be at least 4"):
         schedules.warmup_cosine(1.0, 3, 3)

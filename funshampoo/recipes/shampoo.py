@@ -72,8 +72,9 @@ def shampoo(
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count. With grafting its scale is
-            that of the grafted method: start from what AdamW likes.
-        beta1, beta3: the filter; see `ema`.
+            that of the grafted method: with "adam", start from what AdamW likes.
+        beta1, beta3: the filter; see `ema`. beta3 = beta1² is Nesterov's look-ahead on the filter
+            and worth trying.
         beta2: decay of the statistics; the number 1 means a plain sum.
         epsilon: absolute damping. 0, since the gradients' scale is anyone's guess.
         relative_epsilon: relative to each factor's largest eigenvalue, for the default solver (one
@@ -96,6 +97,12 @@ def shampoo(
         weighted: False: L ← beta2 L + mat matᵀ.
         solver, exponents, trace_scaling: see `root_inverse`.
         own_steps: bias correction counts each parameter's own gradients, not everyone's steps.
+
+    The defaults were chosen on the two tasks of examples/train.py, each at its best learning rate
+    (steps to 97 % on the digits, five seeds; evaluated every 5 steps): the default takes 45,
+    start=every 60, every=1 40 and every=20 50, relative_epsilon=1e-7 60 and 1e-3 65, max_size=128
+    60, merge="none" 70, grafting="rms" or "adagrad" 65; beta2 from 0.9 to 0.999 makes no
+    difference. beta3=0.8 took 35.
 
     Context: `step=` or `refresh=` as in `root_inverse`.
 

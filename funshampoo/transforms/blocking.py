@@ -128,8 +128,14 @@ def unstack_blocks(
     stacks: Mapping[str, Tensor], layout: Layout, leaves: list[Tensor | None]
 ) -> list[Tensor | None]:
     """Put the blocks of every parameter back together; None where the leaf is None."""
+    # Every stack is split once, into its regions in the order in which they were laid out.
+    sizes: dict[str, list[int]] = {name: [] for name in layout.stacks}
+    for where in layout.parameters:
+        for region in where.regions:
+            sizes[region.stack].append(region.rows)
+    pieces = {name: iter(torch.split(stacks[name], rows)) for name, rows in sizes.items()}
     return [
-        None if leaf is None else _assemble(stacks, where, leaf)
+        _assemble([_paste(next(pieces[r.stack]), r) for r in where.regions], where, leaf)
         for leaf, where in zip(leaves, layout.parameters)
     ]
 
@@ -139,6 +145,8 @@ def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout
     stack = layout.stacks[region.stack]
     if leaf is None:
         return torch.zeros(region.rows, *region.block, dtype=stack.dtype, device=stack.device)
+    if region.block == where.merged:
+        return leaf.reshape((1, *region.block)).to(stack.dtype)
     x = leaf.reshape(where.merged)
     split: list[int] = []
     for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
@@ -146,29 +154,30 @@ def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout
         split += (count, size)
     order = len(region.block)
     axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
-    x = x.reshape(split).permute(axes) if order else x
-    return x.reshape((region.rows, *region.block)).to(stack.dtype)
+    return x.reshape(split).permute(axes).reshape((region.rows, *region.block)).to(stack.dtype)
 
 
-def _assemble(stacks: Mapping[str, Tensor], where: ParameterLayout, leaf: Tensor) -> Tensor:
-    """Undo `_cut_out` for every region, then join the regions side by side, last axis first."""
-    if not where.regions:
+def _paste(rows: Tensor, region: Region) -> Tensor:
+    """Undo `_cut_out`: (rows, *block) to the region of the merged parameter."""
+    if region.rows == 1:
+        return rows.reshape(region.block)
+    order = len(region.block)
+    axes = [axis for i in range(order) for axis in (i, order + i)]
+    sides = [count * size for count, size in zip(region.grid, region.block)]
+    return rows.reshape((*region.grid, *region.block)).permute(axes).reshape(sides)
+
+
+def _assemble(pieces: list[Tensor], where: ParameterLayout, leaf: Tensor | None) -> Tensor | None:
+    """Join the regions of a parameter side by side, last axis first."""
+    if leaf is None:
+        return None
+    if not pieces:
         return torch.zeros_like(leaf, dtype=compute_dtype(leaf))
-    pieces = [_paste(stacks[region.stack], region) for region in where.regions]
     for axis in range(len(where.parts) - 1, -1, -1):
         n = where.parts[axis]
         if n > 1:
             pieces = [torch.cat(pieces[i : i + n], axis) for i in range(0, len(pieces), n)]
     return pieces[0].reshape(where.shape)
-
-
-def _paste(stack: Tensor, region: Region) -> Tensor:
-    rows = stack.narrow(0, region.first, region.rows)
-    order = len(region.block)
-    x = rows.reshape((*region.grid, *region.block))
-    axes = [axis for i in range(order) for axis in (i, order + i)]
-    sides = [count * size for count, size in zip(region.grid, region.block)]
-    return x.permute(axes).reshape(sides) if order else x
 
 
 def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) -> None:

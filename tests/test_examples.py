@@ -1,0 +1,69 @@
+"""The examples run as a newcomer runs them: by command, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
+TITLES = {"shampoo": "Shampoo", "adamw": "AdamW", "sgd": "Nesterov SGD"}
+
+
+def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def numbers_in(folder: Path, task: str) -> dict[str, Any]:
+    numbers: dict[str, Any] = json.loads((folder / f"{task}.json").read_text())
+    return numbers
+
+
+@pytest.mark.parametrize("task", ["digits", "text"])
+def test_quick_run_writes_table_plot_and_numbers(task: str, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    done = run_script("--quick", "--task", task, "--output", folder)
+    assert done.returncode == 0, done.stderr
+
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{task}:")
+    first_words = [line.split("  ")[0] for line in lines]
+    assert first_words[2:6] == ["optimizer", *TITLES.values()]
+    assert (folder / f"{task}.png").read_bytes().startswith(b"\x89PNG")
+
+    results = numbers_in(folder, task)["results"]
+    assert list(results) == list(TITLES)
+    for optimizer, summaries in results.items():
+        assert [s["rate"] for s in summaries] == [0.01, 0.1]
+        losses = [[p["train_loss"] for p in s["runs"][0]["points"]] for s in summaries]
+        assert all(loss is not None and math.isfinite(loss) for curve in losses for loss in curve)
+        best = min(losses, key=lambda curve: curve[-1])
+        assert best[-1] < 0.9 * best[0], optimizer
+
+
+def test_same_command_gives_the_same_numbers(tmp_path: Path) -> None:
+    options = ["--quick", "--steps", "12", "--learning-rates", "0.03", "--optimizers", "shampoo"]
+    curves = []
+    for name in ("first", "second"):
+        done = run_script(*options, "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        run = numbers_in(tmp_path / name, "digits")["results"]["shampoo"][0]["runs"][0]
+        curves.append(run["points"])
+    assert curves[0] == curves[1]
+    assert [point["step"] for point in curves[0]] == [5, 10, 12]
