@@ -1,0 +1,84 @@
+"""torch.compile: how many graphs, the same numbers, on the whole recipe."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import funshampoo as fs
+from tests.trees import assert_close
+
+STEPS = 30
+
+
+def params() -> dict[str, Any]:
+    """Keys that are not in alphabetical order: traversals inside and outside must agree."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (6, 5), "bias": (5,), "a": (2, 3, 5)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def optimizer() -> fs.GradientTransformation:
+    schedule = fs.schedules.warmup_cosine(0.1, 5, STEPS)
+    return fs.shampoo(schedule, max_size=5, momentum=0.9, nesterov=True, weight_decay=0.1)
+
+
+def gradient(t: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(100 + t)
+    return {k: torch.randn(p.shape, generator=generator) for k, p in params().items()}
+
+
+def graphs_of(context: Any) -> int:
+    """Train compiled and plainly; the parameters agree. Returns the number of graphs compiled."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    tx = optimizer()
+    compiled = torch.compile(tx.update, fullgraph=True, backend=counter)
+    p, q = params(), params()
+    state, other = tx.init(p), tx.init(q)
+    for t in range(1, STEPS + 1):
+        updates, state = compiled(gradient(t), state, p, **context(t))
+        p = fs.apply_updates(p, updates)
+        updates, other = tx.update(gradient(t), other, q, **context(t))
+        q = fs.apply_updates(q, updates)
+    assert_close(p, q, 1e-4)
+    assert not torch.allclose(p["w"], params()["w"], atol=0.1)
+    return counter.frame_count
+
+
+def test_one_graph_for_30_plain_steps_with_a_schedule() -> None:
+    assert graphs_of(lambda t: {"refresh": False}) == 1
+
+
+def test_two_graphs_where_a_bool_says_which_steps_refresh() -> None:
+    assert graphs_of(lambda t: {"refresh": fs.refresh_due(t, every=10)}) == 2
+
+
+def test_a_few_graphs_where_the_step_is_an_int() -> None:
+    """The first step, a plain step and a refresh; none of the later 27 is compiled again."""
+    assert graphs_of(lambda t: {"step": t}) <= 4
+
+
+def test_without_either_the_error_says_what_to_pass() -> None:
+    torch._dynamo.reset()
+    tx = optimizer()
+    compiled = torch.compile(tx.update, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"pass\s+refresh=funshampoo.refresh_due"):
+        compiled(gradient(1), tx.init(params()), params())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_gives_the_same_numbers() -> None:
+    torch._dynamo.reset()
+    tx, p = optimizer(), params()
+    state = tx.init(p)
+    _, state = tx.update(gradient(1), state, p)
+    compiled = torch.compile(tx.update, fullgraph=True)
+    expected, after = tx.update(gradient(2), state, p, refresh=False)
+    updates, new = compiled(gradient(2), state, p, refresh=False)
+    assert_close(updates, expected, 1e-5)
+    assert_close(new, after, 1e-5)
