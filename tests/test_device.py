@@ -1,8 +1,8 @@
 """Other devices than the CPU: nothing is made on the wrong one, nothing is read from it.
 
-A meta tensor has a device of its own and no values: an operation that mixes it with a CPU tensor of
-one or more axes raises, and so does reading it. So the meta device shows, without a GPU, that a step
-stays on its device and never waits for it.
+A meta tensor has a device of its own and no values: an operation that mixes it with a CPU tensor
+of one or more axes raises, and so does reading it. So the meta device shows, without a GPU, that a
+step stays on its device and never waits for it.
 """
 
 from __future__ import annotations

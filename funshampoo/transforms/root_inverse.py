@@ -142,7 +142,7 @@ def root_inverse(
         matrix = bias_corrected(factor, weight)
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         if trace_scaling is not None:
-            floor = torch.as_tensor(epsilon, dtype=trace.dtype, device=trace.device)
+            floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else trace.new_tensor(epsilon)
             scale = torch.maximum(trace, floor) ** (-trace_scaling)
             matrix = matrix * scale[..., None, None]
         found = solve(matrix, 1 / power, epsilon)
