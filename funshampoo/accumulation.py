@@ -90,6 +90,8 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         context["donate"] = False
         some = used > 0
         mean = map_leaves(lambda s: s / used.clamp(min=1).to(s), total)
+        if "gradient" in context:  # inside a scope, where statistics are built from it
+            context["gradient"] = mean
         out, new = inner.update(mean, state.inner, params, **context)
         out = map_leaves(lambda u: _where(some, u, _zeros(u)), out)
         new = map_leaves(lambda a, b: _where(some, a, b), new, state.inner)

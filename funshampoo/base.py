@@ -74,8 +74,8 @@ class GradientTransformation:
     def __post_init__(self) -> None:
         # Frozen for everybody else; this is the way in.
         object.__setattr__(self, "name", self.name or _name_of(self.update))
-        object.__setattr__(self, "init", _ignoring_unknown_context(self.init, required=1))
-        object.__setattr__(self, "update", _ignoring_unknown_context(self.update, required=2))
+        object.__setattr__(self, "init", _adapted(self.init, 1, ()))
+        object.__setattr__(self, "update", _adapted(self.update, 2, ("params",)))
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         yield self.init
@@ -90,7 +90,7 @@ def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransfor
     >>> sign.update({"w": torch.tensor([3.0, -2.0])}, EmptyState())[0]
     {'w': tensor([ 1., -1.])}
     """
-    call = _ignoring_unknown_context(function, required=1)
+    call = _adapted(function, 1, ("params",))
 
     def update(
         updates: Tree, state: EmptyState, params: Tree = None, **context: Any
@@ -142,7 +142,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
     Returns:
         New parameters with the dtypes of the old. Half-precision parameters are added to in
-        float32 and rounded to nearest once.
+        float32 and rounded to nearest once. Autograd records the sum: detach parameters that
+        require gradients first, unless gradients through training are wanted.
 
     Raises:
         ValueError: the trees differ; the message names the leaf.
@@ -171,19 +172,25 @@ def _name_of(update: Callable[..., Any]) -> str:
     return "stage" if name in ("", "update", "<lambda>") or name.startswith("_") else name
 
 
-def _ignoring_unknown_context(function: Callable[..., Any], required: int) -> Callable[..., Any]:
+def _adapted(
+    function: Callable[..., Any], required: int, optional: tuple[str, ...]
+) -> Callable[..., Any]:
     """Give `function` a signature that takes any context and drops what it did not declare.
 
-    `required` positional arguments are always passed; the one after (params) only if declared.
+    `required` positional arguments are always passed. The `optional` one after them (params) is
+    passed by place where the function has that place, by name where it declares it as a keyword.
     """
     positional, known, variadic, any_keyword = _signature(function)
-    if any_keyword:
-        return function
-    most = required + 1 if variadic or positional > required else required
+    places = required + len(optional)
+    most = places if variadic else min(positional, places)
 
     def adapted(*args: Any, **context: Any) -> Any:
-        kept = {name: value for name, value in context.items() if name in known}
-        return function(*args[:most], **kept)
+        missing = [context.pop(name, None) for name in optional[len(args) - required :]]
+        given = (*args, *missing)
+        for name, value in zip(optional[most - required :], given[most:]):
+            context[name] = value
+        kept = {name: value for name, value in context.items() if any_keyword or name in known}
+        return function(*given[:most], **kept)
 
     return adapted
 

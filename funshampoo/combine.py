@@ -28,7 +28,8 @@ def chain(
         stages: transformations, or ("name", transformation) pairs. A stage's name is the key of its
             state; by default it is the function's (`trace`), and a second stage of the same name
             becomes `trace_2`. Name a stage yourself where another of its kind may be inserted
-            before it later: states and checkpoints are found by name, not by place.
+            before it later: states are found by name, not by place. The state of a chain that has
+            grown is `tx.init(params) | old_state`.
 
     Context: every stage receives what the caller passed, and `upstream`: the new states of the
     stages before it, in this chain and in those around it. `gradient` is handed down as it came; it
@@ -108,14 +109,15 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
     inner = as_transformation(inner)
 
     def init(params: Tree, **context: Any) -> MaskedState:
-        return MaskedState(inner.init(_hide(params, _flags(mask, params)), **context))
+        flags = _flags(mask, params)
+        context = _hidden_context(context, flatten(params)[1], flags)
+        return MaskedState(inner.init(_hide(params, flags), **context))
 
     def update(
         updates: Tree, state: MaskedState, params: Tree = None, **context: Any
     ) -> tuple[Tree, MaskedState]:
         flags = _flags(mask, updates if params is None else params)
-        if context.get("gradient") is not None:
-            context["gradient"] = _hide(context["gradient"], flags)
+        context = _hidden_context(context, flatten(updates)[1], flags)
         visible = None if params is None else _hide(params, flags)
         out, new = inner.update(_hide(updates, flags), state.inner, visible, **context)
         return _fill(out, updates, flags), MaskedState(new)
@@ -208,7 +210,8 @@ def _other_chain(stages: set[str], found: set[str]) -> str:
     missing, unknown = sorted(stages - found), sorted(found - stages)
     return (
         f"the state is not this chain's: it lacks {missing or 'nothing'} and has "
-        f"{unknown or 'nothing'} besides. Build the chain that made it, or call init."
+        f"{unknown or 'nothing'} besides. Build the chain that made it, or call init; where stages "
+        "were inserted, pass tx.init(params) | state."
     )
 
 
@@ -219,6 +222,31 @@ def _flags(mask: Mask, tree: Tree) -> list[bool]:
 def _hide(tree: Tree, flags: list[bool]) -> Tree:
     leaves, spec = flatten(tree)
     return spec.unflatten([x if flag else MaskedNode() for x, flag in zip(leaves, flags)])
+
+
+def _hidden_context(context: dict[str, Any], spec: Any, flags: list[bool]) -> dict[str, Any]:
+    """`gradient` and `upstream` with the same holes as the updates."""
+    hidden = dict(context)
+    if context.get("gradient") is not None:
+        hidden["gradient"] = _hide(context["gradient"], flags)
+    if context.get("upstream"):
+        states = [_hide_below(state, spec, flags) for state in context["upstream"]]
+        hidden["upstream"] = tuple(states)
+    return hidden
+
+
+def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
+    """A state of an earlier stage, with every tree over the parameters in it hidden likewise."""
+    try:
+        parts = spec.flatten_up_to(node)
+    except ValueError:
+        if isinstance(node, dict):
+            return {key: _hide_below(child, spec, flags) for key, child in node.items()}
+        if isinstance(node, tuple):
+            children = [_hide_below(child, spec, flags) for child in node]
+            return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+        return node
+    return spec.unflatten([p if flag else MaskedNode() for p, flag in zip(parts, flags)])
 
 
 def _fill(tree: Tree, original: Tree, flags: list[bool]) -> Tree:

@@ -22,16 +22,17 @@ def inject_hyperparams(
 ) -> Callable[..., GradientTransformation]:
     """Wrap a function that makes a transformation so that its numbers live in the state.
 
-    Of the arguments given and the defaults, a float becomes a 0-dimensional float32 tensor in
-    `state.hyperparams`, and a tensor goes there as it is. A function given for a number (one whose
-    annotation says float, Hyper or Schedule, or whose default is a float) is a schedule: its value
-    at the old count goes there, anew on every step. Everything else (ints, bools, strings, None,
-    transformations) is static. On every update the factory is called with the tensors.
+    A number given for an argument becomes a 0-dimensional float32 tensor in `state.hyperparams`; a
+    tensor goes there as it is. So does the default of an argument that is not given, unless it is
+    0, 1 or -1: such a default switches a part off (no momentum, no damping) and stays a number;
+    give the argument to have it in the state. A function given for a number is a schedule: its
+    value at the old count goes there, anew on every step. Everything else (ints such as `every`,
+    bools, strings, None, solvers, masks, transformations) is static. On every update the factory is
+    called with the tensors.
 
     Args:
         factory: e.g. `funshampoo.shampoo`.
-        static_args: names of floats that stay numbers. A number that changes what is built, such as
-            beta2=1.0 (a plain sum) or momentum=0.0 (no momentum stage), needs this.
+        static_args: names of numbers that stay numbers.
 
     Returns:
         A function with the factory's signature.
@@ -41,6 +42,7 @@ def inject_hyperparams(
 
     Raises:
         TypeError: the arguments do not fit the factory; static_args names none of them.
+        ValueError: from update, `hyperparams` has other names than those that init made.
 
     >>> from funshampoo import sgd
     >>> tx = inject_hyperparams(sgd)(learning_rate=0.5)
@@ -59,18 +61,29 @@ def inject_hyperparams(
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> GradientTransformation:
         bound = signature.bind(*args, **kwargs)
+        given = set(bound.arguments)
         bound.apply_defaults()
-        return _injected(factory, bound, static)
+        return _injected(factory, bound, given - static, set(bound.arguments) - given - static)
 
     return make
 
 
 def _injected(
-    factory: Callable[..., GradientTransformation], bound: inspect.BoundArguments, static: set[str]
+    factory: Callable[..., GradientTransformation],
+    bound: inspect.BoundArguments,
+    given: set[str],
+    defaults: set[str],
 ) -> GradientTransformation:
-    given = {name: value for name, value in bound.arguments.items() if name not in static}
-    numbers = {name: v for name, v in given.items() if isinstance(v, float | Tensor)}
-    schedules = {name: v for name, v in given.items() if callable(v) and _takes_number(bound, name)}
+    def is_injected(name: str, value: Any) -> bool:
+        if name in given:
+            return _is_number(bound, name, value)
+        return name in defaults and isinstance(value, float) and abs(value) not in (0.0, 1.0)
+
+    def is_schedule(name: str, value: Any) -> bool:
+        return name in given and callable(value) and _takes_number(bound, name)
+
+    numbers = {name: v for name, v in bound.arguments.items() if is_injected(name, v)}
+    schedules = {name: v for name, v in bound.arguments.items() if is_schedule(name, v)}
 
     def build(hyperparams: dict[str, Tensor]) -> GradientTransformation:
         replaced = inspect.BoundArguments(bound.signature, OrderedDict(bound.arguments))
@@ -90,7 +103,13 @@ def _injected(
     def update(
         updates: Tree, state: HyperparamsState, params: Tree = None, **context: Any
     ) -> tuple[Tree, State]:
-        hyperparams = state.hyperparams | scheduled(state.steps)
+        if state.hyperparams.keys() != numbers.keys() | schedules.keys():
+            raise ValueError(
+                f"state.hyperparams has {sorted(state.hyperparams)}; this transformation has "
+                f"{sorted(numbers.keys() | schedules.keys())}."
+            )
+        edited = {name: _as_hyperparam(value) for name, value in state.hyperparams.items()}
+        hyperparams = edited | scheduled(state.steps)
         out, inner = build(hyperparams).update(updates, state.inner, params, **context)
         return out, HyperparamsState(state.steps + 1, hyperparams, inner)
 
@@ -98,10 +117,20 @@ def _injected(
 
 
 def _takes_number(bound: inspect.BoundArguments, name: str) -> bool:
+    """Whether a function given for this argument can only be a schedule."""
     parameter = bound.signature.parameters[name]
+    if parameter.annotation is parameter.empty:
+        return True
     annotation = str(parameter.annotation)
-    says_so = any(word in annotation for word in ("float", "Hyper", "Schedule"))
-    return says_so or isinstance(parameter.default, float)
+    return any(word in annotation for word in ("float", "Hyper", "Schedule"))
+
+
+def _is_number(bound: inspect.BoundArguments, name: str, value: Any) -> bool:
+    """A tensor, a float, or an int where a float may stand."""
+    if isinstance(value, (Tensor, float)):
+        return True
+    annotation = str(bound.signature.parameters[name].annotation)
+    return type(value) is int and any(word in annotation for word in ("float", "Hyper"))
 
 
 def _as_hyperparam(value: Any, device: torch.device | None = None) -> Tensor:

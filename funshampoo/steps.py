@@ -31,13 +31,13 @@ def read_counter(counter: Tensor) -> int | None:
     members = unwrapped(counter)
     if members is None:
         return None
-    values = {int(member) for member in members.reshape(-1).unbind()}
-    if len(values) > 1:
+    first, last = int(members.min()), int(members.max())
+    if first != last:
         raise ValueError(
-            f"members of the ensemble are at different steps ({sorted(values)}), so they can't "
-            "share one refresh: train them apart, or pass refresh=True or False."
+            f"members of the ensemble are at different steps (from {first} to {last}), so they "
+            "can't share one refresh: train them apart, or pass refresh=True or False."
         )
-    return values.pop()
+    return first
 
 
 def current_step(counter: Tensor, step: int | None) -> int | None:

@@ -2,11 +2,13 @@
 
 Dynamo follows optree through substitutes of its own, and loses its way where all leaves of a tree
 are constants, such as a mask of bools (seen with torch 2.13 and optree 0.17 to 0.20). Here it meets
-nothing but dicts, lists and tuples. The order is optree's: dict keys are sorted, None is a leaf.
+nothing but dicts, lists and tuples. The order is optree's: keys of a dict
+are sorted, those of an OrderedDict are not, None is a leaf.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +43,16 @@ def traced_flatten(tree: Any) -> tuple[list[Any], TracedSpec]:
 
 
 def _keys(node: dict[Any, Any]) -> list[Any]:
-    return sorted(node.keys())
+    """Sorted, as optree has them; those of an OrderedDict in their own order."""
+    if isinstance(node, OrderedDict):
+        return list(node.keys())
+    if all([isinstance(key, str) for key in node]):
+        return sorted(node.keys())
+    return sorted(node.keys(), key=_type_and_value)
+
+
+def _type_and_value(key: Any) -> tuple[str, str, Any]:
+    return type(key).__module__, type(key).__qualname__, key
 
 
 def _collect(node: Any, leaves: list[Any]) -> None:
@@ -58,7 +69,10 @@ def _collect(node: Any, leaves: list[Any]) -> None:
 def _rebuild(node: Any, leaves: Iterator[Any]) -> Any:
     if isinstance(node, dict):
         rebuilt = {key: _rebuild(node[key], leaves) for key in _keys(node)}
-        return {key: rebuilt[key] for key in node}
+        items = [(key, rebuilt[key]) for key in node]
+        if isinstance(node, defaultdict):
+            return defaultdict(node.default_factory, items)
+        return OrderedDict(items) if isinstance(node, OrderedDict) else dict(items)
     if isinstance(node, (tuple, list)):
         children = [_rebuild(child, leaves) for child in node]
         if isinstance(node, list):
@@ -68,31 +82,31 @@ def _rebuild(node: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _descend(template: Any, node: Any, found: list[Any]) -> None:
-    if isinstance(template, dict):
-        if not isinstance(node, dict) or _keys(node) != _keys(template):
-            raise ValueError(f"expected a dict with the keys {_keys(template)}.")
-        for key in _keys(template):
-            _descend(template[key], node[key], found)
-    elif isinstance(template, (tuple, list)):
-        if not isinstance(node, (tuple, list)) or len(node) != len(template):
-            raise ValueError(f"expected {len(template)} children.")
-        for child, other in zip(template, node):
+    if isinstance(template, (dict, tuple, list)):
+        if not _alike(template, node):
+            raise ValueError(f"expected a {type(template).__name__} with the same children.")
+        for child, other in zip(_children(template), _children(node, like=template)):
             _descend(child, other, found)
     else:
         found.append(node)
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return (
-            isinstance(b, dict)
-            and _keys(a) == _keys(b)
-            and all([_same(a[key], b[key]) for key in _keys(a)])
-        )
-    if isinstance(a, (tuple, list)):
-        return (
-            isinstance(b, (tuple, list))
-            and len(a) == len(b)
-            and all([_same(x, y) for x, y in zip(a, b)])
+    if isinstance(a, (dict, tuple, list)):
+        return _alike(a, b) and all(
+            [_same(x, y) for x, y in zip(_children(a), _children(b, like=a))]
         )
     return not isinstance(b, (dict, tuple, list))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Two containers of one kind with the same keys, or as many children. Dicts are one kind."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and set(a.keys()) == set(b.keys())
+    return type(a) is type(b) and len(a) == len(b)
+
+
+def _children(node: Any, like: Any = None) -> list[Any]:
+    if isinstance(node, dict):
+        return [node[key] for key in _keys(node if like is None else like)]
+    return list(node)

@@ -30,7 +30,10 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 def leaf_names(tree: Any) -> list[str]:
     """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
     paths = optree.tree_paths(tree, none_is_leaf=True)
-    return [".".join(map(str, path)) or "(the tree itself)" for path in paths]
+    names = [".".join(map(str, path)) or "(the tree itself)" for path in paths]
+    if len(set(names)) < len(names):  # {"a": {"b": ...}, "a.b": ...}
+        names = [".".join(repr(key) if "." in str(key) else str(key) for key in p) for p in paths]
+    return names
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -57,9 +60,19 @@ def update_leaves(
     Returns:
         The tree of new updates and one tree for each of `states`. Where the update is None, it
         and the states of that leaf come back as they are.
+
+    Raises:
+        ValueError: the trees do not fit together, before `function` is called; names the leaf.
     """
     leaves, spec = flatten(updates)
-    columns = [spec.flatten_up_to(tree) for tree in (*inputs, *states)]
+    columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
+    for i, (u, *parts) in enumerate(zip(leaves, *columns)):
+        if u is not None and not all([_fits(u, part) for part in parts]):
+            found = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
+            raise ValueError(
+                f"the gradient of '{leaf_names(updates)[i]}' has shape {tuple(u.shape)}, which "
+                f"does not fit its state or parameter, shapes {found}: init saw other parameters."
+            )
     rows = []
     for u, *parts in zip(leaves, *columns):
         kept = (None, *parts[len(inputs) :])
@@ -67,6 +80,22 @@ def update_leaves(
     if not rows:
         return (updates, *states)
     return tuple([spec.unflatten(column) for column in zip(*rows)])
+
+
+def _parts_of(tree: Any, spec: Any, updates: Any) -> list[Any]:
+    try:
+        parts: list[Any] = spec.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"the gradients {leaf_names(updates)} do not fit the state: it was made by init for "
+            "parameters in another tree."
+        ) from error
+    return parts
+
+
+def _fits(u: Tensor, part: Any) -> bool:
+    """A state has its update's shape, or that of the block axes before it: a prefix."""
+    return not isinstance(part, Tensor) or part.shape == u.shape[: part.ndim]
 
 
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
@@ -88,6 +117,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def check_parameters(params: Any, stage: str) -> None:
     """Every leaf is a dense tensor of a real floating dtype.
 
@@ -100,8 +132,8 @@ def check_parameters(params: Any, stage: str) -> None:
         if problem:
             raise TypeError(
                 f"{stage}: parameter '{leaf_names(params)[i]}' {problem}; only dense tensors of a "
-                "real floating dtype can be optimized. Leave it out of the tree or hide it with "
-                "masked(...) or partition(...)."
+                "real floating dtype can be optimized. Leave it out of the tree, or wrap the whole "
+                "chain in masked(...) to hide it."
             )
 
 
@@ -112,9 +144,10 @@ def _problem_of(leaf: Any) -> str:
         return f"is a {type(leaf).__name__}, not a tensor"
     if leaf.layout is not torch.strided:
         return f"is sparse ({leaf.layout})"
-    if not leaf.is_floating_point():
-        kind = "complex" if leaf.is_complex() else "an integer or bool tensor"
-        return f"is {kind} ({leaf.dtype})"
+    if leaf.dtype not in _DTYPES:
+        kind = "complex" if leaf.is_complex() else "not of a dtype that can be optimized"
+        integral = not leaf.is_complex() and not leaf.is_floating_point()
+        return f"is {'an integer or bool tensor' if integral else kind} ({leaf.dtype})"
     return ""
 
 
@@ -123,12 +156,15 @@ def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> N
 
     Raises:
         ValueError: names the first leaf that differs.
+        TypeError: a leaf is complex in the other tree.
     """
     leaves, spec = flatten(tree)
     others, other_spec = flatten(other)
     if spec != other_spec:
         raise ValueError(_difference(tree, other, name, other_name))
     for i, (a, b) in enumerate(zip(leaves, others)):
+        if isinstance(b, Tensor) and b.is_complex() and not a.is_complex():
+            raise TypeError(f"leaf '{leaf_names(tree)[i]}' is complex in {other_name}.")
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
             raise ValueError(
                 f"leaf '{leaf_names(tree)[i]}' has shape {tuple(a.shape)} in {name} "

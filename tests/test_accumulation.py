@@ -102,3 +102,12 @@ def test_half_precision_is_summed_in_float32() -> None:
 def test_every_must_be_positive() -> None:
     with pytest.raises(ValueError, match="every is 0"):
         fs.multi_steps(fs.sgd(0.1), 0)
+
+
+def test_inside_a_scope_statistics_are_of_the_average_too() -> None:
+    params, grads = problem(), gradients(4)
+    grads[2] = optree.tree_map(lambda x: x * float("nan"), grads[2])
+    inner = fs.chain(fs.kronecker_statistics(0.9), fs.root_inverse(1), fs.scale(-0.1))
+    a, _, _ = train(fs.blocked(fs.multi_steps(inner, 2), 4), params, grads, fs.apply_updates)
+    b, _, _ = train(fs.multi_steps(fs.blocked(inner, 4), 2), params, grads, fs.apply_updates)
+    assert_close(a, b, 1e-9)

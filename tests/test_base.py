@@ -33,6 +33,18 @@ def with_any(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
     return {k: u * extra["value"] for k, u in updates.items()}, state
 
 
+def no_params_but_extra(updates: Any, state: Any, **extra: Any) -> Any:
+    return {k: u * extra["value"] for k, u in updates.items()}, state
+
+
+def keyword_params(updates: Any, state: Any, *, params: Any) -> Any:
+    return {k: u + params[k] for k, u in updates.items()}, state
+
+
+def other_name(updates: Any, state: Any, weights: Any) -> Any:
+    return {k: u + weights[k] for k, u in updates.items()}, state
+
+
 def positional(*args: Any) -> Any:
     assert len(args) == 3
     return args[:2]
@@ -48,6 +60,9 @@ UNNAMED = lambda updates, state: (updates, state)  # noqa: E731
         (three, 5.0),
         (with_extra, 3.0),
         (with_any, 3.0),
+        (no_params_but_extra, 3.0),
+        (keyword_params, 5.0),
+        (other_name, 5.0),
         (positional, 1.0),
         (functools.partial(with_extra), 3.0),
     ],
@@ -63,6 +78,20 @@ def test_an_update_gets_the_arguments_that_it_declares(
     state = tx.init(params)
     updates, _ = tx.update({"w": torch.ones(1)}, state, params, value=3.0, grad_fn=None)
     assert updates["w"].item() == expected
+    by_name, _ = tx.update({"w": torch.ones(1)}, state, params=params, value=3.0)
+    assert by_name["w"].item() == expected
+
+
+def test_stateless_functions_get_what_they_declare() -> None:
+    params = {"w": torch.tensor([4.0])}
+    for function, expected in (
+        (lambda updates: updates, 1.0),
+        (lambda updates, params: params, 4.0),
+        (lambda updates, *, value: {"w": updates["w"] * value}, 3.0),
+        (lambda updates, **extra: {"w": updates["w"] * extra["value"]}, 3.0),
+    ):
+        updates, _ = fs.stateless(function).update({"w": torch.ones(1)}, (), params, value=3.0)
+        assert updates["w"].item() == expected
 
 
 def test_the_name_of_a_stage_is_its_functions() -> None:

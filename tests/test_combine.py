@@ -66,7 +66,7 @@ def test_states_are_found_by_name_so_an_inserted_stage_moves_none() -> None:
     after = fs.chain(fs.ema(0.9), fs.clip(10.0), fs.trace(0.1), ("momentum", fs.trace(0.5)))
     params, (g, h) = problem(), gradients(2)
     _, state = before.update(g, before.init(params), params)
-    grown = {**after.init(params), **state}  # the checkpoint's entries over fresh ones
+    grown = after.init(params) | state
     _, new = after.update(h, grown, params)
     assert list(new) == ["ema", "clip", "trace", "momentum"]
     assert_equal(new["ema"], before.update(h, state, params)[1]["ema"])
@@ -163,3 +163,28 @@ def test_masked_inside_a_scope_masks_the_gradient_too() -> None:
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["a"].tolist() == [9.0, 9.0]  # 9 g / √g²
     assert updates["b"].tolist() == [1.0, 1.0, 1.0]
+
+
+SHAPES = {"w": (3, 4), "b": (2,)}
+
+
+@pytest.mark.parametrize("where", ["leaves", "blocks"])
+def test_a_masked_stage_reads_a_state_upstream(where: str) -> None:
+    def mask(tree: Any) -> Any:
+        return {k: k in ("w", "3x4") for k in tree}
+
+    stages = fs.chain(fs.kronecker_statistics(), fs.masked(fs.root_inverse(1), mask))
+    tx = stages if where == "leaves" else fs.blocked(stages)
+    generator = torch.Generator().manual_seed(0)
+    params = {k: torch.randn(s, generator=generator).double() for k, s in SHAPES.items()}
+    updates, _ = tx.update(params, tx.init(params), params)
+    whole = fs.chain(fs.kronecker_statistics(), fs.root_inverse(1))
+    expected, _ = whole.update(params, whole.init(params), params)
+    assert torch.allclose(updates["w"], expected["w"], rtol=1e-5)
+    assert torch.equal(updates["b"], params["b"])
+
+
+def test_factor_matrices_of_another_scope() -> None:
+    tx = fs.chain(fs.blocked(fs.kronecker_statistics()), fs.root_inverse(1))
+    with pytest.raises(ValueError, match="inside the same blocked"):
+        tx.init({"w": torch.ones(3, 4)})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict, defaultdict
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,6 +63,38 @@ def test_two_graphs_where_a_bool_says_which_steps_refresh() -> None:
 def test_a_few_graphs_where_the_step_is_an_int() -> None:
     """The first step, a plain step and a refresh; none of the later 27 is compiled again."""
     assert graphs_of(lambda t: {"step": t}) <= 4
+
+
+@pytest.mark.parametrize(
+    "container",
+    [dict, OrderedDict, partial(defaultdict, None)],
+    ids=["dict", "OrderedDict", "defaultdict"],
+)
+def test_the_order_of_parameters_is_that_outside(container: Any) -> None:
+    """Equal shapes in an order that is not alphabetical: rows of stacks must not be swapped."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    p, g = (
+        container([(k, torch.randn(3, 4, generator=generator)) for k in ("z", "a", "m")])
+        for _ in range(2)
+    )
+    tx = fs.shampoo(0.1, every=2, momentum=0.9)
+    _, state = tx.update(g, tx.init(p), p)
+    compiled = torch.compile(tx.update, fullgraph=True, backend="eager")
+    updates, new = compiled(g, state, p, refresh=False)
+    expected, after = tx.update(g, state, p, refresh=False)
+    assert type(updates) is type(expected)
+    assert_close(updates, expected, 1e-6)
+    assert_close(new, after, 1e-6)
+
+
+def test_gradients_that_do_not_fit_the_state_are_an_error_here_too() -> None:
+    torch._dynamo.reset()
+    tx = fs.blocked(fs.trace(0.9))
+    state = tx.init({"a": torch.ones(2), "b": torch.ones(3)})
+    compiled = torch.compile(tx.update, backend="eager")
+    with pytest.raises(Exception, match="fit the state"):
+        compiled({"a": torch.ones(3), "b": torch.ones(2)}, state)
 
 
 def test_without_either_the_error_says_what_to_pass() -> None:

@@ -27,10 +27,11 @@ RECIPES = {
         (torch.ones(2, dtype=torch.bool), "an integer or bool tensor"),
         (torch.ones(2, dtype=torch.complex64), "is complex"),
         (torch.eye(2).to_sparse(), "is sparse"),
+        (torch.ones(2).to(torch.float8_e5m2), "not of a dtype that can be optimized"),
         (3.0, "is a float, not a tensor"),
         (None, "is None"),
     ],
-    ids=["integer", "bool", "complex", "sparse", "float", "none"],
+    ids=["integer", "bool", "complex", "sparse", "float8", "float", "none"],
 )
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_parameters_that_can_not_be_optimized(recipe: str, leaf: Any, problem: str) -> None:
@@ -61,6 +62,46 @@ def test_gradients_that_do_not_fit_the_parameters(recipe: str, change: Any, mess
     assert_unchanged(before, params, state)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("stage", [fs.scale_by_adam(), fs.trace(0.9), fs.ema(0.9), fs.adamw()])
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [
+        ({"a": torch.ones(4), "b": torch.ones(1)}, "gradient of 'b' has shape"),
+        ({"a": torch.ones(4)}, r"gradients \['a'\] do not fit the state"),
+    ],
+    ids=["broadcast", "missing"],
+)
+def test_gradients_that_do_not_fit_the_state(
+    stage: fs.GradientTransformation, gradient: Any, message: str, donate: bool
+) -> None:
+    """Without params to compare with: nothing is broadcast, nothing half written."""
+    state = stage.init({"a": torch.zeros(4), "b": torch.zeros(4)})
+    before = snapshot(state)
+    with pytest.raises(ValueError, match=message):
+        stage.update(gradient, state, donate=donate)
+    assert_unchanged(before, state)
+
+
+def test_complex_gradients() -> None:
+    params = {"w": torch.ones(2)}
+    tx = fs.adamw()
+    with pytest.raises(TypeError, match="'w' is complex in gradients"):
+        tx.update({"w": torch.ones(2, dtype=torch.complex64)}, tx.init(params), params)
+
+
+def test_gradients_of_another_dtype_are_cast_to_the_parameters() -> None:
+    params = {"w": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16)}
+    tx = fs.shampoo(0.1, every=1)
+    state = tx.init(params)
+    wide = {k: p.double() for k, p in params.items()}
+    a, _ = tx.update(wide, state, params)
+    b, _ = tx.update({k: p.float() for k, p in params.items()}, state, params)
+    for name, u in a.items():
+        assert u.dtype == torch.float32
+        assert torch.equal(u, b[name])
+
+
 def test_apply_updates_checks_too() -> None:
     with pytest.raises(ValueError, match="leaf 'w' is missing from updates"):
         fs.apply_updates({"w": torch.ones(1)}, {})
@@ -86,6 +127,11 @@ def test_apply_updates_checks_too() -> None:
         (lambda: fs.scale(True), "factor is True"),
         (lambda: fs.blocked(fs.trace(0.9), max_size=0), "max_size is 0"),
         (lambda: fs.sgd(0.1, nesterov=True), "nesterov needs momentum"),
+        (lambda: fs.shampoo(0.1, nesterov=True), "nesterov needs momentum"),
+        (lambda: fs.shampoo(0.1, weight_decay_kind="l3"), "kind is 'l3'"),
+        (lambda: fs.shampoo(0.1, weight_decay_kind="corrected"), "needs peak_learning_rate"),
+        (lambda: fs.root_inverse(solver=fs.linalg.eigh), "call it, as in linalg.eigh"),
+        (lambda: fs.kronecker_statistics(0.0), r"beta2 is 0.0; it must lie in \(0.0, 1.0\]"),
     ],
     ids=lambda value: "",
 )

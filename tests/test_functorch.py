@@ -108,6 +108,22 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
     return list(torch.utils._pytree.tree_leaves(tree))
 
 
+@pytest.mark.parametrize("name", ["beta1", "beta2", "relative_epsilon", "momentum"])
+def test_a_batched_hyperparameter_with_a_donated_state(name: str) -> None:
+    """Nothing can be written into a state that the members share: then donation is ignored."""
+    params, grads = problem(), gradients(3)
+
+    def run(value: torch.Tensor, donate: bool) -> Any:
+        tx = fs.shampoo(0.1, **{"relative_epsilon": 1e-2, name: value})
+        return train(tx, params, grads, fs.apply_updates, donate=donate)[0]
+
+    values = torch.tensor([0.5, 0.9], dtype=D)
+    donated = vmap(lambda value: run(value, donate=True))(values)
+    for i, value in enumerate(values):
+        expected = run(value, donate=False)
+        assert_close([x[i] for x in tensors_of(donated)], tensors_of(expected), 1e-9)
+
+
 def test_per_example_preconditioning_inside_vmap_of_grad() -> None:
     """vmap(grad) inside, the chain outside: the gradients of examples, averaged by hand."""
     params = model(0)
@@ -128,7 +144,9 @@ SOLVERS = {
 }
 
 
-def objective(h: Hyperparams, kind: str, solver: str) -> torch.Tensor:
+def objective(
+    h: Hyperparams, kind: str, solver: str, trace_scaling: float | None = None
+) -> torch.Tensor:
     """The loss after three Shampoo steps, as a function of the hyperparameters.
 
     kind "trained" is ordinary; in "tied" all eigenvalues of the statistics are equal (a gradient
@@ -145,6 +163,7 @@ def objective(h: Hyperparams, kind: str, solver: str) -> torch.Tensor:
         every=1,
         max_size=8,
         solver=SOLVERS[solver](h),
+        trace_scaling=trace_scaling,
     )
     state = tx.init(params)
     for t in range(3):
@@ -176,6 +195,24 @@ def test_gradients_through_three_steps_equal_finite_differences(kind: str, solve
         assert torch.isfinite(found[name])
         assert found[name].item() == pytest.approx(expected, rel=1e-5, abs=1e-7), name
     assert found["learning_rate"].abs() > 1e-3  # not trivially zero
+
+
+def test_trace_scaling_of_zero_statistics_has_a_derivative() -> None:
+    h = {
+        "learning_rate": torch.tensor(0.1, dtype=D),
+        "beta2": torch.tensor(0.9, dtype=D),
+        "epsilon": torch.tensor(1e-2, dtype=D),
+    }
+
+    def f(beta2: torch.Tensor) -> torch.Tensor:
+        args = {**h, "beta2": beta2, "epsilon": torch.tensor(0.0, dtype=D)}
+        solvers = SOLVERS["eigh_relative"](h)
+        SOLVERS["fixed"] = lambda _: solvers
+        return objective(args, "zero", "fixed", trace_scaling=0.5)
+
+    e = 1e-6
+    expected = (f(h["beta2"] + e) - f(h["beta2"] - e)) / (2 * e)
+    assert grad(f)(h["beta2"]).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_vmap_of_grad_over_learning_rates() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.func import vmap
 
 import funshampoo as fs
-from tests.trees import assert_close, gradients, problem, train
+from funshampoo import linalg
+from tests.trees import assert_close, gradients, problem, tensors, train
 
 
 def test_numbers_go_to_the_state_in_float32_and_the_rest_stays() -> None:
@@ -22,7 +26,6 @@ def test_numbers_go_to_the_state_in_float32_and_the_rest_stays() -> None:
 
 
 def test_the_same_numbers_as_without() -> None:
-    """momentum=0.0 as a tensor keeps its stage, which then passes everything through."""
     params, grads = problem(), gradients(5)
     options = {"every": 2, "max_size": 4, "weight_decay": 0.1}
     a, _, _ = train(fs.shampoo(0.1, **options), params, grads, fs.apply_updates)  # type: ignore[arg-type]
@@ -66,11 +69,78 @@ def test_any_number_can_be_scheduled() -> None:
     assert state.hyperparams["beta2"].item() == pytest.approx(0.7)
 
 
-def test_static_args_stay_numbers() -> None:
-    make = fs.inject_hyperparams(fs.shampoo, static_args=("beta2", "momentum"))
-    state = make(0.1, beta2=1.0).init(problem())
-    assert "beta2" not in state.hyperparams
+RECIPES = [
+    (fs.sgd, {"momentum": 0.9, "nesterov": True}),
+    (fs.sgd, {"momentum": 0.9, "dampening": 0.5}),
+    (fs.adamw, {"weight_decay": 0.1}),
+    (fs.from_reference, {"betas": (0.9, 0.99), "epsilon": 1e-4}),
+    *[(fs.shampoo, {"grafting": g}) for g in ("adam", "rms", "adagrad", "sgd", None)],
+    (fs.shampoo, {"beta2": 1.0}),
+    (fs.shampoo, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (fs.shampoo, {"solver": linalg.pseudo_inverse(rtol=1e-4)}),
+    (fs.shampoo, {"solver": linalg.newton_schulz()}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=range(len(RECIPES)))
+def test_injected_equals_plain(recipe: Any, options: dict[str, Any]) -> None:
+    params, grads = problem(), gradients(4)
+    if recipe is fs.shampoo:  # hyperparameters are rounded to float32: not for bad conditions
+        options = {"relative_epsilon": 1e-2, **options}
+    plain, history, _ = train(recipe(**options, **rate(recipe)), params, grads, fs.apply_updates)
+    tx = fs.inject_hyperparams(recipe)(**options, **rate(recipe))
+    injected, _, _ = train(tx, params, grads, fs.apply_updates)
+    assert_close(injected, plain, 1e-4)
+    assert max(float(u.abs().max()) for u in tensors(history)) > 1e-3
+
+
+def rate(recipe: Any) -> dict[str, float]:
+    return {"lr" if recipe is fs.from_reference else "learning_rate": 0.1}
+
+
+def test_defaults_that_switch_a_part_off_stay_numbers() -> None:
+    """momentum=0.0 and epsilon=0.0 by default: no stage, and no tensor in the state."""
+    state = fs.inject_hyperparams(fs.shampoo)(0.1).init(problem())
+    assert not {"momentum", "epsilon", "weight_decay"} & set(state.hyperparams)
     assert "trace" not in state.inner["blocked"].inner
+    state = fs.inject_hyperparams(fs.shampoo)(0.1, weight_decay=0.0).init(problem())
+    assert state.hyperparams["weight_decay"] == 0
+    assert "add_decayed_weights" in state.inner
+
+
+def test_edits_of_unknown_names_are_errors_and_numbers_are_taken() -> None:
+    tx = fs.inject_hyperparams(fs.sgd)(1)
+    params = {"w": torch.ones(1)}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"has \['learning_rate', 'lr'\]; this transformation"):
+        tx.update(params, state._replace(hyperparams=state.hyperparams | {"lr": 0.1}), params)
+    edited = state._replace(hyperparams={"learning_rate": 0.25})
+    updates, new = tx.update(params, edited, params)
+    assert updates["w"].item() == -0.25
+    assert isinstance(new.hyperparams["learning_rate"], torch.Tensor)
+
+
+def test_a_batch_of_hyperparameters_in_the_state() -> None:
+    tx = fs.inject_hyperparams(fs.shampoo)(0.1, beta2=0.9)
+    params, grads = problem(), gradients(3)
+    rates = torch.tensor([0.01, 0.1])
+
+    def run(learning_rate: torch.Tensor) -> Any:
+        state, now = tx.init(params), params
+        state = state._replace(hyperparams=state.hyperparams | {"learning_rate": learning_rate})
+        for g in grads:
+            updates, state = tx.update(g, state, now)
+            now = fs.apply_updates(now, updates)
+        return now
+
+    together = vmap(run)(rates)
+    for i, learning_rate in enumerate(rates):
+        assert_close([x[i] for x in tensors(together)], tensors(run(learning_rate)), 1e-9)
+
+
+def test_static_args_stay_numbers() -> None:
+    make = fs.inject_hyperparams(fs.shampoo, static_args=("beta2",))
+    assert "beta2" not in make(0.1, beta2=0.5).init(problem()).hyperparams
     with pytest.raises(TypeError, match="static_args names \\['beta_2'\\]"):
         fs.inject_hyperparams(fs.shampoo, static_args=("beta_2",))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from funshampoo.linalg.coupled_higher_order import coupled_higher_order
 from funshampoo.linalg.coupled_newton import coupled_newton
 from funshampoo.linalg.eigh import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
@@ -11,6 +12,7 @@ from funshampoo.linalg.solver import InverseRoot, Solver
 __all__ = [
     "InverseRoot",
     "Solver",
+    "coupled_higher_order",
     "coupled_newton",
     "eigh",
     "newton_schulz",

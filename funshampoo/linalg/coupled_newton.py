@@ -78,7 +78,10 @@ def coupled_newton(
 
     def attempt(A: Tensor, damping: Tensor, p: int, wanted: Tensor) -> InverseRoot:
         system = normalize(add_to_diagonal(A, damping), wanted)
-        return certify(_iterate(system, p, max_iterations, tolerance), p, system, max_residual)
+        # A starting point, on which the limit does not depend: a constant to autograd.
+        z: Tensor = (p + 1) / (2 * torch.linalg.matrix_norm(system.B.detach()))
+        X = iterate(system, z, p, max_iterations, tolerance)
+        return certify(X, p, system, max_residual)
 
     def solve(A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         check_matrix(A)
@@ -102,12 +105,15 @@ def coupled_newton(
     return solve
 
 
-def _iterate(system: Normalized, p: int, max_iterations: int, tolerance: float) -> Tensor:
-    """X (..., d, d), the last accepted iterate for B^(-1/p) of each matrix of the stack."""
+def iterate(
+    system: Normalized, z: Tensor, p: int, max_iterations: int, tolerance: float, order: int = 2
+) -> Tensor:
+    """X (..., d, d), the last accepted iterate for B^(-1/p) of each matrix of the stack.
+
+    From X = z^(1/p) I. The first step is Newton's, of order 2; the others are of `order`.
+    """
     B = system.B
     identity = identity_like(B)
-    # A starting point, on which the limit does not depend: a constant to autograd.
-    z: Tensor = (p + 1) / (2 * torch.linalg.matrix_norm(B.detach()))
     X = (z ** (1 / p))[..., None, None] * identity
     M = z[..., None, None] * B
     error = _distance(M, identity)
@@ -115,7 +121,7 @@ def _iterate(system: Normalized, p: int, max_iterations: int, tolerance: float) 
     for step in range(max_iterations):
         if all_true(~active):
             break
-        N = ((p + 1) * identity - M) / p
+        N = _step(M, identity, p, order if step > 0 else 2)
         next_X, next_M = X @ N, torch.linalg.matrix_power(N, p) @ M
         next_error = _distance(next_M, identity)
         # Matrices that are done run along unchanged: none depends on its neighbours in the stack.
@@ -126,9 +132,22 @@ def _iterate(system: Normalized, p: int, max_iterations: int, tolerance: float) 
         active = active & (error > tolerance)
     # One step more for the gradient alone, which lags a step behind the value: a matrix that starts
     # converged, such as the identity for some p and d, would else have none.
-    next_X = X @ (((p + 1) * identity - M) / p)
+    next_X = X @ _step(M, identity, p, 2)
     value: Tensor = X.detach()
     return value + (next_X - next_X.detach())
+
+
+def _step(M: Tensor, identity: Tensor, p: int, order: int) -> Tensor:
+    """N, the first terms of M^(-1/p) = sum of b_i (I - M)^i; b_i = b_{i-1} (1 + (i-1) p) / (i p)."""
+    if order == 2:
+        return ((p + 1) * identity - M) / p
+    b = [1.0]
+    for i in range(1, order):
+        b.append(b[-1] * (1 + (i - 1) * p) / (i * p))
+    N = b[-1] * identity
+    for coefficient in reversed(b[:-1]):  # Horner
+        N = coefficient * identity + N @ (identity - M)
+    return N
 
 
 def _distance(M: Tensor, identity: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ def pseudo_inverse(*, rtol: float | Tensor | None = None, atol: float = 0.0) -> 
         f(λ) = λ^(-1/p) if λ > max(rtol·λmax, atol), else 0
 
     For any p > 0. Residual, condition and gradient are those of the kept eigenspace (the gradient
-    at constant rank). A matrix with no eigenvalue to keep, such as zero, says nothing: its root
-    does not converge. Failures of LAPACK, ties and second derivatives are as for `eigh`.
+    at constant rank). A matrix with no eigenvalue to keep, such as zero, has the root zero.
+    Failures of LAPACK, ties and second derivatives are as for `eigh`.
 
     rtol: None means d times the machine epsilon of A's dtype, the size of eigh's rounding errors.
     epsilon of the solver must be the number 0. Raises ValueError for another epsilon, a negative

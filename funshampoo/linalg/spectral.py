@@ -52,8 +52,10 @@ def inverse_root(
     """
     exponent = 1 / p
     kept = torch.where(keep, values.detach(), 1.0)
-    smallest = torch.where(keep, kept, torch.inf).amin(-1)
-    largest = torch.where(keep, kept, 0.0).amax(-1)
+    # Where nothing is kept the root is zero, of condition 1.
+    some = keep.any(-1)
+    smallest = torch.where(some, torch.where(keep, kept, torch.inf).amin(-1), 1.0)
+    largest = torch.where(some, torch.where(keep, kept, 0.0).amax(-1), 1.0)
     finite = smallest.isfinite() & largest.isfinite() & smallest.pow(-exponent).isfinite()
     solvable = spectrum.decomposed & finite & (smallest > 0)
     # What torch.where discards below must be finite all the same, for its gradient is 0·it.

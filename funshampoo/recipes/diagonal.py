@@ -79,7 +79,8 @@ def sgd(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.1900])}
     """
-    if nesterov and (is_zero(momentum) or not is_zero(dampening)):
+    damped = isinstance(dampening, float | int) and dampening != 0
+    if nesterov and (is_zero(momentum) or damped):
         raise ValueError("nesterov needs momentum above 0 and dampening 0.")
     stages = []
     if not is_zero(weight_decay):

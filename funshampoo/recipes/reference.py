@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,17 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Hyper, Schedule
-from funshampoo.linalg import InverseRoot, Solver, coupled_newton, eigh, pseudo_inverse
+from funshampoo.checks import check_range
+from funshampoo.linalg import (
+    Solver,
+    coupled_higher_order,
+    coupled_newton,
+    eigh,
+    pseudo_inverse,
+)
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
+from funshampoo.transforms.layout import Merge
 from funshampoo.transforms.weight_decay import DecayKind
 
 Config = Mapping[str, Any]
@@ -48,7 +57,7 @@ def from_reference(
     weight_decay_type: str = "DECOUPLED",
     max_preconditioner_dim: int | float | str = 1024,
     precondition_frequency: int = 1,
-    start_preconditioning_step: int = -1,
+    start_preconditioning_step: int | float | str = -1,
     use_bias_correction: bool = True,
     target_parameter_dimensionality: int | float | str = 1,
     grafting_config: Config | None = None,
@@ -57,12 +66,13 @@ def from_reference(
     peak_lr: Hyper | None = None,
     group_steps: bool = True,
     floor: bool = True,
+    **without_effect: Any,
 ) -> GradientTransformation:
     """The chain that computes what `DistributedShampoo(params, ...)` computes.
 
     Arguments have the reference's names, defaults and meanings; a config object is written as
-    {"type": class name, field: value}, and a field left out has its default there. The last three
-    are ours.
+    {"type": class name, field: value}, and a field left out has its default there. peak_lr,
+    group_steps and floor are ours.
 
     Args:
         lr: number, or schedule of the old step count in place of a scheduler.
@@ -71,7 +81,7 @@ def from_reference(
         weight_decay_type: "L2", "DECOUPLED", "CORRECTED" or "INDEPENDENT". Decoupled kinds pass
             through the momentum.
         max_preconditioner_dim, target_parameter_dimensionality: an int or "inf".
-        start_preconditioning_step: -1 means precondition_frequency.
+        start_preconditioning_step: -1 means precondition_frequency; "inf" or math.inf means never.
         grafting_config: SGD-, Adam-, RMSprop-, AdaGradPreconditionerConfig, or None.
         iterate_averaging_config: ClassicMomentumConfig, or None.
         preconditioner_config: RootInvShampoo- or EigendecomposedShampooPreconditionerConfig, with
@@ -82,12 +92,15 @@ def from_reference(
             it.
         group_steps: True corrects biases by everyone's steps, as the reference does. False counts
             each parameter's own gradients, which is right for one whose gradient is None at times.
+        **without_effect: distributed_config (but for its target_parameter_dimensionality),
+            shampoo_runtime_config, concurrency_config, shampoo_pt2_compile_config and
+            use_pin_memory are accepted and have nothing to do here.
         floor: eigenvalues below 0 are 0 before epsilon is added. False shifts the whole spectrum by
             the smallest, as the reference does where that is below epsilon.
 
-    Where we differ on purpose: a Newton iteration that did not converge is not used, a root of zero
-    statistics is the identity, and "converged" means the true root for CoupledHigherOrderConfig
-    (computed by eigh with its ridge).
+    Where we differ on purpose: an iteration that did not converge is not used; a root of zero
+    statistics is the identity; Adam and RMSprop grafting with beta2 = 1, whose second moment stays
+    0 there, are an error.
 
     Raises:
         ValueError: an argument out of the reference's range.
@@ -98,8 +111,8 @@ def from_reference(
     ...                     grafting_config={"type": "AdamPreconditionerConfig", "beta2": 0.99})
     """
     beta1, beta2 = betas
-    start = start_preconditioning_step
-    start = precondition_frequency if start == -1 else start
+    target = _target(target_parameter_dimensionality, without_effect)
+    start = _start(start_preconditioning_step, precondition_frequency)
     if start < precondition_frequency:
         raise ValueError(
             f"start_preconditioning_step is {start}; the reference demands at least "
@@ -121,7 +134,9 @@ def from_reference(
     scaled = config.take("use_trace_scaling", False)
     exponent = config.take("trace_scaling_exponent", 0.5)
     averaging = _momentum(iterate_averaging_config)
-    block, merge, keep = _blocking(max_preconditioner_dim, target_parameter_dimensionality)
+    block, merge, keep = _blocking(max_preconditioner_dim, target)
+    amortized = config.take("amortized_computation_config", None)
+    stored_spectrum = config.type == _SHAMPOO_TYPES[1]
     chain = shampoo(
         lr,
         beta1=beta1,
@@ -142,7 +157,8 @@ def from_reference(
         weighted=not config.take("drop_weighting_factor_on_gsquare", False),
         exponents=config.take("inverse_exponent_override", None),
         trace_scaling=exponent if scaled else None,
-        solver=_solver(config.take("amortized_computation_config", None), epsilon, floor),
+        solver=_solver(amortized, epsilon, floor),
+        initial_eigenvalue=_initial_eigenvalue(amortized, epsilon) if stored_spectrum else 1.0,
         own_steps=not group_steps,
         **averaging,
     )
@@ -214,6 +230,7 @@ def _momentum(config: Config | None) -> dict[str, Any]:
     if config is None:
         return {}
     fields = _Fields(config, "iterate_averaging_config", ("ClassicMomentumConfig",))
+    check_range("momentum", fields.left.get("momentum", 0.5), 0, 1, low_open=True, high_open=True)
     momentum = {
         "momentum": fields.take("momentum", 0.5),
         "dampening": fields.take("dampening", 0.0),
@@ -223,12 +240,51 @@ def _momentum(config: Config | None) -> dict[str, Any]:
     return momentum
 
 
-def _blocking(size: int | float | str, target: int | float | str) -> tuple[int | None, Any, int]:
+def _start(start: int | float | str, frequency: int) -> int:
+    if start == -1:
+        return frequency
+    return sys.maxsize if float(start) == float("inf") else int(start)
+
+
+def _target(target: int | float | str, without_effect: dict[str, Any]) -> int | float | str:
+    """The merging target, which the reference keeps in its distributed_config."""
+    unknown = set(without_effect) - {
+        "distributed_config",
+        "shampoo_runtime_config",
+        "concurrency_config",
+        "shampoo_pt2_compile_config",
+        "use_pin_memory",
+    }
+    if unknown:
+        raise TypeError(f"from_reference() got an unexpected argument {sorted(unknown)[0]!r}.")
+    config = without_effect.get("distributed_config") or {}
+    found: int | float | str = config.get("target_parameter_dimensionality", target)
+    return found
+
+
+def _blocking(size: int | float | str, target: int | float | str) -> tuple[int | None, Merge, int]:
     """(max_size, merge, keep) of `blocked`."""
-    block = None if float(size) == float("inf") else int(size)
-    if float(target) == float("inf"):
-        return block, "none", 1
-    return block, "small", int(target)
+    block = _int_or_none("max_preconditioner_dim", size)
+    keep = _int_or_none("target_parameter_dimensionality", target)
+    return (block, "none", 1) if keep is None else (block, "small", keep)
+
+
+def _int_or_none(name: str, value: int | float | str) -> int | None:
+    if float(value) == float("inf"):
+        return None
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an int of at least 1, or 'inf'.")
+    return value
+
+
+def _initial_eigenvalue(config: Config | None, epsilon: float) -> float:
+    """What EigendecomposedShampoo takes roots of before its first refresh: λ = 1, stabilized."""
+    stability = (config or {}).get("rank_deficient_stability_config") or {}
+    if stability.get("type") == "PseudoInverseConfig":
+        return 1.0
+    if stability.get("perturb_before_computation", True):
+        return max(1.0, epsilon)
+    return 1.0 + epsilon
 
 
 def _solver(config: Config | None, epsilon: float, floor: bool) -> Solver:
@@ -245,9 +301,18 @@ def _solver(config: Config | None, epsilon: float, floor: bool) -> Solver:
             max_iterations=fields.take("max_iterations", 100),
             tolerance=fields.take("tolerance", 1e-6),
         )
+        fields.drop("rank_deficient_stability_config")
     elif fields.type == "CoupledHigherOrderConfig":
-        solver = _ridged(fields.take("rel_epsilon", 0.0), fields.take("abs_epsilon", 0.0), floor)
-        fields.drop("max_iterations", "tolerance", "order", "disable_tf32")
+        if not {"rel_epsilon", "abs_epsilon"} <= set(fields.left):
+            raise TypeError("CoupledHigherOrderConfig needs rel_epsilon and abs_epsilon.")
+        solver = coupled_higher_order(
+            relative_epsilon=fields.take("rel_epsilon", 0.0),
+            absolute_epsilon=fields.take("abs_epsilon", 0.0),
+            max_iterations=fields.take("max_iterations", 100),
+            tolerance=fields.take("tolerance", 1e-8),
+            order=fields.take("order", 3),
+        )
+        fields.drop("disable_tf32", "rank_deficient_stability_config")
     else:
         solver = _eigen(fields, epsilon, floor)
     fields.finish()
@@ -269,23 +334,16 @@ def _eigen(fields: _Fields, epsilon: float, floor: bool) -> Solver:
         # Before or after eigh is the same sum: the eigenvalues of A + εI are those of A, plus ε.
         stability.drop("perturb_before_computation")
         stability.finish()
+        if not epsilon > 0:
+            raise ValueError(
+                f"epsilon is {epsilon}; without PseudoInverseConfig it must be above 0."
+            )
         return eigh(floor=floor)
     if epsilon != 0:
         raise ValueError(f"epsilon is {epsilon}; PseudoInverseConfig wants 0.")
     rtol, atol = stability.take("rank_rtol", 0.0), stability.take("rank_atol", 0.0)
     stability.finish()
     return pseudo_inverse(rtol=rtol, atol=atol)
-
-
-def _ridged(relative: float, absolute: float, floor: bool) -> Solver:
-    """eigh with the ridge max(relative ‖A‖_∞, absolute) in epsilon's place."""
-    solve = eigh(floor=floor)
-
-    def solver(matrix: Tensor, p: float, epsilon: Hyper) -> InverseRoot:
-        largest_row_sum = matrix.abs().sum(-1).amax(-1)
-        return solve(matrix, p, torch.clamp(relative * largest_row_sum, min=absolute))
-
-    return solver
 
 
 def _peak(lr: Hyper | Schedule) -> Hyper:
@@ -300,7 +358,7 @@ def _values(schedule: Callable[[Tensor], Hyper], steps: int) -> list[float]:
     for count in range(steps):
         try:
             values.append(float(schedule(torch.tensor(count))))
-        except IndexError:  # a schedule that reads from a list of rates
+        except (IndexError, KeyError):  # a schedule that reads from a list of rates
             break
     if not values:
         raise ValueError("lr is a schedule without a value at count 0.")

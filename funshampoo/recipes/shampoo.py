@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
+import torch
+from torch import Tensor
+
 from funshampoo.base import GradientTransformation, Hyper, Schedule
 from funshampoo.checks import check_choice
 from funshampoo.combine import Mask, chain
@@ -59,6 +62,7 @@ def shampoo(
     solver: Solver | None = None,
     exponents: Exponents | None = None,
     trace_scaling: Hyper | None = None,
+    initial_eigenvalue: float = 1.0,
     own_steps: bool = True,
 ) -> GradientTransformation:
     """Shampoo with grafting.
@@ -89,13 +93,14 @@ def shampoo(
             the statistics had not seen at the last refresh, so the default solver then gives such
             directions no step at all: the truncated pseudo-inverse (unless epsilon is set).
         grafting_beta2, grafting_epsilon: of that method; beta2 by default (0.999 if that is 1).
-        momentum, nesterov, dampening: see `trace`. The number 0 for momentum leaves the stage out.
+        momentum, nesterov, dampening: see `trace`. The number 0 for momentum leaves the stage out;
+            nesterov needs one.
         weight_decay, weight_decay_kind, peak_learning_rate, mask: see `add_decayed_weights`.
         decay_through_momentum: add decoupled decay before the momentum, as the reference does,
             instead of after it, as AdamW does.
         bias_correction: of the filter and the statistics.
         weighted: False: L ← beta2 L + mat matᵀ.
-        solver, exponents, trace_scaling: see `root_inverse`.
+        solver, exponents, trace_scaling, initial_eigenvalue: see `root_inverse`.
         own_steps: bias correction counts each parameter's own gradients, not everyone's steps.
 
     The defaults were chosen on the two tasks of examples/train.py, each at its best learning rate
@@ -131,6 +136,7 @@ def shampoo(
         solver=solver,
         exponents=exponents,
         trace_scaling=trace_scaling,
+        initial_eigenvalue=initial_eigenvalue,
     )
     onto = _grafting_partner(grafting, grafting_beta2, beta2, grafting_epsilon, own_steps)
     statistics = kronecker_statistics(
@@ -146,29 +152,27 @@ def shampoo(
         roots if onto is None else graft(roots, onto, start=start),
     ]
 
-    decay = []
-    if not is_zero(weight_decay):
-        decay_stage = add_decayed_weights(
-            weight_decay,
-            mask,
-            kind=weight_decay_kind,
-            learning_rate=learning_rate,
-            peak_learning_rate=peak_learning_rate,
-        )
-        decay.append(decay_stage)
-    heavy_ball = []
-    if not is_zero(momentum):
-        heavy_ball.append(trace(momentum, nesterov=nesterov, dampening=dampening))
+    decay = add_decayed_weights(
+        weight_decay,
+        mask,
+        kind=weight_decay_kind,
+        learning_rate=learning_rate,
+        peak_learning_rate=peak_learning_rate,
+    )
+    heavy_ball = trace(momentum, nesterov=nesterov, dampening=dampening)
+    if nesterov and is_zero(momentum):
+        raise ValueError("nesterov needs momentum above 0.")
+    decays, moves = [decay][is_zero(weight_decay) :], [heavy_ball][is_zero(momentum) :]
 
     def blocks(*stages: GradientTransformation) -> GradientTransformation:
         return blocked(chain(*block_stages, *stages), max_size, merge=merge, keep=keep)
 
     step = scale_by_learning_rate(learning_rate)
     if weight_decay_kind == "coupled":
-        return chain(*decay, blocks(*heavy_ball), step)
-    if decay and heavy_ball and decay_through_momentum:
-        return chain(blocks(), *decay, *heavy_ball, step)
-    return chain(blocks(*heavy_ball), *decay, step)
+        return chain(*decays, blocks(*moves), step)
+    if decays and moves and decay_through_momentum:
+        return chain(blocks(), *decays, *moves, step)
+    return chain(blocks(*moves), *decays, step)
 
 
 def _grafting_partner(
@@ -177,8 +181,10 @@ def _grafting_partner(
     if grafting is None or isinstance(grafting, GradientTransformation):
         return grafting
     check_choice("grafting", grafting, ("adam", "rms", "adagrad", "sgd"))
-    if own_beta2 is None:
-        own_beta2 = 0.999 if isinstance(beta2, float | int) and beta2 == 1 else beta2
+    if own_beta2 is None and isinstance(beta2, Tensor):
+        own_beta2 = torch.where(beta2 == 1, 0.999, beta2)
+    elif own_beta2 is None:
+        own_beta2 = 0.999 if beta2 == 1 else beta2
     if grafting == "adam":
         return scale_by_adam(0.0, own_beta2, epsilon, own_steps=own_steps)
     if grafting == "rms":

@@ -93,22 +93,23 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     steps, skipped = 0, 0
     factors: list[FactorHealth] = []
     layout: Mapping[str, Any] = {}
+    roots_at = 0
     for path, node in walk(state):
         if isinstance(node, BlockedState):
             layout = node.layout
         elif isinstance(node, MultiStepsState):
             skipped += int(node.skipped.sum())
         elif isinstance(node, RootInverseState):
-            steps = int(node.steps.max())
+            steps, roots_at = int(node.steps.max()), len(path) + 1
         elif isinstance(node, FactorRoot):
-            factors.append(_factor(path, node, layout))
+            factors.append(_factor(path[roots_at:], node, layout))
     found = Health(steps, factors, skipped)
     print(found, file=file or sys.stdout)
     return found
 
 
 def _factor(path: tuple[str, ...], root: FactorRoot, layout: Mapping[str, Any]) -> FactorHealth:
-    *inside, side = path[path.index("roots") + 1 :]
+    *inside, side = path
     leaf = ".".join(inside)
     worst = int(torch.argmax(_rows(root.residual)))
     return FactorHealth(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TextIO
 
 from torch import Tensor
 
-from funshampoo.state.stages import BlockedState, FactorRoot, walk
+from funshampoo.state.stages import BlockedState, FactorRoot, KroneckerState, walk
 
 
 class Memory(NamedTuple):
@@ -91,7 +91,7 @@ def _leaves(state: Any) -> list[_Leaf]:
         stack = next((key for key in inside if key in owners), None)
         if stack is not None:
             shares = owners[stack]
-        elif around or not inside:
+        elif around or not inside or "hyperparams" in path:
             shares = [("(shared)", 1.0)]
         else:
             shares = [(".".join(inside), 1.0)]
@@ -111,7 +111,11 @@ def _split(state: Any, path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     stage: list[str] = []
     node, of_states, below = state, True, 0
     for i, key in enumerate(path):
-        if hasattr(node, "_fields") and not isinstance(node, FactorRoot):
+        if isinstance(node, FactorRoot):
+            return "/".join(stage), path[below : i - 1]  # ends with the side
+        if isinstance(node, KroneckerState) and key == "factors":
+            return "/".join(stage) or "KroneckerState", path[i + 1 : -1]
+        if hasattr(node, "_fields"):
             of_states, below = key in _HOLDS_A_STATE, i + 1
             if key in ("direction", "onto"):
                 stage.append(key)

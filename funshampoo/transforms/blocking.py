@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,17 +87,21 @@ def blocked(
         layout = find_layout(leaves)
         stacks = stack_blocks(leaves, layout)
         state = inner.init(stacks, block_ndim=1, **context)
-        return BlockedState(state, dict(zip(leaf_names(params), layout.described)))
+        described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
+        return BlockedState(state, dict(zip(leaf_names(params), described)))
 
     def update(
         updates: Tree, state: BlockedState, params: Tree = None, **context: Any
     ) -> tuple[Tree, BlockedState]:
         leaves, spec = flatten(updates)
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
-        shaped = leaves if not missing else _shapes_from(params, updates)
-        layout = find_layout(shaped)
-        if not torch.compiler.is_compiling():
-            _check_layout(layout, state.layout, updates)
+        if with_params and params is None:
+            raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
+        if missing and params is None:
+            raise ValueError(_shape_unknown(updates))
+        # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
+        layout = find_layout(leaves if params is None else flatten(params)[0])
+        _check_layout(layout, state.layout, updates)
         stacks = stack_blocks(leaves, layout)
         kept = _saved_rows(state.inner, layout, missing) if missing else []
         context |= {"gradient": stacks, "block_ndim": 1}
@@ -184,6 +189,8 @@ def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) ->
     """The gradients fall into the rows that init laid out."""
     if list(expected.values()) == layout.described:
         return
+    if torch.compiler.is_compiling():
+        raise ValueError("the gradients do not fit the state: init saw other parameters.")
     names = leaf_names(updates)
     found = dict(zip(names, layout.described))
     if found == dict(expected):  # the same, after something has sorted the keys
@@ -192,21 +199,16 @@ def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) ->
         if found[name] != expected.get(name):
             raise ValueError(
                 f"the gradient of '{name}', shape {where.shape}, does not fit the state: init saw "
-                "other parameters. Call init again for a changed model, or pass the gradients of "
-                "the tree that init saw."
+                "another shape or dtype there. Call init again for a changed model; pass params to "
+                "update where gradients have another dtype than their parameters."
             )
     missing = sorted(set(expected) - set(names))
     raise ValueError(f"the gradients lack '{missing[0]}', for which the state has blocks.")
 
 
-def _shapes_from(params: Tree, updates: Tree) -> list[Tensor]:
-    if params is None:
-        names = [n for n, u in zip(leaf_names(updates), flatten(updates)[0]) if u is None]
-        raise ValueError(
-            f"the gradient of '{names[0]}' is None and its shape unknown: pass params to update."
-        )
-    leaves: list[Tensor] = flatten(params)[0]
-    return leaves
+def _shape_unknown(updates: Tree) -> str:
+    names = [n for n, u in zip(leaf_names(updates), flatten(updates)[0]) if u is None]
+    return f"the gradient of '{names[0]}' is None and its shape unknown: pass params to update."
 
 
 def _rows_of(layout: Layout, parameters: list[int]) -> dict[str, list[int]]:

@@ -32,8 +32,7 @@ def kronecker_statistics(
     stored L_i is never corrected and never damped.
 
     Args:
-        beta2: decay of the average, in (0, 1]. The number 1 means a plain sum (AdaGrad); so a beta2
-            given as a tensor must be below 1.
+        beta2: decay of the average, in (0, 1]; 1 means a plain sum (AdaGrad).
         bias_correction: count the weight from 0, so that readers divide by 1 - beta2^t.
         weighted: False drops the factor 1 - beta2: L ← beta2 L + mat matᵀ, without correction.
         exponents: as in `root_inverse`; a side whose exponent is 0 gets no factor.
@@ -56,11 +55,13 @@ def kronecker_statistics(
     tensor([[3., 3.],
             [3., 3.]])
     """
-    check_range("beta2", beta2, 0.0, 1.0)
+    check_range("beta2", beta2, 0.0, 1.0, low_open=True)
     check_exponents(exponents)
     plain_sum = not weighted or (isinstance(beta2, float | int) and beta2 == 1)
     corrected = bias_correction and not plain_sum
-    added = 1.0 if plain_sum else 1 - beta2
+    added: Hyper = 1.0 if plain_sum else 1 - beta2
+    if isinstance(beta2, Tensor) and not plain_sum:
+        added = torch.where(beta2 == 1, torch.ones_like(beta2), 1 - beta2)
 
     def init(params: Tree, *, block_ndim: int = 0) -> KroneckerState:
         check_parameters(params, "kronecker_statistics")
@@ -69,7 +70,7 @@ def kronecker_statistics(
             lead, sides = x.shape[:block_ndim], x.shape[block_ndim:]
             powers = inverse_exponents(len(sides), exponents)
             return tuple(
-                x.new_zeros(*lead, d, d, dtype=compute_dtype(x)) if e else ()
+                x.new_zeros(*lead, d, d, dtype=compute_dtype(x)) if e and x.numel() else ()
                 for d, e in zip(sides, powers)
             )
 

@@ -6,6 +6,9 @@ same numbers bit for bit. Only `old`, a state tensor, is ever written to.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -17,18 +20,22 @@ def lerp(old: Tensor, new: Tensor, weight: Hyper, donate: bool) -> Tensor:
     """(1 - weight) old + weight new, in one pass. The result has old's dtype."""
     if isinstance(weight, Tensor):
         weight = weight.to(old)
-    return old.lerp_(new, weight) if donate else torch.lerp(old, new, weight)
+    if _may_write(old, donate, new, weight):
+        return old.lerp_(new, weight)
+    return torch.lerp(old, new, weight)
 
 
 def add(old: Tensor, new: Tensor, donate: bool) -> Tensor:
     """old + new."""
-    return old.add_(new) if donate else torch.add(old, new)
+    return old.add_(new) if _may_write(old, donate, new) else torch.add(old, new)
 
 
 def multiply(old: Tensor, factor: Hyper, donate: bool) -> Tensor:
     """factor old, in old's dtype whatever the factor's."""
     factor = on_device(factor, old)
-    return old.mul_(factor) if donate else torch.mul(old, factor).to(old.dtype)
+    if _may_write(old, donate, factor):
+        return old.mul_(factor)
+    return torch.mul(old, factor).to(old.dtype)
 
 
 def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -> Tensor:
@@ -36,13 +43,25 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
     if isinstance(beta, Tensor) or isinstance(weight, Tensor):
         gram = multiply(x @ x.mT, weight, donate=False)
         return add(multiply(old, beta, donate), gram, donate)
-    if old.ndim == 3:
-        if donate:
-            return old.baddbmm_(x, x.mT, beta=beta, alpha=weight)
-        return torch.baddbmm(old, x, x.mT, beta=beta, alpha=weight)
-    if donate:
-        return old.addmm_(x, x.mT, beta=beta, alpha=weight)
-    return torch.addmm(old, x, x.mT, beta=beta, alpha=weight)
+    fused: Any
+    if _may_write(old, donate, x):
+        fused = old.baddbmm_ if old.ndim == 3 else old.addmm_
+    else:
+        fused = functools.partial(torch.baddbmm if old.ndim == 3 else torch.addmm, old)
+    accumulated: Tensor = fused(x, x.mT, beta=beta, alpha=weight)
+    return accumulated
+
+
+def _may_write(old: Tensor, donate: bool, *operands: Hyper) -> bool:
+    """Whether the state tensor is donated, and no operand is wrapped by a torch.func transform.
+
+    Under vmap a batched operand does not fit into unbatched memory, and most operations in place
+    have no batching rule; under grad the old value is still needed.
+    """
+    if not donate or torch.compiler.is_compiling():
+        return donate
+    tensors = [t for t in (old, *operands) if isinstance(t, Tensor)]
+    return not any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 def add_weight(total: Tensor, beta: Hyper, donate: bool) -> Tensor:

@@ -74,7 +74,7 @@ def ema(
             value, total = ahead or (m, w)
             if bias_correction:
                 return value / per_block(total, value), m, w
-            return unshared(value, donate), m, w
+            return value.clone(), m, w  # a copy: a later donated step writes into the state
 
         out, *trees = update_leaves(average, updates, (state.average, state.weight))
         return out, EmaState(*trees)
@@ -142,7 +142,7 @@ def trace(
             ones = [torch.ones_like(s) for s in seen]
             if nesterov:
                 return (damped(u) + b * momentum).to(b.dtype), b, *ones
-            return unshared(b, donate), b, *ones
+            return b.clone(), b, *ones  # a copy: a later donated step writes into the state
 
         def damped(u: Tensor) -> Tensor:
             return u * (1 - dampening) if damps else u
@@ -154,11 +154,6 @@ def trace(
         return out, TraceState(buffer, ())
 
     return GradientTransformation(init, update)
-
-
-def unshared(state: Tensor, donate: bool) -> Tensor:
-    """A state tensor as an update. A donated one is overwritten later: hand out a copy."""
-    return state.clone() if donate else state
 
 
 def zeros_like(params: Tree) -> Tree:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo import linalg
 from funshampoo.base import GradientTransformation, Hyper, Tree
 from funshampoo.checks import check_count, check_range
 from funshampoo.linalg import InverseRoot, Solver, eigh
@@ -15,7 +16,7 @@ from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState
 from funshampoo.steps import current_step, new_counter, refresh_due
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.transforms.kronecker import bias_corrected
-from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_leaves
+from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves, update_leaves
 
 
 def root_inverse(
@@ -26,6 +27,7 @@ def root_inverse(
     solver: Solver | None = None,
     exponents: Exponents | None = None,
     trace_scaling: Hyper | None = None,
+    initial_eigenvalue: float = 1.0,
 ) -> GradientTransformation:
     """Precondition the updates with roots of the factor matrices, refreshed now and then.
 
@@ -51,6 +53,7 @@ def root_inverse(
             `kronecker_statistics` the same, so that it spares the factor.
         trace_scaling: an exponent s in (0, 1]: take roots of A · max(tr A, epsilon)^(-s) instead of
             A = L_i / weight.
+        initial_eigenvalue: before its first refresh a side has X_i = initial_eigenvalue^(-e_i) I.
 
     Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
     inside torch.compile, where the counter in the state can't be read.
@@ -77,19 +80,40 @@ def root_inverse(
     check_exponents(exponents)
     if trace_scaling is not None:
         check_range("trace_scaling", trace_scaling, 0.0, 1.0, low_open=True)
+    check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     solve = eigh(relative_epsilon=1e-6) if solver is None else solver
+    if solve in [getattr(linalg, name) for name in linalg.__all__]:
+        raise TypeError("solver makes solvers and is none: call it, as in linalg.eigh().")
 
     def init(params: Tree, *, upstream: Any = None, block_ndim: int = 0) -> RootInverseState:
         check_parameters(params, "root_inverse")
         if upstream is not None:
-            _statistics(upstream)
+            _statistics_over(params, upstream)
 
         def identities(x: Tensor) -> tuple[Any, ...]:
             lead, sides = x.shape[:block_ndim], x.shape[block_ndim:]
             powers = inverse_exponents(len(sides), exponents)
-            return tuple(_identity(x, lead, d) if e else () for d, e in zip(sides, powers))
+            return tuple(
+                _multiple_of_identity(x, lead, d, initial_eigenvalue**-e) if e and x.numel() else ()
+                for d, e in zip(sides, powers)
+            )
 
         return RootInverseState(new_counter(), map_leaves(identities, params))
+
+    def refreshed(u: Tensor, factors: Any, weight: Tensor, sides: Any) -> tuple[Any, ...]:
+        powers = inverse_exponents(len(factors), exponents)
+        new = []
+        for factor, old, power in zip(factors, sides, powers):
+            if not old:
+                new.append(old)
+                continue
+            matrix = bias_corrected(_present(factor), weight)
+            trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+            if trace_scaling is not None:
+                matrix = _trace_scaled(matrix, trace, trace_scaling, epsilon)
+            found = solve(matrix, 1 / power, epsilon)
+            new.append(_keep_old_where_failed(found, old, known=trace != 0))
+        return u, tuple(new)
 
     def update(
         updates: Tree,
@@ -101,9 +125,9 @@ def root_inverse(
         step: int | None = None,
         refresh: bool | None = None,
     ) -> tuple[Tree, RootInverseState]:
-        statistics = _statistics(upstream)
+        statistics = _statistics_over(updates, upstream)
         roots = state.roots
-        if is_due(state.steps, step, refresh):
+        if _is_due(state.steps, step, refresh, every, start):
             inputs = (statistics.factors, statistics.weight)
             _, roots = update_leaves(refreshed, updates, (roots,), inputs)
 
@@ -113,40 +137,6 @@ def root_inverse(
 
         (preconditioned,) = update_leaves(direction, updates, (), (roots,))
         return preconditioned, RootInverseState(state.steps + 1, roots)
-
-    def is_due(count: Tensor, step: int | None, refresh: bool | None) -> bool:
-        if refresh is not None:
-            return refresh
-        t = current_step(count, step)
-        if t is None:
-            raise RuntimeError(
-                "root_inverse can't read the step counter inside torch.compile: pass "
-                "refresh=funshampoo.refresh_due(step, every, start), or step= (from 1), to update."
-            )
-        return refresh_due(t, every, start)
-
-    def refreshed(u: Tensor, factors: Any, weight: Tensor, sides: Any) -> tuple[Any, ...]:
-        powers = inverse_exponents(len(factors), exponents)
-        new = [
-            refresh_side(factor, weight, old, power) if old else old
-            for factor, old, power in zip(factors, sides, powers)
-        ]
-        return u, tuple(new)
-
-    def refresh_side(factor: Any, weight: Tensor, old: FactorRoot, power: float) -> FactorRoot:
-        if not isinstance(factor, Tensor):
-            raise ValueError(
-                "root_inverse preconditions a side for which kronecker_statistics keeps no factor: "
-                "give both stages the same exponents."
-            )
-        matrix = bias_corrected(factor, weight)
-        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        if trace_scaling is not None:
-            floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else trace.new_tensor(epsilon)
-            scale = torch.maximum(trace, floor) ** (-trace_scaling)
-            matrix = matrix * scale[..., None, None]
-        found = solve(matrix, 1 / power, epsilon)
-        return _keep_old_where_failed(found, old, known=trace != 0)
 
     return GradientTransformation(init, update)
 
@@ -175,19 +165,57 @@ def precondition(x: Tensor, roots: Sequence[Tensor | None], block_ndim: int = 0)
     return x
 
 
-def _statistics(upstream: Any) -> KroneckerState:
+def _statistics_over(tree: Tree, upstream: Any) -> KroneckerState:
     found = find_state(upstream, KroneckerState)
     if found is None:
         raise ValueError(
             "root_inverse found no factor matrices: put kronecker_statistics(...) before it in the "
             "same chain, as in chain(kronecker_statistics(0.99), root_inverse(every=20))."
         )
+    try:
+        flatten(tree)[1].flatten_up_to(found.factors)
+    except ValueError as error:
+        raise ValueError(
+            "root_inverse found the factor matrices of other blocks: put kronecker_statistics and "
+            "root_inverse inside the same blocked(...)."
+        ) from error
     return found
 
 
-def _identity(x: Tensor, lead: torch.Size, d: int) -> FactorRoot:
+def _is_due(
+    counter: Tensor, step: int | None, refresh: bool | None, every: int, start: int
+) -> bool:
+    if refresh is not None:
+        return refresh
+    t = current_step(counter, step)
+    if t is None:
+        raise RuntimeError(
+            "root_inverse can't read the step counter inside torch.compile: pass "
+            "refresh=funshampoo.refresh_due(step, every, start), or step= (from 1), to update."
+        )
+    return refresh_due(t, every, start)
+
+
+def _present(factor: Any) -> Tensor:
+    if isinstance(factor, Tensor):
+        return factor
+    raise ValueError(
+        "root_inverse preconditions a side for which kronecker_statistics keeps no factor: give "
+        "both stages the same exponents."
+    )
+
+
+def _trace_scaled(matrix: Tensor, trace: Tensor, exponent: Hyper, epsilon: Hyper) -> Tensor:
+    """A max(tr A, epsilon)^(-exponent); A itself where that is zero, which has no derivative."""
+    floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else trace.new_tensor(epsilon)
+    size = torch.maximum(trace, floor)
+    scale = torch.where(size > 0, size, 1.0) ** (-exponent)
+    return matrix * scale[..., None, None]
+
+
+def _multiple_of_identity(x: Tensor, lead: torch.Size, d: int, value: float) -> FactorRoot:
     dtype = compute_dtype(x)
-    eye = torch.eye(d, dtype=dtype, device=x.device)
+    eye = value * torch.eye(d, dtype=dtype, device=x.device)
     return FactorRoot(
         root=eye.expand(*lead, d, d).clone(),
         residual=x.new_zeros(lead, dtype=dtype),

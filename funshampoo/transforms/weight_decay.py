@@ -35,7 +35,8 @@ def add_decayed_weights(
         coupled       as an L2 penalty: λ as it is, but the stage stands before `blocked`, so that
                       the statistics see it
 
-    so decoupled and coupled are the same sum in different places. Before `trace`, decay passes
+    α itself enters with the stage that scales by the learning rate, later in the chain. So
+    decoupled and coupled are the same sum in different places. Before `trace`, decay passes
     through the momentum (the Distributed Shampoo reference); after it, it does not (AdamW).
 
     Args:
@@ -80,9 +81,12 @@ def add_decayed_weights(
     def init(params: Tree) -> ScheduleState | EmptyState:
         return ScheduleState(new_counter()) if scheduled else EmptyState()
 
-    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+    def update(
+        updates: Tree, state: Any, params: Tree = None, *, block_ndim: int = 0
+    ) -> tuple[Tree, Any]:
         if params is None:
-            raise ValueError("add_decayed_weights needs the parameters: pass params to update.")
+            remedy = "blocked(..., with_params=True)" if block_ndim else "pass params to update"
+            raise ValueError(f"add_decayed_weights needs the parameters: {remedy}.")
         decay = coefficient(state.steps if scheduled else None)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:

@@ -109,8 +109,8 @@ def test_pseudo_inverse_cuts_at_the_larger_tolerance() -> None:
         pseudo_inverse(rtol=rtol, atol=atol)(A, 1, 0.0).root.diagonal().count_nonzero().item()
         for rtol, atol in ((0.0, 0.0), (0.25, 0.0), (0.0, 1.0), (0.25, 4.0), (0.0, 8.0))
     ]
-    # An eigenvalue equal to the cut is dropped; with none kept the root is the stand-in identity.
-    assert kept == [4, 2, 2, 1, 4]
+    # An eigenvalue equal to the cut is dropped; with none kept the root is zero.
+    assert kept == [4, 2, 2, 1, 0]
 
 
 def test_float_epsilon_tensor_does_not_lower_the_precision() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from funshampoo.linalg import coupled_newton, eigh, newton_schulz
+from funshampoo.linalg import coupled_higher_order, coupled_newton, eigh, newton_schulz
 from funshampoo.linalg.newton_schulz import _cubics, _newton_steps
 
 from .spectra import DTYPES, log_spaced, low_rank, orthogonal, relative_error, with_spectrum
@@ -148,3 +148,42 @@ def test_newton_schulz_flags_a_condition_beyond_its_promise(dtype: torch.dtype) 
     A = with_spectrum(orthogonal(16), log_spaced(16, 1e5), dtype)
     assert not newton_schulz(relative_epsilon=0.0, condition=1e2)(A, 4, 0.0).converged.any()
     assert newton_schulz(relative_epsilon=0.0, condition=1e5)(A, 4, 0.0).converged.all()
+
+
+@pytest.mark.parametrize("order", [2, 3, 4, 6])
+@pytest.mark.parametrize("p", [1, 2, 4, 6, 2.5, 4 / 3])
+def test_higher_order_against_truth(order: int, p: float) -> None:
+    spectrum = log_spaced(12, 1e4)
+    A = with_spectrum(orthogonal(12, 3), spectrum, torch.float64)[0].repeat(3, 1, 1)
+    A = A * torch.tensor([1.0, 1e-20, 1e20], dtype=torch.float64)[:, None, None]
+    found = coupled_higher_order(relative_epsilon=0.0, tolerance=1e-12, order=order)(A, p, 7.0)
+    assert found.converged.all()
+    values, Q = torch.linalg.eigh(A)
+    truth = (Q * values.pow(-1 / p)[..., None, :]) @ Q.mT
+    error = torch.linalg.matrix_norm(found.root - truth) / torch.linalg.matrix_norm(truth)
+    assert error.max() < 1e-9
+
+
+def test_higher_order_follows_the_plain_iteration() -> None:
+    """Iterate by iterate: what it gives at a loose tolerance, or when it is cut off."""
+    A = with_spectrum(orthogonal(6, 5), log_spaced(6, 50.0), torch.float64)[0]
+    p, order, identity = 4, 3, torch.eye(6, dtype=torch.float64)
+    ridged = A + 1e-3 * A.abs().sum(-1).max() * identity
+    M = ridged / torch.trace(ridged)
+    X = identity * torch.trace(ridged) ** (-1 / p)
+    b = [1, 1 / p, (1 + p) / (2 * p * p)]
+    for step in range(6):
+        E = identity - M
+        N = b[0] * identity + b[1] * E + (b[2] * E @ E if step else 0)
+        X, M = X @ N, torch.linalg.matrix_power(N, p) @ M
+    solver = coupled_higher_order(
+        relative_epsilon=1e-3, max_iterations=6, tolerance=0.0, order=order, max_residual=10.0
+    )
+    torch.testing.assert_close(solver(A, p, 0.0).root, X, rtol=1e-11, atol=1e-13)
+
+
+def test_higher_order_keeps_out_what_did_not_converge() -> None:
+    A = with_spectrum(orthogonal(6, 5), log_spaced(6, 1e6), torch.float64)[0]
+    found = coupled_higher_order(relative_epsilon=0.0, max_iterations=2)(A, 4, 0.0)
+    assert not found.converged
+    assert found.root.equal(torch.eye(6, dtype=torch.float64))

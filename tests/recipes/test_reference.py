@@ -138,7 +138,14 @@ def _perturbation(**fields: Any) -> dict[str, Any]:
         (_root(_perturbation(perturb_before_computation=False)), {}),
         (_root({"type": "CoupledNewtonConfig", "max_iterations": 500, "tolerance": 1e-12}), {}),
         (
-            _root({"type": "CoupledHigherOrderConfig", "rel_epsilon": 0.0, "abs_epsilon": 1e-4}),
+            _root(
+                {
+                    "type": "CoupledHigherOrderConfig",
+                    "rel_epsilon": 0.0,
+                    "abs_epsilon": 1e-4,
+                    "tolerance": 1e-12,
+                }
+            ),
             {"epsilon": 1e-4},
         ),
         ({"max_preconditioner_dim": "inf"}, {"max_preconditioner_dim": 1 << 20}),
@@ -225,6 +232,63 @@ def test_bias_correction_by_everyones_steps_or_ones_own() -> None:
     assert torch.allclose(first_steps[True]["late"], expected, rtol=1e-4)
 
 
+EIGENDECOMPOSED = "EigendecomposedShampooPreconditionerConfig"
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"preconditioner_config": {"type": EIGENDECOMPOSED}}, [3.0, 4.0]),
+        # λ = 1 is stored, and stabilized at every step: (1 + ε)^(-1/2) before the first refresh
+        (
+            {
+                "preconditioner_config": {
+                    "type": EIGENDECOMPOSED,
+                    "amortized_computation_config": {
+                        **_perturbation(perturb_before_computation=False),
+                        "type": "EighEigendecompositionConfig",
+                    },
+                }
+            },
+            [3 / 1.1**0.5, 4 / 1.1**0.5],
+        ),
+        ({"start_preconditioning_step": "inf"}, [3.0, 4.0]),
+        # a pseudo-inverse that drops every eigenvalue (25 ≤ 30) is zero
+        (
+            {
+                "epsilon": 0.0,
+                "precondition_frequency": 1,
+                **_root(
+                    {
+                        "type": "EigenConfig",
+                        "rank_deficient_stability_config": {
+                            "type": "PseudoInverseConfig",
+                            "rank_atol": 30.0,
+                        },
+                    }
+                ),
+            },
+            [0.0, 0.0],
+        ),
+    ],
+    ids=["eigendecomposed", "perturbed_after", "never", "nothing_left"],
+)
+def test_a_first_step_by_hand(args: dict[str, Any], expected: list[float]) -> None:
+    base = {"lr": 1.0, "betas": (0.0, 1.0), "epsilon": 0.1, "precondition_frequency": 2}
+    tx = fs.from_reference(**{**base, **args})
+    params = [torch.zeros(2, dtype=torch.float64)]
+    g = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
+    updates, _ = tx.update(g, tx.init(params), params)
+    assert (-updates[0]).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
+    distributed = {"type": "DDPDistributedConfig", "target_parameter_dimensionality": 2}
+    args = {"distributed_config": distributed, "use_pin_memory": False}
+    assert _both(args, {"target_parameter_dimensionality": 2}) == 0
+    assert _both(args, {"target_parameter_dimensionality": 1}) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
@@ -253,6 +317,16 @@ def test_bias_correction_by_everyones_steps_or_ones_own() -> None:
             "epsilon is 1e-12; PseudoInverseConfig wants 0",
         ),
         ({"betas": (1.0, 0.9)}, ValueError, "beta1 is 1.0"),
+        ({"epsilon": 0.0}, ValueError, "epsilon is 0.0; without PseudoInverseConfig"),
+        ({"max_preconditioner_dim": 2.5}, ValueError, "max_preconditioner_dim is 2.5"),
+        ({"target_parameter_dimensionality": 0}, ValueError, "dimensionality is 0"),
+        (
+            {"iterate_averaging_config": {"type": "ClassicMomentumConfig", "momentum": 1.5}},
+            ValueError,
+            "momentum is 1.5",
+        ),
+        (_root({"type": "CoupledHigherOrderConfig"}), TypeError, "needs rel_epsilon"),
+        ({"learning_rate": 0.1}, TypeError, "unexpected argument 'learning_rate'"),
         ({"epsilon": -1.0}, ValueError, "epsilon is -1.0"),
     ],
     ids=lambda value: "",

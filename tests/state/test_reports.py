@@ -110,3 +110,14 @@ def test_a_readers_own_stages_are_stages_whatever_their_states_are() -> None:
         "blocked/watch": 12,
     }
     assert memory.parameters == {"w": 28, "(shared)": 44}
+
+
+def test_parameters_of_unblocked_roots_and_of_hyperparameters() -> None:
+    tx = fs.chain(fs.kronecker_statistics(), ("roots", fs.root_inverse(1)))
+    memory = summary(tx.init({"w": torch.zeros(3, 2), "l": [torch.zeros(2)]}), file=io.StringIO())
+    assert set(memory.parameters) == {"w", "l.0", "(shared)"}
+    found = health(tx.init({"w": torch.zeros(3, 2)}), file=io.StringIO())
+    assert [f.where for f in found.factors] == ["w side 0", "w side 1"]
+    state = fs.inject_hyperparams(fs.adamw)(0.1).init({"w": torch.zeros(2)})
+    assert set(summary(state, file=io.StringIO()).parameters) == {"w", "(shared)"}
+    assert summary(fs.shampoo(0.1).init({}), file=io.StringIO()).parameters == {"(shared)": 16}

@@ -160,6 +160,28 @@ def test_a_late_parameter_in_a_shared_stack(own_steps: bool) -> None:
     assert close == own_steps
 
 
+def test_with_params_needs_them() -> None:
+    params = {"w": torch.ones(2)}
+    tx = fs.blocked(fs.add_decayed_weights(0.5), with_params=True)
+    with pytest.raises(ValueError, match="with_params=True.*pass params"):
+        tx.update(params, tx.init(params))
+    tx = fs.blocked(fs.add_decayed_weights(0.5))
+    with pytest.raises(ValueError, match="with_params=True"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_names_that_only_look_alike() -> None:
+    params = {"a": {"b": torch.ones(2)}, "a.b": torch.ones(2)}
+    state = fs.blocked(fs.trace(0.9)).init(params)
+    assert list(state.layout) == ["a.b", "'a.b'"]
+
+
+def test_a_states_layout_is_its_own() -> None:
+    tx, params = fs.blocked(fs.trace(0.9)), {"w": torch.ones(2)}
+    tx.init(params).layout["w"]["2"]["0:7"] = ()
+    assert tx.init(params).layout == {"w": {"2": {"0:1": ()}}}
+
+
 def test_none_needs_the_parameters_shape() -> None:
     tx = fs.blocked(fs.trace(0.9))
     params = {"a": torch.ones(2), "b": torch.ones(3)}

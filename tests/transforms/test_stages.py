@@ -295,3 +295,28 @@ def test_statistics_of_bfloat16_gradients_do_not_stick() -> None:
         _, state = tx.update(g, state)
     assert isinstance(state, KroneckerState)
     assert state.factors["w"][0].item() == pytest.approx(1 - 0.99**500, rel=1e-4)
+
+
+def test_empty_parameters_outside_blocks() -> None:
+    params = {"none": torch.zeros(3, 0, 2), "some": randn(3)}
+    tx = fs.chain(fs.kronecker_statistics(), fs.root_inverse(1))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["none"].shape == (3, 0, 2)
+
+
+def test_a_plain_sum_is_asked_for_by_a_tensor_too() -> None:
+    g = {"w": randn(3)}
+    for beta2 in (1.0, torch.tensor(1.0)):
+        tx = fs.kronecker_statistics(beta2)
+        state = tx.init(g)
+        for _ in range(2):
+            _, state = tx.update(g, state)
+        assert torch.allclose(state.factors["w"][0], 2 * torch.outer(g["w"], g["w"]))
+
+
+def test_the_root_before_the_first_refresh() -> None:
+    tx = fs.chain(fs.kronecker_statistics(), fs.root_inverse(5, start=5, initial_eigenvalue=16.0))
+    g = {"matrix": randn(3, 2), "vector": randn(3)}
+    updates, _ = tx.update(g, tx.init(g), g)
+    for name, u in updates.items():
+        assert torch.allclose(u, g[name] / 4)  # 16^(-1/4) a side of two, 16^(-1/2) of one
