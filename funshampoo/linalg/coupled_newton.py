@@ -138,7 +138,7 @@ def iterate(
 
 
 def _step(M: Tensor, identity: Tensor, p: int, order: int) -> Tensor:
-    """N, the first terms of M^(-1/p) = sum of b_i (I - M)^i; b_i = b_{i-1} (1 + (i-1) p) / (i p)."""
+    """N: M^(-1/p) = sum of b_i (I - M)^i cut off; b_i = b_{i-1} (1 + (i-1) p) / (i p)."""
     if order == 2:
         return ((p + 1) * identity - M) / p
     b = [1.0]
