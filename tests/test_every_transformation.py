@@ -82,6 +82,17 @@ def test_donate_writes_to_the_state_alone(case: Case) -> None:
 
 
 @every_case
+def test_updates_share_no_memory_with_the_state(case: Case) -> None:
+    """So that neither a later donated step nor a caller who edits them reaches the other."""
+    tx, params = case.make(), problem()
+    state = tx.init(params)
+    for g in gradients(STEPS):
+        updates, state = tx.update(g, state, params)
+        theirs = {x.untyped_storage().data_ptr() for x in tensors(updates)}
+        assert not theirs & {x.untyped_storage().data_ptr() for x in tensors(state)}
+
+
+@every_case
 def test_structure_and_dtype_of_updates_and_state_are_stable(case: Case) -> None:
     tx, params = case.make(), problem()
     state = tx.init(params)
