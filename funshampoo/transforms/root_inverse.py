@@ -90,15 +90,15 @@ def root_inverse(
         if upstream is not None:
             _statistics_over(params, upstream)
 
-        def identities(x: Tensor) -> tuple[Any, ...]:
-            lead, sides = x.shape[:block_ndim], x.shape[block_ndim:]
+        def initial(x: Tensor) -> tuple[FactorRoot | tuple[()], ...]:
+            lead, sides = x.shape[:block_ndim], x.shape[block_ndim:] if x.numel() else ()
             powers = inverse_exponents(len(sides), exponents)
             return tuple(
-                _multiple_of_identity(x, lead, d, initial_eigenvalue**-e) if e and x.numel() else ()
+                _multiple_of_identity(x, lead, d, initial_eigenvalue**-e) if e else ()
                 for d, e in zip(sides, powers)
             )
 
-        return RootInverseState(new_counter(), map_leaves(identities, params))
+        return RootInverseState(new_counter(), map_leaves(initial, params))
 
     def refreshed(u: Tensor, factors: Any, weight: Tensor, sides: Any) -> tuple[Any, ...]:
         powers = inverse_exponents(len(factors), exponents)
@@ -135,8 +135,8 @@ def root_inverse(
             matrices = [side.root if side else None for side in sides]
             return (precondition(u.to(compute_dtype(u)), matrices, block_ndim),)
 
-        (preconditioned,) = update_leaves(direction, updates, (), (roots,))
-        return preconditioned, RootInverseState(state.steps + 1, roots)
+        (directions,) = update_leaves(direction, updates, (), (roots,))
+        return directions, RootInverseState(state.steps + 1, roots)
 
     return GradientTransformation(init, update)
 
