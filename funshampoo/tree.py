@@ -62,17 +62,10 @@ def update_leaves(
         and the states of that leaf come back as they are.
 
     Raises:
-        ValueError: the trees do not fit together, before `function` is called; names the leaf.
+        ValueError: the trees do not fit together, before `function` is called.
     """
     leaves, spec = flatten(updates)
     columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
-    for i, (u, *parts) in enumerate(zip(leaves, *columns)):
-        if u is not None and not all([_fits(u, part) for part in parts]):
-            found = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
-            raise ValueError(
-                f"the gradient of '{leaf_names(updates)[i]}' has shape {tuple(u.shape)}, which "
-                f"does not fit its state or parameter, shapes {found}: init saw other parameters."
-            )
     rows = []
     for u, *parts in zip(leaves, *columns):
         kept = (None, *parts[len(inputs) :])
@@ -80,6 +73,29 @@ def update_leaves(
     if not rows:
         return (updates, *states)
     return tuple([spec.unflatten(column) for column in zip(*rows)])
+
+
+def update_elementwise(
+    function: Callable[..., tuple[Any, ...]],
+    updates: Any,
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+) -> tuple[Any, ...]:
+    """`update_leaves` where states and inputs have their update's shape, or that of its block axes.
+
+    Raises:
+        ValueError: one does not, so that it would be broadcast; before `function` is called. Names
+            the leaf.
+    """
+    leaves, spec = flatten(updates)
+    columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
+    for i, (u, *parts) in enumerate(zip(leaves, *columns)):
+        if u is not None and not all([part.shape == u.shape[: part.ndim] for part in parts]):
+            raise ValueError(
+                f"the gradient of '{leaf_names(updates)[i]}' has shape {tuple(u.shape)}, its state "
+                f"or parameter {tuple(parts[-1].shape)}: init saw other parameters."
+            )
+    return update_leaves(function, updates, states, inputs)
 
 
 def _parts_of(tree: Any, spec: Any, updates: Any) -> list[Any]:
@@ -91,11 +107,6 @@ def _parts_of(tree: Any, spec: Any, updates: Any) -> list[Any]:
             "parameters in another tree."
         ) from error
     return parts
-
-
-def _fits(u: Tensor, part: Any) -> bool:
-    """A state has its update's shape, or that of the block axes before it: a prefix."""
-    return not isinstance(part, Tensor) or part.shape == u.shape[: part.ndim]
 
 
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:

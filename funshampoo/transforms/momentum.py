@@ -9,7 +9,7 @@ from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renam
 from funshampoo.checks import check_range
 from funshampoo.state.stages import EmaState, TraceState
 from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block
-from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_leaves
+from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_elementwise
 
 
 def ema(
@@ -76,7 +76,7 @@ def ema(
                 return value / per_block(total, value), m, w
             return value.clone(), m, w  # a copy: a later donated step writes into the state
 
-        out, *trees = update_leaves(average, updates, (state.average, state.weight))
+        out, *trees = update_elementwise(average, updates, (state.average, state.weight))
         return out, EmaState(*trees)
 
     return GradientTransformation(init, update)
@@ -148,9 +148,9 @@ def trace(
             return u * (1 - dampening) if damps else u
 
         if needs_seen:
-            out, buffer, seen = update_leaves(accumulate, updates, (state.buffer, state.seen))
+            out, buffer, seen = update_elementwise(accumulate, updates, (state.buffer, state.seen))
             return out, TraceState(buffer, seen)
-        out, buffer = update_leaves(accumulate, updates, (state.buffer,))
+        out, buffer = update_elementwise(accumulate, updates, (state.buffer,))
         return out, TraceState(buffer, ())
 
     return GradientTransformation(init, update)

@@ -18,6 +18,14 @@ from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_
 from funshampoo.transforms.kronecker import bias_corrected
 from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves, update_leaves
 
+_FACTORIES: tuple[Any, ...] = (
+    linalg.coupled_higher_order,
+    linalg.coupled_newton,
+    linalg.eigh,
+    linalg.newton_schulz,
+    linalg.pseudo_inverse,
+)
+
 
 def root_inverse(
     every: int = 10,
@@ -82,7 +90,7 @@ def root_inverse(
         check_range("trace_scaling", trace_scaling, 0.0, 1.0, low_open=True)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     solve = eigh(relative_epsilon=1e-6) if solver is None else solver
-    if solve in [getattr(linalg, name) for name in linalg.__all__]:
+    if any([solve is factory for factory in _FACTORIES]):
         raise TypeError("solver makes solvers and is none: call it, as in linalg.eigh().")
 
     def init(params: Tree, *, upstream: Any = None, block_ndim: int = 0) -> RootInverseState:

@@ -14,7 +14,7 @@ from funshampoo.checks import check_range
 from funshampoo.state.stages import AdagradState, AdamState, RmsState
 from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block, sqrt
 from funshampoo.transforms.momentum import zeros_like
-from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_leaves
+from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_elementwise
 
 
 def scale_by_sgd() -> GradientTransformation:
@@ -97,9 +97,9 @@ def scale_by_adam(
         first, first_weight = state.first, state.first_weight
         if filtered:
             before = (first, first_weight)
-            updates, first, first_weight = update_leaves(filter_first, updates, before)
+            updates, first, first_weight = update_elementwise(filter_first, updates, before)
         before = (state.second, state.second_weight)
-        out, second, second_weight = update_leaves(leaf, updates, before, (source,))
+        out, second, second_weight = update_elementwise(leaf, updates, before, (source,))
         return out, AdamState(first, first_weight, second, second_weight)
 
     return GradientTransformation(init, update)
@@ -147,7 +147,7 @@ def scale_by_rms(
             return _scaled(u.to(v.dtype), v, epsilon), v
 
         source = updates if gradient is None else gradient
-        out, second = update_leaves(leaf, updates, (state.second,), (source,))
+        out, second = update_elementwise(leaf, updates, (state.second,), (source,))
         return out, RmsState(second)
 
     return GradientTransformation(init, update)
@@ -199,7 +199,7 @@ def scale_by_adagrad(
             return _scaled(u.to(v.dtype), v, epsilon), v
 
         source = updates if gradient is None else gradient
-        out, second = update_leaves(leaf, updates, (state.second,), (source,))
+        out, second = update_elementwise(leaf, updates, (state.second,), (source,))
         return out, AdagradState(second)
 
     return GradientTransformation(init, update)

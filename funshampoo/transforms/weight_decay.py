@@ -12,7 +12,7 @@ from funshampoo.combine import Mask, masked
 from funshampoo.state.stages import ScheduleState
 from funshampoo.steps import new_counter
 from funshampoo.transforms.leaf_ops import on_device
-from funshampoo.tree import compute_dtype, update_leaves
+from funshampoo.tree import compute_dtype, update_elementwise
 
 DecayKind: TypeAlias = Literal["coupled", "decoupled", "corrected", "independent"]
 
@@ -93,7 +93,7 @@ def add_decayed_weights(
             dtype = compute_dtype(u)
             return ((u.to(dtype) + w.to(dtype) * on_device(decay, w)).to(dtype),)
 
-        (decayed,) = update_leaves(leaf, updates, (), (params,))
+        (decayed,) = update_elementwise(leaf, updates, (), (params,))
         return decayed, ScheduleState(state.steps + 1) if scheduled else state
 
     stage = GradientTransformation(init, update)
