@@ -20,7 +20,13 @@ from funshampoo.transforms.layout import (
     layout_of,
     leaf_key,
 )
-from funshampoo.tree import check_parameters, compute_dtype, flatten, leaf_names
+from funshampoo.tree import (
+    check_parameters,
+    check_same_structure,
+    compute_dtype,
+    flatten,
+    leaf_names,
+)
 
 
 def blocked(
@@ -59,7 +65,7 @@ def blocked(
         ValueError: an argument out of range; blocked inside blocked; from update, gradients whose
             shapes differ from those that init saw (names the leaf).
 
-    Reference: Shi et al., arXiv 2309.06497, section 3.1 (blocking) and 3.2 (merging).
+    Reference: Shi et al., arXiv 2309.06497 (blocking and merging).
 
     >>> import torch
     >>> from funshampoo import trace
@@ -93,6 +99,8 @@ def blocked(
     def update(
         updates: Tree, state: BlockedState, params: Tree = None, **context: Any
     ) -> tuple[Tree, BlockedState]:
+        if params is not None:
+            check_same_structure(params, updates, "params", "gradients")
         leaves, spec = flatten(updates)
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if with_params and params is None:

@@ -40,7 +40,7 @@ def graft(
     Raises:
         ValueError: start < 1.
 
-    Reference: Agarwal et al., arXiv 2002.11803; Shi et al., arXiv 2309.06497, section 2.4.
+    Reference: Agarwal et al., arXiv 2002.11803; Shi et al., arXiv 2309.06497.
 
     >>> import torch
     >>> from funshampoo import scale, scale_by_sgd

@@ -45,7 +45,7 @@ def kronecker_statistics(
         ValueError: beta2 or an exponent out of range.
         TypeError: from init, for a parameter that is not a dense real floating tensor.
 
-    Reference: Gupta, Koren, Singer, arXiv 1802.09568; Shi et al., arXiv 2309.06497, section 2.
+    Reference: Gupta, Koren, Singer, arXiv 1802.09568; Shi et al., arXiv 2309.06497.
 
     >>> import torch
     >>> stage = kronecker_statistics(beta2=1.0)

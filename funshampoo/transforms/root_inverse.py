@@ -72,7 +72,7 @@ def root_inverse(
         ValueError: an argument out of range; from init and update, no `KroneckerState` upstream.
         RuntimeError: inside torch.compile without `step=` or `refresh=`.
 
-    Reference: Shi et al., arXiv 2309.06497, algorithm 2.
+    Reference: Shi et al., arXiv 2309.06497.
 
     >>> import torch
     >>> from funshampoo import chain, kronecker_statistics

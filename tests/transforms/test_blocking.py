@@ -200,6 +200,12 @@ def test_gradients_of_another_model() -> None:
         tx.update({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)}, state)
 
 
+def test_gradients_that_differ_from_the_parameters() -> None:
+    tx, params = fs.blocked(fs.trace(0.9)), {"a": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match=r"leaf 'a' has shape \(2, 3\) in params and \(3, 2\)"):
+        tx.update({"a": torch.ones(3, 2)}, tx.init(params), params)
+
+
 def test_a_state_whose_keys_were_sorted_still_fits() -> None:
     tx = fs.blocked(fs.trace(0.9))
     params = {"b": torch.ones(2), "a": torch.ones(3)}
