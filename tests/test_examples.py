@@ -67,3 +67,16 @@ def test_same_command_gives_the_same_numbers(tmp_path: Path) -> None:
         curves.append(run["points"])
     assert curves[0] == curves[1]
     assert [point["step"] for point in curves[0]] == [5, 10, 12]
+
+
+def test_shampoo_reaches_the_goal_on_the_digits_in_the_fewest_steps(tmp_path: Path) -> None:
+    """The claim of the README: each at its best rate, median over five seeds."""
+    done = run_script("--learning-rates", "0.01", "0.03", "0.1", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = numbers_in(tmp_path, "digits")["results"]
+    steps = {
+        optimizer: min(s["steps_to_goal"] or math.inf for s in summaries)
+        for optimizer, summaries in results.items()
+    }
+    assert all(len(s["runs"]) == 5 for s in results["shampoo"])
+    assert steps["shampoo"] < min(steps["adamw"], steps["sgd"]) < math.inf, steps
