@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper, Schedule
+from funshampoo.base import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.checks import check_choice
 from funshampoo.combine import Mask, chain
 from funshampoo.linalg import Solver, eigh, pseudo_inverse
@@ -162,7 +162,8 @@ def shampoo(
     heavy_ball = trace(momentum, nesterov=nesterov, dampening=dampening)
     if nesterov and is_zero(momentum):
         raise ValueError("nesterov needs momentum above 0.")
-    decays, moves = [decay][is_zero(weight_decay) :], [heavy_ball][is_zero(momentum) :]
+    decays = [] if is_zero(weight_decay) else [decay]
+    moves = [] if is_zero(momentum) else [heavy_ball]
 
     def blocks(*stages: GradientTransformation) -> GradientTransformation:
         return blocked(chain(*block_stages, *stages), max_size, merge=merge, keep=keep)
@@ -178,8 +179,10 @@ def shampoo(
 def _grafting_partner(
     grafting: Any, own_beta2: Hyper | None, beta2: Hyper, epsilon: Hyper, own_steps: bool
 ) -> GradientTransformation | None:
-    if grafting is None or isinstance(grafting, GradientTransformation):
-        return grafting
+    if grafting is None:
+        return None
+    if not isinstance(grafting, str):
+        return as_transformation(grafting)
     check_choice("grafting", grafting, ("adam", "rms", "adagrad", "sgd"))
     if own_beta2 is None and isinstance(beta2, Tensor):
         own_beta2 = torch.where(beta2 == 1, 0.999, beta2)

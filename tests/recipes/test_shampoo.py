@@ -163,6 +163,19 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         fs.shampoo(0.1, **options)
 
 
+def test_grafting_onto_any_transformation() -> None:
+    """An Optax-style pair too; the norm of every block is that of the method's step."""
+    pair = (
+        lambda params: (),
+        lambda updates, state: ({k: 0 * u + 2 for k, u in updates.items()}, state),
+    )
+    tx = fs.shampoo(1.0, grafting=pair, max_size=4)  # type: ignore[arg-type]
+    params = {"w": torch.ones(8)}
+    g = {"w": torch.randn(8, generator=torch.Generator().manual_seed(0))}
+    updates, _ = tx.update(g, tx.init(params), params)
+    assert [b.norm().item() for b in updates["w"].split(4)] == pytest.approx([4.0, 4.0])
+
+
 def test_a_negative_learning_rate() -> None:
     with pytest.raises(ValueError, match="learning_rate is -0.1"):
         fs.shampoo(-0.1)
