@@ -112,15 +112,14 @@ def root_inverse(
         powers = inverse_exponents(len(factors), exponents)
         new = []
         for factor, old, power in zip(factors, sides, powers):
-            if not old:
-                new.append(old)
-                continue
-            matrix = bias_corrected(_present(factor), weight)
-            trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-            if trace_scaling is not None:
-                matrix = _trace_scaled(matrix, trace, trace_scaling, epsilon)
-            found = solve(matrix, 1 / power, epsilon)
-            new.append(_keep_old_where_failed(found, old, known=trace != 0))
+            if old:
+                matrix = bias_corrected(_present(factor), weight)
+                trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+                if trace_scaling is not None:
+                    matrix = _trace_scaled(matrix, trace, trace_scaling, epsilon)
+                found = solve(matrix, 1 / power, epsilon)
+                old = _keep_old_where_failed(found, old, known=trace != 0)
+            new.append(old)
         return u, tuple(new)
 
     def update(
@@ -139,11 +138,7 @@ def root_inverse(
             inputs = (statistics.factors, statistics.weight)
             _, roots = update_leaves(refreshed, updates, (roots,), inputs)
 
-        def direction(u: Tensor, sides: Any) -> tuple[Tensor]:
-            matrices = [side.root if side else None for side in sides]
-            return (precondition(u.to(compute_dtype(u)), matrices, block_ndim),)
-
-        (directions,) = update_leaves(direction, updates, (), (roots,))
+        directions = _directions(updates, roots, block_ndim)
         return directions, RootInverseState(state.steps + 1, roots)
 
     return GradientTransformation(init, update)
@@ -171,6 +166,14 @@ def precondition(x: Tensor, roots: Sequence[Tensor | None], block_ndim: int = 0)
             product = root @ moved.reshape(*moved.shape[: block_ndim + 1], -1)
             x = product.reshape(moved.shape).movedim(block_ndim, block_ndim + side)
     return x
+
+
+def _directions(updates: Tree, roots: Tree, block_ndim: int) -> Tree:
+    def direction(u: Tensor, sides: Any) -> tuple[Tensor]:
+        matrices = [side.root if side else None for side in sides]
+        return (precondition(u.to(compute_dtype(u)), matrices, block_ndim),)
+
+    return update_leaves(direction, updates, (), (roots,))[0]
 
 
 def _statistics_over(tree: Tree, upstream: Any) -> KroneckerState:
