@@ -66,13 +66,7 @@ def update_leaves(
     """
     leaves, spec = flatten(updates)
     columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
-    rows = []
-    for u, *parts in zip(leaves, *columns):
-        kept = (None, *parts[len(inputs) :])
-        rows.append(kept if u is None else function(u, *parts))
-    if not rows:
-        return (updates, *states)
-    return tuple([spec.unflatten(column) for column in zip(*rows)])
+    return _update_columns(function, updates, leaves, spec, columns, len(inputs))
 
 
 def update_elementwise(
@@ -95,7 +89,24 @@ def update_elementwise(
                 f"the gradient of '{leaf_names(updates)[i]}' has shape {tuple(u.shape)}, its state "
                 f"or parameter {tuple(parts[-1].shape)}: init saw other parameters."
             )
-    return update_leaves(function, updates, states, inputs)
+    return _update_columns(function, updates, leaves, spec, columns, len(inputs))
+
+
+def _update_columns(
+    function: Callable[..., tuple[Any, ...]],
+    updates: Any,
+    leaves: list[Any],
+    spec: Any,
+    columns: list[list[Any]],
+    inputs: int,
+) -> tuple[Any, ...]:
+    """The loop of `update_leaves`; the first `inputs` columns are only read."""
+    if not leaves:
+        return tuple([updates] + [spec.unflatten([]) for _ in columns[inputs:]])
+    rows = []
+    for u, *parts in zip(leaves, *columns):
+        rows.append((None, *parts[inputs:]) if u is None else function(u, *parts))
+    return tuple([spec.unflatten(column) for column in zip(*rows)])
 
 
 def _parts_of(tree: Any, spec: Any, updates: Any) -> list[Any]:
