@@ -46,6 +46,8 @@ CASES = [
     Case("multi_steps", lambda: fs.multi_steps(fs.trace(0.9), 2)),
     Case("multi_steps_shampoo", lambda: fs.multi_steps(fs.shampoo(0.1, every=2, start=1), 2)),
     Case("blocked", lambda: fs.blocked(fs.trace(0.9, nesterov=True), 4)),
+    Case("guarded", lambda: fs.guarded(fs.trace(0.9, nesterov=True), every=2)),
+    Case("guarded_blocked", lambda: fs.blocked(fs.guarded(fs.ema(0.9), every=2), 4)),
     Case("kronecker_statistics", lambda: fs.kronecker_statistics(0.9), changes_updates=False),
     Case("kronecker_sum", lambda: fs.kronecker_statistics(1.0), changes_updates=False),
     Case("root_inverse", lambda: _statistics_and(_root())),
@@ -54,6 +56,7 @@ CASES = [
     Case("root_newton", lambda: _blocked(_root(solver=linalg.coupled_newton()))),
     Case("root_newton_schulz", lambda: _blocked(_root(solver=linalg.newton_schulz()))),
     Case("root_trace_scaled", lambda: _blocked(_root(trace_scaling=0.5))),
+    Case("root_staggered", lambda: _blocked(_root(stagger=True))),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft_from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
     Case("ema", lambda: fs.ema(0.9)),
@@ -131,6 +134,7 @@ CASES = [
 # Public names that are no transformation, so that a test can tell whether the table is complete.
 NOT_TRANSFORMATIONS = {
     "EmptyState",
+    "FailureLimitError",
     "GradientTransformation",
     "MaskedNode",
     "Schedule",

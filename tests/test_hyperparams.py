@@ -102,10 +102,10 @@ def test_defaults_that_switch_a_part_off_stay_numbers() -> None:
     """momentum=0.0 and epsilon=0.0 by default: no stage, and no tensor in the state."""
     state = fs.inject_hyperparams(fs.shampoo)(0.1).init(problem())
     assert not {"momentum", "epsilon", "weight_decay"} & set(state.hyperparams)
-    assert "trace" not in state.inner["blocked"].inner
+    assert "trace" not in state.inner["blocked"].inner.inner
     state = fs.inject_hyperparams(fs.shampoo)(0.1, weight_decay=0.0).init(problem())
     assert state.hyperparams["weight_decay"] == 0
-    assert "add_decayed_weights" in state.inner
+    assert "add_decayed_weights" in state.inner["blocked"].inner.inner
 
 
 def test_edits_of_unknown_names_are_errors_and_numbers_are_taken() -> None:

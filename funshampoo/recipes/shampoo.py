@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.checks import check_choice
 from funshampoo.combine import Mask, chain
+from funshampoo.guard import guarded
 from funshampoo.linalg import Solver, eigh, pseudo_inverse
 from funshampoo.recipes.diagonal import is_zero
 from funshampoo.transforms import (
@@ -31,6 +33,8 @@ from funshampoo.transforms.layout import Merge
 from funshampoo.transforms.weight_decay import DecayKind
 
 Grafting: TypeAlias = Literal["adam", "rms", "adagrad", "sgd"] | GradientTransformation | None
+
+Distribute: TypeAlias = Callable[..., GradientTransformation]
 
 
 def shampoo(
@@ -64,6 +68,9 @@ def shampoo(
     trace_scaling: Hyper | None = None,
     initial_eigenvalue: float = 1.0,
     own_steps: bool = True,
+    stagger: bool = False,
+    max_failures: int | None = 20,
+    distribute: Distribute | None = None,
 ) -> GradientTransformation:
     """Shampoo with grafting.
 
@@ -102,6 +109,11 @@ def shampoo(
         weighted: False: L ← beta2 L + mat matᵀ.
         solver, exponents, trace_scaling, initial_eigenvalue: see `root_inverse`.
         own_steps: bias correction counts each parameter's own gradients, not everyone's steps.
+        stagger: spread the refreshes over the interval; see `root_inverse`.
+        max_failures: a block that fails this many times in a row stops the training; see `guarded`.
+        distribute: `funshampoo.sharded`, to share out the blocks over data-parallel ranks, or
+            functools.partial of it with options. Any function of the chain inside `blocked`, and of
+            the keywords `every` and `max_failures`, that returns what runs in its place.
 
     The defaults were chosen on the two tasks of examples/train.py, each at its best learning rate
     (steps to 97 % on the digits, five seeds; evaluated every 5 steps): the default takes 45,
@@ -137,6 +149,7 @@ def shampoo(
         exponents=exponents,
         trace_scaling=trace_scaling,
         initial_eigenvalue=initial_eigenvalue,
+        stagger=stagger,
     )
     onto = _grafting_partner(grafting, grafting_beta2, beta2, grafting_epsilon, own_steps)
     statistics = kronecker_statistics(
@@ -154,7 +167,7 @@ def shampoo(
 
     decay = add_decayed_weights(
         weight_decay,
-        mask,
+        mask if weight_decay_kind == "coupled" else None,  # in block space `blocked` applies it
         kind=weight_decay_kind,
         learning_rate=learning_rate,
         peak_learning_rate=peak_learning_rate,
@@ -164,16 +177,23 @@ def shampoo(
         raise ValueError("nesterov needs momentum above 0.")
     decays = [] if is_zero(weight_decay) else [decay]
     moves = [] if is_zero(momentum) else [heavy_ball]
+    coupled = weight_decay_kind == "coupled"
+    inner_decays = [] if coupled else decays
+    last = [*inner_decays, *moves] if decay_through_momentum else [*moves, *inner_decays]
 
-    def blocks(*stages: GradientTransformation) -> GradientTransformation:
-        return blocked(chain(*block_stages, *stages), max_size, merge=merge, keep=keep)
-
-    step = scale_by_learning_rate(learning_rate)
-    if weight_decay_kind == "coupled":
-        return chain(*decays, blocks(*moves), step)
-    if decays and moves and decay_through_momentum:
-        return chain(blocks(), *decays, *moves, step)
-    return chain(blocks(*moves), *decays, step)
+    # All in one scope: what happens to a block, and where its state lives, is decided once.
+    block_chain = chain(*block_stages, *last, scale_by_learning_rate(learning_rate))
+    protected = guarded(block_chain, max_failures=max_failures, every=every)
+    blocks = blocked(
+        protected
+        if distribute is None
+        else distribute(protected, every=every, max_failures=max_failures),
+        max_size,
+        merge=merge,
+        keep=keep,
+        with_params=bool(inner_decays) and (True if mask is None else mask),
+    )
+    return chain(*decays, blocks) if coupled else chain(blocks)
 
 
 def _grafting_partner(

@@ -9,13 +9,17 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from funshampoo.state.places import block_names, rows_of
 from funshampoo.state.stages import (
     BlockedState,
     FactorRoot,
+    GuardedState,
     MultiStepsState,
     RootInverseState,
+    ShardedState,
     walk,
 )
+from funshampoo.tree import flatten
 
 
 class FactorHealth(NamedTuple):
@@ -47,19 +51,27 @@ class Health(NamedTuple):
         steps: of the stage that refreshes; 0 if there is none.
         factors: one entry for every side of every stack.
         skipped: micro-batches that `multi_steps` left out.
+        held: how many times a block was held, since its gradient was not finite.
+        ranks: for each `sharded`, over the blocks of all ranks: blocks held, the longest streak of
+            that, roots failed, the longest streak of that. The other numbers are this rank's.
     """
 
     steps: int
     factors: list[FactorHealth]
     skipped: int
+    held: int
+    ranks: list[tuple[int, ...]]
 
     def __str__(self) -> str:
+        skipped = f"{self.skipped} micro-batches skipped, {self.held} times a block held"
+        for held, streak, failed, failed_streak in self.ranks:
+            skipped += f"; all ranks: {held} held (up to {streak} in a row)"
+            skipped += f", {failed} roots failed (up to {failed_streak} in a row)"
         if not self.factors:
-            skipped = f"{self.skipped} micro-batches skipped"
             return f"no root_inverse in this state, so no roots to report; {skipped}"
         width = max([len("factor"), *(len(f.where) for f in self.factors)])
         lines = [
-            f"{self.steps} steps, {self.skipped} micro-batches skipped",
+            f"{self.steps} steps, {skipped}",
             f"{'factor':<{width}} {'matrices':>8} {'residual':>9} {'condition':>9} "
             f"{'failures':>8}  worst",
         ]
@@ -85,52 +97,56 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     >>> params = {"w": torch.zeros(2, 3)}
     >>> _, state = tx.update({"w": torch.eye(2, 3)}, tx.init(params), params)
     >>> found = health(state)  # doctest: +ELLIPSIS
-    1 steps, 0 micro-batches skipped
+    1 steps, 0 micro-batches skipped, 0 times a block held
     factor     matrices  residual condition failures  worst
     2x3 side 0        1 ...
     2x3 side 1        1 ...
     """
-    steps, skipped = 0, 0
+    steps, skipped, held = 0, 0, 0
     factors: list[FactorHealth] = []
-    layout: Mapping[str, Any] = {}
+    names: dict[str, dict[int, tuple[str, str]]] = {}
+    owned: dict[str, Any] = {}
     roots_at = 0
     for path, node in walk(state):
         if isinstance(node, BlockedState):
-            layout = node.layout
+            names, owned = block_names(node.layout), {}
+        elif isinstance(node, ShardedState):
+            owned = node.owned
+        elif isinstance(node, GuardedState):
+            held += sum(int(n.sum()) for n in flatten(node.held)[0])
         elif isinstance(node, MultiStepsState):
             skipped += int(node.skipped.sum())
         elif isinstance(node, RootInverseState):
             steps, roots_at = int(node.steps.max()), len(path) + 1
         elif isinstance(node, FactorRoot):
-            factors.append(_factor(path[roots_at:], node, layout))
-    found = Health(steps, factors, skipped)
+            factors.append(_factor(path[roots_at:], node, names, owned))
+    sharded = [node.report for _, node in walk(state) if isinstance(node, ShardedState)]
+    everywhere = [tuple(int(n) for n in report.reshape(-1, 4).amax(0)) for report in sharded]
+    found = Health(steps, factors, skipped, held, everywhere)
     print(found, file=file or sys.stdout)
     return found
 
 
-def _factor(path: tuple[str, ...], root: FactorRoot, layout: Mapping[str, Any]) -> FactorHealth:
+def _factor(
+    path: tuple[str, ...],
+    root: FactorRoot,
+    names: Mapping[str, Mapping[int, tuple[str, str]]],
+    owned: Mapping[str, Any],
+) -> FactorHealth:
     *inside, side = path
     leaf = ".".join(inside)
     worst = int(torch.argmax(_rows(root.residual)))
+    row = rows_of(owned[leaf])[worst] if leaf in owned else worst
     return FactorHealth(
         where=f"{leaf} side {side}",
         matrices=root.residual.numel(),
         residual=float(root.residual.max()),
         condition=float(root.condition.max()),
         failures=int(root.failures.sum()),
-        worst=_owner(layout, leaf, worst),
+        worst=names[leaf][row][0] if leaf in names else "",
     )
 
 
 def _rows(values: Tensor) -> Tensor:
     """The largest value of every row, over an ensemble's members if there are any."""
     return values.reshape(-1, values.shape[-1]).amax(0) if values.ndim else values.reshape(1)
-
-
-def _owner(layout: Mapping[str, Any], stack: str, row: int) -> str:
-    for parameter, stacks in layout.items():
-        for span in stacks.get(stack, {}):
-            first, last = map(int, span.split(":"))
-            if first <= row < last:
-                return parameter
-    return ""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple, TextIO
 
 from torch import Tensor
 
-from funshampoo.state.stages import BlockedState, FactorRoot, KroneckerState, walk
+from funshampoo.state.places import Place, block_names, map_tensors
 
 
 class Memory(NamedTuple):
@@ -76,74 +76,28 @@ class _Leaf(NamedTuple):
     shares: list[tuple[str, float]]
 
 
+_SHARED = [("(shared)", 1.0)]
+
+
 def _leaves(state: Any) -> list[_Leaf]:
     """Every tensor of a state with the stage it belongs to and the parameters it is for."""
-    leaves = []
-    open_blocks: list[tuple[tuple[str, ...], BlockedState]] = []
-    for path, node in walk(state):
-        if isinstance(node, BlockedState):
-            open_blocks.append((path, node))
-        if not isinstance(node, Tensor):
-            continue
-        around = [b for p, b in open_blocks if path[: len(p)] == p]
-        stage, inside = _split(state, path)
-        owners = _owners(around[-1]) if around else {}
-        stack = next((key for key in inside if key in owners), None)
-        if stack is not None:
-            shares = owners[stack]
-        elif around or not inside or "hyperparams" in path:
-            shares = [("(shared)", 1.0)]
-        else:
-            shares = [(".".join(inside), 1.0)]
-        leaves.append(_Leaf(node, stage, shares))
+    leaves: list[_Leaf] = []
+    names: dict[int, Any] = {}  # of every layout, by identity
+
+    def collect(place: Place, x: Tensor) -> Tensor:
+        stage = "/".join(place.stage) or type(state).__name__
+        shares = [(".".join(place.leaf), 1.0)] if place.leaf else _SHARED
+        if place.stack is not None:
+            if id(place.layout) not in names:
+                names[id(place.layout)] = block_names(place.layout)
+            owners = names[id(place.layout)][place.stack]
+            mine = [owners[row][0] for row in place.rows or ()]
+            shares = [(owner, n / len(mine)) for owner, n in Counter(mine).items()]
+        leaves.append(_Leaf(x, stage, shares))
+        return x
+
+    map_tensors(collect, state)
     return leaves
-
-
-_HOLDS_A_STATE = ("inner", "direction", "onto")  # fields in which a combinator keeps another's
-
-
-def _split(state: Any, path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """A leaf's path as (stage, the part below the innermost stage's field).
-
-    Dicts of states are those of chains and partitions: at the top, in a combinator's field, and
-    directly inside one another. Any other dict is a tree of the stage that it is found in.
-    """
-    stage: list[str] = []
-    node, of_states, below = state, True, 0
-    for i, key in enumerate(path):
-        if isinstance(node, FactorRoot):
-            return "/".join(stage), path[below : i - 1]  # ends with the side
-        if isinstance(node, KroneckerState) and key == "factors":
-            return "/".join(stage) or "KroneckerState", path[i + 1 : -1]
-        if hasattr(node, "_fields"):
-            of_states, below = key in _HOLDS_A_STATE, i + 1
-            if key in ("direction", "onto"):
-                stage.append(key)
-        elif of_states and isinstance(node, dict):
-            stage.append(key)
-            below = i + 1
-        node = _child(node, key)
-    return "/".join(stage) or type(state).__name__, path[below:]
-
-
-def _child(node: Any, key: str) -> Any:
-    if isinstance(node, dict):
-        return next(child for name, child in node.items() if str(name) == key)
-    return getattr(node, key) if hasattr(node, "_fields") else node[int(key)]
-
-
-def _owners(blocked: BlockedState) -> dict[str, list[tuple[str, float]]]:
-    """{stack: [(parameter, its share of the rows), ...]}."""
-    rows: dict[str, dict[str, int]] = defaultdict(dict)
-    for parameter, stacks in blocked.layout.items():
-        for stack, spans in stacks.items():
-            for span in spans:
-                first, last = map(int, span.split(":"))
-                rows[stack][parameter] = rows[stack].get(parameter, 0) + last - first
-    return {
-        stack: [(parameter, n / sum(counts.values())) for parameter, n in counts.items()]
-        for stack, counts in rows.items()
-    }
 
 
 def _table(title: str, rows: dict[str, int], total: int) -> list[str]:

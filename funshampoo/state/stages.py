@@ -43,12 +43,14 @@ class FactorRoot(NamedTuple):
             `funshampoo.linalg.InverseRoot`); 0 before.
         condition: (N,), condition number of the damped factor; 1 before.
         failures: (N,) int64, how many refreshes kept the old root because the solver failed.
+        streak: (N,) int64, how many of the latest in a row.
     """
 
     root: Tensor
     residual: Tensor
     condition: Tensor
     failures: Tensor
+    streak: Tensor
 
 
 class RootInverseState(NamedTuple):
@@ -169,14 +171,51 @@ class BlockedState(NamedTuple):
 
     Attributes:
         inner: the state of the wrapped transformation.
-        layout: {parameter: {stack: {"first:last": ()}}}: that parameter's blocks are the rows
-            first..last-1 of the stack. It is written in keys, with nothing below them, so that the
-            state describes itself while pytrees find no leaf in it: vmap has nothing to batch,
-            torch.compile nothing to trace.
+        layout: {parameter: {stack: {span: ()}}}. A span such as "4:10 2x3+0,1" says that this
+            parameter's blocks are the rows 4 to 9 of the stack, in row-major order of a grid of
+            2x3 blocks that begins at block (0, 1) of the parameter. It is written in keys, with
+            nothing below them, so that the state describes itself while pytrees find no leaf in
+            it: vmap has nothing to batch, torch.compile nothing to trace. See `Span`.
     """
 
     inner: Any
     layout: dict[str, dict[str, dict[str, tuple[()]]]]
+
+
+class GuardedState(NamedTuple):
+    """Of `guarded`.
+
+    Attributes:
+        steps: so far, () int64 on the CPU.
+        held: tree of (N,) int64: on how many steps a block was held, since its gradient was not
+            finite. () outside block space, where all leaves are held together.
+        streak: likewise, how many of the latest steps in a row.
+        inner: the state of the wrapped transformation.
+    """
+
+    steps: Tensor
+    held: Tree
+    streak: Tree
+    inner: Any
+
+
+class ShardedState(NamedTuple):
+    """Of `sharded`: the inner state of the blocks that this rank owns.
+
+    Attributes:
+        steps: so far, () int64 on the CPU.
+        inner: the state of the wrapped transformation, on the owned rows of the stacks (outside
+            block space: on the owned leaves).
+        owned: {stack: {"first:last": ()}}, which rows of the full stacks they are; outside block
+            space {leaf: {"owned": ()} or {"elsewhere": ()}}.
+        report: (4,) float32, over the blocks of all ranks: how often one was held, the longest
+            streak of that, how many roots failed, the longest streak of that.
+    """
+
+    steps: Tensor
+    inner: Any
+    owned: dict[str, dict[str, tuple[()]]]
+    report: Tensor
 
 
 def find_state(states: Any, kind: type[StateT]) -> StateT | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_choice, check_count
-from funshampoo.state.stages import BlockedState
+from funshampoo.combine import Mask
+from funshampoo.state.places import Path, Place, map_tensors
+from funshampoo.state.stages import BlockedState, ShardedState, find_state
 from funshampoo.transforms.layout import (
     Layout,
     Merge,
@@ -21,6 +23,7 @@ from funshampoo.transforms.layout import (
     leaf_key,
 )
 from funshampoo.tree import (
+    broadcast_prefix,
     check_parameters,
     check_same_structure,
     compute_dtype,
@@ -35,7 +38,7 @@ def blocked(
     *,
     merge: Merge = "small",
     keep: int = 2,
-    with_params: bool = False,
+    with_params: bool | Mask = False,
 ) -> GradientTransformation:
     """Cut every parameter into blocks, run `inner` on stacks of equal blocks, put the pieces back.
 
@@ -53,7 +56,9 @@ def blocked(
             rest).
         keep: "small" stops merging when this many sides are left. At 2 matrices stay matrices; at 1
             a 32×32 matrix becomes a 1024-vector, whose factor matrix is 1024×1024.
-        with_params: also hand `inner` the parameters in stacks (a copy more a step).
+        with_params: also hand `inner` the parameters in stacks (a copy more a step). A mask (a tree
+            of bools, a prefix of one, or a function of the parameters) gives zeros for the others,
+            so that they do not decay.
 
     Half-precision gradients enter the stacks as float32 and the updates leave in float32. Empty
     parameters have no block. A gradient that is None leaves the state of that parameter's blocks as
@@ -74,7 +79,7 @@ def blocked(
     >>> {name: tuple(b.shape) for name, b in state.inner.buffer.items()}
     {'4x4': (2, 4, 4), '4x2': (2, 4, 2)}
     >>> state.layout
-    {'w': {'4x4': {'0:2': ()}, '4x2': {'0:2': ()}}}
+    {'w': {'4x4': {'0:2 2x1+0,0': ()}, '4x2': {'0:2 2x1+0,1': ()}}}
     """
     inner = as_transformation(inner)
     if max_size is not None:
@@ -103,7 +108,7 @@ def blocked(
             check_same_structure(params, updates, "params", "gradients")
         leaves, spec = flatten(updates)
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
-        if with_params and params is None:
+        if with_params is not False and params is None:
             raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
@@ -111,12 +116,17 @@ def blocked(
         layout = find_layout(leaves if params is None else flatten(params)[0])
         _check_layout(layout, state.layout, updates)
         stacks = stack_blocks(leaves, layout)
-        kept = _saved_rows(state.inner, layout, missing) if missing else []
-        context |= {"gradient": stacks, "block_ndim": 1}
-        inner_params = stack_blocks(flatten(params)[0], layout) if with_params else None
+        kept = _saved_rows(state, layout, missing) if missing else {}
+        context |= {"gradient": stacks, "block_ndim": 1, "layout": state.layout}
+        context |= {"block_ids": _block_ids(layout)}
+        shown = None if with_params is False else _shown(params, with_params)
+        inner_params = None if shown is None else stack_blocks(shown, layout)
         stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
         if missing:
-            inner_state = _restored_rows(inner_state, layout, missing, kept)
+            inner_state = _restored_rows(BlockedState(inner_state, state.layout), kept)
+            if find_state(inner_state, ShardedState) is not None:
+                # The owner of a block decides for all ranks whether it had a gradient.
+                leaves = flatten(params)[0]
         pieces = unstack_blocks(stacks, layout, leaves)
         return spec.unflatten(pieces), BlockedState(inner_state, state.layout)
 
@@ -219,60 +229,58 @@ def _shape_unknown(updates: Tree) -> str:
     return f"the gradient of '{names[0]}' is None and its shape unknown: pass params to update."
 
 
-def _rows_of(layout: Layout, parameters: list[int]) -> dict[str, list[int]]:
+def _block_ids(layout: Layout) -> dict[str, range]:
+    """A number for every block, counted through the stacks."""
+    ids: dict[str, range] = {}
+    first = 0
+    for name, stack in layout.stacks.items():
+        ids[name] = range(first, first + stack.rows)
+        first += stack.rows
+    return ids
+
+
+def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
+    """The parameters that the inner transformation may see; None hides one."""
+    leaves, _ = flatten(params)
+    flags = broadcast_prefix(mask(params) if callable(mask) else mask, params, "with_params")
+    return [p if flag else None for p, flag in zip(leaves, flags)]
+
+
+def _rows_of(layout: Layout, parameters: list[int]) -> dict[str, set[int]]:
     """{stack: the rows that belong to these parameters}."""
-    rows: dict[str, list[int]] = {}
+    rows: dict[str, set[int]] = {}
     for i in parameters:
         for region in layout.parameters[i].regions:
             span = range(region.first, region.first + region.rows)
-            rows.setdefault(region.stack, []).extend(span)
+            rows.setdefault(region.stack, set()).update(span)
     return rows
 
 
-def _saved_rows(state: Any, layout: Layout, missing: list[int]) -> list[Tensor]:
-    """Copies of the rows of parameters without a gradient, in the order of the walk."""
-    saved: list[Tensor] = []
+_Kept = dict[tuple[Path, str | None], tuple[Tensor, Tensor]]  # {place: (rows, their values)}
 
-    def save(x: Tensor, rows: Tensor) -> Tensor:
-        saved.append(x.index_select(0, rows))
+
+def _saved_rows(state: BlockedState, layout: Layout, missing: list[int]) -> _Kept:
+    """Copies of the rows of parameters without a gradient, from every per-block tensor."""
+    wanted = _rows_of(layout, missing)
+    kept: _Kept = {}
+
+    def save(place: Place, x: Tensor) -> Tensor:
+        if place.stack in wanted and x.ndim > 0:
+            held = enumerate(place.rows or ())
+            rows = [i for i, row in held if row in wanted[place.stack]]
+            index = torch.tensor(rows, dtype=torch.int64, device=x.device)
+            kept[place.path, place.stack] = index, x.index_select(0, index)
         return x
 
-    _map_rows(save, state, layout, _rows_of(layout, missing))
-    return saved
+    map_tensors(save, state)
+    return kept
 
 
-def _restored_rows(state: Any, layout: Layout, missing: list[int], saved: list[Tensor]) -> Any:
-    remaining = iter(saved)
+def _restored_rows(state: BlockedState, kept: _Kept) -> Any:
+    """The inner state with the saved rows put back."""
 
-    def restore(x: Tensor, rows: Tensor) -> Tensor:
-        return x.index_copy(0, rows, next(remaining))
+    def restore(place: Place, x: Tensor) -> Tensor:
+        found = kept.get((place.path, place.stack))
+        return x if found is None else x.index_copy(0, *found)
 
-    return _map_rows(restore, state, layout, _rows_of(layout, missing))
-
-
-def _map_rows(
-    function: Callable[[Tensor, Tensor], Tensor],
-    node: Any,
-    layout: Layout,
-    rows: dict[str, list[int]],
-    stack: str | None = None,
-) -> Any:
-    """Apply function(tensor, rows) to every per-block tensor of a state that lies in `rows`.
-
-    A dict whose keys are the stacks is a tree over block space; below such a key, a tensor with a
-    row for every block is per block. 0-dimensional tensors are counters and shared weights.
-    """
-    if isinstance(node, Tensor):
-        if stack not in rows or node.ndim == 0:
-            return node
-        return function(node, torch.tensor(rows[stack], device=node.device))
-    if isinstance(node, dict):
-        over_stacks = stack is None and node.keys() == layout.stacks.keys()
-        return {
-            key: _map_rows(function, child, layout, rows, key if over_stacks else stack)
-            for key, child in node.items()
-        }
-    if isinstance(node, tuple):
-        children = [_map_rows(function, child, layout, rows, stack) for child in node]
-        return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
-    return node
+    return map_tensors(restore, state).inner

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from funshampoo.state.places import Span
 from funshampoo.tree import compute_dtype
 
 Merge: TypeAlias = Literal["none", "small", "matrix"]
@@ -59,7 +60,7 @@ class Stack(NamedTuple):
 class Layout(NamedTuple):
     """The parameters in the order of the tree, the stacks by name, and both as nested keys.
 
-    `described` has for every parameter the {stack: {"first:last": ()}} of `BlockedState.layout`.
+    `described` has for every parameter the {stack: {span: ()}} of `BlockedState.layout`.
     """
 
     parameters: tuple[ParameterLayout, ...]
@@ -134,17 +135,20 @@ def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, kee
             stacks[name] = Stack(block, dtype, device, first + math.prod(grid))
         sizes = tuple(len(cut) for cut in cuts)
         parameters.append(ParameterLayout(shape, merged, sizes, tuple(regions)))
-    return Layout(tuple(parameters), stacks, [_describe(p) for p in parameters])
+    return Layout(tuple(parameters), stacks, [_describe(p, max_size) for p in parameters])
 
 
 _remembered_layout = functools.lru_cache(maxsize=256)(_layout)
 
 
-def _describe(where: ParameterLayout) -> dict[str, dict[str, tuple[()]]]:
+def _describe(where: ParameterLayout, max_size: int | None) -> dict[str, dict[str, tuple[()]]]:
     described: dict[str, dict[str, tuple[()]]] = {}
     for region in where.regions:
-        rows = f"{region.first}:{region.first + region.rows}"
-        described.setdefault(region.stack, {})[rows] = ()
+        # A cut but the last of a side has the full size, so an offset is a whole number of them.
+        sizes = [max_size or 1 for _ in region.block]
+        origin = tuple(offset // size for offset, size in zip(region.offset, sizes))
+        span = Span(region.first, region.first + region.rows, region.grid, origin)
+        described.setdefault(region.stack, {})[str(span)] = ()
     return described
 
 

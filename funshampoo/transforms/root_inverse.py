@@ -12,10 +12,12 @@ from funshampoo import linalg
 from funshampoo.base import GradientTransformation, Hyper, Tree
 from funshampoo.checks import check_count, check_range
 from funshampoo.linalg import InverseRoot, Solver, eigh
+from funshampoo.linalg.products import matmul
 from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState, find_state
 from funshampoo.steps import current_step, new_counter, refresh_due
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.transforms.kronecker import bias_corrected
+from funshampoo.transforms.turns import EVERYBODY, Turn, turns_at
 from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves, update_leaves
 
 _FACTORIES: tuple[Any, ...] = (
@@ -36,6 +38,7 @@ def root_inverse(
     exponents: Exponents | None = None,
     trace_scaling: Hyper | None = None,
     initial_eigenvalue: float = 1.0,
+    stagger: bool = False,
 ) -> GradientTransformation:
     """Precondition the updates with roots of the factor matrices, refreshed now and then.
 
@@ -62,6 +65,9 @@ def root_inverse(
         trace_scaling: an exponent s in (0, 1]: take roots of A · max(tr A, epsilon)^(-s) instead of
             A = L_i / weight.
         initial_eigenvalue: before its first refresh a side has X_i = initial_eigenvalue^(-e_i) I.
+        stagger: spread the refreshes over the interval, a share of the blocks on every step, so
+            that no step after `start` carries them all. A block's turn depends on its number among
+            all blocks alone, so that any number of ranks computes the same.
 
     Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
     inside torch.compile, where the counter in the state can't be read.
@@ -108,19 +114,26 @@ def root_inverse(
 
         return RootInverseState(new_counter(), map_leaves(initial, params))
 
-    def refreshed(u: Tensor, factors: Any, weight: Tensor, sides: Any) -> tuple[Any, ...]:
+    def refreshed(
+        u: Tensor, turn: Turn, factors: Any, weight: Tensor, sides: Any
+    ) -> tuple[Any, ...]:
         powers = inverse_exponents(len(factors), exponents)
         new = []
         for factor, old, power in zip(factors, sides, powers):
-            if old:
-                matrix = bias_corrected(_present(factor), weight)
-                trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-                if trace_scaling is not None:
-                    matrix = _trace_scaled(matrix, trace, trace_scaling, epsilon)
-                found = solve(matrix, 1 / power, epsilon)
-                old = _keep_old_where_failed(found, old, known=trace != 0)
+            if old and turn.any:
+                rows = turn.rows_on(u)
+                chosen = FactorRoot(*[_rows(x, rows) for x in old])
+                matrix = bias_corrected(_rows(_present(factor), rows), _rows(weight, rows))
+                found = root_of(matrix, 1 / power, chosen)
+                old = FactorRoot(*[_with_rows(x, rows, y) for x, y in zip(old, found)])
             new.append(old)
         return u, tuple(new)
+
+    def root_of(matrix: Tensor, power: float, old: FactorRoot) -> FactorRoot:
+        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if trace_scaling is not None:
+            matrix = _trace_scaled(matrix, trace, trace_scaling, epsilon)
+        return _keep_old_where_failed(solve(matrix, power, epsilon), old, known=trace != 0)
 
     def update(
         updates: Tree,
@@ -131,11 +144,18 @@ def root_inverse(
         block_ndim: int = 0,
         step: int | None = None,
         refresh: bool | None = None,
+        block_ids: Any = None,
     ) -> tuple[Tree, RootInverseState]:
         statistics = _statistics_over(updates, upstream)
         roots = state.roots
-        if _is_due(state.steps, step, refresh, every, start):
-            inputs = (statistics.factors, statistics.weight)
+        t = None if refresh is not None else _step_known(state.steps, step)
+        if stagger and t is not None and t > start:
+            turns = turns_at(t, every, updates, block_ids)
+        else:
+            due = refresh if t is None else refresh_due(t, every, start)
+            turns = map_leaves(lambda u: EVERYBODY, updates) if due else None
+        if turns is not None:
+            inputs = (turns, statistics.factors, statistics.weight)
             _, roots = update_leaves(refreshed, updates, (roots,), inputs)
 
         directions = _directions(updates, roots, block_ndim)
@@ -160,10 +180,10 @@ def precondition(x: Tensor, roots: Sequence[Tensor | None], block_ndim: int = 0)
             continue
         if side == last and side > 0:
             rows = x.reshape(*x.shape[:block_ndim], -1, x.shape[-1])
-            x = (rows @ root).reshape(x.shape)  # symmetric: from the right, no transposed copy
+            x = matmul(rows, root).reshape(x.shape)  # symmetric: from the right, no transposed copy
         else:
             moved = x.movedim(block_ndim + side, block_ndim)
-            product = root @ moved.reshape(*moved.shape[: block_ndim + 1], -1)
+            product = matmul(root, moved.reshape(*moved.shape[: block_ndim + 1], -1))
             x = product.reshape(moved.shape).movedim(block_ndim, block_ndim + side)
     return x
 
@@ -193,18 +213,22 @@ def _statistics_over(tree: Tree, upstream: Any) -> KroneckerState:
     return found
 
 
-def _is_due(
-    counter: Tensor, step: int | None, refresh: bool | None, every: int, start: int
-) -> bool:
-    if refresh is not None:
-        return refresh
+def _step_known(counter: Tensor, step: int | None) -> int:
     t = current_step(counter, step)
     if t is None:
         raise RuntimeError(
             "root_inverse can't read the step counter inside torch.compile: pass "
             "refresh=funshampoo.refresh_due(step, every, start), or step= (from 1), to update."
         )
-    return refresh_due(t, every, start)
+    return t
+
+
+def _rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None or x.ndim == 0 else x.index_select(0, rows)
+
+
+def _with_rows(x: Tensor, rows: Tensor | None, new: Tensor) -> Tensor:
+    return new if rows is None else x.index_copy(0, rows, new)
 
 
 def _present(factor: Any) -> Tensor:
@@ -232,15 +256,18 @@ def _multiple_of_identity(x: Tensor, lead: torch.Size, d: int, value: float) -> 
         residual=x.new_zeros(lead, dtype=dtype),
         condition=x.new_ones(lead, dtype=dtype),
         failures=x.new_zeros(lead, dtype=torch.int64),
+        streak=x.new_zeros(lead, dtype=torch.int64),
     )
 
 
 def _keep_old_where_failed(found: InverseRoot, old: FactorRoot, known: Tensor) -> FactorRoot:
     """The new roots where the solver converged on statistics that are not zero, else the old."""
     accepted = found.converged & known
+    failed = known & ~found.converged
     return FactorRoot(
         root=torch.where(accepted[..., None, None], found.root, old.root),
         residual=torch.where(accepted, found.residual, old.residual).detach(),
         condition=torch.where(accepted, found.condition, old.condition).detach(),
-        failures=old.failures + (known & ~found.converged),
+        failures=old.failures + failed,
+        streak=torch.where(failed, old.streak + 1, 0),
     )

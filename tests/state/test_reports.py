@@ -32,15 +32,17 @@ def test_where_the_memory_of_shampoo_goes(capsys: pytest.CaptureFixture[str]) ->
     state = fs.shampoo(0.1, max_size=4, momentum=0.9).init(params)
     memory = summary(state)
     assert str(memory) == capsys.readouterr().out.rstrip("\n")
-    inner = state["blocked"].inner
+    guard = state["blocked"].inner
+    inner = guard.inner
     assert memory.stages["blocked/kronecker_statistics"] == size(inner["kronecker_statistics"])
     assert memory.stages["blocked/graft/direction"] == size(inner["graft"].direction)
     assert memory.stages["blocked/graft/onto"] == size(inner["graft"].onto)
     assert memory.stages["blocked/trace"] == (32 + 4) * 4
-    # w: two blocks of 4×4: two factors, two roots, three entries a root and two weights each
-    roots = 2 * (2 * (16 + 16) * 4 + 2 * (4 + 4 + 8))
-    assert memory.parameters["w"] == roots + 3 * 32 * 4 + 2 * 3 * 4
-    assert memory.parameters["(shared)"] == 2 * 8  # counters
+    assert memory.stages["blocked"] == size(guard) - size(inner)
+    # w: two blocks of 4×4: two factors, two roots, four entries a root and three weights each
+    roots = 2 * (2 * (16 + 16) * 4 + 2 * (4 + 4 + 8 + 8))
+    assert memory.parameters["w"] == roots + 3 * 32 * 4 + 2 * 3 * 4 + 2 * 2 * 8  # and its guards
+    assert memory.parameters["(shared)"] == 3 * 8  # counters
     assert set(memory.parameters) == {"w", "b", "(shared)"}
 
 
@@ -76,10 +78,15 @@ def test_health_counts_failures_and_skipped_micro_batches() -> None:
     for g in (nan, nan, params):
         _, state = tx.update(g, state, params)
     assert health(state, file=io.StringIO()).skipped == 2
-    bare = fs.shampoo(0.1, every=1)
-    _, state = bare.update(nan, bare.init(params), params)
+    unguarded = fs.blocked(fs.chain(fs.kronecker_statistics(), fs.root_inverse(1)))
+    _, state = unguarded.update(nan, unguarded.init(params), params)
     failures = {f.where: f.failures for f in health(state, file=io.StringIO()).factors}
     assert failures == {"4 side 0": 0, "4x4 side 0": 1, "4x4 side 1": 1}
+    ours = fs.shampoo(0.1, every=1)
+    _, state = ours.update(nan, ours.init(params), params)
+    found = health(state, file=io.StringIO())
+    assert found.held == 1
+    assert {f.failures for f in found.factors} == {0}
 
 
 def test_health_without_roots_and_outside_blocks() -> None:
@@ -120,4 +127,4 @@ def test_parameters_of_unblocked_roots_and_of_hyperparameters() -> None:
     assert [f.where for f in found.factors] == ["w side 0", "w side 1"]
     state = fs.inject_hyperparams(fs.adamw)(0.1).init({"w": torch.zeros(2)})
     assert set(summary(state, file=io.StringIO()).parameters) == {"w", "(shared)"}
-    assert summary(fs.shampoo(0.1).init({}), file=io.StringIO()).parameters == {"(shared)": 16}
+    assert summary(fs.shampoo(0.1).init({}), file=io.StringIO()).parameters == {"(shared)": 24}

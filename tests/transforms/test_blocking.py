@@ -106,7 +106,10 @@ def test_equal_blocks_of_all_parameters_share_a_stack() -> None:
     params = {"a": torch.zeros(8, 4), "b": torch.zeros(4, 4, dtype=torch.bfloat16)}
     state = fs.blocked(fs.trace(0.9), 4, merge="none").init(params)
     assert {k: tuple(v.shape) for k, v in state.inner.buffer.items()} == {"4x4": (3, 4, 4)}
-    assert state.layout == {"a": {"4x4": {"0:2": ()}}, "b": {"4x4": {"2:3": ()}}}
+    assert state.layout == {
+        "a": {"4x4": {"0:2 2x1+0,0": ()}},
+        "b": {"4x4": {"2:3 1x1+0,0": ()}},
+    }
 
 
 def test_blocks_of_different_dtypes_do_not() -> None:
@@ -179,7 +182,7 @@ def test_names_that_only_look_alike() -> None:
 def test_a_states_layout_is_its_own() -> None:
     tx, params = fs.blocked(fs.trace(0.9)), {"w": torch.ones(2)}
     tx.init(params).layout["w"]["2"]["0:7"] = ()
-    assert tx.init(params).layout == {"w": {"2": {"0:1": ()}}}
+    assert tx.init(params).layout == {"w": {"2": {"0:1 1+0": ()}}}
 
 
 def test_none_needs_the_parameters_shape() -> None:

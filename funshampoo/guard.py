@@ -1,0 +1,253 @@
+"""Never poisoned: a gradient that is not finite changes nothing but a counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import GradientTransformation, Tree, as_transformation
+from funshampoo.checks import check_count
+from funshampoo.host import all_true, unwrapped
+from funshampoo.state.places import Place, block_names, map_tensors
+from funshampoo.state.stages import FactorRoot, GuardedState, walk
+from funshampoo.steps import new_counter, read_counter
+from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves
+
+
+class FailureLimitError(RuntimeError):
+    """A block failed `max_failures` times in a row. Raised on every rank at the same step."""
+
+
+def guarded(
+    inner: GradientTransformation, *, max_failures: int | None = 20, every: int = 10
+) -> GradientTransformation:
+    """Hold a block whose gradient is not finite: its update is zero, its state stays as it was.
+
+    Inside `blocked` every block is judged by itself; elsewhere all leaves are held together. A
+    gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest number of its
+    dtype (in float32, ‖G‖ above about 1.8e16): its squares would overflow in the statistics.
+    What is held is counted in the state; `funshampoo.state.health` prints it. Step counters go on.
+
+    Where the verdict can be read without waiting (a gradient on the CPU), a step without failures
+    pays one pass over the gradient. Elsewhere (a GPU, torch.func, torch.compile) nothing waits:
+    both outcomes are computed and one is chosen on the device, which takes a second copy of the
+    state for the length of the step.
+
+    Args:
+        inner: everything that is to be protected, so the whole chain inside `blocked`.
+        max_failures: this many failures in a row of one block, steps held or roots that the solver
+            failed on, are an error; None never stops.
+        every: steps between two looks at the counters, since looking waits for the device.
+
+    State: `GuardedState`.
+
+    Raises:
+        ValueError, TypeError: max_failures or every out of range.
+        FailureLimitError: from update, after `max_failures` in a row.
+
+    Reference: Optax, `apply_if_finite`.
+
+    >>> import torch
+    >>> from funshampoo import blocked, trace
+    >>> tx = blocked(guarded(trace(0.9)), max_size=2)
+    >>> state = tx.init({"w": torch.zeros(4)})
+    >>> g = {"w": torch.tensor([1.0, 2.0, float("nan"), 3.0])}
+    >>> updates, state = tx.update(g, state)
+    >>> updates["w"], state.inner.held["2"]
+    (tensor([1., 2., 0., 0.]), tensor([0, 1]))
+    """
+    inner = as_transformation(inner)
+    if max_failures is not None:
+        check_count("max_failures", max_failures)
+    check_count("every", every)
+
+    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> GuardedState:
+        check_parameters(params, "guarded")
+
+        def none_yet(x: Tensor) -> Tensor:
+            return x.new_zeros(x.shape[:block_ndim], dtype=torch.int64)
+
+        held, streak = map_leaves(none_yet, params), map_leaves(none_yet, params)
+        state = inner.init(params, block_ndim=block_ndim, **context)
+        return GuardedState(new_counter(), held, streak, state)
+
+    def update(
+        updates: Tree,
+        state: GuardedState,
+        params: Tree = None,
+        *,
+        gradient: Tree = None,
+        block_ndim: int = 0,
+        donate: bool = False,
+        stops: bool = True,
+        **context: Any,
+    ) -> tuple[Tree, GuardedState]:
+        source = updates if gradient is None else gradient
+        fine = _verdicts(source, updates, block_ndim)
+        context["block_ndim"] = block_ndim
+        clear = _known_to_be_fine(fine)
+        if clear:
+            if gradient is not None:
+                context["gradient"] = gradient
+            out, new = inner.update(updates, state.inner, params, donate=donate, **context)
+        else:
+            if gradient is not None:
+                context["gradient"] = map_leaves(_zeroed, gradient, fine)
+            safe = map_leaves(_zeroed, updates, fine)
+            out, new = inner.update(safe, state.inner, params, donate=False, **context)
+            out = map_leaves(_zeroed, out, fine)
+            new = _merged(new, state.inner, fine, block_ndim)
+        held = map_leaves(lambda f, n: n if f is None else n + ~f, fine, state.held)
+        streak = map_leaves(
+            lambda f, n: n if f is None else torch.where(f, 0, n + 1), fine, state.streak
+        )
+        found = GuardedState(state.steps + 1, held, streak, new)
+        done = read_counter(state.steps) if stops and max_failures is not None else None
+        if max_failures is not None and done is not None and (done + 1) % every == 0:
+            _stop_at(max_failures, found, context.get("layout", {}))
+        return out, found
+
+    return GradientTransformation(init, update, name=inner.name)
+
+
+def _stop_at(max_failures: int, state: GuardedState, layout: Mapping[str, Any]) -> None:
+    if limit_reached(failure_report(state), max_failures):
+        held = state.held if layout else {}
+        rows = {stack: range(counts.shape[-1]) for stack, counts in held.items()}
+        raise failure_limit_error(failing_blocks(state, max_failures, layout, rows), max_failures)
+
+
+def _verdicts(source: Tree, updates: Tree, block_ndim: int) -> Tree:
+    """A tree of (N,) or () bool: whether each block can be used. None where there is no gradient.
+
+    Outside block space all leaves share one verdict.
+    """
+
+    def usable(g: Tensor | None, u: Tensor | None) -> Tensor | None:
+        if g is None or u is None:
+            return None
+        g = g.to(compute_dtype(g))
+        norm: Tensor = torch.linalg.vector_norm(g.reshape(*g.shape[:block_ndim], -1), dim=-1)
+        return norm * norm <= torch.finfo(g.dtype).max * 2.0**-20
+
+    verdicts = map_leaves(usable, source, updates)
+    if block_ndim:
+        return verdicts
+    leaves, spec = flatten(verdicts)
+    known = [f for f in leaves if f is not None]
+    if not known:
+        return verdicts
+    together = torch.stack([f.to(known[0].device) for f in known]).all()
+    return spec.unflatten([None if f is None else together.to(f.device) for f in leaves])
+
+
+def _known_to_be_fine(verdicts: Tree) -> bool:
+    """Whether every verdict is True, as far as that can be read without waiting for a device."""
+    known = [f for f in flatten(verdicts)[0] if f is not None]
+    return all([f.device.type == "cpu" and all_true(f) for f in known])
+
+
+def _zeroed(x: Tensor | None, fine: Tensor | None) -> Tensor | None:
+    if x is None or fine is None:
+        return x
+    return torch.where(fine.reshape(fine.shape + (1,) * (x.ndim - fine.ndim)), x, 0.0)
+
+
+def _merged(new: Any, old: Any, fine: Tree, block_ndim: int) -> Any:
+    """The new state where the gradient could be used, else the old; step counters go on."""
+    if not block_ndim:
+        leaves = [f for f in flatten(fine)[0] if f is not None]
+
+        def choose_all(place: Place, a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(leaves[0].to(a.device), a, b) if a.is_floating_point() else a
+
+        return map_tensors(choose_all, new, old) if leaves else new
+
+    def choose(place: Place, a: Tensor, b: Tensor) -> Tensor:
+        if a is b or place.stack is None or a.ndim == 0 or fine[place.stack] is None:
+            return a
+        flags = fine[place.stack]
+        return torch.where(flags.reshape(flags.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return map_tensors(choose, new, old, stacks=fine.keys())
+
+
+def failure_report(state: Any) -> Tensor:
+    """(4,) float32: blocks held, longest streak; roots failed, longest streak. Waits for nothing.
+
+    Args:
+        state: of any transformation; without a `guarded` in it the first two numbers are 0.
+    """
+    guards = [node for _, node in walk(state) if isinstance(node, GuardedState)]
+    roots = [node for _, node in walk(state) if isinstance(node, FactorRoot)]
+    held = [x for guard in guards for x in flatten(guard.held)[0]]
+    streak = [x for guard in guards for x in flatten(guard.streak)[0]]
+    numbers = [
+        _reduced(held, torch.sum),
+        _reduced(streak, torch.amax),
+        _reduced([root.failures for root in roots], torch.sum),
+        _reduced([root.streak for root in roots], torch.amax),
+    ]
+    device = next((x.device for x in (*held, *(root.root for root in roots))), None)
+    return torch.stack([n.to(device, torch.float32) for n in numbers])
+
+
+def _reduced(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum or the maximum over several tensors; 0 without any."""
+    parts = [reduce(x) for x in tensors if x.numel()]
+    return reduce(torch.stack([x.to(parts[0].device) for x in parts])) if parts else torch.zeros(())
+
+
+def limit_reached(report: Tensor, max_failures: int) -> bool:
+    """Whether a streak of a `failure_report` has reached the limit. Waits for the device."""
+    plain = unwrapped(report)
+    if plain is None or plain.is_meta:
+        return False
+    return bool(plain.reshape(-1, 4)[:, 1::2].max() >= max_failures)
+
+
+def failing_blocks(
+    state: Any,
+    max_failures: int,
+    layout: Mapping[str, Any],
+    rows: Mapping[str, Sequence[int]],
+) -> list[str]:
+    """The blocks at the limit: "w block_0_1: gradient not finite". Waits for the device.
+
+    Args:
+        state: taken from inside block space, or from outside with empty `rows`.
+        layout: of the `BlockedState` around it; may be empty.
+        rows: {stack: the rows of the full stack that the state holds}.
+    """
+    names = block_names(layout)
+    found: list[str] = []
+
+    def look(place: Place, x: Tensor) -> Tensor:
+        plain = unwrapped(x)
+        if place.path[-1:] != ("streak",) or plain is None:
+            return x
+        cause = "no root of its statistics" if "roots" in place.path else "gradient not finite"
+        worst = plain.reshape(-1, plain.shape[-1]).amax(0) if plain.ndim else plain.reshape(1)
+        for i in (worst >= max_failures).nonzero().flatten().tolist():
+            block: tuple[str, ...] = (".".join(place.leaf) or "all parameters",)
+            if place.stack is not None:
+                row = rows[place.stack][i]
+                block = names.get(place.stack, {}).get(row, (f"stack {place.stack} row {row}",))
+            found.append(f"{' '.join(block)}: {cause}")
+        return x
+
+    map_tensors(look, state, stacks=rows.keys() if rows else None)
+    return list(dict.fromkeys(found))
+
+
+def failure_limit_error(blocks: Sequence[str], max_failures: int) -> FailureLimitError:
+    """The error that names the blocks."""
+    listed = "; ".join(blocks[:5]) + (f"; and {len(blocks) - 5} more" if len(blocks) > 5 else "")
+    return FailureLimitError(
+        f"failed {max_failures} times in a row (max_failures={max_failures}): {listed}. Nothing of "
+        "it has entered the parameters or the statistics. Look at the loss and the data of these "
+        "steps, lower the learning rate, or give guarded(..., max_failures=None) to go on."
+    )

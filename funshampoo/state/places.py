@@ -1,0 +1,222 @@
+"""Where the tensors of a state belong: to which stage, which leaf or block, which rows of a stack.
+
+A state is a pytree that describes itself. Combinators are named tuples that keep another state in
+the field `inner` (`graft` in `direction` and `onto`); dicts in such a place are those of chains and
+partitions, keyed by stage; any other dict is a tree over the parameters or, in block space, over
+the stacks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funshampoo.state.stages import BlockedState, FactorRoot, ShardedState
+
+Path = tuple[str, ...]
+
+
+class Span(NamedTuple):
+    """Consecutive rows of a stack, and the grid of a parameter's blocks that they hold.
+
+    Attributes:
+        first, last: the rows first..last-1.
+        grid: blocks along every side, row-major in the rows.
+        origin: the coordinates of the first block among all blocks of the parameter.
+
+    >>> span = Span(4, 10, (2, 3), (0, 1))
+    >>> str(span), Span.parse("4:10 2x3+0,1") == span
+    ('4:10 2x3+0,1', True)
+    >>> span.blocks()
+    ['block_0_1', 'block_0_2', 'block_0_3', 'block_1_1', 'block_1_2', 'block_1_3']
+    """
+
+    first: int
+    last: int
+    grid: tuple[int, ...]
+    origin: tuple[int, ...]
+
+    def __str__(self) -> str:
+        grid, origin = "x".join(map(str, self.grid)), ",".join(map(str, self.origin))
+        return f"{self.first}:{self.last} {grid}+{origin}"
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """The span that `str` wrote."""
+        rows, place = text.split(" ")
+        first, last = map(int, rows.split(":"))
+        grid, origin = place.split("+")
+        sides = [
+            tuple(map(int, filter(None, part))) for part in (grid.split("x"), origin.split(","))
+        ]
+        return cls(first, last, sides[0], sides[1])
+
+    def blocks(self) -> list[str]:
+        """The names of the blocks, one a row; a parameter of order 0 has the one block "block"."""
+        sides = [range(o, o + n) for o, n in zip(self.origin, self.grid)]
+        return ["_".join(["block", *map(str, at)]) for at in itertools.product(*sides)]
+
+
+class Place(NamedTuple):
+    """Of one tensor in a state.
+
+    Attributes:
+        stage: names of the stages around the tensor; in `graft` also "direction" and "onto".
+        path: names of the stages and fields around it, without the fields `inner` of combinators,
+            the leaf and the stack.
+        leaf: path of the leaf in the tree of parameters; outside block space.
+        stack: name of the stack, in block space.
+        rows: in block space, the row of the full stack for every row that the state holds; None
+            where that is not known or there is no stack.
+        layout: that of the `BlockedState` around the tensor; empty outside block space.
+    """
+
+    stage: Path
+    path: Path
+    leaf: Path
+    stack: str | None
+    rows: tuple[int, ...] | None
+    layout: Mapping[str, Any]
+
+
+class _Scope(NamedTuple):
+    """What is known on the way down to a tensor."""
+
+    place: Place
+    stacks: Mapping[str, tuple[int, ...] | None] | None  # in block space: {stack: rows}
+    of_states: bool  # whether a dict here is keyed by stages
+
+
+def map_tensors(
+    function: Callable[..., Any], *states: Any, stacks: Collection[str] | None = None
+) -> Any:
+    """Apply `function(place, tensor, *tensors of the other states)` to every tensor of a state.
+
+    Args:
+        function: what it returns stands in the tensor's place.
+        states: of one structure; the first one's tuples and dicts rule.
+        stacks: the names of the stacks, where the states were taken from inside block space.
+
+    The report of a `ShardedState` is derived from the rest and passed through.
+    """
+    known = None if stacks is None else dict.fromkeys(stacks, None)
+    start = _Scope(Place((), (), (), None, None, {}), known, True)
+    return _map(function, start, states)
+
+
+def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) -> Any:
+    node = nodes[0]
+    if isinstance(node, Tensor):
+        side = scope.place.path[-1:] == ("factors",)
+        return function(_side_moved(scope.place) if side else scope.place, *nodes)
+    if isinstance(node, dict):
+        return {
+            key: _map(function, _below(scope, node, key), tuple([n[key] for n in nodes]))
+            for key in node
+        }
+    if not isinstance(node, (tuple, list)):
+        return node
+    fields: tuple[str, ...] | None = getattr(node, "_fields", None)
+    if fields is None:
+        children = [
+            _map(function, _below(scope, node, i), tuple([n[i] for n in nodes]))
+            for i in range(len(node))
+        ]
+        return type(node)(children)
+    scope = _entered(scope, node)
+    return type(node)(
+        *[
+            getattr(node, name)
+            if name == "report" and isinstance(node, ShardedState)
+            else _map(function, _inside(scope, name), tuple([getattr(n, name) for n in nodes]))
+            for name in fields
+        ]
+    )
+
+
+def _entered(scope: _Scope, node: Any) -> _Scope:
+    """Block space begins at a `BlockedState`; a `ShardedState` in it holds some of the rows."""
+    if isinstance(node, BlockedState):
+        rows = {stack: tuple(range(n)) for stack, n in stack_rows(node).items()}
+        return scope._replace(place=scope.place._replace(layout=node.layout), stacks=rows)
+    if isinstance(node, ShardedState) and scope.stacks is not None:
+        return scope._replace(stacks={stack: rows_of(spans) for stack, spans in node.owned.items()})
+    if isinstance(node, FactorRoot):
+        return scope._replace(place=_side_moved(scope.place))
+    return scope
+
+
+_KEYED_BY_NAME = ("inner", "direction", "onto", "hyperparams")
+
+
+def _inside(scope: _Scope, field: str) -> _Scope:
+    """Below a field of a named tuple."""
+    place = scope.place
+    if field != "inner":
+        place = place._replace(path=(*place.path, field))
+    if field in ("direction", "onto"):
+        place = place._replace(stage=(*place.stage, field))
+    return _Scope(place, scope.stacks, field in _KEYED_BY_NAME)
+
+
+def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
+    """Below a key of a dict, or at an index."""
+    place, stacks = scope.place, scope.stacks
+    over_stacks = isinstance(node, dict) and stacks is not None and node.keys() == stacks.keys()
+    if over_stacks and stacks is not None and place.stack is None:
+        return _Scope(place._replace(stack=str(key), rows=stacks[key]), stacks, False)
+    if scope.of_states or stacks is not None:
+        place = place._replace(path=(*place.path, str(key)))
+        if scope.of_states and place.path[-2:-1] != ("hyperparams",):
+            place = place._replace(stage=(*place.stage, str(key)))
+        return scope._replace(place=place)
+    return scope._replace(place=place._replace(leaf=(*place.leaf, str(key))))
+
+
+def _side_moved(place: Place) -> Place:
+    """The side of a factor is the last step of the way to it; it is no part of the leaf's name."""
+    if not place.leaf:
+        return place
+    return place._replace(path=(*place.path, place.leaf[-1]), leaf=place.leaf[:-1])
+
+
+def rows_of(spans: Mapping[str, Any]) -> tuple[int, ...]:
+    """The rows that keys such as "0:2" or "0:2 2x1+0,0" name.
+
+    >>> rows_of({"0:2": (), "5:6": ()})
+    (0, 1, 5)
+    """
+    rows: list[int] = []
+    for span in spans:
+        first, last = span.split(" ")[0].split(":")
+        rows += range(int(first), int(last))
+    return tuple(rows)
+
+
+def spans_of(layout: Mapping[str, Any]) -> Iterator[tuple[str, str, Span]]:
+    """(parameter, stack, span) for every region of a `BlockedState.layout`."""
+    for parameter, stacks in layout.items():
+        for stack, spans in stacks.items():
+            for span in spans:
+                yield parameter, stack, Span.parse(span)
+
+
+def stack_rows(state: BlockedState) -> dict[str, int]:
+    """{stack: how many blocks it has}, in the order of the stacks."""
+    rows: dict[str, int] = {}
+    for stacks in state.layout.values():
+        for stack, spans in stacks.items():
+            rows[stack] = max(rows.get(stack, 0), *[r + 1 for r in rows_of(spans)[-1:]])
+    return rows
+
+
+def block_names(layout: Mapping[str, Any]) -> dict[str, dict[int, tuple[str, str]]]:
+    """{stack: {row: (parameter, block)}}: {"4x4": {0: ("conv1.weight", "block_0_1"), ...}}."""
+    names: dict[str, dict[int, tuple[str, str]]] = {}
+    for parameter, stack, span in spans_of(layout):
+        rows = zip(range(span.first, span.last), span.blocks())
+        names.setdefault(stack, {}).update((row, (parameter, block)) for row, block in rows)
+    return names
