@@ -20,7 +20,11 @@ from funshampoo.base import (
     stateless,
 )
 from funshampoo.combine import chain, masked, partition
+from funshampoo.distributed import sharded
+from funshampoo.guard import FailureLimitError, guarded
 from funshampoo.hyperparams import inject_hyperparams
+from funshampoo.optim import Optimizer, Shampoo
+from funshampoo.plan import plan
 from funshampoo.recipes import adamw, from_reference, sgd, shampoo
 from funshampoo.steps import refresh_due
 from funshampoo.transforms import (
@@ -47,9 +51,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EmptyState",
+    "FailureLimitError",
     "GradientTransformation",
     "MaskedNode",
+    "Optimizer",
     "Schedule",
+    "Shampoo",
     "adamw",
     "add_decayed_weights",
     "apply_updates",
@@ -61,6 +68,7 @@ __all__ = [
     "from_reference",
     "global_norm",
     "graft",
+    "guarded",
     "identity",
     "inject_hyperparams",
     "kronecker_statistics",
@@ -68,6 +76,7 @@ __all__ = [
     "masked",
     "multi_steps",
     "partition",
+    "plan",
     "recipes",
     "refresh_due",
     "root_inverse",
@@ -80,6 +89,7 @@ __all__ = [
     "schedules",
     "sgd",
     "shampoo",
+    "sharded",
     "state",
     "stateless",
     "trace",

@@ -175,11 +175,12 @@ def _merged(new: Any, old: Any, fine: Tree, block_ndim: int) -> Any:
     return map_tensors(choose, new, old, stacks=fine.keys())
 
 
-def failure_report(state: Any) -> Tensor:
+def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
     """(4,) float32: blocks held, longest streak; roots failed, longest streak. Waits for nothing.
 
     Args:
         state: of any transformation; without a `guarded` in it the first two numbers are 0.
+        device: of the report; by default that of the counters.
     """
     guards = [node for _, node in walk(state) if isinstance(node, GuardedState)]
     roots = [node for _, node in walk(state) if isinstance(node, FactorRoot)]
@@ -191,7 +192,8 @@ def failure_report(state: Any) -> Tensor:
         _reduced([root.failures for root in roots], torch.sum),
         _reduced([root.streak for root in roots], torch.amax),
     ]
-    device = next((x.device for x in (*held, *(root.root for root in roots))), None)
+    if device is None:
+        device = next((x.device for x in (*held, *(root.root for root in roots))), None)
     return torch.stack([n.to(device, torch.float32) for n in numbers])
 
 

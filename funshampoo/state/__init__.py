@@ -1,7 +1,9 @@
-"""What the stages remember, as named tuples, and two reports on it."""
+"""What the stages remember, as named tuples: checkpoints of it, and two reports on it."""
 
+from funshampoo.state.checkpoint import Loaded, load_state_dict, merged, state_dict
 from funshampoo.state.health import Health, health
 from funshampoo.state.memory import Memory, summary
+from funshampoo.state.seeding import seed_from_adamw
 from funshampoo.state.stages import (
     AdagradState,
     AdamState,
@@ -34,6 +36,7 @@ __all__ = [
     "Health",
     "HyperparamsState",
     "KroneckerState",
+    "Loaded",
     "MaskedState",
     "Memory",
     "MultiStepsState",
@@ -45,5 +48,9 @@ __all__ = [
     "TraceState",
     "find_state",
     "health",
+    "load_state_dict",
+    "merged",
+    "seed_from_adamw",
+    "state_dict",
     "summary",
 ]

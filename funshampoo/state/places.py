@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.state.stages import BlockedState, FactorRoot, ShardedState
+from funshampoo.state.stages import BlockedState, FactorRoot, ShardedState, find_state
 
 Path = tuple[str, ...]
 
@@ -56,8 +56,12 @@ class Span(NamedTuple):
 
     def blocks(self) -> list[str]:
         """The names of the blocks, one a row; a parameter of order 0 has the one block "block"."""
+        return ["_".join(["block", *map(str, at)]) for at in self.coordinates()]
+
+    def coordinates(self) -> list[tuple[int, ...]]:
+        """The coordinates of the blocks among all of the parameter, one a row."""
         sides = [range(o, o + n) for o, n in zip(self.origin, self.grid)]
-        return ["_".join(["block", *map(str, at)]) for at in itertools.product(*sides)]
+        return list(itertools.product(*sides))
 
 
 class Place(NamedTuple):
@@ -66,12 +70,13 @@ class Place(NamedTuple):
     Attributes:
         stage: names of the stages around the tensor; in `graft` also "direction" and "onto".
         path: names of the stages and fields around it, without the fields `inner` of combinators,
-            the leaf and the stack.
+            the leaf and the stack. A combinator's own fields have its name before them.
         leaf: path of the leaf in the tree of parameters; outside block space.
         stack: name of the stack, in block space.
         rows: in block space, the row of the full stack for every row that the state holds; None
             where that is not known or there is no stack.
         layout: that of the `BlockedState` around the tensor; empty outside block space.
+        kind: the class of the innermost named tuple around it.
     """
 
     stage: Path
@@ -80,6 +85,7 @@ class Place(NamedTuple):
     stack: str | None
     rows: tuple[int, ...] | None
     layout: Mapping[str, Any]
+    kind: type | None
 
 
 class _Scope(NamedTuple):
@@ -99,11 +105,9 @@ def map_tensors(
         function: what it returns stands in the tensor's place.
         states: of one structure; the first one's tuples and dicts rule.
         stacks: the names of the stacks, where the states were taken from inside block space.
-
-    The report of a `ShardedState` is derived from the rest and passed through.
     """
     known = None if stacks is None else dict.fromkeys(stacks, None)
-    start = _Scope(Place((), (), (), None, None, {}), known, True)
+    start = _Scope(Place((), (), (), None, None, {}, None), known, True)
     return _map(function, start, states)
 
 
@@ -129,9 +133,7 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
     scope = _entered(scope, node)
     return type(node)(
         *[
-            getattr(node, name)
-            if name == "report" and isinstance(node, ShardedState)
-            else _map(function, _inside(scope, name), tuple([getattr(n, name) for n in nodes]))
+            _map(function, _inside(scope, node, name), tuple([getattr(n, name) for n in nodes]))
             for name in fields
         ]
     )
@@ -152,14 +154,20 @@ def _entered(scope: _Scope, node: Any) -> _Scope:
 _KEYED_BY_NAME = ("inner", "direction", "onto", "hyperparams")
 
 
-def _inside(scope: _Scope, field: str) -> _Scope:
+def _inside(scope: _Scope, node: Any, field: str) -> _Scope:
     """Below a field of a named tuple."""
-    place = scope.place
+    place = scope.place._replace(kind=type(node))
     if field != "inner":
-        place = place._replace(path=(*place.path, field))
+        place = place._replace(path=(*place.path, *_combinator(node), field))
     if field in ("direction", "onto"):
         place = place._replace(stage=(*place.stage, field))
     return _Scope(place, scope.stacks, field in _KEYED_BY_NAME)
+
+
+def _combinator(node: Any) -> Path:
+    """("guarded",) for a `GuardedState`: its own fields stand beside those of the state in it."""
+    own = type(node).__name__.removesuffix("State").lower()
+    return (own,) if "inner" in node._fields else ()
 
 
 def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
@@ -211,6 +219,15 @@ def stack_rows(state: BlockedState) -> dict[str, int]:
         for stack, spans in stacks.items():
             rows[stack] = max(rows.get(stack, 0), *[r + 1 for r in rows_of(spans)[-1:]])
     return rows
+
+
+def owns_all(state: BlockedState) -> bool:
+    """Whether the state holds every block: False on a rank that shares them with others."""
+    sharded = find_state(state.inner, ShardedState)
+    if sharded is None:
+        return True
+    held = {stack: len(rows_of(spans)) for stack, spans in sharded.owned.items()}
+    return held == stack_rows(state)
 
 
 def block_names(layout: Mapping[str, Any]) -> dict[str, dict[int, tuple[str, str]]]:

@@ -203,7 +203,6 @@ class ShardedState(NamedTuple):
     """Of `sharded`: the inner state of the blocks that this rank owns.
 
     Attributes:
-        steps: so far, () int64 on the CPU.
         inner: the state of the wrapped transformation, on the owned rows of the stacks (outside
             block space: on the owned leaves).
         owned: {stack: {"first:last": ()}}, which rows of the full stacks they are; outside block
@@ -212,7 +211,6 @@ class ShardedState(NamedTuple):
             streak of that, how many roots failed, the longest streak of that.
     """
 
-    steps: Tensor
     inner: Any
     owned: dict[str, dict[str, tuple[()]]]
     report: Tensor

@@ -12,8 +12,8 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_choice, check_count
 from funshampoo.combine import Mask
-from funshampoo.state.places import Path, Place, map_tensors
-from funshampoo.state.stages import BlockedState, ShardedState, find_state
+from funshampoo.state.places import Path, Place, map_tensors, owns_all
+from funshampoo.state.stages import BlockedState
 from funshampoo.transforms.layout import (
     Layout,
     Merge,
@@ -124,7 +124,7 @@ def blocked(
         stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
         if missing:
             inner_state = _restored_rows(BlockedState(inner_state, state.layout), kept)
-            if find_state(inner_state, ShardedState) is not None:
+            if not owns_all(state):
                 # The owner of a block decides for all ranks whether it had a gradient.
                 leaves = flatten(params)[0]
         pieces = unstack_blocks(stacks, layout, leaves)

@@ -1,0 +1,54 @@
+"""The collectives, by the names that this release of torch has for them, and where they may run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C import _functorch
+
+ProcessGroup = Any  # torch.distributed.ProcessGroup, where torch is built with it
+
+
+def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
+    """(rank, number of ranks) in a group; (0, 1) where torch.distributed is not initialized.
+
+    Raises:
+        ValueError: this process is no member of the group.
+    """
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    rank: int = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(
+            "process_group: this process is no member of the group. Give each process the group "
+            "that it belongs to; torch.distributed.new_group returns one in its members alone."
+        )
+    return rank, dist.get_world_size(group)
+
+
+def all_gather_into(output: Tensor, shard: Tensor, group: ProcessGroup | None) -> None:
+    """Fill `output`, (ranks · n,), with the shards, (n,), of all ranks, in their order."""
+    gather: Callable[..., Any] | None = getattr(dist, "all_gather_single", None)  # from torch 2.13
+    (gather or dist.all_gather_into_tensor)(output, shard, group=group)
+
+
+def check_outside_transforms(what: str) -> None:
+    """Collectives see one rank's plain tensors: under vmap or grad they would return garbage.
+
+    Raises:
+        RuntimeError: inside a torch.func transform or torch.compile.
+    """
+    if _functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{what} can't run inside torch.func.vmap or grad: it talks to other ranks. Take the "
+            "gradient inside, and call update outside of the transform."
+        )
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{what} can't be compiled: it talks to other ranks. Compile the loss and its "
+            "gradient, and call update outside."
+        )

@@ -1,0 +1,115 @@
+"""What one block costs its owner per step: the model that balances ranks and prints plans."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from funshampoo.checks import check_count, check_range
+
+
+class Seconds(NamedTuple):
+    """Modelled seconds per step.
+
+    Attributes:
+        memory: elementwise stages, copies, and moving factor matrices and roots.
+        products: statistics and applying the roots.
+        roots: computing the roots, spread over the steps between two refreshes.
+    """
+
+    memory: float
+    products: float
+    roots: float
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return self.memory + self.products + self.roots
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Modelled seconds per step of one block of Shampoo on the rank that owns it.
+
+    For a block of sides d_1..d_k with n = d_1·…·d_k elements, refreshed every f steps:
+
+        memory   = per_element·n + per_factor_element·Σ d_i²
+        products = per_flop·4n·Σ d_i          (statistics 2n·Σ d_i, applying the roots 2n·Σ d_i)
+        roots    = Σ (root_cubic·d_i³ + root_quadratic·d_i² + root_constant) / f
+
+    A vector of d elements has one d×d factor, a scalar none. Every term is a sum of products of
+    Python floats, so that the same model gives the same bits on every rank.
+
+    Attributes:
+        per_element: seconds per element of the block.
+        per_factor_element: seconds per element of a factor matrix. It is what a step on vectors and
+            thin blocks mostly waits for.
+        per_flop: seconds per floating-point operation of a product.
+        root_cubic, root_quadratic, root_constant: seconds per root, by powers of d.
+
+    The default weights were measured by benchmarks/cost_model.py: float32, one CPU thread, torch
+    2.13, the default solver. Whole steps took 0.95 to 1.3 times what they say on matrices and
+    vectors, up to 1.5 times on blocks of order 3, whose unfoldings are copied. Only ratios matter
+    for balance. Those of a GPU differ: measure them with `--device cuda`. Another solver, and sides
+    that `exponents` leaves alone, are modelled as the default.
+
+    Raises:
+        ValueError, TypeError: a weight is negative or no number.
+
+    >>> cost = CostModel(1.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+    >>> cost.parts((2, 3), every=5)
+    Seconds(memory=6.0, products=120.0, roots=7.0)
+    >>> cost.block((), every=5)
+    1.0
+    """
+
+    per_element: float = 5e-9
+    per_factor_element: float = 2e-9
+    per_flop: float = 1.07e-11
+    root_cubic: float = 9.2e-11
+    root_quadratic: float = 4.3e-8
+    root_constant: float = 1.2e-5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_range(field.name, getattr(self, field.name), 0.0)
+
+    def memory(self, block: tuple[int, ...]) -> float:
+        """Seconds per step of everything that is bound by memory; `block` is a shape."""
+        return self.per_element * math.prod(block) + self.per_factor_element * sum(
+            side * side for side in block
+        )
+
+    def products(self, block: tuple[int, ...]) -> float:
+        """Seconds per step of the arithmetic of statistics and of applying the roots."""
+        return self.per_flop * (4 * math.prod(block) * sum(block))
+
+    def roots(self, block: tuple[int, ...]) -> float:
+        """Seconds of one refresh: a root for every side."""
+        return sum(self.root(side) for side in block)
+
+    def root(self, d: int) -> float:
+        """Seconds for the inverse root of one d×d matrix."""
+        return self.root_cubic * d**3 + self.root_quadratic * d**2 + self.root_constant
+
+    def parts(self, block: tuple[int, ...], every: int) -> Seconds:
+        """Seconds per step by what they go into.
+
+        Args:
+            block: shape of the block, after merging and cutting.
+            every: steps between two refreshes.
+
+        Raises:
+            ValueError, TypeError: every is not an int of at least 1.
+        """
+        check_count("every", every)
+        return Seconds(self.memory(block), self.products(block), self.roots(block) / every)
+
+    def block(self, block: tuple[int, ...], every: int) -> float:
+        """Seconds per step, all in all: `parts(block, every).total`."""
+        return self.parts(block, every).total
+
+
+DEFAULT_COST = CostModel()
+"""The weights of one CPU thread."""

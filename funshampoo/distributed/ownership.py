@@ -1,0 +1,117 @@
+"""Which rank owns which block: a schedule of the blocks' modelled cost, the same on every rank.
+
+It takes no communication: every rank computes the same from the same shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+from funshampoo.checks import check_count
+from funshampoo.distributed.cost import DEFAULT_COST, CostModel
+
+
+class BlockStack(Protocol):
+    """What ownership needs to know of a stack; `funshampoo.transforms.layout.Stack` is one."""
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Shape of each block."""
+
+    @property
+    def rows(self) -> int:
+        """How many blocks there are."""
+
+
+StackKey: TypeAlias = tuple[str, tuple[int, ...], int]
+
+
+def longest_processing_time(costs: Sequence[float], world_size: int) -> list[int]:
+    """The rank of every job: dearest job first, each to the rank with the least to do so far.
+
+    The largest load is at most 4/3 - 1/(3·world_size) times the smallest possible. Of equal jobs
+    the first goes first, of equal loads the lowest rank wins; loads are sums of Python floats in
+    that order. So the result depends on nothing but the arguments.
+
+    Args:
+        costs: of every job, in any one unit.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: a cost that is negative or not finite; world_size below 1.
+        TypeError: world_size is not an int.
+
+    Reference: Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17 (1969).
+
+    >>> longest_processing_time([1.0, 5.0, 2.0, 3.0], world_size=2)
+    [0, 0, 1, 1]
+    """
+    check_count("world_size", world_size)
+    for job, cost in enumerate(costs):
+        if not 0 <= cost < math.inf:
+            raise ValueError(f"costs[{job}] is {cost}; it must be a finite number of at least 0.")
+    owners = [0] * len(costs)
+    ranks = [(0.0, rank) for rank in range(world_size)]  # ascending, hence a heap
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):  # stable: ties by index
+        load, rank = ranks[0]
+        owners[job] = rank
+        heapq.heapreplace(ranks, (load + costs[job], rank))
+    return owners
+
+
+def owners_of(
+    stacks: Mapping[str, BlockStack],
+    world_size: int,
+    every: int,
+    cost: CostModel = DEFAULT_COST,
+) -> dict[str, tuple[int, ...]]:
+    """The owner of every row of every stack, balanced by modelled cost over all stacks together.
+
+    Blocks of a stack are alike, so each stack's owners are given to its rows in ascending order:
+    the rows of one owner are consecutive, one slice to copy. Remembered from call to call. It is
+    host work for `init`: torch.compile can't trace it.
+
+    Args:
+        stacks: {name: stack with .block and .rows}, as in `Layout.stacks`, in an order that is the
+            same on every rank.
+        world_size: number of ranks.
+        every: steps between two refreshes of the roots.
+        cost: the model; the same on every rank.
+
+    Returns:
+        {name: one rank a row}.
+
+    Raises:
+        ValueError, TypeError: world_size or every is not an int of at least 1.
+
+    >>> import torch
+    >>> from funshampoo.transforms.layout import Stack
+    >>> cpu = torch.device("cpu")
+    >>> stacks = {
+    ...     "64x64": Stack((64, 64), torch.float32, cpu, rows=5),
+    ...     "8": Stack((8,), torch.float32, cpu, rows=2),
+    ... }
+    >>> owners_of(stacks, world_size=2, every=10)
+    {'64x64': (0, 0, 0, 1, 1), '8': (1, 1)}
+    """
+    check_count("world_size", world_size)
+    check_count("every", every)
+    keys = tuple((name, tuple(stack.block), stack.rows) for name, stack in stacks.items())
+    return dict(zip(stacks, _owners(keys, world_size, every, cost)))
+
+
+@functools.lru_cache(maxsize=256)
+def _owners(
+    stacks: tuple[StackKey, ...], world_size: int, every: int, cost: CostModel
+) -> tuple[tuple[int, ...], ...]:
+    costs = [cost.block(block, every) for _, block, rows in stacks for _ in range(rows)]
+    ranks = longest_processing_time(costs, world_size)
+    owners, first = [], 0
+    for _, _, rows in stacks:
+        owners.append(tuple(sorted(ranks[first : first + rows])))
+        first += rows
+    return tuple(owners)

@@ -1,0 +1,139 @@
+"""Who sends what: the places of all blocks in one gathered buffer."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.distributed.cost import CostModel
+from funshampoo.distributed.ownership import owners_of
+
+STATUS = 6  # numbers of float32 at the end of each shard: a flag, the failure report, and one spare
+
+
+class Blocks(NamedTuple):
+    """`rows` equal blocks."""
+
+    block: tuple[int, ...]
+    rows: int
+
+
+class Piece(NamedTuple):
+    """Consecutive rows of one stack that have one owner."""
+
+    stack: str
+    first: int
+    rows: int
+    owner: int
+
+
+class Shards(NamedTuple):
+    """The buffer: one shard a rank, all of `length` elements, each with its pieces and a status.
+
+    Attributes:
+        pieces: by owner, and for each owner in the order of the stacks.
+        used: elements of each rank's shard before padding.
+        length: elements of a shard, status included.
+        status: elements of the buffer's dtype that hold STATUS numbers of float32.
+    """
+
+    blocks: dict[str, Blocks]
+    pieces: tuple[Piece, ...]
+    used: tuple[int, ...]
+    length: int
+    status: int
+
+    def owned_by(self, rank: int) -> dict[str, Piece]:
+        """{stack: the rows of this rank}, without the stacks of which it has none."""
+        return {piece.stack: piece for piece in self.pieces if piece.owner == rank}
+
+    def numel(self, piece: Piece) -> int:
+        """Elements of a piece."""
+        return piece.rows * math.prod(self.blocks[piece.stack].block)
+
+    def split_sizes(self) -> list[int]:
+        """How the gathered buffer falls apart: every rank's pieces, padding, status."""
+        sizes: list[int] = []
+        for rank, used in enumerate(self.used):
+            sizes += [self.numel(piece) for piece in self.pieces if piece.owner == rank]
+            sizes += [self.length - self.status - used, self.status]
+        return sizes
+
+
+def find_shards(
+    blocks: Mapping[str, Blocks], world_size: int, every: int, cost: CostModel, dtype: torch.dtype
+) -> Shards:
+    """The shards for these stacks. Remembered.
+
+    Args:
+        dtype: of the buffer.
+    """
+    return _find_shards(tuple(blocks.items()), world_size, every, cost, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _find_shards(
+    blocks: tuple[tuple[str, Blocks], ...],
+    world_size: int,
+    every: int,
+    cost: CostModel,
+    dtype: torch.dtype,
+) -> Shards:
+    stacks = dict(blocks)
+    owners = owners_of(stacks, world_size, every, cost)
+    pieces = []
+    for stack, ranks in owners.items():
+        first = 0
+        for owner, run in itertools.groupby(ranks):
+            rows = len(list(run))
+            pieces.append(Piece(stack, first, rows, owner))
+            first += rows
+    pieces.sort(key=lambda piece: piece.owner)  # stable: within an owner by stack
+    sizes = [p.rows * math.prod(stacks[p.stack].block) for p in pieces]
+    used = [0] * world_size
+    for piece, size in zip(pieces, sizes):
+        used[piece.owner] += size
+    status = STATUS * 4 // dtype.itemsize
+    # Shards start where eight bytes do, so that the status can be read as another dtype.
+    length = -(-max(used) // 4) * 4 + status
+    return Shards(stacks, tuple(pieces), tuple(used), length, status)
+
+
+def pack(shard: Tensor, shards: Shards, rank: int, stacks: Mapping[str, Tensor | None]) -> None:
+    """Copy this rank's updates into its shard, (length,), cast to its dtype; None is zeros."""
+    place = 0
+    for stack, piece in shards.owned_by(rank).items():
+        size, update = shards.numel(piece), stacks[stack]
+        target = shard.narrow(0, place, size)
+        if update is None:
+            target.zero_()
+        else:
+            target.view(update.shape).copy_(update)
+        place += size
+    shard.narrow(0, place, shards.length - shards.status - place).zero_()
+
+
+def unpack(
+    buffer: Tensor, shards: Shards, dtypes: Mapping[str, torch.dtype]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(the full stacks, newly allocated; the statuses of all ranks, (ranks, STATUS) float32)."""
+    parts = iter(torch.split(buffer, shards.split_sizes()))
+    found: dict[str, dict[int, Tensor]] = {stack: {} for stack in shards.blocks}
+    statuses = []
+    for rank in range(len(shards.used)):
+        for piece in shards.owned_by(rank).values():
+            found[piece.stack][piece.first] = next(parts)
+        next(parts)  # the padding
+        statuses.append(next(parts).view(torch.float32))
+    full = {}
+    for stack, (block, rows) in shards.blocks.items():
+        pieces = [found[stack][first] for first in sorted(found[stack])]
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
+        full[stack] = whole.view(rows, *block).to(dtypes[stack])
+    return full, torch.stack(statuses)

@@ -1,0 +1,239 @@
+"""A torch.optim.Optimizer around any chain, for code that was written for torch.optim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import GradientTransformation, Hyper
+from funshampoo.optim.group import GroupRun
+from funshampoo.optim.vocabulary import Vocabulary, without_objects
+from funshampoo.recipes.shampoo import shampoo
+from funshampoo.state.checkpoint import Loaded
+from funshampoo.state.seeding import seed_from_adamw
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A torch.optim.Optimizer that runs a chain of gradient transformations.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts as torch.optim takes them. A dict may
+            hold its own hyperparameters and, under "method", its own recipe.
+        method: a recipe such as `funshampoo.shampoo`, or a transformation.
+        hyperparameters: the recipe's arguments, by torch.optim's names: lr for learning_rate, betas
+            for (beta1, beta2). A transformation takes `lr` at most, by which its updates are
+            multiplied (with a minus); it must not scale by a learning rate itself then.
+
+    What param_groups hold is what the next step uses: a learning-rate scheduler, or you, may change
+    any of it. A part that is switched on (momentum from 0) starts from nothing; one that is
+    switched off loses its memory. `maximize=True` in a group ascends.
+
+    A parameter whose gradient is None is left alone and its averages are corrected by the gradients
+    that it has had. One with requires_grad=False has no state until that changes. p.grad is never
+    written to.
+
+    `state` and `state_dict` present the state by parameter, in flat names such as
+    "block_0_1/graft/onto/second" below each; `load_state_dict` checks all of it before it changes
+    anything. Where blocks are sharded, each rank has its own part: save them all, and load the
+    union that `funshampoo.state.merged` makes, on any number of ranks.
+
+    Raises:
+        TypeError: an argument that the method does not know, or lacks.
+        ValueError: an argument out of range.
+
+    >>> import funshampoo
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = Optimizer(model.parameters(), funshampoo.adamw, lr=1e-3)
+    >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    >>> model(torch.ones(3)).sum().backward()
+    >>> optimizer.step()
+    >>> scheduler.step()
+    >>> optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]
+    (0.0001, (0.9, 0.999))
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        method: Callable[..., GradientTransformation] | GradientTransformation,
+        **hyperparameters: Any,
+    ) -> None:
+        self._method = method
+        self._runs: list[GroupRun] = []
+        defaults = Vocabulary(method).defaults(hyperparameters)
+        super().__init__(params, {**defaults, "maximize": False})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with hyperparameters of their own; see torch.optim.Optimizer."""
+        if isinstance(param_group, dict):
+            method = param_group.get("method", self._method)
+            own = Vocabulary(method).check_group(param_group)
+            param_group = {**own, **param_group} if "method" in param_group else param_group
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        first = sum(len(other["params"]) for other in self.param_groups[:-1])
+        try:
+            self._runs.append(GroupRun(group, self._method, first))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. A closure is called first, with gradients enabled; its loss is returned.
+
+        Raises:
+            RuntimeError: a sparse gradient (names the parameter).
+            FailureLimitError: gradients or roots that failed too often in a row.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for run, group in zip(self._runs, self.param_groups):
+            run.step(group)
+        return loss
+
+    @property
+    def state(self) -> Any:
+        """{parameter: {name: tensor}}, made of views when it is asked for."""
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for run, group in zip(self._runs, self.param_groups):
+            found |= run.by_parameter(group)
+        return found
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """torch.optim.Optimizer sets an empty one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim has it, readable by torch.load(weights_only=True).
+
+        Functions and solvers among the hyperparameters are left out; loading keeps the ones given
+        at construction.
+        """
+        found = super().state_dict()
+        found["param_groups"] = [without_objects(group) for group in found["param_groups"]]
+        return found
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, cast: bool = False
+    ) -> None:
+        """Load what `state_dict` returned; either all of it or, where it does not fit, nothing.
+
+        Args:
+            state_dict: of an optimizer with as many groups and parameters. Where blocks were
+                sharded, the union of all ranks' by `funshampoo.state.merged`.
+            strict, cast: see `funshampoo.state.load_state_dict`.
+
+        Raises:
+            ValueError: other groups, names missing or unknown, other shapes or dtypes.
+        """
+        given: Any = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, given)
+            given = given if replaced is None else replaced
+        saved_groups = given["param_groups"]
+        self._check_groups(saved_groups)
+        loaded: list[tuple[dict[str, Any], Loaded]] = []
+        for run, group, saved in zip(self._runs, self.param_groups, saved_groups):
+            kept = {k: v for k, v in saved.items() if k not in ("params", "param_names")}
+            merged = {**group, **kept}
+            by_parameter = {
+                p: given["state"].get(index, {})
+                for p, index in zip(group["params"], saved["params"])
+            }
+            loaded.append((merged, run.loaded(merged, by_parameter, strict=strict, cast=cast)))
+        for run, group, (merged, found) in zip(self._runs, self.param_groups, loaded):
+            group.update(merged)
+            run.adopt(group, found.state)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def seed_from_adamw(self, saved: Mapping[str, Any]) -> None:
+        """Take over the moments of a torch.optim.AdamW, so that a run in progress can switch.
+
+        Args:
+            saved: its state_dict(), for the same parameters in the same order.
+
+        Raises:
+            ValueError: see `funshampoo.state.seed_from_adamw`.
+        """
+        runs = list(zip(self._runs, self.param_groups))
+        names = [name for run, group in runs for name in run.names(group)]
+        seeded = [seed_from_adamw(run.current(group), saved, names) for run, group in runs]
+        for (run, group), state in zip(runs, seeded):
+            run.adopt(group, state)
+
+    def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in saved]
+        if ours != theirs:
+            raise ValueError(
+                f"the checkpoint has groups of {theirs} parameters, this optimizer of {ours}: "
+                "build it with the same groups."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy. Built chains are left out: they are made anew."""
+        return {
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "_method": self._method,
+            "_runs": self._runs,
+        }
+
+
+class Shampoo(Optimizer):
+    """`funshampoo.shampoo` as a torch.optim.Optimizer.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts of them with hyperparameters.
+        lr: learning rate; with grafting onto Adam, start from what AdamW likes.
+        betas: decay of the gradient filter and of the statistics.
+        epsilon: absolute damping; the default damping is relative, see `funshampoo.shampoo`.
+        weight_decay: decoupled by default; weight_decay_kind= chooses another kind.
+        momentum, nesterov: heavy-ball momentum on the preconditioned step.
+        every: steps between two refreshes of the roots.
+        max_size: longest side of a block.
+        options: everything else that `funshampoo.shampoo` takes: grafting, stagger, solver,
+            distribute=funshampoo.sharded for data-parallel ranks, ...
+
+    See `Optimizer` for groups, schedulers and checkpoints.
+
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = Shampoo(model.parameters(), lr=0.01, weight_decay=1e-4)
+    >>> model(torch.ones(3)).sum().backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-2,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.99),
+        epsilon: Hyper = 0.0,
+        *,
+        weight_decay: Hyper = 0.0,
+        momentum: Hyper = 0.0,
+        nesterov: bool = False,
+        every: int = 10,
+        max_size: int | None = 1024,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            shampoo,
+            lr=lr,
+            betas=betas,
+            epsilon=epsilon,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            every=every,
+            max_size=max_size,
+            **options,
+        )

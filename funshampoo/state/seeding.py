@@ -1,0 +1,175 @@
+"""Go on with a run of torch.optim.AdamW: its moments become those of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.state.places import Place, Span, map_tensors, spans_of
+from funshampoo.state.stages import AdamState, EmaState, RmsState
+
+# Which moment a field holds, and which is its weight, 1 - betas[i]^step.
+_MOMENTS: dict[tuple[Any, str], str] = {
+    (AdamState, "first"): "exp_avg",
+    (AdamState, "second"): "exp_avg_sq",
+    (EmaState, "average"): "exp_avg",
+    (RmsState, "second"): "exp_avg_sq",
+}
+_WEIGHTS: dict[tuple[Any, str], int] = {
+    (AdamState, "first_weight"): 0,
+    (AdamState, "second_weight"): 1,
+    (EmaState, "weight"): 0,
+}
+
+
+class _Adam(NamedTuple):
+    """What AdamW knows of one parameter; `weights` are 1 - beta1^t and 1 - beta2^t."""
+
+    moments: dict[str, Tensor]
+    weights: tuple[float, float]
+
+
+def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """A fresh state with the moments and the bias correction of a torch.optim.AdamW or Adam.
+
+    What is found in the state is filled: the second moment of `scale_by_adam` and `scale_by_rms`,
+    so that of the grafting in `shampoo`; the first moment of `ema` and `scale_by_adam`. Factor
+    matrices start empty: the direction of the first step is that of its own gradient's, its length
+    the one that AdamW's second moment gives it.
+
+    Args:
+        state: tx.init(params), sharded or not. It is not written to.
+        saved: optimizer.state_dict() of the AdamW.
+        names: of the parameters, in the order in which AdamW had them, as leaves are named:
+            [name for name, _ in model.named_parameters()].
+
+    Raises:
+        ValueError: another number of parameters, other shapes, amsgrad or no moments in `saved`,
+            or a state in which there is nothing to fill.
+
+    >>> import torch
+    >>> from funshampoo import adamw
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> old = torch.optim.AdamW([w], lr=0.1)
+    >>> (3 * w).sum().backward()
+    >>> old.step()
+    >>> fresh = adamw(0.1).init({"w": w.detach()})
+    >>> seed_from_adamw(fresh, old.state_dict(), ["w"])["scale_by_adam"].second["w"]
+    tensor([0.0090, 0.0090])
+    """
+    adams = _read(saved, names)
+    shapes = _block_shapes(state)
+    filled: set[str] = set()
+
+    def fill(place: Place, x: Tensor) -> Tensor:
+        field = (place.kind, place.path[-1] if place.path else "")
+        if field not in _MOMENTS and field not in _WEIGHTS:
+            return x
+        new = x.clone()
+        for parameter, block, target in _targets(place, new):
+            adam = adams.get(parameter)
+            if adam is None:
+                continue
+            filled.add(parameter)
+            if field in _WEIGHTS:  # a weight of 1 says that nothing is corrected
+                target.copy_(torch.where(target == 1, 1.0, adam.weights[_WEIGHTS[field]]))
+                continue
+            moment = adam.moments[_MOMENTS[field]]
+            if place.kind is RmsState:  # which does not correct
+                moment = moment / adam.weights[1]
+            if block is not None:
+                moment = _cut(moment, block, place, parameter, shapes)
+            if moment.shape != target.shape:
+                raise ValueError(
+                    f"'{parameter}' has other shapes in the AdamW: are `names` in its order?"
+                )
+            target.copy_(moment)
+        return new
+
+    seeded = map_tensors(fill, state)
+    if not filled:
+        raise ValueError(
+            "the state has no moments of these names to fill: no scale_by_adam, scale_by_rms or "
+            "ema in it, or `names` are not those of its leaves."
+        )
+    return seeded
+
+
+def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
+    """{parameter: what AdamW knows}; one without a step yet is left out."""
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    if len(indices) != len(names):
+        raise ValueError(f"the AdamW has {len(indices)} parameters, `names` {len(names)}.")
+    adams: dict[str, _Adam] = {}
+    name_of = dict(zip(indices, names))
+    for group in saved["param_groups"]:
+        if group.get("amsgrad"):
+            raise ValueError("the AdamW uses amsgrad, whose maximum has no counterpart here.")
+        for index in group["params"]:
+            entry = saved["state"].get(index)
+            if entry is None:
+                continue
+            if not {"step", "exp_avg", "exp_avg_sq"} <= entry.keys():
+                raise ValueError("this is no state_dict of torch.optim.AdamW or Adam.")
+            step = float(entry["step"])
+            first, second = (1 - float(beta) ** step for beta in group["betas"])
+            moments = {key: entry[key] for key in ("exp_avg", "exp_avg_sq")}
+            adams[name_of[index]] = _Adam(moments, (first, second))
+    return adams
+
+
+def _block_shapes(state: Any) -> dict[tuple[int, str], tuple[int, ...]]:
+    """{(identity of the layout, stack): block shape}."""
+    shapes: dict[tuple[int, str], tuple[int, ...]] = {}
+
+    def look(place: Place, x: Tensor) -> Tensor:
+        if place.stack is not None and (place.kind, place.path[-1]) in _MOMENTS:
+            shapes[id(place.layout), place.stack] = tuple(x.shape[1:])
+        return x
+
+    map_tensors(look, state)
+    return shapes
+
+
+def _targets(place: Place, x: Tensor) -> Iterator[tuple[str, tuple[int, ...] | None, Tensor]]:
+    """(parameter, coordinates of its block, the part of x for it)."""
+    if place.stack is None:
+        yield ".".join(place.leaf), None, x
+        return
+    held = {row: i for i, row in enumerate(place.rows or ())}
+    for parameter, stack, span in spans_of(place.layout):
+        if stack == place.stack:
+            for row, at in zip(range(span.first, span.last), span.coordinates()):
+                if row in held:
+                    yield parameter, at, x[held[row]] if x.ndim else x
+
+
+def _cut(
+    whole: Tensor,
+    block: tuple[int, ...],
+    place: Place,
+    parameter: str,
+    shapes: Mapping[tuple[int, str], tuple[int, ...]],
+) -> Tensor:
+    """One block of a tensor of the parameter's shape."""
+    regions = [
+        (Span.parse(text), shapes[id(place.layout), stack])
+        for stack, spans in place.layout[parameter].items()
+        if (id(place.layout), stack) in shapes
+        for text in spans
+    ]
+    # Along every side the first region has the full size, at multiples of which the others begin.
+    order = range(len(block))
+    full = [max(shape[k] for span, shape in regions if span.origin[k] == 0) for k in order]
+    own = shapes[id(place.layout), str(place.stack)]
+    merged = [
+        max(span.origin[k] * full[k] + span.grid[k] * shape[k] for span, shape in regions)
+        for k in order
+    ]
+    part = whole.reshape(merged)
+    for k in order:
+        part = part.narrow(k, block[k] * full[k], own[k])
+    return part

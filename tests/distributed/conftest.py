@@ -1,0 +1,3 @@
+from tests.distributed.ranks import ranks
+
+__all__ = ["ranks"]
