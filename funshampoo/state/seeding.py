@@ -75,7 +75,8 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
                 continue
             filled.add(parameter)
             if field in _WEIGHTS:  # a weight of 1 says that nothing is corrected
-                target.copy_(torch.where(target == 1, 1.0, adam.weights[_WEIGHTS[field]]))
+                weight = torch.full_like(target, adam.weights[_WEIGHTS[field]])
+                target.copy_(torch.where(target == 1, target, weight))
                 continue
             moment = adam.moments[_MOMENTS[field]]
             if place.kind is RmsState:  # which does not correct

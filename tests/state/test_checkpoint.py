@@ -1,0 +1,265 @@
+"""Checkpoints: flat names, nothing lost, checked before anything changes (mistake 11)."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+
+import funshampoo as fs
+from funshampoo.state import load_state_dict, merged, seed_from_adamw, state_dict
+from tests.table import CASES, Case
+from tests.trees import assert_equal, gradients, problem, tensors, train
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def through_a_file(saved: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@every_case
+def test_a_saved_state_comes_back_bit_for_bit(case: Case) -> None:
+    tx, params = case.make(), problem()
+    _, _, state = train(tx, params, gradients(3), fs.apply_updates)
+    saved = state_dict(state)
+    assert all(isinstance(x, torch.Tensor) for x in saved.values())
+    loaded = load_state_dict(case.make().init(params), through_a_file(saved))
+    assert_equal(loaded.state, state)
+    assert loaded.missing == loaded.unknown == []
+
+
+@every_case
+def test_every_tensor_is_saved_once(case: Case) -> None:
+    """Two stages of a kind, sides, blocks: as many numbers in the file as in the state."""
+    state = case.make().init(problem())
+    saved = state_dict(state)
+    numbers = sum(x.numel() for name, x in saved.items() if name != "funshampoo/format")
+    shared = [x for x in tensors(state) if x.ndim == 0]
+    report = 4 if "sharded" in case.name else 0  # derived on every step
+    assert numbers + report >= sum(x.numel() for x in tensors(state))
+    if len({id(x) for x in shared}) == len(shared) and case.name != "from_reference":
+        assert numbers + report == sum(x.numel() for x in tensors(state))
+
+
+def test_names_say_what_a_tensor_is() -> None:
+    tx = fs.chain(
+        fs.trace(0.9),
+        ("slow", fs.trace(0.99)),
+        fs.blocked(fs.chain(fs.kronecker_statistics(), fs.root_inverse()), max_size=4),
+    )
+    saved = state_dict(tx.init({"conv": {"weight": torch.zeros(6, 3)}}))
+    assert set(saved) == {
+        "funshampoo/format",
+        "conv.weight/trace/buffer",
+        "conv.weight/slow/buffer",
+        "blocked/root_inverse/steps",
+        *(
+            f"conv.weight/block_{i}_0/blocked/{rest}"
+            for i in range(2)
+            for rest in (
+                "kronecker_statistics/weight",
+                *(f"kronecker_statistics/factors/{side}" for side in range(2)),
+                *(
+                    f"root_inverse/roots/{side}/{field}"
+                    for side in range(2)
+                    for field in ("root", "residual", "condition", "failures", "streak")
+                ),
+            )
+        ),
+    }
+    assert saved["conv.weight/block_1_0/blocked/kronecker_statistics/factors/0"].shape == (2, 2)
+
+
+def test_names_do_not_depend_on_stacks_or_on_a_stages_place() -> None:
+    """Another parameter shares the stack; another stage goes before: the names stay."""
+    small = fs.chain(fs.blocked(fs.ema(0.9), 4), fs.trace(0.9))
+    large = fs.chain(fs.clip(1.0), fs.scale(2.0), fs.blocked(fs.ema(0.9), 4), fs.trace(0.9))
+    params = {"a": torch.zeros(8, 4), "b": torch.zeros(4, 4), "c": torch.zeros(4)}
+    one = state_dict(small.init({"b": params["b"]}))
+    assert set(one) - set(state_dict(large.init(params))) == set()
+    _, state = small.update({"b": torch.ones(4, 4)}, small.init({"b": params["b"]}))
+    loaded = load_state_dict(large.init(params), state_dict(state), strict=False)
+    assert torch.equal(loaded.state["blocked"].inner.average["4x4"][2], 0.1 * torch.ones(4, 4))
+    assert {name.split("/")[0] for name in loaded.missing} == {"a", "c"}
+
+
+def test_a_state_dict_is_views_and_loading_copies() -> None:
+    tx, params = fs.shampoo(0.1, max_size=4), problem()
+    state = tx.init(params)
+    saved = state_dict(state)
+    name = "w/block_0_0/blocked/ema/average"
+    saved[name].fill_(7.0)
+    assert float(state["blocked"].inner.inner["ema"].average["4x4"].max()) == 7.0
+    loaded = load_state_dict(tx.init(params), saved).state
+    saved[name].fill_(8.0)
+    assert float(loaded["blocked"].inner.inner["ema"].average["4x4"].max()) == 7.0
+
+
+class TestWhatDoesNotFit:
+    tx = fs.shampoo(0.1, max_size=4, momentum=0.9)
+
+    def saved(self, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+        _, _, state = train(self.tx, problem(dtype=dtype), gradients(3, dtype), fs.apply_updates)
+        return state_dict(state)
+
+    def refuse(self, saved: Any, match: str, tx: Any = None, **options: Any) -> None:
+        state = (tx or self.tx).init(problem())
+        before = copy.deepcopy(state)
+        with pytest.raises(ValueError, match=match):
+            load_state_dict(state, saved, **options)
+        assert_equal(state, before)
+
+    def test_missing(self) -> None:
+        saved = self.saved()
+        del saved["w/block_0_0/blocked/trace/buffer"]
+        self.refuse(saved, "missing from the checkpoint: w/block_0_0/blocked/trace/buffer\n")
+        loaded = load_state_dict(self.tx.init(problem()), saved, strict=False)
+        assert loaded.missing == ["w/block_0_0/blocked/trace/buffer"]
+        assert float(loaded.state["blocked"].inner.inner["trace"].buffer["4x4"].abs().max()) == 0
+
+    def test_unknown(self) -> None:
+        saved = {**self.saved(), "w/block_9_9/blocked/trace/buffer": torch.zeros(4, 4)}
+        self.refuse(saved, "unknown to the state: w/block_9_9")
+        loaded = load_state_dict(self.tx.init(problem()), saved, strict=False)
+        assert loaded.unknown == ["w/block_9_9/blocked/trace/buffer"]
+
+    def test_another_chain(self) -> None:
+        """A stage less: its memory would be lost, so it is an error that lists it."""
+        self.refuse(self.saved(), "unknown.*trace/buffer", tx=fs.shampoo(0.1, max_size=4))
+
+    def test_another_block_size(self) -> None:
+        other = fs.shampoo(0.1, max_size=3, momentum=0.9)
+        self.refuse(self.saved(), "(?s)does not fit.*another max_size, merge or keep", tx=other)
+
+    def test_another_precision(self) -> None:
+        saved = self.saved(torch.float32)
+        self.refuse(saved, "is torch.float32 there and torch.float64 here; cast=True converts")
+        loaded = load_state_dict(self.tx.init(problem()), saved, cast=True).state
+        for x, y in zip(tensors(loaded), tensors(self.tx.init(problem()))):
+            assert x.dtype == y.dtype
+        assert float(loaded["blocked"].inner.inner["trace"].buffer["4x4"].abs().max()) > 0
+
+    def test_an_integer_is_never_cast(self) -> None:
+        saved = self.saved()
+        saved["blocked/graft/steps"] = saved["blocked/graft/steps"].float()
+        self.refuse(saved, "'blocked/graft/steps' is torch.float32 there", cast=True)
+
+    def test_no_checkpoint_and_another_format(self) -> None:
+        saved = self.saved()
+        self.refuse({"w": torch.zeros(1)}, "no checkpoint of funshampoo")
+        self.refuse({**saved, "funshampoo/format": torch.tensor(2)}, "has format 2.*reads 1")
+
+    def test_ensembles(self) -> None:
+        state = torch.func.vmap(self.tx.init)({"w": torch.zeros(3, 8, 4)})
+        with pytest.raises(ValueError, match="ensemble"):
+            state_dict(state)
+
+
+def test_two_states_of_one_name_are_an_error_and_not_a_loss() -> None:
+    tx = fs.guarded(fs.guarded(fs.trace(0.9)))
+    with pytest.raises(ValueError, match="saved as '/guarded/steps'|'guarded/steps'"):
+        state_dict(tx.init(problem()))
+
+
+def test_another_solver_takes_over_at_the_next_refresh() -> None:
+    """The documented conversion: roots stay in use until then."""
+    params, grads = problem(), gradients(4)
+    first = fs.shampoo(0.1, every=3)
+    _, _, state = train(first, params, grads[:1], fs.apply_updates)
+    other = fs.shampoo(0.1, every=3, solver=fs.linalg.coupled_newton())
+    state = load_state_dict(other.init(params), state_dict(state)).state
+    old = state["blocked"].inner.inner["graft"].direction.roots["6x5"][0].root
+    for step, g in enumerate(grads[1:3], start=2):
+        _, state = other.update(g, state, params)
+        root = state["blocked"].inner.inner["graft"].direction.roots["6x5"][0].root
+        assert torch.equal(root, old) == (step < 3)
+
+
+def test_parts_of_ranks_merge_and_contradictions_are_named() -> None:
+    saved = state_dict(fs.shampoo(0.1).init(problem()))
+    names = sorted(saved)
+    halves = [{n: saved[n] for n in names[:9]}, {n: saved[n] for n in names[7:]}]
+    together = merged(halves)
+    assert together.keys() == saved.keys()
+    halves[0][names[8]] = halves[0][names[8]] + 1
+    with pytest.raises(ValueError, match=f"'{names[8]}' differs between the parts"):
+        merged(halves)
+
+
+@pytest.mark.parametrize("max_size", [3, 4, None])
+def test_adamw_seeds_the_moments_of_every_block(max_size: int | None) -> None:
+    """Against direct slicing: the second moment of grafting, the filter, and their corrections."""
+    params = {"b": torch.randn(5, dtype=torch.float64), "w": torch.randn(7, 8, dtype=torch.float64)}
+    leaves = [p.clone().requires_grad_() for p in (params["w"], params["b"])]  # another order
+    adamw = torch.optim.AdamW(leaves, betas=(0.8, 0.95))
+    for seed in range(3):
+        for leaf in leaves:
+            leaf.grad = torch.randn(
+                leaf.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
+        adamw.step()
+    tx = fs.shampoo(0.1, max_size=max_size)
+    state = seed_from_adamw(tx.init(params), adamw.state_dict(), ["w", "b"])
+    saved = state_dict(state)
+    size = max_size or 8
+    for name, index in (("w", 0), ("b", 1)):
+        entry = adamw.state_dict()["state"][index]
+        for field, moment in (("graft/onto/second", "exp_avg_sq"), ("ema/average", "exp_avg")):
+            blocks = [n for n in saved if n.startswith(f"{name}/") and n.endswith(field)]
+            assert blocks
+            for block in blocks:
+                at = [int(i) for i in block.split("/")[1].split("_")[1:]]
+                part = entry[moment][tuple(slice(i * size, (i + 1) * size) for i in at)]
+                assert torch.equal(saved[block], part), block
+        for field, beta in (("graft/onto/second_weight", 0.95), ("ema/weight", 0.8)):
+            weights = [x for n, x in saved.items() if n.startswith(name) and n.endswith(field)]
+            assert weights
+            assert all(float(w) == pytest.approx(1 - beta**3, abs=1e-15) for w in weights)
+    _, new = tx.update(params, state, params)
+    assert all(torch.isfinite(x).all() for x in tensors(new))
+
+
+def test_an_adamw_run_goes_on_as_if_nothing_had_happened() -> None:
+    params = {k: v for k, v in problem().items() if k == "w"}
+    leaf = params["w"].clone().requires_grad_()
+    theirs = torch.optim.AdamW([leaf], lr=0.1)
+    grads = gradients(6)
+    for g in grads[:3]:
+        leaf.grad = g["w"].clone()
+        theirs.step()
+    tx = fs.adamw(0.1)
+    now = {"w": leaf.detach().clone()}
+    state = seed_from_adamw(tx.init(now), theirs.state_dict(), ["w"])
+    for g in grads[3:]:
+        leaf.grad = g["w"].clone()
+        theirs.step()
+        updates, state = tx.update({"w": g["w"]}, state, now)
+        now = fs.apply_updates(now, updates)
+    assert torch.allclose(now["w"], leaf, rtol=1e-12, atol=0)
+
+
+def test_seeds_that_do_not_fit_are_errors() -> None:
+    leaf = torch.ones(3, requires_grad=True)
+    adamw = torch.optim.AdamW([leaf])
+    leaf.grad = torch.ones(3)
+    adamw.step()
+    saved, state = adamw.state_dict(), fs.adamw().init({"w": torch.zeros(3)})
+    with pytest.raises(ValueError, match="has 1 parameters, `names` 2"):
+        seed_from_adamw(state, saved, ["w", "b"])
+    with pytest.raises(ValueError, match="names"):
+        seed_from_adamw(state, saved, ["v"])
+    with pytest.raises(ValueError, match="'w' has other shapes"):
+        seed_from_adamw(fs.adamw().init({"w": torch.zeros(4)}), saved, ["w"])
+    with pytest.raises(ValueError, match="no moments"):
+        seed_from_adamw(fs.sgd(0.1).init({"w": torch.zeros(3)}), saved, ["w"])
+    sgd = torch.optim.SGD([leaf], momentum=0.9)
+    sgd.step()
+    with pytest.raises(ValueError, match=r"no state_dict of torch\.optim\.AdamW"):
+        seed_from_adamw(state, sgd.state_dict(), ["w"])
