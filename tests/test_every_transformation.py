@@ -189,7 +189,8 @@ def test_vmap_equals_a_loop(case: Case) -> None:
         params = fs.apply_updates(params, updates)
     for m in range(members):
         expected, _, _ = train(tx, ensemble[m], [g[m] for g in grads], fs.apply_updates)
-        assert_close(optree.tree_map(lambda x, m=m: x[m], params), expected, 1e-10)
+        # Roots of rank-deficient statistics amplify rounding by the root of 1e6 a side.
+        assert_close(optree.tree_map(lambda x, m=m: x[m], params), expected, 1e-9)
 
 
 @every_case

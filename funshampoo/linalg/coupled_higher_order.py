@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funshampoo.linalg.coupled_newton import iterate
 from funshampoo.linalg.normalized import certify, normalize
+from funshampoo.linalg.products import matrix_power
 from funshampoo.linalg.solver import (
     InverseRoot,
     Solver,
@@ -67,7 +68,6 @@ def coupled_higher_order(
         z = 1 / system.B.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         X = iterate(system, z, root.numerator, max_iterations, tolerance, order)
         result = certify(X, root.numerator, system, max_residual)
-        power = torch.linalg.matrix_power(result.root, root.denominator)
-        return result._replace(root=power)
+        return result._replace(root=matrix_power(result.root, root.denominator))
 
     return solve

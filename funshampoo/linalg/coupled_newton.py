@@ -8,6 +8,7 @@ from torch import Tensor
 from funshampoo.host import all_true
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import Normalized, certify, normalize
+from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.solver import (
     InverseRoot,
     Solver,
@@ -114,7 +115,7 @@ def iterate(
     """
     B = system.B
     identity = identity_like(B)
-    X = (z ** (1 / p))[..., None, None] * identity
+    X = power(z, 1 / p)[..., None, None] * identity
     M = z[..., None, None] * B
     error = _distance(M, identity)
     active = system.solvable & (error > tolerance)
@@ -122,7 +123,7 @@ def iterate(
         if all_true(~active):
             break
         N = _step(M, identity, p, order if step > 0 else 2)
-        next_X, next_M = X @ N, torch.linalg.matrix_power(N, p) @ M
+        next_X, next_M = matmul(X, N), matmul(matrix_power(N, p), M)
         next_error = _distance(next_M, identity)
         # Matrices that are done run along unchanged: none depends on its neighbours in the stack.
         if step > 0:
@@ -132,7 +133,7 @@ def iterate(
         active = active & (error > tolerance)
     # One step more for the gradient alone, which lags a step behind the value: a matrix that starts
     # converged, such as the identity for some p and d, would else have none.
-    next_X = X @ _step(M, identity, p, 2)
+    next_X = matmul(X, _step(M, identity, p, 2))
     value: Tensor = X.detach()
     return value + (next_X - next_X.detach())
 
@@ -146,7 +147,7 @@ def _step(M: Tensor, identity: Tensor, p: int, order: int) -> Tensor:
         b.append(b[-1] * (1 + (i - 1) * p) / (i * p))
     N = b[-1] * identity
     for coefficient in reversed(b[:-1]):  # Horner
-        N = coefficient * identity + N @ (identity - M)
+        N = coefficient * identity + matmul(N, identity - M)
     return N
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from funshampoo.linalg.products import aligned
+
 PROBES = 8
 
 RESIDUAL_ITERATIONS = 6
@@ -25,7 +27,7 @@ def largest_eigenvalue(A: Tensor) -> Tensor:
     scale = A.detach().abs().amax((-2, -1), keepdim=True)
     # Homogeneous in A, so the scale is a constant to autograd; it keeps squares in float32's range.
     scale = torch.where(scale > 0, scale, 1.0)
-    B = A / scale
+    B = aligned(A / scale)
     return spectral_norm(lambda v: v @ B, A, iterations=24) * scale[..., 0, 0]
 
 

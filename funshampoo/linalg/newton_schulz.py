@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import certify, normalize
+from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.solver import (
     InverseRoot,
     Solver,
@@ -61,6 +61,7 @@ def newton_schulz(
     condition < 1, tolerance < 1e-14, or when p is not a positive integer; TypeError for a dtype
     other than float32 and float64.
 
+    >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 16.0]))
     >>> newton_schulz(relative_epsilon=0.0)(A, 4, 0.0).root
     tensor([[1.0000, 0.0000],
@@ -81,7 +82,7 @@ def newton_schulz(
         X = _inverse_root(system.B, q, condition, tolerance)
         result = certify(X, q, system, max_residual)
         if p == 1:
-            return result._replace(root=symmetrize(result.root @ result.root))
+            return result._replace(root=symmetrize(matmul(result.root, result.root)))
         return result
 
     return solve
@@ -101,11 +102,11 @@ def _square_roots(B: Tensor, condition: float, tolerance: float) -> tuple[Tensor
     c = _row_sum_norm(B)
     Y, Z = B / c, identity.expand_as(B)
     for beta, gamma in _cubics(1 / math.sqrt(condition * _slack(B)), tolerance):
-        P = Z @ Y
+        P = matmul(Z, Y)
         E = beta * identity - gamma * P
         # Eigenvalues of P end up below 4, unless rounding has made one negative.
         bounded = _bounded(P, 16.0)
-        Y, Z = where(bounded, Y @ E, Y), where(bounded, E @ Z, Z)
+        Y, Z = where(bounded, matmul(Y, E), Y), where(bounded, matmul(E, Z), Z)
     return Y * c.sqrt(), Z / c.sqrt()
 
 
@@ -113,11 +114,12 @@ def _odd_inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> 
     """B^(-1/p) by inverse Newton: N = ((p + 1) I - M)/p, X ← X N, M ← N^p M."""
     identity = identity_like(B)
     z = (p + 1) / (2 * _row_sum_norm(B))
-    X, M = z ** (1 / p) * identity, z * B
+    X, M = power(z, 1 / p) * identity, z * B
     for _ in range(_newton_steps(p, condition * _slack(B), tolerance)):
         N = ((p + 1) * identity - M) / p
         bounded = _bounded(M, 8.0 * p)  # eigenvalues start below (p + 1)/2 and end below 1
-        X, M = where(bounded, X @ N, X), where(bounded, torch.linalg.matrix_power(N, p) @ M, M)
+        X = where(bounded, matmul(X, N), X)
+        M = where(bounded, matmul(matrix_power(N, p), M), M)
     return X
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.linalg.estimates import RESIDUAL_ITERATIONS, largest_eigenvalue, spectral_norm
+from funshampoo.linalg.products import aligned, power
 from funshampoo.linalg.solver import InverseRoot, identity_like, symmetrize, where
 
 
@@ -45,8 +46,8 @@ def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> Inver
     B, scale, solvable = system
     X = symmetrize(X)
     residual = torch.where(solvable, _residual(X.detach(), p, B.detach()), torch.inf)
-    condition = largest_eigenvalue(B.detach()) * largest_eigenvalue(X.detach()) ** p
-    root = X * (scale ** (-1 / p))[..., None, None]
+    condition = largest_eigenvalue(B.detach()) * power(largest_eigenvalue(X.detach()), p)
+    root = X * power(scale, -1 / p)[..., None, None]
     converged = residual <= max_residual
     return InverseRoot(
         root=where(converged, root, identity_like(root)),
@@ -58,6 +59,7 @@ def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> Inver
 
 def _residual(X: Tensor, p: int, B: Tensor) -> Tensor:
     """‖X^⌈p/2⌉ B X^⌊p/2⌋ - I‖₂."""
+    X, B = aligned(X), aligned(B)
     factors = [X] * (p // 2) + [B] + [X] * (p - p // 2)
 
     def apply(v: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import pad
 
 from funshampoo.linalg.estimates import RESIDUAL_ITERATIONS, spectral_norm
+from funshampoo.linalg.products import aligned, is_plain_memory, matmul, power
 from funshampoo.linalg.solver import (
     InverseRoot,
     identity_like,
@@ -56,7 +58,7 @@ def inverse_root(
     some = keep.any(-1)
     smallest = torch.where(some, torch.where(keep, kept, torch.inf).amin(-1), 1.0)
     largest = torch.where(some, torch.where(keep, kept, 0.0).amax(-1), 1.0)
-    finite = smallest.isfinite() & largest.isfinite() & smallest.pow(-exponent).isfinite()
+    finite = smallest.isfinite() & largest.isfinite() & power(smallest, -exponent).isfinite()
     solvable = spectrum.decomposed & finite & (smallest > 0)
     # What torch.where discards below must be finite all the same, for its gradient is 0·it.
     kept = torch.where(solvable[..., None], kept, 1.0)
@@ -75,6 +77,7 @@ def inverse_root(
 def _residual(A: Tensor, kept: Tensor, Q: Tensor, keep: Tensor) -> Tensor:
     """‖H Qᵀ A Q H - I‖₂ with H = diag(λ^(-1/2)), on the kept eigenvectors."""
     half = torch.where(keep, kept.rsqrt(), 0.0)[..., None, :]
+    A, Q = aligned(A), aligned(Q)
 
     def apply(v: Tensor) -> Tensor:
         return (v * half) @ Q.mT @ A @ Q * half - torch.where(keep[..., None, :], v, 0.0)
@@ -90,13 +93,13 @@ class _Decompose(Function):
 
     @staticmethod
     def forward(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
-        if torch.compiler.is_compiling():  # a graph can't catch: there, LAPACK's failures raise
-            return *torch.linalg.eigh(A), solved
-        try:
-            return *torch.linalg.eigh(A), solved
-        except LinAlgError:
-            return _decompose_one_by_one(A)
+        d = A.shape[-1]
+        if d % 2 == 0 or d == 1 or not is_plain_memory(A):
+            return _decompose_stack(A)
+        # MKL rounds a matrix differently where it is not aligned: in a stack of even sides all are.
+        # One that is alone is treated alike, to be what it is in a stack.
+        values, vectors, solved = _decompose_stack(_bordered(A))
+        return values[..., :d].contiguous(), vectors[..., :d, :d], solved
 
     @staticmethod
     def setup_context(
@@ -119,12 +122,35 @@ class _Decompose(Function):
         return _Decompose.apply(A.movedim(in_dims[0], 0)), 0  # type: ignore[no-untyped-call]
 
 
+def _bordered(A: Tensor) -> Tensor:
+    """[[A, 0], [0, s]] with s above A's eigenvalues (..., d + 1, d + 1).
+
+    Its decomposition is A's, and s with the last unit vector. Nothing mixes the two: a zero between
+    them is where LAPACK splits a matrix.
+    """
+    bound = A.abs().sum(-1).amax(-1)
+    above = torch.where(bound > 0, 1.5 * bound, 1.0).clamp(max=torch.finfo(A.dtype).max)
+    bordered = pad(A, (0, 1, 0, 1))
+    bordered[..., -1, -1] = above
+    return bordered
+
+
+def _decompose_stack(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """λ, Q, and which were decomposed."""
+    solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
+    if torch.compiler.is_compiling():  # a graph can't catch: there, LAPACK's failures raise
+        return *torch.linalg.eigh(A), solved
+    try:
+        return *torch.linalg.eigh(A), solved
+    except LinAlgError:
+        return _decompose_one_by_one(A)
+
+
 def _decompose_one_by_one(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The stack's decompositions when one fails: that one in float64, or else the identity's.
 
     One by one from the start, and in the memory layout of a stack's eigenvectors, column by column,
-    so that the others come out as they would have without it (for odd d ≥ 9, where MKL's rounding
-    depends on a matrix's alignment, up to rounding).
+    so that the others come out as they would have without it.
     """
     stack = [_decompose_one(matrix) for matrix in A.reshape(-1, *A.shape[-2:])]
     values, rows, solved = (torch.stack(column) for column in zip(*stack, strict=True))
@@ -157,8 +183,8 @@ class _InversePower(Function):
     def forward(
         A: Tensor, kept: Tensor, values: Tensor, Q: Tensor, keep: Tensor, exponent: float
     ) -> Tensor:
-        f = torch.where(keep, kept.pow(-exponent), 0.0)
-        return symmetrize((Q * f[..., None, :]) @ Q.mT)
+        f = torch.where(keep, power(kept, -exponent), 0.0)
+        return symmetrize(matmul(Q * f[..., None, :], Q.mT))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

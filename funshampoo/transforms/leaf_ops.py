@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from funshampoo.base import Hyper
+from funshampoo.linalg.products import aligned, gram, is_plain_gram
 
 
 def lerp(old: Tensor, new: Tensor, weight: Hyper, donate: bool) -> Tensor:
@@ -39,10 +40,14 @@ def multiply(old: Tensor, factor: Hyper, donate: bool) -> Tensor:
 
 
 def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -> Tensor:
-    """beta old + weight x xᵀ, old (..., d, d), x (..., d, n); fused where beta is a number."""
-    if isinstance(beta, Tensor) or isinstance(weight, Tensor):
-        gram = multiply(x @ x.mT, weight, donate=False)
-        return add(multiply(old, beta, donate), gram, donate)
+    """beta old + weight x xᵀ, old (..., d, d), x (..., d, n).
+
+    Fused where beta is a number and the product is plain (see `linalg.products`).
+    """
+    if isinstance(beta, Tensor) or isinstance(weight, Tensor) or not is_plain_gram(x):
+        added = multiply(gram(x), weight, donate=False)
+        return add(multiply(old, beta, donate), added, donate)
+    x = aligned(x)
     fused: Any
     if _may_write(old, donate, x):
         fused = old.baddbmm_ if old.ndim == 3 else old.addmm_

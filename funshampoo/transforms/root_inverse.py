@@ -12,7 +12,7 @@ from funshampoo import linalg
 from funshampoo.base import GradientTransformation, Hyper, Tree
 from funshampoo.checks import check_count, check_range
 from funshampoo.linalg import InverseRoot, Solver, eigh
-from funshampoo.linalg.products import matmul
+from funshampoo.linalg.products import matmul, power
 from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState, find_state
 from funshampoo.steps import current_step, new_counter, refresh_due
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
@@ -244,7 +244,7 @@ def _trace_scaled(matrix: Tensor, trace: Tensor, exponent: Hyper, epsilon: Hyper
     """A max(tr A, epsilon)^(-exponent); A itself where that is zero, which has no derivative."""
     floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else trace.new_tensor(epsilon)
     size = torch.maximum(trace, floor)
-    scale = torch.where(size > 0, size, 1.0) ** (-exponent)
+    scale = power(torch.where(size > 0, size, 1.0), -exponent)
     return matrix * scale[..., None, None]
 
 

@@ -1,0 +1,109 @@
+"""Products and powers that round a matrix alike wherever it lies in its stack.
+
+A rank that holds some rows of a stack must find, to the last bit, what one that holds them all
+finds. On a CPU three things stand against it:
+
+    MKL rounds differently where a matrix does not start at a multiple of 16 bytes, as most of a
+        stack of 9×9 do not. Such operands are copied to where they do, and where results would not
+        start there, rows of zeros are added.
+    A product with a vector has kernels of its own, one for a single matrix and others for many. A
+        vector becomes a matrix by columns or rows of zeros.
+    A power differs between the body of a loop over SIMD vectors and its tail. All is tail here.
+
+What is done follows from a matrix's shape, never from its place or their number. With more than one
+thread MKL still divides the products of a stack of one row among them, and rounds otherwise.
+
+Stacks of even sides get the plain operators, and so do single matrices, other devices,
+torch.compile and torch.func.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.nn.functional import pad
+
+ALIGNMENT = 16
+"""Bytes."""
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, matrix by matrix."""
+    if not ((a.ndim > 2 or b.ndim > 2) and is_plain_memory(a, b)):
+        return a @ b
+    rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+    if inner == 1:
+        return a * b
+    unit = ALIGNMENT // a.itemsize
+    if columns == 1:
+        b = pad(b, (0, unit - 1))
+    if rows == 1 or rows * b.shape[-1] % unit:
+        a = pad(a, (0, 0, 0, -rows % unit))
+    product = _aligned(a) @ _aligned(b)
+    if product.shape[-2] == rows and product.shape[-1] == columns:
+        return product
+    return product[..., :rows, :columns].contiguous()
+
+
+def gram(x: Tensor) -> Tensor:
+    """x xᵀ, matrix by matrix; perhaps a view."""
+    rows = x.shape[-2]
+    if is_plain_gram(x):
+        x = aligned(x)
+        return x @ x.mT
+    if x.shape[-1] == 1:
+        return x * x.mT
+    x = _aligned(pad(x, (0, 0, 0, -rows % (ALIGNMENT // x.itemsize))))
+    return (x @ x.mT)[..., :rows, :rows]
+
+
+def is_plain_gram(x: Tensor) -> bool:
+    """Whether x xᵀ is the plain product of aligned(x): then it may be part of a fused kernel."""
+    return (x.shape[-2] % 2 == 0 and x.shape[-1] != 1) or x.ndim < 3 or not is_plain_memory(x)
+
+
+def matrix_power(A: Tensor, p: int) -> Tensor:
+    """A^p for p ≥ 1, by squaring."""
+    if p == 1:
+        return A
+    half = matrix_power(A, p // 2)
+    square = matmul(half, half)
+    return matmul(square, A) if p % 2 else square
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy (..., m, n) with gaps between the matrices, so that each is aligned.
+
+    For a matrix that enters many products; `matmul` and `gram` do it too.
+    """
+    return _aligned(x) if x.ndim > 2 and is_plain_memory(x) else x
+
+
+def _aligned(x: Tensor) -> Tensor:
+    unit = ALIGNMENT // x.itemsize
+    misaligned = x.storage_offset() % unit
+    for axis in range(x.ndim - 2):
+        misaligned |= x.stride(axis) % unit if x.shape[axis] > 1 else 0
+    if not misaligned or x.ndim < 3:
+        return x
+    if x.stride(-2) < x.stride(-1):  # column by column; it stays so
+        return _aligned(x.mT).mT
+    count = x.shape[-2] * x.shape[-1]
+    flat = pad(x.flatten(-2).contiguous(), (0, -count % unit))
+    return flat[..., :count].view(x.shape)
+
+
+def power(x: Tensor, exponent: float | Tensor) -> Tensor:
+    """x^exponent, elementwise."""
+    if is_plain_memory(x):
+        x = torch.stack((x, x), -1)[..., 0]  # with gaps: such are never taken a vector at a time
+    raised: Tensor = x**exponent
+    return raised
+
+
+def is_plain_memory(*tensors: Tensor) -> bool:
+    """Whether these lie in a CPU's memory, and are not seen through a transform."""
+    if torch.compiler.is_compiling():
+        return False
+    return all([x.is_cpu and not _functorch.is_functorch_wrapped_tensor(x) for x in tensors])
