@@ -10,57 +10,38 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.func import functional_call, grad_and_value
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-import funshampoo
 import plot
 import report
-from funshampoo.base import GradientTransformation, Schedule
+from loops import LOOPS, RECIPES, join_ranks, loss_of, share_of
 from runs import Point, Run, summarize
 from tasks import TASKS, Examples, Task
 
-# Each with its own defaults, which are what most people will run.
-OPTIMIZERS: dict[str, Callable[[Schedule], GradientTransformation]] = {
-    "shampoo": funshampoo.shampoo,
-    "adamw": funshampoo.adamw,
-    "sgd": lambda rate: funshampoo.sgd(rate, momentum=0.9, nesterov=True),
-}
 
-
-def train(task: Task, optimizer: str, rate: float, seed: int) -> Run:
-    """One training run: the loop that a program of your own would have."""
+def train(task: Task, optimizer: str, rate: float, seed: int, loop: str) -> Run:
+    """One training run; what a program of your own would have is in loops.py."""
     torch.manual_seed(seed)
     network = task.build_network().to(task.train.inputs.device)
-    params = {name: p.detach() for name, p in network.named_parameters()}
-
-    def loss(params: dict[str, Tensor], batch: Examples) -> Tensor:
-        return loss_of(functional_call(network, params, batch.inputs), batch.targets)
-
-    gradients_and_loss = grad_and_value(loss)
-    tx = OPTIMIZERS[optimizer](task.schedule(rate, task.steps))
-    state = tx.init(params)
+    step_on, predict = LOOPS[loop](network, optimizer, task.schedule(rate, task.steps))
     points: list[Point] = []
     losses: list[Tensor] = []
     seconds, since = 0.0, time.perf_counter()
     batches = itertools.islice(shuffled_batches(task, seed), task.steps)
     for step, batch in enumerate(batches, start=1):
-        gradients, batch_loss = gradients_and_loss(params, batch)
-        updates, state = tx.update(gradients, state, params)
-        params = funshampoo.apply_updates(params, updates)
-        losses.append(batch_loss)
+        losses.append(step_on(share_of(batch)))
         if step % task.evaluate_every == 0 or step == task.steps:
             train_loss = torch.stack(losses).mean().item()  # waits for the device
             seconds += time.perf_counter() - since
             with torch.no_grad():
-                logits = functional_call(network, params, task.test.inputs)
+                logits = predict(task.test.inputs)
             test_loss = loss_of(logits, task.test.targets).item()
             accuracy = (logits.argmax(-1) == task.test.targets).float().mean().item()
             points.append(Point(step, train_loss, test_loss, accuracy))
@@ -79,29 +60,26 @@ def shuffled_batches(task: Task, seed: int) -> Iterator[Examples]:
                 yield Examples(inputs[rows], targets[rows])
 
 
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the examples and, in a text, over its positions."""
-    return cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-
-def compare(task: Task, optimizers: Sequence[str]) -> list[Run]:
+def compare(task: Task, optimizers: Sequence[str], loop: str, quiet: bool) -> list[Run]:
     """A run for every rate, seed and optimizer."""
     # torch loads parts of itself at the first gradient, which is nobody's time per step.
-    train(replace(task, steps=1), optimizers[0], task.rates[0], seed=0)
+    train(replace(task, steps=1), optimizers[0], task.rates[0], seed=0, loop=loop)
     runs = []
     # The optimizers take turns, so that a busy minute of the machine slows all of them alike.
     settings = list(itertools.product(task.rates, range(task.seeds), optimizers))
-    with tqdm(settings, unit="run") as progress:
+    with tqdm(settings, unit="run", disable=quiet) as progress:
         for rate, seed, optimizer in progress:
             progress.set_description(f"{optimizer} {rate:g}")
-            runs.append(train(task, optimizer, rate, seed))
+            runs.append(train(task, optimizer, rate, seed, loop))
     return runs
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Compare Shampoo, AdamW and Nesterov SGD, each at its own best learning rate.",
-        epilog="What is not given is the task's own choice: about two minutes on two CPU cores.",
+        epilog="What is not given is the task's own choice: about two minutes on two CPU cores. "
+        "Under torchrun each process trains on its share of every batch, and Shampoo's blocks are "
+        "shared out.",
     )
     parser.add_argument(
         "--task",
@@ -113,7 +91,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="training steps of each run")
     parser.add_argument("--seeds", type=positive, help="how many seeds, from 0")
     parser.add_argument("--learning-rates", type=float, nargs="+", metavar="RATE")
-    parser.add_argument("--optimizers", choices=OPTIMIZERS, nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--optimizers", choices=RECIPES, nargs="+", default=list(RECIPES))
+    parser.add_argument(
+        "--loop",
+        choices=LOOPS,
+        default="functional",
+        help="functional: torch.func and a chain (the default); wrapper: backward() and "
+        "funshampoo.Optimizer, with DistributedDataParallel under torchrun",
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; by default the GPU if there is one")
     parser.add_argument("--output", type=Path, default=Path("results"), help="default: results/")
     parser.add_argument(
@@ -132,7 +117,12 @@ def positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, ranks = join_ranks(device)
+    if device == "cuda" and ranks > 1:
+        device = f"cuda:{rank % torch.cuda.device_count()}"
     task = TASKS[options.task]().to(device)
+    if task.batch_size % ranks:
+        raise SystemExit(f"a batch of {task.batch_size} examples can't be shared by {ranks} ranks")
     if options.quick:
         task = replace(task, steps=30, seeds=1, rates=(0.01, 0.1))
     task = replace(
@@ -143,7 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     # Networks this small gain little from more, and so sums don't depend on the number of cores.
     torch.set_num_threads(1)
-    results = summarize(task, compare(task, options.optimizers))
+    runs = compare(task, options.optimizers, options.loop, quiet=rank > 0)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank > 0:  # all ranks have the same
+        return
+    results = summarize(task, runs)
     print(report.table(task, results))
     options.output.mkdir(parents=True, exist_ok=True)
     picture, numbers = (options.output / f"{task.name}.{suffix}" for suffix in ("png", "json"))

@@ -20,13 +20,14 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
 TITLES = {"shampoo": "Shampoo", "adamw": "AdamW", "sgd": "Nesterov SGD"}
 
 
-def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_script(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
+        [sys.executable, *(launcher if ranks > 1 else []), SCRIPT, *arguments],
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )
 
 
@@ -67,6 +68,28 @@ def test_same_command_gives_the_same_numbers(tmp_path: Path) -> None:
         curves.append(run["points"])
     assert curves[0] == curves[1]
     assert [point["step"] for point in curves[0]] == [5, 10, 12]
+
+
+@pytest.mark.xdist_group("ranks")
+def test_the_wrapper_and_several_ranks_train_the_same_network(tmp_path: Path) -> None:
+    """Both loops, alone and under torchrun with two processes: the same losses, up to rounding."""
+    options = ["--quick", "--steps", "12", "--learning-rates", "0.03"]
+    curves = {}
+    for loop in ("functional", "wrapper"):
+        for ranks in (1, 2):
+            folder = tmp_path / f"{loop}{ranks}"
+            done = run_script(*options, "--loop", loop, "--output", folder, ranks=ranks)
+            assert done.returncode == 0, done.stderr
+            results = numbers_in(folder, "digits")["results"]
+            curves[loop, ranks] = [
+                point["test_loss"]
+                for optimizer in TITLES
+                for point in results[optimizer][0]["runs"][0]["points"]
+            ]
+    alone = curves["functional", 1]
+    assert curves["wrapper", 1] == alone
+    for loop in ("functional", "wrapper"):
+        assert curves[loop, 2] == pytest.approx(alone, rel=1e-2)
 
 
 def test_shampoo_reaches_the_goal_on_the_digits_in_the_fewest_steps(tmp_path: Path) -> None:

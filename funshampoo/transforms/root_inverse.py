@@ -119,21 +119,21 @@ def root_inverse(
     ) -> tuple[Any, ...]:
         powers = inverse_exponents(len(factors), exponents)
         new = []
-        for factor, old, power in zip(factors, sides, powers):
+        for factor, old, e in zip(factors, sides, powers):
             if old and turn.any:
                 rows = turn.rows_on(u)
                 chosen = FactorRoot(*[_rows(x, rows) for x in old])
                 matrix = bias_corrected(_rows(_present(factor), rows), _rows(weight, rows))
-                found = root_of(matrix, 1 / power, chosen)
+                found = root_of(matrix, 1 / e, chosen)
                 old = FactorRoot(*[_with_rows(x, rows, y) for x, y in zip(old, found)])
             new.append(old)
         return u, tuple(new)
 
-    def root_of(matrix: Tensor, power: float, old: FactorRoot) -> FactorRoot:
+    def root_of(matrix: Tensor, p: float, old: FactorRoot) -> FactorRoot:
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         if trace_scaling is not None:
             matrix = _trace_scaled(matrix, trace, trace_scaling, epsilon)
-        return _keep_old_where_failed(solve(matrix, power, epsilon), old, known=trace != 0)
+        return _keep_old_where_failed(solve(matrix, p, epsilon), old, known=trace != 0)
 
     def update(
         updates: Tree,
