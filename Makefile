@@ -13,7 +13,7 @@ train-text: $(VENV)/ready
 	$(BIN)/python examples/train.py --task text
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
