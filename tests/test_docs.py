@@ -38,7 +38,10 @@ def test_the_stages_of_the_guide_work() -> None:
 
 
 @pytest.mark.parametrize("i", range(len(python_blocks("README.md"))))
-def test_the_examples_of_the_readme_run(i: int) -> None:
+def test_the_examples_of_the_readme_run(
+    i: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some save a file
     exec(python_blocks("README.md")[i], {})
 
 
