@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from funshampoo.transforms.layout import (
     Merge,
     ParameterLayout,
     Region,
+    Stack,
     layout_of,
     leaf_key,
 )
@@ -142,9 +143,17 @@ def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tenso
     for leaf, where in zip(leaves, layout.parameters):
         for region in where.regions:
             pieces[region.stack].append(_cut_out(leaf, where, region, layout))
-    return {
-        name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()
-    }
+    return {name: _joined(parts, layout.stacks[name]) for name, parts in pieces.items()}
+
+
+def _joined(parts: list[Tensor], stack: Stack) -> Tensor:
+    """One stack of its pieces, each one block or a row of blocks: one operator where it can be."""
+    order = len(stack.block)
+    if len(parts) == 1:
+        return parts[0] if parts[0].ndim > order else parts[0].unsqueeze(0)
+    if all([part.ndim == order for part in parts]):
+        return torch.stack(parts)
+    return torch.cat([part if part.ndim > order else part.unsqueeze(0) for part in parts])
 
 
 def unstack_blocks(
@@ -156,20 +165,28 @@ def unstack_blocks(
     for where in layout.parameters:
         for region in where.regions:
             sizes[region.stack].append(region.rows)
-    pieces = {name: iter(torch.split(stacks[name], rows)) for name, rows in sizes.items()}
+    pieces = {name: iter(_parted(stacks[name], rows)) for name, rows in sizes.items()}
     return [
         _assemble([_paste(next(pieces[r.stack]), r) for r in where.regions], where, leaf)
         for leaf, where in zip(leaves, layout.parameters)
     ]
 
 
+def _parted(stack: Tensor, rows: list[int]) -> Sequence[Tensor]:
+    """The regions' rows, (rows, *block), or the block itself where each region has just one."""
+    return stack.unbind(0) if all([n == 1 for n in rows]) else torch.split(stack, rows)
+
+
 def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout: Layout) -> Tensor:
-    """One region as (rows, *block): slice, split every side into (grid, block), grid axes first."""
+    """One region as (rows, *block): slice, split every side into (grid, block), grid axes first.
+
+    A parameter that is one block is (*block) instead.
+    """
     stack = layout.stacks[region.stack]
     if leaf is None:
         return torch.zeros(region.rows, *region.block, dtype=stack.dtype, device=stack.device)
     if region.block == where.merged:
-        return leaf.reshape((1, *region.block)).to(stack.dtype)
+        return _reshaped(leaf, region.block).to(stack.dtype)
     x = leaf.reshape(where.merged)
     split: list[int] = []
     for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
@@ -183,7 +200,7 @@ def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout
 def _paste(rows: Tensor, region: Region) -> Tensor:
     """Undo `_cut_out`: (rows, *block) to the region of the merged parameter."""
     if region.rows == 1:
-        return rows.reshape(region.block)
+        return _reshaped(rows, region.block)
     order = len(region.block)
     axes = [axis for i in range(order) for axis in (i, order + i)]
     sides = [count * size for count, size in zip(region.grid, region.block)]
@@ -200,7 +217,12 @@ def _assemble(pieces: list[Tensor], where: ParameterLayout, leaf: Tensor | None)
         n = where.parts[axis]
         if n > 1:
             pieces = [torch.cat(pieces[i : i + n], axis) for i in range(0, len(pieces), n)]
-    return pieces[0].reshape(where.shape)
+    return _reshaped(pieces[0], where.shape)
+
+
+def _reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x.reshape(shape), without an operator where it has that shape."""
+    return x if x.shape == shape else x.reshape(shape)
 
 
 def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) -> None:
