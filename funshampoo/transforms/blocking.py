@@ -120,6 +120,8 @@ def blocked(
         kept = _saved_rows(state, layout, missing) if missing else {}
         context |= {"gradient": stacks, "block_ndim": 1, "layout": state.layout}
         context |= {"block_ids": _block_ids(layout)}
+        if missing:
+            context["absent"] = _rows_of(layout, missing)
         shown = None if with_params is False else _shown(params, with_params)
         inner_params = None if shown is None else stack_blocks(shown, layout)
         stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
