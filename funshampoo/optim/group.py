@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +13,14 @@ from funshampoo.optim.vocabulary import Method, Vocabulary, same_arguments, stru
 from funshampoo.state.checkpoint import (
     FORMAT,
     FORMAT_KEY,
-    Loaded,
     load_state_dict,
     named_tensors,
     state_dict,
 )
-from funshampoo.state.places import owns_all
-from funshampoo.state.stages import BlockedState, walk
+from funshampoo.state.places import block_names
+from funshampoo.state.stages import BlockedState, ShardedState, walk
 
+_RATE = "scale_by_learning_rate"  # what the stage is called in a state
 _SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
 
 
@@ -31,6 +31,24 @@ class _Known(NamedTuple):
     parameter: Tensor
     device: torch.device
     dtype: torch.dtype
+    shape: torch.Size
+
+
+class _Chain(NamedTuple):
+    """A chain and what it was built from; it is left out of copies, since it holds functions."""
+
+    words: Vocabulary
+    arguments: dict[str, Any]
+    structure: Any  # what of the arguments can change the structure of the state
+    transformation: GradientTransformation | None
+
+
+class Ready(NamedTuple):
+    """A state for a group, with the chain and the parameters that it belongs to."""
+
+    chain: _Chain
+    known: list[_Known]
+    state: Any
 
 
 class GroupRun:
@@ -38,52 +56,88 @@ class GroupRun:
 
     Args:
         group: of `param_groups`.
+        words: of the group's method.
         method: of the groups that have none of their own.
         first: how many parameters the groups before it have.
     """
 
-    def __init__(self, group: dict[str, Any], method: Method, first: int) -> None:
+    def __init__(
+        self, group: dict[str, Any], words: Vocabulary, method: Method, first: int
+    ) -> None:
         self._method = method
         self._first = first
-        self._state: Any = None
         self._known: list[_Known] = []
-        self._arguments: dict[str, Any] | None = None
-        self._built: GradientTransformation | None = None
-        self._transformation(group)  # an argument out of range is an error now
+        self._state: Any = None
+        self._looked_at: tuple[Any, ...] = ()
+        self.names(group)
+        self._chain = _built(words, words.arguments(group))
 
     def names(self, group: Mapping[str, Any]) -> list[str]:
-        """The names of all its parameters: those given, or param_0, param_1, ..."""
-        given = group.get("param_names")
-        return given or [f"param_{self._first + i}" for i in range(len(group["params"]))]
+        """The names of all its parameters: those given, or param_0, param_1, ...
 
-    def step(self, group: dict[str, Any]) -> None:
-        """Read the gradients, and step. Parameters without a gradient are left alone."""
-        state = self.current(group)
-        tx = self._transformation(group)
-        parameters = {known.name: known.parameter for known in self._known}
-        gradients = {name: _gradient(name, p, group) for name, p in parameters.items()}
-        if all(g is None for g in gradients.values()) and _alone(state):
+        A parameter that the group holds twice has its first name.
+
+        Raises:
+            ValueError: there are too few names, or two parameters have one.
+        """
+        parameters = group["params"]
+        given = group.get("param_names")
+        if given and len(given) != len(parameters):
+            raise ValueError(
+                f"the group has {len(parameters)} parameters and {len(given)} param_names."
+            )
+        owners: dict[str, int] = {}
+        names: dict[int, str] = {}
+        for i, p in enumerate(parameters):
+            name = names.setdefault(id(p), given[i] if given else f"param_{self._first + i}")
+            if owners.setdefault(name, id(p)) != id(p):
+                raise ValueError(f"two parameters of the group are named '{name}'.")
+        return [names[id(p)] for p in parameters]
+
+    def prepare(self, group: dict[str, Any]) -> None:
+        """Find out all that can be wrong with a step, before any group is stepped."""
+        self.current(group)
+        for known in self._known:
+            _check_gradient(known)
+
+    def step(self, group: Mapping[str, Any]) -> None:
+        """Read the gradients, and step, as prepared. What has no gradient is left alone."""
+        tx = self._chain.transformation
+        assert tx is not None
+        ascends = group.get("maximize", False)
+        gradients = {known.name: _gradient(known.parameter, ascends) for known in self._known}
+        if all(g is None for g in gradients.values()) and _alone(self._state):
             return
-        detached = {name: p.detach() for name, p in parameters.items()}
-        updates, self._state = tx.update(gradients, state, detached, donate=True)
+        detached = {known.name: known.parameter.detach() for known in self._known}
+        updates, self._state = tx.update(gradients, self._state, detached, donate=True)
         for name, p in detached.items():
             _add(p, updates[name])
 
     def current(self, group: dict[str, Any]) -> Any:
         """The state for the group as it is now.
 
-        Where parameters were moved, frozen or unfrozen, or a part was switched on or off, what
+        Where parameters were moved, converted or unfrozen, or a part was switched on or off, what
         still has a place is carried over by name.
+
+        Raises:
+            ValueError: what was edited changes the blocks. The state stays as it was.
         """
-        before = self._arguments
-        tx = self._transformation(group)
-        known = self._trainable(group)
-        changed = before is None or structural(before) != structural(self._arguments or {})
+        chain = self._chain_of(group)
+        look = _look(group)
+        seen = self._state is not None and look == self._looked_at
+        known = self._known
+        if not seen:
+            known = self._trainable(group, {id(k.parameter) for k in self._known})
         if self._state is None:
-            self._state = tx.init({k.name: k.parameter.detach() for k in known})
-        elif changed or not _same_parameters(known, self._known):
-            self._state = _carried_over(tx, known, self._state)
-        self._known = known
+            state = _fresh(chain, known)
+        elif _needs_another_state(chain, self._chain) or not (
+            seen or _same_parameters(known, self._known)
+        ):
+            state = _carried_over(chain, known, self._state)
+        else:
+            state = self._state
+        self.adopt(Ready(chain, known, state))
+        self._looked_at = look
         return self._state
 
     def by_parameter(self, group: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
@@ -108,80 +162,162 @@ class GroupRun:
         *,
         strict: bool,
         cast: bool,
-    ) -> Loaded:
+    ) -> Ready:
         """A fresh state with saved values; the run itself is not changed.
 
         Args:
             group: as it will be after loading.
             saved: {parameter: its entries}.
         """
-        vocabulary = self._vocabulary(group)
-        tx = vocabulary.build(vocabulary.arguments(group))
-        known = self._trainable(group)
-        fresh = tx.init({k.name: k.parameter.detach() for k in known})
+        chain = self._chain_of(group)
+        own = [id(p) for p, entries in saved.items() if any(map(_is_own, entries))]
+        known = self._trainable(group, own)
+        fresh = _fresh(chain, known)
+        if not known:  # all are frozen, so that even what is shared had no place to be saved in
+            return Ready(chain, known, fresh)
+        places = state_dict(fresh)
         flat = {FORMAT_KEY: torch.tensor(FORMAT)}
         for name, p in zip(self.names(group), group["params"]):
             for entry, x in saved.get(p, {}).items():
-                key = entry.removeprefix(_SHARED)
-                flat[f"{name}/{entry}" if key == entry else key] = x
-        return load_state_dict(fresh, flat, strict=strict, cast=cast)
+                if not isinstance(x, Tensor):
+                    raise ValueError(
+                        f"'{entry}' of '{name}' is no tensor: that is another optimizer's state."
+                    )
+                full = f"{name}/{entry}"  # of a stage named "shared", perhaps
+                mine = _is_own(entry) or full in places
+                flat[full if mine else entry.removeprefix(_SHARED)] = x
+        found = load_state_dict(fresh, flat, strict=strict, cast=cast)
+        return Ready(chain, known, found.state)
 
-    def adopt(self, group: dict[str, Any], state: Any) -> None:
-        """Go on from this state, made for the group as it is now."""
-        self._transformation(group)
-        self._known = self._trainable(group)
-        self._state = state
+    def adopt(self, ready: Ready) -> None:
+        """Go on from here."""
+        self._chain, self._known, self._state = ready
+        self._looked_at = ()
 
-    def _vocabulary(self, group: Mapping[str, Any]) -> Vocabulary:
-        return Vocabulary(group.get("method", self._method))
+    def with_state(self, group: dict[str, Any], state: Any) -> Ready:
+        """Another state in the place of the current one."""
+        self.current(group)
+        return Ready(self._chain, self._known, state)
 
-    def _transformation(self, group: dict[str, Any]) -> GradientTransformation:
-        vocabulary = self._vocabulary(group)
-        arguments = vocabulary.arguments(group)
-        if self._built is None or not same_arguments(arguments, self._arguments or {}):
-            self._built = vocabulary.build(arguments)
-            self._arguments = arguments
-        return self._built
+    def _chain_of(self, group: dict[str, Any]) -> _Chain:
+        before = self._chain
+        method = group.get("method", self._method)
+        same_method = before.words.method is method
+        words = before.words if same_method else Vocabulary(method)
+        arguments = words.arguments(group)
+        built = before.transformation
+        if same_method and built is not None and same_arguments(arguments, before.arguments):
+            return before
+        return _built(words, arguments)
 
-    def _trainable(self, group: Mapping[str, Any]) -> list[_Known]:
-        """The parameters that require gradients, each once."""
+    def _trainable(self, group: Mapping[str, Any], others: Collection[int]) -> list[_Known]:
+        """The parameters that require gradients, and those with these identities, each once."""
         seen: dict[int, _Known] = {}
         for name, p in zip(self.names(group), group["params"]):
-            if p.requires_grad and id(p) not in seen:
-                seen[id(p)] = _Known(name, p, p.device, p.dtype)
+            if (p.requires_grad or id(p) in others) and id(p) not in seen:
+                seen[id(p)] = _Known(name, p, p.device, p.dtype, p.shape)
         return list(seen.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the chain, which holds functions: it is made anew."""
-        return {**self.__dict__, "_built": None}
+        """For pickle and deepcopy: the chain is made anew."""
+        chain = self._chain._replace(transformation=None)
+        return {**self.__dict__, "_chain": chain, "_looked_at": ()}
+
+
+def _built(words: Vocabulary, arguments: dict[str, Any]) -> _Chain:
+    return _Chain(words, arguments, structural(arguments), words.build(arguments))
+
+
+def _look(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides which parameters have a state, quickly."""
+    names = group.get("param_names")
+    seen = [(id(p), p.requires_grad, p.device, p.dtype, p.shape) for p in group["params"]]
+    return seen, None if names is None else list(names)
+
+
+def _is_own(entry: str) -> bool:
+    return not entry.startswith(_SHARED)
+
+
+def _needs_another_state(now: _Chain, before: _Chain) -> bool:
+    if now is before:
+        return False
+    if now.words.method is not before.words.method:
+        return True
+    return bool(now.structure != before.structure)
 
 
 def _same_parameters(a: list[_Known], b: list[_Known]) -> bool:
     return len(a) == len(b) and all(
-        x.parameter is y.parameter and x[2:] == y[2:] and x.name == y.name for x, y in zip(a, b)
+        x.parameter is y.parameter and x.name == y.name and x[2:] == y[2:] for x, y in zip(a, b)
     )
 
 
-def _carried_over(tx: GradientTransformation, known: list[_Known], old: Any) -> Any:
-    fresh = tx.init({k.name: k.parameter.detach() for k in known})
-    return load_state_dict(fresh, state_dict(old), strict=False, cast=True).state
-
-
-def _gradient(name: str, p: Tensor, group: Mapping[str, Any]) -> Tensor | None:
-    g = p.grad
-    if g is None:
-        return None
-    if g.layout is not torch.strided:
-        raise RuntimeError(
-            f"the gradient of '{name}' is sparse: build its layer with sparse=False, or give this "
-            "parameter to torch.optim.SparseAdam."
+def _fresh(chain: _Chain, known: list[_Known]) -> Any:
+    assert chain.transformation is not None
+    state = chain.transformation.init({k.name: k.parameter.detach() for k in known})
+    rates = [path for path, _ in walk(state) if path[-1:] and path[-1].startswith(_RATE)]
+    if chain.words.fixed and chain.arguments and len(rates) > 1:
+        raise TypeError(
+            "the transformation scales by a learning rate already, and lr= would do it again: give "
+            "it without scale_by_learning_rate, or give its recipe."
         )
-    return -g if group.get("maximize") else g
+    return state
+
+
+def _carried_over(chain: _Chain, known: list[_Known], old: Any) -> Any:
+    fresh = _fresh(chain, known)
+    try:
+        _check_same_blocks(fresh, old)
+        return load_state_dict(fresh, state_dict(old), strict=False, cast=True).state
+    except ValueError as error:
+        raise ValueError(
+            "the parameter group was edited in a way that its state can't follow; nothing was "
+            "changed. Undo it (max_size, merge, keep, or a parameter's shape), or go on with a new "
+            f"optimizer. {error}"
+        ) from error
+
+
+def _check_same_blocks(state: Any, other: Any) -> None:
+    ours, theirs = _blocks(state), _blocks(other)
+    for parameter in ours.keys() & theirs.keys():
+        if ours[parameter] != theirs[parameter]:
+            raise ValueError(f"'{parameter}' falls into other blocks than before.")
+
+
+def _blocks(state: Any) -> dict[str, set[str]]:
+    """{parameter: the names of its blocks}."""
+    found: dict[str, set[str]] = {}
+    for _, node in walk(state):
+        if isinstance(node, BlockedState):
+            for rows in block_names(node.layout).values():
+                for parameter, block in rows.values():
+                    found.setdefault(parameter, set()).add(block)
+    return found
+
+
+def _check_gradient(known: _Known) -> None:
+    g = known.parameter.grad
+    if g is not None and g.layout is not torch.strided:
+        raise RuntimeError(
+            f"the gradient of '{known.name}' is sparse: build its layer with sparse=False, or give "
+            "this parameter to torch.optim.SparseAdam."
+        )
+
+
+def _gradient(p: Tensor, ascends: bool) -> Tensor | None:
+    """None where a frozen parameter still has an old gradient."""
+    g = p.grad if p.requires_grad else None
+    return -g if ascends and g is not None else g
 
 
 def _alone(state: Any) -> bool:
-    """Whether no other rank waits for this one's updates."""
-    return all(owns_all(node) for _, node in walk(state) if isinstance(node, BlockedState))
+    """Whether no other rank waits for this one, which may own every block and yet be waited for."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    several = distributed.get_world_size() > 1
+    return not (several and any(isinstance(node, ShardedState) for _, node in walk(state)))
 
 
 def _add(p: Tensor, update: Tensor | None) -> None:

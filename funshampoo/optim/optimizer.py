@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Hyper
-from funshampoo.optim.group import GroupRun
-from funshampoo.optim.vocabulary import Vocabulary, without_objects
+from funshampoo.optim.group import GroupRun, Ready
+from funshampoo.optim.vocabulary import Vocabulary, is_plain, without_objects
+from funshampoo.recipes.reference import from_reference
 from funshampoo.recipes.shampoo import shampoo
-from funshampoo.state.checkpoint import Loaded
 from funshampoo.state.seeding import seed_from_adamw
 
 
@@ -32,8 +33,8 @@ class Optimizer(torch.optim.Optimizer):
     switched off loses its memory. `maximize=True` in a group ascends.
 
     A parameter whose gradient is None is left alone and its averages are corrected by the gradients
-    that it has had. One with requires_grad=False has no state until that changes. p.grad is never
-    written to.
+    that it has had. One with requires_grad=False has no state until that changes, is not moved, and
+    keeps the state that it had before. p.grad is never written to.
 
     `state` and `state_dict` present the state by parameter, in flat names such as
     "block_0_1/graft/onto/second" below each; `load_state_dict` checks all of it before it changes
@@ -63,23 +64,30 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         self._method = method
         self._runs: list[GroupRun] = []
-        defaults = Vocabulary(method).defaults(hyperparameters)
-        super().__init__(params, {**defaults, "maximize": False})
+        self._words = Vocabulary(method, hyperparameters)
+        super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyperparameters of their own; see torch.optim.Optimizer."""
+        words = self._words
         if isinstance(param_group, dict):
-            method = param_group.get("method", self._method)
-            own = Vocabulary(method).check_group(param_group)
-            param_group = {**own, **param_group} if "method" in param_group else param_group
+            if "method" in param_group:
+                words = Vocabulary(param_group["method"], param_group)
+                words.check_group(param_group)
+                param_group = {**words.defaults({}), **param_group}
+            else:
+                words.check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         first = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
-            self._runs.append(GroupRun(group, self._method, first))
+            self._runs.append(GroupRun(group, words, self._method, first))
         except Exception:
             self.param_groups.pop()
             raise
+        reference = getattr(words.method, "func", words.method) is from_reference
+        if reference and group["peak_lr"] is None:  # the constructor's lr, whatever lr is later
+            group["peak_lr"] = copy.deepcopy(group["lr"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -87,12 +95,16 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient (names the parameter).
+            TypeError, ValueError: what was edited in param_groups is out of range, or changes the
+                blocks. As with a sparse gradient, nothing has moved then.
             FailureLimitError: gradients or roots that failed too often in a row.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for run, group in zip(self._runs, self.param_groups):
+            run.prepare(group)
         for run, group in zip(self._runs, self.param_groups):
             run.step(group)
         return loss
@@ -115,9 +127,25 @@ class Optimizer(torch.optim.Optimizer):
         Functions and solvers among the hyperparameters are left out; loading keeps the ones given
         at construction.
         """
-        found = super().state_dict()
-        found["param_groups"] = [without_objects(group) for group in found["param_groups"]]
-        return found
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        index: dict[Tensor, int] = {}
+        groups = []
+        first = 0
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"], first):
+                index.setdefault(p, i)
+            first += len(group["params"])
+            rest = {name: value for name, value in group.items() if name != "params"}
+            groups.append({**without_objects(rest), "params": [index[p] for p in group["params"]]})
+        found: Any = {
+            "state": {index[p]: entries for p, entries in self.state.items()},
+            "param_groups": groups,
+        }
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, found)
+            found = found if replaced is None else replaced
+        return found  # type: ignore[no-any-return]
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, cast: bool = False
@@ -129,6 +157,9 @@ class Optimizer(torch.optim.Optimizer):
                 sharded, the union of all ranks' by `funshampoo.state.merged`.
             strict, cast: see `funshampoo.state.load_state_dict`.
 
+        The hyperparameters become the saved ones, as in torch.optim; a function or solver given at
+        construction stays.
+
         Raises:
             ValueError: other groups, names missing or unknown, other shapes or dtypes.
         """
@@ -136,45 +167,62 @@ class Optimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, given)
             given = given if replaced is None else replaced
-        saved_groups = given["param_groups"]
-        self._check_groups(saved_groups)
-        loaded: list[tuple[dict[str, Any], Loaded]] = []
-        for run, group, saved in zip(self._runs, self.param_groups, saved_groups):
-            kept = {k: v for k, v in saved.items() if k not in ("params", "param_names")}
-            merged = {**group, **kept}
-            by_parameter = {
+        self._check_fits(given, strict)
+        ready: list[tuple[dict[str, Any], Ready]] = []
+        for run, group, saved in zip(self._runs, self.param_groups, given["param_groups"]):
+            merged = {**group, **_hyperparameters(saved, group)}
+            entries = {
                 p: given["state"].get(index, {})
                 for p, index in zip(group["params"], saved["params"])
             }
-            loaded.append((merged, run.loaded(merged, by_parameter, strict=strict, cast=cast)))
-        for run, group, (merged, found) in zip(self._runs, self.param_groups, loaded):
+            ready.append((merged, run.loaded(merged, entries, strict=strict, cast=cast)))
+        for run, group, (merged, found) in zip(self._runs, self.param_groups, ready):
             group.update(merged)
-            run.adopt(group, found.state)
+            run.adopt(found)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def seed_from_adamw(self, saved: Mapping[str, Any]) -> None:
         """Take over the moments of a torch.optim.AdamW, so that a run in progress can switch.
 
+        Hyperparameters stay as they are here.
+
         Args:
             saved: its state_dict(), for the same parameters in the same order.
 
         Raises:
-            ValueError: see `funshampoo.state.seed_from_adamw`.
+            ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,
+                and they differ.
         """
         runs = list(zip(self._runs, self.param_groups))
-        names = [name for run, group in runs for name in run.names(group)]
-        seeded = [seed_from_adamw(run.current(group), saved, names) for run, group in runs]
-        for (run, group), state in zip(runs, seeded):
-            run.adopt(group, state)
+        names = [run.names(group) for run, group in runs]
+        _check_names(saved, [name for group in names for name in group])
+        ready = []
+        for i, (run, group) in enumerate(runs):
+            # Two groups may use the same name: only this one's are its own.
+            own = [n if i == j else f"group {j}/{n}" for j, g in enumerate(names) for n in g]
+            seeded = seed_from_adamw(run.current(group), saved, own)
+            ready.append(run.with_state(group, seeded))
+        for (run, _), found in zip(runs, ready):
+            run.adopt(found)
 
-    def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
+    def _check_fits(self, given: Any, strict: bool) -> None:
+        """The checkpoint has our groups, and no state of anything else."""
+        if not {"state", "param_groups"} <= given.keys():
+            raise ValueError("this is no state_dict of an optimizer: see funshampoo.state for one.")
+        saved: list[list[Any]] = [group["params"] for group in given["param_groups"]]
         ours = [len(group["params"]) for group in self.param_groups]
-        theirs = [len(group["params"]) for group in saved]
+        theirs = [len(indices) for indices in saved]
         if ours != theirs:
             raise ValueError(
                 f"the checkpoint has groups of {theirs} parameters, this optimizer of {ours}: "
                 "build it with the same groups."
+            )
+        foreign = given["state"].keys() - {index for indices in saved for index in indices}
+        if strict and foreign:
+            raise ValueError(
+                f"the checkpoint has a state for {min(map(str, foreign))}, which is in none of its "
+                "groups."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,7 +232,27 @@ class Optimizer(torch.optim.Optimizer):
             "param_groups": self.param_groups,
             "_method": self._method,
             "_runs": self._runs,
+            "_words": self._words,
         }
+
+
+def _hyperparameters(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved group says of hyperparameters: of functions it knows nothing."""
+    return {
+        name: copy.deepcopy(value)
+        for name, value in saved.items()
+        if name not in ("params", "param_names") and is_plain(group.get(name))
+    }
+
+
+def _check_names(saved: Mapping[str, Any], ours: Sequence[str]) -> None:
+    groups = saved["param_groups"]
+    if not all("param_names" in group for group in groups):
+        return
+    theirs = [name for group in groups for name in group["param_names"]]
+    for a, b in zip(theirs, ours):
+        if a != b:
+            raise ValueError(f"the AdamW has '{a}' where this optimizer has '{b}'.")
 
 
 class Shampoo(Optimizer):

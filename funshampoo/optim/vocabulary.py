@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Mapping
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,32 +17,52 @@ from funshampoo.transforms import scale_by_learning_rate
 Method = Any  # a recipe, or a transformation
 _RENAMED = {"learning_rate": "lr"}
 _OURS = {"params", "param_names", "method", "maximize"}
+_SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"}
+# What schedulers and other libraries keep in a group beside hyperparameters.
+_NOTES = {
+    "base_momentum",
+    "differentiable",
+    "initial_lr",
+    "lr_scale",
+    "max_lr",
+    "max_momentum",
+    "min_lr",
+    "name",
+    "swa_lr",
+}
 
 
 class Vocabulary:
     """What a method calls its hyperparameters, and what torch.optim does.
+
+    Args:
+        method: a recipe, or a transformation.
+        given: names of arguments. A recipe with **keywords gets those that it does not declare.
 
     >>> from funshampoo import adamw
     >>> Vocabulary(adamw).defaults({"lr": 0.1})["betas"]
     (0.9, 0.999)
     """
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, given: Iterable[str] = ()) -> None:
         self.method = method
         self.fixed = not callable(method)
+        self.extras: set[str] = set()
+        self._arguments: dict[str, Any] = {}
         if self.fixed:
             as_transformation(method)  # raises, where it is none
-            self._arguments: dict[str, Any] = {}
-            return
-        parameters = inspect.signature(method).parameters.values()
-        self._arguments = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-        self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        else:
+            parameters = inspect.signature(method).parameters.values()
+            variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
+            self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._paired = {"beta1", "beta2"} <= self._arguments.keys()
+        self._names = self._named()
+        if not self.fixed and self._open:
+            self.extras = set(given) - self._names.keys() - _OURS - _NOTES - _SYNONYMS.keys()
 
-    def names(self) -> dict[str, Any]:
+    def _named(self) -> dict[str, Any]:
         """{torch's name: default, or inspect.Parameter.empty}."""
-        if self.fixed:
-            return {}
         named = {_RENAMED.get(name, name): value for name, value in self._arguments.items()}
         if self._paired:
             named["betas"] = (named.pop("beta1"), named.pop("beta2"))
@@ -50,35 +72,26 @@ class Vocabulary:
         """All hyperparameters: those given, the method's defaults for the rest.
 
         Raises:
-            TypeError: one is unknown or missing.
+            TypeError: one is unknown.
         """
-        self._check_known(given)
-        if self.fixed:
-            return dict(given)
-        found = {**self.names(), **given}
+        self._check_known(given, {"maximize"})
+        found = {**self._names, **given}
         return {name: v for name, v in found.items() if v is not inspect.Parameter.empty}
 
-    def check_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The method's defaults, for a group with a method of its own; the group's names checked.
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Every entry of a new group is known.
 
         Raises:
-            TypeError: a name that torch.optim or the recipe uses, but not this wrapper.
+            TypeError: one is not.
         """
-        confusing = {
-            *self._arguments,
-            "eps",
-            "learning_rate",
-            "beta1",
-            "beta2",
-        } - self.names().keys()
-        self._check_known({name: None for name in group if name in confusing})
-        return {n: v for n, v in self.names().items() if v is not inspect.Parameter.empty}
+        self._check_known(group, _OURS | _NOTES, " Note what else you want in param_groups later.")
 
     def arguments(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The method's arguments from a group.
+        """The method's arguments from a group, as copies: the group may be edited in place.
 
         Raises:
             TypeError: one is missing, or lr is a function.
+            ValueError: betas is no pair.
         """
         if callable(group.get("lr")):
             raise TypeError(
@@ -86,49 +99,74 @@ class Vocabulary:
                 "torch.optim.lr_scheduler, or the schedule in a functional loop."
             )
         if self.fixed:
-            return {name: group[name] for name in ("lr",) if name in group}
-        values = {name: group[name] for name in self.names() if name in group}
+            return {"lr": _copied(group["lr"])} if "lr" in group else {}
+        values = {n: _copied(group[n]) for n in (*self._names, *self.extras) if n in group}
         if self._paired and "betas" in values:
-            values["beta1"], values["beta2"] = values.pop("betas")
-        arguments = {
-            name: values[_RENAMED.get(name, name)]
-            for name in self._arguments
-            if _RENAMED.get(name, name) in values
-        }
+            betas = values.pop("betas")
+            if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+                raise ValueError(f"betas is {betas!r}; give the pair (beta1, beta2).")
+            values["beta1"], values["beta2"] = betas
+        arguments = {name: values[name] for name in self.extras if name in values}
         for name, default in self._arguments.items():
-            if default is inspect.Parameter.empty and name not in arguments:
-                raise TypeError(f"{_RENAMED.get(name, name)} is missing: give it, or a default.")
+            own = _RENAMED.get(name, name)
+            if own in values:
+                arguments[name] = values[own]
+            elif default is inspect.Parameter.empty:
+                raise TypeError(f"{own} is missing: give it to the optimizer, or to every group.")
         return arguments
 
     def build(self, arguments: Mapping[str, Any]) -> GradientTransformation:
-        """The transformation with these arguments."""
-        if not self.fixed:
-            return as_transformation(self.method(**arguments))
-        given = as_transformation(self.method)
-        return chain(given, scale_by_learning_rate(arguments["lr"])) if arguments else given
+        """The transformation with these arguments.
 
-    def _check_known(self, given: Mapping[str, Any]) -> None:
-        known = {"lr"} if self.fixed else self.names().keys()
-        unknown = sorted(set(given) - known - _OURS)
-        if unknown and not (not self.fixed and self._open):
-            what = "a transformation" if self.fixed else f"{self.method.__name__}"
+        Raises:
+            TypeError: the method injects its hyperparameters into its state.
+        """
+        if self.fixed:
+            given = as_transformation(self.method)
+            return chain(given, scale_by_learning_rate(arguments["lr"])) if arguments else given
+        built = as_transformation(self.method(**arguments))
+        if built.name == "inject_hyperparams":
             raise TypeError(
-                f"{what} has no hyperparameter '{unknown[0]}'; it has {', '.join(sorted(known))}."
+                "inject_hyperparams keeps numbers in the state, where edits of param_groups do not "
+                "reach them: give the recipe itself."
             )
+        return built
+
+    def _check_known(self, given: Iterable[str], others: set[str], remedy: str = "") -> None:
+        known = {"lr"} if self.fixed else self._names.keys()
+        unknown = sorted(set(given) - known - others - self.extras)
+        if not unknown:
+            return
+        name = unknown[0]
+        likely = difflib.get_close_matches(name, known, n=1)
+        meant = _SYNONYMS[name] if _SYNONYMS.get(name) in known else "".join(likely)
+        who = "a transformation" if self.fixed else getattr(self.method, "__name__", "the method")
+        raise TypeError(
+            f"{who} has no hyperparameter '{name}'"
+            + (f"; did you mean '{meant}'?" if meant else ".")
+            + f" It takes {', '.join(sorted(known))}.{remedy}"
+        )
 
 
 def same_arguments(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two calls of a recipe give the same chain. Tensors are compared by identity."""
+    """Whether two calls of a recipe give the same chain.
+
+    A tensor never is the same: it may have been written to, and stages may have computed with it.
+    """
 
     def same(x: Any, y: Any) -> bool:
-        if x is y:
-            return True
-        return type(x) is type(y) and not isinstance(x, Tensor) and bool(x == y)
+        if isinstance(x, Tensor):
+            return False
+        if type(x) in (tuple, list) and type(x) is type(y):
+            return len(x) == len(y) and all(map(same, x, y))
+        if type(x) is dict and type(y) is dict:
+            return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
+        return x is y or (type(x) is type(y) and bool(x == y))
 
-    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    return same(dict(a), dict(b))
 
 
-def structural(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def structural(arguments: Mapping[str, Any]) -> Any:
     """What of a recipe's arguments can change the structure of the state: not a number's value.
 
     But whether it is 0 or 1 can, since these switch parts off.
@@ -139,19 +177,40 @@ def structural(arguments: Mapping[str, Any]) -> dict[str, Any]:
             return "a tensor"
         if isinstance(value, float) and value not in (0.0, 1.0):
             return "a number"
+        if type(value) in (tuple, list):
+            return [kind(v) for v in value]
+        if type(value) is dict:
+            return {key: kind(v) for key, v in value.items()}
         return value
 
-    return {name: kind(value) for name, value in arguments.items()}
+    return kind(dict(arguments))
 
 
 def without_objects(group: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a group that torch.load(weights_only=True) can read."""
-    return {name: value for name, value in group.items() if _is_plain(value)}
+    return {name: _copied(value) for name, value in group.items() if is_plain(value)}
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether torch.load(weights_only=True) can read it: numbers, strings, tensors, containers."""
     if isinstance(value, dict):
-        return all(_is_plain(key) and _is_plain(v) for key, v in value.items())
+        return all(is_plain(key) and is_plain(v) for key, v in value.items())
     if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
+    value = _number(value)
     return value is None or type(value) in (bool, int, float, str) or type(value) is Tensor
+
+
+def _copied(value: Any) -> Any:
+    """Containers are copied, what they hold is not; NumPy's numbers become Python's."""
+    if type(value) in (tuple, list):
+        return type(value)([_copied(v) for v in value])
+    if type(value) is dict:
+        return {key: _copied(v) for key, v in value.items()}
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Number):
+        return value
+    return value.item() if hasattr(value, "item") else value

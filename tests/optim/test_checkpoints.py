@@ -1,0 +1,318 @@
+"""Checkpoints of the wrapper: all of it comes back, or nothing changes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Parameter
+
+import funshampoo as fs
+from funshampoo import linalg
+from funshampoo.state import merged
+from tests.optim.runs import (
+    ADAMW,
+    EVERYTHING,
+    METHODS,
+    REFERENCE,
+    SHAMPOO,
+    Method,
+    assert_same,
+    copies,
+    grads_of,
+    moved,
+    name_of,
+    parameters,
+    run,
+)
+from tests.optim.test_groups import flat, two_groups
+from tests.optim.test_protocol import model_of, train
+
+
+def through_a_file(saved: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    found: dict[str, Any] = torch.load(file, weights_only=True)
+    return found
+
+
+def resumed(params: dict[str, Parameter]) -> dict[str, Parameter]:
+    return {name: Parameter(p.detach().clone()) for name, p in params.items()}
+
+
+def second_group(method: Method) -> dict[str, Any]:
+    return {"lr": 0.01} if method.name == "bare" else {"lr": 0.01, "weight_decay": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [(m, torch.float64) for m in METHODS] + [(m, torch.bfloat16) for m in (EVERYTHING, ADAMW)],
+    ids=[m.name for m in METHODS] + ["everything_bfloat16", "adamw_bfloat16"],
+)
+@pytest.mark.parametrize("steps", [0, 2, 3])  # before and after the refresh of step 3
+def test_a_resumed_run_is_the_uninterrupted_one(
+    method: Method, steps: int, dtype: torch.dtype
+) -> None:
+    params, grads = parameters(dtype), grads_of(7, dtype)
+    optimizer = method.optimizer(two_groups(params, second_group(method)))
+    run(optimizer, params, grads[:steps])
+    again = resumed(params)
+    saved = through_a_file(optimizer.state_dict())
+    other = method.optimizer(two_groups(again, second_group(method)))
+    other.load_state_dict(saved)
+    run(optimizer, params, grads[steps:])
+    run(other, again, grads[steps:])
+    assert_same(params, again)
+    assert_same(flat(optimizer), flat(other))
+
+
+def test_scheduled_and_edited_numbers_come_back() -> None:
+    params, grads = parameters(), grads_of(8)
+    optimizer = SHAMPOO.optimizer(params.items())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+    for g in grads[:4]:
+        run(optimizer, params, [g])
+        scheduler.step()
+    optimizer.param_groups[0].update(betas=(0.5, 0.9), momentum=0.9)
+    again = resumed(params)
+    saved = through_a_file({"o": optimizer.state_dict(), "s": scheduler.state_dict()})
+    other = SHAMPOO.optimizer(again.items())
+    follower = torch.optim.lr_scheduler.ExponentialLR(other, 0.7)
+    other.load_state_dict(saved["o"])
+    follower.load_state_dict(saved["s"])
+    for g in grads[4:]:
+        run(optimizer, params, [g])
+        run(other, again, [g])
+        scheduler.step()
+        follower.step()
+    assert_same(params, again)
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert other.param_groups[0]["betas"] == (0.5, 0.9)
+
+
+def test_another_momentum_becomes_the_saved_one() -> None:
+    """Either way: the saved group says which parts there are."""
+    for saved_momentum, built in ((0.9, 0.0), (0.0, 0.9)):
+        params, grads = parameters(), grads_of(6)
+        optimizer = SHAMPOO.optimizer(params.items(), momentum=saved_momentum)
+        run(optimizer, params, grads[:4])
+        again = resumed(params)
+        other = SHAMPOO.optimizer(again.items(), momentum=built)
+        other.load_state_dict(optimizer.state_dict())
+        assert other.param_groups[0]["momentum"] == saved_momentum
+        run(optimizer, params, grads[4:])
+        run(other, again, grads[4:])
+        assert_same(params, again)
+
+
+def test_functions_given_at_construction_stay() -> None:
+    """They are in no checkpoint, whether the saved run had some or not."""
+    calls: list[str] = []
+    newton = linalg.coupled_newton()
+
+    def solver(A: Tensor, p: Any, epsilon: Any) -> Any:
+        calls.append("solver")
+        return newton(A, p, epsilon)
+
+    def mask(tree: Any) -> Any:
+        calls.append("mask")
+        return {name: x.ndim > 1 for name, x in tree.items()}
+
+    def distribute(*args: Any, **options: Any) -> Any:
+        calls.append("distribute")
+        return fs.sharded(*args, **options)
+
+    functions = {"solver": solver, "mask": mask, "distribute": distribute}
+    grads = grads_of(7)
+    for source in ({}, functions):
+        params = parameters()
+        optimizer = EVERYTHING.optimizer(params.items(), **source)
+        run(optimizer, params, grads[:4])
+        saved = through_a_file(optimizer.state_dict())
+        assert not source or not functions.keys() & saved["param_groups"][0].keys()
+        other = EVERYTHING.optimizer(params.items(), **functions)
+        other.load_state_dict(saved)
+        assert all(other.param_groups[0][name] is f for name, f in functions.items())
+        calls.clear()
+        run(other, params, grads[4:])
+        assert {"solver", "mask"} <= set(calls)
+
+
+def test_a_loaded_checkpoint_is_a_copy() -> None:
+    params, grads = parameters(), grads_of(5)
+    rate = torch.tensor(0.05, dtype=torch.float64)
+    optimizer = SHAMPOO.optimizer(params.items(), lr=rate)
+    run(optimizer, params, grads[:3])
+    saved = optimizer.state_dict()
+    state = copies(flat(optimizer))
+    other = SHAMPOO.optimizer(resumed(params).items())
+    other.load_state_dict(saved)
+    other.param_groups[0]["lr"].fill_(7.0)
+    again = dict(zip(params, other.param_groups[0]["params"]))
+    run(other, again, grads[3:])
+    assert float(rate) == 0.05
+    assert_same(flat(optimizer), state)
+
+
+Damage = Callable[[dict[str, Any]], Any]
+
+
+def first_entry(saved: dict[str, Any], ending: str) -> tuple[dict[str, Any], str]:
+    entries = saved["state"][0]
+    return entries, next(name for name in entries if name.endswith(ending))
+
+
+def changed(ending: str, change: Callable[[Tensor], Tensor]) -> Damage:
+    def damage(saved: dict[str, Any]) -> None:
+        entries, name = first_entry(saved, ending)
+        entries[name] = change(entries[name])
+
+    return damage
+
+
+def without(ending: str) -> Damage:
+    def damage(saved: dict[str, Any]) -> None:
+        entries, name = first_entry(saved, ending)
+        del entries[name]
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "shape": (changed("ema/average", lambda x: x[..., :-1]), "p5/block_1/.*ema/average' has shape"),
+    "dtype": (changed("ema/average", lambda x: x.float()), "cast=True converts it"),
+    "missing": (without("ema/average"), "missing from the checkpoint.*ema/average"),
+    "missing_parameter": (lambda s: s["state"].pop(2), "missing from the checkpoint"),
+    "unknown": (lambda s: s["state"][1].update(exp_avg=torch.zeros(2)), "unknown to.*exp_avg"),
+    "not_a_tensor": (lambda s: s["state"][1].update(step=3), "'step' of 'p4' is no tensor"),
+    "foreign_index": (lambda s: s["state"].update({99: {}}), "a state for 99"),
+    "groups": (lambda s: s["param_groups"].pop(), "the same groups"),
+    "group_size": (lambda s: s["param_groups"][1]["params"].pop(), "the same groups"),
+    "out_of_range": (lambda s: s["param_groups"][1].update(lr=-1.0), "learning_rate is -1.0"),
+    "other_blocks": (lambda s: s["param_groups"][1].update(max_size=2), "another max_size"),
+    "no_groups": (lambda s: s.pop("param_groups"), "no state_dict of an optimizer"),
+    "not_flat": (lambda s: s.update({"state": {}}), "missing from the checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_does_not_fit_is_an_error_that_changes_nothing(name: str) -> None:
+    params, grads = parameters(), grads_of(8)
+    optimizer = SHAMPOO.optimizer(two_groups(params, {"lr": 0.01}))
+    run(optimizer, params, grads[:3])
+    saved = through_a_file(optimizer.state_dict())
+    run(optimizer, params, grads[3:6])
+    for group in saved["param_groups"]:
+        group["lr"] = 0.5
+    damage, message = DAMAGES[name]
+    damage(saved)
+    state = copies(flat(optimizer))
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        optimizer.load_state_dict(saved)
+    assert_same(flat(optimizer), state)
+    assert groups == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    run(optimizer, params, grads[6:])
+    twins = parameters()
+    run(SHAMPOO.optimizer(two_groups(twins, {"lr": 0.01})), twins, grads)
+    assert_same(params, twins)
+
+
+def test_a_checkpoint_of_torch_optim_is_an_error() -> None:
+    params = parameters()
+    adamw = torch.optim.AdamW(params.values())
+    run(adamw, params, grads_of(1))
+    with pytest.raises(ValueError, match="unknown to the state"):
+        fs.Optimizer(params.values(), fs.adamw).load_state_dict(adamw.state_dict())
+
+
+def test_strict_and_cast_are_handed_on() -> None:
+    params, grads = parameters(), grads_of(4)
+    optimizer = SHAMPOO.optimizer(params.items())
+    run(optimizer, params, grads)
+    saved = through_a_file(optimizer.state_dict())
+    changed("ema/average", lambda x: x.float())(saved)
+    optimizer.load_state_dict(saved, cast=True)
+    entries, name = first_entry({"state": [optimizer.state[params["p5"]]]}, "ema/average")
+    assert entries[name].dtype == torch.float64
+    assert torch.equal(entries[name].float(), first_entry(saved, "ema/average")[0][name])
+    without("ema/average")(saved)
+    optimizer.load_state_dict(saved, strict=False)
+    assert not optimizer.state[params["p5"]][name].any()  # as in a fresh state
+
+
+def test_a_frozen_parameters_state_comes_back() -> None:
+    params, grads = parameters(), grads_of(6)
+    optimizer = SHAMPOO.optimizer(params.items())
+    run(optimizer, params, grads[:3])
+    params["p3"].requires_grad_(False)
+    saved = through_a_file(optimizer.state_dict())
+    again = resumed(params)
+    again["p3"].requires_grad_(False)
+    other = SHAMPOO.optimizer(again.items())
+    other.load_state_dict(saved)
+    for p in (params["p3"], again["p3"]):
+        p.requires_grad_(True)
+    run(optimizer, params, grads[3:])
+    run(other, again, grads[3:])
+    assert_same(params, again)
+
+
+def test_a_stage_may_be_called_shared() -> None:
+    """As is the place where a counter stands with every parameter."""
+    rate = fs.scale_by_learning_rate(lambda count: 0.1 / (1 + count))
+    tx = fs.chain(("shared", fs.trace(0.9)), rate)
+    params, grads = parameters(), grads_of(5)
+    optimizer = fs.Optimizer(params.items(), tx)
+    run(optimizer, params, grads[:3])
+    assert optimizer.state[params["p0"]].keys() == {
+        "shared/buffer",
+        "shared/scale_by_learning_rate/steps",
+    }
+    again = resumed(params)
+    other = fs.Optimizer(again.items(), tx)
+    other.load_state_dict(optimizer.state_dict())
+    run(optimizer, params, grads[3:])
+    run(other, again, grads[3:])
+    assert_same(params, again)
+
+
+def test_merged_parts_of_one_rank_load() -> None:
+    params, grads = parameters(), grads_of(4)
+    optimizer = SHAMPOO.optimizer(params.items())
+    run(optimizer, params, grads)
+    whole = merged([optimizer.state_dict(), optimizer.state_dict()])
+    other = SHAMPOO.optimizer(resumed(params).items())
+    other.load_state_dict(whole)
+    assert_same(flat(other), flat(optimizer))
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("method", [SHAMPOO, EVERYTHING, REFERENCE], ids=name_of)
+def test_distributed_checkpoint_state_dicts(method: Method, flatten: bool) -> None:
+    """By the parameters' full names, as torch.distributed.checkpoint has them."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = model_of()
+    optimizer = method.optimizer(model.parameters())
+    train(model, optimizer, range(4))
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    assert any("0.weight" in key for key in (saved if flatten else saved["state"]))
+    again = model_of()
+    again.load_state_dict(model.state_dict())
+    other = method.optimizer(again.parameters())
+    set_optimizer_state_dict(again, other, through_a_file(dict(saved)), options=options)
+    train(model, optimizer, range(4, 8))
+    before = copies(dict(again.named_parameters()))
+    train(again, other, range(4, 8))
+    assert moved(dict(again.named_parameters()), before)
+    assert_same(dict(model.named_parameters()), dict(again.named_parameters()))

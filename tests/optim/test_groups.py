@@ -1,0 +1,351 @@
+"""Parameter groups: their own numbers, their own recipes, added late, edited between steps."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import funshampoo as fs
+from tests.optim.runs import (
+    ADAMW,
+    BARE,
+    EVERYTHING,
+    REFERENCE,
+    SGD,
+    SHAMPOO,
+    Method,
+    assert_same,
+    copies,
+    functional,
+    grads_of,
+    moved,
+    name_of,
+    parameters,
+    run,
+)
+
+FIRST, SECOND = ["p5", "p4", "p3"], ["p2", "p1", "p0"]
+
+
+def part(tree: Any, names: list[str]) -> dict[str, Any]:
+    return {name: tree[name] for name in names}
+
+
+def two_groups(params: Any, second: dict[str, Any]) -> list[dict[str, Any]]:
+    halves = [part(params, FIRST), part(params, SECOND)]
+    return [{"params": halves[0].items()}, {"params": halves[1].items(), **second}]
+
+
+def separately(first: Method, second: Method, steps: int) -> dict[str, torch.Tensor]:
+    """Each half of the parameters by a functional loop of its own."""
+    params, grads = parameters(), grads_of(steps)
+    found: dict[str, torch.Tensor] = {}
+    for method, names in ((first, FIRST), (second, SECOND)):
+        tx = method.transformation()
+        found |= functional([(tx, part(g, names)) for g in grads], part(params, names))[0]
+    return part(found, list(params))
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        (SHAMPOO, {"lr": 0.01, "betas": (0.5, 0.9), "momentum": 0.9, "max_size": 2, "every": 2}),
+        (ADAMW, {"lr": 0.01, "weight_decay": 0.0}),
+        (SGD, {"lr": 0.01, "momentum": 0.0, "dampening": 0.0}),
+        (REFERENCE, {"lr": 0.01, "betas": (0.5, 0.9)}),
+        (BARE, {"lr": 0.01}),
+    ],
+    ids=["shampoo", "adamw", "sgd", "from_reference", "bare"],
+)
+def test_a_group_has_hyperparameters_of_its_own(method: Method, own: dict[str, Any]) -> None:
+    params = parameters()
+    run(method.optimizer(two_groups(params, own)), params, grads_of(7))
+    changed = method._replace(options={**method.options, **own})
+    assert_same(params, separately(method, changed, 7))
+
+
+@pytest.mark.parametrize("second", [ADAMW, SGD, BARE, REFERENCE], ids=name_of)
+def test_a_group_has_a_recipe_of_its_own(second: Method) -> None:
+    params = parameters()
+    own = {"method": second.method, **second.options}
+    optimizer = SHAMPOO.optimizer(two_groups(params, own), weight_decay=0.3)
+    run(optimizer, params, grads_of(7))
+    first = SHAMPOO._replace(options={**SHAMPOO.options, "weight_decay": 0.3})
+    assert_same(params, separately(first, second, 7))
+
+
+def test_a_group_with_its_own_recipe_has_that_recipes_defaults() -> None:
+    params = parameters()
+    groups = two_groups(params, {"method": fs.adamw, "lr": 0.05})
+    run(fs.Optimizer(groups, fs.sgd, lr=0.1, weight_decay=0.5), params, grads_of(5))
+    sgd = Method("", fs.sgd, {"lr": 0.1, "weight_decay": 0.5})
+    adamw = Method("", fs.adamw, {"lr": 0.05})  # with its own weight decay, 0.01
+    assert_same(params, separately(sgd, adamw, 5))
+
+
+EDITS: list[tuple[Method, dict[str, Any]]] = [
+    (SHAMPOO, {"lr": 0.01}),
+    (SHAMPOO, {"lr": 1}),
+    (SHAMPOO, {"lr": 0.0}),
+    (SHAMPOO, {"betas": (0.5, 0.8)}),
+    (SHAMPOO, {"betas": [0.5, 0.8]}),
+    (SHAMPOO, {"epsilon": 1e-2}),
+    (SHAMPOO, {"every": 1}),
+    (SHAMPOO, {"weight_decay": 0.2}),
+    (EVERYTHING, {"weight_decay": 0.0}),
+    (EVERYTHING, {"momentum": 0.5}),
+    (EVERYTHING, {"nesterov": False}),
+    (SGD, {"momentum": 0.5, "weight_decay": 0.2}),
+    (ADAMW, {"betas": (0.5, 0.8), "epsilon": 1e-2, "weight_decay": 0.0}),
+    (REFERENCE, {"betas": (0.5, 0.8), "epsilon": 1e-2, "weight_decay": 0.1}),
+    (BARE, {"lr": 0.01}),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "edit"), EDITS, ids=[f"{m.name}-{'-'.join(map(str, e))}" for m, e in EDITS]
+)
+def test_an_edit_takes_effect_at_the_next_step(method: Method, edit: dict[str, Any]) -> None:
+    """Mistake 13: a value read at construction, so that betas or decay could not be scheduled."""
+    params, grads = parameters(), grads_of(9)
+    before, after = method.transformation(), method.transformation(**edit)
+    txs = 4 * [before] + 3 * [after] + 2 * [before]
+    expected, _ = functional(list(zip(txs, grads)), params)
+    optimizer = method.optimizer(params.items())
+    old = {name: optimizer.param_groups[0][name] for name in edit}
+    run(optimizer, params, grads[:4])
+    unedited = copies(params)
+    optimizer.param_groups[0].update(edit)
+    run(optimizer, params, grads[4:5])
+    if edit == {"lr": 0.0}:
+        assert not moved(params, unedited)
+    run(optimizer, params, grads[5:7])
+    optimizer.param_groups[0].update(old)
+    run(optimizer, params, grads[7:])
+    assert_same(params, expected)
+    unchanged, _ = functional([(before, g) for g in grads], parameters())
+    assert moved(params, unchanged)  # the edit does something
+
+
+@pytest.mark.parametrize("method", [SHAMPOO, REFERENCE], ids=name_of)
+def test_a_list_of_betas_edited_in_place_takes_effect(method: Method) -> None:
+    params, grads = parameters(), grads_of(6)
+    optimizer = method.optimizer(params.items(), betas=[0.9, 0.99])
+    run(optimizer, params, grads[:3])
+    optimizer.param_groups[0]["betas"][0] = 0.3
+    run(optimizer, params, grads[3:])
+    before, after = (method.transformation(betas=(b, 0.99)) for b in (0.9, 0.3))
+    expected, _ = functional(list(zip(3 * [before] + 3 * [after], grads)), parameters())
+    assert_same(params, expected)
+
+
+def test_a_config_edited_in_place_takes_effect() -> None:
+    params, grads = parameters(), grads_of(6)
+    config = {"type": "AdamPreconditionerConfig", "epsilon": 1e-8}
+    optimizer = REFERENCE.optimizer(params.items(), grafting_config=config)
+    run(optimizer, params, grads[:3])
+    optimizer.param_groups[0]["grafting_config"]["epsilon"] = 1.0
+    run(optimizer, params, grads[3:])
+    before, after = (
+        REFERENCE.transformation(grafting_config={**config, "epsilon": e}) for e in (1e-8, 1.0)
+    )
+    expected, _ = functional(list(zip(3 * [before] + 3 * [after], grads)), parameters())
+    assert_same(params, expected)
+
+
+def test_momentum_switched_on_and_off_between_steps() -> None:
+    """It starts from nothing, twice; everything else goes on."""
+    params, grads = parameters(), grads_of(12)
+    optimizer = SHAMPOO.optimizer(params.items())
+    now, state = copies(params), None
+    for i, momentum in enumerate([0.0, 0.9, 0.0, 0.9]):
+        mine = grads[3 * i : 3 * i + 3]
+        tx = SHAMPOO.transformation(momentum=momentum)
+        now, state = functional([(tx, g) for g in mine], now, state)
+        optimizer.param_groups[0]["momentum"] = momentum
+        run(optimizer, params, mine)
+        names = {entry.rsplit("/", 2)[-2] for entry in optimizer.state[params["p5"]]}
+        assert ("trace" in names) == (momentum > 0)
+        assert_same(params, now)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"max_size": 2}, {"max_size": None}, {"merge": "none"}],
+    ids=["smaller", "whole", "merge"],
+)
+def test_other_blocks_in_mid_run_are_an_error_that_changes_nothing(edit: dict[str, Any]) -> None:
+    params, grads = parameters(), grads_of(8)
+    optimizer = SHAMPOO.optimizer(params.items())
+    run(optimizer, params, grads[:4])
+    before, state = copies(params), copies(flat(optimizer))
+    old = {name: optimizer.param_groups[0][name] for name in edit}
+    optimizer.param_groups[0].update(edit)
+    for _ in range(2):  # the second attempt as well
+        with pytest.raises(ValueError, match=r"can't follow.*max_size"):
+            run(optimizer, params, grads[4:5])
+    assert not moved(params, before)
+    optimizer.param_groups[0].update(old)
+    assert_same(flat(optimizer), state)
+    run(optimizer, params, grads[4:])
+    tx = SHAMPOO.transformation()
+    assert_same(params, functional([(tx, g) for g in grads], parameters())[0])
+
+
+def flat(optimizer: fs.Optimizer) -> dict[str, torch.Tensor]:
+    found = {}
+    for i, entries in enumerate(optimizer.state.values()):
+        found |= {f"{i}/{name}": x for name, x in entries.items()}
+    return found
+
+
+@pytest.mark.parametrize("method", [EVERYTHING, REFERENCE, ADAMW, BARE], ids=name_of)
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_group_added_late_starts_fresh(method: Method, steps: int) -> None:
+    """Mistake 14: state made at construction, so that added parameters had none."""
+    params, grads = parameters(), grads_of(9)
+    optimizer = method.optimizer(list(part(params, FIRST).items()))
+    run(optimizer, part(params, FIRST), grads[:steps])
+    optimizer.add_param_group({"params": part(params, SECOND).items(), "lr": 0.01})
+    run(optimizer, params, grads[steps:])
+    tx, late = method.transformation(), method.transformation(lr=0.01)
+    first, _ = functional([(tx, part(g, FIRST)) for g in grads], part(parameters(), FIRST))
+    start = part(parameters(), SECOND)
+    second, _ = functional([(late, part(g, SECOND)) for g in grads[steps:]], start)
+    assert_same(params, part(first | second, list(params)))
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_refused_group_is_not_added() -> None:
+    params, grads = parameters(), grads_of(3)
+    optimizer = SHAMPOO.optimizer(part(params, FIRST).items())
+    for wrong, error in (
+        ({"betas": (0.9, 2.0)}, ValueError),
+        ({"betas": (0.9,)}, ValueError),
+        ({"eps": 1e-8}, TypeError),
+        ({"method": fs.sgd, "nesterov": True}, ValueError),
+        ({"method": "adamw"}, TypeError),
+    ):
+        with pytest.raises(error):
+            optimizer.add_param_group({"params": part(params, SECOND).items(), **wrong})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": part(params, SECOND).items()})
+    before = copies(params)
+    run(optimizer, params, grads)
+    assert moved(params, before) == params.keys()
+
+
+UNKNOWN: list[tuple[Any, dict[str, Any], str]] = [
+    (fs.adamw, {"eps": 1e-8}, "did you mean 'epsilon'"),
+    (fs.adamw, {"learning_rate": 0.1}, "did you mean 'lr'"),
+    (fs.adamw, {"lr": 0.1, "beta1": 0.9}, "did you mean 'betas'"),
+    (fs.adamw, {"weight_deacy": 0.1}, "did you mean 'weight_decay'"),
+    (fs.adamw, {"amsgrad": True}, "no hyperparameter 'amsgrad'"),
+    (fs.adamw, {"momentum": 0.9}, "It takes betas, epsilon, lr, mask, weight_decay"),
+    (fs.sgd, {"lr": 0.1, "learning_rate": 0.1}, "did you mean 'lr'"),
+    (fs.shampoo, {"lr": 0.1, "mx_size": 3}, "did you mean 'max_size'"),
+    (fs.from_reference, {"eps": 1e-8}, "did you mean 'epsilon'"),
+    (fs.from_reference, {"precondition_frequenzy": 3}, "'precondition_frequenzy'"),
+    (functools.partial(fs.adamw, weight_decay=0.0), {"eps": 1e-8}, "did you mean 'epsilon'"),
+    (fs.chain(fs.scale_by_adam()), {"lr": 0.1, "betas": (0.9, 0.9)}, "takes lr"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"), UNKNOWN, ids=[str(list(given)[-1]) for _, given, _ in UNKNOWN]
+)
+def test_an_unknown_name_is_an_error_with_its_remedy(
+    method: Any, given: dict[str, Any], message: str
+) -> None:
+    p = Parameter(torch.zeros(2))
+    with pytest.raises(TypeError, match=message):
+        fs.Optimizer([p], method, **given)
+    with pytest.raises(TypeError, match=message):
+        fs.Optimizer([{"params": [p], **given}], method, **({"lr": 0.1} if "lr" in given else {}))
+
+
+def test_what_other_libraries_note_in_a_group_is_kept() -> None:
+    groups = [{"params": [Parameter(torch.zeros(2))], "name": "head", "lr_scale": 0.5}]
+    optimizer = fs.Optimizer(groups, fs.from_reference, epsilon=1e-4)
+    optimizer.param_groups[0]["mine"] = 3
+    optimizer.step()
+    saved = optimizer.state_dict()["param_groups"][0]
+    assert (saved["name"], saved["lr_scale"], saved["mine"]) == ("head", 0.5, 3)
+
+
+@pytest.mark.parametrize("method", [fs.shampoo, fs.sgd])
+def test_a_missing_rate_is_an_error(method: Any) -> None:
+    p, q = Parameter(torch.zeros(2)), Parameter(torch.zeros(2))
+    with pytest.raises(TypeError, match="lr is missing"):
+        fs.Optimizer([p], method)
+    with pytest.raises(TypeError, match="lr is missing"):
+        fs.Optimizer([{"params": [p], "lr": 0.1}, {"params": [q]}], method)
+    given = fs.Optimizer([{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.2}], method)
+    assert [group["lr"] for group in given.param_groups] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("tx", [fs.adamw(0.1), fs.shampoo(0.1), fs.scale_by_learning_rate(0.1)])
+def test_a_rate_given_twice_is_an_error(tx: fs.GradientTransformation) -> None:
+    """Two factors of minus lr would ascend."""
+    params = parameters()
+    before = copies(params)
+    optimizer = fs.Optimizer(params.items(), tx, lr=0.1)
+    with pytest.raises(TypeError, match="scales by a learning rate already"):
+        run(optimizer, params, grads_of(1))
+    assert not moved(params, before)
+
+
+def test_a_transformation_with_its_own_rate_needs_none() -> None:
+    params, grads = parameters(), grads_of(5)
+    tx = fs.shampoo(0.05, every=2)
+    run(fs.Optimizer(params.items(), tx), params, grads)
+    assert_same(params, functional([(tx, g) for g in grads], parameters())[0])
+
+
+def test_injected_hyperparameters_would_shadow_the_group() -> None:
+    with pytest.raises(TypeError, match="give the recipe itself"):
+        fs.Optimizer(parameters().values(), fs.inject_hyperparams(fs.sgd), lr=0.1)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    params, grads = parameters(), grads_of(3)
+    optimizer = fs.Optimizer(params.items(), fs.adamw, lr=numpy.float32(0.5))
+    run(optimizer, params, grads)
+    expected, _ = functional([(fs.adamw(0.5), g) for g in grads], parameters())
+    assert_same(params, expected)
+    assert type(optimizer.state_dict()["param_groups"][0]["lr"]) is float
+
+
+@pytest.mark.parametrize("edit", [{"lr": -0.1}, {"betas": (0.9, 1.5)}, {"betas": 0.9}])
+def test_a_group_out_of_range_stops_the_step_before_any_group_moves(edit: dict[str, Any]) -> None:
+    params = parameters()
+    optimizer = SHAMPOO.optimizer(two_groups(params, {}))
+    before = copies(params)
+    optimizer.param_groups[1].update(edit)
+    with pytest.raises(ValueError, match=f"{'learning_rate' if 'lr' in edit else 'beta'}"):
+        run(optimizer, params, grads_of(1))
+    assert not moved(params, before)
+
+
+def test_two_parameters_of_one_name_are_an_error() -> None:
+    named = [("w", Parameter(torch.zeros(2))), ("w", Parameter(torch.ones(2)))]
+    with pytest.raises(ValueError, match="two parameters of the group are named 'w'"):
+        fs.Optimizer(named, fs.sgd, lr=0.1)
+
+
+def test_a_group_edited_to_another_method_follows() -> None:
+    """What both methods remember goes on; the rest starts from nothing."""
+    params, grads = parameters(), grads_of(6)
+    slow, fast = (fs.chain(fs.scale_by_adam(0.9, b)) for b in (0.99, 0.5))
+    optimizer = fs.Optimizer(params.items(), slow, lr=0.1)
+    run(optimizer, params, grads[:3])
+    optimizer.param_groups[0]["method"] = fast
+    run(optimizer, params, grads[3:])
+    rated = [fs.chain(m, fs.scale_by_learning_rate(0.1)) for m in (slow, fast)]
+    txs = 3 * rated[:1] + 3 * rated[1:]
+    assert_same(params, functional(list(zip(txs, grads)), parameters())[0])

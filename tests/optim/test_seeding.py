@@ -1,0 +1,180 @@
+"""A run of torch.optim.AdamW goes on under the wrapper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import funshampoo as fs
+from tests.optim.runs import (
+    assert_same,
+    copies,
+    grads_of,
+    moved,
+    parameters,
+    run,
+)
+from tests.optim.test_groups import two_groups
+
+OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}
+
+
+def adamw_run(params: Any, steps: int, **options: Any) -> torch.optim.AdamW:
+    adamw = torch.optim.AdamW(params.values(), **{**OPTIONS, **options})
+    run(adamw, params, grads_of(steps))
+    return adamw
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("in_groups", [False, True], ids=["one_group", "two_groups"])
+def test_adamw_goes_on(steps: int, in_groups: bool) -> None:
+    params = parameters()
+    adamw = adamw_run(params, steps)
+    twins = {name: Parameter(p.detach().clone()) for name, p in params.items()}
+    given = two_groups(twins, {}) if in_groups else list(twins.values())
+    optimizer = fs.Optimizer(given, fs.adamw, **OPTIONS)
+    optimizer.seed_from_adamw(adamw.state_dict())
+    more = grads_of(10, seed=200)
+    run(adamw, params, more)
+    run(optimizer, twins, more)
+    assert_same(params, twins, 1e-12)
+
+
+def test_groups_with_the_same_names_keep_their_own_moments() -> None:
+    """As of two models in one optimizer: both have a "weight"."""
+    params = [Parameter(torch.zeros(3)), Parameter(torch.zeros(3))]
+    adamw = torch.optim.AdamW(params, lr=0.1)
+    for i, p in enumerate(params):
+        p.grad = torch.full_like(p, 1.0 + i)
+    adamw.step()
+    groups = [{"params": [("weight", p)]} for p in params]
+    optimizer = fs.Optimizer(groups, fs.adamw)
+    optimizer.seed_from_adamw(adamw.state_dict())
+    for p in params:
+        moment = optimizer.state[p]["scale_by_adam/second"]
+        assert torch.equal(moment, adamw.state[p]["exp_avg_sq"])
+        assert moment.any()
+
+
+@pytest.mark.parametrize("merge", ["none", "small", "matrix"])
+def test_the_grafting_of_shampoo_starts_with_adamws_second_moment(merge: str) -> None:
+    """Block by block, also where the last block along a side is ragged."""
+    params = {
+        "matrix": Parameter(torch.randn(6, 5, dtype=torch.float64)),
+        "kernel": Parameter(torch.randn(5, 3, 2, dtype=torch.float64)),
+        "bias": Parameter(torch.randn(9, dtype=torch.float64)),
+    }
+    adamw = torch.optim.AdamW(params.values(), **OPTIONS)
+    for step in range(3):
+        for i, p in enumerate(params.values()):
+            generator = torch.Generator().manual_seed(10 * step + i)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        adamw.step()
+    optimizer = fs.Shampoo(params.items(), betas=OPTIONS["betas"], max_size=4, merge=merge)
+    optimizer.seed_from_adamw(adamw.state_dict())
+    kernel = {"none": (5, 3, 2), "small": (5, 3, 2), "matrix": (5, 6)}[merge]
+    merged = {"matrix": (6, 5), "kernel": kernel, "bias": (9,)}
+    for name, p in params.items():
+        state = optimizer.state[p]
+        found = 0
+        for field, moment in (("graft/onto/second", "exp_avg_sq"), ("ema/average", "exp_avg")):
+            whole = adamw.state[p][moment].reshape(merged[name])
+            for entry, x in state.items():
+                if not entry.endswith(field):
+                    continue
+                at = [int(i) for i in entry.split("/")[0].split("_")[1:]]
+                block = whole[tuple(slice(4 * i, 4 * i + 4) for i in at)]
+                assert torch.equal(x, block), entry
+                found += 1
+        expected = 1
+        for side in merged[name]:
+            expected *= -(-side // 4)
+        assert found == 2 * expected
+        weights = {e.rsplit("/", 1)[1]: x for e, x in state.items() if "/onto/" in e}
+        assert float(weights["second_weight"]) == pytest.approx(1 - 0.95**3, rel=1e-14)
+        filters = [x for e, x in state.items() if e.endswith("ema/weight")]
+        assert [float(x) for x in filters] == pytest.approx([1 - 0.8**3] * expected, rel=1e-14)
+
+
+def test_a_parameter_that_adamw_has_not_moved_starts_fresh() -> None:
+    params = parameters()
+    adamw = torch.optim.AdamW(params.values(), **OPTIONS)
+    grads = [{n: x for n, x in g.items() if n != "p3"} for g in grads_of(2)]
+    run(adamw, params, grads)
+    optimizer = fs.Optimizer(params.items(), fs.adamw, **OPTIONS)
+    optimizer.seed_from_adamw(adamw.state_dict())
+    assert not optimizer.state[params["p3"]]["scale_by_adam/second"].any()
+    assert optimizer.state[params["p4"]]["scale_by_adam/second"].any()
+
+
+def test_a_listing_with_a_parameter_twice() -> None:
+    w, v = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        adamw = torch.optim.AdamW([w, v, w])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = fs.Optimizer([w, v, w], fs.adamw)
+    w.grad, v.grad = torch.ones(3), torch.ones(3)
+    adamw.step()
+    optimizer.seed_from_adamw(adamw.state_dict())
+    for p in (w, v):
+        second = optimizer.state[p]["scale_by_adam/second"]
+        assert torch.equal(second, adamw.state[p]["exp_avg_sq"])
+
+
+def _named(params: Any) -> Any:
+    return torch.optim.AdamW(list(params.items()), **OPTIONS)
+
+
+def _wrong(kind: str, params: Any) -> Any:
+    if kind == "order":
+        return adamw_run(dict(reversed(params.items())), 2)
+    if kind == "named_order":
+        other = dict(reversed(params.items()))
+        adamw = _named(other)
+        run(adamw, other, grads_of(2))
+        return adamw
+    if kind == "number":
+        return adamw_run({name: params[name] for name in ("p5", "p4")}, 2)
+    if kind == "amsgrad":
+        return adamw_run(params, 2, amsgrad=True)
+    if kind == "no_steps":
+        return adamw_run(params, 0)
+    sgd = torch.optim.SGD(params.values(), lr=0.1, momentum=0.9)
+    run(sgd, params, grads_of(2))
+    return sgd
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("order", "other shapes in the AdamW"),
+        ("named_order", "the AdamW has 'p0' where this optimizer has 'p5'"),
+        ("number", "the AdamW has 2 parameters"),
+        ("amsgrad", "amsgrad"),
+        ("no_steps", "no moments"),
+        ("sgd", "no state_dict of torch.optim.AdamW"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_that_changes_nothing(kind: str, message: str) -> None:
+    params = parameters()
+    wrong = _wrong(kind, parameters())
+    optimizer = fs.Optimizer(params.items(), fs.adamw, **OPTIONS)
+    run(optimizer, params, grads_of(2))
+    state = {n: x.clone() for p in params.values() for n, x in optimizer.state[p].items()}
+    before = copies(params)
+    with pytest.raises(ValueError, match=message):
+        optimizer.seed_from_adamw(wrong.state_dict())
+    now = {n: x for p in params.values() for n, x in optimizer.state[p].items()}
+    assert_same(now, state)
+    assert not moved(params, before)
+
+
+def test_a_method_without_moments_is_an_error() -> None:
+    params = parameters()
+    adamw = adamw_run(params, 2)
+    optimizer = fs.Optimizer(params.items(), fs.sgd, lr=0.1)
+    with pytest.raises(ValueError, match="no moments of these names to fill"):
+        optimizer.seed_from_adamw(adamw.state_dict())
