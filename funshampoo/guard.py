@@ -182,8 +182,13 @@ def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
         state: of any transformation; without a `guarded` in it the first two numbers are 0.
         device: of the report; by default that of the counters.
     """
-    guards = [node for _, node in walk(state) if isinstance(node, GuardedState)]
-    roots = [node for _, node in walk(state) if isinstance(node, FactorRoot)]
+    guards: list[GuardedState] = []
+    roots: list[FactorRoot] = []
+    for _, node in walk(state):
+        if isinstance(node, GuardedState):
+            guards.append(node)
+        elif isinstance(node, FactorRoot):
+            roots.append(node)
     held = [x for guard in guards for x in flatten(guard.held)[0]]
     streak = [x for guard in guards for x in flatten(guard.streak)[0]]
     numbers = [
@@ -224,7 +229,6 @@ def failing_blocks(
         layout: of the `BlockedState` around it; may be empty.
         rows: {stack: the rows of the full stack that the state holds}.
     """
-    names = block_names(layout)
     found: list[str] = []
 
     def look(place: Place, x: Tensor) -> Tensor:
@@ -236,8 +240,10 @@ def failing_blocks(
         for i in (worst >= max_failures).nonzero().flatten().tolist():
             block: tuple[str, ...] = (".".join(place.leaf) or "all parameters",)
             if place.stack is not None:
-                row = rows[place.stack][i]
-                block = names.get(place.stack, {}).get(row, (f"stack {place.stack} row {row}",))
+                known = rows.get(place.stack, place.rows)
+                row = i if known is None else known[i]
+                names = block_names(place.layout or layout).get(place.stack, {})
+                block = names.get(row, (f"stack {place.stack} row {row}",))
             found.append(f"{' '.join(block)}: {cause}")
         return x
 

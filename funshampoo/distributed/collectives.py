@@ -42,13 +42,13 @@ def check_outside_transforms(what: str) -> None:
     Raises:
         RuntimeError: inside a torch.func transform or torch.compile.
     """
-    if _functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            f"{what} can't run inside torch.func.vmap or grad: it talks to other ranks. Take the "
-            "gradient inside, and call update outside of the transform."
-        )
     if torch.compiler.is_compiling():
         raise RuntimeError(
             f"{what} can't be compiled: it talks to other ranks. Compile the loss and its "
             "gradient, and call update outside."
+        )
+    if _functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{what} can't run inside torch.func.vmap or grad: it talks to other ranks. Take the "
+            "gradient inside, and call update outside of the transform."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -56,10 +56,12 @@ def sharded(
     ranks end with the same bits, which are those of a run on one rank (in float32 on a CPU).
 
     The gradients have to be the same on all ranks: average them first, as DistributedDataParallel
-    does. Whether a block's gradient is finite, or there at all, is its owner's verdict for all. An
-    exception in `inner` on one rank is raised on every rank after the collective, so that nobody
-    waits for the rank that failed: at once on the CPU, elsewhere on the next step that is a
-    multiple of `every`, since looking waits for the device.
+    does. Whether a block's gradient is finite, or there at all, is its owner's verdict for all:
+    where it has none (None), every rank's update is zero. An exception in `inner` on one rank is
+    raised on every rank after the collective, so that nobody waits for the rank that failed: at
+    once on the CPU, elsewhere on the next step that is a multiple of `every`, since looking waits
+    for the device, with updates of zero from that rank until then. A state that was donated to a
+    failed step is spent: go on from a checkpoint.
 
     Args:
         inner: any transformation that treats blocks (leaves) one by one; in `shampoo` it is all
@@ -123,6 +125,7 @@ def sharded(
         block_ndim: int = 0,
         donate: bool = False,
         layout: Mapping[str, Any] | None = None,
+        absent: Mapping[str, Collection[int]] | None = None,
         **context: Any,
     ) -> tuple[Tree, ShardedState]:
         rank, size = rank_and_size(process_group)
@@ -131,19 +134,15 @@ def sharded(
         space = _Space(updates if params is None else params, block_ndim)
         shards = None if size == 1 else shards_of(space, size)
         own = space.everything() if shards is None else shards.owned_by(rank)
-        if space.described(own) != state.owned:
-            raise ValueError(
-                "sharded: the state holds other blocks than this rank owns. Call init on the ranks "
-                "that train; to go on from a checkpoint of other ranks, use "
-                "funshampoo.state.load_state_dict(tx.init(params), saved)."
-            )
         context |= {"block_ndim": block_ndim, "donate": donate, "stops": False}
-        context |= space.selected_context(context, own)
-        mine = space.select(updates, own)
-        my_params = None if params is None else space.select(params, own)
 
         def step() -> tuple[Tree, Any]:
-            return inner.update(mine, state.inner, my_params, **context)
+            # Whatever is wrong on this rank alone has to be found in here: the others are waiting.
+            _check_owned(space.described(own), state)
+            here = context | space.selected_context(context, own)
+            my_params = None if params is None else space.select(params, own)
+            out, new = inner.update(space.select(updates, own), state.inner, my_params, **here)
+            return space.without(out, absent or {}, own), new
 
         number = _number(state, context.get("step"))
         if shards is None:
@@ -153,24 +152,34 @@ def sharded(
             key = space.device, communication_dtype or space.dtype, shards.length * size
             buffer = buffers.pop(key, None) if donate else None
             exchange = _Exchange(shards, rank, process_group, key, buffer)
-            look = space.device.type == "cpu" or number % every == 0
+            look = space.device.type == "cpu" or number is None or number % every == 0
             out, new, report = exchange.run(step, space, look)
             if donate:
                 buffers[key] = exchange.buffer
         found = ShardedState(new, state.owned, report)
-        if max_failures is not None and number % every == 0:
+        if max_failures is not None and (number is None or number % every == 0):
             _stop_at(max_failures, found, layout or {}, process_group, size)
         return out, found
 
     return GradientTransformation(init, update, name=inner.name)
 
 
-def _number(state: ShardedState, step: int | None) -> int:
-    """The number of this step, from 1: as given, or as a `guarded` inside counts; else 1."""
+def _number(state: ShardedState, step: int | None) -> int | None:
+    """The number of this step, from 1: as given, or as a `guarded` inside counts; else None."""
     guard = find_state(state.inner, GuardedState)
     if step is not None or guard is None:
-        return step or 1
-    return (read_counter(guard.steps) or 0) + 1
+        return step
+    done = read_counter(guard.steps)
+    return None if done is None else done + 1
+
+
+def _check_owned(own: Mapping[str, Any], state: ShardedState) -> None:
+    if own != state.owned:
+        raise ValueError(
+            "sharded: the state holds other blocks than this rank owns. Call init on the ranks "
+            "that train; to go on from a checkpoint of other ranks, use "
+            "funshampoo.state.load_state_dict(tx.init(params), saved)."
+        )
 
 
 class _Space:
@@ -233,6 +242,26 @@ class _Space:
             selected["block_ids"] = {s: ids[s][p.first : p.first + p.rows] for s, p in own.items()}
         return selected
 
+    def without(
+        self, out: Tree, absent: Mapping[str, Collection[int]], own: Mapping[str, Piece]
+    ) -> Tree:
+        """The updates with zeros in the rows that had no gradient.
+
+        Args:
+            absent: {stack: rows of the full stack}.
+        """
+        if not self.in_blocks:
+            return out  # there such an update is None already
+        changed = dict(out)
+        for stack, piece in own.items():
+            rows = [
+                r - piece.first for r in absent.get(stack, ()) if 0 <= r - piece.first < piece.rows
+            ]
+            if rows:
+                index = torch.tensor(sorted(rows), device=out[stack].device)
+                changed[stack] = out[stack].index_fill(0, index, 0.0)
+        return changed
+
     def own_updates(self, out: Tree) -> dict[str, Tensor | None]:
         """{stack or leaf: update}, of those that this rank owns."""
         if self.in_blocks:
@@ -275,6 +304,7 @@ class _Exchange:
         shard = torch.empty_like(self.buffer[: shards.length])
         status = shard.narrow(0, shards.length - shards.status, shards.status).view(torch.float32)
         status.zero_()
+        status[5] = shards.fingerprint
         try:
             out, new = step()
             self._check_no_gradients(out)
@@ -282,26 +312,38 @@ class _Exchange:
             status[1:5] = failure_report(new, shard.device)
         except Exception as error:  # whatever it is: the others are waiting in the collective
             failure = error
+            shard[: shards.length - shards.status].zero_()
             status[0] = 1.0
         all_gather_into(self.buffer, shard, self.group)
         if failure is not None:
             raise failure
         full, statuses = unpack(self.buffer, shards, space.dtypes)
-        if look and bool(statuses[:, 0].any()):
-            failed = statuses[:, 0].nonzero().flatten().tolist()
-            raise RuntimeError(
-                f"sharded: the optimizer step failed on rank {failed[0]} of {len(statuses)}; its "
-                "own error says why. No rank has applied the step."
-            )
+        if look:
+            self._check(statuses)
         totals, longest = statuses[:, (1, 3)].sum(0), statuses[:, (2, 4)].amax(0)
         return space.rebuilt(full), new, torch.stack([totals, longest], dim=1).flatten()
+
+    def _check(self, statuses: Tensor) -> None:
+        """Raise what another rank has to say. Waits for the device."""
+        failed, *_, fingerprints = statuses.T.tolist()
+        if any(failed):
+            raise RuntimeError(
+                f"sharded: the optimizer step failed on rank {failed.index(1.0)} of {len(failed)}; "
+                "its own error says why. No rank has applied the step."
+            )
+        if set(fingerprints) != {self.shards.fingerprint}:
+            raise RuntimeError(
+                "sharded: the ranks do not agree on who owns which block. Give all of them the "
+                "same parameters in the same order, and the same every, cost, max_size and merge."
+            )
 
     @staticmethod
     def _check_no_gradients(out: Tree) -> None:
         if any(isinstance(u, Tensor) and u.requires_grad for u in flatten(out)[0]):
             raise RuntimeError(
                 "sharded: the updates require gradients, which end at the collective. Detach the "
-                "gradients, or differentiate through an optimizer that is not sharded."
+                "gradients and the parameters that you pass to update, or differentiate through an "
+                "optimizer that is not sharded."
             )
 
 

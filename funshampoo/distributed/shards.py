@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import owners_of
 
-STATUS = 6  # numbers of float32 at the end of each shard: a flag, the failure report, and one spare
+STATUS = 6  # numbers of float32 at the end of each shard: a flag, the failure report, a fingerprint
 
 
 class Blocks(NamedTuple):
@@ -41,6 +42,7 @@ class Shards(NamedTuple):
         used: elements of each rank's shard before padding.
         length: elements of a shard, status included.
         status: elements of the buffer's dtype that hold STATUS numbers of float32.
+        fingerprint: of who owns what, below 2^24, so that float32 holds it.
     """
 
     blocks: dict[str, Blocks]
@@ -48,6 +50,7 @@ class Shards(NamedTuple):
     used: tuple[int, ...]
     length: int
     status: int
+    fingerprint: int
 
     def owned_by(self, rank: int) -> dict[str, Piece]:
         """{stack: the rows of this rank}, without the stacks of which it has none."""
@@ -102,7 +105,8 @@ def _find_shards(
     status = STATUS * 4 // dtype.itemsize
     # Shards start where eight bytes do, so that the status can be read as another dtype.
     length = -(-max(used) // 4) * 4 + status
-    return Shards(stacks, tuple(pieces), tuple(used), length, status)
+    fingerprint = zlib.crc32(repr((blocks, pieces)).encode()) % 2**24
+    return Shards(stacks, tuple(pieces), tuple(used), length, status, fingerprint)
 
 
 def pack(shard: Tensor, shards: Shards, rank: int, stacks: Mapping[str, Tensor | None]) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -40,7 +42,7 @@ def connect(rank: int, size: int, store: str, timeout: float = COLLECTIVE_TIMEOU
 def _serve(rank: int, channel: Connection) -> None:
     while True:
         try:
-            function, arguments, size, store = channel.recv()
+            function, arguments, size, store = pickle.loads(channel.recv_bytes())
         except EOFError:  # the tests are over
             return
         try:
@@ -51,14 +53,20 @@ def _serve(rank: int, channel: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-        channel.send(result)
+        # As bytes: a tensor would be sent as a file descriptor, of which there are not many.
+        channel.send_bytes(pickle.dumps(result))
 
 
 class Ranks:
-    """Up to four processes; `ranks(n, function, ...)` returns what each of n returned."""
+    """Up to four processes; `ranks(n, function, ...)` returns what each of n returned.
 
-    def __init__(self) -> None:
-        self._servers: list[Any] = []
+    Args:
+        timeout: seconds until a call gives up and ends the processes.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT) -> None:
+        self.servers: list[Any] = []
+        self.timeout = timeout
         self._channels: list[Connection] = []
         self._folder = tempfile.TemporaryDirectory()
         self._runs = 0
@@ -68,39 +76,45 @@ class Ranks:
         self._runs += 1
         store = str(Path(self._folder.name) / f"store{self._runs}")
         for channel in self._channels[:size]:
-            channel.send((function, arguments, size, store))
-        results = []
+            channel.send_bytes(pickle.dumps((function, arguments, size, store)))
+        deadline = time.monotonic() + self.timeout
+        results, problems = [], []
         for rank, channel in enumerate(self._channels[:size]):
-            if not channel.poll(TIMEOUT):
-                self.stop()
-                pytest.fail(f"rank {rank} of {size} gave no answer within {TIMEOUT:g} s")
-            result, error = channel.recv()
-            if error:
-                self.stop()
-                pytest.fail(f"rank {rank} of {size}: {error}")
+            if not channel.poll(max(0.0, deadline - time.monotonic())):
+                problems.append(f"rank {rank} of {size} gave no answer in {self.timeout:g} s")
+                continue
+            try:
+                result, error = pickle.loads(channel.recv_bytes())
+            except EOFError:
+                result, error = None, "the process ended"
             results.append(result)
+            if error:
+                problems.append(f"rank {rank} of {size}: {error}")
+        if problems:
+            self.stop()
+            pytest.fail("\n".join(problems))
         return results
 
     def _start(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
-        for rank in range(len(self._servers), size):
+        for rank in range(len(self.servers), size):
             ours, theirs = context.Pipe()
             server = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             server.start()
             theirs.close()
-            self._servers.append(server)
+            self.servers.append(server)
             self._channels.append(ours)
 
     def stop(self) -> None:
         """End all processes."""
         for channel in self._channels:
             channel.close()
-        for server in self._servers:
+        for server in self.servers:
             server.join(2.0)
             if server.is_alive():
                 server.kill()
                 server.join()
-        self._servers, self._channels = [], []
+        self.servers, self._channels = [], []
 
     def close(self) -> None:
         """End all processes for good."""

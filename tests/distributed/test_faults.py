@@ -1,0 +1,334 @@
+"""Never poisoned, never hung: what happens on one rank alone (mistake 7)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import funshampoo as fs
+from funshampoo.distributed.shards import Blocks, find_shards
+from funshampoo.state import health, state_dict
+from tests.distributed.problems import Shapes, block_state, held_here, report_of, tree
+from tests.distributed.ranks import Ranks
+from tests.trees import assert_equal, tensors
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+SHAPES: Shapes = {"w": (16, 16), "kernel": (6, 3, 2), "bias": (9,), "scale": ()}
+OPTIONS = {"max_size": 8, "every": 3, "momentum": 0.9, "weight_decay": 0.1}
+STEPS = 8
+
+
+def one_entry(value: float) -> Callable[[Tensor], Tensor]:
+    def put(block: Tensor) -> Tensor:
+        block = block.clone()
+        block[3, 2] = value
+        return block
+
+    return put
+
+
+UNUSABLE = {
+    "nan": one_entry(float("nan")),
+    "inf": one_entry(float("inf")),
+    "-inf": one_entry(-float("inf")),
+    "1e30": one_entry(1e30),
+}
+STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "1e-30": lambda block: 1e-30 * block,
+    "zero": torch.zeros_like,
+    "rank_one": lambda block: torch.outer(block[0], block[1]),
+}
+FAULTS = UNUSABLE | STRANGE
+
+
+def place_of(state: Any, owned: bool) -> tuple[int, int]:
+    """The first block of w that this rank owns, or does not."""
+    mine = {name.split("/")[1] for name in state_dict(state) if name.startswith("w/")}
+    places = [(i, j) for i in range(2) for j in range(2)]
+    return next(p for p in places if (f"block_{p[0]}_{p[1]}" in mine) == owned)
+
+
+def clean_run() -> list[Any]:
+    """Parameters after every step without a fault, on one rank."""
+    tx, params = fs.shampoo(0.1, **OPTIONS), tree(0, SHAPES)
+    state, history = tx.init(params), [params]
+    for t in range(1, STEPS + 1):
+        updates, state = tx.update(tree(t, SHAPES), state, params)
+        params = fs.apply_updates(params, updates)
+        history.append(params)
+    return history
+
+
+def faulty_run(rank: int, fault: str, at: int, guilty: int, in_own: bool) -> Any:
+    """Rank `guilty` finds `fault` in one block of its gradient at step `at`."""
+    tx, params = fs.shampoo(0.1, distribute=fs.sharded, **OPTIONS), tree(0, SHAPES)
+    state = tx.init(params)
+    i, j = place_of(state, owned=in_own == (rank == guilty))
+    here = slice(8 * i, 8 * i + 8), slice(8 * j, 8 * j + 8)
+    held = in_own and fault in UNUSABLE
+    reports, history = [], []
+    for t in range(1, STEPS + 1):
+        g = tree(t, SHAPES)
+        if t == at and rank == guilty:
+            g["w"][here] = FAULTS[fault](g["w"][here])
+        before, block = block_state(state), params["w"][here].clone()
+        updates, state = tx.update(g, state, params, donate=True)
+        params = fs.apply_updates(params, updates)
+        assert all(torch.isfinite(x).all() for x in tensors((params, state))), (fault, t)
+        if t == at and held:
+            assert torch.equal(params["w"][here], block)
+            mine = [name for name in before if name.startswith(f"w/block_{i}_{j}/")]
+            assert bool(mine) == (rank == guilty)
+            for name in mine:  # statistics, moments, momentum, weights, roots
+                assert torch.equal(block_state(state)[name], before[name]), (fault, name)
+        reports.append(report_of(state))
+        history.append(params)
+    assert health(state, file=io.StringIO()).ranks == [tuple(reports[-1])]
+    assert held_here(state) == (1 if held and rank == guilty else 0)
+    for t, report in enumerate(reports, start=1):
+        assert report == [int(held and t >= at), int(held and t == at), 0, 0]
+    for got, expected in zip(history, clean_run()[1:]):
+        inside = torch.zeros(16, 16, dtype=torch.bool)
+        inside[here] = True
+        assert torch.equal(got["w"][~inside], expected["w"][~inside]), fault
+        assert_equal({**got, "w": ()}, {**expected, "w": ()})
+    # The block itself: untouched where its owner saw no fault, else it went another way.
+    assert torch.equal(history[-1]["w"][here], expected["w"][here]) == (not in_own)
+    return params
+
+
+def every_place(rank: int, fault: str) -> Any:
+    """At a refresh and between, on either rank, in a block that it owns and in another's."""
+    return [
+        faulty_run(rank, fault, at, guilty, in_own)
+        for at in (3, 4)
+        for guilty in (0, 1)
+        for in_own in (True, False)
+    ]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_rank_stays_in_its_block(ranks: Ranks, fault: str) -> None:
+    first, second = ranks(2, every_place, fault)
+    assert_equal(first, second)
+
+
+# Solvers and stages that fail on one rank.
+
+
+def failing_eigh(rank: int, at: int) -> Any:
+    """LAPACK converges on nothing on rank 1 at step `at`, a refresh."""
+    tx, params = fs.shampoo(0.1, distribute=fs.sharded, **OPTIONS), tree(0, SHAPES)
+    state, original = tx.init(params), torch.linalg.eigh
+
+    def broken(*arguments: Any, **keywords: Any) -> Any:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    reports = []
+    for t in range(1, STEPS + 1):
+        before = block_state(state)
+        torch.linalg.eigh = broken if t == at and rank == 1 else original
+        try:
+            updates, state = tx.update(tree(t, SHAPES), state, params, donate=True)
+        finally:
+            torch.linalg.eigh = original
+        params = fs.apply_updates(params, updates)
+        reports.append(report_of(state))
+        if t == at:
+            changed = {
+                name
+                for name, x in block_state(state).items()
+                if name.endswith("/root") and not torch.equal(x, before[name])
+            }
+            assert bool(changed) == (rank == 0)
+    counts = [int(x) for name, x in block_state(state).items() if name.endswith("/failures")]
+    assert set(counts) == {rank}
+    assert sum(f.failures for f in health(state, file=io.StringIO()).factors) == sum(counts)
+    owned = sorted({name.rpartition("/")[0] for name in before if name.endswith("/root")})
+    return params, reports, len(owned)
+
+
+def test_a_solver_that_fails_on_one_rank_keeps_old_roots_there(ranks: Ranks) -> None:
+    first, second = ranks(2, failing_eigh, 3)
+    assert_equal(first[0], second[0])
+    assert first[1] == second[1]  # both know of the failures of rank 1, in a row until step 6
+    failed = second[2]
+    assert failed > 0
+    expected = [[0, 0, 0, 0]] * 2 + [[0, 0, failed, 1]] * 3 + [[0, 0, failed, 0]] * 3
+    assert first[1] == expected
+
+
+class BombError(Exception):
+    """Nothing that anybody expects."""
+
+
+def bombed(rank: int, guilty: tuple[int, ...], at: int) -> Any:
+    def bomb() -> fs.GradientTransformation:
+        seen = 0
+
+        def update(updates: Any, state: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == at and rank in guilty:
+                raise BombError(f"rank {rank}")
+            return updates, state
+
+        return fs.GradientTransformation(lambda params: fs.EmptyState(), update)
+
+    def distribute(inner: Any, **options: Any) -> fs.GradientTransformation:
+        return fs.sharded(fs.chain(inner, bomb()), **options)
+
+    tx, params = fs.shampoo(0.1, distribute=distribute, **OPTIONS), tree(0, SHAPES)
+    state = tx.init(params)
+    since, t, caught = time.monotonic(), 0, ""
+    try:
+        for t in range(1, STEPS + 1):
+            updates, state = tx.update(tree(t, SHAPES), state, params)
+            params = fs.apply_updates(params, updates)
+    except Exception as error:
+        caught = f"{type(error).__name__}: {error}"
+    total = torch.tensor(1.0)
+    dist.all_reduce(total)  # and both can go on
+    return t, caught, params, total.item(), time.monotonic() - since
+
+
+@pytest.mark.parametrize("guilty", [(0,), (1,), (0, 1)], ids=str)
+def test_an_exception_on_one_rank_is_raised_on_all_in_the_same_step(
+    ranks: Ranks, guilty: tuple[int, ...]
+) -> None:
+    found = ranks(2, bombed, guilty, 4)
+    for rank, (t, caught, params, total, seconds) in enumerate(found):
+        assert t == 4
+        if rank in guilty:
+            assert caught == f"BombError: rank {rank}"
+        else:
+            assert caught.startswith("RuntimeError: sharded: the optimizer step failed on rank")
+            assert f"on rank {guilty[0]} of 2" in caught
+        assert_equal(params, clean_run()[3])
+        assert total == 2.0
+        assert seconds < 10
+
+
+def unread(rank: int) -> Any:
+    """Where looking would wait for a device, nobody looks before step `every`."""
+    module = importlib.import_module("funshampoo.distributed.sharded")  # not the function
+    space = module._Space({"4": torch.ones(4, 4)}, block_ndim=1)
+    shards = find_shards({"4": Blocks((4,), 4)}, 2, 10, fs.distributed.CostModel(), torch.float32)
+    buffer = torch.full((2 * shards.length,), float("nan"))
+    key = torch.device("cpu"), torch.float32, 2 * shards.length
+    exchange = module._Exchange(shards, rank, None, key, buffer)
+
+    def step() -> Any:
+        if rank == 1:
+            raise BombError
+        return {"4": torch.ones(2, 4)}, ()
+
+    try:
+        return exchange.run(step, space, look=False)[0]["4"]
+    except BombError:
+        return None
+
+
+def test_a_rank_that_failed_sends_zeros_to_those_that_do_not_look(ranks: Ranks) -> None:
+    got, none = ranks(2, unread)
+    assert none is None
+    assert torch.equal(got, torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None].expand(4, 4))
+
+
+# Too many failures in a row.
+
+
+def until_the_limit(rank: int, guilty: int, sharding: dict[str, Any], every: int) -> Any:
+    distribute = functools.partial(fs.sharded, **sharding)
+    options = OPTIONS | {"every": every, "max_failures": 4}
+    tx, params = fs.shampoo(0.1, distribute=distribute, **options), tree(0, SHAPES)
+    state = tx.init(params)
+    i, j = place_of(state, owned=rank == guilty)
+    try:
+        for t in range(1, 20):
+            g = tree(t, SHAPES)
+            # Two, and then too many in a row.
+            if rank == guilty and t not in (3, 4):
+                g["w"][8 * i, 8 * j] = float("nan")
+            updates, state = tx.update(g, state, params, donate=True)
+            params = fs.apply_updates(params, updates)
+    except fs.FailureLimitError as error:
+        return t, str(error), f"w block_{i}_{j}: gradient not finite", params
+    return None
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+@pytest.mark.parametrize(("every", "step"), [(1, 8), (3, 9)])
+def test_the_limit_stops_all_ranks_at_one_step_and_names_the_block(
+    ranks: Ranks, guilty: int, every: int, step: int
+) -> None:
+    found = ranks(2, until_the_limit, guilty, {}, every)
+    for t, message, named, params in found:
+        assert t == step
+        assert named in message
+        assert "failed 4 times in a row (max_failures=4)" in message
+        assert_equal(params, found[0][3])
+
+
+def roots_until_the_limit(rank: int) -> Any:
+    """No root is found on rank 1, from the first refresh on; the chain has no guard."""
+    tx = fs.blocked(
+        fs.sharded(
+            fs.chain(fs.kronecker_statistics(0.9), fs.root_inverse(1)), every=2, max_failures=3
+        ),
+        8,
+    )
+    params = tree(0, SHAPES)
+    state, original = tx.init(params), torch.linalg.eigh
+
+    def broken(*arguments: Any, **keywords: Any) -> Any:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    torch.linalg.eigh = broken if rank == 1 else original
+    try:
+        for t in range(1, 20):
+            _, state = tx.update(tree(t, SHAPES), state, params)
+    except fs.FailureLimitError as error:
+        return t, str(error)
+    finally:
+        torch.linalg.eigh = original
+    return None
+
+
+def test_roots_that_fail_on_one_rank_stop_all(ranks: Ranks) -> None:
+    first, second = ranks(2, roots_until_the_limit)
+    assert first == second
+    assert first[0] == 3
+    assert "no root of its statistics" in first[1]
+
+
+def around_blocks(rank: int) -> Any:
+    """Leaves shared out, blocks inside: the names come from the blocks' own layout."""
+    tx = fs.sharded(fs.shampoo(0.1, **(OPTIONS | {"max_failures": None})), max_failures=2, every=1)
+    params = tree(0, SHAPES)
+    state = tx.init(params)
+    try:
+        for t in range(1, 9):
+            g = tree(t, SHAPES)
+            g["w"][0, 0] = float("nan")
+            _, state = tx.update(g, state, params)
+    except fs.FailureLimitError as error:
+        return t, str(error)
+    return None
+
+
+def test_the_block_is_named_where_leaves_are_shared_out(ranks: Ranks) -> None:
+    first, second = ranks(2, around_blocks)
+    assert first == second
+    assert first[0] == 2
+    assert "w block_0_0: gradient not finite" in first[1]
