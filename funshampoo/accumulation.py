@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_count
+from funshampoo.state.places import is_shared
 from funshampoo.state.stages import MultiStepsState
 from funshampoo.steps import current_step, new_counter
 from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves
@@ -89,12 +91,17 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         # `inner` may not consume its state: a step without one finite gradient falls back to it.
         context["donate"] = False
         some = used > 0
-        mean = map_leaves(lambda s: s / used.clamp(min=1).to(s), total)
+        shared = is_shared(state.inner)
+        # Where other ranks have a part in it, the owner of a block decides for all: NaN says to it
+        # that there was none.
+        count_of = torch.where(some, used, math.nan) if shared else used.clamp(min=1)
+        mean = map_leaves(lambda s: s / count_of.to(s), total)
         if "gradient" in context:  # inside a scope, where statistics are built from it
             context["gradient"] = mean
         out, new = inner.update(mean, state.inner, params, **context)
-        out = map_leaves(lambda u: _where(some, u, _zeros(u)), out)
-        new = map_leaves(lambda a, b: _where(some, a, b), new, state.inner)
+        if not shared:
+            out = map_leaves(lambda u: _where(some, u, _zeros(u)), out)
+            new = map_leaves(lambda a, b: _where(some, a, b), new, state.inner)
         empty = map_leaves(torch.zeros_like, total)
         return out, MultiStepsState(count, empty, torch.zeros_like(used), skipped, new)
 

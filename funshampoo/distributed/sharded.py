@@ -28,6 +28,7 @@ from funshampoo.guard import (
 from funshampoo.state.places import rows_of
 from funshampoo.state.stages import GuardedState, ShardedState, find_state
 from funshampoo.steps import read_counter
+from funshampoo.transforms.layout import Stack
 from funshampoo.tree import (
     MaskedNode,
     check_parameters,
@@ -115,7 +116,8 @@ def sharded(
         space = _Space(params, block_ndim)
         own = space.everything() if size == 1 else shards_of(space, size).owned_by(rank)
         state = inner.init(space.select(params, own), block_ndim=block_ndim, **context)
-        return ShardedState(state, space.described(own), failure_report(state, space.device))
+        report = failure_report(state, space.device)
+        return ShardedState(state, space.described(own), {f"{rank} of {size}": ()}, report)
 
     def update(
         updates: Tree,
@@ -126,19 +128,20 @@ def sharded(
         donate: bool = False,
         layout: Mapping[str, Any] | None = None,
         absent: Mapping[str, Collection[int]] | None = None,
+        stacks: Mapping[str, Stack] | None = None,
         **context: Any,
     ) -> tuple[Tree, ShardedState]:
         rank, size = rank_and_size(process_group)
         if size > 1:
             check_outside_transforms("sharded")
-        space = _Space(updates if params is None else params, block_ndim)
+        space = _Space(updates if params is None else params, block_ndim, stacks)
         shards = None if size == 1 else shards_of(space, size)
         own = space.everything() if shards is None else shards.owned_by(rank)
         context |= {"block_ndim": block_ndim, "donate": donate, "stops": False}
 
         def step() -> tuple[Tree, Any]:
             # Whatever is wrong on this rank alone has to be found in here: the others are waiting.
-            _check_owned(space.described(own), state)
+            _check_owned(space.described(own), {f"{rank} of {size}": ()}, state)
             here = context | space.selected_context(context, own)
             my_params = None if params is None else space.select(params, own)
             out, new = inner.update(space.select(updates, own), state.inner, my_params, **here)
@@ -156,7 +159,7 @@ def sharded(
             out, new, report = exchange.run(step, space, look)
             if donate:
                 buffers[key] = exchange.buffer
-        found = ShardedState(new, state.owned, report)
+        found = ShardedState(new, state.owned, state.ranks, report)
         if max_failures is not None and (number is None or number % every == 0):
             _stop_at(max_failures, found, layout or {}, process_group, size)
         return out, found
@@ -173,8 +176,8 @@ def _number(state: ShardedState, step: int | None) -> int | None:
     return None if done is None else done + 1
 
 
-def _check_owned(own: Mapping[str, Any], state: ShardedState) -> None:
-    if own != state.owned:
+def _check_owned(own: Mapping[str, Any], ranks: Mapping[str, Any], state: ShardedState) -> None:
+    if own != state.owned or ranks != state.ranks:
         raise ValueError(
             "sharded: the state holds other blocks than this rank owns. Call init on the ranks "
             "that train; to go on from a checkpoint of other ranks, use "
@@ -183,11 +186,26 @@ def _check_owned(own: Mapping[str, Any], state: ShardedState) -> None:
 
 
 class _Space:
-    """Stacks, or leaves as stacks of one row each: what they have in common."""
+    """Stacks, or leaves as stacks of one row each: what they have in common.
 
-    def __init__(self, tree: Tree, block_ndim: int) -> None:
+    Args:
+        tree: the stacks, or the tree of leaves.
+        block_ndim: 1 for stacks.
+        stacks: all stacks, where the tree holds nothing but this rank's rows already.
+    """
+
+    def __init__(
+        self, tree: Tree, block_ndim: int, stacks: Mapping[str, Stack] | None = None
+    ) -> None:
+        self.in_blocks, self.cut = block_ndim > 0, stacks is not None
         leaves, self.spec = flatten(tree)
-        self.in_blocks = block_ndim > 0
+        if stacks is not None:
+            self.names = list(stacks)
+            self.blocks = {name: Blocks(s.block, s.rows) for name, s in stacks.items()}
+            self._settle(
+                {s.device for s in stacks.values()}, {n: s.dtype for n, s in stacks.items()}
+            )
+            return
         if self.in_blocks:
             self.names = list(tree)
             leaves = list(tree.values())
@@ -199,11 +217,15 @@ class _Space:
             self.blocks = {
                 name: Blocks(tuple(x.shape), 1) for name, x in self._present(leaves).items()
             }
-        known = [x for x in leaves if isinstance(x, Tensor)]
-        self.dtypes = {n: compute_dtype(x) for n, x in zip(self.names, leaves) if x is not None}
-        self.dtype = torch.float64 if torch.float64 in self.dtypes.values() else torch.float32
-        self.device = known[0].device if known else torch.device("cpu")
-        if any(x.device != self.device for x in known):
+        known = {n: x for n, x in zip(self.names, leaves) if isinstance(x, Tensor)}
+        dtypes = {name: compute_dtype(x) for name, x in known.items()}
+        self._settle({x.device for x in known.values()}, dtypes)
+
+    def _settle(self, devices: set[torch.device], dtypes: dict[str, torch.dtype]) -> None:
+        self.dtypes = dtypes
+        self.dtype = torch.float64 if torch.float64 in dtypes.values() else torch.float32
+        self.device = next(iter(devices), torch.device("cpu"))
+        if len(devices) > 1:
             raise ValueError(
                 "sharded: the parameters are on several devices; one buffer can't hold them. Use "
                 "one sharded(...) a device, by partition(...)."
@@ -224,6 +246,8 @@ class _Space:
 
     def select(self, tree: Tree, own: Mapping[str, Piece]) -> Tree:
         """What this rank owns of a tree: views of rows; outside block space others are hidden."""
+        if self.cut:
+            return tree
         if self.in_blocks:
             return {s: tree[s].narrow(0, p.first, p.rows) for s, p in own.items()}
         leaves = self.spec.flatten_up_to(tree)

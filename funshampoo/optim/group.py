@@ -17,8 +17,8 @@ from funshampoo.state.checkpoint import (
     named_tensors,
     state_dict,
 )
-from funshampoo.state.places import block_names
-from funshampoo.state.stages import BlockedState, ShardedState, walk
+from funshampoo.state.places import block_names, is_shared
+from funshampoo.state.stages import BlockedState, walk
 
 _RATE = "scale_by_learning_rate"  # what the stage is called in a state
 _SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
@@ -106,7 +106,7 @@ class GroupRun:
         assert tx is not None
         ascends = group.get("maximize", False)
         gradients = {known.name: _gradient(known.parameter, ascends) for known in self._known}
-        if all(g is None for g in gradients.values()) and _alone(self._state):
+        if all(g is None for g in gradients.values()) and not is_shared(self._state):
             return
         detached = {known.name: known.parameter.detach() for known in self._known}
         updates, self._state = tx.update(gradients, self._state, detached, donate=True)
@@ -309,15 +309,6 @@ def _gradient(p: Tensor, ascends: bool) -> Tensor | None:
     """None where a frozen parameter still has an old gradient."""
     g = p.grad if p.requires_grad else None
     return -g if ascends and g is not None else g
-
-
-def _alone(state: Any) -> bool:
-    """Whether no other rank waits for this one, which may own every block and yet be waited for."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    several = distributed.get_world_size() > 1
-    return not (several and any(isinstance(node, ShardedState) for _, node in walk(state)))
 
 
 def _add(p: Tensor, update: Tensor | None) -> None:

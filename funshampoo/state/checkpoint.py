@@ -219,11 +219,12 @@ class _Names:
 def _elsewhere(state: Any) -> list[str]:
     """What other ranks own: names such as "conv1.weight/block_0_1", or of leaves."""
     found: list[str] = []
-    layout: Mapping[str, Any] | None = None
-    for _, node in walk(state):
+    layout: Mapping[str, Any] = {}
+    scope: tuple[str, ...] | None = None
+    for path, node in walk(state):
         if isinstance(node, BlockedState):
-            layout = node.layout
-        elif isinstance(node, ShardedState) and layout is not None:
+            layout, scope = node.layout, path
+        elif isinstance(node, ShardedState) and scope is not None and path[: len(scope)] == scope:
             for parameter, stack, span in spans_of(layout):
                 own = set(rows_of(node.owned.get(stack, {})))
                 rows = zip(range(span.first, span.last), span.blocks())

@@ -107,9 +107,12 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     names: dict[str, dict[int, tuple[str, str]]] = {}
     owned: dict[str, Any] = {}
     roots_at = 0
+    scope: tuple[str, ...] = ()  # of the innermost `blocked`
     for path, node in walk(state):
+        if names and path[: len(scope)] != scope:
+            names, owned = {}, {}
         if isinstance(node, BlockedState):
-            names, owned = block_names(node.layout), {}
+            names, owned, scope = block_names(node.layout), {}, path
         elif isinstance(node, ShardedState):
             owned = node.owned
         elif isinstance(node, GuardedState):

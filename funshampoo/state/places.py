@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.state.stages import BlockedState, FactorRoot, ShardedState, find_state
+from funshampoo.state.stages import BlockedState, FactorRoot, ShardedState
 
 Path = tuple[str, ...]
 
@@ -221,13 +221,13 @@ def stack_rows(state: BlockedState) -> dict[str, int]:
     return rows
 
 
-def owns_all(state: BlockedState) -> bool:
-    """Whether the state holds every block: False on a rank that shares them with others."""
-    sharded = find_state(state.inner, ShardedState)
-    if sharded is None:
-        return True
-    held = {stack: len(rows_of(spans)) for stack, spans in sharded.owned.items()}
-    return held == stack_rows(state)
+def is_shared(state: Any) -> bool:
+    """Whether other ranks have a part of this state, and wait for this one's updates."""
+    if isinstance(state, ShardedState):
+        return any([not key.endswith(" of 1") for key in state.ranks])
+    if isinstance(state, dict):
+        return any([is_shared(child) for child in state.values()])
+    return isinstance(state, tuple) and any([is_shared(child) for child in state])
 
 
 def block_names(layout: Mapping[str, Any]) -> dict[str, dict[int, tuple[str, str]]]:

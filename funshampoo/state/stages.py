@@ -207,12 +207,14 @@ class ShardedState(NamedTuple):
             block space: on the owned leaves).
         owned: {stack: {"first:last": ()}}, which rows of the full stacks they are; outside block
             space {leaf: {"owned": ()} or {"elsewhere": ()}}.
+        ranks: {"0 of 4": ()}, this rank and how many share.
         report: (4,) float32, over the blocks of all ranks: how often one was held, the longest
             streak of that, how many roots failed, the longest streak of that.
     """
 
     inner: Any
     owned: dict[str, dict[str, tuple[()]]]
+    ranks: dict[str, tuple[()]]
     report: Tensor
 
 

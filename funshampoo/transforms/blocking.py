@@ -12,8 +12,8 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_choice, check_count
 from funshampoo.combine import Mask
-from funshampoo.state.places import Path, Place, map_tensors, owns_all
-from funshampoo.state.stages import BlockedState
+from funshampoo.state.places import Path, Place, is_shared, map_tensors, rows_of
+from funshampoo.state.stages import BlockedState, ShardedState
 from funshampoo.transforms.layout import (
     Layout,
     Merge,
@@ -116,18 +116,22 @@ def blocked(
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = find_layout(leaves if params is None else flatten(params)[0])
         _check_layout(layout, state.layout, updates)
-        stacks = stack_blocks(leaves, layout)
+        # Directly inside, `sharded` needs the rows that this rank owns; the others are not copied.
+        owned = state.inner.owned if isinstance(state.inner, ShardedState) else None
+        stacks = stack_blocks(leaves, layout, owned)
+        if owned is not None:
+            context["stacks"] = layout.stacks
         kept = _saved_rows(state, layout, missing) if missing else {}
         context |= {"gradient": stacks, "block_ndim": 1, "layout": state.layout}
         context |= {"block_ids": _block_ids(layout)}
         if missing:
             context["absent"] = _rows_of(layout, missing)
         shown = None if with_params is False else _shown(params, with_params)
-        inner_params = None if shown is None else stack_blocks(shown, layout)
+        inner_params = None if shown is None else stack_blocks(shown, layout, owned)
         stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
         if missing:
             inner_state = _restored_rows(BlockedState(inner_state, state.layout), kept)
-            if not owns_all(state):
+            if is_shared(state):
                 # The owner of a block decides for all ranks whether it had a gradient.
                 leaves = flatten(params)[0]
         pieces = unstack_blocks(stacks, layout, leaves)
@@ -136,16 +140,49 @@ def blocked(
     return GradientTransformation(init, update)
 
 
-def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tensor]:
+def stack_blocks(
+    leaves: list[Tensor | None], layout: Layout, owned: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
     """Gather leaves in stacks, {name: (rows, *block)}; None fills its rows with zeros.
 
-    A stack of one region may be a view of the leaf: stages read their updates and never write them.
+    With `owned`, {name: {"first:last": ()}}, only those rows of those stacks. A stack of one region
+    may be a view of the leaf: stages read their updates and never write them.
     """
-    pieces: dict[str, list[Tensor]] = {name: [] for name in layout.stacks}
+    wanted = {name: range(stack.rows) for name, stack in layout.stacks.items()}
+    if owned is not None:
+        held = {name: rows_of(spans) for name, spans in owned.items() if name in wanted}
+        wanted = {name: range(rows[0], rows[-1] + 1) for name, rows in held.items()}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for leaf, where in zip(leaves, layout.parameters):
         for region in where.regions:
-            pieces[region.stack].append(_cut_out(leaf, where, region, layout))
+            rows = wanted.get(region.stack, range(0))
+            first = max(rows.start - region.first, 0)
+            last = min(rows.stop - region.first, region.rows)
+            if first < last:
+                pieces[region.stack].append(_cut_rows(leaf, where, region, layout, first, last))
     return {name: _joined(parts, layout.stacks[name]) for name, parts in pieces.items()}
+
+
+def _cut_rows(
+    leaf: Tensor | None,
+    where: ParameterLayout,
+    region: Region,
+    layout: Layout,
+    first: int,
+    last: int,
+) -> Tensor:
+    """The rows first..last-1 of a region, from no more of it than they lie in."""
+    if last - first == region.rows:
+        return _cut_out(leaf, where, region, layout)
+    across = region.rows // region.grid[0]  # blocks in one slice of the grid along the first side
+    top, bottom = first // across, -(-last // across)
+    part = region._replace(
+        grid=(bottom - top, *region.grid[1:]),
+        offset=(region.offset[0] + top * region.block[0], *region.offset[1:]),
+    )
+    cut = _cut_out(leaf, where, part, layout)
+    cut = cut if cut.ndim > len(region.block) else cut.unsqueeze(0)
+    return cut.narrow(0, first - top * across, last - first)
 
 
 def _joined(parts: list[Tensor], stack: Stack) -> Tensor:

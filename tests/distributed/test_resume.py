@@ -232,7 +232,6 @@ def partitioned(rank: int, steps: range, parts: Any) -> Any:
     return params, state_dict(state)
 
 
-@pytest.mark.xfail(strict=True, reason="load_state_dict takes the leaves for blocks elsewhere")
 def test_blocks_and_leaves_side_by_side(ranks: Ranks) -> None:
     ((expected, _),) = ranks(1, partitioned, range(1, 9), None)
     parts = ranks(2, partitioned, range(1, 5), None)

@@ -356,7 +356,6 @@ def then_decay(rank: int) -> Any:
     return fs.apply_updates(params, updates)
 
 
-@pytest.mark.xfail(strict=True, reason="blocked keeps a None on the rank that owns every block")
 def test_a_stage_after_the_blocks_sees_the_same_on_all_ranks(ranks: Ranks) -> None:
     first, second = ranks(2, then_decay)
     assert_equal(first, second)
@@ -373,7 +372,6 @@ def accumulated(rank: int) -> Any:
     return train(tx, tree(0, SMALL), range(1, 5), gradient)[0]
 
 
-@pytest.mark.xfail(strict=True, reason="multi_steps drops the gathered updates on that rank")
 def test_accumulation_that_skips_all_on_one_rank(ranks: Ranks) -> None:
     first, second = ranks(2, accumulated)
     assert all(torch.isfinite(x).all() for x in tensors(first))
