@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -119,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, ranks = join_ranks(device)
     if device == "cuda" and ranks > 1:
-        device = f"cuda:{rank % torch.cuda.device_count()}"
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
     task = TASKS[options.task]().to(device)
     if task.batch_size % ranks:
         raise SystemExit(f"a batch of {task.batch_size} examples can't be shared by {ranks} ranks")

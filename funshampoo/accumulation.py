@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_count
 from funshampoo.state.places import is_shared
-from funshampoo.state.stages import MultiStepsState
+from funshampoo.state.stages import GuardedState, MultiStepsState, find_state
 from funshampoo.steps import current_step, new_counter
 from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves
 
@@ -91,9 +91,10 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         # `inner` may not consume its state: a step without one finite gradient falls back to it.
         context["donate"] = False
         some = used > 0
-        shared = is_shared(state.inner)
-        # Where other ranks have a part in it, the owner of a block decides for all: NaN says to it
-        # that there was none.
+        guards = find_state(state.inner, GuardedState) is not None
+        shared = guards and is_shared(state.inner)
+        # Where other ranks have a part in it, the owner of a block decides for all: NaN says to
+        # its guard that there was none.
         count_of = torch.where(some, used, math.nan) if shared else used.clamp(min=1)
         mean = map_leaves(lambda s: s / count_of.to(s), total)
         if "gradient" in context:  # inside a scope, where statistics are built from it

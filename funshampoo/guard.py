@@ -28,8 +28,9 @@ def guarded(
 
     Inside `blocked` every block is judged by itself; elsewhere all leaves are held together. A
     gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest number of its
-    dtype (in float32, ‖G‖ above about 1.8e16): its squares would overflow in the statistics.
-    What is held is counted in the state; `funshampoo.state.health` prints it. Step counters go on.
+    dtype (in float32, ‖G‖ above about 1.8e16), so that sums of squares do not overflow in the
+    statistics. Parameters are not looked at. What is held is counted in the state;
+    `funshampoo.state.health` prints it. Step counters, fields called `steps`, go on.
 
     Where the verdict can be read without waiting (a gradient on the CPU), a step without failures
     pays one pass over the gradient. Elsewhere (a GPU, torch.func, torch.compile) nothing waits:
@@ -39,14 +40,16 @@ def guarded(
     Args:
         inner: everything that is to be protected, so the whole chain inside `blocked`.
         max_failures: this many failures in a row of one block, steps held or roots that the solver
-            failed on, are an error; None never stops.
+            failed on, are an error; None never stops. The error comes at the beginning of the
+            next step, before anything is changed, so that the state is whole. Inside torch.compile
+            there is none: look at `health`. Around ranks, `sharded` has this argument.
         every: steps between two looks at the counters, since looking waits for the device.
 
     State: `GuardedState`.
 
     Raises:
         ValueError, TypeError: max_failures or every out of range.
-        FailureLimitError: from update, after `max_failures` in a row.
+        FailureLimitError: from update, on the step after `max_failures` in a row.
 
     Reference: Optax, `apply_if_finite`.
 
@@ -85,6 +88,9 @@ def guarded(
         stops: bool = True,
         **context: Any,
     ) -> tuple[Tree, GuardedState]:
+        done = read_counter(state.steps) if stops and max_failures is not None else None
+        if max_failures is not None and done and done % every == 0:
+            _stop_at(max_failures, state, context.get("layout", {}))
         source = updates if gradient is None else gradient
         fine = _verdicts(source, updates, block_ndim)
         context["block_ndim"] = block_ndim
@@ -104,11 +110,7 @@ def guarded(
         streak = map_leaves(
             lambda f, n: n if f is None else torch.where(f, 0, n + 1), fine, state.streak
         )
-        found = GuardedState(state.steps + 1, held, streak, new)
-        done = read_counter(state.steps) if stops and max_failures is not None else None
-        if max_failures is not None and done is not None and (done + 1) % every == 0:
-            _stop_at(max_failures, found, context.get("layout", {}))
-        return out, found
+        return out, GuardedState(state.steps + 1, held, streak, new)
 
     return GradientTransformation(init, update, name=inner.name)
 
@@ -116,7 +118,8 @@ def guarded(
 def _stop_at(max_failures: int, state: GuardedState, layout: Mapping[str, Any]) -> None:
     if limit_reached(failure_report(state), max_failures):
         held = state.held if layout else {}
-        rows = {stack: range(counts.shape[-1]) for stack, counts in held.items()}
+        present = {stack: n for stack, n in held.items() if isinstance(n, Tensor)}
+        rows = {stack: range(counts.shape[-1]) for stack, counts in present.items()}
         raise failure_limit_error(failing_blocks(state, max_failures, layout, rows), max_failures)
 
 
@@ -162,7 +165,8 @@ def _merged(new: Any, old: Any, fine: Tree, block_ndim: int) -> Any:
         leaves = [f for f in flatten(fine)[0] if f is not None]
 
         def choose_all(place: Place, a: Tensor, b: Tensor) -> Tensor:
-            return torch.where(leaves[0].to(a.device), a, b) if a.is_floating_point() else a
+            counts_steps = place.path[-1:] == ("steps",)
+            return a if counts_steps else torch.where(leaves[0].to(a.device), a, b)
 
         return map_tensors(choose_all, new, old) if leaves else new
 
@@ -255,7 +259,8 @@ def failure_limit_error(blocks: Sequence[str], max_failures: int) -> FailureLimi
     """The error that names the blocks."""
     listed = "; ".join(blocks[:5]) + (f"; and {len(blocks) - 5} more" if len(blocks) > 5 else "")
     return FailureLimitError(
-        f"failed {max_failures} times in a row (max_failures={max_failures}): {listed}. Nothing of "
-        "it has entered the parameters or the statistics. Look at the loss and the data of these "
-        "steps, lower the learning rate, or give guarded(..., max_failures=None) to go on."
+        f"failed {max_failures} times in a row (max_failures={max_failures}): {listed}. A gradient "
+        "that is not finite has entered nothing, and where no root was found the old one is in "
+        "use. Look at the loss and the data of these steps, lower the learning rate, or give "
+        "max_failures=None (to shampoo, guarded or sharded) to go on."
     )

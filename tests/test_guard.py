@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -173,16 +174,66 @@ def test_outside_blocks_all_leaves_are_held_together() -> None:
     assert all(int(n) == 1 for n in tensors(new.held))
 
 
+def test_what_a_stage_counts_is_held_too() -> None:
+    class Seen(NamedTuple):
+        seen: Any
+        steps: torch.Tensor
+
+    def update(updates: Any, state: Seen) -> tuple[Any, Seen]:
+        return updates, Seen(
+            {k: torch.ones_like(x) for k, x in state.seen.items()}, state.steps + 1
+        )
+
+    def init(params: Any) -> Seen:
+        return Seen({k: torch.zeros(2, dtype=torch.bool) for k in params}, torch.tensor(0))
+
+    tx = guarded(fs.GradientTransformation(init, update, "mine"))
+    _, state = tx.update({"w": torch.tensor([float("nan")])}, tx.init({"w": torch.zeros(1)}))
+    assert not state.inner.seen["w"].any()
+    assert int(state.inner.steps) == 1
+
+
+def test_labels_that_are_named_like_stacks_are_labels() -> None:
+    parts = {"4": fs.scale_by_adam(), "2x3": fs.trace(0.9)}
+    tx = fs.blocked(guarded(fs.partition(parts, {"2x3": "4", "4": "2x3"})))
+    params = {"w": torch.zeros(2, 3), "b": torch.zeros(4)}
+    g = {"w": torch.full((2, 3), float("nan")), "b": torch.ones(4)}
+    _, state = tx.update(g, tx.init(params), params)
+    inner = state.inner.inner.inner
+    assert float(inner["4"].first_weight["2x3"].sum()) == 0
+    assert torch.equal(inner["2x3"].buffer["4"], torch.ones(1, 4))
+
+
+def test_staggered_roots_of_some_stacks_alone() -> None:
+    roots = fs.chain(fs.kronecker_statistics(), fs.root_inverse(every=2, stagger=True))
+    tx = fs.blocked(guarded(fs.masked(roots, {"2x3": True, "4": False}), max_failures=1, every=1))
+    params = {"w": torch.zeros(2, 3), "b": torch.zeros(4)}
+    state = tx.init(params)
+    for seed in range(4):
+        g = {
+            k: torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+            for k, x in params.items()
+        }
+        updates, state = tx.update(g, state, params)
+        assert torch.equal(updates["b"], g["b"])
+    _, state = tx.update({k: x + float("nan") for k, x in g.items()}, state, params)
+    with pytest.raises(fs.FailureLimitError, match="w block_0_0"):
+        tx.update(g, state, params)
+
+
 def test_it_stops_after_max_failures_in_a_row_and_names_the_block() -> None:
     tx, params = optimizer(max_failures=4, every=2), problem()
     state = tx.init(params)
     g, nan = gradients(1)[0], poisoned(gradients(1)[0], float("nan"))
     for given in (nan, nan, nan, g, nan, nan, nan):  # never four in a row
         _, state = tx.update(given, state, params)
+    _, state = tx.update(nan, state, params)
+    before = copy.deepcopy(state)
     with pytest.raises(
         fs.FailureLimitError, match=r"4 times in a row.*: w block_0_0: gradient not finite\. "
     ):
-        tx.update(nan, state, params)
+        tx.update(nan, state, params, donate=True)
+    assert_equal(state, before)  # whole, to be saved
     never = optimizer(max_failures=None, every=2)
     state = never.init(params)
     for _ in range(30):
@@ -197,13 +248,13 @@ def test_it_stops_where_roots_fail_in_a_row() -> None:
     tx = fs.shampoo(0.1, every=1, solver=failing, max_failures=3, max_size=5)
     params, grads = problem(), gradients(20)
     state = tx.init(params)
-    for g in grads[:2]:
+    for g in grads[:3]:
         updates, state = tx.update(g, state, params)
         assert all(torch.isfinite(u).all() for u in tensors(updates))
     failures = {f.failures for f in health(state, file=io.StringIO()).factors}
-    assert failures == {0, 2}
+    assert failures == {0, 3}
     with pytest.raises(fs.FailureLimitError, match="no root of its statistics"):
-        tx.update(grads[2], state, params)
+        tx.update(grads[3], state, params)
 
 
 def test_no_step_looks_at_the_counters_but_every_nth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +262,9 @@ def test_no_step_looks_at_the_counters_but_every_nth(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("funshampoo.guard.limit_reached", lambda *a: looks.append(1) and False)
     tx, params = optimizer(every=5), problem()
     state = tx.init(params)
-    for t, g in enumerate(gradients(10), start=1):
+    for t, g in enumerate(gradients(11), start=1):
         _, state = tx.update(g, state, params)
-        assert len(looks) == t // 5
+        assert len(looks) == (t - 1) // 5
 
 
 def test_arguments_out_of_range_are_named() -> None:

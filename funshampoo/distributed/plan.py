@@ -16,7 +16,7 @@ from funshampoo.distributed.ownership import owners_of
 from funshampoo.distributed.shapes import model_shapes
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.state.memory import _readable
-from funshampoo.state.places import Place, map_tensors, stack_rows
+from funshampoo.state.places import Place, block_of, map_tensors, stack_rows
 from funshampoo.state.stages import BlockedState, walk
 from funshampoo.transforms.layout import Merge
 from funshampoo.tree import compute_dtype, flatten
@@ -158,7 +158,7 @@ def plan(
     params = meta_parameters(model, dtype)
     state = as_transformation(transformation).init(params)
     counts = stack_rows(_only_blocked(state))
-    stacks = {name: _BlockCount(_block_of(name), rows) for name, rows in counts.items()}
+    stacks = {name: _BlockCount(block_of(name), rows) for name, rows in counts.items()}
     state_bytes, replicated_bytes = _state_bytes(state, stacks)
     owners = owners_of(stacks, world_size, every, cost)
     planned = {
@@ -219,12 +219,6 @@ class _BlockCount(NamedTuple):
 
     block: tuple[int, ...]
     rows: int
-
-
-def _block_of(stack: str) -> tuple[int, ...]:
-    """The shape in a stack's name: "64x147", "64x147:float32@cuda:0", "scalar"."""
-    sides = stack.split("@")[0].split(":")[0]
-    return () if sides == "scalar" else tuple(map(int, sides.split("x")))
 
 
 def _only_blocked(state: Any) -> BlockedState:

@@ -59,10 +59,12 @@ def sharded(
     The gradients have to be the same on all ranks: average them first, as DistributedDataParallel
     does. Whether a block's gradient is finite, or there at all, is its owner's verdict for all:
     where it has none (None), every rank's update is zero. An exception in `inner` on one rank is
-    raised on every rank after the collective, so that nobody waits for the rank that failed: at
-    once on the CPU, elsewhere on the next step that is a multiple of `every`, since looking waits
-    for the device, with updates of zero from that rank until then. A state that was donated to a
-    failed step is spent: go on from a checkpoint.
+    raised on every rank after the collective. On the CPU that is at once. Elsewhere looking waits
+    for the device, so the other ranks look on multiples of `every` only; in between they apply
+    zeros for the rank that failed and meet the group's timeout in their next collective. Errors of
+    the caller on one rank alone (other shapes, other trees) are raised there before the collective:
+    the others meet the timeout. A state that was donated to a failed step is spent: go on from a
+    checkpoint.
 
     Args:
         inner: any transformation that treats blocks (leaves) one by one; in `shampoo` it is all
@@ -71,7 +73,8 @@ def sharded(
             sharded within the node and replicated across nodes.
         every: steps between two refreshes, over which the model spreads the cost of roots, and
             between two looks at the counters of failures.
-        max_failures: as in `guarded`, for all ranks together.
+        max_failures: as in `guarded`, for all ranks together, and in its place: a `guarded` inside
+            counts and does not stop.
         communication_dtype: what updates are rounded to for the way: float32, bfloat16, float16;
             None keeps their own.
         cost: the model; by default the measured one in block space, sizes elsewhere. It has to be
@@ -148,6 +151,9 @@ def sharded(
             return space.without(out, absent or {}, own), new
 
         number = _number(state, context.get("step"))
+        due = number is None or (number - 1) % every == 0
+        if max_failures is not None and due:
+            _stop_at(max_failures, state, layout or {}, process_group, size)
         if shards is None:
             out, new = step()
             report = failure_report(new, space.device)
@@ -159,10 +165,7 @@ def sharded(
             out, new, report = exchange.run(step, space, look)
             if donate:
                 buffers[key] = exchange.buffer
-        found = ShardedState(new, state.owned, state.ranks, report)
-        if max_failures is not None and (number is None or number % every == 0):
-            _stop_at(max_failures, found, layout or {}, process_group, size)
-        return out, found
+        return out, ShardedState(new, state.owned, state.ranks, report)
 
     return GradientTransformation(init, update, name=inner.name)
 

@@ -175,7 +175,7 @@ def shampoo(
     heavy_ball = trace(momentum, nesterov=nesterov, dampening=dampening)
     if nesterov and is_zero(momentum):
         raise ValueError("nesterov needs momentum above 0.")
-    decays = [] if is_zero(weight_decay) else [decay]
+    decays = [] if is_zero(weight_decay) or mask is False else [decay]
     moves = [] if is_zero(momentum) else [heavy_ball]
     coupled = weight_decay_kind == "coupled"
     inner_decays = [] if coupled else decays
@@ -184,10 +184,12 @@ def shampoo(
     # All in one scope: what happens to a block, and where its state lives, is decided once.
     block_chain = chain(*block_stages, *last, scale_by_learning_rate(learning_rate))
     protected = guarded(block_chain, max_failures=max_failures, every=every)
+    if distribute is not None:
+        own = getattr(distribute, "keywords", {})  # those of a functools.partial come first
+        given = {"every": every, "max_failures": max_failures}
+        protected = distribute(protected, **{k: v for k, v in given.items() if k not in own})
     blocks = blocked(
-        protected
-        if distribute is None
-        else distribute(protected, every=every, max_failures=max_failures),
+        protected,
         max_size,
         merge=merge,
         keep=keep,

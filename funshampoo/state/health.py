@@ -113,7 +113,7 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
             names, owned = {}, {}
         if isinstance(node, BlockedState):
             names, owned, scope = block_names(node.layout), {}, path
-        elif isinstance(node, ShardedState):
+        elif isinstance(node, ShardedState) and names:
             owned = node.owned
         elif isinstance(node, GuardedState):
             held += sum(int(n.sum()) for n in flatten(node.held)[0])

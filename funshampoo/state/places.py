@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.state.stages import BlockedState, FactorRoot, ShardedState
+from funshampoo.state.stages import BlockedState, FactorRoot, PartitionState, ShardedState
 
 Path = tuple[str, ...]
 
@@ -174,6 +174,7 @@ def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
     """Below a key of a dict, or at an index."""
     place, stacks = scope.place, scope.stacks
     over_stacks = isinstance(node, dict) and stacks is not None and node.keys() == stacks.keys()
+    over_stacks = over_stacks and place.kind is not PartitionState  # whose keys are labels
     if over_stacks and stacks is not None and place.stack is None:
         return _Scope(place._replace(stack=str(key), rows=stacks[key]), stacks, False)
     if scope.of_states or stacks is not None:
@@ -219,6 +220,16 @@ def stack_rows(state: BlockedState) -> dict[str, int]:
         for stack, spans in stacks.items():
             rows[stack] = max(rows.get(stack, 0), *[r + 1 for r in rows_of(spans)[-1:]])
     return rows
+
+
+def block_of(stack: str) -> tuple[int, ...]:
+    """The block shape in a stack's name.
+
+    >>> block_of("64x147:float32@cuda:0"), block_of("scalar")
+    ((64, 147), ())
+    """
+    sides = stack.split("@")[0].split(":")[0]
+    return () if sides == "scalar" else tuple(map(int, sides.split("x")))
 
 
 def is_shared(state: Any) -> bool:

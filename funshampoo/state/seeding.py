@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.state.places import Place, Span, map_tensors, spans_of
+from funshampoo.state.places import Place, Span, block_of, map_tensors, spans_of
 from funshampoo.state.stages import AdamState, EmaState, RmsState
 
 # Which moment a field holds, and which is its weight, 1 - betas[i]^step.
@@ -61,7 +61,6 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
     tensor([0.0090, 0.0090])
     """
     adams = _read(saved, names)
-    shapes = _block_shapes(state)
     filled: set[str] = set()
 
     def fill(place: Place, x: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
             if place.kind is RmsState:  # which does not correct
                 moment = moment / adam.weights[1]
             if block is not None:
-                moment = _cut(moment, block, place, parameter, shapes)
+                moment = _cut(moment, block, place, parameter)
             if moment.shape != target.shape:
                 raise ValueError(
                     f"'{parameter}' has other shapes in the AdamW: are `names` in its order?"
@@ -122,19 +121,6 @@ def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
     return adams
 
 
-def _block_shapes(state: Any) -> dict[tuple[int, str], tuple[int, ...]]:
-    """{(identity of the layout, stack): block shape}."""
-    shapes: dict[tuple[int, str], tuple[int, ...]] = {}
-
-    def look(place: Place, x: Tensor) -> Tensor:
-        if place.stack is not None and (place.kind, place.path[-1]) in _MOMENTS:
-            shapes[id(place.layout), place.stack] = tuple(x.shape[1:])
-        return x
-
-    map_tensors(look, state)
-    return shapes
-
-
 def _targets(place: Place, x: Tensor) -> Iterator[tuple[str, tuple[int, ...] | None, Tensor]]:
     """(parameter, coordinates of its block, the part of x for it)."""
     if place.stack is None:
@@ -148,29 +134,21 @@ def _targets(place: Place, x: Tensor) -> Iterator[tuple[str, tuple[int, ...] | N
                     yield parameter, at, x[held[row]] if x.ndim else x
 
 
-def _cut(
-    whole: Tensor,
-    block: tuple[int, ...],
-    place: Place,
-    parameter: str,
-    shapes: Mapping[tuple[int, str], tuple[int, ...]],
-) -> Tensor:
+def _cut(whole: Tensor, block: tuple[int, ...], place: Place, parameter: str) -> Tensor:
     """One block of a tensor of the parameter's shape."""
     regions = [
-        (Span.parse(text), shapes[id(place.layout), stack])
+        (Span.parse(text), block_of(stack))
         for stack, spans in place.layout[parameter].items()
-        if (id(place.layout), stack) in shapes
         for text in spans
     ]
     # Along every side the first region has the full size, at multiples of which the others begin.
     order = range(len(block))
     full = [max(shape[k] for span, shape in regions if span.origin[k] == 0) for k in order]
-    own = shapes[id(place.layout), str(place.stack)]
     merged = [
         max(span.origin[k] * full[k] + span.grid[k] * shape[k] for span, shape in regions)
         for k in order
     ]
     part = whole.reshape(merged)
-    for k in order:
-        part = part.narrow(k, block[k] * full[k], own[k])
+    for k, size in enumerate(block_of(str(place.stack))):
+        part = part.narrow(k, block[k] * full[k], size)
     return part

@@ -66,8 +66,10 @@ def root_inverse(
             A = L_i / weight.
         initial_eigenvalue: before its first refresh a side has X_i = initial_eigenvalue^(-e_i) I.
         stagger: spread the refreshes over the interval, a share of the blocks on every step, so
-            that no step after `start` carries them all. A block's turn depends on its number among
-            all blocks alone, so that any number of ranks computes the same.
+            that no step after `start` carries them all. Inside `blocked` a block's turn depends on
+            its number among all blocks alone, so that any number of ranks computes the same. It
+            needs the counter or `step=`; `refresh=True` refreshes all, and torch.compile makes a
+            graph for every step of the interval (its limit of 8 recompilations may stop that).
 
     Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
     inside torch.compile, where the counter in the state can't be read.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import Tree
-from funshampoo.tree import flatten
+from funshampoo.tree import MaskedNode, flatten
 
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -56,10 +56,12 @@ def turns_at(
     """
     now = step % every
     if block_ids is not None:
-        return {
+        turns = {
             stack: _turn([i for i, n in enumerate(ids) if phase(n, every) == now], len(ids))
             for stack, ids in block_ids.items()
         }
+        hidden = [stack for stack, u in updates.items() if isinstance(u, MaskedNode)]
+        return {stack: turns[stack] for stack in updates} | dict.fromkeys(hidden, MaskedNode())
     leaves, spec = flatten(updates)
     return spec.unflatten([Turn(phase(n, every) == now, ()) for n in range(len(leaves))])
 

@@ -268,7 +268,7 @@ def until_the_limit(rank: int, guilty: int, sharding: dict[str, Any], every: int
 
 
 @pytest.mark.parametrize("guilty", [0, 1])
-@pytest.mark.parametrize(("every", "step"), [(1, 8), (3, 9)])
+@pytest.mark.parametrize(("every", "step"), [(1, 9), (3, 10)])
 def test_the_limit_stops_all_ranks_at_one_step_and_names_the_block(
     ranks: Ranks, guilty: int, every: int, step: int
 ) -> None:
@@ -308,7 +308,7 @@ def roots_until_the_limit(rank: int) -> Any:
 def test_roots_that_fail_on_one_rank_stop_all(ranks: Ranks) -> None:
     first, second = ranks(2, roots_until_the_limit)
     assert first == second
-    assert first[0] == 3
+    assert first[0] == 4
     assert "no root of its statistics" in first[1]
 
 
@@ -330,5 +330,5 @@ def around_blocks(rank: int) -> Any:
 def test_the_block_is_named_where_leaves_are_shared_out(ranks: Ranks) -> None:
     first, second = ranks(2, around_blocks)
     assert first == second
-    assert first[0] == 2
+    assert first[0] == 3
     assert "w block_0_0: gradient not finite" in first[1]

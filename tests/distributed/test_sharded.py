@@ -372,6 +372,38 @@ def accumulated(rank: int) -> Any:
     return train(tx, tree(0, SMALL), range(1, 5), gradient)[0]
 
 
+def accumulated_without_a_guard(rank: int) -> Any:
+    tx = fs.multi_steps(fs.sharded(fs.scale_by_adam()), 2)
+
+    def gradient(t: int) -> Any:
+        return {name: g * (float("nan") if t <= 2 else 1) for name, g in tree(t, SMALL).items()}
+
+    return train(tx, tree(0, SMALL), range(1, 5), gradient)[0]
+
+
+def test_accumulation_that_skips_all_needs_no_guard(ranks: Ranks) -> None:
+    for got in ranks(2, accumulated_without_a_guard):
+        assert all(torch.isfinite(x).all() for x in tensors(got))
+
+
+def seeded(rank: int, saved: Any) -> dict[str, torch.Tensor]:
+    tx = fs.shampoo(0.1, max_size=8, distribute=fs.sharded)
+    state = tx.init({"w": torch.zeros(20, 11)})
+    return fs.state.state_dict(fs.state.seed_from_adamw(state, saved, ["w"]))
+
+
+def test_seeds_reach_every_block_of_every_rank(ranks: Ranks) -> None:
+    leaf = torch.randn(20, 11).requires_grad_()
+    adamw = torch.optim.AdamW([leaf])
+    leaf.grad = torch.randn(20, 11)
+    adamw.step()
+    saved = adamw.state_dict()
+    (alone,) = ranks(1, seeded, saved)
+    together = fs.state.merged(ranks(3, seeded, saved))
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[name], x) for name, x in alone.items())
+
+
 def test_accumulation_that_skips_all_on_one_rank(ranks: Ranks) -> None:
     first, second = ranks(2, accumulated)
     assert all(torch.isfinite(x).all() for x in tensors(first))

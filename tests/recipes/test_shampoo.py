@@ -184,3 +184,10 @@ def test_a_negative_learning_rate() -> None:
 def test_a_schedule_where_a_number_belongs_points_to_inject_hyperparams() -> None:
     with pytest.raises(TypeError, match="inject_hyperparams"):
         fs.shampoo(0.1, beta2=fs.schedules.constant(0.9))  # type: ignore[arg-type]
+
+
+def test_a_mask_that_hides_all_is_no_decay() -> None:
+    params = {"w": torch.ones(2, 2)}
+    tx = fs.shampoo(0.1, weight_decay=0.1, mask=False)
+    updates, _ = tx.update({"w": torch.zeros(2, 2)}, tx.init(params), params)
+    assert float(updates["w"].abs().max()) == 0
