@@ -91,6 +91,21 @@ def _may_write(old: Tensor, donate: bool, *operands: Hyper) -> bool:
     return not any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
+def may_reuse(*operands: Any) -> bool:
+    """Whether a tensor just made from these may be written to: nobody traces or batches them.
+
+    A new tensor of many megabytes costs a page fault every 4 KiB, on a CPU often more than the
+    arithmetic does.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [t for t in operands if isinstance(t, Tensor)]
+    same = len({t.dtype for t in tensors}) == 1
+    return same and not any(
+        [t.requires_grad or _functorch.is_functorch_wrapped_tensor(t) for t in tensors]
+    )
+
+
 def add_weight(total: Tensor, beta: Hyper, donate: bool) -> Tensor:
     """The recursion of an average's total weight: beta total + (1 - beta)."""
     return lerp(total, torch.ones_like(total), 1 - beta, donate)

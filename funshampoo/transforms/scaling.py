@@ -12,7 +12,15 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.checks import check_range
 from funshampoo.state.stages import AdagradState, AdamState, RmsState
-from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block, sqrt
+from funshampoo.transforms.leaf_ops import (
+    add,
+    add_weight,
+    lerp,
+    may_reuse,
+    multiply,
+    per_block,
+    sqrt,
+)
 from funshampoo.transforms.momentum import zeros_like
 from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_elementwise
 
@@ -91,7 +99,7 @@ def scale_by_adam(
         def leaf(u: Tensor, g: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             v = _second_moment(v, g.to(v.dtype), beta2, weighted, donate)
             w = add_weight(w, beta2, donate)
-            return _scaled(u.to(v.dtype), v / per_block(w, v), epsilon), v, w
+            return _scaled(u.to(v.dtype), v, epsilon, per_block(w, v)), v, w
 
         source = updates if gradient is None else gradient
         first, first_weight = state.first, state.first_weight
@@ -211,5 +219,11 @@ def _second_moment(v: Tensor, g: Tensor, beta2: Hyper, weighted: bool, donate: b
     return add(multiply(v, beta2, donate), g * g, donate)
 
 
-def _scaled(u: Tensor, v: Tensor, epsilon: Hyper) -> Tensor:
-    return (u / (sqrt(v) + epsilon)).to(u.dtype)
+def _scaled(u: Tensor, v: Tensor, epsilon: Hyper, weight: Tensor | None = None) -> Tensor:
+    """u / (√(v / weight) + epsilon). In one new tensor where that can be: the same roundings."""
+    if not may_reuse(u, v, epsilon, weight):
+        corrected = v if weight is None else v / weight
+        return (u / (sqrt(corrected) + epsilon)).to(u.dtype)
+    x = v.clone() if weight is None else torch.div(v, weight)
+    x.add_(torch.finfo(x.dtype).tiny).sqrt_().add_(epsilon)
+    return torch.div(u, x, out=x)
