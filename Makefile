@@ -4,7 +4,7 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train train-text test lint notebooks clean
+.PHONY: train train-text test lint notebooks bench clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train.py
@@ -22,6 +22,11 @@ lint: $(VENV)/ready
 
 notebooks: $(VENV)/ready
 	$(BIN)/python notebooks/execute.py
+
+# About 12 minutes on two cores. Other implementations are timed too where they are installed:
+#   .venv/bin/pip install --constraint constraints.txt --editable '.[bench]'
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks
 
 # The constraints name the release that this repository is developed on. TORCH= installs another:
 #   make test TORCH=torch==2.8.0

@@ -1,0 +1,114 @@
+"""Results as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from benchmarks.methods import BASELINE
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """A panel for each section that has one."""
+    known: dict[str, Callable[[Axes, list[dict[str, Any]]], None]] = {
+        "steps": _steps,
+        "whole": _whole,
+        "floor": _floor,
+        "roots": _roots,
+    }
+    panels = [name for name in known if name in results["sections"]]
+    if not panels:
+        return
+    figure, grid = pyplot.subplots(
+        len(panels), 1, figsize=(9, 5 * len(panels)), layout="constrained", squeeze=False
+    )
+    for axes, name in zip(grid[:, 0], panels):
+        section = results["sections"][name]
+        known[name](axes, section["rows"])
+        axes.set_title(f"{section['title']}: {results['device']}")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Plain steps as multiples of AdamW's, refreshes above them."""
+    timed = [row for row in rows if row.get("plain") and row["method"] != BASELINE]
+    groups = list(dict.fromkeys((r["work"], r["cell"]) for r in timed))
+    for method in dict.fromkeys(r["method"].split(" (matrices")[0] for r in timed):
+        mine = [r for r in timed if r["method"].startswith(method)]
+        places = [groups.index((r["work"], r["cell"])) for r in mine]
+        line = axes.plot([r["ratio"] for r in mine], places, "o", label=method)[0]
+        both = [(r, place) for r, place in zip(mine, places) if r.get("refresh")]
+        ratios = [r["ratio"] * r["refresh"]["ms"] / r["plain"]["ms"] for r, _ in both]
+        axes.plot(ratios, [place for _, place in both], "|", color=line.get_color(), ms=12)
+    axes.set_yticks(range(len(groups)), [f"{work}\nblocks of {size}" for work, size in groups])
+    axes.set_xscale("log")
+    axes.set_xlabel("plain step (dot) and refresh (bar), multiples of AdamW foreach")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _whole(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """What a training step is made of."""
+    for i, row in enumerate(rows):
+        for offset, key in ((-0.2, "adamw"), (0.2, "mean")):
+            own = row[key]["ms"] if key == "adamw" else row[key]
+            passes = axes.barh(i + offset, row["passes"]["ms"], 0.35, color="0.8")
+            step = axes.barh(
+                i + offset, own, 0.35, left=row["passes"]["ms"], color=f"C{int(offset > 0)}"
+            )
+            if i == 0:
+                passes.set_label("forward and backward" if offset < 0 else "_")
+                step.set_label("AdamW foreach" if offset < 0 else "Shampoo, mean")
+    axes.set_yticks(range(len(rows)), [f"{r['work']}\n{r['ratio']:.2f} ×" for r in rows])
+    axes.set_xlabel("ms")
+    axes.legend(fontsize="small")
+
+
+def _floor(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Measured time of every stage, and the floor in it."""
+    cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("time") and row["stage"] != "all":
+            cells.setdefault((row["work"], row["size"]), []).append(row)
+    for i, stages in enumerate(cells.values()):
+        whole = sum(row["time"]["ms"] for row in stages)
+        left = 0.0
+        for k, row in enumerate(stages):
+            width = 100 * row["time"]["ms"] / whole
+            reached = width * min(1.0, row["share"])
+            label = row["stage"] if i == 0 else "_"
+            axes.barh(i, reached, left=left, color=f"C{k}", label=label)
+            axes.barh(i, width - reached, left=left + reached, color=f"C{k}", alpha=0.35)
+            left += width
+    names = [f"{work}\nblocks of {size}" for work, size in cells]
+    axes.set_yticks(range(len(cells)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of a plain step; full colour is the floor")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _roots(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Time against error, a marker for each stack."""
+    stacks = list(dict.fromkeys(row["stack"] for row in rows))
+    for i, solver in enumerate(dict.fromkeys(row["solver"] for row in rows)):
+        mine = [row for row in rows if row["solver"] == solver]
+        ms, errors = [r["time"]["ms"] for r in mine], [r["error"] for r in mine]
+        axes.plot(ms, errors, color=f"C{i}", alpha=0.4, label=solver)
+        for row in mine:
+            marker = "os^D"[stacks.index(row["stack"]) % 4]
+            axes.plot(row["time"]["ms"], row["error"], marker, color=f"C{i}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("ms; circle, square, triangle, diamond: " + ", ".join(stacks))
+    axes.set_ylabel("error of the preconditioned gradient")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
