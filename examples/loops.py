@@ -6,6 +6,7 @@ of the batch, gradients are averaged, and Shampoo's blocks are shared out (funsh
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from functools import partial
@@ -117,6 +118,14 @@ def join_ranks(device: str) -> tuple[int, int]:
         return 0, 1
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave_ranks() -> None:
+    """Leave the others, when all have come so far and nothing refers to the group any more."""
+    if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel is in a cycle, and holds on to the group
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def share_of(batch: Examples) -> Examples:

@@ -16,13 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 import plot
 import report
-from loops import LOOPS, RECIPES, join_ranks, loss_of, share_of
+from loops import LOOPS, RECIPES, join_ranks, leave_ranks, loss_of, share_of
 from runs import Point, Run, summarize
 from tasks import TASKS, Examples, Task
 
@@ -136,8 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Networks this small gain little from more, and so sums don't depend on the number of cores.
     torch.set_num_threads(1)
     runs = compare(task, options.optimizers, options.loop, quiet=rank > 0)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()
     if rank > 0:  # all ranks have the same
         return
     results = summarize(task, runs)
