@@ -158,13 +158,13 @@ def section(settings: Settings) -> Section:
         Column("share", "share of the floor", "share"),
         Column("gap", "gap, ms", "number"),
     ]
-    return Section("floor", "A plain step against its floor", ABOUT, columns, cells)
+    return Section("floor", "A plain step against its floor", ABOUT, columns, cells, together=True)
 
 
 def _cell(work: Work, size: int, rates: list[Rates], settings: Settings) -> Callable[[], Rows]:
     def run() -> Rows:
         device = settings.device
-        spent = _stage_times(work, size, device, 6 if settings.quick or work is GPT2 else 20)
+        spent = _stage_times(work, size, device, 4 if settings.quick or work is GPT2 else 20)
         needs = needs_of(layout_for(work.sizes(), size))
         rows: Rows = []
         for stage in STAGES:

@@ -198,7 +198,7 @@ OURS = "funshampoo.Shampoo"
 METHODS = (
     Method(BASELINE, _adamw_foreach, blocks=False),
     Method("AdamW, fused", _adamw_fused, blocks=False),
-    Method("Muon (matrices only: {share})", _muon, blocks=False, matrices_only=True),
+    Method("Muon (matrices only: {share})", _muon, blocks=False, matrices_only=True, most=1e8),
     Method(OURS, _wrapper, _first_and_multiples),
     Method("funshampoo, functional", Functional, _first_and_multiples, most=1e8),
     # The reference applies roots only from its first refresh on, on step EVERY at the earliest.

@@ -13,6 +13,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from benchmarks.methods import BASELINE
+from benchmarks.table import rows_of
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -31,7 +32,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     )
     for axes, name in zip(grid[:, 0], panels):
         section = results["sections"][name]
-        known[name](axes, section["rows"])
+        known[name](axes, rows_of(section))
         axes.set_title(f"{section['title']}: {results['device']}")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import floor, memory, ranked, roots, steps, whole
-from benchmarks.section import Cell, Section, Settings
-from benchmarks.table import report, table
+from benchmarks.section import Cell, Column, Section, Settings
+from benchmarks.table import report, section_table
 
 HERE = Path(__file__).parent
 SECTIONS = {
@@ -30,6 +30,7 @@ SECTIONS = {
     "ranks": ranked.section,
     "roots": roots.section,
 }
+DISTURBED = 0.1  # cores kept busy by others, from which on a cell should be measured again
 PEERS = ("distributed_shampoo", "pytorch_optimizer", "heavyball")
 
 
@@ -44,18 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     device = device_name(settings.device, options.threads)
     path = folder / f"{device}.json"
-    results = {"device": device, "sections": earlier(path, quick=options.quick)}
+    found = earlier(path, quick=options.quick)
 
     sections = [SECTIONS[name](settings) for name in options.only or SECTIONS]
     with tqdm(total=sum(len(s.cells) for s in sections), unit="cell", dynamic_ncols=True) as bar:
         for section in sections:
-            found = run_section(section, settings, bar)
-            results["sections"][section.name] = found
-            ordered = {n: results["sections"][n] for n in SECTIONS if n in results["sections"]}
-            results["sections"] = ordered
-            write(results, path)
+            before = found.get(section.name, {}).get("cells", {}) if options.resume else {}
+            cells = kept(before, section)
+            for cell in section.cells:
+                bar.set_description(f"{section.name}: {cell.label}")
+                if cell.label not in cells:
+                    cells[cell.label] = measured(cell)
+                    found[section.name] = described(section, cells, settings)
+                    ordered = {name: found[name] for name in SECTIONS if name in found}
+                    write({"device": device, "sections": ordered}, path)
+                bar.update()
             bar.write(f"\n{section.title}\n")
-            bar.write("\n".join(table(found["rows"], found["columns"])))
+            bar.write("\n".join(section_table(found[section.name])))
+    draw(path)
     print(f"\nwritten: {path.with_suffix('.md')}")
 
 
@@ -68,6 +75,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         choices=list(SECTIONS),
         help="a section to run, more by repeating it; the results keep what they have of others",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave what an interrupted run has measured, where nobody else kept the cores busy",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
@@ -94,29 +106,43 @@ def earlier(path: Path, *, quick: bool) -> dict[str, Any]:
     return {name: s for name, s in sections.items() if s["quick"] == quick}
 
 
-def run_section(section: Section, settings: Settings, bar: Any) -> dict[str, Any]:
-    """Its rows and all that the table says about them."""
-    rows = []
+def kept(before: dict[str, Any], section: Section) -> dict[str, Any]:
+    """Of an interrupted run, the cells that nobody disturbed."""
+    done = {c.label: before[c.label] for c in section.cells if c.label in before}
+    if section.together and len(done) < len(section.cells):
+        return {}
+    return {label: cell for label, cell in done.items() if cell["others"] <= DISTURBED}
+
+
+def measured(cell: Cell) -> dict[str, Any]:
+    """Its rows, and who else was at work."""
     others = Others()
-    for cell in section.cells:
-        bar.set_description(f"{section.name}: {cell.label}")
-        rows += _rows(cell)
-        bar.update()
+    rows = [{key: x for key, x in row.items() if x is not None} for row in cell.run()]
+    cores = others.cores()
+    if cores > DISTURBED:
+        rows = [{**row, "others": cores} for row in rows]
+    return {"when": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"} | {
+        "others": cores,
+        "rows": rows,
+    }
+
+
+def described(section: Section, cells: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """All that the table says about a section."""
     versions = [f"torch {torch.__version__}"]
     for package in PEERS:
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
+    columns = [*section.columns, Column("others", "cores kept busy by others", "number")]
     return {
         "title": section.title,
         "about": section.about,
-        "when": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         "where": f"{processor(settings.device)}, {', '.join(versions)}",
         "quick": settings.quick,
-        "others": others.cores(),
-        "columns": [column._asdict() for column in section.columns],
-        "rows": rows,
+        "columns": [column._asdict() for column in columns],
+        "cells": {c.label: cells[c.label] for c in section.cells if c.label in cells},
     }
 
 
@@ -126,26 +152,20 @@ class Others:
     def __init__(self) -> None:
         self.began, self.before = time.monotonic(), self._seconds()
 
-    def cores(self) -> float | None:
-        """On average. None where the system does not tell."""
-        after, elapsed = self._seconds(), time.monotonic() - self.began
-        if self.before is None or after is None:
-            return None
-        return round(max(0.0, after - self.before) / elapsed, 2)
+    def cores(self) -> float:
+        """On average; 0 where the system does not tell."""
+        spent = self._seconds() - self.before
+        return round(max(0.0, spent) / (time.monotonic() - self.began), 2)
 
     @staticmethod
-    def _seconds() -> float | None:
+    def _seconds() -> float:
         """Of all cores, at work for anybody but this process and its children."""
         path = Path("/proc/stat")
         if not path.exists():
-            return None
+            return 0.0
         user, nice, system, *_ = map(int, path.read_text().splitlines()[0].split()[1:])
         own = sum(os.times()[:4])
         return (user + nice + system) / os.sysconf("SC_CLK_TCK") - own
-
-
-def _rows(cell: Cell) -> list[dict[str, Any]]:
-    return [{key: x for key, x in row.items() if x is not None} for row in cell.run()]
 
 
 def processor(device: torch.device) -> str:
@@ -158,11 +178,15 @@ def processor(device: torch.device) -> str:
 
 
 def write(results: dict[str, Any], path: Path) -> None:
-    """JSON, Markdown and, where matplotlib is installed, a picture beside each other."""
+    """JSON and Markdown beside each other, after every cell: an interrupted run leaves them."""
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(report(results))
+
+
+def draw(path: Path) -> None:
+    """The picture of what was written, where matplotlib is installed."""
     try:
         plot = importlib.import_module("benchmarks.plot")
     except ImportError:
         return
-    plot.draw(results, path.with_suffix(".png"))
+    plot.draw(json.loads(path.read_text()), path.with_suffix(".png"))

@@ -51,6 +51,7 @@ class Section(NamedTuple):
         about: what was measured and how.
         columns: of the table; rows may hold more, for the JSON.
         cells: run one after the other, in this order.
+        together: the cells need one another, so they are measured together or not at all.
     """
 
     name: str
@@ -58,3 +59,4 @@ class Section(NamedTuple):
     about: str
     columns: list[Column]
     cells: list[Cell]
+    together: bool = False

@@ -15,13 +15,20 @@ def report(results: Mapping[str, Any]) -> str:
     for section in results["sections"].values():
         quick = ", a quick run, to see whether it works" if section["quick"] else ""
         lines += [f"## {section['title']}", "", section["about"], ""]
-        lines += [f"{section['when']}, {section['where']}{quick}.", ""]
-        if section.get("others") is not None:
-            others = f"Other processes kept {section['others']:.2f} cores busy meanwhile"
-            lines += [f"{others}{': measure again' * (section['others'] > 0.1)}.", ""]
-        lines += table(section["rows"], section["columns"])
-        lines += [""]
+        dates = [cell["when"] for cell in section["cells"].values()]
+        lines += [f"{min(dates)} to {max(dates)}, {section['where']}{quick}.", ""]
+        lines += [*section_table(section), ""]
     return "\n".join(lines)
+
+
+def section_table(section: Mapping[str, Any]) -> list[str]:
+    """The lines of one section's table."""
+    return table(rows_of(section), section["columns"])
+
+
+def rows_of(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of all its cells."""
+    return [row for cell in section["cells"].values() for row in cell["rows"]]
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, str]]) -> list[str]:
