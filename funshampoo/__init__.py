@@ -18,6 +18,7 @@ from funshampoo.base import (
     apply_updates,
     identity,
     stateless,
+    update_in_place,
 )
 from funshampoo.combine import chain, masked, partition
 from funshampoo.distributed import sharded
@@ -93,4 +94,5 @@ __all__ = [
     "state",
     "stateless",
     "trace",
+    "update_in_place",
 ]

@@ -51,6 +51,9 @@ class GradientTransformation:
             out `params` and any name of the context.
         name: the key of this stage's state in a chain. By default the name of the function that
             `update` was defined in: a stage written as `def sign(): ... def update(...)` is `sign`.
+        apply: `apply(updates, state, params, **context) -> state`, for callers who own both state
+            and parameters: as `update` with donate=True, followed by W ← W + U in the parameters'
+            own memory. None where nothing is won by that; see `update_in_place`.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -70,12 +73,15 @@ class GradientTransformation:
     init: Callable[..., State]
     update: Callable[..., tuple[Tree, State]]
     name: str = ""
+    apply: Callable[..., State] | None = None
 
     def __post_init__(self) -> None:
         # Frozen for everybody else; this is the way in.
         object.__setattr__(self, "name", self.name or _name_of(self.update))
         object.__setattr__(self, "init", _adapted(self.init, 1, ()))
         object.__setattr__(self, "update", _adapted(self.update, 2, ("params",)))
+        if self.apply is not None:
+            object.__setattr__(self, "apply", _adapted(self.apply, 3, ()))
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         yield self.init
@@ -102,7 +108,7 @@ def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransfor
 
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     """The same functions under another name."""
-    return GradientTransformation(stage.init, stage.update, name)
+    return GradientTransformation(stage.init, stage.update, name, stage.apply)
 
 
 def as_transformation(stage: Any) -> GradientTransformation:
@@ -161,6 +167,64 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         return torch.add(p.to(compute_dtype(p)), u).to(p.dtype)
 
     return spec.unflatten([add(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates))])
+
+
+def add_in_place(params: Tree, updates: Tree) -> None:
+    """W ← W + U in the parameters' own memory, with the roundings of `apply_updates`.
+
+    Raises:
+        ValueError: the trees differ; the message names the leaf. Nothing is changed then.
+
+    >>> import torch
+    >>> params = {"w": torch.ones(2)}
+    >>> add_in_place(params, {"w": torch.tensor([0.5, -1.0])})
+    >>> params
+    {'w': tensor([1.5000, 0.0000])}
+    """
+    check_same_structure(params, updates, "params", "updates")
+    leaves, spec = flatten(params)
+    for p, u in zip(leaves, spec.flatten_up_to(updates)):
+        if u is None:
+            continue
+        if p.dtype == u.dtype:
+            p.add_(u)
+        else:
+            p.copy_(torch.add(p.to(compute_dtype(p)), u))
+
+
+def update_in_place(
+    transformation: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    **context: Any,
+) -> State:
+    """A step that consumes the state and changes the parameters: `update`, then `add_in_place`.
+
+    Where the transformation has an `apply`, its updates are never held all at once.
+
+    Args:
+        transformation: any; its state is donated.
+        updates: the gradients. They are not written to.
+        params: detached from autograd.
+
+    Returns:
+        The new state.
+
+    >>> import torch
+    >>> from funshampoo import sgd
+    >>> tx = sgd(0.1)
+    >>> params = {"w": torch.ones(2)}
+    >>> state = update_in_place(tx, {"w": torch.ones(2)}, tx.init(params), params)
+    >>> params
+    {'w': tensor([0.9000, 0.9000])}
+    """
+    context |= {"donate": True}
+    if transformation.apply is not None:
+        return transformation.apply(updates, state, params, **context)
+    found, state = transformation.update(updates, state, params, **context)
+    add_in_place(params, found)
+    return state
 
 
 def _name_of(update: Callable[..., Any]) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from funshampoo.base import GradientTransformation, State, Tree, as_transformation
+from funshampoo.base import (
+    GradientTransformation,
+    State,
+    Tree,
+    as_transformation,
+    update_in_place,
+)
 from funshampoo.state.stages import MaskedState, PartitionState
 from funshampoo.tree import (
     MaskedNode,
@@ -72,19 +78,51 @@ def chain(
         upstream: tuple[State, ...] = (),
         **context: Any,
     ) -> tuple[Tree, State]:
+        check(updates, state, params)
+        return _run(named, updates, state, params, upstream, context)
+
+    def apply(
+        updates: Tree,
+        state: State,
+        params: Tree,
+        *,
+        upstream: tuple[State, ...] = (),
+        **context: Any,
+    ) -> State:
+        check(updates, state, params)
+        last, stage = list(named.items())[-1]
+        first = {name: tx for name, tx in named.items() if name != last}
+        context["donate"] = True
+        updates, states = _run(first, updates, state, params, upstream, context)
+        context["upstream"] = (*upstream, *states.values())
+        states[last] = update_in_place(stage, updates, state[last], params, **context)
+        return states
+
+    def check(updates: Tree, state: State, params: Tree) -> None:
         if state.keys() != named.keys():
             raise ValueError(_other_chain(set(named), set(state)))
         if params is not None:
             check_same_structure(params, updates, "params", "gradients")
-        states: dict[str, State] = {}
-        for name, stage in named.items():
-            before = (*upstream, *states.values())
-            updates, states[name] = stage.update(
-                updates, state[name], params, upstream=before, **context
-            )
-        return updates, states
 
-    return GradientTransformation(init, update)
+    ends_in_place = bool(named) and list(named.values())[-1].apply is not None
+    return GradientTransformation(init, update, apply=apply if ends_in_place else None)
+
+
+def _run(
+    stages: Mapping[str, GradientTransformation],
+    updates: Tree,
+    state: State,
+    params: Tree,
+    upstream: tuple[State, ...],
+    context: Mapping[str, Any],
+) -> tuple[Tree, dict[str, State]]:
+    states: dict[str, State] = {}
+    for name, stage in stages.items():
+        before = (*upstream, *states.values())
+        updates, states[name] = stage.update(
+            updates, state[name], params, upstream=before, **context
+        )
+    return updates, states
 
 
 def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:

@@ -12,7 +12,7 @@ from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_count
 from funshampoo.host import all_true, unwrapped
 from funshampoo.state.places import Place, block_names, map_tensors
-from funshampoo.state.stages import FactorRoot, GuardedState, walk
+from funshampoo.state.stages import FactorRoot, GuardedState, find_state, walk
 from funshampoo.steps import new_counter, read_counter
 from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves
 
@@ -86,11 +86,14 @@ def guarded(
         block_ndim: int = 0,
         donate: bool = False,
         stops: bool = True,
+        whole: Any = None,
         **context: Any,
     ) -> tuple[Tree, GuardedState]:
         done = read_counter(state.steps) if stops and max_failures is not None else None
         if max_failures is not None and done and done % every == 0:
-            _stop_at(max_failures, state, context.get("layout", {}))
+            # The first tile of a step answers for all blocks, before anything has changed.
+            everywhere = find_state(whole, GuardedState) or state
+            _stop_at(max_failures, everywhere, context.get("layout", {}))
         source = updates if gradient is None else gradient
         fine = _verdicts(source, updates, block_ndim)
         context["block_ndim"] = block_ndim

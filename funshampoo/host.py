@@ -20,6 +20,14 @@ def unwrapped(tensor: Tensor) -> Tensor | None:
     return tensor
 
 
+def is_traced() -> bool:
+    """Whether torch.compile or a transform of torch.func looks at what is done here.
+
+    Then results can't be written into memory that was there before.
+    """
+    return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
+
+
 def all_true(mask: Tensor) -> bool:
     """Whether every entry is True, over all batch axes; False where it can't be read.
 

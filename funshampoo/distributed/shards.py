@@ -109,35 +109,33 @@ def _find_shards(
     return Shards(stacks, tuple(pieces), tuple(used), length, status, fingerprint)
 
 
-def pack(shard: Tensor, shards: Shards, rank: int, stacks: Mapping[str, Tensor | None]) -> None:
-    """Copy this rank's updates into its shard, (length,), cast to its dtype; None is zeros."""
-    place = 0
+def places_in_shard(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
+    """Where the rows that this rank owns go in its shard, (length,): views (rows, *block)."""
+    places: dict[str, Tensor] = {}
+    start = 0
     for stack, piece in shards.owned_by(rank).items():
-        size, update = shards.numel(piece), stacks[stack]
-        target = shard.narrow(0, place, size)
-        if update is None:
-            target.zero_()
-        else:
-            target.view(update.shape).copy_(update)
-        place += size
-    shard.narrow(0, place, shards.length - shards.status - place).zero_()
+        size = shards.numel(piece)
+        place = shard.narrow(0, start, size)
+        places[stack] = place.view(piece.rows, *shards.blocks[stack].block)
+        start += size
+    return places
 
 
-def unpack(
-    buffer: Tensor, shards: Shards, dtypes: Mapping[str, torch.dtype]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """(the full stacks, newly allocated; the statuses of all ranks, (ranks, STATUS) float32)."""
+def status_of(shard: Tensor, shards: Shards) -> Tensor:
+    """A shard's status, (STATUS,) float32; a view."""
+    return shard.narrow(0, shards.length - shards.status, shards.status).view(torch.float32)
+
+
+def unpack(buffer: Tensor, shards: Shards) -> tuple[dict[str, list[tuple[int, Tensor]]], Tensor]:
+    """({stack: [(first row, rows)]}, views in order; all ranks' statuses, (ranks, STATUS))."""
     parts = iter(torch.split(buffer, shards.split_sizes()))
-    found: dict[str, dict[int, Tensor]] = {stack: {} for stack in shards.blocks}
+    found: dict[str, list[tuple[int, Tensor]]] = {stack: [] for stack in shards.blocks}
     statuses = []
     for rank in range(len(shards.used)):
-        for piece in shards.owned_by(rank).values():
-            found[piece.stack][piece.first] = next(parts)
+        for stack, piece in shards.owned_by(rank).items():
+            rows = next(parts).view(piece.rows, *shards.blocks[stack].block)
+            found[stack].append((piece.first, rows))
         next(parts)  # the padding
         statuses.append(next(parts).view(torch.float32))
-    full = {}
-    for stack, (block, rows) in shards.blocks.items():
-        pieces = [found[stack][first] for first in sorted(found[stack])]
-        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0].clone()
-        full[stack] = whole.view(rows, *block).to(dtypes[stack])
-    return full, torch.stack(statuses)
+    ordered = {stack: sorted(rows, key=lambda pair: pair[0]) for stack, rows in found.items()}
+    return ordered, torch.stack(statuses)

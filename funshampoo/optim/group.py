@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation
+from funshampoo.base import GradientTransformation, update_in_place
 from funshampoo.optim.vocabulary import Method, Vocabulary, same_arguments, structural
 from funshampoo.state.checkpoint import (
     FORMAT,
@@ -109,9 +109,7 @@ class GroupRun:
         if all(g is None for g in gradients.values()) and not is_shared(self._state):
             return
         detached = {known.name: known.parameter.detach() for known in self._known}
-        updates, self._state = tx.update(gradients, self._state, detached, donate=True)
-        for name, p in detached.items():
-            _add(p, updates[name])
+        self._state = update_in_place(tx, gradients, self._state, detached)
 
     def current(self, group: dict[str, Any]) -> Any:
         """The state for the group as it is now.
@@ -309,13 +307,3 @@ def _gradient(p: Tensor, ascends: bool) -> Tensor | None:
     """None where a frozen parameter still has an old gradient."""
     g = p.grad if p.requires_grad else None
     return -g if ascends and g is not None else g
-
-
-def _add(p: Tensor, update: Tensor | None) -> None:
-    """W ← W + U, rounded once to the parameter's dtype, as `apply_updates` does."""
-    if update is None:
-        return
-    if p.dtype == update.dtype:
-        p.add_(update)
-    else:
-        p.copy_(torch.add(p.to(update.dtype), update))

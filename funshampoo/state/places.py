@@ -94,10 +94,14 @@ class _Scope(NamedTuple):
     place: Place
     stacks: Mapping[str, tuple[int, ...] | None] | None  # in block space: {stack: rows}
     of_states: bool  # whether a dict here is keyed by stages
+    only: Collection[str] | None  # stacks that are kept; None: all
 
 
 def map_tensors(
-    function: Callable[..., Any], *states: Any, stacks: Collection[str] | None = None
+    function: Callable[..., Any],
+    *states: Any,
+    stacks: Collection[str] | None = None,
+    only: Collection[str] | None = None,
 ) -> Any:
     """Apply `function(place, tensor, *tensors of the other states)` to every tensor of a state.
 
@@ -105,9 +109,10 @@ def map_tensors(
         function: what it returns stands in the tensor's place.
         states: of one structure; the first one's tuples and dicts rule.
         stacks: the names of the stacks, where the states were taken from inside block space.
+        only: stacks to keep; the entries of others are left out of the result.
     """
     known = None if stacks is None else dict.fromkeys(stacks, None)
-    start = _Scope(Place((), (), (), None, None, {}, None), known, True)
+    start = _Scope(Place((), (), (), None, None, {}, None), known, True, only)
     return _map(function, start, states)
 
 
@@ -117,19 +122,22 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
         side = scope.place.path[-1:] == ("factors",)
         return function(_side_moved(scope.place) if side else scope.place, *nodes)
     if isinstance(node, dict):
+        children = [(key, _below(scope, node, key)) for key in node]
         return {
-            key: _map(function, _below(scope, node, key), tuple([n[key] for n in nodes]))
-            for key in node
+            key: _map(function, below, tuple([n[key] for n in nodes]))
+            for key, below in children
+            if scope.only is None or below.place.stack is None or below.place.stack in scope.only
         }
     if not isinstance(node, (tuple, list)):
         return node
     fields: tuple[str, ...] | None = getattr(node, "_fields", None)
     if fields is None:
-        children = [
-            _map(function, _below(scope, node, i), tuple([n[i] for n in nodes]))
-            for i in range(len(node))
-        ]
-        return type(node)(children)
+        return type(node)(
+            [
+                _map(function, _below(scope, node, i), tuple([n[i] for n in nodes]))
+                for i in range(len(node))
+            ]
+        )
     scope = _entered(scope, node)
     return type(node)(
         *[
@@ -161,7 +169,7 @@ def _inside(scope: _Scope, node: Any, field: str) -> _Scope:
         place = place._replace(path=(*place.path, *_combinator(node), field))
     if field in ("direction", "onto"):
         place = place._replace(stage=(*place.stage, field))
-    return _Scope(place, scope.stacks, field in _KEYED_BY_NAME)
+    return scope._replace(place=place, of_states=field in _KEYED_BY_NAME)
 
 
 def _combinator(node: Any) -> Path:
@@ -176,7 +184,8 @@ def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
     over_stacks = isinstance(node, dict) and stacks is not None and node.keys() == stacks.keys()
     over_stacks = over_stacks and place.kind is not PartitionState  # whose keys are labels
     if over_stacks and stacks is not None and place.stack is None:
-        return _Scope(place._replace(stack=str(key), rows=stacks[key]), stacks, False)
+        below = place._replace(stack=str(key), rows=stacks[key])
+        return scope._replace(place=below, of_states=False)
     if scope.of_states or stacks is not None:
         place = place._replace(path=(*place.path, str(key)))
         if scope.of_states and place.path[-2:-1] != ("hyperparams",):

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Tree, as_transformation
+from funshampoo.base import GradientTransformation, Tree, add_in_place, as_transformation
 from funshampoo.checks import check_choice, check_count
 from funshampoo.combine import Mask
-from funshampoo.state.places import Path, Place, is_shared, map_tensors, rows_of
+from funshampoo.host import is_traced
+from funshampoo.state.places import is_shared
 from funshampoo.state.stages import BlockedState, ShardedState
-from funshampoo.transforms.layout import (
-    Layout,
-    Merge,
-    ParameterLayout,
-    Region,
-    Stack,
-    layout_of,
-    leaf_key,
-)
+from funshampoo.transforms.absent import absent_rows, restored_rows, saved_rows
+from funshampoo.transforms.layout import Layout, Merge, block_ids, layout_of, leaf_key
+from funshampoo.transforms.stacks import stack_blocks, unstack_blocks
+from funshampoo.transforms.tiled_step import Given, Results, TiledSteps
+from funshampoo.transforms.tiles import TileSize
 from funshampoo.tree import (
     broadcast_prefix,
     check_parameters,
     check_same_structure,
-    compute_dtype,
     flatten,
     leaf_names,
 )
@@ -40,6 +36,7 @@ def blocked(
     merge: Merge = "small",
     keep: int = 2,
     with_params: bool | Mask = False,
+    tile: TileSize = None,
 ) -> GradientTransformation:
     """Cut every parameter into blocks, run `inner` on stacks of equal blocks, put the pieces back.
 
@@ -60,6 +57,9 @@ def blocked(
         with_params: also hand `inner` the parameters in stacks (a copy more a step). A mask (a tree
             of bools, a prefix of one, or a function of the parameters) gives zeros for the others,
             so that they do not decay.
+        tile: how many numbers a donated step works on at once, for an `inner` that steps every
+            block by itself, whatever others there are; the recipes say "auto" (2^20 on a CPU, all
+            on other devices). None: all.
 
     Half-precision gradients enter the stacks as float32 and the updates leave in float32. Empty
     parameters have no block. A gradient that is None leaves the state of that parameter's blocks as
@@ -87,6 +87,8 @@ def blocked(
         check_count("max_size", max_size)
     check_choice("merge", merge, ("none", "small", "matrix"))
     check_count("keep", keep)
+    if tile is not None and tile != "auto":
+        check_count("tile", tile)
 
     def find_layout(leaves: list[Tensor]) -> Layout:
         return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
@@ -102,9 +104,7 @@ def blocked(
         described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
         return BlockedState(state, dict(zip(leaf_names(params), described)))
 
-    def update(
-        updates: Tree, state: BlockedState, params: Tree = None, **context: Any
-    ) -> tuple[Tree, BlockedState]:
+    def read(updates: Tree, state: BlockedState, params: Tree) -> Given:
         if params is not None:
             check_same_structure(params, updates, "params", "gradients")
         leaves, spec = flatten(updates)
@@ -116,152 +116,67 @@ def blocked(
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = find_layout(leaves if params is None else flatten(params)[0])
         _check_layout(layout, state.layout, updates)
-        # Directly inside, `sharded` needs the rows that this rank owns; the others are not copied.
-        owned = state.inner.owned if isinstance(state.inner, ShardedState) else None
-        stacks = stack_blocks(leaves, layout, owned)
-        if owned is not None:
-            context["stacks"] = layout.stacks
-        kept = _saved_rows(state, layout, missing) if missing else {}
-        context |= {"gradient": stacks, "block_ndim": 1, "layout": state.layout}
-        context |= {"block_ids": _block_ids(layout)}
-        if missing:
-            context["absent"] = _rows_of(layout, missing)
         shown = None if with_params is False else _shown(params, with_params)
-        inner_params = None if shown is None else stack_blocks(shown, layout, owned)
-        stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
-        if missing:
-            inner_state = _restored_rows(BlockedState(inner_state, state.layout), kept)
-            if is_shared(state):
-                # The owner of a block decides for all ranks whether it had a gradient.
-                leaves = flatten(params)[0]
-        pieces = unstack_blocks(stacks, layout, leaves)
-        return spec.unflatten(pieces), BlockedState(inner_state, state.layout)
+        return Given(leaves, spec, layout, missing, shown)
 
-    return GradientTransformation(init, update)
+    def update(
+        updates: Tree, state: BlockedState, params: Tree = None, **context: Any
+    ) -> tuple[Tree, BlockedState]:
+        given = read(updates, state, params)
+        context |= {"block_ndim": 1, "layout": state.layout}
+        if context.get("donate") and not given.missing and not is_traced():
+            steps = tiled.of(given.layout)
+            results = Results(steps.parts, given, is_shared(state))
+            new = steps.run(inner, state.inner, given, results.put, context)
+            return given.spec.unflatten(results.leaves), BlockedState(new, state.layout)
+        return _update_whole(inner, given, state, params, context)
+
+    def apply(updates: Tree, state: BlockedState, params: Tree, **context: Any) -> BlockedState:
+        given = read(updates, state, params)
+        own, _ = flatten(params)
+        if given.missing or is_traced() or not all([p.is_contiguous() for p in own]):
+            updates, state = update(updates, state, params, **context | {"donate": True})
+            add_in_place(params, updates)
+            return state
+        context |= {"block_ndim": 1, "layout": state.layout, "donate": True}
+        steps = tiled.of(given.layout)
+
+        def put(stack: str, rows: range, values: Tensor) -> None:
+            steps.parts.scatter_add(stack, rows, values, own)
+
+        return BlockedState(steps.run(inner, state.inner, given, put, context), state.layout)
+
+    tiled = TiledSteps(tile)
+    return GradientTransformation(init, update, apply=apply)
 
 
-def stack_blocks(
-    leaves: list[Tensor | None], layout: Layout, owned: Mapping[str, Any] | None = None
-) -> dict[str, Tensor]:
-    """Gather leaves in stacks, {name: (rows, *block)}; None fills its rows with zeros.
-
-    With `owned`, {name: {"first:last": ()}}, only those rows of those stacks. A stack of one region
-    may be a view of the leaf: stages read their updates and never write them.
-    """
-    wanted = {name: range(stack.rows) for name, stack in layout.stacks.items()}
+def _update_whole(
+    inner: GradientTransformation,
+    given: Given,
+    state: BlockedState,
+    params: Tree,
+    context: dict[str, Any],
+) -> tuple[Tree, BlockedState]:
+    """All blocks at once, in new tensors; missing gradients are allowed."""
+    leaves, spec, layout, missing, shown = given
+    # Directly inside, `sharded` needs the rows that this rank owns; the others are not copied.
+    owned = state.inner.owned if isinstance(state.inner, ShardedState) else None
+    stacks = stack_blocks(leaves, layout, owned)
     if owned is not None:
-        held = {name: rows_of(spans) for name, spans in owned.items() if name in wanted}
-        wanted = {name: range(rows[0], rows[-1] + 1) for name, rows in held.items()}
-    pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for leaf, where in zip(leaves, layout.parameters):
-        for region in where.regions:
-            rows = wanted.get(region.stack, range(0))
-            first = max(rows.start - region.first, 0)
-            last = min(rows.stop - region.first, region.rows)
-            if first < last:
-                pieces[region.stack].append(_cut_rows(leaf, where, region, layout, first, last))
-    return {name: _joined(parts, layout.stacks[name]) for name, parts in pieces.items()}
-
-
-def _cut_rows(
-    leaf: Tensor | None,
-    where: ParameterLayout,
-    region: Region,
-    layout: Layout,
-    first: int,
-    last: int,
-) -> Tensor:
-    """The rows first..last-1 of a region, from no more of it than they lie in."""
-    if last - first == region.rows:
-        return _cut_out(leaf, where, region, layout)
-    across = region.rows // region.grid[0]  # blocks in one slice of the grid along the first side
-    top, bottom = first // across, -(-last // across)
-    part = region._replace(
-        grid=(bottom - top, *region.grid[1:]),
-        offset=(region.offset[0] + top * region.block[0], *region.offset[1:]),
-    )
-    cut = _cut_out(leaf, where, part, layout)
-    cut = cut if cut.ndim > len(region.block) else cut.unsqueeze(0)
-    return cut.narrow(0, first - top * across, last - first)
-
-
-def _joined(parts: list[Tensor], stack: Stack) -> Tensor:
-    """One stack of its pieces, each one block or a row of blocks: one operator where it can be."""
-    order = len(stack.block)
-    if len(parts) == 1:
-        return parts[0] if parts[0].ndim > order else parts[0].unsqueeze(0)
-    if all([part.ndim == order for part in parts]):
-        return torch.stack(parts)
-    return torch.cat([part if part.ndim > order else part.unsqueeze(0) for part in parts])
-
-
-def unstack_blocks(
-    stacks: Mapping[str, Tensor], layout: Layout, leaves: list[Tensor | None]
-) -> list[Tensor | None]:
-    """Put the blocks of every parameter back together; None where the leaf is None."""
-    # Every stack is split once, into its regions in the order in which they were laid out.
-    sizes: dict[str, list[int]] = {name: [] for name in layout.stacks}
-    for where in layout.parameters:
-        for region in where.regions:
-            sizes[region.stack].append(region.rows)
-    pieces = {name: iter(_parted(stacks[name], rows)) for name, rows in sizes.items()}
-    return [
-        _assemble([_paste(next(pieces[r.stack]), r) for r in where.regions], where, leaf)
-        for leaf, where in zip(leaves, layout.parameters)
-    ]
-
-
-def _parted(stack: Tensor, rows: list[int]) -> Sequence[Tensor]:
-    """The regions' rows, (rows, *block), or the block itself where each region has just one."""
-    return stack.unbind(0) if all([n == 1 for n in rows]) else torch.split(stack, rows)
-
-
-def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout: Layout) -> Tensor:
-    """One region as (rows, *block): slice, split every side into (grid, block), grid axes first.
-
-    A parameter that is one block is (*block) instead.
-    """
-    stack = layout.stacks[region.stack]
-    if leaf is None:
-        return torch.zeros(region.rows, *region.block, dtype=stack.dtype, device=stack.device)
-    if region.block == where.merged:
-        return _reshaped(leaf, region.block).to(stack.dtype)
-    x = leaf.reshape(where.merged)
-    split: list[int] = []
-    for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
-        x = x.narrow(axis, start, count * size)
-        split += (count, size)
-    order = len(region.block)
-    axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
-    return x.reshape(split).permute(axes).reshape((region.rows, *region.block)).to(stack.dtype)
-
-
-def _paste(rows: Tensor, region: Region) -> Tensor:
-    """Undo `_cut_out`: (rows, *block) to the region of the merged parameter."""
-    if region.rows == 1:
-        return _reshaped(rows, region.block)
-    order = len(region.block)
-    axes = [axis for i in range(order) for axis in (i, order + i)]
-    sides = [count * size for count, size in zip(region.grid, region.block)]
-    return rows.reshape((*region.grid, *region.block)).permute(axes).reshape(sides)
-
-
-def _assemble(pieces: list[Tensor], where: ParameterLayout, leaf: Tensor | None) -> Tensor | None:
-    """Join the regions of a parameter side by side, last axis first."""
-    if leaf is None:
-        return None
-    if not pieces:
-        return torch.zeros_like(leaf, dtype=compute_dtype(leaf))
-    for axis in range(len(where.parts) - 1, -1, -1):
-        n = where.parts[axis]
-        if n > 1:
-            pieces = [torch.cat(pieces[i : i + n], axis) for i in range(0, len(pieces), n)]
-    return _reshaped(pieces[0], where.shape)
-
-
-def _reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x.reshape(shape), without an operator where it has that shape."""
-    return x if x.shape == shape else x.reshape(shape)
+        context["stacks"] = layout.stacks
+    kept = saved_rows(state, layout, missing) if missing else {}
+    context |= {"gradient": stacks, "block_ids": block_ids(layout)}
+    if missing:
+        context["absent"] = absent_rows(layout, missing)
+    inner_params = None if shown is None else stack_blocks(shown, layout, owned)
+    stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
+    if missing:
+        inner_state = restored_rows(BlockedState(inner_state, state.layout), kept)
+        if is_shared(state):
+            # The owner of a block decides for all ranks whether it had a gradient.
+            leaves = flatten(params)[0]
+    pieces = unstack_blocks(stacks, layout, leaves)
+    return spec.unflatten(pieces), BlockedState(inner_state, state.layout)
 
 
 def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) -> None:
@@ -290,58 +205,8 @@ def _shape_unknown(updates: Tree) -> str:
     return f"the gradient of '{names[0]}' is None and its shape unknown: pass params to update."
 
 
-def _block_ids(layout: Layout) -> dict[str, range]:
-    """A number for every block, counted through the stacks."""
-    ids: dict[str, range] = {}
-    first = 0
-    for name, stack in layout.stacks.items():
-        ids[name] = range(first, first + stack.rows)
-        first += stack.rows
-    return ids
-
-
 def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
     """The parameters that the inner transformation may see; None hides one."""
     leaves, _ = flatten(params)
     flags = broadcast_prefix(mask(params) if callable(mask) else mask, params, "with_params")
     return [p if flag else None for p, flag in zip(leaves, flags)]
-
-
-def _rows_of(layout: Layout, parameters: list[int]) -> dict[str, set[int]]:
-    """{stack: the rows that belong to these parameters}."""
-    rows: dict[str, set[int]] = {}
-    for i in parameters:
-        for region in layout.parameters[i].regions:
-            span = range(region.first, region.first + region.rows)
-            rows.setdefault(region.stack, set()).update(span)
-    return rows
-
-
-_Kept = dict[tuple[Path, str | None], tuple[Tensor, Tensor]]  # {place: (rows, their values)}
-
-
-def _saved_rows(state: BlockedState, layout: Layout, missing: list[int]) -> _Kept:
-    """Copies of the rows of parameters without a gradient, from every per-block tensor."""
-    wanted = _rows_of(layout, missing)
-    kept: _Kept = {}
-
-    def save(place: Place, x: Tensor) -> Tensor:
-        if place.stack in wanted and x.ndim > 0:
-            held = enumerate(place.rows or ())
-            rows = [i for i, row in held if row in wanted[place.stack]]
-            index = torch.tensor(rows, dtype=torch.int64, device=x.device)
-            kept[place.path, place.stack] = index, x.index_select(0, index)
-        return x
-
-    map_tensors(save, state)
-    return kept
-
-
-def _restored_rows(state: BlockedState, kept: _Kept) -> Any:
-    """The inner state with the saved rows put back."""
-
-    def restore(place: Place, x: Tensor) -> Tensor:
-        found = kept.get((place.path, place.stack))
-        return x if found is None else x.index_copy(0, *found)
-
-    return map_tensors(restore, state).inner

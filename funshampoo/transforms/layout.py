@@ -141,6 +141,16 @@ def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, kee
 _remembered_layout = functools.lru_cache(maxsize=256)(_layout)
 
 
+def block_ids(layout: Layout) -> dict[str, range]:
+    """A number for every block, counted through the stacks."""
+    ids: dict[str, range] = {}
+    first = 0
+    for name, stack in layout.stacks.items():
+        ids[name] = range(first, first + stack.rows)
+        first += stack.rows
+    return ids
+
+
 def _describe(where: ParameterLayout, max_size: int | None) -> dict[str, dict[str, tuple[()]]]:
     described: dict[str, dict[str, tuple[()]]] = {}
     for region in where.regions:

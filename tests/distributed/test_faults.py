@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import io
 import time
 from collections.abc import Callable
@@ -15,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import funshampoo as fs
+from funshampoo.distributed.exchange import Exchange
 from funshampoo.distributed.shards import Blocks, find_shards
+from funshampoo.distributed.space import Space
 from funshampoo.state import health, state_dict
 from tests.distributed.problems import Shapes, block_state, held_here, report_of, tree
 from tests.distributed.ranks import Ranks
@@ -221,20 +222,20 @@ def test_an_exception_on_one_rank_is_raised_on_all_in_the_same_step(
 
 def unread(rank: int) -> Any:
     """Where looking would wait for a device, nobody looks before step `every`."""
-    module = importlib.import_module("funshampoo.distributed.sharded")  # not the function
-    space = module._Space({"4": torch.ones(4, 4)}, block_ndim=1)
+    space = Space({"4": torch.ones(4, 4)}, block_ndim=1)
     shards = find_shards({"4": Blocks((4,), 4)}, 2, 10, fs.distributed.CostModel(), torch.float32)
-    buffer = torch.full((2 * shards.length,), float("nan"))
     key = torch.device("cpu"), torch.float32, 2 * shards.length
-    exchange = module._Exchange(shards, rank, None, key, buffer)
+    used = torch.full((shards.length,), 3.0), torch.full((2 * shards.length,), float("nan"))
+    exchange = Exchange(shards, rank, None, key, {key: used})
 
-    def step() -> Any:
+    def step(put: Any) -> Any:
+        put("4", 0, torch.ones(2, 4))
         if rank == 1:
             raise BombError
-        return {"4": torch.ones(2, 4)}, ()
+        return {}, ()
 
     try:
-        return exchange.run(step, space, look=False)[0]["4"]
+        return space.rebuilt(exchange.run(step, look=False)[0])["4"]
     except BombError:
         return None
 

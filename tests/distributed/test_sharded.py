@@ -32,6 +32,7 @@ CHAINS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
     ({"grafting": "adagrad", "beta2": 1.0}, (4,)),
     ({"grafting": "sgd", "start": 3}, (2,)),
     ({"grafting": None, "stagger": True}, (3,)),
+    ({"tile": 600, "grafting": "adam"}, (1, 2, 3)),  # several tiles on each rank
 ]
 
 

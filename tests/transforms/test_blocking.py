@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funshampoo as fs
-from funshampoo.transforms.blocking import stack_blocks, unstack_blocks
 from funshampoo.transforms.layout import layout_of, leaf_key, merged_shape
+from funshampoo.transforms.stacks import stack_blocks, unstack_blocks
 from tests.trees import gradients, problem, tensors, train
 
 shapes = st.lists(st.integers(0, 7), min_size=0, max_size=5)

@@ -1,0 +1,171 @@
+"""A donated step tile by tile: some rows of some stacks at a time.
+
+Blocks do not know of one another, so the order in which they are stepped is free. Stage after stage
+on all of them, a step holds several tensors as large as the model; they don't fit into a cache, and
+on a CPU new memory costs a page fault every 4 KiB, often more than the arithmetic on it. A tile
+goes through all stages before the next one begins, and its numbers are those of the whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from funshampoo.state.places import Place, map_tensors
+from funshampoo.state.stages import GuardedState, ShardedState, walk
+
+Tile: TypeAlias = dict[str, range]  # {stack: consecutive rows}
+TileSize: TypeAlias = int | Literal["auto"] | None
+
+CPU_TILE = 2**20
+"""Numbers in a tile on a CPU: 4 MiB in float32, so that what a tile needs fits into the cache that
+cores share, and so many that the fixed cost of a tile, less than half a millisecond, does not count."""
+
+
+def tile_size(size: TileSize, device: torch.device) -> int | None:
+    """Numbers in a tile; None for no tiles. "auto" makes tiles on a CPU alone: elsewhere kernels
+    wait to be launched, and the fewer the better.
+    """
+    if size == "auto":
+        return CPU_TILE if device.type == "cpu" else None
+    return size
+
+
+def tiles_of(rows: Mapping[str, int], numel: Mapping[str, int], size: int | None) -> list[Tile]:
+    """Small stacks together, large ones in equal parts of at least two rows.
+
+    Products of a stack of a single row are shared among threads, and rounded, in another way.
+
+    Args:
+        rows, numel: of each stack: blocks, and numbers in a block.
+        size: numbers in a tile, about; None for all in one.
+
+    >>> tiles_of({"4x4": 5, "4": 3, "2": 1}, {"4x4": 16, "4": 4, "2": 2}, 40)
+    [{'4x4': range(0, 2)}, {'4x4': range(2, 5)}, {'4': range(0, 3), '2': range(0, 1)}]
+    """
+    if size is None:
+        return [{stack: range(n) for stack, n in rows.items()}]
+    tiles: list[Tile] = []
+    small: Tile = {}
+    filled = 0
+    for stack, count in rows.items():
+        numbers = count * numel[stack]
+        if numbers > size:
+            parts = max(1, min(math.ceil(numbers / size), count // 2))
+            bounds = [count * i // parts for i in range(parts + 1)]
+            tiles += [{stack: range(a, b)} for a, b in itertools.pairwise(bounds)]
+            continue
+        if filled + numbers > size and small:
+            tiles.append(small)
+            small, filled = {}, 0
+        small[stack] = range(count)
+        filled += numbers
+    return [*tiles, small] if small else tiles
+
+
+class _Part(NamedTuple):
+    """What of a state belongs to a tile: its leaves, by their indices in the whole state."""
+
+    structure: Any
+    indices: list[int]
+    rows: list[range | None]  # None: not a tensor by rows
+
+
+class Tiling:
+    """The tiles of a set of stacks, and how states are cut along them."""
+
+    def __init__(self, rows: dict[str, int], numel: Mapping[str, int], size: int | None) -> None:
+        self.rows = rows
+        self.tiles = tiles_of(rows, numel, size)
+        self._parts: dict[Any, list[_Part] | None] = {}  # by structure
+
+    def run(
+        self,
+        update: Callable[[Tile, Any, bool], tuple[dict[str, Tensor], Any]],
+        put: Callable[[Tile, dict[str, Tensor]], None],
+        state: Any,
+    ) -> Any:
+        """Step the state, in its own memory, and hand the updates of every tile to `put`.
+
+        Args:
+            update: (tile, its part of the state, whether it is the first) -> (updates, new state).
+        """
+        leaves, structure = optree.tree_flatten(state)
+        parts = self._parts_for(state, leaves, structure)
+        if parts is None:
+            everything = {stack: range(n) for stack, n in self.rows.items()}
+            out, state = update(everything, state, True)
+            put(everything, out)
+            return state
+        results = list(leaves)
+        for i, (tile, part) in enumerate(zip(self.tiles, parts)):
+            before = [_cut(leaves[k], rows) for k, rows in zip(part.indices, part.rows)]
+            out, new = update(tile, optree.tree_unflatten(part.structure, before), i == 0)
+            put(tile, out)
+            after, found = optree.tree_flatten(new)
+            if found != part.structure:
+                raise ValueError("a stage changed the structure of its state on a donated step.")
+            for k, rows, old, x in zip(part.indices, part.rows, before, after):
+                if rows is None:
+                    results[k] = x
+                else:
+                    _store(old, x)
+        return optree.tree_unflatten(structure, results)
+
+    def _parts_for(self, state: Any, leaves: list[Any], structure: Any) -> list[_Part] | None:
+        if len(self.tiles) < 2:
+            return None
+        if structure not in self._parts:
+            self._parts[structure] = self._found_parts(state, leaves, structure)
+        return self._parts[structure]
+
+    def _found_parts(self, state: Any, leaves: list[Any], structure: Any) -> list[_Part] | None:
+        """None where the state can't be cut: something of a stack does not lead with its rows,
+        several guards would each have to look at the whole state, or ranks exchange all of it.
+        """
+        kinds = [type(node) for _, node in walk(state)]
+        if kinds.count(GuardedState) > 1 or ShardedState in kinds:
+            return None
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            return None
+        stack_of: dict[int, str] = {}
+
+        def note(place: Place, x: Tensor, index: int) -> int:
+            if place.stack is not None and x.ndim > 0:
+                stack_of[index] = place.stack
+            return index
+
+        numbered = optree.tree_unflatten(structure, range(len(leaves)))
+        map_tensors(note, state, numbered, stacks=self.rows)
+        if any(leaves[k].shape[0] != self.rows[stack] for k, stack in stack_of.items()):
+            return None
+        parts = []
+        for tile in self.tiles:
+            mine = map_tensors(note, state, numbered, stacks=self.rows, only=tile)
+            indices, own = optree.tree_flatten(mine)
+            rows = [tile[stack_of[k]] if k in stack_of else None for k in indices]
+            parts.append(_Part(own, indices, rows))
+        return parts
+
+
+def _cut(x: Tensor, rows: range | None) -> Tensor:
+    # What is not by rows is copied: this tile may write into it, and the next starts from the same.
+    return x.clone() if rows is None else x.narrow(0, rows.start, len(rows))
+
+
+def _store(old: Tensor, new: Tensor) -> None:
+    """Write new rows over the old, unless a stage did so itself."""
+    if new is old or (new.data_ptr() == old.data_ptr() and new.stride() == old.stride()):
+        return
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise ValueError(
+            f"a stage turned a tensor of its state from {old.dtype} {tuple(old.shape)} to "
+            f"{new.dtype} {tuple(new.shape)} on a donated step."
+        )
+    old.copy_(new)
