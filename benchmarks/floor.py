@@ -27,16 +27,18 @@ from funshampoo.transforms.layout import Layout, layout_of
 
 FLOAT = 4  # bytes
 SIDES = (16, 32, 64, 128, 256, 512, 1024)
-STAGES = ("copies", "guard", "statistics", "filter", "roots applied", "grafting", "update")
+STAGES = ("copies, update", "guard", "statistics", "filter", "roots applied", "grafting")
 
-ABOUT = """A plain step of the functional update on donated state, then p.add_(update). The stages
+ABOUT = """A plain step by update_in_place, as the wrapper takes it. The stages
 of one chain are each surrounded by a clock, whose time is that of the stage without the stages
 inside it; the chain is the recipe's, put together here from its parts. Floor: per stack and side
 the larger of flops / (rate of batched products at that size) and bytes / bandwidth, both as
-measured just before (the first rows). Bytes are those of one pass over each operand: copies 8 a
-number (none where a stack is one whole parameter), guard 4, statistics 4 a side and 8 d² a factor,
+measured just before (the first rows). Bytes are those of one pass over each operand: gradients
+into stacks 8 a number (none where a stack is one whole parameter), updates into parameters 12,
+guard 4, statistics 4 a side and 8 d² a factor,
 filter 12, roots 8 a side and 4 d² a root, grafting 20 (second moment, gradient, filtered gradient,
-direction), update 12. Statistics count the whole product; a symmetric rank-k update would need
+direction). A tile of a step stays in cache, so that stages that only move bytes can be faster than
+that. Statistics count the whole product; a symmetric rank-k update would need
 half, but torch has none for stacks. The gap is what the stage takes above its floor."""
 
 
@@ -83,11 +85,11 @@ def needs_of(layout: Layout) -> dict[str, list[Need]]:
         block, rows = stack.block, stack.rows
         n = math.prod(block)
         if name not in whole:
-            found["copies"].append(Need(0, 2 * FLOAT * n * rows))
+            found["copies, update"].append(Need(0, 2 * FLOAT * n * rows))
         found["guard"].append(Need(0, FLOAT * n * rows))
         found["filter"].append(Need(0, 3 * FLOAT * n * rows))
         found["grafting"].append(Need(0, 5 * FLOAT * n * rows))
-        found["update"].append(Need(0, 3 * FLOAT * n * rows))
+        found["copies, update"].append(Need(0, 3 * FLOAT * n * rows))
         for d in block:
             flops, size = 2 * n * d * rows, (n * d) ** (1 / 3)
             statistics = FLOAT * rows * (n + 2 * d * d)
@@ -219,7 +221,11 @@ def charged(stage: fs.GradientTransformation, clock: Clock, name: str) -> fs.Gra
         with clock.stage(name):
             return stage.update(updates, state, params, **context)
 
-    return fs.GradientTransformation(stage.init, update, stage.name)
+    def apply(updates: Any, state: Any, params: Any, **context: Any) -> Any:
+        with clock.stage(name):
+            return fs.update_in_place(stage, updates, state, params, **context)
+
+    return fs.GradientTransformation(stage.init, update, stage.name, apply)
 
 
 def clocked_shampoo(size: int, clock: Clock) -> fs.GradientTransformation:
@@ -236,10 +242,10 @@ def clocked_shampoo(size: int, clock: Clock) -> fs.GradientTransformation:
             clock,
             "grafting",
         ),
-        charged(fs.scale_by_learning_rate(LR), clock, "update"),
+        charged(fs.scale_by_learning_rate(LR), clock, "copies, update"),
     )
     guard = charged(fs.guarded(parts), clock, "guard")
-    return charged(fs.blocked(guard, size), clock, "copies")
+    return charged(fs.blocked(guard, size, tile="auto"), clock, "copies, update")
 
 
 def _stage_times(work: Work, size: int, device: torch.device, steps: int) -> dict[str, list[float]]:
@@ -252,10 +258,7 @@ def _stage_times(work: Work, size: int, device: torch.device, steps: int) -> dic
     for t in range(steps + 2):
         clock.spent.clear()
         # Roots stay the identity, which is as dear to apply as any other.
-        updates, state = tx.update(sets[t % 2], state, params, refresh=False, donate=True)
-        with clock.stage("update"):
-            for name, p in params.items():
-                p.add_(updates[name])
+        state = fs.update_in_place(tx, sets[t % 2], state, params, refresh=False)
         if t >= 2:
             for stage in STAGES:
                 spent[stage].append(clock.spent[stage])

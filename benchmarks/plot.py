@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         "whole": _whole,
         "floor": _floor,
         "roots": _roots,
+        "curves": _curves,
     }
     panels = [name for name in known if name in results["sections"]]
     if not panels:
@@ -111,5 +113,22 @@ def _roots(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("ms; circle, square, triangle, diamond: " + ", ".join(stacks))
     axes.set_ylabel("error of the preconditioned gradient")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Median test loss of every option, and the spread of the plain path's seeds."""
+    for i, row in enumerate(rows):
+        steps = [int(t) for t in row["curves"][0]]
+        seeds = [list(curve.values()) for curve in row["curves"]]
+        middle = [statistics.median(at) for at in zip(*seeds)]
+        if i == 0:
+            low, high = ([f(at) for at in zip(*seeds)] for f in (min, max))
+            axes.fill_between(steps, low, high, color="0.85", label="seeds of the plain path")
+        axes.plot(steps, middle, label=row["option"], color="k" if i == 0 else f"C{i}", lw=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("test loss, median over seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

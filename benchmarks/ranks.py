@@ -1,17 +1,19 @@
-"""Measure what sharing Shampoo's blocks over two processes saves of the optimizer's time.
+"""Measure what sharing Shampoo's blocks over processes saves of the optimizer's time.
 
-Two processes with one thread each, which talk by gloo over the loopback. One rank and two take
-turns, an interval between refreshes at a time, so that a busy moment of the machine slows both; the
-second process sleeps while the first works alone. Prints, for each model, the optimizer's time per
-step (mean of an interval with its refresh, median of the intervals) on one rank and on two; and of
-a step on two, the time outside the collective (of the rank that has more to do), inside it (of the
-rank that waits less), and the bytes that it gathers.
-`python benchmarks/ranks.py --help` lists the options. It needs two idle cores.
+Processes with one thread each, which talk by gloo over the loopback. One rank and several take
+turns, an interval between refreshes at a time, so that a busy moment of the machine slows all; the
+other processes sleep while some work. Prints, for each model and number of ranks, the optimizer's
+time per step (mean of an interval with its refresh, median of the intervals) on one rank and on
+all; and of a step on several, the processor's time outside the collective (of the rank that has
+most to do), also as a share of one rank's, the time inside it (of the rank that waits least), and
+the bytes that it gathers. `python benchmarks/ranks.py --help` lists the options. Times need as many
+idle cores as there are ranks; the processor's time does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -56,9 +58,14 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 
 
 class Interval(NamedTuple):
-    """Seconds per step, means over an interval; bytes gathered by a step."""
+    """Seconds per step, means over an interval; bytes gathered by a step.
+
+    Attributes:
+        work: of the processor, outside the collective.
+    """
 
     total: float
+    work: float
     collective: float
     gathered: int
 
@@ -67,7 +74,7 @@ class Collective:
     """Times `all_gather_into_tensor`, by whichever name this release of torch has."""
 
     def __init__(self) -> None:
-        self.seconds, self.bytes = 0.0, 0
+        self.seconds, self.work, self.bytes = 0.0, 0.0, 0
         name = "all_gather_single" if hasattr(dist, "all_gather_single") else None
         self._name = name or "all_gather_into_tensor"
         self._original = getattr(dist, self._name)
@@ -75,9 +82,10 @@ class Collective:
 
     def __call__(self, output: Tensor, shard: Tensor, **keywords: Any) -> None:
         """Gather, and count."""
-        since = time.perf_counter()
+        since, work = time.perf_counter(), time.thread_time()
         self._original(output, shard, **keywords)
         self.seconds += time.perf_counter() - since
+        self.work += time.thread_time() - work
         self.bytes += output.nbytes
 
 
@@ -103,40 +111,45 @@ class Job:
 
     def interval(self, collective: Collective) -> Interval:
         """`every` steps, one refresh among them."""
-        collective.seconds, collective.bytes = 0.0, 0
-        since = time.perf_counter()
+        collective.seconds, collective.work, collective.bytes = 0.0, 0.0, 0
+        since, work = time.perf_counter(), time.thread_time()
         for _ in range(self.every):
             g = self.gradients[self.done % len(self.gradients)]
-            updates, self.state = self.tx.update(g, self.state, self.params, donate=True)
-            self.params = fs.apply_updates(self.params, updates)
+            self.state = fs.update_in_place(self.tx, g, self.state, self.params)
             self.done += 1
         seconds = time.perf_counter() - since
-        steps = self.every
-        return Interval(seconds / steps, collective.seconds / steps, collective.bytes // steps)
+        work = time.thread_time() - work - collective.work
+        n = self.every
+        return Interval(seconds / n, work / n, collective.seconds / n, collective.bytes // n)
 
 
 def work(rank: int, store: str, options: argparse.Namespace, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    size = max(options.ranks)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    groups = {n: dist.new_group(list(range(n))) for n in options.ranks}
     collective = Collective()
     for model in options.models:
         shapes = MODELS[model]()
-        alone = Job(shapes, None, options) if rank == 0 else None
-        shared = Job(shapes, fs.sharded, options)
+        jobs = {1: Job(shapes, None, options)} if rank == 0 else {}
+        for n, group in groups.items():
+            if rank < n:
+                jobs[n] = Job(shapes, functools.partial(fs.sharded, process_group=group), options)
         for round_ in range(options.rounds + 1):
-            single = alone.interval(collective) if alone else None
-            dist.barrier()  # the other waits here, without a core
-            both = shared.interval(collective)
-            dist.barrier()
-            if round_ > 0:  # the first one warms up
-                results.put((model, rank, single, both))
+            for n in (1, *groups):
+                if n in jobs:
+                    found = jobs[n].interval(collective)
+                    if round_ > 0:  # the first one warms up
+                        results.put((model, n, rank, found))
+                dist.barrier()  # the others wait here, without a core
     dist.destroy_process_group()
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Optimizer time on one rank and on two.")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="how many (default: 2)")
     parser.add_argument("--rounds", type=int, default=7, help="intervals of each (default: 7)")
     parser.add_argument("--every", type=int, default=10, help="steps between refreshes")
     parser.add_argument("--max-size", type=int, default=512, help="longest side of a block")
@@ -148,29 +161,34 @@ def main() -> None:
     options = parse()
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        workers = mp.spawn(work, (f"{folder}/store", options, results), nprocs=2, join=False)
-        count = 2 * options.rounds * len(options.models)
+        arguments = (f"{folder}/store", options, results)
+        workers = mp.spawn(work, arguments, nprocs=max(options.ranks), join=False)
+        count = (1 + sum(options.ranks)) * options.rounds * len(options.models)
         found = [results.get() for _ in range(count)]
         while not workers.join():
             pass
     print(
-        f"{'model':<14}{'1 rank':>10}{'2 ranks':>10}{'ratio':>7}"
-        f"{'own work':>11}{'gather':>10}{'gathered':>11}"
+        f"{'model':<14}{'ranks':>5}{'1 rank':>11}{'all ranks':>12}{'ratio':>8}"
+        f"{'own work':>11}{'share':>7}{'gather':>11}{'gathered':>11}"
     )
     for model in options.models:
-        print(row(model, [result for result in found if result[0] == model]))
+        for n in options.ranks:
+            print(row(n, [result for result in found if result[0] == model]))
 
 
-def row(model: str, results: list[Any]) -> str:
-    single = statistics.median(s.total for _, rank, s, _ in results if rank == 0)
-    ranks = [[both for _, rank, _, both in results if rank == r] for r in (0, 1)]
-    shared = statistics.median(b.total for b in ranks[0])
+def row(ranks: int, results: list[Any]) -> str:
+    def of(n: int, rank: int, field: str) -> float:
+        mine = [getattr(i, field) for _, ranks, r, i in results if (ranks, r) == (n, rank)]
+        return statistics.median(mine)
+
+    single, shared = of(1, 0, "total"), of(ranks, 0, "total")
+    work = max(of(ranks, rank, "work") for rank in range(ranks))
     # The rank that has less to do waits in the collective: the smaller time is the transfer's.
-    work = max(statistics.median(b.total - b.collective for b in mine) for mine in ranks)
-    transfer = min(statistics.median(b.collective for b in mine) for mine in ranks)
+    transfer = min(of(ranks, rank, "collective") for rank in range(ranks))
     return (
-        f"{model:<14}{1e3 * single:>7.1f} ms{1e3 * shared:>7.1f} ms{shared / single:>7.2f}"
-        f"{1e3 * work:>8.1f} ms{1e3 * transfer:>7.1f} ms{ranks[0][0].gathered / 2**20:>7.1f} MiB"
+        f"{results[0][0]:<14}{ranks:>5}{1e3 * single:>8.1f} ms{1e3 * shared:>9.1f} ms"
+        f"{shared / single:>8.2f}{1e3 * work:>8.1f} ms{work / of(1, 0, 'work'):>7.2f}"
+        f"{1e3 * transfer:>8.1f} ms{of(ranks, 0, 'gathered') / 2**20:>7.1f} MiB"
     )
 
 

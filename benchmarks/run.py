@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import floor, memory, ranked, roots, steps, whole
+from benchmarks import curves, floor, memory, ranked, roots, steps, whole
 from benchmarks.section import Cell, Column, Section, Settings
 from benchmarks.table import report, section_table
 
@@ -29,6 +29,7 @@ SECTIONS = {
     "memory": memory.section,
     "ranks": ranked.section,
     "roots": roots.section,
+    "curves": curves.section,
 }
 DISTURBED = 0.1  # cores kept busy by others, from which on a cell should be measured again
 PEERS = ("distributed_shampoo", "pytorch_optimizer", "heavyball")

@@ -30,17 +30,24 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def operators_of_a_plain_step(params: dict[str, torch.Tensor], **options: Any) -> Operators:
+def operators_of_a_plain_step(
+    params: dict[str, torch.Tensor], in_place: bool = False, **options: Any
+) -> Operators:
     tx = fs.shampoo(0.1, max_size=40, weight_decay=0.1, momentum=0.9, **options)
     grads = {name: torch.randn_like(p) for name, p in params.items()}
     state = tx.init(params)
     for _ in range(2):  # a refresh, and a plain step
         with Operators() as seen:
-            _, state = tx.update(grads, state, params, donate=True)
+            if in_place:
+                state = fs.update_in_place(tx, grads, state, params)
+            else:
+                _, state = tx.update(grads, state, params, donate=True)
     return seen
 
 
-@pytest.mark.parametrize("options", [{}, {"nesterov": True, "grafting": "rms"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": True, "grafting": "rms"}, {"in_place": True}], ids=str
+)
 def test_operators_do_not_grow_with_the_number_of_blocks(options: dict[str, Any]) -> None:
     few = {f"w{i}": torch.randn(40, 40) for i in range(100)}
     many = {f"w{i}": torch.randn(40, 40) for i in range(1000)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from funshampoo.state.places import rows_of
 from funshampoo.state.stages import GuardedState, ShardedState, find_state
 from funshampoo.steps import read_counter
 from funshampoo.transforms.layout import Stack
-from funshampoo.transforms.tiles import Tile, Tiling
+from funshampoo.transforms.tiles import Tile, TileSize, Tiling
 from funshampoo.tree import check_parameters
 
 _BY_SIZE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -126,7 +125,7 @@ def sharded(
         layout: Mapping[str, Any] | None = None,
         absent: Mapping[str, Collection[int]] | None = None,
         stacks: Mapping[str, Stack] | None = None,
-        tile: int | None = None,
+        tile: TileSize = None,
         pieces: bool = False,
         **context: Any,
     ) -> tuple[Tree, ShardedState]:
@@ -193,12 +192,12 @@ def _check_owned(own: Mapping[str, Any], ranks: Mapping[str, Any], state: Sharde
         )
 
 
-def _tiling_of(mine: Mapping[str, Tensor], size: int | None, known: dict[Any, Tiling]) -> Tiling:
+def _tiling_of(mine: Mapping[str, Tensor], size: TileSize, known: dict[Any, Tiling]) -> Tiling:
     key = size, *[(name, x.shape) for name, x in mine.items()]
     if key not in known:
-        rows = {name: len(x) for name, x in mine.items()}
-        numel = {name: math.prod(x.shape[1:]) for name, x in mine.items()}
-        known[key] = Tiling(rows, numel, size)
+        blocks = {name: (tuple(x.shape[1:]), len(x)) for name, x in mine.items()}
+        device = next((x.device for x in mine.values()), torch.device("cpu"))
+        known[key] = Tiling(blocks, size, device)
     return known[key]
 
 

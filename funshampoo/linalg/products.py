@@ -54,6 +54,9 @@ def gram(x: Tensor) -> Tensor:
         return x @ x.mT
     if x.shape[-1] == 1:
         return x * x.mT
+    if x.shape[-1] >= 64 * rows:  # few long rows, of which no copy is made: one by one
+        pairs = [(m, m.mT) for m in aligned(x).flatten(0, -3).unbind(0)]
+        return torch.stack([m @ t for m, t in pairs]).view(*x.shape[:-1], rows)
     x = _aligned(pad(x, (0, 0, 0, -rows % (ALIGNMENT // x.itemsize))))
     return (x @ x.mT)[..., :rows, :rows]
 

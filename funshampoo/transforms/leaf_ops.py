@@ -7,6 +7,7 @@ same numbers bit for bit. Only `old`, a state tensor, is ever written to.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
 
     Fused where beta is a number and the product is plain (see `linalg.products`).
     """
+    if x.shape[-1] == 1:  # a vector: elementwise, for which the one new tensor is as small as x
+        y = x * (weight.sqrt() if isinstance(weight, Tensor) else math.sqrt(weight))
+        return add_product(multiply(old, beta, donate), y.to(old.dtype), y.mT.to(old.dtype))
     if isinstance(beta, Tensor) or isinstance(weight, Tensor) or not is_plain_gram(x):
         added = multiply(gram(x), weight, donate=False)
         return add(multiply(old, beta, donate), added, donate)
@@ -58,6 +62,11 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
         fused = functools.partial(torch.baddbmm if old.ndim == 3 else torch.addmm, old)
     accumulated: Tensor = fused(x, x.mT, beta=beta, alpha=weight)
     return accumulated
+
+
+def add_product(new: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """new + y z, elementwise; into `new`, which nobody else has, where that can be."""
+    return new.addcmul_(y, z) if may_reuse(new, y, z) else torch.addcmul(new, y, z)
 
 
 _PANEL = 128  # rows; wide enough for a product at full speed, thin enough to leave half of it out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +13,7 @@ from funshampoo.state.places import rows_of
 from funshampoo.state.stages import ShardedState
 from funshampoo.transforms.layout import Layout, block_ids
 from funshampoo.transforms.regions import Parts, viewed
-from funshampoo.transforms.tiles import Tile, TileSize, Tiling, tile_size
+from funshampoo.transforms.tiles import Tile, TileSize, Tiling
 from funshampoo.tree import compute_dtype
 
 
@@ -62,11 +61,10 @@ class TiledStep:
         self.parts = Parts(layout)
         stacks = layout.stacks
         device = next((s.device for s in stacks.values()), torch.device("cpu"))
-        self._size = tile_size(size, device)
+        self._size = size
         self._ids = block_ids(layout)
-        rows = {name: s.rows for name, s in stacks.items()}
-        numel = {name: math.prod(s.block) for name, s in stacks.items()}
-        self._tiling = Tiling(rows, numel, self._size)
+        blocks = {name: (s.block, s.rows) for name, s in stacks.items()}
+        self._tiling = Tiling(blocks, size, device)
 
     def run(
         self,

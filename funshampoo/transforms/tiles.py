@@ -23,50 +23,71 @@ from funshampoo.state.stages import GuardedState, ShardedState, walk
 Tile: TypeAlias = dict[str, range]  # {stack: consecutive rows}
 TileSize: TypeAlias = int | Literal["auto"] | None
 
-CPU_TILE = 2**20
-"""Numbers in a tile on a CPU: 4 MiB in float32, so that what a tile needs fits into the cache that
-cores share, and so many that the fixed cost of a tile, less than half a millisecond, does not count."""
+Blocks: TypeAlias = Mapping[str, tuple[tuple[int, ...], int]]  # {stack: (block, rows)}
+
+NUMBERS = 2**21
+"""The most in a tile: 8 MiB in float32, of which a step holds about five, so that they fit into the
+last cache of a CPU."""
+
+FLOPS = 2e9
+"""Of the products of a tile: ten milliseconds or more, beside which the fixed cost of another tile,
+less than half a millisecond, does not count."""
+
+PARTS = 7
+"""Tiles of a model that is smaller than that, down to half of the flops: five tensors of a
+tile's size are then less than a copy of the model."""
 
 
-def tile_size(size: TileSize, device: torch.device) -> int | None:
-    """Numbers in a tile; None for no tiles. "auto" makes tiles on a CPU alone: elsewhere kernels
-    wait to be launched, and the fewer the better.
+def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile]:
+    """The tiles of these stacks.
+
+    Args:
+        size: numbers in a tile; "auto" weighs what a tile needs against what it costs on a CPU, and
+            makes none elsewhere: there kernels wait to be launched, and the fewer the better. None
+            for none.
     """
-    if size == "auto":
-        return CPU_TILE if device.type == "cpu" else None
-    return size
+    rows = {stack: count for stack, (_, count) in blocks.items()}
+    numel = {stack: math.prod(block) for stack, (block, _) in blocks.items()}
+    if size is None or (size == "auto" and device.type != "cpu"):
+        return [{stack: range(count) for stack, count in rows.items()}]
+    if size != "auto":
+        return tiles_of(rows, numel, size)
+    flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
+    whole = sum(flops[stack] * count for stack, count in rows.items())
+    most = min(FLOPS, max(whole / PARTS, FLOPS / 2))
+    weights = {stack: max(numel[stack] / NUMBERS, flops[stack] / most) for stack in rows}
+    return tiles_of(rows, weights, 1.0)
 
 
-def tiles_of(rows: Mapping[str, int], numel: Mapping[str, int], size: int | None) -> list[Tile]:
-    """Small stacks together, large ones in equal parts of at least two rows.
+def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float) -> list[Tile]:
+    """Light stacks together, heavy ones in equal parts of at least two rows.
 
     Products of a stack of a single row are shared among threads, and rounded, in another way.
 
     Args:
-        rows, numel: of each stack: blocks, and numbers in a block.
-        size: numbers in a tile, about; None for all in one.
+        rows: of each stack.
+        weights: of a row of each stack.
+        most: weight of a tile, about.
 
     >>> tiles_of({"4x4": 5, "4": 3, "2": 1}, {"4x4": 16, "4": 4, "2": 2}, 40)
     [{'4x4': range(0, 2)}, {'4x4': range(2, 5)}, {'4': range(0, 3), '2': range(0, 1)}]
     """
-    if size is None:
-        return [{stack: range(n) for stack, n in rows.items()}]
     tiles: list[Tile] = []
-    small: Tile = {}
-    filled = 0
+    light: Tile = {}
+    filled = 0.0
     for stack, count in rows.items():
-        numbers = count * numel[stack]
-        if numbers > size:
-            parts = max(1, min(math.ceil(numbers / size), count // 2))
+        weight = count * weights[stack]
+        if weight > most:
+            parts = max(1, min(math.ceil(weight / most), count // 2))
             bounds = [count * i // parts for i in range(parts + 1)]
             tiles += [{stack: range(a, b)} for a, b in itertools.pairwise(bounds)]
             continue
-        if filled + numbers > size and small:
-            tiles.append(small)
-            small, filled = {}, 0
-        small[stack] = range(count)
-        filled += numbers
-    return [*tiles, small] if small else tiles
+        if filled + weight > most and light:
+            tiles.append(light)
+            light, filled = {}, 0.0
+        light[stack] = range(count)
+        filled += weight
+    return [*tiles, light] if light else tiles
 
 
 class _Part(NamedTuple):
@@ -80,9 +101,9 @@ class _Part(NamedTuple):
 class Tiling:
     """The tiles of a set of stacks, and how states are cut along them."""
 
-    def __init__(self, rows: dict[str, int], numel: Mapping[str, int], size: int | None) -> None:
-        self.rows = rows
-        self.tiles = tiles_of(rows, numel, size)
+    def __init__(self, blocks: Blocks, size: TileSize, device: torch.device) -> None:
+        self.rows = {stack: rows for stack, (_, rows) in blocks.items()}
+        self.tiles = tiles_for(blocks, size, device)
         self._parts: dict[Any, list[_Part] | None] = {}  # by structure
 
     def run(

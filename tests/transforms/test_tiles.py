@@ -17,7 +17,7 @@ import funshampoo as fs
 from funshampoo.transforms.layout import layout_of, leaf_key
 from funshampoo.transforms.regions import Parts
 from funshampoo.transforms.stacks import stack_blocks
-from funshampoo.transforms.tiles import tiles_of
+from funshampoo.transforms.tiles import tiles_for, tiles_of
 from tests.trees import assert_equal, assert_unchanged, clone, snapshot, tensors
 
 # Ragged at 8 in one side and in both, odd and even sides, orders 0 to 4, nothing at all.
@@ -212,20 +212,32 @@ def test_transforms_are_let_through() -> None:
 
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=6),
-    st.one_of(st.none(), st.integers(1, 100)),
+    st.integers(1, 100),
 )
-def test_tiles_hold_every_row_once(stacks: list[tuple[int, int]], size: int | None) -> None:
+def test_tiles_hold_every_row_once(stacks: list[tuple[int, int]], most: int) -> None:
     rows = {f"s{i}": count for i, (count, _) in enumerate(stacks)}
     numel = {f"s{i}": n for i, (_, n) in enumerate(stacks)}
-    tiles = tiles_of(rows, numel, size)
+    tiles = tiles_of(rows, numel, most)
     seen = [(stack, row) for tile in tiles for stack, span in tile.items() for row in span]
     assert sorted(seen) == [(stack, row) for stack, count in rows.items() for row in range(count)]
     for tile in tiles:
         for stack, span in tile.items():
             assert len(span) >= min(2, rows[stack])
         numbers = sum(len(span) * numel[stack] for stack, span in tile.items())
-        largest = max(numel[stack] for stack in tile)
-        assert size is None or numbers <= max(size, 3 * largest)
+        row = max(numel[stack] for stack in tile)
+        assert numbers <= max(most + row, 3 * row)
+
+
+def test_tiles_by_themselves() -> None:
+    """On a CPU as many as keep a step's memory low and its fixed cost too; elsewhere none."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    resnet = {"256x256": ((256, 256), 300), "64x64": ((64, 64), 100), "64": ((64,), 10)}
+    assert len(tiles_for(resnet, "auto", gpu)) == len(tiles_for(resnet, None, cpu)) == 1
+    assert 10 < len(tiles_for(resnet, "auto", cpu)) < 40
+    transformer = {"256x256": ((256, 256), 48), "256": ((256,), 30)}
+    tiles = tiles_for(transformer, "auto", cpu)
+    assert all(5 * len(tile.get("256x256", ())) <= 48 for tile in tiles)
+    assert len(tiles_for({"40x40": ((40, 40), 1000)}, "auto", cpu)) == 1
 
 
 @settings(deadline=None, max_examples=60)
