@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 import funshampoo as fs
 from funshampoo import linalg
 
@@ -42,6 +44,12 @@ CASES = [
             {"a": fs.adamw(0.1), "b": fs.shampoo(0.1, every=2)}, {"w": "a", "layers": "b"}
         ),
     ),
+    Case(
+        "inject_hyperparams_adaptive",
+        lambda: fs.inject_hyperparams(fs.shampoo)(
+            _schedule(), every=2, max_size=4, delay=1, basis_tolerance=0.1
+        ),
+    ),
     Case("inject_hyperparams", lambda: fs.inject_hyperparams(fs.shampoo)(_schedule(), every=2)),
     Case("multi_steps", lambda: fs.multi_steps(fs.trace(0.9), 2)),
     Case("multi_steps_shampoo", lambda: fs.multi_steps(fs.shampoo(0.1, every=2, start=1), 2)),
@@ -58,6 +66,22 @@ CASES = [
     Case("root_newton", lambda: _blocked(_root(solver=linalg.coupled_newton()))),
     Case("root_newton_schulz", lambda: _blocked(_root(solver=linalg.newton_schulz()))),
     Case("root_trace_scaled", lambda: _blocked(_root(trace_scaling=0.5))),
+    Case("root_low_precision", lambda: _blocked(_root(product_dtype=torch.bfloat16))),
+    Case(
+        "root_packed",
+        lambda: fs.blocked(
+            fs.chain(fs.kronecker_statistics(0.9, packed=True), _root(packed=True)), max_size=4
+        ),
+    ),
+    Case("root_adaptive", lambda: _blocked(_root(basis_tolerance=0.1))),
+    Case("root_adaptive_unblocked", lambda: _statistics_and(_root(basis_tolerance=0.05))),
+    Case("root_delayed", lambda: _blocked(_root(delay=1))),
+    Case("root_delayed_unblocked", lambda: _statistics_and(_root(3, delay=2))),
+    Case("root_delayed_newton", lambda: _blocked(_root(delay=1, solver=linalg.coupled_newton()))),
+    Case(
+        "root_delayed_staggered_adaptive",
+        lambda: _blocked(_root(delay=1, stagger=True, basis_tolerance=0.1)),
+    ),
     Case("root_staggered", lambda: _blocked(_root(stagger=True))),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft_from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
@@ -91,6 +115,10 @@ CASES = [
     Case("scale_by_schedule", lambda: fs.scale_by_learning_rate(_schedule())),
     Case("shampoo", lambda: fs.shampoo(0.1, every=2, max_size=4)),
     Case(
+        "shampoo_delayed_adaptive",
+        lambda: fs.shampoo(0.1, every=2, max_size=4, delay=1, basis_tolerance=0.1),
+    ),
+    Case(
         "shampoo_everything",
         lambda: fs.shampoo(
             _schedule(),
@@ -117,6 +145,11 @@ CASES = [
         ),
     ),
     Case("shampoo_adagrad", lambda: fs.shampoo(0.1, every=2, beta2=1.0, grafting="adagrad")),
+    Case(
+        "shampoo_low_precision",
+        lambda: fs.shampoo(0.1, every=2, max_size=4, product_dtype=torch.bfloat16),
+    ),
+    Case("shampoo_packed", lambda: fs.shampoo(0.1, every=2, packed=True, stagger=True)),
     Case("shampoo_ungrafted", lambda: fs.shampoo(0.1, every=2, grafting=None, beta1=0.0)),
     Case("adamw", fs.adamw),
     Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
@@ -143,6 +176,7 @@ NOT_TRANSFORMATIONS = {
     "Schedule",
     "Shampoo",
     "stateless",
+    "update_in_place",
     "apply_updates",
     "global_norm",
     "linalg",

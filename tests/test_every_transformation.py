@@ -16,6 +16,7 @@ from tests.trees import (
     assert_close,
     assert_equal,
     assert_unchanged,
+    clone,
     gradients,
     problem,
     snapshot,
@@ -71,6 +72,20 @@ def test_donate_gives_the_same_numbers(case: Case) -> None:
     pure = train(tx, params, grads, fs.apply_updates)
     donated = train(tx, params, grads, fs.apply_updates, donate=True)
     assert_equal(pure, donated)  # the updates of all steps: none was overwritten by a later step
+
+
+@every_case
+def test_in_place_gives_the_same_numbers(case: Case) -> None:
+    tx, params = case.make(), problem()
+    mine = clone(params)
+    state, other = tx.init(params), tx.init(mine)
+    for g in gradients(STEPS):
+        before = snapshot(g)
+        updates, state = tx.update(g, state, params)
+        params = fs.apply_updates(params, updates)
+        other = fs.update_in_place(tx, g, other, mine)
+        assert_unchanged(before, g)
+        assert_equal((mine, other), (params, state))
 
 
 @every_case

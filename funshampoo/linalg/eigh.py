@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.solver import (
     InverseRoot,
     Solver,
     add_to_diagonal,
     check_at_least,
-    check_exponent,
-    check_matrix,
     total_damping,
 )
-from funshampoo.linalg.spectral import decompose, inverse_root
+from funshampoo.linalg.spectral import Spectrum, inverse_root
 
 
 def eigh(*, relative_epsilon: float | Tensor = 0.0, floor: bool = True) -> Solver:
@@ -47,15 +48,20 @@ def eigh(*, relative_epsilon: float | Tensor = 0.0, floor: bool = True) -> Solve
     """
     check_at_least("relative_epsilon", relative_epsilon, 0)
 
-    def solve(A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
-        check_matrix(A)
-        check_exponent(p)
-        spectrum = decompose(A)
+    return _Eigh(relative_epsilon, floor)
+
+
+@dataclass(frozen=True, eq=False)
+class _Eigh(EigenSolver):
+    relative_epsilon: float | Tensor
+    floor: bool
+
+    def from_spectrum(
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor
+    ) -> InverseRoot:
         values = spectrum.values
-        damping = total_damping(A, epsilon, relative_epsilon, lambda: values[..., -1])
-        repair = (-values if floor else -values[..., :1]).clamp(min=0)
+        damping = total_damping(A, epsilon, self.relative_epsilon, lambda: values.amax(-1))
+        repair = (-values if self.floor else -values.amin(-1, keepdim=True)).clamp(min=0)
         repaired = values + repair + damping[..., None]
         keep = torch.ones_like(repaired, dtype=torch.bool)
         return inverse_root(add_to_diagonal(A, damping), spectrum, repaired, keep, p)
-
-    return solve

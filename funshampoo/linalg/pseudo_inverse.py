@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from funshampoo.linalg.solver import (
-    InverseRoot,
-    Solver,
-    check_at_least,
-    check_exponent,
-    check_matrix,
-)
-from funshampoo.linalg.spectral import decompose, inverse_root
+from funshampoo.linalg.eigensolver import EigenSolver
+from funshampoo.linalg.solver import InverseRoot, Solver, check_at_least
+from funshampoo.linalg.spectral import Spectrum, inverse_root
 
 
 def pseudo_inverse(*, rtol: float | Tensor | None = None, atol: float = 0.0) -> Solver:
@@ -37,21 +34,28 @@ def pseudo_inverse(*, rtol: float | Tensor | None = None, atol: float = 0.0) -> 
     check_at_least("rtol", 0.0 if rtol is None else rtol, 0)
     check_at_least("atol", atol, 0)
 
-    def solve(A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
-        check_matrix(A)
-        check_exponent(p)
+    return _PseudoInverse(rtol, atol)
+
+
+@dataclass(frozen=True, eq=False)
+class _PseudoInverse(EigenSolver):
+    rtol: float | Tensor | None
+    atol: float
+
+    def check_epsilon(self, epsilon: float | Tensor) -> None:
         if isinstance(epsilon, Tensor) or epsilon != 0:
             raise ValueError(
                 f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would "
                 "fill the null space that it leaves out; use eigh() for a damped root"
             )
-        relative = A.shape[-1] * torch.finfo(A.dtype).eps if rtol is None else rtol
+
+    def from_spectrum(
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor
+    ) -> InverseRoot:
+        relative = A.shape[-1] * torch.finfo(A.dtype).eps if self.rtol is None else self.rtol
         if isinstance(relative, Tensor):
             relative = relative.to(A)
-        spectrum = decompose(A)
         values = spectrum.values
         # Zero is never kept, whatever the tolerances: it has no inverse.
-        keep = values > (relative * values[..., -1:]).clamp(min=atol)
+        keep = values > (relative * values.amax(-1, keepdim=True)).clamp(min=self.atol)
         return inverse_root(A, spectrum, values, keep, p)
-
-    return solve

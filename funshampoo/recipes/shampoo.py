@@ -70,6 +70,10 @@ def shampoo(
     initial_eigenvalue: float = 1.0,
     own_steps: bool = True,
     stagger: bool = False,
+    basis_tolerance: Hyper | None = None,
+    delay: int = 0,
+    product_dtype: torch.dtype | None = None,
+    packed: bool = False,
     max_failures: int | None = 20,
     distribute: Distribute | None = None,
     tile: TileSize = "auto",
@@ -112,12 +116,19 @@ def shampoo(
         solver, exponents, trace_scaling, initial_eigenvalue: see `root_inverse`.
         own_steps: bias correction counts each parameter's own gradients, not everyone's steps.
         stagger: spread the refreshes over the interval; see `root_inverse`.
+        basis_tolerance: go on in old eigenbases for as long as they are this good; see there.
+        delay: steps from a refresh to the use of its roots, computed meanwhile in a second thread;
+            see there.
+        product_dtype: torch.bfloat16 rounds what enters the large products to it, with sums in
+            float32: the application of the roots, and on CUDA the statistics. State stays float32.
+        packed: keep half of every factor matrix and root, which are symmetric; see
+            `funshampoo.linalg.packed`.
         max_failures: a block that fails this many times in a row stops the training; see `guarded`.
         distribute: `funshampoo.sharded`, to share out the blocks over data-parallel ranks, or
             functools.partial of it with options. Any function of the chain inside `blocked`, and of
             the keywords `every` and `max_failures`, that returns what runs in its place.
-        tile: numbers that a donated step works on at once; see `blocked`. "auto": 2^20 on a CPU,
-            unless grafting is a transformation of yours.
+        tile: numbers that a donated step works on at once; see `blocked`. "auto" unless
+            grafting is a transformation of yours.
 
     The defaults were chosen on the two tasks of examples/train.py, each at its best learning rate
     (steps to 97 % on the digits, five seeds; evaluated every 5 steps): the default takes 45,
@@ -154,6 +165,10 @@ def shampoo(
         trace_scaling=trace_scaling,
         initial_eigenvalue=initial_eigenvalue,
         stagger=stagger,
+        basis_tolerance=basis_tolerance,
+        delay=delay,
+        product_dtype=product_dtype,
+        packed=packed,
     )
     onto = _grafting_partner(grafting, grafting_beta2, beta2, grafting_epsilon, own_steps)
     statistics = kronecker_statistics(
@@ -162,6 +177,8 @@ def shampoo(
         weighted=weighted,
         exponents=exponents,
         own_steps=own_steps,
+        product_dtype=product_dtype,
+        packed=packed,
     )
     if tile == "auto" and not (grafting is None or isinstance(grafting, str)):
         tile = None  # who knows what it does across blocks

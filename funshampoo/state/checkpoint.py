@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.linalg.packed import in_form_of
 from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
 from funshampoo.state.stages import BlockedState, ShardedState, walk
 
@@ -104,7 +105,9 @@ def load_state_dict(
             error.
 
     A checkpoint says nothing of the chain's numbers: rates, decays and intervals are what the new
-    chain has. Nor does it of the solver: another one takes over at the next refresh. Another block
+    chain has. Nor does it of the solver: another one takes over at the next refresh. Factor
+    matrices and roots that were saved packed are unpacked where `state` has them so, and the
+    reverse. Another block
     size changes the blocks' shapes, which is an error that says so.
 
     Raises:
@@ -120,6 +123,7 @@ def load_state_dict(
     """
     _check_format(saved)
     template = state_dict(state)
+    saved = _repacked(saved, template)
     missing = [name for name in template if name not in saved]
     foreign = [name for name in saved if name not in template and name != FORMAT_KEY]
     elsewhere = dict.fromkeys(_elsewhere(state), False)  # blocks of other ranks: are they there?
@@ -251,6 +255,20 @@ def _check_format(saved: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"the checkpoint has format {int(version)}; this release of funshampoo reads {FORMAT}."
         )
+
+
+def _repacked(saved: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with symmetric matrices in the form, packed or not, that the state has."""
+    return {
+        name: in_form_of(x, template[name]) if name in template and _is_symmetric(name) else x
+        for name, x in saved.items()
+    }
+
+
+def _is_symmetric(name: str) -> bool:
+    """Whether it is a factor matrix, ".../factors/0", or a root, ".../roots/0/root"."""
+    field, side = ["", "", *name.split("/")][-2:]
+    return field == "factors" or side == "root"
 
 
 def _misfit(name: str, x: Tensor, saved: Tensor, cast: bool) -> str:

@@ -25,8 +25,8 @@ class KroneckerState(NamedTuple):
     """Of `kronecker_statistics`: L_i, one factor matrix a side.
 
     Attributes:
-        factors: tree of tuples, one entry a side: (N, d_i, d_i), or () for a side that is not
-            preconditioned.
+        factors: tree of tuples, one entry a side: (N, d_i, d_i), its triangle alone if `packed`
+            (see `funshampoo.linalg.packed`), or () for a side that is not preconditioned.
         weight: tree of (N,).
     """
 
@@ -39,11 +39,17 @@ class FactorRoot(NamedTuple):
 
     Attributes:
         root: (N, d, d), X = (L / weight + epsilon I)^(-e); the identity before the first refresh.
+            Its triangle alone if `packed`.
         residual: (N,), how far X^(1/e) A is from the identity, by the solver's estimate (see
             `funshampoo.linalg.InverseRoot`); 0 before.
         condition: (N,), condition number of the damped factor; 1 before.
         failures: (N,) int64, how many refreshes kept the old root because the solver failed.
         streak: (N,) int64, how many of the latest in a row.
+        basis: (N, d, d), orthogonal, the eigenvectors that the root was computed in, as columns;
+            the identity before. () without `basis_tolerance`.
+        pending: (N, d, d), the corrected factor of the last refresh, whose root comes into use
+            `delay` steps later. () without `delay`.
+        waiting: (N,) int64, 1 while that is still to come, else 0. () without `delay`.
     """
 
     root: Tensor
@@ -51,6 +57,9 @@ class FactorRoot(NamedTuple):
     condition: Tensor
     failures: Tensor
     streak: Tensor
+    basis: Tensor | tuple[()] = ()
+    pending: Tensor | tuple[()] = ()
+    waiting: Tensor | tuple[()] = ()
 
 
 class RootInverseState(NamedTuple):

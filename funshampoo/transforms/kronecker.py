@@ -9,9 +9,12 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Hyper, Tree
 from funshampoo.checks import check_range
+from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
+from funshampoo.linalg.packed import like, packed_shape, unpack
 from funshampoo.state.stages import KroneckerState
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
-from funshampoo.transforms.leaf_ops import add_gram, add_weight
+from funshampoo.transforms.leaf_ops import add, add_gram, add_weight, multiply
+from funshampoo.transforms.packed_statistics import add_packed_gram
 from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_leaves
 
 
@@ -22,6 +25,8 @@ def kronecker_statistics(
     weighted: bool = True,
     exponents: Exponents | None = None,
     own_steps: bool = True,
+    product_dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> GradientTransformation:
     """Accumulate one factor matrix for every side of every block; pass the updates through.
 
@@ -38,8 +43,14 @@ def kronecker_statistics(
         exponents: as in `root_inverse`; a side whose exponent is 0 gets no factor.
         own_steps: the weight counts each block's own gradients. False: all blocks count together,
             so that a parameter whose gradient was None is corrected by everyone's steps.
+        product_dtype: torch.bfloat16 to round G to before it is multiplied with itself, where the
+            product comes in float32 all the same: float32 blocks on CUDA, outside torch.compile
+            and torch.func. Elsewhere it changes nothing: L_i is never rounded to bfloat16.
+        packed: keep one triangle of every L_i; see `linalg.packed`. `init` decides: `update` goes
+            on with what it finds.
 
-    State: `KroneckerState`, float32 at least, d_i² numbers a side of a block.
+    State: `KroneckerState`, float32 at least, d_i² numbers a side of a block, (d_i² + d_i) / 2 of
+    them if packed.
 
     Raises:
         ValueError: beta2 or an exponent out of range.
@@ -57,11 +68,15 @@ def kronecker_statistics(
     """
     check_range("beta2", beta2, 0.0, 1.0, low_open=True)
     check_exponents(exponents)
+    check_product_dtype(product_dtype)
     plain_sum = not weighted or (isinstance(beta2, float | int) and beta2 == 1)
     corrected = bias_correction and not plain_sum
     added: Hyper = 1.0 if plain_sum else 1 - beta2
     if isinstance(beta2, Tensor) and not plain_sum:
         added = torch.where(beta2 == 1, torch.ones_like(beta2), 1 - beta2)
+
+    def shape_of(d: int) -> tuple[int, int]:
+        return packed_shape(d) if packed else (d, d)
 
     def init(params: Tree, *, block_ndim: int = 0) -> KroneckerState:
         check_parameters(params, "kronecker_statistics")
@@ -70,7 +85,7 @@ def kronecker_statistics(
             lead, sides = x.shape[:block_ndim], x.shape[block_ndim:]
             powers = inverse_exponents(len(sides), exponents)
             return tuple(
-                x.new_zeros(*lead, d, d, dtype=compute_dtype(x)) if e and x.numel() else ()
+                x.new_zeros(*lead, *shape_of(d), dtype=compute_dtype(x)) if e and x.numel() else ()
                 for d, e in zip(sides, powers)
             )
 
@@ -89,10 +104,20 @@ def kronecker_statistics(
         block_ndim: int = 0,
         donate: bool = False,
     ) -> tuple[Tree, KroneckerState]:
+        def accumulated(factor: Tensor, x: Tensor) -> Tensor:
+            """beta2 L_i + added x xᵀ."""
+            product = rounded_gram(x, product_dtype)
+            if product is None:
+                is_packed = factor.shape[-2] != factor.shape[-1]
+                add_product = add_packed_gram if is_packed else add_gram
+                return add_product(factor, x, beta2, added, donate)
+            new = multiply(like(product, factor), added, donate=True)
+            return add(multiply(factor, beta2, donate), new, donate)
+
         def accumulate(u: Tensor, g: Tensor, factors: Any, weight: Tensor) -> tuple[Any, ...]:
             g = g.to(compute_dtype(g))
             new = tuple(
-                add_gram(factor, unfold(g, side, block_ndim), beta2, added, donate)
+                accumulated(factor, unfold(g, side, block_ndim))
                 if isinstance(factor, Tensor)
                 else ()
                 for side, factor in enumerate(factors)
@@ -119,6 +144,6 @@ def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
 
 
 def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:
-    """L_i / weight, a new tensor; a weight of 0 (no gradient yet) leaves zeros."""
+    """L_i / weight, a new tensor, never packed; a weight of 0 (no gradient yet) leaves zeros."""
     safe = torch.where(weight > 0, weight, torch.ones_like(weight))
-    return factor / safe[..., None, None]
+    return unpack(factor) / safe[..., None, None]

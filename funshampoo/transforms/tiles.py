@@ -60,16 +60,17 @@ def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile
 
 
 def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float) -> list[Tile]:
-    """Light stacks together, heavy ones in equal parts of at least two rows.
+    """Light stacks together, heavy ones in parts of 2 rows, or 4, 8, 12 and so on.
 
-    Products of a stack of a single row are shared among threads, and rounded, in another way.
+    Threads take whole matrices: seven rows keep two of them as long as eight. Products of a stack
+    of a single row are shared among threads, and rounded, in another way.
 
     Args:
         rows: of each stack.
         weights: of a row of each stack.
         most: weight of a tile, about.
 
-    >>> tiles_of({"4x4": 5, "4": 3, "2": 1}, {"4x4": 16, "4": 4, "2": 2}, 40)
+    >>> tiles_of({"4x4": 5, "4": 3, "2": 1}, {"4x4": 16, "4": 4, "2": 2}, 30)
     [{'4x4': range(0, 2)}, {'4x4': range(2, 5)}, {'4': range(0, 3), '2': range(0, 1)}]
     """
     tiles: list[Tile] = []
@@ -78,9 +79,7 @@ def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float)
     for stack, count in rows.items():
         weight = count * weights[stack]
         if weight > most:
-            parts = max(1, min(math.ceil(weight / most), count // 2))
-            bounds = [count * i // parts for i in range(parts + 1)]
-            tiles += [{stack: range(a, b)} for a, b in itertools.pairwise(bounds)]
+            tiles += [{stack: part} for part in _parts(count, count / weight * most)]
             continue
         if filled + weight > most and light:
             tiles.append(light)
@@ -88,6 +87,17 @@ def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float)
         light[stack] = range(count)
         filled += weight
     return [*tiles, light] if light else tiles
+
+
+def _parts(rows: int, most: float) -> list[range]:
+    """The rows in runs of about `most`, at least 2; a single row that is left goes to the last.
+
+    >>> _parts(11, 5.0), _parts(9, 1.0)
+    ([range(0, 4), range(4, 8), range(8, 11)], [range(0, 2), range(2, 4), range(4, 6), range(6, 9)])
+    """
+    step = max(2, round(most / 4) * 4)
+    bounds = [*range(0, max(rows - 1, 1), step), rows]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 class _Part(NamedTuple):

@@ -5,13 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from funshampoo.base import Tree
-from funshampoo.tree import MaskedNode, flatten
+from funshampoo.tree import MaskedNode, flatten, map_leaves
 
 _GOLDEN = (5**0.5 - 1) / 2
+
+
+class Schedule(NamedTuple):
+    """The arguments of `root_inverse` that say when."""
+
+    every: int
+    start: int
+    stagger: bool
+    delay: int
+
+
+class Refreshes(NamedTuple):
+    """What happens to the roots on a step: trees of `Turn`s, or None for nobody.
+
+    Attributes:
+        now: are computed and used.
+        asked: the factors are set aside; their roots come into use `delay` steps later.
+        used: the roots of what was set aside `delay` steps before.
+    """
+
+    now: Tree = None
+    asked: Tree = None
+    used: Tree = None
 
 
 class Turn(NamedTuple):
@@ -25,9 +45,10 @@ class Turn(NamedTuple):
         """Whether there is one at all."""
         return self.all or bool(self.rows)
 
-    def rows_on(self, like: Tensor) -> Tensor | None:
-        """The rows on the device of `like`; None for all."""
-        return None if self.all else torch.tensor(self.rows, device=like.device)
+    @property
+    def which(self) -> tuple[int, ...] | None:
+        """The rows; None for all."""
+        return None if self.all else self.rows
 
 
 EVERYBODY = Turn(True, ())
@@ -43,6 +64,32 @@ def phase(number: int, every: int) -> int:
     [0, 3, 1, 4, 2, 0, 3, 1, 4, 2]
     """
     return int(every * (number * _GOLDEN % 1.0))
+
+
+def refreshes_at(
+    step: int,
+    schedule: Schedule,
+    updates: Tree,
+    block_ids: Mapping[str, Sequence[int]] | None,
+) -> Refreshes:
+    """Who is refreshed at this step, and how."""
+    every, start, stagger, delay = schedule
+
+    def due(t: int) -> Tree:
+        if stagger:
+            return turns_at(t, every, updates, block_ids)
+        return everybody(updates) if t % every == 0 else None
+
+    if step <= start:
+        return Refreshes(now=everybody(updates) if step == start else None)
+    if not delay:
+        return Refreshes(now=due(step))
+    return Refreshes(asked=due(step), used=due(step - delay) if step - delay > start else None)
+
+
+def everybody(updates: Tree) -> Tree:
+    """All of every leaf."""
+    return map_leaves(lambda u: EVERYBODY, updates)
 
 
 def turns_at(

@@ -33,6 +33,8 @@ CHAINS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
     ({"grafting": "sgd", "start": 3}, (2,)),
     ({"grafting": None, "stagger": True}, (3,)),
     ({"tile": 600, "grafting": "adam"}, (1, 2, 3)),  # several tiles on each rank
+    ({"packed": True, "stagger": True}, (2, 3)),
+    ({"packed": True, "product_dtype": torch.bfloat16, "max_size": 32}, (3,)),
 ]
 
 

@@ -74,7 +74,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "default")
 def test_tiles_give_the_bits_of_the_whole(options: dict[str, Any]) -> None:
     def make(tile: Any) -> fs.GradientTransformation:
         return fs.shampoo(0.05, max_size=8, every=3, tile=tile, **options)
@@ -174,7 +174,7 @@ def test_nothing_larger_than_a_tile_is_allocated_in_place() -> None:
     for _ in range(3):
         with Largest() as seen:
             state = fs.update_in_place(tx, g, state, params)
-        assert seen.numel <= 9 * 64  # one row more, where rows don't divide evenly
+        assert seen.numel <= 9 * 64  # where a single row was left
 
 
 def test_a_chain_that_goes_on_after_the_blocks_is_applied_as_a_whole() -> None:
@@ -225,7 +225,10 @@ def test_tiles_hold_every_row_once(stacks: list[tuple[int, int]], most: int) -> 
             assert len(span) >= min(2, rows[stack])
         numbers = sum(len(span) * numel[stack] for stack, span in tile.items())
         row = max(numel[stack] for stack in tile)
-        assert numbers <= max(most + row, 3 * row)
+        assert numbers <= max(most + 3 * row, 3 * row)
+        whole = all(len(span) == rows[stack] for stack, span in tile.items())
+        last = any(span.stop == rows[stack] for stack, span in tile.items())
+        assert whole or last or all(len(span) in {2, *range(4, 99, 4)} for span in tile.values())
 
 
 def test_tiles_by_themselves() -> None:

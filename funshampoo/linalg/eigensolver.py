@@ -1,0 +1,67 @@
+"""Solvers that need an eigendecomposition and nothing else of a matrix."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from funshampoo.linalg.adaptive import spectrum_near
+from funshampoo.linalg.solver import InverseRoot, check_exponent, check_matrix
+from funshampoo.linalg.spectral import Spectrum, decompose
+
+
+class EigenSolver(ABC):
+    """A `Solver` whose one expensive part is the eigendecomposition, or what takes its place.
+
+    Subclasses are frozen dataclasses without an equality of their own. Two solvers are equal where
+    their numbers are; a tensor equals itself alone.
+    """
+
+    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+        """A^(-1/p), with a new eigendecomposition."""
+        self._check(A, p, epsilon)
+        return self.from_spectrum(A, decompose(A), p, epsilon)
+
+    def near_basis(
+        self,
+        A: Tensor,
+        p: float,
+        epsilon: float | Tensor,
+        basis: Tensor,
+        tolerance: float | Tensor,
+    ) -> tuple[InverseRoot, Tensor]:
+        """A^(-1/p), and the basis it is computed in: the one given, where that is good enough.
+
+        Args:
+            A: (..., d, d).
+            p, epsilon: as ever.
+            basis: (..., d, d), orthogonal: eigenvectors of an earlier A as columns.
+            tolerance: see `spectrum_near`.
+        """
+        self._check(A, p, epsilon)
+        spectrum, basis = spectrum_near(A, basis, tolerance)
+        return self.from_spectrum(A, spectrum, p, epsilon), basis
+
+    @abstractmethod
+    def from_spectrum(
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor
+    ) -> InverseRoot:
+        """A^(-1/p) by a spectrum of A, exact or approximate, in any order."""
+
+    def check_epsilon(self, epsilon: float | Tensor) -> None:  # noqa: B027 (most take any)
+        """Raise for an epsilon that this solver can't take."""
+
+    def _check(self, A: Tensor, p: float, epsilon: float | Tensor) -> None:
+        check_matrix(A)
+        check_exponent(p)
+        self.check_epsilon(epsilon)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return False
+        pairs = zip(vars(self).values(), vars(other).values())
+        return all([a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs])
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))

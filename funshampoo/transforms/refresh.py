@@ -1,0 +1,136 @@
+"""A refresh of the roots: from factor matrices to the next `FactorRoot`s, leaf by leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.base import Hyper, Tree
+from funshampoo.linalg import Solver
+from funshampoo.state.stages import FactorRoot, KroneckerState
+from funshampoo.transforms.ahead import compute_ahead, computed_ahead
+from funshampoo.transforms.exponents import Exponents, inverse_exponents
+from funshampoo.transforms.kronecker import bias_corrected
+from funshampoo.transforms.roots import (
+    Found,
+    RootRule,
+    Rows,
+    Solving,
+    handed_over,
+    put,
+    renewed_at_once,
+    result_of,
+    solving,
+    taken,
+)
+from funshampoo.transforms.turns import Refreshes, Turn
+from funshampoo.tree import update_leaves
+
+
+class _OnItsWay(NamedTuple):
+    """A side whose roots are being computed, and how they are taken over."""
+
+    found: Solving | Found
+    rows: Rows
+    old: FactorRoot
+    take_over: Callable[[Found, FactorRoot], FactorRoot]
+
+    def ended(self) -> FactorRoot:
+        new = self.take_over(result_of(self.found), rows_of_side(self.old, self.rows))
+        return FactorRoot(*[put(x, self.rows, y) for x, y in zip(self.old, new)])
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How the roots of all sides are computed: the arguments of `root_inverse` that say so."""
+
+    solver: Solver
+    epsilon: Hyper
+    exponents: Exponents | None
+    trace_scaling: Hyper | None
+    basis_tolerance: Hyper | None
+
+    def __call__(
+        self, turns: Refreshes, updates: Tree, statistics: KroneckerState, roots: Tree
+    ) -> Tree:
+        """The roots after a step on which it is these blocks' turn.
+
+        Every leaf is begun before the first one is waited for, so that threads have enough to do.
+        """
+        factors, weight = statistics.factors, statistics.weight
+        if turns.used is not None:
+            _, roots = update_leaves(self._used, updates, (roots,), (turns.used, factors))
+            _, roots = update_leaves(_ended, updates, (roots,))
+        if turns.now is not None:
+            _, roots = update_leaves(self._now, updates, (roots,), (turns.now, factors, weight))
+            _, roots = update_leaves(_ended, updates, (roots,))
+        if turns.asked is not None:
+            _, roots = update_leaves(self._asked, updates, (roots,), (turns.asked, factors, weight))
+        return roots
+
+    def _rules(self, sides: int) -> list[RootRule | None]:
+        return [
+            RootRule(self.solver, 1 / e, self.epsilon, self.trace_scaling, self.basis_tolerance)
+            if e
+            else None
+            for e in inverse_exponents(sides, self.exponents)
+        ]
+
+    def _now(self, u: Tensor, turn: Turn, factors: Any, weight: Tensor, sides: Any) -> Any:
+        def begun(rule: RootRule, factor: Any, old: FactorRoot) -> _OnItsWay:
+            read = (old.root, factor, weight)
+            found = solving(rule, _matrices(factor, weight), old.basis, turn.which, read)
+            return _OnItsWay(found, turn.which, old, renewed_at_once)
+
+        return u, self._each(begun, turn, factors, sides)
+
+    def _asked(self, u: Tensor, turn: Turn, factors: Any, weight: Tensor, sides: Any) -> Any:
+        def asked(rule: RootRule, factor: Any, old: FactorRoot) -> FactorRoot:
+            rows = turn.which
+            pending = put(old.pending, rows, _matrices(factor, weight)(rows))
+            compute_ahead(rule, pending, old.basis, rows)
+            waiting = put(old.waiting, rows, torch.ones_like(taken(old.waiting, rows)))
+            return old._replace(pending=pending, waiting=waiting)
+
+        return u, self._each(asked, turn, factors, sides)
+
+    def _used(self, u: Tensor, turn: Turn, factors: Any, sides: Any) -> Any:
+        def begun(rule: RootRule, factor: Any, old: FactorRoot) -> _OnItsWay:
+            pending = old.pending
+            assert isinstance(pending, Tensor)
+            found = computed_ahead(rule, pending, old.basis, turn.which)
+            return _OnItsWay(found, turn.which, old, handed_over)
+
+        return u, self._each(begun, turn, factors, sides)
+
+    def _each(
+        self, function: Callable[..., Any], turn: Turn, factors: Any, sides: Any
+    ) -> tuple[Any, ...]:
+        """`function(rule, factor, root)` for the sides that have a root, where it is their turn."""
+        return tuple(
+            function(rule, factor, old) if old and rule is not None and turn.any else old
+            for rule, factor, old in zip(self._rules(len(factors)), factors, sides)
+        )
+
+
+def _ended(u: Tensor, sides: Any) -> tuple[Any, ...]:
+    return u, tuple(side.ended() if isinstance(side, _OnItsWay) else side for side in sides)
+
+
+def rows_of_side(side: FactorRoot, rows: Rows) -> FactorRoot:
+    """Some rows of all that a side remembers."""
+    return FactorRoot(*[taken(x, rows) for x in side])
+
+
+def _matrices(factor: Any, weight: Tensor) -> Callable[[Rows], Tensor]:
+    """rows -> their bias-corrected factors."""
+    if not isinstance(factor, Tensor):
+        raise ValueError(
+            "root_inverse preconditions a side for which kronecker_statistics keeps no factor: "
+            "give both stages the same exponents."
+        )
+    return lambda rows: bias_corrected(taken(factor, rows), taken(weight, rows))
