@@ -1,6 +1,8 @@
-"""Reading a tensor on the host, where that can be done."""
+"""What a tensor allows here and now: to be read on the host, to be written to."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,3 +37,18 @@ def all_true(mask: Tensor) -> bool:
     """
     plain = unwrapped(mask)
     return plain is not None and bool(plain.all())
+
+
+def may_reuse(*operands: Any) -> bool:
+    """Whether a tensor just made from these may be written to: nobody traces or batches them.
+
+    A new tensor of many megabytes costs a page fault every 4 KiB, on a CPU often more than the
+    arithmetic does.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [t for t in operands if isinstance(t, Tensor)]
+    same = len({t.dtype for t in tensors}) == 1
+    return same and not any(
+        [t.requires_grad or _functorch.is_functorch_wrapped_tensor(t) for t in tensors]
+    )

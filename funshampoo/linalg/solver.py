@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.host import all_true, may_reuse
+
 
 class InverseRoot(NamedTuple):
     """X = (A + damping·I)^(-1/p) for matrices A (..., d, d), and how far to trust each X.
@@ -118,7 +120,12 @@ def replace_nonfinite(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def where(condition: Tensor, matrix: Tensor, other: Tensor) -> Tensor:
-    """torch.where matrix by matrix: condition (...), matrix and other (..., d, d)."""
+    """torch.where matrix by matrix: condition (...), matrix and other (..., d, d).
+
+    `matrix` itself where all conditions hold, as far as that can be read without waiting.
+    """
+    if condition.device.type == "cpu" and all_true(condition):
+        return matrix
     return torch.where(condition[..., None, None], matrix, other)
 
 
@@ -129,4 +136,5 @@ def add_to_diagonal(A: Tensor, damping: Tensor) -> Tensor:
 
 def symmetrize(A: Tensor) -> Tensor:
     """(A + Aᵀ)/2, equal to its transpose to the last bit."""
-    return (A + A.mT) / 2
+    S = A + A.mT
+    return S.div_(2) if may_reuse(S) else S / 2

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from funshampoo.base import Hyper
+from funshampoo.host import may_reuse
 from funshampoo.linalg.products import aligned, gram, is_plain_gram, is_plain_memory
 
 
@@ -98,21 +99,6 @@ def _may_write(old: Tensor, donate: bool, *operands: Hyper) -> bool:
         return donate
     tensors = [t for t in (old, *operands) if isinstance(t, Tensor)]
     return not any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
-
-
-def may_reuse(*operands: Any) -> bool:
-    """Whether a tensor just made from these may be written to: nobody traces or batches them.
-
-    A new tensor of many megabytes costs a page fault every 4 KiB, on a CPU often more than the
-    arithmetic does.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    tensors = [t for t in operands if isinstance(t, Tensor)]
-    same = len({t.dtype for t in tensors}) == 1
-    return same and not any(
-        [t.requires_grad or _functorch.is_functorch_wrapped_tensor(t) for t in tensors]
-    )
 
 
 def add_weight(total: Tensor, beta: Hyper, donate: bool) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from funshampoo.base import Hyper
+from funshampoo.host import may_reuse
 from funshampoo.linalg.packed import is_of_first, join, packed_shape
 from funshampoo.linalg.products import aligned, gram, is_plain_memory, matmul
-from funshampoo.transforms.leaf_ops import add, may_reuse, multiply
+from funshampoo.transforms.leaf_ops import add, multiply
 
 
 def add_packed_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -> Tensor:

@@ -39,6 +39,11 @@ class _OnItsWay(NamedTuple):
     old: FactorRoot
     take_over: Callable[[Found, FactorRoot], FactorRoot]
 
+    def wait(self) -> None:
+        if isinstance(self.found, Solving):
+            for part in self.found.parts:
+                part()
+
     def ended(self) -> FactorRoot:
         new = self.take_over(result_of(self.found), rows_of_side(self.old, self.rows))
         return FactorRoot(*[put(x, self.rows, y) for x, y in zip(self.old, new)])
@@ -64,10 +69,10 @@ class Refresh:
         factors, weight = statistics.factors, statistics.weight
         if turns.used is not None:
             _, roots = update_leaves(self._used, updates, (roots,), (turns.used, factors))
-            _, roots = update_leaves(_ended, updates, (roots,))
+            roots = _all_ended(updates, roots)
         if turns.now is not None:
             _, roots = update_leaves(self._now, updates, (roots,), (turns.now, factors, weight))
-            _, roots = update_leaves(_ended, updates, (roots,))
+            roots = _all_ended(updates, roots)
         if turns.asked is not None:
             _, roots = update_leaves(self._asked, updates, (roots,), (turns.asked, factors, weight))
         return roots
@@ -117,8 +122,24 @@ class Refresh:
         )
 
 
-def _ended(u: Tensor, sides: Any) -> tuple[Any, ...]:
-    return u, tuple(side.ended() if isinstance(side, _OnItsWay) else side for side in sides)
+def _all_ended(updates: Tree, roots: Tree) -> Tree:
+    """Wait for all, and only then take them over.
+
+    An operator here, between two that are waited for, would wake kernel threads of this thread,
+    which then spin for milliseconds on the cores that the others need.
+    """
+
+    def awaited(u: Tensor, sides: Any) -> tuple[Any, ...]:
+        for side in sides:
+            if isinstance(side, _OnItsWay):
+                side.wait()
+        return u, sides
+
+    def ended(u: Tensor, sides: Any) -> tuple[Any, ...]:
+        return u, tuple(side.ended() if isinstance(side, _OnItsWay) else side for side in sides)
+
+    update_leaves(awaited, updates, (roots,))
+    return update_leaves(ended, updates, (roots,))[1]
 
 
 def rows_of_side(side: FactorRoot, rows: Rows) -> FactorRoot:

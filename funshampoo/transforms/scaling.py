@@ -11,12 +11,12 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.checks import check_range
+from funshampoo.host import may_reuse
 from funshampoo.state.stages import AdagradState, AdamState, RmsState
 from funshampoo.transforms.leaf_ops import (
     add,
     add_weight,
     lerp,
-    may_reuse,
     multiply,
     per_block,
     sqrt,

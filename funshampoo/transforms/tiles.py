@@ -33,10 +33,6 @@ FLOPS = 2e9
 """Of the products of a tile: ten milliseconds or more, beside which the fixed cost of another tile,
 less than half a millisecond, does not count."""
 
-PARTS = 7
-"""Tiles of a model that is smaller than that, down to half of the flops: five tensors of a
-tile's size are then less than a copy of the model."""
-
 
 def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile]:
     """The tiles of these stacks.
@@ -53,9 +49,7 @@ def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile
     if size != "auto":
         return tiles_of(rows, numel, size)
     flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
-    whole = sum(flops[stack] * count for stack, count in rows.items())
-    most = min(FLOPS, max(whole / PARTS, FLOPS / 2))
-    weights = {stack: max(numel[stack] / NUMBERS, flops[stack] / most) for stack in rows}
+    weights = {stack: max(numel[stack] / NUMBERS, flops[stack] / FLOPS) for stack in rows}
     return tiles_of(rows, weights, 1.0)
 
 
