@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,10 @@ def test_a_rank_that_fails_hangs_or_leaves_is_a_failure_and_nothing_stays(
         own(2, function)
     assert time.monotonic() - since < 20
     assert all(gone(pid) for pid in pids)
+
+
+def test_a_connection_that_fails_is_tried_again(own: Ranks) -> None:
+    assert own(1, sleep)  # store1
+    (Path(own.folder) / "store2").mkdir()  # where a file is wanted
+    assert [total for _, total in own(2, rank_of_sum)] == [1.0, 1.0]
+    assert own.groups == 3
