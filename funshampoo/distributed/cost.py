@@ -49,8 +49,7 @@ class CostModel:
         root_cubic, root_quadratic, root_constant: seconds per root, by powers of d.
 
     The default weights were measured by benchmarks/cost_model.py: float32, one CPU thread, torch
-    2.13, the default solver. Whole steps took 0.95 to 1.3 times what they say on matrices and
-    vectors, up to 1.5 times on blocks of order 3, whose unfoldings are copied. Only ratios matter
+    2.13, the default solver. Whole steps took 0.85 to 1.5 times what they say. Only ratios matter
     for balance. Those of a GPU differ: measure them with `--device cuda`. Another solver, and sides
     that `exponents` leaves alone, are modelled as the default.
 
@@ -64,11 +63,11 @@ class CostModel:
     1.0
     """
 
-    per_element: float = 5e-9
-    per_factor_element: float = 2e-9
-    per_flop: float = 1.07e-11
-    root_cubic: float = 9.2e-11
-    root_quadratic: float = 4.3e-8
+    per_element: float = 5.1e-9
+    per_factor_element: float = 6.9e-10
+    per_flop: float = 1.15e-11
+    root_cubic: float = 9.5e-11
+    root_quadratic: float = 4.2e-8
     root_constant: float = 1.2e-5
 
     def __post_init__(self) -> None:
