@@ -88,7 +88,7 @@ class Method(NamedTuple):
 
 
 class Functional:
-    """The chain in a functional loop, as a `step()`: update with a donated state, then apply."""
+    """The chain in a pure functional loop, as a `step()`: update, then apply."""
 
     def __init__(self, params: Params, size: int) -> None:
         self.tx = funshampoo.shampoo(LR, beta1=BETAS[0], beta2=BETAS[1], every=EVERY, max_size=size)
@@ -99,12 +99,21 @@ class Functional:
     def step(self) -> None:
         """The gradients are handed over in .grad, as to the others."""
         grads = {name: p.grad for name, p in self.leaves.items()}
-        updates, self.state = self.tx.update(grads, self.state, self.params, donate=True)
+        updates, self.state = self.tx.update(grads, self.state, self.params)
         self.params = funshampoo.apply_updates(self.params, updates)
 
 
 def _wrapper(params: Params, size: int) -> Any:
     return funshampoo.Shampoo(params.items(), LR, BETAS, every=EVERY, max_size=size)
+
+
+def _low_precision(params: Params, size: int) -> Any:
+    options = {"every": EVERY, "max_size": size, "product_dtype": torch.bfloat16}
+    return funshampoo.Shampoo(params.items(), LR, BETAS, **options)
+
+
+def _packed(params: Params, size: int) -> Any:
+    return funshampoo.Shampoo(params.items(), LR, BETAS, every=EVERY, max_size=size, packed=True)
 
 
 def _adamw_foreach(params: Params, size: int) -> Any:
@@ -195,12 +204,15 @@ def _after_multiples(t: int) -> bool:
 
 BASELINE = "AdamW, foreach"
 OURS = "funshampoo.Shampoo"
+LOW_PRECISION = f"{OURS}, bfloat16 products"
 METHODS = (
     Method(BASELINE, _adamw_foreach, blocks=False),
     Method("AdamW, fused", _adamw_fused, blocks=False),
     Method("Muon (matrices only: {share})", _muon, blocks=False, matrices_only=True, most=1e8),
     Method(OURS, _wrapper, _first_and_multiples),
-    Method("funshampoo, functional", Functional, _first_and_multiples, most=1e8),
+    Method(LOW_PRECISION, _low_precision, _first_and_multiples, most=1e8),
+    Method(f"{OURS}, packed", _packed, _first_and_multiples, most=1e7),
+    Method("funshampoo, functional (pure)", Functional, _first_and_multiples, most=1e7),
     # The reference applies roots only from its first refresh on, on step EVERY at the earliest.
     Method("reference, unpacked", _reference(packed=False), _multiples, ready=EVERY + 1),
     Method("reference, packed", _reference(packed=True), _multiples, ready=EVERY + 1),

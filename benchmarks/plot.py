@@ -30,7 +30,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     if not panels:
         return
     figure, grid = pyplot.subplots(
-        len(panels), 1, figsize=(9, 5 * len(panels)), layout="constrained", squeeze=False
+        len(panels), 1, figsize=(12, 5 * len(panels)), layout="constrained", squeeze=False
     )
     for axes, name in zip(grid[:, 0], panels):
         section = results["sections"][name]
@@ -71,9 +71,10 @@ def _whole(axes: Axes, rows: list[dict[str, Any]]) -> None:
             if i == 0:
                 passes.set_label("forward and backward" if offset < 0 else "_")
                 step.set_label("AdamW foreach" if offset < 0 else "Shampoo, mean")
-    axes.set_yticks(range(len(rows)), [f"{r['work']}\n{r['ratio']:.2f} ×" for r in rows])
+    names = [f"{r['work']}\n{r['method']}: {r['ratio']:.2f} ×" for r in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_xlabel("ms")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _floor(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -114,7 +115,7 @@ def _roots(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("ms; circle, square, triangle, diamond: " + ", ".join(stacks))
     axes.set_ylabel("error of the preconditioned gradient")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -131,4 +132,4 @@ def _curves(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("test loss, median over seeds")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import funshampoo
-from benchmarks.methods import BASELINE, BETAS, LR, OURS
+from benchmarks.methods import BASELINE, BETAS, LOW_PRECISION, LR, OURS
 from benchmarks.section import Cell, Column, Rows, Section, Settings
 from benchmarks.timing import Contender, Run, interleave, times, times_of
 from benchmarks.works import CONVNET, TRANSFORMER, Work, loss_of
@@ -20,9 +20,9 @@ EXAMPLES = {TRANSFORMER.name: 64, CONVNET.name: 128}
 INTERVALS = {TRANSFORMER.name: 2, CONVNET.name: 4}
 
 ABOUT = f"""Forward, backward and optimizer's step. Shampoo at block size {SIZE}, a refresh every
-{EVERY} steps; both optimizers took turns, step by step, over whole intervals. The optimizer's time
+{EVERY} steps; the optimizers took turns, step by step, over whole intervals. The optimizer's time
 is the mean over an interval (of medians: {EVERY - 1} plain steps and a refresh); forward and
-backward is the median of both trainings'. The ratio is of the sums. "As run" is the ratio of the
+backward is the median of all trainings'. The ratio is of the sums. "As run" is the ratio of the
 plain sums of all seconds, hiccups of the machine included."""
 
 
@@ -31,6 +31,7 @@ def section(settings: Settings) -> Section:
     works = (CONVNET,) if settings.quick else (TRANSFORMER, CONVNET)
     columns = [
         Column("work", "training"),
+        Column("method", "Shampoo"),
         Column("passes", "forward and backward, ms", "ms"),
         Column("adamw", "AdamW foreach, ms", "ms"),
         Column("plain", "Shampoo plain, ms", "ms"),
@@ -51,6 +52,7 @@ def _cell(work: Work, settings: Settings) -> Callable[[], Rows]:
         contenders = [
             *_training(work, examples, BASELINE, _adamw, settings.device),
             *_training(work, examples, OURS, _shampoo, settings.device),
+            *_training(work, examples, LOW_PRECISION, _low_precision, settings.device),
         ]
         runs = interleave(
             contenders,
@@ -60,7 +62,11 @@ def _cell(work: Work, settings: Settings) -> Callable[[], Rows]:
             warmup=3,
             steps=intervals * EVERY,
         )
-        return [{"work": f"{work.name}, {examples} examples", **_summary(runs)}]
+        label = f"{work.name}, {examples} examples"
+        return [
+            {"work": label, "method": name, **_summary(runs, name)}
+            for name in (OURS, LOW_PRECISION)
+        ]
 
     return run
 
@@ -85,9 +91,9 @@ def _training(
         loss_of(network, (inputs, targets)).backward()
 
     def kind(t: int) -> str:
-        return "refresh" if name == OURS and (t == 1 or t % EVERY == 0) else "plain"
+        return "refresh" if name != BASELINE and (t == 1 or t % EVERY == 0) else "plain"
 
-    kinds = ("plain", "refresh") if name == OURS else ("plain",)
+    kinds = ("plain", "refresh") if name != BASELINE else ("plain",)
     return [
         Contender(f"passes {name}", passes),
         Contender(name, optimizer.step, kind=kind, kinds=kinds),
@@ -102,14 +108,19 @@ def _shampoo(params: Any) -> torch.optim.Optimizer:
     return funshampoo.Shampoo(params, LR, BETAS, every=EVERY, max_size=SIZE)
 
 
-def _summary(runs: list[Run]) -> dict[str, Any]:
+def _low_precision(params: Any) -> torch.optim.Optimizer:
+    options = {"every": EVERY, "max_size": SIZE, "product_dtype": torch.bfloat16}
+    return funshampoo.Shampoo(params, LR, BETAS, **options)
+
+
+def _summary(runs: list[Run], name: str) -> dict[str, Any]:
     passes = times(run.seconds for run in runs if run.contender.startswith("passes"))
-    adamw, plain = times_of(runs, BASELINE), times_of(runs, OURS)
-    refresh = times_of(runs, OURS, "refresh")
+    adamw, plain = times_of(runs, BASELINE), times_of(runs, name)
+    refresh = times_of(runs, name, "refresh")
     mean = ((EVERY - 1) * plain.median + refresh.median) / EVERY
     sums = {
-        name: statistics.fsum(r.seconds for r in runs if r.contender in (name, f"passes {name}"))
-        for name in (BASELINE, OURS)
+        who: statistics.fsum(r.seconds for r in runs if r.contender in (who, f"passes {who}"))
+        for who in (BASELINE, name)
     }
     return {
         "passes": passes.in_ms,
@@ -118,5 +129,5 @@ def _summary(runs: list[Run]) -> dict[str, Any]:
         "refresh": refresh.in_ms,
         "mean": 1e3 * mean,
         "ratio": (passes.median + mean) / (passes.median + adamw.median),
-        "as_run": sums[OURS] / sums[BASELINE],
+        "as_run": sums[name] / sums[BASELINE],
     }
