@@ -10,11 +10,11 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_count
-from funshampoo.host import all_true, unwrapped
+from funshampoo.host import unwrapped
 from funshampoo.state.places import Place, block_names, map_tensors
 from funshampoo.state.stages import FactorRoot, GuardedState, find_state, walk
 from funshampoo.steps import new_counter, read_counter
-from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves
+from funshampoo.tree import cast, check_parameters, compute_dtype, flatten, map_leaves
 
 
 class FailureLimitError(RuntimeError):
@@ -95,20 +95,23 @@ def guarded(
             everywhere = find_state(whole, GuardedState) or state
             _stop_at(max_failures, everywhere, context.get("layout", {}))
         source = updates if gradient is None else gradient
-        fine = _verdicts(source, updates, block_ndim)
+        norms = _norms(source, updates, block_ndim)
         context["block_ndim"] = block_ndim
-        clear = _known_to_be_fine(fine)
-        if clear:
+        if _all_known_to_be_fine(norms):
             if gradient is not None:
                 context["gradient"] = gradient
             out, new = inner.update(updates, state.inner, params, donate=donate, **context)
-        else:
-            if gradient is not None:
-                context["gradient"] = map_leaves(_zeroed, gradient, fine)
-            safe = map_leaves(_zeroed, updates, fine)
-            out, new = inner.update(safe, state.inner, params, donate=False, **context)
-            out = map_leaves(_zeroed, out, fine)
-            new = _merged(new, state.inner, fine, block_ndim)
+            streak = map_leaves(
+                lambda f, n: n if f is None else torch.zeros_like(n), norms, state.streak
+            )
+            return out, GuardedState(state.steps + 1, state.held, streak, new)
+        fine = _verdicts(norms, block_ndim)
+        if gradient is not None:
+            context["gradient"] = map_leaves(_zeroed, gradient, fine)
+        safe = map_leaves(_zeroed, updates, fine)
+        out, new = inner.update(safe, state.inner, params, donate=False, **context)
+        out = map_leaves(_zeroed, out, fine)
+        new = _merged(new, state.inner, fine, block_ndim)
         held = map_leaves(lambda f, n: n if f is None else n + ~f, fine, state.held)
         streak = map_leaves(
             lambda f, n: n if f is None else torch.where(f, 0, n + 1), fine, state.streak
@@ -126,34 +129,48 @@ def _stop_at(max_failures: int, state: GuardedState, layout: Mapping[str, Any]) 
         raise failure_limit_error(failing_blocks(state, max_failures, layout, rows), max_failures)
 
 
-def _verdicts(source: Tree, updates: Tree, block_ndim: int) -> Tree:
+def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
+    """A tree of ‖G‖, (N,) or (). None where there is no gradient."""
+
+    def norm(g: Tensor | None, u: Tensor | None) -> Tensor | None:
+        if g is None or u is None:
+            return None
+        g = cast(g, compute_dtype(g))
+        found: Tensor = torch.linalg.vector_norm(g.reshape(*g.shape[:block_ndim], -1), dim=-1)
+        return found
+
+    return map_leaves(norm, source, updates)
+
+
+def _usable(norm: Tensor) -> Tensor:
+    return norm * norm <= torch.finfo(norm.dtype).max * 2.0**-20
+
+
+def _all_known_to_be_fine(norms: Tree) -> bool:
+    """Whether every block can be used, as far as that can be read without waiting for a device."""
+    of_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for norm in flatten(norms)[0]:
+        if norm is None:
+            continue
+        plain = unwrapped(norm)
+        if plain is None or not plain.is_cpu:
+            return False
+        of_dtype.setdefault(plain.dtype, []).append(plain.flatten())
+    return all([bool(_usable(torch.cat(found)).all()) for found in of_dtype.values()])
+
+
+def _verdicts(norms: Tree, block_ndim: int) -> Tree:
     """A tree of (N,) or () bool: whether each block can be used. None where there is no gradient.
 
     Outside block space all leaves share one verdict.
     """
-
-    def usable(g: Tensor | None, u: Tensor | None) -> Tensor | None:
-        if g is None or u is None:
-            return None
-        g = g.to(compute_dtype(g))
-        norm: Tensor = torch.linalg.vector_norm(g.reshape(*g.shape[:block_ndim], -1), dim=-1)
-        return norm * norm <= torch.finfo(g.dtype).max * 2.0**-20
-
-    verdicts = map_leaves(usable, source, updates)
-    if block_ndim:
-        return verdicts
+    verdicts = map_leaves(lambda norm: None if norm is None else _usable(norm), norms)
     leaves, spec = flatten(verdicts)
     known = [f for f in leaves if f is not None]
-    if not known:
+    if block_ndim or not known:
         return verdicts
     together = torch.stack([f.to(known[0].device) for f in known]).all()
     return spec.unflatten([None if f is None else together.to(f.device) for f in leaves])
-
-
-def _known_to_be_fine(verdicts: Tree) -> bool:
-    """Whether every verdict is True, as far as that can be read without waiting for a device."""
-    known = [f for f in flatten(verdicts)[0] if f is not None]
-    return all([f.device.type == "cpu" and all_true(f) for f in known])
 
 
 def _zeroed(x: Tensor | None, fine: Tensor | None) -> Tensor | None:

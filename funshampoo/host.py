@@ -48,7 +48,6 @@ def may_reuse(*operands: Any) -> bool:
     if torch.compiler.is_compiling():
         return False
     tensors = [t for t in operands if isinstance(t, Tensor)]
-    same = len({t.dtype for t in tensors}) == 1
-    return same and not any(
-        [t.requires_grad or _functorch.is_functorch_wrapped_tensor(t) for t in tensors]
-    )
+    if not all([t.dtype == tensors[0].dtype and not t.requires_grad for t in tensors]):
+        return False
+    return not is_traced() or not any(map(_functorch.is_functorch_wrapped_tensor, tensors))

@@ -134,6 +134,11 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
     return [v for v, subtree in zip(values, subtrees) for _ in flatten(subtree)[0]]
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype; where it has it, without asking torch, which takes a microsecond."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which statistics and updates of `x` live: float32 at least."""
     return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype

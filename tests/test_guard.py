@@ -142,7 +142,7 @@ def test_what_can_not_be_read_gives_the_same(monkeypatch: pytest.MonkeyPatch) ->
         return now, state
 
     readable = run()
-    monkeypatch.setattr("funshampoo.guard._known_to_be_fine", lambda verdicts: False)
+    monkeypatch.setattr("funshampoo.guard._all_known_to_be_fine", lambda verdicts: False)
     assert_equal(run(), readable)
 
 

@@ -44,6 +44,8 @@ def rounded_matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     """
     if dtype is not None and _is_large(a, b):
         return a.to(dtype) @ b.to(dtype)
+    if a.dtype == b.dtype:
+        return matmul(a, b)
     wide = torch.promote_types(a.dtype, b.dtype)
     return matmul(a.to(wide), b.to(wide))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.linalg.estimates import RESIDUAL_ITERATIONS, largest_eigenvalue, spectral_norm
 from funshampoo.linalg.products import aligned, power
-from funshampoo.linalg.solver import InverseRoot, identity_like, symmetrize, where
+from funshampoo.linalg.solver import InverseRoot, or_identity, symmetrize
 
 
 class Normalized(NamedTuple):
@@ -33,7 +33,7 @@ def normalize(A: Tensor, wanted: Tensor) -> Normalized:
     largest = A.detach().abs().amax((-2, -1))
     solvable = wanted & largest.isfinite() & (largest > 0)
     scale = torch.where(solvable, largest, 1.0)
-    B = where(solvable, A, identity_like(A)) / scale[..., None, None]
+    B = or_identity(solvable, A) / scale[..., None, None]
     return Normalized(B, scale, solvable)
 
 
@@ -50,7 +50,7 @@ def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> Inver
     root = X * power(scale, -1 / p)[..., None, None]
     converged = residual <= max_residual
     return InverseRoot(
-        root=where(converged, root, identity_like(root)),
+        root=or_identity(converged, root),
         residual=residual,
         condition=torch.where(solvable, condition, torch.inf),
         converged=converged,

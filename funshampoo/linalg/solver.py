@@ -116,7 +116,14 @@ def replace_nonfinite(A: Tensor) -> tuple[Tensor, Tensor]:
     The stand-in keeps such a matrix from reaching LAPACK, and its gradient at exactly zero.
     """
     finite = A.detach().abs().amax((-2, -1)).isfinite()
-    return where(finite, A, identity_like(A)), finite
+    return or_identity(finite, A), finite
+
+
+def or_identity(condition: Tensor, matrix: Tensor) -> Tensor:
+    """The matrices (..., d, d) where the condition (...) holds, the identity elsewhere."""
+    if condition.device.type == "cpu" and all_true(condition):
+        return matrix
+    return torch.where(condition[..., None, None], matrix, identity_like(matrix))
 
 
 def where(condition: Tensor, matrix: Tensor, other: Tensor) -> Tensor:
@@ -131,6 +138,10 @@ def where(condition: Tensor, matrix: Tensor, other: Tensor) -> Tensor:
 
 def add_to_diagonal(A: Tensor, damping: Tensor) -> Tensor:
     """A + damping·I."""
+    if may_reuse(A, damping):  # the same numbers: a copy, and one pass over its diagonal
+        B = A.clone(memory_format=torch.contiguous_format)
+        B.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
+        return B
     return A + damping[..., None, None] * identity_like(A)
 
 

@@ -13,10 +13,9 @@ from funshampoo.linalg.estimates import RESIDUAL_ITERATIONS, spectral_norm
 from funshampoo.linalg.products import aligned, is_plain_memory, matmul, power
 from funshampoo.linalg.solver import (
     InverseRoot,
-    identity_like,
+    or_identity,
     replace_nonfinite,
     symmetrize,
-    where,
 )
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -67,7 +66,7 @@ def inverse_root(
     converged = solvable & residual.isfinite()
     X = _InversePower.apply(A, kept, values, Q, keep, exponent)  # type: ignore[no-untyped-call]
     return InverseRoot(
-        root=where(converged, X, identity_like(A)),
+        root=or_identity(converged, X),
         residual=residual,
         condition=torch.where(solvable, largest / smallest, torch.inf),
         converged=converged,
@@ -183,8 +182,10 @@ class _InversePower(Function):
     def forward(
         A: Tensor, kept: Tensor, values: Tensor, Q: Tensor, keep: Tensor, exponent: float
     ) -> Tensor:
-        f = torch.where(keep, power(kept, -exponent), 0.0)
-        return symmetrize(matmul(Q * f[..., None, :], Q.mT))
+        # Half of each, which is exact, so that the sum below needs no division.
+        half = torch.where(keep, power(kept, -exponent) / 2, 0.0)
+        product = matmul(Q * half[..., None, :], Q.mT)
+        return product + product.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

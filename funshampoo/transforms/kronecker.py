@@ -15,7 +15,7 @@ from funshampoo.state.stages import KroneckerState
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.transforms.leaf_ops import add, add_gram, add_weight, multiply
 from funshampoo.transforms.packed_statistics import add_packed_gram
-from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_leaves
+from funshampoo.tree import cast, check_parameters, compute_dtype, map_leaves, update_leaves
 
 
 def kronecker_statistics(
@@ -115,7 +115,7 @@ def kronecker_statistics(
             return add(multiply(factor, beta2, donate), new, donate)
 
         def accumulate(u: Tensor, g: Tensor, factors: Any, weight: Tensor) -> tuple[Any, ...]:
-            g = g.to(compute_dtype(g))
+            g = cast(g, compute_dtype(g))
             new = tuple(
                 accumulated(factor, unfold(g, side, block_ndim))
                 if isinstance(factor, Tensor)

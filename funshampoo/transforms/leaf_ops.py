@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._C import _functorch
 
 from funshampoo.base import Hyper
-from funshampoo.host import may_reuse
+from funshampoo.host import is_traced, may_reuse
 from funshampoo.linalg.products import aligned, gram, is_plain_gram, is_plain_memory
+from funshampoo.tree import cast
 
 
 def lerp(old: Tensor, new: Tensor, weight: Hyper, donate: bool) -> Tensor:
@@ -38,7 +39,7 @@ def multiply(old: Tensor, factor: Hyper, donate: bool) -> Tensor:
     factor = on_device(factor, old)
     if _may_write(old, donate, factor):
         return old.mul_(factor)
-    return torch.mul(old, factor).to(old.dtype)
+    return cast(torch.mul(old, factor), old.dtype)
 
 
 def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -> Tensor:
@@ -95,7 +96,7 @@ def _may_write(old: Tensor, donate: bool, *operands: Hyper) -> bool:
     Under vmap a batched operand does not fit into unbatched memory, and most operations in place
     have no batching rule; under grad the old value is still needed.
     """
-    if not donate or torch.compiler.is_compiling():
+    if not donate or torch.compiler.is_compiling() or not is_traced():
         return donate
     tensors = [t for t in (old, *operands) if isinstance(t, Tensor)]
     return not any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)

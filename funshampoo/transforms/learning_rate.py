@@ -11,7 +11,7 @@ from funshampoo.checks import check_range
 from funshampoo.state.stages import ScheduleState
 from funshampoo.steps import new_counter
 from funshampoo.transforms.leaf_ops import on_device
-from funshampoo.tree import compute_dtype, update_leaves
+from funshampoo.tree import cast, compute_dtype, update_leaves
 
 
 def scale(factor: Hyper) -> GradientTransformation:
@@ -70,7 +70,7 @@ def scale_by_learning_rate(
 def _times(updates: Tree, factor: Hyper) -> Tree:
     def leaf(u: Tensor) -> tuple[Any]:
         dtype = compute_dtype(u)
-        return ((u.to(dtype) * on_device(factor, u)).to(dtype),)
+        return (cast(cast(u, dtype) * on_device(factor, u), dtype),)
 
     (scaled,) = update_leaves(leaf, updates, ())
     return scaled

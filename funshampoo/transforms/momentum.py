@@ -9,7 +9,7 @@ from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renam
 from funshampoo.checks import check_range
 from funshampoo.state.stages import EmaState, TraceState
 from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block
-from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_elementwise
+from funshampoo.tree import cast, check_parameters, compute_dtype, map_leaves, update_elementwise
 
 
 def ema(
@@ -65,7 +65,7 @@ def ema(
         updates: Tree, state: EmaState, params: Tree = None, *, donate: bool = False
     ) -> tuple[Tree, EmaState]:
         def average(u: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            u = u.to(m.dtype)
+            u = cast(u, m.dtype)
             ahead = None
             if beta3 is not None:
                 ahead = lerp(m, u, 1 - beta3, donate=False), add_weight(w, beta3, donate=False)
@@ -134,14 +134,14 @@ def trace(
         updates: Tree, state: TraceState, params: Tree = None, *, donate: bool = False
     ) -> tuple[Tree, TraceState]:
         def accumulate(u: Tensor, b: Tensor, *seen: Tensor) -> tuple[Tensor, ...]:
-            u = u.to(b.dtype)
+            u = cast(u, b.dtype)
             entering = damped(u)
             if seen:
                 entering = u * (1 - per_block(seen[0], u) * dampening)
-            b = add(multiply(b, momentum, donate), entering.to(b.dtype), donate)
+            b = add(multiply(b, momentum, donate), cast(entering, b.dtype), donate)
             ones = [torch.ones_like(s) for s in seen]
             if nesterov:
-                return (damped(u) + b * momentum).to(b.dtype), b, *ones
+                return cast(damped(u) + b * momentum, b.dtype), b, *ones
             return b.clone(), b, *ones  # a copy: a later donated step writes into the state
 
         def damped(u: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.transforms.layout import Layout, Region
+from funshampoo.tree import cast
 
 
 class Part(NamedTuple):
@@ -61,7 +62,7 @@ class Parts:
         parts = self.of(stack, rows)
         block, dtype = self.layout.stacks[stack].block, self.layout.stacks[stack].dtype
         if all([part.whole for part in parts]):
-            blocks = [viewed(leaves[part.parameter], block).to(dtype) for part in parts]
+            blocks = [cast(viewed(leaves[part.parameter], block), dtype) for part in parts]
             return torch.stack(blocks) if len(blocks) > 1 else blocks[0].contiguous().unsqueeze(0)
         pieces = self._pieces(parts, leaves)
         if len(pieces) == 1:

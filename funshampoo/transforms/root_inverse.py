@@ -21,7 +21,14 @@ from funshampoo.steps import current_step, new_counter
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.transforms.refresh import Refresh
 from funshampoo.transforms.turns import Refreshes, Schedule, everybody, refreshes_at
-from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves, update_leaves
+from funshampoo.tree import (
+    cast,
+    check_parameters,
+    compute_dtype,
+    flatten,
+    map_leaves,
+    update_leaves,
+)
 
 _FACTORIES: tuple[Any, ...] = (
     linalg.coupled_higher_order,
@@ -206,20 +213,20 @@ def precondition(
     >>> precondition(torch.ones(2), [torch.tensor([[2.0, 0.0], [0.0, 3.0]])])
     tensor([2., 3.])
     """
-    dtype, last = x.dtype, len(roots) - 1
-    for side, root in enumerate(roots):
-        if root is None:
-            continue
-        root = unpack(root)
-        if side == last:  # symmetric: from the right, where a row is faster than a column
-            rows = x.reshape(*x.shape[:block_ndim], -1, x.shape[-1])
-            x = rounded_matmul(rows, root, product_dtype).reshape(x.shape)
-        else:
-            moved = x.movedim(block_ndim + side, block_ndim)
-            unfolded = moved.reshape(*moved.shape[: block_ndim + 1], -1)
-            product = rounded_matmul(root, unfolded, product_dtype)
-            x = product.reshape(moved.shape).movedim(block_ndim, block_ndim + side)
-    return x.to(dtype)
+    shape, dtype = x.shape, x.dtype
+    lead, sides = shape[:block_ndim], shape[block_ndim:]
+    matrices = [None if root is None else unpack(root) for root in roots]
+    if len(sides) == 2:  # each from its side: a transposed operand takes a little longer
+        left, right = matrices
+        x = x if left is None else rounded_matmul(left, x, product_dtype)
+        x = x if right is None else rounded_matmul(x, right, product_dtype)
+        return cast(x, dtype)
+    for d, root in zip(sides, matrices):
+        # The axis of every side is the first in its turn, and goes to the end: without a copy,
+        # since a product reads its transposed operand as it lies.
+        x = x.reshape(*lead, d, -1).mT
+        x = x if root is None else rounded_matmul(x, root, product_dtype)
+    return cast(x.reshape(shape), dtype)
 
 
 def _directions(
@@ -227,7 +234,7 @@ def _directions(
 ) -> Tree:
     def direction(u: Tensor, sides: Any) -> tuple[Tensor]:
         matrices = [side.root if side else None for side in sides]
-        return (precondition(u.to(compute_dtype(u)), matrices, block_ndim, product_dtype),)
+        return (precondition(cast(u, compute_dtype(u)), matrices, block_ndim, product_dtype),)
 
     return update_leaves(direction, updates, (), (roots,))[0]
 

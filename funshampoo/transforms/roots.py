@@ -15,6 +15,7 @@ from funshampoo.base import Hyper
 from funshampoo.linalg import Solver, packed
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.products import power
+from funshampoo.linalg.solver import where
 from funshampoo.state.stages import FactorRoot
 from funshampoo.workers import Workers, can_run_in_a_thread, workers
 
@@ -189,7 +190,7 @@ def renewed(found: Found, old: FactorRoot) -> FactorRoot:
     failed = found.known & ~found.converged
 
     def chosen(new: Tensor, before: Any) -> Any:
-        return torch.where(accepted[..., None, None], new, before)
+        return where(accepted, new, before)
 
     return old._replace(
         root=chosen(packed.like(found.root, old.root), old.root),

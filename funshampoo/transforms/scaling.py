@@ -22,7 +22,7 @@ from funshampoo.transforms.leaf_ops import (
     sqrt,
 )
 from funshampoo.transforms.momentum import zeros_like
-from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_elementwise
+from funshampoo.tree import cast, check_parameters, compute_dtype, map_leaves, update_elementwise
 
 
 def scale_by_sgd() -> GradientTransformation:
@@ -93,13 +93,13 @@ def scale_by_adam(
         donate: bool = False,
     ) -> tuple[Tree, AdamState]:
         def filter_first(u: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            m, w = lerp(m, u.to(m.dtype), 1 - beta1, donate), add_weight(w, beta1, donate)
+            m, w = lerp(m, cast(u, m.dtype), 1 - beta1, donate), add_weight(w, beta1, donate)
             return m / per_block(w, m), m, w
 
         def leaf(u: Tensor, g: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            v = _second_moment(v, g.to(v.dtype), beta2, weighted, donate)
+            v = _second_moment(v, cast(g, v.dtype), beta2, weighted, donate)
             w = add_weight(w, beta2, donate)
-            return _scaled(u.to(v.dtype), v, epsilon, per_block(w, v)), v, w
+            return _scaled(cast(u, v.dtype), v, epsilon, per_block(w, v)), v, w
 
         source = updates if gradient is None else gradient
         first, first_weight = state.first, state.first_weight
@@ -151,8 +151,8 @@ def scale_by_rms(
         donate: bool = False,
     ) -> tuple[Tree, RmsState]:
         def leaf(u: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            v = _second_moment(v, g.to(v.dtype), beta2, weighted, donate)
-            return _scaled(u.to(v.dtype), v, epsilon), v
+            v = _second_moment(v, cast(g, v.dtype), beta2, weighted, donate)
+            return _scaled(cast(u, v.dtype), v, epsilon), v
 
         source = updates if gradient is None else gradient
         out, second = update_elementwise(leaf, updates, (state.second,), (source,))
@@ -202,9 +202,9 @@ def scale_by_adagrad(
         donate: bool = False,
     ) -> tuple[Tree, AdagradState]:
         def leaf(u: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            g = g.to(v.dtype)
+            g = cast(g, v.dtype)
             v = add(v, g * g, donate)
-            return _scaled(u.to(v.dtype), v, epsilon), v
+            return _scaled(cast(u, v.dtype), v, epsilon), v
 
         source = updates if gradient is None else gradient
         out, second = update_elementwise(leaf, updates, (state.second,), (source,))
