@@ -40,13 +40,12 @@ def spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: i
     made of rows because on a CPU products with 8 columns take 4 to 10 times as long as with 8 rows.
     like: (..., d, d), for shape, dtype and device.
     """
-    v = probe_vectors(like)
+    least = torch.finfo(like.dtype).tiny  # where R is zero the estimate is 0 instead of 0/0
+    v = probe_vectors(like).expand(*like.shape[:-2], PROBES, like.shape[-1])
     for _ in range(iterations - 1):
         w = apply(v)
-        norm = torch.linalg.vector_norm(w.detach(), dim=-1, keepdim=True)
-        # Where R is zero, v stays as it was and the estimate is 0 instead of 0/0.
-        v = torch.where(norm > 0, w / torch.where(norm > 0, norm, 1.0), v)
-    w, norm = apply(v), torch.linalg.vector_norm(v, dim=-1)
+        v = w / torch.linalg.vector_norm(w.detach(), dim=-1, keepdim=True).clamp(min=least)
+    w, norm = apply(v), torch.linalg.vector_norm(v, dim=-1).clamp(min=least)
     growth: Tensor = torch.linalg.vector_norm(w, dim=-1) / norm
     return growth.amax(-1)
 

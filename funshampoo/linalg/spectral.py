@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from funshampoo.linalg.estimates import RESIDUAL_ITERATIONS, spectral_norm
-from funshampoo.linalg.products import aligned, is_plain_memory, matmul, power
+from funshampoo.linalg.products import aligned, is_plain_memory, matmul, multiply, power
 from funshampoo.linalg.solver import (
     InverseRoot,
     or_identity,
@@ -75,11 +75,12 @@ def inverse_root(
 
 def _residual(A: Tensor, kept: Tensor, Q: Tensor, keep: Tensor) -> Tensor:
     """‖H Qᵀ A Q H - I‖₂ with H = diag(λ^(-1/2)), on the kept eigenvectors."""
-    half = torch.where(keep, kept.rsqrt(), 0.0)[..., None, :]
-    A, Q = aligned(A), aligned(Q)
+    half = torch.where(keep, kept.rsqrt(), 0.0)
+    A, S = aligned(A), aligned(Q * half[..., None, :])
+    identity = keep.to(A.dtype)[..., None, :]
 
     def apply(v: Tensor) -> Tensor:
-        return (v * half) @ Q.mT @ A @ Q * half - torch.where(keep[..., None, :], v, 0.0)
+        return multiply(multiply(multiply(v, S.mT), A), S) - v * identity
 
     return spectral_norm(apply, A, RESIDUAL_ITERATIONS)
 
