@@ -57,7 +57,7 @@ def test_operators_do_not_grow_with_the_number_of_blocks(options: dict[str, Any]
     assert counts[1] <= 120, counts
 
 
-def test_a_plain_step_reads_nothing_but_the_guards_verdicts() -> None:
-    """One bool a stack, on the CPU, where that waits for nothing; on a device, see test_device."""
+def test_a_plain_step_reads_nothing_but_the_guards_verdict() -> None:
+    """One bool for all stacks, on the CPU, where no one waits for it; on a device: test_device."""
     params = {"w": torch.randn(40, 40), "v": torch.randn(30)}
-    assert operators_of_a_plain_step(params).reads == 2
+    assert operators_of_a_plain_step(params).reads == 1
