@@ -154,6 +154,23 @@ def test_products(rows: int, inner: int, columns: int, dtype: torch.dtype) -> No
             assert torch.equal(products.gram(_moved(left, chosen)), together[chosen])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", [7, 63, 64, 65, 100, 129, 256, 550])
+def test_symmetric_products(side: int, dtype: torch.dtype) -> None:
+    """The whole of Q diag(f) Qᵀ from its upper blocks, also of matrices laid out by columns."""
+    Q, f = randn(N, side, side, dtype=dtype), randn(N, 1, side, dtype=dtype, seed=1)
+    for left in (Q, Q.mT.contiguous().mT):
+        together = products.symmetric_product(left * f, left)
+        assert torch.equal(together, together.mT)
+        rounding = {"atol": 100 * side**0.5 * torch.finfo(dtype).eps, "rtol": 0.0}
+        torch.testing.assert_close(together, (Q * f) @ Q.mT, **rounding)
+        for chosen in SUBSETS:
+            own = products.symmetric_product(_moved(left * f, chosen), _moved(left, chosen))
+            assert torch.equal(own, together[chosen])
+        alone = products.symmetric_product(left[0] * f[0], left[0])
+        torch.testing.assert_close(alone, together[0], **rounding)
+
+
 def _moved(x: Tensor, rows: list[int]) -> Tensor:
     """The rows of x, in its layout, as a view that begins one number into its memory."""
     transposed = x.stride(-2) < x.stride(-1)

@@ -10,7 +10,13 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from funshampoo.linalg.estimates import RESIDUAL_ITERATIONS, spectral_norm
-from funshampoo.linalg.products import aligned, is_plain_memory, matmul, multiply, power
+from funshampoo.linalg.products import (
+    aligned,
+    is_plain_memory,
+    multiply,
+    power,
+    symmetric_product,
+)
 from funshampoo.linalg.solver import (
     InverseRoot,
     or_identity,
@@ -136,12 +142,15 @@ def _bordered(A: Tensor) -> Tensor:
 
 
 def _decompose_stack(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """λ, Q, and which were decomposed."""
+    """λ, Q, and which were decomposed.
+
+    LAPACK works on columns, so of Aᵀ = A it takes a copy as it lies, where A had to be turned.
+    """
     solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
     if torch.compiler.is_compiling():  # a graph can't catch: there, LAPACK's failures raise
-        return *torch.linalg.eigh(A), solved
+        return *torch.linalg.eigh(A.mT), solved
     try:
-        return *torch.linalg.eigh(A), solved
+        return *torch.linalg.eigh(A.mT), solved
     except LinAlgError:
         return _decompose_one_by_one(A)
 
@@ -161,7 +170,7 @@ def _decompose_one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """λ (d,), Qᵀ (d, d), and whether there are any."""
     for dtype in (matrix.dtype, torch.float64):
         try:
-            values, vectors = torch.linalg.eigh(matrix.to(dtype))
+            values, vectors = torch.linalg.eigh(matrix.mT.to(dtype))
         except LinAlgError:
             continue
         return values.to(matrix), vectors.mT.to(matrix), values.new_ones((), dtype=torch.bool)
@@ -183,10 +192,8 @@ class _InversePower(Function):
     def forward(
         A: Tensor, kept: Tensor, values: Tensor, Q: Tensor, keep: Tensor, exponent: float
     ) -> Tensor:
-        # Half of each, which is exact, so that the sum below needs no division.
-        half = torch.where(keep, power(kept, -exponent) / 2, 0.0)
-        product = matmul(Q * half[..., None, :], Q.mT)
-        return product + product.mT
+        f = torch.where(keep, power(kept, -exponent), 0.0)
+        return symmetric_product(Q * f[..., None, :], Q)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
