@@ -14,7 +14,7 @@ import torch
 from torch.func import vmap
 
 import funshampoo as fs
-from funshampoo.transforms import roots
+from funshampoo.transforms import solving
 from funshampoo.workers import Workers, can_run_in_a_thread, workers
 from tests.trees import assert_equal, gradients, problem, train
 
@@ -152,8 +152,8 @@ def test_threads_change_no_number(stagger: bool, monkeypatch: pytest.MonkeyPatch
         return train(tx, params, grads, fs.apply_updates)
 
     used: list[int] = []
-    original = roots.in_threads
-    monkeypatch.setattr(roots, "in_threads", lambda *a: (used.append(1), original(*a))[1])
+    original = solving.tasks
+    monkeypatch.setattr(solving, "tasks", lambda *a: (used.append(1), original(*a))[1])
     many = run()
     assert used
     torch.set_num_threads(1)
@@ -167,8 +167,41 @@ def test_pieces_cover_all_rows_once() -> None:
         for n, d in ((8, 256), (200, 40), (1, 128), (32, 128), (10, 512), (9, 4)):
             for threads in (1, 2, 3):
                 stack = torch.empty(n, d, d, device="meta")
-                found = roots.pieces(stack, rows, threads)
+                found = solving.pieces(stack, rows, threads)
                 flat = [row for piece in found for row in piece or ()]
                 assert flat == list(range(n) if rows is None else rows)
-    assert roots.pieces(torch.empty(4, 4), None, 2) == [None]
-    assert len(roots.pieces(torch.empty(32, 128, 128, device="meta"), None, 2)) == 2
+    assert solving.pieces(torch.empty(4, 4), None, 2) == [None]
+    assert len(solving.pieces(torch.empty(32, 128, 128, device="meta"), None, 2)) == 2
+
+
+def test_tasks_are_shared_out() -> None:
+    """Long tasks first; one that would leave the other threads idle is done by all of them."""
+
+    def here(*costs: float, threads: int = 2, divisible: bool = True) -> list[float]:
+        nothing: Any = lambda: None  # noqa: E731
+        tasks = [solving.Task(nothing, cost, divisible) for cost in costs]
+        return [task.milliseconds for task in solving._best_here(tasks, threads)]
+
+    assert here(9.0) == [9.0]  # alone: 9 / 1.6
+    assert here(9.0, 9.0) == []  # one a thread
+    assert here(9.0, 9.0, 9.0) == [9.0]  # 9 / 1.6 + 9, instead of 18
+    assert here(9.0, 4.0, 4.0) == []  # 9, instead of 9 / 1.6 + 4
+    assert here(9.0, 9.0, 9.0, threads=8) == []  # 9, instead of 27 / 2.9
+    assert here(9.0, divisible=False) == []
+    assert solving.makespan([5.0, 4.0, 3.0, 3.0, 3.0], 2) == 10.0
+    assert solving.speedup(1) == 1.0
+
+
+@pytest.mark.parametrize("side", [260, 300])
+def test_large_factors_by_threads(side: int) -> None:
+    """Alone by all kernel threads, or two at a time: the roots are those of one thread."""
+    torch.manual_seed(0)
+    for blocks in (1, 3):
+        params = {"w": torch.zeros(blocks * side, side)}
+        grads = {"w": torch.randn(blocks * side, side)}
+        tx = fs.shampoo(0.1, max_size=side, every=1)
+        torch.set_num_threads(2)
+        many, _ = tx.update(grads, tx.init(params), params)
+        torch.set_num_threads(1)
+        one, _ = tx.update(grads, tx.init(params), params)
+        torch.testing.assert_close(many, one, rtol=1e-3, atol=1e-5)

@@ -21,18 +21,8 @@ import torch
 from torch import Tensor
 
 from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.transforms.roots import (
-    Found,
-    MaybeTensor,
-    RootRule,
-    Rows,
-    Solving,
-    in_threads,
-    pieces,
-    pool_for,
-    result_of,
-    taken,
-)
+from funshampoo.transforms.roots import Found, MaybeTensor, RootRule, Rows, taken
+from funshampoo.transforms.solving import Solving, in_threads, pieces, result_of, tasks
 from funshampoo.workers import can_run_in_a_thread, workers
 
 MOST_BYTES = 2**32
@@ -183,10 +173,9 @@ def computed_ahead(
 
 def _now(
     rule: RootRule, matrix: Tensor, basis: MaybeTensor, rows: Rows
-) -> list[Callable[[], Found]]:
-    pool = pool_for(rule, matrix, basis)
-    if pool is not None:
-        return in_threads(pool, rule, lambda part: taken(matrix, part), basis, rows, matrix).parts
+) -> Sequence[Callable[[], Found]]:
+    if in_threads(rule, matrix, basis):
+        return tasks(rule, lambda part: taken(matrix, part), basis, rows, matrix, divisible=False)
     found = rule(taken(matrix, rows), taken(basis, rows))
     return [lambda: found]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,30 +19,27 @@ from funshampoo.transforms.roots import (
     Found,
     RootRule,
     Rows,
-    Solving,
     handed_over,
     put,
     renewed_at_once,
-    result_of,
-    solving,
     taken,
 )
+from funshampoo.transforms.solving import Solving, begin, result_of, solving
 from funshampoo.transforms.turns import Refreshes, Turn
 from funshampoo.tree import update_leaves
 
 
 class _OnItsWay(NamedTuple):
-    """A side whose roots are being computed, and how they are taken over."""
+    """A side whose roots are to be computed, and how they are taken over."""
 
     found: Solving | Found
     rows: Rows
     old: FactorRoot
     take_over: Callable[[Found, FactorRoot], FactorRoot]
 
-    def wait(self) -> None:
-        if isinstance(self.found, Solving):
-            for part in self.found.parts:
-                part()
+    @property
+    def parts(self) -> Sequence[Callable[[], Found]]:
+        return self.found.parts if isinstance(self.found, Solving) else ()
 
     def ended(self) -> FactorRoot:
         new = self.take_over(result_of(self.found), rows_of_side(self.old, self.rows))
@@ -64,7 +61,7 @@ class Refresh:
     ) -> Tree:
         """The roots after a step on which it is these blocks' turn.
 
-        Every leaf is begun before the first one is waited for, so that threads have enough to do.
+        The work of all leaves is known before any of it is begun, so that threads share it evenly.
         """
         factors, weight = statistics.factors, statistics.weight
         if turns.used is not None:
@@ -86,12 +83,12 @@ class Refresh:
         ]
 
     def _now(self, u: Tensor, turn: Turn, factors: Any, weight: Tensor, sides: Any) -> Any:
-        def begun(rule: RootRule, factor: Any, old: FactorRoot) -> _OnItsWay:
+        def on_its_way(rule: RootRule, factor: Any, old: FactorRoot) -> _OnItsWay:
             read = (old.root, factor, weight)
             found = solving(rule, _matrices(factor, weight), old.basis, turn.which, read)
             return _OnItsWay(found, turn.which, old, renewed_at_once)
 
-        return u, self._each(begun, turn, factors, sides)
+        return u, self._each(on_its_way, turn, factors, sides)
 
     def _asked(self, u: Tensor, turn: Turn, factors: Any, weight: Tensor, sides: Any) -> Any:
         def asked(rule: RootRule, factor: Any, old: FactorRoot) -> FactorRoot:
@@ -104,13 +101,13 @@ class Refresh:
         return u, self._each(asked, turn, factors, sides)
 
     def _used(self, u: Tensor, turn: Turn, factors: Any, sides: Any) -> Any:
-        def begun(rule: RootRule, factor: Any, old: FactorRoot) -> _OnItsWay:
+        def on_its_way(rule: RootRule, factor: Any, old: FactorRoot) -> _OnItsWay:
             pending = old.pending
             assert isinstance(pending, Tensor)
             found = computed_ahead(rule, pending, old.basis, turn.which)
             return _OnItsWay(found, turn.which, old, handed_over)
 
-        return u, self._each(begun, turn, factors, sides)
+        return u, self._each(on_its_way, turn, factors, sides)
 
     def _each(
         self, function: Callable[..., Any], turn: Turn, factors: Any, sides: Any
@@ -123,22 +120,26 @@ class Refresh:
 
 
 def _all_ended(updates: Tree, roots: Tree) -> Tree:
-    """Wait for all, and only then take them over.
+    """Begin all, wait for all, and only then take them over.
 
     An operator here, between two that are waited for, would wake kernel threads of this thread,
     which then spin for milliseconds on the cores that the others need.
     """
+    parts: list[Callable[[], Found]] = []
 
-    def awaited(u: Tensor, sides: Any) -> tuple[Any, ...]:
+    def listed(u: Tensor, sides: Any) -> tuple[Any, ...]:
         for side in sides:
             if isinstance(side, _OnItsWay):
-                side.wait()
+                parts.extend(side.parts)
         return u, sides
 
     def ended(u: Tensor, sides: Any) -> tuple[Any, ...]:
         return u, tuple(side.ended() if isinstance(side, _OnItsWay) else side for side in sides)
 
-    update_leaves(awaited, updates, (roots,))
+    update_leaves(listed, updates, (roots,))
+    begin(parts)
+    for part in parts:
+        part()
     return update_leaves(ended, updates, (roots,))[1]
 
 

@@ -1,10 +1,8 @@
-"""The work of a refresh: which rows of which stacks, in which threads."""
+"""The roots of a stack's factors: how they are computed, and which of them are taken over."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,14 +15,6 @@ from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.products import power
 from funshampoo.linalg.solver import where
 from funshampoo.state.stages import FactorRoot
-from funshampoo.workers import Workers, can_run_in_a_thread, workers
-
-LARGEST_SIDE = 256
-"""Up to this side, roots by eigendecomposition are computed with one kernel thread a matrix.
-
-Two threads on different matrices of side 512 are about as fast as MKL's two on one, and a stack of
-one such matrix is slower.
-"""
 
 Rows = Sequence[int] | None
 """Rows of a stack; None: all, or the one matrix of a leaf."""
@@ -79,93 +69,6 @@ class RootRule:
             matrix, self.p, self.epsilon, basis, self.basis_tolerance
         )
         return Found(*found, trace != 0, basis)
-
-
-class Solving:
-    """Roots on their way.
-
-    Attributes:
-        parts: functions that wait for some rows each, in the order of the rows.
-    """
-
-    def __init__(self, parts: list[Callable[[], Found]]) -> None:
-        self.parts = parts
-
-
-def result_of(found: Solving | Found) -> Found:
-    """Wait for roots that are on their way."""
-    if isinstance(found, Found):
-        return found
-    parts = [part() for part in found.parts]
-    if len(parts) == 1:
-        return parts[0]
-    columns: list[Any] = [
-        torch.cat(column) if isinstance(column[0], Tensor) else () for column in zip(*parts)
-    ]
-    return Found(*columns)
-
-
-def solving(
-    rule: RootRule, matrix_of: Callable[[Rows], Tensor], basis: MaybeTensor, rows: Rows, like: Any
-) -> Solving | Found:
-    """Begin to compute roots: several threads on different rows where that helps, or here and now.
-
-    Args:
-        matrix_of: the bias-corrected factors of rows.
-        basis: of all rows, or ().
-        like: tensors that `matrix_of` reads; the first one has the shape (..., d, d), or is packed.
-    """
-    side = packed.side_of(like[0])
-    moderate = isinstance(rule.solver, EigenSolver) and side <= LARGEST_SIDE
-    pool = pool_for(rule, *like, basis) if moderate else None
-    if pool is None:
-        return rule(matrix_of(rows), taken(basis, rows))
-    return in_threads(pool, rule, matrix_of, basis, rows, like[0])
-
-
-def pool_for(rule: RootRule, *tensors: Any) -> Workers | None:
-    """As many threads as the process has kernel threads, if there are several to be had."""
-    if torch.compiler.is_compiling():
-        return None
-    threads = torch.get_num_threads()
-    portable = can_run_in_a_thread(*rule.numbers, *tensors)
-    return workers(threads) if threads > 1 and portable else None
-
-
-def in_threads(
-    pool: Workers,
-    rule: RootRule,
-    matrix_of: Callable[[Rows], Tensor],
-    basis: MaybeTensor,
-    rows: Rows,
-    like: Tensor,
-) -> Solving:
-    """Hand the rows to the threads, piece by piece."""
-
-    def compute(part: Rows) -> Callable[[], Found]:
-        return lambda: rule(matrix_of(part), taken(basis, part))
-
-    return Solving([pool.submit(compute(part)).result for part in pieces(like, rows, pool.count)])
-
-
-def pieces(like: Tensor, rows: Rows, threads: int = 1) -> list[Rows]:
-    """Runs of rows that take about 25 ms each, or less where threads would be idle.
-
-    Smaller ones make the threads wait for Python's lock: 4 matrices of side 128 at a time take 1.4
-    times as long as 16.
-
-    like: the whole stack, (N, d, d), or one matrix.
-    """
-    if like.ndim < 3:
-        return [None]
-    every: Sequence[int] = range(like.shape[0]) if rows is None else rows
-    milliseconds = len(every) * (like.shape[-1] / 128) ** 2
-    count = max(math.ceil(milliseconds / 25), min(threads, int(milliseconds / 2)), 1)
-    if count > threads:
-        count = math.ceil(count / threads) * threads
-    count = max(1, min(count, len(every)))
-    ends = [len(every) * i // count for i in range(count + 1)]
-    return [every[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def taken(x: Any, rows: Rows) -> Any:
