@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -51,3 +52,17 @@ def may_reuse(*operands: Any) -> bool:
     if not all([t.dtype == tensors[0].dtype and not t.requires_grad for t in tensors]):
         return False
     return not is_traced() or not any(map(_functorch.is_functorch_wrapped_tensor, tensors))
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, up to 64 MiB.
+
+    It gives free memory at the end of the heap back to the system where that is more than twice the
+    largest block that it has mapped by itself and freed again, and a step then pays a page fault
+    for every 4 KiB of its temporaries: a quarter of a plain step on ten blocks of 256×256. A block
+    that is just small enough to count, allocated and freed, moves the limit as far as it goes
+    (mallopt(3), M_MMAP_THRESHOLD), as activations of that size do. It is never touched, so it costs
+    nothing.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")

@@ -195,6 +195,9 @@ def root_inverse(
     return GradientTransformation(init, update)
 
 
+_FEW_COLUMNS = 16
+
+
 def precondition(
     x: Tensor,
     roots: Sequence[Tensor | None],
@@ -223,9 +226,15 @@ def precondition(
         return cast(x, dtype)
     for d, root in zip(sides, matrices):
         # The axis of every side is the first in its turn, and goes to the end: without a copy,
-        # since a product reads its transposed operand as it lies.
-        x = x.reshape(*lead, d, -1).mT
-        x = x if root is None else rounded_matmul(x, root, product_dtype)
+        # since a product reads its transposed operand as it lies. With few columns it is so slow
+        # that one with few rows and a copy take half as long.
+        x = x.reshape(*lead, d, -1)
+        if root is None:
+            x = x.mT
+        elif d <= _FEW_COLUMNS < x.shape[-1]:
+            x = rounded_matmul(root, x, product_dtype).mT
+        else:
+            x = rounded_matmul(x.mT, root, product_dtype)
     return cast(x.reshape(shape), dtype)
 
 

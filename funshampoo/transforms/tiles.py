@@ -17,6 +17,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funshampoo.host import keep_freed_memory
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import GuardedState, ShardedState, walk
 
@@ -106,6 +107,8 @@ class Tiling:
     """The tiles of a set of stacks, and how states are cut along them."""
 
     def __init__(self, blocks: Blocks, size: TileSize, device: torch.device) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         self.rows = {stack: rows for stack, (_, rows) in blocks.items()}
         self.tiles = tiles_for(blocks, size, device)
         self._parts: dict[Any, list[_Part] | None] = {}  # by structure
