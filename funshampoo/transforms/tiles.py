@@ -26,13 +26,14 @@ TileSize: TypeAlias = int | Literal["auto"] | None
 
 Blocks: TypeAlias = Mapping[str, tuple[tuple[int, ...], int]]  # {stack: (block, rows)}
 
-NUMBERS = 2**21
-"""The most in a tile: 8 MiB in float32, of which a step holds about five, so that they fit into the
-last cache of a CPU."""
+NUMBERS = 2**20
+"""The most in a tile, for each of two kernel threads or more: 4 MiB in float32, of which a step
+holds about five, so that they fit into a CPU's last cache. On a tile of blocks of 1024×1024 that
+leaves two roots to each thread."""
 
-FLOPS = 2e9
-"""Of the products of a tile: ten milliseconds or more, beside which the fixed cost of another tile,
-less than half a millisecond, does not count."""
+FLOPS = 1e9
+"""Of the products of a tile, likewise: ten milliseconds or more, beside which the fixed cost of
+another tile, less than half a millisecond, does not count."""
 
 
 def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile]:
@@ -51,7 +52,7 @@ def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile
         return tiles_of(rows, numel, size)
     flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
     weights = {stack: max(numel[stack] / NUMBERS, flops[stack] / FLOPS) for stack in rows}
-    return tiles_of(rows, weights, 1.0)
+    return tiles_of(rows, weights, max(torch.get_num_threads(), 2))
 
 
 def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float) -> list[Tile]:

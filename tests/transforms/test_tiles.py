@@ -231,7 +231,7 @@ def test_tiles_hold_every_row_once(stacks: list[tuple[int, int]], most: int) -> 
         assert whole or last or all(len(span) in {2, *range(4, 99, 4)} for span in tile.values())
 
 
-def test_tiles_by_themselves() -> None:
+def test_tiles_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU as many as keep a step's memory low and its fixed cost too; elsewhere none."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     resnet = {"256x256": ((256, 256), 300), "64x64": ((64, 64), 100), "64": ((64,), 10)}
@@ -239,6 +239,8 @@ def test_tiles_by_themselves() -> None:
     assert 10 < len(tiles_for(resnet, "auto", cpu)) < 40
     assert all(len(tile.get("256x256", ())) <= 16 for tile in tiles_for(resnet, "auto", cpu))
     assert len(tiles_for({"40x40": ((40, 40), 1000)}, "auto", cpu)) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)  # each needs something to do
+    assert len(tiles_for(resnet, "auto", cpu)) == 3
 
 
 @settings(deadline=None, max_examples=60)
