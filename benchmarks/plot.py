@@ -12,8 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.methods import BASELINE
+from benchmarks.methods import BASELINE, OURS
 from benchmarks.table import rows_of
 
 
@@ -60,20 +61,24 @@ def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _whole(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """What a training step is made of."""
+    """What a training step is made of, as multiples of one with AdamW."""
     for i, row in enumerate(rows):
-        for offset, key in ((-0.2, "adamw"), (0.2, "mean")):
-            own = row[key]["ms"] if key == "adamw" else row[key]
-            passes = axes.barh(i + offset, row["passes"]["ms"], 0.35, color="0.8")
-            step = axes.barh(
-                i + offset, own, 0.35, left=row["passes"]["ms"], color=f"C{int(offset > 0)}"
-            )
-            if i == 0:
-                passes.set_label("forward and backward" if offset < 0 else "_")
-                step.set_label("AdamW foreach" if offset < 0 else "Shampoo, mean")
-    names = [f"{r['work']}\n{r['method']}: {r['ratio']:.2f} ×" for r in rows]
+        passes = row["passes"]["ms"]
+        unit = passes + row["adamw"]["ms"]
+        for offset, own, name in ((-0.2, row["adamw"]["ms"], "AdamW"), (0.2, row["mean"], OURS)):
+            label = "forward and backward" if i == 0 and offset < 0 else "_"
+            axes.barh(i + offset, passes / unit, 0.35, color="0.8", label=label)
+            label = f"{name}'s step" if i == 0 else "_"
+            color = f"C{int(offset > 0)}"
+            axes.barh(i + offset, own / unit, 0.35, left=passes / unit, color=color, label=label)
+    names = []
+    for row in rows:
+        option = row["method"].removeprefix(OURS).strip(", ") or "float32"
+        names.append(f"{row['work']}\n{option}: {row['ratio']:.2f}")
     axes.set_yticks(range(len(rows)), names)
-    axes.set_xlabel("ms")
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="k", lw=0.5)
+    axes.set_xlabel("training step, multiples of AdamW foreach's")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -111,6 +116,9 @@ def _roots(axes: Axes, rows: list[dict[str, Any]]) -> None:
             marker = "os^D"[stacks.index(row["stack"]) % 4]
             axes.plot(row["time"]["ms"], row["error"], marker, color=f"C{i}")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yscale("log")
     axes.set_xlabel("ms; circle, square, triangle, diamond: " + ", ".join(stacks))
     axes.set_ylabel("error of the preconditioned gradient")

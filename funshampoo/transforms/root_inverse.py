@@ -108,8 +108,9 @@ def root_inverse(
     Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
     inside torch.compile, where the counter in the state can't be read.
 
-    On the CPU, roots of sides up to 256 by eigendecomposition are computed by as many threads as
-    torch.get_num_threads() says, each with one kernel thread, on different matrices.
+    On the CPU, roots by eigendecomposition are computed by as many threads as
+    torch.get_num_threads() says, each with one kernel thread, on different matrices. One of a side
+    above 256 that would leave the others idle is computed first, by all kernel threads.
 
     State: `RootInverseState`.
 
