@@ -60,7 +60,7 @@ def keep_freed_memory() -> None:
 
     It gives free memory at the end of the heap back to the system where that is more than twice the
     largest block that it has mapped by itself and freed again, and a step then pays a page fault
-    for every 4 KiB of its temporaries: a quarter of a plain step on ten blocks of 256×256. A block
+    for every 4 KiB of its temporaries: a fifth of a plain step on ten blocks of 256×256. A block
     that is just small enough to count, allocated and freed, moves the limit as far as it goes
     (mallopt(3), M_MMAP_THRESHOLD), as activations of that size do. It is never touched, so it costs
     nothing.

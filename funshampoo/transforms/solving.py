@@ -1,10 +1,10 @@
 """The work of a refresh: which roots are computed in which threads.
 
-Two threads on two matrices, each with one kernel thread, are faster than MKL's two on one after the
-other: from 1.05 times at side 512 to 1.16 at 1,024, and more below 256. But the last matrix of a
-refresh may leave all threads but one without work, for as long as it takes: such are done first,
-each by all kernel threads. Roots that are looked up later by their numbers, and those of moderate
-sides, have one kernel thread always: their numbers are those of a process with one thread.
+Two threads on two matrices, each with one kernel thread, decompose them as fast as MKL's two do one
+after the other at side 512, and 1.16 times as fast at 1,024; what follows gains more. But the last
+matrix of a refresh may leave all threads but one without work, for as long as it takes: such are
+done first, each by all kernel threads. Roots that are looked up later by their numbers, and those
+of moderate sides, have one kernel thread always: their numbers are those of a process with one.
 """
 
 from __future__ import annotations
