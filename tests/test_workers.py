@@ -194,7 +194,7 @@ def test_tasks_are_shared_out() -> None:
 
 @pytest.mark.parametrize("side", [260, 300])
 def test_large_factors_by_threads(side: int) -> None:
-    """Alone by all kernel threads, or two at a time: the roots are those of one thread."""
+    """Alone by all kernel threads, or two at a time: runs repeat, and agree with one thread's."""
     torch.manual_seed(0)
     for blocks in (1, 3):
         params = {"w": torch.zeros(blocks * side, side)}
@@ -202,6 +202,8 @@ def test_large_factors_by_threads(side: int) -> None:
         tx = fs.shampoo(0.1, max_size=side, every=1)
         torch.set_num_threads(2)
         many, _ = tx.update(grads, tx.init(params), params)
+        again, _ = tx.update(grads, tx.init(params), params)
+        assert torch.equal(again["w"], many["w"])
         torch.set_num_threads(1)
         one, _ = tx.update(grads, tx.init(params), params)
         torch.testing.assert_close(many, one, rtol=1e-3, atol=1e-5)
