@@ -25,6 +25,7 @@ from torch._C import _functorch
 from torch.nn.functional import pad
 
 from funshampoo.host import is_traced
+from funshampoo.linalg.solver import symmetrize
 
 ALIGNMENT = 16
 """Bytes."""
@@ -63,12 +64,11 @@ def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ (..., d, d) where that is symmetric up to rounding; equal to its transpose to the bit.
 
     In a CPU's memory only the blocks on the diagonal and above are computed: for d = 1,024 in 0.6
-    of the time of the whole product and its sum with the transpose.
+    of the time of the whole product and its sum with the transpose. No gradient flows through it.
     """
     d = a.shape[-1]
     if d < 64 or not is_plain_memory(a, b):
-        product = matmul(a, b.mT)
-        return (product + product.mT) / 2
+        return symmetrize(matmul(a, b.mT))
     X = a.new_empty(*a.shape[:-1], d)
     _write_symmetric(X, a, b, min(d // 2, _LARGEST_BLOCK))
     return X

@@ -100,9 +100,7 @@ def solving(
 
 def in_threads(rule: RootRule, *tensors: Any) -> bool:
     """Whether the process has several kernel threads, and other threads may do this."""
-    if torch.compiler.is_compiling() or torch.get_num_threads() == 1:
-        return False
-    return can_run_in_a_thread(*rule.numbers, *tensors)
+    return can_run_in_a_thread(*rule.numbers, *tensors) and torch.get_num_threads() > 1
 
 
 def tasks(
