@@ -28,8 +28,7 @@ Blocks: TypeAlias = Mapping[str, tuple[tuple[int, ...], int]]  # {stack: (block,
 
 NUMBERS = 2**20
 """The most in a tile, for each of two kernel threads or more: 4 MiB in float32, of which a step
-holds about five, so that they fit into a CPU's last cache. On a tile of blocks of 1024×1024 that
-leaves two roots to each thread."""
+holds about five, so that they fit into a CPU's last cache."""
 
 FLOPS = 1e9
 """Of the products of a tile, likewise: ten milliseconds or more, beside which the fixed cost of
@@ -52,11 +51,14 @@ def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile
         return tiles_of(rows, numel, size)
     flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
     weights = {stack: max(numel[stack] / NUMBERS, flops[stack] / FLOPS) for stack in rows}
-    return tiles_of(rows, weights, max(torch.get_num_threads(), 2))
+    threads = max(torch.get_num_threads(), 2)
+    return tiles_of(rows, weights, threads, least=threads)
 
 
-def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float) -> list[Tile]:
-    """Light stacks together, heavy ones in parts of 2 rows, or 4, 8, 12 and so on.
+def tiles_of(
+    rows: Mapping[str, int], weights: Mapping[str, float], most: float, least: int = 2
+) -> list[Tile]:
+    """Light stacks together, heavy ones in parts of `least` rows, or 4, 8, 12 and so on.
 
     Threads take whole matrices: seven rows keep two of them as long as eight. Products of a stack
     of a single row are shared among threads, and rounded, in another way.
@@ -65,6 +67,8 @@ def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float)
         rows: of each stack.
         weights: of a row of each stack.
         most: weight of a tile, about.
+        least: rows of a part, at least 2. Roots are computed tile by tile, so with fewer rows than
+            threads some would have nothing to do.
 
     >>> tiles_of({"4x4": 5, "4": 3, "2": 1}, {"4x4": 16, "4": 4, "2": 2}, 30)
     [{'4x4': range(0, 2)}, {'4x4': range(2, 5)}, {'4': range(0, 3), '2': range(0, 1)}]
@@ -75,7 +79,7 @@ def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float)
     for stack, count in rows.items():
         weight = count * weights[stack]
         if weight > most:
-            tiles += [{stack: part} for part in _parts(count, count / weight * most)]
+            tiles += [{stack: part} for part in _parts(count, count / weight * most, least)]
             continue
         if filled + weight > most and light:
             tiles.append(light)
@@ -85,13 +89,13 @@ def tiles_of(rows: Mapping[str, int], weights: Mapping[str, float], most: float)
     return [*tiles, light] if light else tiles
 
 
-def _parts(rows: int, most: float) -> list[range]:
-    """The rows in runs of about `most`, at least 2; a single row that is left goes to the last.
+def _parts(rows: int, most: float, least: int) -> list[range]:
+    """The rows in runs of about `most`; a single row that is left goes to the last.
 
-    >>> _parts(11, 5.0), _parts(9, 1.0)
+    >>> _parts(11, 5.0, 2), _parts(9, 1.0, 2)
     ([range(0, 4), range(4, 8), range(8, 11)], [range(0, 2), range(2, 4), range(4, 6), range(6, 9)])
     """
-    step = max(2, round(most / 4) * 4)
+    step = max(least, round(most / 4) * 4)
     bounds = [*range(0, max(rows - 1, 1), step), rows]
     return [range(a, b) for a, b in itertools.pairwise(bounds)]
 

@@ -239,8 +239,11 @@ def test_tiles_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 10 < len(tiles_for(resnet, "auto", cpu)) < 40
     assert all(len(tile.get("256x256", ())) <= 16 for tile in tiles_for(resnet, "auto", cpu))
     assert len(tiles_for({"40x40": ((40, 40), 1000)}, "auto", cpu)) == 1
+    large = {"1024x1024": ((1024, 1024), 100)}
+    assert all(len(tile["1024x1024"]) == 2 for tile in tiles_for(large, "auto", cpu))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 32)  # each needs something to do
     assert len(tiles_for(resnet, "auto", cpu)) == 3
+    assert [len(tile["1024x1024"]) for tile in tiles_for(large, "auto", cpu)] == [32, 32, 32, 4]
 
 
 @settings(deadline=None, max_examples=60)
