@@ -31,6 +31,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
 
 
+def in_a_mode() -> bool:
+    """Whether a mode of this thread sees the operators: one that makes fake tensors, for example."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
 def all_true(mask: Tensor) -> bool:
     """Whether every entry is True, over all batch axes; False where it can't be read.
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from funshampoo.host import in_a_mode
+
 _Task = tuple["Future[Any]", Callable[[], Any]]
 _SETTING = threading.Lock()
 
@@ -147,8 +149,7 @@ def can_run_in_a_thread(*tensors: Any) -> bool:
     """
     if torch.compiler.is_compiling() or _functorch.maybe_current_level() is not None:
         return False
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    if modes or torch.is_autocast_enabled("cpu"):
+    if in_a_mode() or torch.is_autocast_enabled("cpu"):
         return False
     found = [x for x in tensors if isinstance(x, Tensor)]
     plain = all([type(x) is Tensor and x.device.type == "cpu" for x in found])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from funshampoo.linalg.eigensolver import EigenSolver
@@ -63,5 +62,4 @@ class _Eigh(EigenSolver):
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: values.amax(-1))
         repair = (-values if self.floor else -values.amin(-1, keepdim=True)).clamp(min=0)
         repaired = values + repair + damping[..., None]
-        keep = torch.ones_like(repaired, dtype=torch.bool)
-        return inverse_root(add_to_diagonal(A, damping), spectrum, repaired, keep, p)
+        return inverse_root(add_to_diagonal(A, damping), spectrum, repaired, None, p)

@@ -131,9 +131,18 @@ def where(condition: Tensor, matrix: Tensor, other: Tensor) -> Tensor:
 
     `matrix` itself where all conditions hold, as far as that can be read without waiting.
     """
+    return chooser(condition)(matrix, other)
+
+
+def chooser(condition: Tensor) -> Callable[[Tensor, Tensor | float], Tensor]:
+    """`where` for several choices by one condition (...), of tensors that lead with its axes."""
     if condition.device.type == "cpu" and all_true(condition):
-        return matrix
-    return torch.where(condition[..., None, None], matrix, other)
+        return lambda x, other: x
+
+    def choose(x: Tensor, other: Tensor | float) -> Tensor:
+        return torch.where(condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, other)
+
+    return choose
 
 
 def add_to_diagonal(A: Tensor, damping: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import Hyper
+from funshampoo.host import all_true
 from funshampoo.linalg import Solver, packed
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.products import power
@@ -90,6 +91,14 @@ def put(x: Any, rows: Rows, new: Any) -> Any:
 def renewed(found: Found, old: FactorRoot) -> FactorRoot:
     """The new roots where the solver converged on statistics that are not zero, else the old."""
     accepted = found.converged & found.known
+    if accepted.device.type == "cpu" and all_true(accepted):
+        return old._replace(
+            root=packed.like(found.root, old.root),
+            residual=found.residual.detach(),
+            condition=found.condition.detach(),
+            streak=torch.zeros_like(old.streak),
+            basis=found.basis,
+        )
     failed = found.known & ~found.converged
 
     def chosen(new: Tensor, before: Any) -> Any:

@@ -30,7 +30,8 @@ def test_every_size(name: str, p: int, dtype: torch.dtype) -> None:
         assert result.converged.all()
         error = relative_error(result.root, with_spectrum(Q, values ** (-1 / p)))
         assert error < tolerance(d, 1e4, p, dtype), d
-        assert result.root.equal(result.root.mT)
+        asymmetry = (result.root - result.root.mT).abs().max()
+        assert asymmetry <= 8 * torch.finfo(dtype).eps * result.root.abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)
