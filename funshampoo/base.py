@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from funshampoo.host import is_plain
 from funshampoo.tree import check_same_structure, compute_dtype, flatten
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
@@ -183,12 +184,15 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     """
     check_same_structure(params, updates, "params", "updates")
     leaves, spec = flatten(params)
-    for p, u in zip(leaves, spec.flatten_up_to(updates)):
-        if u is None:
-            continue
-        if p.dtype == u.dtype:
+    pairs = [(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates)) if u is not None]
+    alike = [(p, u) for p, u in pairs if p.dtype == u.dtype]
+    if alike and is_plain(*zip(*alike)):
+        torch._foreach_add_([p for p, _ in alike], [u for _, u in alike])
+    else:
+        for p, u in alike:
             p.add_(u)
-        else:
+    for p, u in pairs:
+        if p.dtype != u.dtype:
             p.copy_(torch.add(p.to(compute_dtype(p)), u))
 
 
@@ -246,6 +250,8 @@ def _adapted(
     """
     positional, known, variadic, any_keyword = _signature(function)
     places = required + len(optional)
+    if any_keyword and positional >= places and not variadic and known >= set(optional):
+        return function  # it takes all there is
     most = places if variadic else min(positional, places)
 
     def adapted(*args: Any, **context: Any) -> Any:

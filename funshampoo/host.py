@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,8 +32,17 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
 
 
+def is_plain(*columns: Iterable[Tensor]) -> bool:
+    """Whether foreach operators take these: nobody traces, batches or differentiates them."""
+    if is_traced():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any([x.requires_grad for column in columns for x in column])
+
+
 def in_a_mode() -> bool:
-    """Whether a mode of this thread sees the operators: one that makes fake tensors, for example."""
+    """Whether a mode of this thread sees the operators: one that makes fake tensors, say."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 

@@ -31,6 +31,8 @@ def read_counter(counter: Tensor) -> int | None:
     members = unwrapped(counter)
     if members is None:
         return None
+    if members.ndim == 0:
+        return int(members)
     first, last = int(members.min()), int(members.max())
     if first != last:
         raise ValueError(

@@ -66,16 +66,24 @@ def update_leaves(
     """
     leaves, spec = flatten(updates)
     columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
-    return _update_columns(function, updates, leaves, spec, columns, len(inputs))
+    if not leaves:
+        return (updates, *states)
+    rows = []
+    for u, *parts in zip(leaves, *columns):
+        rows.append((None, *parts[len(inputs) :]) if u is None else function(u, *parts))
+    return tuple([spec.unflatten(column) for column in zip(*rows)])
 
 
-def update_elementwise(
-    function: Callable[..., tuple[Any, ...]],
+def update_columns(
+    function: Callable[..., tuple[list[Any], ...]],
     updates: Any,
     states: Sequence[Any],
     inputs: Sequence[Any] = (),
 ) -> tuple[Any, ...]:
-    """`update_leaves` where states and inputs have their update's shape, or that of its block axes.
+    """`update_leaves` for elementwise stages: `function(us, *inputs, *states)` gets whole columns.
+
+    A column is the list of a tree's leaves, or of some of them, without those whose update is None.
+    States and inputs have their update's shape, or that of its block axes.
 
     Raises:
         ValueError: one does not, so that it would be broadcast; before `function` is called. Names
@@ -83,30 +91,47 @@ def update_elementwise(
     """
     leaves, spec = flatten(updates)
     columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
-    for i, (u, *parts) in enumerate(zip(leaves, *columns)):
-        if u is not None and not all([part.shape == u.shape[: part.ndim] for part in parts]):
-            raise ValueError(
-                f"the gradient of '{leaf_names(updates)[i]}' has shape {tuple(u.shape)}, its state "
-                f"or parameter {tuple(parts[-1].shape)}: init saw other parameters."
-            )
-    return _update_columns(function, updates, leaves, spec, columns, len(inputs))
+    shapes = [None if u is None else u.shape for u in leaves]
+    for column in columns:
+        for shape, part in zip(shapes, column):
+            if shape is not None and (own := part.shape) != shape and own != shape[: len(own)]:
+                raise ValueError(_shapes_differ(updates, leaves, column))
+    results = [leaves, *columns[len(inputs) :]]
+    for part in _portions(leaves):
+        found = function(*[[column[i] for i in part] for column in (leaves, *columns)])
+        for column, new in zip(results, found):
+            for i, x in zip(part, new):
+                column[i] = x
+    return tuple([spec.unflatten(column) for column in results])
 
 
-def _update_columns(
-    function: Callable[..., tuple[Any, ...]],
-    updates: Any,
-    leaves: list[Any],
-    spec: Any,
-    columns: list[list[Any]],
-    inputs: int,
-) -> tuple[Any, ...]:
-    """The loop of `update_leaves`; the first `inputs` columns are only read."""
-    if not leaves:
-        return tuple([updates] + [spec.unflatten([]) for _ in columns[inputs:]])
-    rows = []
-    for u, *parts in zip(leaves, *columns):
-        rows.append((None, *parts[inputs:]) if u is None else function(u, *parts))
-    return tuple([spec.unflatten(column) for column in zip(*rows)])
+_PORTION = 2**18
+"""Numbers. On a CPU smaller temporaries stay in its cache, and larger leaves hide the loop."""
+
+
+def _portions(leaves: list[Any]) -> list[list[int]]:
+    """The leaves that are not None, by index, in runs that are worked on together."""
+    portions: list[list[int]] = []
+    room = 0
+    for i, leaf in enumerate(leaves):
+        if leaf is None:
+            continue
+        size = leaf.numel() if leaf.is_cpu else 0
+        room -= size
+        if room < 0 or not portions:
+            portions.append([])
+            room = _PORTION - size
+        portions[-1].append(i)
+    return portions
+
+
+def _shapes_differ(updates: Any, leaves: list[Any], parts: list[Any]) -> str:
+    pairs = enumerate(zip(leaves, parts))
+    i = next(i for i, (u, p) in pairs if u is not None and p.shape != u.shape[: p.ndim])
+    return (
+        f"the gradient of '{leaf_names(updates)[i]}' has shape {tuple(leaves[i].shape)}, its state "
+        f"or parameter {tuple(parts[i].shape)}: init saw other parameters."
+    )
 
 
 def _parts_of(tree: Any, spec: Any, updates: Any) -> list[Any]:
@@ -190,9 +215,11 @@ def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> N
     if spec != other_spec:
         raise ValueError(_difference(tree, other, name, other_name))
     for i, (a, b) in enumerate(zip(leaves, others)):
-        if isinstance(b, Tensor) and b.is_complex() and not a.is_complex():
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            continue
+        if b.is_complex() and not a.is_complex():
             raise TypeError(f"leaf '{leaf_names(tree)[i]}' is complex in {other_name}.")
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
+        if a.shape != b.shape:
             raise ValueError(
                 f"leaf '{leaf_names(tree)[i]}' has shape {tuple(a.shape)} in {name} "
                 f"and {tuple(b.shape)} in {other_name}."

@@ -40,6 +40,7 @@ def eigh(*, relative_epsilon: float | Tensor = 0.0, floor: bool = True) -> Solve
     Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for
     a dtype other than float32 and float64.
 
+    >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 16.0]))
     >>> eigh()(A, 4, 0.0).root
     tensor([[1.0000, 0.0000],

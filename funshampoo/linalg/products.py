@@ -41,24 +41,29 @@ _BLOCK_UNIT = 16  # numbers: so that blocks are aligned where the matrix is, and
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, matrix by matrix."""
-    if not ((a.ndim > 2 or b.ndim > 2) and is_plain_memory(a, b)):
+    shape, other = a.shape, b.shape  # asked for once: torch makes a new object each time
+    if len(shape) == len(other) == 2 or not is_plain_memory(a, b):
         return a @ b
-    rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+    rows, inner, columns = shape[-2], shape[-1], other[-1]
     if inner == 1:
         return a * b
     unit = ALIGNMENT // a.itemsize
-    if columns == 1:
+    widens = columns == 1
+    if widens:
         b = pad(b, (0, unit - 1))
-    if rows == 1 or rows * b.shape[-1] % unit:
+    lengthens = rows == 1 or bool(rows * (unit if widens else columns) % unit)
+    if lengthens:
         a = pad(a, (0, 0, 0, -rows % unit))
-    product = multiply(_aligned(a), _aligned(b))
-    if product.shape[-2] == rows and product.shape[-1] == columns:
-        return product
-    return product[..., :rows, :columns].contiguous()
+    a, b = _aligned(a), _aligned(b)
+    plain = len(shape) == len(other) == 3 and shape[0] == other[0]
+    product = torch.bmm(a, b) if plain else a @ b  # one operator where `@` takes five
+    if widens or lengthens:
+        return product[..., :rows, :columns].contiguous()
+    return product
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of aligned stacks: one operator where `@` takes five."""
+    """a @ b of aligned stacks."""
     return torch.bmm(a, b) if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] else a @ b
 
 
@@ -122,7 +127,8 @@ def _long_gram(x: Tensor) -> Tensor:
 
 def is_plain_gram(x: Tensor) -> bool:
     """Whether x xᵀ is the plain product of aligned(x): then it may be part of a fused kernel."""
-    return (x.shape[-2] % 2 == 0 and x.shape[-1] != 1) or x.ndim < 3 or not is_plain_memory(x)
+    shape = x.shape
+    return (shape[-2] % 2 == 0 and shape[-1] != 1) or len(shape) < 3 or not is_plain_memory(x)
 
 
 def matrix_power(A: Tensor, p: int) -> Tensor:
@@ -143,17 +149,17 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    unit = ALIGNMENT // x.itemsize
+    shape, stride, unit = x.shape, x.stride(), ALIGNMENT // x.itemsize
     misaligned = x.storage_offset() % unit
-    for axis in range(x.ndim - 2):
-        misaligned |= x.stride(axis) % unit if x.shape[axis] > 1 else 0
-    if not misaligned or x.ndim < 3:
+    for side, step in zip(shape[:-2], stride):
+        misaligned |= step % unit if side > 1 else 0
+    if not misaligned or len(shape) < 3:
         return x
-    if x.stride(-2) < x.stride(-1):  # column by column; it stays so
+    if stride[-2] < stride[-1]:  # column by column; it stays so
         return _aligned(x.mT).mT
-    count = x.shape[-2] * x.shape[-1]
+    count = shape[-2] * shape[-1]
     flat = pad(x.flatten(-2).contiguous(), (0, -count % unit))
-    return flat[..., :count].view(x.shape)
+    return flat[..., :count].view(shape)
 
 
 def power(x: Tensor, exponent: float | Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from funshampoo.host import all_true, may_reuse
 class InverseRoot(NamedTuple):
     """X = (A + damping·I)^(-1/p) for matrices A (..., d, d), and how far to trust each X.
 
-    root:      (..., d, d), A's dtype, symmetric. The identity where `converged` is False, so that
-               `torch.where(converged[..., None, None], root, old)` is safe, under autograd too.
+    root:      (..., d, d), A's dtype, symmetric up to rounding. The identity where `converged` is
+               False, so that `torch.where(converged[..., None, None], root, old)` is safe, under
+               autograd too.
     residual:  (...), ‖X^(p/2) (A + damping·I) X^(p/2) - I‖₂, the largest relative error of an
                eigenvalue, estimated from below by power iterations. inf where there was nothing
                to solve. For `pseudo_inverse`, restricted to the eigenspace that is kept.
@@ -140,7 +141,9 @@ def chooser(condition: Tensor) -> Callable[[Tensor, Tensor | float], Tensor]:
         return lambda x, other: x
 
     def choose(x: Tensor, other: Tensor | float) -> Tensor:
-        return torch.where(condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, other)
+        return torch.where(
+            condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, other
+        )
 
     return choose
 

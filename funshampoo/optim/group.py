@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import GradientTransformation, update_in_place
-from funshampoo.optim.vocabulary import Method, Vocabulary, same_arguments, structural
+from funshampoo.optim.vocabulary import Method, Vocabulary, same_arguments, structural, untouched
 from funshampoo.state.checkpoint import (
     FORMAT,
     FORMAT_KEY,
@@ -38,6 +38,7 @@ class _Chain(NamedTuple):
     """A chain and what it was built from; it is left out of copies, since it holds functions."""
 
     words: Vocabulary
+    raw: list[Any]  # what it read of the group
     arguments: dict[str, Any]
     structure: Any  # what of the arguments can change the structure of the state
     transformation: GradientTransformation | None
@@ -70,7 +71,7 @@ class GroupRun:
         self._state: Any = None
         self._looked_at: tuple[Any, ...] = ()
         self.names(group)
-        self._chain = _built(words, words.arguments(group))
+        self._chain = _built(words, group)
 
     def names(self, group: Mapping[str, Any]) -> list[str]:
         """The names of all its parameters: those given, or param_0, param_1, ...
@@ -200,13 +201,18 @@ class GroupRun:
     def _chain_of(self, group: dict[str, Any]) -> _Chain:
         before = self._chain
         method = group.get("method", self._method)
-        same_method = before.words.method is method
-        words = before.words if same_method else Vocabulary(method)
-        arguments = words.arguments(group)
-        built = before.transformation
-        if same_method and built is not None and same_arguments(arguments, before.arguments):
+        if before.words.method is not method:
+            words = Vocabulary(method)
+            return _built(words, group)
+        words = before.words
+        if before.transformation is None:  # a copy
+            return _built(words, group)
+        raw = words.raw(group)
+        if untouched(raw, before.raw):
             return before
-        return _built(words, arguments)
+        if same_arguments(words.arguments(group), before.arguments):
+            return before._replace(raw=raw)
+        return _built(words, group)
 
     def _trainable(self, group: Mapping[str, Any], others: Collection[int]) -> list[_Known]:
         """The parameters that require gradients, and those with these identities, each once."""
@@ -218,12 +224,14 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is made anew."""
-        chain = self._chain._replace(transformation=None)
+        chain = self._chain._replace(transformation=None, raw=[])
         return {**self.__dict__, "_chain": chain, "_looked_at": ()}
 
 
-def _built(words: Vocabulary, arguments: dict[str, Any]) -> _Chain:
-    return _Chain(words, arguments, structural(arguments), words.build(arguments))
+def _built(words: Vocabulary, group: Mapping[str, Any]) -> _Chain:
+    arguments = words.arguments(group)
+    transformation = words.build(arguments)
+    return _Chain(words, words.raw(group), arguments, structural(arguments), transformation)
 
 
 def _look(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -86,6 +86,11 @@ class Vocabulary:
         """
         self._check_known(group, _OURS | _NOTES, " Note what else you want in param_groups later.")
 
+    def raw(self, group: Mapping[str, Any]) -> list[Any]:
+        """What `arguments` reads of a group."""
+        names = ("lr",) if self.fixed else (*self._names, *self.extras)
+        return [group.get(name, inspect.Parameter.empty) for name in names]
+
     def arguments(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The method's arguments from a group, as copies: the group may be edited in place.
 
@@ -164,6 +169,17 @@ def same_arguments(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
         return x is y or (type(x) is type(y) and bool(x == y))
 
     return same(dict(a), dict(b))
+
+
+def untouched(now: list[Any], before: list[Any]) -> bool:
+    """Whether these are the same objects, none of which can have been written to."""
+    return len(now) == len(before) and all([x is y and _is_fixed(x) for x, y in zip(now, before)])
+
+
+def _is_fixed(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_fixed, value))
+    return not isinstance(value, (Tensor, list, dict))
 
 
 def structural(arguments: Mapping[str, Any]) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_count
 from funshampoo.state.stages import GraftState
 from funshampoo.steps import current_step, new_counter
-from funshampoo.transforms.leaf_ops import per_block
-from funshampoo.tree import update_leaves
+from funshampoo.transforms.columns import Column, per_block, product, quotient
+from funshampoo.tree import update_columns
 
 
 def graft(
@@ -64,23 +63,21 @@ def graft(
         block_ndim = context.get("block_ndim", 0)
         t = 1 if start == 1 else current_step(state.steps, context.get("step"))
 
-        def rescale(p: Tensor, p_g: Tensor) -> tuple[Tensor]:
-            if t is not None and t < start:
-                return (p_g,)
-            ratio = _norm(p_g, block_ndim) / (_norm(p, block_ndim) + 1e-16)
-            grafted = p * per_block(ratio, p)
+        def rescale(p: Column, p_g: Column) -> tuple[Column]:
+            ratio = quotient(_norms(p_g, block_ndim), [n + 1e-16 for n in _norms(p, block_ndim)])
+            grafted = product(p, per_block(ratio, p))
             if t is None:  # in torch.compile the counter is a tensor without a value
-                begun = (state.steps + 1 >= start).to(p.device)
-                grafted = torch.where(begun, grafted, p_g)
+                begun = state.steps + 1 >= start
+                grafted = [torch.where(begun.to(x.device), x, y) for x, y in zip(grafted, p_g)]
             return (grafted,)
 
-        (grafted,) = update_leaves(rescale, p, (), (p_g,))
-        return grafted, GraftState(state.steps + 1, direction_state, onto_state)
+        if t is None or t >= start:
+            (p_g,) = update_columns(rescale, p, (), (p_g,))
+        return p_g, GraftState(state.steps + 1, direction_state, onto_state)
 
     return GradientTransformation(init, update)
 
 
-def _norm(x: Tensor, block_ndim: int) -> Tensor:
+def _norms(xs: Column, block_ndim: int) -> Column:
     """‖x‖ per block, shape (N,), or () outside block space."""
-    norm: Tensor = torch.linalg.vector_norm(x.reshape(*x.shape[:block_ndim], -1), dim=-1)
-    return norm
+    return [torch.linalg.vector_norm(x.reshape(*x.shape[:block_ndim], -1), dim=-1) for x in xs]

@@ -12,10 +12,18 @@ from funshampoo.checks import check_range
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
 from funshampoo.linalg.packed import like, packed_shape, unpack
 from funshampoo.state.stages import KroneckerState
+from funshampoo.transforms.columns import Column, add_weight
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
-from funshampoo.transforms.leaf_ops import add, add_gram, add_weight, multiply
+from funshampoo.transforms.leaf_ops import add, add_gram, multiply
 from funshampoo.transforms.packed_statistics import add_packed_gram
-from funshampoo.tree import cast, check_parameters, compute_dtype, map_leaves, update_leaves
+from funshampoo.tree import (
+    cast,
+    check_parameters,
+    compute_dtype,
+    map_leaves,
+    update_columns,
+    update_leaves,
+)
 
 
 def kronecker_statistics(
@@ -114,7 +122,7 @@ def kronecker_statistics(
             new = multiply(like(product, factor), added, donate=True)
             return add(multiply(factor, beta2, donate), new, donate)
 
-        def accumulate(u: Tensor, g: Tensor, factors: Any, weight: Tensor) -> tuple[Any, ...]:
+        def accumulate(u: Tensor, g: Tensor, factors: Any) -> tuple[Any, ...]:
             g = cast(g, compute_dtype(g))
             new = tuple(
                 accumulated(factor, unfold(g, side, block_ndim))
@@ -122,11 +130,17 @@ def kronecker_statistics(
                 else ()
                 for side, factor in enumerate(factors)
             )
-            return u, new, add_weight(weight, beta2, donate) if corrected else weight
+            return u, new
+
+        def count(u: Column, weight: Column) -> tuple[Column, Column]:
+            return u, add_weight(weight, beta2, donate)
 
         source = updates if gradient is None else gradient
-        trees = update_leaves(accumulate, updates, (state.factors, state.weight), (source,))
-        return trees[0], KroneckerState(*trees[1:])
+        _, factors = update_leaves(accumulate, updates, (state.factors,), (source,))
+        weight = state.weight
+        if corrected:
+            _, weight = update_columns(count, updates, (weight,))
+        return updates, KroneckerState(factors, weight)
 
     return GradientTransformation(init, update)
 
@@ -139,7 +153,9 @@ def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
             [1, 4],
             [2, 5]])
     """
-    moved = x.movedim(block_ndim + side, block_ndim)
+    if x.ndim == block_ndim + 2:  # a matrix
+        return x.mT if side else x
+    moved = x.movedim(block_ndim + side, block_ndim) if side else x
     return moved.reshape(*moved.shape[: block_ndim + 1], -1)
 
 

@@ -47,21 +47,22 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
 
     Fused where beta is a number and the product is plain (see `linalg.products`).
     """
-    if x.shape[-1] == 1:  # a vector: elementwise, for which the one new tensor is as small as x
+    d, n = x.shape[-2:]
+    if n == 1:  # a vector: elementwise, for which the one new tensor is as small as x
         y = x * (weight.sqrt() if isinstance(weight, Tensor) else math.sqrt(weight))
         return add_product(multiply(old, beta, donate), y.to(old.dtype), y.mT.to(old.dtype))
     if isinstance(beta, Tensor) or isinstance(weight, Tensor) or not is_plain_gram(x):
         added = multiply(gram(x), weight, donate=False)
         return add(multiply(old, beta, donate), added, donate)
     x = aligned(x)
-    large = old.ndim == 3 and old.shape[-1] >= 4 * _PANEL and x.shape[-1] >= 2 * _PANEL
-    if large and is_plain_memory(old, x):
+    stacked = old.ndim == 3
+    if stacked and d >= 4 * _PANEL and n >= 2 * _PANEL and is_plain_memory(old, x):
         return _add_triangle(old if donate else old.clone(), x, beta, weight)
     fused: Any
     if _may_write(old, donate, x):
-        fused = old.baddbmm_ if old.ndim == 3 else old.addmm_
+        fused = old.baddbmm_ if stacked else old.addmm_
     else:
-        fused = functools.partial(torch.baddbmm if old.ndim == 3 else torch.addmm, old)
+        fused = functools.partial(torch.baddbmm if stacked else torch.addmm, old)
     accumulated: Tensor = fused(x, x.mT, beta=beta, alpha=weight)
     return accumulated
 

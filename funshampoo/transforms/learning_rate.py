@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from funshampoo.base import GradientTransformation, Hyper, Schedule, Tree, renamed, stateless
 from funshampoo.checks import check_range
 from funshampoo.state.stages import ScheduleState
 from funshampoo.steps import new_counter
-from funshampoo.transforms.leaf_ops import on_device
-from funshampoo.tree import cast, compute_dtype, update_leaves
+from funshampoo.transforms.columns import Column, in_compute_dtype, multiply
+from funshampoo.tree import update_columns
 
 
 def scale(factor: Hyper) -> GradientTransformation:
@@ -68,9 +64,7 @@ def scale_by_learning_rate(
 
 
 def _times(updates: Tree, factor: Hyper) -> Tree:
-    def leaf(u: Tensor) -> tuple[Any]:
-        dtype = compute_dtype(u)
-        return (cast(cast(u, dtype) * on_device(factor, u), dtype),)
+    def scaled(u: Column) -> tuple[Column]:
+        return (multiply(in_compute_dtype(u), factor),)
 
-    (scaled,) = update_leaves(leaf, updates, ())
-    return scaled
+    return update_columns(scaled, updates, ())[0]

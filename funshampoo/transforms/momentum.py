@@ -8,8 +8,19 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.checks import check_range
 from funshampoo.state.stages import EmaState, TraceState
-from funshampoo.transforms.leaf_ops import add, add_weight, lerp, multiply, per_block
-from funshampoo.tree import cast, check_parameters, compute_dtype, map_leaves, update_elementwise
+from funshampoo.transforms.columns import (
+    Column,
+    add,
+    add_weight,
+    cast_like,
+    copied,
+    lerp,
+    multiply,
+    per_block,
+    product,
+    quotient,
+)
+from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_columns
 
 
 def ema(
@@ -64,8 +75,8 @@ def ema(
     def update(
         updates: Tree, state: EmaState, params: Tree = None, *, donate: bool = False
     ) -> tuple[Tree, EmaState]:
-        def average(u: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            u = cast(u, m.dtype)
+        def average(u: Column, m: Column, w: Column) -> tuple[Column, Column, Column]:
+            u = cast_like(u, m)
             ahead = None
             if beta3 is not None:
                 ahead = lerp(m, u, 1 - beta3, donate=False), add_weight(w, beta3, donate=False)
@@ -73,10 +84,10 @@ def ema(
             w = add_weight(w, beta1, donate)
             value, total = ahead or (m, w)
             if bias_correction:
-                return value / per_block(total, value), m, w
-            return value.clone(), m, w  # a copy: a later donated step writes into the state
+                return quotient(value, per_block(total, value)), m, w
+            return copied(value), m, w  # copies: a later donated step writes into the state
 
-        out, *trees = update_elementwise(average, updates, (state.average, state.weight))
+        out, *trees = update_columns(average, updates, (state.average, state.weight))
         return out, EmaState(*trees)
 
     return GradientTransformation(init, update)
@@ -133,24 +144,25 @@ def trace(
     def update(
         updates: Tree, state: TraceState, params: Tree = None, *, donate: bool = False
     ) -> tuple[Tree, TraceState]:
-        def accumulate(u: Tensor, b: Tensor, *seen: Tensor) -> tuple[Tensor, ...]:
-            u = cast(u, b.dtype)
+        def accumulate(u: Column, b: Column, *seen: Column) -> tuple[Column, ...]:
+            u = cast_like(u, b)
             entering = damped(u)
             if seen:
-                entering = u * (1 - per_block(seen[0], u) * dampening)
-            b = add(multiply(b, momentum, donate), cast(entering, b.dtype), donate)
-            ones = [torch.ones_like(s) for s in seen]
+                shares = [1 - s * dampening for s in seen[0]]
+                entering = cast_like(product(u, per_block(shares, u)), b)
+            b = add(multiply(b, momentum, donate), entering, donate)
+            ones = [[torch.ones_like(s) for s in column] for column in seen]
             if nesterov:
-                return cast(damped(u) + b * momentum, b.dtype), b, *ones
-            return b.clone(), b, *ones  # a copy: a later donated step writes into the state
+                return add(damped(u), multiply(b, momentum)), b, *ones
+            return copied(b), b, *ones  # copies: a later donated step writes into the state
 
-        def damped(u: Tensor) -> Tensor:
-            return u * (1 - dampening) if damps else u
+        def damped(u: Column) -> Column:
+            return multiply(u, 1 - dampening) if damps else u
 
         if needs_seen:
-            out, buffer, seen = update_elementwise(accumulate, updates, (state.buffer, state.seen))
+            out, buffer, seen = update_columns(accumulate, updates, (state.buffer, state.seen))
             return out, TraceState(buffer, seen)
-        out, buffer = update_elementwise(accumulate, updates, (state.buffer,))
+        out, buffer = update_columns(accumulate, updates, (state.buffer,))
         return out, TraceState(buffer, ())
 
     return GradientTransformation(init, update)

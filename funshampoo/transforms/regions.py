@@ -17,18 +17,49 @@ from funshampoo.transforms.layout import Layout, Region
 from funshampoo.tree import cast
 
 
+class Piece(NamedTuple):
+    """A view of a contiguous parameter, (*grid, *block), whose blocks are rows in their order."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    rows: int
+
+
 class Part(NamedTuple):
     """Rows first..last-1 of a region of a parameter.
 
     Attributes:
-        whole: the parameter is a single block.
+        pieces: what they are made of, in order.
     """
 
     parameter: int
     region: Region
     first: int
     last: int
+    pieces: list[Piece]
+
+    def views(self, leaf: Tensor, merged: tuple[int, ...]) -> list[Tensor]:
+        """The pieces of this parameter, or of its gradient."""
+        if leaf.is_contiguous():
+            start = leaf.storage_offset()
+            return [leaf.as_strided(p.shape, p.stride, start + p.offset) for p in self.pieces]
+        return list(_views(viewed(leaf, merged), self.region, self.first, self.last))
+
+
+class Rows(NamedTuple):
+    """What some rows of a stack consist of.
+
+    Attributes:
+        whole: each is a whole parameter.
+        counts: rows of all pieces, in order.
+        shapes: and their shapes.
+    """
+
+    parts: list[Part]
     whole: bool
+    counts: list[int]
+    shapes: list[tuple[int, ...]]
 
 
 class Parts:
@@ -36,84 +67,98 @@ class Parts:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._regions: dict[str, list[tuple[int, Region, bool]]] = {s: [] for s in layout.stacks}
+        self._regions: dict[str, list[tuple[int, Region]]] = {s: [] for s in layout.stacks}
         for i, where in enumerate(layout.parameters):
             for region in where.regions:
-                whole = region.block == where.merged
-                self._regions[region.stack].append((i, region, whole))
-        self._found: dict[tuple[str, int, int], list[Part]] = {}
+                self._regions[region.stack].append((i, region))
+        self._found: dict[tuple[str, int, int], Rows] = {}
 
-    def of(self, stack: str, rows: range) -> list[Part]:
-        """The parts that these rows consist of, in order."""
+    def of(self, stack: str, rows: range) -> Rows:
+        """What these rows consist of."""
         key = stack, rows.start, rows.stop
         if key not in self._found:
-            self._found[key] = list(self._look_up(stack, rows))
+            parts = list(self._look_up(stack, rows))
+            pieces = [piece for part in parts for piece in part.pieces]
+            whole = all(part.region.block == self._merged(part) for part in parts)
+            shapes = [piece.shape for piece in pieces]
+            self._found[key] = Rows(parts, whole, [piece.rows for piece in pieces], shapes)
         return self._found[key]
 
+    def _merged(self, part: Part) -> tuple[int, ...]:
+        return self.layout.parameters[part.parameter].merged
+
     def _look_up(self, stack: str, rows: range) -> Iterator[Part]:
-        for i, region, whole in self._regions[stack]:
+        for i, region in self._regions[stack]:
             first = max(rows.start - region.first, 0)
             last = min(rows.stop - region.first, region.rows)
             if first < last:
-                yield Part(i, region, first, last, whole)
+                outline = torch.empty(self.layout.parameters[i].merged, device="meta")
+                views = _views(outline, region, first, last)
+                yield Part(i, region, first, last, [_piece(view, region) for view in views])
 
     def gather(self, stack: str, rows: range, leaves: Sequence[Any]) -> Tensor:
         """These rows, (rows, *block), of the leaves. A view where it can be."""
-        parts = self.of(stack, rows)
+        found = self.of(stack, rows)
         block, dtype = self.layout.stacks[stack].block, self.layout.stacks[stack].dtype
-        if all([part.whole for part in parts]):
-            blocks = [cast(viewed(leaves[part.parameter], block), dtype) for part in parts]
+        if found.whole:
+            blocks = [cast(viewed(leaves[part.parameter], block), dtype) for part in found.parts]
             return torch.stack(blocks) if len(blocks) > 1 else blocks[0].contiguous().unsqueeze(0)
-        pieces = self._pieces(parts, leaves)
-        if len(pieces) == 1:
-            return pieces[0].reshape(len(rows), *block).to(dtype).contiguous()
-        target = torch.empty(len(rows), *block, dtype=dtype, device=pieces[0].device)
-        for piece, own in _side_by_side(pieces, target, len(block)):
-            own.copy_(piece)
+        views = self._views(found, leaves)
+        if len(views) == 1:
+            return views[0].reshape(len(rows), *block).to(dtype).contiguous()
+        target = torch.empty(len(rows), *block, dtype=dtype, device=views[0].device)
+        for view, own in zip(views, _split(target, found)):
+            own.copy_(view)
         return target
 
     def scatter(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:
         """Write rows to where they belong in contiguous leaves."""
-        for piece, own in self._targets(stack, rows, values, leaves):
-            piece.copy_(own)
+        for view, own in zip(*self._targets(stack, rows, values, leaves)):
+            view.copy_(own)
 
     def scatter_add(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:
         """Add rows to where they belong in contiguous leaves, rounded once to the leaf's dtype."""
         dtype = self.layout.stacks[stack].dtype
-        same = all([leaves[part.parameter].dtype == dtype for part in self.of(stack, rows)])
-        targets = self._targets(stack, rows, values, leaves)
-        if same and values.dtype == dtype and len(targets) > 1:
-            torch._foreach_add_([piece for piece, _ in targets], [own for _, own in targets])
+        views, own = self._targets(stack, rows, values, leaves)
+        if values.dtype == dtype and all([view.dtype == dtype for view in views]):
+            torch._foreach_add_(views, own)
             return
-        for piece, own in targets:
-            if piece.dtype == dtype:
-                piece.add_(own)
+        for view, new in zip(views, own):
+            if view.dtype == dtype:
+                view.add_(new)
             else:
-                piece.copy_(torch.add(piece.to(dtype), own))
+                view.copy_(torch.add(view.to(dtype), new))
 
     def _targets(
         self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """[(view of a leaf, the values for it)]."""
-        parts = self.of(stack, rows)
-        block = self.layout.stacks[stack].block
-        if all([part.whole for part in parts]):
-            flat = [viewed(leaves[part.parameter], block) for part in parts]
-            return list(zip(flat, values.unbind(0)))
-        return _side_by_side(self._pieces(parts, leaves), values, len(block))
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the leaves, and the values for them."""
+        found = self.of(stack, rows)
+        if found.whole:
+            block = self.layout.stacks[stack].block
+            flat = [viewed(leaves[part.parameter], block) for part in found.parts]
+            return flat, list(values.unbind(0))
+        return self._views(found, leaves), _split(values, found)
 
-    def _pieces(self, parts: Sequence[Part], leaves: Sequence[Any]) -> list[Tensor]:
-        """Views of the leaves, each (*grid, *block), that hold the rows in order."""
-        pieces: list[Tensor] = []
-        for part in parts:
-            merged = self.layout.parameters[part.parameter].merged
-            x = viewed(leaves[part.parameter], merged)
-            if part.whole:
-                pieces.append(x)
-            else:
-                grid = _grid_of_blocks(x, part.region)
-                pieces += _rows_of_grid(grid, len(merged), part.first, part.last)
-        return pieces
+    def _views(self, found: Rows, leaves: Sequence[Any]) -> list[Tensor]:
+        parts = found.parts
+        return [v for p in parts for v in p.views(leaves[p.parameter], self._merged(p))]
+
+
+def _split(values: Tensor, rows: Rows) -> list[Tensor]:
+    """The rows of every piece, in its shape."""
+    return [x.reshape(shape) for x, shape in zip(torch.split(values, rows.counts), rows.shapes)]
+
+
+def _piece(view: Tensor, region: Region) -> Piece:
+    count = math.prod(view.shape[: view.ndim - len(region.block)])
+    return Piece(tuple(view.shape), view.stride(), int(view.storage_offset()), count)
+
+
+def _views(x: Tensor, region: Region, first: int, last: int) -> Iterator[Tensor]:
+    """Views (*grid, *block) of a merged parameter that hold these rows of the region in order."""
+    grid = x if region.block == x.shape else _grid_of_blocks(x, region)
+    return _rows_of_grid(grid, len(region.block), first, last)
 
 
 def viewed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -152,16 +197,3 @@ def _rows_of_grid(view: Tensor, order: int, first: int, last: int) -> Iterator[T
         yield view[top:bottom]
     if bottom * line < last:
         yield from _rows_of_grid(view[bottom], order, 0, last - bottom * line)
-
-
-def _side_by_side(
-    pieces: Sequence[Tensor], rows: Tensor, order: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Every piece with its share of the rows, in its shape."""
-    pairs = []
-    first = 0
-    for piece in pieces:
-        count = math.prod(piece.shape[: piece.ndim - order])
-        pairs.append((piece, rows.narrow(0, first, count).reshape(piece.shape)))
-        first += count
-    return pairs

@@ -11,18 +11,22 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.checks import check_range
-from funshampoo.host import may_reuse
+from funshampoo.host import is_plain
 from funshampoo.state.stages import AdagradState, AdamState, RmsState
-from funshampoo.transforms.leaf_ops import (
+from funshampoo.transforms.columns import (
+    Column,
     add,
     add_weight,
+    cast_like,
     lerp,
     multiply,
     per_block,
-    sqrt,
+    product,
+    quotient,
 )
+from funshampoo.transforms.leaf_ops import sqrt
 from funshampoo.transforms.momentum import zeros_like
-from funshampoo.tree import cast, check_parameters, compute_dtype, map_leaves, update_elementwise
+from funshampoo.tree import cast, check_parameters, compute_dtype, map_leaves, update_columns
 
 
 def scale_by_sgd() -> GradientTransformation:
@@ -92,22 +96,22 @@ def scale_by_adam(
         gradient: Tree = None,
         donate: bool = False,
     ) -> tuple[Tree, AdamState]:
-        def filter_first(u: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            m, w = lerp(m, cast(u, m.dtype), 1 - beta1, donate), add_weight(w, beta1, donate)
-            return m / per_block(w, m), m, w
+        def filter_first(u: Column, m: Column, w: Column) -> tuple[Column, Column, Column]:
+            m, w = lerp(m, cast_like(u, m), 1 - beta1, donate), add_weight(w, beta1, donate)
+            return quotient(m, per_block(w, m)), m, w
 
-        def leaf(u: Tensor, g: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            v = _second_moment(v, cast(g, v.dtype), beta2, weighted, donate)
+        def rescale(u: Column, g: Column, v: Column, w: Column) -> tuple[Column, Column, Column]:
+            v = _second_moment(v, g, beta2, weighted, donate)
             w = add_weight(w, beta2, donate)
-            return _scaled(cast(u, v.dtype), v, epsilon, per_block(w, v)), v, w
+            return _scaled(u, v, epsilon, per_block(w, v)), v, w
 
         source = updates if gradient is None else gradient
         first, first_weight = state.first, state.first_weight
         if filtered:
             before = (first, first_weight)
-            updates, first, first_weight = update_elementwise(filter_first, updates, before)
+            updates, first, first_weight = update_columns(filter_first, updates, before)
         before = (state.second, state.second_weight)
-        out, second, second_weight = update_elementwise(leaf, updates, before, (source,))
+        out, second, second_weight = update_columns(rescale, updates, before, (source,))
         return out, AdamState(first, first_weight, second, second_weight)
 
     return GradientTransformation(init, update)
@@ -150,12 +154,12 @@ def scale_by_rms(
         gradient: Tree = None,
         donate: bool = False,
     ) -> tuple[Tree, RmsState]:
-        def leaf(u: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            v = _second_moment(v, cast(g, v.dtype), beta2, weighted, donate)
-            return _scaled(cast(u, v.dtype), v, epsilon), v
+        def rescale(u: Column, g: Column, v: Column) -> tuple[Column, Column]:
+            v = _second_moment(v, g, beta2, weighted, donate)
+            return _scaled(u, v, epsilon), v
 
         source = updates if gradient is None else gradient
-        out, second = update_elementwise(leaf, updates, (state.second,), (source,))
+        out, second = update_columns(rescale, updates, (state.second,), (source,))
         return out, RmsState(second)
 
     return GradientTransformation(init, update)
@@ -201,29 +205,39 @@ def scale_by_adagrad(
         gradient: Tree = None,
         donate: bool = False,
     ) -> tuple[Tree, AdagradState]:
-        def leaf(u: Tensor, g: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            g = cast(g, v.dtype)
-            v = add(v, g * g, donate)
-            return _scaled(cast(u, v.dtype), v, epsilon), v
+        def rescale(u: Column, g: Column, v: Column) -> tuple[Column, Column]:
+            v = add(v, _squares(g, v), donate)
+            return _scaled(u, v, epsilon), v
 
         source = updates if gradient is None else gradient
-        out, second = update_elementwise(leaf, updates, (state.second,), (source,))
+        out, second = update_columns(rescale, updates, (state.second,), (source,))
         return out, AdagradState(second)
 
     return GradientTransformation(init, update)
 
 
-def _second_moment(v: Tensor, g: Tensor, beta2: Hyper, weighted: bool, donate: bool) -> Tensor:
+def _second_moment(v: Column, g: Column, beta2: Hyper, weighted: bool, donate: bool) -> Column:
     if weighted:
-        return lerp(v, g * g, 1 - beta2, donate)
-    return add(multiply(v, beta2, donate), g * g, donate)
+        return lerp(v, _squares(g, v), 1 - beta2, donate)
+    return add(multiply(v, beta2, donate), _squares(g, v), donate)
 
 
-def _scaled(u: Tensor, v: Tensor, epsilon: Hyper, weight: Tensor | None = None) -> Tensor:
-    """u / (√(v / weight) + epsilon). In one new tensor where that can be: the same roundings."""
-    if not may_reuse(u, v, epsilon, weight):
-        corrected = v if weight is None else v / weight
-        return (u / (sqrt(corrected) + epsilon)).to(u.dtype)
-    x = v.clone() if weight is None else torch.div(v, weight)
-    x.add_(torch.finfo(x.dtype).tiny).sqrt_().add_(epsilon)
-    return torch.div(u, x, out=x)
+def _squares(g: Column, v: Column) -> Column:
+    g = cast_like(g, v)
+    return product(g, g)
+
+
+def _scaled(u: Column, v: Column, epsilon: Hyper, weight: Column | None = None) -> Column:
+    """u / (√(v / weight) + epsilon), in v's dtypes.
+
+    Without a derivative to keep finite, what `sqrt` adds to v is added to its root.
+    """
+    u = cast_like(u, v)
+    if isinstance(epsilon, Tensor) or not is_plain(u, v):
+        corrected = v if weight is None else quotient(v, weight)
+        return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
+    x = list(torch._foreach_sqrt(v)) if weight is None else quotient(v, weight)
+    if weight is not None:
+        torch._foreach_sqrt_(x)
+    torch._foreach_add_(x, max(epsilon, min(torch.finfo(y.dtype).tiny ** 0.5 for y in v)))
+    return [torch.div(y, z, out=z) for y, z in zip(u, x)]

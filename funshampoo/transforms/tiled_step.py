@@ -137,13 +137,13 @@ class Results:
 
     def put(self, stack: str, rows: range, values: Tensor) -> None:
         """Store some rows."""
-        parts = self._parts.of(stack, rows)
-        if not self._copies and all([part.whole for part in parts]):
-            for part, own in zip(parts, values.unbind(0)):
+        found = self._parts.of(stack, rows)
+        if not self._copies and found.whole:
+            for part, own in zip(found.parts, values.unbind(0)):
                 shape = self._given.layout.parameters[part.parameter].shape
                 self._found[part.parameter] = viewed(own, shape)
             return
-        for i in {part.parameter for part in parts}:
+        for i in {part.parameter for part in found.parts}:
             self._found[i] = self._empty(i) if self._found[i] is None else self._found[i]
         self._parts.scatter(stack, rows, values, self._found)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor
-
 from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree, renamed
 from funshampoo.checks import check_choice, check_range
 from funshampoo.combine import Mask, masked
 from funshampoo.state.stages import ScheduleState
 from funshampoo.steps import new_counter
-from funshampoo.transforms.leaf_ops import on_device
-from funshampoo.tree import compute_dtype, update_elementwise
+from funshampoo.transforms.columns import Column, add, cast_like, in_compute_dtype, multiply
+from funshampoo.tree import update_columns
 
 DecayKind: TypeAlias = Literal["coupled", "decoupled", "corrected", "independent"]
 
@@ -89,11 +87,11 @@ def add_decayed_weights(
             raise ValueError(f"add_decayed_weights needs the parameters: {remedy}.")
         decay = coefficient(state.steps if scheduled else None)
 
-        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            dtype = compute_dtype(u)
-            return ((u.to(dtype) + w.to(dtype) * on_device(decay, w)).to(dtype),)
+        def decayed_by(u: Column, w: Column) -> tuple[Column]:
+            u = in_compute_dtype(u)
+            return (add(u, multiply(cast_like(w, u), decay)),)
 
-        (decayed,) = update_elementwise(leaf, updates, (), (params,))
+        (decayed,) = update_columns(decayed_by, updates, (), (params,))
         return decayed, ScheduleState(state.steps + 1) if scheduled else state
 
     stage = GradientTransformation(init, update)

@@ -161,7 +161,7 @@ class Largest(TorchDispatchMode):
         given = {x.untyped_storage().data_ptr() for x in tensors((list(args), kwargs or {}))}
         out = function(*args, **(kwargs or {}))
         for x in tensors([out]):
-            if x.untyped_storage().data_ptr() not in given:
+            if not x.is_meta and x.untyped_storage().data_ptr() not in given:
                 self.numel = max(self.numel, x.untyped_storage().nbytes() // x.itemsize)
         return out
 
