@@ -21,6 +21,7 @@ from funshampoo.base import (
     update_in_place,
 )
 from funshampoo.combine import chain, masked, partition
+from funshampoo.compilation import compiled
 from funshampoo.distributed import sharded
 from funshampoo.guard import FailureLimitError, guarded
 from funshampoo.hyperparams import inject_hyperparams
@@ -65,6 +66,7 @@ __all__ = [
     "chain",
     "clip",
     "clip_by_global_norm",
+    "compiled",
     "ema",
     "from_reference",
     "global_norm",

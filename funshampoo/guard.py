@@ -40,16 +40,17 @@ def guarded(
     Args:
         inner: everything that is to be protected, so the whole chain inside `blocked`.
         max_failures: this many failures in a row of one block, steps held or roots that the solver
-            failed on, are an error; None never stops. The error comes at the beginning of the
-            next step, before anything is changed, so that the state is whole. Inside torch.compile
+            failed on, are an error; None never stops. The error comes at the beginning of a
+            step, before anything is changed, so that the state is whole. Inside torch.compile
             there is none: look at `health`. Around ranks, `sharded` has this argument.
-        every: steps between two looks at the counters, since looking waits for the device.
+        every: steps between two looks at the counters, since looking waits for the device. They
+            fall on multiples of it, as refreshes do.
 
     State: `GuardedState`.
 
     Raises:
         ValueError, TypeError: max_failures or every out of range.
-        FailureLimitError: from update, on the step after `max_failures` in a row.
+        FailureLimitError: from update, at the first look after `max_failures` in a row.
 
     Reference: Optax, `apply_if_finite`.
 
@@ -87,22 +88,23 @@ def guarded(
         donate: bool = False,
         stops: bool = True,
         whole: Any = None,
+        finite: bool = False,
         **context: Any,
     ) -> tuple[Tree, GuardedState]:
         done = read_counter(state.steps) if stops and max_failures is not None else None
-        if max_failures is not None and done and done % every == 0:
+        if max_failures is not None and done and (done + 1) % every == 0:
             # The first tile of a step answers for all blocks, before anything has changed.
             everywhere = find_state(whole, GuardedState) or state
             _stop_at(max_failures, everywhere, context.get("layout", {}))
         source = updates if gradient is None else gradient
-        norms = _norms(source, updates, block_ndim)
+        norms = None if finite else _norms(source, updates, block_ndim)
         context["block_ndim"] = block_ndim
-        if _all_known_to_be_fine(norms):
+        if finite or _all_usable(flatten(norms)[0]):
             if gradient is not None:
                 context["gradient"] = gradient
             out, new = inner.update(updates, state.inner, params, donate=donate, **context)
             streak = map_leaves(
-                lambda f, n: n if f is None else torch.zeros_like(n), norms, state.streak
+                lambda u, n: n if u is None else torch.zeros_like(n), updates, state.streak
             )
             return out, GuardedState(state.steps + 1, state.held, streak, new)
         fine = _verdicts(norms, block_ndim)
@@ -146,10 +148,10 @@ def _usable(norm: Tensor) -> Tensor:
     return norm * norm <= torch.finfo(norm.dtype).max * 2.0**-20
 
 
-def _all_known_to_be_fine(norms: Tree) -> bool:
-    """Whether every block can be used, as far as that can be read without waiting for a device."""
+def _all_usable(norms: Sequence[Tensor | None]) -> bool:
+    """Whether all can be used, as far as that can be read without waiting for a device."""
     of_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for norm in flatten(norms)[0]:
+    for norm in norms:
         if norm is None:
             continue
         plain = unwrapped(norm)
@@ -157,6 +159,23 @@ def _all_known_to_be_fine(norms: Tree) -> bool:
             return False
         of_dtype.setdefault(plain.dtype, []).append(plain.flatten())
     return all([bool(_usable(torch.cat(found)).all()) for found in of_dtype.values()])
+
+
+def known_to_be_finite(gradients: Sequence[Tensor | None]) -> bool | None:
+    """Whether `guarded` would hold none of these; None where reading that would wait."""
+    found = [g for g in gradients if g is not None]
+    if not all([g.is_cpu for g in found]):
+        return None
+    of_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for g in found:
+        of_dtype.setdefault(g.dtype, []).append(g)
+    # The norm of a whole leaf is that of its blocks at least.
+    return all(
+        [
+            _all_usable(torch._foreach_norm(same, 2, torch.promote_types(dtype, torch.float32)))
+            for dtype, same in of_dtype.items()
+        ]
+    )
 
 
 def _verdicts(norms: Tree, block_ndim: int) -> Tree:

@@ -51,6 +51,7 @@ CASES = [
         ),
     ),
     Case("inject_hyperparams", lambda: fs.inject_hyperparams(fs.shampoo)(_schedule(), every=2)),
+    Case("compiled", lambda: fs.compiled(fs.chain(fs.ema(0.9), fs.trace(0.5)), backend="eager")),
     Case("multi_steps", lambda: fs.multi_steps(fs.trace(0.9), 2)),
     Case("multi_steps_shampoo", lambda: fs.multi_steps(fs.shampoo(0.1, every=2, start=1), 2)),
     Case("blocked", lambda: fs.blocked(fs.trace(0.9, nesterov=True), 4)),

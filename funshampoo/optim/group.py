@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import GradientTransformation, update_in_place
-from funshampoo.optim.vocabulary import Method, Vocabulary, same_arguments, structural, untouched
+from funshampoo.checks import check_range
+from funshampoo.compilation import compiled
+from funshampoo.optim.vocabulary import (
+    Method,
+    Vocabulary,
+    refreshes_of,
+    same_arguments,
+    structural,
+    untouched,
+)
 from funshampoo.state.checkpoint import (
     FORMAT,
     FORMAT_KEY,
@@ -42,6 +51,7 @@ class _Chain(NamedTuple):
     arguments: dict[str, Any]
     structure: Any  # what of the arguments can change the structure of the state
     transformation: GradientTransformation | None
+    rate: Tensor | None  # where it is compiled
 
 
 class Ready(NamedTuple):
@@ -60,18 +70,25 @@ class GroupRun:
         words: of the group's method.
         method: of the groups that have none of their own.
         first: how many parameters the groups before it have.
+        options: of `compiled`; None: as it is.
     """
 
     def __init__(
-        self, group: dict[str, Any], words: Vocabulary, method: Method, first: int
+        self,
+        group: dict[str, Any],
+        words: Vocabulary,
+        method: Method,
+        first: int,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self._method = method
+        self._options = options
         self._first = first
         self._known: list[_Known] = []
         self._state: Any = None
         self._looked_at: tuple[Any, ...] = ()
         self.names(group)
-        self._chain = _built(words, group)
+        self._chain = self._built(words, group)
 
     def names(self, group: Mapping[str, Any]) -> list[str]:
         """The names of all its parameters: those given, or param_0, param_1, ...
@@ -202,17 +219,30 @@ class GroupRun:
         before = self._chain
         method = group.get("method", self._method)
         if before.words.method is not method:
-            words = Vocabulary(method)
-            return _built(words, group)
+            return self._built(Vocabulary(method), group)
         words = before.words
         if before.transformation is None:  # a copy
-            return _built(words, group)
+            return self._built(words, group)
         raw = words.raw(group)
         if untouched(raw, before.raw):
             return before
-        if same_arguments(words.arguments(group), before.arguments):
-            return before._replace(raw=raw)
-        return _built(words, group)
+        arguments = words.arguments(group)
+        if same_arguments(arguments, before.arguments) or _only_the_rate(arguments, before):
+            return before._replace(raw=raw, arguments=arguments)
+        return self._built(words, group)
+
+    def _built(self, words: Vocabulary, group: Mapping[str, Any]) -> _Chain:
+        arguments = words.arguments(group)
+        given, rate = arguments, None
+        name = _rate_of(words)
+        if self._options is not None and isinstance(arguments.get(name), (int, float)):
+            # A graph reads a tensor anew on every step, and has a number in its code.
+            rate = torch.tensor(float(arguments[name]), dtype=torch.float64)
+            given = arguments | {name: rate}
+        built = words.build(given)
+        if self._options is not None:
+            built = compiled(built, **refreshes_of(arguments), **self._options)
+        return _Chain(words, words.raw(group), arguments, structural(arguments), built, rate)
 
     def _trainable(self, group: Mapping[str, Any], others: Collection[int]) -> list[_Known]:
         """The parameters that require gradients, and those with these identities, each once."""
@@ -224,14 +254,25 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is made anew."""
-        chain = self._chain._replace(transformation=None, raw=[])
+        chain = self._chain._replace(transformation=None, raw=[], rate=None)
         return {**self.__dict__, "_chain": chain, "_looked_at": ()}
 
 
-def _built(words: Vocabulary, group: Mapping[str, Any]) -> _Chain:
-    arguments = words.arguments(group)
-    transformation = words.build(arguments)
-    return _Chain(words, words.raw(group), arguments, structural(arguments), transformation)
+def _rate_of(words: Vocabulary) -> str:
+    return "lr" if words.fixed else "learning_rate"
+
+
+def _only_the_rate(arguments: dict[str, Any], before: _Chain) -> bool:
+    """Whether the graph can go on, since nothing but its learning rate changed; tell it so."""
+    name = _rate_of(before.words)
+    rate = arguments.get(name)
+    if before.rate is None or not isinstance(rate, (int, float)):
+        return False
+    if not same_arguments(arguments | {name: 0}, before.arguments | {name: 0}):
+        return False
+    check_range("lr", rate, 0.0)
+    before.rate.fill_(rate)
+    return True
 
 
 def _look(group: Mapping[str, Any]) -> tuple[Any, ...]:

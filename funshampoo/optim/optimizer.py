@@ -27,6 +27,8 @@ class Optimizer(torch.optim.Optimizer):
         hyperparameters: the recipe's arguments, by torch.optim's names: lr for learning_rate, betas
             for (beta1, beta2). A transformation takes `lr` at most, by which its updates are
             multiplied (with a minus); it must not scale by a learning rate itself then.
+        compile: True compiles plain steps by torch.compile, into a graph that goes on for another
+            learning rate; a dict is True with torch.compile's options. See `funshampoo.compiled`.
 
     What param_groups hold is what the next step uses: a learning-rate scheduler, or you, may change
     any of it. A part that is switched on (momentum from 0) starts from nothing; one that is
@@ -60,9 +62,13 @@ class Optimizer(torch.optim.Optimizer):
         self,
         params: Any,
         method: Callable[..., GradientTransformation] | GradientTransformation,
+        *,
+        compile: bool | Mapping[str, Any] = False,
         **hyperparameters: Any,
     ) -> None:
         self._method = method
+        options = dict(compile) if isinstance(compile, Mapping) else {}
+        self._compile = None if compile is False else options
         self._runs: list[GroupRun] = []
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
@@ -81,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         first = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
-            self._runs.append(GroupRun(group, words, self._method, first))
+            self._runs.append(GroupRun(group, words, self._method, first, self._compile))
         except Exception:
             self.param_groups.pop()
             raise
@@ -231,6 +237,7 @@ class Optimizer(torch.optim.Optimizer):
             "defaults": self.defaults,
             "param_groups": self.param_groups,
             "_method": self._method,
+            "_compile": self._compile,
             "_runs": self._runs,
             "_words": self._words,
         }
@@ -268,7 +275,7 @@ class Shampoo(Optimizer):
         every: steps between two refreshes of the roots.
         max_size: longest side of a block.
         options: everything else that `funshampoo.shampoo` takes: grafting, stagger, solver,
-            distribute=funshampoo.sharded for data-parallel ranks, ...
+            distribute=funshampoo.sharded for data-parallel ranks, compile=True, ...
 
     See `Optimizer` for groups, schedulers and checkpoints.
 

@@ -17,6 +17,7 @@ from torch._C import _functorch
 from funshampoo.base import Hyper
 from funshampoo.host import is_traced, may_reuse
 from funshampoo.linalg.products import aligned, gram, is_plain_gram, is_plain_memory
+from funshampoo.transforms.graph_ops import accumulate_gram_, implement
 from funshampoo.tree import cast
 
 
@@ -56,6 +57,8 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
         return add(multiply(old, beta, donate), added, donate)
     x = aligned(x)
     stacked = old.ndim == 3
+    if donate and stacked and torch.compiler.is_compiling() and old.numel() >= _WORTH_A_NODE:
+        return accumulate_gram_(old, x, beta, weight)
     if stacked and d >= 4 * _PANEL and n >= 2 * _PANEL and is_plain_memory(old, x):
         return _add_triangle(old if donate else old.clone(), x, beta, weight)
     fused: Any
@@ -67,10 +70,15 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
     return accumulated
 
 
+implement(functools.partial(add_gram, donate=True))
+
+
 def add_product(new: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """new + y z, elementwise; into `new`, which nobody else has, where that can be."""
     return new.addcmul_(y, z) if may_reuse(new, y, z) else torch.addcmul(new, y, z)
 
+
+_WORTH_A_NODE = 2**16  # numbers, that a graph would copy back and forth otherwise
 
 _PANEL = 128  # rows; wide enough for a product at full speed, thin enough to leave half of it out
 

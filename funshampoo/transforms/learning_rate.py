@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from funshampoo.base import GradientTransformation, Hyper, Schedule, Tree, renamed, stateless
 from funshampoo.checks import check_range
 from funshampoo.state.stages import ScheduleState
@@ -49,6 +51,9 @@ def scale_by_learning_rate(
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     sign = -1 if flip_sign else 1
+    if isinstance(learning_rate, Tensor):  # read on every step: somebody may write to it
+        by_tensor = stateless(lambda updates: _times(updates, sign * learning_rate))
+        return renamed(by_tensor, "scale_by_learning_rate")
     if not callable(learning_rate):
         constant = scale(sign * learning_rate)
         return renamed(constant, "scale_by_learning_rate")

@@ -1,0 +1,132 @@
+"""Plain steps as one graph of torch.compile, refreshes as they are."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from funshampoo.base import GradientTransformation, State, Tree, as_transformation, update_in_place
+from funshampoo.checks import check_count
+from funshampoo.guard import known_to_be_finite
+from funshampoo.host import is_traced
+from funshampoo.state.stages import RootInverseState, ShardedState, find_state
+from funshampoo.steps import current_step, refresh_due
+from funshampoo.tree import flatten
+
+
+def compiled(
+    inner: GradientTransformation,
+    every: int | None = None,
+    *,
+    start: int = 1,
+    **options: Any,
+) -> GradientTransformation:
+    """The same transformation, the steps that refresh no root compiled by torch.compile.
+
+    A plain step becomes one graph, in which everything elementwise between two products is one pass
+    over memory, without Python in between. Steps that refresh roots are left to the threads that
+    `root_inverse` has for them. Numbers differ from those of `inner` by rounding. The graph is made
+    on the first plain step, which takes from seconds to a minute, and again for other shapes.
+
+    A step runs as it is, not compiled, too where a gradient is None or is not finite (as far as
+    that can be read without waiting, on a CPU; elsewhere `guarded` decides in the graph), and
+    under torch.func and torch.compile.
+
+    Args:
+        inner: a whole chain.
+        every, start: when roots are refreshed: this rules, in place of `root_inverse`'s arguments,
+            whose `stagger` and `delay` are without effect. None where nothing has roots.
+        options: of torch.compile, such as backend or mode.
+
+    Context: `step=` or `refresh=` as in `root_inverse`.
+
+    State: of `inner`.
+
+    Raises:
+        ValueError, TypeError: every or start out of range; from update, `inner` has roots and
+            every is None, or its blocks are `sharded`.
+
+    >>> import torch
+    >>> from funshampoo import sgd, update_in_place
+    >>> tx = compiled(sgd(0.1), backend="eager")
+    >>> params = {"w": torch.ones(2)}
+    >>> state = update_in_place(tx, {"w": torch.ones(2)}, tx.init(params), params)
+    >>> params
+    {'w': tensor([0.9000, 0.9000])}
+    """
+    inner = as_transformation(inner)
+    if every is not None:
+        check_count("every", every)
+    check_count("start", start)
+
+    def in_place(updates: Tree, state: State, params: Tree, **context: Any) -> State:
+        return update_in_place(inner, updates, state, params, **context)
+
+    def out_of_place(updates: Tree, state: State, params: Tree, **context: Any) -> Any:
+        return inner.update(updates, state, params, **context)
+
+    plain = _compiled(out_of_place, options)
+    plain_in_place = _compiled(in_place, options)
+
+    def refreshes(state: State, context: dict[str, Any]) -> bool:
+        if context.get("refresh") is not None:
+            return bool(context["refresh"])
+        roots = find_state(state, RootInverseState)
+        if roots is None:
+            return False
+        if every is None:
+            raise ValueError("compiled: say when the roots are refreshed, as in compiled(tx, 10).")
+        t = current_step(roots.steps, context.get("step"))
+        assert t is not None  # not traced, so it can be read
+        return refresh_due(t, every, start)
+
+    def chosen(
+        as_it_is: Callable[..., Any],
+        graph: Callable[..., Any],
+        updates: Tree,
+        state: State,
+        params: Tree,
+        context: dict[str, Any],
+    ) -> Any:
+        if is_traced():
+            return as_it_is(updates, state, params, **context)
+        if find_state(state, ShardedState) is not None:
+            raise ValueError("compiled: a graph can't wait for other ranks; leave out sharded.")
+        context["refresh"] = refreshes(state, context)
+        gradients, _ = flatten(updates)
+        finite = known_to_be_finite(gradients)
+        if context["refresh"] or finite is False or any([g is None for g in gradients]):
+            return as_it_is(updates, state, params, **context)
+        context.pop("step", None)  # a number that would be compiled into the graph
+        if finite:
+            context["finite"] = True
+        return graph(updates, state, params, **context)
+
+    def update(updates: Tree, state: State, params: Tree = None, **context: Any) -> Any:
+        return chosen(out_of_place, plain, updates, state, params, context)
+
+    def apply(updates: Tree, state: State, params: Tree, **context: Any) -> State:
+        return chosen(in_place, plain_in_place, updates, state, params, context)
+
+    return GradientTransformation(inner.init, update, inner.name, apply)
+
+
+def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """torch.compile of a function with a code object of its own.
+
+    Dynamo counts graphs by code object: all chains of a process would share its limit of eight.
+    """
+    assert isinstance(function, types.FunctionType)
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    compile_: Callable[..., Any] = torch.compile
+    found: Callable[..., Any] = compile_(own, **{"fullgraph": True, "dynamic": False} | options)
+    return found

@@ -1,0 +1,261 @@
+"""Plain steps as one graph: the same numbers, few graphs, and eager where it has to be."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+import funshampoo as fs
+from funshampoo.transforms.leaf_ops import add_gram
+from tests.trees import assert_close, assert_equal, assert_unchanged, clone, snapshot
+
+EVERY = 4
+SHAPES = {"w": (6, 5), "bias": (5,), "a": (2, 3, 5)}
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> None:
+    torch._dynamo.reset()
+
+
+def tree(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(s, generator=make, dtype=dtype) for n, s in SHAPES.items()}
+
+
+def chain(**options: Any) -> fs.GradientTransformation:
+    given = {"every": EVERY, "max_size": 5, "momentum": 0.9, "weight_decay": 0.1}
+    return fs.shampoo(0.1, **(given | options))
+
+
+def trained(tx: fs.GradientTransformation, steps: int, **context: Any) -> Any:
+    params = tree(0)
+    state = tx.init(params)
+    for t in range(steps):
+        state = fs.update_in_place(tx, tree(t + 1), state, params, **context)
+    return params, state
+
+
+def test_the_same_numbers_and_one_graph() -> None:
+    """Refreshes, on which the eigendecompositions would be compiled too, are not."""
+    counter = CompileCounter()
+    mine = trained(fs.compiled(chain(), EVERY, backend=counter), 3 * EVERY)
+    assert_close(mine, trained(chain(), 3 * EVERY), 1e-10)
+    assert counter.frame_count == 1
+    assert (mine[0]["w"] - tree(0)["w"]).abs().min() > 1e-3
+
+
+def test_a_start_of_its_own() -> None:
+    mine = trained(fs.compiled(chain(start=3), EVERY, start=3, backend="eager"), 2 * EVERY)
+    assert_close(mine, trained(chain(start=3), 2 * EVERY), 1e-10)
+
+
+def test_pure_where_it_is_called_so() -> None:
+    tx, params = fs.compiled(chain(), EVERY, backend="aot_eager"), tree(0)
+    _, state = tx.update(tree(1), tx.init(params), params)
+    before = snapshot(params, state)
+    updates, new = tx.update(tree(2), state, params)
+    assert_unchanged(before, params, state)
+    expected = chain().update(tree(2), state, params)
+    assert_close((updates, new), expected, 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_large_factors_are_accumulated_in_place(backend: str) -> None:
+    """By an operator of our own, also from one triangle; the state's memory stays where it is."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    make = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(512, 256, generator=make)}
+    grads = [{"w": torch.randn(512, 256, generator=make)} for _ in range(3)]
+    plain = fs.shampoo(0.1, every=100)
+    tx = fs.compiled(plain, 100, backend=backend)
+    state = tx.init(params)
+    state = fs.update_in_place(tx, grads[0], state, params)
+    other_params, other = clone(params), clone(state)
+    factor = fs.state.find_state(state, fs.state.KroneckerState).factors["512x256"][0]
+    place = factor.data_ptr()
+    for g in grads[1:]:
+        state = fs.update_in_place(tx, g, state, params)
+        other = fs.update_in_place(plain, g, other, other_params)
+    new = fs.state.find_state(state, fs.state.KroneckerState).factors["512x256"][0]
+    assert new.data_ptr() == place
+    assert_close(params, other_params, 1e-5)
+    assert_close(state, other, 1e-4)
+
+
+def test_the_operator_is_what_it_stands_for() -> None:
+    old, x = torch.randn(2, 512, 512), torch.randn(2, 512, 300)
+    old = old + old.mT
+    expected = add_gram(old, x, 0.9, 0.1, donate=False)
+    torch.testing.assert_close(expected, 0.9 * old + 0.1 * x @ x.mT, rtol=1e-4, atol=1e-4)
+    torch.ops.funshampoo.accumulate_gram_(old, x, 0.9, 0.1)
+    assert torch.equal(old, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e20])
+def test_a_gradient_that_is_not_finite_is_held(value: float) -> None:
+    def run(tx: fs.GradientTransformation) -> Any:
+        params = tree(0, torch.float32)
+        state = tx.init(params)
+        for t in range(EVERY + 2):
+            grads = tree(t + 1, torch.float32)
+            if t in (1, EVERY - 1):  # on a plain step and on one that refreshes
+                grads["w"][0, 0] = value
+            state = fs.update_in_place(tx, grads, state, params)
+        return params, state
+
+    mine, expected = run(fs.compiled(chain(), EVERY, backend="eager")), run(chain())
+    assert_close(mine, expected, 1e-5)
+    held = fs.state.find_state(mine[1], fs.state.GuardedState).held
+    assert sum(int(n.sum()) for n in held.values()) == 2
+
+
+def test_failures_in_a_row_are_an_error_here_too() -> None:
+    tx = fs.compiled(chain(max_failures=2, every=1), 1, backend="eager")
+    params = tree(0)
+    state = tx.init(params)
+    bad = {n: g * torch.nan for n, g in params.items()}
+    for _ in range(2):
+        state = fs.update_in_place(tx, bad, state, params)
+    with pytest.raises(fs.FailureLimitError):
+        fs.update_in_place(tx, bad, state, params)
+
+
+def test_a_missing_gradient() -> None:
+    counter = CompileCounter()
+    tx, plain = fs.compiled(chain(), EVERY, backend=counter), chain()
+    params = tree(0)
+    state = tx.init(params)
+    other_params, other = clone(params), clone(state)
+    for t in range(EVERY + 2):
+        grads = {**tree(t + 1), **({"w": None} if t % 2 else {})}
+        state = fs.update_in_place(tx, grads, state, params)
+        other = fs.update_in_place(plain, grads, other, other_params)
+    assert_close((params, state), (other_params, other), 1e-10)
+    assert counter.frame_count == 1
+
+
+def test_refresh_and_step_decide_as_elsewhere() -> None:
+    tx, params = fs.compiled(chain(), EVERY, backend="eager"), tree(0)
+    _, state = tx.update(tree(1), tx.init(params), params)
+
+    def root(**context: Any) -> Tensor:
+        _, new = tx.update(tree(2), state, params, **context)
+        return fs.state.find_state(new, fs.state.RootInverseState).roots["5"][0].root
+
+    old = fs.state.find_state(state, fs.state.RootInverseState).roots["5"][0].root
+    assert torch.equal(root(), old)
+    assert torch.equal(root(step=EVERY + 1), old)
+    assert not torch.equal(root(step=EVERY), old)
+    assert not torch.equal(root(refresh=True), old)
+
+
+def test_under_torch_func_it_is_what_is_inside() -> None:
+    tx, params = fs.compiled(chain(), EVERY, backend="eager"), tree(0)
+    many = {n: torch.stack([p, 2 * p]) for n, p in params.items()}
+    grads = {n: torch.stack([p, 3 * p]) for n, p in tree(1).items()}
+
+    def updates(tx: fs.GradientTransformation) -> Any:
+        state = torch.func.vmap(tx.init)(many)
+        return torch.func.vmap(tx.update)(grads, state, many)
+
+    assert_equal(updates(tx), updates(chain()))
+
+
+def test_roots_without_a_schedule_are_an_error() -> None:
+    tx, params = fs.compiled(chain()), tree(0)
+    with pytest.raises(ValueError, match="say when the roots are refreshed"):
+        tx.update(tree(1), tx.init(params), params)
+
+
+def test_ranks_are_an_error() -> None:
+    tx, params = fs.compiled(chain(distribute=fs.sharded), EVERY), tree(0)
+    with pytest.raises(ValueError, match="leave out sharded"):
+        tx.update(tree(1), tx.init(params), params)
+
+
+def test_many_chains_in_one_process() -> None:
+    """Dynamo's limit of graphs is not shared: it is eight of a function."""
+    for i in range(10):
+        tx = fs.compiled(fs.sgd(0.1 + i), backend="eager")
+        p = {"w": torch.ones(i + 2)}
+        updates, _ = tx.update(p, tx.init(p), p)
+        torch.testing.assert_close(updates["w"], -(0.1 + i) * p["w"])
+
+
+class TestWrapper:
+    def pair(self, **options: Any) -> tuple[CompileCounter, list[torch.optim.Optimizer]]:
+        counter = CompileCounter()
+        found = []
+        for compiles in ({"backend": counter}, False):
+            params = [(n, torch.nn.Parameter(p)) for n, p in tree(0).items()]
+            given = {"every": EVERY, "max_size": 5, "weight_decay": 0.1} | options
+            found.append(fs.Shampoo(params, lr=0.1, compile=compiles, **given))
+        return counter, found
+
+    def step(self, optimizers: list[torch.optim.Optimizer], t: int) -> None:
+        for optimizer in optimizers:
+            for p, g in zip(optimizer.param_groups[0]["params"], tree(t + 1).values()):
+                p.grad = g
+            optimizer.step()
+
+    def assert_same(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        a, b = ([p.detach() for p in o.param_groups[0]["params"]] for o in optimizers)
+        assert_close(a, b, 1e-10)
+
+    def test_a_scheduler_makes_no_new_graph(self) -> None:
+        counter, both = self.pair()
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in both]
+        for t in range(3 * EVERY):
+            self.step(both, t)
+            for scheduler in schedulers:
+                scheduler.step()
+        self.assert_same(both)
+        assert counter.frame_count == 1
+
+    def test_another_edit_makes_one(self) -> None:
+        counter, both = self.pair()
+        for t in range(2 * EVERY):
+            if t == EVERY + 1:
+                for o in both:
+                    o.param_groups[0]["weight_decay"] = 0.2
+            self.step(both, t)
+        self.assert_same(both)
+        assert counter.frame_count == 2
+
+    def test_a_rate_out_of_range(self) -> None:
+        _, both = self.pair()
+        self.step(both, 0)
+        both[0].param_groups[0]["lr"] = -1.0
+        with pytest.raises(ValueError, match="lr"):
+            both[0].step()
+
+    def test_copies_and_checkpoints_go_on(self) -> None:
+        _, both = self.pair()
+        for t in range(EVERY + 2):
+            self.step(both, t)
+        copies = [copy.deepcopy(o) for o in both]
+        _, fresh = self.pair()
+        for new, old in zip(fresh, both):
+            new.load_state_dict(old.state_dict())
+            for p, q in zip(new.param_groups[0]["params"], old.param_groups[0]["params"]):
+                p.data.copy_(q)
+        for t in range(EVERY + 2, 2 * EVERY + 2):
+            for some in (both, copies, fresh):
+                self.step(some, t)
+        for some in (both, copies, fresh):
+            self.assert_same(some)
+        self.assert_same([both[0], copies[0]])
+        self.assert_same([both[0], fresh[0]])
+
+    @pytest.mark.parametrize("options", [{"stagger": True}, {"delay": 2}])
+    def test_what_does_not_go_together(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=f"compile and {next(iter(options))}"):
+            self.pair(**options)
