@@ -59,7 +59,7 @@ def blocked(
             so that they do not decay.
         tile: how many numbers a donated step works on at once, for an `inner` that steps every
             block by itself, whatever others there are. The recipes say "auto": on a CPU up to
-            2^21, or 2^20 for each kernel thread; on other devices all. None: all.
+            2^21, or 2^20 for each kernel thread; on other devices 2^26. None: all.
 
     Half-precision gradients enter the stacks as float32 and the updates leave in float32. Empty
     parameters have no block. A gradient that is None leaves the state of that parameter's blocks as

@@ -60,20 +60,30 @@ def graft(
     ) -> tuple[Tree, GraftState]:
         p, direction_state = direction.update(updates, state.direction, params, **context)
         p_g, onto_state = onto.update(updates, state.onto, params, **context)
+        new = GraftState(state.steps + 1, direction_state, onto_state)
         block_ndim = context.get("block_ndim", 0)
         t = 1 if start == 1 else current_step(state.steps, context.get("step"))
+        if t is not None and t < start:
+            return p_g, new
 
-        def rescale(p: Column, p_g: Column) -> tuple[Column]:
-            ratio = quotient(_norms(p_g, block_ndim), [n + 1e-16 for n in _norms(p, block_ndim)])
-            grafted = product(p, per_block(ratio, p))
-            if t is None:  # in torch.compile the counter is a tensor without a value
-                begun = state.steps + 1 >= start
-                grafted = [torch.where(begun.to(x.device), x, y) for x, y in zip(grafted, p_g)]
-            return (grafted,)
+        def norms(p_g: Column) -> tuple[Column]:
+            return (_norms(p_g, block_ndim),)
 
-        if t is None or t >= start:
-            (p_g,) = update_columns(rescale, p, (), (p_g,))
-        return p_g, GraftState(state.steps + 1, direction_state, onto_state)
+        def rescale(p: Column, norm: Column) -> tuple[Column]:
+            ratio = quotient(norm, [n + 1e-16 for n in _norms(p, block_ndim)])
+            return (product(p, per_block(ratio, p)),)
+
+        def begun(grafted: Column, p_g: Column) -> tuple[Column]:
+            now = state.steps + 1 >= start
+            return ([torch.where(now.to(x.device), x, y) for x, y in zip(grafted, p_g)],)
+
+        (norm,) = update_columns(norms, p_g, ())
+        partner = p_g if t is None else None
+        del p_g  # as large as p, and no longer needed
+        (grafted,) = update_columns(rescale, p, (), (norm,))
+        if t is None:  # in torch.compile the counter is a tensor without a value
+            (grafted,) = update_columns(begun, grafted, (), (partner,))
+        return grafted, new
 
     return GradientTransformation(init, update)
 

@@ -101,9 +101,9 @@ def scale_by_adam(
             return quotient(m, per_block(w, m)), m, w
 
         def rescale(u: Column, g: Column, v: Column, w: Column) -> tuple[Column, Column, Column]:
-            v = _second_moment(v, g, beta2, weighted, donate)
+            v, squares = _second_moment(v, g, beta2, weighted, donate)
             w = add_weight(w, beta2, donate)
-            return _scaled(u, v, epsilon, per_block(w, v)), v, w
+            return _scaled(u, v, epsilon, squares, per_block(w, v)), v, w
 
         source = updates if gradient is None else gradient
         first, first_weight = state.first, state.first_weight
@@ -155,8 +155,8 @@ def scale_by_rms(
         donate: bool = False,
     ) -> tuple[Tree, RmsState]:
         def rescale(u: Column, g: Column, v: Column) -> tuple[Column, Column]:
-            v = _second_moment(v, g, beta2, weighted, donate)
-            return _scaled(u, v, epsilon), v
+            v, squares = _second_moment(v, g, beta2, weighted, donate)
+            return _scaled(u, v, epsilon, squares), v
 
         source = updates if gradient is None else gradient
         out, second = update_columns(rescale, updates, (state.second,), (source,))
@@ -206,8 +206,9 @@ def scale_by_adagrad(
         donate: bool = False,
     ) -> tuple[Tree, AdagradState]:
         def rescale(u: Column, g: Column, v: Column) -> tuple[Column, Column]:
-            v = add(v, _squares(g, v), donate)
-            return _scaled(u, v, epsilon), v
+            squares = _squares(g, v)
+            v = add(v, squares, donate)
+            return _scaled(u, v, epsilon, squares), v
 
         source = updates if gradient is None else gradient
         out, second = update_columns(rescale, updates, (state.second,), (source,))
@@ -216,10 +217,14 @@ def scale_by_adagrad(
     return GradientTransformation(init, update)
 
 
-def _second_moment(v: Column, g: Column, beta2: Hyper, weighted: bool, donate: bool) -> Column:
+def _second_moment(
+    v: Column, g: Column, beta2: Hyper, weighted: bool, donate: bool
+) -> tuple[Column, Column]:
+    """The new V, and G²."""
+    squares = _squares(g, v)
     if weighted:
-        return lerp(v, _squares(g, v), 1 - beta2, donate)
-    return add(multiply(v, beta2, donate), _squares(g, v), donate)
+        return lerp(v, squares, 1 - beta2, donate), squares
+    return add(multiply(v, beta2, donate), squares, donate), squares
 
 
 def _squares(g: Column, v: Column) -> Column:
@@ -227,17 +232,24 @@ def _squares(g: Column, v: Column) -> Column:
     return product(g, g)
 
 
-def _scaled(u: Column, v: Column, epsilon: Hyper, weight: Column | None = None) -> Column:
-    """u / (√(v / weight) + epsilon), in v's dtypes.
+def _scaled(
+    u: Column, v: Column, epsilon: Hyper, scratch: Column, weight: Column | None = None
+) -> Column:
+    """u / (√(v / weight) + epsilon), in v's dtypes. In the memory of `scratch` where that can be.
 
-    Without a derivative to keep finite, what `sqrt` adds to v is added to its root.
+    There, without a derivative to keep finite, what `sqrt` adds to v is added to its root.
     """
     u = cast_like(u, v)
     if isinstance(epsilon, Tensor) or not is_plain(u, v):
         corrected = v if weight is None else quotient(v, weight)
         return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
-    x = list(torch._foreach_sqrt(v)) if weight is None else quotient(v, weight)
-    if weight is not None:
-        torch._foreach_sqrt_(x)
-    torch._foreach_add_(x, max(epsilon, min(torch.finfo(y.dtype).tiny ** 0.5 for y in v)))
-    return [torch.div(y, z, out=z) for y, z in zip(u, x)]
+    if weight is None:
+        for x, y in zip(scratch, v):
+            torch.sqrt(y, out=x)
+    else:
+        for x, y, w in zip(scratch, v, weight):
+            torch.div(y, w, out=x)
+        torch._foreach_sqrt_(scratch)
+    least = [max(epsilon, torch.finfo(x.dtype).tiny ** 0.5) for x in scratch]
+    torch._foreach_add_(scratch, least)
+    return [torch.div(y, x, out=x) for x, y in zip(scratch, u)]

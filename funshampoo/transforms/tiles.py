@@ -30,6 +30,15 @@ NUMBERS = 2**20
 """The most in a tile, for each of two kernel threads or more: 4 MiB in float32, of which a step
 holds about five, so that they fit into a CPU's last cache."""
 
+SHARE = 4
+"""A step holds about four tensors as large as a tile. A stack that has more to do than `FLOPS` is
+cut into tiles of at most this share of all numbers, so that they are no more than the parameters.
+"""
+
+NUMBERS_ELSEWHERE = 2**26
+"""The most in a tile on other devices: 256 MiB in float32, so that kernels run for as long as a
+hundred launches take, and a large model's step holds no copies of it."""
+
 FLOPS = 1e9
 """Of the products of a tile, likewise: ten milliseconds or more, beside which the fixed cost of
 another tile, less than half a millisecond, does not count."""
@@ -40,18 +49,26 @@ def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile
 
     Args:
         size: numbers in a tile; "auto" weighs what a tile needs against what it costs on a CPU, and
-            makes none elsewhere: there kernels wait to be launched, and the fewer the better. None
-            for none.
+            makes large ones elsewhere, where kernels wait to be launched. None for none.
     """
     rows = {stack: count for stack, (_, count) in blocks.items()}
     numel = {stack: math.prod(block) for stack, (block, _) in blocks.items()}
-    if size is None or (size == "auto" and device.type != "cpu"):
+    if size is None:
         return [{stack: range(count) for stack, count in rows.items()}]
+    if size == "auto" and device.type != "cpu":
+        size = NUMBERS_ELSEWHERE
     if size != "auto":
         return tiles_of(rows, numel, size)
     flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
-    weights = {stack: max(numel[stack] / NUMBERS, flops[stack] / FLOPS) for stack in rows}
     threads = max(torch.get_num_threads(), 2)
+    share = sum(numel[stack] * rows[stack] for stack in rows) / SHARE / threads
+
+    def weight(stack: str) -> float:
+        heavy = flops[stack] * rows[stack] > threads * FLOPS
+        numbers = min(NUMBERS, share) if heavy else NUMBERS
+        return max(numel[stack] / numbers, flops[stack] / FLOPS)
+
+    weights = {stack: weight(stack) for stack in rows}
     return tiles_of(rows, weights, threads, least=threads)
 
 
@@ -141,6 +158,7 @@ class Tiling:
             before = [_cut(leaves[k], rows) for k, rows in zip(part.indices, part.rows)]
             out, new = update(tile, optree.tree_unflatten(part.structure, before), i == 0)
             put(tile, out)
+            del out  # or it would be there during the next tile
             after, found = optree.tree_flatten(new)
             if found != part.structure:
                 raise ValueError("a stage changed the structure of its state on a donated step.")

@@ -232,7 +232,7 @@ def test_tiles_hold_every_row_once(stacks: list[tuple[int, int]], most: int) -> 
 
 
 def test_tiles_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU as many as keep a step's memory low and its fixed cost too; elsewhere none."""
+    """As many as keep a step's memory low and its fixed cost too; elsewhere fewer."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     resnet = {"256x256": ((256, 256), 300), "64x64": ((64, 64), 100), "64": ((64,), 10)}
     assert len(tiles_for(resnet, "auto", gpu)) == len(tiles_for(resnet, None, cpu)) == 1
@@ -240,9 +240,12 @@ def test_tiles_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(len(tile.get("256x256", ())) <= 16 for tile in tiles_for(resnet, "auto", cpu))
     assert len(tiles_for({"40x40": ((40, 40), 1000)}, "auto", cpu)) == 1
     large = {"1024x1024": ((1024, 1024), 100)}
+    assert [len(tile["1024x1024"]) for tile in tiles_for(large, "auto", gpu)] == [64, 36]
+    small = {"256x256": ((256, 256), 48)}  # a quarter, of four tensors each: the parameters once
+    assert [len(tile["256x256"]) for tile in tiles_for(small, "auto", cpu)] == [12] * 4
     assert all(len(tile["1024x1024"]) == 2 for tile in tiles_for(large, "auto", cpu))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 32)  # each needs something to do
-    assert len(tiles_for(resnet, "auto", cpu)) == 3
+    assert len(tiles_for(resnet, "auto", cpu)) == 5
     assert [len(tile["1024x1024"]) for tile in tiles_for(large, "auto", cpu)] == [32, 32, 32, 4]
 
 
