@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -67,6 +67,25 @@ def may_reuse(*operands: Any) -> bool:
     if not all([t.dtype == tensors[0].dtype and not t.requires_grad for t in tensors]):
         return False
     return not is_traced() or not any(map(_functorch.is_functorch_wrapped_tensor, tensors))
+
+
+def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that makes small tensors from static arguments, which are then kept.
+
+    Not where something looks at what is done here: a tensor of its own would be found later by
+    others. One made in inference mode could not enter autograd's graphs.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def kept(*arguments: Any) -> Tensor:
+        with torch.inference_mode(False):
+            return make(*arguments)
+
+    @functools.wraps(make)
+    def find(*arguments: Any) -> Tensor:
+        return make(*arguments) if is_traced() or in_a_mode() else kept(*arguments)
+
+    return find
 
 
 @functools.cache

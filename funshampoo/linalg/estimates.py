@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from funshampoo.host import in_a_mode, is_traced
+from funshampoo.host import constant
 from funshampoo.linalg.products import aligned
 
 PROBES = 8
@@ -60,12 +59,10 @@ def probe_vectors(like: Tensor) -> Tensor:
     every device and in every call, without state, and allowed under vmap and torch.compile. Not
     signs: eigenvectors such as (1, -1) are common, and orthogonal to half of all vectors of signs.
     """
-    numbers = like.shape[-1], like.dtype, like.device
-    if is_traced() or type(like) is not Tensor or in_a_mode():
-        return _probes(*numbers)
-    return _kept_probes(*numbers)
+    return _probes(like.shape[-1], like.dtype, like.device)
 
 
+@constant
 def _probes(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     bits = torch.arange(1, d * PROBES + 1, device=device)
     for multiplier, shift in ((0x5BD1E995, 13), (0x6B43A9B5, 15)):  # < 2**31: 32-bit products fit
@@ -73,10 +70,3 @@ def _probes(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         bits = bits ^ (bits >> shift)
     probes: Tensor = bits.to(dtype) / 2**31 - 1
     return probes.reshape(PROBES, d)
-
-
-@functools.lru_cache(maxsize=128)
-def _kept_probes(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Constants. Those made in inference mode could not enter autograd's graphs later."""
-    with torch.inference_mode(False):
-        return _probes(d, dtype, device)

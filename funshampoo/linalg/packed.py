@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from funshampoo.host import constant
 from funshampoo.linalg.products import is_plain_memory
+
+SMALLEST = 64
+"""Side from which on stages pack: what is saved below is little, and costs as many operators."""
+
+
+def packs(d: int, wanted: bool) -> bool:
+    """Whether a stage keeps a d×d matrix packed, where that is `wanted`."""
+    return wanted and d >= SMALLEST
 
 
 def packed_shape(d: int) -> tuple[int, int]:
@@ -56,6 +65,7 @@ def join(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return torch.cat([T, B], -1)
 
 
+@constant
 def is_of_first(h: int, r: int, device: torch.device) -> Tensor:
     """(h, r + 1) bool: where T holds an entry of A; C has the rest."""
     return torch.ones(h, r + 1, dtype=torch.bool, device=device).tril()
@@ -86,11 +96,16 @@ def _mirrored(packed: Tensor, S: Tensor) -> Tensor:
     h = packed.shape[-2]
     r = S.shape[-1] - h
     A, B, C = packed[..., :h], packed[..., r + 1 :], packed[..., :r, 1 : r + 1]
-    lower = torch.ones(h, h, dtype=torch.bool).tril()
+    lower = _lower(h)
     S[..., :h, h:], S[..., h:, :h] = B, B.mT
     torch.where(lower, A, A.mT, out=S[..., :h, :h])
     torch.where(lower[:r, :r], C.mT, C, out=S[..., h:, h:])
     return S
+
+
+@constant
+def _lower(d: int) -> Tensor:
+    return torch.ones(d, d, dtype=torch.bool).tril()
 
 
 def side_of(packed: Tensor) -> int:

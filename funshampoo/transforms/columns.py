@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import Hyper
-from funshampoo.host import is_plain
+from funshampoo.host import constant, is_plain
 from funshampoo.transforms import leaf_ops
 from funshampoo.tree import cast, compute_dtype
 
@@ -57,9 +57,12 @@ def add_weight(total: Column, beta: Hyper, donate: bool) -> Column:
     """The recursion of an average's total weight: beta total + (1 - beta)."""
     if isinstance(beta, Tensor) or not is_plain(total):
         return [leaf_ops.add_weight(w, beta, donate) for w in total]
-    kinds = [(w.dtype, w.device) for w in total]
-    one = {kind: torch.ones((), dtype=kind[0], device=kind[1]) for kind in set(kinds)}
-    return lerp(total, [one[kind] for kind in kinds], 1 - beta, donate)
+    return lerp(total, [_one(w.dtype, w.device) for w in total], 1 - beta, donate)
+
+
+@constant
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
 
 
 def product(xs: Column, ys: Column) -> Column:

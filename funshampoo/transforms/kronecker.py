@@ -10,7 +10,7 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, Hyper, Tree
 from funshampoo.checks import check_range
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
-from funshampoo.linalg.packed import like, packed_shape, unpack
+from funshampoo.linalg.packed import like, packed_shape, packs, unpack
 from funshampoo.state.stages import KroneckerState
 from funshampoo.transforms.columns import Column, add_weight
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
@@ -54,8 +54,8 @@ def kronecker_statistics(
         product_dtype: torch.bfloat16 to round G to before it is multiplied with itself, where the
             product comes in float32 all the same: float32 blocks on CUDA, outside torch.compile
             and torch.func. Elsewhere it changes nothing: L_i is never rounded to bfloat16.
-        packed: keep one triangle of every L_i; see `linalg.packed`. `init` decides: `update` goes
-            on with what it finds.
+        packed: keep one triangle of every L_i of side 64 or more; see `linalg.packed`. `init`
+            decides: `update` goes on with what it finds.
 
     State: `KroneckerState`, float32 at least, d_i² numbers a side of a block, (d_i² + d_i) / 2 of
     them if packed.
@@ -84,7 +84,7 @@ def kronecker_statistics(
         added = torch.where(beta2 == 1, torch.ones_like(beta2), 1 - beta2)
 
     def shape_of(d: int) -> tuple[int, int]:
-        return packed_shape(d) if packed else (d, d)
+        return packed_shape(d) if packs(d, packed) else (d, d)
 
     def init(params: Tree, *, block_ndim: int = 0) -> KroneckerState:
         check_parameters(params, "kronecker_statistics")

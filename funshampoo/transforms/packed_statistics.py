@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from funshampoo.base import Hyper
-from funshampoo.host import may_reuse
+from funshampoo.host import constant, may_reuse
 from funshampoo.linalg.packed import is_of_first, join, packed_shape
 from funshampoo.linalg.products import aligned, gram, is_plain_memory, matmul
 from funshampoo.transforms.leaf_ops import add, multiply
@@ -42,9 +43,20 @@ def _parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _add_corner(T: Tensor, A: Tensor, C: Tensor, weight: float) -> None:
     """T ← T + weight (A's lower triangle, and C's upper one a column to the right)."""
     h, r = A.shape[-1], C.shape[-1]
-    of_A = is_of_first(h, r, T.device)
-    T[..., :h].addcmul_(A, of_A[:, :h].to(T.dtype), value=weight)
-    T[..., :r, 1:].addcmul_(C, (~of_A[:r, 1:]).to(T.dtype), value=weight)
+    T[..., :h].addcmul_(A, _places_of_first(h, r, T.dtype, T.device), value=weight)
+    T[..., :r, 1:].addcmul_(C, _places_of_second(h, r, T.dtype, T.device), value=weight)
+
+
+@constant
+def _places_of_first(h: int, r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(h, h), 1 where T holds an entry of A, else 0."""
+    return is_of_first(h, r, device)[:, :h].to(dtype)
+
+
+@constant
+def _places_of_second(h: int, r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(r, r), 1 where T holds an entry of C, else 0."""
+    return (~is_of_first(h, r, device)[:r, 1:]).to(dtype)
 
 
 _PANEL = 128  # rows

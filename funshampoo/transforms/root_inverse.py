@@ -15,7 +15,7 @@ from funshampoo.checks import check_count, check_range
 from funshampoo.linalg import Solver, eigh
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_matmul
-from funshampoo.linalg.packed import pack, unpack
+from funshampoo.linalg.packed import pack, packs, unpack
 from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState, find_state
 from funshampoo.steps import current_step, new_counter
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
@@ -101,9 +101,9 @@ def root_inverse(
             are float32, roots are computed and kept as without. It errs by up to 5 % at a
             condition of 1e6, and pays where the device multiplies bfloat16: on GPUs and CPUs with
             AVX512-BF16, half the time of these products or less. See `linalg.low_precision`.
-        packed: keep one triangle of every X_i, and make the matrix of it on every step. See
-            `linalg.packed`; the statistics have the same option, and need not have the same value.
-            What basis_tolerance and delay add to the state stays whole.
+        packed: keep one triangle of every X_i of side 64 or more, and make the matrix of it on
+            every step. See `linalg.packed`; the statistics have the same option, and need not have
+            the same value. What basis_tolerance and delay add to the state stays whole.
 
     Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
     inside torch.compile, where the counter in the state can't be read.
@@ -298,7 +298,7 @@ def _multiple_of_identity(
     dtype = compute_dtype(x)
     eye = torch.eye(d, dtype=dtype, device=x.device).expand(*lead, d, d)
     return FactorRoot(
-        root=value * (pack(eye) if packed else eye),
+        root=value * (pack(eye) if packs(d, packed) else eye),
         residual=x.new_zeros(lead, dtype=dtype),
         condition=x.new_ones(lead, dtype=dtype),
         failures=x.new_zeros(lead, dtype=torch.int64),

@@ -35,6 +35,18 @@ D = torch.float64
 SIDES = [1, 2, 3, 4, 5, 8, 9, 16, 41, 64]
 
 
+def test_small_sides_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As elsewhere than in tests."""
+    monkeypatch.setattr(linalg.packed, "SMALLEST", 64)
+    tx = fs.shampoo(0.1, packed=True)
+    params = {"w": randn(64, 63)}
+    for state in (tx.init(params), tx.update(params, tx.init(params))[1]):
+        factors = find_state(state, KroneckerState).factors["64x63"]
+        roots = find_state(state, fs.state.RootInverseState).roots["64x63"]
+        assert [f.shape[1:] for f in factors] == [packed_shape(64), (63, 63)]
+        assert [r.root.shape[1:] for r in roots] == [packed_shape(64), (63, 63)]
+
+
 def symmetric(*shape: int, seed: int = 0) -> Tensor:
     x = randn(*shape, dtype=D, seed=seed)
     return x + x.mT
