@@ -40,6 +40,7 @@ class Method(NamedTuple):
         blocks: whether it has a block size.
         matrices_only: takes 2-dimensional parameters alone.
         most: number of parameters from which on its steps take too long to wait for.
+        compiles: its first step takes too long for a quick run.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Method(NamedTuple):
     blocks: bool = True
     matrices_only: bool = False
     most: float = math.inf
+    compiles: bool = False
 
     def taken(self, params: Params) -> dict[str, nn.Parameter]:
         """The parameters that it can take."""
@@ -110,6 +112,10 @@ def _wrapper(params: Params, size: int) -> Any:
 def _low_precision(params: Params, size: int) -> Any:
     options = {"every": EVERY, "max_size": size, "product_dtype": torch.bfloat16}
     return funshampoo.Shampoo(params.items(), LR, BETAS, **options)
+
+
+def _compiled(params: Params, size: int) -> Any:
+    return funshampoo.Shampoo(params.items(), LR, BETAS, every=EVERY, max_size=size, compile=True)
 
 
 def _packed(params: Params, size: int) -> Any:
@@ -205,12 +211,14 @@ def _after_multiples(t: int) -> bool:
 BASELINE = "AdamW, foreach"
 OURS = "funshampoo.Shampoo"
 LOW_PRECISION = f"{OURS}, bfloat16 products"
+COMPILED = f"{OURS}, compiled"
 METHODS = (
     Method(BASELINE, _adamw_foreach, blocks=False),
     Method("AdamW, fused", _adamw_fused, blocks=False),
     Method("Muon (matrices only: {share})", _muon, blocks=False, matrices_only=True, most=1e8),
     Method(OURS, _wrapper, _first_and_multiples),
     Method(LOW_PRECISION, _low_precision, _first_and_multiples, most=1e8),
+    Method(COMPILED, _compiled, _first_and_multiples, most=1e7, compiles=True),
     Method(f"{OURS}, packed", _packed, _first_and_multiples, most=1e7),
     Method("funshampoo, functional (pure)", Functional, _first_and_multiples, most=1e7),
     # The reference applies roots only from its first refresh on, on step EVERY at the earliest.

@@ -7,6 +7,7 @@ Nothing pauses between two steps: after a pause of 50 ms, a first step takes up 
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,6 +72,7 @@ def interleave(
     first: int = 1,
     warmup: int = 2,
     steps: int | None = None,
+    shuffled: bool = False,
 ) -> list[Run]:
     """Step all contenders in turn.
 
@@ -82,12 +84,14 @@ def interleave(
         first: number of the first step.
         warmup: rounds that are not recorded.
         steps: this many rounds after the warm-up, whatever the seconds.
+        shuffled: every round has an order of its own, the same in every run.
     """
     runs: list[Run] = []
     wanted = {(c.name, kind): least.get(kind, 1) for c in contenders for kind in c.kinds}
     begun = time.perf_counter()
     for t in itertools.count(first):
-        for contender in contenders:
+        turns = random.Random(t).sample(contenders, len(contenders)) if shuffled else contenders
+        for contender in turns:
             contender.prepare()
             kind = contender.kind(t)
             elapsed = timed(contender.step, device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import funshampoo
-from benchmarks.methods import BASELINE, BETAS, LOW_PRECISION, LR, OURS
+from benchmarks.methods import BASELINE, BETAS, COMPILED, LOW_PRECISION, LR, OURS
 from benchmarks.section import Cell, Column, Rows, Section, Settings
 from benchmarks.timing import Contender, Run, interleave, times, times_of
 from benchmarks.works import CONVNET, TRANSFORMER, Work, loss_of
@@ -17,7 +17,7 @@ from benchmarks.works import CONVNET, TRANSFORMER, Work, loss_of
 EVERY = 20
 SIZE = 256
 EXAMPLES = {TRANSFORMER.name: 64, CONVNET.name: 128}
-INTERVALS = {TRANSFORMER.name: 2, CONVNET.name: 4}
+INTERVALS = {TRANSFORMER.name: 1, CONVNET.name: 4}
 
 ABOUT = f"""Forward, backward and optimizer's step. Shampoo at block size {SIZE}, a refresh every
 {EVERY} steps; the optimizers took turns, step by step, over whole intervals. The optimizer's time
@@ -49,10 +49,13 @@ def _cell(work: Work, settings: Settings) -> Callable[[], Rows]:
         examples, intervals = EXAMPLES[work.name], INTERVALS[work.name]
         if settings.quick:
             examples, intervals = examples // 4, 1
+        builders = {BASELINE: _adamw, **OPTIONS}
+        if settings.quick:  # compiling takes longer than that
+            builders = {name: b for name, b in builders.items() if not name.startswith(COMPILED)}
         contenders = [
-            *_training(work, examples, BASELINE, _adamw, settings.device),
-            *_training(work, examples, OURS, _shampoo, settings.device),
-            *_training(work, examples, LOW_PRECISION, _low_precision, settings.device),
+            contender
+            for name, build in builders.items()
+            for contender in _training(work, examples, name, build, settings.device)
         ]
         runs = interleave(
             contenders,
@@ -65,7 +68,8 @@ def _cell(work: Work, settings: Settings) -> Callable[[], Rows]:
         label = f"{work.name}, {examples} examples"
         return [
             {"work": label, "method": name, **_summary(runs, name)}
-            for name in (OURS, LOW_PRECISION)
+            for name in builders
+            if name != BASELINE
         ]
 
     return run
@@ -104,13 +108,18 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, LR, foreach=True)
 
 
-def _shampoo(params: Any) -> torch.optim.Optimizer:
-    return funshampoo.Shampoo(params, LR, BETAS, every=EVERY, max_size=SIZE)
+def _shampoo(**options: Any) -> Callable[[Any], torch.optim.Optimizer]:
+    return lambda params: funshampoo.Shampoo(
+        params, LR, BETAS, every=EVERY, max_size=SIZE, **options
+    )
 
 
-def _low_precision(params: Any) -> torch.optim.Optimizer:
-    options = {"every": EVERY, "max_size": SIZE, "product_dtype": torch.bfloat16}
-    return funshampoo.Shampoo(params, LR, BETAS, **options)
+OPTIONS = {
+    OURS: _shampoo(),
+    LOW_PRECISION: _shampoo(product_dtype=torch.bfloat16),
+    COMPILED: _shampoo(compile=True),
+    f"{COMPILED}, bfloat16 products": _shampoo(compile=True, product_dtype=torch.bfloat16),
+}
 
 
 def _summary(runs: list[Run], name: str) -> dict[str, Any]:
