@@ -106,7 +106,13 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         empty = map_leaves(torch.zeros_like, total)
         return out, MultiStepsState(count, empty, torch.zeros_like(used), skipped, new)
 
-    return GradientTransformation(init, update)
+    def refreshes(state: MultiStepsState, step: int | None = None) -> bool:
+        t = current_step(state.steps, step)
+        if inner.refreshes is None or t is None or t % every:
+            return False
+        return inner.refreshes(state.inner, None if step is None else t // every)
+
+    return GradientTransformation(init, update, refreshes=refreshes)
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -55,6 +55,9 @@ class GradientTransformation:
         apply: `apply(updates, state, params, **context) -> state`, for callers who own both state
             and parameters: as `update` with donate=True, followed by W ← W + U in the parameters'
             own memory. None where nothing is won by that; see `update_in_place`.
+        refreshes: `refreshes(state, step=None) -> bool`: whether the update of this state, step
+            number `step` if the caller knows, recomputes roots by the transformation's own
+            schedule. A combinator answers for its parts (`any_refreshes`). None: nothing does.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -75,6 +78,7 @@ class GradientTransformation:
     update: Callable[..., tuple[Tree, State]]
     name: str = ""
     apply: Callable[..., State] | None = None
+    refreshes: Callable[..., bool] | None = None
 
     def __post_init__(self) -> None:
         # Frozen for everybody else; this is the way in.
@@ -109,7 +113,36 @@ def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransfor
 
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     """The same functions under another name."""
-    return GradientTransformation(stage.init, stage.update, name, stage.apply)
+    return GradientTransformation(stage.init, stage.update, name, stage.apply, stage.refreshes)
+
+
+def any_refreshes(
+    parts: Mapping[str, GradientTransformation], state_of: Callable[[Any, str], Any] = getattr
+) -> Callable[..., bool] | None:
+    """`GradientTransformation.refreshes` of a combinator.
+
+    Args:
+        parts: by name.
+        state_of: (state, name) -> the part's state.
+    """
+    asked = [(name, part.refreshes) for name, part in parts.items() if part.refreshes is not None]
+    if not asked:
+        return None
+
+    def refreshes(state: State, step: int | None = None) -> bool:
+        return any([ask(state_of(state, name), step) for name, ask in asked])
+
+    return refreshes
+
+
+def is_refresh(
+    transformation: GradientTransformation, state: State, context: Mapping[str, Any]
+) -> bool:
+    """Whether an update in this context recomputes roots, as far as that is known on the host."""
+    if context.get("refresh") is not None:
+        return bool(context["refresh"])
+    ask = transformation.refreshes
+    return ask is not None and ask(state, context.get("step"))
 
 
 def as_transformation(stage: Any) -> GradientTransformation:

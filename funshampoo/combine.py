@@ -9,6 +9,7 @@ from funshampoo.base import (
     GradientTransformation,
     State,
     Tree,
+    any_refreshes,
     as_transformation,
     update_in_place,
 )
@@ -105,7 +106,12 @@ def chain(
             check_same_structure(params, updates, "params", "gradients")
 
     ends_in_place = bool(named) and list(named.values())[-1].apply is not None
-    return GradientTransformation(init, update, apply=apply if ends_in_place else None)
+    return GradientTransformation(
+        init,
+        update,
+        apply=apply if ends_in_place else None,
+        refreshes=any_refreshes(named, lambda state, name: state[name]),
+    )
 
 
 def _run(
@@ -160,7 +166,7 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
         out, new = inner.update(_hide(updates, flags), state.inner, visible, **context)
         return _fill(out, updates, flags), MaskedState(new)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, refreshes=any_refreshes({"inner": inner}))
 
 
 def partition(
@@ -218,7 +224,8 @@ def partition(
             states[label] = new.inner
         return updates, PartitionState(states)
 
-    return GradientTransformation(init, update)
+    refreshes = any_refreshes(parts, lambda state, label: state.inner[label])
+    return GradientTransformation(init, update, refreshes=refreshes)
 
 
 def _named(stages: tuple[Any, ...]) -> dict[str, GradientTransformation]:

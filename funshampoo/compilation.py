@@ -8,22 +8,21 @@ from typing import Any
 
 import torch
 
-from funshampoo.base import GradientTransformation, State, Tree, as_transformation, update_in_place
-from funshampoo.checks import check_count
+from funshampoo.base import (
+    GradientTransformation,
+    State,
+    Tree,
+    as_transformation,
+    is_refresh,
+    update_in_place,
+)
 from funshampoo.guard import known_to_be_finite
 from funshampoo.host import is_traced
 from funshampoo.state.stages import RootInverseState, ShardedState, find_state
-from funshampoo.steps import current_step, refresh_due
 from funshampoo.tree import flatten
 
 
-def compiled(
-    inner: GradientTransformation,
-    every: int | None = None,
-    *,
-    start: int = 1,
-    **options: Any,
-) -> GradientTransformation:
+def compiled(inner: GradientTransformation, **options: Any) -> GradientTransformation:
     """The same transformation, the steps that refresh no root compiled by torch.compile.
 
     A plain step becomes one graph, in which everything elementwise between two products is one pass
@@ -36,9 +35,7 @@ def compiled(
     under torch.func and torch.compile.
 
     Args:
-        inner: a whole chain.
-        every, start: when roots are refreshed: this rules, in place of `root_inverse`'s arguments,
-            whose `stagger` and `delay` are without effect. None where nothing has roots.
+        inner: a whole chain. With `stagger`, every step refreshes, and none is compiled.
         options: of torch.compile, such as backend or mode.
 
     Context: `step=` or `refresh=` as in `root_inverse`.
@@ -46,8 +43,8 @@ def compiled(
     State: of `inner`.
 
     Raises:
-        ValueError, TypeError: every or start out of range; from update, `inner` has roots and
-            every is None, or its blocks are `sharded`.
+        ValueError: from update, its blocks are `sharded`; or it has roots, and a combinator around
+            them has no `refreshes` to say when they are recomputed.
 
     >>> import torch
     >>> from funshampoo import sgd, update_in_place
@@ -58,9 +55,6 @@ def compiled(
     {'w': tensor([0.9000, 0.9000])}
     """
     inner = as_transformation(inner)
-    if every is not None:
-        check_count("every", every)
-    check_count("start", start)
 
     def in_place(updates: Tree, state: State, params: Tree, **context: Any) -> State:
         return update_in_place(inner, updates, state, params, **context)
@@ -70,18 +64,6 @@ def compiled(
 
     plain = _compiled(out_of_place, options)
     plain_in_place = _compiled(in_place, options)
-
-    def refreshes(state: State, context: dict[str, Any]) -> bool:
-        if context.get("refresh") is not None:
-            return bool(context["refresh"])
-        roots = find_state(state, RootInverseState)
-        if roots is None:
-            return False
-        if every is None:
-            raise ValueError("compiled: say when the roots are refreshed, as in compiled(tx, 10).")
-        t = current_step(roots.steps, context.get("step"))
-        assert t is not None  # not traced, so it can be read
-        return refresh_due(t, every, start)
 
     def chosen(
         as_it_is: Callable[..., Any],
@@ -93,14 +75,14 @@ def compiled(
     ) -> Any:
         if is_traced():
             return as_it_is(updates, state, params, **context)
-        if find_state(state, ShardedState) is not None:
-            raise ValueError("compiled: a graph can't wait for other ranks; leave out sharded.")
-        context["refresh"] = refreshes(state, context)
+        _check(inner, state)
         gradients, _ = flatten(updates)
         finite = known_to_be_finite(gradients)
-        if context["refresh"] or finite is False or any([g is None for g in gradients]):
+        refreshes = is_refresh(inner, state, context)
+        if refreshes or finite is False or any([g is None for g in gradients]):
             return as_it_is(updates, state, params, **context)
         context.pop("step", None)  # a number that would be compiled into the graph
+        context["refresh"] = False
         if finite:
             context["finite"] = True
         return graph(updates, state, params, **context)
@@ -111,7 +93,17 @@ def compiled(
     def apply(updates: Tree, state: State, params: Tree, **context: Any) -> State:
         return chosen(in_place, plain_in_place, updates, state, params, context)
 
-    return GradientTransformation(inner.init, update, inner.name, apply)
+    return GradientTransformation(inner.init, update, inner.name, apply, inner.refreshes)
+
+
+def _check(inner: GradientTransformation, state: State) -> None:
+    if find_state(state, ShardedState) is not None:
+        raise ValueError("compiled: a graph can't wait for other ranks; leave out sharded.")
+    if inner.refreshes is None and find_state(state, RootInverseState) is not None:
+        raise ValueError(
+            "compiled: there are roots, and nobody says when they are recomputed. Give the "
+            "combinator around root_inverse refreshes=any_refreshes(...), see funshampoo.base."
+        )
 
 
 def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:

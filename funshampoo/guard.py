@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Tree, as_transformation
+from funshampoo.base import GradientTransformation, Tree, any_refreshes, as_transformation
 from funshampoo.checks import check_count
 from funshampoo.host import unwrapped
 from funshampoo.state.places import Place, block_names, map_tensors
@@ -120,7 +120,8 @@ def guarded(
         )
         return out, GuardedState(state.steps + 1, held, streak, new)
 
-    return GradientTransformation(init, update, name=inner.name)
+    refreshes = any_refreshes({"inner": inner})
+    return GradientTransformation(init, update, name=inner.name, refreshes=refreshes)
 
 
 def _stop_at(max_failures: int, state: GuardedState, layout: Mapping[str, Any]) -> None:

@@ -113,7 +113,11 @@ def _injected(
         out, inner = build(hyperparams).update(updates, state.inner, params, **context)
         return out, HyperparamsState(state.steps + 1, hyperparams, inner)
 
-    return GradientTransformation(init, update, name="inject_hyperparams")
+    def refreshes(state: HyperparamsState, step: int | None = None) -> bool:
+        ask = build(state.hyperparams).refreshes
+        return ask is not None and ask(state.inner, step)
+
+    return GradientTransformation(init, update, name="inject_hyperparams", refreshes=refreshes)
 
 
 def _takes_number(bound: inspect.BoundArguments, name: str) -> bool:

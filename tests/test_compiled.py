@@ -45,19 +45,19 @@ def trained(tx: fs.GradientTransformation, steps: int, **context: Any) -> Any:
 def test_the_same_numbers_and_one_graph() -> None:
     """Refreshes, on which the eigendecompositions would be compiled too, are not."""
     counter = CompileCounter()
-    mine = trained(fs.compiled(chain(), EVERY, backend=counter), 3 * EVERY)
+    mine = trained(fs.compiled(chain(), backend=counter), 3 * EVERY)
     assert_close(mine, trained(chain(), 3 * EVERY), 1e-10)
     assert counter.frame_count == 1
     assert (mine[0]["w"] - tree(0)["w"]).abs().min() > 1e-3
 
 
 def test_a_start_of_its_own() -> None:
-    mine = trained(fs.compiled(chain(start=3), EVERY, start=3, backend="eager"), 2 * EVERY)
+    mine = trained(fs.compiled(chain(start=3), backend="eager"), 2 * EVERY)
     assert_close(mine, trained(chain(start=3), 2 * EVERY), 1e-10)
 
 
 def test_pure_where_it_is_called_so() -> None:
-    tx, params = fs.compiled(chain(), EVERY, backend="aot_eager"), tree(0)
+    tx, params = fs.compiled(chain(), backend="aot_eager"), tree(0)
     _, state = tx.update(tree(1), tx.init(params), params)
     before = snapshot(params, state)
     updates, new = tx.update(tree(2), state, params)
@@ -75,7 +75,7 @@ def test_large_factors_are_accumulated_in_place(backend: str) -> None:
     params = {"w": torch.randn(512, 256, generator=make)}
     grads = [{"w": torch.randn(512, 256, generator=make)} for _ in range(3)]
     plain = fs.shampoo(0.1, every=100)
-    tx = fs.compiled(plain, 100, backend=backend)
+    tx = fs.compiled(plain, backend=backend)
     state = tx.init(params)
     state = fs.update_in_place(tx, grads[0], state, params)
     other_params, other = clone(params), clone(state)
@@ -111,14 +111,14 @@ def test_a_gradient_that_is_not_finite_is_held(value: float) -> None:
             state = fs.update_in_place(tx, grads, state, params)
         return params, state
 
-    mine, expected = run(fs.compiled(chain(), EVERY, backend="eager")), run(chain())
+    mine, expected = run(fs.compiled(chain(), backend="eager")), run(chain())
     assert_close(mine, expected, 1e-5)
     held = fs.state.find_state(mine[1], fs.state.GuardedState).held
     assert sum(int(n.sum()) for n in held.values()) == 2
 
 
 def test_failures_in_a_row_are_an_error_here_too() -> None:
-    tx = fs.compiled(chain(max_failures=2, every=1), 1, backend="eager")
+    tx = fs.compiled(chain(max_failures=2, every=1), backend="eager")
     params = tree(0)
     state = tx.init(params)
     bad = {n: g * torch.nan for n, g in params.items()}
@@ -130,7 +130,7 @@ def test_failures_in_a_row_are_an_error_here_too() -> None:
 
 def test_a_missing_gradient() -> None:
     counter = CompileCounter()
-    tx, plain = fs.compiled(chain(), EVERY, backend=counter), chain()
+    tx, plain = fs.compiled(chain(), backend=counter), chain()
     params = tree(0)
     state = tx.init(params)
     other_params, other = clone(params), clone(state)
@@ -143,7 +143,7 @@ def test_a_missing_gradient() -> None:
 
 
 def test_refresh_and_step_decide_as_elsewhere() -> None:
-    tx, params = fs.compiled(chain(), EVERY, backend="eager"), tree(0)
+    tx, params = fs.compiled(chain(), backend="eager"), tree(0)
     _, state = tx.update(tree(1), tx.init(params), params)
 
     def root(**context: Any) -> Tensor:
@@ -158,7 +158,7 @@ def test_refresh_and_step_decide_as_elsewhere() -> None:
 
 
 def test_under_torch_func_it_is_what_is_inside() -> None:
-    tx, params = fs.compiled(chain(), EVERY, backend="eager"), tree(0)
+    tx, params = fs.compiled(chain(), backend="eager"), tree(0)
     many = {n: torch.stack([p, 2 * p]) for n, p in params.items()}
     grads = {n: torch.stack([p, 3 * p]) for n, p in tree(1).items()}
 
@@ -169,14 +169,23 @@ def test_under_torch_func_it_is_what_is_inside() -> None:
     assert_equal(updates(tx), updates(chain()))
 
 
-def test_roots_without_a_schedule_are_an_error() -> None:
-    tx, params = fs.compiled(chain()), tree(0)
-    with pytest.raises(ValueError, match="say when the roots are refreshed"):
+def test_roots_that_a_combinator_hides_are_an_error() -> None:
+    hidden = fs.GradientTransformation(chain().init, chain().update)
+    tx, params = fs.compiled(hidden), tree(0)
+    with pytest.raises(ValueError, match="nobody says when they are recomputed"):
         tx.update(tree(1), tx.init(params), params)
 
 
+def test_roots_that_come_into_use_later() -> None:
+    """Asked for on one step and used two later: neither is compiled."""
+    counter = CompileCounter()
+    mine = trained(fs.compiled(chain(delay=2), backend=counter), 3 * EVERY)
+    assert_close(mine, trained(chain(delay=2), 3 * EVERY), 1e-10)
+    assert counter.frame_count == 1
+
+
 def test_ranks_are_an_error() -> None:
-    tx, params = fs.compiled(chain(distribute=fs.sharded), EVERY), tree(0)
+    tx, params = fs.compiled(chain(distribute=fs.sharded)), tree(0)
     with pytest.raises(ValueError, match="leave out sharded"):
         tx.update(tree(1), tx.init(params), params)
 
@@ -255,7 +264,7 @@ class TestWrapper:
         self.assert_same([both[0], copies[0]])
         self.assert_same([both[0], fresh[0]])
 
-    @pytest.mark.parametrize("options", [{"stagger": True}, {"delay": 2}])
+    @pytest.mark.parametrize("options", [{"stagger": True}, {"distribute": fs.sharded}])
     def test_what_does_not_go_together(self, options: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=f"compile and {next(iter(options))}"):
             self.pair(**options)

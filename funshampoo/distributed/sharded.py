@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Tree, as_transformation
+from funshampoo.base import (
+    GradientTransformation,
+    Tree,
+    any_refreshes,
+    as_transformation,
+    is_refresh,
+)
 from funshampoo.checks import check_choice, check_count
 from funshampoo.distributed.collectives import ProcessGroup, check_outside_transforms, rank_and_size
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
@@ -145,7 +151,7 @@ def sharded(
             if params is not None:
                 my_params = space.select(params, own)
             if pieces:
-                tiling = _tiling_of(mine, tile, tilings)
+                tiling = _tiling_of(mine, tile, is_refresh(inner, state.inner, context), tilings)
                 return {}, _update_tiles(inner, mine, state.inner, my_params, here, put, tiling)
             out, new = inner.update(mine, state.inner, my_params, **here)
             out = space.without(out, absent or {}, own)
@@ -171,7 +177,8 @@ def sharded(
             out = full if pieces else space.rebuilt(full)
         return out, ShardedState(new, state.owned, state.ranks, report)
 
-    return GradientTransformation(init, update, name=inner.name)
+    refreshes = any_refreshes({"inner": inner})
+    return GradientTransformation(init, update, name=inner.name, refreshes=refreshes)
 
 
 def _number(state: ShardedState, step: int | None) -> int | None:
@@ -192,12 +199,14 @@ def _check_owned(own: Mapping[str, Any], ranks: Mapping[str, Any], state: Sharde
         )
 
 
-def _tiling_of(mine: Mapping[str, Tensor], size: TileSize, known: dict[Any, Tiling]) -> Tiling:
-    key = size, *[(name, x.shape) for name, x in mine.items()]
+def _tiling_of(
+    mine: Mapping[str, Tensor], size: TileSize, refresh: bool, known: dict[Any, Tiling]
+) -> Tiling:
+    key = size, refresh, *[(name, x.shape) for name, x in mine.items()]
     if key not in known:
         blocks = {name: (tuple(x.shape[1:]), len(x)) for name, x in mine.items()}
         device = next((x.device for x in mine.values()), torch.device("cpu"))
-        known[key] = Tiling(blocks, size, device)
+        known[key] = Tiling(blocks, size, device, refresh=refresh)
     return known[key]
 
 

@@ -14,7 +14,6 @@ from funshampoo.compilation import compiled
 from funshampoo.optim.vocabulary import (
     Method,
     Vocabulary,
-    refreshes_of,
     same_arguments,
     structural,
     untouched,
@@ -235,13 +234,16 @@ class GroupRun:
         arguments = words.arguments(group)
         given, rate = arguments, None
         name = _rate_of(words)
+        for other in ("distribute", "stagger"):
+            if self._options is not None and arguments.get(other):
+                raise ValueError(f"compile and {other} do not go together: leave out one of them.")
         if self._options is not None and isinstance(arguments.get(name), (int, float)):
             # A graph reads a tensor anew on every step, and has a number in its code.
             rate = torch.tensor(float(arguments[name]), dtype=torch.float64)
             given = arguments | {name: rate}
         built = words.build(given)
         if self._options is not None:
-            built = compiled(built, **refreshes_of(arguments), **self._options)
+            built = compiled(built, **self._options)
         return _Chain(words, words.raw(group), arguments, structural(arguments), built, rate)
 
     def _trainable(self, group: Mapping[str, Any], others: Collection[int]) -> list[_Known]:

@@ -153,20 +153,6 @@ class Vocabulary:
         )
 
 
-def refreshes_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """When a recipe refreshes roots, for `compiled`: `every` and `start`, or what is known of them.
-
-    Raises:
-        ValueError: it is not known, or the work is shared among ranks.
-    """
-    for name in ("stagger", "delay", "distribute"):
-        if arguments.get(name):
-            raise ValueError(f"compile and {name} do not go together: leave out one of them.")
-    if "precondition_frequency" in arguments:
-        raise ValueError("compile goes with shampoo, not with from_reference.")
-    return {name: arguments[name] for name in ("every", "start") if name in arguments}
-
-
 def same_arguments(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two calls of a recipe give the same chain.
 

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Tree, add_in_place, as_transformation
+from funshampoo.base import (
+    GradientTransformation,
+    Tree,
+    add_in_place,
+    any_refreshes,
+    as_transformation,
+)
 from funshampoo.checks import check_choice, check_count
 from funshampoo.combine import Mask
 from funshampoo.host import is_traced
@@ -147,7 +153,8 @@ def blocked(
         return BlockedState(steps.run(inner, state.inner, given, put, context), state.layout)
 
     tiled = TiledSteps(tile)
-    return GradientTransformation(init, update, apply=apply)
+    refreshes = any_refreshes({"inner": inner})
+    return GradientTransformation(init, update, apply=apply, refreshes=refreshes)
 
 
 def _update_whole(

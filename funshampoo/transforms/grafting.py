@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from funshampoo.base import GradientTransformation, Tree, as_transformation
+from funshampoo.base import GradientTransformation, Tree, any_refreshes, as_transformation
 from funshampoo.checks import check_count
 from funshampoo.state.stages import GraftState
 from funshampoo.steps import current_step, new_counter
@@ -85,7 +85,8 @@ def graft(
             (grafted,) = update_columns(begun, grafted, (), (partner,))
         return grafted, new
 
-    return GradientTransformation(init, update)
+    refreshes = any_refreshes({"direction": direction, "onto": onto})
+    return GradientTransformation(init, update, refreshes=refreshes)
 
 
 def _norms(xs: Column, block_ndim: int) -> Column:

@@ -20,7 +20,13 @@ from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState
 from funshampoo.steps import current_step, new_counter
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.transforms.refresh import Refresh
-from funshampoo.transforms.turns import Refreshes, Schedule, everybody, refreshes_at
+from funshampoo.transforms.turns import (
+    Refreshes,
+    Schedule,
+    anybody_at,
+    everybody,
+    refreshes_at,
+)
 from funshampoo.tree import (
     cast,
     check_parameters,
@@ -193,7 +199,11 @@ def root_inverse(
         directions = _directions(updates, roots, block_ndim, product_dtype)
         return directions, RootInverseState(state.steps + 1, roots)
 
-    return GradientTransformation(init, update)
+    def refreshes(state: RootInverseState, step: int | None = None) -> bool:
+        t = current_step(state.steps, step)
+        return t is not None and anybody_at(t, schedule)
+
+    return GradientTransformation(init, update, refreshes=refreshes)
 
 
 _FEW_COLUMNS = 16

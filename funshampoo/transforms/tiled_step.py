@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation
+from funshampoo.base import GradientTransformation, is_refresh
 from funshampoo.state.places import rows_of
 from funshampoo.state.stages import ShardedState
 from funshampoo.transforms.layout import Layout, block_ids
@@ -64,7 +64,9 @@ class TiledStep:
         self._size = size
         self._ids = block_ids(layout)
         blocks = {name: (s.block, s.rows) for name, s in stacks.items()}
-        self._tiling = Tiling(blocks, size, device)
+        self._plain, self._refresh = (
+            Tiling(blocks, size, device, refresh=refresh) for refresh in (False, True)
+        )
 
     def run(
         self,
@@ -90,7 +92,8 @@ class TiledStep:
             for name, rows in tile.items():
                 put(name, rows, updates[name])
 
-        return self._tiling.run(update, put_all, state)
+        tiling = self._refresh if is_refresh(inner, state, context) else self._plain
+        return tiling.run(update, put_all, state)
 
     def _run_sharded(
         self,

@@ -39,17 +39,24 @@ NUMBERS_ELSEWHERE = 2**26
 """The most in a tile on other devices: 256 MiB in float32, so that kernels run for as long as a
 hundred launches take, and a large model's step holds no copies of it."""
 
+NUMBERS_AT_ONCE = 2**22
+"""Of a step that refreshes roots, all are one tile up to here, and tiles as large as `NUMBERS`
+allows beyond: threads share the roots of a tile, and each tile has them wait for the last."""
+
 FLOPS = 1e9
 """Of the products of a tile, likewise: ten milliseconds or more, beside which the fixed cost of
 another tile, less than half a millisecond, does not count."""
 
 
-def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile]:
+def tiles_for(
+    blocks: Blocks, size: TileSize, device: torch.device, *, refresh: bool = False
+) -> list[Tile]:
     """The tiles of these stacks.
 
     Args:
         size: numbers in a tile; "auto" weighs what a tile needs against what it costs on a CPU, and
             makes large ones elsewhere, where kernels wait to be launched. None for none.
+        refresh: for a step that recomputes roots.
     """
     rows = {stack: count for stack, (_, count) in blocks.items()}
     numel = {stack: math.prod(block) for stack, (block, _) in blocks.items()}
@@ -59,11 +66,16 @@ def tiles_for(blocks: Blocks, size: TileSize, device: torch.device) -> list[Tile
         size = NUMBERS_ELSEWHERE
     if size != "auto":
         return tiles_of(rows, numel, size)
+    total = sum(numel[stack] * rows[stack] for stack in rows)
+    if refresh and total <= NUMBERS_AT_ONCE:
+        return tiles_of(rows, numel, total)
     flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
     threads = max(torch.get_num_threads(), 2)
-    share = sum(numel[stack] * rows[stack] for stack in rows) / SHARE / threads
+    share = total / SHARE / threads
 
     def weight(stack: str) -> float:
+        if refresh:
+            return numel[stack] / NUMBERS
         heavy = flops[stack] * rows[stack] > threads * FLOPS
         numbers = min(NUMBERS, share) if heavy else NUMBERS
         return max(numel[stack] / numbers, flops[stack] / FLOPS)
@@ -126,13 +138,15 @@ class _Part(NamedTuple):
 
 
 class Tiling:
-    """The tiles of a set of stacks, and how states are cut along them."""
+    """The tiles of a set of stacks, and how states are cut along them; see `tiles_for`."""
 
-    def __init__(self, blocks: Blocks, size: TileSize, device: torch.device) -> None:
+    def __init__(
+        self, blocks: Blocks, size: TileSize, device: torch.device, *, refresh: bool = False
+    ) -> None:
         if device.type == "cpu":
             keep_freed_memory()
         self.rows = {stack: rows for stack, (_, rows) in blocks.items()}
-        self.tiles = tiles_for(blocks, size, device)
+        self.tiles = tiles_for(blocks, size, device, refresh=refresh)
         self._parts: dict[Any, list[_Part] | None] = {}  # by structure
 
     def run(

@@ -87,6 +87,14 @@ def refreshes_at(
     return Refreshes(asked=due(step), used=due(step - delay) if step - delay > start else None)
 
 
+def anybody_at(step: int, schedule: Schedule) -> bool:
+    """Whether it may be somebody's turn at this step."""
+    every, start, stagger, delay = schedule
+    if step <= start:
+        return step == start
+    return stagger or step % every == 0 or (delay > 0 and (step - delay) % every == 0)
+
+
 def everybody(updates: Tree) -> Tree:
     """All of every leaf."""
     return map_leaves(lambda u: EVERYBODY, updates)

@@ -244,6 +244,11 @@ def test_tiles_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"256x256": ((256, 256), 48)}  # a quarter, of four tensors each: the parameters once
     assert [len(tile["256x256"]) for tile in tiles_for(small, "auto", cpu)] == [12] * 4
     assert all(len(tile["1024x1024"]) == 2 for tile in tiles_for(large, "auto", cpu))
+    # Threads share the roots of a tile, and wait for one another at its end.
+    assert len(tiles_for(small, "auto", cpu, refresh=True)) == 1
+    refreshed = tiles_for(resnet, "auto", cpu, refresh=True)
+    assert 1 < len(refreshed) < len(tiles_for(resnet, "auto", cpu))
+    assert tiles_for(resnet, 10**6, cpu, refresh=True) == tiles_for(resnet, 10**6, cpu)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 32)  # each needs something to do
     assert len(tiles_for(resnet, "auto", cpu)) == 5
     assert [len(tile["1024x1024"]) for tile in tiles_for(large, "auto", cpu)] == [32, 32, 32, 4]
