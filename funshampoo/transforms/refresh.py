@@ -20,6 +20,7 @@ from funshampoo.transforms.roots import (
     RootRule,
     Rows,
     handed_over,
+    overwrite,
     put,
     renewed_at_once,
     taken,
@@ -41,9 +42,18 @@ class _OnItsWay(NamedTuple):
     def parts(self) -> Sequence[Callable[[], Found]]:
         return self.found.parts if isinstance(self.found, Solving) else ()
 
-    def ended(self) -> FactorRoot:
-        new = self.take_over(result_of(self.found), rows_of_side(self.old, self.rows))
-        return FactorRoot(*[put(x, self.rows, y) for x, y in zip(self.old, new)])
+    def ended(self, donate: bool) -> FactorRoot:
+        """What the side remembers now; in the old one's memory, part by part, if it is donated."""
+        old = self.old
+        if donate and isinstance(self.found, Solving):
+            for rows, found in self.found.taken(self.rows):
+                before = rows_of_side(old, rows)
+                for x, was, y in zip(old, before, self.take_over(found, before)):
+                    if y is not was:
+                        overwrite(x, rows, y)
+            return old
+        new = self.take_over(result_of(self.found), rows_of_side(old, self.rows))
+        return FactorRoot(*[put(x, self.rows, y) for x, y in zip(old, new)])
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,12 @@ class Refresh:
     basis_tolerance: Hyper | None
 
     def __call__(
-        self, turns: Refreshes, updates: Tree, statistics: KroneckerState, roots: Tree
+        self,
+        turns: Refreshes,
+        updates: Tree,
+        statistics: KroneckerState,
+        roots: Tree,
+        donate: bool,
     ) -> Tree:
         """The roots after a step on which it is these blocks' turn.
 
@@ -66,10 +81,10 @@ class Refresh:
         factors, weight = statistics.factors, statistics.weight
         if turns.used is not None:
             _, roots = update_leaves(self._used, updates, (roots,), (turns.used, factors))
-            roots = _all_ended(updates, roots)
+            roots = _all_ended(updates, roots, donate)
         if turns.now is not None:
             _, roots = update_leaves(self._now, updates, (roots,), (turns.now, factors, weight))
-            roots = _all_ended(updates, roots)
+            roots = _all_ended(updates, roots, donate)
         if turns.asked is not None:
             _, roots = update_leaves(self._asked, updates, (roots,), (turns.asked, factors, weight))
         return roots
@@ -119,7 +134,7 @@ class Refresh:
         )
 
 
-def _all_ended(updates: Tree, roots: Tree) -> Tree:
+def _all_ended(updates: Tree, roots: Tree, donate: bool) -> Tree:
     """Begin all, wait for all, and only then take them over.
 
     An operator here, between two that are waited for, would wake kernel threads of this thread,
@@ -134,7 +149,9 @@ def _all_ended(updates: Tree, roots: Tree) -> Tree:
         return u, sides
 
     def ended(u: Tensor, sides: Any) -> tuple[Any, ...]:
-        return u, tuple(side.ended() if isinstance(side, _OnItsWay) else side for side in sides)
+        return u, tuple(
+            side.ended(donate) if isinstance(side, _OnItsWay) else side for side in sides
+        )
 
     update_leaves(listed, updates, (roots,))
     begin(parts)

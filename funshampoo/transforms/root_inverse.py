@@ -187,6 +187,7 @@ def root_inverse(
         step: int | None = None,
         refresh: bool | None = None,
         block_ids: Any = None,
+        donate: bool = False,
     ) -> tuple[Tree, RootInverseState]:
         statistics = _statistics_over(updates, upstream)
         roots = state.roots
@@ -195,7 +196,7 @@ def root_inverse(
             turns = Refreshes(now=everybody(updates) if refresh else None)
         else:
             turns = refreshes_at(t, schedule, updates, block_ids)
-        roots = refreshed(turns, updates, statistics, roots)
+        roots = refreshed(turns, updates, statistics, roots, donate)
         directions = _directions(updates, roots, block_ndim, product_dtype)
         return directions, RootInverseState(state.steps + 1, roots)
 

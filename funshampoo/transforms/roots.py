@@ -88,6 +88,16 @@ def put(x: Any, rows: Rows, new: Any) -> Any:
     return x.index_copy(0, torch.tensor(list(rows), dtype=torch.int64, device=x.device), new)
 
 
+def overwrite(x: Any, rows: Rows, new: Any) -> None:
+    """Write new values into these rows of x."""
+    if not isinstance(x, Tensor):
+        return
+    if rows is None or isinstance(rows, range):
+        taken(x, rows).copy_(new)
+    else:
+        x.index_copy_(0, torch.tensor(list(rows), dtype=torch.int64, device=x.device), new)
+
+
 def renewed(found: Found, old: FactorRoot) -> FactorRoot:
     """The new roots where the solver converged on statistics that are not zero, else the old."""
     accepted = found.converged & found.known

@@ -13,7 +13,7 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -69,6 +69,11 @@ class Task:
         assert self._future is not None
         return self._future.result()
 
+    def take(self) -> Found:
+        """As a call, and the last: it is not kept here."""
+        found, self._future = self(), None
+        return found
+
 
 class Solving:
     """Roots on their way.
@@ -80,6 +85,22 @@ class Solving:
 
     def __init__(self, parts: Sequence[Callable[[], Found]]) -> None:
         self.parts = parts
+
+    def taken(self, rows: Rows) -> Iterator[tuple[Rows, Found]]:
+        """Which of the rows, and what was found for them; part by part, each let go of then.
+
+        rows: all that it was asked for.
+        """
+        begin(self.parts)
+        first = 0
+        for part in self.parts:
+            found = part.take() if isinstance(part, Task) else part()
+            if found.residual.ndim == 0:  # the one matrix of a leaf
+                yield rows, found
+                continue
+            last = first + len(found.residual)
+            yield (range(first, last) if rows is None else rows[first:last]), found
+            first = last
 
 
 def solving(
