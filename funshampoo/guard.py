@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Tree, any_refreshes, as_transformation
 from funshampoo.checks import check_count
-from funshampoo.host import unwrapped
+from funshampoo.host import is_traced, unwrapped
 from funshampoo.state.places import Place, block_names, map_tensors
 from funshampoo.state.stages import FactorRoot, GuardedState, find_state, walk
 from funshampoo.steps import new_counter, read_counter
@@ -97,8 +97,9 @@ def guarded(
             everywhere = find_state(whole, GuardedState) or state
             _stop_at(max_failures, everywhere, context.get("layout", {}))
         source = updates if gradient is None else gradient
-        norms = None if finite else _norms(source, updates, block_ndim)
         context["block_ndim"] = block_ndim
+        finite = finite or bool(known_to_be_finite(flatten(source)[0]))
+        norms = None if finite else _norms(source, updates, block_ndim)
         if finite or _all_usable(flatten(norms)[0]):
             if gradient is not None:
                 context["gradient"] = gradient
@@ -163,9 +164,9 @@ def _all_usable(norms: Sequence[Tensor | None]) -> bool:
 
 
 def known_to_be_finite(gradients: Sequence[Tensor | None]) -> bool | None:
-    """Whether `guarded` would hold none of these; None where reading that would wait."""
+    """Whether `guarded` surely holds none of these; None where reading that would wait."""
     found = [g for g in gradients if g is not None]
-    if not all([g.is_cpu for g in found]):
+    if is_traced() or not all([g.is_cpu for g in found]):
         return None
     of_dtype: dict[torch.dtype, list[Tensor]] = {}
     for g in found:

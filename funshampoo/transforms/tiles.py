@@ -67,7 +67,7 @@ def tiles_for(
     if size != "auto":
         return tiles_of(rows, numel, size)
     total = sum(numel[stack] * rows[stack] for stack in rows)
-    if refresh and total <= NUMBERS_AT_ONCE:
+    if total <= (NUMBERS_AT_ONCE if refresh else NUMBERS):
         return tiles_of(rows, numel, total)
     flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
     threads = max(torch.get_num_threads(), 2)
