@@ -12,10 +12,10 @@ from benchmarks.works import CONVNET, GPT2, MLP, RESNET, SMALL, TRANSFORMER, WOR
 
 INTERVALS = (1, 10, 50)
 SECONDS = {
-    MLP.name: 6.0,
-    TRANSFORMER.name: 12.0,
-    CONVNET.name: 6.0,
-    RESNET.name: 20.0,
+    MLP.name: 5.0,
+    TRANSFORMER.name: 9.0,
+    CONVNET.name: 5.0,
+    RESNET.name: 15.0,
     GPT2.name: 1.0,
     SMALL.name: 3.0,
 }

@@ -79,7 +79,7 @@ def interleave(
     Args:
         contenders: in the order of their turns.
         device: what to wait for before the clock is read.
-        seconds: no new round begins after this long, once everybody has its `least` runs.
+        seconds: no new round begins so long after the warm-up, once everybody has its `least` runs.
         least: {kind: runs} that every contender with steps of this kind gets.
         first: number of the first step.
         warmup: rounds that are not recorded.
@@ -90,6 +90,8 @@ def interleave(
     wanted = {(c.name, kind): least.get(kind, 1) for c in contenders for kind in c.kinds}
     begun = time.perf_counter()
     for t in itertools.count(first):
+        if t == first + warmup:
+            begun = time.perf_counter()
         turns = random.Random(t).sample(contenders, len(contenders)) if shuffled else contenders
         for contender in turns:
             contender.prepare()

@@ -52,6 +52,8 @@ def _cell(work: Work, settings: Settings) -> Callable[[], Rows]:
         builders = {BASELINE: _adamw, **OPTIONS}
         if settings.quick:  # compiling takes longer than that
             builders = {name: b for name, b in builders.items() if not name.startswith(COMPILED)}
+        elif work is TRANSFORMER:  # whose passes take a second
+            del builders[COMPILED]
         contenders = [
             contender
             for name, build in builders.items()
