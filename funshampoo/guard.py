@@ -147,7 +147,12 @@ def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
 
 
 def _usable(norm: Tensor) -> Tensor:
-    return norm * norm <= torch.finfo(norm.dtype).max * 2.0**-20
+    return norm * norm <= _limit(norm.dtype)
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """Of ‖G‖²."""
+    return torch.finfo(dtype).max * 2.0**-20
 
 
 def _all_usable(norms: Sequence[Tensor | None]) -> bool:
@@ -168,16 +173,12 @@ def known_to_be_finite(gradients: Sequence[Tensor | None]) -> bool | None:
     found = [g for g in gradients if g is not None]
     if is_traced() or not all([g.is_cpu for g in found]):
         return None
-    of_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for g in found:
-        of_dtype.setdefault(g.dtype, []).append(g)
     # The norm of a whole leaf is that of its blocks at least.
-    return all(
-        [
-            _all_usable(torch._foreach_norm(same, 2, torch.promote_types(dtype, torch.float32)))
-            for dtype, same in of_dtype.items()
-        ]
-    )
+    squares: dict[torch.dtype, list[Tensor]] = {}
+    for g in found:
+        flat = cast(g, compute_dtype(g)).reshape(-1)
+        squares.setdefault(flat.dtype, []).append(torch.dot(flat, flat))
+    return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])
 
 
 def _verdicts(norms: Tree, block_ndim: int) -> Tree:
