@@ -90,6 +90,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
             context["step"] = t // every
         # `inner` may not consume its state: a step without one finite gradient falls back to it.
         context["donate"] = False
+        context.pop("finite", None)  # of this micro-batch, not of the mean
         some = used > 0
         guards = find_state(state.inner, GuardedState) is not None
         shared = guards and is_shared(state.inner)

@@ -41,7 +41,8 @@ def chain(
     Context: every stage receives what the caller passed, and `upstream`: the new states of the
     stages before it, in this chain and in those around it. `gradient` is handed down as it came; it
     is absent outside a scope such as `blocked`, and then stages use their updates, so that clipping
-    earlier in the chain reaches later moments, as in Optax.
+    earlier in the chain reaches later moments, as in Optax. `finite` is handed to the first stage
+    alone, since it speaks of what that one gets.
 
     State: a dict {name: state of the stage}.
 
@@ -95,6 +96,8 @@ def chain(
         first = {name: tx for name, tx in named.items() if name != last}
         context["donate"] = True
         updates, states = _run(first, updates, state, params, upstream, context)
+        if first:
+            context.pop("finite", None)
         context["upstream"] = (*upstream, *states.values())
         states[last] = update_in_place(stage, updates, state[last], params, **context)
         return states
@@ -128,6 +131,8 @@ def _run(
         updates, states[name] = stage.update(
             updates, state[name], params, upstream=before, **context
         )
+        if "finite" in context:
+            context = {key: value for key, value in context.items() if key != "finite"}
     return updates, states
 
 

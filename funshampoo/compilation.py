@@ -16,9 +16,9 @@ from funshampoo.base import (
     is_refresh,
     update_in_place,
 )
-from funshampoo.guard import known_to_be_finite
+from funshampoo.guard import surely_usable
 from funshampoo.host import is_traced
-from funshampoo.state.stages import RootInverseState, ShardedState, find_state
+from funshampoo.state.stages import MultiStepsState, RootInverseState, ShardedState, find_state
 from funshampoo.tree import flatten
 
 
@@ -36,15 +36,17 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
 
     Args:
         inner: a whole chain. With `stagger`, every step refreshes, and none is compiled.
-        options: of torch.compile, such as backend or mode.
+        options: of torch.compile, such as backend or mode; fullgraph is True and dynamic False
+            where they are not given.
 
     Context: `step=` or `refresh=` as in `root_inverse`.
 
     State: of `inner`.
 
     Raises:
-        ValueError: from update, its blocks are `sharded`; or it has roots, and a combinator around
-            them has no `refreshes` to say when they are recomputed.
+        ValueError: from update, its blocks are `sharded`; there is a `multi_steps` inside (which
+            goes around `compiled`); or it has roots, and a combinator around them has no
+            `refreshes` to say when they are recomputed.
 
     >>> import torch
     >>> from funshampoo import sgd, update_in_place
@@ -62,43 +64,39 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
     def out_of_place(updates: Tree, state: State, params: Tree, **context: Any) -> Any:
         return inner.update(updates, state, params, **context)
 
-    plain = _compiled(out_of_place, options)
-    plain_in_place = _compiled(in_place, options)
+    def by_graph(step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step, as a graph wherever it can be one."""
+        graph = _compiled(step, options)
 
-    def chosen(
-        as_it_is: Callable[..., Any],
-        graph: Callable[..., Any],
-        updates: Tree,
-        state: State,
-        params: Tree,
-        context: dict[str, Any],
-    ) -> Any:
-        if is_traced():
-            return as_it_is(updates, state, params, **context)
-        _check(inner, state)
-        gradients, _ = flatten(updates)
-        finite = known_to_be_finite(gradients)
-        refreshes = is_refresh(inner, state, context)
-        if refreshes or finite is False or any([g is None for g in gradients]):
-            return as_it_is(updates, state, params, **context)
-        context.pop("step", None)  # a number that would be compiled into the graph
-        context["refresh"] = False
-        if finite:
-            context["finite"] = True
-        return graph(updates, state, params, **context)
+        def run(updates: Tree, state: State, params: Tree = None, **context: Any) -> Any:
+            if is_traced():
+                return step(updates, state, params, **context)
+            _check_compilable(inner, state)
+            gradients, _ = flatten(updates)
+            usable = surely_usable(gradients)
+            refreshes = is_refresh(inner, state, context)
+            if refreshes or usable is False or any([g is None for g in gradients]):
+                return step(updates, state, params, **context)
+            context.pop("step", None)  # a number that would be compiled into the graph
+            context["refresh"] = False
+            if usable:
+                context["finite"] = True
+            return graph(updates, state, params, **context)
 
-    def update(updates: Tree, state: State, params: Tree = None, **context: Any) -> Any:
-        return chosen(out_of_place, plain, updates, state, params, context)
+        return run
 
-    def apply(updates: Tree, state: State, params: Tree, **context: Any) -> State:
-        return chosen(in_place, plain_in_place, updates, state, params, context)
-
+    update, apply = by_graph(out_of_place), by_graph(in_place)
     return GradientTransformation(inner.init, update, inner.name, apply, inner.refreshes)
 
 
-def _check(inner: GradientTransformation, state: State) -> None:
+def _check_compilable(inner: GradientTransformation, state: State) -> None:
     if find_state(state, ShardedState) is not None:
         raise ValueError("compiled: a graph can't wait for other ranks; leave out sharded.")
+    if find_state(state, MultiStepsState) is not None:
+        raise ValueError(
+            "compiled: a graph can't read the counter of multi_steps; compile what is inside, "
+            "multi_steps(compiled(tx), every)."
+        )
     if inner.refreshes is None and find_state(state, RootInverseState) is not None:
         raise ValueError(
             "compiled: there are roots, and nobody says when they are recomputed. Give the "

@@ -98,7 +98,7 @@ def guarded(
             _stop_at(max_failures, everywhere, context.get("layout", {}))
         source = updates if gradient is None else gradient
         context["block_ndim"] = block_ndim
-        finite = finite or bool(known_to_be_finite(flatten(source)[0]))
+        finite = finite or bool(surely_usable(flatten(source)[0]))
         norms = None if finite else _norms(source, updates, block_ndim)
         if finite or _all_usable(flatten(norms)[0]):
             if gradient is not None:
@@ -157,28 +157,27 @@ def _limit(dtype: torch.dtype) -> float:
 
 def _all_usable(norms: Sequence[Tensor | None]) -> bool:
     """Whether all can be used, as far as that can be read without waiting for a device."""
-    of_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for norm in norms:
-        if norm is None:
-            continue
-        plain = unwrapped(norm)
-        if plain is None or not plain.is_cpu:
-            return False
-        of_dtype.setdefault(plain.dtype, []).append(plain.flatten())
-    return all([bool(_usable(torch.cat(found)).all()) for found in of_dtype.values()])
+    found = [unwrapped(norm) for norm in norms if norm is not None]
+    if not all([norm is not None and norm.is_cpu for norm in found]):
+        return False
+    return _all_within_limit([norm * norm for norm in found if norm is not None])
 
 
-def known_to_be_finite(gradients: Sequence[Tensor | None]) -> bool | None:
-    """Whether `guarded` surely holds none of these; None where reading that would wait."""
+def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
+    """Whether `guarded` holds none of these for sure; None where reading that would wait."""
     found = [g for g in gradients if g is not None]
     if is_traced() or not all([g.is_cpu for g in found]):
         return None
+    flat = [cast(g, compute_dtype(g)).reshape(-1) for g in found]
     # The norm of a whole leaf is that of its blocks at least.
-    squares: dict[torch.dtype, list[Tensor]] = {}
-    for g in found:
-        flat = cast(g, compute_dtype(g)).reshape(-1)
-        squares.setdefault(flat.dtype, []).append(torch.dot(flat, flat))
-    return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])
+    return _all_within_limit([torch.dot(g, g) for g in flat])
+
+
+def _all_within_limit(squares: Sequence[Tensor]) -> bool:
+    of_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for x in squares:
+        of_dtype.setdefault(x.dtype, []).append(x.flatten())
+    return all([bool((torch.cat(x) <= _limit(dtype)).all()) for dtype, x in of_dtype.items()])
 
 
 def _verdicts(norms: Tree, block_ndim: int) -> Tree:

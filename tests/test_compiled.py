@@ -190,6 +190,38 @@ def test_ranks_are_an_error() -> None:
         tx.update(tree(1), tx.init(params), params)
 
 
+@pytest.mark.parametrize(
+    ("before", "value"), [(fs.scale(1e15), 1e10), (fs.scale(float("inf")), 1.0)]
+)
+def test_a_guard_looks_at_what_it_gets(before: fs.GradientTransformation, value: float) -> None:
+    """Not at what enters the chain, which is all that `compiled` has seen."""
+    inside = fs.chain(before, fs.guarded(fs.scale_by_rms(0.9)), fs.scale(-0.1))
+
+    def run(tx: fs.GradientTransformation) -> Any:
+        params = {"w": torch.ones(3)}
+        state = tx.init(params)
+        for g in (1e-3, value, 1e-3):
+            state = fs.update_in_place(tx, {"w": torch.full((3,), g)}, state, params)
+        return params, state
+
+    mine, expected = run(fs.compiled(inside, backend="eager")), run(inside)
+    assert_close(mine, expected, 1e-6)
+    assert fs.state.find_state(mine[1], fs.state.GuardedState).held["w"] >= 1
+    assert mine[0]["w"].isfinite().all()
+
+
+def test_accumulation_goes_around_it() -> None:
+    params = {"w": torch.ones(3)}
+    wrong = fs.compiled(fs.multi_steps(fs.sgd(0.1), every=2), backend="eager")
+    with pytest.raises(ValueError, match="multi_steps.compiled"):
+        wrong.update(params, wrong.init(params), params)
+    tx = fs.multi_steps(fs.compiled(fs.sgd(0.1), backend="eager"), every=2)
+    state = tx.init(params)
+    for g in (1.0, 3.0):
+        updates, state = tx.update({"w": torch.full((3,), g)}, state, params)
+    torch.testing.assert_close(updates["w"], torch.full((3,), -0.2))
+
+
 def test_many_chains_in_one_process() -> None:
     """Dynamo's limit of graphs is not shared: it is eight of a function."""
     for i in range(10):
@@ -263,6 +295,53 @@ class TestWrapper:
             self.assert_same(some)
         self.assert_same([both[0], copies[0]])
         self.assert_same([both[0], fresh[0]])
+
+    def test_a_recipe_of_ones_own_keeps_its_numbers(self) -> None:
+        """It may compute with the rate once, so that a tensor would be read once too."""
+
+        def own(learning_rate: float) -> fs.GradientTransformation:
+            return fs.chain(fs.trace(0.9), fs.scale(-learning_rate))
+
+        p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        mine = fs.Optimizer([p], own, lr=0.1, compile={"backend": "eager"})
+        other = fs.Optimizer([q], own, lr=0.1)
+        for _ in range(4):
+            for optimizer, x in ((mine, p), (other, q)):
+                x.grad = torch.ones(3)
+                optimizer.step()
+                optimizer.param_groups[0]["lr"] *= 0.5
+        assert_close(p.detach(), q.detach(), 1e-6)
+
+    @pytest.mark.parametrize("recipe", [fs.shampoo, "own", fs.from_reference])
+    def test_a_rate_that_is_a_tensor_or_has_another_name(self, recipe: Any) -> None:
+        def own(learning_rate: Any) -> fs.GradientTransformation:
+            return fs.chain(fs.trace(0.9), fs.scale_by_learning_rate(learning_rate))
+
+        counter = CompileCounter()
+        found = []
+        for compiles in ({"backend": counter}, False):
+            p = torch.nn.Parameter(tree(0)["w"])
+            rate = 0.1 if recipe is fs.from_reference else torch.tensor(0.1)
+            method = own if recipe == "own" else recipe
+            own_name = {"precondition_frequency": 4} if recipe is fs.from_reference else {}
+            optimizer = fs.Optimizer([p], method, lr=rate, compile=compiles, **own_name)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            for t in range(6):
+                p.grad = tree(t + 1)["w"]
+                optimizer.step()
+                scheduler.step()
+            found.append(p.detach())
+        assert_close(found[0], found[1], 1e-6)
+        assert counter.frame_count == 1
+
+    def test_other_tensors_are_an_error(self) -> None:
+        with pytest.raises(ValueError, match="weight_decay is a tensor"):
+            self.pair(weight_decay=torch.tensor(0.1))
+
+    @pytest.mark.parametrize("value", [None, "inductor", 1])
+    def test_what_compile_may_be(self, value: Any) -> None:
+        with pytest.raises(TypeError, match="compile is"):
+            fs.Shampoo([torch.nn.Parameter(torch.ones(2))], lr=0.1, compile=value)
 
     @pytest.mark.parametrize("options", [{"stagger": True}, {"distribute": fs.sharded}])
     def test_what_does_not_go_together(self, options: dict[str, Any]) -> None:

@@ -161,8 +161,8 @@ def sharded(
             return out, new
 
         number = _number(state, context.get("step"))
-        due = number is None or (number - 1) % every == 0
-        if max_failures is not None and due:
+        look = number is None or number % every == 0
+        if max_failures is not None and look:
             _stop_at(max_failures, state, layout or {}, process_group, size)
         if shards is None:
             found: dict[str, list[Any]] = {}
@@ -172,8 +172,7 @@ def sharded(
         else:
             key = space.device, communication_dtype or space.dtype, shards.length * size
             exchange = Exchange(shards, rank, process_group, key, memory if donate else {})
-            look = space.device.type == "cpu" or number is None or number % every == 0
-            full, new, report = exchange.run(step, look)
+            full, new, report = exchange.run(step, look or space.device.type == "cpu")
             out = full if pieces else space.rebuilt(full)
         return out, ShardedState(new, state.owned, state.ranks, report)
 

@@ -50,7 +50,7 @@ class _Chain(NamedTuple):
     arguments: dict[str, Any]
     structure: Any  # what of the arguments can change the structure of the state
     transformation: GradientTransformation | None
-    rate: Tensor | None  # where it is compiled
+    rate: Tensor | None  # what a graph reads the learning rate from
 
 
 class Ready(NamedTuple):
@@ -78,7 +78,7 @@ class GroupRun:
         words: Vocabulary,
         method: Method,
         first: int,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None,
     ) -> None:
         self._method = method
         self._options = options
@@ -226,21 +226,23 @@ class GroupRun:
         if untouched(raw, before.raw):
             return before
         arguments = words.arguments(group)
-        if same_arguments(arguments, before.arguments) or _only_the_rate(arguments, before):
+        if same_arguments(arguments, before.arguments):
+            return before._replace(raw=raw, arguments=arguments)
+        if before.rate is not None and _differ_in_rate(arguments, before):
+            rate = arguments[words.rate]
+            if rate is not before.rate:
+                check_range("lr", rate, 0.0)
+                before.rate.fill_(rate)
             return before._replace(raw=raw, arguments=arguments)
         return self._built(words, group)
 
     def _built(self, words: Vocabulary, group: Mapping[str, Any]) -> _Chain:
         arguments = words.arguments(group)
         given, rate = arguments, None
-        name = _rate_of(words)
-        for other in ("distribute", "stagger"):
-            if self._options is not None and arguments.get(other):
-                raise ValueError(f"compile and {other} do not go together: leave out one of them.")
-        if self._options is not None and isinstance(arguments.get(name), (int, float)):
-            # A graph reads a tensor anew on every step, and has a number in its code.
-            rate = torch.tensor(float(arguments[name]), dtype=torch.float64)
-            given = arguments | {name: rate}
+        if self._options is not None:
+            _check_compilable(words, arguments)
+            rate = _rate_as_tensor(words, arguments)
+            given = arguments if rate is None else arguments | {words.rate: rate}
         built = words.build(given)
         if self._options is not None:
             built = compiled(built, **self._options)
@@ -260,21 +262,33 @@ class GroupRun:
         return {**self.__dict__, "_chain": chain, "_looked_at": ()}
 
 
-def _rate_of(words: Vocabulary) -> str:
-    return "lr" if words.fixed else "learning_rate"
+def _check_compilable(words: Vocabulary, arguments: Mapping[str, Any]) -> None:
+    for other in ("distribute", "stagger"):
+        if arguments.get(other):
+            raise ValueError(f"compile and {other} do not go together: leave out one of them.")
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name != words.rate:
+            raise ValueError(
+                f"{name} is a tensor, which may have been written to, so that every step would be "
+                "compiled anew: give a number, or leave out compile."
+            )
 
 
-def _only_the_rate(arguments: dict[str, Any], before: _Chain) -> bool:
-    """Whether the graph can go on, since nothing but its learning rate changed; tell it so."""
-    name = _rate_of(before.words)
-    rate = arguments.get(name)
-    if before.rate is None or not isinstance(rate, (int, float)):
+def _rate_as_tensor(words: Vocabulary, arguments: Mapping[str, Any]) -> Tensor | None:
+    """What the graph reads the learning rate from; None: the rate is a number in its code."""
+    rate = arguments.get(words.rate)
+    if isinstance(rate, (int, float)) and words.reads_tensors:
+        return torch.tensor(float(rate), dtype=torch.float64)
+    return rate if isinstance(rate, Tensor) else None
+
+
+def _differ_in_rate(arguments: dict[str, Any], before: _Chain) -> bool:
+    """Whether the graph can go on, since only the rate differs, and it reads that from a tensor."""
+    name = before.words.rate
+    rate, old = arguments.get(name), before.arguments[name]
+    if not (rate is old or (isinstance(rate, (int, float)) and not isinstance(old, Tensor))):
         return False
-    if not same_arguments(arguments | {name: 0}, before.arguments | {name: 0}):
-        return False
-    check_range("lr", rate, 0.0)
-    before.rate.fill_(rate)
-    return True
+    return same_arguments(arguments | {name: 0}, before.arguments | {name: 0})
 
 
 def _look(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -27,8 +27,10 @@ class Optimizer(torch.optim.Optimizer):
         hyperparameters: the recipe's arguments, by torch.optim's names: lr for learning_rate, betas
             for (beta1, beta2). A transformation takes `lr` at most, by which its updates are
             multiplied (with a minus); it must not scale by a learning rate itself then.
-        compile: True compiles plain steps by torch.compile, into a graph that goes on for another
-            learning rate; a dict is True with torch.compile's options. See `funshampoo.compiled`.
+        compile: True compiles plain steps by torch.compile, see `funshampoo.compiled`; a dict is
+            True with torch.compile's options. The graph goes on for another learning rate if the
+            recipe is one of funshampoo, or lr a tensor, which a recipe of your own has to read on
+            every step (`scale_by_learning_rate` does). Any other edit makes a new graph.
 
     What param_groups hold is what the next step uses: a learning-rate scheduler, or you, may change
     any of it. A part that is switched on (momentum from 0) starts from nothing; one that is
@@ -44,8 +46,10 @@ class Optimizer(torch.optim.Optimizer):
     union that `funshampoo.state.merged` makes, on any number of ranks.
 
     Raises:
-        TypeError: an argument that the method does not know, or lacks.
-        ValueError: an argument out of range.
+        TypeError: an argument that the method does not know, or lacks; compile is no bool and no
+            dict.
+        ValueError: an argument out of range; compile with distribute, stagger, or a tensor that is
+            not lr.
 
     >>> import funshampoo
     >>> model = torch.nn.Linear(3, 2)
@@ -67,8 +71,11 @@ class Optimizer(torch.optim.Optimizer):
         **hyperparameters: Any,
     ) -> None:
         self._method = method
-        options = dict(compile) if isinstance(compile, Mapping) else {}
-        self._compile = None if compile is False else options
+        if not isinstance(compile, (bool, Mapping)):
+            raise TypeError(
+                f"compile is {compile!r}; give True, or a dict of torch.compile's options."
+            )
+        self._compile = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
         self._runs: list[GroupRun] = []
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})

@@ -61,6 +61,17 @@ class Vocabulary:
         if not self.fixed and self._open:
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - _SYNONYMS.keys()
 
+    @property
+    def rate(self) -> str:
+        """What the learning rate is called among the arguments."""
+        return "lr" if self.fixed or "lr" in self._arguments else "learning_rate"
+
+    @property
+    def reads_tensors(self) -> bool:
+        """Whether a rate that is a tensor is read anew on every step: our stages do that."""
+        recipe = getattr(self.method, "func", self.method)
+        return self.fixed or str(recipe.__module__).startswith("funshampoo.")
+
     def _named(self) -> dict[str, Any]:
         """{torch's name: default, or inspect.Parameter.empty}."""
         named = {_RENAMED.get(name, name): value for name, value in self._arguments.items()}

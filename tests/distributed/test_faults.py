@@ -269,7 +269,7 @@ def until_the_limit(rank: int, guilty: int, sharding: dict[str, Any], every: int
 
 
 @pytest.mark.parametrize("guilty", [0, 1])
-@pytest.mark.parametrize(("every", "step"), [(1, 9), (3, 10)])
+@pytest.mark.parametrize(("every", "step"), [(1, 9), (5, 10)])
 def test_the_limit_stops_all_ranks_at_one_step_and_names_the_block(
     ranks: Ranks, guilty: int, every: int, step: int
 ) -> None:
