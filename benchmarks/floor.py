@@ -38,8 +38,8 @@ into stacks 8 a number (none where a stack is one whole parameter), updates into
 guard 4, statistics 4 a side and 8 d² a factor,
 filter 12, roots 8 a side and 4 d² a root, grafting 20 (second moment, gradient, filtered gradient,
 direction). A tile of a step stays in cache, so that stages that only move bytes can be faster than
-that. Statistics count the whole product; a symmetric rank-k update would need
-half, but torch has none for stacks. The gap is what the stage takes above its floor."""
+that. Statistics count the whole product, of which from side 512 on only one triangle is
+computed: their share can be above 100 %. The gap is what the stage takes above its floor."""
 
 
 class Need(NamedTuple):

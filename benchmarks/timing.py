@@ -79,7 +79,8 @@ def interleave(
     Args:
         contenders: in the order of their turns.
         device: what to wait for before the clock is read.
-        seconds: no new round begins so long after the warm-up, once everybody has its `least` runs.
+        seconds: no new round begins later than this after the warm-up, once everybody has its
+            `least` runs.
         least: {kind: runs} that every contender with steps of this kind gets.
         first: number of the first step.
         warmup: rounds that are not recorded.
@@ -88,7 +89,7 @@ def interleave(
     """
     runs: list[Run] = []
     wanted = {(c.name, kind): least.get(kind, 1) for c in contenders for kind in c.kinds}
-    begun = time.perf_counter()
+    begun = 0.0
     for t in itertools.count(first):
         if t == first + warmup:
             begun = time.perf_counter()

@@ -12,13 +12,6 @@ from funshampoo.linalg.products import aligned
 
 PROBES = 8
 
-RESIDUAL_ITERATIONS = 4
-"""Within a factor of 2.2 for d = 512, when all eigenvalues are off by about as much.
-
-One that stands out, as one that did not converge does from rounding, is found in 2 or 3. At side
-256 every iteration takes 2 % of an eigendecomposition's time.
-"""
-
 
 def largest_eigenvalue(A: Tensor) -> Tensor:
     """λmax (...) of finite positive semidefinite A (..., d, d), from below, by power iterations.

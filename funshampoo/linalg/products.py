@@ -25,7 +25,6 @@ from torch._C import _functorch
 from torch.nn.functional import pad
 
 from funshampoo.host import is_traced
-from funshampoo.linalg.solver import symmetrize
 
 ALIGNMENT = 16
 """Bytes."""
@@ -75,7 +74,7 @@ def square(b: Tensor) -> Tensor:
     """
     d = b.shape[-1]
     if not is_plain_memory(b) or (d % 2 and d <= _LARGEST_PLAIN):
-        return symmetrize(matmul(b, b.mT))
+        return matmul(b, b.mT)
     b = aligned(b)
     if d <= _LARGEST_PLAIN:
         return multiply(b, b.mT)

@@ -27,7 +27,7 @@ from funshampoo.linalg.solver import (
 )
 
 _RESIDUAL_ITERATIONS = 2
-"""Within a factor of 3 at sides up to 1,024. LAPACK converges or says so: nothing hangs on it."""
+"""Within a factor of 3 at sides up to 1,024. LAPACK converges or says so: this is only a report."""
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 

@@ -121,8 +121,8 @@ def shampoo(
             see there.
         product_dtype: torch.bfloat16 rounds what enters the large products to it, with sums in
             float32: the application of the roots, and on CUDA the statistics. State stays float32.
-        packed: keep half of every factor matrix and root, which are symmetric; see
-            `funshampoo.linalg.packed`.
+        packed: keep half of every factor matrix and root of side 64 or more, which are
+            symmetric; see `funshampoo.linalg.packed`.
         max_failures: a block that fails this many times in a row stops the training; see `guarded`.
         distribute: `funshampoo.sharded`, to share out the blocks over data-parallel ranks, or
             functools.partial of it with options. Any function of the chain inside `blocked`, and of

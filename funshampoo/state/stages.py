@@ -25,8 +25,8 @@ class KroneckerState(NamedTuple):
     """Of `kronecker_statistics`: L_i, one factor matrix a side.
 
     Attributes:
-        factors: tree of tuples, one entry a side: (N, d_i, d_i), its triangle alone if `packed`
-            (see `funshampoo.linalg.packed`), or () for a side that is not preconditioned.
+        factors: tree of tuples, one entry a side: (N, d_i, d_i), its triangle alone if `packed` and
+            large (see `funshampoo.linalg.packed`), or () for a side that is not preconditioned.
         weight: tree of (N,).
     """
 
@@ -39,7 +39,7 @@ class FactorRoot(NamedTuple):
 
     Attributes:
         root: (N, d, d), X = (L / weight + epsilon I)^(-e); the identity before the first refresh.
-            Its triangle alone if `packed`.
+            Its triangle alone if `packed` and large.
         residual: (N,), how far X^(1/e) A is from the identity, by the solver's estimate (see
             `funshampoo.linalg.InverseRoot`); 0 before.
         condition: (N,), condition number of the damped factor; 1 before.

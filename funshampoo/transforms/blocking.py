@@ -64,8 +64,9 @@ def blocked(
             of bools, a prefix of one, or a function of the parameters) gives zeros for the others,
             so that they do not decay.
         tile: how many numbers a donated step works on at once, for an `inner` that steps every
-            block by itself, whatever others there are. The recipes say "auto": on a CPU up to
-            2^21, or 2^20 for each kernel thread; on other devices 2^26. None: all.
+            block by itself, whatever others there are. The recipes say "auto": on a CPU about
+            2^20 for each of two kernel threads or more, up to 2^22 where roots are refreshed; on
+            other devices 2^26. None: all.
 
     Half-precision gradients enter the stacks as float32 and the updates leave in float32. Empty
     parameters have no block. A gradient that is None leaves the state of that parameter's blocks as

@@ -24,7 +24,7 @@ def accumulate_gram_(old: Tensor, x: Tensor, beta: float, weight: float) -> Tens
 
 
 def implement(function: Callable[[Tensor, Tensor, float, float], object]) -> None:
-    """Let `accumulate_gram_` do this."""
+    """Let `accumulate_gram_` do this: a function that writes into `old`, whatever it returns."""
 
     def run(old: Tensor, x: Tensor, beta: float, weight: float) -> None:
         function(old, x, beta, weight)

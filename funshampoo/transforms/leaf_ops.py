@@ -70,7 +70,7 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
     return accumulated
 
 
-implement(functools.partial(add_gram, donate=True))
+implement(functools.partial(add_gram, donate=True))  # outside a graph it writes into `old`
 
 
 def add_product(new: Tensor, y: Tensor, z: Tensor) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from funshampoo.base import GradientTransformation, Hyper, Schedule, Tree, renamed, stateless
+from funshampoo.base import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.checks import check_range
 from funshampoo.state.stages import ScheduleState
 from funshampoo.steps import new_counter
@@ -30,8 +28,9 @@ def scale_by_learning_rate(
     """U ← -learning_rate U, the last stage of a chain.
 
     Args:
-        learning_rate: a number ≥ 0, a 0-dimensional tensor (it may be batched or differentiated),
-            or a schedule: a function of the number of steps done so far, 0 on the first step.
+        learning_rate: a number ≥ 0, a 0-dimensional tensor (it may be batched or differentiated,
+            and is read anew on every step), or a schedule: a function of the number of steps done
+            so far, 0 on the first step.
         flip_sign: False keeps the sign.
 
     State: `ScheduleState` with a schedule, else empty.
@@ -51,12 +50,10 @@ def scale_by_learning_rate(
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     sign = -1 if flip_sign else 1
-    if isinstance(learning_rate, Tensor):  # read on every step: somebody may write to it
-        by_tensor = stateless(lambda updates: _times(updates, sign * learning_rate))
-        return renamed(by_tensor, "scale_by_learning_rate")
     if not callable(learning_rate):
-        constant = scale(sign * learning_rate)
-        return renamed(constant, "scale_by_learning_rate")
+        return stateless(
+            lambda updates: _times(updates, sign * learning_rate), "scale_by_learning_rate"
+        )
 
     def init(params: Tree) -> ScheduleState:
         return ScheduleState(new_counter())

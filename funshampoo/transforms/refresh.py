@@ -46,7 +46,7 @@ class _OnItsWay(NamedTuple):
         """What the side remembers now; in the old one's memory, part by part, if it is donated."""
         old = self.old
         if donate and isinstance(self.found, Solving):
-            for rows, found in self.found.taken(self.rows):
+            for rows, found in self.found.results(self.rows):
                 before = rows_of_side(old, rows)
                 for x, was, y in zip(old, before, self.take_over(found, before)):
                     if y is not was:

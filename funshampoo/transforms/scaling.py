@@ -235,9 +235,9 @@ def _squares(g: Column, v: Column) -> Column:
 def _scaled(
     u: Column, v: Column, epsilon: Hyper, scratch: Column, weight: Column | None = None
 ) -> Column:
-    """u / (√(v / weight) + epsilon), in v's dtypes. In the memory of `scratch` where that can be.
+    """u / (√(v / weight) + epsilon), in v's dtypes. Overwrites `scratch` where that can be.
 
-    There, without a derivative to keep finite, what `sqrt` adds to v is added to its root.
+    There no derivative has to stay finite, and √v + max(epsilon, √tiny) keeps 0/0 away.
     """
     u = cast_like(u, v)
     if isinstance(epsilon, Tensor) or not is_plain(u, v):

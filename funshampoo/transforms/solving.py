@@ -69,8 +69,8 @@ class Task:
         assert self._future is not None
         return self._future.result()
 
-    def take(self) -> Found:
-        """As a call, and the last: it is not kept here."""
+    def release(self) -> Found:
+        """As a call, and the last: what was found is not kept here."""
         found, self._future = self(), None
         return found
 
@@ -86,15 +86,14 @@ class Solving:
     def __init__(self, parts: Sequence[Callable[[], Found]]) -> None:
         self.parts = parts
 
-    def taken(self, rows: Rows) -> Iterator[tuple[Rows, Found]]:
+    def results(self, rows: Rows) -> Iterator[tuple[Rows, Found]]:
         """Which of the rows, and what was found for them; part by part, each let go of then.
 
-        rows: all that it was asked for.
+        rows: all that it was asked for. The parts have been begun.
         """
-        begin(self.parts)
         first = 0
         for part in self.parts:
-            found = part.take() if isinstance(part, Task) else part()
+            found = part.release() if isinstance(part, Task) else part()
             if found.residual.ndim == 0:  # the one matrix of a leaf
                 yield rows, found
                 continue

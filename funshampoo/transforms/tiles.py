@@ -28,24 +28,23 @@ Blocks: TypeAlias = Mapping[str, tuple[tuple[int, ...], int]]  # {stack: (block,
 
 NUMBERS = 2**20
 """The most in a tile, for each of two kernel threads or more: 4 MiB in float32, of which a step
-holds about five, so that they fit into a CPU's last cache."""
+holds about four, so that they fit into a CPU's last cache. Up to here all is one tile."""
 
 SHARE = 4
-"""A step holds about four tensors as large as a tile. A stack that has more to do than `FLOPS` is
-cut into tiles of at most this share of all numbers, so that they are no more than the parameters.
-"""
+"""A stack that has more to do than `FLOPS` is cut into tiles of about this share of all numbers, so
+that the four that a step holds are about as large as the parameters."""
 
 NUMBERS_ELSEWHERE = 2**26
 """The most in a tile on other devices: 256 MiB in float32, so that kernels run for as long as a
 hundred launches take, and a large model's step holds no copies of it."""
 
 NUMBERS_AT_ONCE = 2**22
-"""Of a step that refreshes roots, all are one tile up to here, and tiles as large as `NUMBERS`
+"""On a step that refreshes roots all is one tile up to here, and tiles are as large as `NUMBERS`
 allows beyond: threads share the roots of a tile, and each tile has them wait for the last."""
 
 FLOPS = 1e9
 """Of the products of a tile, likewise: ten milliseconds or more, beside which the fixed cost of
-another tile, less than half a millisecond, does not count."""
+another tile, less than one, does not count."""
 
 
 def tiles_for(
@@ -54,21 +53,24 @@ def tiles_for(
     """The tiles of these stacks.
 
     Args:
+        blocks: {stack: (block, rows)}.
+        device: where they are.
         size: numbers in a tile; "auto" weighs what a tile needs against what it costs on a CPU, and
             makes large ones elsewhere, where kernels wait to be launched. None for none.
         refresh: for a step that recomputes roots.
     """
     rows = {stack: count for stack, (_, count) in blocks.items()}
     numel = {stack: math.prod(block) for stack, (block, _) in blocks.items()}
+    one = [{stack: range(count) for stack, count in rows.items()}]
     if size is None:
-        return [{stack: range(count) for stack, count in rows.items()}]
+        return one
     if size == "auto" and device.type != "cpu":
         size = NUMBERS_ELSEWHERE
     if size != "auto":
         return tiles_of(rows, numel, size)
     total = sum(numel[stack] * rows[stack] for stack in rows)
     if total <= (NUMBERS_AT_ONCE if refresh else NUMBERS):
-        return tiles_of(rows, numel, total)
+        return one
     flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
     threads = max(torch.get_num_threads(), 2)
     share = total / SHARE / threads
