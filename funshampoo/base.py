@@ -8,10 +8,12 @@ It is Optax's contract (https://optax.readthedocs.io, `GradientTransformation`) 
 
     gradient    what entered the innermost scope (see `funshampoo.blocked`); absent outside a scope
     upstream    the new states of the stages before this one, outermost first
-    donate      True: the state passed in is consumed and its memory may be reused
+    donate      True: the state passed in is consumed and its memory may be reused, also what it
+                shares with the states before it
     block_ndim  how many leading axes of every leaf count blocks: 1 inside `blocked`, else 0
     step        the number of this step, counted from 1, when the caller knows it on the host
     refresh     True or False: whether this step recomputes the roots, decided by the caller
+    finite      True: somebody has looked at what enters here, and a guard need not
 
 and whatever else the caller passes. `init` receives `upstream` and `block_ndim` likewise. A
 function that does not declare one of these names never sees it, so that a two- or three-argument
@@ -29,7 +31,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.host import is_plain
+from funshampoo.host import are_apart, is_plain
 from funshampoo.tree import check_same_structure, compute_dtype, flatten
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
@@ -116,23 +118,46 @@ def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     return GradientTransformation(stage.init, stage.update, name, stage.apply, stage.refreshes)
 
 
-def any_refreshes(
-    parts: Mapping[str, GradientTransformation], state_of: Callable[[Any, str], Any] = getattr
-) -> Callable[..., bool] | None:
-    """`GradientTransformation.refreshes` of a combinator.
+@dataclass(frozen=True)
+class AnyRefreshes:
+    """`GradientTransformation.refreshes` of a combinator: it does when one of its parts does.
 
     Args:
-        parts: by name.
+        parts_of: state -> {name: part}.
         state_of: (state, name) -> the part's state.
     """
-    asked = [(name, part.refreshes) for name, part in parts.items() if part.refreshes is not None]
-    if not asked:
+
+    parts_of: Callable[[Any], Mapping[str, GradientTransformation]]
+    state_of: Callable[[Any, str], Any] = getattr
+
+    def __call__(self, state: State, step: int | None = None) -> bool:
+        """Whether roots are recomputed."""
+        asked = [(name, part.refreshes) for name, part in self.parts_of(state).items()]
+        return any([ask(self.state_of(state, name), step) for name, ask in asked if ask])
+
+    def unasked(self, state: State) -> list[State]:
+        """The states of those parts, at any depth, that do not say when they refresh."""
+        found = []
+        for name, part in self.parts_of(state).items():
+            found += unasked_states(part.refreshes, self.state_of(state, name))
+        return found
+
+
+def any_refreshes(
+    parts: Mapping[str, GradientTransformation], state_of: Callable[[Any, str], Any] = getattr
+) -> AnyRefreshes | None:
+    """`AnyRefreshes` of these parts; None where no part ever refreshes."""
+    if all(part.refreshes is None for part in parts.values()):
         return None
+    return AnyRefreshes(lambda state: parts, state_of)
 
-    def refreshes(state: State, step: int | None = None) -> bool:
-        return any([ask(state_of(state, name), step) for name, ask in asked])
 
-    return refreshes
+def unasked_states(refreshes: Callable[..., bool] | None, state: State) -> list[State]:
+    """What of a state is nobody's who says when it refreshes."""
+    if refreshes is None:
+        return [state]
+    unasked = getattr(refreshes, "unasked", None)
+    return [] if unasked is None else list(unasked(state))
 
 
 def is_refresh(
@@ -219,8 +244,9 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     leaves, spec = flatten(params)
     pairs = [(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates)) if u is not None]
     alike = [(p, u) for p, u in pairs if p.dtype == u.dtype]
-    if alike and is_plain(*zip(*alike)):
-        torch._foreach_add_([p for p, _ in alike], [u for _, u in alike])
+    targets = [p for p, _ in alike]
+    if alike and is_plain(*zip(*alike)) and are_apart(targets):
+        torch._foreach_add_(targets, [u for _, u in alike])
     else:
         for p, u in alike:
             p.add_(u)
@@ -241,7 +267,8 @@ def update_in_place(
     Where the transformation has an `apply`, its updates are never held all at once.
 
     Args:
-        transformation: any; its state is donated.
+        transformation: any; its state is donated, and with it what earlier states share with it: a
+            pure step that refreshes no roots hands the old ones on.
         updates: the gradients. They are not written to.
         params: detached from autograd.
 
@@ -281,10 +308,11 @@ def _adapted(
     `required` positional arguments are always passed. The `optional` one after them (params) is
     passed by place where the function has that place, by name where it declares it as a keyword.
     """
-    positional, known, variadic, any_keyword = _signature(function)
+    positional, needed, known, variadic, any_keyword = _signature(function)
     places = required + len(optional)
-    if any_keyword and positional >= places and not variadic and known >= set(optional):
-        return function  # it takes all there is
+    takes_all = any_keyword and positional >= places and not variadic and known >= set(optional)
+    if takes_all and needed <= required:
+        return function
     most = places if variadic else min(positional, places)
 
     def adapted(*args: Any, **context: Any) -> Any:
@@ -298,8 +326,11 @@ def _adapted(
     return adapted
 
 
-def _signature(function: Callable[..., Any]) -> tuple[int, frozenset[str], bool, bool]:
-    """(number of positional parameters, names that work as keywords, has *args, has **kwargs).
+def _signature(function: Callable[..., Any]) -> tuple[int, int, frozenset[str], bool, bool]:
+    """What a function takes.
+
+    (number of positional parameters, of those without a default, names that work as keywords, has
+    *args, has **kwargs).
 
     A plain function is asked for its code object, which torch.compile can trace through where
     `inspect` can't: `inject_hyperparams` builds transformations inside `update`.
@@ -310,11 +341,16 @@ def _signature(function: Callable[..., Any]) -> tuple[int, frozenset[str], bool,
         variadic = bool(code.co_flags & inspect.CO_VARARGS)
         any_keyword = bool(code.co_flags & inspect.CO_VARKEYWORDS)
         by_keyword = frozenset(names[code.co_posonlyargcount :])
-        return code.co_argcount, by_keyword, variadic, any_keyword
+        # torch.compile can't look at defaults; without them all is adapted, which is right too.
+        defaults = () if torch.compiler.is_compiling() else function.__defaults__ or ()
+        needed = code.co_argcount - len(defaults)
+        return code.co_argcount, needed, by_keyword, variadic, any_keyword
     parameters = list(inspect.signature(function).parameters.values())
     kinds = [p.kind for p in parameters]
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return (
-        sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds),
+        len(places),
+        sum(p.default is p.empty for p in places),
         frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY),
         inspect.Parameter.VAR_POSITIONAL in kinds,
         inspect.Parameter.VAR_KEYWORD in kinds,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from funshampoo.base import (
     Tree,
     as_transformation,
     is_refresh,
+    unasked_states,
     update_in_place,
 )
 from funshampoo.guard import surely_usable
@@ -31,15 +32,16 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
     on the first plain step, which takes from seconds to a minute, and again for other shapes.
 
     A step runs as it is, not compiled, too where a gradient is None or is not finite (as far as
-    that can be read without waiting, on a CPU; elsewhere `guarded` decides in the graph), and
-    under torch.func and torch.compile.
+    that can be read without waiting, on a CPU; elsewhere `guarded` decides in the graph), where the
+    context holds numbers of the caller's (give tensors), and under torch.func and torch.compile.
 
     Args:
         inner: a whole chain. With `stagger`, every step refreshes, and none is compiled.
         options: of torch.compile, such as backend or mode; fullgraph is True and dynamic False
             where they are not given.
 
-    Context: `step=` or `refresh=` as in `root_inverse`.
+    Context: `step=` or `refresh=` say whether roots are recomputed, as in `root_inverse`. All else
+    goes by the state's own counters in a graph.
 
     State: of `inner`.
 
@@ -64,29 +66,48 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
     def out_of_place(updates: Tree, state: State, params: Tree, **context: Any) -> Any:
         return inner.update(updates, state, params, **context)
 
+    checked = False
+
     def by_graph(step: Callable[..., Any]) -> Callable[..., Any]:
         """The step, as a graph wherever it can be one."""
         graph = _compiled(step, options)
 
         def run(updates: Tree, state: State, params: Tree = None, **context: Any) -> Any:
+            nonlocal checked
             if is_traced():
                 return step(updates, state, params, **context)
-            _check_compilable(inner, state)
+            if not checked:
+                _check_compilable(inner, state)
+                checked = True
+            if is_refresh(inner, state, context) or _has_numbers(context):
+                return step(updates, state, params, **context)
             gradients, _ = flatten(updates)
             usable = surely_usable(gradients)
-            refreshes = is_refresh(inner, state, context)
-            if refreshes or usable is False or any([g is None for g in gradients]):
+            if usable is False or any([g is None for g in gradients]):
                 return step(updates, state, params, **context)
-            context.pop("step", None)  # a number that would be compiled into the graph
-            context["refresh"] = False
-            if usable:
-                context["finite"] = True
-            return graph(updates, state, params, **context)
+            plain = {key: value for key, value in context.items() if key != "step"}
+            plain |= {"refresh": False} | ({"finite": True} if usable else {})
+            try:
+                return graph(updates, state, params, **plain)
+            except torch._dynamo.exc.TorchDynamoException:
+                out_of_place(updates, state, params, **context)  # raises what the tracer has hidden
+                raise
 
         return run
 
     update, apply = by_graph(out_of_place), by_graph(in_place)
     return GradientTransformation(inner.init, update, inner.name, apply, inner.refreshes)
+
+
+def _has_numbers(context: Mapping[str, Any]) -> bool:
+    """Of the caller's own: a graph would have them in its code, and be made anew for others."""
+    return any(
+        [
+            isinstance(value, (int, float)) and not isinstance(value, bool)
+            for name, value in context.items()
+            if name not in ("step", "block_ndim")
+        ]
+    )
 
 
 def _check_compilable(inner: GradientTransformation, state: State) -> None:
@@ -97,7 +118,8 @@ def _check_compilable(inner: GradientTransformation, state: State) -> None:
             "compiled: a graph can't read the counter of multi_steps; compile what is inside, "
             "multi_steps(compiled(tx), every)."
         )
-    if inner.refreshes is None and find_state(state, RootInverseState) is not None:
+    unasked = unasked_states(inner.refreshes, state)
+    if any(find_state(part, RootInverseState) is not None for part in unasked):
         raise ValueError(
             "compiled: there are roots, and nobody says when they are recomputed. Give the "
             "combinator around root_inverse refreshes=any_refreshes(...), see funshampoo.base."

@@ -164,9 +164,9 @@ def _all_usable(norms: Sequence[Tensor | None]) -> bool:
 
 
 def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
-    """Whether `guarded` holds none of these for sure; None where reading that would wait."""
+    """Whether `guarded` holds none of these for sure; None where that can't be read now."""
     found = [g for g in gradients if g is not None]
-    if is_traced() or not all([g.is_cpu for g in found]):
+    if is_traced() or not all([g.is_cpu and g.is_floating_point() for g in found]):
         return None
     flat = [cast(g, compute_dtype(g)).reshape(-1) for g in found]
     # The norm of a whole leaf is that of its blocks at least.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,14 @@ def is_plain(*columns: Iterable[Tensor]) -> bool:
     if not torch.is_grad_enabled():
         return True
     return not any([x.requires_grad for column in columns for x in column])
+
+
+def are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether a foreach operator may write to all of these at once: no two begin at one place.
+
+    On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one.
+    """
+    return all([x.is_cpu for x in tensors]) or len({x.data_ptr() for x in tensors}) == len(tensors)
 
 
 def in_a_mode() -> bool:

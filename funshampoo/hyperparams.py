@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, State, Tree
+from funshampoo.base import AnyRefreshes, GradientTransformation, State, Tree
 from funshampoo.state.stages import HyperparamsState
 from funshampoo.steps import new_counter
 from funshampoo.tree import flatten
@@ -113,10 +113,7 @@ def _injected(
         out, inner = build(hyperparams).update(updates, state.inner, params, **context)
         return out, HyperparamsState(state.steps + 1, hyperparams, inner)
 
-    def refreshes(state: HyperparamsState, step: int | None = None) -> bool:
-        ask = build(state.hyperparams).refreshes
-        return ask is not None and ask(state.inner, step)
-
+    refreshes = AnyRefreshes(lambda state: {"inner": build(state.hyperparams)})
     return GradientTransformation(init, update, name="inject_hyperparams", refreshes=refreshes)
 
 

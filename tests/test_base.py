@@ -144,3 +144,13 @@ def test_refresh_due() -> None:
     assert days(every=5, start=5) == [5, 10, 15, 20]
     assert days(every=5, start=7) == [7, 10, 15, 20]  # the rule of the reference
     assert days(every=1, start=18) == [18, 19, 20]
+
+
+def test_a_stage_that_takes_everything_may_be_called_without_parameters() -> None:
+    def update(updates: Any, state: Any, params: Any, **context: Any) -> Any:
+        return {"w": updates["w"] * (1 if params is None else 2)}, state
+
+    tx = fs.GradientTransformation(lambda params: (), update)
+    g = {"w": torch.ones(2)}
+    assert tx.update(g, ())[0]["w"].tolist() == [1.0, 1.0]
+    assert tx.update(g, (), g)[0]["w"].tolist() == [2.0, 2.0]

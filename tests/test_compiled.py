@@ -68,7 +68,7 @@ def test_pure_where_it_is_called_so() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_large_factors_are_accumulated_in_place(backend: str) -> None:
-    """By an operator of our own, also from one triangle; the state's memory stays where it is."""
+    """Also from one triangle; the state's memory stays where it is."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("Inductor needs a C++ compiler")
     make = torch.Generator().manual_seed(0)
@@ -88,6 +88,20 @@ def test_large_factors_are_accumulated_in_place(backend: str) -> None:
     assert new.data_ptr() == place
     assert_close(params, other_params, 1e-5)
     assert_close(state, other, 1e-4)
+
+
+def test_large_factors_are_a_node_of_the_graph() -> None:
+    names: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    tx, params = fs.compiled(fs.shampoo(0.1), backend=backend), {"w": torch.randn(256, 256)}
+    state = fs.update_in_place(tx, {"w": torch.randn(256, 256)}, tx.init(params), params)
+    fs.update_in_place(tx, {"w": torch.randn(256, 256)}, state, params)
+    assert sum("accumulate_gram_" in name for name in names) == 2
+    assert not any("baddbmm_" in name for name in names)
 
 
 def test_the_operator_is_what_it_stands_for() -> None:
@@ -118,13 +132,17 @@ def test_a_gradient_that_is_not_finite_is_held(value: float) -> None:
 
 
 def test_failures_in_a_row_are_an_error_here_too() -> None:
-    tx = fs.compiled(chain(max_failures=2, every=1), backend="eager")
+    counter = CompileCounter()
+    tx = fs.compiled(chain(max_failures=2, every=4), backend=counter)
     params = tree(0)
     state = tx.init(params)
+    for t in range(2):
+        state = fs.update_in_place(tx, tree(t + 1), state, params)
+    assert counter.frame_count == 1
     bad = {n: g * torch.nan for n, g in params.items()}
-    for _ in range(2):
+    for _ in range(5):
         state = fs.update_in_place(tx, bad, state, params)
-    with pytest.raises(fs.FailureLimitError):
+    with pytest.raises(fs.FailureLimitError):  # at the next look
         fs.update_in_place(tx, bad, state, params)
 
 
@@ -171,9 +189,56 @@ def test_under_torch_func_it_is_what_is_inside() -> None:
 
 def test_roots_that_a_combinator_hides_are_an_error() -> None:
     hidden = fs.GradientTransformation(chain().init, chain().update)
-    tx, params = fs.compiled(hidden), tree(0)
-    with pytest.raises(ValueError, match="nobody says when they are recomputed"):
-        tx.update(tree(1), tx.init(params), params)
+    beside = fs.partition(
+        {"seen": chain(), "hidden": hidden}, {"w": "hidden", "bias": "seen", "a": "seen"}
+    )
+    injected = fs.inject_hyperparams(lambda rate: fs.chain(hidden, fs.scale(rate)))(0.5)
+    for inner in (hidden, beside, injected):
+        tx, params = fs.compiled(inner, backend="eager"), tree(0)
+        with pytest.raises(ValueError, match="nobody says when they are recomputed"):
+            tx.update(tree(1), tx.init(params), params)
+    tx = fs.compiled(fs.inject_hyperparams(fs.shampoo)(0.1, every=EVERY), backend="eager")
+    assert_close(
+        trained(tx, EVERY),
+        trained(fs.inject_hyperparams(fs.shampoo)(0.1, every=EVERY), EVERY),
+        1e-6,
+    )
+
+
+def test_numbers_in_the_context_make_no_graphs() -> None:
+    """Each would be compiled into one, up to Dynamo's limit."""
+
+    def by_value() -> fs.GradientTransformation:
+        def update(updates: Any, state: Any, params: Any = None, *, value: Any = 1.0) -> Any:
+            return {n: value * u for n, u in updates.items()}, state
+
+        return fs.GradientTransformation(lambda params: (), update)
+
+    counter = CompileCounter()
+    tx, params = fs.compiled(by_value(), backend=counter), tree(0)
+    for t in range(12):
+        updates, _ = tx.update(params, (), params, value=float(t))
+        assert torch.equal(updates["w"], t * params["w"])
+    assert counter.frame_count == 0
+    for t in range(12):
+        updates, _ = tx.update(params, (), params, value=torch.tensor(float(t)))
+        assert torch.equal(updates["w"], t * params["w"])
+    assert counter.frame_count == 1
+
+
+def test_errors_are_those_of_what_is_inside() -> None:
+    tx, params = fs.compiled(chain(), backend="eager"), tree(0)
+    state = fs.update_in_place(tx, tree(1), tx.init(params), params)
+    wrong = {
+        ValueError: [{**tree(2), "w": torch.ones(3, 3)}, {"w": tree(2)["w"]}],
+        TypeError: [{**tree(2), "w": torch.ones(6, 5, dtype=torch.complex64)}],
+    }
+    before = snapshot(params, state)
+    for kind, trees in wrong.items():
+        for grads in trees:
+            with pytest.raises(kind):
+                fs.update_in_place(tx, grads, state, params)
+    assert_unchanged(before, params, state)
 
 
 def test_roots_that_come_into_use_later() -> None:
@@ -271,12 +336,43 @@ class TestWrapper:
         self.assert_same(both)
         assert counter.frame_count == 2
 
-    def test_a_rate_out_of_range(self) -> None:
+    @pytest.mark.parametrize("other", [{}, {"weight_decay": 0.3}])
+    def test_a_rate_out_of_range(self, other: dict[str, float]) -> None:
+        with pytest.raises(ValueError, match="lr"):
+            fs.Shampoo([torch.nn.Parameter(torch.ones(2))], lr=-1.0, compile=True)
         _, both = self.pair()
         self.step(both, 0)
-        both[0].param_groups[0]["lr"] = -1.0
+        both[0].param_groups[0].update({"lr": -1.0, **other})
         with pytest.raises(ValueError, match="lr"):
             both[0].step()
+
+    def test_what_fails_leaves_the_rate(self) -> None:
+        _, both = self.pair()
+        for t in range(2):
+            self.step(both, t)
+        for optimizer in both:
+            saved = optimizer.state_dict()
+            saved["param_groups"][0]["lr"] = 5.0
+            saved["state"][0]["unknown"] = torch.ones(1)
+            with pytest.raises(ValueError, match="unknown"):
+                optimizer.load_state_dict(saved)
+            group = optimizer.param_groups[0]
+            names = group["param_names"]
+            group.update(lr=5.0, param_names=["w"])
+            with pytest.raises(ValueError, match="param_names"):
+                optimizer.step()
+            group.update(lr=0.1, param_names=names)
+        self.step(both, 2)
+        self.assert_same(both)
+
+    def test_edits_on_every_step_are_warned_of(self) -> None:
+        _, both = self.pair()
+        for t in range(2):
+            both[0].param_groups[0]["weight_decay"] += 0.1
+            self.step(both, t)
+        both[0].param_groups[0]["weight_decay"] += 0.1
+        with pytest.warns(UserWarning, match="every edit is compiled anew"):
+            self.step(both, 2)
 
     def test_copies_and_checkpoints_go_on(self) -> None:
         _, both = self.pair()
@@ -305,7 +401,7 @@ class TestWrapper:
         p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
         mine = fs.Optimizer([p], own, lr=0.1, compile={"backend": "eager"})
         other = fs.Optimizer([q], own, lr=0.1)
-        for _ in range(4):
+        for _ in range(3):
             for optimizer, x in ((mine, p), (other, q)):
                 x.grad = torch.ones(3)
                 optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from funshampoo.state.places import block_names, is_shared
 from funshampoo.state.stages import BlockedState, walk
 
 _RATE = "scale_by_learning_rate"  # what the stage is called in a state
+_MANY = 4  # graphs of one group, from which on an edit on every step is likely
 _SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
 
 
@@ -86,6 +88,7 @@ class GroupRun:
         self._known: list[_Known] = []
         self._state: Any = None
         self._looked_at: tuple[Any, ...] = ()
+        self._graphs = 0
         self.names(group)
         self._chain = self._built(words, group)
 
@@ -119,8 +122,10 @@ class GroupRun:
 
     def step(self, group: Mapping[str, Any]) -> None:
         """Read the gradients, and step, as prepared. What has no gradient is left alone."""
-        tx = self._chain.transformation
+        tx, rate = self._chain.transformation, self._chain.rate
         assert tx is not None
+        if rate is not None:  # not in `prepare`: a step that fails must not have changed it
+            rate.fill_(self._chain.arguments[self._chain.words.rate])
         ascends = group.get("maximize", False)
         gradients = {known.name: _gradient(known.parameter, ascends) for known in self._known}
         if all(g is None for g in gradients.values()) and not is_shared(self._state):
@@ -229,10 +234,7 @@ class GroupRun:
         if same_arguments(arguments, before.arguments):
             return before._replace(raw=raw, arguments=arguments)
         if before.rate is not None and _differ_in_rate(arguments, before):
-            rate = arguments[words.rate]
-            if rate is not before.rate:
-                check_range("lr", rate, 0.0)
-                before.rate.fill_(rate)
+            check_range("lr", arguments[words.rate], 0.0)
             return before._replace(raw=raw, arguments=arguments)
         return self._built(words, group)
 
@@ -243,6 +245,15 @@ class GroupRun:
             _check_compilable(words, arguments)
             rate = _rate_as_tensor(words, arguments)
             given = arguments if rate is None else arguments | {words.rate: rate}
+            self._graphs += 1
+            if self._graphs == _MANY:
+                warnings.warn(
+                    "compile: param_groups are edited again and again, and every edit is compiled "
+                    "anew, which takes seconds, but for that of lr where the recipe is one of "
+                    "funshampoo or lr a tensor. Keep the rest as it is (OneCycleLR: "
+                    "cycle_momentum=False), or leave out compile.",
+                    stacklevel=2,
+                )
         built = words.build(given)
         if self._options is not None:
             built = compiled(built, **self._options)
@@ -278,6 +289,7 @@ def _rate_as_tensor(words: Vocabulary, arguments: Mapping[str, Any]) -> Tensor |
     """What the graph reads the learning rate from; None: the rate is a number in its code."""
     rate = arguments.get(words.rate)
     if isinstance(rate, (int, float)) and words.reads_tensors:
+        check_range("lr", rate, 0.0)
         return torch.tensor(float(rate), dtype=torch.float64)
     return rate if isinstance(rate, Tensor) else None
 

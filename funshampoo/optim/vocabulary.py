@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, as_transformation
 from funshampoo.combine import chain
+from funshampoo.recipes import adamw, from_reference, sgd, shampoo
 from funshampoo.transforms import scale_by_learning_rate
 
 Method = Any  # a recipe, or a transformation
@@ -70,7 +71,7 @@ class Vocabulary:
     def reads_tensors(self) -> bool:
         """Whether a rate that is a tensor is read anew on every step: our stages do that."""
         recipe = getattr(self.method, "func", self.method)
-        return self.fixed or str(recipe.__module__).startswith("funshampoo.")
+        return self.fixed or any(recipe is ours for ours in (adamw, from_reference, sgd, shampoo))
 
     def _named(self) -> dict[str, Any]:
         """{torch's name: default, or inspect.Parameter.empty}."""

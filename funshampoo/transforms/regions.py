@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.host import are_apart
 from funshampoo.transforms.layout import Layout, Region
 from funshampoo.tree import cast
 
@@ -120,7 +121,8 @@ class Parts:
         """Add rows to where they belong in contiguous leaves, rounded once to the leaf's dtype."""
         dtype = self.layout.stacks[stack].dtype
         views, own = self._targets(stack, rows, values, leaves)
-        if values.dtype == dtype and all([view.dtype == dtype for view in views]):
+        alike = values.dtype == dtype and all([view.dtype == dtype for view in views])
+        if alike and are_apart(views):
             torch._foreach_add_(views, own)
             return
         for view, new in zip(views, own):
