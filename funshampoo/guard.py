@@ -158,9 +158,7 @@ def _limit(dtype: torch.dtype) -> float:
 def _all_usable(norms: Sequence[Tensor | None]) -> bool:
     """Whether all can be used, as far as that can be read without waiting for a device."""
     found = [unwrapped(norm) for norm in norms if norm is not None]
-    if not all([norm is not None and norm.is_cpu for norm in found]):
-        return False
-    return _all_within_limit([norm * norm for norm in found if norm is not None])
+    return all([norm is not None and norm.is_cpu and bool(_usable(norm).all()) for norm in found])
 
 
 def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
@@ -168,16 +166,12 @@ def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
     found = [g for g in gradients if g is not None]
     if is_traced() or not all([g.is_cpu and g.is_floating_point() for g in found]):
         return None
-    flat = [cast(g, compute_dtype(g)).reshape(-1) for g in found]
     # The norm of a whole leaf is that of its blocks at least.
-    return _all_within_limit([torch.dot(g, g) for g in flat])
-
-
-def _all_within_limit(squares: Sequence[Tensor]) -> bool:
-    of_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for x in squares:
-        of_dtype.setdefault(x.dtype, []).append(x.flatten())
-    return all([bool((torch.cat(x) <= _limit(dtype)).all()) for dtype, x in of_dtype.items()])
+    squares: dict[torch.dtype, list[Tensor]] = {}
+    for g in found:
+        flat = cast(g, compute_dtype(g)).reshape(-1)
+        squares.setdefault(flat.dtype, []).append(torch.dot(flat, flat))
+    return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])
 
 
 def _verdicts(norms: Tree, block_ndim: int) -> Tree:

@@ -125,9 +125,15 @@ def _long_gram(x: Tensor) -> Tensor:
 
 
 def is_plain_gram(x: Tensor) -> bool:
-    """Whether x xᵀ is the plain product of aligned(x): then it may be part of a fused kernel."""
+    """Whether x xᵀ is the plain product of aligned(x): then it may be part of a fused kernel.
+
+    With an odd number of rows it is if all of them begin aligned.
+    """
     shape = x.shape
-    return (shape[-2] % 2 == 0 and shape[-1] != 1) or len(shape) < 3 or not is_plain_memory(x)
+    if len(shape) < 3 or not is_plain_memory(x):
+        return True
+    rows_aligned = x.stride(-1) == 1 and x.stride(-2) % (ALIGNMENT // x.itemsize) == 0
+    return shape[-1] != 1 and (shape[-2] % 2 == 0 or rows_aligned)
 
 
 def matrix_power(A: Tensor, p: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,11 +125,11 @@ def kronecker_statistics(
 
         def accumulate(u: Tensor, g: Tensor, factors: Any) -> tuple[Any, ...]:
             g = cast(g, compute_dtype(g))
+            wanted = [isinstance(factor, Tensor) for factor in factors]
+            unfoldings = _unfoldings(g, block_ndim, wanted)
             new = tuple(
-                accumulated(factor, unfold(g, side, block_ndim))
-                if isinstance(factor, Tensor)
-                else ()
-                for side, factor in enumerate(factors)
+                () if x is None else accumulated(factor, x)
+                for factor, x in zip(factors, unfoldings)
             )
             return u, new
 
@@ -143,6 +144,29 @@ def kronecker_statistics(
         return updates, KroneckerState(factors, weight)
 
     return GradientTransformation(init, update)
+
+
+def _unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
+    """mat_i of every side, its columns in some order, on which x xᵀ does not depend; or None.
+
+    One copy with the last side in front serves the last two sides of a tensor: the last one as
+    rows, which a product takes in half the time of columns, the one before as transposed columns.
+    """
+    order = x.ndim - block_ndim
+    last_first = None
+    for side in range(order):
+        if not wanted[side]:
+            yield None
+        elif order < 3 or side < order - 2:
+            yield unfold(x, side, block_ndim)
+        else:
+            if last_first is None:
+                last_first = x.movedim(-1, block_ndim).contiguous()
+            lead, d = x.shape[:block_ndim], x.shape[block_ndim + side]
+            if side == order - 1:
+                yield last_first.reshape(*lead, d, -1)
+            else:
+                yield last_first.reshape(*lead, -1, d).mT
 
 
 def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:

@@ -247,7 +247,7 @@ def precondition(
             x = rounded_matmul(root, x, product_dtype).mT
         else:
             x = rounded_matmul(x.mT, root, product_dtype)
-    return cast(x.reshape(shape), dtype)
+    return cast(x.reshape(shape), dtype).contiguous()  # what follows is elementwise
 
 
 def _directions(
