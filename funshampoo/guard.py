@@ -11,6 +11,7 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, Tree, any_refreshes, as_transformation
 from funshampoo.checks import check_count
 from funshampoo.host import is_traced, unwrapped
+from funshampoo.linalg.norms import block_norm
 from funshampoo.state.places import Place, block_names, map_tensors
 from funshampoo.state.stages import FactorRoot, GuardedState, find_state, walk
 from funshampoo.steps import new_counter, read_counter
@@ -139,9 +140,7 @@ def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
     def norm(g: Tensor | None, u: Tensor | None) -> Tensor | None:
         if g is None or u is None:
             return None
-        g = cast(g, compute_dtype(g))
-        found: Tensor = torch.linalg.vector_norm(g.reshape(*g.shape[:block_ndim], -1), dim=-1)
-        return found
+        return block_norm(cast(g, compute_dtype(g)), block_ndim)
 
     return map_leaves(norm, source, updates)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -97,6 +97,17 @@ class _Scope(NamedTuple):
     only: Collection[str] | None  # stacks that are kept; None: all
 
 
+_Changed = TypeVar("_Changed", Place, _Scope)
+
+
+def _with(node: _Changed, **changes: Any) -> _Changed:
+    """`node._replace(...)`, which torch.compile can't trace before torch 2.9."""
+    kind: Any = type(node)
+    values = [changes[f] if f in changes else getattr(node, f) for f in kind._fields]
+    changed: _Changed = kind(*values)
+    return changed
+
+
 def map_tensors(
     function: Callable[..., Any],
     *states: Any,
@@ -130,7 +141,7 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
         }
     if not isinstance(node, (tuple, list)):
         return node
-    fields: tuple[str, ...] | None = getattr(node, "_fields", None)
+    fields: tuple[str, ...] | None = getattr(type(node), "_fields", None)
     if fields is None:
         return type(node)(
             [
@@ -151,11 +162,11 @@ def _entered(scope: _Scope, node: Any) -> _Scope:
     """Block space begins at a `BlockedState`; a `ShardedState` in it holds some of the rows."""
     if isinstance(node, BlockedState):
         rows = {stack: tuple(range(n)) for stack, n in stack_rows(node).items()}
-        return scope._replace(place=scope.place._replace(layout=node.layout), stacks=rows)
+        return _with(scope, place=_with(scope.place, layout=node.layout), stacks=rows)
     if isinstance(node, ShardedState) and scope.stacks is not None:
-        return scope._replace(stacks={stack: rows_of(spans) for stack, spans in node.owned.items()})
+        return _with(scope, stacks={stack: rows_of(spans) for stack, spans in node.owned.items()})
     if isinstance(node, FactorRoot):
-        return scope._replace(place=_side_moved(scope.place))
+        return _with(scope, place=_side_moved(scope.place))
     return scope
 
 
@@ -164,18 +175,18 @@ _KEYED_BY_NAME = ("inner", "direction", "onto", "hyperparams")
 
 def _inside(scope: _Scope, node: Any, field: str) -> _Scope:
     """Below a field of a named tuple."""
-    place = scope.place._replace(kind=type(node))
+    place = _with(scope.place, kind=type(node))
     if field != "inner":
-        place = place._replace(path=(*place.path, *_combinator(node), field))
+        place = _with(place, path=(*place.path, *_combinator(node), field))
     if field in ("direction", "onto"):
-        place = place._replace(stage=(*place.stage, field))
-    return scope._replace(place=place, of_states=field in _KEYED_BY_NAME)
+        place = _with(place, stage=(*place.stage, field))
+    return _with(scope, place=place, of_states=field in _KEYED_BY_NAME)
 
 
 def _combinator(node: Any) -> Path:
     """("guarded",) for a `GuardedState`: its own fields stand beside those of the state in it."""
     own = type(node).__name__.removesuffix("State").lower()
-    return (own,) if "inner" in node._fields else ()
+    return (own,) if "inner" in type(node)._fields else ()
 
 
 def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
@@ -184,21 +195,21 @@ def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
     over_stacks = isinstance(node, dict) and stacks is not None and node.keys() == stacks.keys()
     over_stacks = over_stacks and place.kind is not PartitionState  # whose keys are labels
     if over_stacks and stacks is not None and place.stack is None:
-        below = place._replace(stack=str(key), rows=stacks[key])
-        return scope._replace(place=below, of_states=False)
+        below = _with(place, stack=str(key), rows=stacks[key])
+        return _with(scope, place=below, of_states=False)
     if scope.of_states or stacks is not None:
-        place = place._replace(path=(*place.path, str(key)))
+        place = _with(place, path=(*place.path, str(key)))
         if scope.of_states and place.path[-2:-1] != ("hyperparams",):
-            place = place._replace(stage=(*place.stage, str(key)))
-        return scope._replace(place=place)
-    return scope._replace(place=place._replace(leaf=(*place.leaf, str(key))))
+            place = _with(place, stage=(*place.stage, str(key)))
+        return _with(scope, place=place)
+    return _with(scope, place=_with(place, leaf=(*place.leaf, str(key))))
 
 
 def _side_moved(place: Place) -> Place:
     """The side of a factor is the last step of the way to it; it is no part of the leaf's name."""
     if not place.leaf:
         return place
-    return place._replace(path=(*place.path, place.leaf[-1]), leaf=place.leaf[:-1])
+    return _with(place, path=(*place.path, place.leaf[-1]), leaf=place.leaf[:-1])
 
 
 def rows_of(spans: Mapping[str, Any]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import torch
 
 from funshampoo.base import GradientTransformation, Tree, any_refreshes, as_transformation
 from funshampoo.checks import check_count
+from funshampoo.linalg.norms import block_norm
 from funshampoo.state.stages import GraftState
 from funshampoo.steps import current_step, new_counter
 from funshampoo.transforms.columns import Column, per_block, product, quotient
@@ -67,10 +68,10 @@ def graft(
             return p_g, new
 
         def norms(p_g: Column) -> tuple[Column]:
-            return (_norms(p_g, block_ndim),)
+            return ([block_norm(x, block_ndim) for x in p_g],)
 
         def rescale(p: Column, norm: Column) -> tuple[Column]:
-            ratio = quotient(norm, [n + 1e-16 for n in _norms(p, block_ndim)])
+            ratio = quotient(norm, [block_norm(x, block_ndim) + 1e-16 for x in p])
             return (product(p, per_block(ratio, p)),)
 
         def begun(grafted: Column, p_g: Column) -> tuple[Column]:
@@ -87,8 +88,3 @@ def graft(
 
     refreshes = any_refreshes({"direction": direction, "onto": onto})
     return GradientTransformation(init, update, refreshes=refreshes)
-
-
-def _norms(xs: Column, block_ndim: int) -> Column:
-    """‖x‖ per block, shape (N,), or () outside block space."""
-    return [torch.linalg.vector_norm(x.reshape(*x.shape[:block_ndim], -1), dim=-1) for x in xs]
