@@ -35,23 +35,18 @@ class Refreshes(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Which blocks of a stack are refreshed: all of them, or these rows."""
+    """Which blocks of a stack are refreshed.
 
-    all: bool
-    rows: tuple[int, ...]
+    Attributes:
+        any: whether there is one at all.
+        which: the rows; None for all.
+    """
 
-    @property
-    def any(self) -> bool:
-        """Whether there is one at all."""
-        return self.all or bool(self.rows)
-
-    @property
-    def which(self) -> tuple[int, ...] | None:
-        """The rows; None for all."""
-        return None if self.all else self.rows
+    any: bool
+    which: tuple[int, ...] | None
 
 
-EVERYBODY = Turn(True, ())
+EVERYBODY = Turn(True, None)
 
 
 def phase(number: int, every: int) -> int:
@@ -118,8 +113,8 @@ def turns_at(
         hidden = [stack for stack, u in updates.items() if isinstance(u, MaskedNode)]
         return {stack: turns[stack] for stack in updates} | dict.fromkeys(hidden, MaskedNode())
     leaves, spec = flatten(updates)
-    return spec.unflatten([Turn(phase(n, every) == now, ()) for n in range(len(leaves))])
+    return spec.unflatten([Turn(phase(n, every) == now, None) for n in range(len(leaves))])
 
 
 def _turn(rows: list[int], blocks: int) -> Turn:
-    return EVERYBODY if len(rows) == blocks else Turn(False, tuple(rows))
+    return EVERYBODY if len(rows) == blocks else Turn(bool(rows), tuple(rows))
