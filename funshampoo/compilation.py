@@ -90,7 +90,8 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
             try:
                 return graph(updates, state, params, **plain)
             except torch._dynamo.exc.TorchDynamoException:
-                out_of_place(updates, state, params, **context)  # raises what the tracer has hidden
+                # Raises what the tracer has hidden, if the caller did something wrong.
+                out_of_place(updates, state, params, **context | {"donate": False})
                 raise
 
         return run

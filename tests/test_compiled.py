@@ -205,6 +205,23 @@ def test_roots_that_a_combinator_hides_are_an_error() -> None:
     )
 
 
+def test_what_can_not_be_traced_leaves_a_donated_state_whole() -> None:
+    def broken() -> fs.GradientTransformation:
+        def update(updates: Any, state: Any) -> Any:
+            torch._dynamo.graph_break()
+            return updates, state
+
+        return fs.GradientTransformation(lambda params: (), update)
+
+    tx = fs.compiled(fs.chain(fs.trace(0.9), broken()), backend="eager")
+    params = tree(0)
+    state = tx.init(params)
+    before = snapshot(params, state)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        fs.update_in_place(tx, tree(1), state, params)
+    assert_unchanged(before, params, state)
+
+
 def test_numbers_in_the_context_make_no_graphs() -> None:
     """Each would be compiled into one, up to Dynamo's limit."""
 
