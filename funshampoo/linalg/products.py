@@ -13,8 +13,8 @@ finds. On a CPU three things stand against it:
 What is done follows from a matrix's shape, never from its place or their number. With more than one
 thread MKL still divides the products of a stack of one row among them, and rounds otherwise.
 
-Stacks of even sides get the plain operators, and so do single matrices, other devices,
-torch.compile and torch.func.
+Stacks of even sides get the plain operators, and so do x xᵀ whose rows all begin at multiples of 16
+bytes, single matrices, other devices, torch.compile and torch.func.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from funshampoo.host import is_traced
 
 ALIGNMENT = 16
 """Bytes."""
-
-_PIECE = 256  # numbers of a row
 
 _LARGEST_PLAIN = 512  # side of a square that is computed whole
 
@@ -105,23 +103,8 @@ def gram(x: Tensor) -> Tensor:
         return x @ x.mT
     if x.shape[-1] == 1:
         return x * x.mT
-    if x.shape[-1] >= 64 * rows:
-        return _long_gram(aligned(x))
     x = _aligned(pad(x, (0, 0, 0, -rows % (ALIGNMENT // x.itemsize))))
     return (x @ x.mT)[..., :rows, :rows]
-
-
-def _long_gram(x: Tensor) -> Tensor:
-    """The Gram matrix of few long rows, of which no copy is made: a sum over pieces of the rows.
-
-    Such a product is bound by the kernel's poor use of nine columns and the like. By pieces that
-    stay in the first cache it takes two thirds of the time, and half of it on two threads.
-    """
-    whole = x.shape[-1] - x.shape[-1] % _PIECE
-    pieces = x[..., :whole].reshape(*x.shape[:-1], -1, _PIECE).movedim(-2, -3)
-    total: Tensor = (pieces @ pieces.mT).sum(-3)
-    rest = x[..., whole:]
-    return total + rest @ rest.mT if rest.shape[-1] else total
 
 
 def is_plain_gram(x: Tensor) -> bool:
