@@ -12,13 +12,7 @@ from torch import Tensor
 from funshampoo.base import GradientTransformation, update_in_place
 from funshampoo.checks import check_range
 from funshampoo.compilation import compiled
-from funshampoo.optim.vocabulary import (
-    Method,
-    Vocabulary,
-    same_arguments,
-    structural,
-    untouched,
-)
+from funshampoo.optim.vocabulary import Method, Vocabulary, same_arguments, structural, untouched
 from funshampoo.state.checkpoint import (
     FORMAT,
     FORMAT_KEY,

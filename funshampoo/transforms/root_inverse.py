@@ -20,13 +20,7 @@ from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState
 from funshampoo.steps import current_step, new_counter
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.transforms.refresh import Refresh
-from funshampoo.transforms.turns import (
-    Refreshes,
-    Schedule,
-    anybody_at,
-    everybody,
-    refreshes_at,
-)
+from funshampoo.transforms.turns import Refreshes, Schedule, everybody, happens_at, refreshes_at
 from funshampoo.tree import (
     cast,
     check_parameters,
@@ -202,7 +196,7 @@ def root_inverse(
 
     def refreshes(state: RootInverseState, step: int | None = None) -> bool:
         t = current_step(state.steps, step)
-        return t is not None and anybody_at(t, schedule)
+        return t is not None and any(happens_at(t, schedule))
 
     return GradientTransformation(init, update, refreshes=refreshes)
 

@@ -78,14 +78,18 @@ def taken(x: Any, rows: Rows) -> Any:
         return x
     if isinstance(rows, range):
         return x.narrow(0, rows.start, len(rows))
-    return x.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x.device))
+    return x.index_select(0, _index(rows, x.device))
 
 
 def put(x: Any, rows: Rows, new: Any) -> Any:
     """x with new values in these rows."""
     if rows is None or not isinstance(x, Tensor):
         return new
-    return x.index_copy(0, torch.tensor(list(rows), dtype=torch.int64, device=x.device), new)
+    return x.index_copy(0, _index(rows, x.device), new)
+
+
+def _index(rows: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(rows), dtype=torch.int64, device=device)
 
 
 def overwrite(x: Any, rows: Rows, new: Any) -> None:
@@ -95,7 +99,7 @@ def overwrite(x: Any, rows: Rows, new: Any) -> None:
     if rows is None or isinstance(rows, range):
         taken(x, rows).copy_(new)
     else:
-        x.index_copy_(0, torch.tensor(list(rows), dtype=torch.int64, device=x.device), new)
+        x.index_copy_(0, _index(rows, x.device), new)
 
 
 def renewed(found: Found, old: FactorRoot) -> FactorRoot:

@@ -61,6 +61,18 @@ def phase(number: int, every: int) -> int:
     return int(every * (number * _GOLDEN % 1.0))
 
 
+def happens_at(step: int, schedule: Schedule) -> tuple[bool, bool, bool]:
+    """The fields of `Refreshes`, whether it may be somebody's turn: `now`, `asked`, `used`."""
+    every, start, stagger, delay = schedule
+
+    def due(t: int) -> bool:
+        return t > start and (stagger or t % every == 0)
+
+    if not delay or step <= start:
+        return step == start or due(step), False, False
+    return False, due(step), due(step - delay)
+
+
 def refreshes_at(
     step: int,
     schedule: Schedule,
@@ -68,26 +80,15 @@ def refreshes_at(
     block_ids: Mapping[str, Sequence[int]] | None,
 ) -> Refreshes:
     """Who is refreshed at this step, and how."""
-    every, start, stagger, delay = schedule
 
-    def due(t: int) -> Tree:
-        if stagger:
-            return turns_at(t, every, updates, block_ids)
-        return everybody(updates) if t % every == 0 else None
+    def turns(t: int) -> Tree:
+        if schedule.stagger and t > schedule.start:
+            return turns_at(t, schedule.every, updates, block_ids)
+        return everybody(updates)
 
-    if step <= start:
-        return Refreshes(now=everybody(updates) if step == start else None)
-    if not delay:
-        return Refreshes(now=due(step))
-    return Refreshes(asked=due(step), used=due(step - delay) if step - delay > start else None)
-
-
-def anybody_at(step: int, schedule: Schedule) -> bool:
-    """Whether it may be somebody's turn at this step."""
-    every, start, stagger, delay = schedule
-    if step <= start:
-        return step == start
-    return stagger or step % every == 0 or (delay > 0 and (step - delay) % every == 0)
+    at = (step, step, step - schedule.delay)
+    happens = happens_at(step, schedule)
+    return Refreshes(*[turns(t) if happening else None for t, happening in zip(at, happens)])
 
 
 def everybody(updates: Tree) -> Tree:
