@@ -7,6 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import funshampoo as fs
+from funshampoo.host import are_apart
 
 STEPS = """
 import resource
@@ -36,3 +40,34 @@ def test_a_plain_step_pays_no_page_faults() -> None:
     run = [sys.executable, "-c", STEPS]
     found = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True)
     assert float(found.stdout) < 200
+
+
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+@pytest.mark.parametrize("tx", [fs.sgd(1.0), fs.blocked(fs.scale(-1.0), 2)])
+def test_tied_leaves_get_both_updates(
+    tx: fs.GradientTransformation, on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one kernel would add both at once, they are added one by one."""
+    apart: list[bool] = []
+
+    def as_on_a_gpu(tensors: list[torch.Tensor]) -> bool:
+        apart.append(are_apart(tensors) and len({x.data_ptr() for x in tensors}) == len(tensors))
+        return apart[-1]
+
+    if on_a_gpu:
+        monkeypatch.setattr("funshampoo.base.are_apart", as_on_a_gpu)
+        monkeypatch.setattr("funshampoo.transforms.regions.are_apart", as_on_a_gpu)
+    w = torch.ones(4)
+    params = {"a": w, "b": w}
+    grads = {"a": torch.full((4,), 0.25), "b": torch.full((4,), 0.5)}
+    fs.update_in_place(tx, grads, tx.init(params), params)
+    assert w.tolist() == [0.25] * 4
+    assert apart == [False] * on_a_gpu
+
+
+def test_tensors_of_one_place() -> None:
+    x = torch.empty(2)
+    assert are_apart([x, x])  # a CPU writes to one after the other
+    fake = torch.empty(2, device="meta")
+    assert are_apart([fake])
+    assert not are_apart([fake, fake])

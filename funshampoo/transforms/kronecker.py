@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -113,15 +114,9 @@ def kronecker_statistics(
         block_ndim: int = 0,
         donate: bool = False,
     ) -> tuple[Tree, KroneckerState]:
-        def accumulated(factor: Tensor, x: Tensor) -> Tensor:
-            """beta2 L_i + added x xᵀ."""
-            product = rounded_gram(x, product_dtype)
-            if product is None:
-                is_packed = factor.shape[-2] != factor.shape[-1]
-                add_product = add_packed_gram if is_packed else add_gram
-                return add_product(factor, x, beta2, added, donate)
-            new = multiply(like(product, factor), added, donate=True)
-            return add(multiply(factor, beta2, donate), new, donate)
+        accumulated = functools.partial(
+            _accumulated, beta=beta2, weight=added, product_dtype=product_dtype, donate=donate
+        )
 
         def accumulate(u: Tensor, g: Tensor, factors: Any) -> tuple[Any, ...]:
             g = cast(g, compute_dtype(g))
@@ -144,6 +139,24 @@ def kronecker_statistics(
         return updates, KroneckerState(factors, weight)
 
     return GradientTransformation(init, update)
+
+
+def _accumulated(
+    factor: Tensor,
+    x: Tensor,
+    beta: Hyper,
+    weight: Hyper,
+    product_dtype: torch.dtype | None,
+    donate: bool,
+) -> Tensor:
+    """beta L_i + weight x xᵀ, of x = mat_i(G)."""
+    product = rounded_gram(x, product_dtype)
+    if product is None:
+        is_packed = factor.shape[-2] != factor.shape[-1]
+        add_product = add_packed_gram if is_packed else add_gram
+        return add_product(factor, x, beta, weight, donate)
+    new = multiply(like(product, factor), weight, donate=True)
+    return add(multiply(factor, beta, donate), new, donate)
 
 
 def _unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
