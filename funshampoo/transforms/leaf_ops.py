@@ -59,7 +59,7 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
     stacked = old.ndim == 3
     if donate and stacked and torch.compiler.is_compiling() and old.numel() >= _WORTH_A_NODE:
         return accumulate_gram_(old, x, beta, weight)
-    if stacked and d >= _LARGE and n >= _LONG and is_plain_memory(old, x):
+    if stacked and d >= LARGE and n >= LONG and is_plain_memory(old, x):
         return _add_triangle(old if donate else old.clone(), x, beta, weight)
     fused: Any
     if _may_write(old, donate, x):
@@ -80,7 +80,7 @@ def add_product(new: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 _WORTH_A_NODE = 2**16  # numbers, that a graph would copy back and forth otherwise
 
-_LARGE, _LONG = 512, 256  # d and n, from which on a triangle is less work than the whole
+LARGE, LONG = 512, 256  # d and n, from which on a triangle is less work than the whole
 _PANEL = 192  # rows; wide enough for a product at full speed, thin enough to leave half of it out
 
 

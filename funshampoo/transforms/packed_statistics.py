@@ -9,7 +9,7 @@ from funshampoo.base import Hyper
 from funshampoo.host import constant, may_reuse
 from funshampoo.linalg.packed import is_of_first, join, packed_shape
 from funshampoo.linalg.products import aligned, gram, is_plain_memory, matmul
-from funshampoo.transforms.leaf_ops import add, multiply
+from funshampoo.transforms.leaf_ops import LARGE, LONG, add, multiply
 
 
 def add_packed_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -> Tensor:
@@ -20,7 +20,7 @@ def add_packed_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: 
     if isinstance(beta, Tensor) or isinstance(weight, Tensor) or not may_reuse(old, x):
         added = multiply(join(*_parts(x)), weight, donate=False)
         return add(multiply(old, beta, donate), added, donate)
-    large = x.ndim == 3 and x.shape[-2] >= 4 * _PANEL and x.shape[-1] >= 2 * _PANEL
+    large = x.ndim == 3 and x.shape[-2] >= LARGE and x.shape[-1] >= LONG
     if large and x.shape[-2] % 8 == 0 and is_plain_memory(old, x):
         return _add_panels(old if donate else old.clone(), aligned(x), beta, weight)
     A, B, C = _parts(x)
