@@ -325,13 +325,27 @@ def _same_parameters(a: list[_Known], b: list[_Known]) -> bool:
 def _fresh(chain: _Chain, known: list[_Known]) -> Any:
     assert chain.transformation is not None
     state = chain.transformation.init({k.name: k.parameter.detach() for k in known})
-    rates = [path for path, _ in walk(state) if path[-1:] and path[-1].startswith(_RATE)]
-    if chain.words.fixed and chain.arguments and len(rates) > 1:
+    if not chain.words.takes_rate:
+        _check_scaled_once(chain, state)
+    return state
+
+
+def _check_scaled_once(chain: _Chain, state: Any) -> None:
+    """The updates of a method that takes no rate are multiplied by one, here or in the method."""
+    assert chain.transformation is not None
+    names = [path[-1] for path, _ in walk(state) if path] or [chain.transformation.name]
+    rates = sum(name.startswith(_RATE) for name in names)
+    if "lr" not in chain.arguments and not rates:
+        raise TypeError(
+            "the method takes no learning rate, and nothing in it scales by one: its updates would "
+            "be added as they are, uphill if they are gradients. Give lr=; or lr=None if it scales "
+            "them by a negative number in another way than by scale_by_learning_rate."
+        )
+    if chain.arguments.get("lr") is not None and rates > 1:
         raise TypeError(
             "the transformation scales by a learning rate already, and lr= would do it again: give "
             "it without scale_by_learning_rate, or give its recipe."
         )
-    return state
 
 
 def _carried_over(chain: _Chain, known: list[_Known], old: Any) -> Any:

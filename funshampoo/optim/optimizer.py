@@ -25,8 +25,9 @@ class Optimizer(torch.optim.Optimizer):
             hold its own hyperparameters and, under "method", its own recipe.
         method: a recipe such as `funshampoo.shampoo`, or a transformation.
         hyperparameters: the recipe's arguments, by torch.optim's names: lr for learning_rate, betas
-            for (beta1, beta2). A transformation takes `lr` at most, by which its updates are
-            multiplied (with a minus); it must not scale by a learning rate itself then.
+            for (beta1, beta2). Where the method takes no learning rate, as no transformation does,
+            its updates are multiplied by -lr; give none if it has `scale_by_learning_rate` in it,
+            and lr=None if it scales by a negative number in another way.
         compile: True compiles plain steps by torch.compile, see `funshampoo.compiled`; a dict is
             True with torch.compile's options. The graph goes on for another learning rate if the
             recipe is one of funshampoo, or lr a tensor, which a recipe of your own has to read on
@@ -47,7 +48,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: an argument that the method does not know, or lacks; compile is no bool and no
-            dict.
+            dict. At the first step: nobody scales by a learning rate, or two do.
         ValueError: an argument out of range; compile with distribute, stagger, or a tensor that is
             not lr.
 

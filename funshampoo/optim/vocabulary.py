@@ -36,6 +36,9 @@ _NOTES = {
 class Vocabulary:
     """What a method calls its hyperparameters, and what torch.optim does.
 
+    Where the method takes no learning rate, as no transformation does, `lr` is the wrapper's: what
+    comes out is multiplied by -lr, or left as it is for lr=None.
+
     Args:
         method: a recipe, or a transformation.
         given: names of arguments. A recipe with **keywords gets those that it does not declare.
@@ -63,15 +66,21 @@ class Vocabulary:
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - _SYNONYMS.keys()
 
     @property
+    def takes_rate(self) -> bool:
+        """Whether the learning rate is an argument of the method."""
+        return "lr" in self._names or "lr" in self.extras
+
+    @property
     def rate(self) -> str:
         """What the learning rate is called among the arguments."""
-        return "lr" if self.fixed or "lr" in self._arguments else "learning_rate"
+        return "learning_rate" if "learning_rate" in self._arguments else "lr"
 
     @property
     def reads_tensors(self) -> bool:
         """Whether a rate that is a tensor is read anew on every step: our stages do that."""
         recipe = getattr(self.method, "func", self.method)
-        return self.fixed or any(recipe is ours for ours in (adamw, from_reference, sgd, shampoo))
+        ours = any(recipe is one for one in (adamw, from_reference, sgd, shampoo))
+        return ours or not self.takes_rate
 
     def _named(self) -> dict[str, Any]:
         """{torch's name: default, or inspect.Parameter.empty}."""
@@ -100,7 +109,7 @@ class Vocabulary:
 
     def raw(self, group: Mapping[str, Any]) -> list[Any]:
         """What `arguments` reads of a group."""
-        names = ("lr",) if self.fixed else (*self._names, *self.extras)
+        names = (*self._names, *self.extras, *(() if self.takes_rate else ("lr",)))
         return [group.get(name, inspect.Parameter.empty) for name in names]
 
     def arguments(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,8 +124,6 @@ class Vocabulary:
                 "lr is a function; the wrapper takes numbers. Use a scheduler of "
                 "torch.optim.lr_scheduler, or the schedule in a functional loop."
             )
-        if self.fixed:
-            return {"lr": _copied(group["lr"])} if "lr" in group else {}
         values = {n: _copied(group[n]) for n in (*self._names, *self.extras) if n in group}
         if self._paired and "betas" in values:
             betas = values.pop("betas")
@@ -130,6 +137,8 @@ class Vocabulary:
                 arguments[name] = values[own]
             elif default is inspect.Parameter.empty:
                 raise TypeError(f"{own} is missing: give it to the optimizer, or to every group.")
+        if not self.takes_rate and "lr" in group:
+            arguments["lr"] = _copied(group["lr"])
         return arguments
 
     def build(self, arguments: Mapping[str, Any]) -> GradientTransformation:
@@ -138,19 +147,19 @@ class Vocabulary:
         Raises:
             TypeError: the method injects its hyperparameters into its state.
         """
-        if self.fixed:
-            given = as_transformation(self.method)
-            return chain(given, scale_by_learning_rate(arguments["lr"])) if arguments else given
-        built = as_transformation(self.method(**arguments))
-        if built.name == "inject_hyperparams":
+        own = {n: v for n, v in arguments.items() if n != "lr" or self.takes_rate}
+        built = as_transformation(self.method if self.fixed else self.method(**own))
+        if built.name == "inject_hyperparams" and not self.fixed:
             raise TypeError(
                 "inject_hyperparams keeps numbers in the state, where edits of param_groups do not "
                 "reach them: give the recipe itself."
             )
-        return built
+        if self.takes_rate or arguments.get("lr") is None:
+            return built
+        return chain(built, scale_by_learning_rate(arguments["lr"]))
 
     def _check_known(self, given: Iterable[str], others: set[str], remedy: str = "") -> None:
-        known = {"lr"} if self.fixed else self._names.keys()
+        known = self._names.keys() | (set() if self.takes_rate else {"lr"})
         unknown = sorted(set(given) - known - others - self.extras)
         if not unknown:
             return

@@ -306,6 +306,38 @@ def test_a_transformation_with_its_own_rate_needs_none() -> None:
     assert_same(params, functional([(tx, g) for g in grads], parameters())[0])
 
 
+def _bare(decay: float = 0.9) -> fs.GradientTransformation:
+    return fs.trace(decay)
+
+
+@pytest.mark.parametrize("method", [fs.scale_by_adam(), fs.chain, _bare, fs.chain(fs.scale(-0.1))])
+def test_a_step_that_nobody_turns_downhill_is_an_error(method: Any) -> None:
+    params = parameters()
+    before = copies(params)
+    optimizer = fs.Optimizer(params.items(), method)
+    with pytest.raises(TypeError, match="takes no learning rate.*lr=None"):
+        run(optimizer, params, grads_of(1))
+    assert not moved(params, before)
+
+
+def test_a_rate_of_none_leaves_the_scale_to_the_method() -> None:
+    params, grads = parameters(), grads_of(3)
+    tx = fs.chain(fs.trace(0.9), fs.scale(-0.1))
+    run(fs.Optimizer(params.items(), tx, lr=None), params, grads)
+    assert_same(params, functional([(tx, g) for g in grads], parameters())[0])
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "eager"}])
+def test_a_recipe_without_a_rate_is_scaled_by_the_wrappers(compile: Any) -> None:
+    params, grads = parameters(), grads_of(3)
+    optimizer = fs.Optimizer(params.items(), _bare, lr=1.0, decay=0.5, compile=compile)
+    for g, lr in zip(grads, (0.1, 0.2, 0.3)):
+        optimizer.param_groups[0]["lr"] = lr
+        run(optimizer, params, [g])
+    txs = [fs.chain(_bare(0.5), fs.scale_by_learning_rate(lr)) for lr in (0.1, 0.2, 0.3)]
+    assert_same(params, functional(list(zip(txs, grads)), parameters())[0])
+
+
 def test_injected_hyperparameters_would_shadow_the_group() -> None:
     with pytest.raises(TypeError, match="give the recipe itself"):
         fs.Optimizer(parameters().values(), fs.inject_hyperparams(fs.sgd), lr=0.1)
