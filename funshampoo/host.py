@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -75,6 +76,26 @@ def may_reuse(*operands: Any) -> bool:
     if not all([t.dtype == tensors[0].dtype and not t.requires_grad for t in tensors]):
         return False
     return not is_traced() or not any(map(_functorch.is_functorch_wrapped_tensor, tensors))
+
+
+_AUTOCASTED = ("cpu", "cuda", "mps", "xpu")
+
+
+def full_precision() -> contextlib.AbstractContextManager[Any]:
+    """No autocast inside: products of float32 stay float32.
+
+    A step may be called where torch.autocast is on for the model's sake. It would round factor
+    matrices and roots to bfloat16, for good where the state is not donated.
+    """
+    on = [kind for kind in _AUTOCASTED if torch.is_autocast_enabled(kind)]
+    if not on:
+        return contextlib.nullcontext()
+    if len(on) == 1:
+        return torch.autocast(on[0], enabled=False)
+    stack = contextlib.ExitStack()
+    for kind in on:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

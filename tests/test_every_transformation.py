@@ -75,6 +75,18 @@ def test_donate_gives_the_same_numbers(case: Case) -> None:
 
 
 @every_case
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+def test_autocast_changes_nothing(case: Case, donate: bool) -> None:
+    """A step may stand inside the model's autocast: factor matrices and roots stay float32."""
+    f32 = torch.float32
+    tx, params, grads = case.make(), problem(dtype=f32), gradients(STEPS, f32)
+    plain = train(tx, params, grads, fs.apply_updates, donate=donate)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
+        assert_equal(plain, train(tx, params, grads, fs.apply_updates, donate=donate))
+
+
+@every_case
 def test_in_place_gives_the_same_numbers(case: Case) -> None:
     tx, params = case.make(), problem()
     mine = clone(params)

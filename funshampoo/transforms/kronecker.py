@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Hyper, Tree
 from funshampoo.checks import check_range
+from funshampoo.host import full_precision
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
 from funshampoo.linalg.packed import like, packed_shape, packs, unpack
 from funshampoo.state.stages import KroneckerState
@@ -132,7 +133,8 @@ def kronecker_statistics(
             return u, add_weight(weight, beta2, donate)
 
         source = updates if gradient is None else gradient
-        _, factors = update_leaves(accumulate, updates, (state.factors,), (source,))
+        with full_precision():
+            _, factors = update_leaves(accumulate, updates, (state.factors,), (source,))
         weight = state.weight
         if corrected:
             _, weight = update_columns(count, updates, (weight,))

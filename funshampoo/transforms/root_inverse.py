@@ -12,6 +12,7 @@ from torch import Tensor
 from funshampoo import linalg
 from funshampoo.base import GradientTransformation, Hyper, Tree
 from funshampoo.checks import check_count, check_range
+from funshampoo.host import full_precision
 from funshampoo.linalg import Solver, eigh
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_matmul
@@ -190,8 +191,9 @@ def root_inverse(
             turns = Refreshes(now=everybody(updates) if refresh else None)
         else:
             turns = refreshes_at(t, schedule, updates, block_ids)
-        roots = refreshed(turns, updates, statistics, roots, donate)
-        directions = _directions(updates, roots, block_ndim, product_dtype)
+        with full_precision():
+            roots = refreshed(turns, updates, statistics, roots, donate)
+            directions = _directions(updates, roots, block_ndim, product_dtype)
         return directions, RootInverseState(state.steps + 1, roots)
 
     def refreshes(state: RootInverseState, step: int | None = None) -> bool:
