@@ -243,7 +243,9 @@ def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
 def _reduced(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """The sum or the maximum over several tensors; 0 without any."""
     parts = [reduce(x) for x in tensors if x.numel()]
-    return reduce(torch.stack([x.to(parts[0].device) for x in parts])) if parts else torch.zeros(())
+    if not parts:
+        return torch.zeros((), device="cpu")
+    return reduce(torch.stack([x.to(parts[0].device) for x in parts]))
 
 
 def limit_reached(report: Tensor, max_failures: int) -> bool:

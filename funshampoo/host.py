@@ -105,7 +105,7 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     others. One made in inference mode could not enter autograd's graphs.
     """
 
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=256)
     def kept(*arguments: Any) -> Tensor:
         with torch.inference_mode(False):
             return make(*arguments)
@@ -115,6 +115,16 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return make(*arguments) if is_traced() or in_a_mode() else kept(*arguments)
 
     return find
+
+
+@constant
+def row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """(n,) int64. To make it is a copy from the host, for which a GPU's stream would be waited for.
+
+    >>> row_index((0, 2), torch.device("cpu"))
+    tensor([0, 2])
+    """
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 @functools.cache

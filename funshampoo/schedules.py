@@ -106,7 +106,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         raise ValueError(f"boundaries must increase, got {list(boundaries)}.")
 
     def schedule(count: Tensor) -> Tensor:
-        now = torch.as_tensor(count)
+        now = _as_counter(count)
         value = _as_tensor(schedules[0](now))
         for boundary, following in zip(boundaries, schedules[1:]):
             value = torch.where(now >= boundary, _as_tensor(following(now - boundary)), value)
@@ -132,7 +132,12 @@ def warmup_cosine(peak: Hyper, warmup_steps: int, steps: int, *, end: Hyper = 0.
 
 def _as_float64(count: Tensor | int | float) -> Tensor:
     # float32 counts every step only up to 2^24
-    return torch.as_tensor(count).to(torch.float64)
+    return _as_counter(count).to(torch.float64)
+
+
+def _as_counter(count: Tensor | int | float) -> Tensor:
+    # on the CPU, as counters are, whatever the default device
+    return count if isinstance(count, Tensor) else torch.tensor(count, device="cpu")
 
 
 def _as_rate(value: Tensor, *rates: Hyper) -> Tensor:
@@ -141,4 +146,6 @@ def _as_rate(value: Tensor, *rates: Hyper) -> Tensor:
 
 
 def _as_tensor(rate: Hyper) -> Tensor:
-    return rate if isinstance(rate, Tensor) else torch.tensor(rate, dtype=torch.float32)
+    if isinstance(rate, Tensor):
+        return rate
+    return torch.tensor(rate, dtype=torch.float32, device="cpu")

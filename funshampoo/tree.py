@@ -29,7 +29,9 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 def leaf_names(tree: Any) -> list[str]:
     """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
-    paths = optree.tree_paths(tree, none_is_leaf=True)
+    accessors = optree.tree_accessors(tree, none_is_leaf=True)
+    # of a named tuple the field, where `entry` is an index
+    paths = [[getattr(step, "field", step.entry) for step in way] for way in accessors]
     names = [".".join(map(str, path)) or "(the tree itself)" for path in paths]
     if len(set(names)) < len(names):  # {"a": {"b": ...}, "a.b": ...}
         names = [".".join(repr(key) if "." in str(key) else str(key) for key in p) for p in paths]
@@ -186,6 +188,24 @@ def check_parameters(params: Any, stage: str) -> None:
                 f"{stage}: parameter '{leaf_names(params)[i]}' {problem}; only dense tensors of a "
                 "real floating dtype can be optimized. Leave it out of the tree, or wrap the whole "
                 "chain in masked(...) to hide it."
+            )
+
+
+def check_local(params: Any, stage: str) -> None:
+    """`check_parameters`, and no leaf is a DTensor, for stages that cut blocks or factor matrices.
+
+    Raises:
+        TypeError: names the leaf and the remedy.
+    """
+    check_parameters(params, stage)
+    for i, leaf in enumerate(flatten(params)[0]):
+        if hasattr(leaf, "device_mesh") and hasattr(leaf, "placements"):
+            raise TypeError(
+                f"{stage}: parameter '{leaf_names(params)[i]}' is a DTensor, as FSDP2 and tensor "
+                "parallelism make them, whose blocks would lie on several ranks. That is not "
+                "supported yet: train with DistributedDataParallel and distribute=sharded, or give "
+                "the local tensors (p.to_local(), and their gradients'), each with blocks of its "
+                "own."
             )
 
 

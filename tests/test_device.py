@@ -16,7 +16,7 @@ from torch.func import vmap
 
 import funshampoo as fs
 from tests.table import CASES, Case
-from tests.trees import assert_close, gradients, problem, tensors, train
+from tests.trees import assert_close, assert_equal, gradients, problem, tensors, train
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -54,11 +54,13 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
 def test_a_plain_step_on_a_gpu_does_not_wait_for_it(case: Case) -> None:
     tx, params = case.make(), to(problem(), "cuda")
     state = tx.init(params)
-    first, second = (to(g, "cuda") for g in gradients(2))
+    # The guards of the table look at their counters on every second step, and that waits.
+    first, second, third = (to(g, "cuda") for g in gradients(3))
     _, state = tx.update(first, state, params)
+    _, state = tx.update(second, state, params, refresh=False)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tx.update(second, state, params, refresh=False)
+        tx.update(third, state, params, refresh=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -74,3 +76,16 @@ def test_an_ensemble_on_a_gpu_with_a_schedule() -> None:
         params = fs.apply_updates(params, updates)
     first, _, _ = train(tx, problem(), gradients(3), fs.apply_updates)
     assert_close(optree.tree_map(lambda x: x[0].cpu(), params), first, 1e-8)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_default_device_changes_nothing(case: Case) -> None:
+    """Tensors are made where the parameters are, counters on the CPU."""
+    expected = train(case.make(), problem(), gradients(5), fs.apply_updates)
+    params, grads = problem(), gradients(5)
+    torch.set_default_device("meta")
+    try:
+        found = train(case.make(), params, grads, fs.apply_updates)
+    finally:
+        torch.set_default_device(None)
+    assert_equal(found, expected)

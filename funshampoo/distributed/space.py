@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funshampoo.base import Tree
 from funshampoo.distributed.shards import Blocks, Piece
+from funshampoo.host import row_index
 from funshampoo.transforms.layout import Stack
 from funshampoo.tree import MaskedNode, compute_dtype, flatten, leaf_names
 
@@ -111,7 +112,7 @@ class Space:
                 r - piece.first for r in absent.get(stack, ()) if 0 <= r - piece.first < piece.rows
             ]
             if rows:
-                index = torch.tensor(sorted(rows), device=out[stack].device)
+                index = row_index(tuple(sorted(rows)), out[stack].device)
                 changed[stack] = out[stack].index_fill(0, index, 0.0)
         return changed
 

@@ -105,7 +105,7 @@ def _mirrored(packed: Tensor, S: Tensor) -> Tensor:
 
 @constant
 def _lower(d: int) -> Tensor:
-    return torch.ones(d, d, dtype=torch.bool).tril()
+    return torch.ones(d, d, dtype=torch.bool, device="cpu").tril()
 
 
 def side_of(packed: Tensor) -> int:

@@ -190,7 +190,7 @@ class GroupRun:
         if not known:  # all are frozen, so that even what is shared had no place to be saved in
             return Ready(chain, known, fresh)
         places = state_dict(fresh)
-        flat = {FORMAT_KEY: torch.tensor(FORMAT)}
+        flat = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
         for name, p in zip(self.names(group), group["params"]):
             for entry, x in saved.get(p, {}).items():
                 if not isinstance(x, Tensor):
@@ -284,7 +284,7 @@ def _rate_as_tensor(words: Vocabulary, arguments: Mapping[str, Any]) -> Tensor |
     rate = arguments.get(words.rate)
     if isinstance(rate, (int, float)) and words.reads_tensors:
         check_range("lr", rate, 0.0)
-        return torch.tensor(float(rate), dtype=torch.float64)
+        return torch.tensor(float(rate), dtype=torch.float64, device="cpu")
     return rate if isinstance(rate, Tensor) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -125,18 +126,39 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """{parameter: {name: tensor}}, made of views when it is asked for."""
-        found: dict[Tensor, dict[str, Tensor]] = {}
+        """{parameter: {name: tensor}}, made of views when it is asked for.
+
+        What else is put into it is gone the next time. {} for what has no state.
+        """
+        found: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         for run, group in zip(self._runs, self.param_groups):
             found |= run.by_parameter(group)
         return found
 
     @state.setter
     def state(self, value: Any) -> None:
-        """torch.optim.Optimizer sets an empty one."""
+        if value:  # torch.optim.Optimizer sets an empty one
+            raise AttributeError("state can't be set: load_state_dict does, all of it or nothing.")
+
+    def chain_states(self) -> list[Any]:
+        """The state of every group's chain, for `funshampoo.state`: its `health`, say. To be read.
+
+        The next step writes to it.
+
+        >>> from funshampoo.state import health
+        >>> optimizer = Shampoo([torch.nn.Parameter(torch.zeros(2, 3))])
+        >>> found = health(optimizer.chain_states()[0])  # doctest: +ELLIPSIS
+        0 steps, 0 micro-batches skipped, 0 times a block held
+        factor     matrices  residual condition failures  worst
+        ...
+        """
+        return [run.current(group) for run, group in zip(self._runs, self.param_groups)]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim has it, readable by torch.load(weights_only=True).
+
+        Its tensors are the optimizer's own, as torch.optim's are, and the next step changes some
+        and replaces others: save it, or keep a copy.deepcopy of it.
 
         Functions and solvers among the hyperparameters are left out; loading keeps the ones given
         at construction.

@@ -357,7 +357,7 @@ def _values(schedule: Callable[[Tensor], Hyper], steps: int) -> list[float]:
     values = []
     for count in range(steps):
         try:
-            values.append(float(schedule(torch.tensor(count))))
+            values.append(float(schedule(torch.tensor(count, device="cpu"))))
         except (IndexError, KeyError):  # a schedule that reads from a list of rates
             break
     if not values:

@@ -61,7 +61,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     >>> {name: tuple(x.shape) for name, x in saved.items()}
     {'funshampoo/format': (), 'w/block_0/buffer': (2,), 'w/block_1/buffer': (1,)}
     """
-    found = {FORMAT_KEY: torch.tensor(FORMAT)}
+    found = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
     for owner, rest, x in named_tensors(state):
         found["/".join(filter(None, [owner, rest]))] = x
     return found

@@ -17,6 +17,7 @@ from funshampoo.state.stages import (
     MultiStepsState,
     RootInverseState,
     ShardedState,
+    check_is_state,
     walk,
 )
 from funshampoo.tree import flatten
@@ -88,8 +89,11 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
 
     Args:
         state: of any transformation that contains a `root_inverse`; without one the list of factors
-            is empty.
+            is empty. Of the wrapper, one of `optimizer.chain_states()`.
         file: where to print; standard output by default.
+
+    Raises:
+        TypeError: state is that of a torch.optim.Optimizer.
 
     >>> import torch
     >>> from funshampoo import shampoo
@@ -102,6 +106,7 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     2x3 side 0        1 ...
     2x3 side 1        1 ...
     """
+    check_is_state(state)
     steps, skipped, held = 0, 0, 0
     factors: list[FactorHealth] = []
     names: dict[str, dict[int, tuple[str, str]]] = {}

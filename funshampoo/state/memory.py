@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TextIO
 from torch import Tensor
 
 from funshampoo.state.places import Place, block_names, map_tensors
+from funshampoo.state.stages import check_is_state
 
 
 class Memory(NamedTuple):
@@ -40,8 +41,11 @@ def summary(state: Any, *, file: TextIO | None = None) -> Memory:
     """Print where the memory of a state goes, by stage and by parameter, and return the numbers.
 
     Args:
-        state: of any transformation.
+        state: of any transformation; of the wrapper, one of `optimizer.chain_states()`.
         file: where to print; standard output by default.
+
+    Raises:
+        TypeError: state is that of a torch.optim.Optimizer.
 
     Inside `blocked` a stack's bytes are shared out by the blocks that each parameter has there.
     Elsewhere a leaf's name in its state is the parameter's.
@@ -58,6 +62,7 @@ def summary(state: Any, *, file: TextIO | None = None) -> Memory:
     >>> memory.total
     136
     """
+    check_is_state(state)
     stages: dict[str, int] = defaultdict(int)
     parameters: dict[str, int] = defaultdict(int)
     for leaf in _leaves(state):

@@ -3,7 +3,7 @@
 A state is a pytree that describes itself. Combinators are named tuples that keep another state in
 the field `inner` (`graft` in `direction` and `onto`); dicts in such a place are those of chains and
 partitions, keyed by stage; any other dict is a tree over the parameters or, in block space, over
-the stacks.
+the stacks, and so is a named tuple in any other field but one of `stages`.
 """
 
 from __future__ import annotations
@@ -142,6 +142,9 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
     if not isinstance(node, (tuple, list)):
         return node
     fields: tuple[str, ...] | None = getattr(type(node), "_fields", None)
+    if fields is not None and _is_of_parameters(scope, node):
+        parts = zip(fields, zip(*nodes))
+        return type(node)(*[_map(function, _below(scope, node, f), n) for f, n in parts])
     if fields is None:
         return type(node)(
             [
@@ -156,6 +159,15 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
             for name in fields
         ]
     )
+
+
+def _is_of_parameters(scope: _Scope, node: Any) -> bool:
+    """Whether a named tuple is a container of the tree of parameters, and no state.
+
+    It stands in another one's field, where that is no place for states.
+    """
+    in_a_tree = scope.place.kind is not None and not scope.of_states and scope.stacks is None
+    return in_a_tree and type(node).__module__ != FactorRoot.__module__
 
 
 def _entered(scope: _Scope, node: Any) -> _Scope:

@@ -258,3 +258,12 @@ def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
         return
     for key, child in children:
         yield from walk(child, (*path, str(key)))
+
+
+def check_is_state(state: Any) -> None:
+    """Raise TypeError where somebody gives the `state` of a torch.optim.Optimizer instead."""
+    if isinstance(state, dict) and any(isinstance(key, Tensor) for key in state):
+        raise TypeError(
+            "these are the tensors of an optimizer by parameter. The state of its chain, one for "
+            "every parameter group, is in optimizer.chain_states()."
+        )

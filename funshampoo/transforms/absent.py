@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from funshampoo.host import row_index
 from funshampoo.state.places import Path, Place, map_tensors
 from funshampoo.state.stages import BlockedState
 from funshampoo.transforms.layout import Layout
@@ -34,7 +34,7 @@ def saved_rows(state: BlockedState, layout: Layout, missing: list[int]) -> Kept:
         if place.stack in wanted and x.ndim > 0:
             held = enumerate(place.rows or ())
             rows = [i for i, row in held if row in wanted[place.stack]]
-            index = torch.tensor(rows, dtype=torch.int64, device=x.device)
+            index = row_index(tuple(rows), x.device)
             kept[place.path, place.stack] = index, x.index_select(0, index)
         return x
 

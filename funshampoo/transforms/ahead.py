@@ -150,12 +150,12 @@ def computed_ahead(
     rule: RootRule, matrix: Tensor, basis: MaybeTensor, rows: Rows
 ) -> Solving | Found:
     """The roots of these rows, looked up or else computed."""
-    if not can_run_in_a_thread(matrix, basis, *rule.numbers):
-        return rule(taken(matrix, rows), taken(basis, rows))
-    if matrix.ndim == 2:
+    if matrix.ndim == 2:  # as a stack, since the product of two matrices rounds in another way
         found = computed_ahead(rule, matrix[None], _one(basis), None)
         parts: list[Any] = [x[0] if isinstance(x, Tensor) else x for x in result_of(found)]
         return Found(*parts)
+    if not can_run_in_a_thread(matrix, basis, *rule.numbers):
+        return rule(taken(matrix, rows), taken(basis, rows))
     every: Sequence[int] = range(len(matrix)) if rows is None else rows
     known = _is_fixed(rule)
     places = _jobs().take(rule, taken(matrix, rows)) if known else [None] * len(every)

@@ -28,7 +28,7 @@ from funshampoo.transforms.tiled_step import Given, Results, TiledSteps
 from funshampoo.transforms.tiles import TileSize
 from funshampoo.tree import (
     broadcast_prefix,
-    check_parameters,
+    check_local,
     check_same_structure,
     flatten,
     leaf_names,
@@ -101,7 +101,7 @@ def blocked(
         return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
 
     def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> BlockedState:
-        check_parameters(params, "blocked")
+        check_local(params, "blocked")
         if block_ndim:
             raise ValueError("blocked inside blocked: the parameters are cut into blocks already.")
         leaves, _ = flatten(params)

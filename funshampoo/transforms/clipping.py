@@ -26,7 +26,7 @@ def clip(max_value: Hyper) -> GradientTransformation:
 
     def leaf(u: Tensor) -> tuple[Tensor]:
         u = u.to(compute_dtype(u))
-        limit = torch.as_tensor(max_value, dtype=u.dtype, device=u.device)
+        limit = _limit(max_value, u)
         return (torch.clamp(u, -limit, limit),)
 
     def clipped(updates: Tree) -> Tree:
@@ -56,7 +56,7 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
         norm = global_norm(updates)
         if norm is None:
             return updates
-        limit = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
+        limit = _limit(max_norm, norm)
         factor = limit / torch.maximum(norm, limit)
 
         def leaf(u: Tensor) -> tuple[Tensor]:
@@ -66,6 +66,11 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
         return update_leaves(leaf, updates, ())[0]
 
     return stateless(clipped, "clip_by_global_norm")
+
+
+def _limit(value: Hyper, like: Tensor) -> Tensor:
+    """(), filled on its device: a GPU's stream would be waited for with a copy from the host."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 def global_norm(tree: Tree) -> Tensor | None:

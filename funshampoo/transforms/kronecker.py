@@ -21,7 +21,7 @@ from funshampoo.transforms.leaf_ops import add, add_gram, multiply
 from funshampoo.transforms.packed_statistics import add_packed_gram
 from funshampoo.tree import (
     cast,
-    check_parameters,
+    check_local,
     compute_dtype,
     map_leaves,
     update_columns,
@@ -90,7 +90,7 @@ def kronecker_statistics(
         return packed_shape(d) if packs(d, packed) else (d, d)
 
     def init(params: Tree, *, block_ndim: int = 0) -> KroneckerState:
-        check_parameters(params, "kronecker_statistics")
+        check_local(params, "kronecker_statistics")
 
         def zero_factors(x: Tensor) -> tuple[Any, ...]:
             lead, sides = x.shape[:block_ndim], x.shape[block_ndim:]

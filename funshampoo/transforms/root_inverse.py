@@ -24,7 +24,7 @@ from funshampoo.transforms.refresh import Refresh
 from funshampoo.transforms.turns import Refreshes, Schedule, everybody, happens_at, refreshes_at
 from funshampoo.tree import (
     cast,
-    check_parameters,
+    check_local,
     compute_dtype,
     flatten,
     map_leaves,
@@ -151,7 +151,7 @@ def root_inverse(
     refreshed = Refresh(solve, epsilon, exponents, trace_scaling, basis_tolerance)
 
     def init(params: Tree, *, upstream: Any = None, block_ndim: int = 0) -> RootInverseState:
-        check_parameters(params, "root_inverse")
+        check_local(params, "root_inverse")
         if upstream is not None:
             _statistics_over(params, upstream)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import Hyper
-from funshampoo.host import all_true
+from funshampoo.host import all_true, row_index
 from funshampoo.linalg import Solver, packed
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.products import power
@@ -78,18 +78,14 @@ def taken(x: Any, rows: Rows) -> Any:
         return x
     if isinstance(rows, range):
         return x.narrow(0, rows.start, len(rows))
-    return x.index_select(0, _index(rows, x.device))
+    return x.index_select(0, row_index(tuple(rows), x.device))
 
 
 def put(x: Any, rows: Rows, new: Any) -> Any:
     """x with new values in these rows."""
     if rows is None or not isinstance(x, Tensor):
         return new
-    return x.index_copy(0, _index(rows, x.device), new)
-
-
-def _index(rows: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(rows), dtype=torch.int64, device=device)
+    return x.index_copy(0, row_index(tuple(rows), x.device), new)
 
 
 def overwrite(x: Any, rows: Rows, new: Any) -> None:
@@ -99,7 +95,7 @@ def overwrite(x: Any, rows: Rows, new: Any) -> None:
     if rows is None or isinstance(rows, range):
         taken(x, rows).copy_(new)
     else:
-        x.index_copy_(0, _index(rows, x.device), new)
+        x.index_copy_(0, row_index(tuple(rows), x.device), new)
 
 
 def renewed(found: Found, old: FactorRoot) -> FactorRoot:

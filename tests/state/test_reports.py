@@ -10,9 +10,9 @@ import torch
 from torch.func import vmap
 
 import funshampoo as fs
-from funshampoo.state import health, summary
+from funshampoo.state import health, load_state_dict, state_dict, summary
 from tests.table import CASES, Case
-from tests.trees import gradients, problem, tensors, train
+from tests.trees import assert_equal, gradients, problem, tensors, train
 
 
 def size(tree: object) -> int:
@@ -128,3 +128,48 @@ def test_parameters_of_unblocked_roots_and_of_hyperparameters() -> None:
     state = fs.inject_hyperparams(fs.adamw)(0.1).init({"w": torch.zeros(2)})
     assert set(summary(state, file=io.StringIO()).parameters) == {"w", "(shared)"}
     assert summary(fs.shampoo(0.1).init({}), file=io.StringIO()).parameters == {"(shared)": 24}
+
+
+def test_the_state_of_a_wrapper_is_asked_for_by_group() -> None:
+    p, q = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    optimizer = fs.Shampoo([{"params": [("p", p)]}, {"params": [("q", q)], "every": 3}])
+    p.grad, q.grad = torch.ones(3, 2), torch.full((3, 2), float("nan"))
+    optimizer.step()
+    found = [health(state, file=io.StringIO()) for state in optimizer.chain_states()]
+    assert [(f.steps, f.held) for f in found] == [(1, 0), (1, 1)]
+    first, _ = optimizer.chain_states()
+    assert set(summary(first, file=io.StringIO()).parameters) == {"p", "(shared)"}
+    for report in (health, summary):
+        with pytest.raises(TypeError, match=r"optimizer\.chain_states\(\)"):
+            report(optimizer.state)
+
+
+class Inner(NamedTuple):
+    inner: torch.Tensor
+    scale: torch.Tensor
+
+
+class Model(NamedTuple):
+    w: torch.Tensor
+    head: Inner
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fs.adamw(0.1),
+        fs.scale_by_adam(),
+        fs.shampoo(0.1),
+        fs.multi_steps(fs.trace(0.9), 2),
+        fs.chain(fs.kronecker_statistics(), fs.root_inverse(1)),
+    ],
+)
+def test_parameters_in_named_tuples_have_their_fields_names(tx: fs.GradientTransformation) -> None:
+    """Also where a field is called as a combinator's is."""
+    params = Model(torch.ones(3, 4), Inner(torch.ones(3), torch.ones(())))
+    _, state = tx.update(params, tx.init(params), params)
+    owners = set(summary(state, file=io.StringIO()).parameters) - {"(shared)"}
+    assert owners == {"w", "head.inner", "head.scale"}
+    saved = state_dict(state)
+    assert owners <= {name.split("/")[0] for name in saved}
+    assert_equal(load_state_dict(tx.init(params), saved).state, state)
