@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.host import row_index
+from funshampoo.host import is_traced, row_index
 from funshampoo.state.places import Path, Place, map_tensors
 from funshampoo.state.stages import BlockedState
 from funshampoo.transforms.layout import Layout
@@ -22,7 +22,16 @@ def absent_rows(layout: Layout, parameters: list[int]) -> dict[str, set[int]]:
     return rows
 
 
-Kept = dict[tuple[Path, str | None], tuple[Tensor, Tensor]]  # {place: (rows, their values)}
+class _Saved(NamedTuple):
+    """Rows of a tensor of the state, and their values."""
+
+    rows: Tensor
+    values: Tensor
+    whole: Tensor
+    version: int
+
+
+Kept = dict[tuple[Path, str | None], _Saved]
 
 
 def saved_rows(state: BlockedState, layout: Layout, missing: list[int]) -> Kept:
@@ -35,7 +44,8 @@ def saved_rows(state: BlockedState, layout: Layout, missing: list[int]) -> Kept:
             held = enumerate(place.rows or ())
             rows = [i for i, row in held if row in wanted[place.stack]]
             index = row_index(tuple(rows), x.device)
-            kept[place.path, place.stack] = index, x.index_select(0, index)
+            values = x.index_select(0, index)
+            kept[place.path, place.stack] = _Saved(index, values, x, _version(x))
         return x
 
     map_tensors(save, state)
@@ -43,10 +53,17 @@ def saved_rows(state: BlockedState, layout: Layout, missing: list[int]) -> Kept:
 
 
 def restored_rows(state: BlockedState, kept: Kept) -> Any:
-    """The inner state with the saved rows put back."""
+    """The inner state with the saved rows put back, where the step has changed anything."""
 
     def restore(place: Place, x: Tensor) -> Tensor:
         found = kept.get((place.path, place.stack))
-        return x if found is None else x.index_copy(0, *found)
+        if found is None or (x is found.whole and 0 <= found.version == _version(x)):
+            return x
+        return x.index_copy(0, found.rows, found.values)
 
     return map_tensors(restore, state).inner
+
+
+def _version(x: Tensor) -> int:
+    """How often it was written to; -1 where nobody counts."""
+    return -1 if is_traced() or x.is_inference() else x._version

@@ -5,6 +5,8 @@ to come. What is here only remembers results: they are looked up by the matrix i
 entry. Where none is found (the state was resumed from a checkpoint, copied to another process,
 batched by vmap, or is used a second time), the root is computed there and then, with one kernel
 thread as here, and is the same to the last bit.
+
+What nobody will ask for any more is forgotten with the state that it was for.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import functools
 import os
 import threading
 import types
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -26,10 +30,14 @@ from funshampoo.transforms.solving import Solving, in_threads, pieces, result_of
 from funshampoo.workers import can_run_in_a_thread, workers
 
 MOST_BYTES = 2**32
-"""Of matrices that wait for their roots' use. What goes beyond is not computed ahead."""
+"""Of matrices that wait for their roots' use, and of these. More is not computed ahead."""
 
 OLDEST = 4096
-"""Jobs after which one that nobody has asked for is forgotten: its state is no longer in use."""
+"""Jobs after which one that nobody has asked for is forgotten, should it have no owner."""
+
+
+_Slot = tuple[int, ...]
+"""Which rows of which owner; a new job for them takes the place of an older one."""
 
 
 class _Job:
@@ -37,15 +45,22 @@ class _Job:
 
     The matrices are the state's own, not copies. Should somebody write to them meanwhile, their
     version tells, and the result is not used.
+
+    Attributes:
+        bytes: of the matrices, and of the roots to come.
+        waiting: rows that nobody has asked for yet.
+        slot, end: of the owner, and what watches over it, where there is one.
     """
 
     def __init__(self, rule: RootRule, matrix: Tensor, basis: MaybeTensor, number: int) -> None:
         self.number = number
-        self._inputs = [x for x in (matrix, basis) if isinstance(x, Tensor)]
+        self.slot: _Slot = ()
+        self.end: weakref.finalize[Any, Any] | None = None
+        self._inputs = _tensors(matrix, basis)
         if any([x.is_inference() for x in self._inputs]):  # these have no versions
             self._inputs = [x.clone() for x in self._inputs]
         self._versions = self._current_versions()
-        self.bytes = sum(x.numel() * x.element_size() for x in self._inputs)
+        self.bytes = _bytes(self._inputs)
         self.waiting = set(range(len(matrix)))
         first, *rest = self._inputs
         self.future: Future[Found] = workers(1, "ahead").submit(
@@ -76,21 +91,31 @@ class _Jobs:
         self._rows: dict[Any, tuple[_Job, int]] = {}
         self._keys: dict[int, list[Any]] = {}
         self._count = 0
+        self._latest: dict[_Slot, int] = {}
+        self._abandoned: deque[int] = deque()
 
-    def add(self, rule: RootRule, matrix: Tensor, basis: MaybeTensor) -> None:
+    def add(
+        self, rule: RootRule, matrix: Tensor, basis: MaybeTensor, slot: _Slot, owner: Tensor | None
+    ) -> None:
         with self._lock:
             self._count += 1
             while self._jobs and next(iter(self._jobs)) < self._count - OLDEST:
                 self._forget(next(iter(self._jobs)))
-            keys = _keys(rule, matrix)
-            if self._has(keys, [x for x in (matrix, basis) if isinstance(x, Tensor)]):
+            if slot in self._latest:  # rows that nobody asked for, such as of absent gradients
+                self._forget(self._latest[slot])
+            self._forget_abandoned()
+            keys, inputs = _keys(rule, matrix), _tensors(matrix, basis)
+            if self._has(keys, inputs):
                 return
-            size = matrix.numel() * matrix.element_size()
-            if size + sum(job.bytes for job in self._jobs.values()) > MOST_BYTES:
+            if _bytes(inputs) + sum(job.bytes for job in self._jobs.values()) > MOST_BYTES:
                 return
             job = self._jobs[self._count] = _Job(rule, matrix, basis, self._count)
             self._keys[job.number] = keys
             self._rows.update((key, (job, i)) for i, key in enumerate(keys))
+            if owner is not None:
+                job.slot = slot
+                self._latest[slot] = job.number
+                job.end = weakref.finalize(owner, self._abandon, job.number)
 
     def _has(self, keys: list[Any], inputs: Sequence[Tensor]) -> bool:
         """Whether these are being computed already: a state may be used twice."""
@@ -110,17 +135,35 @@ class _Jobs:
                 if place is not None:
                     job, row = place
                     job.waiting.discard(row)
-                    if not job.waiting:
-                        self._jobs.pop(job.number, None)
-                        self._keys.pop(job.number, None)
+                    if not job.waiting and job.number in self._jobs:
+                        self._forget(job.number, cancel=False)
             return places
 
-    def _forget(self, number: int) -> None:
+    def _forget(self, number: int, cancel: bool = True) -> None:
         job = self._jobs.pop(number)
-        job.future.cancel()
+        if cancel:
+            job.future.cancel()
+        if job.end is not None:
+            job.end.detach()
+            del self._latest[job.slot]
         for key in self._keys.pop(number):
             if self._rows.get(key, (None,))[0] is job:
                 del self._rows[key]
+
+    def _abandon(self, number: int) -> None:
+        """Its owner is gone. Called whenever memory is freed, perhaps by who holds the lock."""
+        self._abandoned.append(number)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget_abandoned()
+            finally:
+                self._lock.release()
+
+    def _forget_abandoned(self) -> None:
+        while self._abandoned:
+            number = self._abandoned.popleft()
+            if number in self._jobs:
+                self._forget(number)
 
 
 _JOBS: dict[int, _Jobs] = {}  # a forked child has no part in its parent's
@@ -130,20 +173,26 @@ def _jobs() -> _Jobs:
     return _JOBS.setdefault(os.getpid(), _Jobs())
 
 
-def compute_ahead(rule: RootRule, matrix: Tensor, basis: MaybeTensor, rows: Rows) -> None:
+def compute_ahead(
+    rule: RootRule, matrix: Tensor, basis: MaybeTensor, rows: Rows, owner: Tensor
+) -> None:
     """Begin to compute the roots of these rows, where a thread can.
 
     Args:
         matrix: all rows, (N, d, d), or one matrix (d, d).
         basis: of all rows, or ().
+        owner: what of the state, or a view of it, stays there until the roots come into use. What
+            was computed for a state that is gone is forgotten with it.
     """
     if not _is_fixed(rule) or not can_run_in_a_thread(matrix, basis):
         return
     if matrix.ndim == 2:
         matrix, basis, rows = matrix[None], _one(basis), None
+    lasting = _lasting(owner) if rows is None else None  # a turn of other rows replaces it
     for part in pieces(matrix, rows):
         if part:
-            _jobs().add(rule, taken(matrix, part), taken(basis, part))
+            slot = id(lasting), owner.storage_offset(), part[0]
+            _jobs().add(rule, taken(matrix, part), taken(basis, part), slot, lasting)
 
 
 def computed_ahead(
@@ -202,6 +251,22 @@ def _keys(rule: RootRule, matrix: Tensor) -> list[Any]:
     )
     side = matrix.shape[-1], matrix.dtype
     return [(rule, side, *mark) for mark in marks.tolist()]
+
+
+def _lasting(x: Tensor) -> Tensor | None:
+    """The tensor that lives as long as this memory; None where a view doesn't know it."""
+    if x.is_inference():
+        return None
+    return x if x._base is None else x._base
+
+
+def _tensors(*given: MaybeTensor) -> list[Tensor]:
+    return [x for x in given if isinstance(x, Tensor)]
+
+
+def _bytes(inputs: Sequence[Tensor]) -> int:
+    """Of these, and of as many results."""
+    return 2 * sum([x.numel() * x.element_size() for x in inputs])
 
 
 def _one(basis: MaybeTensor) -> MaybeTensor:

@@ -109,7 +109,7 @@ class Refresh:
         def asked(rule: RootRule, factor: Any, old: FactorRoot) -> FactorRoot:
             rows = turn.which
             pending = put(old.pending, rows, _matrices(factor, weight)(rows))
-            compute_ahead(rule, pending, old.basis, rows)
+            compute_ahead(rule, pending, old.basis, rows, old.root)
             waiting = put(old.waiting, rows, torch.ones_like(taken(old.waiting, rows)))
             return old._replace(pending=pending, waiting=waiting)
 

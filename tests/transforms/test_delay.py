@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,7 +128,7 @@ def test_each_root_is_solved_once_and_not_by_the_caller(solved: list[tuple[str, 
 
 
 def test_rows_are_found_whatever_slices_they_come_in(solved: list[tuple[str, int]]) -> None:
-    """As in a tiled step: the state cut by rows, every slice stepped by itself."""
+    """As in a tiled step: the state cut by rows, every slice stepped, and written to its place."""
     tx = chain(4, delay=2)
     whole = [start(tx)]
     for t in range(1, 10):
@@ -149,8 +151,8 @@ def test_rows_are_found_whatever_slices_they_come_in(solved: list[tuple[str, int
             job.future.result()
         if t == 6:
             assert not solved
-        join = lambda place, a, b: torch.cat([a, b]) if a.ndim else a  # noqa: E731
-        state = map_tensors(join, *pieces, stacks={"s"})
+        join = lambda place, x, a, b: x.copy_(torch.cat([a, b]) if a.ndim else a)  # noqa: E731
+        state = map_tensors(join, state, *pieces, stacks={"s"})
         assert_equal(state, whole[t])
 
 
@@ -301,6 +303,47 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(jobs._jobs)
     step(tx, state, 4)
     assert len(jobs._jobs) <= before
+
+
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_what_waits_for_a_state_goes_with_it(
+    wrapper: bool, absent: bool, solved: list[tuple[str, int]]
+) -> None:
+    def watchers() -> list[Any]:
+        registry = weakref.finalize._registry.values()  # type: ignore[attr-defined]
+        return [info for info in registry if info.func.__name__ == "_abandon"]
+
+    for _ in range(3):
+        shapes = {"w": (5, 4), "b": (5,), "c": (3, 3)}
+        params = {n: torch.nn.Parameter(torch.zeros(shape)) for n, shape in shapes.items()}
+        optimizer = fs.Shampoo(params.items(), every=4, delay=2, max_size=3)
+        tx = fs.shampoo(0.1, every=4, delay=2, max_size=3)
+        state = tx.init(params)
+        counts = []
+        for t in range(1, 14):
+            draw = torch.Generator().manual_seed(t)
+            g = {name: torch.randn(p.shape, generator=draw) for name, p in params.items()}
+            g |= {"c": None} if absent else {}
+            if wrapper:
+                for name, p in params.items():
+                    p.grad = g[name]
+                optimizer.step()
+            else:
+                _, state = tx.update(g, state, params)
+            for job in list(ahead._jobs()._jobs.values()):
+                job.future.result()
+            assert absent or t == 1 or all("funshampoo" in thread for thread, _ in solved)
+            solved.clear()
+            counts.append(len(ahead._jobs()._jobs))
+        asked = counts[3]
+        assert asked > 0
+        assert counts == 3 * [0] + 2 * [asked, asked, 0, 0] + [asked, asked]  # asked on 4, 8, 12
+        optimizer = state = params = p = g = job = None
+        gc.collect()
+        assert not ahead._jobs()._jobs
+        assert not ahead._jobs()._rows
+        assert not watchers()
 
 
 def test_the_interpreter_exits_while_roots_are_on_their_way() -> None:
