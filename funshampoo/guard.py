@@ -295,8 +295,8 @@ def failure_limit_error(blocks: Sequence[str], max_failures: int) -> FailureLimi
     """The error that names the blocks."""
     listed = "; ".join(blocks[:5]) + (f"; and {len(blocks) - 5} more" if len(blocks) > 5 else "")
     return FailureLimitError(
-        f"failed {max_failures} times in a row (max_failures={max_failures}): {listed}. A gradient "
-        "that is not finite has entered nothing, and where no root was found the old one is in "
-        "use. Look at the loss and the data of these steps, lower the learning rate, or give "
-        "max_failures=None (to shampoo, guarded or sharded) to go on."
+        f"failed {max_failures} times in a row (max_failures={max_failures}), or more until this "
+        f"look: {listed}. A gradient that is not finite has entered nothing, and where no root was "
+        "found the old one is in use. Look at the loss and the data of these steps, lower the "
+        "learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go on."
     )

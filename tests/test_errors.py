@@ -145,3 +145,34 @@ def test_tensors_are_never_validated_by_value(value: float) -> None:
     """They may be traced or batched; nothing reads them."""
     t = torch.tensor(value)
     fs.shampoo(t, beta1=t, beta2=t, epsilon=t, weight_decay=t, momentum=t, grafting_epsilon=t)
+
+
+class _DTensor(torch.Tensor):
+    """What FSDP2 makes of a parameter, as far as one can see."""
+
+    device_mesh, placements = None, ()
+
+
+@pytest.mark.parametrize(
+    "tx", [fs.shampoo(0.1), fs.kronecker_statistics(), fs.blocked(fs.trace(0.9))]
+)
+def test_parameters_that_lie_on_several_ranks_are_refused_by_name(
+    tx: fs.GradientTransformation,
+) -> None:
+    params = {"w": torch.ones(2, 2).as_subclass(_DTensor)}
+    with pytest.raises(TypeError, match=r"'w' is a DTensor.*distribute=sharded.*to_local"):
+        tx.init(params)
+    fs.adamw(0.1).init(params)  # elementwise, and fine
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"packed": 1}, "packed is 1; expected True or False"),
+        ({"stagger": "yes"}, "stagger is 'yes'"),
+        ({"distribute": True}, r"distribute is True; give funshampoo\.sharded"),
+    ],
+)
+def test_options_that_are_no_switches(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fs.shampoo(0.1, **option)

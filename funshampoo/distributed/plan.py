@@ -70,6 +70,7 @@ class Plan(NamedTuple):
         ranks: one `RankPlan` a rank.
         replicated_elements: elements in no block, which every rank updates by itself.
         replicated_bytes: bytes of state in no block, such as counters, which every rank keeps.
+        parameter_bytes: of the parameters, all of which every rank holds, with as many gradients.
         gathered_bytes: bytes that every rank holds after gathering all updates of a step: equally
             long shards, as long as the largest.
     """
@@ -81,6 +82,7 @@ class Plan(NamedTuple):
     ranks: tuple[RankPlan, ...]
     replicated_elements: int
     replicated_bytes: int
+    parameter_bytes: int
     gathered_bytes: int
 
     @property
@@ -180,6 +182,7 @@ def plan(
         ranks=ranks,
         replicated_elements=elements - sum(rank.elements for rank in ranks),
         replicated_bytes=replicated_bytes,
+        parameter_bytes=sum(leaf.numel() * leaf.dtype.itemsize for leaf in leaves),
         gathered_bytes=world_size * max(rank.elements for rank in ranks) * itemsize,
     )
 
@@ -273,8 +276,8 @@ def _heading(found: Plan) -> list[str]:
     lines = [
         f"{found.parameters:,} parameters, {found.elements:,} elements, in {found.blocks:,} blocks "
         f"of {len(found.stacks)} shapes, owned by {len(found.ranks):,} ranks.",
-        f"Balance (largest / mean modelled time): {found.balance:.3f}. "
-        f"Gathered every step: {_readable(found.gathered_bytes)}.",
+        f"Balance (largest / mean modelled time): {found.balance:.3f}.",
+        "Times are modelled for one CPU thread: compare them with each other.",
     ]
     if found.best_balance > 1.05:
         lines.append(
@@ -319,6 +322,9 @@ def _rank_table(found: Plan) -> list[str]:
         ("blocks", [rank.blocks for rank in found.ranks], "count"),
         ("elements sent", [rank.elements for rank in found.ranks], "count"),
         ("state", [rank.state_bytes for rank in found.ranks], "bytes"),
+        ("parameters", [found.parameter_bytes], "bytes"),
+        ("gradients", [found.parameter_bytes], "bytes"),
+        ("gathered updates", [found.gathered_bytes], "bytes"),
         ("time per step", [s.total for s in seconds], "ms"),
         ("  products", [s.products for s in seconds], "ms"),
         (f"  roots / {found.every}", [s.roots for s in seconds], "ms"),

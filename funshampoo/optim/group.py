@@ -192,6 +192,11 @@ class GroupRun:
         places = state_dict(fresh)
         flat = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
         for name, p in zip(self.names(group), group["params"]):
+            if saved.get(p, {}).keys() >= {"exp_avg", "exp_avg_sq"}:
+                raise ValueError(
+                    "this is the state of an AdamW of torch.optim: seed_from_adamw(state_dict) "
+                    "takes its moments over."
+                )
             for entry, x in saved.get(p, {}).items():
                 if not isinstance(x, Tensor):
                     raise ValueError(

@@ -208,6 +208,10 @@ def shampoo(
     block_chain = chain(*block_stages, *last, scale_by_learning_rate(learning_rate))
     protected = guarded(block_chain, max_failures=max_failures, every=every)
     if distribute is not None:
+        if not callable(distribute):
+            raise TypeError(
+                f"distribute is {distribute!r}; give funshampoo.sharded, or a partial of it."
+            )
         own = getattr(distribute, "keywords", {})  # those of a functools.partial come first
         given = {"every": every, "max_failures": max_failures}
         protected = distribute(protected, **{k: v for k, v in given.items() if k not in own})

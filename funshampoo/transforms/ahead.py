@@ -191,7 +191,7 @@ def compute_ahead(
     lasting = _lasting(owner) if rows is None else None  # a turn of other rows replaces it
     for part in pieces(matrix, rows):
         if part:
-            slot = id(lasting), owner.storage_offset(), part[0]
+            slot = id(lasting), int(owner.storage_offset()), part[0]
             _jobs().add(rule, taken(matrix, part), taken(basis, part), slot, lasting)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.base import GradientTransformation, Hyper, Tree
-from funshampoo.checks import check_range
+from funshampoo.checks import check_flag, check_range
 from funshampoo.host import full_precision
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
 from funshampoo.linalg.packed import like, packed_shape, packs, unpack
@@ -80,6 +80,7 @@ def kronecker_statistics(
     check_range("beta2", beta2, 0.0, 1.0, low_open=True)
     check_exponents(exponents)
     check_product_dtype(product_dtype)
+    check_flag("packed", packed)
     plain_sum = not weighted or (isinstance(beta2, float | int) and beta2 == 1)
     corrected = bias_correction and not plain_sum
     added: Hyper = 1.0 if plain_sum else 1 - beta2

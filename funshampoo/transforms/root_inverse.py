@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funshampoo import linalg
 from funshampoo.base import GradientTransformation, Hyper, Tree
-from funshampoo.checks import check_count, check_range
+from funshampoo.checks import check_count, check_flag, check_range
 from funshampoo.host import full_precision
 from funshampoo.linalg import Solver, eigh
 from funshampoo.linalg.eigensolver import EigenSolver
@@ -139,6 +139,8 @@ def root_inverse(
         check_range("trace_scaling", trace_scaling, 0.0, 1.0, low_open=True)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     check_product_dtype(product_dtype)
+    check_flag("stagger", stagger)
+    check_flag("packed", packed)
     solve = eigh(relative_epsilon=1e-6) if solver is None else solver
     if any([solve is factory for factory in _FACTORIES]):
         raise TypeError("solver makes solvers and is none: call it, as in linalg.eigh().")
@@ -286,8 +288,9 @@ def _step_known(counter: Tensor, step: int | None) -> int:
     t = current_step(counter, step)
     if t is None:
         raise RuntimeError(
-            "root_inverse can't read the step counter inside torch.compile: pass "
-            "refresh=funshampoo.refresh_due(step, every, start), or step= (from 1), to update."
+            "root_inverse can't read the step counter inside torch.compile. Let funshampoo compile "
+            "(compiled(tx), or Optimizer(..., compile=True)), or pass step= (from 1) or "
+            "refresh=funshampoo.refresh_due(step, every, start) to update."
         )
     return t
 

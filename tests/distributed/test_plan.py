@@ -151,6 +151,14 @@ def test_what_is_gathered() -> None:
         found = plan(shapes, 2, dtype=dtype, communication_dtype=communicated)
         assert [rank.elements for rank in found.ranks] == [64, 16]
         assert found.gathered_bytes == 2 * 64 * itemsize
+        assert found.parameter_bytes == (64 + 16) * dtype.itemsize
+
+
+def test_a_rank_holds_the_whole_model_and_all_updates() -> None:
+    rows = [line for line in str(plan({"a": (32, 32)}, 4)).splitlines() if "KiB" in line]
+    for title in ("parameters", "gradients"):
+        assert any(line.startswith(title) and line.count("4 KiB") == 3 for line in rows), title
+    assert any(line.startswith("gathered updates") and line.count("16 KiB") == 3 for line in rows)
 
 
 def test_what_is_in_no_block_is_everybodys() -> None:

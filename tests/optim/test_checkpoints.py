@@ -232,8 +232,14 @@ def test_a_checkpoint_of_torch_optim_is_an_error() -> None:
     params = parameters()
     adamw = torch.optim.AdamW(params.values())
     run(adamw, params, grads_of(1))
-    with pytest.raises(ValueError, match="unknown to the state"):
-        fs.Optimizer(params.values(), fs.adamw).load_state_dict(adamw.state_dict())
+    sgd = torch.optim.SGD(params.values(), momentum=0.9)
+    run(sgd, params, grads_of(1))
+    for saved, message in (
+        (adamw.state_dict(), r"seed_from_adamw\(state_dict\)"),
+        (sgd.state_dict(), "unknown to the state"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fs.Optimizer(params.values(), fs.adamw).load_state_dict(saved)
 
 
 def test_strict_and_cast_are_handed_on() -> None:
