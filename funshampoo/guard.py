@@ -39,7 +39,8 @@ def guarded(
     state for the length of the step.
 
     Args:
-        inner: everything that is to be protected, so the whole chain inside `blocked`.
+        inner: everything that is to be protected, so the whole chain inside `blocked`. Stages
+            outside run on: a momentum there moves the parameters on a held step too.
         max_failures: this many failures in a row of one block, steps held or roots that the solver
             failed on, are an error; None never stops. The error comes at the beginning of a
             step, before anything is changed, so that the state is whole. Inside torch.compile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,19 @@ def test_the_examples_of_the_readme_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # some save a file
     exec(python_blocks("README.md")[i], {})
+
+
+def test_the_chain_of_the_readme_changes_nothing_on_a_gradient_that_is_not_finite() -> None:
+    (block,) = (b for b in python_blocks("README.md") if "tx = chain(" in b)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    tx = names["tx"]
+    params = {"w": torch.ones(4, 3), "b": torch.ones(3)}
+    good = {"w": torch.ones(4, 3), "b": torch.ones(3)}
+    updates, state = tx.update(good, tx.init(params), params)
+    assert all(x.any() for x in tensors(updates))
+    updates, _ = tx.update({**good, "b": good["b"] * float("nan")}, state, params)
+    assert not any(x.any() for x in tensors(updates))
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:

@@ -1,4 +1,4 @@
-"""Never poisoned: what is not finite changes nothing but a counter (mistake 7, on one rank)."""
+"""Never poisoned: what is not finite changes nothing but a counter."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Mistakes measured in the field (the numbers of the project's specification): ours avoid them.
+"""Mistakes that were measured in other implementations: ours avoid them.
 
-Others are where their part is tested: 5, 13, 14, 15 in optim/; 7 in test_guard.py and distributed/;
-8 in linalg/; 11 in state/ and distributed/; 18 in distributed/test_ownership.py. 1-3
-belong to parts that are not built yet.
+More of them are tested with the part that they are about; those docstrings begin with "Measured
+elsewhere".
 """
 
 from __future__ import annotations

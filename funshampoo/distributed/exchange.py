@@ -86,7 +86,7 @@ class Exchange:
         if any(failed):
             raise RuntimeError(
                 f"sharded: the optimizer step failed on rank {failed.index(1.0)} of {len(failed)}; "
-                "its own error says why. No rank has applied the step."
+                "its own error says why. None of its updates has been applied."
             )
         if set(fingerprints) != {self.shards.fingerprint}:
             raise RuntimeError(

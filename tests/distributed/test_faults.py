@@ -1,4 +1,4 @@
-"""Never poisoned, never hung: what happens on one rank alone (mistake 7)."""
+"""Never poisoned, never hung: what happens on one rank alone."""
 
 from __future__ import annotations
 

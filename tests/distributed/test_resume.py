@@ -1,4 +1,4 @@
-"""Checkpoints of N ranks go on on M, bit for bit (mistake 11)."""
+"""Checkpoints of N ranks go on on M, bit for bit."""
 
 from __future__ import annotations
 

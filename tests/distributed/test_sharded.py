@@ -1,4 +1,4 @@
-"""Sharded = single: any number of ranks gives the bits of one process (mistake 6)."""
+"""Sharded = single: any number of ranks gives the bits of one process."""
 
 from __future__ import annotations
 

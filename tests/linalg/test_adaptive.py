@@ -66,7 +66,7 @@ def test_against_the_equations(solver: str, tolerance: float) -> None:
 
 
 def test_2_small_off_diagonals_are_seen_in_float32() -> None:
-    """Mistake 2: as a difference of norms, off-diagonals from 1e-6 to 1e-3 all read 0."""
+    """Measured elsewhere: as a difference of norms, off-diagonals from 1e-6 to 1e-3 all read 0."""
     d = 64
     A = log_spaced(d, 10.0).diag().float()
     for size in (1e-5, 1e-4, 1e-3):

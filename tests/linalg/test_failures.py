@@ -88,7 +88,7 @@ def test_non_finite_epsilon() -> None:
 
 
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
-def test_mistake_8_newton_iterations_that_did_not_converge_are_never_used(p: int) -> None:
+def test_newton_iterations_that_did_not_converge_are_never_used(p: int) -> None:
     """Undamped, singular to rounding, in float32: some iterates diverge to 1e21 and beyond."""
     A = with_spectrum(orthogonal(32, 16), log_spaced(32, 1e12), torch.float32)
     for make in (coupled_newton, newton_schulz):

@@ -66,7 +66,7 @@ def own_state(optimizer: fs.Optimizer, p: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", OWN_STEPS, ids=name_of)
 def test_a_late_parameter_moves_as_one_that_starts_fresh(method: Method) -> None:
-    """Mistake 15: bias corrected by everyone's steps; a first gradient at step 5 is its first."""
+    """Measured elsewhere: bias corrected by all steps; a first gradient at step 5 is its first."""
     params, grads = parameters(), grads_of(9)
     optimizer = method.optimizer(params.items())
     before = copies(params)

@@ -110,7 +110,7 @@ EDITS: list[tuple[Method, dict[str, Any]]] = [
     ("method", "edit"), EDITS, ids=[f"{m.name}-{'-'.join(map(str, e))}" for m, e in EDITS]
 )
 def test_an_edit_takes_effect_at_the_next_step(method: Method, edit: dict[str, Any]) -> None:
-    """Mistake 13: a value read at construction, so that betas or decay could not be scheduled."""
+    """Measured elsewhere: values read at construction; betas or decay could not be scheduled."""
     params, grads = parameters(), grads_of(9)
     before, after = method.transformation(), method.transformation(**edit)
     txs = 4 * [before] + 3 * [after] + 2 * [before]
@@ -206,7 +206,7 @@ def flat(optimizer: fs.Optimizer) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", [EVERYTHING, REFERENCE, ADAMW, BARE], ids=name_of)
 @pytest.mark.parametrize("steps", [0, 4])
 def test_a_group_added_late_starts_fresh(method: Method, steps: int) -> None:
-    """Mistake 14: state made at construction, so that added parameters had none."""
+    """Measured elsewhere: state made at construction, so that added parameters had none."""
     params, grads = parameters(), grads_of(9)
     optimizer = method.optimizer(list(part(params, FIRST).items()))
     run(optimizer, part(params, FIRST), grads[:steps])

@@ -82,7 +82,7 @@ def test_parameters_without_names_are_numbered() -> None:
 
 
 def test_bfloat16_parameters_keep_float32_moments() -> None:
-    """Mistake 5: in bfloat16 a decay of 0.999 rounds v back to itself, so that it sticks."""
+    """Measured elsewhere: in bfloat16 a decay of 0.999 rounds v back to itself: it sticks."""
     w = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     optimizer = fs.Optimizer([w], fs.adamw, lr=1e-3)
     for value in [1.0] + 50 * [0.01]:

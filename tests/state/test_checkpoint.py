@@ -1,4 +1,4 @@
-"""Checkpoints: flat names, nothing lost, checked before anything changes (mistake 11)."""
+"""Checkpoints: flat names, nothing lost, checked before anything changes."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_merging_targets_and_kinds() -> None:
     assert merged_shape((5,), 1024, "matrix") == (5,)
 
 
-def test_the_examples_of_the_specification() -> None:
+def test_known_layouts() -> None:
     layout = layout_of((((50257, 768), torch.float32, torch.device("cpu")),), 1024, "small", 1)
     assert {name: s.rows for name, s in layout.stacks.items()} == {"1024x768": 49, "81x768": 1}
 

@@ -287,7 +287,7 @@ def test_decayed_weights_need_parameters() -> None:
 
 
 def test_statistics_of_bfloat16_gradients_do_not_stick() -> None:
-    """Mistake 5 for this part: an EMA kept in bfloat16 would stall far below its limit."""
+    """Measured elsewhere: an EMA kept in bfloat16 would stall far below its limit."""
     g = {"w": torch.ones(1, dtype=torch.bfloat16)}
     tx = fs.kronecker_statistics(0.99, bias_correction=False)
     state = tx.init(g)
