@@ -15,7 +15,7 @@ from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
 from funshampoo.distributed.ownership import owners_of
 from funshampoo.distributed.shapes import model_shapes
 from funshampoo.recipes.shampoo import shampoo
-from funshampoo.state.memory import _readable
+from funshampoo.state.memory import readable
 from funshampoo.state.places import Place, block_of, map_tensors, stack_rows
 from funshampoo.state.stages import BlockedState, walk
 from funshampoo.transforms.layout import Merge
@@ -305,7 +305,7 @@ def _stack_table(found: Plan) -> list[str]:
         lines.append(
             f"{name:<20} {stack.rows:>8,} {len(set(stack.owners)):>7,} "
             f"{1e3 * stack.seconds.total:>9.3g} {total((name, stack)) / whole:>6.1%} "
-            f"{_readable(stack.state_bytes):>11}"
+            f"{readable(stack.state_bytes):>11}"
         )
     rest = ordered[_STACKS_SHOWN:]
     if rest:
@@ -339,5 +339,5 @@ def _rank_table(found: Plan) -> list[str]:
 
 def _cell(value: float, unit: str) -> str:
     if unit == "bytes":
-        return _readable(round(value))
+        return readable(round(value))
     return f"{value:,.0f}" if unit == "count" else f"{1e3 * value:,.4g} ms"

@@ -130,6 +130,7 @@ def in_form_of(S: Tensor, other: Tensor) -> Tensor:
     return unpack(S) if S.shape[-2:] == forms[1] else pack(S)
 
 
+@constant
 def _sources(d: int, device: torch.device) -> Tensor:
     """For every entry of the d×d matrix, row by row, which of the packed numbers it is."""
     h, columns = packed_shape(d)

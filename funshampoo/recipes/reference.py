@@ -312,6 +312,7 @@ def _solver(config: Config | None, epsilon: float, floor: bool) -> Solver:
             tolerance=fields.take("tolerance", 1e-8),
             order=fields.take("order", 3),
         )
+        # TF32 is off unless the process has asked for it: see docs/design.md, "Autocast".
         fields.drop("disable_tf32", "rank_deficient_stability_config")
     else:
         solver = _eigen(fields, epsilon, floor)

@@ -109,11 +109,16 @@ def _table(title: str, rows: dict[str, int], total: int) -> list[str]:
     width = max([len(title), *map(len, rows), 16])
     lines = [f"{title:<{width}} {'bytes':>7}  share"]
     for name, size in rows.items():
-        lines.append(f"{name:<{width}} {_readable(size):>7}  {size / max(total, 1):>5.0%}")
+        lines.append(f"{name:<{width}} {readable(size):>7}  {size / max(total, 1):>5.0%}")
     return lines
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """Bytes as people write them.
+
+    >>> readable(136), readable(3 * 2**20)
+    ('136 B', '3 MiB')
+    """
     value, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1000:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funshampoo.state.places import rows_of
 from funshampoo.transforms.layout import Layout, ParameterLayout, Region, Stack
+from funshampoo.transforms.regions import viewed
 from funshampoo.tree import compute_dtype
 
 
@@ -100,7 +101,7 @@ def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout
     if leaf is None:
         return torch.zeros(region.rows, *region.block, dtype=stack.dtype, device=stack.device)
     if region.block == where.merged:
-        return _reshaped(leaf, region.block).to(stack.dtype)
+        return viewed(leaf, region.block).to(stack.dtype)
     x = leaf.reshape(where.merged)
     split: list[int] = []
     for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
@@ -114,7 +115,7 @@ def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout
 def _paste(rows: Tensor, region: Region) -> Tensor:
     """Undo `_cut_out`: (rows, *block) to the region of the merged parameter."""
     if region.rows == 1:
-        return _reshaped(rows, region.block)
+        return viewed(rows, region.block)
     order = len(region.block)
     axes = [axis for i in range(order) for axis in (i, order + i)]
     sides = [count * size for count, size in zip(region.grid, region.block)]
@@ -131,9 +132,4 @@ def _assemble(pieces: list[Tensor], where: ParameterLayout, leaf: Tensor | None)
         n = where.parts[axis]
         if n > 1:
             pieces = [torch.cat(pieces[i : i + n], axis) for i in range(0, len(pieces), n)]
-    return _reshaped(pieces[0], where.shape)
-
-
-def _reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x.reshape(shape), without an operator where it has that shape."""
-    return x if x.shape == shape else x.reshape(shape)
+    return viewed(pieces[0], where.shape)
