@@ -12,7 +12,7 @@ from funshampoo.base import GradientTransformation, Tree, as_transformation
 from funshampoo.checks import check_count
 from funshampoo.state.places import is_shared
 from funshampoo.state.stages import GuardedState, MultiStepsState, find_state
-from funshampoo.steps import current_step, new_counter
+from funshampoo.steps import current_step, new_counter, read_counter
 from funshampoo.tree import check_parameters, compute_dtype, flatten, map_leaves
 
 
@@ -24,10 +24,10 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     a step's are, the step is left out too: the updates are zeros and every floating-point tensor of
     `inner`'s state stays as it was (its counters go on). None of it waits for the device. A
     micro-gradient that is None counts as zeros, since another micro-batch may have one for that
-    parameter.
+    parameter; where none had, `inner` sees None.
 
     Args:
-        inner: any transformation.
+        inner: any transformation; all of `blocked`, not what is in it.
         every: micro-batches per real step.
 
     Context: `step=`, if given, is the number of the micro-step from 1; `inner` sees the number of
@@ -36,7 +36,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     State: `MultiStepsState`.
 
     Raises:
-        ValueError: every < 1.
+        ValueError: every < 1; from init, it stands inside `blocked`.
         RuntimeError: inside torch.compile without `step=`.
 
     >>> from funshampoo import scale
@@ -51,14 +51,20 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     inner = as_transformation(inner)
     check_count("every", every)
 
-    def init(params: Tree, **context: Any) -> MultiStepsState:
+    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> MultiStepsState:
         check_parameters(params, "multi_steps")
+        if block_ndim:
+            raise ValueError(
+                "multi_steps inside blocked would cut every micro-gradient into blocks, and can't "
+                "tell which are None: put it around, multi_steps(blocked(...), every)."
+            )
         leaves, _ = flatten(params)
         device = leaves[0].device if leaves else None
         return MultiStepsState(
             steps=new_counter(),
             total=map_leaves(_zeros, params),
-            used=torch.zeros((), device=device),
+            seen=map_leaves(lambda _: new_counter(), params),
+            used=torch.zeros((), dtype=torch.float32, device=device),
             skipped=torch.zeros((), dtype=torch.int64, device=device),
             inner=inner.init(params, **context),
         )
@@ -78,12 +84,13 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
             )
         finite = _all_finite(updates, like=state.used)
         total = map_leaves(lambda u, s: _add_if(finite, u, s), updates, state.total)
+        seen = map_leaves(lambda u, n: n if u is None else n + 1, updates, state.seen)
         used = state.used + finite
         skipped = state.skipped + ~finite
         count = state.steps + 1
         if t % every:
             return map_leaves(_zeros, total), MultiStepsState(
-                count, total, used, skipped, state.inner
+                count, total, seen, used, skipped, state.inner
             )
 
         if step is not None:
@@ -97,15 +104,17 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         # Where other ranks have a part in it, the owner of a block decides for all: NaN says to
         # its guard that there was none.
         count_of = torch.where(some, used, math.nan) if shared else used.clamp(min=1)
-        mean = map_leaves(lambda s: s / count_of.to(s), total)
+        mean = map_leaves(
+            lambda s, n: None if read_counter(n) == 0 else s / count_of.to(s), total, seen
+        )
         if "gradient" in context:  # inside a scope, where statistics are built from it
             context["gradient"] = mean
         out, new = inner.update(mean, state.inner, params, **context)
         if not shared:
-            out = map_leaves(lambda u: _where(some, u, _zeros(u)), out)
+            out = map_leaves(lambda u: u if u is None else _where(some, u, _zeros(u)), out)
             new = map_leaves(lambda a, b: _where(some, a, b), new, state.inner)
-        empty = map_leaves(torch.zeros_like, total)
-        return out, MultiStepsState(count, empty, torch.zeros_like(used), skipped, new)
+        empty, unseen = map_leaves(torch.zeros_like, total), map_leaves(torch.zeros_like, seen)
+        return out, MultiStepsState(count, empty, unseen, torch.zeros_like(used), skipped, new)
 
     def refreshes(state: MultiStepsState, step: int | None = None) -> bool:
         t = current_step(state.steps, step)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.host import are_apart, is_plain
-from funshampoo.tree import check_same_structure, compute_dtype, flatten
+from funshampoo.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
 State: TypeAlias = Any
@@ -243,6 +243,9 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     check_same_structure(params, updates, "params", "updates")
     leaves, spec = flatten(params)
     pairs = [(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates)) if u is not None]
+    if torch.compiler.is_compiling():
+        # torch 2.13: a graph forgets what it writes into a 0-dimensional float64 input on a CPU.
+        pairs = [(p, u) if p.ndim else (p.view(1), u.reshape(1)) for p, u in pairs]
     alike = [(p, u) for p, u in pairs if p.dtype == u.dtype]
     targets = [p for p, _ in alike]
     if alike and is_plain(*zip(*alike)) and are_apart(targets):
@@ -275,6 +278,9 @@ def update_in_place(
     Returns:
         The new state.
 
+    Raises:
+        ValueError: a parameter requires gradients, outside torch.no_grad(). Nothing is changed.
+
     >>> import torch
     >>> from funshampoo import sgd
     >>> tx = sgd(0.1)
@@ -283,12 +289,23 @@ def update_in_place(
     >>> params
     {'w': tensor([0.9000, 0.9000])}
     """
+    if torch.is_grad_enabled():
+        _check_writable(params)
     context |= {"donate": True}
     if transformation.apply is not None:
         return transformation.apply(updates, state, params, **context)
     found, state = transformation.update(updates, state, params, **context)
     add_in_place(params, found)
     return state
+
+
+def _check_writable(params: Tree) -> None:
+    for i, p in enumerate(flatten(params)[0]):
+        if isinstance(p, Tensor) and p.requires_grad and p.is_leaf:
+            raise ValueError(
+                f"parameter '{leaf_names(params)[i]}' requires gradients, and autograd lets nobody "
+                "write to it: pass p.detach(), or step under torch.no_grad()."
+            )
 
 
 def _name_of(update: Callable[..., Any]) -> str:

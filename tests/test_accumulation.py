@@ -104,10 +104,41 @@ def test_every_must_be_positive() -> None:
         fs.multi_steps(fs.sgd(0.1), 0)
 
 
-def test_inside_a_scope_statistics_are_of_the_average_too() -> None:
-    params, grads = problem(), gradients(4)
-    grads[2] = optree.tree_map(lambda x: x * float("nan"), grads[2])
-    inner = fs.chain(fs.kronecker_statistics(0.9), fs.root_inverse(1), fs.scale(-0.1))
-    a, _, _ = train(fs.blocked(fs.multi_steps(inner, 2), 4), params, grads, fs.apply_updates)
-    b, _, _ = train(fs.multi_steps(fs.blocked(inner, 4), 2), params, grads, fs.apply_updates)
-    assert_close(a, b, 1e-9)
+def test_it_stands_around_blocks_not_in_them() -> None:
+    with pytest.raises(ValueError, match=r"multi_steps\(blocked\(\.\.\.\), every\)"):
+        fs.blocked(fs.multi_steps(fs.trace(0.9), 2)).init(problem())
+
+
+def test_none_on_every_micro_batch_is_none_and_on_some_a_zero() -> None:
+    tx = fs.multi_steps(fs.chain(fs.add_decayed_weights(0.5), fs.scale(-1.0)), 2)
+    params = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}
+    one = torch.ones(2)
+    state = tx.init(params)
+    for _ in range(2):  # the second window remembers nothing of the first
+        _, state = tx.update({"a": one, "b": one, "c": None}, state, params)
+        updates, state = tx.update({"a": one, "b": None, "c": None}, state, params)
+        assert torch.equal(updates["a"], -1.5 * one)
+        assert torch.equal(updates["b"], -1.0 * one)
+        assert updates["c"] is None
+
+
+def test_a_frozen_parameter_stays_where_it_is_in_the_wrapper() -> None:
+    p, q = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    tx = fs.multi_steps(fs.shampoo(0.1, weight_decay=0.1, momentum=0.9), 2)
+    optimizer = fs.Optimizer([p, q], tx)
+    for t in range(8):
+        p.requires_grad_(t < 4)
+        p.grad, q.grad = torch.ones(4), torch.ones(4)
+        before = p.detach().clone(), q.detach().clone()
+        optimizer.step()
+        assert torch.equal(p, before[0]) is (t not in (1, 3))
+        assert torch.equal(q, before[1]) is (t % 2 == 0)
+
+
+def test_the_count_of_micro_batches_is_float32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        state = fs.multi_steps(fs.sgd(0.1), 300).init({"w": torch.zeros(2, dtype=torch.float64)})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert state.used.dtype == torch.float32

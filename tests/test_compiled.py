@@ -460,3 +460,20 @@ class TestWrapper:
     def test_what_does_not_go_together(self, options: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=f"compile and {next(iter(options))}"):
             self.pair(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_parameters_of_order_0_move_too(dtype: torch.dtype) -> None:
+    """Not with torch 2.13's graphs: written to, a float64 one on a CPU stays as it is."""
+    for tx in (chain(), fs.sgd(0.1, momentum=0.9)):
+        mine, other = (
+            {"s": torch.ones((), dtype=dtype), "w": torch.ones(3, dtype=dtype)} for _ in range(2)
+        )
+        gradients = {"s": torch.ones((), dtype=dtype), "w": torch.ones(3, dtype=dtype)}
+        compiled = fs.compiled(tx, backend="aot_eager")
+        state, expected = compiled.init(mine), tx.init(other)
+        for _ in range(EVERY):
+            state = fs.update_in_place(compiled, gradients, state, mine)
+            expected = fs.update_in_place(tx, gradients, expected, other)
+        assert_close(mine, other, 1e-6)
+        assert float(mine["s"]) < 0.8

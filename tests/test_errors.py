@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -176,3 +177,43 @@ def test_parameters_that_lie_on_several_ranks_are_refused_by_name(
 def test_options_that_are_no_switches(option: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         fs.shampoo(0.1, **option)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [
+        (torch.ones(3).to_sparse(), "gradient of 'b' is sparse.*sparse=False"),
+        (torch.ones(3, device="meta"), "gradient of 'b' is on meta, the parameter on cpu"),
+        (3.0, "gradient of 'b' is no tensor"),
+    ],
+    ids=["sparse", "device", "number"],
+)
+@pytest.mark.parametrize("way", ["pure", "donated", "in place"])
+def test_a_gradient_that_no_tile_could_take(way: str, gradient: Any, message: str) -> None:
+    """Found before the first tile is stepped."""
+    tx = fs.shampoo(0.05, max_size=4, tile=16)
+    params = {"a": torch.ones(8, 4), "b": torch.ones(3)}
+    state = tx.init(params)
+    before = snapshot(params, state)
+    step: Any = {
+        "pure": tx.update,
+        "donated": functools.partial(tx.update, donate=True),
+        "in place": functools.partial(fs.update_in_place, tx),
+    }[way]
+    with pytest.raises(TypeError, match=message):
+        step({"a": torch.ones(8, 4), "b": gradient}, state, params)
+    assert_unchanged(before, params, state)
+
+
+@pytest.mark.parametrize("tx", [fs.adamw(0.1), fs.shampoo(0.1)])
+def test_a_parameter_that_autograd_guards_is_not_written_to(tx: fs.GradientTransformation) -> None:
+    params = {"a": torch.ones(2), "b": torch.ones(2, requires_grad=True)}
+    gradients = {"a": torch.ones(2), "b": torch.ones(2)}
+    state = tx.init(params)
+    before = snapshot(params, state)
+    with pytest.raises(ValueError, match=r"'b' requires gradients.*no_grad"):
+        fs.update_in_place(tx, gradients, state, params)
+    assert_unchanged(before, params, state)
+    with torch.no_grad():
+        fs.update_in_place(tx, gradients, state, params)
+    assert (params["b"] < 1).all()

@@ -54,8 +54,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     a, b = _aligned(a), _aligned(b)
     plain = len(shape) == len(other) == 3 and shape[0] == other[0]
     product = torch.bmm(a, b) if plain else a @ b  # one operator where `@` takes five
-    if widens or lengthens:
-        return product[..., :rows, :columns].contiguous()
+    if widens or lengthens:  # a copy for a stack of one too, whose strides would show the padding
+        return product[..., :rows, :columns].clone(memory_format=torch.contiguous_format)
     return product
 
 

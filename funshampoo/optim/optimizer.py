@@ -112,7 +112,8 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: a sparse gradient (names the parameter).
             TypeError, ValueError: what was edited in param_groups is out of range, or changes the
                 blocks. As with a sparse gradient, nothing has moved then.
-            FailureLimitError: gradients or roots that failed too often in a row.
+            FailureLimitError: gradients or roots that failed too often in a row. Groups before the
+                one that it comes from have stepped then.
         """
         loss = None
         if closure is not None:

@@ -145,17 +145,18 @@ def load_state_dict(
     names = _Names()
 
     def filled(place: Place, x: Tensor) -> Tensor:
-        parts = [
-            saved.get("/".join(filter(None, [owner, rest])), old)
+        wanted = [
+            ("/".join(filter(None, [owner, rest])), old)
             for owner, rest, old in names.parts(place, x)
         ]
-        if not parts:
+        if not wanted:
             return x
-        if place.stack is None or x.ndim == 0:
-            return parts[0].detach().to(x, copy=True)
+        if place.stack is None or x.ndim == 0:  # one for all blocks of a stack: whose is there
+            known = [saved[name] for name, _ in wanted if name in saved]
+            return (known[0] if known else x).detach().to(x, copy=True)
         new = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for row, part in zip(new, parts):
-            row.copy_(part)
+        for row, (name, old) in zip(new, wanted):
+            row.copy_(saved.get(name, old))
         return new
 
     return Loaded(map_tensors(filled, state), missing, unknown)

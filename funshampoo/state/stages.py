@@ -151,13 +151,15 @@ class MultiStepsState(NamedTuple):
     Attributes:
         steps: micro-steps so far, () int64 on the CPU.
         total: tree, the sum of the finite micro-gradients since the last real step.
-        used: () float, how many micro-batches are in `total`.
+        seen: tree of () int64 on the CPU, how many of the micro-gradients since then were not None.
+        used: () float32, how many micro-batches are in `total`.
         skipped: () int64, how many were left out so far because they were not finite.
         inner: the state of the wrapped transformation.
     """
 
     steps: Tensor
     total: Tree
+    seen: Tree
     used: Tensor
     skipped: Tensor
     inner: Any

@@ -116,12 +116,14 @@ def blocked(
             check_same_structure(params, updates, "params", "gradients")
         leaves, spec = flatten(updates)
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
+        known = leaves if params is None else flatten(params)[0]
+        _check_gradients(leaves, known, updates)
         if with_params is not False and params is None:
             raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
-        layout = find_layout(leaves if params is None else flatten(params)[0])
+        layout = find_layout(known)
         _check_layout(layout, state.layout, updates)
         shown = None if with_params is False else _shown(params, with_params)
         return Given(leaves, spec, layout, missing, shown)
@@ -141,7 +143,7 @@ def blocked(
     def apply(updates: Tree, state: BlockedState, params: Tree, **context: Any) -> BlockedState:
         given = read(updates, state, params)
         own, _ = flatten(params)
-        if given.missing or is_traced() or not all([p.is_contiguous() for p in own]):
+        if given.missing or is_traced() or not _are_whole(own, apart=with_params is not False):
             updates, state = update(updates, state, params, **context | {"donate": True})
             add_in_place(params, updates)
             return state
@@ -185,6 +187,31 @@ def _update_whole(
             leaves = flatten(params)[0]
     pieces = unstack_blocks(stacks, layout, leaves)
     return spec.unflatten(pieces), BlockedState(inner_state, state.layout)
+
+
+def _are_whole(own: list[Tensor], apart: bool) -> bool:
+    """Whether updates can be added tile by tile: the parameters are contiguous.
+
+    And not tied, where a tile would read what one before has written (`apart`).
+    """
+    if not all([p.is_contiguous() for p in own]):
+        return False
+    places = [p.data_ptr() for p in own if p.numel()] if apart else []
+    return len(set(places)) == len(places)
+
+
+def _check_gradients(leaves: list[Any], others: list[Tensor], updates: Tree) -> None:
+    """Each is a dense tensor, where the parameter is."""
+    for i, (g, p) in enumerate(zip(leaves, others)):
+        if g is None:
+            continue
+        problem = "is no tensor" if not isinstance(g, Tensor) else ""
+        if not problem and g.layout is not torch.strided:
+            problem = f"is sparse ({g.layout}): build its layer with sparse=False"
+        if not problem and g.device != p.device:
+            problem = f"is on {g.device}, the parameter on {p.device}"
+        if problem:
+            raise TypeError(f"the gradient of '{leaf_names(updates)[i]}' {problem}.")
 
 
 def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) -> None:

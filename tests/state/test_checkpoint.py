@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import funshampoo as fs
-from funshampoo.state import load_state_dict, merged, seed_from_adamw, state_dict
+from funshampoo.state import (
+    KroneckerState,
+    find_state,
+    load_state_dict,
+    merged,
+    seed_from_adamw,
+    state_dict,
+)
 from tests.table import CASES, Case
 from tests.trees import assert_equal, gradients, problem, tensors, train
 
@@ -263,3 +270,18 @@ def test_seeds_that_do_not_fit_are_errors() -> None:
     sgd.step()
     with pytest.raises(ValueError, match=r"no state_dict of torch\.optim\.AdamW"):
         seed_from_adamw(state, sgd.state_dict(), ["w"])
+
+
+def test_a_number_of_all_blocks_is_kept_where_a_parameter_is_new() -> None:
+    """Whichever comes first; correction counts everyone's steps."""
+    tx = fs.shampoo(0.1, own_steps=False, grafting="rms")
+    w, g = {"w": torch.ones(4)}, {"w": torch.ones(4)}
+    state = tx.init(w)
+    for _ in range(3):
+        _, state = tx.update(g, state, w)
+    saved = state_dict(state)
+    for both in ({"a": torch.ones(4), **w}, {**w, "z": torch.ones(4)}):
+        loaded = load_state_dict(tx.init(both), saved, strict=False).state
+        weight = find_state(loaded, KroneckerState).weight["4"]
+        assert torch.equal(weight, find_state(state, KroneckerState).weight["4"])
+        assert 0 < float(weight) < 1

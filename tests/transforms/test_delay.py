@@ -312,7 +312,7 @@ def test_what_waits_for_a_state_goes_with_it(
 ) -> None:
     def watchers() -> list[Any]:
         registry = weakref.finalize._registry.values()  # type: ignore[attr-defined]
-        return [info for info in registry if info.func.__name__ == "_abandon"]
+        return [info for info in registry if getattr(info.func, "__name__", "") == "_abandon"]
 
     for _ in range(3):
         shapes = {"w": (5, 4), "b": (5,), "c": (3, 3)}

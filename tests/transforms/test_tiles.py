@@ -287,3 +287,23 @@ def test_every_case_is_alike_in_place() -> None:
         assert optree.tree_structure(got) == structure
         for a, b in zip(tensors(got), tensors(want)):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tied_parameters_with_decay_are_alike_in_place() -> None:
+    """A tile would read what the one before it has written to the other name."""
+    tx = fs.shampoo(0.05, weight_decay=0.1, max_size=4, tile=32)
+    draw = torch.Generator().manual_seed(0)
+    grads = {n: torch.randn(16, 8, generator=draw) for n in ("a", "b")}
+    found = []
+    for in_place in (False, True):
+        w = torch.ones(16, 8)
+        params = {"a": w, "b": w}
+        state = tx.init(params)
+        for _ in range(3):
+            if in_place:
+                state = fs.update_in_place(tx, grads, state, params)
+            else:
+                updates, state = tx.update(grads, state, params)
+                fs.base.add_in_place(params, updates)
+        found.append(w)
+    assert torch.equal(*found)
