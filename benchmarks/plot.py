@@ -45,19 +45,28 @@ def _steps(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """Plain steps as multiples of AdamW's, refreshes above them."""
     timed = [row for row in rows if row.get("plain") and row["method"] != BASELINE]
     groups = list(dict.fromkeys((r["work"], r["cell"]) for r in timed))
-    for method in dict.fromkeys(r["method"].split(" (matrices")[0] for r in timed):
-        mine = [r for r in timed if r["method"].startswith(method)]
+    methods = list(dict.fromkeys(map(_name, timed)))
+    colors = pyplot.get_cmap("tab20")(range(len(methods)))
+    for method, color in zip(methods, colors):
+        mine = [r for r in timed if _name(r) == method]
         places = [groups.index((r["work"], r["cell"])) for r in mine]
-        line = axes.plot([r["ratio"] for r in mine], places, "o", label=method)[0]
+        mark = "o" if method.startswith("funshampoo") else "s" if "reference" in method else "^"
+        line = axes.plot(
+            [r["ratio"] for r in mine], places, mark, color=color, label=method, alpha=0.8
+        )[0]
         both = [(r, place) for r, place in zip(mine, places) if r.get("refresh")]
         ratios = [r["ratio"] * r["refresh"]["ms"] / r["plain"]["ms"] for r, _ in both]
         axes.plot(ratios, [place for _, place in both], "|", color=line.get_color(), ms=12)
     axes.set_yticks(range(len(groups)), [f"{work}\nblocks of {size}" for work, size in groups])
     axes.set_xscale("log")
-    axes.set_xlabel("plain step (dot) and refresh (bar), multiples of AdamW foreach")
+    axes.set_xlabel("plain step (circle, square, triangle) and refresh (bar), × AdamW foreach")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return str(row["method"]).split(" (matrices")[0]
 
 
 def _whole(axes: Axes, rows: list[dict[str, Any]]) -> None:
