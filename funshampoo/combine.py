@@ -16,10 +16,10 @@ from funshampoo.base import (
 from funshampoo.state.stages import MaskedState, PartitionState
 from funshampoo.tree import (
     MaskedNode,
-    broadcast_prefix,
     check_parameters,
     check_same_structure,
     flatten,
+    labels_of,
 )
 
 Mask: TypeAlias = Any  # a tree of bools, a prefix of one, or a function of the parameters
@@ -198,7 +198,7 @@ def partition(
     parts = {label: as_transformation(part) for label, part in transformations.items()}
 
     def find_labels(tree: Tree) -> list[Any]:
-        given = broadcast_prefix(labels(tree) if callable(labels) else labels, tree, "labels")
+        given = labels_of(labels, tree, "labels")
         unknown = sorted({str(label) for label in given if label not in parts})
         if unknown:
             raise ValueError(
@@ -266,7 +266,7 @@ def _other_chain(stages: set[str], found: set[str]) -> str:
 
 
 def _flags(mask: Mask, tree: Tree) -> list[bool]:
-    return broadcast_prefix(mask(tree) if callable(mask) else mask, tree, "mask")
+    return labels_of(mask, tree, "mask")
 
 
 def _hide(tree: Tree, flags: list[bool]) -> Tree:

@@ -161,6 +161,28 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
     return [v for v, subtree in zip(values, subtrees) for _ in flatten(subtree)[0]]
 
 
+def labels_of(given: Any, tree: Any, what: str) -> list[Any]:
+    """One value for every leaf of `tree`, given as a prefix of it or as a function of the tree.
+
+    Raises:
+        ValueError: as `broadcast_prefix`.
+        TypeError: the function takes what is hidden for a tensor.
+    """
+    if not callable(given):
+        return broadcast_prefix(given, tree, what)
+    try:
+        found = given(tree)
+    except AttributeError as error:
+        if MaskedNode.__name__ not in str(error):
+            raise
+        raise TypeError(
+            f"the function {what} met a leaf that a masked(...) or partition(...) around it hides, "
+            "which stands there as MaskedNode(): give it a value too, as in "
+            "isinstance(p, torch.Tensor) and p.ndim > 1, or give a tree in the function's place."
+        ) from error
+    return broadcast_prefix(found, tree, what)
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in this dtype; where it has it, without asking torch, which takes a microsecond."""
     return x if x.dtype == dtype else x.to(dtype)

@@ -217,3 +217,22 @@ def test_a_parameter_that_autograd_guards_is_not_written_to(tx: fs.GradientTrans
     with torch.no_grad():
         fs.update_in_place(tx, gradients, state, params)
     assert (params["b"] < 1).all()
+
+
+def test_a_mask_that_takes_a_hidden_leaf_for_a_tensor() -> None:
+    params = {"w": torch.ones(2, 2), "b": torch.ones(2), "other": torch.ones(2)}
+    shown = {"w": True, "b": True, "other": False}
+
+    def only_tensors(tree: Any) -> Any:
+        return {n: isinstance(p, torch.Tensor) and p.ndim > 1 for n, p in tree.items()}
+
+    for own in (
+        lambda mask: fs.shampoo(0.1, weight_decay=0.1, mask=mask),
+        lambda mask: fs.masked(fs.trace(0.9), mask),
+        lambda mask: fs.add_decayed_weights(0.1, mask),
+    ):
+        naive = fs.masked(own(lambda tree: {n: p.ndim > 1 for n, p in tree.items()}), shown)
+        with pytest.raises(TypeError, match=r"MaskedNode\(\).*isinstance\(p, torch\.Tensor\)"):
+            naive.update(params, naive.init(params), params)
+        careful = fs.masked(own(only_tensors), shown)
+        careful.update(params, careful.init(params), params)

@@ -27,10 +27,10 @@ from funshampoo.transforms.stacks import stack_blocks, unstack_blocks
 from funshampoo.transforms.tiled_step import Given, Results, TiledSteps
 from funshampoo.transforms.tiles import TileSize
 from funshampoo.tree import (
-    broadcast_prefix,
     check_local,
     check_same_structure,
     flatten,
+    labels_of,
     leaf_names,
 )
 
@@ -243,5 +243,5 @@ def _shape_unknown(updates: Tree) -> str:
 def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
     """The parameters that the inner transformation may see; None hides one."""
     leaves, _ = flatten(params)
-    flags = broadcast_prefix(mask(params) if callable(mask) else mask, params, "with_params")
+    flags = labels_of(mask, params, "with_params")
     return [p if flag else None for p, flag in zip(leaves, flags)]

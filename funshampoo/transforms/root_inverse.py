@@ -21,7 +21,13 @@ from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState
 from funshampoo.steps import current_step, new_counter
 from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.transforms.refresh import Refresh
-from funshampoo.transforms.turns import Refreshes, Schedule, everybody, happens_at, refreshes_at
+from funshampoo.transforms.turns import (
+    Refreshes,
+    RefreshSchedule,
+    everybody,
+    happens_at,
+    refreshes_at,
+)
 from funshampoo.tree import (
     cast,
     check_local,
@@ -149,7 +155,7 @@ def root_inverse(
     check_count("delay", delay, least=0)
     if delay and delay >= every:
         raise ValueError(f"delay is {delay}; it must be less than every, {every}.")
-    schedule = Schedule(every, start, stagger, delay)
+    schedule = RefreshSchedule(every, start, stagger, delay)
     refreshed = Refresh(solve, epsilon, exponents, trace_scaling, basis_tolerance)
 
     def init(params: Tree, *, upstream: Any = None, block_ndim: int = 0) -> RootInverseState:

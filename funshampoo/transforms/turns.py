@@ -11,7 +11,7 @@ from funshampoo.tree import MaskedNode, flatten, map_leaves
 _GOLDEN = (5**0.5 - 1) / 2
 
 
-class Schedule(NamedTuple):
+class RefreshSchedule(NamedTuple):
     """The arguments of `root_inverse` that say when."""
 
     every: int
@@ -61,7 +61,7 @@ def phase(number: int, every: int) -> int:
     return int(every * (number * _GOLDEN % 1.0))
 
 
-def happens_at(step: int, schedule: Schedule) -> tuple[bool, bool, bool]:
+def happens_at(step: int, schedule: RefreshSchedule) -> tuple[bool, bool, bool]:
     """The fields of `Refreshes`, whether it may be somebody's turn: `now`, `asked`, `used`."""
     every, start, stagger, delay = schedule
 
@@ -75,7 +75,7 @@ def happens_at(step: int, schedule: Schedule) -> tuple[bool, bool, bool]:
 
 def refreshes_at(
     step: int,
-    schedule: Schedule,
+    schedule: RefreshSchedule,
     updates: Tree,
     block_ids: Mapping[str, Sequence[int]] | None,
 ) -> Refreshes:
