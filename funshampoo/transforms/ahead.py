@@ -101,12 +101,12 @@ class _Jobs:
             self._count += 1
             while self._jobs and next(iter(self._jobs)) < self._count - OLDEST:
                 self._forget(next(iter(self._jobs)))
-            if slot in self._latest:  # rows that nobody asked for, such as of absent gradients
-                self._forget(self._latest[slot])
             self._forget_abandoned()
             keys, inputs = _keys(rule, matrix), _tensors(matrix, basis)
             if self._has(keys, inputs):
                 return
+            if slot in self._latest:  # rows that nobody asked for, such as of absent gradients
+                self._forget(self._latest[slot])
             if _bytes(inputs) + sum(job.bytes for job in self._jobs.values()) > MOST_BYTES:
                 return
             job = self._jobs[self._count] = _Job(rule, matrix, basis, self._count)
@@ -116,6 +116,7 @@ class _Jobs:
                 job.slot = slot
                 self._latest[slot] = job.number
                 job.end = weakref.finalize(owner, self._abandon, job.number)
+                job.end.atexit = False
 
     def _has(self, keys: list[Any], inputs: Sequence[Tensor]) -> bool:
         """Whether these are being computed already: a state may be used twice."""
