@@ -36,10 +36,6 @@ OLDEST = 4096
 """Jobs after which one that nobody has asked for is forgotten, should it have no owner."""
 
 
-_Slot = tuple[int, ...]
-"""Which rows of which owner; a new job for them takes the place of an older one."""
-
-
 class _Job:
     """The roots of some matrices (n, d, d).
 
@@ -49,12 +45,11 @@ class _Job:
     Attributes:
         bytes: of the matrices, and of the roots to come.
         waiting: rows that nobody has asked for yet.
-        slot, end: of the owner, and what watches over it, where there is one.
+        end: watches over the owner, where there is one.
     """
 
     def __init__(self, rule: RootRule, matrix: Tensor, basis: MaybeTensor, number: int) -> None:
         self.number = number
-        self.slot: _Slot = ()
         self.end: weakref.finalize[Any, Any] | None = None
         self._inputs = _tensors(matrix, basis)
         if any([x.is_inference() for x in self._inputs]):  # these have no versions
@@ -91,12 +86,9 @@ class _Jobs:
         self._rows: dict[Any, tuple[_Job, int]] = {}
         self._keys: dict[int, list[Any]] = {}
         self._count = 0
-        self._latest: dict[_Slot, int] = {}
         self._abandoned: deque[int] = deque()
 
-    def add(
-        self, rule: RootRule, matrix: Tensor, basis: MaybeTensor, slot: _Slot, owner: Tensor | None
-    ) -> None:
+    def add(self, rule: RootRule, matrix: Tensor, basis: MaybeTensor, owner: Tensor | None) -> None:
         with self._lock:
             self._count += 1
             while self._jobs and next(iter(self._jobs)) < self._count - OLDEST:
@@ -105,16 +97,12 @@ class _Jobs:
             keys, inputs = _keys(rule, matrix), _tensors(matrix, basis)
             if self._has(keys, inputs):
                 return
-            if slot in self._latest:  # rows that nobody asked for, such as of absent gradients
-                self._forget(self._latest[slot])
             if _bytes(inputs) + sum(job.bytes for job in self._jobs.values()) > MOST_BYTES:
                 return
             job = self._jobs[self._count] = _Job(rule, matrix, basis, self._count)
             self._keys[job.number] = keys
             self._rows.update((key, (job, i)) for i, key in enumerate(keys))
             if owner is not None:
-                job.slot = slot
-                self._latest[slot] = job.number
                 job.end = weakref.finalize(owner, self._abandon, job.number)
                 job.end.atexit = False
 
@@ -146,7 +134,6 @@ class _Jobs:
             job.future.cancel()
         if job.end is not None:
             job.end.detach()
-            del self._latest[job.slot]
         for key in self._keys.pop(number):
             if self._rows.get(key, (None,))[0] is job:
                 del self._rows[key]
@@ -192,8 +179,7 @@ def compute_ahead(
     lasting = _lasting(owner) if rows is None else None  # a turn of other rows replaces it
     for part in pieces(matrix, rows):
         if part:
-            slot = id(lasting), int(owner.storage_offset()), part[0]
-            _jobs().add(rule, taken(matrix, part), taken(basis, part), slot, lasting)
+            _jobs().add(rule, taken(matrix, part), taken(basis, part), lasting)
 
 
 def computed_ahead(
