@@ -21,9 +21,8 @@ from funshampoo.state.checkpoint import (
     state_dict,
 )
 from funshampoo.state.places import block_names, is_shared
-from funshampoo.state.stages import BlockedState, walk
+from funshampoo.state.stages import BlockedState, LearningRateState, walk
 
-_RATE = "scale_by_learning_rate"  # what the stage is called in a state
 _MANY = 4  # graphs of one group, from which on an edit on every step is likely
 _SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
 
@@ -337,9 +336,7 @@ def _fresh(chain: _Chain, known: list[_Known]) -> Any:
 
 def _check_scaled_once(chain: _Chain, state: Any) -> None:
     """The updates of a method that takes no rate are multiplied by one, here or in the method."""
-    assert chain.transformation is not None
-    names = [path[-1] for path, _ in walk(state) if path] or [chain.transformation.name]
-    rates = sum(name.startswith(_RATE) for name in names)
+    rates = sum(isinstance(node, LearningRateState) for _, node in walk(state))
     if "lr" not in chain.arguments and not rates:
         raise TypeError(
             "the method takes no learning rate, and nothing in it scales by one: its updates would "

@@ -64,11 +64,9 @@ class Vocabulary:
         self._names = self._named()
         if not self.fixed and self._open:
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - _SYNONYMS.keys()
-
-    @property
-    def takes_rate(self) -> bool:
-        """Whether the learning rate is an argument of the method."""
-        return "lr" in self._names or "lr" in self.extras
+        self.takes_rate = "lr" in self._names or "lr" in self.extras  # as an argument of its own
+        if not self.takes_rate:
+            self._names["lr"] = inspect.Parameter.empty
 
     @property
     def rate(self) -> str:
@@ -109,8 +107,7 @@ class Vocabulary:
 
     def raw(self, group: Mapping[str, Any]) -> list[Any]:
         """What `arguments` reads of a group."""
-        names = (*self._names, *self.extras, *(() if self.takes_rate else ("lr",)))
-        return [group.get(name, inspect.Parameter.empty) for name in names]
+        return [group.get(n, inspect.Parameter.empty) for n in (*self._names, *self.extras)]
 
     def arguments(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The method's arguments from a group, as copies: the group may be edited in place.
@@ -137,8 +134,8 @@ class Vocabulary:
                 arguments[name] = values[own]
             elif default is inspect.Parameter.empty:
                 raise TypeError(f"{own} is missing: give it to the optimizer, or to every group.")
-        if not self.takes_rate and "lr" in group:
-            arguments["lr"] = _copied(group["lr"])
+        if not self.takes_rate and "lr" in values:
+            arguments["lr"] = values["lr"]
         return arguments
 
     def build(self, arguments: Mapping[str, Any]) -> GradientTransformation:
@@ -159,7 +156,7 @@ class Vocabulary:
         return chain(built, scale_by_learning_rate(arguments["lr"]))
 
     def _check_known(self, given: Iterable[str], others: set[str], remedy: str = "") -> None:
-        known = self._names.keys() | (set() if self.takes_rate else {"lr"})
+        known = self._names.keys()
         unknown = sorted(set(given) - known - others - self.extras)
         if not unknown:
             return

@@ -130,6 +130,16 @@ class ScheduleState(NamedTuple):
     steps: Tensor
 
 
+class LearningRateState(NamedTuple):
+    """Of `scale_by_learning_rate`, by which others see that there is one.
+
+    Attributes:
+        steps: with a schedule the steps so far, () int64 on the CPU; else ().
+    """
+
+    steps: Tensor | tuple[()]
+
+
 class HyperparamsState(NamedTuple):
     """Of `inject_hyperparams`.
 

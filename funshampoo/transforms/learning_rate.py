@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from funshampoo.base import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.checks import check_range
-from funshampoo.state.stages import ScheduleState
+from funshampoo.state.stages import LearningRateState
 from funshampoo.steps import new_counter
 from funshampoo.transforms.columns import Column, in_compute_dtype, multiply
 from funshampoo.tree import update_columns
@@ -33,7 +35,7 @@ def scale_by_learning_rate(
             so far, 0 on the first step.
         flip_sign: False keeps the sign.
 
-    State: `ScheduleState` with a schedule, else empty.
+    State: `LearningRateState`.
 
     Raises:
         ValueError: a negative number.
@@ -50,17 +52,16 @@ def scale_by_learning_rate(
     """
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     sign = -1 if flip_sign else 1
-    if not callable(learning_rate):
-        return stateless(
-            lambda updates: _times(updates, sign * learning_rate), "scale_by_learning_rate"
-        )
 
-    def init(params: Tree) -> ScheduleState:
-        return ScheduleState(new_counter())
+    def init(params: Tree) -> LearningRateState:
+        return LearningRateState(new_counter() if callable(learning_rate) else ())
 
-    def update(updates: Tree, state: ScheduleState) -> tuple[Tree, ScheduleState]:
+    def update(updates: Tree, state: LearningRateState) -> tuple[Tree, LearningRateState]:
+        if not callable(learning_rate):
+            return _times(updates, sign * learning_rate), state
+        assert isinstance(state.steps, Tensor)
         rate = learning_rate(state.steps)
-        return _times(updates, sign * rate), ScheduleState(state.steps + 1)
+        return _times(updates, sign * rate), LearningRateState(state.steps + 1)
 
     return GradientTransformation(init, update)
 

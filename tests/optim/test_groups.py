@@ -299,9 +299,18 @@ def test_a_rate_given_twice_is_an_error(tx: fs.GradientTransformation) -> None:
     assert not moved(params, before)
 
 
-def test_a_transformation_with_its_own_rate_needs_none() -> None:
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fs.shampoo(0.05, every=2),
+        fs.scale_by_learning_rate(lambda count: 0.1 / (1 + count)),
+        fs.chain(fs.trace(0.9), ("rate", fs.scale_by_learning_rate(0.1))),
+        fs.blocked(fs.scale_by_learning_rate(0.1)),
+    ],
+)
+def test_a_transformation_with_its_own_rate_needs_none(tx: fs.GradientTransformation) -> None:
+    """Whatever it is called, and wherever it stands."""
     params, grads = parameters(), grads_of(5)
-    tx = fs.shampoo(0.05, every=2)
     run(fs.Optimizer(params.items(), tx), params, grads)
     assert_same(params, functional([(tx, g) for g in grads], parameters())[0])
 
