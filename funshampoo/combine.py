@@ -158,14 +158,14 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
     inner = as_transformation(inner)
 
     def init(params: Tree, **context: Any) -> MaskedState:
-        flags = _flags(mask, params)
+        flags = labels_of(mask, params, "mask")
         context = _hidden_context(context, flatten(params)[1], flags)
         return MaskedState(inner.init(_hide(params, flags), **context))
 
     def update(
         updates: Tree, state: MaskedState, params: Tree = None, **context: Any
     ) -> tuple[Tree, MaskedState]:
-        flags = _flags(mask, updates if params is None else params)
+        flags = labels_of(mask, updates if params is None else params, "mask")
         context = _hidden_context(context, flatten(updates)[1], flags)
         visible = None if params is None else _hide(params, flags)
         out, new = inner.update(_hide(updates, flags), state.inner, visible, **context)
@@ -263,10 +263,6 @@ def _other_chain(stages: set[str], found: set[str]) -> str:
         f"{unknown or 'nothing'} besides. Build the chain that made it, or call init; where stages "
         "were inserted, pass tx.init(params) | state."
     )
-
-
-def _flags(mask: Mask, tree: Tree) -> list[bool]:
-    return labels_of(mask, tree, "mask")
 
 
 def _hide(tree: Tree, flags: list[bool]) -> Tree:

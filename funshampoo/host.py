@@ -47,7 +47,13 @@ def are_apart(tensors: Sequence[Tensor]) -> bool:
 
     On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one.
     """
-    return all([x.is_cpu for x in tensors]) or len({x.data_ptr() for x in tensors}) == len(tensors)
+    return all([x.is_cpu for x in tensors]) or begin_apart(tensors)
+
+
+def begin_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two of these, but for empty ones, begin at one place."""
+    places = [x.data_ptr() for x in tensors if x.numel()]
+    return len(set(places)) == len(places)
 
 
 def in_a_mode() -> bool:

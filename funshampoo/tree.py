@@ -245,6 +245,20 @@ def _problem_of(leaf: Any) -> str:
     return ""
 
 
+def problem_of_gradient(g: Any, p: Tensor) -> str:
+    """Why this can't be the gradient of a dense parameter; "" if it can, None included."""
+    if g is None:
+        return ""
+    if not isinstance(g, Tensor):
+        return "is no tensor"
+    if g.layout is not torch.strided:
+        return (
+            f"is sparse ({g.layout}): build its layer with sparse=False, or give this parameter to "
+            "torch.optim.SparseAdam"
+        )
+    return f"is on {g.device}, the parameter on {p.device}" if g.device != p.device else ""
+
+
 def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> None:
     """The two trees have the same leaves in the same places, of the same shapes.
 

@@ -22,6 +22,7 @@ from funshampoo.state.checkpoint import (
 )
 from funshampoo.state.places import block_names, is_shared
 from funshampoo.state.stages import BlockedState, LearningRateState, walk
+from funshampoo.tree import problem_of_gradient
 
 _MANY = 4  # graphs of one group, from which on an edit on every step is likely
 _SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
@@ -382,12 +383,8 @@ def _blocks(state: Any) -> dict[str, set[str]]:
 
 
 def _check_gradient(known: _Known) -> None:
-    g = known.parameter.grad
-    if g is not None and g.layout is not torch.strided:
-        raise RuntimeError(
-            f"the gradient of '{known.name}' is sparse: build its layer with sparse=False, or give "
-            "this parameter to torch.optim.SparseAdam."
-        )
+    if problem := problem_of_gradient(known.parameter.grad, known.parameter):
+        raise RuntimeError(f"the gradient of '{known.name}' {problem}.")
 
 
 def _gradient(p: Tensor, ascends: bool) -> Tensor | None:

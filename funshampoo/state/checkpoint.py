@@ -152,8 +152,8 @@ def load_state_dict(
         if not wanted:
             return x
         if place.stack is None or x.ndim == 0:  # one for all blocks of a stack: whose is there
-            known = [saved[name] for name, _ in wanted if name in saved]
-            return (known[0] if known else x).detach().to(x, copy=True)
+            found = next((saved[name] for name, _ in wanted if name in saved), x)
+            return found.detach().to(x, copy=True)
         new = torch.empty_like(x, memory_format=torch.contiguous_format)
         for row, (name, old) in zip(new, wanted):
             row.copy_(saved.get(name, old))

@@ -18,7 +18,7 @@ from funshampoo.base import (
 )
 from funshampoo.checks import check_choice, check_count
 from funshampoo.combine import Mask
-from funshampoo.host import is_traced
+from funshampoo.host import begin_apart, is_traced
 from funshampoo.state.places import is_shared
 from funshampoo.state.stages import BlockedState, ShardedState
 from funshampoo.transforms.absent import absent_rows, restored_rows, saved_rows
@@ -32,6 +32,7 @@ from funshampoo.tree import (
     flatten,
     labels_of,
     leaf_names,
+    problem_of_gradient,
 )
 
 
@@ -143,7 +144,9 @@ def blocked(
     def apply(updates: Tree, state: BlockedState, params: Tree, **context: Any) -> BlockedState:
         given = read(updates, state, params)
         own, _ = flatten(params)
-        if given.missing or is_traced() or not _are_whole(own, apart=with_params is not False):
+        by_tiles = not given.missing and not is_traced() and all([p.is_contiguous() for p in own])
+        # Where parameters are tied, a tile would read what the one before has written.
+        if not by_tiles or not (with_params is False or begin_apart(own)):
             updates, state = update(updates, state, params, **context | {"donate": True})
             add_in_place(params, updates)
             return state
@@ -189,28 +192,9 @@ def _update_whole(
     return spec.unflatten(pieces), BlockedState(inner_state, state.layout)
 
 
-def _are_whole(own: list[Tensor], apart: bool) -> bool:
-    """Whether updates can be added tile by tile: the parameters are contiguous.
-
-    And not tied, where a tile would read what one before has written (`apart`).
-    """
-    if not all([p.is_contiguous() for p in own]):
-        return False
-    places = [p.data_ptr() for p in own if p.numel()] if apart else []
-    return len(set(places)) == len(places)
-
-
 def _check_gradients(leaves: list[Any], others: list[Tensor], updates: Tree) -> None:
-    """Each is a dense tensor, where the parameter is."""
     for i, (g, p) in enumerate(zip(leaves, others)):
-        if g is None:
-            continue
-        problem = "is no tensor" if not isinstance(g, Tensor) else ""
-        if not problem and g.layout is not torch.strided:
-            problem = f"is sparse ({g.layout}): build its layer with sparse=False"
-        if not problem and g.device != p.device:
-            problem = f"is on {g.device}, the parameter on {p.device}"
-        if problem:
+        if problem := problem_of_gradient(g, p):
             raise TypeError(f"the gradient of '{leaf_names(updates)[i]}' {problem}.")
 
 
