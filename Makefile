@@ -23,7 +23,7 @@ lint: $(VENV)/ready
 notebooks: $(VENV)/ready
 	$(BIN)/python notebooks/execute.py
 
-# About 14 minutes on two cores. Other implementations are timed too where they are installed:
+# About a quarter of an hour on two cores. Other implementations are timed too where they are installed:
 #   .venv/bin/pip install --constraint constraints.txt --editable '.[bench]'
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks

@@ -87,11 +87,9 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         seen = map_leaves(lambda u, n: n if u is None else n + 1, updates, state.seen)
         used = state.used + finite
         skipped = state.skipped + ~finite
-        count = state.steps + 1
+        new = MultiStepsState(state.steps + 1, total, seen, used, skipped, state.inner)
         if t % every:
-            return map_leaves(_zeros, total), MultiStepsState(
-                count, total, seen, used, skipped, state.inner
-            )
+            return map_leaves(_zeros, total), new
 
         if step is not None:
             context["step"] = t // every
@@ -101,20 +99,13 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         some = used > 0
         guards = find_state(state.inner, GuardedState) is not None
         shared = guards and is_shared(state.inner)
-        # Where other ranks have a part in it, the owner of a block decides for all: NaN says to
-        # its guard that there was none.
-        count_of = torch.where(some, used, math.nan) if shared else used.clamp(min=1)
-        mean = map_leaves(
-            lambda s, n: None if read_counter(n) == 0 else s / count_of.to(s), total, seen
-        )
-        if "gradient" in context:  # inside a scope, where statistics are built from it
-            context["gradient"] = mean
-        out, new = inner.update(mean, state.inner, params, **context)
+        out, after = inner.update(_mean(new, some, shared), state.inner, params, **context)
         if not shared:
             out = map_leaves(lambda u: u if u is None else _where(some, u, _zeros(u)), out)
-            new = map_leaves(lambda a, b: _where(some, a, b), new, state.inner)
+            after = map_leaves(lambda a, b: _where(some, a, b), after, state.inner)
         empty, unseen = map_leaves(torch.zeros_like, total), map_leaves(torch.zeros_like, seen)
-        return out, MultiStepsState(count, empty, unseen, torch.zeros_like(used), skipped, new)
+        none = torch.zeros_like(used)
+        return out, MultiStepsState(new.steps, empty, unseen, none, skipped, after)
 
     def refreshes(state: MultiStepsState, step: int | None = None) -> bool:
         t = current_step(state.steps, step)
@@ -123,6 +114,20 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         return inner.refreshes(state.inner, None if step is None else t // every)
 
     return GradientTransformation(init, update, refreshes=refreshes)
+
+
+def _mean(state: MultiStepsState, some: Tensor, shared: bool) -> Tree:
+    """Of the finite micro-gradients; None where there was none at all.
+
+    Where other ranks have a part in it, the owner of a block decides for all: NaN says to its guard
+    that none was finite.
+    """
+    used = torch.where(some, state.used, math.nan) if shared else state.used.clamp(min=1)
+
+    def mean(total: Tensor, seen: Tensor) -> Tensor | None:
+        return None if read_counter(seen) == 0 else total / used.to(total)
+
+    return map_leaves(mean, state.total, state.seen)
 
 
 def _zeros(x: Tensor) -> Tensor:

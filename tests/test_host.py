@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import funshampoo as fs
-from funshampoo.host import are_apart
+from funshampoo.host import are_apart, full_precision
 
 STEPS = """
 import resource
@@ -71,3 +71,16 @@ def test_tensors_of_one_place() -> None:
     fake = torch.empty(2, device="meta")
     assert are_apart([fake])
     assert not are_apart([fake, fake])
+
+
+def test_full_precision_ends_autocast_of_every_kind_and_puts_it_back() -> None:
+    kinds = ("cpu", "cuda")
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, True)
+    try:
+        with full_precision():
+            assert not any(torch.is_autocast_enabled(kind) for kind in kinds)
+        assert all(torch.is_autocast_enabled(kind) for kind in kinds)
+    finally:
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
