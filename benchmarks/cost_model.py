@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 import funshampoo as fs
 from funshampoo.distributed.cost import CostModel
-from funshampoo.distributed.plan import plan
-from funshampoo.transforms.kronecker import unfold
-from funshampoo.transforms.leaf_ops import add_gram
-from funshampoo.transforms.root_inverse import precondition
+from funshampoo.operators.leaf_ops import add_gram
+from funshampoo.operators.mode_products import precondition, unfold
+from funshampoo.plan.planner import plan
 
 Block = tuple[int, ...]
 

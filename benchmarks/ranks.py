@@ -27,7 +27,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import funshampoo as fs
-from funshampoo.distributed.shapes import model_shapes
+from funshampoo.plan.shapes import model_shapes
 
 Shapes = dict[str, tuple[int, ...]]
 WIDTH = 256

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.networks import Transformer
-from funshampoo.distributed.shapes import model_shapes
+from funshampoo.plan.shapes import model_shapes
 
 Batch = tuple[Tensor, Tensor]
 

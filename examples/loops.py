@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import funshampoo
-from funshampoo.base import GradientTransformation, Schedule
+from funshampoo.core.contract import GradientTransformation, Schedule
 from tasks import Examples
 
 Recipe = Callable[..., GradientTransformation]

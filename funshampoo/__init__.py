@@ -9,9 +9,15 @@
 >>> params = funshampoo.apply_updates(params, updates)
 """
 
-from funshampoo import linalg, recipes, schedules, state
-from funshampoo.accumulation import multi_steps
-from funshampoo.base import (
+from funshampoo import linalg, migrate, recipes, schedules, state
+from funshampoo.blocks import blocked
+from funshampoo.combinators.accumulation import multi_steps
+from funshampoo.combinators.combine import chain, masked, partition
+from funshampoo.combinators.compilation import compiled
+from funshampoo.combinators.guard import FailureLimitError, guarded
+from funshampoo.combinators.hyperparams import inject_hyperparams
+from funshampoo.core.clock import refresh_due
+from funshampoo.core.contract import (
     EmptyState,
     GradientTransformation,
     Schedule,
@@ -20,18 +26,14 @@ from funshampoo.base import (
     stateless,
     update_in_place,
 )
-from funshampoo.combine import chain, masked, partition
-from funshampoo.compilation import compiled
+from funshampoo.core.tree import MaskedNode
 from funshampoo.distributed import sharded
-from funshampoo.guard import FailureLimitError, guarded
-from funshampoo.hyperparams import inject_hyperparams
+from funshampoo.migrate.reference import from_reference
 from funshampoo.optim import Optimizer, Shampoo
 from funshampoo.plan import plan
-from funshampoo.recipes import adamw, from_reference, sgd, shampoo
-from funshampoo.steps import refresh_due
+from funshampoo.recipes import adamw, sgd, shampoo
 from funshampoo.transforms import (
     add_decayed_weights,
-    blocked,
     clip,
     clip_by_global_norm,
     ema,
@@ -47,7 +49,6 @@ from funshampoo.transforms import (
     scale_by_sgd,
     trace,
 )
-from funshampoo.tree import MaskedNode
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ __all__ = [
     "kronecker_statistics",
     "linalg",
     "masked",
+    "migrate",
     "multi_steps",
     "partition",
     "plan",

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funshampoo.base import Hyper, Schedule
-from funshampoo.checks import check_count, check_range
+from funshampoo.core.checks import check_count, check_range
+from funshampoo.core.contract import Hyper, Schedule
 
 
 def constant(value: Hyper) -> Schedule:

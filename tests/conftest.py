@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from funshampoo.linalg import packed
+from funshampoo.operators import packed
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def _blocked(*stages: fs.GradientTransformation) -> fs.GradientTransformation:
     return fs.blocked(_statistics_and(*stages), max_size=4)
 
 
-def _schedule() -> fs.base.Schedule:
+def _schedule() -> fs.core.contract.Schedule:
     return fs.schedules.warmup_cosine(0.1, 2, 6)
 
 
@@ -181,6 +181,7 @@ NOT_TRANSFORMATIONS = {
     "apply_updates",
     "global_norm",
     "linalg",
+    "migrate",
     "plan",
     "recipes",
     "refresh_due",

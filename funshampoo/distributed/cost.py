@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from funshampoo.checks import check_count, check_range
+from funshampoo.core.checks import check_count, check_range
 
 
 class Seconds(NamedTuple):

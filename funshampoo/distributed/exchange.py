@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.base import Tree
+from funshampoo.combinators.guard import failure_report
+from funshampoo.core.contract import Tree
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.shards import Shards, places_in_shard, status_of, unpack
-from funshampoo.guard import failure_report
 
 Put: TypeAlias = Callable[[str, int, Tensor | None], None]
 """(stack, first of the rows that this rank owns, their updates)"""

@@ -11,12 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
-from funshampoo.checks import check_count
+from funshampoo.core.checks import check_count
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 
 
 class BlockStack(Protocol):
-    """What ownership needs to know of a stack; `funshampoo.transforms.layout.Stack` is one."""
+    """What ownership needs to know of a stack; `funshampoo.blocks.layout.Stack` is one."""
 
     @property
     def block(self) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ def owners_of(
         ValueError, TypeError: world_size or every is not an int of at least 1.
 
     >>> import torch
-    >>> from funshampoo.transforms.layout import Stack
+    >>> from funshampoo.blocks.layout import Stack
     >>> cpu = torch.device("cpu")
     >>> stacks = {
     ...     "64x64": Stack((64, 64), torch.float32, cpu, rows=5),

@@ -9,31 +9,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funshampoo.base import (
+from funshampoo.blocks.layout import Stack
+from funshampoo.blocks.tiles import Tile, TileSize, Tiling
+from funshampoo.combinators.guard import (
+    failing_blocks,
+    failure_limit_error,
+    failure_report,
+    limit_reached,
+)
+from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.clock import read_counter
+from funshampoo.core.contract import (
     GradientTransformation,
     Tree,
     any_refreshes,
     as_transformation,
     is_refresh,
 )
-from funshampoo.checks import check_choice, check_count
+from funshampoo.core.tree import check_parameters
 from funshampoo.distributed.collectives import ProcessGroup, check_outside_transforms, rank_and_size
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.exchange import Exchange, Put
 from funshampoo.distributed.shards import Shards, find_shards
 from funshampoo.distributed.space import Space
-from funshampoo.guard import (
-    failing_blocks,
-    failure_limit_error,
-    failure_report,
-    limit_reached,
-)
 from funshampoo.state.places import rows_of
 from funshampoo.state.stages import GuardedState, ShardedState, find_state
-from funshampoo.steps import read_counter
-from funshampoo.transforms.layout import Stack
-from funshampoo.transforms.tiles import Tile, TileSize, Tiling
-from funshampoo.tree import check_parameters
 
 _BY_SIZE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 

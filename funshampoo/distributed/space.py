@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.base import Tree
+from funshampoo.blocks.layout import Stack
+from funshampoo.core.contract import Tree
+from funshampoo.core.modes import row_index
+from funshampoo.core.tree import MaskedNode, compute_dtype, flatten, leaf_names
 from funshampoo.distributed.shards import Blocks, Piece
-from funshampoo.host import row_index
-from funshampoo.transforms.layout import Stack
-from funshampoo.tree import MaskedNode, compute_dtype, flatten, leaf_names
 
 
 class Space:

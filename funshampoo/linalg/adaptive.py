@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.host import unwrapped
+from funshampoo.core.modes import unwrapped
 from funshampoo.linalg.products import matmul
 from funshampoo.linalg.solver import identity_like, replace_nonfinite, where
 from funshampoo.linalg.spectral import Spectrum, decompose

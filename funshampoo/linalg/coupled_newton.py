@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.host import all_true
+from funshampoo.core.modes import all_true
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import Normalized, certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from funshampoo.host import constant
+from funshampoo.core.modes import constant
 from funshampoo.linalg.products import aligned
 
 PROBES = 8

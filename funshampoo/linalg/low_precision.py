@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from funshampoo.checks import check_choice
+from funshampoo.core.checks import check_choice
 from funshampoo.linalg.products import matmul
 
 SMALL = 16**3

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.nn.functional import pad
 
-from funshampoo.host import is_traced
+from funshampoo.core.modes import is_traced
 
 ALIGNMENT = 16
 """Bytes."""

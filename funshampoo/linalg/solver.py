@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.host import all_true, may_reuse
+from funshampoo.core.modes import all_true, may_reuse
 
 
 class InverseRoot(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from funshampoo.host import is_traced
+from funshampoo.core.modes import is_traced
 from funshampoo.linalg.estimates import spectral_norm
 from funshampoo.linalg.products import (
     aligned,

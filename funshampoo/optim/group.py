@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, update_in_place
-from funshampoo.checks import check_range
-from funshampoo.compilation import compiled
+from funshampoo.combinators.compilation import compiled
+from funshampoo.core.checks import check_range
+from funshampoo.core.contract import GradientTransformation, update_in_place
+from funshampoo.core.tree import problem_of_gradient
 from funshampoo.optim.vocabulary import Method, Vocabulary, same_arguments, structural, untouched
 from funshampoo.state.checkpoint import (
     FORMAT,
@@ -22,7 +23,6 @@ from funshampoo.state.checkpoint import (
 )
 from funshampoo.state.places import block_names, is_shared
 from funshampoo.state.stages import BlockedState, LearningRateState, walk
-from funshampoo.tree import problem_of_gradient
 
 _MANY = 4  # graphs of one group, from which on an edit on every step is likely
 _SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper
+from funshampoo.core.contract import GradientTransformation, Hyper
+from funshampoo.migrate.reference import from_reference
+from funshampoo.migrate.seeding import seed_from_adamw
 from funshampoo.optim.group import GroupRun, Ready
 from funshampoo.optim.vocabulary import Vocabulary, is_plain, without_objects
-from funshampoo.recipes.reference import from_reference
 from funshampoo.recipes.shampoo import shampoo
-from funshampoo.state.seeding import seed_from_adamw
 
 
 class Optimizer(torch.optim.Optimizer):

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, as_transformation
-from funshampoo.combine import chain
-from funshampoo.recipes import adamw, from_reference, sgd, shampoo
+from funshampoo.combinators.combine import chain
+from funshampoo.core.contract import GradientTransformation, as_transformation
+from funshampoo.migrate.reference import from_reference
+from funshampoo.recipes import adamw, sgd, shampoo
 from funshampoo.transforms import scale_by_learning_rate
 
 Method = Any  # a recipe, or a transformation

@@ -5,6 +5,6 @@ binds its own name `plan` to the function, and `python -m` runs `__main__` insid
 has imported before.
 """
 
-from funshampoo.distributed.plan import Plan, RankPlan, StackPlan, plan
+from funshampoo.plan.planner import Plan, RankPlan, StackPlan, plan
 
 __all__ = ["Plan", "RankPlan", "StackPlan", "plan"]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from funshampoo.distributed.plan import plan
-from funshampoo.distributed.shapes import MODELS
-from funshampoo.transforms.layout import Merge
+from funshampoo.blocks.layout import Merge
+from funshampoo.plan.planner import plan
+from funshampoo.plan.shapes import MODELS
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from funshampoo.base import GradientTransformation, Hyper, Schedule
-from funshampoo.combine import Mask, chain
+from funshampoo.combinators.combine import Mask, chain
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.transforms import (
     add_decayed_weights,
     scale_by_adam,

@@ -8,15 +8,18 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper, Schedule, as_transformation
-from funshampoo.checks import check_choice
-from funshampoo.combine import Mask, chain
-from funshampoo.guard import guarded
+from funshampoo.blocks.blocking import blocked
+from funshampoo.blocks.layout import Merge
+from funshampoo.blocks.tiles import TileSize
+from funshampoo.combinators.combine import Mask, chain
+from funshampoo.combinators.guard import guarded
+from funshampoo.core.checks import check_choice
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.linalg import Solver, eigh, pseudo_inverse
+from funshampoo.operators.exponents import Exponents
 from funshampoo.recipes.diagonal import is_zero
 from funshampoo.transforms import (
     add_decayed_weights,
-    blocked,
     ema,
     graft,
     kronecker_statistics,
@@ -28,9 +31,6 @@ from funshampoo.transforms import (
     scale_by_sgd,
     trace,
 )
-from funshampoo.transforms.exponents import Exponents
-from funshampoo.transforms.layout import Merge
-from funshampoo.transforms.tiles import TileSize
 from funshampoo.transforms.weight_decay import DecayKind
 
 Grafting: TypeAlias = Literal["adam", "rms", "adagrad", "sgd"] | GradientTransformation | None
@@ -122,7 +122,7 @@ def shampoo(
         product_dtype: torch.bfloat16 rounds what enters the large products to it, with sums in
             float32: the application of the roots, and on CUDA the statistics. State stays float32.
         packed: keep half of every factor matrix and root of side 64 or more, which are
-            symmetric; see `funshampoo.linalg.packed`.
+            symmetric; see `funshampoo.operators.packed`.
         max_failures: a block that fails this many times in a row stops the training; see `guarded`.
         distribute: `funshampoo.sharded`, to share out the blocks over data-parallel ranks, or
             functools.partial of it with options. Any function of the chain inside `blocked`, and of

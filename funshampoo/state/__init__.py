@@ -1,9 +1,10 @@
 """What the stages remember, as named tuples: checkpoints of it, and two reports on it."""
 
+from typing import Any
+
 from funshampoo.state.checkpoint import Loaded, load_state_dict, merged, state_dict
 from funshampoo.state.health import Health, health
 from funshampoo.state.memory import Memory, summary
-from funshampoo.state.seeding import seed_from_adamw
 from funshampoo.state.stages import (
     AdagradState,
     AdamState,
@@ -52,7 +53,15 @@ __all__ = [
     "health",
     "load_state_dict",
     "merged",
-    "seed_from_adamw",
     "state_dict",
     "summary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It stood here in 0.1; `migrate` is built on this package and can't be imported above.
+    if name == "seed_from_adamw":
+        from funshampoo.migrate.seeding import seed_from_adamw
+
+        return seed_from_adamw
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

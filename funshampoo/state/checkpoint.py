@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.linalg.packed import in_form_of
+from funshampoo.operators.packed import in_form_of
 from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
 from funshampoo.state.stages import BlockedState, ShardedState, walk
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from funshampoo.core.tree import flatten
 from funshampoo.state.places import block_names, rows_of
 from funshampoo.state.stages import (
     BlockedState,
@@ -20,7 +21,6 @@ from funshampoo.state.stages import (
     check_is_state,
     walk,
 )
-from funshampoo.tree import flatten
 
 
 class FactorHealth(NamedTuple):

@@ -26,7 +26,7 @@ class KroneckerState(NamedTuple):
 
     Attributes:
         factors: tree of tuples, one entry a side: (N, d_i, d_i), its triangle alone if `packed` and
-            large (see `funshampoo.linalg.packed`), or () for a side that is not preconditioned.
+            large (see `funshampoo.operators.packed`), or () for a side that is not preconditioned.
         weight: tree of (N,).
     """
 

@@ -1,12 +1,12 @@
 """The stages, one idea a file."""
 
-from funshampoo.transforms.blocking import blocked
+from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
 from funshampoo.transforms.clipping import clip, clip_by_global_norm, global_norm
 from funshampoo.transforms.grafting import graft
-from funshampoo.transforms.kronecker import bias_corrected, kronecker_statistics, unfold
+from funshampoo.transforms.kronecker import kronecker_statistics
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
 from funshampoo.transforms.momentum import ema, trace
-from funshampoo.transforms.root_inverse import precondition, root_inverse
+from funshampoo.transforms.root_inverse import root_inverse
 from funshampoo.transforms.scaling import (
     scale_by_adagrad,
     scale_by_adam,
@@ -18,7 +18,6 @@ from funshampoo.transforms.weight_decay import add_decayed_weights
 __all__ = [
     "add_decayed_weights",
     "bias_corrected",
-    "blocked",
     "clip",
     "clip_by_global_norm",
     "ema",

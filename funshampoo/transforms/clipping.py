@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper, Tree, stateless
-from funshampoo.checks import check_range
-from funshampoo.tree import compute_dtype, flatten, update_leaves
+from funshampoo.core.checks import check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.tree import compute_dtype, flatten, update_leaves
 
 
 def clip(max_value: Hyper) -> GradientTransformation:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from funshampoo.base import GradientTransformation, Tree, any_refreshes, as_transformation
-from funshampoo.checks import check_count
+from funshampoo.core.checks import check_count
+from funshampoo.core.clock import current_step, new_counter
+from funshampoo.core.contract import GradientTransformation, Tree, any_refreshes, as_transformation
+from funshampoo.core.tree import update_columns
 from funshampoo.linalg.norms import block_norm
+from funshampoo.operators.columns import Column, per_block, product, quotient
 from funshampoo.state.stages import GraftState
-from funshampoo.steps import current_step, new_counter
-from funshampoo.transforms.columns import Column, per_block, product, quotient
-from funshampoo.tree import update_columns
 
 
 def graft(

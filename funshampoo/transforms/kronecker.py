@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper, Tree
-from funshampoo.checks import check_flag, check_range
-from funshampoo.host import full_precision
-from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
-from funshampoo.linalg.packed import like, packed_shape, packs, unpack
-from funshampoo.state.stages import KroneckerState
-from funshampoo.transforms.columns import Column, add_weight
-from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
-from funshampoo.transforms.leaf_ops import add, add_gram, multiply
-from funshampoo.transforms.packed_statistics import add_packed_gram
-from funshampoo.tree import (
+from funshampoo.core.checks import check_flag, check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree
+from funshampoo.core.modes import full_precision
+from funshampoo.core.tree import (
     cast,
     check_local,
     compute_dtype,
@@ -27,6 +19,14 @@ from funshampoo.tree import (
     update_columns,
     update_leaves,
 )
+from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
+from funshampoo.operators.columns import Column, add_weight
+from funshampoo.operators.exponents import Exponents, check_exponents, inverse_exponents
+from funshampoo.operators.leaf_ops import add, add_gram, multiply
+from funshampoo.operators.mode_products import unfoldings
+from funshampoo.operators.packed import like, packed_shape, packs
+from funshampoo.operators.packed_statistics import add_packed_gram
+from funshampoo.state.stages import KroneckerState
 
 
 def kronecker_statistics(
@@ -57,7 +57,7 @@ def kronecker_statistics(
         product_dtype: torch.bfloat16 to round G to before it is multiplied with itself, where the
             product comes in float32 all the same: float32 blocks on CUDA, outside torch.compile
             and torch.func. Elsewhere it changes nothing: L_i is never rounded to bfloat16.
-        packed: keep one triangle of every L_i of side 64 or more; see `linalg.packed`. `init`
+        packed: keep one triangle of every L_i of side 64 or more; see `operators.packed`. `init`
             decides: `update` goes on with what it finds.
 
     State: `KroneckerState`, float32 at least, d_i² numbers a side of a block, (d_i² + d_i) / 2 of
@@ -123,10 +123,9 @@ def kronecker_statistics(
         def accumulate(u: Tensor, g: Tensor, factors: Any) -> tuple[Any, ...]:
             g = cast(g, compute_dtype(g))
             wanted = [isinstance(factor, Tensor) for factor in factors]
-            unfoldings = _unfoldings(g, block_ndim, wanted)
+            unfolded = unfoldings(g, block_ndim, wanted)
             new = tuple(
-                () if x is None else accumulated(factor, x)
-                for factor, x in zip(factors, unfoldings)
+                () if x is None else accumulated(factor, x) for factor, x in zip(factors, unfolded)
             )
             return u, new
 
@@ -160,46 +159,3 @@ def _accumulated(
         return add_product(factor, x, beta, weight, donate)
     new = multiply(like(product, factor), weight, donate=True)
     return add(multiply(factor, beta, donate), new, donate)
-
-
-def _unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
-    """mat_i of every side, its columns in some order, on which x xᵀ does not depend; or None.
-
-    One copy with the last side in front serves the last two sides of a tensor: the last one as
-    rows, which a product takes in half the time of columns, the one before as transposed columns.
-    """
-    order = x.ndim - block_ndim
-    last_first = None
-    for side in range(order):
-        if not wanted[side]:
-            yield None
-        elif order < 3 or side < order - 2:
-            yield unfold(x, side, block_ndim)
-        else:
-            if last_first is None:
-                last_first = x.movedim(-1, block_ndim).contiguous()
-            lead, d = x.shape[:block_ndim], x.shape[block_ndim + side]
-            if side == order - 1:
-                yield last_first.reshape(*lead, d, -1)
-            else:
-                yield last_first.reshape(*lead, -1, d).mT
-
-
-def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
-    """mat_i: the mode-i unfolding of every block, (N, d_i, the rest). A view where it can be.
-
-    >>> unfold(torch.arange(6).reshape(2, 3), side=1)
-    tensor([[0, 3],
-            [1, 4],
-            [2, 5]])
-    """
-    if x.ndim == block_ndim + 2:  # a matrix
-        return x.mT if side else x
-    moved = x.movedim(block_ndim + side, block_ndim) if side else x
-    return moved.reshape(*moved.shape[: block_ndim + 1], -1)
-
-
-def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:
-    """L_i / weight, a new tensor, never packed; a weight of 0 (no gradient yet) leaves zeros."""
-    safe = torch.where(weight > 0, weight, torch.ones_like(weight))
-    return unpack(factor) / safe[..., None, None]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper, Schedule, Tree, stateless
-from funshampoo.checks import check_range
+from funshampoo.core.checks import check_range
+from funshampoo.core.clock import new_counter
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
+from funshampoo.core.tree import update_columns
+from funshampoo.operators.columns import Column, in_compute_dtype, multiply
 from funshampoo.state.stages import LearningRateState
-from funshampoo.steps import new_counter
-from funshampoo.transforms.columns import Column, in_compute_dtype, multiply
-from funshampoo.tree import update_columns
 
 
 def scale(factor: Hyper) -> GradientTransformation:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renamed
-from funshampoo.checks import check_range
-from funshampoo.state.stages import EmaState, TraceState
-from funshampoo.transforms.columns import (
+from funshampoo.core.checks import check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
+from funshampoo.core.tree import check_parameters, compute_dtype, map_leaves, update_columns
+from funshampoo.operators.columns import (
     Column,
     add,
     add_weight,
@@ -20,7 +20,7 @@ from funshampoo.transforms.columns import (
     product,
     quotient,
 )
-from funshampoo.tree import check_parameters, compute_dtype, map_leaves, update_columns
+from funshampoo.state.stages import EmaState, TraceState
 
 
 def ema(

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo import linalg
-from funshampoo.base import GradientTransformation, Hyper, Tree
-from funshampoo.checks import check_count, check_flag, check_range
-from funshampoo.host import full_precision
-from funshampoo.linalg import Solver, eigh
-from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.linalg.low_precision import check_product_dtype, rounded_matmul
-from funshampoo.linalg.packed import pack, packs, unpack
-from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState, find_state
-from funshampoo.steps import current_step, new_counter
-from funshampoo.transforms.exponents import Exponents, check_exponents, inverse_exponents
-from funshampoo.transforms.refresh import Refresh
-from funshampoo.transforms.turns import (
-    Refreshes,
-    RefreshSchedule,
-    everybody,
-    happens_at,
-    refreshes_at,
-)
-from funshampoo.tree import (
+from funshampoo.core.checks import check_count, check_flag, check_range
+from funshampoo.core.clock import current_step, new_counter
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree
+from funshampoo.core.modes import full_precision
+from funshampoo.core.tree import (
     cast,
     check_local,
     compute_dtype,
@@ -36,6 +21,21 @@ from funshampoo.tree import (
     map_leaves,
     update_leaves,
 )
+from funshampoo.linalg import Solver, eigh
+from funshampoo.linalg.eigensolver import EigenSolver
+from funshampoo.linalg.low_precision import check_product_dtype
+from funshampoo.operators.exponents import Exponents, check_exponents, inverse_exponents
+from funshampoo.operators.mode_products import precondition
+from funshampoo.operators.packed import pack, packs
+from funshampoo.refresh.refresh import Refresh
+from funshampoo.refresh.turns import (
+    Refreshes,
+    RefreshSchedule,
+    everybody,
+    happens_at,
+    refreshes_at,
+)
+from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState, find_state
 
 _FACTORIES: tuple[Any, ...] = (
     linalg.coupled_higher_order,
@@ -109,8 +109,8 @@ def root_inverse(
             condition of 1e6, and pays where the device multiplies bfloat16: on GPUs and CPUs with
             AVX512-BF16, half the time of these products or less. See `linalg.low_precision`.
         packed: keep one triangle of every X_i of side 64 or more, and make the matrix of it on
-            every step. See `linalg.packed`; the statistics have the same option, and need not have
-            the same value. What basis_tolerance and delay add to the state stays whole.
+            every step. See `operators.packed`; the statistics have the same option, and need not
+            have the same value. What basis_tolerance and delay add to the state stays whole.
 
     Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
     inside torch.compile, where the counter in the state can't be read.
@@ -209,49 +209,6 @@ def root_inverse(
         return t is not None and any(happens_at(t, schedule))
 
     return GradientTransformation(init, update, refreshes=refreshes)
-
-
-_FEW_COLUMNS = 16
-
-
-def precondition(
-    x: Tensor,
-    roots: Sequence[Tensor | None],
-    block_ndim: int = 0,
-    product_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """x ×_1 X_1 … ×_k X_k for every block, a mode product for every side that has a root.
-
-    Args:
-        x: (N, d_1, ..., d_k), or without N where block_ndim is 0.
-        roots: one entry a side, (N, d_i, d_i), symmetric, perhaps packed, or None.
-        product_dtype: torch.bfloat16 rounds the operands of every product, so also what stands
-            between two of them; the result is in x's dtype again. Vectors and products of at most
-            16³ multiplications a block stay in full precision: see `linalg.low_precision`.
-
-    >>> precondition(torch.ones(2), [torch.tensor([[2.0, 0.0], [0.0, 3.0]])])
-    tensor([2., 3.])
-    """
-    shape, dtype = x.shape, x.dtype
-    lead, sides = shape[:block_ndim], shape[block_ndim:]
-    matrices = [None if root is None else unpack(root) for root in roots]
-    if len(sides) == 2:  # each from its side: a transposed operand takes a little longer
-        left, right = matrices
-        x = x if left is None else rounded_matmul(left, x, product_dtype)
-        x = x if right is None else rounded_matmul(x, right, product_dtype)
-        return cast(x, dtype)
-    for d, root in zip(sides, matrices):
-        # The axis of every side is the first in its turn, and goes to the end: without a copy,
-        # since a product reads its transposed operand as it lies. With few columns it is so slow
-        # that one with few rows and a copy take half as long.
-        x = x.reshape(*lead, d, -1)
-        if root is None:
-            x = x.mT
-        elif d <= _FEW_COLUMNS < x.shape[-1]:
-            x = rounded_matmul(root, x, product_dtype).mT
-        else:
-            x = rounded_matmul(x.mT, root, product_dtype)
-    return cast(x.reshape(shape), dtype).contiguous()  # what follows is elementwise
 
 
 def _directions(

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.base import GradientTransformation, Hyper, Tree, identity, renamed
-from funshampoo.checks import check_range
-from funshampoo.host import is_plain
-from funshampoo.state.stages import AdagradState, AdamState, RmsState
-from funshampoo.transforms.columns import (
+from funshampoo.core.checks import check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
+from funshampoo.core.modes import is_plain
+from funshampoo.core.tree import cast, check_parameters, compute_dtype, map_leaves, update_columns
+from funshampoo.operators.columns import (
     Column,
     add,
     add_weight,
@@ -24,9 +24,9 @@ from funshampoo.transforms.columns import (
     product,
     quotient,
 )
-from funshampoo.transforms.leaf_ops import sqrt
+from funshampoo.operators.leaf_ops import sqrt
+from funshampoo.state.stages import AdagradState, AdamState, RmsState
 from funshampoo.transforms.momentum import zeros_like
-from funshampoo.tree import cast, check_parameters, compute_dtype, map_leaves, update_columns
 
 
 def scale_by_sgd() -> GradientTransformation:

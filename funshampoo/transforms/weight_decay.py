@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from funshampoo.base import EmptyState, GradientTransformation, Hyper, Schedule, Tree, renamed
-from funshampoo.checks import check_choice, check_range
-from funshampoo.combine import Mask, masked
+from funshampoo.combinators.combine import Mask, masked
+from funshampoo.core.checks import check_choice, check_range
+from funshampoo.core.clock import new_counter
+from funshampoo.core.contract import (
+    EmptyState,
+    GradientTransformation,
+    Hyper,
+    Schedule,
+    Tree,
+    renamed,
+)
+from funshampoo.core.tree import update_columns
+from funshampoo.operators.columns import Column, add, cast_like, in_compute_dtype, multiply
 from funshampoo.state.stages import ScheduleState
-from funshampoo.steps import new_counter
-from funshampoo.transforms.columns import Column, add, cast_like, in_compute_dtype, multiply
-from funshampoo.tree import update_columns
 
 DecayKind: TypeAlias = Literal["coupled", "decoupled", "corrected", "independent"]
 

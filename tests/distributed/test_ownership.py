@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from funshampoo.blocks.layout import Stack
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import longest_processing_time, owners_of
-from funshampoo.transforms.layout import Stack
 
 BYTES_ALONE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import funshampoo as fs
-from funshampoo.distributed.plan import plan
+from funshampoo.plan.planner import plan
 from funshampoo.state import ShardedState, find_state, merged, state_dict
 from tests.distributed.problems import SHAPES, SMALL, Shapes, optimizer, train, tree
 from tests.distributed.ranks import Ranks

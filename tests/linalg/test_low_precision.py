@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import funshampoo as fs
 from funshampoo.linalg import low_precision
 from funshampoo.linalg.low_precision import rounded_gram, rounded_matmul
+from funshampoo.operators.mode_products import precondition
 from funshampoo.state import KroneckerState, find_state
-from funshampoo.transforms.root_inverse import precondition
 from tests import test_every_transformation as common
 from tests.table import Case
 from tests.test_position import SUBSETS, N, _moved, one_thread, randn, rows_of

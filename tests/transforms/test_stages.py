@@ -10,10 +10,9 @@ import torch
 import funshampoo as fs
 from funshampoo import linalg
 from funshampoo.linalg import InverseRoot
+from funshampoo.operators.exponents import inverse_exponents
+from funshampoo.operators.mode_products import precondition, unfold
 from funshampoo.state import FactorRoot, KroneckerState, find_state
-from funshampoo.transforms.exponents import inverse_exponents
-from funshampoo.transforms.kronecker import unfold
-from funshampoo.transforms.root_inverse import precondition
 from tests.trees import gradients, problem, tensors
 
 D = torch.float64

@@ -1,0 +1,6 @@
+"""Block space: parameters cut into stacks of equal blocks, and the step on them."""
+
+from funshampoo.blocks.blocking import blocked
+from funshampoo.blocks.layout import merged_shape
+
+__all__ = ["blocked", "merged_shape"]

@@ -1,0 +1,231 @@
+"""Block space: run a transformation on stacks of equal blocks instead of on parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.absent import absent_rows, restored_rows, saved_rows
+from funshampoo.blocks.layout import Layout, Merge, block_ids, layout_of, leaf_key
+from funshampoo.blocks.stacks import stack_blocks, unstack_blocks
+from funshampoo.blocks.tiled_step import Given, Results, TiledSteps
+from funshampoo.blocks.tiles import TileSize
+from funshampoo.combinators.combine import Mask
+from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.contract import (
+    GradientTransformation,
+    Tree,
+    add_in_place,
+    any_refreshes,
+    as_transformation,
+)
+from funshampoo.core.modes import begin_apart, is_traced
+from funshampoo.core.tree import (
+    check_local,
+    check_same_structure,
+    flatten,
+    labels_of,
+    leaf_names,
+    problem_of_gradient,
+)
+from funshampoo.state.places import is_shared
+from funshampoo.state.stages import BlockedState, ShardedState
+
+
+def blocked(
+    inner: GradientTransformation,
+    max_size: int | None = 1024,
+    *,
+    merge: Merge = "small",
+    keep: int = 2,
+    with_params: bool | Mask = False,
+    tile: TileSize = None,
+) -> GradientTransformation:
+    """Cut every parameter into blocks, run `inner` on stacks of equal blocks, put the pieces back.
+
+    A stack has the shape (number of blocks, *block shape) and holds the blocks of one shape, dtype
+    and device from all parameters, so that every stage of `inner` works on a few large tensors.
+    The state lives in stacks and stays there. Inside, `gradient` is the tree of stacks and
+    `block_ndim` is 1.
+
+    Args:
+        inner: a transformation whose state is per block: tensors that lead with the block axis, in
+            dicts keyed by stack, and 0-dimensional tensors.
+        max_size: longest side of a block; None does not cut.
+        merge: how sides are merged before the cut, see `merged_shape`: "none", "small" (multiply
+            neighbours while the product stays ≤ max_size), "matrix" (keep the first side, fold the
+            rest).
+        keep: "small" stops merging when this many sides are left. At 2 matrices stay matrices; at 1
+            a 32×32 matrix becomes a 1024-vector, whose factor matrix is 1024×1024.
+        with_params: also hand `inner` the parameters in stacks (a copy more a step). A mask (a tree
+            of bools, a prefix of one, or a function of the parameters) gives zeros for the others,
+            so that they do not decay.
+        tile: how many numbers a donated step works on at once, for an `inner` that steps every
+            block by itself, whatever others there are. The recipes say "auto": on a CPU about
+            2^20 for each of two kernel threads or more, up to 2^22 where roots are refreshed; on
+            other devices 2^26. None: all.
+
+    Half-precision gradients enter the stacks as float32 and the updates leave in float32. Empty
+    parameters have no block. A gradient that is None leaves the state of that parameter's blocks as
+    it is, and its update is None.
+
+    State: `BlockedState`.
+
+    Raises:
+        ValueError: an argument out of range; blocked inside blocked; from update, gradients whose
+            shapes differ from those that init saw (names the leaf).
+
+    Reference: Shi et al., arXiv 2309.06497 (blocking and merging).
+
+    >>> import torch
+    >>> from funshampoo import trace
+    >>> tx = blocked(trace(0.9), max_size=4, merge="none")
+    >>> state = tx.init({"w": torch.zeros(8, 6)})
+    >>> {name: tuple(b.shape) for name, b in state.inner.buffer.items()}
+    {'4x4': (2, 4, 4), '4x2': (2, 4, 2)}
+    >>> state.layout
+    {'w': {'4x4': {'0:2 2x1+0,0': ()}, '4x2': {'0:2 2x1+0,1': ()}}}
+    """
+    inner = as_transformation(inner)
+    if max_size is not None:
+        check_count("max_size", max_size)
+    check_choice("merge", merge, ("none", "small", "matrix"))
+    check_count("keep", keep)
+    if tile is not None and tile != "auto":
+        check_count("tile", tile)
+
+    def find_layout(leaves: list[Tensor]) -> Layout:
+        return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
+
+    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> BlockedState:
+        check_local(params, "blocked")
+        if block_ndim:
+            raise ValueError("blocked inside blocked: the parameters are cut into blocks already.")
+        leaves, _ = flatten(params)
+        layout = find_layout(leaves)
+        stacks = stack_blocks(leaves, layout)
+        state = inner.init(stacks, block_ndim=1, **context)
+        described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
+        return BlockedState(state, dict(zip(leaf_names(params), described)))
+
+    def read(updates: Tree, state: BlockedState, params: Tree) -> Given:
+        if params is not None:
+            check_same_structure(params, updates, "params", "gradients")
+        leaves, spec = flatten(updates)
+        missing = [i for i, leaf in enumerate(leaves) if leaf is None]
+        known = leaves if params is None else flatten(params)[0]
+        _check_gradients(leaves, known, updates)
+        if with_params is not False and params is None:
+            raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
+        if missing and params is None:
+            raise ValueError(_shape_unknown(updates))
+        # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
+        layout = find_layout(known)
+        _check_layout(layout, state.layout, updates)
+        shown = None if with_params is False else _shown(params, with_params)
+        return Given(leaves, spec, layout, missing, shown)
+
+    def update(
+        updates: Tree, state: BlockedState, params: Tree = None, **context: Any
+    ) -> tuple[Tree, BlockedState]:
+        given = read(updates, state, params)
+        context |= {"block_ndim": 1, "layout": state.layout}
+        if context.get("donate") and not given.missing and not is_traced():
+            steps = tiled.of(given.layout)
+            results = Results(steps.parts, given, is_shared(state))
+            new = steps.run(inner, state.inner, given, results.put, context)
+            return given.spec.unflatten(results.leaves), BlockedState(new, state.layout)
+        return _update_whole(inner, given, state, params, context)
+
+    def apply(updates: Tree, state: BlockedState, params: Tree, **context: Any) -> BlockedState:
+        given = read(updates, state, params)
+        own, _ = flatten(params)
+        by_tiles = not given.missing and not is_traced() and all([p.is_contiguous() for p in own])
+        # Where parameters are tied, a tile would read what the one before has written.
+        if not by_tiles or not (with_params is False or begin_apart(own)):
+            updates, state = update(updates, state, params, **context | {"donate": True})
+            add_in_place(params, updates)
+            return state
+        context |= {"block_ndim": 1, "layout": state.layout, "donate": True}
+        steps = tiled.of(given.layout)
+
+        def put(stack: str, rows: range, values: Tensor) -> None:
+            steps.parts.scatter_add(stack, rows, values, own)
+
+        return BlockedState(steps.run(inner, state.inner, given, put, context), state.layout)
+
+    tiled = TiledSteps(tile)
+    refreshes = any_refreshes({"inner": inner})
+    return GradientTransformation(init, update, apply=apply, refreshes=refreshes)
+
+
+def _update_whole(
+    inner: GradientTransformation,
+    given: Given,
+    state: BlockedState,
+    params: Tree,
+    context: dict[str, Any],
+) -> tuple[Tree, BlockedState]:
+    """All blocks at once, in new tensors; missing gradients are allowed."""
+    leaves, spec, layout, missing, shown = given
+    # Directly inside, `sharded` needs the rows that this rank owns; the others are not copied.
+    owned = state.inner.owned if isinstance(state.inner, ShardedState) else None
+    stacks = stack_blocks(leaves, layout, owned)
+    if owned is not None:
+        context["stacks"] = layout.stacks
+    kept = saved_rows(state, layout, missing) if missing else {}
+    context |= {"gradient": stacks, "block_ids": block_ids(layout)}
+    if missing:
+        context["absent"] = absent_rows(layout, missing)
+    inner_params = None if shown is None else stack_blocks(shown, layout, owned)
+    stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
+    if missing:
+        inner_state = restored_rows(BlockedState(inner_state, state.layout), kept)
+        if is_shared(state):
+            # The owner of a block decides for all ranks whether it had a gradient.
+            leaves = flatten(params)[0]
+    pieces = unstack_blocks(stacks, layout, leaves)
+    return spec.unflatten(pieces), BlockedState(inner_state, state.layout)
+
+
+def _check_gradients(leaves: list[Any], others: list[Tensor], updates: Tree) -> None:
+    for i, (g, p) in enumerate(zip(leaves, others)):
+        if problem := problem_of_gradient(g, p):
+            raise TypeError(f"the gradient of '{leaf_names(updates)[i]}' {problem}.")
+
+
+def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) -> None:
+    """The gradients fall into the rows that init laid out."""
+    if list(expected.values()) == layout.described:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError("the gradients do not fit the state: init saw other parameters.")
+    names = leaf_names(updates)
+    found = dict(zip(names, layout.described))
+    if found == dict(expected):  # the same, after something has sorted the keys
+        return
+    for name, where in zip(names, layout.parameters):
+        if found[name] != expected.get(name):
+            raise ValueError(
+                f"the gradient of '{name}', shape {where.shape}, does not fit the state: init saw "
+                "another shape or dtype there. Call init again for a changed model; pass params to "
+                "update where gradients have another dtype than their parameters."
+            )
+    missing = sorted(set(expected) - set(names))
+    raise ValueError(f"the gradients lack '{missing[0]}', for which the state has blocks.")
+
+
+def _shape_unknown(updates: Tree) -> str:
+    names = [n for n, u in zip(leaf_names(updates), flatten(updates)[0]) if u is None]
+    return f"the gradient of '{names[0]}' is None and its shape unknown: pass params to update."
+
+
+def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
+    """The parameters that the inner transformation may see; None hides one."""
+    leaves, _ = flatten(params)
+    flags = labels_of(mask, params, "with_params")
+    return [p if flag else None for p, flag in zip(leaves, flags)]

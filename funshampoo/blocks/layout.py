@@ -1,0 +1,175 @@
+"""Which block of which parameter sits where: static facts, from shapes and options alone.
+
+A parameter is reshaped to its *merged* shape and every side is cut at multiples of the block size.
+All cuts but the last of a side are equal, so a parameter of order k falls into at most 2^k
+*regions*, each a regular grid of equal blocks. A region is copied into its stack as one view,
+without a loop over blocks, and takes consecutive rows there, in row-major order of the grid.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.tree import compute_dtype
+from funshampoo.state.places import Span
+
+Merge: TypeAlias = Literal["none", "small", "matrix"]
+LeafKey: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+class Region(NamedTuple):
+    """A grid of equal blocks of one parameter, and the rows of the stack that hold them."""
+
+    stack: str
+    first: int
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many blocks the region has."""
+        return math.prod(self.grid)
+
+
+class ParameterLayout(NamedTuple):
+    """How one parameter is cut. `regions` are in row-major order of `parts` regions a side."""
+
+    shape: tuple[int, ...]
+    merged: tuple[int, ...]
+    parts: tuple[int, ...]
+    regions: tuple[Region, ...]
+
+
+class Stack(NamedTuple):
+    """Blocks of one shape, dtype and device: a tensor of shape (rows, *block)."""
+
+    block: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    rows: int
+
+
+class Layout(NamedTuple):
+    """The parameters in the order of the tree, the stacks by name, and both as nested keys.
+
+    `described` has for every parameter the {stack: {span: ()}} of `BlockedState.layout`.
+    """
+
+    parameters: tuple[ParameterLayout, ...]
+    stacks: dict[str, Stack]
+    described: list[dict[str, dict[str, tuple[()]]]]
+
+
+def merged_shape(
+    shape: Sequence[int], max_size: int | None, merge: Merge = "small", keep: int = 2
+) -> tuple[int, ...]:
+    """The shape in which a parameter is cut.
+
+    - "none": as it is.
+    - "small": drop sides of 1; walk the sides from last to first and multiply a side into the one
+      after it while the product stays ≤ max_size and more than `keep` sides would remain.
+    - "matrix": keep the first side and fold the others into one.
+
+    A parameter of one element has the merged shape (1,) unless merge is "none".
+
+    >>> merged_shape((64, 3, 7, 7), 1024), merged_shape((128, 128, 3, 3), 1024)
+    ((64, 147), (128, 128, 9))
+    >>> merged_shape((32, 32), 1024), merged_shape((32, 32), 1024, keep=1)
+    ((32, 32), (1024,))
+    >>> merged_shape((128, 128, 3, 3), 1024, "matrix")
+    (128, 1152)
+    """
+    if merge == "none":
+        return tuple(shape)
+    sides = [side for side in shape if side != 1] or [1]
+    if merge == "matrix":
+        return (sides[0], math.prod(sides[1:])) if len(sides) > 2 else tuple(sides)
+    groups = [sides[-1]]
+    for todo, side in zip(range(len(sides) - 1, 0, -1), reversed(sides[:-1])):
+        fits = max_size is None or groups[-1] * side <= max_size
+        if fits and len(groups) + todo > keep:
+            groups[-1] *= side
+        else:
+            groups.append(side)
+    return tuple(reversed(groups))
+
+
+def leaf_key(x: Tensor) -> LeafKey:
+    """What the layout needs to know of a leaf; half precision is stacked in its compute dtype."""
+    return tuple(x.shape), compute_dtype(x), x.device
+
+
+def layout_of(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
+    """The layout of a tree with these leaves. Remembered, but for torch.compile's tracing."""
+    find = _layout if torch.compiler.is_compiling() else _remembered_layout
+    return find(leaves, max_size, merge, keep)
+
+
+def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
+    several_dtypes = len({dtype for _, dtype, _ in leaves}) > 1
+    several_devices = len({device for _, _, device in leaves}) > 1
+    stacks: dict[str, Stack] = {}
+    parameters = []
+    for shape, dtype, device in leaves:
+        if 0 in shape:
+            parameters.append(ParameterLayout(shape, shape, (), ()))
+            continue
+        merged = merged_shape(shape, max_size, merge, keep)
+        cuts = [_cut(side, max_size) for side in merged]
+        regions = []
+        for parts in itertools.product(*cuts):
+            grid, block, offset = tuple(zip(*parts)) if parts else ((), (), ())
+            name = "x".join(map(str, block)) or "scalar"
+            name += f":{str(dtype).removeprefix('torch.')}" if several_dtypes else ""
+            name += f"@{device}" if several_devices else ""
+            first = stacks[name].rows if name in stacks else 0
+            regions.append(Region(name, first, grid, block, offset))
+            stacks[name] = Stack(block, dtype, device, first + math.prod(grid))
+        sizes = tuple(len(cut) for cut in cuts)
+        parameters.append(ParameterLayout(shape, merged, sizes, tuple(regions)))
+    return Layout(tuple(parameters), stacks, [_describe(p, max_size) for p in parameters])
+
+
+_remembered_layout = functools.lru_cache(maxsize=256)(_layout)
+
+
+def block_ids(layout: Layout) -> dict[str, range]:
+    """A number for every block, counted through the stacks."""
+    ids: dict[str, range] = {}
+    first = 0
+    for name, stack in layout.stacks.items():
+        ids[name] = range(first, first + stack.rows)
+        first += stack.rows
+    return ids
+
+
+def _describe(where: ParameterLayout, max_size: int | None) -> dict[str, dict[str, tuple[()]]]:
+    described: dict[str, dict[str, tuple[()]]] = {}
+    for region in where.regions:
+        # A cut but the last of a side has the full size, so an offset is a whole number of them.
+        sizes = [max_size or 1 for _ in region.block]
+        origin = tuple(offset // size for offset, size in zip(region.offset, sizes))
+        span = Span(region.first, region.first + region.rows, region.grid, origin)
+        described.setdefault(region.stack, {})[str(span)] = ()
+    return described
+
+
+def _cut(side: int, max_size: int | None) -> list[tuple[int, int, int]]:
+    """(count, size, offset) of the full pieces of a side and of its ragged end.
+
+    >>> _cut(20, 8), _cut(5, 8)
+    ([(2, 8, 0), (1, 4, 16)], [(1, 5, 0)])
+    """
+    if max_size is None:
+        return [(1, side, 0)]
+    full, rest = divmod(side, max_size)
+    pieces = [(full, max_size, 0)] if full else []
+    return pieces + ([(1, rest, full * max_size)] if rest else [])

@@ -1,0 +1,201 @@
+"""Rows of a stack, and the same numbers in the parameters: copied or added in one pass, in place.
+
+For donated steps. `stacks` does the same with new tensors alone, as torch.func and torch.compile
+need it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.layout import Layout, Region
+from funshampoo.core.modes import are_apart
+from funshampoo.core.tree import cast
+
+
+class Piece(NamedTuple):
+    """A view of a contiguous parameter, (*grid, *block), whose blocks are rows in their order."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    rows: int
+
+
+class Part(NamedTuple):
+    """Rows first..last-1 of a region of a parameter.
+
+    Attributes:
+        pieces: what they are made of, in order.
+    """
+
+    parameter: int
+    region: Region
+    first: int
+    last: int
+    pieces: list[Piece]
+
+    def views(self, leaf: Tensor, merged: tuple[int, ...]) -> list[Tensor]:
+        """The pieces of this parameter, or of its gradient."""
+        if leaf.is_contiguous():
+            start = leaf.storage_offset()
+            return [leaf.as_strided(p.shape, p.stride, start + p.offset) for p in self.pieces]
+        return list(_views(viewed(leaf, merged), self.region, self.first, self.last))
+
+
+class Rows(NamedTuple):
+    """What some rows of a stack consist of.
+
+    Attributes:
+        whole: each is a whole parameter.
+        counts: rows of all pieces, in order.
+        shapes: and their shapes.
+    """
+
+    parts: list[Part]
+    whole: bool
+    counts: list[int]
+    shapes: list[tuple[int, ...]]
+
+
+class Parts:
+    """Which parameters the rows of a stack belong to. Looked up once for each span of rows."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._regions: dict[str, list[tuple[int, Region]]] = {s: [] for s in layout.stacks}
+        for i, where in enumerate(layout.parameters):
+            for region in where.regions:
+                self._regions[region.stack].append((i, region))
+        self._found: dict[tuple[str, int, int], Rows] = {}
+
+    def of(self, stack: str, rows: range) -> Rows:
+        """What these rows consist of."""
+        key = stack, rows.start, rows.stop
+        if key not in self._found:
+            parts = list(self._look_up(stack, rows))
+            pieces = [piece for part in parts for piece in part.pieces]
+            whole = all(part.region.block == self._merged(part) for part in parts)
+            shapes = [piece.shape for piece in pieces]
+            self._found[key] = Rows(parts, whole, [piece.rows for piece in pieces], shapes)
+        return self._found[key]
+
+    def _merged(self, part: Part) -> tuple[int, ...]:
+        return self.layout.parameters[part.parameter].merged
+
+    def _look_up(self, stack: str, rows: range) -> Iterator[Part]:
+        for i, region in self._regions[stack]:
+            first = max(rows.start - region.first, 0)
+            last = min(rows.stop - region.first, region.rows)
+            if first < last:
+                outline = torch.empty(self.layout.parameters[i].merged, device="meta")
+                views = _views(outline, region, first, last)
+                yield Part(i, region, first, last, [_piece(view, region) for view in views])
+
+    def gather(self, stack: str, rows: range, leaves: Sequence[Any]) -> Tensor:
+        """These rows, (rows, *block), of the leaves. A view where it can be."""
+        found = self.of(stack, rows)
+        block, dtype = self.layout.stacks[stack].block, self.layout.stacks[stack].dtype
+        if found.whole:
+            blocks = [cast(viewed(leaves[part.parameter], block), dtype) for part in found.parts]
+            return torch.stack(blocks) if len(blocks) > 1 else blocks[0].contiguous().unsqueeze(0)
+        views = self._views(found, leaves)
+        if len(views) == 1:
+            return views[0].reshape(len(rows), *block).to(dtype).contiguous()
+        target = torch.empty(len(rows), *block, dtype=dtype, device=views[0].device)
+        for view, own in zip(views, _split(target, found)):
+            own.copy_(view)
+        return target
+
+    def scatter(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:
+        """Write rows to where they belong in contiguous leaves."""
+        for view, own in zip(*self._targets(stack, rows, values, leaves)):
+            view.copy_(own)
+
+    def scatter_add(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:
+        """Add rows to where they belong in contiguous leaves, rounded once to the leaf's dtype."""
+        dtype = self.layout.stacks[stack].dtype
+        views, own = self._targets(stack, rows, values, leaves)
+        alike = values.dtype == dtype and all([view.dtype == dtype for view in views])
+        if alike and are_apart(views):
+            torch._foreach_add_(views, own)
+            return
+        for view, new in zip(views, own):
+            if view.dtype == dtype:
+                view.add_(new)
+            else:
+                view.copy_(torch.add(view.to(dtype), new))
+
+    def _targets(
+        self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the leaves, and the values for them."""
+        found = self.of(stack, rows)
+        if found.whole:
+            block = self.layout.stacks[stack].block
+            flat = [viewed(leaves[part.parameter], block) for part in found.parts]
+            return flat, list(values.unbind(0))
+        return self._views(found, leaves), _split(values, found)
+
+    def _views(self, found: Rows, leaves: Sequence[Any]) -> list[Tensor]:
+        parts = found.parts
+        return [v for p in parts for v in p.views(leaves[p.parameter], self._merged(p))]
+
+
+def _split(values: Tensor, rows: Rows) -> list[Tensor]:
+    """The rows of every piece, in its shape."""
+    return [x.reshape(shape) for x, shape in zip(torch.split(values, rows.counts), rows.shapes)]
+
+
+def _piece(view: Tensor, region: Region) -> Piece:
+    count = math.prod(view.shape[: view.ndim - len(region.block)])
+    return Piece(tuple(view.shape), view.stride(), int(view.storage_offset()), count)
+
+
+def _views(x: Tensor, region: Region, first: int, last: int) -> Iterator[Tensor]:
+    """Views (*grid, *block) of a merged parameter that hold these rows of the region in order."""
+    grid = x if region.block == x.shape else _grid_of_blocks(x, region)
+    return _rows_of_grid(grid, len(region.block), first, last)
+
+
+def viewed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x.reshape(shape), without an operator where it has that shape."""
+    return x if x.shape == shape else x.reshape(shape)
+
+
+def _grid_of_blocks(x: Tensor, region: Region) -> Tensor:
+    """The region of a merged parameter as (*grid, *block); a view."""
+    split: list[int] = []
+    for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
+        x = x.narrow(axis, start, count * size)
+        split += (count, size)
+    order = len(region.block)
+    return x.view(split).permute(*range(0, 2 * order, 2), *range(1, 2 * order, 2))
+
+
+def _rows_of_grid(view: Tensor, order: int, first: int, last: int) -> Iterator[Tensor]:
+    """Smaller grids of blocks that hold the blocks first..last-1 of one, in row-major order.
+
+    Args:
+        view: (*grid, *block), with `order` sides of a block.
+    """
+    if view.ndim == order:
+        yield view
+        return
+    line = math.prod(view.shape[1 : view.ndim - order])  # blocks that follow along the first side
+    top, bottom = -(-first // line), last // line
+    if top > bottom:  # all within one
+        start = bottom * line
+        yield from _rows_of_grid(view[bottom], order, first - start, last - start)
+        return
+    if first < top * line:
+        yield from _rows_of_grid(view[top - 1], order, first - (top - 1) * line, line)
+    if top < bottom:
+        yield view[top:bottom]
+    if bottom * line < last:
+        yield from _rows_of_grid(view[bottom], order, 0, last - bottom * line)

@@ -1,0 +1,135 @@
+"""From parameters to stacks of equal blocks and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.layout import Layout, ParameterLayout, Region, Stack
+from funshampoo.blocks.regions import viewed
+from funshampoo.core.tree import compute_dtype
+from funshampoo.state.places import rows_of
+
+
+def stack_blocks(
+    leaves: list[Tensor | None], layout: Layout, owned: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Gather leaves in stacks, {name: (rows, *block)}; None fills its rows with zeros.
+
+    With `owned`, {name: {"first:last": ()}}, only those rows of those stacks. A stack of one region
+    may be a view of the leaf: stages read their updates and never write them.
+    """
+    wanted = {name: range(stack.rows) for name, stack in layout.stacks.items()}
+    if owned is not None:
+        held = {name: rows_of(spans) for name, spans in owned.items() if name in wanted}
+        wanted = {name: range(rows[0], rows[-1] + 1) for name, rows in held.items()}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    for leaf, where in zip(leaves, layout.parameters):
+        for region in where.regions:
+            rows = wanted.get(region.stack, range(0))
+            first = max(rows.start - region.first, 0)
+            last = min(rows.stop - region.first, region.rows)
+            if first < last:
+                pieces[region.stack].append(_cut_rows(leaf, where, region, layout, first, last))
+    return {name: _joined(parts, layout.stacks[name]) for name, parts in pieces.items()}
+
+
+def _cut_rows(
+    leaf: Tensor | None,
+    where: ParameterLayout,
+    region: Region,
+    layout: Layout,
+    first: int,
+    last: int,
+) -> Tensor:
+    """The rows first..last-1 of a region, from no more of it than they lie in."""
+    if last - first == region.rows:
+        return _cut_out(leaf, where, region, layout)
+    across = region.rows // region.grid[0]  # blocks in one slice of the grid along the first side
+    top, bottom = first // across, -(-last // across)
+    part = region._replace(
+        grid=(bottom - top, *region.grid[1:]),
+        offset=(region.offset[0] + top * region.block[0], *region.offset[1:]),
+    )
+    cut = _cut_out(leaf, where, part, layout)
+    cut = cut if cut.ndim > len(region.block) else cut.unsqueeze(0)
+    return cut.narrow(0, first - top * across, last - first)
+
+
+def _joined(parts: list[Tensor], stack: Stack) -> Tensor:
+    """One stack of its pieces, each one block or a row of blocks: one operator where it can be."""
+    order = len(stack.block)
+    if len(parts) == 1:
+        # Products round a strided matrix otherwise than the same in a stack of its own.
+        part = parts[0].contiguous()
+        return part if part.ndim > order else part.unsqueeze(0)
+    if all([part.ndim == order for part in parts]):
+        return torch.stack(parts)
+    return torch.cat([part if part.ndim > order else part.unsqueeze(0) for part in parts])
+
+
+def unstack_blocks(
+    stacks: Mapping[str, Tensor], layout: Layout, leaves: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Put the blocks of every parameter back together; None where the leaf is None."""
+    # Every stack is split once, into its regions in the order in which they were laid out.
+    sizes: dict[str, list[int]] = {name: [] for name in layout.stacks}
+    for where in layout.parameters:
+        for region in where.regions:
+            sizes[region.stack].append(region.rows)
+    pieces = {name: iter(_parted(stacks[name], rows)) for name, rows in sizes.items()}
+    return [
+        _assemble([_paste(next(pieces[r.stack]), r) for r in where.regions], where, leaf)
+        for leaf, where in zip(leaves, layout.parameters)
+    ]
+
+
+def _parted(stack: Tensor, rows: list[int]) -> Sequence[Tensor]:
+    """The regions' rows, (rows, *block), or the block itself where each region has just one."""
+    return stack.unbind(0) if all([n == 1 for n in rows]) else torch.split(stack, rows)
+
+
+def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout: Layout) -> Tensor:
+    """One region as (rows, *block): slice, split every side into (grid, block), grid axes first.
+
+    A parameter that is one block is (*block) instead.
+    """
+    stack = layout.stacks[region.stack]
+    if leaf is None:
+        return torch.zeros(region.rows, *region.block, dtype=stack.dtype, device=stack.device)
+    if region.block == where.merged:
+        return viewed(leaf, region.block).to(stack.dtype)
+    x = leaf.reshape(where.merged)
+    split: list[int] = []
+    for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
+        x = x.narrow(axis, start, count * size)
+        split += (count, size)
+    order = len(region.block)
+    axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
+    return x.reshape(split).permute(axes).reshape((region.rows, *region.block)).to(stack.dtype)
+
+
+def _paste(rows: Tensor, region: Region) -> Tensor:
+    """Undo `_cut_out`: (rows, *block) to the region of the merged parameter."""
+    if region.rows == 1:
+        return viewed(rows, region.block)
+    order = len(region.block)
+    axes = [axis for i in range(order) for axis in (i, order + i)]
+    sides = [count * size for count, size in zip(region.grid, region.block)]
+    return rows.reshape((*region.grid, *region.block)).permute(axes).reshape(sides)
+
+
+def _assemble(pieces: list[Tensor], where: ParameterLayout, leaf: Tensor | None) -> Tensor | None:
+    """Join the regions of a parameter side by side, last axis first."""
+    if leaf is None:
+        return None
+    if not pieces:
+        return torch.zeros_like(leaf, dtype=compute_dtype(leaf))
+    for axis in range(len(where.parts) - 1, -1, -1):
+        n = where.parts[axis]
+        if n > 1:
+            pieces = [torch.cat(pieces[i : i + n], axis) for i in range(0, len(pieces), n)]
+    return viewed(pieces[0], where.shape)

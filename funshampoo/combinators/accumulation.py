@@ -1,0 +1,155 @@
+"""Gradient accumulation over micro-batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_count
+from funshampoo.core.clock import current_step, new_counter, read_counter
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.tree import check_parameters, compute_dtype, flatten, map_leaves
+from funshampoo.state.places import is_shared
+from funshampoo.state.stages import GuardedState, MultiStepsState, find_state
+
+
+def multi_steps(inner: GradientTransformation, every: int) -> GradientTransformation:
+    """Average the gradients of `every` calls and run `inner` on the last of them only.
+
+    In between the updates are zeros and `inner` and its state are not touched. A micro-gradient
+    with any entry that is not finite is left out of the average and counted in `skipped`. If all of
+    a step's are, the step is left out too: the updates are zeros and every floating-point tensor of
+    `inner`'s state stays as it was (its counters go on). None of it waits for the device. A
+    micro-gradient that is None counts as zeros, since another micro-batch may have one for that
+    parameter; where none had, `inner` sees None.
+
+    Args:
+        inner: any transformation; all of `blocked`, not what is in it.
+        every: micro-batches per real step.
+
+    Context: `step=`, if given, is the number of the micro-step from 1; `inner` sees the number of
+    the real step. It is needed in torch.compile, as in `root_inverse`.
+
+    State: `MultiStepsState`.
+
+    Raises:
+        ValueError: every < 1; from init, it stands inside `blocked`.
+        RuntimeError: inside torch.compile without `step=`.
+
+    >>> from funshampoo import scale
+    >>> tx = multi_steps(scale(-1.0), every=2)
+    >>> state = tx.init({"w": torch.zeros(1)})
+    >>> for g in (1.0, 3.0):
+    ...     u, state = tx.update({"w": torch.tensor([g])}, state)
+    ...     print(u["w"])
+    tensor([0.])
+    tensor([-2.])
+    """
+    inner = as_transformation(inner)
+    check_count("every", every)
+
+    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> MultiStepsState:
+        check_parameters(params, "multi_steps")
+        if block_ndim:
+            raise ValueError(
+                "multi_steps inside blocked would cut every micro-gradient into blocks, and can't "
+                "tell which are None: put it around, multi_steps(blocked(...), every)."
+            )
+        leaves, _ = flatten(params)
+        device = leaves[0].device if leaves else None
+        return MultiStepsState(
+            steps=new_counter(),
+            total=map_leaves(_zeros, params),
+            seen=map_leaves(lambda _: new_counter(), params),
+            used=torch.zeros((), dtype=torch.float32, device=device),
+            skipped=torch.zeros((), dtype=torch.int64, device=device),
+            inner=inner.init(params, **context),
+        )
+
+    def update(
+        updates: Tree,
+        state: MultiStepsState,
+        params: Tree = None,
+        *,
+        step: int | None = None,
+        **context: Any,
+    ) -> tuple[Tree, MultiStepsState]:
+        t = current_step(state.steps, step)
+        if t is None:
+            raise RuntimeError(
+                "multi_steps can't read its counter inside torch.compile: pass step= (from 1)."
+            )
+        finite = _all_finite(updates, like=state.used)
+        total = map_leaves(lambda u, s: _add_if(finite, u, s), updates, state.total)
+        seen = map_leaves(lambda u, n: n if u is None else n + 1, updates, state.seen)
+        used = state.used + finite
+        skipped = state.skipped + ~finite
+        new = MultiStepsState(state.steps + 1, total, seen, used, skipped, state.inner)
+        if t % every:
+            return map_leaves(_zeros, total), new
+
+        if step is not None:
+            context["step"] = t // every
+        # `inner` may not consume its state: a step without one finite gradient falls back to it.
+        context["donate"] = False
+        context.pop("finite", None)  # of this micro-batch, not of the mean
+        some = used > 0
+        guards = find_state(state.inner, GuardedState) is not None
+        shared = guards and is_shared(state.inner)
+        out, after = inner.update(_mean(new, some, shared), state.inner, params, **context)
+        if not shared:
+            out = map_leaves(lambda u: u if u is None else _where(some, u, _zeros(u)), out)
+            after = map_leaves(lambda a, b: _where(some, a, b), after, state.inner)
+        empty, unseen = map_leaves(torch.zeros_like, total), map_leaves(torch.zeros_like, seen)
+        none = torch.zeros_like(used)
+        return out, MultiStepsState(new.steps, empty, unseen, none, skipped, after)
+
+    def refreshes(state: MultiStepsState, step: int | None = None) -> bool:
+        t = current_step(state.steps, step)
+        if inner.refreshes is None or t is None or t % every:
+            return False
+        return inner.refreshes(state.inner, None if step is None else t // every)
+
+    return GradientTransformation(init, update, refreshes=refreshes)
+
+
+def _mean(state: MultiStepsState, some: Tensor, shared: bool) -> Tree:
+    """Of the finite micro-gradients; None where there was none at all.
+
+    Where other ranks have a part in it, the owner of a block decides for all: NaN says to its guard
+    that none was finite.
+    """
+    used = torch.where(some, state.used, math.nan) if shared else state.used.clamp(min=1)
+
+    def mean(total: Tensor, seen: Tensor) -> Tensor | None:
+        return None if read_counter(seen) == 0 else total / used.to(total)
+
+    return map_leaves(mean, state.total, state.seen)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=compute_dtype(x))
+
+
+def _all_finite(tree: Tree, like: Tensor) -> Tensor:
+    """() bool on the device of `like`, without a sync."""
+    leaves = [x for x in flatten(tree)[0] if x is not None]
+    flags = [torch.isfinite(x).all().to(like.device) for x in leaves]
+    return torch.stack(flags).all() if flags else torch.ones_like(like, dtype=torch.bool)
+
+
+def _add_if(finite: Tensor, u: Tensor | None, total: Tensor) -> Tensor:
+    if u is None:
+        return total
+    u = u.to(total.dtype)
+    return total + torch.where(finite.to(u.device), u, torch.zeros_like(u))
+
+
+def _where(some: Tensor, new: Any, old: Any) -> Any:
+    """new where some, else old, for floating-point tensors; counters go on."""
+    if not isinstance(new, Tensor) or not new.is_floating_point():
+        return new
+    return torch.where(some.to(new.device), new, old)

@@ -1,0 +1,72 @@
+"""Counters: tensors in the state, integers on the host.
+
+What happens on a step (a refresh, the end of an accumulation) is decided on the host, so that no
+branch is taken on a device tensor and torch.compile sees a plain bool. The number of the step comes
+from `step=` in the context or, failing that, from the stage's own counter: a 0-dimensional int64
+tensor on the CPU, which can be read without waiting for a device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.modes import unwrapped
+
+
+def new_counter() -> Tensor:
+    """A counter at zero: int64, 0-dimensional, on the CPU whatever the default device."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+def read_counter(counter: Tensor) -> int | None:
+    """The counter as an int; None inside torch.compile, where it has no value yet.
+
+    Under torch.func.vmap the members of an ensemble each carry a copy of the counter. As long as
+    they agree, it is one number.
+
+    Raises:
+        ValueError: members of an ensemble are at different steps.
+    """
+    members = unwrapped(counter)
+    if members is None:
+        return None
+    if members.ndim == 0:
+        return int(members)
+    first, last = int(members.min()), int(members.max())
+    if first != last:
+        raise ValueError(
+            f"members of the ensemble are at different steps (from {first} to {last}), so they "
+            "can't share one refresh: train them apart, or pass refresh=True or False."
+        )
+    return first
+
+
+def current_step(counter: Tensor, step: int | None) -> int | None:
+    """The number of this step, from 1: `step` if given, else the counter (steps so far) plus one.
+
+    Raises:
+        ValueError: step < 1.
+        TypeError: step is not an int.
+    """
+    if step is None:
+        done = read_counter(counter)
+        return None if done is None else done + 1
+    if isinstance(step, (bool, float, Tensor)):
+        raise TypeError(f"step is a {type(step).__name__}; pass a Python int that counts from 1.")
+    if step < 1:
+        raise ValueError(f"step is {step}; it counts from 1, as t does in the equations.")
+    return step
+
+
+def refresh_due(step: int, every: int, start: int = 1) -> bool:
+    """Whether step number `step` (from 1) recomputes the roots.
+
+    It does at `start` and at every multiple of `every` after it.
+
+    >>> [t for t in range(1, 13) if refresh_due(t, every=5)]
+    [1, 5, 10]
+    >>> [t for t in range(1, 13) if refresh_due(t, every=5, start=5)]
+    [5, 10]
+    """
+    return step == start or (step > start and step % every == 0)

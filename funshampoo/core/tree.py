@@ -1,0 +1,296 @@
+"""Pytrees: what every stage needs of them, and the errors that name a leaf.
+
+A gradient may be None ("this parameter had none"). None is therefore a leaf here, unlike in
+optree's default, and stages leave the state and the update of such a leaf as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from funshampoo.core.traced_tree import traced_flatten
+
+
+class MaskedNode(NamedTuple):
+    """Stands where `masked` hides a leaf: an empty node, so that no stage sees it."""
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure (an optree.PyTreeSpec, or its like in torch.compile); None is a leaf."""
+    if torch.compiler.is_compiling():
+        return traced_flatten(tree)
+    return optree.tree_flatten(tree, none_is_leaf=True)
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
+    accessors = optree.tree_accessors(tree, none_is_leaf=True)
+    # of a named tuple the field, where `entry` is an index
+    paths = [[getattr(step, "field", step.entry) for step in way] for way in accessors]
+    names = [".".join(map(str, path)) or "(the tree itself)" for path in paths]
+    if len(set(names)) < len(names):  # {"a": {"b": ...}, "a.b": ...}
+        names = [".".join(repr(key) if "." in str(key) else str(key) for key in p) for p in paths]
+    return names
+
+
+def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Apply `function(leaf, *parts)` to the leaves of `tree`; `rest` may go deeper than `tree`."""
+    leaves, spec = flatten(tree)
+    columns = [spec.flatten_up_to(other) for other in rest]
+    return spec.unflatten([function(*row) for row in zip(leaves, *columns)])
+
+
+def update_leaves(
+    function: Callable[..., tuple[Any, ...]],
+    updates: Any,
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+) -> tuple[Any, ...]:
+    """Run `(u, *new_states) = function(u, *inputs, *states)` leaf by leaf.
+
+    Args:
+        function: called once for every leaf of `updates` that is not None.
+        updates: the tree whose structure rules.
+        states: trees with `updates` as their prefix: a leaf's state may be a tuple of tensors.
+        inputs: further trees to read.
+
+    Returns:
+        The tree of new updates and one tree for each of `states`. Where the update is None, it
+        and the states of that leaf come back as they are.
+
+    Raises:
+        ValueError: the trees do not fit together, before `function` is called.
+    """
+    leaves, spec = flatten(updates)
+    columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
+    if not leaves:
+        return (updates, *states)
+    rows = []
+    for u, *parts in zip(leaves, *columns):
+        rows.append((None, *parts[len(inputs) :]) if u is None else function(u, *parts))
+    return tuple([spec.unflatten(column) for column in zip(*rows)])
+
+
+def update_columns(
+    function: Callable[..., tuple[list[Any], ...]],
+    updates: Any,
+    states: Sequence[Any],
+    inputs: Sequence[Any] = (),
+) -> tuple[Any, ...]:
+    """`update_leaves` for elementwise stages: `function(us, *inputs, *states)` gets whole columns.
+
+    A column is the list of a tree's leaves, or of some of them, without those whose update is None.
+    States and inputs have their update's shape, or that of its block axes.
+
+    Raises:
+        ValueError: one does not, so that it would be broadcast; before `function` is called. Names
+            the leaf.
+    """
+    leaves, spec = flatten(updates)
+    columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
+    shapes = [None if u is None else u.shape for u in leaves]
+    for column in columns:
+        for shape, part in zip(shapes, column):
+            if shape is not None and (own := part.shape) != shape and own != shape[: len(own)]:
+                raise ValueError(_shapes_differ(updates, leaves, column))
+    results = [leaves, *columns[len(inputs) :]]
+    for part in _portions(leaves):
+        found = function(*[[column[i] for i in part] for column in (leaves, *columns)])
+        for column, new in zip(results, found):
+            for i, x in zip(part, new):
+                column[i] = x
+    return tuple([spec.unflatten(column) for column in results])
+
+
+_PORTION = 2**18
+"""Numbers. On a CPU smaller temporaries stay in its cache, and larger leaves hide the loop."""
+
+
+def _portions(leaves: list[Any]) -> list[list[int]]:
+    """The leaves that are not None, by index, in runs that are worked on together."""
+    portions: list[list[int]] = []
+    room = 0
+    for i, leaf in enumerate(leaves):
+        if leaf is None:
+            continue
+        size = leaf.numel() if leaf.is_cpu else 0
+        room -= size
+        if room < 0 or not portions:
+            portions.append([])
+            room = _PORTION - size
+        portions[-1].append(i)
+    return portions
+
+
+def _shapes_differ(updates: Any, leaves: list[Any], parts: list[Any]) -> str:
+    pairs = enumerate(zip(leaves, parts))
+    i = next(i for i, (u, p) in pairs if u is not None and p.shape != u.shape[: p.ndim])
+    return (
+        f"the gradient of '{leaf_names(updates)[i]}' has shape {tuple(leaves[i].shape)}, its state "
+        f"or parameter {tuple(parts[i].shape)}: init saw other parameters."
+    )
+
+
+def _parts_of(tree: Any, spec: Any, updates: Any) -> list[Any]:
+    try:
+        parts: list[Any] = spec.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"the gradients {leaf_names(updates)} do not fit the state: it was made by init for "
+            "parameters in another tree."
+        ) from error
+    return parts
+
+
+def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
+    """One value of `prefix` for every leaf of `tree`: `prefix` may stop at any subtree.
+
+    Raises:
+        ValueError: `prefix` is not a prefix of `tree`; `what` names the argument.
+    """
+    values, spec = flatten(prefix)
+    try:
+        subtrees = spec.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"{what} is not a prefix of the tree it labels: {error}") from error
+    return [v for v, subtree in zip(values, subtrees) for _ in flatten(subtree)[0]]
+
+
+def labels_of(given: Any, tree: Any, what: str) -> list[Any]:
+    """One value for every leaf of `tree`, given as a prefix of it or as a function of the tree.
+
+    Raises:
+        ValueError: as `broadcast_prefix`.
+        TypeError: the function takes what is hidden for a tensor.
+    """
+    if not callable(given):
+        return broadcast_prefix(given, tree, what)
+    try:
+        found = given(tree)
+    except AttributeError as error:
+        if MaskedNode.__name__ not in str(error):
+            raise
+        raise TypeError(
+            f"the function {what} met a leaf that a masked(...) or partition(...) around it hides, "
+            "which stands there as MaskedNode(): give it a value too, as in "
+            "isinstance(p, torch.Tensor) and p.ndim > 1, or give a tree in the function's place."
+        ) from error
+    return broadcast_prefix(found, tree, what)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype; where it has it, without asking torch, which takes a microsecond."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which statistics and updates of `x` live: float32 at least."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_parameters(params: Any, stage: str) -> None:
+    """Every leaf is a dense tensor of a real floating dtype.
+
+    Raises:
+        TypeError: names the leaf, what it is, and how to leave it out.
+    """
+    leaves, _ = flatten(params)
+    for i, leaf in enumerate(leaves):
+        problem = _problem_of(leaf)
+        if problem:
+            raise TypeError(
+                f"{stage}: parameter '{leaf_names(params)[i]}' {problem}; only dense tensors of a "
+                "real floating dtype can be optimized. Leave it out of the tree, or wrap the whole "
+                "chain in masked(...) to hide it."
+            )
+
+
+def check_local(params: Any, stage: str) -> None:
+    """`check_parameters`, and no leaf is a DTensor, for stages that cut blocks or factor matrices.
+
+    Raises:
+        TypeError: names the leaf and the remedy.
+    """
+    check_parameters(params, stage)
+    for i, leaf in enumerate(flatten(params)[0]):
+        if hasattr(leaf, "device_mesh") and hasattr(leaf, "placements"):
+            raise TypeError(
+                f"{stage}: parameter '{leaf_names(params)[i]}' is a DTensor, as FSDP2 and tensor "
+                "parallelism make them, whose blocks would lie on several ranks. That is not "
+                "supported yet: train with DistributedDataParallel and distribute=sharded, or give "
+                "the local tensors (p.to_local(), and their gradients'), each with blocks of its "
+                "own."
+            )
+
+
+def _problem_of(leaf: Any) -> str:
+    if leaf is None:
+        return "is None"
+    if not isinstance(leaf, Tensor):
+        return f"is a {type(leaf).__name__}, not a tensor"
+    if leaf.layout is not torch.strided:
+        return f"is sparse ({leaf.layout})"
+    if leaf.dtype not in _DTYPES:
+        kind = "complex" if leaf.is_complex() else "not of a dtype that can be optimized"
+        integral = not leaf.is_complex() and not leaf.is_floating_point()
+        return f"is {'an integer or bool tensor' if integral else kind} ({leaf.dtype})"
+    return ""
+
+
+def problem_of_gradient(g: Any, p: Tensor) -> str:
+    """Why this can't be the gradient of a dense parameter; "" if it can, None included."""
+    if g is None:
+        return ""
+    if not isinstance(g, Tensor):
+        return "is no tensor"
+    if g.layout is not torch.strided:
+        return (
+            f"is sparse ({g.layout}): build its layer with sparse=False, or give this parameter to "
+            "torch.optim.SparseAdam"
+        )
+    return f"is on {g.device}, the parameter on {p.device}" if g.device != p.device else ""
+
+
+def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> None:
+    """The two trees have the same leaves in the same places, of the same shapes.
+
+    Raises:
+        ValueError: names the first leaf that differs.
+        TypeError: a leaf is complex in the other tree.
+    """
+    leaves, spec = flatten(tree)
+    others, other_spec = flatten(other)
+    if spec != other_spec:
+        raise ValueError(_difference(tree, other, name, other_name))
+    for i, (a, b) in enumerate(zip(leaves, others)):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            continue
+        if b.is_complex() and not a.is_complex():
+            raise TypeError(f"leaf '{leaf_names(tree)[i]}' is complex in {other_name}.")
+        if a.shape != b.shape:
+            raise ValueError(
+                f"leaf '{leaf_names(tree)[i]}' has shape {tuple(a.shape)} in {name} "
+                f"and {tuple(b.shape)} in {other_name}."
+            )
+
+
+def _difference(tree: Any, other: Any, name: str, other_name: str) -> str:
+    names, other_names = leaf_names(tree), leaf_names(other)
+    for leaf in names:
+        if leaf not in other_names:
+            return (
+                f"{name} and {other_name} differ: leaf '{leaf}' is missing from {other_name}. "
+                "A parameter without a gradient is written as None."
+            )
+    for leaf in other_names:
+        if leaf not in names:
+            return f"{name} and {other_name} differ: leaf '{leaf}' is missing from {name}."
+    return f"{name} and {other_name} have the same leaves in containers of different types."

@@ -1,0 +1,1 @@
+"""Operations on leaves, columns of leaves and factor matrices."""

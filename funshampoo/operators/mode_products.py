@@ -1,0 +1,98 @@
+"""Unfoldings of a block, mode products with one matrix a side, corrected factor matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.tree import cast
+from funshampoo.linalg.low_precision import rounded_matmul
+from funshampoo.operators.packed import unpack
+
+
+def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
+    """mat_i of every side, its columns in some order, on which x xᵀ does not depend; or None.
+
+    One copy with the last side in front serves the last two sides of a tensor: the last one as
+    rows, which a product takes in half the time of columns, the one before as transposed columns.
+    """
+    order = x.ndim - block_ndim
+    last_first = None
+    for side in range(order):
+        if not wanted[side]:
+            yield None
+        elif order < 3 or side < order - 2:
+            yield unfold(x, side, block_ndim)
+        else:
+            if last_first is None:
+                last_first = x.movedim(-1, block_ndim).contiguous()
+            lead, d = x.shape[:block_ndim], x.shape[block_ndim + side]
+            if side == order - 1:
+                yield last_first.reshape(*lead, d, -1)
+            else:
+                yield last_first.reshape(*lead, -1, d).mT
+
+
+def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
+    """mat_i: the mode-i unfolding of every block, (N, d_i, the rest). A view where it can be.
+
+    >>> unfold(torch.arange(6).reshape(2, 3), side=1)
+    tensor([[0, 3],
+            [1, 4],
+            [2, 5]])
+    """
+    if x.ndim == block_ndim + 2:  # a matrix
+        return x.mT if side else x
+    moved = x.movedim(block_ndim + side, block_ndim) if side else x
+    return moved.reshape(*moved.shape[: block_ndim + 1], -1)
+
+
+def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:
+    """L_i / weight, a new tensor, never packed; a weight of 0 (no gradient yet) leaves zeros."""
+    safe = torch.where(weight > 0, weight, torch.ones_like(weight))
+    return unpack(factor) / safe[..., None, None]
+
+
+_FEW_COLUMNS = 16
+
+
+def precondition(
+    x: Tensor,
+    roots: Sequence[Tensor | None],
+    block_ndim: int = 0,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x ×_1 X_1 … ×_k X_k for every block, a mode product for every side that has a root.
+
+    Args:
+        x: (N, d_1, ..., d_k), or without N where block_ndim is 0.
+        roots: one entry a side, (N, d_i, d_i), symmetric, perhaps packed, or None.
+        product_dtype: torch.bfloat16 rounds the operands of every product, so also what stands
+            between two of them; the result is in x's dtype again. Vectors and products of at most
+            16³ multiplications a block stay in full precision: see `linalg.low_precision`.
+
+    >>> precondition(torch.ones(2), [torch.tensor([[2.0, 0.0], [0.0, 3.0]])])
+    tensor([2., 3.])
+    """
+    shape, dtype = x.shape, x.dtype
+    lead, sides = shape[:block_ndim], shape[block_ndim:]
+    matrices = [None if root is None else unpack(root) for root in roots]
+    if len(sides) == 2:  # each from its side: a transposed operand takes a little longer
+        left, right = matrices
+        x = x if left is None else rounded_matmul(left, x, product_dtype)
+        x = x if right is None else rounded_matmul(x, right, product_dtype)
+        return cast(x, dtype)
+    for d, root in zip(sides, matrices):
+        # The axis of every side is the first in its turn, and goes to the end: without a copy,
+        # since a product reads its transposed operand as it lies. With few columns it is so slow
+        # that one with few rows and a copy take half as long.
+        x = x.reshape(*lead, d, -1)
+        if root is None:
+            x = x.mT
+        elif d <= _FEW_COLUMNS < x.shape[-1]:
+            x = rounded_matmul(root, x, product_dtype).mT
+        else:
+            x = rounded_matmul(x.mT, root, product_dtype)
+    return cast(x.reshape(shape), dtype).contiguous()  # what follows is elementwise

@@ -1,0 +1,343 @@
+"""What a job will cost each rank, before there is a job: from shapes alone, without any memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funshampoo.blocks.layout import Merge
+from funshampoo.core.checks import check_count
+from funshampoo.core.contract import GradientTransformation, as_transformation
+from funshampoo.core.tree import compute_dtype, flatten
+from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
+from funshampoo.distributed.ownership import owners_of
+from funshampoo.plan.shapes import model_shapes
+from funshampoo.recipes.shampoo import shampoo
+from funshampoo.state.memory import readable
+from funshampoo.state.places import Place, block_of, map_tensors, stack_rows
+from funshampoo.state.stages import BlockedState, walk
+
+
+class StackPlan(NamedTuple):
+    """The blocks of one shape, and who owns them.
+
+    Attributes:
+        block: their shape.
+        owners: the rank of every row, ascending.
+        seconds: modelled seconds per step of one block.
+        state_bytes: bytes of state of one block.
+    """
+
+    block: tuple[int, ...]
+    owners: tuple[int, ...]
+    seconds: Seconds
+    state_bytes: int
+
+    @property
+    def rows(self) -> int:
+        """How many blocks there are."""
+        return len(self.owners)
+
+
+class RankPlan(NamedTuple):
+    """One rank's part.
+
+    Attributes:
+        blocks: how many it owns.
+        elements: of the parameters, in its blocks: what it sends in every step.
+        seconds: modelled seconds per step; `seconds.roots` is its root work.
+        state_bytes: of its blocks, and of what every rank keeps.
+    """
+
+    blocks: int
+    elements: int
+    seconds: Seconds
+    state_bytes: int
+
+
+class Plan(NamedTuple):
+    """What `plan` found. `str` of it is a table.
+
+    Attributes:
+        parameters: number of tensors.
+        elements: number of their elements.
+        every: steps between two refreshes.
+        stacks: {stack: `StackPlan`}.
+        ranks: one `RankPlan` a rank.
+        replicated_elements: elements in no block, which every rank updates by itself.
+        replicated_bytes: bytes of state in no block, such as counters, which every rank keeps.
+        parameter_bytes: of the parameters, all of which every rank holds, with as many gradients.
+        gathered_bytes: bytes that every rank holds after gathering all updates of a step: equally
+            long shards, as long as the largest.
+    """
+
+    parameters: int
+    elements: int
+    every: int
+    stacks: dict[str, StackPlan]
+    ranks: tuple[RankPlan, ...]
+    replicated_elements: int
+    replicated_bytes: int
+    parameter_bytes: int
+    gathered_bytes: int
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return sum(stack.rows for stack in self.stacks.values())
+
+    @property
+    def balance(self) -> float:
+        """Largest over mean modelled seconds of a rank; 1 is perfect."""
+        return _over_mean(max(rank.seconds.total for rank in self.ranks), self.ranks)
+
+    @property
+    def best_balance(self) -> float:
+        """A bound below which whole blocks can't bring `balance`: somebody has the dearest one."""
+        dearest = max((stack.seconds.total for stack in self.stacks.values()), default=0.0)
+        return max(1.0, _over_mean(dearest, self.ranks))
+
+    def __str__(self) -> str:
+        return "\n".join([*_heading(self), "", *_stack_table(self), "", *_rank_table(self)])
+
+
+def plan(
+    model: str | nn.Module | Mapping[str, Any],
+    world_size: int,
+    *,
+    max_size: int | None = 1024,
+    merge: Merge = "small",
+    keep: int = 2,
+    every: int = 10,
+    transformation: GradientTransformation | None = None,
+    dtype: torch.dtype = torch.float32,
+    communication_dtype: torch.dtype | None = None,
+    cost: CostModel = DEFAULT_COST,
+) -> Plan:
+    """Who will own which block, and what that costs each rank in time, memory and communication.
+
+    Needs no device, no process group and no memory: everything is computed on meta tensors. The
+    owners are those of a job with the same shapes, options and `cost`.
+
+    Args:
+        model: a module (its parameters that require gradients; one built on the meta device will
+            do), a tree of tensors, {name: shape}, or the name of a model in
+            `funshampoo.plan.shapes.MODELS`.
+        world_size: number of ranks that share the blocks.
+        max_size, merge, keep: of `shampoo` with its other options at their defaults.
+        every: steps between two refreshes, over which the cost of roots is spread.
+        transformation: in place of `shampoo`, anything that contains one `blocked`. It brings its
+            own blocks, so leave out max_size, merge and keep; `every` has to be repeated here.
+        dtype: of parameters that are given as shapes.
+        communication_dtype: in which updates are gathered; by default the dtype that they are
+            computed in, float32 for half precision.
+        cost: of a block; `benchmarks/cost_model.py` measures one.
+
+    Raises:
+        ValueError: a number out of range, an unknown name, a transformation with no or several
+            `blocked`, or one together with max_size, merge or keep.
+        TypeError: a parameter that is neither a tensor nor a shape, or of a dtype that can't be
+            optimized.
+
+    >>> found = plan({"w": (96, 64), "b": (96,)}, world_size=2, max_size=32)
+    >>> found.blocks, {name: stack.owners for name, stack in found.stacks.items()}
+    (9, {'32': (0, 0, 1), '32x32': (0, 0, 0, 1, 1, 1)})
+    >>> [rank.elements for rank in found.ranks], found.gathered_bytes
+    ([3136, 3104], 25088)
+    """
+    check_count("world_size", world_size)
+    check_count("every", every)
+    if transformation is None:
+        transformation = shampoo(1e-3, max_size=max_size, merge=merge, keep=keep, every=every)
+    elif (max_size, merge, keep) != (1024, "small", 2):
+        raise ValueError(
+            "transformation has blocks of its own: set max_size, merge and keep in its blocked(...)"
+        )
+    params = meta_parameters(model, dtype)
+    state = as_transformation(transformation).init(params)
+    counts = stack_rows(_only_blocked(state))
+    stacks = {name: _BlockCount(block_of(name), rows) for name, rows in counts.items()}
+    state_bytes, replicated_bytes = _state_bytes(state, stacks)
+    owners = owners_of(stacks, world_size, every, cost)
+    planned = {
+        name: StackPlan(
+            stack.block, owners[name], cost.parts(stack.block, every), state_bytes[name]
+        )
+        for name, stack in stacks.items()
+    }
+    ranks = _rank_plans(planned, world_size, replicated_bytes)
+    leaves: list[Tensor] = flatten(params)[0]
+    elements = sum(leaf.numel() for leaf in leaves)
+    widest = max((compute_dtype(leaf) for leaf in leaves), key=lambda t: t.itemsize, default=dtype)
+    itemsize = (communication_dtype or widest).itemsize
+    return Plan(
+        parameters=len(leaves),
+        elements=elements,
+        every=every,
+        stacks=planned,
+        ranks=ranks,
+        replicated_elements=elements - sum(rank.elements for rank in ranks),
+        replicated_bytes=replicated_bytes,
+        parameter_bytes=sum(leaf.numel() * leaf.dtype.itemsize for leaf in leaves),
+        gathered_bytes=world_size * max(rank.elements for rank in ranks) * itemsize,
+    )
+
+
+def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The tree of meta tensors that has the model's shapes; see `plan`.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: a leaf that is neither a tensor nor a shape; names it.
+
+    >>> meta_parameters({"w": (2, 3)}, torch.float32)
+    {'w': tensor(..., device='meta', size=(2, 3))}
+    """
+    if isinstance(model, str):
+        model = model_shapes(model)
+    elif isinstance(model, nn.Module):
+        model = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return _on_meta(model, dtype, "model")
+
+
+def _on_meta(node: Any, dtype: torch.dtype, name: str) -> Any:
+    if isinstance(node, Tensor):
+        return torch.empty(node.shape, dtype=node.dtype, device="meta")
+    if isinstance(node, Mapping):
+        return {key: _on_meta(child, dtype, f"{name}[{key!r}]") for key, child in node.items()}
+    if isinstance(node, list | tuple):
+        if all(isinstance(side, int) and side >= 0 for side in node):
+            return torch.empty(tuple(node), dtype=dtype, device="meta")
+        children = [_on_meta(child, dtype, f"{name}[{i}]") for i, child in enumerate(node)]
+        return type(node)(*children) if hasattr(node, "_fields") else type(node)(children)
+    raise TypeError(f"{name} is {node!r}; expected a tensor or a shape, such as (64, 32).")
+
+
+class _BlockCount(NamedTuple):
+    """A stack as ownership sees it."""
+
+    block: tuple[int, ...]
+    rows: int
+
+
+def _only_blocked(state: Any) -> BlockedState:
+    found = [node for _, node in walk(state) if isinstance(node, BlockedState)]
+    if len(found) != 1:
+        raise ValueError(
+            f"transformation contains {len(found)} blocked(...); a plan distributes the blocks of "
+            "exactly one."
+        )
+    return found[0]
+
+
+def _state_bytes(state: Any, stacks: Collection[str]) -> tuple[dict[str, int], int]:
+    """({stack: bytes of state of one block}, bytes of all other state)."""
+    per_block = dict.fromkeys(stacks, 0)
+    shared = 0
+
+    def add(place: Place, x: Tensor) -> None:
+        nonlocal shared
+        if place.stack is None or x.ndim == 0:  # a 0-dimensional tensor is shared by the blocks
+            shared += x.nbytes
+        else:
+            per_block[place.stack] += x.nbytes // x.shape[0]
+
+    map_tensors(add, state)
+    return per_block, shared
+
+
+def _rank_plans(
+    stacks: Mapping[str, StackPlan], world_size: int, replicated_bytes: int
+) -> tuple[RankPlan, ...]:
+    """Every rank's blocks, added up."""
+    blocks, elements = [0] * world_size, [0] * world_size
+    seconds = [Seconds(0.0, 0.0, 0.0)] * world_size
+    state_bytes = [replicated_bytes] * world_size
+    for stack in stacks.values():
+        numel = math.prod(stack.block)
+        for rank in stack.owners:
+            blocks[rank] += 1
+            elements[rank] += numel
+            seconds[rank] = Seconds(*(a + b for a, b in zip(seconds[rank], stack.seconds)))
+            state_bytes[rank] += stack.state_bytes
+    return tuple(map(RankPlan, blocks, elements, seconds, state_bytes))
+
+
+def _over_mean(seconds: float, ranks: Sequence[RankPlan]) -> float:
+    mean = sum(rank.seconds.total for rank in ranks) / len(ranks)
+    return seconds / mean if mean > 0 else 1.0
+
+
+def _heading(found: Plan) -> list[str]:
+    lines = [
+        f"{found.parameters:,} parameters, {found.elements:,} elements, in {found.blocks:,} blocks "
+        f"of {len(found.stacks)} shapes, owned by {len(found.ranks):,} ranks.",
+        f"Balance (largest / mean modelled time): {found.balance:.3f}.",
+        "Times are modelled for one CPU thread: compare them with each other.",
+    ]
+    if found.best_balance > 1.05:
+        lines.append(
+            f"The dearest block alone is {found.best_balance:.2f} times a rank's mean: smaller "
+            "blocks (max_size) or fewer ranks would balance better."
+        )
+    if found.replicated_elements:
+        lines.append(f"{found.replicated_elements:,} elements are in no block: all ranks do them.")
+    return lines
+
+
+_STACKS_SHOWN = 12
+
+
+def _stack_table(found: Plan) -> list[str]:
+    """The dearest stacks, dearest first."""
+
+    def total(item: tuple[str, StackPlan]) -> float:
+        return item[1].rows * item[1].seconds.total
+
+    whole = sum(map(total, found.stacks.items())) or 1.0
+    ordered = sorted(found.stacks.items(), key=total, reverse=True)
+    lines = [f"{'blocks':<20} {'number':>8} {'owners':>7} {'ms/block':>9} {'share':>6} state/block"]
+    for name, stack in ordered[:_STACKS_SHOWN]:
+        lines.append(
+            f"{name:<20} {stack.rows:>8,} {len(set(stack.owners)):>7,} "
+            f"{1e3 * stack.seconds.total:>9.3g} {total((name, stack)) / whole:>6.1%} "
+            f"{readable(stack.state_bytes):>11}"
+        )
+    rest = ordered[_STACKS_SHOWN:]
+    if rest:
+        rows, share = sum(s.rows for _, s in rest), sum(map(total, rest)) / whole
+        more = f"and {len(rest)} more"
+        lines.append(f"{more:<20} {rows:>8,} {'':>7} {'':>9} {share:>6.1%}")
+    return lines
+
+
+def _rank_table(found: Plan) -> list[str]:
+    """Smallest, mean and largest over the ranks, of everything that a rank has."""
+    seconds = [rank.seconds for rank in found.ranks]
+    rows: list[tuple[str, list[float], str]] = [
+        ("blocks", [rank.blocks for rank in found.ranks], "count"),
+        ("elements sent", [rank.elements for rank in found.ranks], "count"),
+        ("state", [rank.state_bytes for rank in found.ranks], "bytes"),
+        ("parameters", [found.parameter_bytes], "bytes"),
+        ("gradients", [found.parameter_bytes], "bytes"),
+        ("gathered updates", [found.gathered_bytes], "bytes"),
+        ("time per step", [s.total for s in seconds], "ms"),
+        ("  products", [s.products for s in seconds], "ms"),
+        (f"  roots / {found.every}", [s.roots for s in seconds], "ms"),
+        ("  memory traffic", [s.memory for s in seconds], "ms"),
+    ]
+    lines = [f"{'per rank':<20} {'smallest':>12} {'mean':>12} {'largest':>12}"]
+    for title, values, unit in rows:
+        cells = [min(values), sum(values) / len(values), max(values)]
+        lines.append(f"{title:<20} " + " ".join(f"{_cell(x, unit):>12}" for x in cells))
+    return lines
+
+
+def _cell(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return readable(round(value))
+    return f"{value:,.0f}" if unit == "count" else f"{1e3 * value:,.4g} ms"

@@ -1,0 +1,1 @@
+"""What is computed now and then: the schedule, the threads, what is kept."""

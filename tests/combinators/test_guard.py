@@ -1,0 +1,295 @@
+"""Never poisoned: what is not finite changes nothing but a counter."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.func import vmap
+
+import funshampoo as fs
+from funshampoo import linalg
+from funshampoo.combinators.guard import guarded
+from funshampoo.state import health
+from funshampoo.state.places import Place, map_tensors
+from tests.trees import assert_close, assert_equal, clone, gradients, problem, tensors
+
+# One value, put in one place of one block of "w", whose blocks at 4 are rows of several stacks.
+POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "huge": 1e200}
+PLAINER = {"momentum": 0.9, "weight_decay": 0.1, "max_size": 4}
+CHAINS = {
+    "adam": {},
+    "rms": {"grafting": "rms", "nesterov": True},
+    "adagrad": {"grafting": "adagrad", "beta2": 1.0},
+    "none": {"grafting": None, "decay_through_momentum": True},
+    "coupled": {"weight_decay_kind": "coupled"},
+    "staggered": {"stagger": True},
+}
+EVERY = 3
+STEPS = 8
+
+
+def optimizer(**options: Any) -> fs.GradientTransformation:
+    return fs.shampoo(0.1, **(PLAINER | {"every": EVERY} | options))
+
+
+def poisoned(g: Any, value: float) -> Any:
+    """w[0, 0], in block_0_0, is no usable number."""
+    g = clone(g)
+    g["w"][0, 0] = value
+    return g
+
+
+def rows_of_block(state: Any) -> dict[tuple[str, ...], torch.Tensor]:
+    """What the state holds for block (0, 0) of w, by place; not the guard's own counters."""
+    found = {}
+    for name, x in fs.state.state_dict(state).items():
+        if name.startswith("w/block_0_0/") and "guarded" not in name:
+            found[name] = x.clone()
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("bad", [2, 3], ids=["between_refreshes", "at_a_refresh"])
+@pytest.mark.parametrize("value", POISONS.values(), ids=POISONS)
+@pytest.mark.parametrize("options", CHAINS.values(), ids=CHAINS)
+def test_one_block_is_held_and_the_others_go_on(
+    options: dict[str, Any], value: float, bad: int, donate: bool
+) -> None:
+    tx, params, grads = optimizer(**options), problem(), gradients(STEPS)
+    state, clean_state, clean = tx.init(params), tx.init(params), params
+    now = params
+    for t, g in enumerate(grads, start=1):
+        given = poisoned(g, value) if t == bad else g
+        before, block = rows_of_block(state), now["w"][:4, :4].clone()
+        updates, state = tx.update(given, state, now, donate=donate)
+        now = fs.apply_updates(now, updates)
+        if t == bad:
+            assert torch.equal(now["w"][:4, :4], block)
+            assert rows_of_block(state).keys() == before.keys()
+            for name, x in rows_of_block(state).items():
+                assert torch.equal(x, before[name]), name
+        updates, clean_state = tx.update(g, clean_state, clean, donate=donate)
+        clean = fs.apply_updates(clean, updates)
+        assert all(torch.isfinite(x).all() for x in tensors((now, state)))
+    assert_equal(now["layers"], clean["layers"])  # bitwise as without the fault
+    assert torch.equal(now["w"][4:], clean["w"][4:])
+    assert torch.equal(now["w"][:, 4:], clean["w"][:, 4:])
+    assert not torch.equal(now["w"][:4, :4], clean["w"][:4, :4])  # it missed a step
+    assert health(state, file=io.StringIO()).held == 1
+
+
+def test_a_held_step_is_as_if_it_had_not_been() -> None:
+    """For the block: the same as a run without that step, where refreshes fall alike."""
+    tx, params, grads = optimizer(every=1), problem(), gradients(6)
+    states = {"held": tx.init(params), "short": tx.init(params)}
+    held = short = params
+    for t, g in enumerate(grads):
+        updates, states["held"] = tx.update(
+            poisoned(g, float("nan")) if t == 2 else g, states["held"], held
+        )
+        held = fs.apply_updates(held, updates)
+        if t != 2:
+            updates, states["short"] = tx.update(g, states["short"], short)
+            short = fs.apply_updates(short, updates)
+    assert_close(held["w"][:4, :4], short["w"][:4, :4], 1e-12)
+
+
+def test_tiny_zero_and_rank_one_gradients_are_no_failures() -> None:
+    params = problem(dtype=torch.float32)
+    for make in (
+        lambda g: g * 1e-30,
+        torch.zeros_like,
+        lambda g: torch.ones_like(g),
+    ):
+        for grafting in ("adam", "rms", "adagrad", "sgd", None):
+            tx = optimizer(grafting=grafting)
+            state, now = tx.init(params), params
+            for t, g in enumerate(gradients(STEPS, torch.float32)):
+                strange = {"w": make(g["w"]), "layers": g["layers"]} if t % 2 else g
+                updates, state = tx.update(strange, state, now)
+                now = fs.apply_updates(now, updates)
+                assert all(torch.isfinite(x).all() for x in tensors((now, state))), grafting
+            assert health(state, file=io.StringIO()).held == 0
+
+
+def test_every_step_tiny_then_a_normal_one_does_not_jump() -> None:
+    tx = fs.shampoo(1.0, every=2)
+    params = {"w": torch.zeros(8, 8)}
+    g = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    state = tx.init(params)
+    for _ in range(5):
+        updates, state = tx.update({"w": 1e-30 * g}, state, params)
+        assert torch.isfinite(updates["w"]).all()
+    updates, state = tx.update({"w": g}, state, params)
+    assert updates["w"].norm() < 100
+
+
+def test_what_can_not_be_read_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device, in vmap and in compiled code both outcomes are computed: the same numbers."""
+    tx, params, grads = optimizer(), problem(), gradients(STEPS)
+
+    def run() -> Any:
+        state, now = tx.init(params), params
+        for t, g in enumerate(grads):
+            given = poisoned(g, float("nan")) if t in (2, 3) else g
+            updates, state = tx.update(given, state, now, donate=True)
+            now = fs.apply_updates(now, updates)
+        return now, state
+
+    readable = run()
+    monkeypatch.setattr("funshampoo.combinators.guard.surely_usable", lambda gradients: None)
+    assert_equal(run(), readable)  # a look at each block
+    monkeypatch.setattr("funshampoo.combinators.guard._all_usable", lambda norms: False)
+    assert_equal(run(), readable)  # no look
+
+
+def test_members_of_an_ensemble_are_held_one_by_one() -> None:
+    tx, params = optimizer(every=1), {"w": problem()["w"]}
+    grads = [{"w": torch.stack([g["w"], g["w"]])} for g in gradients(4)]
+    grads[2]["w"][1, 0, 0] = float("nan")
+    both = {"w": torch.stack([params["w"]] * 2)}
+    state = vmap(tx.init)(both)
+    for g in grads:
+        updates, state = vmap(tx.update)(g, state, both)
+        both = fs.apply_updates(both, updates)
+    for i in range(2):
+        now, alone = params, tx.init(params)
+        for g in grads:
+            updates, alone = tx.update({"w": g["w"][i]}, alone, now)
+            now = fs.apply_updates(now, updates)
+        assert_close(both["w"][i], now["w"], 1e-12)
+    assert health(state, file=io.StringIO()).held == 1
+
+
+def test_outside_blocks_all_leaves_are_held_together() -> None:
+    tx, params = guarded(fs.adamw(0.1)), problem()
+    state = tx.init(params)
+    _, state = tx.update(gradients(1)[0], state, params)
+    updates, new = tx.update(poisoned(gradients(1)[0], float("nan")), state, params)
+    assert all(float(u.abs().max()) == 0 for u in tensors(updates))
+    assert_equal(new.inner, state.inner)
+    assert all(int(n) == 1 for n in tensors(new.held))
+
+
+def test_what_a_stage_counts_is_held_too() -> None:
+    class Seen(NamedTuple):
+        seen: Any
+        steps: torch.Tensor
+
+    def update(updates: Any, state: Seen) -> tuple[Any, Seen]:
+        return updates, Seen(
+            {k: torch.ones_like(x) for k, x in state.seen.items()}, state.steps + 1
+        )
+
+    def init(params: Any) -> Seen:
+        return Seen({k: torch.zeros(2, dtype=torch.bool) for k in params}, torch.tensor(0))
+
+    tx = guarded(fs.GradientTransformation(init, update, "mine"))
+    _, state = tx.update({"w": torch.tensor([float("nan")])}, tx.init({"w": torch.zeros(1)}))
+    assert not state.inner.seen["w"].any()
+    assert int(state.inner.steps) == 1
+
+
+def test_labels_that_are_named_like_stacks_are_labels() -> None:
+    parts = {"4": fs.scale_by_adam(), "2x3": fs.trace(0.9)}
+    tx = fs.blocked(guarded(fs.partition(parts, {"2x3": "4", "4": "2x3"})))
+    params = {"w": torch.zeros(2, 3), "b": torch.zeros(4)}
+    g = {"w": torch.full((2, 3), float("nan")), "b": torch.ones(4)}
+    _, state = tx.update(g, tx.init(params), params)
+    inner = state.inner.inner.inner
+    assert float(inner["4"].first_weight["2x3"].sum()) == 0
+    assert torch.equal(inner["2x3"].buffer["4"], torch.ones(1, 4))
+
+
+def test_staggered_roots_of_some_stacks_alone() -> None:
+    roots = fs.chain(fs.kronecker_statistics(), fs.root_inverse(every=2, stagger=True))
+    tx = fs.blocked(guarded(fs.masked(roots, {"2x3": True, "4": False}), max_failures=1, every=1))
+    params = {"w": torch.zeros(2, 3), "b": torch.zeros(4)}
+    state = tx.init(params)
+    for seed in range(4):
+        g = {
+            k: torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+            for k, x in params.items()
+        }
+        updates, state = tx.update(g, state, params)
+        assert torch.equal(updates["b"], g["b"])
+    _, state = tx.update({k: x + float("nan") for k, x in g.items()}, state, params)
+    with pytest.raises(fs.FailureLimitError, match="w block_0_0"):
+        tx.update(g, state, params)
+
+
+def test_it_stops_after_max_failures_in_a_row_and_names_the_block() -> None:
+    tx, params = optimizer(max_failures=4, every=2), problem()
+    state = tx.init(params)
+    g, nan = gradients(1)[0], poisoned(gradients(1)[0], float("nan"))
+    for given in (nan, nan, nan, g, nan, nan, nan, nan):  # four in a row at last
+        _, state = tx.update(given, state, params)
+    _, state = tx.update(nan, state, params)  # nobody looks
+    before = copy.deepcopy(state)
+    with pytest.raises(
+        fs.FailureLimitError, match=r"4 times in a row.*: w block_0_0: gradient not finite\. "
+    ):
+        tx.update(nan, state, params, donate=True)
+    assert_equal(state, before)  # whole, to be saved
+    never = optimizer(max_failures=None, every=2)
+    state = never.init(params)
+    for _ in range(30):
+        _, state = never.update(nan, state, params)
+
+
+def test_it_stops_where_roots_fail_in_a_row() -> None:
+    def failing(A: torch.Tensor, p: float, epsilon: Any = 0.0) -> linalg.InverseRoot:
+        found = linalg.eigh(relative_epsilon=1e-6)(A, p, epsilon)
+        return found._replace(converged=found.converged & (A.shape[-1] != 5))
+
+    tx = fs.shampoo(0.1, every=1, solver=failing, max_failures=3, max_size=5)
+    params, grads = problem(), gradients(20)
+    state = tx.init(params)
+    for g in grads[:3]:
+        updates, state = tx.update(g, state, params)
+        assert all(torch.isfinite(u).all() for u in tensors(updates))
+    failures = {f.failures for f in health(state, file=io.StringIO()).factors}
+    assert failures == {0, 3}
+    with pytest.raises(fs.FailureLimitError, match="no root of its statistics"):
+        tx.update(grads[3], state, params)
+
+
+def test_no_step_looks_at_the_counters_but_every_nth(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    monkeypatch.setattr(
+        "funshampoo.combinators.guard.limit_reached", lambda *a: looks.append(1) and False
+    )
+    tx, params = optimizer(every=5), problem()
+    state = tx.init(params)
+    for t, g in enumerate(gradients(11), start=1):
+        _, state = tx.update(g, state, params)
+        assert len(looks) == t // 5  # with the refreshes, which wait for the device too
+
+
+def test_arguments_out_of_range_are_named() -> None:
+    with pytest.raises(ValueError, match="max_failures is 0"):
+        guarded(fs.trace(0.9), max_failures=0)
+    with pytest.raises(ValueError, match="every is 0"):
+        guarded(fs.trace(0.9), every=0)
+
+
+def test_a_report_of_places_names_every_tensor() -> None:
+    """`map_tensors` finds for each per-block tensor as many rows as it has."""
+    tx, params = optimizer(), problem()
+    seen = []
+
+    def look(place: Place, x: torch.Tensor) -> torch.Tensor:
+        if place.stack is not None and x.ndim:
+            assert place.rows is not None
+            assert len(place.rows) == x.shape[0]
+            seen.append(place.path)
+        return x
+
+    state = tx.init(params)
+    assert_equal(map_tensors(look, state), state)
+    assert ("blocked", "graft", "direction", "roots", "0", "root") in seen

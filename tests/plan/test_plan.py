@@ -1,0 +1,265 @@
+"""Plans: balanced, true to the state that a job will have, and computed without a job."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import nn
+
+import funshampoo as fs
+from funshampoo.blocks.layout import layout_of, leaf_key
+from funshampoo.distributed.cost import CostModel
+from funshampoo.distributed.ownership import owners_of
+from funshampoo.plan.planner import Plan, plan
+from funshampoo.plan.shapes import MODELS, model_shapes
+from tests.trees import tensors
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = {
+    "resnet-50": 25_557_032,
+    "vit-b-16": 86_567_656,
+    "gpt2": 124_439_808,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_have_their_published_sizes(name: str) -> None:
+    assert sum(map(math.prod, model_shapes(name).values())) == PUBLISHED[name]
+
+
+def test_shapes_that_are_easily_wrong() -> None:
+    resnet, llama = model_shapes("resnet-50"), model_shapes("llama3-70b")
+    assert resnet["layer2.0.conv2.weight"] == (128, 128, 3, 3)
+    assert resnet["layer4.0.downsample.0.weight"] == (2048, 1024, 1, 1)
+    assert model_shapes("vit-b-16")["encoder.pos_embedding"] == (1, 197, 768)
+    assert llama["model.layers.79.self_attn.v_proj.weight"] == (1024, 8192)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "size", "limit"),
+    [
+        ("resnet-50", 8, 256, 1.05),
+        ("resnet-50", 8, 1024, 1.15),
+        ("gpt2", 8, 256, 1.05),
+        ("gpt2", 8, 1024, 1.15),
+        ("llama3-70b", 1024, 1024, 1.05),
+    ],
+)
+def test_balance(name: str, ranks: int, size: int, limit: float) -> None:
+    found = plan(name, ranks, max_size=size)
+    assert 1 <= found.best_balance <= found.balance <= limit
+    check_sums(found, PUBLISHED[name])
+
+
+def check_sums(found: Plan, elements: int) -> None:
+    """Nothing is lost or counted twice."""
+    assert found.elements == elements
+    assert sum(rank.blocks for rank in found.ranks) == found.blocks
+    assert sum(rank.elements for rank in found.ranks) == elements - found.replicated_elements
+    for part in ("memory", "products", "roots", "total"):
+        once = sum(s.rows * getattr(s.seconds, part) for s in found.stacks.values())
+        assert sum(getattr(r.seconds, part) for r in found.ranks) == pytest.approx(once)
+    in_blocks = sum(s.rows * s.state_bytes for s in found.stacks.values())
+    replicated = len(found.ranks) * found.replicated_bytes
+    assert sum(rank.state_bytes for rank in found.ranks) == in_blocks + replicated
+
+
+def problem() -> dict[str, Any]:
+    shapes: dict[str, Any] = {"w": (20, 13), "b": (20,), "layers": [(8, 3, 2, 2), (1,)]}
+    return shapes | {"scalar": (), "empty": (0, 4), "half": torch.zeros(5, 8, dtype=torch.bfloat16)}
+
+
+def concrete(node: Any) -> Any:
+    """The same problem in real tensors."""
+    if isinstance(node, torch.Tensor):
+        return node
+    if isinstance(node, dict):
+        return {key: concrete(child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [concrete(child) for child in node]
+    return torch.zeros(node)
+
+
+TRANSFORMATIONS = {
+    "shampoo": lambda: fs.shampoo(0.1, max_size=8),
+    "everything": lambda: fs.shampoo(
+        0.1, max_size=8, momentum=0.9, weight_decay=0.1, exponents={2: {1: 0.0}}, own_steps=False
+    ),
+    "adam_in_blocks": lambda: fs.blocked(fs.scale_by_adam(), 8),
+    "injected": lambda: fs.inject_hyperparams(fs.shampoo)(0.1, max_size=8),
+    "accumulated": lambda: fs.multi_steps(fs.shampoo(0.1, max_size=8), 4),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_state_bytes_are_those_of_the_state(name: str) -> None:
+    """On one rank, the plan's state is the state; on more, each rank's part of it."""
+    state = TRANSFORMATIONS[name]().init(concrete(problem()))
+    real = sum(x.nbytes for x in tensors(state))
+    for world_size in (1, 3):
+        found = plan(problem(), world_size, transformation=TRANSFORMATIONS[name]())
+        shared = (world_size - 1) * found.replicated_bytes
+        assert sum(rank.state_bytes for rank in found.ranks) - shared == real
+        check_sums(found, sum(x.numel() for x in tensors(concrete(problem()))))
+
+
+def test_owners_are_those_that_the_layout_of_a_job_gets() -> None:
+    """Order, shapes and rows of the stacks, read back from a state, are the layout's own."""
+    for shapes in (problem(), model_shapes("resnet-50")):
+        params = optree.tree_map(lambda x: x.to("meta"), concrete(shapes))
+        layout = layout_of(tuple(map(leaf_key, tensors(params))), 64, "small", 2)
+        found = plan(shapes, 3, max_size=64)
+        assert list(found.stacks) == list(layout.stacks)
+        assert {n: s.block for n, s in found.stacks.items()} == {
+            n: s.block for n, s in layout.stacks.items()
+        }
+        expected = owners_of(layout.stacks, 3, 10)
+        assert {n: s.owners for n, s in found.stacks.items()} == expected
+
+
+def test_modules_shapes_and_tensors_give_the_same_plan() -> None:
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    module[1].bias.requires_grad_(False)
+    tensor_tree = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in tensor_tree.items()}
+    plans = [plan(model, 3, max_size=8) for model in (module, tensor_tree, shapes)]
+    assert plans[0] == plans[1] == plans[2]
+    assert plans[0].parameters == 3  # a frozen parameter has no update
+    module[1].weight = module[0].weight  # tied: one parameter
+    assert plan(module, 3, max_size=8).parameters == 2
+
+
+def test_what_is_gathered() -> None:
+    """Equal shards, as long as the largest, in the dtype of communication."""
+    shapes = {"a": (8, 8), "b": (4, 4)}
+    for dtype, communicated, itemsize in [
+        (torch.float32, None, 4),
+        (torch.float32, torch.bfloat16, 2),
+        (torch.bfloat16, None, 4),  # half precision is computed in float32
+        (torch.float64, None, 8),
+    ]:
+        found = plan(shapes, 2, dtype=dtype, communication_dtype=communicated)
+        assert [rank.elements for rank in found.ranks] == [64, 16]
+        assert found.gathered_bytes == 2 * 64 * itemsize
+        assert found.parameter_bytes == (64 + 16) * dtype.itemsize
+
+
+def test_a_rank_holds_the_whole_model_and_all_updates() -> None:
+    rows = [line for line in str(plan({"a": (32, 32)}, 4)).splitlines() if "KiB" in line]
+    for title in ("parameters", "gradients"):
+        assert any(line.startswith(title) and line.count("4 KiB") == 3 for line in rows), title
+    assert any(line.startswith("gathered updates") and line.count("16 KiB") == 3 for line in rows)
+
+
+def test_what_is_in_no_block_is_everybodys() -> None:
+    tx = fs.chain(fs.masked(fs.blocked(fs.ema(0.9), 4), {"a": True, "b": False}), fs.trace(0.9))
+    found = plan({"a": (8, 4), "b": (5,)}, 2, transformation=tx)
+    assert (found.blocks, found.replicated_elements) == (2, 5)
+    assert found.replicated_bytes == 4 * (8 * 4 + 5)  # the momentum outside
+    assert "5 elements are in no block" in str(found)
+
+
+def test_one_block_too_large_is_named() -> None:
+    """More ranks than blocks: no assignment can help, and the plan says so."""
+    found = plan({"large": (64, 64), "small": (8,)}, 4)
+    assert found.balance == found.best_balance > 3.9
+    assert "smaller blocks (max_size)" in str(found)
+    assert plan({}, 2).balance == 1
+
+
+def test_another_cost_model_is_used() -> None:
+    shapes = {"thin": (512, 2), "square": (32, 32), "more": (32, 32)}
+    free = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    by_elements = plan(shapes, 3, cost=free)
+    assert [rank.seconds.total for rank in by_elements.ranks] == [1024.0] * 3
+    assert plan(shapes, 3).balance > 2.5
+
+
+def test_plans_are_readable() -> None:
+    text = str(plan("resnet-50", 8))
+    assert "25,557,032 elements, in 176 blocks" in text
+    assert "and 13 more" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("gpt3", 8), {}, ValueError, "model is 'gpt3'.*gpt2"),
+        (({"w": (2, 2)}, 0), {}, ValueError, "world_size"),
+        (({"w": (2, 2)}, 2), {"every": 0}, ValueError, "every"),
+        (({"w": (2, 2)}, 2), {"max_size": 0}, ValueError, "max_size"),
+        (({"w": [{"x": 2.0}]}, 2), {}, TypeError, r"model\['w'\]\[0\]\['x'\]"),
+        (({"w": torch.zeros(2, dtype=torch.int64)}, 2), {}, TypeError, "'w'"),
+        (({"w": (2, 2)}, 2), {"transformation": fs.adamw(0.1)}, ValueError, "0 blocked"),
+        (
+            ({"w": (2, 2)}, 2),
+            {"transformation": fs.shampoo(0.1), "max_size": 8},
+            ValueError,
+            "transformation has blocks of its own",
+        ),
+    ],
+)
+def test_bad_input(arguments: Any, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan(*arguments, **options)
+
+
+def test_bad_weights() -> None:
+    with pytest.raises(ValueError, match="root_cubic"):
+        CostModel(root_cubic=-1.0)
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The program as a user runs it; a warning is an error."""
+    command = [sys.executable, "-W", "error", "-m", "funshampoo.plan", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
+    )
+
+
+def test_the_program_prints_the_plan() -> None:
+    done = program("--model", "gpt2", "--ranks", "8", "--block-size", "512", "--every", "5")
+    assert not done.stderr
+    assert done.stdout == f"gpt2\n{plan('gpt2', 8, max_size=512, every=5)}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt3", "--ranks", "8"], "argument --model: invalid choice: 'gpt3'"),
+        (["--model", "gpt2", "--ranks", "0"], "argument --ranks: '0' is not a whole number"),
+        (["--model", "gpt2", "--ranks", "8", "--block-size", "1.5"], "argument --block-size"),
+    ],
+)
+def test_the_program_names_a_bad_option(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from funshampoo.plan.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_another_process_finds_the_same_owners_and_plan_is_a_function_there() -> None:
+    """Whatever has been imported, and under another hash seed."""
+    script = (
+        "import funshampoo, funshampoo.plan, importlib;"
+        "importlib.import_module('funshampoo.plan');"
+        "importlib.import_module('funshampoo.plan.__main__');"
+        "print(funshampoo.plan('resnet-50', 8).stacks)"
+    )
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == (f"{plan('resnet-50', 8).stacks}\n", "")
