@@ -12,10 +12,11 @@
 from funshampoo import linalg, migrate, recipes, schedules, state
 from funshampoo.blocks import blocked
 from funshampoo.combinators.accumulation import multi_steps
-from funshampoo.combinators.combine import chain, masked, partition
+from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
 from funshampoo.combinators.guard import FailureLimitError, guarded
 from funshampoo.combinators.hyperparams import inject_hyperparams
+from funshampoo.combinators.masks import masked, partition
 from funshampoo.core.clock import refresh_due
 from funshampoo.core.contract import (
     EmptyState,

@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.blocks.absent import absent_rows, restored_rows, saved_rows
-from funshampoo.blocks.layout import Layout, Merge, block_ids, layout_of, leaf_key
-from funshampoo.blocks.stacks import stack_blocks, unstack_blocks
-from funshampoo.blocks.tiled_step import Given, Results, TiledSteps
-from funshampoo.blocks.tiles import TileSize
-from funshampoo.combinators.combine import Mask
+from funshampoo.blocks.copies import Given, Traced, Views
+from funshampoo.blocks.executor import Executors
+from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_key
+from funshampoo.blocks.portions import TileSize
+from funshampoo.blocks.stacks import rows_alive, stack_blocks
+from funshampoo.combinators.guard import FailureLimitError, failing_blocks, failure_limit_error
+from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.clock import advanced, running, started
+from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import (
     GradientTransformation,
     Tree,
     add_in_place,
-    any_refreshes,
     as_transformation,
 )
-from funshampoo.core.modes import begin_apart, is_traced
+from funshampoo.core.modes import begin_apart, is_plain, is_traced
 from funshampoo.core.tree import (
     check_local,
     check_same_structure,
@@ -33,7 +35,7 @@ from funshampoo.core.tree import (
     problem_of_gradient,
 )
 from funshampoo.state.places import is_shared
-from funshampoo.state.stages import BlockedState, ShardedState
+from funshampoo.state.stages import BlockedState
 
 
 def blocked(
@@ -101,16 +103,20 @@ def blocked(
     def find_layout(leaves: list[Tensor]) -> Layout:
         return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
 
-    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> BlockedState:
+    def init(
+        params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
+    ) -> BlockedState:
         check_local(params, "blocked")
         if block_ndim:
             raise ValueError("blocked inside blocked: the parameters are cut into blocks already.")
         leaves, _ = flatten(params)
         layout = find_layout(leaves)
         stacks = stack_blocks(leaves, layout)
-        state = inner.init(stacks, block_ndim=1, **context)
+        counted = clock or inner.counts
+        state = inner.init(stacks, block_ndim=1, clock=counted, **context)
         described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
-        return BlockedState(state, dict(zip(leaf_names(params), described)))
+        names = dict(zip(leaf_names(params), described))
+        return BlockedState(state, names, started(inner.counts, clock))
 
     def read(updates: Tree, state: BlockedState, params: Tree) -> Given:
         if params is not None:
@@ -127,69 +133,57 @@ def blocked(
         layout = find_layout(known)
         _check_layout(layout, state.layout, updates)
         shown = None if with_params is False else _shown(params, with_params)
-        return Given(leaves, spec, layout, missing, shown)
+        return Given(leaves, known, spec, layout, missing, shown)
+
+    def inside(given: Given, state: BlockedState, context: Context) -> Context:
+        alive = rows_alive(context.alive, given.layout)
+        return changed(running(state.steps, context), block_ndim=1, alive=alive)
 
     def update(
-        updates: Tree, state: BlockedState, params: Tree = None, **context: Any
+        updates: Tree, state: BlockedState, params: Tree, context: Context
     ) -> tuple[Tree, BlockedState]:
         given = read(updates, state, params)
-        context |= {"block_ndim": 1, "layout": state.layout}
-        if context.get("donate") and not given.missing and not is_traced():
-            steps = tiled.of(given.layout)
-            results = Results(steps.parts, given, is_shared(state))
-            new = steps.run(inner, state.inner, given, results.put, context)
-            return given.spec.unflatten(results.leaves), BlockedState(new, state.layout)
-        return _update_whole(inner, given, state, params, context)
+        here = inside(given, state, context)
+        run = executors.of(given.layout)
+        shared = is_shared(state)
+        plain = is_plain([g for g in given.leaves if g is not None], given.known)
+        copies = Views(run.parts, given, copies=shared) if plain else Traced(given)
+        new = run.run(inner, state.inner, copies.gather, copies.put, given.missing_rows(), here)
+        steps = advanced(state.steps, context.donate)
+        found = given.spec.unflatten(copies.updates(shared))
+        return found, BlockedState(new, state.layout, steps)
 
-    def apply(updates: Tree, state: BlockedState, params: Tree, **context: Any) -> BlockedState:
+    def apply(updates: Tree, state: BlockedState, params: Tree, context: Context) -> BlockedState:
         given = read(updates, state, params)
-        own, _ = flatten(params)
-        by_tiles = not given.missing and not is_traced() and all([p.is_contiguous() for p in own])
+        own = given.known
+        in_place = not is_traced() and all([p.is_contiguous() for p in own])
         # Where parameters are tied, a tile would read what the one before has written.
-        if not by_tiles or not (with_params is False or begin_apart(own)):
-            updates, state = update(updates, state, params, **context | {"donate": True})
+        if not in_place or not (with_params is False or begin_apart(own)):
+            updates, state = update(updates, state, params, context)
             add_in_place(params, updates)
             return state
-        context |= {"block_ndim": 1, "layout": state.layout, "donate": True}
-        steps = tiled.of(given.layout)
+        here = inside(given, state, context)
+        run = executors.of(given.layout)
 
         def put(stack: str, rows: range, values: Tensor) -> None:
-            steps.parts.scatter_add(stack, rows, values, own)
+            run.parts.scatter_add(stack, rows, values, own)
 
-        return BlockedState(steps.run(inner, state.inner, given, put, context), state.layout)
+        gather = Views(run.parts, given).gather
+        new = run.run(inner, state.inner, gather, put, given.missing_rows(), here)
+        return BlockedState(new, state.layout, advanced(state.steps, context.donate))
 
-    tiled = TiledSteps(tile)
-    refreshes = any_refreshes({"inner": inner})
-    return GradientTransformation(init, update, apply=apply, refreshes=refreshes)
+    def check(state: BlockedState, context: Context) -> None:
+        here = running(state.steps, context)
+        try:
+            inner.check(state.inner, here)
+        except FailureLimitError as error:  # only here the blocks have names
+            blocks = error.everywhere(failing_blocks(state, error.max_failures))
+            raise failure_limit_error(blocks, error.max_failures) from None
 
-
-def _update_whole(
-    inner: GradientTransformation,
-    given: Given,
-    state: BlockedState,
-    params: Tree,
-    context: dict[str, Any],
-) -> tuple[Tree, BlockedState]:
-    """All blocks at once, in new tensors; missing gradients are allowed."""
-    leaves, spec, layout, missing, shown = given
-    # Directly inside, `sharded` needs the rows that this rank owns; the others are not copied.
-    owned = state.inner.owned if isinstance(state.inner, ShardedState) else None
-    stacks = stack_blocks(leaves, layout, owned)
-    if owned is not None:
-        context["stacks"] = layout.stacks
-    kept = saved_rows(state, layout, missing) if missing else {}
-    context |= {"gradient": stacks, "block_ids": block_ids(layout)}
-    if missing:
-        context["absent"] = absent_rows(layout, missing)
-    inner_params = None if shown is None else stack_blocks(shown, layout, owned)
-    stacks, inner_state = inner.update(stacks, state.inner, inner_params, **context)
-    if missing:
-        inner_state = restored_rows(BlockedState(inner_state, state.layout), kept)
-        if is_shared(state):
-            # The owner of a block decides for all ranks whether it had a gradient.
-            leaves = flatten(params)[0]
-    pieces = unstack_blocks(stacks, layout, leaves)
-    return spec.unflatten(pieces), BlockedState(inner_state, state.layout)
+    executors = Executors(tile)
+    return GradientTransformation(
+        init, update, apply=apply, check=check if inner.checks else None, parts={"inner": inner}
+    )
 
 
 def _check_gradients(leaves: list[Any], others: list[Tensor], updates: Tree) -> None:

@@ -10,53 +10,35 @@ from torch import Tensor
 
 from funshampoo.blocks.layout import Layout, ParameterLayout, Region, Stack
 from funshampoo.blocks.regions import viewed
-from funshampoo.core.tree import compute_dtype
-from funshampoo.state.places import rows_of
+from funshampoo.core.tree import compute_dtype, flatten
 
 
-def stack_blocks(
-    leaves: list[Tensor | None], layout: Layout, owned: Mapping[str, Any] | None = None
-) -> dict[str, Tensor]:
+def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tensor]:
     """Gather leaves in stacks, {name: (rows, *block)}; None fills its rows with zeros.
 
-    With `owned`, {name: {"first:last": ()}}, only those rows of those stacks. A stack of one region
-    may be a view of the leaf: stages read their updates and never write them.
+    A stack of one region may be a view of the leaf: stages read their updates and never write them.
     """
-    wanted = {name: range(stack.rows) for name, stack in layout.stacks.items()}
-    if owned is not None:
-        held = {name: rows_of(spans) for name, spans in owned.items() if name in wanted}
-        wanted = {name: range(rows[0], rows[-1] + 1) for name, rows in held.items()}
-    pieces: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in layout.stacks}
     for leaf, where in zip(leaves, layout.parameters):
         for region in where.regions:
-            rows = wanted.get(region.stack, range(0))
-            first = max(rows.start - region.first, 0)
-            last = min(rows.stop - region.first, region.rows)
-            if first < last:
-                pieces[region.stack].append(_cut_rows(leaf, where, region, layout, first, last))
+            pieces[region.stack].append(_cut_out(leaf, where, region, layout))
     return {name: _joined(parts, layout.stacks[name]) for name, parts in pieces.items()}
 
 
-def _cut_rows(
-    leaf: Tensor | None,
-    where: ParameterLayout,
-    region: Region,
-    layout: Layout,
-    first: int,
-    last: int,
-) -> Tensor:
-    """The rows first..last-1 of a region, from no more of it than they lie in."""
-    if last - first == region.rows:
-        return _cut_out(leaf, where, region, layout)
-    across = region.rows // region.grid[0]  # blocks in one slice of the grid along the first side
-    top, bottom = first // across, -(-last // across)
-    part = region._replace(
-        grid=(bottom - top, *region.grid[1:]),
-        offset=(region.offset[0] + top * region.block[0], *region.offset[1:]),
-    )
-    cut = _cut_out(leaf, where, part, layout)
-    cut = cut if cut.ndim > len(region.block) else cut.unsqueeze(0)
-    return cut.narrow(0, first - top * across, last - first)
+def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor] | None:
+    """{stack: (rows,) bool} of one flag a leaf, (); None means that all are."""
+    if alive is None:
+        return None
+    flags, _ = flatten(alive)
+    pieces: dict[str, list[Tensor]] = {name: [] for name in layout.stacks}
+    for i, where in enumerate(layout.parameters):
+        for region in where.regions:
+            fine = flags[i]
+            if fine is None:  # without a gradient, so in no portion
+                device = layout.stacks[region.stack].device
+                fine = torch.ones((), dtype=torch.bool, device=device)
+            pieces[region.stack].append(fine.expand(region.rows))
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
 
 
 def _joined(parts: list[Tensor], stack: Stack) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_count
-from funshampoo.core.clock import current_step, new_counter, read_counter
-from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.clock import advanced, new_counter, read_counter, running, started
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.tree import check_parameters, compute_dtype, flatten, map_leaves
 from funshampoo.state.places import is_shared
 from funshampoo.state.stages import GuardedState, MultiStepsState, find_state
@@ -28,7 +29,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
 
     Args:
         inner: any transformation; all of `blocked`, not what is in it.
-        every: micro-batches per real step.
+        every: micro-batches per real step; 1 or more.
 
     Context: `step=`, if given, is the number of the micro-step from 1; `inner` sees the number of
     the real step. It is needed in torch.compile, as in `root_inverse`.
@@ -51,7 +52,9 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     inner = as_transformation(inner)
     check_count("every", every)
 
-    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> MultiStepsState:
+    def init(
+        params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
+    ) -> MultiStepsState:
         check_parameters(params, "multi_steps")
         if block_ndim:
             raise ValueError(
@@ -61,23 +64,19 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         leaves, _ = flatten(params)
         device = leaves[0].device if leaves else None
         return MultiStepsState(
-            steps=new_counter(),
+            steps=started(True, clock),
             total=map_leaves(_zeros, params),
             seen=map_leaves(lambda _: new_counter(), params),
             used=torch.zeros((), dtype=torch.float32, device=device),
             skipped=torch.zeros((), dtype=torch.int64, device=device),
-            inner=inner.init(params, **context),
+            inner=inner.init(params, clock=True, **context),
         )
 
     def update(
-        updates: Tree,
-        state: MultiStepsState,
-        params: Tree = None,
-        *,
-        step: int | None = None,
-        **context: Any,
+        updates: Tree, state: MultiStepsState, params: Tree, context: Context
     ) -> tuple[Tree, MultiStepsState]:
-        t = current_step(state.steps, step)
+        here = running(state.steps, context)
+        t = here.step
         if t is None:
             raise RuntimeError(
                 "multi_steps can't read its counter inside torch.compile: pass step= (from 1)."
@@ -87,33 +86,41 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         seen = map_leaves(lambda u, n: n if u is None else n + 1, updates, state.seen)
         used = state.used + finite
         skipped = state.skipped + ~finite
-        new = MultiStepsState(state.steps + 1, total, seen, used, skipped, state.inner)
+        steps = advanced(state.steps, donate=False)
+        new = MultiStepsState(steps, total, seen, used, skipped, state.inner)
         if t % every:
             return map_leaves(_zeros, total), new
 
-        if step is not None:
-            context["step"] = t // every
         # `inner` may not consume its state: a step without one finite gradient falls back to it.
-        context["donate"] = False
-        context.pop("finite", None)  # of this micro-batch, not of the mean
+        inside = changed(here, step=t // every, clock=_done(here, every), donate=False)
         some = used > 0
         guards = find_state(state.inner, GuardedState) is not None
         shared = guards and is_shared(state.inner)
-        out, after = inner.update(_mean(new, some, shared), state.inner, params, **context)
+        out, after = inner.run(_mean(new, some, shared), state.inner, params, inside)
         if not shared:
             out = map_leaves(lambda u: u if u is None else _where(some, u, _zeros(u)), out)
             after = map_leaves(lambda a, b: _where(some, a, b), after, state.inner)
         empty, unseen = map_leaves(torch.zeros_like, total), map_leaves(torch.zeros_like, seen)
         none = torch.zeros_like(used)
-        return out, MultiStepsState(new.steps, empty, unseen, none, skipped, after)
+        return out, MultiStepsState(steps, empty, unseen, none, skipped, after)
 
-    def refreshes(state: MultiStepsState, step: int | None = None) -> bool:
-        t = current_step(state.steps, step)
-        if inner.refreshes is None or t is None or t % every:
-            return False
-        return inner.refreshes(state.inner, None if step is None else t // every)
+    def check(state: MultiStepsState, context: Context) -> None:
+        here = running(state.steps, context)
+        if inner.checks and here.step is not None and here.step % every == 0:
+            real = changed(here, step=here.step // every, clock=_done(here, every))
+            inner.check(state.inner, real)
 
-    return GradientTransformation(init, update, refreshes=refreshes)
+    def phase(step: int) -> Phase:
+        return (f"real step of {every}", *inner.phase(step // every)) if step % every == 0 else ()
+
+    return GradientTransformation(
+        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True
+    )
+
+
+def _done(context: Context, every: int) -> Tensor | None:
+    """The real steps so far."""
+    return None if context.clock is None else context.clock // every
 
 
 def _mean(state: MultiStepsState, some: Tensor, shared: bool) -> Tree:

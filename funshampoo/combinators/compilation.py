@@ -1,4 +1,4 @@
-"""Plain steps as one graph of torch.compile, refreshes as they are."""
+"""Steps as graphs of torch.compile, one for every phase of the schedule."""
 
 from __future__ import annotations
 
@@ -7,48 +7,55 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from funshampoo.combinators.guard import surely_usable
+from funshampoo.core.clock import running
+from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import (
+    THREADS,
     GradientTransformation,
+    Phase,
     State,
     Tree,
+    applied,
     as_transformation,
-    is_refresh,
-    unasked_states,
-    update_in_place,
+    steps_of,
 )
+from funshampoo.core.live import Numbers
 from funshampoo.core.modes import is_traced
 from funshampoo.core.tree import flatten
-from funshampoo.state.stages import MultiStepsState, RootInverseState, ShardedState, find_state
+from funshampoo.state.stages import MultiStepsState, ShardedState, find_state
 
 
 def compiled(inner: GradientTransformation, **options: Any) -> GradientTransformation:
-    """The same transformation, the steps that refresh no root compiled by torch.compile.
+    """The same transformation, its steps compiled by torch.compile.
 
-    A plain step becomes one graph, in which everything elementwise between two products is one pass
-    over memory, without Python in between. Steps that refresh roots are left to the threads that
-    `root_inverse` has for them. Numbers differ from those of `inner` by rounding. The graph is made
-    on the first plain step, which takes from seconds to a minute, and again for other shapes.
+    A step becomes one graph, in which everything elementwise between two products is one pass over
+    memory, without Python in between. Every phase of the schedule (`GradientTransformation.phase`:
+    a plain step, a refresh, every k-th step) has a graph of its own, made when it first comes,
+    which takes from seconds to a minute, and again for other shapes. Refreshes by
+    eigendecomposition on a CPU are left to the threads that are there for them. Numbers differ from
+    those of `inner` by rounding.
 
     A step runs as it is, not compiled, too where a gradient is None or is not finite (as far as
     that can be read without waiting, on a CPU; elsewhere `guarded` decides in the graph), where the
-    context holds numbers of the caller's (give tensors), and under torch.func and torch.compile.
+    caller passes numbers under names of its own (give tensors), and under torch.func and
+    torch.compile. Live numbers, `hyper`, make no new graph.
 
     Args:
-        inner: a whole chain. With `stagger`, every step refreshes, and none is compiled.
+        inner: a whole chain. With `stagger` every step of the interval has a graph.
         options: of torch.compile, such as backend or mode; fullgraph is True and dynamic False
             where they are not given.
 
-    Context: `step=` or `refresh=` say whether roots are recomputed, as in `root_inverse`. All else
-    goes by the state's own counters in a graph.
+    Context: `step=` or `refresh=` say whether what is kept is computed anew, as in `root_inverse`.
 
     State: of `inner`.
 
     Raises:
-        ValueError: from update, its blocks are `sharded`; there is a `multi_steps` inside (which
-            goes around `compiled`); or it has roots, and a combinator around them has no
-            `refreshes` to say when they are recomputed.
+        ValueError: a stage in it wants the number of the step and has no `phase` (names it); from
+            update, its blocks are `sharded`, or there is a `multi_steps` inside (which goes around
+            `compiled`).
 
     >>> import torch
     >>> from funshampoo import sgd, update_in_place
@@ -59,71 +66,112 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
     {'w': tensor([0.9000, 0.9000])}
     """
     inner = as_transformation(inner)
+    unknown = inner.without_phase()
+    if unknown:
+        raise ValueError(
+            f"compiled: '{unknown[0]}' may do other things on some steps than on others, and does "
+            "not say on which: give its GradientTransformation a phase=, see docs/stages.md."
+        )
 
-    def in_place(updates: Tree, state: State, params: Tree, **context: Any) -> State:
-        return update_in_place(inner, updates, state, params, **context)
+    def in_place(updates: Tree, state: State, params: Tree, context: Context) -> State:
+        return applied(inner, updates, state, params, context)
 
-    def out_of_place(updates: Tree, state: State, params: Tree, **context: Any) -> Any:
-        return inner.update(updates, state, params, **context)
-
-    checked = False
-
-    def by_graph(step: Callable[..., Any]) -> Callable[..., Any]:
-        """The step, as a graph wherever it can be one."""
-        graph = _compiled(step, options)
-
-        def run(updates: Tree, state: State, params: Tree = None, **context: Any) -> Any:
-            nonlocal checked
-            if is_traced():
-                return step(updates, state, params, **context)
-            if not checked:
-                _check_compilable(inner, state)
-                checked = True
-            if is_refresh(inner, state, context) or _has_numbers(context):
-                return step(updates, state, params, **context)
-            gradients, _ = flatten(updates)
-            usable = surely_usable(gradients)
-            if usable is False or any([g is None for g in gradients]):
-                return step(updates, state, params, **context)
-            plain = {key: value for key, value in context.items() if key != "step"}
-            plain |= {"refresh": False} | ({"finite": True} if usable else {})
-            try:
-                return graph(updates, state, params, **plain)
-            except torch._dynamo.exc.TorchDynamoException:
-                # Raises what the tracer has hidden, if the caller did something wrong.
-                out_of_place(updates, state, params, **context | {"donate": False})
-                raise
-
-        return run
-
-    update, apply = by_graph(out_of_place), by_graph(in_place)
-    return GradientTransformation(inner.init, update, inner.name, apply, inner.refreshes)
-
-
-def _has_numbers(context: Mapping[str, Any]) -> bool:
-    """Of the caller's own: a graph would have them in its code, and be made anew for others."""
-    return any(
-        [
-            isinstance(value, (int, float)) and not isinstance(value, bool)
-            for name, value in context.items()
-            if name not in ("step", "block_ndim")
-        ]
+    update, apply = _ByGraph(inner, inner.run, options), _ByGraph(inner, in_place, options)
+    return GradientTransformation(
+        inner.init,
+        lambda updates, state, params, context: update(updates, state, params, context),
+        inner.name,
+        apply=lambda updates, state, params, context: apply(updates, state, params, context),
+        parts={"inner": inner},
+        state_of=lambda state, name: state,
     )
 
 
-def _check_compilable(inner: GradientTransformation, state: State) -> None:
+class _ByGraph:
+    """A step, as a graph wherever it can be one: a graph for every phase of the schedule."""
+
+    def __init__(
+        self, inner: GradientTransformation, step: Callable[..., Any], options: dict[str, Any]
+    ) -> None:
+        self._inner, self._step, self._options = inner, step, options
+        self._graphs: dict[Phase, Callable[..., Any]] = {}
+        self._steps: dict[Phase, int] = {}  # one of each phase, which stands for all of them
+        self._checked = False
+
+    def __call__(self, updates: Tree, state: State, params: Tree, context: Context) -> Any:
+        if is_traced():
+            return self._step(updates, state, params, context)
+        if not self._checked:
+            _check_compilable(state)
+            self._checked = True
+        gradients, _ = flatten(updates)
+        t = running(steps_of(state), context).step
+        phase = self._phase(t, context)
+        usable = surely_usable(gradients)
+        if (
+            phase is None
+            or (THREADS in phase and all([g is None or g.is_cpu for g in gradients]))
+            or _has_numbers(context.extra)
+            or usable is False
+            or any([g is None for g in gradients])
+        ):
+            return self._step(updates, state, params, context)
+        plain = changed(
+            context,
+            step=self._steps.setdefault(phase, 1 if t is None else t),
+            hyper=_as_tensors(context.hyper),
+            usable=bool(usable),
+        )
+        if phase not in self._graphs:
+            self._graphs[phase] = _compiled(_step_of(self._step), self._options)
+        try:
+            return self._graphs[phase](updates, state, params, plain)
+        except torch._dynamo.exc.TorchDynamoException:
+            # Raises what the tracer has hidden, if the caller did something wrong.
+            self._inner.run(updates, state, params, changed(context, donate=False))
+            raise
+
+    def _phase(self, t: int | None, context: Context) -> Phase | None:
+        """What happens on this step; None where that can't be known."""
+        if not self._inner.counts:
+            return ()
+        if t is None:
+            return None
+        if context.refresh is None:
+            return self._inner.phase(t)
+        others = [label for label in self._inner.phase(t) if not label.startswith("refresh")]
+        return (*others, "refresh for all") if context.refresh else tuple(others)
+
+
+def _step_of(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of its own: Dynamo counts graphs by function."""
+
+    def run(updates: Tree, state: State, params: Tree, context: Context) -> Any:
+        return step(updates, state, params, context)
+
+    return run
+
+
+def _as_tensors(hyper: Numbers) -> dict[str, Tensor]:
+    """Numbers would stand in a graph's code, and others make a new one."""
+    return {
+        name: x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
+        for name, x in hyper.items()
+    }
+
+
+def _has_numbers(extra: Mapping[str, Any]) -> bool:
+    """Of the caller's own, likewise."""
+    return any([type(value) in (int, float) for value in extra.values()])
+
+
+def _check_compilable(state: State) -> None:
     if find_state(state, ShardedState) is not None:
         raise ValueError("compiled: a graph can't wait for other ranks; leave out sharded.")
     if find_state(state, MultiStepsState) is not None:
         raise ValueError(
-            "compiled: a graph can't read the counter of multi_steps; compile what is inside, "
+            "compiled: a graph can't read the counters of multi_steps; compile what is inside, "
             "multi_steps(compiled(tx), every)."
-        )
-    unasked = unasked_states(inner.refreshes, state)
-    if any(find_state(part, RootInverseState) is not None for part in unasked):
-        raise ValueError(
-            "compiled: there are roots, and nobody says when they are recomputed. Give the "
-            "combinator around root_inverse refreshes=any_refreshes(...), see docs/stages.md."
         )
 
 

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_count
-from funshampoo.core.clock import new_counter, read_counter
-from funshampoo.core.contract import GradientTransformation, Tree, any_refreshes, as_transformation
+from funshampoo.core.clock import advanced, read_counter, running, started
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import is_traced, unwrapped
 from funshampoo.core.tree import cast, check_parameters, compute_dtype, flatten, map_leaves
 from funshampoo.linalg.norms import block_norm
 from funshampoo.state.places import Place, block_names, map_tensors
-from funshampoo.state.stages import FactorRoot, GuardedState, find_state, walk
+from funshampoo.state.stages import FactorRoot, GuardedState, walk
 
 
 class FailureLimitError(RuntimeError):
     """A block failed `max_failures` times in a row. Raised on every rank at the same step."""
+
+    def __init__(
+        self,
+        message: str,
+        max_failures: int = 0,
+        everywhere: Callable[[list[str]], list[str]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.max_failures = max_failures
+        self.everywhere = everywhere or list  # from what this rank has to say to what all have
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.args[0], self.max_failures)
 
 
 def guarded(
@@ -31,12 +45,15 @@ def guarded(
     gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest number of its
     dtype (in float32, ‖G‖ above about 1.8e16), so that sums of squares do not overflow in the
     statistics. Parameters are not looked at. What is held is counted in the state;
-    `funshampoo.state.health` prints it. Step counters, fields called `steps`, go on.
+    `funshampoo.state.health` prints it. Counters of steps go on.
+
+    Such a gradient enters as zeros, and the stages are told which rows count, `alive` in their
+    context: an average leaves them out, with the weight that they would have had. So what is held
+    stays as it was up to rounding, in its own memory, on every device alike. The state of a stage
+    that does not know of `alive` is put back row by row, which takes a copy of it.
 
     Where the verdict can be read without waiting (a gradient on the CPU), a step without failures
-    pays one pass over the gradient. Elsewhere (a GPU, torch.func, torch.compile) nothing waits:
-    both outcomes are computed and one is chosen on the device, which takes a second copy of the
-    state for the length of the step.
+    pays one pass over the gradient. Elsewhere (a GPU, torch.func, torch.compile) nothing waits.
 
     Args:
         inner: everything that is to be protected, so the whole chain inside `blocked`. Stages
@@ -70,69 +87,116 @@ def guarded(
         check_count("max_failures", max_failures)
     check_count("every", every)
 
-    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> GuardedState:
+    def init(
+        params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
+    ) -> GuardedState:
         check_parameters(params, "guarded")
 
         def none_yet(x: Tensor) -> Tensor:
             return x.new_zeros(x.shape[:block_ndim], dtype=torch.int64)
 
         held, streak = map_leaves(none_yet, params), map_leaves(none_yet, params)
-        state = inner.init(params, block_ndim=block_ndim, **context)
-        return GuardedState(new_counter(), held, streak, state)
+        counts = inner.counts or max_failures is not None
+        state = inner.init(params, block_ndim=block_ndim, clock=clock or counts, **context)
+        return GuardedState(held, streak, state, started(counts, clock))
+
+    def check(state: GuardedState, context: Context) -> None:
+        if max_failures is None:
+            return
+        clock = state.steps if isinstance(state.steps, Tensor) else context.clock
+        done = None if clock is None else read_counter(clock)
+        if done and (done + 1) % every == 0 and limit_reached(failure_report(state), max_failures):
+            raise failure_limit_error(failing_blocks(state, max_failures), max_failures)
 
     def update(
-        updates: Tree,
-        state: GuardedState,
-        params: Tree = None,
-        *,
-        gradient: Tree = None,
-        block_ndim: int = 0,
-        donate: bool = False,
-        stops: bool = True,
-        whole: Any = None,
-        finite: bool = False,
-        **context: Any,
+        updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
-        done = read_counter(state.steps) if stops and max_failures is not None else None
-        if max_failures is not None and done and (done + 1) % every == 0:
-            # The first tile of a step answers for all blocks, before anything has changed.
-            everywhere = find_state(whole, GuardedState) or state
-            _stop_at(max_failures, everywhere, context.get("layout", {}))
-        source = updates if gradient is None else gradient
-        context["block_ndim"] = block_ndim
-        finite = finite or bool(surely_usable(flatten(source)[0]))
-        norms = None if finite else _norms(source, updates, block_ndim)
-        if finite or _all_usable(flatten(norms)[0]):
-            if gradient is not None:
-                context["gradient"] = gradient
-            out, new = inner.update(updates, state.inner, params, donate=donate, **context)
-            streak = map_leaves(
-                lambda u, n: n if u is None else torch.zeros_like(n), updates, state.streak
-            )
-            return out, GuardedState(state.steps + 1, state.held, streak, new)
-        fine = _verdicts(norms, block_ndim)
-        if gradient is not None:
-            context["gradient"] = map_leaves(_zeroed, gradient, fine)
-        safe = map_leaves(_zeroed, updates, fine)
-        out, new = inner.update(safe, state.inner, params, donate=False, **context)
-        out = map_leaves(_zeroed, out, fine)
-        new = _merged(new, state.inner, fine, block_ndim)
-        held = map_leaves(lambda f, n: n if f is None else n + ~f, fine, state.held)
-        streak = map_leaves(
-            lambda f, n: n if f is None else torch.where(f, 0, n + 1), fine, state.streak
+        inside = running(state.steps, context)
+        alive = _verdicts(updates, context)
+        if alive is None:
+            out, new = inner.run(updates, state.inner, params, inside)
+            held = state.held
+        else:
+            if context.gradient is not None:
+                inside = changed(inside, gradient=map_leaves(_zeroed, context.gradient, alive))
+            inside = changed(inside, alive=alive)
+            out, new = _run(inner, map_leaves(_zeroed, updates, alive), state.inner, params, inside)
+            out = map_leaves(_zeroed, out, alive)
+            held = _counted(state.held, alive, context.donate)
+        streak = _streaks(updates, state.streak, alive, context.donate)
+        return out, GuardedState(held, streak, new, advanced(state.steps, context.donate))
+
+    return GradientTransformation(
+        init,
+        update,
+        inner.name,
+        check=check,
+        parts={"inner": inner},
+        counts=inner.counts or max_failures is not None,
+    )
+
+
+def _run(
+    inner: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
+) -> tuple[Tree, Any]:
+    """Step `inner`; what would have spoiled a state that does not know of it is taken back."""
+    if inner.minds_alive:
+        return inner.run(updates, state, params, context)
+    out, new = inner.run(updates, state, params, changed(context, donate=False))
+    return out, _merged(new, state, context.alive, context.block_ndim)
+
+
+def _counted(counts: Tree, alive: Tree, donate: bool) -> Tree:
+    """One more where the gradient was not finite."""
+
+    def leaf(n: Tensor, fine: Tensor | None) -> Tensor:
+        if fine is None:
+            return n
+        return n.add_(~fine) if donate and not is_traced() else n + ~fine
+
+    return map_leaves(leaf, counts, alive)
+
+
+def _streaks(updates: Tree, streak: Tree, alive: Tree, donate: bool) -> Tree:
+    in_place = donate and not is_traced()
+
+    def fine(u: Tensor | None, n: Tensor) -> Tensor:
+        if u is None:
+            return n
+        return n.zero_() if in_place else torch.zeros_like(n)
+
+    def judged(fine: Tensor | None, n: Tensor) -> Tensor:
+        if fine is None:
+            return n
+        return n.add_(1).mul_(~fine) if in_place else (n + 1) * ~fine
+
+    return map_leaves(fine, updates, streak) if alive is None else map_leaves(judged, alive, streak)
+
+
+def _verdicts(updates: Tree, context: Context) -> Tree:
+    """A tree of (N,) or () bool: whether each block can be used, None where there is no gradient.
+
+    None: all can, as far as that can be read without waiting, and nobody around says otherwise.
+    Outside block space all leaves share one verdict.
+    """
+    sources = [updates] if context.gradient is None else [updates, context.gradient]
+    sources = sources[:1] if sources[0] is sources[-1] else sources
+    given = context.alive
+    if context.usable and given is None:
+        return None
+    if given is None and all([surely_usable(flatten(x)[0]) for x in sources]):
+        return None
+    norms = [_norms(x, updates, context.block_ndim) for x in sources]
+    if given is None and all([_all_usable(flatten(x)[0]) for x in norms]):
+        return None
+    usable = [map_leaves(lambda n: None if n is None else _usable(n), x) for x in norms]
+    if not context.block_ndim:
+        usable = [_together(x) for x in usable]
+    for other in [*usable[1:], *([] if given is None else [given])]:
+        usable[0] = map_leaves(
+            lambda a, b: a if a is None or b is None else a & b, usable[0], other
         )
-        return out, GuardedState(state.steps + 1, held, streak, new)
-
-    refreshes = any_refreshes({"inner": inner})
-    return GradientTransformation(init, update, name=inner.name, refreshes=refreshes)
-
-
-def _stop_at(max_failures: int, state: GuardedState, layout: Mapping[str, Any]) -> None:
-    if limit_reached(failure_report(state), max_failures):
-        held = state.held if layout else {}
-        present = {stack: n for stack, n in held.items() if isinstance(n, Tensor)}
-        rows = {stack: range(counts.shape[-1]) for stack, counts in present.items()}
-        raise failure_limit_error(failing_blocks(state, max_failures, layout, rows), max_failures)
+    return usable[0]
 
 
 def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
@@ -174,15 +238,11 @@ def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
     return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])
 
 
-def _verdicts(norms: Tree, block_ndim: int) -> Tree:
-    """A tree of (N,) or () bool: whether each block can be used. None where there is no gradient.
-
-    Outside block space all leaves share one verdict.
-    """
-    verdicts = map_leaves(lambda norm: None if norm is None else _usable(norm), norms)
+def _together(verdicts: Tree) -> Tree:
+    """The same for all leaves: whether all of them can be used."""
     leaves, spec = flatten(verdicts)
     known = [f for f in leaves if f is not None]
-    if block_ndim or not known:
+    if not known:
         return verdicts
     together = torch.stack([f.to(known[0].device) for f in known]).all()
     return spec.unflatten([None if f is None else together.to(f.device) for f in leaves])
@@ -195,7 +255,7 @@ def _zeroed(x: Tensor | None, fine: Tensor | None) -> Tensor | None:
 
 
 def _merged(new: Any, old: Any, fine: Tree, block_ndim: int) -> Any:
-    """The new state where the gradient could be used, else the old; step counters go on."""
+    """The new state where the gradient could be used, else the old; `steps` go on."""
     if not block_ndim:
         leaves = [f for f in flatten(fine)[0] if f is not None]
 
@@ -257,18 +317,11 @@ def limit_reached(report: Tensor, max_failures: int) -> bool:
     return bool(plain.reshape(-1, 4)[:, 1::2].max() >= max_failures)
 
 
-def failing_blocks(
-    state: Any,
-    max_failures: int,
-    layout: Mapping[str, Any],
-    rows: Mapping[str, Sequence[int]],
-) -> list[str]:
+def failing_blocks(state: Any, max_failures: int) -> list[str]:
     """The blocks at the limit: "w block_0_1: gradient not finite". Waits for the device.
 
     Args:
-        state: taken from inside block space, or from outside with empty `rows`.
-        layout: of the `BlockedState` around it; may be empty.
-        rows: {stack: the rows of the full stack that the state holds}.
+        state: of a `blocked`, or of what stands outside of block space.
     """
     found: list[str] = []
 
@@ -276,28 +329,32 @@ def failing_blocks(
         plain = unwrapped(x)
         if place.path[-1:] != ("streak",) or plain is None:
             return x
-        cause = "no root of its statistics" if "roots" in place.path else "gradient not finite"
+        held = place.kind is GuardedState
+        cause = "gradient not finite" if held else "no root of its statistics"
         worst = plain.reshape(-1, plain.shape[-1]).amax(0) if plain.ndim else plain.reshape(1)
         for i in (worst >= max_failures).nonzero().flatten().tolist():
             block: tuple[str, ...] = (".".join(place.leaf) or "all parameters",)
-            if place.stack is not None:
-                known = rows.get(place.stack, place.rows)
-                row = i if known is None else known[i]
-                names = block_names(place.layout or layout).get(place.stack, {})
-                block = names.get(row, (f"stack {place.stack} row {row}",))
+            if place.stack is not None and place.rows is not None:
+                block = block_names(place.layout)[place.stack][place.rows[i]]
             found.append(f"{' '.join(block)}: {cause}")
         return x
 
-    map_tensors(look, state, stacks=rows.keys() if rows else None)
+    map_tensors(look, state)
     return list(dict.fromkeys(found))
 
 
-def failure_limit_error(blocks: Sequence[str], max_failures: int) -> FailureLimitError:
+def failure_limit_error(
+    blocks: Sequence[str],
+    max_failures: int,
+    everywhere: Callable[[list[str]], list[str]] | None = None,
+) -> FailureLimitError:
     """The error that names the blocks."""
     listed = "; ".join(blocks[:5]) + (f"; and {len(blocks) - 5} more" if len(blocks) > 5 else "")
     return FailureLimitError(
         f"failed {max_failures} times in a row (max_failures={max_failures}), or more until this "
         f"look: {listed}. A gradient that is not finite has entered nothing, and where no root was "
         "found the old one is in use. Look at the loss and the data of these steps, lower the "
-        "learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go on."
+        "learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go on.",
+        max_failures,
+        everywhere,
     )

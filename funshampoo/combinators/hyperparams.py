@@ -5,14 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funshampoo.core.clock import new_counter
-from funshampoo.core.contract import AnyRefreshes, GradientTransformation, State, Tree
+from funshampoo.core.clock import advanced, new_counter, running, started
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import (
+    GradientTransformation,
+    State,
+    Tree,
+    applied,
+    as_transformation,
+)
+from funshampoo.core.live import Live, takes_live
 from funshampoo.core.tree import flatten
 from funshampoo.state.stages import HyperparamsState
 
@@ -27,11 +35,13 @@ def inject_hyperparams(
     0, 1 or -1: such a default switches a part off (no momentum, no damping) and stays a number;
     give the argument to have it in the state. A function given for a number is a schedule: its
     value at the old count goes there, anew on every step. Everything else (ints such as `every`,
-    bools, strings, None, solvers, masks, transformations) is static. On every update the factory is
-    called with the tensors.
+    bools, strings, None, solvers, masks, transformations) is static. Functions of funshampoo build
+    their chain once, and look the numbers up on every step (`core.live`); another factory is called
+    with the tensors on every update, unless it has an attribute `takes_live` that is True, which
+    says that it hands its numbers on to such functions as they are.
 
-    Tensors leave the kernels that take numbers (1.7 times a plain step on forty small leaves), and
-    `delay` computes nothing ahead with them: name what is never edited in `static_args`.
+    Tensors leave the kernels that take numbers (1.7 times a plain step on forty small leaves): name
+    what is never edited in `static_args`.
 
     Args:
         factory: e.g. `funshampoo.shampoo`.
@@ -87,37 +97,67 @@ def _injected(
 
     numbers = {name: v for name, v in bound.arguments.items() if is_injected(name, v)}
     schedules = {name: v for name, v in bound.arguments.items() if is_schedule(name, v)}
+    live = takes_live(factory)
 
-    def build(hyperparams: dict[str, Tensor]) -> GradientTransformation:
+    def build(hyperparams: Mapping[str, Any]) -> GradientTransformation:
         replaced = inspect.BoundArguments(bound.signature, OrderedDict(bound.arguments))
         replaced.arguments.update(hyperparams)
-        return factory(*replaced.args, **replaced.kwargs)
+        return as_transformation(factory(*replaced.args, **replaced.kwargs))
 
-    def scheduled(steps: Tensor) -> dict[str, Tensor]:
+    def scheduled(steps: Tensor | None) -> dict[str, Tensor]:
+        if not schedules:
+            return {}
+        assert steps is not None
         return {name: _as_hyperparam(schedule(steps)) for name, schedule in schedules.items()}
 
-    def init(params: Tree, **context: Any) -> HyperparamsState:
-        steps = new_counter()
+    # What is a tensor in the state switches nothing on or off, whatever its value.
+    first = {name: _as_hyperparam(v) for name, v in numbers.items()} | scheduled(new_counter())
+    inner = build({name: Live(name, v) for name, v in first.items()} if live else first)
+    counts = inner.counts or bool(schedules)
+
+    def init(params: Tree, *, clock: bool = False, **context: Any) -> HyperparamsState:
         device = next((x.device for x in flatten(params)[0] if isinstance(x, Tensor)), None)
         hyperparams = {name: _as_hyperparam(value, device) for name, value in numbers.items()}
-        hyperparams |= scheduled(steps)
-        return HyperparamsState(steps, hyperparams, build(hyperparams).init(params, **context))
+        hyperparams |= scheduled(new_counter())
+        state = inner.init(params, clock=clock or counts, **context)
+        return HyperparamsState(started(counts, clock), hyperparams, state)
 
-    def update(
-        updates: Tree, state: HyperparamsState, params: Tree = None, **context: Any
-    ) -> tuple[Tree, State]:
-        if state.hyperparams.keys() != numbers.keys() | schedules.keys():
+    def now(
+        state: HyperparamsState, context: Context
+    ) -> tuple[GradientTransformation, Context, dict[str, Tensor]]:
+        """What steps, in which context, and the hyperparameters."""
+        if state.hyperparams.keys() != first.keys():
             raise ValueError(
                 f"state.hyperparams has {sorted(state.hyperparams)}; this transformation has "
-                f"{sorted(numbers.keys() | schedules.keys())}."
+                f"{sorted(first)}."
             )
+        inside = running(state.steps, context)
         edited = {name: _as_hyperparam(value) for name, value in state.hyperparams.items()}
-        hyperparams = edited | scheduled(state.steps)
-        out, inner = build(hyperparams).update(updates, state.inner, params, **context)
-        return out, HyperparamsState(state.steps + 1, hyperparams, inner)
+        values = edited | scheduled(inside.clock)
+        if not live:
+            return build(values), inside, values
+        return inner, changed(inside, hyper={**inside.hyper, **values}), values
 
-    refreshes = AnyRefreshes(lambda state: {"inner": build(state.hyperparams)})
-    return GradientTransformation(init, update, name="inject_hyperparams", refreshes=refreshes)
+    def update(
+        updates: Tree, state: HyperparamsState, params: Tree, context: Context
+    ) -> tuple[Tree, State]:
+        tx, inside, values = now(state, context)
+        out, new = tx.run(updates, state.inner, params, inside)
+        return out, HyperparamsState(advanced(state.steps, context.donate), values, new)
+
+    def apply(updates: Tree, state: HyperparamsState, params: Tree, context: Context) -> State:
+        tx, inside, values = now(state, context)
+        new = applied(tx, updates, state.inner, params, inside)
+        return HyperparamsState(advanced(state.steps, context.donate), values, new)
+
+    return GradientTransformation(
+        init,
+        update,
+        "inject_hyperparams",
+        apply=apply if inner.apply else None,
+        parts={"inner": inner},
+        counts=counts,
+    )
 
 
 def _takes_number(bound: inspect.BoundArguments, name: str) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
+
+from funshampoo.core.live import Live
 
 
 def check_range(
@@ -25,6 +28,13 @@ def check_range(
         ValueError: it does not. Names the parameter and the range.
         TypeError: it is neither a number nor a tensor (nor a function, where one may stand).
     """
+    if isinstance(value, Live):
+        value.checks.append(
+            functools.partial(
+                check_range, name, low=low, high=high, low_open=low_open, high_open=high_open
+            )
+        )
+        value = value.initial
     if isinstance(value, Tensor) or (schedule and callable(value)):
         return
     if callable(value):

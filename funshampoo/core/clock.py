@@ -1,9 +1,12 @@
-"""Counters: tensors in the state, integers on the host.
+"""The clock: one counter a state, a tensor there and an integer on the host.
+
+Whoever is outermost counts for all in it, and the context says it on: `clock`, the steps so far,
+and `step`, the number of this one.
 
 What happens on a step (a refresh, the end of an accumulation) is decided on the host, so that no
 branch is taken on a device tensor and torch.compile sees a plain bool. The number of the step comes
-from `step=` in the context or, failing that, from the stage's own counter: a 0-dimensional int64
-tensor on the CPU, which can be read without waiting for a device.
+from `step=` in the context or, failing that, from the counter: a 0-dimensional int64 tensor on the
+CPU, which can be read without waiting for a device.
 """
 
 from __future__ import annotations
@@ -11,7 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import unwrapped
+from funshampoo.core.context import Context, changed
+from funshampoo.core.modes import is_traced, unwrapped
+
+CLOCK = "clock"
+"""Of a chain's state: the entry that counts."""
 
 
 def new_counter() -> Tensor:
@@ -57,6 +64,43 @@ def current_step(counter: Tensor, step: int | None) -> int | None:
     if step < 1:
         raise ValueError(f"step is {step}; it counts from 1, as t does in the equations.")
     return step
+
+
+def started(counts: bool, clock: bool) -> Tensor | tuple[()]:
+    """The counter for the state of who may be outermost: () where it is not, or nobody asks.
+
+    Args:
+        counts: whether somebody in it wants the number of the step.
+        clock: whether somebody around counts.
+    """
+    return new_counter() if counts and not clock else ()
+
+
+def running(steps: Tensor | tuple[()], context: Context) -> Context:
+    """The context for what is inside of who has this counter, or none."""
+    if not isinstance(steps, Tensor):
+        return context
+    try:
+        step = current_step(steps, context.step)
+    except ValueError:  # members of an ensemble may differ in it, if nobody has to know
+        if context.refresh is None or context.step is not None:
+            raise
+        step = None
+    return changed(context, clock=steps, step=step)
+
+
+def count_of(steps: Tensor | tuple[()], context: Context) -> Tensor:
+    """The steps so far, by this counter or by who counts around."""
+    count = steps if isinstance(steps, Tensor) else context.clock
+    assert isinstance(count, Tensor), "init was told of a clock that update does not get"
+    return count
+
+
+def advanced(steps: Tensor | tuple[()], donate: bool) -> Tensor | tuple[()]:
+    """The counter after a step, in its own memory where it is donated and nobody traces."""
+    if not isinstance(steps, Tensor):
+        return ()
+    return steps.add_(1) if donate and not is_traced() else steps + 1
 
 
 def refresh_due(step: int, every: int, start: int = 1) -> bool:

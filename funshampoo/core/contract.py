@@ -4,33 +4,22 @@
     update(updates, state, params=None, **context) -> (updates, state)
 
 It is Optax's contract (https://optax.readthedocs.io, `GradientTransformation`) with one addition:
-`update` may take keyword arguments, the *context*. A chain hands down
-
-    gradient    what entered the innermost scope (see `funshampoo.blocked`); absent outside a scope
-    upstream    the new states of the stages before this one, outermost first
-    donate      True: the state passed in is consumed and its memory may be reused, also what it
-                shares with the states before it
-    block_ndim  how many leading axes of every leaf count blocks: 1 inside `blocked`, else 0
-    step        the number of this step, counted from 1, when the caller knows it on the host
-    refresh     True or False: whether this step recomputes the roots, decided by the caller
-    finite      True: somebody has looked at what enters here, and a guard need not
-
-and whatever else the caller passes. `init` receives `upstream` and `block_ndim` likewise. A
-function that does not declare one of these names never sees it, so that a two- or three-argument
-`update` written for Optax works unchanged.
+`update` may take keyword arguments, the *context* (`core.context`). A function that does not
+declare a name never sees it, so that a two- or three-argument `update` written for Optax works
+unchanged.
 """
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from funshampoo.core.adapting import adapted_init, adapted_update, name_of, without_state
+from funshampoo.core.clock import CLOCK, running
+from funshampoo.core.context import Context, context_of
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
@@ -38,28 +27,42 @@ Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that op
 State: TypeAlias = Any
 Hyper: TypeAlias = float | Tensor
 Schedule: TypeAlias = Callable[[Tensor], Hyper]
+Phase: TypeAlias = tuple[str, ...]
+
+REFRESH = "refresh"
+"""How a label of a phase begins on whose steps there is more work than on a plain one."""
+
+THREADS = "refresh in threads"
+"""The label of work that threads of a CPU share, each with one kernel thread."""
 
 
 class EmptyState(NamedTuple):
     """The state of a transformation that remembers nothing."""
 
 
-@dataclass(frozen=True)
 class GradientTransformation:
     """A pair of pure functions, `init` and `update`, and the name of the stage in a chain.
 
     Args:
-        init: `init(params) -> state`; may also declare `upstream` and `block_ndim`.
+        init: `init(params) -> state`; may also declare `upstream`, `block_ndim` and `clock` (True:
+            somebody around counts the steps, and `clock` and `step` will be in the context).
         update: `update(updates, state, params=None, **context) -> (updates, state)`; it may leave
-            out `params` and any name of the context.
+            out `params` and any name of the context (see `Context`). One whose fourth parameter is
+            called `context` gets the `Context` itself, and steps others by `run`.
         name: the key of this stage's state in a chain. By default the name of the function that
             `update` was defined in: a stage written as `def sign(): ... def update(...)` is `sign`.
-        apply: `apply(updates, state, params, **context) -> state`, for callers who own both state
+        apply: `apply(updates, state, params, context) -> state`, for callers who own both state
             and parameters: as `update` with donate=True, followed by W ← W + U in the parameters'
             own memory. None where nothing is won by that; see `update_in_place`.
-        refreshes: `refreshes(state, step=None) -> bool`: whether the update of this state, step
-            number `step` if the caller knows, recomputes roots by the transformation's own
-            schedule. A combinator answers for its parts (`any_refreshes`). None: nothing does.
+        phase: `phase(step) -> tuple of strings`: what happens on step number `step`, from 1, that
+            does not happen on all; () on a plain one. "refresh" and what begins with it is work
+            that others make room for. By default what the parts say.
+        check: `check(state, context)`: raises what has to be raised before a step changes
+            anything. By default the parts do.
+        parts: {name: transformation} for a combinator.
+        state_of: (state, name) -> the part's state; by default its attribute of this name.
+        counts: whether it wants the number of the step. By default where it declares `step` or
+            `clock`, or a part counts.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -76,23 +79,111 @@ class GradientTransformation:
     {'w': tensor([ 1., -1.])}
     """
 
-    init: Callable[..., State]
-    update: Callable[..., tuple[Tree, State]]
-    name: str = ""
-    apply: Callable[..., State] | None = None
-    refreshes: Callable[..., bool] | None = None
+    def __init__(
+        self,
+        init: Callable[..., State],
+        update: Callable[..., tuple[Tree, State]],
+        name: str = "",
+        *,
+        apply: Callable[..., State] | None = None,
+        phase: Callable[[int], Phase] | None = None,
+        check: Callable[[State, Context], None] | None = None,
+        parts: Mapping[str, GradientTransformation] | None = None,
+        state_of: Callable[[State, str], State] = getattr,
+        counts: bool | None = None,
+        spread: Any = None,
+    ) -> None:
+        self.name = name or name_of(update)
+        self.parts: Mapping[str, GradientTransformation] = parts or {}
+        self.state_of = state_of
+        self.spread = spread
+        self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
+        self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
+        self._given |= {"counts": counts, "spread": spread}
+        self._init = adapted_init(init)
+        adapted = adapted_update(update)
+        self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
+        self.apply = apply
+        self._phase, self._check = phase, check
+        children = list(self.parts.values())
+        if counts is None:
+            counts = adapted.counts or any([part.counts for part in children])
+        self.counts: bool = counts
+        self._knows_when = phase is not None or not adapted.branches
+        self.minds_alive: bool = adapted.minds_alive and all(
+            [part.minds_alive for part in children]
+        )
+        self.checks: bool = check is not None or any([part.checks for part in children])
+        self.accepts = adapted.accepts
+        for part in children:
+            inside = part.accepts
+            self.accepts = None if inside is None or self.accepts is None else self.accepts | inside
 
-    def __post_init__(self) -> None:
-        # Frozen for everybody else; this is the way in.
-        object.__setattr__(self, "name", self.name or _name_of(self.update))
-        object.__setattr__(self, "init", _adapted(self.init, 1, ()))
-        object.__setattr__(self, "update", _adapted(self.update, 2, ("params",)))
-        if self.apply is not None:
-            object.__setattr__(self, "apply", _adapted(self.apply, 3, ()))
+    def init(self, params: Tree, **context: Any) -> State:
+        """The state for these parameters.
+
+        Raises:
+            TypeError: something in it is no tensor (names the stage).
+        """
+        state = self._init(params, context)
+        _check_state(state, self.name)
+        return state
+
+    def update(
+        self, updates: Tree, state: State, params: Tree = None, **context: Any
+    ) -> tuple[Tree, State]:
+        """(updates, state) after a step. Pure, unless donate=True.
+
+        Args:
+            updates: gradients; a leaf may be None.
+            state: of `init`, or of the step before.
+            params: a tree like the updates, where a stage needs them.
+            context: `Context`'s names, and those that a stage of yours declares.
+
+        Raises:
+            TypeError: no stage knows a name.
+        """
+        given = context_of(context, self.accepts)
+        if self.checks:
+            self.check(state, given)
+        return self.run(updates, state, params, given)
+
+    def phase(self, step: int) -> Phase:
+        """What happens on this step, from 1, that does not happen on all; () on a plain one."""
+        if self._phase is not None:
+            return self._phase(step)
+        return tuple([label for part in self.parts.values() for label in part.phase(step)])
+
+    def check(self, state: State, context: Context) -> None:
+        """Raise what has to be raised before a step changes anything."""
+        if self._check is not None:
+            self._check(state, context)
+            return
+        inside = running(steps_of(state), context)
+        for name, part in self.parts.items():
+            if part.checks:
+                part.check(self.state_of(state, name), inside)
+
+    def without_phase(self) -> list[str]:
+        """The names of the stages, at any depth, whose schedule can't be known."""
+        if self._phase is not None:
+            return []
+        found = [name for part in self.parts.values() for name in part.without_phase()]
+        return found if self._knows_when else [self.name, *found]
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         yield self.init
         yield self.update
+
+    def __repr__(self) -> str:
+        inside = ", ".join(self.parts)
+        return f"<{self.name}({inside})>"
+
+
+def steps_of(state: State) -> Any:
+    """The counter of a state that counts for itself and all in it; () where it has none."""
+    own = state.get(CLOCK) if isinstance(state, dict) else state
+    return getattr(own, "steps", ())
 
 
 def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransformation:
@@ -103,71 +194,28 @@ def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransfor
     >>> sign.update({"w": torch.tensor([3.0, -2.0])}, EmptyState())[0]
     {'w': tensor([ 1., -1.])}
     """
-    call = _adapted(function, 1, ("params",))
-
-    def update(
-        updates: Tree, state: EmptyState, params: Tree = None, **context: Any
-    ) -> tuple[Tree, EmptyState]:
-        return call(updates, params, **context), state
-
-    return GradientTransformation(lambda params: EmptyState(), update, name or _name_of(function))
+    return GradientTransformation(
+        lambda params: EmptyState(), without_state(function), name or name_of(function)
+    )
 
 
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     """The same functions under another name."""
-    return GradientTransformation(stage.init, stage.update, name, stage.apply, stage.refreshes)
+    return GradientTransformation(name=name, **stage._given)
 
 
-@dataclass(frozen=True)
-class AnyRefreshes:
-    """`GradientTransformation.refreshes` of a combinator: it does when one of its parts does.
+def refreshes(
+    transformation: GradientTransformation, context: Context, step: int | None = None
+) -> bool:
+    """Whether a step in this context computes anew what is kept, as far as the host knows.
 
     Args:
-        parts_of: state -> {name: part}.
-        state_of: (state, name) -> the part's state.
+        step: its number; by default the context's.
     """
-
-    parts_of: Callable[[Any], Mapping[str, GradientTransformation]]
-    state_of: Callable[[Any, str], Any] = getattr
-
-    def __call__(self, state: State, step: int | None = None) -> bool:
-        """Whether roots are recomputed."""
-        asked = [(name, part.refreshes) for name, part in self.parts_of(state).items()]
-        return any([ask(self.state_of(state, name), step) for name, ask in asked if ask])
-
-    def unasked(self, state: State) -> list[State]:
-        """The states of those parts, at any depth, that do not say when they refresh."""
-        found = []
-        for name, part in self.parts_of(state).items():
-            found += unasked_states(part.refreshes, self.state_of(state, name))
-        return found
-
-
-def any_refreshes(
-    parts: Mapping[str, GradientTransformation], state_of: Callable[[Any, str], Any] = getattr
-) -> AnyRefreshes | None:
-    """`AnyRefreshes` of these parts; None where no part ever refreshes."""
-    if all(part.refreshes is None for part in parts.values()):
-        return None
-    return AnyRefreshes(lambda state: parts, state_of)
-
-
-def unasked_states(refreshes: Callable[..., bool] | None, state: State) -> list[State]:
-    """What of a state is nobody's who says when it refreshes."""
-    if refreshes is None:
-        return [state]
-    unasked = getattr(refreshes, "unasked", None)
-    return [] if unasked is None else list(unasked(state))
-
-
-def is_refresh(
-    transformation: GradientTransformation, state: State, context: Mapping[str, Any]
-) -> bool:
-    """Whether an update in this context recomputes roots, as far as that is known on the host."""
-    if context.get("refresh") is not None:
-        return bool(context["refresh"])
-    ask = transformation.refreshes
-    return ask is not None and ask(state, context.get("step"))
+    if context.refresh is not None:
+        return context.refresh
+    t = context.step if step is None else step
+    return t is not None and any([p.startswith("refresh") for p in transformation.phase(t)])
 
 
 def as_transformation(stage: Any) -> GradientTransformation:
@@ -186,6 +234,31 @@ def as_transformation(stage: Any) -> GradientTransformation:
         f"{stage!r} is not a gradient transformation: expected an object with init and update. "
         "Did you pass the function that makes it, without calling it?"
     )
+
+
+def checked_pair(result: Any, stage: str) -> tuple[Tree, State]:
+    """What a stage returned.
+
+    Raises:
+        TypeError: it is no pair.
+    """
+    if type(result) is tuple and len(result) == 2:
+        return result
+    raise TypeError(
+        f"the update of stage '{stage}' returned a {type(result).__name__}; it has to return a "
+        "pair, (updates, state). A stage without a state returns the one that it was given."
+    )
+
+
+def _check_state(state: State, name: str) -> None:
+    leaves, _ = flatten(state)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"the state of '{name}' holds {leaf!r}, a {type(leaf).__name__}: checkpoints and "
+                "vmap know tensors alone. Make it one, torch.tensor(...), and write () for what is "
+                "not there."
+            )
 
 
 def identity() -> GradientTransformation:
@@ -291,10 +364,25 @@ def update_in_place(
     """
     if torch.is_grad_enabled():
         _check_writable(params)
-    context |= {"donate": True}
+    given = context_of(context | {"donate": True}, transformation.accepts)
+    if transformation.checks:
+        transformation.check(state, given)
+    return applied(transformation, updates, state, params, given)
+
+
+def applied(
+    transformation: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    context: Context,
+) -> State:
+    """`update_in_place` of a part, in a donated context."""
     if transformation.apply is not None:
-        return transformation.apply(updates, state, params, **context)
-    found, state = transformation.update(updates, state, params, **context)
+        return transformation.apply(updates, state, params, context)
+    found, state = checked_pair(
+        transformation.run(updates, state, params, context), transformation.name
+    )
     add_in_place(params, found)
     return state
 
@@ -306,69 +394,3 @@ def _check_writable(params: Tree) -> None:
                 f"parameter '{leaf_names(params)[i]}' requires gradients, and autograd lets nobody "
                 "write to it: pass p.detach(), or step under torch.no_grad()."
             )
-
-
-def _name_of(update: Callable[..., Any]) -> str:
-    """`momentum` for the function `momentum.<locals>.update`; `stage` where there is no such."""
-    code = getattr(update, "__code__", None)  # which torch.compile can read, unlike __qualname__
-    qualified = code.co_qualname if code is not None else ""
-    outer, _, own = qualified.rpartition(".<locals>.")
-    name = (outer or own).rpartition(".")[2]
-    return "stage" if name in ("", "update", "<lambda>") or name.startswith("_") else name
-
-
-def _adapted(
-    function: Callable[..., Any], required: int, optional: tuple[str, ...]
-) -> Callable[..., Any]:
-    """Give `function` a signature that takes any context and drops what it did not declare.
-
-    `required` positional arguments are always passed. The `optional` one after them (params) is
-    passed by place where the function has that place, by name where it declares it as a keyword.
-    """
-    positional, needed, known, variadic, any_keyword = _signature(function)
-    places = required + len(optional)
-    takes_all = any_keyword and positional >= places and not variadic and known >= set(optional)
-    if takes_all and needed <= required:
-        return function
-    most = places if variadic else min(positional, places)
-
-    def adapted(*args: Any, **context: Any) -> Any:
-        missing = [context.pop(name, None) for name in optional[len(args) - required :]]
-        given = (*args, *missing)
-        for name, value in zip(optional[most - required :], given[most:]):
-            context[name] = value
-        kept = {name: value for name, value in context.items() if any_keyword or name in known}
-        return function(*given[:most], **kept)
-
-    return adapted
-
-
-def _signature(function: Callable[..., Any]) -> tuple[int, int, frozenset[str], bool, bool]:
-    """What a function takes.
-
-    (number of positional parameters, of those without a default, names that work as keywords, has
-    *args, has **kwargs).
-
-    A plain function is asked for its code object, which torch.compile can trace through where
-    `inspect` can't: `inject_hyperparams` builds transformations inside `update`.
-    """
-    if isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__"):
-        code = function.__code__
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        variadic = bool(code.co_flags & inspect.CO_VARARGS)
-        any_keyword = bool(code.co_flags & inspect.CO_VARKEYWORDS)
-        by_keyword = frozenset(names[code.co_posonlyargcount :])
-        # torch.compile can't look at defaults; without them all is adapted, which is right too.
-        defaults = () if torch.compiler.is_compiling() else function.__defaults__ or ()
-        needed = code.co_argcount - len(defaults)
-        return code.co_argcount, needed, by_keyword, variadic, any_keyword
-    parameters = list(inspect.signature(function).parameters.values())
-    kinds = [p.kind for p in parameters]
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return (
-        len(places),
-        sum(p.default is p.empty for p in places),
-        frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY),
-        inspect.Parameter.VAR_POSITIONAL in kinds,
-        inspect.Parameter.VAR_KEYWORD in kinds,
-    )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from funshampoo.blocks.executor import Put
 from funshampoo.combinators.guard import failure_report
-from funshampoo.core.contract import Tree
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.shards import Shards, places_in_shard, status_of, unpack
-
-Put: TypeAlias = Callable[[str, int, Tensor | None], None]
-"""(stack, first of the rows that this rank owns, their updates)"""
 
 
 class Exchange:
@@ -41,16 +38,22 @@ class Exchange:
         self.places = places_in_shard(self.shard, shards, rank)
 
     def run(
-        self, step: Callable[[Put], tuple[Tree, Any]], look: bool
-    ) -> tuple[dict[str, Any], Any, Tensor]:
-        """(updates of all ranks: {stack: [(first row, updates)]}, state of this one, report)."""
+        self, step: Callable[[Put], Any], due: bool, look: bool
+    ) -> tuple[dict[str, Any], Any, Tensor | None]:
+        """(updates of all ranks: {stack: [(first row, updates)]}, state of this one, report).
+
+        Args:
+            due: whether the failures of this step are to be reported.
+            look: whether to raise what other ranks have to say.
+        """
         shards, failure, new = self.shards, None, None
         status = status_of(self.shard, shards)
         status.zero_()
         status[5] = shards.fingerprint
         try:
-            _, new = step(self.put)
-            status[1:5] = failure_report(new, self.shard.device)
+            new = step(self.put)
+            if due:
+                status[1:5] = failure_report(new, self.shard.device)
         except Exception as error:  # whatever it is: the others are waiting in the collective
             failure = error
             self.shard[: shards.length - shards.status].zero_()
@@ -61,10 +64,12 @@ class Exchange:
         pieces, statuses = unpack(self.buffer, shards)
         if look:
             self._check(statuses)
+        if not due:
+            return pieces, new, None
         totals, longest = statuses[:, (1, 3)].sum(0), statuses[:, (2, 4)].amax(0)
         return pieces, new, torch.stack([totals, longest], dim=1).flatten()
 
-    def put(self, stack: str, first: int, updates: Tensor | None) -> None:
+    def put(self, stack: str, rows: range, updates: Tensor | None) -> None:
         """Copy updates to their place in the shard, cast to its dtype; None is zeros."""
         place = self.places[stack]
         if updates is None:
@@ -76,8 +81,9 @@ class Exchange:
                 "gradients and the parameters that you pass to update, or differentiate through an "
                 "optimizer that is not sharded."
             )
-        if place.shape != updates.shape and place.ndim == updates.ndim:
-            place = place.narrow(0, first, len(updates))
+        if len(rows) < len(place):
+            first = self.shards.owned_by(self.rank)[stack].first
+            place = place.narrow(0, rows.start - first, len(rows))
         place.copy_(updates.view(place.shape))
 
     def _check(self, statuses: Tensor) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from funshampoo.blocks.layout import Stack
-from funshampoo.blocks.tiles import Tile, TileSize, Tiling
+from funshampoo.blocks.executor import Put
+from funshampoo.blocks.layout import Layout
 from funshampoo.combinators.guard import (
     failing_blocks,
     failure_limit_error,
@@ -18,22 +19,16 @@ from funshampoo.combinators.guard import (
     limit_reached,
 )
 from funshampoo.core.checks import check_choice, check_count
-from funshampoo.core.clock import read_counter
-from funshampoo.core.contract import (
-    GradientTransformation,
-    Tree,
-    any_refreshes,
-    as_transformation,
-    is_refresh,
-)
+from funshampoo.core.clock import advanced, read_counter, running, started
+from funshampoo.core.context import Context
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
 from funshampoo.core.tree import check_parameters
 from funshampoo.distributed.collectives import ProcessGroup, check_outside_transforms, rank_and_size
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
-from funshampoo.distributed.exchange import Exchange, Put
-from funshampoo.distributed.shards import Shards, find_shards
-from funshampoo.distributed.space import Space
-from funshampoo.state.places import rows_of
-from funshampoo.state.stages import GuardedState, ShardedState, find_state
+from funshampoo.distributed.exchange import Exchange
+from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
+from funshampoo.distributed.space import Space, described
+from funshampoo.state.stages import ShardedState
 
 _BY_SIZE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -105,88 +100,162 @@ def sharded(
         communication_dtype,
         (None, torch.float32, torch.bfloat16, torch.float16),
     )
-    memory: dict[Any, tuple[Tensor, Tensor]] = {}  # of donated steps, to be used again
-    tilings: dict[Any, Tiling] = {}
+    ranks = _Ranks(inner, process_group, every, communication_dtype, cost)
+    counts = inner.counts or max_failures is not None
 
-    def shards_of(space: Space, size: int) -> Shards:
-        model = cost or (DEFAULT_COST if space.in_blocks else _BY_SIZE)
-        return find_shards(space.blocks, size, every, model, communication_dtype or space.dtype)
-
-    def init(params: Tree, *, block_ndim: int = 0, **context: Any) -> ShardedState:
+    def init(
+        params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
+    ) -> ShardedState:
         check_parameters(params, "sharded")
         rank, size = rank_and_size(process_group)
         space = Space(params, block_ndim)
-        own = space.everything() if size == 1 else shards_of(space, size).owned_by(rank)
-        state = inner.init(space.select(params, own), block_ndim=block_ndim, **context)
+        own = ranks.own(space.all_blocks)
+        context |= {"block_ndim": block_ndim, "clock": clock or counts}
+        state = inner.init(space.select(params, own), **context)
         report = failure_report(state, space.device)
-        return ShardedState(state, space.described(own), {f"{rank} of {size}": ()}, report)
+        names = {f"{rank} of {size}": ()}
+        return ShardedState(state, described(own, space), names, report, started(counts, clock))
 
     def update(
-        updates: Tree,
-        state: ShardedState,
-        params: Tree = None,
-        *,
-        block_ndim: int = 0,
-        donate: bool = False,
-        layout: Mapping[str, Any] | None = None,
-        absent: Mapping[str, Collection[int]] | None = None,
-        stacks: Mapping[str, Stack] | None = None,
-        tile: TileSize = None,
-        pieces: bool = False,
-        **context: Any,
+        updates: Tree, state: ShardedState, params: Tree, context: Context
     ) -> tuple[Tree, ShardedState]:
-        rank, size = rank_and_size(process_group)
-        if size > 1:
-            check_outside_transforms("sharded")
-        space = Space(updates if params is None else params, block_ndim, stacks)
-        shards = None if size == 1 else shards_of(space, size)
-        own = space.everything() if shards is None else shards.owned_by(rank)
-        context |= {"block_ndim": block_ndim, "donate": donate, "stops": False}
+        """Outside of `blocked`, or somewhere in it: `blocked` itself goes by `spread`."""
+        space = Space(updates if params is None else params, context.block_ndim)
+        own = ranks.own(space.all_blocks)
+        inside = space.selected_context(running(state.steps, context), own)
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        alone: list[Tree] = []
 
-        def step(put: Put) -> tuple[Tree, Any]:
-            # Whatever is wrong on this rank alone has to be found in here: the others are waiting.
-            _check_owned(space.described(own), {f"{rank} of {size}": ()}, state)
-            here = context | space.selected_context(context, own)
+        def step(part: Any, put: Put) -> Any:
             mine, my_params = space.select(updates, own), None
             if params is not None:
                 my_params = space.select(params, own)
-            if pieces:
-                tiling = _tiling_of(mine, tile, is_refresh(inner, state.inner, context), tilings)
-                return {}, _update_tiles(inner, mine, state.inner, my_params, here, put, tiling)
-            out, new = inner.update(mine, state.inner, my_params, **here)
-            out = space.without(out, absent or {}, own)
-            found = space.own_updates(out)
-            for name in own:
-                put(name, 0, found[name])
-            return out, new
+            out, new = checked_pair(inner.run(mine, part, my_params, inside), inner.name)
+            alone.append(out)
+            for name, x in space.own_updates(out, own).items():
+                put(name, own[name].all_rows, x)  # None: zeros
+            return new
 
-        number = _number(state, context.get("step"))
-        look = number is None or number % every == 0
-        if max_failures is not None and look:
-            _stop_at(max_failures, state, layout or {}, process_group, size)
+        def collect(name: str, rows: range, x: Tensor) -> None:
+            found.setdefault(name, []).append((rows.start, x))
+
+        new = ranks.step(step, collect, state, space.all_blocks, inside, absent=False)
+        _, size = rank_and_size(process_group)
+        return alone[0] if size == 1 else space.rebuilt(found), new
+
+    def check(state: ShardedState, context: Context) -> None:
+        clock = state.steps if isinstance(state.steps, Tensor) else context.clock
+        done = None if clock is None else read_counter(clock)
+        if max_failures is None or not done or (done + 1) % every:
+            return
+        if limit_reached(state.report, max_failures):
+            blocks = ranks.everywhere(failing_blocks(state, max_failures))
+            raise failure_limit_error(blocks, max_failures, ranks.everywhere)
+
+    return GradientTransformation(
+        init,
+        update,
+        inner.name,
+        check=check,
+        parts={"inner": inner},
+        counts=counts,
+        spread=ranks,
+    )
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Who owns what, and the step of this rank among the others; a `Spread`."""
+
+    inner: GradientTransformation
+    group: ProcessGroup | None
+    every: int
+    communication_dtype: torch.dtype | None
+    cost: CostModel | None
+    memory: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of donated steps
+
+    def shards(self, blocks: Blocks) -> Shards | None:
+        """The shards of all ranks; None for one rank."""
+        _, size = rank_and_size(self.group)
+        if size == 1:
+            return None
+        model = self.cost or (DEFAULT_COST if blocks.in_blocks else _BY_SIZE)
+        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks))
+
+    def _dtype(self, blocks: Blocks) -> torch.dtype:
+        return self.communication_dtype or blocks.dtype
+
+    def own(self, blocks: Blocks) -> dict[str, Piece]:
+        """{stack: the rows of this rank}."""
+        shards = self.shards(blocks)
+        if shards is not None:
+            return shards.owned_by(rank_and_size(self.group)[0])
+        return {name: Piece(name, 0, s.rows, 0) for name, s in blocks.stacks.items()}
+
+    def owned(self, layout: Layout) -> dict[str, range]:
+        """The rows of this rank, without the stacks of which it has none."""
+        return {name: piece.all_rows for name, piece in self.own(Blocks.of(layout)).items()}
+
+    def exchange(
+        self,
+        step: Callable[[Any, Put], Any],
+        put: Put,
+        state: ShardedState,
+        layout: Layout,
+        context: Context,
+        absent: bool,
+    ) -> ShardedState:
+        """See `Spread`."""
+        return self.step(step, put, state, Blocks.of(layout), context, absent)
+
+    def step(
+        self,
+        step: Callable[[Any, Put], Any],
+        put: Put,
+        state: ShardedState,
+        blocks: Blocks,
+        context: Context,
+        absent: bool,
+    ) -> ShardedState:
+        """One step of this rank, and what all ranks found to `put`."""
+        rank, size = rank_and_size(self.group)
+        own, number = self.own(blocks), context.step
+
+        def mine(place: Put) -> Any:
+            # Whatever is wrong on this rank alone has to be found in here: the others are waiting.
+            _check_owned(described(own, blocks), {f"{rank} of {size}": ()}, state)
+            return step(state.inner, place)
+
+        # Streaks are looked at before the steps that are multiples of `every`.
+        due = number is None or (number + 1) % self.every == 0
+        steps = advanced(state.steps, context.donate)
+        shards = self.shards(blocks)
         if shards is None:
-            found: dict[str, list[Any]] = {}
-            out, new = step(lambda name, first, x: found.setdefault(name, []).append((first, x)))
-            out = found if pieces else out
-            report = failure_report(new, space.device)
-        else:
-            key = space.device, communication_dtype or space.dtype, shards.length * size
-            exchange = Exchange(shards, rank, process_group, key, memory if donate else {})
-            full, new, report = exchange.run(step, look or space.device.type == "cpu")
-            out = full if pieces else space.rebuilt(full)
-        return out, ShardedState(new, state.owned, state.ranks, report)
+            new = mine(put)
+            report = failure_report(new, blocks.device) if due else state.report
+            return ShardedState(new, state.owned, state.ranks, report, steps)
+        check_outside_transforms("sharded")
+        memory = self.memory if context.donate else {}
+        key = blocks.device, self._dtype(blocks), shards.length * size
+        exchange = Exchange(shards, rank, self.group, key, memory)
+        if absent:
+            exchange.shard.zero_()
+        look = blocks.device.type == "cpu" or number is None or number % self.every == 0
+        pieces, new, seen = exchange.run(mine, due, look)
+        for name, found in pieces.items():
+            for first, x in found:
+                put(name, range(first, first + len(x)), x)
+        report = state.report if seen is None else seen
+        return ShardedState(new, state.owned, state.ranks, report, steps)
 
-    refreshes = any_refreshes({"inner": inner})
-    return GradientTransformation(init, update, name=inner.name, refreshes=refreshes)
-
-
-def _number(state: ShardedState, step: int | None) -> int | None:
-    """The number of this step, from 1: as given, or as a `guarded` inside counts; else None."""
-    guard = find_state(state.inner, GuardedState)
-    if step is not None or guard is None:
-        return step
-    done = read_counter(guard.steps)
-    return None if done is None else done + 1
+    def everywhere(self, blocks: list[str]) -> list[str]:
+        """What all ranks say: all of them are here, since what they gathered is the same."""
+        _, size = rank_and_size(self.group)
+        if size == 1:
+            return blocks
+        found: list[Any] = [None] * size
+        dist.all_gather_object(found, blocks, group=self.group)
+        return [block for part in found for block in part]
 
 
 def _check_owned(own: Mapping[str, Any], ranks: Mapping[str, Any], state: ShardedState) -> None:
@@ -196,62 +265,3 @@ def _check_owned(own: Mapping[str, Any], ranks: Mapping[str, Any], state: Sharde
             "that train; to go on from a checkpoint of other ranks, use "
             "funshampoo.state.load_state_dict(tx.init(params), saved)."
         )
-
-
-def _tiling_of(
-    mine: Mapping[str, Tensor], size: TileSize, refresh: bool, known: dict[Any, Tiling]
-) -> Tiling:
-    key = size, refresh, *[(name, x.shape) for name, x in mine.items()]
-    if key not in known:
-        blocks = {name: (tuple(x.shape[1:]), len(x)) for name, x in mine.items()}
-        device = next((x.device for x in mine.values()), torch.device("cpu"))
-        known[key] = Tiling(blocks, size, device, refresh=refresh)
-    return known[key]
-
-
-def _update_tiles(
-    inner: GradientTransformation,
-    mine: dict[str, Tensor],
-    state: Any,
-    params: dict[str, Tensor] | None,
-    context: Mapping[str, Any],
-    put: Put,
-    tiling: Tiling,
-) -> Any:
-    """A donated step of this rank's blocks, tile by tile. Returns the new state."""
-    ids = context["block_ids"]
-
-    def update(tile: Tile, part: Any, first: bool) -> tuple[dict[str, Tensor], Any]:
-        def rows_of(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: stacks[name].narrow(0, r.start, len(r)) for name, r in tile.items()}
-
-        own_ids = {name: ids[name][r.start : r.stop] for name, r in tile.items()}
-        here = {**context, "gradient": rows_of(context["gradient"]), "block_ids": own_ids}
-        shown = None if params is None else rows_of(params)
-        found: tuple[dict[str, Tensor], Any] = inner.update(rows_of(mine), part, shown, **here)
-        return found
-
-    def put_all(tile: Tile, updates: dict[str, Tensor]) -> None:
-        for name, rows in tile.items():
-            put(name, rows.start, updates[name])
-
-    return tiling.run(update, put_all, state)
-
-
-def _stop_at(
-    max_failures: int,
-    state: ShardedState,
-    layout: Mapping[str, Any],
-    group: ProcessGroup | None,
-    size: int,
-) -> None:
-    """Raise on every rank where a streak on one of them has reached the limit."""
-    if not limit_reached(state.report, max_failures):
-        return
-    rows = {stack: rows_of(spans) for stack, spans in state.owned.items()} if layout else {}
-    blocks = failing_blocks(state.inner, max_failures, layout, rows)
-    if size > 1:  # all ranks are here: what they gathered is the same
-        everywhere: list[Any] = [None] * size
-        dist.all_gather_object(everywhere, blocks, group=group)
-        blocks = [block for found in everywhere for block in found]
-    raise failure_limit_error(blocks, max_failures)

@@ -6,23 +6,67 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from funshampoo.blocks.layout import Layout
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import owners_of
 
 STATUS = 6  # numbers of float32 at the end of each shard: a flag, the failure report, a fingerprint
 
 
-class Blocks(NamedTuple):
+class Equal(NamedTuple):
     """`rows` equal blocks."""
 
     block: tuple[int, ...]
     rows: int
+
+
+class Blocks(NamedTuple):
+    """All blocks that are shared out.
+
+    Attributes:
+        stacks: in block space the stacks; else the leaves, each a stack of one row.
+        device: of all.
+        dtype: in which every update fits.
+        in_blocks: whether they are stacks.
+    """
+
+    stacks: dict[str, Equal]
+    device: torch.device
+    dtype: torch.dtype
+    in_blocks: bool
+
+    @classmethod
+    def of(cls, layout: Layout) -> Blocks:
+        """The stacks of a layout."""
+        stacks = layout.stacks.values()
+        blocks = {name: Equal(s.block, s.rows) for name, s in layout.stacks.items()}
+        return settled(blocks, [s.device for s in stacks], [s.dtype for s in stacks], True)
+
+
+def settled(
+    stacks: dict[str, Equal],
+    devices: Sequence[torch.device],
+    dtypes: Sequence[torch.dtype],
+    in_blocks: bool,
+) -> Blocks:
+    """`Blocks` on one device.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(set(devices)) > 1:
+        raise ValueError(
+            "sharded: the parameters are on several devices; one buffer can't hold them. Use one "
+            "sharded(...) a device, by partition(...)."
+        )
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return Blocks(stacks, devices[0] if devices else torch.device("cpu"), dtype, in_blocks)
 
 
 class Piece(NamedTuple):
@@ -32,6 +76,11 @@ class Piece(NamedTuple):
     first: int
     rows: int
     owner: int
+
+    @property
+    def all_rows(self) -> range:
+        """The rows of the full stack."""
+        return range(self.first, self.first + self.rows)
 
 
 class Shards(NamedTuple):
@@ -45,7 +94,7 @@ class Shards(NamedTuple):
         fingerprint: of who owns what, below 2^24, so that float32 holds it.
     """
 
-    blocks: dict[str, Blocks]
+    blocks: dict[str, Equal]
     pieces: tuple[Piece, ...]
     used: tuple[int, ...]
     length: int
@@ -70,7 +119,7 @@ class Shards(NamedTuple):
 
 
 def find_shards(
-    blocks: Mapping[str, Blocks], world_size: int, every: int, cost: CostModel, dtype: torch.dtype
+    blocks: Mapping[str, Equal], world_size: int, every: int, cost: CostModel, dtype: torch.dtype
 ) -> Shards:
     """The shards for these stacks. Remembered.
 
@@ -82,7 +131,7 @@ def find_shards(
 
 @functools.lru_cache(maxsize=64)
 def _find_shards(
-    blocks: tuple[tuple[str, Blocks], ...],
+    blocks: tuple[tuple[str, Equal], ...],
     world_size: int,
     every: int,
     cost: CostModel,

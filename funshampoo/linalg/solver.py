@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from funshampoo.core.live import Live
 from funshampoo.core.modes import all_true, may_reuse
 
 
@@ -73,6 +75,9 @@ def integer_exponent(p: float, solver: str) -> int:
 
 def check_at_least(name: str, value: float | Tensor, least: float) -> None:
     """Raise if `value` is a number below `least`. Reading a tensor would wait for its device."""
+    if isinstance(value, Live):
+        value.checks.append(functools.partial(check_at_least, name, least=least))
+        value = value.initial
     if not isinstance(value, Tensor) and not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 

@@ -10,6 +10,7 @@ As in `leaf_ops`, only state tensors, `old`, are ever written to, and only where
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -53,8 +54,18 @@ def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
     return old
 
 
-def add_weight(total: Column, beta: Hyper, donate: bool) -> Column:
-    """The recursion of an average's total weight: beta total + (1 - beta)."""
+def add_weight(total: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:
+    """The total weight of an average that takes in what is there, and nothing (0) elsewhere.
+
+        total ← beta total + (1 - beta) alive
+
+    Args:
+        alive: [one bool a row], or nothing where all are True.
+    """
+    if alive:
+        return [
+            leaf_ops.lerp(w, cast(f, w.dtype), 1 - beta, donate) for w, f in zip(total, alive[0])
+        ]
     if isinstance(beta, Tensor) or not is_plain(total):
         return [leaf_ops.add_weight(w, beta, donate) for w in total]
     return lerp(total, [_one(w.dtype, w.device) for w in total], 1 - beta, donate)
@@ -63,6 +74,57 @@ def add_weight(total: Column, beta: Hyper, donate: bool) -> Column:
 @constant
 def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones((), dtype=dtype, device=device)
+
+
+def average(old: Column, new: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:
+    """beta old + (1 - beta) new.
+
+    Args:
+        alive: [one bool a row], or nothing where all are True: a row that is not stays as it was.
+    """
+    if not alive:
+        return lerp(old, new, 1 - beta, donate)
+    shares = [leaf_ops.share(1 - beta, fine, x) for x, fine in zip(old, alive[0])]
+    shares = [s if s.ndim == 0 else leaf_ops.per_block(s, x) for s, x in zip(shares, old)]
+    return [leaf_ops.lerp(x, y, s, donate) for x, y, s in zip(old, new, shares)]
+
+
+def average_of(
+    old: Column, weight: Column, new: Column, beta: Hyper, alive: Sequence[Column], donate: bool
+) -> tuple[Column, Column]:
+    """`average`, and its total weight. A weight that is one for all rows counts every step."""
+    if not alive:
+        return lerp(old, new, 1 - beta, donate), add_weight(weight, beta, (), donate)
+    ones = [torch.ones_like(w) for w in weight]
+    return average(old, new, beta, alive, donate), average(weight, ones, beta, alive, donate)
+
+
+def seen(weight: Column, alive: Sequence[Column]) -> Column:
+    """Weights to divide by: 1 for a row that has had no gradient, which is none that is alive."""
+    return [torch.where(w > 0, w, 1.0) for w in weight] if alive else weight
+
+
+def corrected(value: Column, weight: Column, alive: Sequence[Column]) -> Column:
+    """value / weight; 0 for a row that has had no gradient."""
+    return quotient(value, per_block(seen(weight, alive), value))
+
+
+def decayed(old: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:
+    """beta old, but for the rows that are not alive, which stay as they were."""
+    if not alive:
+        return multiply(old, beta, donate)
+    kept = [leaf_ops.kept_share(beta, fine, x) for x, fine in zip(old, alive[0])]
+    return [leaf_ops.multiply(x, k, donate) for x, k in zip(old, per_block(kept, old))]
+
+
+def only_alive(xs: Column, alive: Sequence[Column], others: Column | None = None) -> Column:
+    """xs, but for the rows that are not alive: the others there, or 0."""
+    if not alive:
+        return xs
+    masks = per_block(alive[0], xs)
+    if others is None:
+        return [torch.where(f, x, 0.0) for f, x in zip(masks, xs)]
+    return [torch.where(f, x, y) for f, x, y in zip(masks, xs, others)]
 
 
 def product(xs: Column, ys: Column) -> Column:

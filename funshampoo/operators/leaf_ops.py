@@ -117,6 +117,24 @@ def add_weight(total: Tensor, beta: Hyper, donate: bool) -> Tensor:
     return lerp(total, torch.ones_like(total), 1 - beta, donate)
 
 
+def share(weight: Hyper, alive: Tensor, like: Tensor) -> Tensor:
+    """What a new value weighs in an average: 0 in the rows, (N,), that are not alive.
+
+    Args:
+        like: the average, or its weight; one for all rows, (), counts every step.
+    """
+    fine = alive.to(like.dtype)
+    if like.ndim < alive.ndim:
+        fine = torch.ones_like(like)
+    return cast(fine * on_device(weight, like), like.dtype)
+
+
+def kept_share(beta: Hyper, alive: Tensor, like: Tensor) -> Tensor:
+    """(N,): beta, and 1 in the rows that are not alive."""
+    fine = alive.to(like.dtype)
+    return cast(fine * on_device(beta, like) + (1 - fine), like.dtype)
+
+
 def per_block(values: Tensor, like: Tensor) -> Tensor:
     """View one value a block, (N,) or (), so that it broadcasts over the blocks (N, ...)."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))

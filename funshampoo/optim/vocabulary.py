@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.combinators.combine import chain
+from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.migrate.reference import from_reference
 from funshampoo.recipes import adamw, sgd, shampoo

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from funshampoo.combinators.combine import Mask, chain
+from funshampoo.combinators.chaining import chain
+from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.transforms import (
     add_decayed_weights,

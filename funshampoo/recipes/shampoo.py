@@ -10,9 +10,10 @@ from torch import Tensor
 
 from funshampoo.blocks.blocking import blocked
 from funshampoo.blocks.layout import Merge
-from funshampoo.blocks.tiles import TileSize
-from funshampoo.combinators.combine import Mask, chain
+from funshampoo.blocks.portions import TileSize
+from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.guard import guarded
+from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.linalg import Solver, eigh, pseudo_inverse

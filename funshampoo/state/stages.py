@@ -8,6 +8,9 @@ Every weight is the total weight of the gradients in an average: it follows the 
 recursion with 1 in the gradient's place, so that average / weight is the weighted mean. With a
 constant beta it is 1 - beta^t, t the number of gradients that this block has seen. Where no bias
 correction is wanted it starts at 1 and stays there.
+
+`steps`, where a state has it, counts the steps of all that is in it: () int64 on the CPU, or ()
+where somebody around counts, or nobody in it asks.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 Tree = Any
+Counter = Tensor | tuple[()]
 StateT = TypeVar("StateT")
 
 
@@ -74,12 +78,18 @@ class RootInverseState(NamedTuple):
     roots: Tree
 
 
-class GraftState(NamedTuple):
-    """Of `graft`: the states of the two methods, and the steps so far (() int64 on the CPU)."""
+class ClockState(NamedTuple):
+    """Of `chain`, where it counts for all that is in it."""
 
-    steps: Tensor
+    steps: Counter
+
+
+class GraftState(NamedTuple):
+    """Of `graft`: the states of the two methods."""
+
     direction: Any
     onto: Any
+    steps: Counter = ()
 
 
 class EmaState(NamedTuple):
@@ -125,32 +135,27 @@ class AdagradState(NamedTuple):
 
 
 class ScheduleState(NamedTuple):
-    """Of a stage with a schedule: the steps so far, () int64 on the CPU."""
+    """Of a stage with a schedule."""
 
-    steps: Tensor
+    steps: Counter = ()
 
 
 class LearningRateState(NamedTuple):
-    """Of `scale_by_learning_rate`, by which others see that there is one.
+    """Of `scale_by_learning_rate`, by which others see that there is one."""
 
-    Attributes:
-        steps: with a schedule the steps so far, () int64 on the CPU; else ().
-    """
-
-    steps: Tensor | tuple[()]
+    steps: Counter = ()
 
 
 class HyperparamsState(NamedTuple):
     """Of `inject_hyperparams`.
 
     Attributes:
-        steps: so far, () int64 on the CPU.
         hyperparams: {name: 0-dimensional tensor}, float32 unless given as a tensor. Replace an
             entry between steps and the next step uses it.
         inner: the state of the transformation that the factory makes.
     """
 
-    steps: Tensor
+    steps: Counter
     hyperparams: dict[str, Tensor]
     inner: Any
 
@@ -159,7 +164,7 @@ class MultiStepsState(NamedTuple):
     """Of `multi_steps`.
 
     Attributes:
-        steps: micro-steps so far, () int64 on the CPU.
+        steps: micro-steps so far, () int64 on the CPU; () where somebody around counts them.
         total: tree, the sum of the finite micro-gradients since the last real step.
         seen: tree of () int64 on the CPU, how many of the micro-gradients since then were not None.
         used: () float32, how many micro-batches are in `total`.
@@ -167,7 +172,7 @@ class MultiStepsState(NamedTuple):
         inner: the state of the wrapped transformation.
     """
 
-    steps: Tensor
+    steps: Counter
     total: Tree
     seen: Tree
     used: Tensor
@@ -185,6 +190,7 @@ class PartitionState(NamedTuple):
     """Of `partition`: {label: state}."""
 
     inner: dict[str, Any]
+    steps: Counter = ()
 
 
 class BlockedState(NamedTuple):
@@ -201,23 +207,23 @@ class BlockedState(NamedTuple):
 
     inner: Any
     layout: dict[str, dict[str, dict[str, tuple[()]]]]
+    steps: Counter = ()
 
 
 class GuardedState(NamedTuple):
     """Of `guarded`.
 
     Attributes:
-        steps: so far, () int64 on the CPU.
         held: tree of (N,) int64: on how many steps a block was held, since its gradient was not
             finite. () outside block space, where all leaves are held together.
         streak: likewise, how many of the latest steps in a row.
         inner: the state of the wrapped transformation.
     """
 
-    steps: Tensor
     held: Tree
     streak: Tree
     inner: Any
+    steps: Counter = ()
 
 
 class ShardedState(NamedTuple):
@@ -237,6 +243,7 @@ class ShardedState(NamedTuple):
     owned: dict[str, dict[str, tuple[()]]]
     ranks: dict[str, tuple[()]]
     report: Tensor
+    steps: Counter = ()
 
 
 def find_state(states: Any, kind: type[StateT]) -> StateT | None:

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 
 from funshampoo.core.checks import check_count
-from funshampoo.core.clock import current_step, new_counter
-from funshampoo.core.contract import GradientTransformation, Tree, any_refreshes, as_transformation
+from funshampoo.core.clock import advanced, count_of, running, started
+from funshampoo.core.context import Context
+from funshampoo.core.contract import (
+    GradientTransformation,
+    Phase,
+    Tree,
+    as_transformation,
+    checked_pair,
+)
 from funshampoo.core.tree import update_columns
 from funshampoo.linalg.norms import block_norm
 from funshampoo.operators.columns import Column, per_block, product, quotient
@@ -52,18 +59,22 @@ def graft(
     direction, onto = as_transformation(direction), as_transformation(onto)
     check_count("start", start)
 
-    def init(params: Tree, **context: Any) -> GraftState:
+    counts = start > 1 or direction.counts or onto.counts
+
+    def init(params: Tree, *, clock: bool = False, **context: Any) -> GraftState:
+        context["clock"] = clock or counts
         states = direction.init(params, **context), onto.init(params, **context)
-        return GraftState(new_counter(), *states)
+        return GraftState(*states, started(counts, clock))
 
     def update(
-        updates: Tree, state: GraftState, params: Tree = None, **context: Any
+        updates: Tree, state: GraftState, params: Tree, context: Context
     ) -> tuple[Tree, GraftState]:
-        p, direction_state = direction.update(updates, state.direction, params, **context)
-        p_g, onto_state = onto.update(updates, state.onto, params, **context)
-        new = GraftState(state.steps + 1, direction_state, onto_state)
-        block_ndim = context.get("block_ndim", 0)
-        t = 1 if start == 1 else current_step(state.steps, context.get("step"))
+        inside = running(state.steps, context)
+        p, direction_state = _run(direction, updates, state.direction, params, inside)
+        p_g, onto_state = _run(onto, updates, state.onto, params, inside)
+        block_ndim, t = context.block_ndim, inside.step if start > 1 else 1
+        begun_now = None if t is not None else count_of(state.steps, context) + 1 >= start
+        new = GraftState(direction_state, onto_state, advanced(state.steps, context.donate))
         if t is not None and t < start:
             return p_g, new
 
@@ -75,8 +86,8 @@ def graft(
             return (product(p, per_block(ratio, p)),)
 
         def begun(grafted: Column, p_g: Column) -> tuple[Column]:
-            now = state.steps + 1 >= start
-            return ([torch.where(now.to(x.device), x, y) for x, y in zip(grafted, p_g)],)
+            assert begun_now is not None
+            return ([torch.where(begun_now.to(x.device), x, y) for x, y in zip(grafted, p_g)],)
 
         (norm,) = update_columns(norms, p_g, ())
         partner = p_g if t is None else None
@@ -86,5 +97,15 @@ def graft(
             (grafted,) = update_columns(begun, grafted, (), (partner,))
         return grafted, new
 
-    refreshes = any_refreshes({"direction": direction, "onto": onto})
-    return GradientTransformation(init, update, refreshes=refreshes)
+    def phase(step: int) -> Phase:
+        inside = (*direction.phase(step), *onto.phase(step))
+        return (f"before step {start}", *inside) if step < start else inside
+
+    parts = {"direction": direction, "onto": onto}
+    return GradientTransformation(init, update, phase=phase, parts=parts, counts=counts)
+
+
+def _run(
+    tx: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
+) -> tuple[Tree, Any]:
+    return checked_pair(tx.run(updates, state, params, context), tx.name)

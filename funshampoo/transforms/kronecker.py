@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_flag, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.modes import full_precision
 from funshampoo.core.tree import (
     cast,
@@ -22,7 +23,7 @@ from funshampoo.core.tree import (
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
 from funshampoo.operators.columns import Column, add_weight
 from funshampoo.operators.exponents import Exponents, check_exponents, inverse_exponents
-from funshampoo.operators.leaf_ops import add, add_gram, multiply
+from funshampoo.operators.leaf_ops import add, add_gram, kept_share, multiply, per_block
 from funshampoo.operators.mode_products import unfoldings
 from funshampoo.operators.packed import like, packed_shape, packs
 from funshampoo.operators.packed_statistics import add_packed_gram
@@ -81,11 +82,9 @@ def kronecker_statistics(
     check_exponents(exponents)
     check_product_dtype(product_dtype)
     check_flag("packed", packed)
-    plain_sum = not weighted or (isinstance(beta2, float | int) and beta2 == 1)
+    plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
-    added: Hyper = 1.0 if plain_sum else 1 - beta2
-    if isinstance(beta2, Tensor) and not plain_sum:
-        added = torch.where(beta2 == 1, torch.ones_like(beta2), 1 - beta2)
+    by_weight = corrected and own_steps  # an average and its weight decay alike
 
     def shape_of(d: int) -> tuple[int, int]:
         return packed_shape(d) if packs(d, packed) else (d, d)
@@ -115,13 +114,20 @@ def kronecker_statistics(
         gradient: Tree = None,
         block_ndim: int = 0,
         donate: bool = False,
+        alive: Tree = None,
+        hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, KroneckerState]:
-        accumulated = functools.partial(
-            _accumulated, beta=beta2, weight=added, product_dtype=product_dtype, donate=donate
-        )
+        beta = number(beta2, hyper)
+        added = 1.0 if plain_sum else _share_of_new(beta)
+        by_row = alive is not None and not by_weight and not is_exactly(beta, 1)
 
-        def accumulate(u: Tensor, g: Tensor, factors: Any) -> tuple[Any, ...]:
+        def accumulate(u: Tensor, g: Tensor, *rest: Any) -> tuple[Any, ...]:
+            *fine, factors = rest
             g = cast(g, compute_dtype(g))
+            kept = kept_share(beta, fine[0], g) if by_row else beta
+            accumulated = functools.partial(
+                _accumulated, beta=kept, weight=added, product_dtype=product_dtype, donate=donate
+            )
             wanted = [isinstance(factor, Tensor) for factor in factors]
             unfolded = unfoldings(g, block_ndim, wanted)
             new = tuple(
@@ -129,18 +135,27 @@ def kronecker_statistics(
             )
             return u, new
 
-        def count(u: Column, weight: Column) -> tuple[Column, Column]:
-            return u, add_weight(weight, beta2, donate)
+        def count(u: Column, *rest: Column) -> tuple[Column, Column]:
+            *fine, weight = rest
+            return u, add_weight(weight, beta, fine, donate)
 
-        source = updates if gradient is None else gradient
+        source = (updates if gradient is None else gradient,)
+        known = () if alive is None else (alive,)
         with full_precision():
-            _, factors = update_leaves(accumulate, updates, (state.factors,), (source,))
+            _, factors = update_leaves(accumulate, updates, (state.factors,), source + known)
         weight = state.weight
         if corrected:
-            _, weight = update_columns(count, updates, (weight,))
+            _, weight = update_columns(count, updates, (weight,), known if own_steps else ())
         return updates, KroneckerState(factors, weight)
 
     return GradientTransformation(init, update)
+
+
+def _share_of_new(beta: Hyper) -> Hyper:
+    """1 - beta2, or 1 for a plain sum."""
+    if isinstance(beta, Tensor):
+        return torch.where(beta == 1, torch.ones_like(beta), 1 - beta)
+    return 1.0 if beta == 1 else 1 - beta
 
 
 def _accumulated(
@@ -151,7 +166,9 @@ def _accumulated(
     product_dtype: torch.dtype | None,
     donate: bool,
 ) -> Tensor:
-    """beta L_i + weight x xᵀ, of x = mat_i(G)."""
+    """beta L_i + weight x xᵀ, of x = mat_i(G); beta may be one a row, (N,)."""
+    if isinstance(beta, Tensor) and beta.ndim:
+        factor, beta = multiply(factor, per_block(beta, factor), donate), 1.0
     product = rounded_gram(x, product_dtype)
     if product is None:
         is_packed = factor.shape[-2] != factor.shape[-1]

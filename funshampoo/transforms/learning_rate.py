@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from funshampoo.core.checks import check_range
-from funshampoo.core.clock import new_counter
+from funshampoo.core.clock import advanced, count_of, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, in_compute_dtype, multiply
 from funshampoo.state.stages import LearningRateState
@@ -21,7 +21,10 @@ def scale(factor: Hyper) -> GradientTransformation:
     """
     check_range("factor", factor, float("-inf"))
 
-    return stateless(lambda updates: _times(updates, factor), "scale")
+    def scaled(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
+        return _times(updates, number(factor, hyper))
+
+    return stateless(scaled, "scale")
 
 
 def scale_by_learning_rate(
@@ -53,17 +56,20 @@ def scale_by_learning_rate(
     check_range("learning_rate", learning_rate, 0.0, schedule=True)
     sign = -1 if flip_sign else 1
 
-    def init(params: Tree) -> LearningRateState:
-        return LearningRateState(new_counter() if callable(learning_rate) else ())
+    def init(params: Tree, *, clock: bool = False) -> LearningRateState:
+        return LearningRateState(started(callable(learning_rate), clock))
 
-    def update(updates: Tree, state: LearningRateState) -> tuple[Tree, LearningRateState]:
-        if not callable(learning_rate):
-            return _times(updates, sign * learning_rate), state
-        assert isinstance(state.steps, Tensor)
-        rate = learning_rate(state.steps)
-        return _times(updates, sign * rate), LearningRateState(state.steps + 1)
+    def update(
+        updates: Tree, state: LearningRateState, params: Tree, context: Context
+    ) -> tuple[Tree, LearningRateState]:
+        if callable(learning_rate):
+            rate = learning_rate(count_of(state.steps, context))
+        else:
+            rate = number(learning_rate, context.hyper)
+        new = LearningRateState(advanced(state.steps, context.donate))
+        return _times(updates, sign * rate), new
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, counts=callable(learning_rate))
 
 
 def _times(updates: Tree, factor: Hyper) -> Tree:

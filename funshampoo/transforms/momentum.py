@@ -7,18 +7,20 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
+from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.tree import check_parameters, compute_dtype, map_leaves, update_columns
 from funshampoo.operators.columns import (
     Column,
     add,
-    add_weight,
+    average_of,
     cast_like,
     copied,
-    lerp,
+    corrected,
+    decayed,
     multiply,
+    only_alive,
     per_block,
     product,
-    quotient,
 )
 from funshampoo.state.stages import EmaState, TraceState
 
@@ -60,7 +62,7 @@ def ema(
     check_range("beta1", beta1, 0.0, 1.0, high_open=True)
     if beta3 is not None:
         check_range("beta3", beta3, 0.0, 1.0, high_open=True)
-    if isinstance(beta1, float | int) and beta1 == 0:
+    if is_exactly(beta1, 0):
         return renamed(identity(), "ema")
 
     def init(params: Tree, *, block_ndim: int = 0) -> EmaState:
@@ -73,21 +75,30 @@ def ema(
         return EmaState(zeros_like(params), map_leaves(weight, params))
 
     def update(
-        updates: Tree, state: EmaState, params: Tree = None, *, donate: bool = False
+        updates: Tree,
+        state: EmaState,
+        params: Tree = None,
+        *,
+        donate: bool = False,
+        alive: Tree = None,
+        hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, EmaState]:
-        def average(u: Column, m: Column, w: Column) -> tuple[Column, Column, Column]:
+        decay, ahead_decay = number(beta1, hyper), number(beta3, hyper)
+
+        def average(u: Column, *rest: Column) -> tuple[Column, Column, Column]:
+            *fine, m, w = rest
             u = cast_like(u, m)
             ahead = None
-            if beta3 is not None:
-                ahead = lerp(m, u, 1 - beta3, donate=False), add_weight(w, beta3, donate=False)
-            m = lerp(m, u, 1 - beta1, donate)
-            w = add_weight(w, beta1, donate)
+            if ahead_decay is not None:
+                ahead = average_of(m, w, u, ahead_decay, fine, donate=False)
+            m, w = average_of(m, w, u, decay, fine, donate)
             value, total = ahead or (m, w)
             if bias_correction:
-                return quotient(value, per_block(total, value)), m, w
+                return corrected(value, total, fine), m, w
             return copied(value), m, w  # copies: a later donated step writes into the state
 
-        out, *trees = update_columns(average, updates, (state.average, state.weight))
+        inputs = () if alive is None else (alive,)
+        out, *trees = update_columns(average, updates, (state.average, state.weight), inputs)
         return out, EmaState(*trees)
 
     return GradientTransformation(init, update)
@@ -129,7 +140,7 @@ def trace(
     """
     check_range("momentum", momentum, 0.0)
     check_range("dampening", dampening, 0.0, 1.0, high_open=True)
-    damps = isinstance(dampening, Tensor) or dampening != 0
+    damps = not is_exactly(dampening, 0)
     needs_seen = damps and not dampen_first_step
 
     def init(params: Tree, *, block_ndim: int = 0) -> TraceState:
@@ -142,28 +153,38 @@ def trace(
         return TraceState(zeros_like(params), seen)
 
     def update(
-        updates: Tree, state: TraceState, params: Tree = None, *, donate: bool = False
+        updates: Tree,
+        state: TraceState,
+        params: Tree = None,
+        *,
+        donate: bool = False,
+        alive: Tree = None,
+        hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, TraceState]:
-        def accumulate(u: Column, b: Column, *seen: Column) -> tuple[Column, ...]:
-            u = cast_like(u, b)
+        mu, left_out = number(momentum, hyper), number(dampening, hyper)
+
+        def accumulate(u: Column, *rest: Column) -> tuple[Column, ...]:
+            fine, rest = ([], rest) if alive is None else ([rest[0]], rest[1:])
+            b, *seen = rest
+            u = only_alive(cast_like(u, b), fine)
             entering = damped(u)
             if seen:
-                shares = [1 - s * dampening for s in seen[0]]
+                shares = [1 - s * left_out for s in seen[0]]
                 entering = cast_like(product(u, per_block(shares, u)), b)
-            b = add(multiply(b, momentum, donate), entering, donate)
-            ones = [[torch.ones_like(s) for s in column] for column in seen]
+            b = add(decayed(b, mu, fine, donate), entering, donate)
+            now = [[torch.ones_like(s) for s in column] for column in seen]
+            now = [only_alive(ones, fine, s) for ones, s in zip(now, seen)]
             if nesterov:
-                return add(damped(u), multiply(b, momentum)), b, *ones
-            return copied(b), b, *ones  # copies: a later donated step writes into the state
+                return add(damped(u), multiply(b, mu)), b, *now
+            return copied(b), b, *now  # copies: a later donated step writes into the state
 
         def damped(u: Column) -> Column:
-            return multiply(u, 1 - dampening) if damps else u
+            return multiply(u, 1 - left_out) if damps else u
 
-        if needs_seen:
-            out, buffer, seen = update_columns(accumulate, updates, (state.buffer, state.seen))
-            return out, TraceState(buffer, seen)
-        out, buffer = update_columns(accumulate, updates, (state.buffer,))
-        return out, TraceState(buffer, ())
+        inputs = () if alive is None else (alive,)
+        states = (state.buffer, state.seen) if needs_seen else (state.buffer,)
+        out, buffer, *seen = update_columns(accumulate, updates, states, inputs)
+        return out, TraceState(buffer, seen[0] if needs_seen else ())
 
     return GradientTransformation(init, update)
 

@@ -12,6 +12,7 @@ from funshampoo import linalg
 from funshampoo.core.checks import check_count, check_flag, check_range
 from funshampoo.core.clock import current_step, new_counter
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
 from funshampoo.core.modes import full_precision
 from funshampoo.core.tree import (
     cast,
@@ -156,7 +157,6 @@ def root_inverse(
     if delay and delay >= every:
         raise ValueError(f"delay is {delay}; it must be less than every, {every}.")
     schedule = RefreshSchedule(every, start, stagger, delay)
-    refreshed = Refresh(solve, epsilon, exponents, trace_scaling, basis_tolerance)
 
     def init(params: Tree, *, upstream: Any = None, block_ndim: int = 0) -> RootInverseState:
         check_local(params, "root_inverse")
@@ -189,8 +189,9 @@ def root_inverse(
         block_ndim: int = 0,
         step: int | None = None,
         refresh: bool | None = None,
-        block_ids: Any = None,
+        rows: Any = None,
         donate: bool = False,
+        hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, RootInverseState]:
         statistics = _statistics_over(updates, upstream)
         roots = state.roots
@@ -198,17 +199,21 @@ def root_inverse(
         if t is None:
             turns = Refreshes(now=everybody(updates) if refresh else None)
         else:
-            turns = refreshes_at(t, schedule, updates, block_ids)
+            turns = refreshes_at(t, schedule, updates, rows)
+        now = [number(x, hyper) for x in (epsilon, trace_scaling, basis_tolerance)]
+        refreshed = Refresh(resolved(solve, hyper), now[0], exponents, now[1], now[2])
         with full_precision():
             roots = refreshed(turns, updates, statistics, roots, donate)
             directions = _directions(updates, roots, block_ndim, product_dtype)
         return directions, RootInverseState(state.steps + 1, roots)
 
-    def refreshes(state: RootInverseState, step: int | None = None) -> bool:
-        t = current_step(state.steps, step)
-        return t is not None and any(happens_at(t, schedule))
+    def phase(step: int) -> tuple[str, ...]:
+        if not any(happens_at(step, schedule)):
+            return ()
+        turn = f" {step % every} of {every}" if stagger and step > start else ""
+        return ("refresh in threads" + turn,)
 
-    return GradientTransformation(init, update, refreshes=refreshes)
+    return GradientTransformation(init, update, phase=phase)
 
 
 def _directions(

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
+from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.modes import is_plain
 from funshampoo.core.tree import cast, check_parameters, compute_dtype, map_leaves, update_columns
 from funshampoo.operators.columns import (
     Column,
     add,
-    add_weight,
+    average,
+    average_of,
     cast_like,
-    lerp,
-    multiply,
+    corrected,
+    decayed,
     per_block,
     product,
     quotient,
+    seen,
 )
 from funshampoo.operators.leaf_ops import sqrt
 from funshampoo.state.stages import AdagradState, AdamState, RmsState
@@ -74,7 +77,7 @@ def scale_by_adam(
     check_range("beta1", beta1, 0.0, 1.0, high_open=True)
     check_range("beta2", beta2, 0.0, 1.0, high_open=True)
     check_range("epsilon", epsilon, 0.0)
-    filtered = isinstance(beta1, Tensor) or beta1 != 0
+    filtered = not is_exactly(beta1, 0)
 
     def init(params: Tree, *, block_ndim: int = 0) -> AdamState:
         check_parameters(params, "scale_by_adam")
@@ -95,23 +98,34 @@ def scale_by_adam(
         *,
         gradient: Tree = None,
         donate: bool = False,
+        alive: Tree = None,
+        hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, AdamState]:
-        def filter_first(u: Column, m: Column, w: Column) -> tuple[Column, Column, Column]:
-            m, w = lerp(m, cast_like(u, m), 1 - beta1, donate), add_weight(w, beta1, donate)
-            return quotient(m, per_block(w, m)), m, w
+        decay1, decay2 = number(beta1, hyper), number(beta2, hyper)
+        damping = number(epsilon, hyper)
 
-        def rescale(u: Column, g: Column, v: Column, w: Column) -> tuple[Column, Column, Column]:
-            v, squares = _second_moment(v, g, beta2, weighted, donate)
-            w = add_weight(w, beta2, donate)
-            return _scaled(u, v, epsilon, squares, per_block(w, v)), v, w
+        def filter_first(u: Column, *rest: Column) -> tuple[Column, Column, Column]:
+            *fine, m, w = rest
+            m, w = average_of(m, w, cast_like(u, m), decay1, fine, donate)
+            return corrected(m, w, fine), m, w
+
+        def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, Column, Column]:
+            *fine, v, w = rest
+            squares = _squares(g, v)
+            if weighted:
+                v, w = average_of(v, w, squares, decay2, fine, donate)
+            else:
+                v = add(decayed(v, decay2, fine, donate), squares, donate)
+            return _scaled(u, v, damping, squares, per_block(seen(w, fine), v)), v, w
 
         source = updates if gradient is None else gradient
+        known = () if alive is None else (alive,)
         first, first_weight = state.first, state.first_weight
         if filtered:
             before = (first, first_weight)
-            updates, first, first_weight = update_columns(filter_first, updates, before)
+            updates, first, first_weight = update_columns(filter_first, updates, before, known)
         before = (state.second, state.second_weight)
-        out, second, second_weight = update_columns(rescale, updates, before, (source,))
+        out, second, second_weight = update_columns(rescale, updates, before, (source, *known))
         return out, AdamState(first, first_weight, second, second_weight)
 
     return GradientTransformation(init, update)
@@ -153,13 +167,23 @@ def scale_by_rms(
         *,
         gradient: Tree = None,
         donate: bool = False,
+        alive: Tree = None,
+        hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, RmsState]:
-        def rescale(u: Column, g: Column, v: Column) -> tuple[Column, Column]:
-            v, squares = _second_moment(v, g, beta2, weighted, donate)
-            return _scaled(u, v, epsilon, squares), v
+        decay, damping = number(beta2, hyper), number(epsilon, hyper)
+
+        def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, Column]:
+            *fine, v = rest
+            squares = _squares(g, v)
+            if weighted:
+                v = average(v, squares, decay, fine, donate)
+            else:
+                v = add(decayed(v, decay, fine, donate), squares, donate)
+            return _scaled(u, v, damping, squares), v
 
         source = updates if gradient is None else gradient
-        out, second = update_columns(rescale, updates, (state.second,), (source,))
+        known = () if alive is None else (alive,)
+        out, second = update_columns(rescale, updates, (state.second,), (source, *known))
         return out, RmsState(second)
 
     return GradientTransformation(init, update)
@@ -204,27 +228,21 @@ def scale_by_adagrad(
         *,
         gradient: Tree = None,
         donate: bool = False,
+        alive: Tree = None,  # what is not enters as zeros, which change no sum
+        hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, AdagradState]:
+        damping = number(epsilon, hyper)
+
         def rescale(u: Column, g: Column, v: Column) -> tuple[Column, Column]:
             squares = _squares(g, v)
             v = add(v, squares, donate)
-            return _scaled(u, v, epsilon, squares), v
+            return _scaled(u, v, damping, squares), v
 
         source = updates if gradient is None else gradient
         out, second = update_columns(rescale, updates, (state.second,), (source,))
         return out, AdagradState(second)
 
     return GradientTransformation(init, update)
-
-
-def _second_moment(
-    v: Column, g: Column, beta2: Hyper, weighted: bool, donate: bool
-) -> tuple[Column, Column]:
-    """The new V, and G²."""
-    squares = _squares(g, v)
-    if weighted:
-        return lerp(v, squares, 1 - beta2, donate), squares
-    return add(multiply(v, beta2, donate), squares, donate), squares
 
 
 def _squares(g: Column, v: Column) -> Column:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias
 
-from funshampoo.combinators.combine import Mask, masked
+from funshampoo.combinators.masks import Mask, masked
 from funshampoo.core.checks import check_choice, check_range
-from funshampoo.core.clock import new_counter
+from funshampoo.core.clock import advanced, count_of, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import (
     EmptyState,
     GradientTransformation,
@@ -15,6 +16,7 @@ from funshampoo.core.contract import (
     Tree,
     renamed,
 )
+from funshampoo.core.live import Numbers, number
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, add, cast_like, in_compute_dtype, multiply
 from funshampoo.state.stages import ScheduleState
@@ -75,33 +77,34 @@ def add_decayed_weights(
         raise ValueError("kind='corrected' needs learning_rate, as scale_by_learning_rate gets it.")
     scheduled = callable(weight_decay) or (kind == "corrected" and callable(learning_rate))
 
-    def coefficient(count: Any) -> Any:
+    def coefficient(count: Any, hyper: Numbers) -> Any:
         def now(value: Any) -> Any:
-            return value(count) if callable(value) else value
+            return value(count) if callable(value) else number(value, hyper)
 
         if kind == "corrected":
-            return now(weight_decay) * now(learning_rate) / peak_learning_rate
-        return now(weight_decay) / (peak_learning_rate if kind == "independent" else 1)
+            return now(weight_decay) * now(learning_rate) / now(peak_learning_rate)
+        return now(weight_decay) / (now(peak_learning_rate) if kind == "independent" else 1)
 
-    def init(params: Tree) -> ScheduleState | EmptyState:
-        return ScheduleState(new_counter()) if scheduled else EmptyState()
+    def init(params: Tree, *, clock: bool = False) -> ScheduleState | EmptyState:
+        return ScheduleState(started(True, clock)) if scheduled else EmptyState()
 
-    def update(
-        updates: Tree, state: Any, params: Tree = None, *, block_ndim: int = 0
-    ) -> tuple[Tree, Any]:
+    def update(updates: Tree, state: Any, params: Tree, context: Context) -> tuple[Tree, Any]:
         if params is None:
-            remedy = "blocked(..., with_params=True)" if block_ndim else "pass params to update"
+            inside = context.block_ndim > 0
+            remedy = "blocked(..., with_params=True)" if inside else "pass params to update"
             raise ValueError(f"add_decayed_weights needs the parameters: {remedy}.")
-        decay = coefficient(state.steps if scheduled else None)
+        count = count_of(state.steps, context) if scheduled else None
+        decay = coefficient(count, context.hyper)
 
         def decayed_by(u: Column, w: Column) -> tuple[Column]:
             u = in_compute_dtype(u)
             return (add(u, multiply(cast_like(w, u), decay)),)
 
         (decayed,) = update_columns(decayed_by, updates, (), (params,))
-        return decayed, ScheduleState(state.steps + 1) if scheduled else state
+        new = ScheduleState(advanced(state.steps, context.donate)) if scheduled else state
+        return decayed, new
 
-    stage = GradientTransformation(init, update)
+    stage = GradientTransformation(init, update, counts=scheduled)
     if mask is None:
         return stage
     return renamed(masked(stage, mask), stage.name)

@@ -1,0 +1,128 @@
+"""Gradients in and updates out: what was given to a step, and two ways to copy it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.layout import Layout
+from funshampoo.blocks.portions import Portion
+from funshampoo.blocks.regions import Parts, viewed
+from funshampoo.blocks.stacks import stack_blocks, unstack_blocks
+from funshampoo.blocks.state_rows import filled
+from funshampoo.core.tree import compute_dtype
+
+
+class Given(NamedTuple):
+    """What was given to a step.
+
+    Attributes:
+        leaves: gradients.
+        known: tensors of the leaves' shapes: the parameters, or else the gradients.
+        missing: indices of the gradients that are None.
+        shown: the parameters that the inner transformation may see.
+    """
+
+    leaves: list[Any]
+    known: list[Tensor]
+    spec: Any
+    layout: Layout
+    missing: list[int]
+    shown: list[Tensor | None] | None
+
+    def missing_rows(self) -> dict[str, set[int]]:
+        """{stack: the rows without a gradient}."""
+        found: dict[str, set[int]] = {}
+        for i in self.missing:
+            for region in self.layout.parameters[i].regions:
+                rows = range(region.first, region.first + region.rows)
+                found.setdefault(region.stack, set()).update(rows)
+        return found
+
+
+class Views:
+    """Rows gathered from views of the leaves, and updates written to views of new ones.
+
+    Args:
+        copies: the updates are in memory that the next step uses again.
+    """
+
+    def __init__(self, parts: Parts, given: Given, copies: bool = False) -> None:
+        self._parts, self._given, self._copies = parts, given, copies
+        self._found: list[Tensor | None] = [None] * len(given.leaves)
+
+    def gather(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """The gradients of these rows, and the parameters that are shown."""
+        given = self._given
+        stacks = {n: self._parts.gather(n, rows, given.leaves) for n, rows in portion.items()}
+        if given.shown is None:
+            return stacks, None
+        shown = [torch.zeros_like(g) if p is None else p for p, g in zip(given.shown, given.known)]
+        return stacks, {n: self._parts.gather(n, rows, shown) for n, rows in portion.items()}
+
+    def updates(self, shared: bool) -> list[Tensor | None]:
+        """One update a leaf; zeros for a parameter without elements, None without a gradient.
+
+        Args:
+            shared: the owner of a block decides for all ranks whether there was one.
+        """
+        missing = () if shared else self._given.missing
+        found = enumerate(self._found)
+        return [x if x is not None or i in missing else self._empty(i) for i, x in found]
+
+    def put(self, stack: str, rows: range, values: Tensor) -> None:
+        """Store some rows."""
+        found = self._parts.of(stack, rows)
+        if not self._copies and found.whole:
+            for part, own in zip(found.parts, values.unbind(0)):
+                shape = self._given.layout.parameters[part.parameter].shape
+                self._found[part.parameter] = viewed(own, shape)
+            return
+        for i in {part.parameter for part in found.parts}:
+            self._found[i] = self._empty(i) if self._found[i] is None else self._found[i]
+        self._parts.scatter(stack, rows, values, self._found)
+
+    def _empty(self, i: int) -> Tensor:
+        leaf, where = self._given.known[i], self._given.layout.parameters[i]
+        dtype = compute_dtype(leaf)
+        if where.regions:
+            dtype = self._given.layout.stacks[where.regions[0].stack].dtype
+        return torch.empty(where.shape, dtype=dtype, device=leaf.device)
+
+
+class Traced:
+    """The same by new tensors alone, as torch.func, autograd and torch.compile need it."""
+
+    def __init__(self, given: Given) -> None:
+        self._given = given
+        self._stacks = stack_blocks(given.leaves, given.layout)
+        self._shown = None if given.shown is None else stack_blocks(given.shown, given.layout)
+        self._found: dict[str, list[tuple[range, Tensor]]] = {n: [] for n in self._stacks}
+
+    def gather(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """The gradients of these rows, and the parameters that are shown."""
+        return _rows(self._stacks, portion), self._shown and _rows(self._shown, portion)
+
+    def put(self, stack: str, rows: range, values: Tensor) -> None:
+        """Store some rows."""
+        self._found[stack].append((rows, values))
+
+    def updates(self, shared: bool) -> list[Tensor | None]:
+        """One update a leaf; see `Views`."""
+        whole = {}
+        for name, found in self._found.items():
+            complete = len(found) == 1 and len(found[0][0]) == len(self._stacks[name])
+            empty = None if complete else torch.zeros_like(self._stacks[name])
+            whole[name] = found[0][1] if empty is None else filled(empty, found)
+        leaves: list[Any] = self._given.known if shared else self._given.leaves
+        return unstack_blocks(whole, self._given.layout, leaves)
+
+
+def _rows(stacks: dict[str, Tensor], portion: Portion) -> dict[str, Tensor]:
+    return {
+        name: x if len(x) == len(rows) else x.narrow(0, rows.start, len(rows))
+        for name, rows in portion.items()
+        for x in [stacks[name]]
+    }

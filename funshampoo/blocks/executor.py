@@ -1,0 +1,189 @@
+"""A step on blocks, portion by portion: gather, step, store, scatter.
+
+    for portion in portions:
+        G = the rows of the gradients
+        U, part = inner.update(G, the rows of the state, the rows of the parameters)
+        part into the state, U to whoever wants it
+
+Where blocks are spread over ranks, a rank's portions are of the rows that it owns, and U goes
+through the ranks' exchange (`Spread`) on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.layout import Layout, block_ids
+from funshampoo.blocks.portions import Portion, TileSize, tiles_for, without
+from funshampoo.blocks.regions import Parts
+from funshampoo.blocks.state_rows import Part, StateRows, joined, store, store_shared
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import GradientTransformation, refreshes
+from funshampoo.core.modes import keep_freed_memory
+
+Put: TypeAlias = Callable[[str, range, Any], None]
+"""(stack, rows of it, their updates)"""
+
+Gather: TypeAlias = Callable[[Portion], tuple[dict[str, Tensor], dict[str, Tensor] | None]]
+"""The gradients of a portion, and the parameters that `inner` may see."""
+
+Missing: TypeAlias = Mapping[str, Collection[int]]
+"""{stack: the rows without a gradient}"""
+
+
+class Spread(Protocol):
+    """How the blocks of a step are spread over ranks."""
+
+    inner: GradientTransformation
+
+    def owned(self, layout: Layout) -> dict[str, range]:
+        """The rows of this rank, without the stacks of which it has none."""
+
+    def exchange(
+        self,
+        step: Callable[[Any, Put], Any],
+        put: Put,
+        state: Any,
+        layout: Layout,
+        context: Context,
+        absent: bool,
+    ) -> Any:
+        """Run `step(inner state, put)`, and hand what all ranks found to `put`.
+
+        Args:
+            absent: whether rows of this rank have no gradient, and so are not put.
+
+        Returns:
+            The new state.
+        """
+
+
+class Executor:
+    """Steps on the blocks of one layout.
+
+    Attributes:
+        parts: where the rows of its stacks lie in parameters and gradients.
+    """
+
+    def __init__(self, layout: Layout, size: TileSize) -> None:
+        self.layout, self.parts = layout, Parts(layout)
+        self._device = next((s.device for s in layout.stacks.values()), torch.device("cpu"))
+        self._size = size
+        self._ids = block_ids(layout)
+        self._rows: dict[Any, StateRows] = {}
+        self._portions: dict[Any, list[Portion]] = {}
+        if self._device.type == "cpu":
+            keep_freed_memory()
+
+    def run(
+        self,
+        inner: GradientTransformation,
+        state: Any,
+        gather: Gather,
+        put: Put,
+        missing: Missing,
+        context: Context,
+    ) -> Any:
+        """Step `inner` on the rows that have a gradient. Returns the new state."""
+        spread: Spread | None = inner.spread
+        if spread is None:
+            whole = {name: range(stack.rows) for name, stack in self.layout.stacks.items()}
+            return self._step(inner, whole, state, gather, put, missing, context)
+        own, owner = spread.owned(self.layout), spread.inner
+
+        def step(state: Any, put: Put) -> Any:
+            return self._step(owner, own, state, gather, put, missing, context)
+
+        return spread.exchange(step, put, state, self.layout, context, bool(missing))
+
+    def _step(
+        self,
+        inner: GradientTransformation,
+        own: dict[str, range],
+        state: Any,
+        gather: Gather,
+        put: Put,
+        missing: Missing,
+        context: Context,
+    ) -> Any:
+        portions = self._portions_of(own, missing, context.donate, refreshes(inner, context))
+        whole = len(portions) == 1 and portions[0] == own
+        rows = self._state_rows(own)
+        parts: list[tuple[Part, Any]] = []
+        shared: dict[int, Tensor] = {}
+        for portion in portions:
+            before, part = (state, None) if whole else rows.part(state, portion)
+            stacks, params = gather(portion)
+            here = changed(
+                context,
+                gradient=stacks,
+                rows={n: self._ids[n][r.start : r.stop] for n, r in portion.items()},
+                alive=_of_rows(context.alive, portion),
+            )
+            updates, after = inner.run(stacks, before, params, here)
+            for name, span in portion.items():
+                put(name, span, updates[name])
+            del stacks, params, here, updates  # or they would be there during the next portion
+            if part is None:
+                return after
+            if context.donate:
+                store(state, part, after, shared)
+            else:
+                parts.append((part, after))
+        store_shared(state, shared)
+        return joined(state, parts) if parts else state
+
+    def _portions_of(
+        self,
+        own: dict[str, range],
+        missing: Missing,
+        donate: bool,
+        refresh: bool,
+    ) -> list[Portion]:
+        key = tuple(own.items()), donate, refresh
+        if key not in self._portions:
+            stacks = self.layout.stacks
+            blocks = {name: (stacks[name].block, len(rows)) for name, rows in own.items()}
+            tiles = tiles_for(blocks, self._size if donate else None, self._device, refresh=refresh)
+            self._portions[key] = [
+                {n: range(own[n].start + r.start, own[n].start + r.stop) for n, r in tile.items()}
+                for tile in tiles
+            ]
+        found = self._portions[key]
+        return (
+            [part for portion in found for part in without(portion, missing)] if missing else found
+        )
+
+    def _state_rows(self, own: dict[str, range]) -> StateRows:
+        key = tuple(own.items())
+        if key not in self._rows:
+            self._rows[key] = StateRows({name: rows.start for name, rows in own.items()})
+        return self._rows[key]
+
+
+def _of_rows(alive: Mapping[str, Tensor] | None, portion: Portion) -> dict[str, Tensor] | None:
+    """Of the rows of a portion, {stack: (rows,) bool}."""
+    if alive is None:
+        return None
+    return {name: alive[name].narrow(0, r.start, len(r)) for name, r in portion.items()}
+
+
+class Executors:
+    """Executors for the layouts that were seen last."""
+
+    def __init__(self, size: TileSize) -> None:
+        self._size = size
+        self._known: dict[int, Executor] = {}
+
+    def of(self, layout: Layout) -> Executor:
+        """The one for this layout. Layouts are remembered, so that their identity says it all."""
+        found = self._known.get(id(layout))
+        if found is None or found.layout is not layout:
+            if len(self._known) > 8:
+                self._known.clear()
+            found = self._known[id(layout)] = Executor(layout, self._size)
+        return found

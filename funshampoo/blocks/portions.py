@@ -1,0 +1,144 @@
+"""The portions of a step: some rows of some stacks at a time.
+
+Blocks do not know of one another, so the order in which they are stepped is free. Stage after stage
+on all of them, a step holds several tensors as large as the model; they don't fit into a cache, and
+on a CPU new memory costs a page fault every 4 KiB, often more than the arithmetic on it. So a step
+that may write into its state goes tile by tile: a tile goes through all stages before the next one
+begins, and its numbers are those of the whole. Rows without a gradient are in no portion.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping
+from typing import Literal, TypeAlias
+
+import torch
+
+Portion: TypeAlias = dict[str, range]  # {stack: consecutive rows}
+TileSize: TypeAlias = int | Literal["auto"] | None
+
+Blocks: TypeAlias = Mapping[str, tuple[tuple[int, ...], int]]  # {stack: (block, rows)}
+
+NUMBERS = 2**20
+"""The most in a tile, for each of two kernel threads or more: 4 MiB in float32, of which a step
+holds about four, so that they fit into a CPU's last cache. Up to here all is one tile."""
+
+SHARE = 4
+"""A stack that has more to do than `FLOPS` is cut into tiles of about this share of all numbers, so
+that the four that a step holds are about as large as the parameters."""
+
+NUMBERS_ELSEWHERE = 2**26
+"""The most in a tile on other devices: 256 MiB in float32, so that kernels run for as long as a
+hundred launches take, and a large model's step holds no copies of it."""
+
+NUMBERS_AT_ONCE = 2**22
+"""On a step that refreshes roots all is one tile up to here, and tiles are as large as `NUMBERS`
+allows beyond: threads share the roots of a tile, and each tile has them wait for the last."""
+
+FLOPS = 1e9
+"""Of the products of a tile, likewise: ten milliseconds or more, beside which the fixed cost of
+another tile, less than one, does not count."""
+
+
+def tiles_for(
+    blocks: Blocks, size: TileSize, device: torch.device, *, refresh: bool = False
+) -> list[Portion]:
+    """The tiles of these stacks.
+
+    Args:
+        blocks: {stack: (block, rows)}.
+        device: where they are.
+        size: numbers in a tile; "auto" weighs what a tile needs against what it costs on a CPU, and
+            makes large ones elsewhere, where kernels wait to be launched. None for none.
+        refresh: for a step that recomputes roots.
+    """
+    rows = {stack: count for stack, (_, count) in blocks.items()}
+    numel = {stack: math.prod(block) for stack, (block, _) in blocks.items()}
+    one = [{stack: range(count) for stack, count in rows.items()}]
+    if size is None:
+        return one
+    if size == "auto" and device.type != "cpu":
+        size = NUMBERS_ELSEWHERE
+    if size != "auto":
+        return tiles_of(rows, numel, size)
+    total = sum(numel[stack] * rows[stack] for stack in rows)
+    if total <= (NUMBERS_AT_ONCE if refresh else NUMBERS):
+        return one
+    flops = {stack: 4.0 * numel[stack] * sum(block) for stack, (block, _) in blocks.items()}
+    threads = max(torch.get_num_threads(), 2)
+    share = total / SHARE / threads
+
+    def weight(stack: str) -> float:
+        if refresh:
+            return numel[stack] / NUMBERS
+        heavy = flops[stack] * rows[stack] > threads * FLOPS
+        numbers = min(NUMBERS, share) if heavy else NUMBERS
+        return max(numel[stack] / numbers, flops[stack] / FLOPS)
+
+    weights = {stack: weight(stack) for stack in rows}
+    return tiles_of(rows, weights, threads, least=threads)
+
+
+def tiles_of(
+    rows: Mapping[str, int], weights: Mapping[str, float], most: float, least: int = 2
+) -> list[Portion]:
+    """Light stacks together, heavy ones in parts of `least` rows, or 4, 8, 12 and so on.
+
+    Threads take whole matrices: seven rows keep two of them as long as eight. Products of a stack
+    of a single row are shared among threads, and rounded, in another way.
+
+    Args:
+        rows: of each stack.
+        weights: of a row of each stack.
+        most: weight of a tile, about.
+        least: rows of a part, at least 2. Roots are computed tile by tile, so with fewer rows than
+            threads some would have nothing to do.
+
+    >>> tiles_of({"4x4": 5, "4": 3, "2": 1}, {"4x4": 16, "4": 4, "2": 2}, 30)
+    [{'4x4': range(0, 2)}, {'4x4': range(2, 5)}, {'4': range(0, 3), '2': range(0, 1)}]
+    """
+    tiles: list[Portion] = []
+    light: Portion = {}
+    filled = 0.0
+    for stack, count in rows.items():
+        weight = count * weights[stack]
+        if weight > most:
+            tiles += [{stack: part} for part in _parts(count, count / weight * most, least)]
+            continue
+        if filled + weight > most and light:
+            tiles.append(light)
+            light, filled = {}, 0.0
+        light[stack] = range(count)
+        filled += weight
+    return [*tiles, light] if light else tiles
+
+
+def _parts(rows: int, most: float, least: int) -> list[range]:
+    """The rows in runs of about `most`; a single row that is left goes to the last.
+
+    >>> _parts(11, 5.0, 2), _parts(9, 1.0, 2)
+    ([range(0, 4), range(4, 8), range(8, 11)], [range(0, 2), range(2, 4), range(4, 6), range(6, 9)])
+    """
+    step = max(least, round(most / 4) * 4)
+    bounds = [*range(0, max(rows - 1, 1), step), rows]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def without(portion: Portion, missing: Mapping[str, Collection[int]]) -> list[Portion]:
+    """The portion without some rows: the first run of what is left of every stack, the second, ...
+
+    >>> without({"4": range(0, 6), "2": range(0, 2)}, {"4": {2, 3}})
+    [{'4': range(0, 2), '2': range(0, 2)}, {'4': range(4, 6)}]
+    """
+    if not any(stack in missing for stack in portion):
+        return [portion]
+    found: list[Portion] = []
+    for stack, rows in portion.items():
+        ends = [rows.start - 1, *sorted(r for r in missing.get(stack, ()) if r in rows), rows.stop]
+        runs = [range(a + 1, b) for a, b in itertools.pairwise(ends) if a + 1 < b]
+        found += [{} for _ in runs[len(found) :]]
+        for portion_, run in zip(found, runs):
+            portion_[stack] = run
+    return found

@@ -1,0 +1,144 @@
+"""The rows of a state: taken out for a portion of a step, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.portions import Portion
+from funshampoo.core.tree import flatten
+from funshampoo.state.places import Place, map_tensors
+
+
+class Part(NamedTuple):
+    """What of a state belongs to a portion: its leaves, by their indices in the whole state."""
+
+    structure: Any
+    indices: list[int]
+    rows: list[range | None]  # None: not a tensor by rows
+
+
+class StateRows:
+    """How the tensors of a state follow the rows of its stacks, for the structures seen last.
+
+    A tensor leads with the rows of its stack, or has no dimension and is everybody's.
+
+    Args:
+        first: {stack: the row of the full stack that the state's first row is}.
+    """
+
+    def __init__(self, first: Mapping[str, int]) -> None:
+        self._first = first
+        self._known: dict[Any, Part] = {}
+
+    def part(self, state: Any, portion: Portion) -> tuple[Any, Part]:
+        """(the state of these rows, which of the leaves it has). Views, as far as it has rows."""
+        leaves, structure = flatten(state)
+        key = structure, tuple([(stack, rows.start, rows.stop) for stack, rows in portion.items()])
+        if key not in self._known:
+            if len(self._known) > 256:
+                self._known.clear()
+            self._known[key] = self._found(state, structure, len(leaves), portion)
+        found = self._known[key]
+        cut = [_cut(leaves[k], rows) for k, rows in zip(found.indices, found.rows)]
+        return found.structure.unflatten(cut), found
+
+    def _found(self, state: Any, structure: Any, count: int, portion: Portion) -> Part:
+        own = {
+            s: range(r.start - self._first[s], r.stop - self._first[s]) for s, r in portion.items()
+        }
+        rows: dict[int, range] = {}
+
+        def note(place: Place, x: Tensor, index: int) -> int:
+            if place.stack is not None and x.ndim > 0:
+                rows[index] = own[place.stack]
+            return index
+
+        numbered = structure.unflatten(range(count))
+        mine = map_tensors(note, state, numbered, stacks=self._first, only=portion)
+        indices, part = flatten(mine)
+        return Part(part, indices, [rows.get(k) for k in indices])
+
+
+def store(state: Any, part: Part, new: Any, shared: dict[int, Tensor]) -> None:
+    """Write the rows of a part into the state's own memory.
+
+    Args:
+        shared: gets what is everybody's, by index: the portions to come start from the old values.
+
+    Raises:
+        ValueError: a stage changed the structure of its state, or a shape or dtype in it.
+    """
+    leaves, _ = flatten(state)
+    for k, rows, x in zip(part.indices, part.rows, _checked(part, new)):
+        if rows is None:
+            shared[k] = x
+        else:
+            _write(_cut(leaves[k], rows), x)
+
+
+def store_shared(state: Any, shared: Mapping[int, Tensor]) -> None:
+    """Write what is everybody's, after the last portion."""
+    leaves, _ = flatten(state)
+    for k, x in shared.items():
+        _write(leaves[k], x)
+
+
+def joined(state: Any, parts: Sequence[tuple[Part, Any]]) -> Any:
+    """The state with new parts in the place of the old ones; new tensors.
+
+    Raises:
+        ValueError: a stage changed the structure of its state.
+    """
+    leaves, structure = flatten(state)
+    pieces: dict[int, list[tuple[range, Tensor]]] = {}
+    results = list(leaves)
+    for part, new in parts:
+        for k, rows, x in zip(part.indices, part.rows, _checked(part, new)):
+            if rows is None:
+                results[k] = x
+            else:
+                pieces.setdefault(k, []).append((rows, x))
+    for k, found in pieces.items():
+        results[k] = filled(leaves[k], found)
+    return structure.unflatten(results)
+
+
+def _checked(part: Part, new: Any) -> list[Tensor]:
+    leaves, structure = flatten(new)
+    if structure != part.structure:
+        raise ValueError("a stage changed the structure of its state.")
+    return leaves
+
+
+def filled(old: Tensor, new: Sequence[tuple[range, Tensor]]) -> Tensor:
+    """A tensor with new rows, and its old ones in between."""
+    parts, at = [], 0
+    for rows, x in sorted(new, key=lambda piece: piece[0].start):
+        if rows.start > at:
+            parts.append(old.narrow(0, at, rows.start - at))
+        parts.append(x)
+        at = rows.stop
+    if at < old.shape[0]:
+        parts.append(old.narrow(0, at, old.shape[0] - at))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _cut(x: Tensor, rows: range | None) -> Tensor:
+    # What is not by rows is copied: a portion may write into it, and the next starts from the same.
+    return x.clone() if rows is None else x.narrow(0, rows.start, len(rows))
+
+
+def _write(old: Tensor, new: Tensor) -> None:
+    """Write new values over the old, unless a stage did so itself."""
+    if new is old or (new.data_ptr() == old.data_ptr() and new.stride() == old.stride()):
+        return
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise ValueError(
+            f"a stage turned a tensor of its state from {old.dtype} {tuple(old.shape)} to "
+            f"{new.dtype} {tuple(new.shape)} on a donated step."
+        )
+    old.copy_(new)

@@ -1,0 +1,167 @@
+"""Stages in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from funshampoo.core.clock import CLOCK, advanced, running, started
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import (
+    GradientTransformation,
+    State,
+    Tree,
+    applied,
+    as_transformation,
+    checked_pair,
+    steps_of,
+)
+from funshampoo.core.tree import check_parameters, check_same_structure
+from funshampoo.state.stages import ClockState
+
+
+def chain(
+    *stages: GradientTransformation | tuple[str, GradientTransformation],
+) -> GradientTransformation:
+    """Apply stages one after the other: the updates of each are the next one's.
+
+    Args:
+        stages: transformations, or ("name", transformation) pairs. A stage's name is the key of its
+            state; by default it is the function's (`trace`), and a second stage of the same name
+            becomes `trace_2`. Name a stage yourself where another of its kind may be inserted
+            before it later: states are found by name, not by place. The state of a chain that has
+            grown is `tx.init(params) | old_state`.
+
+    Context: every stage receives what the caller passed; `upstream`, the new states of the stages
+    before it, in this chain and in those around it; and `previous`, the old ones of all. `gradient`
+    is handed down as it came; it is absent outside a scope such as `blocked`, and then stages use
+    their updates, so that clipping earlier in the chain reaches later moments, as in Optax.
+
+    State: a dict {name: state of the stage}. Where a stage wants the number of the step, and nobody
+    around counts, the chain does, in a `ClockState` under the name "clock".
+
+    Raises:
+        TypeError: a stage is not a transformation; from init, a parameter is not a dense real
+            floating tensor (names the leaf); from update, a stage returned no pair (names it).
+        ValueError: two stages were given the same name, or one is named "clock"; from update,
+            gradients and parameters are different trees (names the leaf), or the state is another
+            chain's (names the stage).
+
+    >>> import torch
+    >>> from funshampoo import scale, trace
+    >>> tx = chain(trace(0.9), ("slow", scale(-0.5)))
+    >>> params = {"w": torch.zeros(1)}
+    >>> state = tx.init(params)
+    >>> list(state)
+    ['trace', 'slow']
+    >>> tx.update({"w": torch.ones(1)}, state, params)[0]
+    {'w': tensor([-0.5000])}
+    """
+    named = _named(stages)
+    counts = any([stage.counts for stage in named.values()])
+
+    def init(
+        params: Tree, *, upstream: tuple[State, ...] = (), clock: bool = False, **context: Any
+    ) -> State:
+        check_parameters(params, "chain")
+        steps = started(counts, clock)
+        states: dict[str, State] = {}
+        for name, stage in named.items():
+            before = (*upstream, *states.values())
+            states[name] = stage.init(params, upstream=before, clock=clock or counts, **context)
+        return states if steps == () else {CLOCK: ClockState(steps), **states}
+
+    def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
+        check(updates, state, params)
+        inside = running(steps_of(state), context)
+        updates, states = _run(named, updates, state, params, inside)
+        return updates, _with_clock(state, states, context.donate)
+
+    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
+        check(updates, state, params)
+        inside = running(steps_of(state), context)
+        last, stage = list(named.items())[-1]
+        first = {name: tx for name, tx in named.items() if name != last}
+        updates, states = _run(first, updates, state, params, inside)
+        inside = changed(
+            inside,
+            upstream=(*inside.upstream, *states.values()),
+            previous=(*inside.previous, *[state[name] for name in named]),
+            usable=inside.usable and not first,
+        )
+        states[last] = applied(stage, updates, state[last], params, inside)
+        return _with_clock(state, states, context.donate)
+
+    def check(updates: Tree, state: State, params: Tree) -> None:
+        if state.keys() - {CLOCK} != named.keys():
+            raise ValueError(_other_chain(set(named), set(state) - {CLOCK}))
+        if params is not None:
+            check_same_structure(params, updates, "params", "gradients")
+
+    ends_in_place = bool(named) and list(named.values())[-1].apply is not None
+    return GradientTransformation(
+        init,
+        update,
+        apply=apply if ends_in_place else None,
+        parts=named,
+        state_of=lambda state, name: state[name],
+    )
+
+
+def _run(
+    stages: Mapping[str, GradientTransformation],
+    updates: Tree,
+    state: State,
+    params: Tree,
+    context: Context,
+) -> tuple[Tree, dict[str, State]]:
+    states: dict[str, State] = {}
+    previous = (*context.previous, *[x for name, x in state.items() if name != CLOCK])
+    inside = changed(context, previous=previous)
+    for name, stage in stages.items():
+        found = stage.run(updates, state[name], params, inside)
+        updates, states[name] = checked_pair(found, name)
+        upstream = (*context.upstream, *states.values())
+        # What somebody has looked at is what the first stage gets.
+        inside = Context(upstream, *inside[1:-1], False)
+    return updates, states
+
+
+def _with_clock(old: State, states: dict[str, State], donate: bool) -> State:
+    if CLOCK not in old:
+        return states
+    return {CLOCK: ClockState(advanced(old[CLOCK].steps, donate)), **states}
+
+
+def _named(stages: tuple[Any, ...]) -> dict[str, GradientTransformation]:
+    named: dict[str, GradientTransformation] = {}
+    given = {s[0] for s in stages if isinstance(s, tuple) and s and isinstance(s[0], str)}
+    for stage in stages:
+        if isinstance(stage, tuple) and len(stage) == 2 and isinstance(stage[0], str):
+            name, stage = stage[0], as_transformation(stage[1])
+            if name in named:
+                raise ValueError(f"two stages of the chain are named '{name}'.")
+            if name == CLOCK:
+                raise ValueError(f"'{CLOCK}' is the chain's own: give the stage another name.")
+        else:
+            stage = as_transformation(stage)
+            name = _unused(stage.name, named.keys() | given | {CLOCK})
+        named[name] = stage
+    return named
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    number = 2
+    candidate = name
+    while candidate in taken:
+        candidate, number = f"{name}_{number}", number + 1
+    return candidate
+
+
+def _other_chain(stages: set[str], found: set[str]) -> str:
+    missing, unknown = sorted(stages - found), sorted(found - stages)
+    return (
+        f"the state is not this chain's: it lacks {missing or 'nothing'} and has "
+        f"{unknown or 'nothing'} besides. Build the chain that made it, or call init; where stages "
+        "were inserted, pass tx.init(params) | state."
+    )

@@ -1,0 +1,220 @@
+"""A transformation on some leaves only, or different ones on different leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from funshampoo.core.clock import advanced, running, started
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import (
+    GradientTransformation,
+    State,
+    Tree,
+    add_in_place,
+    applied,
+    as_transformation,
+)
+from funshampoo.core.modes import begin_apart
+from funshampoo.core.tree import MaskedNode, flatten, labels_of
+from funshampoo.state.stages import MaskedState, PartitionState
+
+Mask: TypeAlias = Any  # a tree of bools, a prefix of one, or a function of the parameters
+Labels: TypeAlias = Any  # likewise with strings
+
+
+def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
+    """Apply `inner` to the leaves where the mask is True; pass the others through unchanged.
+
+    Args:
+        inner: any transformation. It sees a tree in which the other leaves are `MaskedNode()`.
+        mask: a tree of bools, a prefix of one, or a function that makes one of the parameters.
+
+    State: `MaskedState`.
+
+    Raises:
+        ValueError: the mask is not a prefix of the tree.
+
+    >>> import torch
+    >>> from funshampoo import scale
+    >>> tx = masked(scale(0.0), mask={"w": True, "b": False})
+    >>> params = {"w": torch.ones(1), "b": torch.ones(1)}
+    >>> tx.update(params, tx.init(params))[0]
+    {'w': tensor([0.]), 'b': tensor([1.])}
+    """
+    inner = as_transformation(inner)
+
+    def init(params: Tree, **context: Any) -> MaskedState:
+        return MaskedState(_part_state(inner, params, labels_of(mask, params, "mask"), context))
+
+    def update(
+        updates: Tree, state: MaskedState, params: Tree, context: Context
+    ) -> tuple[Tree, MaskedState]:
+        flags = labels_of(mask, updates if params is None else params, "mask")
+        out, new = _step_part(inner, updates, state.inner, params, flags, context)
+        return out, MaskedState(new)
+
+    def apply(updates: Tree, state: MaskedState, params: Tree, context: Context) -> MaskedState:
+        flags = labels_of(mask, params, "mask")
+        new = _apply_part(inner, updates, state.inner, params, flags, context)
+        rest = [not flag for flag in flags]  # which pass through
+        add_in_place(_hide(params, rest), _hide(updates, rest))
+        return MaskedState(new)
+
+    return GradientTransformation(init, update, apply=apply, parts={"inner": inner})
+
+
+def partition(
+    transformations: Mapping[str, GradientTransformation], labels: Labels
+) -> GradientTransformation:
+    """Different transformations for different leaves.
+
+    Args:
+        transformations: {label: transformation}.
+        labels: a tree of labels, a prefix of one, or a function that makes one of the parameters.
+
+    State: `PartitionState`, {label: state}.
+
+    Raises:
+        ValueError: a label without a transformation; labels that are not a prefix of the tree.
+
+    >>> import torch
+    >>> from funshampoo import scale
+    >>> tx = partition({"on": scale(2.0), "off": scale(0.0)}, {"w": "on", "b": "off"})
+    >>> params = {"w": torch.ones(1), "b": torch.ones(1)}
+    >>> tx.update(params, tx.init(params))[0]
+    {'w': tensor([2.]), 'b': tensor([0.])}
+    """
+    parts = {label: as_transformation(part) for label, part in transformations.items()}
+    counts = any([part.counts for part in parts.values()])
+
+    def flags_of(tree: Tree) -> dict[str, list[bool]]:
+        given = labels_of(labels, tree, "labels")
+        unknown = sorted({str(label) for label in given if label not in parts})
+        if unknown:
+            raise ValueError(
+                f"labels contain '{unknown[0]}', for which there is no transformation; known: "
+                f"{', '.join(map(str, parts))}."
+            )
+        return {label: [g == label for g in given] for label in parts}
+
+    def init(params: Tree, *, clock: bool = False, **context: Any) -> PartitionState:
+        context["clock"] = clock or counts
+        states = {
+            label: _part_state(parts[label], params, flags, context)
+            for label, flags in flags_of(params).items()
+        }
+        return PartitionState(states, started(counts, clock))
+
+    def update(
+        updates: Tree, state: PartitionState, params: Tree, context: Context
+    ) -> tuple[Tree, PartitionState]:
+        inside = running(state.steps, context)
+        states = {}
+        for label, flags in flags_of(updates if params is None else params).items():
+            updates, states[label] = _step_part(
+                parts[label], updates, state.inner[label], params, flags, inside
+            )
+        return updates, PartitionState(states, advanced(state.steps, context.donate))
+
+    def apply(
+        updates: Tree, state: PartitionState, params: Tree, context: Context
+    ) -> PartitionState:
+        if not begin_apart(flatten(params)[0]):  # or a part would read what another has written
+            updates, state = update(updates, state, params, context)
+            add_in_place(params, updates)
+            return state
+        inside = running(state.steps, context)
+        states = {
+            label: _apply_part(parts[label], updates, state.inner[label], params, flags, inside)
+            for label, flags in flags_of(params).items()
+        }
+        return PartitionState(states, advanced(state.steps, context.donate))
+
+    return GradientTransformation(
+        init,
+        update,
+        apply=apply,
+        parts=parts,
+        state_of=lambda state, label: state.inner[label],
+    )
+
+
+def _part_state(
+    tx: GradientTransformation, params: Tree, flags: list[bool], context: Mapping[str, Any]
+) -> State:
+    upstream = context.get("upstream", ())
+    hidden = {"upstream": _hidden_states(upstream, flatten(params)[1], flags)} if upstream else {}
+    return tx.init(_hide(params, flags), **{**context, **hidden})
+
+
+def _step_part(
+    tx: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    flags: list[bool],
+    context: Context,
+) -> tuple[Tree, State]:
+    """Step the leaves with a flag; the others pass through."""
+    inside = _hidden_context(context, flatten(updates)[1], flags)
+    visible = None if params is None else _hide(params, flags)
+    out, new = tx.run(_hide(updates, flags), state, visible, inside)
+    return _fill(out, updates, flags), new
+
+
+def _apply_part(
+    tx: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    flags: list[bool],
+    context: Context,
+) -> State:
+    """Step the leaves with a flag in place; the others stay as they are."""
+    inside = _hidden_context(context, flatten(updates)[1], flags)
+    return applied(tx, _hide(updates, flags), state, _hide(params, flags), inside)
+
+
+def _hide(tree: Tree, flags: list[bool]) -> Tree:
+    leaves, spec = flatten(tree)
+    return spec.unflatten([x if flag else MaskedNode() for x, flag in zip(leaves, flags)])
+
+
+def _hidden_context(context: Context, spec: Any, flags: list[bool]) -> Context:
+    """What of the context is over the leaves, with the same holes as the updates."""
+
+    def hidden(tree: Tree) -> Tree:
+        return None if tree is None else _hide(tree, flags)
+
+    return changed(
+        context,
+        gradient=hidden(context.gradient),
+        alive=hidden(context.alive),
+        upstream=_hidden_states(context.upstream, spec, flags),
+        previous=_hidden_states(context.previous, spec, flags),
+    )
+
+
+def _hidden_states(states: tuple[State, ...], spec: Any, flags: list[bool]) -> tuple[State, ...]:
+    return tuple([_hide_below(state, spec, flags) for state in states])
+
+
+def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
+    """A state of an earlier stage, with every tree over the parameters in it hidden likewise."""
+    try:
+        parts = spec.flatten_up_to(node)
+    except ValueError:
+        if isinstance(node, dict):
+            return {key: _hide_below(child, spec, flags) for key, child in node.items()}
+        if isinstance(node, tuple):
+            children = [_hide_below(child, spec, flags) for child in node]
+            return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+        return node
+    return spec.unflatten([p if flag else MaskedNode() for p, flag in zip(parts, flags)])
+
+
+def _fill(tree: Tree, original: Tree, flags: list[bool]) -> Tree:
+    leaves, spec = flatten(original)
+    visible = spec.flatten_up_to(tree)
+    return spec.unflatten([v if flag else x for v, x, flag in zip(visible, leaves, flags)])

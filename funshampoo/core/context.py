@@ -1,0 +1,100 @@
+"""What a stage may know of a step beside its updates, its state and the parameters."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+NOTHING: Mapping[str, Any] = {}  # to be read alone
+
+
+class Context(NamedTuple):
+    """What a chain hands down to its stages. A function gets the names that it declares.
+
+    Attributes:
+        upstream: the new states of the stages before this one, outermost first.
+        previous: the old states of the stages of the chain, and of those around it, outermost
+            first: what an earlier stage may read of a later one. With `donate` a stage that comes
+            before has written to its own already.
+        gradient: what entered the innermost scope, such as `blocked`; None outside of one.
+        donate: the state passed in is consumed and its memory may be reused, also what it shares
+            with the states before it.
+        block_ndim: how many leading axes of every leaf count blocks: 1 in `blocked`, else 0.
+        step: the number of this step, from 1; None where it can't be known on the host.
+        refresh: True or False: the caller decides whether what is kept is computed anew.
+        clock: steps so far, () int64 on the CPU; None where nobody counts.
+        rows: in block space {stack: a number for every row, counted through all stacks}, whatever
+            rows are here.
+        alive: a tree like the updates of (N,) bool, () outside block space: False where a gradient
+            was not finite, stands there as zeros, and is to change nothing. None: all are True.
+        hyper: {name: number or tensor}: the values of live numbers, see `core.live`.
+        extra: what the caller passed under names of its own.
+        usable: somebody has looked at what enters here, and all of it is finite. Neither callers
+            nor functions know this name.
+    """
+
+    upstream: tuple[Any, ...] = ()
+    previous: tuple[Any, ...] = ()
+    gradient: Any = None
+    donate: bool = False
+    block_ndim: int = 0
+    step: int | None = None
+    refresh: bool | None = None
+    clock: Tensor | None = None
+    rows: Mapping[str, Sequence[int]] | None = None
+    alive: Any = None
+    hyper: Mapping[str, Any] = NOTHING
+    extra: Mapping[str, Any] = NOTHING
+    usable: bool = False
+
+
+EMPTY = Context()
+PLACES = {n: i for i, n in enumerate(Context._fields) if n not in ("extra", "usable")}
+
+
+def changed(context: Context, **changes: Any) -> Context:
+    """`context._replace(...)`, which torch.compile can't trace before torch 2.9."""
+    return Context(*[changes.get(f, x) for f, x in zip(Context._fields, context)])
+
+
+def context_of(names: Mapping[str, Any], accepted: Collection[str] | None) -> Context:
+    """The context of these keywords.
+
+    Args:
+        names: of the fields of `Context`, and the caller's own.
+        accepted: the caller's own names that some stage declares; None: one takes any keyword.
+
+    Raises:
+        TypeError: nobody knows a name, or it is nearly one of the context's.
+
+    >>> context_of({"step": 3}, set()).step
+    3
+    """
+    if not names:
+        return EMPTY
+    own = {name: value for name, value in names.items() if name not in PLACES}
+    for name in own:
+        if accepted is None or name not in accepted:
+            _check_known(name, accepted)
+    return Context(**{name: value for name, value in names.items() if name in PLACES}, extra=own)
+
+
+def as_keywords(context: Context) -> dict[str, Any]:
+    """The names that are set, for a function that takes any keyword."""
+    given = {name: context[i] for name, i in PLACES.items() if context[i] is not EMPTY[i]}
+    return given | dict(context.extra)
+
+
+def _check_known(name: str, accepted: Collection[str] | None) -> None:
+    known = [*PLACES, *(accepted or ())]
+    likely = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if accepted is None else 0.6)
+    if accepted is None and not likely:
+        return
+    raise TypeError(
+        f"no stage here knows '{name}'"
+        + (f"; did you mean '{likely[0]}'?" if likely else ".")
+        + " A stage that wants a value of the caller's declares its name as a keyword of update."
+    )

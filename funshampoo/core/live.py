@@ -1,0 +1,93 @@
+"""Live numbers: hyperparameters that are looked up on every step.
+
+A recipe that is called with a `Live` in a number's place builds a chain once and for all; what the
+number is comes with every step, as `hyper` in the context. So an edit builds nothing anew. Stages
+read their numbers by `number`, which takes ordinary ones too.
+
+What a number switches on or off (momentum = 0: no stage) is decided when the chain is built, by the
+value that the number has then: `is_exactly`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Numbers: TypeAlias = Mapping[str, Any]  # {name: number or tensor}
+NO_NUMBERS: Numbers = {}
+
+
+class Live:
+    """A number with a name.
+
+    Args:
+        name: of the entry in `Context.hyper`.
+        initial: its value when the chain is built; one that is a tensor switches nothing.
+        function: what is used in place of the value itself.
+
+    Attributes:
+        checks: functions that raise for a value out of range, noted by the stages.
+    """
+
+    def __init__(
+        self, name: str, initial: Any, function: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.name, self.initial, self.function = name, initial, function
+        self.checks: list[Callable[[Any], None]] = []
+
+    def mapped(self, function: Callable[[Any], Any]) -> Live:
+        """The number that is this function of this one."""
+        return Live(self.name, self.initial, function)
+
+    def of(self, hyper: Numbers) -> Any:
+        """What it is now."""
+        value = hyper.get(self.name, self.initial)
+        return value if self.function is None else self.function(value)
+
+
+def number(value: Any, hyper: Numbers) -> Any:
+    """A hyperparameter as it is on this step: a number or a tensor.
+
+    >>> number(0.5, {}), number(Live("lr", 0.1), {"lr": 0.2}), number(Live("lr", 0.1), {})
+    (0.5, 0.2, 0.1)
+    """
+    return value.of(hyper) if isinstance(value, Live) else value
+
+
+def resolved(holder: Any, hyper: Numbers) -> Any:
+    """A dataclass, such as a solver, with its live numbers as they are on this step."""
+    if not dataclasses.is_dataclass(holder) or isinstance(holder, type):
+        return holder
+    fields = {f.name: getattr(holder, f.name) for f in dataclasses.fields(holder)}
+    live = {name: x.of(hyper) for name, x in fields.items() if isinstance(x, Live)}
+    return dataclasses.replace(holder, **live) if live else holder
+
+
+def is_exactly(value: Any, what: float) -> bool:
+    """Whether a hyperparameter is this number, when the chain is built; a tensor never is.
+
+    >>> is_exactly(0, 0.0), is_exactly(Live("momentum", 0.0), 0.0)
+    (True, True)
+    """
+    value = value.initial if isinstance(value, Live) else value
+    return isinstance(value, (int, float)) and value == what
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a hyperparameter is a tensor, when the chain is built."""
+    return isinstance(value.initial if isinstance(value, Live) else value, Tensor)
+
+
+def takes_live(recipe: Any) -> bool:
+    """Whether a function may be called with a `Live` in a number's place.
+
+    Those of funshampoo may, and one of a user's that says so by an attribute `takes_live`.
+    """
+    while isinstance(recipe, functools.partial):
+        recipe = recipe.func
+    ours = str(getattr(recipe, "__module__", "")).split(".")[0] == __name__.split(".")[0]
+    return ours or bool(getattr(recipe, "takes_live", False))
