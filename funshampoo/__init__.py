@@ -17,6 +17,7 @@ from funshampoo.combinators.compilation import compiled
 from funshampoo.combinators.guard import FailureLimitError, guarded
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import masked, partition
+from funshampoo.combinators.wrapping import every_k, wrapping
 from funshampoo.core.clock import refresh_due
 from funshampoo.core.contract import (
     EmptyState,
@@ -70,6 +71,7 @@ __all__ = [
     "clip_by_global_norm",
     "compiled",
     "ema",
+    "every_k",
     "from_reference",
     "global_norm",
     "graft",
@@ -100,4 +102,5 @@ __all__ = [
     "stateless",
     "trace",
     "update_in_place",
+    "wrapping",
 ]

@@ -1,6 +1,7 @@
 """Block space: parameters cut into stacks of equal blocks, and the step on them."""
 
+from funshampoo.blocks.assembled import to_parameters
 from funshampoo.blocks.blocking import blocked
 from funshampoo.blocks.layout import merged_shape
 
-__all__ = ["blocked", "merged_shape"]
+__all__ = ["blocked", "merged_shape", "to_parameters"]

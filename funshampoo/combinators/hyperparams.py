@@ -20,7 +20,7 @@ from funshampoo.core.contract import (
     applied,
     as_transformation,
 )
-from funshampoo.core.live import Live, takes_live
+from funshampoo.core.live import Live, is_live_argument, takes_live
 from funshampoo.core.tree import flatten
 from funshampoo.state.stages import HyperparamsState
 
@@ -87,7 +87,11 @@ def _injected(
     given: set[str],
     defaults: set[str],
 ) -> GradientTransformation:
+    live = takes_live(factory)
+
     def is_injected(name: str, value: Any) -> bool:
+        if live and not is_live_argument(factory, bound.signature.parameters[name]):
+            return False
         if name in given:
             return _is_number(bound, name, value)
         return name in defaults and isinstance(value, float) and abs(value) not in (0.0, 1.0)
@@ -97,7 +101,6 @@ def _injected(
 
     numbers = {name: v for name, v in bound.arguments.items() if is_injected(name, v)}
     schedules = {name: v for name, v in bound.arguments.items() if is_schedule(name, v)}
-    live = takes_live(factory)
 
     def build(hyperparams: Mapping[str, Any]) -> GradientTransformation:
         replaced = inspect.BoundArguments(bound.signature, OrderedDict(bound.arguments))

@@ -42,15 +42,20 @@ class _Signature(NamedTuple):
 def adapted_update(function: Callable[..., Any]) -> Adapted:
     """`function(updates, state, params=None, **context)`, which may leave out what it likes."""
     if isinstance(function, _WithoutState):
-        return _adapted(function.function, with_state=False)
+        return _adapted(function.function, 1)
     signature = _signature(function)
     if signature.positional == 4 and signature.names[3] == "context":
         return Adapted(function, False, False, True, frozenset())
-    return _adapted(function, with_state=True)
+    return _adapted(function, 2)
 
 
-def _adapted(function: Callable[..., Any], with_state: bool) -> Adapted:
-    required = 2 if with_state else 1
+def adapted_wrapping(function: Callable[..., Any]) -> Adapted:
+    """`function(run, updates, own, params=None, **context)`; `call` gets `run` at the end."""
+    return _adapted(function, 3)
+
+
+def _adapted(function: Callable[..., Any], required: int) -> Adapted:
+    """Of a function of (updates), (updates, state) or (run, updates, state), and what it likes."""
     positional, names, keywords, variadic, any_keyword = _signature(function)
     by_place = variadic or positional > required
     by_name = not by_place and ("params" in keywords or any_keyword)
@@ -58,23 +63,23 @@ def _adapted(function: Callable[..., Any], with_state: bool) -> Adapted:
     fields = [(name, PLACES[name]) for name in sorted(declared & _CONTEXT)]
     own = declared - _CONTEXT
 
-    def call(updates: Any, state: Any, params: Any, context: Context) -> Any:
+    def call(updates: Any, state: Any, params: Any, context: Context, run: Any = None) -> Any:
         given = as_keywords(context) if any_keyword else {n: context[i] for n, i in fields}
         if context.extra and not any_keyword:
             given |= {name: x for name, x in context.extra.items() if name in own}
         if by_name:
             given["params"] = params
-        arguments = (updates, state) if with_state else (updates,)
+        arguments = (run, updates, state)[3 - required :] if required > 1 else (updates,)
         if by_place:
             arguments += (params,)
         result = function(*arguments, **given)
-        return result if with_state else (result, state)
+        return result if required > 1 else (result, state)
 
     return Adapted(
         call,
         counts=not declared.isdisjoint(("step", "clock")),
         branches=not declared.isdisjoint(("step", "refresh")),
-        minds_alive=not with_state or "alive" in declared,
+        minds_alive=required == 1 or "alive" in declared,
         accepts=None if any_keyword else frozenset(own),
     )
 

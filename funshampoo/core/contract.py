@@ -11,7 +11,7 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -63,6 +63,11 @@ class GradientTransformation:
         state_of: (state, name) -> the part's state; by default its attribute of this name.
         counts: whether it wants the number of the step. By default where it declares `step` or
             `clock`, or a part counts.
+        minds_alive: whether it leaves out what is not `alive`. By default where it declares that
+            name, or takes the `Context`.
+        accepts: names of the caller's own that `update` knows; None: any. By default those that it
+            declares, besides the parts'.
+        spread: how the blocks of its step are spread over ranks, for `blocked`.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -91,6 +96,8 @@ class GradientTransformation:
         parts: Mapping[str, GradientTransformation] | None = None,
         state_of: Callable[[State, str], State] = getattr,
         counts: bool | None = None,
+        minds_alive: bool | None = None,
+        accepts: Collection[str] | None = (),
         spread: Any = None,
     ) -> None:
         self.name = name or name_of(update)
@@ -99,7 +106,8 @@ class GradientTransformation:
         self.spread = spread
         self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
-        self._given |= {"counts": counts, "spread": spread}
+        self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
+        self._given |= {"accepts": accepts}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
@@ -110,14 +118,12 @@ class GradientTransformation:
             counts = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counts
         self._knows_when = phase is not None or not adapted.branches
-        self.minds_alive: bool = adapted.minds_alive and all(
-            [part.minds_alive for part in children]
-        )
+        minds = adapted.minds_alive if minds_alive is None else minds_alive
+        self.minds_alive: bool = minds and all([part.minds_alive for part in children])
         self.checks: bool = check is not None or any([part.checks for part in children])
-        self.accepts = adapted.accepts
-        for part in children:
-            inside = part.accepts
-            self.accepts = None if inside is None or self.accepts is None else self.accepts | inside
+        self.accepts: frozenset[str] | None = _united(
+            adapted.accepts, accepts, *[part.accepts for part in children]
+        )
 
     def init(self, params: Tree, **context: Any) -> State:
         """The state for these parameters.
@@ -178,6 +184,11 @@ class GradientTransformation:
     def __repr__(self) -> str:
         inside = ", ".join(self.parts)
         return f"<{self.name}({inside})>"
+
+
+def _united(*names: Collection[str] | None) -> frozenset[str] | None:
+    known = [own for own in names if own is not None]
+    return frozenset().union(*known) if len(known) == len(names) else None
 
 
 def steps_of(state: State) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -39,10 +40,6 @@ class Live:
         self.name, self.initial, self.function = name, initial, function
         self.checks: list[Callable[[Any], None]] = []
 
-    def mapped(self, function: Callable[[Any], Any]) -> Live:
-        """The number that is this function of this one."""
-        return Live(self.name, self.initial, function)
-
     def of(self, hyper: Numbers) -> Any:
         """What it is now."""
         value = hyper.get(self.name, self.initial)
@@ -56,6 +53,13 @@ def number(value: Any, hyper: Numbers) -> Any:
     (0.5, 0.2, 0.1)
     """
     return value.of(hyper) if isinstance(value, Live) else value
+
+
+def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The hyperparameter that is this function of another one."""
+    if isinstance(value, Live):
+        return Live(value.name, value.initial, function)
+    return function(value)
 
 
 def resolved(holder: Any, hyper: Numbers) -> Any:
@@ -82,6 +86,11 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value.initial if isinstance(value, Live) else value, Tensor)
 
 
+def initial(value: Any) -> Any:
+    """A hyperparameter as it is when the chain is built."""
+    return value.initial if isinstance(value, Live) else value
+
+
 def takes_live(recipe: Any) -> bool:
     """Whether a function may be called with a `Live` in a number's place.
 
@@ -89,5 +98,19 @@ def takes_live(recipe: Any) -> bool:
     """
     while isinstance(recipe, functools.partial):
         recipe = recipe.func
-    ours = str(getattr(recipe, "__module__", "")).split(".")[0] == __name__.split(".")[0]
-    return ours or bool(getattr(recipe, "takes_live", False))
+    return _is_ours(recipe) or bool(getattr(recipe, "takes_live", False))
+
+
+def is_live_argument(recipe: Any, parameter: inspect.Parameter) -> bool:
+    """Whether an argument of such a function is a number that may be live: `Hyper`, by its type.
+
+    In a function of a user's, `float` too.
+    """
+    while isinstance(recipe, functools.partial):
+        recipe = recipe.func
+    words = ("Hyper",) if _is_ours(recipe) else ("Hyper", "float")
+    return any(word in str(parameter.annotation) for word in words)
+
+
+def _is_ours(recipe: Any) -> bool:
+    return str(getattr(recipe, "__module__", "")).split(".")[0] == __name__.split(".")[0]

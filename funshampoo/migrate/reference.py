@@ -12,6 +12,7 @@ from torch import Tensor
 from funshampoo.blocks.layout import Merge
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.core.live import initial, is_exactly
 from funshampoo.linalg import (
     Solver,
     coupled_higher_order,
@@ -50,10 +51,10 @@ _WITHOUT_EFFECT = (
 def from_reference(
     *,
     lr: Hyper | Schedule = 1e-2,
-    betas: tuple[float, float] = (0.9, 1.0),
+    betas: tuple[Hyper, Hyper] = (0.9, 1.0),
     beta3: float = -1.0,
-    epsilon: float = 1e-12,
-    weight_decay: float = 0.0,
+    epsilon: Hyper = 1e-12,
+    weight_decay: Hyper = 0.0,
     weight_decay_type: str = "DECOUPLED",
     max_preconditioner_dim: int | float | str = 1024,
     precondition_frequency: int = 1,
@@ -141,7 +142,7 @@ def from_reference(
         lr,
         beta1=beta1,
         beta2=beta2,
-        beta3=None if beta3 == -1.0 or beta1 == 0 else beta3,
+        beta3=None if beta3 == -1.0 or is_exactly(beta1, 0) else beta3,
         epsilon=epsilon,
         every=precondition_frequency,
         start=start,
@@ -157,8 +158,10 @@ def from_reference(
         weighted=not config.take("drop_weighting_factor_on_gsquare", False),
         exponents=config.take("inverse_exponent_override", None),
         trace_scaling=exponent if scaled else None,
-        solver=_solver(amortized, epsilon, floor),
-        initial_eigenvalue=_initial_eigenvalue(amortized, epsilon) if stored_spectrum else 1.0,
+        solver=_solver(amortized, initial(epsilon), floor),
+        initial_eigenvalue=_initial_eigenvalue(amortized, initial(epsilon))
+        if stored_spectrum
+        else 1.0,
         own_steps=not group_steps,
         **averaging,
     )
@@ -350,7 +353,8 @@ def _eigen(fields: _Fields, epsilon: float, floor: bool) -> Solver:
 def _peak(lr: Hyper | Schedule) -> Hyper:
     """The constructor's lr: lr itself, or the largest value that a schedule has early on."""
     if not callable(lr):
-        return lr
+        constant: Hyper = initial(lr)  # whatever lr is later
+        return constant
     return max(_values(lr, 10_000))
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from funshampoo.combinators.compilation import compiled
-from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, update_in_place
+from funshampoo.core.live import Live
 from funshampoo.core.tree import problem_of_gradient
-from funshampoo.optim.vocabulary import Method, Vocabulary, same_arguments, structural, untouched
+from funshampoo.optim.vocabulary import Method, Vocabulary, untouched
 from funshampoo.state.checkpoint import (
     FORMAT,
     FORMAT_KEY,
@@ -21,7 +21,7 @@ from funshampoo.state.checkpoint import (
     named_tensors,
     state_dict,
 )
-from funshampoo.state.places import block_names, is_shared
+from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState, walk
 
 _MANY = 4  # graphs of one group, from which on an edit on every step is likely
@@ -39,14 +39,24 @@ class _Known(NamedTuple):
 
 
 class _Chain(NamedTuple):
-    """A chain and what it was built from; it is left out of copies, since it holds functions."""
+    """A chain and what it was built from; it is left out of copies, since it holds functions.
+
+    Attributes:
+        raw: what it read of the group.
+        structure: what of the arguments can change the structure of the state.
+        live: the numbers that it looks up on every step; see `core.live`.
+        hyper: their values.
+        inputs: what a graph reads them from, so that others make no new one; {} without a graph.
+    """
 
     words: Vocabulary
-    raw: list[Any]  # what it read of the group
+    raw: list[Any]
     arguments: dict[str, Any]
-    structure: Any  # what of the arguments can change the structure of the state
+    structure: Any
     transformation: GradientTransformation | None
-    rate: Tensor | None  # what a graph reads the learning rate from
+    live: dict[str, Live]
+    hyper: dict[str, Any]
+    inputs: dict[str, Tensor]
 
 
 class Ready(NamedTuple):
@@ -116,16 +126,19 @@ class GroupRun:
 
     def step(self, group: Mapping[str, Any]) -> None:
         """Read the gradients, and step, as prepared. What has no gradient is left alone."""
-        tx, rate = self._chain.transformation, self._chain.rate
-        assert tx is not None
-        if rate is not None:  # not in `prepare`: a step that fails must not have changed it
-            rate.fill_(self._chain.arguments[self._chain.words.rate])
+        chain = self._chain
+        assert chain.transformation is not None
+        if not self._known:
+            return
+        for name, x in chain.inputs.items():
+            x.fill_(chain.hyper[name])  # not in `prepare`: a step that fails must not change it
         ascends = group.get("maximize", False)
         gradients = {known.name: _gradient(known.parameter, ascends) for known in self._known}
-        if all(g is None for g in gradients.values()) and not is_shared(self._state):
-            return
         detached = {known.name: known.parameter.detach() for known in self._known}
-        self._state = update_in_place(tx, gradients, self._state, detached)
+        hyper = {**chain.hyper, **chain.inputs}
+        self._state = update_in_place(
+            chain.transformation, gradients, self._state, detached, hyper=hyper
+        )
 
     def current(self, group: dict[str, Any]) -> Any:
         """The state for the group as it is now.
@@ -230,33 +243,36 @@ class GroupRun:
         if untouched(raw, before.raw):
             return before
         arguments = words.arguments(group)
-        if same_arguments(arguments, before.arguments):
-            return before._replace(raw=raw, arguments=arguments)
-        if before.rate is not None and _differ_in_rate(arguments, before):
-            check_range("lr", arguments[words.rate], 0.0)
-            return before._replace(raw=raw, arguments=arguments)
-        return self._built(words, group)
+        if not words.same_chain(arguments, before.arguments, before.live):
+            return self._built(words, group)
+        hyper = words.hyper(arguments, before.live)
+        for name, live in before.live.items():
+            if hyper[name] is not before.hyper[name]:
+                for check in live.checks:
+                    check(hyper[name])
+        return before._replace(raw=raw, arguments=arguments, hyper=hyper)
 
     def _built(self, words: Vocabulary, group: Mapping[str, Any]) -> _Chain:
         arguments = words.arguments(group)
-        given, rate = arguments, None
+        live = words.live(arguments)
+        built = words.build(words.with_live(arguments, live))
+        hyper = words.hyper(arguments, live)
+        inputs: dict[str, Tensor] = {}
         if self._options is not None:
-            _check_compilable(words, arguments)
-            rate = _rate_as_tensor(words, arguments)
-            given = arguments if rate is None else arguments | {words.rate: rate}
+            _check_compilable(words, arguments, live)
+            inputs = {n: _input(x) for n, x in hyper.items() if not isinstance(x, Tensor)}
+            built = compiled(built, **self._options)
             self._graphs += 1
             if self._graphs == _MANY:
                 warnings.warn(
                     "compile: param_groups are edited again and again, and every edit is compiled "
-                    "anew, which takes seconds, but for that of lr where the recipe is one of "
-                    "funshampoo or lr a tensor. Keep the rest as it is (OneCycleLR: "
-                    "cycle_momentum=False), or leave out compile.",
+                    "anew, which takes seconds, but for that of a number that the recipe looks up "
+                    "on every step, as those of funshampoo do. Keep the rest as it is, or leave "
+                    "out compile.",
                     stacklevel=2,
                 )
-        built = words.build(given)
-        if self._options is not None:
-            built = compiled(built, **self._options)
-        return _Chain(words, words.raw(group), arguments, structural(arguments), built, rate)
+        structure = words.structure(arguments, live)
+        return _Chain(words, words.raw(group), arguments, structure, built, live, hyper, inputs)
 
     def _trainable(self, group: Mapping[str, Any], others: Collection[int]) -> list[_Known]:
         """The parameters that require gradients, and those with these identities, each once."""
@@ -268,38 +284,26 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is made anew."""
-        chain = self._chain._replace(transformation=None, raw=[], rate=None)
+        chain = self._chain._replace(transformation=None, raw=[], live={}, inputs={})
         return {**self.__dict__, "_chain": chain, "_looked_at": ()}
 
 
-def _check_compilable(words: Vocabulary, arguments: Mapping[str, Any]) -> None:
+def _check_compilable(
+    words: Vocabulary, arguments: Mapping[str, Any], live: Mapping[str, Live]
+) -> None:
     for other in ("distribute", "stagger"):
         if arguments.get(other):
             raise ValueError(f"compile and {other} do not go together: leave out one of them.")
     for name, value in arguments.items():
-        if isinstance(value, Tensor) and name != words.rate:
+        if isinstance(value, Tensor) and name not in live:
             raise ValueError(
                 f"{name} is a tensor, which may have been written to, so that every step would be "
                 "compiled anew: give a number, or leave out compile."
             )
 
 
-def _rate_as_tensor(words: Vocabulary, arguments: Mapping[str, Any]) -> Tensor | None:
-    """What the graph reads the learning rate from; None: the rate is a number in its code."""
-    rate = arguments.get(words.rate)
-    if isinstance(rate, (int, float)) and words.reads_tensors:
-        check_range("lr", rate, 0.0)
-        return torch.tensor(float(rate), dtype=torch.float64, device="cpu")
-    return rate if isinstance(rate, Tensor) else None
-
-
-def _differ_in_rate(arguments: dict[str, Any], before: _Chain) -> bool:
-    """Whether the graph can go on, since only the rate differs, and it reads that from a tensor."""
-    name = before.words.rate
-    rate, old = arguments.get(name), before.arguments[name]
-    if not (rate is old or (isinstance(rate, (int, float)) and not isinstance(old, Tensor))):
-        return False
-    return same_arguments(arguments | {name: 0}, before.arguments | {name: 0})
+def _input(value: float) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 def _look(group: Mapping[str, Any]) -> tuple[Any, ...]:

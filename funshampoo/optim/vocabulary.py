@@ -12,8 +12,7 @@ from torch import Tensor
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
-from funshampoo.migrate.reference import from_reference
-from funshampoo.recipes import adamw, sgd, shampoo
+from funshampoo.core.live import Live, is_live_argument, takes_live
 from funshampoo.transforms import scale_by_learning_rate
 
 Method = Any  # a recipe, or a transformation
@@ -74,12 +73,66 @@ class Vocabulary:
         """What the learning rate is called among the arguments."""
         return "learning_rate" if "learning_rate" in self._arguments else "lr"
 
-    @property
-    def reads_tensors(self) -> bool:
-        """Whether a rate that is a tensor is read anew on every step: our stages do that."""
-        recipe = getattr(self.method, "func", self.method)
-        ours = any(recipe is one for one in (adamw, from_reference, sgd, shampoo))
-        return ours or not self.takes_rate
+    def live(self, arguments: Mapping[str, Any]) -> dict[str, Live]:
+        """{argument: the number that the chain looks up}, for those that can be edited freely.
+
+        Of a pair, (beta1, beta2), there are two, "betas[0]" and "betas[1]".
+        """
+        found: dict[str, Live] = {}
+        for name, value in arguments.items():
+            if not self._may_be_live(name):
+                continue
+            if type(value) is tuple and all(map(_is_number, value)):
+                parts = {f"{name}[{i}]": Live(f"{name}[{i}]", x) for i, x in enumerate(value)}
+                found |= parts
+            elif _is_number(value):
+                found[name] = Live(name, value)
+        return found
+
+    def _may_be_live(self, name: str) -> bool:
+        if name == "lr" and not self.takes_rate:
+            return True  # the wrapper's own stage
+        if self.fixed or not takes_live(self.method):
+            return False
+        parameter = inspect.signature(self.method).parameters.get(name)
+        return parameter is not None and is_live_argument(self.method, parameter)
+
+    def with_live(self, arguments: Mapping[str, Any], live: Mapping[str, Live]) -> dict[str, Any]:
+        """The arguments with live numbers in their places."""
+
+        def replaced(name: str, value: Any) -> Any:
+            if type(value) is tuple and f"{name}[0]" in live:
+                return tuple([live[f"{name}[{i}]"] for i in range(len(value))])
+            return live.get(name, value)
+
+        return {name: replaced(name, value) for name, value in arguments.items()}
+
+    def hyper(self, arguments: Mapping[str, Any], live: Mapping[str, Live]) -> dict[str, Any]:
+        """The values of live numbers."""
+        return {name: _entry(arguments, name) for name in live}
+
+    def same_chain(
+        self, now: Mapping[str, Any], before: Mapping[str, Any], live: Mapping[str, Live]
+    ) -> bool:
+        """Whether a chain goes on with these arguments: live numbers may differ in their values."""
+        mine, others = _without(now, live), _without(before, live)
+        return same_arguments(mine, others) and all(
+            [self._kind(name, now) == self._kind(name, before) for name in live]
+        )
+
+    def structure(self, arguments: Mapping[str, Any], live: Mapping[str, Live]) -> Any:
+        """What of the arguments can change the structure of the state."""
+        kinds = {name: self._kind(name, arguments) for name in live}
+        return structural(_without(arguments, live)), kinds
+
+    def _kind(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """What a number switches on or off."""
+        value = _entry(arguments, name)
+        if not _is_number(value):
+            return "no number"
+        if name == self.rate:
+            return "a number"
+        return structural({name: value if isinstance(value, Tensor) else float(value)})
 
     def _named(self) -> dict[str, Any]:
         """{torch's name: default, or inspect.Parameter.empty}."""
@@ -188,6 +241,24 @@ def same_arguments(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
         return x is y or (type(x) is type(y) and bool(x == y))
 
     return same(dict(a), dict(b))
+
+
+def _entry(arguments: Mapping[str, Any], name: str) -> Any:
+    """The value of "beta2", or of "betas[1]"; None where there is none any more."""
+    whole, _, index = name.removesuffix("]").partition("[")
+    value = arguments.get(whole)
+    if not index:
+        return value
+    return value[int(index)] if type(value) is tuple and len(value) > int(index) else None
+
+
+def _without(arguments: Mapping[str, Any], live: Mapping[str, Live]) -> dict[str, Any]:
+    names = {name.partition("[")[0] for name in live}
+    return {name: value for name, value in arguments.items() if name not in names}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) or type(value) in (int, float)
 
 
 def untouched(now: list[Any], before: list[Any]) -> bool:

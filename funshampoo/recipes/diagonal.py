@@ -5,6 +5,7 @@ from __future__ import annotations
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.core.live import is_exactly, is_tensor
 from funshampoo.transforms import (
     add_decayed_weights,
     scale_by_adam,
@@ -80,7 +81,7 @@ def sgd(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.1900])}
     """
-    damped = isinstance(dampening, float | int) and dampening != 0
+    damped = not is_tensor(dampening) and not is_zero(dampening)
     if nesterov and (is_zero(momentum) or damped):
         raise ValueError("nesterov needs momentum above 0 and dampening 0.")
     stages = []
@@ -96,4 +97,4 @@ def sgd(
 
 def is_zero(value: Hyper) -> bool:
     """Whether a hyperparameter is the number 0; a tensor never is, whatever its value."""
-    return isinstance(value, float | int) and value == 0
+    return is_exactly(value, 0)

@@ -16,6 +16,7 @@ from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
+from funshampoo.core.live import mapped
 from funshampoo.linalg import Solver, eigh, pseudo_inverse
 from funshampoo.operators.exponents import Exponents
 from funshampoo.recipes.diagonal import is_zero
@@ -227,18 +228,22 @@ def shampoo(
     return chain(*decays, blocks) if coupled else chain(blocks)
 
 
+def _below_one(beta2: Hyper) -> Hyper:
+    if isinstance(beta2, Tensor):
+        return torch.where(beta2 == 1, 0.999, beta2)
+    return 0.999 if beta2 == 1 else beta2
+
+
 def _grafting_partner(
-    grafting: Any, own_beta2: Hyper | None, beta2: Hyper, epsilon: Hyper, own_steps: bool
+    grafting: Any, own_beta2: Any, beta2: Hyper, epsilon: Hyper, own_steps: bool
 ) -> GradientTransformation | None:
     if grafting is None:
         return None
     if not isinstance(grafting, str):
         return as_transformation(grafting)
     check_choice("grafting", grafting, ("adam", "rms", "adagrad", "sgd"))
-    if own_beta2 is None and isinstance(beta2, Tensor):
-        own_beta2 = torch.where(beta2 == 1, 0.999, beta2)
-    elif own_beta2 is None:
-        own_beta2 = 0.999 if beta2 == 1 else beta2
+    if own_beta2 is None:
+        own_beta2 = mapped(beta2, _below_one)
     if grafting == "adam":
         return scale_by_adam(0.0, own_beta2, epsilon, own_steps=own_steps)
     if grafting == "rms":

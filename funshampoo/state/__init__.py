@@ -11,6 +11,7 @@ from funshampoo.state.stages import (
     BlockedState,
     ClockState,
     EmaState,
+    EveryKState,
     FactorRoot,
     GraftState,
     GuardedState,
@@ -25,6 +26,7 @@ from funshampoo.state.stages import (
     ScheduleState,
     ShardedState,
     TraceState,
+    WrappedState,
     find_state,
 )
 
@@ -34,6 +36,7 @@ __all__ = [
     "BlockedState",
     "ClockState",
     "EmaState",
+    "EveryKState",
     "FactorRoot",
     "GraftState",
     "GuardedState",
@@ -51,6 +54,7 @@ __all__ = [
     "ScheduleState",
     "ShardedState",
     "TraceState",
+    "WrappedState",
     "find_state",
     "health",
     "load_state_dict",

@@ -186,6 +186,21 @@ class MaskedState(NamedTuple):
     inner: Any
 
 
+class WrappedState(NamedTuple):
+    """Of a combinator made by `wrapping`: its own state, and that of what it wraps."""
+
+    own: Any
+    inner: Any
+    steps: Counter = ()
+
+
+class EveryKState(NamedTuple):
+    """Of `every_k`: the state of what runs on every k-th step."""
+
+    inner: Any
+    steps: Counter = ()
+
+
 class PartitionState(NamedTuple):
     """Of `partition`: {label: state}."""
 

@@ -1,0 +1,159 @@
+"""Combinators of one's own, and one that runs now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from funshampoo.core.adapting import adapted_init, adapted_wrapping, name_of
+from funshampoo.core.checks import check_count
+from funshampoo.core.clock import advanced, count_of, running, started
+from funshampoo.core.context import PLACES, Context, changed
+from funshampoo.core.contract import (
+    GradientTransformation,
+    Phase,
+    Tree,
+    as_transformation,
+    checked_pair,
+)
+from funshampoo.state.stages import EveryKState, WrappedState
+
+
+def wrapping(
+    inner: GradientTransformation,
+    update: Callable[..., tuple[Tree, Any]],
+    init: Callable[..., Any] | None = None,
+    name: str = "",
+) -> GradientTransformation:
+    """A combinator from a function that runs `inner` when it likes, with what it likes.
+
+    Args:
+        inner: any transformation.
+        update: `update(run, updates, own, params=None, **context) -> (updates, own)`. `run(updates,
+            **changes)` steps `inner` and returns its updates; `changes` are `params` and names of
+            the context that `inner` is to see instead. It may be called once, more often or never,
+            if what decides that is a Python value, and then give a `phase` by hand.
+        init: `init(params, **context) -> own`; by default there is no state of its own.
+        name: by default that of the function that `update` was defined in.
+
+    State: `WrappedState`.
+
+    Raises:
+        TypeError: from update, `run` was given an unknown name, or no pair came back.
+
+    >>> import torch
+    >>> from funshampoo import scale_by_adam
+    >>> from funshampoo.core.tree import map_leaves
+    >>> def cautious(inner):
+    ...     def update(run, updates, own):  # no step against the gradient's sign
+    ...         return map_leaves(lambda u, g: u * (u * g > 0), run(updates), updates), own
+    ...     return wrapping(inner, update)
+    >>> tx = cautious(scale_by_adam())
+    >>> tx.update({"w": torch.tensor([5.0, -1.0])}, tx.init({"w": torch.zeros(2)}))[0]
+    {'w': tensor([ 1., -1.])}
+    """
+    inner = as_transformation(inner)
+    name = name or name_of(update)
+    first, step = adapted_init(init or (lambda params: ())), adapted_wrapping(update)
+    counts = step.counts or inner.counts
+
+    def init_both(params: Tree, *, clock: bool = False, **context: Any) -> WrappedState:
+        context["clock"] = clock or counts
+        own = first(params, context)
+        return WrappedState(own, inner.init(params, **context), started(counts, clock))
+
+    def update_both(
+        updates: Tree, state: WrappedState, params: Tree, context: Context
+    ) -> tuple[Tree, WrappedState]:
+        inside = changed(running(state.steps, context), usable=False)
+        stepped = state.inner
+
+        def run(updates: Tree, params: Tree = params, **changes: Any) -> Tree:
+            nonlocal stepped
+            unknown = sorted(changes.keys() - PLACES.keys())
+            if unknown:
+                raise TypeError(f"{name}: run knows no '{unknown[0]}'; known: {', '.join(PLACES)}.")
+            found = inner.run(updates, stepped, params, changed(inside, **changes))
+            out, stepped = checked_pair(found, inner.name)
+            return out
+
+        out, own = checked_pair(step.call(updates, state.own, params, inside, run), name)
+        return out, WrappedState(own, stepped, advanced(state.steps, context.donate))
+
+    return GradientTransformation(
+        init_both,
+        update_both,
+        name,
+        parts={"inner": inner},
+        counts=counts,
+        minds_alive=step.minds_alive or init is None,
+        accepts=step.accepts,
+    )
+
+
+def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
+    """Run `inner` on the steps k, 2k, 3k, ...; on the others the updates pass through unchanged.
+
+    `inner` counts its own steps: its first one is step k of this one. Its state stays as it is in
+    between.
+
+    Args:
+        inner: any transformation.
+        k: 1 or more.
+
+    Context: `step=` decides in torch.compile, where the counter can't be read.
+
+    State: `EveryKState`.
+
+    Raises:
+        ValueError, TypeError: k is no int of at least 1.
+        RuntimeError: inside torch.compile without `step=`.
+
+    >>> import torch
+    >>> from funshampoo import scale
+    >>> tx = every_k(scale(10.0), 2)
+    >>> state = tx.init({"w": torch.zeros(1)})
+    >>> for _ in range(3):
+    ...     u, state = tx.update({"w": torch.ones(1)}, state)
+    ...     print(u["w"])
+    tensor([1.])
+    tensor([10.])
+    tensor([1.])
+    """
+    inner = as_transformation(inner)
+    check_count("k", k)
+
+    def init(params: Tree, *, clock: bool = False, **context: Any) -> EveryKState:
+        return EveryKState(inner.init(params, clock=True, **context), started(True, clock))
+
+    def own_clock(state: EveryKState, context: Context) -> Context:
+        """The context with the steps of `inner`."""
+        here = running(state.steps, context)
+        step = None if here.step is None else here.step // k
+        return changed(here, step=step, clock=count_of(state.steps, context) // k)
+
+    def update(
+        updates: Tree, state: EveryKState, params: Tree, context: Context
+    ) -> tuple[Tree, EveryKState]:
+        t = running(state.steps, context).step
+        if t is None:
+            raise RuntimeError(
+                "every_k can't read the step counter inside torch.compile: pass step= (from 1)."
+            )
+        inside, new = own_clock(state, context), state.inner
+        if t % k == 0:
+            found = inner.run(updates, state.inner, params, inside)
+            updates, new = checked_pair(found, inner.name)
+        return updates, EveryKState(new, advanced(state.steps, context.donate))
+
+    def check(state: EveryKState, context: Context) -> None:
+        t = running(state.steps, context).step
+        if inner.checks and t is not None and t % k == 0:
+            inner.check(state.inner, own_clock(state, context))
+
+    def phase(step: int) -> Phase:
+        return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()
+
+    return GradientTransformation(
+        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True
+    )
