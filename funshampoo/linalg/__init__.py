@@ -7,10 +7,11 @@ from funshampoo.linalg.coupled_newton import coupled_newton
 from funshampoo.linalg.eigh import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
 from funshampoo.linalg.pseudo_inverse import pseudo_inverse
-from funshampoo.linalg.solver import InverseRoot, Solver
+from funshampoo.linalg.solver import InverseRoot, RootSolver, Solver
 
 __all__ = [
     "InverseRoot",
+    "RootSolver",
     "Solver",
     "coupled_higher_order",
     "coupled_newton",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
 from funshampoo.linalg.adaptive import spectrum_near
-from funshampoo.linalg.solver import InverseRoot, check_exponent, check_matrix
+from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
 from funshampoo.linalg.spectral import Spectrum, decompose
 
 
-class EigenSolver(ABC):
-    """A `Solver` whose one expensive part is the eigendecomposition, or what takes its place.
+class EigenSolver(RootSolver):
+    """A `RootSolver` whose one expensive part is an eigendecomposition, or what takes its place."""
 
-    Subclasses are frozen dataclasses without an equality of their own. Two solvers are equal where
-    their numbers are; a tensor equals itself alone.
-    """
+    threaded: ClassVar[bool] = True
 
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         """A^(-1/p), with a new eigendecomposition."""
@@ -49,19 +48,10 @@ class EigenSolver(ABC):
     ) -> InverseRoot:
         """A^(-1/p) by a spectrum of A, exact or approximate, in any order."""
 
-    def check_epsilon(self, epsilon: float | Tensor) -> None:  # noqa: B027 (most take any)
+    def check_epsilon(self, epsilon: float | Tensor) -> None:
         """Raise for an epsilon that this solver can't take."""
 
     def _check(self, A: Tensor, p: float, epsilon: float | Tensor) -> None:
         check_matrix(A)
         check_exponent(p)
         self.check_epsilon(epsilon)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return False
-        pairs = zip(vars(self).values(), vars(other).values())
-        return all([a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs])
-
-    def __hash__(self) -> int:
-        return hash((type(self), *vars(self).values()))
