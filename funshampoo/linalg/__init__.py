@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from funshampoo.linalg.by_device import by_device
 from funshampoo.linalg.coupled_higher_order import coupled_higher_order
 from funshampoo.linalg.coupled_newton import coupled_newton
 from funshampoo.linalg.eigh import eigh
@@ -13,6 +14,7 @@ __all__ = [
     "InverseRoot",
     "RootSolver",
     "Solver",
+    "by_device",
     "coupled_higher_order",
     "coupled_newton",
     "eigh",

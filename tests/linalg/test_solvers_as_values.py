@@ -15,6 +15,7 @@ from funshampoo.linalg import (
     InverseRoot,
     RootSolver,
     Solver,
+    by_device,
     coupled_higher_order,
     coupled_newton,
     eigh,
@@ -25,6 +26,7 @@ from funshampoo.linalg import (
 from .spectra import log_spaced, orthogonal, with_spectrum
 
 MAKERS: dict[str, Callable[..., Solver]] = {
+    "by_device": by_device,
     "eigh": eigh,
     "pseudo_inverse": pseudo_inverse,
     "coupled_newton": coupled_newton,
@@ -32,6 +34,7 @@ MAKERS: dict[str, Callable[..., Solver]] = {
     "newton_schulz": newton_schulz,
 }
 ANOTHER: dict[str, dict[str, float]] = {
+    "by_device": {"relative_epsilon": 1e-3},
     "eigh": {"relative_epsilon": 1e-3},
     "pseudo_inverse": {"rtol": 1e-3},
     "coupled_newton": {"retries": 1},
@@ -60,7 +63,7 @@ def test_solvers_are_equal_where_their_numbers_are(name: str) -> None:
     assert all(make() != other() for other in MAKERS.values() if other is not make)
 
 
-@pytest.mark.parametrize("make", [eigh, coupled_newton, newton_schulz])
+@pytest.mark.parametrize("make", [by_device, eigh, coupled_newton, newton_schulz])
 def test_a_tensor_equals_itself_alone(make: Callable[..., Solver]) -> None:
     epsilon = torch.tensor([0.1, 0.2])
     assert make(relative_epsilon=epsilon) == make(relative_epsilon=epsilon)
@@ -78,7 +81,7 @@ def test_solvers_are_frozen(name: str) -> None:
 
 def test_threads_are_for_eigendecompositions() -> None:
     threaded = {name for name, make in MAKERS.items() if make().threaded}  # type: ignore[attr-defined]
-    assert threaded == {"eigh", "pseudo_inverse"}
+    assert threaded == {"by_device", "eigh", "pseudo_inverse"}
     assert all(isinstance(make(), RootSolver) for make in MAKERS.values())
 
 
