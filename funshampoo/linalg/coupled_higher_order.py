@@ -8,6 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from funshampoo.core.modes import full_precision
 from funshampoo.linalg.coupled_newton import iterate
 from funshampoo.linalg.normalized import certify, normalize
 from funshampoo.linalg.products import matrix_power
@@ -76,7 +77,10 @@ class _CoupledHigherOrder(RootSolver):
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         check_matrix(A)
         check_exponent(p)
-        root = Fraction(p).limit_denominator(100)
+        with full_precision():
+            return self._solve(A, Fraction(p).limit_denominator(100))
+
+    def _solve(self, A: Tensor, root: Fraction) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         largest_row_sum = A.abs().sum(-1).amax(-1)
         ridge = torch.clamp(self.relative_epsilon * largest_row_sum, min=self.absolute_epsilon)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import all_true
+from funshampoo.core.modes import all_true, full_precision
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import Normalized, certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
@@ -93,7 +93,10 @@ class _CoupledNewton(RootSolver):
 
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         check_matrix(A)
-        p = integer_exponent(p, "coupled_newton")
+        with full_precision():
+            return self._solve(A, integer_exponent(p, "coupled_newton"), epsilon)
+
+    def _solve(self, A: Tensor, p: int, epsilon: float | Tensor) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         result = self._attempt(A, damping, p, finite)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from funshampoo.core.modes import full_precision
 from funshampoo.linalg.adaptive import spectrum_near
 from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
 from funshampoo.linalg.spectral import Spectrum, decompose
@@ -20,7 +21,9 @@ class EigenSolver(RootSolver):
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         """A^(-1/p), with a new eigendecomposition."""
         self._check(A, p, epsilon)
-        return self.from_spectrum(A, decompose(A), p, epsilon)
+        spectrum = decompose(A)  # no products, and perhaps long: other threads need not wait
+        with full_precision():
+            return self.from_spectrum(A, spectrum, p, epsilon)
 
     def near_basis(
         self,
@@ -40,7 +43,8 @@ class EigenSolver(RootSolver):
         """
         self._check(A, p, epsilon)
         spectrum, basis = spectrum_near(A, basis, tolerance)
-        return self.from_spectrum(A, spectrum, p, epsilon), basis
+        with full_precision():
+            return self.from_spectrum(A, spectrum, p, epsilon), basis
 
     @abstractmethod
     def from_spectrum(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from funshampoo.core.modes import full_precision
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
@@ -86,7 +87,10 @@ class _NewtonSchulz(RootSolver):
 
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         check_matrix(A)
-        p = integer_exponent(p, "newton_schulz")
+        with full_precision():
+            return self._solve(A, integer_exponent(p, "newton_schulz"), epsilon)
+
+    def _solve(self, A: Tensor, p: int, epsilon: float | Tensor) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         system = normalize(add_to_diagonal(A, damping), finite)

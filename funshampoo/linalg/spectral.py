@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from funshampoo.core.modes import is_traced
+from funshampoo.core.modes import full_precision, is_traced
 from funshampoo.linalg.estimates import spectral_norm
 from funshampoo.linalg.products import (
     aligned,
@@ -143,7 +143,9 @@ class _Decompose(Function):
     @staticmethod
     def backward(ctx: Any, d_values: Tensor, *_: Tensor) -> Tensor:
         values, Q = ctx.saved_tensors
-        return _first_order(symmetrize((Q * d_values[..., None, :]) @ Q.mT), values)
+        with full_precision():
+            dA = (Q * d_values[..., None, :]) @ Q.mT
+        return _first_order(symmetrize(dA), values)
 
     @staticmethod
     def vmap(
@@ -194,8 +196,9 @@ class _InversePower(Function):
         kept, values, Q, keep = ctx.saved_tensors
         keep = torch.ones_like(kept, dtype=torch.bool) if keep is None else keep
         differences = _divided_differences(kept, values, keep, ctx.exponent)
-        dA = symmetrize(Q @ (differences * (Q.mT @ symmetrize(dX) @ Q)) @ Q.mT)
-        return _first_order(dA, values), None, None, None, None, None
+        with full_precision():
+            dA = Q @ (differences * (Q.mT @ symmetrize(dX) @ Q)) @ Q.mT
+        return _first_order(symmetrize(dA), values), None, None, None, None, None
 
 
 def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: float) -> Tensor:
