@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+
+from funshampoo.core.precision import FullProducts
 
 
 def unwrapped(tensor: Tensor) -> Tensor | None:
@@ -86,22 +88,43 @@ def may_reuse(*operands: Any) -> bool:
 
 _AUTOCASTED = ("cpu", "cuda", "mps", "xpu")
 
+_FULL_PRODUCTS = FullProducts()
+
 
 def full_precision() -> contextlib.AbstractContextManager[Any]:
-    """No autocast inside: products of float32 stay float32.
+    """Products of float32 stay float32 inside: no autocast, no TF32, no bfloat16.
 
-    A step may be called where torch.autocast is on for the model's sake. It would round factor
-    matrices and roots to bfloat16, for good where the state is not donated.
+    A step may be called where torch.autocast is on for the model's sake, or in a process that has
+    called torch.set_float32_matmul_precision("high"). Either would round factor matrices and roots,
+    for good, to what no iteration can converge with.
+
+    Autocast is a thread's own, and ends for this thread. The precision of products is the process':
+    where it is not full, it is so for all threads until the last one has left this context, and
+    then what it was before; see `core.precision`. A thread that computes for this one has to enter
+    it by itself if it may go on after this one has left.
+
+    What it can't reach: a backward pass that runs later; and inside torch.compile it ends autocast
+    alone, since a graph can't change what its kernels are chosen by. Enter it around the call of
+    what is compiled, as the graph's products then go by the setting that they find.
     """
-    on = [kind for kind in _AUTOCASTED if torch.is_autocast_enabled(kind)]
-    if not on:
+    contexts: list[Any] = [
+        torch.autocast(kind, enabled=False)
+        for kind in _AUTOCASTED
+        if torch.is_autocast_enabled(kind)
+    ]
+    if not torch.compiler.is_compiling() and _FULL_PRODUCTS.needed():
+        contexts.append(_FULL_PRODUCTS)
+    if not contexts:
         return contextlib.nullcontext()
-    if len(on) == 1:
-        return torch.autocast(on[0], enabled=False)
-    stack = contextlib.ExitStack()
-    for kind in on:
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
+    return contexts[0] if len(contexts) == 1 else _all_of(contexts)
+
+
+@contextlib.contextmanager
+def _all_of(contexts: Iterable[contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

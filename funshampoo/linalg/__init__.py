@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from funshampoo.linalg.by_device import by_device
 from funshampoo.linalg.coupled_higher_order import coupled_higher_order
 from funshampoo.linalg.coupled_newton import coupled_newton
 from funshampoo.linalg.eigh import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
 from funshampoo.linalg.pseudo_inverse import pseudo_inverse
-from funshampoo.linalg.solver import InverseRoot, Solver
+from funshampoo.linalg.solver import InverseRoot, RootSolver, Solver
 
 __all__ = [
     "InverseRoot",
+    "RootSolver",
     "Solver",
+    "by_device",
     "coupled_higher_order",
     "coupled_newton",
     "eigh",

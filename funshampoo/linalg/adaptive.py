@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import unwrapped
+from funshampoo.core.modes import full_precision, unwrapped
 from funshampoo.linalg.products import matmul
 from funshampoo.linalg.solver import identity_like, replace_nonfinite, where
 from funshampoo.linalg.spectral import Spectrum, decompose
@@ -74,7 +74,8 @@ def _ritz_values(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     The norm is that of the off-diagonal entries themselves. As √(‖B‖² - ‖diag B‖²) it would be
     nothing but rounding below about 1e-3 in float32.
     """
-    B = matmul(matmul(Q.mT, A), Q)
+    with full_precision():
+        B = matmul(matmul(Q.mT, A), Q)
     values = B.diagonal(dim1=-2, dim2=-1)
     scale = A.detach().abs().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)  # squares stay in the range of the dtype

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from funshampoo.core.modes import full_precision
 from funshampoo.linalg.coupled_newton import iterate
 from funshampoo.linalg.normalized import certify, normalize
 from funshampoo.linalg.products import matrix_power
 from funshampoo.linalg.solver import (
     InverseRoot,
+    RootSolver,
     Solver,
     add_to_diagonal,
     check_at_least,
@@ -57,17 +60,32 @@ def coupled_higher_order(
     check_at_least("order", order, 2)
     check_at_least("max_residual", max_residual, 0)
 
-    def solve(A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    return _CoupledHigherOrder(
+        relative_epsilon, absolute_epsilon, max_iterations, tolerance, order, max_residual
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _CoupledHigherOrder(RootSolver):
+    relative_epsilon: float
+    absolute_epsilon: float
+    max_iterations: int
+    tolerance: float
+    order: int
+    max_residual: float
+
+    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         check_matrix(A)
         check_exponent(p)
-        root = Fraction(p).limit_denominator(100)
+        with full_precision():
+            return self._solve(A, Fraction(p).limit_denominator(100))
+
+    def _solve(self, A: Tensor, root: Fraction) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         largest_row_sum = A.abs().sum(-1).amax(-1)
-        ridge = torch.clamp(relative_epsilon * largest_row_sum, min=absolute_epsilon)
+        ridge = torch.clamp(self.relative_epsilon * largest_row_sum, min=self.absolute_epsilon)
         system = normalize(add_to_diagonal(A, ridge), finite)
         z = 1 / system.B.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
-        X = iterate(system, z, root.numerator, max_iterations, tolerance, order)
-        result = certify(X, root.numerator, system, max_residual)
+        X = iterate(system, z, root.numerator, self.max_iterations, self.tolerance, self.order)
+        result = certify(X, root.numerator, system, self.max_residual)
         return result._replace(root=matrix_power(result.root, root.denominator))
-
-    return solve

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import all_true
+from funshampoo.core.modes import all_true, full_precision
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import Normalized, certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.solver import (
     InverseRoot,
+    RootSolver,
     Solver,
     add_to_diagonal,
     check_at_least,
@@ -77,33 +80,45 @@ def coupled_newton(
     check_at_least("retries", retries, 0)
     check_at_least("max_residual", max_residual, 0)
 
-    def attempt(A: Tensor, damping: Tensor, p: int, wanted: Tensor) -> InverseRoot:
-        system = normalize(add_to_diagonal(A, damping), wanted)
-        # A starting point, on which the limit does not depend: a constant to autograd.
-        z: Tensor = (p + 1) / (2 * torch.linalg.matrix_norm(system.B.detach()))
-        X = iterate(system, z, p, max_iterations, tolerance)
-        return certify(X, p, system, max_residual)
+    return _CoupledNewton(relative_epsilon, max_iterations, tolerance, retries, max_residual)
 
-    def solve(A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+
+@dataclass(frozen=True, eq=False)
+class _CoupledNewton(RootSolver):
+    relative_epsilon: float | Tensor
+    max_iterations: int
+    tolerance: float
+    retries: int
+    max_residual: float
+
+    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         check_matrix(A)
-        p = integer_exponent(p, "coupled_newton")
+        with full_precision():
+            return self._solve(A, integer_exponent(p, "coupled_newton"), epsilon)
+
+    def _solve(self, A: Tensor, p: int, epsilon: float | Tensor) -> InverseRoot:
         A, finite = replace_nonfinite(A)
-        damping = total_damping(A, epsilon, relative_epsilon, lambda: largest_eigenvalue(A))
-        result = attempt(A, damping, p, finite)
-        for _ in range(retries):
+        damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
+        result = self._attempt(A, damping, p, finite)
+        for _ in range(self.retries):
             settled = result.converged | result.residual.isinf()  # inf: there was nothing to solve
             if all_true(settled):
                 break
             least = A.shape[-1] * torch.finfo(A.dtype).eps * largest_eigenvalue(A)
             damping = torch.maximum(10 * damping, least)
-            retried = attempt(A, damping, p, ~settled)
+            retried = self._attempt(A, damping, p, ~settled)
             result = InverseRoot(
                 where(settled, result.root, retried.root),
                 *(torch.where(settled, a, b) for a, b in zip(result[1:], retried[1:], strict=True)),
             )
         return result
 
-    return solve
+    def _attempt(self, A: Tensor, damping: Tensor, p: int, wanted: Tensor) -> InverseRoot:
+        system = normalize(add_to_diagonal(A, damping), wanted)
+        # A starting point, on which the limit does not depend: a constant to autograd.
+        z: Tensor = (p + 1) / (2 * torch.linalg.matrix_norm(system.B.detach()))
+        X = iterate(system, z, p, self.max_iterations, self.tolerance)
+        return certify(X, p, system, self.max_residual)
 
 
 def iterate(

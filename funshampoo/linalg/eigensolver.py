@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
+from funshampoo.core.modes import full_precision
 from funshampoo.linalg.adaptive import spectrum_near
-from funshampoo.linalg.solver import InverseRoot, check_exponent, check_matrix
+from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
 from funshampoo.linalg.spectral import Spectrum, decompose
 
 
-class EigenSolver(ABC):
-    """A `Solver` whose one expensive part is the eigendecomposition, or what takes its place.
+class EigenSolver(RootSolver):
+    """A `RootSolver` whose one expensive part is an eigendecomposition, or what takes its place."""
 
-    Subclasses are frozen dataclasses without an equality of their own. Two solvers are equal where
-    their numbers are; a tensor equals itself alone.
-    """
+    threaded: ClassVar[bool] = True
 
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         """A^(-1/p), with a new eigendecomposition."""
         self._check(A, p, epsilon)
-        return self.from_spectrum(A, decompose(A), p, epsilon)
+        spectrum = decompose(A)  # no products, and perhaps long: other threads need not wait
+        with full_precision():
+            return self.from_spectrum(A, spectrum, p, epsilon)
 
     def near_basis(
         self,
@@ -41,7 +43,8 @@ class EigenSolver(ABC):
         """
         self._check(A, p, epsilon)
         spectrum, basis = spectrum_near(A, basis, tolerance)
-        return self.from_spectrum(A, spectrum, p, epsilon), basis
+        with full_precision():
+            return self.from_spectrum(A, spectrum, p, epsilon), basis
 
     @abstractmethod
     def from_spectrum(
@@ -49,19 +52,10 @@ class EigenSolver(ABC):
     ) -> InverseRoot:
         """A^(-1/p) by a spectrum of A, exact or approximate, in any order."""
 
-    def check_epsilon(self, epsilon: float | Tensor) -> None:  # noqa: B027 (most take any)
+    def check_epsilon(self, epsilon: float | Tensor) -> None:
         """Raise for an epsilon that this solver can't take."""
 
     def _check(self, A: Tensor, p: float, epsilon: float | Tensor) -> None:
         check_matrix(A)
         check_exponent(p)
         self.check_epsilon(epsilon)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return False
-        pairs = zip(vars(self).values(), vars(other).values())
-        return all([a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs])
-
-    def __hash__(self) -> int:
-        return hash((type(self), *vars(self).values()))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from funshampoo.core.modes import full_precision
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.solver import (
     InverseRoot,
+    RootSolver,
     Solver,
     add_to_diagonal,
     check_at_least,
@@ -72,20 +75,31 @@ def newton_schulz(
     check_at_least("tolerance", tolerance, 1e-14)
     check_at_least("max_residual", max_residual, 0)
 
-    def solve(A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    return _NewtonSchulz(relative_epsilon, condition, tolerance, max_residual)
+
+
+@dataclass(frozen=True, eq=False)
+class _NewtonSchulz(RootSolver):
+    relative_epsilon: float | Tensor
+    condition: float
+    tolerance: float
+    max_residual: float
+
+    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
         check_matrix(A)
-        p = integer_exponent(p, "newton_schulz")
+        with full_precision():
+            return self._solve(A, integer_exponent(p, "newton_schulz"), epsilon)
+
+    def _solve(self, A: Tensor, p: int, epsilon: float | Tensor) -> InverseRoot:
         A, finite = replace_nonfinite(A)
-        damping = total_damping(A, epsilon, relative_epsilon, lambda: largest_eigenvalue(A))
+        damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         system = normalize(add_to_diagonal(A, damping), finite)
         q = max(p, 2)
-        X = _inverse_root(system.B, q, condition, tolerance)
-        result = certify(X, q, system, max_residual)
+        X = _inverse_root(system.B, q, self.condition, self.tolerance)
+        result = certify(X, q, system, self.max_residual)
         if p == 1:
             return result._replace(root=symmetrize(matmul(result.root, result.root)))
         return result
-
-    return solve
 
 
 def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:

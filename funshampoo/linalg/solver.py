@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +48,37 @@ Solver = Callable[[Tensor, float, float | Tensor], InverseRoot]
 
 A (..., d, d) is float32 or float64, symmetric and positive semidefinite up to rounding; epsilon is
 a number or a tensor that broadcasts to A.shape[:-2]. A solver is pure, never raises because of a
-matrix's values, and treats each matrix of the stack as if it were alone.
+matrix's values, and treats each matrix of the stack as if it were alone. Any function will do;
+those of this package are `RootSolver`s.
 """
+
+
+class RootSolver(ABC):
+    """A `Solver` that shows its numbers: it can be pickled, compared, and looked up by.
+
+    Subclasses are frozen dataclasses without an equality of their own (eq=False). Two solvers are
+    equal where their numbers are; a tensor equals itself alone.
+
+    Attributes:
+        threaded: whether a stack of matrices on a CPU is done sooner by several Python threads with
+            one kernel thread each than by one with several. LAPACK gains little from a second
+            kernel thread, products almost all there is.
+    """
+
+    threaded: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+        """(A + damping·I)^(-1/p), as `Solver` has it."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return False
+        pairs = zip(vars(self).values(), vars(other).values())
+        return all([a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs])
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))
 
 
 def check_matrix(A: Tensor) -> None:

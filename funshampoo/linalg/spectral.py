@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
-from funshampoo.core.modes import is_traced
+from funshampoo.core.modes import full_precision, is_traced
 from funshampoo.linalg.estimates import spectral_norm
 from funshampoo.linalg.products import (
     aligned,
@@ -25,11 +25,10 @@ from funshampoo.linalg.solver import (
     replace_nonfinite,
     symmetrize,
 )
+from funshampoo.linalg.stacked_eigh import stacked_eigh
 
 _RESIDUAL_ITERATIONS = 2
 """Within a factor of 3 at sides up to 1,024. LAPACK converges or says so: this is only a report."""
-
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 class Spectrum(NamedTuple):
@@ -127,10 +126,10 @@ class _Decompose(Function):
     def forward(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d = A.shape[-1]
         if d % 2 == 0 or d == 1 or not is_plain_memory(A):
-            return _decompose_stack(A)
+            return stacked_eigh(A)
         # MKL rounds a matrix differently where it is not aligned: in a stack of even sides all are.
         # One that is alone is treated alike, to be what it is in a stack.
-        values, vectors, solved = _decompose_stack(_bordered(A))
+        values, vectors, solved = stacked_eigh(_bordered(A))
         return values[..., :d].contiguous(), vectors[..., :d, :d], solved
 
     @staticmethod
@@ -144,7 +143,9 @@ class _Decompose(Function):
     @staticmethod
     def backward(ctx: Any, d_values: Tensor, *_: Tensor) -> Tensor:
         values, Q = ctx.saved_tensors
-        return _first_order(symmetrize((Q * d_values[..., None, :]) @ Q.mT), values)
+        with full_precision():
+            dA = (Q * d_values[..., None, :]) @ Q.mT
+        return _first_order(symmetrize(dA), values)
 
     @staticmethod
     def vmap(
@@ -165,43 +166,6 @@ def _bordered(A: Tensor) -> Tensor:
     bordered = pad(A, (0, 1, 0, 1))
     bordered[..., -1, -1] = above
     return bordered
-
-
-def _decompose_stack(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """λ, Q, and which were decomposed.
-
-    LAPACK works on columns, so of Aᵀ = A it takes a copy as it lies, where A had to be turned.
-    """
-    solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
-    if torch.compiler.is_compiling():  # a graph can't catch: there, LAPACK's failures raise
-        return *torch.linalg.eigh(A.mT), solved
-    try:
-        return *torch.linalg.eigh(A.mT), solved
-    except LinAlgError:
-        return _decompose_one_by_one(A)
-
-
-def _decompose_one_by_one(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The stack's decompositions when one fails: that one in float64, or else the identity's.
-
-    One by one from the start, and in the memory layout of a stack's eigenvectors, column by column,
-    so that the others come out as they would have without it.
-    """
-    stack = [_decompose_one(matrix) for matrix in A.reshape(-1, *A.shape[-2:])]
-    values, rows, solved = (torch.stack(column) for column in zip(*stack, strict=True))
-    return values.reshape(A.shape[:-1]), rows.reshape(A.shape).mT, solved.reshape(A.shape[:-2])
-
-
-def _decompose_one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """λ (d,), Qᵀ (d, d), and whether there are any."""
-    for dtype in (matrix.dtype, torch.float64):
-        try:
-            values, vectors = torch.linalg.eigh(matrix.mT.to(dtype))
-        except LinAlgError:
-            continue
-        return values.to(matrix), vectors.mT.to(matrix), values.new_ones((), dtype=torch.bool)
-    ones = matrix.new_ones(matrix.shape[-1])
-    return ones, ones.diag(), ones.new_zeros((), dtype=torch.bool)
 
 
 class _InversePower(Function):
@@ -232,8 +196,9 @@ class _InversePower(Function):
         kept, values, Q, keep = ctx.saved_tensors
         keep = torch.ones_like(kept, dtype=torch.bool) if keep is None else keep
         differences = _divided_differences(kept, values, keep, ctx.exponent)
-        dA = symmetrize(Q @ (differences * (Q.mT @ symmetrize(dX) @ Q)) @ Q.mT)
-        return _first_order(dA, values), None, None, None, None, None
+        with full_precision():
+            dA = Q @ (differences * (Q.mT @ symmetrize(dX) @ Q)) @ Q.mT
+        return _first_order(symmetrize(dA), values), None, None, None, None, None
 
 
 def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: float) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.linalg.eigensolver import EigenSolver
+from funshampoo.linalg import RootSolver
 from funshampoo.refresh.roots import Found, MaybeTensor, RootRule, Rows, taken
 from funshampoo.refresh.solving import Solving, in_threads, pieces, result_of, tasks
 from funshampoo.refresh.workers import can_run_in_a_thread, workers
@@ -265,7 +265,7 @@ def _is_fixed(rule: RootRule) -> bool:
     solver = rule.solver
     cells = getattr(solver, "__closure__", None) or ()
     held: list[Any] = [*rule.numbers]
-    if isinstance(solver, EigenSolver):
+    if isinstance(solver, RootSolver):
         held += vars(solver).values()
     elif not isinstance(solver, types.FunctionType):
         return False

@@ -39,6 +39,7 @@ from funshampoo.refresh.turns import (
 from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState, find_state
 
 _FACTORIES: tuple[Any, ...] = (
+    linalg.by_device,
     linalg.coupled_higher_order,
     linalg.coupled_newton,
     linalg.eigh,

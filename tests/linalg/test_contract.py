@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funshampoo.linalg import coupled_newton, eigh, newton_schulz, pseudo_inverse
+from funshampoo.linalg import by_device, coupled_newton, eigh, newton_schulz, pseudo_inverse
 
 SOLVERS = {
+    "by_device": by_device(),
     "eigh": eigh(),
     "pseudo_inverse": pseudo_inverse(),
     "coupled_newton": coupled_newton(),
@@ -92,6 +93,7 @@ def test_epsilon_that_does_not_broadcast(name: str) -> None:
 
 def test_wrong_factory_arguments() -> None:
     for make, name, value in (
+        (by_device, "relative_epsilon", -1e-6),
         (eigh, "relative_epsilon", -1e-6),
         (pseudo_inverse, "rtol", -1e-6),
         (pseudo_inverse, "atol", -1e-6),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from funshampoo import chain, kronecker_statistics, root_inverse
 from funshampoo.linalg import Solver, coupled_newton, eigh, newton_schulz, pseudo_inverse
-from funshampoo.linalg.spectral import LinAlgError
+from funshampoo.linalg import stacked_eigh as module
 
 from .spectra import DTYPES, log_spaced, orthogonal, solvers, with_spectrum
 
@@ -112,14 +113,22 @@ def test_one_newton_iteration_is_not_a_root() -> None:
     assert result.root.equal(torch.eye(8).double().expand(4, 8, 8))
 
 
-def fail_when(condition: Callable[[Tensor], bool], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+NOT_CONVERGED = torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+INTERNAL = RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `...`")
+
+
+def fail_when(
+    condition: Callable[[Tensor], bool],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException = NOT_CONVERGED,
+) -> list[Tensor]:
     """Make torch.linalg.eigh fail as LAPACK does, and return the list of what it is asked for."""
     calls, original = [], torch.linalg.eigh
 
     def failing(A: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(A)
         if condition(A):
-            raise LinAlgError("linalg.eigh: the algorithm failed to converge")
+            raise error
         return original(A)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
@@ -137,12 +146,15 @@ def test_eigh_fails_in_float32_and_is_repeated_in_float64(monkeypatch: pytest.Mo
     torch.testing.assert_close(result.root, expected.float())
 
 
+@pytest.mark.parametrize("error", [NOT_CONVERGED, INTERNAL, ValueError("illegal argument")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_eigh_fails_on_one_matrix(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eigh_fails_on_one_matrix(
+    dtype: torch.dtype, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For good: that one is flagged, the others are bitwise what they are without it."""
     A = good(dtype=dtype)
     bad = torch.diag(torch.arange(8, dtype=dtype) + 77)
-    fail_when(lambda A: bool((A.diagonal(dim1=-2, dim2=-1) == 77).any()), monkeypatch)
+    fail_when(lambda A: bool((A.diagonal(dim1=-2, dim2=-1) == 77).any()), monkeypatch, error)
     unaffected(eigh(), A, bad)
     unaffected(pseudo_inverse(), A, bad)
 
@@ -156,3 +168,51 @@ def test_eigh_fails_on_one_matrix_under_vmap_and_grad(monkeypatch: pytest.Monkey
     gradient = torch.func.vmap(torch.func.grad(lambda a: eigh()(a, 4, 0.0).root.sum()))(A)
     assert gradient[1].count_nonzero() == 0
     assert gradient[0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt, NotImplementedError]
+)
+def test_what_is_not_the_matrix_passes(
+    error: type[BaseException], single: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the call for the whole stack, and from that for one matrix after another error."""
+
+    def failing(A: Tensor) -> tuple[Tensor, Tensor]:
+        if A.ndim == 2 or not single:
+            raise error
+        raise INTERNAL
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    with pytest.raises(error):
+        eigh()(good(), 4, 0.0)
+
+
+def test_a_run_goes_on_when_every_decomposition_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the old roots, here the identity."""
+    fail_when(lambda A: True, monkeypatch, INTERNAL)
+    tx = chain(kronecker_statistics(1.0), root_inverse(every=1))
+    g = {"w": torch.randn(3, 2)}
+    updates, state = tx.update(g, tx.init(g))
+    assert updates["w"].equal(g["w"])
+    assert [int(side.failures) for side in state["root_inverse"].roots["w"]] == [1, 1]
+
+
+@pytest.mark.parametrize("d", [4, 5])
+@pytest.mark.parametrize("most", [1, 50, 75, 100])
+def test_a_stack_in_several_calls(d: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: no call of more than so many numbers, but for a single matrix; the same bits."""
+    A = with_spectrum(orthogonal(d, 7), log_spaced(d, 1e2), torch.float32)
+    A = torch.stack([A, A.flip(0)])
+    side = d + d % 2  # an odd side goes to LAPACK with a border
+    expected = eigh()(A, 4, 0.0)
+    monkeypatch.setattr(module, "_largest_call", lambda A: most)
+    calls = fail_when(lambda A: False, monkeypatch)
+    found = eigh()(A, 4, 0.0)
+    sizes = [len(call) for call in calls]
+    assert sum(sizes) == 14
+    assert max(sizes) == max(most // side**2, 1)
+    for x, y in zip(found, expected, strict=True):
+        assert x.equal(y)
+    assert found.root.shape == A.shape

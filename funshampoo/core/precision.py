@@ -1,0 +1,131 @@
+"""float32 products in float32, whatever precision the process has asked for.
+
+torch.set_float32_matmul_precision("high"), made for models, has a GPU round the operands of float32
+products to 10 bits (TF32), and "medium" has a CPU that can round them to 7 (bfloat16). Either is
+for the whole process; there is no context that would end it for a thread. So the setting itself is
+changed for as long as somebody is at products that must not be rounded, and then put back.
+
+Two interfaces write it: that function, with one value for all devices, and since torch 2.9
+torch.backends.*.fp32_precision, one for each backend and operation, "none" where it follows the
+backend's, and that where "none" everything's. Products go by the second; the first raises where
+the two contradict. Each is put back as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+_Place = tuple[str, str]
+
+_HAS_PLACES = hasattr(torch._C, "_get_fp32_precision_getter")  # torch 2.9
+_read: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+_write: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
+
+_EVERYTHING: _Place = ("generic", "all")
+_ON_CUDA, _ON_CPU = _PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
+_FULL = ("none", "ieee")
+
+
+class FullProducts:
+    """While anybody is in this context, no product is rounded. Enter it as often as you like.
+
+    Other threads see the change for as long. If somebody sets another precision meanwhile, theirs
+    stays.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: Setting | None = None
+        self._turn = 0  # odd while anybody is inside
+
+    def needed(self) -> bool:
+        """Whether products may be rounded outside of it.
+
+        A setting that is full because another thread is inside is about to be put back: hence the
+        turn, which has to be even and the same before and after the look.
+        """
+        turn = self._turn
+        return turn % 2 == 1 or products_are_rounded() or self._turn != turn
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._turn += not self._inside
+            self._inside += 1
+            try:
+                if products_are_rounded():
+                    self._before = Setting()
+                    self._before.fill()
+            except BaseException:
+                self._leave()
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if self._inside:
+            return
+        before, self._before = self._before, None
+        if before is not None and not products_are_rounded():
+            before.put_back()
+        self._turn += 1
+
+
+def products_are_rounded() -> bool:
+    """Whether float32 products have operands of fewer bits on some device."""
+    if not _HAS_PLACES:
+        return torch.get_float32_matmul_precision() != "highest"
+    return _read(*_ON_CUDA) not in _FULL or _read(*_ON_CPU) not in _FULL
+
+
+class Setting:
+    """The precision of products as it is now."""
+
+    def __init__(self) -> None:
+        self._places = {place: _own(place) for place in _PRODUCTS} if _HAS_PLACES else {}
+        self._overall = "highest"
+
+    def fill(self) -> None:
+        """Full precision."""
+        for place in self._places:
+            _write(*place, "ieee")
+        self._overall = torch.get_float32_matmul_precision()  # which could have raised before
+        if self._overall != "highest":
+            torch.set_float32_matmul_precision("highest")
+
+    def put_back(self) -> None:
+        """As it was, after `fill`."""
+        if self._overall != "highest":
+            torch.set_float32_matmul_precision(self._overall)
+        for place, value in self._places.items():
+            _write(*place, value)
+
+
+def _own(place: _Place) -> str:
+    """What is written there, "none" included; reading follows it to what holds instead.
+
+    Found by changing what it would follow, for an instant, to full precision.
+    """
+    value: str = _read(*place)
+    above = _above(place)
+    if above is None or value in _FULL or _read(*above) != value:
+        return value
+    followed = _own(above)
+    _write(*above, "ieee")
+    try:
+        return value if _read(*place) == value else "none"
+    finally:
+        _write(*above, followed)
+
+
+def _above(place: _Place) -> _Place | None:
+    backend, operation = place
+    if place == _EVERYTHING:
+        return None
+    return _EVERYTHING if operation == "all" else (backend, "all")

@@ -1,0 +1,80 @@
+"""torch.linalg.eigh of a stack, in which one matrix may fail without the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST_CALL = 2**31 - 1
+"""Numbers in one call on a GPU: side² × batch. cuSOLVER's batched call, which torch makes from 2.12
+on, counts them in 32 bits."""
+
+NOT_THE_MATRIX = (torch.OutOfMemoryError, MemoryError, NotImplementedError)
+"""What passes: no other matrix in its place would have been decomposed."""
+
+
+def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """λ (..., d) ascending, Q (..., d, d), and which (...) of A = Q diag(λ) Qᵀ were decomposed.
+
+    LAPACK and cuSOLVER report a matrix that they fail on by LinAlgError, by another RuntimeError,
+    or by what their wrappers make of it. Whatever it is, that matrix is decomposed again in
+    float64; one that fails there too gets the identity's spectrum.
+
+    Raises what they raise inside torch.compile, whose graphs can't catch; torch.OutOfMemoryError,
+    MemoryError and NotImplementedError everywhere.
+
+    A: (..., d, d), finite. LAPACK works on columns, so of Aᵀ = A it takes a copy as it lies, where
+    A had to be turned.
+    """
+    solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
+    if torch.compiler.is_compiling():
+        return *_in_calls(A), solved
+    try:
+        return *_in_calls(A), solved
+    except NOT_THE_MATRIX:
+        raise
+    except Exception:
+        return _one_by_one(A)
+
+
+def _in_calls(A: Tensor) -> tuple[Tensor, Tensor]:
+    """λ and Q, by as many calls as the device needs for so many numbers."""
+    side = A.shape[-1]
+    if A.numel() <= _largest_call(A):
+        values, vectors = torch.linalg.eigh(A.mT)
+        return values, vectors
+    rows = max(_largest_call(A) // side**2, 1)
+    flat = A.reshape(-1, side, side)
+    calls = [torch.linalg.eigh(part.mT) for part in torch.split(flat, rows)]
+    values = torch.cat([values for values, _ in calls])
+    columns = torch.cat([vectors.mT for _, vectors in calls])
+    return values.reshape(A.shape[:-1]), columns.reshape(A.shape).mT
+
+
+def _largest_call(A: Tensor) -> int:
+    return LARGEST_CALL if A.is_cuda else A.numel()
+
+
+def _one_by_one(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The stack's decompositions when one fails: that one in float64, or else the identity's.
+
+    One by one from the start, and in the memory layout of a stack's eigenvectors, column by column,
+    so that the others come out as they would have without it.
+    """
+    stack = [_one(matrix) for matrix in A.reshape(-1, *A.shape[-2:])]
+    values, rows, solved = (torch.stack(column) for column in zip(*stack, strict=True))
+    return values.reshape(A.shape[:-1]), rows.reshape(A.shape).mT, solved.reshape(A.shape[:-2])
+
+
+def _one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """λ (d,), Qᵀ (d, d), and whether there are any."""
+    for dtype in (matrix.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.mT.to(dtype))
+        except NOT_THE_MATRIX:
+            raise
+        except Exception:
+            continue
+        return values.to(matrix), vectors.mT.to(matrix), values.new_ones((), dtype=torch.bool)
+    ones = matrix.new_ones(matrix.shape[-1])
+    return ones, ones.diag(), ones.new_zeros((), dtype=torch.bool)

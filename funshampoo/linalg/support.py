@@ -1,0 +1,40 @@
+"""Exact zeros of a matrix, kept exact in what was computed from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.modes import all_true
+
+
+def on_support(X: Tensor, A: Tensor) -> Tensor:
+    """X without what rounding has put between the support of A and the rest.
+
+        X_ij ← 0 where i ≠ j and (A_ii = 0 or A_jj = 0), else X_ij
+
+    A positive semidefinite A with A_ii = 0 has nothing else in row and column i, and neither has a
+    function of it: exactly, the i-th unit vector is an eigenvector of both. An eigendecomposition
+    leaves rounding there, which mixes coordinates that never had a gradient with one another and
+    with those that had. Among five zero rows of side 16, a root in float32 with a relative damping
+    of 1e-6 has entries of 0.06 beside a largest one of 11. Products leave exact zeros.
+
+    Args:
+        X: (..., d, d), a function of A such as an inverse root. Its diagonal is kept.
+        A: (..., d, d), symmetric positive semidefinite, with zeros that are exact. No gradient
+            flows to it.
+
+    Returns:
+        X itself where no A_ii is zero and that can be read without waiting: on a CPU, outside
+        torch.compile. Otherwise a new tensor, whose entries are X's to the last bit or zero.
+
+    >>> A = torch.diag(torch.tensor([1.0, 0.0]))
+    >>> on_support(torch.tensor([[1.0, 1e-8], [1e-8, 100.0]]), A)
+    tensor([[  1.,   0.],
+            [  0., 100.]])
+    """
+    seen = A.detach().diagonal(dim1=-2, dim2=-1) != 0
+    if seen.device.type == "cpu" and all_true(seen):
+        return X
+    diagonal = torch.eye(A.shape[-1], dtype=torch.bool, device=A.device)
+    return torch.where(diagonal | (seen[..., :, None] & seen[..., None, :]), X, 0.0)
