@@ -93,7 +93,7 @@ def short(value: Any) -> Any:
 def in_a_line(error: BaseException) -> str:
     """The kind of an error and the beginning of what it says.
 
-    >>> in_a_line(ValueError("one\\ntwo"))
+    >>> in_a_line(ValueError("one   two"))
     'ValueError: one two'
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]

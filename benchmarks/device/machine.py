@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.device.group import Row, in_a_line
 
-QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,persistence_mode,mig.mode.current"
+FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "pstate")
 
 
 def described(device: torch.device) -> Row:
@@ -48,10 +48,10 @@ def _asked() -> Row:
     program = shutil.which("nvidia-smi")
     if program is None:
         return {"driver": None}
-    command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    command = [program, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return {"driver": None, "nvidia_smi": in_a_line(error)}
     values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
-    return dict(zip(["driver", *QUERY.split(",")[1:]], values))
+    return dict(zip(("driver", *FIELDS[1:]), values))

@@ -133,10 +133,14 @@ def _distinct(side: int, device: torch.device) -> Case:
 
 
 def _older_basis(Q: Tensor, root: Tensor, late: Tensor) -> Tensor:
-    """Eigenvectors of statistics like A's, with a tenth of other gradients of the same kind."""
+    """Eigenvectors of statistics like A's, with a tenth of other gradients of the same kind.
+
+    That of the largest eigenvalue comes first: each column of D Q leans towards those before it,
+    which the QR decomposition takes out.
+    """
     share = late @ late.mT / late.shape[-1]
     older = (Q * (1 - DRIFT) * root.mT**2) @ Q.mT + DRIFT * share
-    return torch.linalg.eigh(older.float()).eigenvectors
+    return torch.linalg.eigh(older.float()).eigenvectors.flip(-1)
 
 
 def answers_for(case: Case) -> dict[str, Answer]:
