@@ -15,6 +15,7 @@ from benchmarks.device.group import Cell, Row, Setting, emit
 TESTS = Path(__file__).parents[2] / "tests"
 MARK = "mark.gpu"
 FIRST = "test_device.py"
+REPORTS = 20.0  # seconds between two lines that say how far it has come
 
 
 def cells(setting: Setting) -> Iterator[Cell]:
@@ -45,7 +46,7 @@ class Recorder:
         self.setting = setting
         self.counts: Counter[str] = Counter(passed=0, failed=0, skipped=0, errors=0)
         self.spent: list[tuple[float, str]] = []
-        self.began = time.monotonic()
+        self.reported = time.monotonic()
 
     def pytest_collectreport(self, report: Any) -> None:
         """A file that can't be read."""
@@ -66,6 +67,9 @@ class Recorder:
             self.counts["skipped"] += 1
         elif report.when == "call":
             self.counts["passed"] += 1
+        if report.when == "teardown" and time.monotonic() - self.reported > REPORTS:
+            self.reported = time.monotonic()
+            emit({"group": "tests", "cell": "so far"} | self.counts)
         if report.when == "call":
             self.spent.append((report.duration, report.nodeid.rpartition("/")[2]))
 

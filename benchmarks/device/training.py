@@ -24,9 +24,9 @@ WARMUP = 20
 EVERY = 20  # steps between refreshes
 MILESTONES = (50, 100, 200)
 RATES: dict[str, tuple[float, float, float]] = {
-    "shampoo": (0.003, 0.001, 0.01),
-    "AdamW": (0.001, 0.0003, 0.003),
-    "Muon and AdamW": (0.02, 0.01, 0.04),
+    "shampoo": (0.003, 0.01, 0.001),
+    "AdamW": (0.001, 0.003, 0.0003),
+    "Muon and AdamW": (0.02, 0.04, 0.01),
 }
 """The first of each in the first cell, and so on: the best can only be told of what was tried."""
 
