@@ -167,7 +167,7 @@ def test_a_donated_step_gives_the_numbers_of_a_pure_one() -> None:
     grads = [to(drawn(t), GPU) for t in range(1, STEPS + 1)]
     pure, _, _ = train(shampoo(), to(drawn(0), GPU), grads, fs.apply_updates)
     donated, _ = trained(shampoo(), GPU, grads)
-    assert_near(donated, pure, 1e-5)
+    assert_near(donated, pure, 1e-4)
 
 
 @pytest.mark.gpu
@@ -184,7 +184,7 @@ def test_a_saved_state_resumes_on_the_gpu() -> None:
     state = fs.state.load_state_dict(tx.init(params), saved).state
     for g in grads[3:]:
         state = fs.update_in_place(tx, to(g, GPU), state, params)
-    assert_near(params, expected, 1e-5)
+    assert_near(params, expected, 1e-4)
     health = fs.state.health(state, file=io.StringIO())
     assert health.held == sum(side.failures for side in health.factors) == 0
 
@@ -208,7 +208,7 @@ def test_the_wrapper_resumes_on_the_gpu() -> None:
     resumed.load_state_dict(clone(optimizer.state_dict()) | {"state": saved})
     for parts in ((leaves, optimizer), (others, resumed)):
         go_on(*parts, range(4, STEPS + 1))
-    assert_near(others, leaves, 1e-5)
+    assert_near(others, leaves, 1e-4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

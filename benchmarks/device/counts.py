@@ -52,12 +52,17 @@ def kernels(step: Callable[[], Any], device: torch.device) -> Row:
         with profile(activities=[ProfilerActivity.CUDA]) as record:
             step()
             torch.cuda.synchronize(device)
-        found = [e for e in record.events() if e.device_type.name == "CUDA"]
+        found = [e for e in record.events() if e.device_type.name == "CUDA" and not _is_label(e)]
         busy = sum(e.time_range.elapsed_us() for e in found)
     except Exception as error:  # without a driver's permission, say
         return {"kernels_error": in_a_line(error)}
     copies = sum(e.name.startswith(("Memcpy", "Memset")) for e in found)
     return {"kernels": len(found) - copies, "copies": copies, "busy_ms": 1e-3 * busy}
+
+
+def _is_label(event: Any) -> bool:
+    """What spans several kernels, as torch.optim's steps have it."""
+    return getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer.")
 
 
 def held_mib(tree: Any) -> float:

@@ -215,7 +215,7 @@ def _errors(found: Tensor | linalg.InverseRoot | None, case: Case) -> Row:
         wanted = case.wanted[kind][:distinct]
         each = (X @ G[:distinct] - wanted).norm(dim=(-2, -1)) / wanted.norm(dim=(-2, -1))
         each = each.nan_to_num(nan=torch.inf)
-        row[f"{kind}error"] = float(each.median())
+        row[f"{kind}relative_error"] = float(each.median())
         row[f"{kind}worst"] = float(each.max())
         row[f"{kind}worst_of"] = case.names[int(each.argmax())]
     return row

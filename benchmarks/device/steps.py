@@ -1,7 +1,8 @@
-"""The optimizer's step on the shapes of two models: plain, with a refresh, and compiled."""
+"""The optimizer's step on the shapes of two models: plain, and with a refresh."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,25 +16,29 @@ import funshampoo as fs
 from benchmarks.device.clock import read, summary, turns, working
 from benchmarks.device.counts import demands, held_mib
 from benchmarks.device.group import Cell, Row, Setting
+from benchmarks.device.products import tf32
+from funshampoo import linalg
 from funshampoo.plan.shapes import model_shapes
 
-PLACES = (("gpt2", 1024), ("gpt2", 256), ("resnet-50", 1024), ("resnet-50", 256))
+PLACES = (("gpt2", 1024), ("resnet-50", 1024), ("resnet-50", 256), ("gpt2", 256))
+SMALL = (("gpt2", 32), ("resnet-50", 16))
 LR = 1e-4
 REFRESHES = 3
-COMPILING = 25.0  # seconds to be left before a graph is begun: it can't be interrupted
+EPSILON = 1e-6
+SOLVERS = {
+    "newton_schulz": linalg.newton_schulz(relative_epsilon=EPSILON),
+    "newton_schulz, TF32": linalg.newton_schulz(relative_epsilon=EPSILON),
+    "coupled_newton": linalg.coupled_newton(relative_epsilon=EPSILON),
+}
 
 Tensors = dict[str, Tensor]
 
 
 def cells(setting: Setting) -> Iterator[Cell]:
-    """Plain steps and refreshes first; graphs, which take long to make, last."""
-    places = setting.pick(PLACES, (("gpt2", 32), ("resnet-50", 16)))
-    for model, size in places:
+    """One for every model and block size."""
+    for model, size in setting.pick(PLACES, SMALL):
         run = partial(_eager, model, size, setting)
         yield Cell(f"{model}, blocks of {size}", run, setting.pick(10.0, 2.0))
-    for model, size in places:
-        run = partial(_compiled, model, size, setting)
-        yield Cell(f"{model}, blocks of {size}, compiled", run, setting.pick(COMPILING, 2.0))
 
 
 class Ours:
@@ -43,11 +48,16 @@ class Ours:
         self.tx, self.params, self.grads = tx, params, grads
         self.state = tx.init(params)
 
-    def step(self, refresh: bool = False) -> None:
-        """One that consumes the state."""
-        self.state = fs.update_in_place(
-            self.tx, self.grads, self.state, self.params, refresh=refresh
-        )
+    def step(self) -> None:
+        """A plain one. It consumes the state."""
+        self._step(self.tx, refresh=False)
+
+    def refresh(self, tx: fs.GradientTransformation) -> None:
+        """One with a refresh, of a chain that differs in its root solver alone."""
+        self._step(tx, refresh=True)
+
+    def _step(self, tx: fs.GradientTransformation, refresh: bool) -> None:
+        self.state = fs.update_in_place(tx, self.grads, self.state, self.params, refresh=refresh)
 
 
 def _eager(model: str, size: int, setting: Setting) -> Iterator[Row]:
@@ -81,21 +91,33 @@ def _eager(model: str, size: int, setting: Setting) -> Iterator[Row]:
 
 
 def _refreshes(ours: Ours, size: int, setting: Setting) -> Iterator[Row]:
-    """As many as there is time for; none where not even one would be done in time."""
+    """With every solver, as many as there is time for; by eigh last, which may take long."""
+    for name, solver in SOLVERS.items():
+        tx = fs.shampoo(LR, max_size=size, solver=solver)
+        context = tf32() if name.endswith("TF32") else contextlib.nullcontext()
+        with context:
+            row = _refreshed(ours, tx, setting)
+        yield {"of": f"shampoo, {name}", "kind": "refresh"} | row
     expected = expected_refresh(ours.params, size, setting.device)
-    head: Row = {"of": "shampoo", "kind": "refresh", "expected_s": expected}
+    head: Row = {"of": "shampoo, eigh", "kind": "refresh", "one_by_one_s": expected}
     if expected > 0.6 * setting.left():
         yield head | {"skipped": f"{setting.left():.0f} s left"}
-        return
+    else:
+        yield head | _refreshed(ours, ours.tx, setting)
+
+
+def _refreshed(ours: Ours, tx: fs.GradientTransformation, setting: Setting) -> Row:
+    """The first is marked as cold where it is the only one that there was time for."""
     readings = []
-    for _ in range(REFRESHES):
-        readings.append(read(lambda: ours.step(refresh=True), setting.device)[0])
-        if 2 * readings[-1].device > 0.2 * setting.left():
+    for _ in range(REFRESHES + 1):
+        readings.append(read(lambda: ours.refresh(tx), setting.device)[0])
+        if readings[-1].device > 0.05 * setting.left():
             break
-    row = head | summary(readings) | {"cold": len(readings) == 1}
-    if 3 * readings[-1].device < 0.1 * setting.left():
-        row |= demands(lambda: ours.step(refresh=True), setting.device)
-    yield row
+    later = readings[1:]
+    row = summary(later or readings) | ({} if later else {"cold": True})
+    if readings[-1].device < 0.02 * setting.left():
+        row |= demands(lambda: ours.refresh(tx), setting.device)
+    return row
 
 
 def expected_refresh(params: Tensors, size: int, device: torch.device) -> float:
@@ -115,22 +137,6 @@ def expected_refresh(params: Tensors, size: int, device: torch.device) -> float:
         seconds = min(read(lambda A=A: torch.linalg.eigh(A), device)[0].device for _ in range(2))
         expected += count * seconds
     return expected
-
-
-def _compiled(model: str, size: int, setting: Setting) -> Iterator[Row]:
-    """A plain step as a graph beside the same without."""
-    params, grads = tensors_of(model, setting)
-    # Without a compiler for the host, as in a rehearsal, the graph is run as it was traced.
-    options = setting.pick({}, {"backend": "aot_eager"})
-    graph = Ours(fs.compiled(fs.shampoo(LR, max_size=size), **options), params, grads)
-    eager = Ours(fs.shampoo(LR, max_size=size), params, grads)
-    first, _ = read(graph.step, setting.device)
-    yield {"of": "shampoo, compiled", "kind": "making the graph", "s": first.host}
-    steps = {"shampoo, compiled": graph.step, "shampoo": eager.step}
-    seconds = min(setting.pick(2.0, 0.2), setting.left() / 3)
-    for name, found in turns(steps, setting.device, seconds=seconds, least=3).items():
-        row = {"of": name, "kind": "plain"} | summary(found)
-        yield row | demands(steps[name], setting.device, eager=name == "shampoo")
 
 
 def tensors_of(model: str, setting: Setting) -> tuple[Tensors, Tensors]:

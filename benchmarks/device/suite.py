@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from benchmarks.device.group import Cell, Row, Setting, emit
 TESTS = Path(__file__).parents[2] / "tests"
 MARK = "mark.gpu"
 FIRST = "test_device.py"
+TOLD = re.compile(r">|E |\S+\.py:\d+")  # of a traceback: lines that were run, messages, places
 REPORTS = 20.0  # seconds between two lines that say how far it has come
 
 
@@ -24,6 +27,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
 
 
 def _cell(setting: Setting) -> Iterator[Row]:
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a machine may have a dozen
     try:
         pytest = importlib.import_module("pytest")
     except ImportError:
@@ -32,7 +36,7 @@ def _cell(setting: Setting) -> Iterator[Row]:
     marked = [path for path in sorted(TESTS.rglob("test_*.py")) if MARK in path.read_text()]
     marked.sort(key=lambda path: path.name != FIRST)
     recorder = Recorder(setting)
-    options = ["-o", "addopts=--strict-markers", "-p", "no:terminal", "-p", "no:cacheprovider"]
+    options = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider"]
     options += ["-m", "gpu", "-W", "default", "--continue-on-collection-errors"]
     status = pytest.main([*options, *map(str, marked)], plugins=[recorder])
     yield {"files": [path.name for path in marked], "exit": int(status)} | recorder.counts
@@ -80,6 +84,6 @@ class Recorder:
             item.session.shouldstop = "no time is left"
 
     def _print(self, report: Any, when: str) -> None:
-        lines = [line.rstrip() for line in str(report.longrepr).splitlines() if line.strip()]
+        told = [line[:200] for line in str(report.longrepr).splitlines() if TOLD.match(line)]
         row = {"group": "tests", "cell": "pytest", "failed": report.nodeid, "when": when}
-        emit(row | {"says": [line[:200] for line in lines[-12:]]})
+        emit(row | {"says": told[-16:]})
