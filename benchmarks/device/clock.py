@@ -72,7 +72,8 @@ def turns(
     Args:
         functions: by name.
         device: whose clock it is.
-        seconds: no round begins later than this, once there are `least`.
+        seconds: no round begins later than this, once there are `least`; none at all begins later
+            than four times this.
         least, most: rounds.
         warmup: rounds before, without the clock.
     """
@@ -82,7 +83,8 @@ def turns(
     readings: dict[str, list[Reading]] = {name: [] for name in functions}
     begun = time.monotonic()
     for n in range(most if functions else 0):
-        if n >= least and time.monotonic() - begun >= seconds:
+        spent = time.monotonic() - begun
+        if n and spent >= (seconds if n >= least else 4 * seconds):
             break
         for name in random.Random(n).sample(list(functions), len(functions)):
             readings[name].append(read(functions[name], device)[0])
