@@ -4,7 +4,7 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train train-text test lint notebooks bench clean
+.PHONY: train train-text test lint notebooks bench device clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train.py
@@ -27,6 +27,11 @@ notebooks: $(VENV)/ready
 #   .venv/bin/pip install --constraint constraints.txt --editable '.[bench]'
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
+
+# What there is to know of a GPU, in less than nine minutes, with a $(PYTHON) that has torch for it,
+# optree and pytest: nothing is installed. DEVICE= takes options, such as DEVICE=--rehearse for a CPU.
+device:
+	$(PYTHON) -m benchmarks.device $(DEVICE)
 
 # The constraints name the release that this repository is developed on. TORCH= installs another:
 #   make test TORCH=torch==2.8.0

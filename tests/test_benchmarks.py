@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,76 @@ def test_the_clocked_chain_steps_as_the_recipe() -> None:
         updates.append(update)
     assert all(torch.equal(updates[0][name], updates[1][name]) for name in params)
     assert set(clock.spent) == set(STAGES)
+
+
+def test_a_rehearsal_for_a_gpu_prints_a_line_a_measurement(tmp_path: Path) -> None:
+    options = ["--rehearse", "--groups", "products", "--out", tmp_path / "new" / "lines.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.device", *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new" / "lines.jsonl").read_text() == done.stdout
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[0]["group"] == "machine"
+    assert lines[0]["torch"] == torch.__version__
+    assert lines[-1]["group"] == "all"
+    assert not any("error" in line or "skipped" in line for line in lines)
+    measured = [line for line in lines if "of" in line]
+    assert {line["cell"] for line in measured} >= {"16 of 32", "4 of 64"}
+    assert all(line["tflops"] > 0 and line["ms_low"] <= line["ms_high"] for line in measured)
+
+
+def test_a_cell_that_raises_or_has_no_time_leaves_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from benchmarks.device.group import Cell, Setting, run_group
+
+    def broken() -> Iterator[dict[str, object]]:
+        yield {"x": 1.0}
+        raise ValueError("no")
+
+    def fine() -> list[dict[str, object]]:
+        return [{"x": float("nan")}]
+
+    setting = Setting(torch.device("cpu"), True, time.monotonic() + 60)
+    cells = [Cell("a", broken), Cell("b", fine, least=90), Cell("c", fine)]
+    run_group("g", cells, setting)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["cell"] for line in lines] == ["a", "a", "a", "b", "c", "c"]
+    assert [lines[i][key] for i, key in ((0, "x"), (1, "error"), (4, "x"))] == [
+        1.0,
+        "ValueError: no",
+        "nan",
+    ]
+    assert "skipped" in lines[3]
+
+
+def test_factors_have_the_spectra_that_were_found() -> None:
+    from benchmarks.factors import spectra, stack
+
+    found = stack(64, 10, torch.device("cpu"))
+    known = spectra()
+    assert found.names[:8] == list(known)
+    assert torch.equal(found.A[0], found.A[8])
+    assert torch.equal(found.A, found.A.mT)
+    values = torch.linalg.eigvalsh(found.A.double())
+    assert torch.allclose(values, found.values, rtol=0, atol=1e-6)
+    assert torch.allclose(values[:, -1], torch.ones(10).double(), atol=1e-6)
+    full = stack(256, 8, torch.device("cpu"))
+    assert torch.allclose(full.values[0], known[full.names[0]])  # it was of this side
+
+
+def test_cholesky_qr_gives_the_basis_of_qr() -> None:
+    from benchmarks.device.solvers import case_of, cholesky_qr
+
+    case = case_of(64, 8, torch.device("cpu"))
+    Y = case.damped @ case.old
+    Q, expected = cholesky_qr(Y), torch.linalg.qr(Y).Q
+    assert (Q.mT @ Q - torch.eye(64)).abs().max() < 1e-5
+    cosines = (Q * expected).sum(-2).abs()
+    assert (cosines - 1).abs().max() < 1e-3

@@ -133,7 +133,7 @@ def test_on_cuda_the_product_of_bfloat16_comes_in_float32(n: int) -> None:
         assert all(f.dtype == torch.float32 for f in found.factors["g"])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("d", [64, 81, 256])
 def test_statistics_on_a_gpu_stay_positive_semidefinite(d: int) -> None:
     """The Gram matrix of the rounded gradient to float32's rounding."""
