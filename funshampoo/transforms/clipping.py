@@ -11,7 +11,7 @@ from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.modes import is_plain
 from funshampoo.core.tree import cast, compute_dtype, flatten, update_columns
-from funshampoo.linalg.norms import is_readable, range_scale, range_shift, surely_in_range
+from funshampoo.linalg.norms import is_readable, range_limits, range_scale, range_shift
 from funshampoo.operators.columns import Column, clamp, in_compute_dtype, shared_product
 from funshampoo.operators.leaf_ops import in_range
 
@@ -120,9 +120,10 @@ def global_norm(tree: Tree) -> Tensor | None:
 
 def _scaled_norm(leaves: Column) -> tuple[Tensor, Tensor | None]:
     """(‖x s‖, s) of all leaves together, s a power of two; None in its place is 1."""
-    dtype = functools.reduce(torch.promote_types, [compute_dtype(x) for x in leaves])
+    dtype = functools.reduce(torch.promote_types, {compute_dtype(x) for x in leaves})
     norm = _plain_norm(leaves, dtype)
-    if surely_in_range([norm]):
+    least, most = range_limits(dtype)
+    if is_readable([norm]) and least <= norm.item() <= most:  # 0 may hide something
         return norm, None
     scale = range_scale(norm)
     scaled = shared_product([cast(x, dtype) for x in leaves], scale)
