@@ -1,13 +1,28 @@
-"""Norms of blocks."""
+"""Norms of blocks, and what is done where the squares in them leave the range of their dtype.
+
+A plain norm overflows from 2^64 on in float32 and loses digits below 2^-42 or so, although the norm
+itself would be a number. Its own value says so: inf, or tiny. There x is multiplied by a power of
+two, which rounds nothing, and the norm is computed once more: ‖x‖ = ‖x s‖ / s.
+
+On a CPU the plain norms are read, and only where one is out of range is there a second pass.
+Elsewhere reading would wait for the device, or there is no value yet: blocks of float32 have their
+squares summed in float64 there (`wide_norm`), in the same one pass over memory.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from funshampoo.core.modes import is_plain, is_traced
+
 
 def block_norm(x: Tensor, block_ndim: int) -> Tensor:
     """‖x‖ per block: (N,) of x (N, ...) where block_ndim is 1, () where it is 0.
+
+    In one pass. Squares that overflow make it inf, squares that underflow 0: see `range_scale`.
 
     >>> block_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 1)
     tensor([5., 1.])
@@ -17,3 +32,83 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
         return flat[..., 0].abs()
     norm: Tensor = torch.linalg.vector_norm(flat, dim=-1)
     return norm
+
+
+def wide_norm(x: Tensor, block_ndim: int) -> Tensor:
+    """`block_norm` summed in float64, whose range no square of a float32 leaves; in float64."""
+    flat = x.reshape(*x.shape[:block_ndim], -1)
+    wide = x.dtype if x.device.type == "mps" else torch.float64  # which mps lacks
+    if flat.shape[-1] == 1:
+        return flat[..., 0].abs().to(wide)
+    norm: Tensor = torch.linalg.vector_norm(flat, dim=-1, dtype=wide)
+    return norm
+
+
+def range_limits(dtype: torch.dtype) -> tuple[float, float]:
+    """Between which norms neither overflowed nor lost digits: about 2^-42 to 2^64 in float32."""
+    found = torch.finfo(dtype)
+    return found.tiny ** (1 / 3), found.max**0.5
+
+
+def range_shift(dtype: torch.dtype) -> float:
+    """The power of two that brings back squares: 2^96 in float32, whose exponents end at 128."""
+    return float(2.0**600) if dtype == torch.float64 else float(2.0**96)
+
+
+def range_scale(norm: Tensor) -> Tensor:
+    """s, a power of two for every plain norm: that of x s is right. 1 where `norm` is right.
+
+    An infinite or NaN entry stays one. No derivative passes.
+
+    >>> range_scale(torch.tensor([0.0, 1.0, float("inf")])).log2()
+    tensor([ 96.,   0., -96.])
+    """
+    norm = norm.detach()
+    shift, (least, _) = range_shift(norm.dtype), range_limits(norm.dtype)
+    scale = torch.ones_like(norm).masked_fill(norm < least, shift)
+    return scale.masked_fill(norm == float("inf"), 1 / shift)
+
+
+def block_norms(xs: Sequence[Tensor], block_ndim: int) -> list[Tensor]:
+    """`block_norm` of each, outside block space in one launch."""
+    if block_ndim or not is_plain(xs):
+        return [block_norm(x, block_ndim) for x in xs]
+    return list(torch._foreach_norm(list(xs)))
+
+
+def is_readable(tensors: Sequence[Tensor]) -> bool:
+    """Whether the host may look at these without waiting: on a CPU, and no transform sees them."""
+    return not is_traced() and all([type(x) is Tensor and x.is_cpu for x in tensors])
+
+
+def surely_in_range(norms: Sequence[Tensor], xs: Sequence[Tensor] | None = None) -> bool:
+    """Whether all plain norms, (N,) or (), can be read here and now, and none has to be mended.
+
+    A norm of 0 has not, where its block of `xs` holds zeros alone, or without `xs`.
+    """
+    if not is_readable(norms):
+        return False
+    found_zero = False
+    for dtype in {norm.dtype for norm in norms}:
+        alike = [norm for norm in norms if norm.dtype == dtype]
+        together = torch.cat(alike) if alike[0].ndim else torch.stack(alike)
+        if not together.numel():
+            continue
+        low, high = (x.item() for x in together.detach().aminmax())
+        least, most = range_limits(dtype)
+        if low >= least and high <= most:
+            continue
+        zero = together == 0
+        inside = (together >= least) & (together <= most)  # NaN is not
+        if not bool((inside | zero).all()):
+            return False
+        found_zero = True
+    if xs is None or not found_zero:
+        return True
+    return not any([_hides_something(x, norm) for x, norm in zip(xs, norms)])
+
+
+def _hides_something(x: Tensor, norm: Tensor) -> bool:
+    """Whether a block has a norm of 0 and an entry that is not 0."""
+    zero = norm == 0
+    return bool(zero.any()) and bool(x[zero].any())

@@ -141,6 +141,23 @@ def quotient(xs: Column, ys: Column) -> Column:
     return [x / y for x, y in zip(xs, ys)]
 
 
+def shared_product(xs: Column, factor: Tensor) -> Column:
+    """xs times one 0-dimensional tensor of their dtype, new tensors."""
+    if is_plain(xs, [factor]) and all([x.device == factor.device for x in xs]):
+        return list(torch._foreach_mul(xs, factor))
+    return [x * factor.to(x.device) for x in xs]
+
+
+def clamp(xs: Column, limit: Hyper) -> Column:
+    """Entries between -limit and limit, new tensors; NaN stays."""
+    if isinstance(limit, Tensor) or not is_plain(xs) or all([x.is_cpu for x in xs]):
+        return [leaf_ops.clamp(x, limit) for x in xs]  # both ends in one pass
+    limits = [leaf_ops.in_range(limit, x.dtype) for x in xs]
+    clamped = list(torch._foreach_clamp_min(xs, [-most for most in limits]))
+    torch._foreach_clamp_max_(clamped, limits)
+    return clamped
+
+
 def copied(xs: Column) -> Column:
     """Copies."""
     return [x.clone() for x in xs]

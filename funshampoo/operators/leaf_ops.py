@@ -143,10 +143,24 @@ def per_block(values: Tensor, like: Tensor) -> Tensor:
 def sqrt(x: Tensor) -> Tensor:
     """√x with a finite derivative at 0.
 
-    The smallest normal number under the root changes no x above it, and d√x/dx · 0 = 0 where plain
-    sqrt gives inf · 0 = NaN: a zero gradient must not poison hyperparameter gradients.
+    At least the smallest normal number is under the root, so that d√x/dx · 0 = 0 where plain sqrt
+    gives inf · 0 = NaN: a zero gradient must not poison hyperparameter gradients.
     """
-    return torch.sqrt(x + torch.finfo(x.dtype).tiny)
+    return torch.sqrt(torch.clamp(x, min=torch.finfo(x.dtype).tiny))
+
+
+def clamp(x: Tensor, limit: Hyper) -> Tensor:
+    """Entries between -limit and limit; NaN stays."""
+    if isinstance(limit, Tensor):
+        limit = limit.to(x)
+        return torch.clamp(x, -limit, limit)
+    limit = in_range(limit, x.dtype)
+    return torch.clamp(x, -limit, limit)
+
+
+def in_range(number: float, dtype: torch.dtype) -> float:
+    """The number; inf where the dtype has none as large, for which torch raises an error."""
+    return number if number <= torch.finfo(dtype).max else float("inf")
 
 
 def on_device(factor: Hyper, like: Tensor) -> Hyper:

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
-from funshampoo.core.tree import compute_dtype, flatten, update_leaves
+from funshampoo.core.modes import is_plain
+from funshampoo.core.tree import cast, compute_dtype, flatten, update_columns
+from funshampoo.linalg.norms import is_readable, range_limits, range_scale, range_shift
+from funshampoo.operators.columns import Column, clamp, in_compute_dtype, shared_product
+from funshampoo.operators.leaf_ops import in_range
 
 
 def clip(max_value: Hyper) -> GradientTransformation:
@@ -24,22 +28,19 @@ def clip(max_value: Hyper) -> GradientTransformation:
     """
     check_range("max_value", max_value, 0.0, low_open=True)
 
-    def leaf(u: Tensor) -> tuple[Tensor]:
-        u = u.to(compute_dtype(u))
-        limit = _limit(max_value, u)
-        return (torch.clamp(u, -limit, limit),)
+    def clamped(u: Column) -> tuple[Column]:
+        return (clamp(in_compute_dtype(u), max_value),)
 
-    def clipped(updates: Tree) -> Tree:
-        return update_leaves(leaf, updates, ())[0]
-
-    return stateless(clipped, "clip")
+    return stateless(lambda updates: update_columns(clamped, updates, ())[0], "clip")
 
 
 def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
     """U ← U max_norm / max(‖U‖, max_norm), with the norm over the whole tree.
 
-    Where the norm is at most max_norm nothing changes, bit for bit. A norm that is not finite makes
-    every entry NaN, as it should be seen; `multi_steps` leaves such gradients out.
+    Where the norm is at most max_norm nothing changes, bit for bit. It is right also where squares
+    leave the range of U's dtype: entries of 1e30 are clipped in float32 as in float64. NaN or inf
+    anywhere makes every entry NaN, as it should be seen; `multi_steps` leaves such gradients out.
+    A max_norm of 0, injected, leaves zeros.
 
     Raises:
         ValueError: max_norm is a number that is not above 0.
@@ -53,28 +54,58 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
     check_range("max_norm", max_norm, 0.0, low_open=True)
 
     def clipped(updates: Tree) -> Tree:
-        norm = global_norm(updates)
-        if norm is None:
+        leaves = [x for x in flatten(updates)[0] if x is not None]
+        if not leaves:
             return updates
-        limit = _limit(max_norm, norm)
-        factor = limit / torch.maximum(norm, limit)
+        factors = _clipping_factors(*_scaled_norm(leaves), max_norm)
 
-        def leaf(u: Tensor) -> tuple[Tensor]:
-            u = u.to(compute_dtype(u))
-            return ((u * factor.to(u.device)).to(u.dtype),)
+        def scaled(u: Column) -> tuple[Column]:
+            dtypes = [compute_dtype(x) for x in u]
+            for factor in factors:
+                u = shared_product([cast(x, factor.dtype) for x in u], factor)
+            return ([cast(x, dtype) for x, dtype in zip(u, dtypes)],)
 
-        return update_leaves(leaf, updates, ())[0]
+        return update_columns(scaled, updates, ())[0]
 
     return stateless(clipped, "clip_by_global_norm")
 
 
+def _clipping_factors(norm: Tensor, scale: Tensor | None, max_norm: Hyper) -> list[Tensor]:
+    """max_norm / max(‖U‖, max_norm), as one factor or as two where one would leave the range.
+
+    ‖U‖ is norm / scale; a scale of None is 1.
+    """
+    limit = _limit(max_norm, norm)
+    if scale is None:
+        factor = limit / torch.maximum(norm, limit)
+        if is_readable([factor]) and factor.item() >= _FACTOR:
+            return [factor]
+        scale = torch.ones_like(norm)
+    shift = range_shift(norm.dtype)
+    norm = norm + norm * 0.0  # inf is NaN from here on
+    within = norm <= limit * scale
+    # A factor that would be tiny is two: of the norm's scale, or of that of ordinary gradients.
+    large = (scale < 1) | ((scale == 1) & (limit < _FACTOR * norm))
+    first = torch.where(large & ~within, 1 / shift, torch.ones_like(norm))
+    numerator = limit * (scale / first)
+    second = torch.where(within, 1.0, numerator / torch.where(within, 1.0, norm))
+    return [first, second]
+
+
+_FACTOR = 2.0**-60
+
+
 def _limit(value: Hyper, like: Tensor) -> Tensor:
     """(), filled on its device: a GPU's stream would be waited for with a copy from the host."""
-    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+    if isinstance(value, Tensor):
+        return value.to(like)
+    return like.new_full((), in_range(value, like.dtype))
 
 
 def global_norm(tree: Tree) -> Tensor | None:
-    """√Σ‖leaf‖², on the first leaf's device; None for a tree without tensors.
+    """√Σ‖leaf‖², on the first leaf's device, in the widest dtype; None for a tree without tensors.
+
+    Right wherever it is a number of its dtype: squares may leave the range.
 
     >>> import torch
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
@@ -83,9 +114,26 @@ def global_norm(tree: Tree) -> Tensor | None:
     leaves = [x for x in flatten(tree)[0] if x is not None]
     if not leaves:
         return None
-    dtype = functools.reduce(torch.promote_types, [compute_dtype(x) for x in leaves])
-    norms = [torch.linalg.vector_norm(x, dtype=compute_dtype(x)) for x in leaves]
-    total: Tensor = torch.linalg.vector_norm(
-        torch.stack([n.to(leaves[0].device, dtype) for n in norms])
-    )
+    norm, scale = _scaled_norm(leaves)
+    return norm if scale is None else norm / scale
+
+
+def _scaled_norm(leaves: Column) -> tuple[Tensor, Tensor | None]:
+    """(‖x s‖, s) of all leaves together, s a power of two; None in its place is 1."""
+    dtype = functools.reduce(torch.promote_types, {compute_dtype(x) for x in leaves})
+    norm = _plain_norm(leaves, dtype)
+    least, most = range_limits(dtype)
+    if is_readable([norm]) and least <= norm.item() <= most:  # 0 may hide something
+        return norm, None
+    scale = range_scale(norm)
+    scaled = shared_product([cast(x, dtype) for x in leaves], scale)
+    return _plain_norm(scaled, dtype), scale
+
+
+def _plain_norm(leaves: Column, dtype: torch.dtype) -> Tensor:
+    if is_plain(leaves):
+        norms = list(torch._foreach_norm(leaves, 2, dtype=dtype))
+    else:
+        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in leaves]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from funshampoo.core.checks import check_count
 from funshampoo.core.clock import advanced, count_of, running, started
@@ -16,9 +17,18 @@ from funshampoo.core.contract import (
     as_transformation,
     checked_pair,
 )
-from funshampoo.core.tree import update_columns
-from funshampoo.linalg.norms import block_norm
-from funshampoo.operators.columns import Column, per_block, product, quotient
+from funshampoo.core.tree import cast, update_columns
+from funshampoo.linalg.norms import (
+    block_norm,
+    block_norms,
+    is_readable,
+    range_limits,
+    range_scale,
+    surely_in_range,
+    wide_norm,
+)
+from funshampoo.operators import leaf_ops
+from funshampoo.operators.columns import Column, in_compute_dtype, per_block, product, quotient
 from funshampoo.state.stages import GraftState
 
 
@@ -32,9 +42,11 @@ def graft(
 
         P ← P ‖P_g‖ / (‖P‖ + 1e-16),  P = direction(M),  P_g = onto(M)
 
-    Norms are Euclidean, over a block inside `blocked` and over a leaf elsewhere. Both methods
-    receive the same updates M and the same context, so that `onto` builds its second moment from
-    `gradient` and applies it to M.
+    Norms are Euclidean, over a block inside `blocked` and over a leaf elsewhere, in float32 at
+    least. They are right where their squares leave the dtype's range, and ‖P_g‖ is no larger than
+    the largest number. NaN or inf anywhere in P or P_g makes that block NaN. Both methods receive
+    the same updates M and the same context, so that `onto` builds its second moment from `gradient`
+    and applies it to M.
 
     Args:
         direction: usually `root_inverse(...)`.
@@ -79,11 +91,10 @@ def graft(
             return p_g, new
 
         def norms(p_g: Column) -> tuple[Column]:
-            return ([block_norm(x, block_ndim) for x in p_g],)
+            return (_step_lengths(in_compute_dtype(p_g), block_ndim),)
 
         def rescale(p: Column, norm: Column) -> tuple[Column]:
-            ratio = quotient(norm, [block_norm(x, block_ndim) + 1e-16 for x in p])
-            return (product(p, per_block(ratio, p)),)
+            return (_rescaled(in_compute_dtype(p), norm, block_ndim),)
 
         def begun(grafted: Column, p_g: Column) -> tuple[Column]:
             assert begun_now is not None
@@ -109,3 +120,56 @@ def _run(
     tx: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
 ) -> tuple[Tree, Any]:
     return checked_pair(tx.run(updates, state, params, context), tx.name)
+
+
+_SMALL = 1e-16  # beside ‖P‖, as in the Distributed Shampoo reference
+
+
+def _step_lengths(p_g: Column, block_ndim: int) -> Column:
+    """‖P_g‖, at most the largest number; NaN where there is an infinite entry."""
+    if not is_readable(p_g):
+        return [_at_most(_nan_if_infinite(wide_norm(x, block_ndim)), x) for x in p_g]
+    norms = block_norms(p_g, block_ndim)
+    if surely_in_range(norms, p_g):
+        return norms
+
+    def mended(x: Tensor, norm: Tensor) -> Tensor:
+        scale = range_scale(norm)
+        norm = _nan_if_infinite(block_norm(x * leaf_ops.per_block(scale, x), block_ndim))
+        return _at_most(norm / scale, x)
+
+    return [mended(x, norm) for x, norm in zip(p_g, norms)]
+
+
+def _rescaled(p: Column, lengths: Column, block_ndim: int) -> Column:
+    """P length / (‖P‖ + 1e-16)."""
+    if not is_readable(p):
+        wide = [_nan_if_infinite(wide_norm(x, block_ndim)) + _SMALL for x in p]
+        ratio = [cast(length / norm, x.dtype) for length, norm, x in zip(lengths, wide, p)]
+        return product(p, per_block(ratio, p))
+    norms = block_norms(p, block_ndim)
+    if surely_in_range(lengths) and surely_in_range(norms, p):
+        ratio = quotient(lengths, [norm + _SMALL for norm in norms])
+        return product(p, per_block(ratio, p))
+
+    def mended(x: Tensor, norm: Tensor, length: Tensor) -> Tensor:
+        scale = range_scale(norm)
+        x = x * leaf_ops.per_block(scale, x)
+        divisor = _nan_if_infinite(block_norm(x, block_ndim)) + _SMALL * scale
+        # The quotient of the two may be out of range where the product of all three is not.
+        least, most = range_limits(length.dtype)
+        usual = (scale == 1) & (length >= least) & (length <= most)
+        first = torch.where(usual, length, 1.0) / divisor
+        second = torch.where(usual, 1.0, length)
+        return x * leaf_ops.per_block(first, x) * leaf_ops.per_block(second, x)
+
+    return [mended(*row) for row in zip(p, norms, lengths)]
+
+
+def _at_most(norm: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of `like`, and at most its largest number."""
+    return cast(torch.clamp(norm, max=torch.finfo(like.dtype).max), like.dtype)
+
+
+def _nan_if_infinite(norm: Tensor) -> Tensor:
+    return norm + norm * 0.0

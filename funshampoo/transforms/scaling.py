@@ -253,21 +253,33 @@ def _squares(g: Column, v: Column) -> Column:
 def _scaled(
     u: Column, v: Column, epsilon: Hyper, scratch: Column, weight: Column | None = None
 ) -> Column:
-    """u / (√(v / weight) + epsilon), in v's dtypes. Overwrites `scratch` where that can be.
+    """u / (max(√(v / weight), √tiny) + epsilon), in v's dtypes, with the smallest normal number.
 
-    There no derivative has to stay finite, and √v + max(epsilon, √tiny) keeps 0/0 away.
+    It keeps 0/0 away, and derivatives finite; a larger epsilon makes it superfluous. Overwrites
+    `scratch` where that can be: on a CPU a large new tensor costs page faults. Elsewhere and for
+    small ones, foreach operators take one launch, or one loop in C++, for all leaves.
     """
     u = cast_like(u, v)
     if isinstance(epsilon, Tensor) or not is_plain(u, v):
         corrected = v if weight is None else quotient(v, weight)
         return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
-    if weight is None:
-        for x, y in zip(scratch, v):
-            torch.sqrt(y, out=x)
+    in_scratch = any([x.is_cpu and x.numel() > _SMALL for x in scratch])
+    if not in_scratch:
+        root = quotient(v, weight) if weight is not None else list(torch._foreach_sqrt(v))
+    elif weight is not None:
+        root = [torch.div(x, w, out=y) for x, w, y in zip(v, weight, scratch)]
     else:
-        for x, y, w in zip(scratch, v, weight):
-            torch.div(y, w, out=x)
-        torch._foreach_sqrt_(scratch)
-    least = [max(epsilon, torch.finfo(x.dtype).tiny ** 0.5) for x in scratch]
-    torch._foreach_add_(scratch, least)
-    return [torch.div(y, x, out=x) for x, y in zip(scratch, u)]
+        root = [torch.sqrt(x, out=y) for x, y in zip(v, scratch)]
+    if weight is not None:
+        torch._foreach_sqrt_(root)
+    least = [torch.finfo(x.dtype).tiny ** 0.5 for x in root]
+    if epsilon < max(least):
+        torch._foreach_clamp_min_(root, least)
+    if epsilon:
+        torch._foreach_add_(root, epsilon)
+    if in_scratch:
+        return [torch.div(x, y, out=y) for x, y in zip(u, root)]
+    return quotient(u, root)
+
+
+_SMALL = 2**14  # numbers

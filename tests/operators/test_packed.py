@@ -13,7 +13,7 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo import linalg
-from funshampoo.operators import packed
+from funshampoo.operators import packed as packing
 from funshampoo.operators.leaf_ops import add_gram
 from funshampoo.operators.packed import in_form_of, pack, packed_shape, side_of, unpack
 from funshampoo.operators.packed_statistics import add_packed_gram
@@ -38,7 +38,7 @@ SIDES = [1, 2, 3, 4, 5, 8, 9, 16, 41, 64]
 
 def test_small_sides_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As elsewhere than in tests."""
-    monkeypatch.setattr(packed, "SMALLEST", 64)
+    monkeypatch.setattr(packing, "SMALLEST", 64)
     tx = fs.shampoo(0.1, packed=True)
     params = {"w": randn(64, 63)}
     for state in (tx.init(params), tx.update(params, tx.init(params))[1]):
