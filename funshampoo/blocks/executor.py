@@ -111,6 +111,7 @@ class Executor:
         context: Context,
     ) -> Any:
         portions = self._portions_of(own, missing, context.donate, refreshes(inner, context))
+        portions = portions or [{}]  # nobody has a gradient: what is everybody's goes on
         whole = len(portions) == 1 and portions[0] == own
         rows = self._state_rows(own)
         parts: list[tuple[Part, Any]] = []

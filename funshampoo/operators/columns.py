@@ -11,14 +11,14 @@ As in `leaf_ops`, only state tensors, `old`, are ever written to, and only where
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import constant, is_plain
-from funshampoo.core.tree import cast, compute_dtype
+from funshampoo.core.tree import cast, compute_dtype, map_leaves
 from funshampoo.operators import leaf_ops
 
 Column: TypeAlias = list[Tensor]
@@ -97,6 +97,27 @@ def average_of(
         return lerp(old, new, 1 - beta, donate), add_weight(weight, beta, (), donate)
     ones = [torch.ones_like(w) for w in weight]
     return average(old, new, beta, alive, donate), average(weight, ones, beta, alive, donate)
+
+
+def everyones_weight(corrects: bool) -> Tensor:
+    """The weight, () float64 on the CPU, of averages that count everyone's steps.
+
+    Args:
+        corrects: whether it corrects a bias; else it is 1 and stays there.
+    """
+    return torch.full((), 0.0 if corrects else 1.0, dtype=torch.float64, device="cpu")
+
+
+def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:
+    """`everyones_weight` after a step; () where there is none."""
+    return leaf_ops.add_weight(weight, beta, donate) if isinstance(weight, Tensor) else weight
+
+
+def weights_over(weight: Any, tree: Any) -> Any:
+    """A tree of weights, one a leaf: copies of `everyones_weight`, or the tree that it is."""
+    if not isinstance(weight, Tensor) or isinstance(tree, Tensor):
+        return weight
+    return map_leaves(lambda leaf: weight.clone(), tree)
 
 
 def seen(weight: Column, alive: Sequence[Column]) -> Column:

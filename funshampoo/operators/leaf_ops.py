@@ -137,6 +137,8 @@ def kept_share(beta: Hyper, alive: Tensor, like: Tensor) -> Tensor:
 
 def per_block(values: Tensor, like: Tensor) -> Tensor:
     """View one value a block, (N,) or (), so that it broadcasts over the blocks (N, ...)."""
+    if values.ndim == 0:  # which may be on the CPU wherever the blocks are
+        return values
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 

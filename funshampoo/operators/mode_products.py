@@ -52,7 +52,7 @@ def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
 def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:
     """L_i / weight, a new tensor, never packed; a weight of 0 (no gradient yet) leaves zeros."""
     safe = torch.where(weight > 0, weight, torch.ones_like(weight))
-    return unpack(factor) / safe[..., None, None]
+    return unpack(factor) / (safe[..., None, None] if safe.ndim else safe)
 
 
 _FEW_COLUMNS = 16

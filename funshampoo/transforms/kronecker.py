@@ -21,7 +21,12 @@ from funshampoo.core.tree import (
     update_leaves,
 )
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
-from funshampoo.operators.columns import Column, add_weight
+from funshampoo.operators.columns import (
+    Column,
+    add_weight,
+    count_everyone,
+    everyones_weight,
+)
 from funshampoo.operators.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.operators.leaf_ops import add, add_gram, kept_share, multiply, per_block
 from funshampoo.operators.mode_products import unfoldings
@@ -102,9 +107,10 @@ def kronecker_statistics(
 
         def weight(x: Tensor) -> Tensor:
             start = 0.0 if corrected else 1.0
-            return x.new_full(x.shape[: block_ndim * own_steps], start, dtype=compute_dtype(x))
+            return x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x))
 
-        return KroneckerState(map_leaves(zero_factors, params), map_leaves(weight, params))
+        weights = map_leaves(weight, params) if own_steps else everyones_weight(corrected)
+        return KroneckerState(map_leaves(zero_factors, params), weights)
 
     def update(
         updates: Tree,
@@ -144,8 +150,10 @@ def kronecker_statistics(
         with full_precision():
             _, factors = update_leaves(accumulate, updates, (state.factors,), source + known)
         weight = state.weight
-        if corrected:
-            _, weight = update_columns(count, updates, (weight,), known if own_steps else ())
+        if corrected and own_steps:
+            _, weight = update_columns(count, updates, (weight,), known)
+        elif corrected:
+            weight = count_everyone(weight, beta, donate)
         return updates, KroneckerState(factors, weight)
 
     return GradientTransformation(init, update)

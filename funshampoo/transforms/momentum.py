@@ -16,11 +16,14 @@ from funshampoo.operators.columns import (
     cast_like,
     copied,
     corrected,
+    count_everyone,
     decayed,
+    everyones_weight,
     multiply,
     only_alive,
     per_block,
     product,
+    weights_over,
 )
 from funshampoo.state.stages import EmaState, TraceState
 
@@ -70,9 +73,10 @@ def ema(
 
         def weight(x: Tensor) -> Tensor:
             start = 0.0 if bias_correction else 1.0
-            return x.new_full(x.shape[: block_ndim * own_steps], start, dtype=compute_dtype(x))
+            return x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x))
 
-        return EmaState(zeros_like(params), map_leaves(weight, params))
+        weights = map_leaves(weight, params) if own_steps else everyones_weight(bias_correction)
+        return EmaState(zeros_like(params), weights)
 
     def update(
         updates: Tree,
@@ -98,8 +102,11 @@ def ema(
             return copied(value), m, w  # copies: a later donated step writes into the state
 
         inputs = () if alive is None else (alive,)
-        out, *trees = update_columns(average, updates, (state.average, state.weight), inputs)
-        return out, EmaState(*trees)
+        weights = state.weight if own_steps else weights_over(state.weight, updates)
+        out, averages, weights = update_columns(average, updates, (state.average, weights), inputs)
+        if not own_steps:
+            weights = count_everyone(state.weight, decay, donate)
+        return out, EmaState(averages, weights)
 
     return GradientTransformation(init, update)
 

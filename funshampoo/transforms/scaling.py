@@ -21,11 +21,14 @@ from funshampoo.operators.columns import (
     average_of,
     cast_like,
     corrected,
+    count_everyone,
     decayed,
+    everyones_weight,
     per_block,
     product,
     quotient,
     seen,
+    weights_over,
 )
 from funshampoo.operators.leaf_ops import sqrt
 from funshampoo.state.stages import AdagradState, AdamState, RmsState
@@ -82,14 +85,18 @@ def scale_by_adam(
     def init(params: Tree, *, block_ndim: int = 0) -> AdamState:
         check_parameters(params, "scale_by_adam")
 
-        def weight(x: Tensor, start: float) -> Tensor:
-            return x.new_full(x.shape[: block_ndim * own_steps], start, dtype=compute_dtype(x))
+        def weights(corrects: bool) -> Tree:
+            if not own_steps:
+                return everyones_weight(corrects)
+            start = 0.0 if corrects else 1.0
+            return map_leaves(
+                lambda x: x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x)), params
+            )
 
-        second_weight = map_leaves(lambda x: weight(x, 0.0 if weighted else 1.0), params)
-        second = (zeros_like(params), second_weight)
+        second = (zeros_like(params), weights(weighted))
         if not filtered:
             return AdamState((), (), *second)
-        return AdamState(zeros_like(params), map_leaves(lambda x: weight(x, 0.0), params), *second)
+        return AdamState(zeros_like(params), weights(True), *second)
 
     def update(
         updates: Tree,
@@ -121,11 +128,18 @@ def scale_by_adam(
         source = updates if gradient is None else gradient
         known = () if alive is None else (alive,)
         first, first_weight = state.first, state.first_weight
+        second, second_weight = state.second, state.second_weight
+        if not own_steps:
+            first_weight = weights_over(first_weight, updates)
+            second_weight = weights_over(second_weight, updates)
         if filtered:
             before = (first, first_weight)
             updates, first, first_weight = update_columns(filter_first, updates, before, known)
-        before = (state.second, state.second_weight)
+        before = (second, second_weight)
         out, second, second_weight = update_columns(rescale, updates, before, (source, *known))
+        if not own_steps:
+            first_weight = count_everyone(state.first_weight, decay1, donate)
+            second_weight = count_everyone(state.second_weight, decay2, donate)
         return out, AdamState(first, first_weight, second, second_weight)
 
     return GradientTransformation(init, update)
