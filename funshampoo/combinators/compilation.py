@@ -20,7 +20,7 @@ from funshampoo.core.contract import (
 )
 from funshampoo.core.modes import is_traced
 from funshampoo.core.tree import flatten
-from funshampoo.state.stages import MultiStepsState, RootInverseState, ShardedState, find_state
+from funshampoo.state.stages import MultiStepsState, RefreshedState, ShardedState, find_state
 
 
 def compiled(inner: GradientTransformation, **options: Any) -> GradientTransformation:
@@ -120,7 +120,7 @@ def _check_compilable(inner: GradientTransformation, state: State) -> None:
             "multi_steps(compiled(tx), every)."
         )
     unasked = unasked_states(inner.refreshes, state)
-    if any(find_state(part, RootInverseState) is not None for part in unasked):
+    if any(find_state(part, RefreshedState) is not None for part in unasked):
         raise ValueError(
             "compiled: there are roots, and nobody says when they are recomputed. Give the "
             "combinator around root_inverse refreshes=any_refreshes(...), see docs/stages.md."

@@ -30,8 +30,8 @@ def inject_hyperparams(
     bools, strings, None, solvers, masks, transformations) is static. On every update the factory is
     called with the tensors.
 
-    Tensors leave the kernels that take numbers (1.7 times a plain step on forty small leaves), and
-    `delay` computes nothing ahead with them: name what is never edited in `static_args`.
+    Tensors leave the kernels that take numbers (1.7 times a plain step on forty small leaves): name
+    what is never edited in `static_args`.
 
     Args:
         factory: e.g. `funshampoo.shampoo`.

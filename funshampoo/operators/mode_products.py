@@ -111,6 +111,8 @@ def _mode_products(
     """x ×_1 M_1 … ×_k M_k, of (M_i, M_iᵀ) or None a side."""
     shape, dtype = x.shape, x.dtype
     lead, sides = shape[:block_ndim], shape[block_ndim:]
+    if not x.numel():
+        return x
     if len(sides) == 2:  # each from its side: a transposed operand takes a little longer
         left, right = pairs
         x = x if left is None else rounded_matmul(left[0], x, product_dtype)
