@@ -23,7 +23,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "products in bfloat16": {"product_dtype": torch.bfloat16},
     "refreshes staggered": {"stagger": True},
-    "roots 5 steps late, on a second thread": {"delay": 5},
     "old bases while they are good": {"basis_tolerance": 0.1},
     "packed": {"packed": True},
 }

@@ -47,7 +47,7 @@ CASES = [
     Case(
         "inject_hyperparams_adaptive",
         lambda: fs.inject_hyperparams(fs.shampoo)(
-            _schedule(), every=2, max_size=4, delay=1, basis_tolerance=0.1
+            _schedule(), every=2, max_size=4, basis_tolerance=0.1
         ),
     ),
     Case("inject_hyperparams", lambda: fs.inject_hyperparams(fs.shampoo)(_schedule(), every=2)),
@@ -76,12 +76,9 @@ CASES = [
     ),
     Case("root_adaptive", lambda: _blocked(_root(basis_tolerance=0.1))),
     Case("root_adaptive_unblocked", lambda: _statistics_and(_root(basis_tolerance=0.05))),
-    Case("root_delayed", lambda: _blocked(_root(delay=1))),
-    Case("root_delayed_unblocked", lambda: _statistics_and(_root(3, delay=2))),
-    Case("root_delayed_newton", lambda: _blocked(_root(delay=1, solver=linalg.coupled_newton()))),
     Case(
-        "root_delayed_staggered_adaptive",
-        lambda: _blocked(_root(delay=1, stagger=True, basis_tolerance=0.1)),
+        "root_staggered_adaptive",
+        lambda: _blocked(_root(stagger=True, basis_tolerance=0.1)),
     ),
     Case("root_staggered", lambda: _blocked(_root(stagger=True))),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
@@ -116,8 +113,8 @@ CASES = [
     Case("scale_by_schedule", lambda: fs.scale_by_learning_rate(_schedule())),
     Case("shampoo", lambda: fs.shampoo(0.1, every=2, max_size=4)),
     Case(
-        "shampoo_delayed_adaptive",
-        lambda: fs.shampoo(0.1, every=2, max_size=4, delay=1, basis_tolerance=0.1),
+        "shampoo_adaptive",
+        lambda: fs.shampoo(0.1, every=2, max_size=4, basis_tolerance=0.1),
     ),
     Case(
         "shampoo_everything",

@@ -153,7 +153,7 @@ def test_16_zero_gradients_first_do_not_prepare_a_jump(grafting: Any, epsilon: f
         for k, u in step.items():
             limit = g[k].norm() if grafting is None else 10 * g[k].numel() ** 0.5
             assert float(u.norm()) <= 1.001 * float(limit), k
-    assert fs.state.find_state(state, fs.state.FactorRoot).failures.sum() == 0  # type: ignore[union-attr]
+    assert fs.state.find_state(state, fs.state.Kept).failures.sum() == 0  # type: ignore[union-attr]
 
 
 def test_17_no_process_wide_side_effects() -> None:

@@ -110,7 +110,7 @@ class _ByGraph:
         usable = surely_usable(gradients)
         if (
             phase is None
-            or (THREADS in phase and all([g is None or g.is_cpu for g in gradients]))
+            or (_in_threads(phase) and all([g is None or g.is_cpu for g in gradients]))
             or _has_numbers(context.extra)
             or usable is False
             or any([g is None for g in gradients])
@@ -150,6 +150,10 @@ def _step_of(step: Callable[..., Any]) -> Callable[..., Any]:
         return step(updates, state, params, context)
 
     return run
+
+
+def _in_threads(phase: Phase) -> bool:
+    return any([label.startswith(THREADS) for label in phase])
 
 
 def _as_tensors(hyper: Numbers) -> dict[str, Tensor]:

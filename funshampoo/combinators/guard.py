@@ -16,7 +16,7 @@ from funshampoo.core.modes import is_traced, unwrapped
 from funshampoo.core.tree import cast, check_parameters, compute_dtype, flatten, map_leaves
 from funshampoo.linalg.norms import block_norm
 from funshampoo.state.places import Place, block_names, map_tensors
-from funshampoo.state.stages import FactorRoot, GuardedState, walk
+from funshampoo.state.stages import GuardedState, Kept, walk
 
 
 class FailureLimitError(RuntimeError):
@@ -282,22 +282,22 @@ def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
         device: of the report; by default that of the counters.
     """
     guards: list[GuardedState] = []
-    roots: list[FactorRoot] = []
+    refreshed: list[Kept] = []
     for _, node in walk(state):
         if isinstance(node, GuardedState):
             guards.append(node)
-        elif isinstance(node, FactorRoot):
-            roots.append(node)
+        elif isinstance(node, Kept):
+            refreshed.append(node)
     held = [x for guard in guards for x in flatten(guard.held)[0]]
     streak = [x for guard in guards for x in flatten(guard.streak)[0]]
     numbers = [
         _reduced(held, torch.sum),
         _reduced(streak, torch.amax),
-        _reduced([root.failures for root in roots], torch.sum),
-        _reduced([root.streak for root in roots], torch.amax),
+        _reduced([kept.failures for kept in refreshed], torch.sum),
+        _reduced([kept.streak for kept in refreshed], torch.amax),
     ]
     if device is None:
-        device = next((x.device for x in (*held, *(root.root for root in roots))), None)
+        device = next((x.device for x in (*held, *(kept.residual for kept in refreshed))), None)
     return torch.stack([n.to(device, torch.float32) for n in numbers])
 
 
@@ -329,8 +329,7 @@ def failing_blocks(state: Any, max_failures: int) -> list[str]:
         plain = unwrapped(x)
         if place.path[-1:] != ("streak",) or plain is None:
             return x
-        held = place.kind is GuardedState
-        cause = "gradient not finite" if held else "no root of its statistics"
+        cause = "refresh of its statistics failed" if place.kind is Kept else "gradient not finite"
         worst = plain.reshape(-1, plain.shape[-1]).amax(0) if plain.ndim else plain.reshape(1)
         for i in (worst >= max_failures).nonzero().flatten().tolist():
             block: tuple[str, ...] = (".".join(place.leaf) or "all parameters",)
@@ -352,8 +351,8 @@ def failure_limit_error(
     listed = "; ".join(blocks[:5]) + (f"; and {len(blocks) - 5} more" if len(blocks) > 5 else "")
     return FailureLimitError(
         f"failed {max_failures} times in a row (max_failures={max_failures}), or more until this "
-        f"look: {listed}. A gradient that is not finite has entered nothing, and where no root was "
-        "found the old one is in use. Look at the loss and the data of these steps, lower the "
+        f"look: {listed}. A gradient that is not finite has entered nothing, and where a refresh "
+        "failed the old value is in use. Look at the loss and the data of these steps, lower the "
         "learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go on.",
         max_failures,
         everywhere,

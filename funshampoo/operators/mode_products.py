@@ -76,23 +76,57 @@ def precondition(
     >>> precondition(torch.ones(2), [torch.tensor([[2.0, 0.0], [0.0, 3.0]])])
     tensor([2., 3.])
     """
+    matrices = [None if root is None else unpack(root) for root in roots]
+    return _mode_products(
+        x, [m if m is None else (m, m) for m in matrices], block_ndim, product_dtype
+    )
+
+
+def rotate(
+    x: Tensor, matrices: Sequence[Tensor | None], block_ndim: int = 0, back: bool = False
+) -> Tensor:
+    """x ×_1 Q_1ᵀ … ×_k Q_kᵀ for every block: its coordinates in the bases of all sides.
+
+        of a matrix:   Q_1ᵀ x Q_2,   and back   Q_1 x Q_2ᵀ
+
+    Args:
+        x: (N, d_1, ..., d_k), or without N where block_ndim is 0.
+        matrices: one entry a side, (N, d_i, d_i), the basis as columns, or None: left alone.
+        back: x ×_1 Q_1 … ×_k Q_k, which undoes it where the Q_i are orthogonal.
+
+    >>> Q = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    >>> rotate(torch.tensor([3.0, 4.0]), [Q]), rotate(torch.tensor([-4.0, 3.0]), [Q], back=True)
+    (tensor([-4.,  3.]), tensor([3., 4.]))
+    """
+    pairs = [None if Q is None else (Q, Q.mT) if back else (Q.mT, Q) for Q in matrices]
+    return _mode_products(x, pairs, block_ndim)
+
+
+def _mode_products(
+    x: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor] | None],
+    block_ndim: int,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x ×_1 M_1 … ×_k M_k, of (M_i, M_iᵀ) or None a side."""
     shape, dtype = x.shape, x.dtype
     lead, sides = shape[:block_ndim], shape[block_ndim:]
-    matrices = [None if root is None else unpack(root) for root in roots]
+    if not x.numel():
+        return x
     if len(sides) == 2:  # each from its side: a transposed operand takes a little longer
-        left, right = matrices
-        x = x if left is None else rounded_matmul(left, x, product_dtype)
-        x = x if right is None else rounded_matmul(x, right, product_dtype)
+        left, right = pairs
+        x = x if left is None else rounded_matmul(left[0], x, product_dtype)
+        x = x if right is None else rounded_matmul(x, right[1], product_dtype)
         return cast(x, dtype)
-    for d, root in zip(sides, matrices):
+    for d, pair in zip(sides, pairs):
         # The axis of every side is the first in its turn, and goes to the end: without a copy,
         # since a product reads its transposed operand as it lies. With few columns it is so slow
         # that one with few rows and a copy take half as long.
         x = x.reshape(*lead, d, -1)
-        if root is None:
+        if pair is None:
             x = x.mT
         elif d <= _FEW_COLUMNS < x.shape[-1]:
-            x = rounded_matmul(root, x, product_dtype).mT
+            x = rounded_matmul(pair[0], x, product_dtype).mT
         else:
-            x = rounded_matmul(x.mT, root, product_dtype)
+            x = rounded_matmul(x.mT, pair[1], product_dtype)
     return cast(x.reshape(shape), dtype).contiguous()  # what follows is elementwise

@@ -73,7 +73,6 @@ def shampoo(
     own_steps: bool = True,
     stagger: bool = False,
     basis_tolerance: Hyper | None = None,
-    delay: int = 0,
     product_dtype: torch.dtype | None = None,
     packed: bool = False,
     max_failures: int | None = 20,
@@ -119,8 +118,6 @@ def shampoo(
         own_steps: bias correction counts each parameter's own gradients, not everyone's steps.
         stagger: spread the refreshes over the interval; see `root_inverse`.
         basis_tolerance: go on in old eigenbases for as long as they are this good; see there.
-        delay: steps from a refresh to the use of its roots, computed meanwhile in a second thread;
-            see there.
         product_dtype: torch.bfloat16 rounds what enters the large products to it, with sums in
             float32: the application of the roots, and on CUDA the statistics. State stays float32.
         packed: keep half of every factor matrix and root of side 64 or more, which are
@@ -168,7 +165,6 @@ def shampoo(
         initial_eigenvalue=initial_eigenvalue,
         stagger=stagger,
         basis_tolerance=basis_tolerance,
-        delay=delay,
         product_dtype=product_dtype,
         packed=packed,
     )

@@ -1,37 +1,20 @@
-"""Whose turn it is to be refreshed, where refreshes are spread over the interval."""
+"""On which steps there are refreshes, and whose turn it is where they are spread out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from funshampoo.core.contract import Tree
+from funshampoo.core.checks import check_count, check_flag
+from funshampoo.core.clock import refresh_due
+from funshampoo.core.contract import REFRESH, THREADS, Phase, Tree
 from funshampoo.core.tree import MaskedNode, flatten, map_leaves
 
 _GOLDEN = (5**0.5 - 1) / 2
 
-
-class RefreshSchedule(NamedTuple):
-    """The arguments of `root_inverse` that say when."""
-
-    every: int
-    start: int
-    stagger: bool
-    delay: int
-
-
-class Refreshes(NamedTuple):
-    """What happens to the roots on a step: trees of `Turn`s, or None for nobody.
-
-    Attributes:
-        now: are computed and used.
-        asked: the factors are set aside; their roots come into use `delay` steps later.
-        used: the roots of what was set aside `delay` steps before.
-    """
-
-    now: Tree = None
-    asked: Tree = None
-    used: Tree = None
+BlockIds = Mapping[str, Sequence[int]] | None
+"""{stack: a number for every row}, in block space."""
 
 
 class Turn(NamedTuple):
@@ -49,6 +32,65 @@ class Turn(NamedTuple):
 EVERYBODY = Turn(True, None)
 
 
+@dataclass(frozen=True)
+class RefreshSchedule:
+    """When what is kept is computed anew.
+
+    Args:
+        every: steps between refreshes.
+        start: the step of the first, which is everybody's; later ones fall on multiples of `every`.
+        stagger: spread them over the interval, a share of the blocks on every step, so that no step
+            after `start` carries them all.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named.
+    """
+
+    every: int = 10
+    start: int = 1
+    stagger: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every)
+        check_count("start", self.start)
+        check_flag("stagger", self.stagger)
+
+    def happens_at(self, step: int) -> bool:
+        """Whether it may be somebody's turn."""
+        spread = self.stagger and step > self.start
+        return spread or refresh_due(step, self.every, self.start)
+
+    def phase(self, threads: bool = False) -> Callable[[int], Phase]:
+        """`GradientTransformation.phase` of a stage with this schedule.
+
+        Args:
+            threads: whether threads of a CPU share the work of a refresh.
+        """
+        label = THREADS if threads else REFRESH
+
+        def phase(step: int) -> Phase:
+            if not self.happens_at(step):
+                return ()
+            spread = self.stagger and step > self.start
+            return (f"{label}, turn {step % self.every} of {self.every}" if spread else label,)
+
+        return phase
+
+    def turns_at(self, step: int, updates: Tree, block_ids: BlockIds) -> Tree:
+        """A tree of `Turn`s: who is refreshed at this step; None for nobody.
+
+        Args:
+            step: its number.
+            updates: stacks, or a tree outside block space, whose leaves are numbered in order.
+            block_ids: in block space.
+        """
+        if not self.happens_at(step):
+            return None
+        if self.stagger and step > self.start:
+            return turns_at(step, self.every, updates, block_ids)
+        return everybody(updates)
+
+
 def phase(number: int, every: int) -> int:
     """At which step of the interval, 0..every-1, block `number` has its turn.
 
@@ -61,50 +103,13 @@ def phase(number: int, every: int) -> int:
     return int(every * (number * _GOLDEN % 1.0))
 
 
-def happens_at(step: int, schedule: RefreshSchedule) -> tuple[bool, bool, bool]:
-    """The fields of `Refreshes`, whether it may be somebody's turn: `now`, `asked`, `used`."""
-    every, start, stagger, delay = schedule
-
-    def due(t: int) -> bool:
-        return t > start and (stagger or t % every == 0)
-
-    if not delay or step <= start:
-        return step == start or due(step), False, False
-    return False, due(step), due(step - delay)
-
-
-def refreshes_at(
-    step: int,
-    schedule: RefreshSchedule,
-    updates: Tree,
-    block_ids: Mapping[str, Sequence[int]] | None,
-) -> Refreshes:
-    """Who is refreshed at this step, and how."""
-
-    def turns(t: int) -> Tree:
-        if schedule.stagger and t > schedule.start:
-            return turns_at(t, schedule.every, updates, block_ids)
-        return everybody(updates)
-
-    at = (step, step, step - schedule.delay)
-    happens = happens_at(step, schedule)
-    return Refreshes(*[turns(t) if happening else None for t, happening in zip(at, happens)])
-
-
 def everybody(updates: Tree) -> Tree:
     """All of every leaf."""
     return map_leaves(lambda u: EVERYBODY, updates)
 
 
-def turns_at(
-    step: int, every: int, updates: Tree, block_ids: Mapping[str, Sequence[int]] | None
-) -> Tree:
-    """A tree of `Turn`s: who is refreshed at this step.
-
-    Args:
-        updates: stacks, or a tree outside block space, whose leaves are numbered in order.
-        block_ids: {stack: a number for every row}, in block space.
-    """
+def turns_at(step: int, every: int, updates: Tree, block_ids: BlockIds) -> Tree:
+    """A tree of `Turn`s: whose phase it is at this step."""
     now = step % every
     if block_ids is not None:
         turns = {

@@ -123,21 +123,21 @@ def _take_one_kernel_thread() -> None:
         helper.join()
 
 
-_POOLS: dict[tuple[int, int, str], Workers] = {}
+_POOLS: dict[tuple[int, int], Workers] = {}
 _MAKING: dict[int, threading.Lock] = {}
 
 
-def workers(count: int, purpose: str = "") -> Workers:
-    """The process' `count` threads for a purpose; made when first asked for.
+def workers(count: int) -> Workers:
+    """The process' `count` threads; made when first asked for.
 
     A forked child has none of its parent's threads, and perhaps its locks as another thread left
     them: it makes its own.
     """
     process = os.getpid()
     with _MAKING.setdefault(process, threading.Lock()):
-        pool = _POOLS.get((process, count, purpose))
+        pool = _POOLS.get((process, count))
         if pool is None:
-            pool = _POOLS[process, count, purpose] = Workers(count)
+            pool = _POOLS[process, count] = Workers(count)
         return pool
 
 

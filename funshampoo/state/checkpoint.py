@@ -267,9 +267,8 @@ def _repacked(saved: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> di
 
 
 def _is_symmetric(name: str) -> bool:
-    """Whether it is a factor matrix, ".../factors/0", or a root, ".../roots/0/root"."""
-    field, side = ["", "", *name.split("/")][-2:]
-    return field == "factors" or side == "root"
+    """Whether it may be packed: a factor matrix, ".../factors/0", or kept, ".../kept/0/value/0"."""
+    return ["", *name.split("/")][-2] in ("factors", "value")
 
 
 def _misfit(name: str, x: Tensor, saved: Tensor, cast: bool) -> str:

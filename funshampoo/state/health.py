@@ -13,10 +13,10 @@ from funshampoo.core.tree import flatten
 from funshampoo.state.places import block_names, rows_of
 from funshampoo.state.stages import (
     BlockedState,
-    FactorRoot,
     GuardedState,
+    Kept,
     MultiStepsState,
-    RootInverseState,
+    RefreshedState,
     ShardedState,
     check_is_state,
     walk,
@@ -49,7 +49,8 @@ class Health(NamedTuple):
     """What the last refresh found, and what was skipped.
 
     Attributes:
-        steps: of the stage that refreshes; 0 if there is none.
+        steps: that the stage that refreshes has had, or micro-steps of a `multi_steps` around it; 0
+            if there is none.
         factors: one entry for every side of every stack.
         skipped: micro-batches that `multi_steps` left out.
         held: how many times a block was held, since its gradient was not finite.
@@ -111,11 +112,14 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     factors: list[FactorHealth] = []
     names: dict[str, dict[int, tuple[str, str]]] = {}
     owned: dict[str, Any] = {}
-    roots_at = 0
+    kept_at = 0
     scope: tuple[str, ...] = ()  # of the innermost `blocked`
+    clock: Tensor | None = None
     for path, node in walk(state):
         if names and path[: len(scope)] != scope:
             names, owned = {}, {}
+        counter = getattr(node, "steps", ())
+        clock = counter if isinstance(counter, Tensor) else clock
         if isinstance(node, BlockedState):
             names, owned, scope = block_names(node.layout), {}, path
         elif isinstance(node, ShardedState) and names:
@@ -124,10 +128,10 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
             held += sum(int(n.sum()) for n in flatten(node.held)[0])
         elif isinstance(node, MultiStepsState):
             skipped += int(node.skipped.sum())
-        elif isinstance(node, RootInverseState):
-            steps, roots_at = int(node.steps.max()), len(path) + 1
-        elif isinstance(node, FactorRoot):
-            factors.append(_factor(path[roots_at:], node, names, owned))
+        elif isinstance(node, RefreshedState):
+            steps, kept_at = 0 if clock is None else int(clock.max()), len(path) + 1
+        elif isinstance(node, Kept):
+            factors.append(_factor(path[kept_at:], node, names, owned))
     sharded = [node.report for _, node in walk(state) if isinstance(node, ShardedState)]
     everywhere = [tuple(int(n) for n in report.reshape(-1, 4).amax(0)) for report in sharded]
     found = Health(steps, factors, skipped, held, everywhere)
@@ -137,20 +141,20 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
 
 def _factor(
     path: tuple[str, ...],
-    root: FactorRoot,
+    kept: Kept,
     names: Mapping[str, Mapping[int, tuple[str, str]]],
     owned: Mapping[str, Any],
 ) -> FactorHealth:
     *inside, side = path
     leaf = ".".join(inside)
-    worst = int(torch.argmax(_rows(root.residual)))
+    worst = int(torch.argmax(_rows(kept.residual)))
     row = rows_of(owned[leaf])[worst] if leaf in owned else worst
     return FactorHealth(
         where=f"{leaf} side {side}",
-        matrices=root.residual.numel(),
-        residual=float(root.residual.max()),
-        condition=float(root.condition.max()),
-        failures=int(root.failures.sum()),
+        matrices=kept.residual.numel(),
+        residual=float(kept.residual.max()),
+        condition=float(kept.condition.max()),
+        failures=int(kept.failures.sum()),
         worst=names[leaf][row][0] if leaf in names else "",
     )
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from funshampoo.state.stages import BlockedState, FactorRoot, PartitionState, ShardedState
+from funshampoo.state.stages import BlockedState, Kept, PartitionState, ShardedState
 
 Path = tuple[str, ...]
 
@@ -167,7 +167,7 @@ def _is_of_parameters(scope: _Scope, node: Any) -> bool:
     It stands in another one's field, where that is no place for states.
     """
     in_a_tree = scope.place.kind is not None and not scope.of_states and scope.stacks is None
-    return in_a_tree and type(node).__module__ != FactorRoot.__module__
+    return in_a_tree and type(node).__module__ != Kept.__module__
 
 
 def _entered(scope: _Scope, node: Any) -> _Scope:
@@ -177,7 +177,7 @@ def _entered(scope: _Scope, node: Any) -> _Scope:
         return _with(scope, place=_with(scope.place, layout=node.layout), stacks=rows)
     if isinstance(node, ShardedState) and scope.stacks is not None:
         return _with(scope, stacks={stack: rows_of(spans) for stack, spans in node.owned.items()})
-    if isinstance(node, FactorRoot):
+    if isinstance(node, Kept):
         return _with(scope, place=_side_moved(scope.place))
     return scope
 
@@ -209,7 +209,7 @@ def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
     if over_stacks and stacks is not None and place.stack is None:
         below = _with(place, stack=str(key), rows=stacks[key])
         return _with(scope, place=below, of_states=False)
-    if scope.of_states or stacks is not None:
+    if scope.of_states or stacks is not None or place.kind is Kept:
         place = _with(place, path=(*place.path, str(key)))
         if scope.of_states and place.path[-2:-1] != ("hyperparams",):
             place = _with(place, stage=(*place.stage, str(key)))

@@ -38,44 +38,39 @@ class KroneckerState(NamedTuple):
     weight: Tree
 
 
-class FactorRoot(NamedTuple):
-    """One inverse root, and what the last refresh found.
+class Kept(NamedTuple):
+    """What is computed now and then from one matrix a block, and what the last refresh found.
 
     Attributes:
-        root: (N, d, d), X = (L / weight + epsilon I)^(-e); the identity before the first refresh.
-            Its triangle alone if `packed` and large.
-        residual: (N,), how far X^(1/e) A is from the identity, by the solver's estimate (see
+        value: a tuple of tensors (N, ...): of `root_inverse` the root X (N, d, d), its triangle
+            alone if `packed` and large, and with `basis_tolerance` the eigenvectors (N, d, d) that
+            it was computed in, as columns. Before the first refresh, what the stage begins with:
+            multiples of the identity.
+        residual: (N,), how far off the value is, by the estimate of what computed it (see
             `funshampoo.linalg.InverseRoot`); 0 before.
-        condition: (N,), condition number of the damped factor; 1 before.
-        failures: (N,) int64, how many refreshes kept the old root because the solver failed.
+        condition: (N,), condition number of what it was computed from; 1 before.
+        failures: (N,) int64, how many refreshes kept the old value because the new one failed.
         streak: (N,) int64, how many of the latest in a row.
-        basis: (N, d, d), orthogonal, the eigenvectors that the root was computed in, as columns;
-            the identity before. () without `basis_tolerance`.
-        pending: (N, d, d), the corrected factor of the last refresh, whose root comes into use
-            `delay` steps later. () without `delay`.
-        waiting: (N,) int64, 1 while that is still to come, else 0. () without `delay`.
+        rounds: (N,) int64, how many refreshes gave a new value.
     """
 
-    root: Tensor
+    value: tuple[Tensor, ...]
     residual: Tensor
     condition: Tensor
     failures: Tensor
     streak: Tensor
-    basis: Tensor | tuple[()] = ()
-    pending: Tensor | tuple[()] = ()
-    waiting: Tensor | tuple[()] = ()
+    rounds: Tensor
 
 
-class RootInverseState(NamedTuple):
-    """Of `root_inverse`.
+class RefreshedState(NamedTuple):
+    """Of `root_inverse`, and of every stage that computes something now and then.
 
     Attributes:
-        steps: so far, () int64 on the CPU.
-        roots: tree of tuples, one entry a side: `FactorRoot`, or () for a side left alone.
+        kept: tree of tuples, one entry a side: `Kept`, or () for a side left alone.
     """
 
-    steps: Tensor
-    roots: Tree
+    kept: Tree
+    steps: Counter = ()
 
 
 class ClockState(NamedTuple):

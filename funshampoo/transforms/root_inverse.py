@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo import linalg
-from funshampoo.core.checks import check_count, check_flag, check_range
-from funshampoo.core.clock import current_step, new_counter
+from funshampoo.core.checks import check_flag, check_range
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
 from funshampoo.core.modes import full_precision
-from funshampoo.core.tree import (
-    cast,
-    check_local,
-    compute_dtype,
-    flatten,
-    map_leaves,
-    update_leaves,
-)
+from funshampoo.core.tree import cast, check_local, compute_dtype, flatten, update_leaves
 from funshampoo.linalg import Solver, eigh
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype
+from funshampoo.linalg.products import power
+from funshampoo.linalg.support import on_support
+from funshampoo.operators.columns import weights_over
 from funshampoo.operators.exponents import Exponents, check_exponents, inverse_exponents
-from funshampoo.operators.mode_products import precondition
-from funshampoo.operators.packed import pack, packs
-from funshampoo.refresh.refresh import Refresh
-from funshampoo.refresh.turns import (
-    Refreshes,
-    RefreshSchedule,
-    everybody,
-    happens_at,
-    refreshes_at,
-)
-from funshampoo.state.stages import FactorRoot, KroneckerState, RootInverseState, find_state
+from funshampoo.operators.mode_products import bias_corrected, precondition
+from funshampoo.refresh.jobs import Reading
+from funshampoo.refresh.refreshing import Refreshing
+from funshampoo.refresh.rule import Found, Rule
+from funshampoo.refresh.turns import RefreshSchedule
+from funshampoo.state.stages import KroneckerState, RefreshedState, find_state
 
 _FACTORIES: tuple[Any, ...] = (
     linalg.by_device,
@@ -59,7 +50,6 @@ def root_inverse(
     initial_eigenvalue: float = 1.0,
     stagger: bool = False,
     basis_tolerance: Hyper | None = None,
-    delay: int = 0,
     product_dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> GradientTransformation:
@@ -98,21 +88,13 @@ def root_inverse(
             ‖offdiag(QᵀLQ)‖_F ≤ basis_tolerance ‖L‖_F; see `linalg.adaptive`. For solvers by
             eigendecomposition. A refresh that keeps all bases takes 0.45 to 0.5 of the time, one
             that keeps none 1.3 of it (sides 128 to 512, one thread), so it pays from a third kept.
-        delay: the roots of step t come into use on step t + delay < t + every. Meanwhile a second
-            thread computes them with one kernel thread, while the next steps run on the old roots.
-            The first refresh and `refresh=True` are at once. The state keeps the factors that wait
-            (as much memory as X_i) and is all that a step depends on: where their roots were not
-            computed ahead, they are computed on step t + delay, the same to the last bit. That is
-            so on a GPU, under torch.func and torch.compile, for hyperparameters that are tensors,
-            and for a state resumed from a checkpoint. It pays where a core is idle: two kernel
-            threads on two cores take as long with it as without.
         product_dtype: torch.bfloat16 to round M and the X_i to before they are multiplied; sums
             are float32, roots are computed and kept as without. It errs by up to 5 % at a
             condition of 1e6, and pays where the device multiplies bfloat16: on GPUs and CPUs with
             AVX512-BF16, half the time of these products or less. See `linalg.low_precision`.
         packed: keep one triangle of every X_i of side 64 or more, and make the matrix of it on
             every step. See `operators.packed`; the statistics have the same option, and need not
-            have the same value. What basis_tolerance and delay add to the state stays whole.
+            have the same value. What basis_tolerance adds to the state stays whole.
 
     Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
     inside torch.compile, where the counter in the state can't be read.
@@ -121,7 +103,7 @@ def root_inverse(
     torch.get_num_threads() says, each with one kernel thread, on different matrices. One of a side
     above 256 that would leave the others idle is computed first, by all kernel threads.
 
-    State: `RootInverseState`.
+    State: `RefreshedState`, whose values are X_i and, with basis_tolerance, Q.
 
     Raises:
         ValueError: an argument out of range; basis_tolerance with a solver without a basis; from
@@ -139,89 +121,133 @@ def root_inverse(
     >>> tx.update({"w": torch.tensor([3.0, 4.0])}, tx.init(params))[0]  # g / |g|
     {'w': tensor([0.6000, 0.8000])}
     """
-    check_count("every", every)
-    check_count("start", start)
     check_range("epsilon", epsilon, 0.0)
     check_exponents(exponents)
     if trace_scaling is not None:
         check_range("trace_scaling", trace_scaling, 0.0, 1.0, low_open=True)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     check_product_dtype(product_dtype)
-    check_flag("stagger", stagger)
     check_flag("packed", packed)
     solve = eigh(relative_epsilon=1e-6) if solver is None else solver
     if any([solve is factory for factory in _FACTORIES]):
         raise TypeError("solver makes solvers and is none: call it, as in linalg.eigh().")
     if basis_tolerance is not None:
         _check_basis_tolerance(basis_tolerance, solve)
-    check_count("delay", delay, least=0)
-    if delay and delay >= every:
-        raise ValueError(f"delay is {delay}; it must be less than every, {every}.")
-    schedule = RefreshSchedule(every, start, stagger, delay)
 
-    def init(params: Tree, *, upstream: Any = None, block_ndim: int = 0) -> RootInverseState:
+    schedule = RefreshSchedule(every, start, stagger)
+    threads = bool(getattr(solve, "threaded", False))
+
+    def roots_with(hyper: Numbers) -> Refreshing:
+        damping, scaling, tolerance = [
+            number(x, hyper) for x in (epsilon, trace_scaling, basis_tolerance)
+        ]
+        numbers = resolved(solve, hyper), damping, scaling, tolerance
+
+        def rules(block: tuple[int, ...]) -> list[Rule | None]:
+            powers = zip(block, inverse_exponents(len(block), exponents))
+            return [
+                RootRule(d, e, initial_eigenvalue**-e, *numbers) if e else None for d, e in powers
+            ]
+
+        return Refreshing(rules, schedule, packed, threads)
+
+    def init(
+        params: Tree, *, upstream: Any = None, block_ndim: int = 0, clock: bool = False
+    ) -> RefreshedState:
         check_local(params, "root_inverse")
         if upstream is not None:
             _statistics_over(params, upstream)
-
-        first_root = functools.partial(
-            _multiple_of_identity,
-            keeps_basis=basis_tolerance is not None,
-            delayed=delay > 0,
-            packed=packed,
-        )
-
-        def initial(x: Tensor) -> tuple[FactorRoot | tuple[()], ...]:
-            lead, sides = x.shape[:block_ndim], x.shape[block_ndim:] if x.numel() else ()
-            powers = inverse_exponents(len(sides), exponents)
-            return tuple(
-                first_root(x, lead, d, initial_eigenvalue**-e) if e else ()
-                for d, e in zip(sides, powers)
-            )
-
-        return RootInverseState(new_counter(), map_leaves(initial, params))
+        return roots_with(NO_NUMBERS).init(params, block_ndim, clock)
 
     def update(
-        updates: Tree,
-        state: RootInverseState,
-        params: Tree = None,
-        *,
-        upstream: Any = (),
-        block_ndim: int = 0,
-        step: int | None = None,
-        refresh: bool | None = None,
-        rows: Any = None,
-        donate: bool = False,
-        hyper: Numbers = NO_NUMBERS,
-    ) -> tuple[Tree, RootInverseState]:
-        statistics = _statistics_over(updates, upstream)
-        roots = state.roots
-        t = None if refresh is not None else _step_known(state.steps, step)
-        if t is None:
-            turns = Refreshes(now=everybody(updates) if refresh else None)
-        else:
-            turns = refreshes_at(t, schedule, updates, rows)
-        now = [number(x, hyper) for x in (epsilon, trace_scaling, basis_tolerance)]
-        refreshed = Refresh(resolved(solve, hyper), now[0], exponents, now[1], now[2])
+        updates: Tree, state: RefreshedState, params: Tree, context: Context
+    ) -> tuple[Tree, RefreshedState]:
+        statistics = _statistics_over(updates, context.upstream)
+        weight = weights_over(statistics.weight, updates)
+        inputs = (statistics.factors, weight)
+        state = roots_with(context.hyper).update(updates, state, inputs, _factor, context)
         with full_precision():
-            roots = refreshed(turns, updates, statistics, roots, donate)
-            directions = _directions(updates, roots, block_ndim, product_dtype)
-        return directions, RootInverseState(state.steps + 1, roots)
+            return _directions(updates, state.kept, context.block_ndim, product_dtype), state
 
-    def phase(step: int) -> tuple[str, ...]:
-        if not any(happens_at(step, schedule)):
-            return ()
-        turn = f" {step % every} of {every}" if stagger and step > start else ""
-        return ("refresh in threads" + turn,)
+    return GradientTransformation(init, update, phase=schedule.phase(threads), counts=True)
 
-    return GradientTransformation(init, update, phase=phase)
+
+@dataclass(frozen=True)
+class RootRule(Rule):
+    """X = (A + epsilon I)^(-e), A a bias-corrected factor, perhaps scaled by its trace.
+
+    The value is X, and with `basis_tolerance` the eigenvectors that it was computed in.
+
+    Attributes:
+        exponent: e.
+        initial_value: X = initial_value · I before the first refresh.
+        solver, epsilon, trace_scaling, basis_tolerance: of `root_inverse`.
+    """
+
+    exponent: float
+    initial_value: float
+    solver: Solver
+    epsilon: Hyper
+    trace_scaling: Hyper | None
+    basis_tolerance: Hyper | None
+
+    symmetric = (0,)
+
+    @property
+    def threaded(self) -> bool:
+        """As the solver says."""
+        return bool(getattr(self.solver, "threaded", False))
+
+    @property
+    def reads_old(self) -> bool:
+        """To go on in an old basis."""
+        return self.basis_tolerance is not None
+
+    def initial(self, like: Tensor) -> tuple[Tensor, ...]:
+        """A multiple of the identity; as a basis, the identity."""
+        eye = torch.eye(self.side, dtype=like.dtype, device=like.device).expand(like.shape)
+        return (self.initial_value * eye, *((eye,) if self.reads_old else ()))
+
+    def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
+        """The root of each matrix, whatever its round."""
+        if self.trace_scaling is not None:
+            A = _trace_scaled(A, self.trace_scaling, self.epsilon)
+        p = 1 / self.exponent
+        basis: tuple[Tensor, ...] = ()
+        if self.basis_tolerance is None:
+            found = self.solver(A, p, self.epsilon)
+        else:
+            assert isinstance(self.solver, EigenSolver)
+            found, Q = self.solver.near_basis(A, p, self.epsilon, old[1], self.basis_tolerance)
+            basis = (Q,)
+        X, residual, condition, converged = found
+        return Found((on_support(X, A), *basis), residual, condition, converged)
+
+
+def _trace_scaled(A: Tensor, exponent: Hyper, epsilon: Hyper) -> Tensor:
+    """A max(tr A, epsilon)^(-exponent); A itself where that is zero, which has no derivative."""
+    trace = A.diagonal(dim1=-2, dim2=-1).sum(-1)
+    floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else trace.new_tensor(epsilon)
+    size = torch.maximum(trace, floor)
+    scale = power(torch.where(size > 0, size, 1.0), -exponent)
+    return A * scale[..., None, None]
+
+
+def _factor(side: int, factors: Any, weight: Tensor) -> Reading:
+    """L_side / weight."""
+    if not isinstance(factors[side], Tensor):
+        raise ValueError(
+            "root_inverse preconditions a side for which kronecker_statistics keeps no factor: "
+            "give both stages the same exponents."
+        )
+    return bias_corrected, factors[side], weight
 
 
 def _directions(
     updates: Tree, roots: Tree, block_ndim: int, product_dtype: torch.dtype | None
 ) -> Tree:
     def direction(u: Tensor, sides: Any) -> tuple[Tensor]:
-        matrices = [side.root if side else None for side in sides]
+        matrices = [side.value[0] if side else None for side in sides]
         return (precondition(cast(u, compute_dtype(u)), matrices, block_ndim, product_dtype),)
 
     return update_leaves(direction, updates, (), (roots,))[0]
@@ -251,38 +277,3 @@ def _statistics_over(tree: Tree, upstream: Any) -> KroneckerState:
             "root_inverse inside the same blocked(...)."
         ) from error
     return found
-
-
-def _step_known(counter: Tensor, step: int | None) -> int:
-    t = current_step(counter, step)
-    if t is None:
-        raise RuntimeError(
-            "root_inverse can't read the step counter inside torch.compile. Let funshampoo compile "
-            "(compiled(tx), or Optimizer(..., compile=True)), or pass step= (from 1) or "
-            "refresh=funshampoo.refresh_due(step, every, start) to update."
-        )
-    return t
-
-
-def _multiple_of_identity(
-    x: Tensor,
-    lead: torch.Size,
-    d: int,
-    value: float,
-    *,
-    keeps_basis: bool,
-    delayed: bool,
-    packed: bool,
-) -> FactorRoot:
-    dtype = compute_dtype(x)
-    eye = torch.eye(d, dtype=dtype, device=x.device).expand(*lead, d, d)
-    return FactorRoot(
-        root=value * (pack(eye) if packs(d, packed) else eye),
-        residual=x.new_zeros(lead, dtype=dtype),
-        condition=x.new_ones(lead, dtype=dtype),
-        failures=x.new_zeros(lead, dtype=torch.int64),
-        streak=x.new_zeros(lead, dtype=torch.int64),
-        basis=eye.clone() if keeps_basis else (),
-        pending=torch.zeros_like(eye, memory_format=torch.contiguous_format) if delayed else (),
-        waiting=x.new_zeros(lead, dtype=torch.int64) if delayed else (),
-    )

@@ -166,9 +166,9 @@ def test_refresh_and_step_decide_as_elsewhere() -> None:
 
     def root(**context: Any) -> Tensor:
         _, new = tx.update(tree(2), state, params, **context)
-        return fs.state.find_state(new, fs.state.RootInverseState).roots["5"][0].root
+        return fs.state.find_state(new, fs.state.RefreshedState).kept["5"][0].value[0]
 
-    old = fs.state.find_state(state, fs.state.RootInverseState).roots["5"][0].root
+    old = fs.state.find_state(state, fs.state.RefreshedState).kept["5"][0].value[0]
     assert torch.equal(root(), old)
     assert torch.equal(root(step=EVERY + 1), old)
     assert not torch.equal(root(step=EVERY), old)
@@ -256,14 +256,6 @@ def test_errors_are_those_of_what_is_inside() -> None:
             with pytest.raises(kind):
                 fs.update_in_place(tx, grads, state, params)
     assert_unchanged(before, params, state)
-
-
-def test_roots_that_come_into_use_later() -> None:
-    """Asked for on one step and used two later: neither is compiled."""
-    counter = CompileCounter()
-    mine = trained(fs.compiled(chain(delay=2), backend=counter), 3 * EVERY)
-    assert_close(mine, trained(chain(delay=2), 3 * EVERY), 1e-10)
-    assert counter.frame_count == 1
 
 
 def test_ranks_are_an_error() -> None:

@@ -15,6 +15,7 @@ from torch.func import vmap
 
 import funshampoo as fs
 from funshampoo.refresh import solving
+from funshampoo.refresh.rule import eigh_seconds
 from funshampoo.refresh.workers import Workers, can_run_in_a_thread, workers
 from tests.trees import assert_equal, gradients, problem, train
 
@@ -134,10 +135,10 @@ def test_what_belongs_to_a_thread_stays_in_it() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_makes_its_own_threads() -> None:
-    assert workers(1, "fork").submit(lambda: 1).result() == 1
+    assert workers(1).submit(lambda: 1).result() == 1
     child = os.fork()
     if child == 0:
-        ours = workers(1, "fork").submit(lambda: 2).result(timeout=20)
+        ours = workers(1).submit(lambda: 2).result(timeout=20)
         os._exit(0 if ours == 2 else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -152,8 +153,8 @@ def test_threads_change_no_number(stagger: bool, monkeypatch: pytest.MonkeyPatch
         return train(tx, params, grads, fs.apply_updates)
 
     used: list[int] = []
-    original = solving.tasks
-    monkeypatch.setattr(solving, "tasks", lambda *a: (used.append(1), original(*a))[1])
+    original = solving.tasks_of
+    monkeypatch.setattr(solving, "tasks_of", lambda *a: (used.append(1), original(*a))[1])
     many = run()
     assert used
     torch.set_num_threads(1)
@@ -163,15 +164,12 @@ def test_threads_change_no_number(stagger: bool, monkeypatch: pytest.MonkeyPatch
 
 
 def test_pieces_cover_all_rows_once() -> None:
-    for rows in (None, (3, 1, 4, 7), ()):
-        for n, d in ((8, 256), (200, 40), (1, 128), (32, 128), (10, 512), (9, 4)):
+    for n, d in ((8, 256), (200, 40), (1, 128), (32, 128), (10, 512), (9, 4)):
+        for rows in (range(n), (3, 1, 4, 7), ()):
             for threads in (1, 2, 3):
-                stack = torch.empty(n, d, d, device="meta")
-                found = solving.pieces(stack, rows, threads)
-                flat = [row for piece in found for row in piece or ()]
-                assert flat == list(range(n) if rows is None else rows)
-    assert solving.pieces(torch.empty(4, 4), None, 2) == [None]
-    assert len(solving.pieces(torch.empty(32, 128, 128, device="meta"), None, 2)) == 2
+                found = solving.pieces(rows, d, eigh_seconds(d), threads)
+                assert [row for piece in found for row in piece] == list(rows)
+    assert len(solving.pieces(range(32), 128, eigh_seconds(128), 2)) == 2
 
 
 def test_tasks_are_shared_out() -> None:
@@ -180,7 +178,7 @@ def test_tasks_are_shared_out() -> None:
     def here(*costs: float, threads: int = 2, divisible: bool = True) -> list[float]:
         nothing: Any = lambda: None  # noqa: E731
         tasks = [solving.Task(nothing, cost, divisible) for cost in costs]
-        return [task.milliseconds for task in solving._best_here(tasks, threads)]
+        return [task.seconds for task in solving._best_here(tasks, threads)]
 
     assert here(9.0) == [9.0]  # alone: 9 / 1.6
     assert here(9.0, 9.0) == []  # one a thread

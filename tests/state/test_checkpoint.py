@@ -74,9 +74,16 @@ def test_names_say_what_a_tensor_is() -> None:
                 "kronecker_statistics/weight",
                 *(f"kronecker_statistics/factors/{side}" for side in range(2)),
                 *(
-                    f"root_inverse/roots/{side}/{field}"
+                    f"root_inverse/kept/{side}/{field}"
                     for side in range(2)
-                    for field in ("root", "residual", "condition", "failures", "streak")
+                    for field in (
+                        "value/0",
+                        "residual",
+                        "condition",
+                        "failures",
+                        "streak",
+                        "rounds",
+                    )
                 ),
             )
         ),
@@ -182,10 +189,10 @@ def test_another_solver_takes_over_at_the_next_refresh() -> None:
     _, _, state = train(first, params, grads[:1], fs.apply_updates)
     other = fs.shampoo(0.1, every=3, solver=fs.linalg.coupled_newton())
     state = load_state_dict(other.init(params), state_dict(state)).state
-    old = state["blocked"].inner.inner["graft"].direction.roots["6x5"][0].root
+    old = state["blocked"].inner.inner["graft"].direction.kept["6x5"][0].value[0]
     for step, g in enumerate(grads[1:3], start=2):
         _, state = other.update(g, state, params)
-        root = state["blocked"].inner.inner["graft"].direction.roots["6x5"][0].root
+        root = state["blocked"].inner.inner["graft"].direction.kept["6x5"][0].value[0]
         assert torch.equal(root, old) == (step < 3)
 
 

@@ -39,8 +39,8 @@ def test_where_the_memory_of_shampoo_goes(capsys: pytest.CaptureFixture[str]) ->
     assert memory.stages["blocked/graft/onto"] == size(inner["graft"].onto)
     assert memory.stages["blocked/trace"] == (32 + 4) * 4
     assert memory.stages["blocked"] == size(guard) - size(inner)
-    # w: two blocks of 4×4: two factors, two roots, four entries a root and three weights each
-    roots = 2 * (2 * (16 + 16) * 4 + 2 * (4 + 4 + 8 + 8))
+    # w: two blocks of 4×4: two factors, two roots, five entries a root and three weights each
+    roots = 2 * (2 * (16 + 16) * 4 + 2 * (4 + 4 + 8 + 8 + 8))
     assert memory.parameters["w"] == roots + 3 * 32 * 4 + 2 * 3 * 4 + 2 * 2 * 8  # and its guards
     assert memory.parameters["(shared)"] == 3 * 8  # counters
     assert set(memory.parameters) == {"w", "b", "(shared)"}

@@ -12,7 +12,7 @@ from funshampoo import linalg
 from funshampoo.linalg import InverseRoot
 from funshampoo.operators.exponents import inverse_exponents
 from funshampoo.operators.mode_products import precondition, unfold
-from funshampoo.state import FactorRoot, KroneckerState, find_state
+from funshampoo.state import Kept, KroneckerState, find_state
 from tests.trees import gradients, problem, tensors
 
 D = torch.float64
@@ -84,10 +84,10 @@ def test_roots_of_each_order() -> None:
             fs.kronecker_statistics(1.0), fs.root_inverse(12, start=12, solver=linalg.eigh())
         )
         _, state = run(tx, grads)
-        for i, side in enumerate(state["root_inverse"].roots["g"]):
+        for i, side in enumerate(state["root_inverse"].kept["g"]):
             unfolded = [unfold(g["g"], i) for g in grads]
             total = sum(u @ u.T for u in unfolded)
-            power = torch.linalg.matrix_power(side.root, 2 * order)
+            power = torch.linalg.matrix_power(side.value[0], 2 * order)
             assert torch.allclose(power @ total, torch.eye(shape[i], dtype=D), atol=1e-7)
 
 
@@ -104,7 +104,7 @@ def test_exponents() -> None:
     (updates,), state = run(tx, [{"g": g}])
     assert torch.allclose(updates["g"] @ updates["g"].T, torch.eye(3, dtype=D), atol=1e-8)
     assert state["kronecker_statistics"].factors["g"][1] == ()
-    assert state["root_inverse"].roots["g"][1] == ()
+    assert state["root_inverse"].kept["g"][1] == ()
 
 
 def test_exponents_that_differ_between_the_stages() -> None:
@@ -131,7 +131,7 @@ def test_refresh_schedule_and_the_identity_before_it() -> None:
     changed = []
     for t, g in enumerate(grads, start=1):
         u, state = tx.update(g, state)
-        root = state["root_inverse"].roots["g"][0].root
+        root = state["root_inverse"].kept["g"][0].value[0]
         if not torch.equal(root, roots[-1]):
             changed.append(t)
         if t < 5:
@@ -147,7 +147,7 @@ def test_step_and_refresh_in_the_context_decide() -> None:
 
     def refreshed(**context: Any) -> bool:
         _, new = tx.update(g, state, **context)
-        return not torch.equal(new["root_inverse"].roots["g"][0].root, torch.eye(4, dtype=D))
+        return not torch.equal(new["root_inverse"].kept["g"][0].value[0], torch.eye(4, dtype=D))
 
     assert refreshed(step=3)
     assert not refreshed(step=4)
@@ -170,13 +170,14 @@ def test_a_failing_solver_keeps_the_old_root_and_counts() -> None:
     tx = fs.blocked(fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(1, solver=solver)), 2)
     g = {"g": randn(6)}
     _, state = tx.update(g, tx.init(g))
-    root = find_state(state, FactorRoot)
-    assert root is not None
-    assert root.failures.tolist() == [0, 1, 0]
-    assert torch.equal(root.root[1], torch.eye(2, dtype=D))
-    assert not torch.equal(root.root[0], torch.eye(2, dtype=D))
+    kept = find_state(state, Kept)
+    assert kept is not None
+    assert kept.failures.tolist() == [0, 1, 0]
+    assert kept.rounds.tolist() == [1, 0, 1]
+    assert torch.equal(kept.value[0][1], torch.eye(2, dtype=D))
+    assert not torch.equal(kept.value[0][0], torch.eye(2, dtype=D))
     _, state = tx.update(g, state)
-    assert find_state(state, FactorRoot).failures.tolist() == [0, 2, 0]  # type: ignore[union-attr]
+    assert find_state(state, Kept).failures.tolist() == [0, 2, 0]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_a_non_finite_block_spares_the_others(solver: Any) -> None:
     good_updates, _ = tx.update(g, tx.init(g))
     bad_updates, state = tx.update(bad, tx.init(g))
     assert torch.equal(bad_updates["g"][4:], good_updates["g"][4:])
-    assert find_state(state, FactorRoot).failures.tolist() == [1, 0]  # type: ignore[union-attr]
+    assert find_state(state, Kept).failures.tolist() == [1, 0]  # type: ignore[union-attr]
 
 
 def test_trace_scaling() -> None:
@@ -208,7 +209,7 @@ def test_trace_scaling() -> None:
     _, state = run(tx, [{"g": g}])
     a = g @ g.T
     a = a / a.trace().sqrt() + 1e-3 * torch.eye(3, dtype=D)
-    root = state["root_inverse"].roots["g"][0].root
+    root = state["root_inverse"].kept["g"][0].value[0]
     assert torch.allclose(torch.linalg.matrix_power(root, 4) @ a, torch.eye(3, dtype=D), atol=1e-8)
 
 

@@ -1,0 +1,154 @@
+"""The work of one unit: its matrices whose turn it is, and what is kept of what is found."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.linalg.solver import chooser
+from funshampoo.operators.packed import pack, unpack
+from funshampoo.refresh.rows import Rows, taken, written
+from funshampoo.refresh.rule import Rule, tensors_of
+from funshampoo.refresh.workers import can_run_in_a_thread
+from funshampoo.state.stages import Kept
+
+Reading = tuple[Any, ...]
+"""(function, *tensors): a unit's matrices are function(*tensors), for some rows of all tensors."""
+
+
+class Outcome(NamedTuple):
+    """A `Found`, and `known` (...), bool: False where the matrix is exactly zero."""
+
+    value: tuple[Tensor, ...]
+    residual: Tensor
+    condition: Tensor
+    converged: Tensor
+    known: Tensor
+
+
+class Asked(NamedTuple):
+    """The arguments of a rule."""
+
+    A: Tensor
+    old: tuple[Tensor, ...]
+    rounds: Tensor
+
+
+class Job:
+    """What is to be made of some rows of one unit.
+
+    Attributes:
+        rule: how.
+        kept: before.
+        rows: whose turn it is.
+        parts: functions that return what was found for some of the rows each, in their order, once
+            the work has been done.
+        shares: whether what they return lies in memory that other jobs' results lie in too.
+    """
+
+    def __init__(self, rule: Rule, reading: Reading, kept: Kept, rows: Rows) -> None:
+        self.rule, self.kept, self.rows = rule, kept, rows
+        self.parts: list[Callable[[], Outcome]] = []
+        self.shares = False
+        self._matrices, *self._inputs = reading
+
+    def in_threads(self) -> bool:
+        """Whether the process has several kernel threads, and other threads may do this."""
+        read = (*tensors_of(self.rule), *self._inputs, *self.kept.value)
+        return self.rule.threaded and can_run_in_a_thread(*read) and torch.get_num_threads() > 1
+
+    def every_row(self) -> Sequence[int]:
+        """The rows of a stack whose turn it is."""
+        return range(len(self.kept.rounds)) if self.rows is None else self.rows
+
+    def asked(self, rows: Rows) -> Asked:
+        """What the rule is asked, of some of the rows."""
+        old, rule = self.kept, self.rule
+        values = enumerate(old.value if rule.reads_old else ())
+        return Asked(
+            self._matrices(*[taken(x, rows) for x in self._inputs]),
+            tuple([_whole(taken(x, rows), i in rule.symmetric) for i, x in values]),
+            taken(old.rounds, rows),
+        )
+
+    def found(self, rows: Rows) -> Outcome:
+        """What the rule finds for some of the rows."""
+        return outcome(self.rule, self.asked(rows))
+
+    def ended(self, donate: bool) -> Kept:
+        """What is kept now; written into the old memory, part by part, if it is donated."""
+        kept = self.kept
+        for rows, found in self._results() if donate else [(self.rows, self._joined())]:
+            take = functools.partial(taken, rows=rows)
+            write = functools.partial(written, rows=rows, donate=donate)
+            kept = map_kept(write, kept, renewed(found, map_kept(take, kept), self.rule))
+        return kept
+
+    def _results(self) -> Iterator[tuple[Rows, Outcome]]:
+        """Which of the rows, and what was found for them; each part let go of before the next."""
+        first = 0
+        for part in self.parts:
+            found = part()
+            if found.known.ndim == 0:  # the one matrix of a leaf
+                yield None, found
+                continue
+            count = len(found.known)
+            yield self.every_row()[first : first + count], found
+            first += count
+
+    def _joined(self) -> Outcome:
+        """What was found for all the rows, in memory of its own."""
+        found = [part() for part in self.parts]
+        if len(found) == 1 and not self.shares:
+            return found[0]
+        return _mapped(lambda *xs: torch.cat(xs), *found)
+
+
+def outcome(rule: Rule, asked: Asked) -> Outcome:
+    """What a rule finds, and which matrices are not exactly zero."""
+    sizes = torch.linalg.vector_norm(asked.A.detach().flatten(-2), 1, dim=-1)
+    return Outcome(*rule(*asked), sizes != 0)
+
+
+def row_slice(found: Outcome, first: int, count: int) -> Outcome:
+    """Some rows of what was found for several jobs."""
+    return _mapped(lambda x: x.narrow(0, first, count), found)
+
+
+def _mapped(function: Callable[..., Tensor], *given: Outcome) -> Outcome:
+    value = tuple([function(*xs) for xs in zip(*[found.value for found in given])])
+    return Outcome(value, *[function(*xs) for xs in zip(*[found[1:] for found in given])])
+
+
+def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
+    """The new values where the rule converged on matrices that are not zero, else the old ones."""
+    accepted, failed = found.converged & found.known, found.known & ~found.converged
+    choose = chooser(accepted)
+
+    def chosen(i: int, x: Tensor, before: Tensor) -> Tensor:
+        was_packed = i in rule.symmetric and x.shape != before.shape
+        # One memory layout, whatever it comes from: products round by it.
+        return choose(pack(x) if was_packed else x, before).contiguous()
+
+    return Kept(
+        value=tuple([chosen(i, *pair) for i, pair in enumerate(zip(found.value, old.value))]),
+        residual=choose(found.residual.detach(), old.residual),
+        condition=choose(found.condition.detach(), old.condition),
+        failures=old.failures + failed,
+        streak=torch.where(failed, old.streak + 1, 0),
+        rounds=old.rounds + accepted,
+    )
+
+
+def map_kept(function: Callable[..., Tensor], *given: Kept) -> Kept:
+    """A `Kept` of `function(x, ...)` for its tensors."""
+    value = tuple([function(*xs) for xs in zip(*[kept.value for kept in given])])
+    return Kept(value, *[function(*xs) for xs in zip(*[kept[1:] for kept in given])])
+
+
+def _whole(x: Tensor, symmetric: bool) -> Tensor:
+    return unpack(x) if symmetric else x

@@ -1,0 +1,147 @@
+"""What is computed now and then from matrices, one value a side of every block: roots, bases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.clock import advanced, running, started
+from funshampoo.core.context import Context
+from funshampoo.core.contract import Tree
+from funshampoo.core.modes import full_precision, is_traced
+from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves
+from funshampoo.operators.packed import pack, packs
+from funshampoo.refresh.jobs import Job, Reading
+from funshampoo.refresh.rule import Rule
+from funshampoo.refresh.solving import carry_out
+from funshampoo.refresh.turns import RefreshSchedule, Turn, everybody
+from funshampoo.state.stages import Kept, RefreshedState
+
+
+@dataclass(frozen=True)
+class Refreshing:
+    """Values that are computed anew on some steps and used on all of them.
+
+    A block has a *unit* for every rule, as a rule one a side. The stage that has it calls `init`
+    and `update` in its own, keeps the `RefreshedState`, and reads `Kept.value` there; its
+    GradientTransformation has `phase=schedule.phase()` and `counts=True`.
+
+    A refresh keeps the old value of a matrix for which the rule does not converge, and counts it.
+    It also keeps it, uncounted, where the matrix is exactly zero: nothing has been seen yet.
+
+    Args:
+        rules: the shape of a block -> a rule or None for each unit. It is asked on every refresh,
+            so that rules with other numbers take over at the next one.
+        schedule: when.
+        packed: keep one triangle of each of a value's symmetric tensors of side 64 or more.
+        threads: whether its rules are `threaded`, for `compiled`.
+    """
+
+    rules: Callable[[tuple[int, ...]], Sequence[Rule | None]]
+    schedule: RefreshSchedule
+    packed: bool = False
+    threads: bool = False
+
+    def init(self, params: Tree, block_ndim: int = 0, clock: bool = False) -> RefreshedState:
+        """Initial values for every leaf; `block_ndim` and `clock` are those that init gets."""
+
+        def initial(x: Tensor) -> tuple[Kept | tuple[()], ...]:
+            rules = self.rules(tuple(x.shape[block_ndim:]))
+            lead = x.shape[:block_ndim]
+            return tuple(
+                [self._initial(x, lead, r) if r is not None and x.numel() else () for r in rules]
+            )
+
+        return RefreshedState(map_leaves(initial, params), started(True, clock))
+
+    def cost(self, block: tuple[int, ...]) -> float:
+        """Modelled seconds a step of one block of this shape."""
+        return (
+            sum([rule.cost for rule in self.rules(block) if rule is not None]) / self.schedule.every
+        )
+
+    def update(
+        self,
+        updates: Tree,
+        state: RefreshedState,
+        inputs: Sequence[Tree],
+        read: Callable[..., Reading],
+        context: Context,
+    ) -> RefreshedState:
+        """The state after a step, refreshed where it is somebody's turn.
+
+        Args:
+            updates: the tree whose structure rules; what is None stays as it is.
+            state: before.
+            inputs: trees that the matrices are made from, such as the factors and their weights.
+            read: `read(unit, *inputs of a leaf) -> (function, *tensors)`: the unit's matrices
+                (..., d, d) are `function(*tensors)`. It is called with some rows of all tensors
+                (of one without axes, with the tensor), and perhaps in another thread.
+            context: the stage's.
+
+        Raises:
+            RuntimeError: inside torch.compile without `step` or `refresh`.
+        """
+        context = running(state.steps, context)
+        block_ndim, donate = context.block_ndim, context.donate
+        turns = self._turns(updates, context)
+        kept = state.kept
+        if turns is None:
+            return RefreshedState(kept, advanced(state.steps, donate))
+        jobs: list[Job] = []
+
+        def begun(u: Tensor, turn: Turn, *rest: Any) -> tuple[Tensor, tuple[Any, ...]]:
+            *given, units = rest
+            rules = self.rules(tuple(u.shape[block_ndim:])) if turn.any else [None] * len(units)
+            own = [
+                Job(rule, read(i, *given), unit, turn.which) if rule is not None and unit else unit
+                for i, (rule, unit) in enumerate(zip(rules, units))
+            ]
+            jobs.extend([job for job in own if isinstance(job, Job)])
+            return u, tuple(own)
+
+        def ended(u: Tensor, units: Any) -> tuple[Tensor, tuple[Any, ...]]:
+            writes = donate and not is_traced()
+            return u, tuple([x.ended(writes) if isinstance(x, Job) else x for x in units])
+
+        with full_precision():
+            # All work is known before any of it begins, so that threads share it evenly.
+            _, on_their_way = update_leaves(begun, updates, (kept,), (turns, *inputs))
+            carry_out(jobs, in_blocks=block_ndim > 0)
+            _, kept = update_leaves(ended, updates, (on_their_way,))
+        return RefreshedState(kept, advanced(state.steps, donate))
+
+    def _initial(self, x: Tensor, lead: torch.Size, rule: Rule) -> Kept:
+        dtype = compute_dtype(x)
+        like = x.new_zeros((), dtype=dtype).expand(*lead, rule.side, rule.side)
+        value = [
+            (pack(y) if i in rule.symmetric and packs(rule.side, self.packed) else y).clone(
+                memory_format=torch.contiguous_format
+            )
+            for i, y in enumerate(rule.initial(like))
+        ]
+        return Kept(
+            value=tuple(value),
+            residual=x.new_zeros(lead, dtype=dtype),
+            condition=x.new_ones(lead, dtype=dtype),
+            failures=x.new_zeros(lead, dtype=torch.int64),
+            streak=x.new_zeros(lead, dtype=torch.int64),
+            rounds=x.new_zeros(lead, dtype=torch.int64),
+        )
+
+    def _turns(self, updates: Tree, context: Context) -> Tree:
+        """A tree of `Turn`s, or None for nobody."""
+        if context.refresh is not None:
+            return everybody(updates) if context.refresh else None
+        if context.step is None:
+            raise RuntimeError(
+                "the step counter can't be read inside torch.compile, so nobody knows whether this "
+                "step refreshes. Let funshampoo compile (compiled(tx), or Optimizer(..., "
+                "compile=True)), or pass step= (from 1) or refresh=funshampoo.refresh_due(step, "
+                "every, start) to update."
+            )
+        return self.schedule.turns_at(context.step, updates, context.rows)
