@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Layout, Region
-from funshampoo.core.modes import are_apart
+from funshampoo.core.modes import are_apart, is_traced
 from funshampoo.core.tree import cast
 
 
@@ -108,8 +108,12 @@ class Parts:
         if len(views) == 1:
             return views[0].reshape(len(rows), *block).to(dtype).contiguous()
         target = torch.empty(len(rows), *block, dtype=dtype, device=views[0].device)
-        for view, own in zip(views, _split(target, found)):
-            own.copy_(view)
+        targets = _split(target, found)
+        if is_traced() or len({view.dtype for view in views}) > 1:
+            for view, own in zip(views, targets):
+                own.copy_(view)
+        else:
+            torch._foreach_copy_(targets, views)
         return target
 
     def scatter(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:

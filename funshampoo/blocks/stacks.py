@@ -26,7 +26,7 @@ def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tenso
 
 
 def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor] | None:
-    """{stack: (rows,) bool} of one flag a leaf, (); None means that all are."""
+    """{stack: (rows,)} of one number a leaf, (), 0 or 1; None means that all are 1."""
     if alive is None:
         return None
     flags, _ = flatten(alive)
@@ -35,8 +35,8 @@ def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor] | None:
         for region in where.regions:
             fine = flags[i]
             if fine is None:  # without a gradient, so in no portion
-                device = layout.stacks[region.stack].device
-                fine = torch.ones((), dtype=torch.bool, device=device)
+                stack = layout.stacks[region.stack]
+                fine = torch.ones((), dtype=stack.dtype, device=stack.device)
             pieces[region.stack].append(fine.expand(region.rows))
     return {name: torch.cat(parts) for name, parts in pieces.items()}
 

@@ -13,8 +13,17 @@ from funshampoo.core.clock import advanced, read_counter, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import is_traced, unwrapped
-from funshampoo.core.tree import cast, check_parameters, compute_dtype, flatten, map_leaves
+from funshampoo.core.tree import (
+    cast,
+    check_parameters,
+    compute_dtype,
+    flatten,
+    map_leaves,
+    update_columns,
+)
 from funshampoo.linalg.norms import block_norm
+from funshampoo.operators.columns import Column, add, multiply, product_in
+from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.places import Place, block_names, map_tensors
 from funshampoo.state.stages import GuardedState, Kept, walk
 
@@ -112,18 +121,21 @@ def guarded(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
         inside = running(state.steps, context)
-        alive = _verdicts(updates, context)
-        if alive is None:
+        verdicts = _verdicts(updates, context)
+        if verdicts is None:
             out, new = inner.run(updates, state.inner, params, inside)
             held = state.held
         else:
-            if context.gradient is not None:
-                inside = changed(inside, gradient=map_leaves(_zeroed, context.gradient, alive))
-            inside = changed(inside, alive=alive)
-            out, new = _run(inner, map_leaves(_zeroed, updates, alive), state.inner, params, inside)
-            out = map_leaves(_zeroed, out, alive)
-            held = _counted(state.held, alive, context.donate)
-        streak = _streaks(updates, state.streak, alive, context.donate)
+            dead, alive = verdicts
+            safe = map_leaves(_zeroed, updates, dead)
+            if context.gradient is updates:
+                inside = changed(inside, gradient=safe)
+            elif context.gradient is not None:
+                inside = changed(inside, gradient=map_leaves(_zeroed, context.gradient, dead))
+            out, new = _run(inner, safe, state.inner, params, changed(inside, alive=alive))
+            out = map_leaves(_zeroed, out, dead)
+            held = _added(state.held, dead, context.donate)
+        streak = _streaks(updates, state.streak, verdicts and verdicts[0], context.donate)
         return out, GuardedState(held, streak, new, advanced(state.steps, context.donate))
 
     return GradientTransformation(
@@ -146,57 +158,84 @@ def _run(
     return out, _merged(new, state, context.alive, context.block_ndim)
 
 
-def _counted(counts: Tree, alive: Tree, donate: bool) -> Tree:
+def _added(counts: Tree, dead: Tree, donate: bool) -> Tree:
     """One more where the gradient was not finite."""
 
-    def leaf(n: Tensor, fine: Tensor | None) -> Tensor:
-        if fine is None:
-            return n
-        return n.add_(~fine) if donate and not is_traced() else n + ~fine
+    def leaves(mask: Column, n: Column) -> tuple[Column, Column]:
+        return mask, add(n, mask, donate)
 
-    return map_leaves(leaf, counts, alive)
+    return update_columns(leaves, dead, (counts,))[1]
 
 
-def _streaks(updates: Tree, streak: Tree, alive: Tree, donate: bool) -> Tree:
-    in_place = donate and not is_traced()
+def _streaks(updates: Tree, streak: Tree, dead: Tree, donate: bool) -> Tree:
+    """One more where the gradient was not finite, else 0; dead is None where all are."""
 
-    def fine(u: Tensor | None, n: Tensor) -> Tensor:
-        if u is None:
-            return n
-        return n.zero_() if in_place else torch.zeros_like(n)
+    def cleared(u: Column, n: Column) -> tuple[Column, Column]:
+        return u, multiply(n, 0, donate)
 
-    def judged(fine: Tensor | None, n: Tensor) -> Tensor:
-        if fine is None:
-            return n
-        return n.add_(1).mul_(~fine) if in_place else (n + 1) * ~fine
+    def judged(mask: Column, n: Column) -> tuple[Column, Column]:
+        return mask, product_in(add(n, mask, donate), mask, donate)
 
-    return map_leaves(fine, updates, streak) if alive is None else map_leaves(judged, alive, streak)
+    if dead is None:
+        return update_columns(cleared, updates, (streak,))[1]
+    return update_columns(judged, dead, (streak,))[1]
 
 
-def _verdicts(updates: Tree, context: Context) -> Tree:
-    """A tree of (N,) or () bool: whether each block can be used, None where there is no gradient.
+def _verdicts(updates: Tree, context: Context) -> tuple[Tree, Tree] | None:
+    """Trees of (N,) or (): bool, whether a block can't be used, and 0 or 1, whether it can.
 
-    None: all can, as far as that can be read without waiting, and nobody around says otherwise.
-    Outside block space all leaves share one verdict.
+    None where there is no gradient. And None in the place of both: all can, as far as that can be
+    read without waiting, and nobody around says otherwise. Outside block space all leaves share one
+    verdict.
     """
     sources = [updates] if context.gradient is None else [updates, context.gradient]
     sources = sources[:1] if sources[0] is sources[-1] else sources
     given = context.alive
-    if context.usable and given is None:
+    if given is None and context.usable:
         return None
     if given is None and all([surely_usable(flatten(x)[0]) for x in sources]):
         return None
     norms = [_norms(x, updates, context.block_ndim) for x in sources]
     if given is None and all([_all_usable(flatten(x)[0]) for x in norms]):
         return None
-    usable = [map_leaves(lambda n: None if n is None else _usable(n), x) for x in norms]
-    if not context.block_ndim:
-        usable = [_together(x) for x in usable]
-    for other in [*usable[1:], *([] if given is None else [given])]:
-        usable[0] = map_leaves(
-            lambda a, b: a if a is None or b is None else a & b, usable[0], other
-        )
-    return usable[0]
+    together = not context.block_ndim
+    judged = [_judged(x, together) for x in norms] + ([] if given is None else [(None, given)])
+    alive = judged[0][1]
+    if len(judged) == 1:
+        return judged[0]
+    for _, other in judged[1:]:
+        alive = map_leaves(_both, alive, other)
+    dead: Tree = map_leaves(lambda x: None if x is None else x == 0, alive)
+    return dead, alive
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if a is None or b is None else a * b
+
+
+def _judged(norms: Tree, together: bool) -> tuple[Tree, Tree]:
+    """(can't be used, 1 where it can) of every norm; all at once, which is a few operators."""
+    leaves, spec = flatten(norms)
+    found: list[tuple[Tensor, Tensor] | tuple[None, None]] = [(None, None)] * len(leaves)
+    kinds: dict[Any, list[int]] = {}
+    for i, norm in enumerate(leaves):
+        if norm is not None:
+            kinds.setdefault((norm.dtype, norm.device), []).append(i)
+    for (dtype, _), places in kinds.items():
+        flat = torch.cat([leaves[i].reshape(-1) for i in places])
+        dead = ~(flat * flat <= _limit(dtype))
+        alive, sizes = (~dead).to(dtype), [leaves[i].numel() for i in places]
+        for i, mask, fine in zip(places, torch.split(dead, sizes), torch.split(alive, sizes)):
+            found[i] = mask.reshape(leaves[i].shape), fine.reshape(leaves[i].shape)
+    if together and kinds:
+        first = next(x[0] for x in found if x[0] is not None)
+        masks = [x[0].to(first.device) for x in found if x[0] is not None]
+        dead = torch.stack(masks).any()
+        found = [
+            (None, None) if x[1] is None else (dead.to(x[1].device), (~dead).to(x[1]))
+            for x in found
+        ]
+    return tuple([spec.unflatten(column) for column in zip(*found)]) if leaves else (norms, norms)
 
 
 def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
@@ -238,40 +277,29 @@ def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
     return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])
 
 
-def _together(verdicts: Tree) -> Tree:
-    """The same for all leaves: whether all of them can be used."""
-    leaves, spec = flatten(verdicts)
-    known = [f for f in leaves if f is not None]
-    if not known:
-        return verdicts
-    together = torch.stack([f.to(known[0].device) for f in known]).all()
-    return spec.unflatten([None if f is None else together.to(f.device) for f in leaves])
-
-
-def _zeroed(x: Tensor | None, fine: Tensor | None) -> Tensor | None:
-    if x is None or fine is None:
+def _zeroed(x: Tensor | None, dead: Tensor | None) -> Tensor | None:
+    if x is None or dead is None:
         return x
-    return torch.where(fine.reshape(fine.shape + (1,) * (x.ndim - fine.ndim)), x, 0.0)
+    return x.masked_fill(per_block(dead, x), 0.0)
 
 
-def _merged(new: Any, old: Any, fine: Tree, block_ndim: int) -> Any:
+def _merged(new: Any, old: Any, alive: Tree, block_ndim: int) -> Any:
     """The new state where the gradient could be used, else the old; `steps` go on."""
     if not block_ndim:
-        leaves = [f for f in flatten(fine)[0] if f is not None]
+        leaves = [f for f in flatten(alive)[0] if f is not None]
 
         def choose_all(place: Place, a: Tensor, b: Tensor) -> Tensor:
             counts_steps = place.path[-1:] == ("steps",)
-            return a if counts_steps else torch.where(leaves[0].to(a.device), a, b)
+            return a if counts_steps else torch.where(leaves[0].to(a.device) > 0, a, b)
 
         return map_tensors(choose_all, new, old) if leaves else new
 
     def choose(place: Place, a: Tensor, b: Tensor) -> Tensor:
-        if a is b or place.stack is None or a.ndim == 0 or fine[place.stack] is None:
+        if a is b or place.stack is None or a.ndim == 0 or alive[place.stack] is None:
             return a
-        flags = fine[place.stack]
-        return torch.where(flags.reshape(flags.shape + (1,) * (a.ndim - 1)), a, b)
+        return torch.where(per_block(alive[place.stack], a) > 0, a, b)
 
-    return map_tensors(choose, new, old, stacks=fine.keys())
+    return map_tensors(choose, new, old, stacks=alive.keys())
 
 
 def failure_report(state: Any, device: torch.device | None = None) -> Tensor:

@@ -28,8 +28,9 @@ class Context(NamedTuple):
         clock: steps so far, () int64 on the CPU; None where nobody counts.
         rows: in block space {stack: a number for every row, counted through all stacks}, whatever
             rows are here.
-        alive: a tree like the updates of (N,) bool, () outside block space: False where a gradient
-            was not finite, stands there as zeros, and is to change nothing. None: all are True.
+        alive: a tree like the updates of (N,) floating-point numbers, () outside block space: 0
+            where a gradient was not finite, stands there as zeros, and is to change nothing, else
+            1. None: all are 1.
         hyper: {name: number or tensor}: the values of live numbers, see `core.live`.
         extra: what the caller passed under names of its own.
         usable: somebody has looked at what enters here, and all of it is finite. Neither callers

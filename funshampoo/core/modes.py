@@ -47,9 +47,10 @@ def is_plain(*columns: Iterable[Tensor]) -> bool:
 def are_apart(tensors: Sequence[Tensor]) -> bool:
     """Whether a foreach operator may write to all of these at once: no two begin at one place.
 
-    On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one.
+    On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one,
+    and what is on the meta device is nowhere.
     """
-    return all([x.is_cpu for x in tensors]) or begin_apart(tensors)
+    return all([x.is_cpu or x.is_meta for x in tensors]) or begin_apart(tensors)
 
 
 def begin_apart(tensors: Sequence[Tensor]) -> bool:

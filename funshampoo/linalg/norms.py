@@ -5,8 +5,10 @@ itself would be a number. Its own value says so: inf, or tiny. There x is multip
 two, which rounds nothing, and the norm is computed once more: ‖x‖ = ‖x s‖ / s.
 
 On a CPU the plain norms are read, and only where one is out of range is there a second pass.
-Elsewhere reading would wait for the device, or there is no value yet: blocks of float32 have their
-squares summed in float64 there (`wide_norm`), in the same one pass over memory.
+Under a transform and in a graph there is no value yet: the second pass is always made, with s = 1
+where the first was right, so that there the numbers are those of the plain norm. On another device
+reading would wait for it, and a second pass over all blocks on every step is too dear for numbers
+that gradients which are `guarded` do not reach: there the plain norm is taken as it is.
 """
 
 from __future__ import annotations
@@ -31,16 +33,6 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
     if flat.shape[-1] == 1:  # in a graph, torch 2.8 takes the norm of one number for (N, 1)
         return flat[..., 0].abs()
     norm: Tensor = torch.linalg.vector_norm(flat, dim=-1)
-    return norm
-
-
-def wide_norm(x: Tensor, block_ndim: int) -> Tensor:
-    """`block_norm` summed in float64, whose range no square of a float32 leaves; in float64."""
-    flat = x.reshape(*x.shape[:block_ndim], -1)
-    wide = x.dtype if x.device.type == "mps" else torch.float64  # which mps lacks
-    if flat.shape[-1] == 1:
-        return flat[..., 0].abs().to(wide)
-    norm: Tensor = torch.linalg.vector_norm(flat, dim=-1, dtype=wide)
     return norm
 
 
@@ -79,6 +71,11 @@ def block_norms(xs: Sequence[Tensor], block_ndim: int) -> list[Tensor]:
 def is_readable(tensors: Sequence[Tensor]) -> bool:
     """Whether the host may look at these without waiting: on a CPU, and no transform sees them."""
     return not is_traced() and all([type(x) is Tensor and x.is_cpu for x in tensors])
+
+
+def is_out_of_sight(tensors: Sequence[Tensor]) -> bool:
+    """Whether the host would have to wait for the values of these: another device, no transform."""
+    return not is_traced() and not all([x.is_cpu for x in tensors])
 
 
 def surely_in_range(norms: Sequence[Tensor], xs: Sequence[Tensor] | None = None) -> bool:

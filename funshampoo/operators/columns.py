@@ -55,17 +55,15 @@ def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
 
 
 def add_weight(total: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:
-    """The total weight of an average that takes in what is there, and nothing (0) elsewhere.
+    """The total weight of an average that takes in what is alive, and nothing elsewhere.
 
         total ← beta total + (1 - beta) alive
 
     Args:
-        alive: [one bool a row], or nothing where all are True.
+        alive: [0 or 1 a row], or nothing where all are 1.
     """
     if alive:
-        return [
-            leaf_ops.lerp(w, cast(f, w.dtype), 1 - beta, donate) for w, f in zip(total, alive[0])
-        ]
+        return lerp(total, cast_like(alive[0], total), 1 - beta, donate)
     if isinstance(beta, Tensor) or not is_plain(total):
         return [leaf_ops.add_weight(w, beta, donate) for w in total]
     return lerp(total, [_one(w.dtype, w.device) for w in total], 1 - beta, donate)
@@ -80,23 +78,35 @@ def average(old: Column, new: Column, beta: Hyper, alive: Sequence[Column], dona
     """beta old + (1 - beta) new.
 
     Args:
-        alive: [one bool a row], or nothing where all are True: a row that is not stays as it was.
+        alive: [0 or 1 a row], or nothing where all are 1: a row that is 0 stays as it was.
     """
     if not alive:
         return lerp(old, new, 1 - beta, donate)
     shares = [leaf_ops.share(1 - beta, fine, x) for x, fine in zip(old, alive[0])]
-    shares = [s if s.ndim == 0 else leaf_ops.per_block(s, x) for s, x in zip(shares, old)]
-    return [leaf_ops.lerp(x, y, s, donate) for x, y, s in zip(old, new, shares)]
+    rows = per_block(shares, old)
+    return [leaf_ops.lerp(x, y, s, donate) for x, y, s in zip(old, new, rows)]
 
 
 def average_of(
-    old: Column, weight: Column, new: Column, beta: Hyper, alive: Sequence[Column], donate: bool
+    old: Column,
+    weight: Column,
+    new: Column,
+    beta: Hyper,
+    alive: Sequence[Column],
+    donate: bool,
+    *,
+    by_weight: bool,
 ) -> tuple[Column, Column]:
-    """`average`, and its total weight. A weight that is one for all rows counts every step."""
-    if not alive:
-        return lerp(old, new, 1 - beta, donate), add_weight(weight, beta, (), donate)
-    ones = [torch.ones_like(w) for w in weight]
-    return average(old, new, beta, alive, donate), average(weight, ones, beta, alive, donate)
+    """An average, and its total weight.
+
+    Args:
+        alive: as in `average`; `new` is 0 in the rows that are 0.
+        by_weight: the weight is of each row's own gradients: it decays with the average in a row
+            that is not alive, so that their quotient stays. Else such a row is left out.
+    """
+    if by_weight or not alive:
+        return lerp(old, new, 1 - beta, donate), add_weight(weight, beta, alive, donate)
+    return average(old, new, beta, alive, donate), add_weight(weight, beta, (), donate)
 
 
 def everyones_weight(corrects: bool) -> Tensor:
@@ -121,8 +131,13 @@ def weights_over(weight: Any, tree: Any) -> Any:
 
 
 def seen(weight: Column, alive: Sequence[Column]) -> Column:
-    """Weights to divide by: 1 for a row that has had no gradient, which is none that is alive."""
-    return [torch.where(w > 0, w, 1.0) for w in weight] if alive else weight
+    """Weights to divide by: not 0 in a row that has had no gradient, which is not alive."""
+    if not alive:
+        return weight
+    least = [torch.finfo(w.dtype).tiny for w in weight]
+    if is_plain(weight):
+        return list(torch._foreach_clamp_min(weight, least))
+    return [torch.clamp(w, min=tiny) for w, tiny in zip(weight, least)]
 
 
 def corrected(value: Column, weight: Column, alive: Sequence[Column]) -> Column:
@@ -142,10 +157,10 @@ def only_alive(xs: Column, alive: Sequence[Column], others: Column | None = None
     """xs, but for the rows that are not alive: the others there, or 0."""
     if not alive:
         return xs
-    masks = per_block(alive[0], xs)
+    dead = per_block([fine == 0 for fine in alive[0]], xs)
     if others is None:
-        return [torch.where(f, x, 0.0) for f, x in zip(masks, xs)]
-    return [torch.where(f, x, y) for f, x, y in zip(masks, xs, others)]
+        return [x.masked_fill(mask, 0.0) for mask, x in zip(dead, xs)]
+    return [torch.where(mask, y, x) for mask, x, y in zip(dead, xs, others)]
 
 
 def product(xs: Column, ys: Column) -> Column:
@@ -153,6 +168,16 @@ def product(xs: Column, ys: Column) -> Column:
     if is_plain(xs, ys):
         return list(torch._foreach_mul(xs, ys))
     return [x * y for x, y in zip(xs, ys)]
+
+
+def product_in(old: Column, ys: Column, donate: bool) -> Column:
+    """old ys, in old's dtypes."""
+    if not is_plain(old, ys):
+        return [leaf_ops.multiply(x, y, donate) for x, y in zip(old, ys)]
+    if not donate:
+        return list(torch._foreach_mul(old, ys))
+    torch._foreach_mul_(old, ys)
+    return old
 
 
 def quotient(xs: Column, ys: Column) -> Column:

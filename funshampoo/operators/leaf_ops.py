@@ -118,20 +118,18 @@ def add_weight(total: Tensor, beta: Hyper, donate: bool) -> Tensor:
 
 
 def share(weight: Hyper, alive: Tensor, like: Tensor) -> Tensor:
-    """What a new value weighs in an average: 0 in the rows, (N,), that are not alive.
+    """What a new value weighs in an average: (N,), 0 in the rows that are not alive.
 
     Args:
-        like: the average, or its weight; one for all rows, (), counts every step.
+        alive: (N,), 0 or 1.
+        like: for the dtype.
     """
-    fine = alive.to(like.dtype)
-    if like.ndim < alive.ndim:
-        fine = torch.ones_like(like)
-    return cast(fine * on_device(weight, like), like.dtype)
+    return cast(cast(alive, like.dtype) * on_device(weight, like), like.dtype)
 
 
 def kept_share(beta: Hyper, alive: Tensor, like: Tensor) -> Tensor:
     """(N,): beta, and 1 in the rows that are not alive."""
-    fine = alive.to(like.dtype)
+    fine = cast(alive, like.dtype)
     return cast(fine * on_device(beta, like) + (1 - fine), like.dtype)
 
 

@@ -21,11 +21,10 @@ from funshampoo.core.tree import cast, update_columns
 from funshampoo.linalg.norms import (
     block_norm,
     block_norms,
-    is_readable,
+    is_out_of_sight,
     range_limits,
     range_scale,
     surely_in_range,
-    wide_norm,
 )
 from funshampoo.operators import leaf_ops
 from funshampoo.operators.columns import Column, in_compute_dtype, per_block, product, quotient
@@ -127,10 +126,8 @@ _SMALL = 1e-16  # beside ‖P‖, as in the Distributed Shampoo reference
 
 def _step_lengths(p_g: Column, block_ndim: int) -> Column:
     """‖P_g‖, at most the largest number; NaN where there is an infinite entry."""
-    if not is_readable(p_g):
-        return [_at_most(_nan_if_infinite(wide_norm(x, block_ndim)), x) for x in p_g]
     norms = block_norms(p_g, block_ndim)
-    if surely_in_range(norms, p_g):
+    if is_out_of_sight(norms) or surely_in_range(norms, p_g):
         return norms
 
     def mended(x: Tensor, norm: Tensor) -> Tensor:
@@ -143,12 +140,8 @@ def _step_lengths(p_g: Column, block_ndim: int) -> Column:
 
 def _rescaled(p: Column, lengths: Column, block_ndim: int) -> Column:
     """P length / (‖P‖ + 1e-16)."""
-    if not is_readable(p):
-        wide = [_nan_if_infinite(wide_norm(x, block_ndim)) + _SMALL for x in p]
-        ratio = [cast(length / norm, x.dtype) for length, norm, x in zip(lengths, wide, p)]
-        return product(p, per_block(ratio, p))
     norms = block_norms(p, block_ndim)
-    if surely_in_range(lengths) and surely_in_range(norms, p):
+    if is_out_of_sight(norms) or (surely_in_range(lengths) and surely_in_range(norms, p)):
         ratio = quotient(lengths, [norm + _SMALL for norm in norms])
         return product(p, per_block(ratio, p))
 

@@ -68,6 +68,8 @@ def ema(
     if is_exactly(beta1, 0):
         return renamed(identity(), "ema")
 
+    by_weight = bias_correction and own_steps
+
     def init(params: Tree, *, block_ndim: int = 0) -> EmaState:
         check_parameters(params, "ema")
 
@@ -94,8 +96,8 @@ def ema(
             u = cast_like(u, m)
             ahead = None
             if ahead_decay is not None:
-                ahead = average_of(m, w, u, ahead_decay, fine, donate=False)
-            m, w = average_of(m, w, u, decay, fine, donate)
+                ahead = average_of(m, w, u, ahead_decay, fine, False, by_weight=by_weight)
+            m, w = average_of(m, w, u, decay, fine, donate, by_weight=by_weight)
             value, total = ahead or (m, w)
             if bias_correction:
                 return corrected(value, total, fine), m, w

@@ -113,14 +113,15 @@ def scale_by_adam(
 
         def filter_first(u: Column, *rest: Column) -> tuple[Column, Column, Column]:
             *fine, m, w = rest
-            m, w = average_of(m, w, cast_like(u, m), decay1, fine, donate)
+            u = cast_like(u, m)
+            m, w = average_of(m, w, u, decay1, fine, donate, by_weight=own_steps)
             return corrected(m, w, fine), m, w
 
         def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, Column, Column]:
             *fine, v, w = rest
             squares = _squares(g, v)
             if weighted:
-                v, w = average_of(v, w, squares, decay2, fine, donate)
+                v, w = average_of(v, w, squares, decay2, fine, donate, by_weight=own_steps)
             else:
                 v = add(decayed(v, decay2, fine, donate), squares, donate)
             return _scaled(u, v, damping, squares, per_block(seen(w, fine), v)), v, w
