@@ -12,13 +12,11 @@ from funshampoo.core.clock import current_step, new_counter
 from funshampoo.core.contract import GradientTransformation, Tree, any_refreshes, as_transformation
 from funshampoo.core.tree import update_columns
 from funshampoo.linalg.norms import (
-    block_norm,
     block_norms,
     range_limits,
     range_scale,
     surely_in_range,
 )
-from funshampoo.operators import leaf_ops
 from funshampoo.operators.columns import Column, in_compute_dtype, per_block, product, quotient
 from funshampoo.state.stages import GraftState
 
@@ -107,35 +105,49 @@ def _step_lengths(p_g: Column, block_ndim: int) -> Column:
     norms = block_norms(p_g, block_ndim)
     if surely_in_range(norms, p_g):
         return norms
-
-    def mended(x: Tensor, norm: Tensor) -> Tensor:
-        scale = range_scale(norm)
-        norm = _nan_if_infinite(block_norm(x * leaf_ops.per_block(scale, x), block_ndim))
-        return torch.clamp(norm / scale, max=torch.finfo(norm.dtype).max)
-
-    return [mended(x, norm) for x, norm in zip(p_g, norms)]
+    if not _alike(norms):
+        return [length for x in p_g for length in _step_lengths([x], block_ndim)]
+    scale = range_scale(_joined(norms))
+    scaled = product(p_g, per_block(_parted(scale, norms), p_g))
+    length = _nan_if_infinite(_joined(block_norms(scaled, block_ndim))) / scale
+    return _parted(torch.clamp(length, max=torch.finfo(length.dtype).max), norms)
 
 
 def _rescaled(p: Column, lengths: Column, block_ndim: int) -> Column:
     """P length / (‖P‖ + 1e-16)."""
     norms = block_norms(p, block_ndim)
-    if surely_in_range(lengths) and surely_in_range(norms, p):
+    if surely_in_range([*lengths, *norms], [*lengths, *p]):
         ratio = quotient(lengths, [norm + _SMALL for norm in norms])
         return product(p, per_block(ratio, p))
-
-    def mended(x: Tensor, norm: Tensor, length: Tensor) -> Tensor:
-        scale = range_scale(norm)
-        x = x * leaf_ops.per_block(scale, x)
-        divisor = _nan_if_infinite(block_norm(x, block_ndim)) + _SMALL * scale
-        # The quotient of the two may be out of range where the product of all three is not.
-        least, most = range_limits(length.dtype)
-        usual = (scale == 1) & (length >= least) & (length <= most)
-        first = torch.where(usual, length, 1.0) / divisor
-        second = torch.where(usual, 1.0, length)
-        return x * leaf_ops.per_block(first, x) * leaf_ops.per_block(second, x)
-
-    return [mended(*row) for row in zip(p, norms, lengths)]
+    if not (_alike(norms) and _alike(lengths)):
+        return [y for x, n in zip(p, lengths) for y in _rescaled([x], [n], block_ndim)]
+    length, scale = _joined(lengths), range_scale(_joined(norms))
+    p = product(p, per_block(_parted(scale, norms), p))
+    divisor = _nan_if_infinite(_joined(block_norms(p, block_ndim))) + _SMALL * scale
+    # The quotient of the two may be out of range where the product of all three is not.
+    least, most = range_limits(length.dtype)
+    usual = (scale == 1) & (length >= least) & (length <= most)
+    first = torch.where(usual, length, 1.0) / divisor
+    second = torch.where(usual, 1.0, length)
+    p = product(p, per_block(_parted(first, norms), p))
+    return product(p, per_block(_parted(second, norms), p))
 
 
 def _nan_if_infinite(norm: Tensor) -> Tensor:
     return norm + norm * 0.0
+
+
+def _alike(norms: Column) -> bool:
+    """Whether these can be worked on as one tensor: a few operators, however many leaves."""
+    return len({(norm.dtype, norm.device) for norm in norms}) == 1
+
+
+def _joined(norms: Column) -> Tensor:
+    return torch.cat(norms) if norms[0].ndim else torch.stack(norms)
+
+
+def _parted(joined: Tensor, norms: Column) -> Column:
+    """One value for each of the norms that were joined."""
+    if norms[0].ndim:
+        return list(torch.split(joined, [len(norm) for norm in norms]))
+    return list(joined.unbind())
