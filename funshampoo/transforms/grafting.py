@@ -19,14 +19,12 @@ from funshampoo.core.contract import (
 )
 from funshampoo.core.tree import cast, update_columns
 from funshampoo.linalg.norms import (
-    block_norm,
     block_norms,
     is_out_of_sight,
     range_limits,
     range_scale,
     surely_in_range,
 )
-from funshampoo.operators import leaf_ops
 from funshampoo.operators.columns import Column, in_compute_dtype, per_block, product, quotient
 from funshampoo.state.stages import GraftState
 
@@ -144,19 +142,18 @@ def _rescaled(p: Column, lengths: Column, block_ndim: int) -> Column:
     if is_out_of_sight(norms) or (surely_in_range(lengths) and surely_in_range(norms, p)):
         ratio = quotient(lengths, [norm + _SMALL for norm in norms])
         return product(p, per_block(ratio, p))
-
-    def mended(x: Tensor, norm: Tensor, length: Tensor) -> Tensor:
-        scale = range_scale(norm)
-        x = x * leaf_ops.per_block(scale, x)
-        divisor = _nan_if_infinite(block_norm(x, block_ndim)) + _SMALL * scale
-        # The quotient of the two may be out of range where the product of all three is not.
-        least, most = range_limits(length.dtype)
-        usual = (scale == 1) & (length >= least) & (length <= most)
-        first = torch.where(usual, length, 1.0) / divisor
-        second = torch.where(usual, 1.0, length)
-        return x * leaf_ops.per_block(first, x) * leaf_ops.per_block(second, x)
-
-    return [mended(*row) for row in zip(p, norms, lengths)]
+    if not (_alike(norms) and _alike(lengths)):
+        return [y for x, n in zip(p, lengths) for y in _rescaled([x], [n], block_ndim)]
+    length, scale = _joined(lengths), range_scale(_joined(norms))
+    p = product(p, per_block(_parted(scale, norms), p))
+    divisor = _nan_if_infinite(_joined(block_norms(p, block_ndim))) + _SMALL * scale
+    # The quotient of the two may be out of range where the product of all three is not.
+    least, most = range_limits(length.dtype)
+    usual = (scale == 1) & (length >= least) & (length <= most)
+    first = torch.where(usual, length, 1.0) / divisor
+    second = torch.where(usual, 1.0, length)
+    p = product(p, per_block(_parted(first, norms), p))
+    return product(p, per_block(_parted(second, norms), p))
 
 
 def _at_most(norm: Tensor, like: Tensor) -> Tensor:
@@ -166,3 +163,19 @@ def _at_most(norm: Tensor, like: Tensor) -> Tensor:
 
 def _nan_if_infinite(norm: Tensor) -> Tensor:
     return norm + norm * 0.0
+
+
+def _alike(norms: Column) -> bool:
+    """Whether these can be worked on as one tensor: a few operators, however many leaves."""
+    return len({(norm.dtype, norm.device) for norm in norms}) == 1
+
+
+def _joined(norms: Column) -> Tensor:
+    return torch.cat(norms) if norms[0].ndim else torch.stack(norms)
+
+
+def _parted(joined: Tensor, norms: Column) -> Column:
+    """One value for each of the norms that were joined."""
+    if norms[0].ndim:
+        return list(torch.split(joined, [len(norm) for norm in norms]))
+    return list(joined.unbind())
