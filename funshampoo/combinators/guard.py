@@ -202,7 +202,8 @@ def _verdicts(updates: Tree, context: Context) -> tuple[Tree, Tree] | None:
     judged = [_judged(x, together) for x in norms] + ([] if given is None else [(None, given)])
     alive = judged[0][1]
     if len(judged) == 1:
-        return judged[0]
+        only: tuple[Tree, Tree] = judged[0]
+        return only
     for _, other in judged[1:]:
         alive = map_leaves(_both, alive, other)
     dead: Tree = map_leaves(lambda x: None if x is None else x == 0, alive)
