@@ -17,7 +17,7 @@ from funshampoo.core.contract import (
     as_transformation,
     checked_pair,
 )
-from funshampoo.core.tree import cast, update_columns
+from funshampoo.core.tree import update_columns
 from funshampoo.linalg.norms import (
     block_norms,
     is_out_of_sight,
@@ -127,13 +127,12 @@ def _step_lengths(p_g: Column, block_ndim: int) -> Column:
     norms = block_norms(p_g, block_ndim)
     if is_out_of_sight(norms) or surely_in_range(norms, p_g):
         return norms
-
-    def mended(x: Tensor, norm: Tensor) -> Tensor:
-        scale = range_scale(norm)
-        norm = _nan_if_infinite(block_norm(x * leaf_ops.per_block(scale, x), block_ndim))
-        return _at_most(norm / scale, x)
-
-    return [mended(x, norm) for x, norm in zip(p_g, norms)]
+    if not _alike(norms):
+        return [length for x in p_g for length in _step_lengths([x], block_ndim)]
+    scale = range_scale(_joined(norms))
+    scaled = product(p_g, per_block(_parted(scale, norms), p_g))
+    length = _nan_if_infinite(_joined(block_norms(scaled, block_ndim))) / scale
+    return _parted(torch.clamp(length, max=torch.finfo(length.dtype).max), norms)
 
 
 def _rescaled(p: Column, lengths: Column, block_ndim: int) -> Column:
@@ -154,11 +153,6 @@ def _rescaled(p: Column, lengths: Column, block_ndim: int) -> Column:
     second = torch.where(usual, 1.0, length)
     p = product(p, per_block(_parted(first, norms), p))
     return product(p, per_block(_parted(second, norms), p))
-
-
-def _at_most(norm: Tensor, like: Tensor) -> Tensor:
-    """In the dtype of `like`, and at most its largest number."""
-    return cast(torch.clamp(norm, max=torch.finfo(like.dtype).max), like.dtype)
 
 
 def _nan_if_infinite(norm: Tensor) -> Tensor:
