@@ -65,6 +65,7 @@ def update_leaves(
 
     Raises:
         ValueError: the trees do not fit together, before `function` is called.
+        TypeError: it returned no tuple of an update and as many states.
     """
     leaves, spec = flatten(updates)
     columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
@@ -72,8 +73,17 @@ def update_leaves(
         return (updates, *states)
     rows = []
     for u, *parts in zip(leaves, *columns):
-        rows.append((None, *parts[len(inputs) :]) if u is None else function(u, *parts))
+        found = (None, *parts[len(inputs) :]) if u is None else function(u, *parts)
+        if type(found) is not tuple or len(found) != 1 + len(states):
+            raise TypeError(_no_row(found, len(states)))
+        rows.append(found)
     return tuple([spec.unflatten(column) for column in zip(*rows)])
+
+
+def _no_row(found: Any, states: int) -> str:
+    wanted = "(update,)" if not states else f"(update, {', '.join(['state'] * states)})"
+    what = f"a tuple of {len(found)}" if type(found) is tuple else f"a {type(found).__name__}"
+    return f"the function given to update_leaves returned {what}; it has to return {wanted}."
 
 
 def update_columns(

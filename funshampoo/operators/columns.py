@@ -163,6 +163,11 @@ def only_alive(xs: Column, alive: Sequence[Column], others: Column | None = None
     return [torch.where(mask, y, x) for mask, x, y in zip(dead, xs, others)]
 
 
+def plus(xs: Column, number: float) -> Column:
+    """xs + number, new tensors."""
+    return list(torch._foreach_add(xs, number)) if is_plain(xs) else [x + number for x in xs]
+
+
 def product(xs: Column, ys: Column) -> Column:
     """Elementwise, new tensors. One operand of a pair may be broadcast."""
     if is_plain(xs, ys):

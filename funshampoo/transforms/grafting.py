@@ -25,7 +25,14 @@ from funshampoo.linalg.norms import (
     range_scale,
     surely_in_range,
 )
-from funshampoo.operators.columns import Column, in_compute_dtype, per_block, product, quotient
+from funshampoo.operators.columns import (
+    Column,
+    in_compute_dtype,
+    per_block,
+    plus,
+    product,
+    quotient,
+)
 from funshampoo.state.stages import GraftState
 
 
@@ -139,7 +146,7 @@ def _rescaled(p: Column, lengths: Column, block_ndim: int) -> Column:
     """P length / (‖P‖ + 1e-16)."""
     norms = block_norms(p, block_ndim)
     if is_out_of_sight(norms) or (surely_in_range(lengths) and surely_in_range(norms, p)):
-        ratio = quotient(lengths, [norm + _SMALL for norm in norms])
+        ratio = quotient(lengths, plus(norms, _SMALL))
         return product(p, per_block(ratio, p))
     if not (_alike(norms) and _alike(lengths)):
         return [y for x, n in zip(p, lengths) for y in _rescaled([x], [n], block_ndim)]

@@ -76,10 +76,76 @@ def test_an_update_gets_the_arguments_that_it_declares(
     tx = fs.chain(("mine", stage), fs.scale(1.0))
     params = {"w": torch.tensor([4.0])}
     state = tx.init(params)
-    updates, _ = tx.update({"w": torch.ones(1)}, state, params, value=3.0, grad_fn=None)
+    own = {"value": 3.0} if expected == 3.0 else {}
+    updates, _ = tx.update({"w": torch.ones(1)}, state, params, **own)
     assert updates["w"].item() == expected
-    by_name, _ = tx.update({"w": torch.ones(1)}, state, params=params, value=3.0)
+    by_name, _ = tx.update({"w": torch.ones(1)}, state, params=params, **own)
     assert by_name["w"].item() == expected
+
+
+NESTED = {
+    "alone": lambda tx: tx,
+    "chain": lambda tx: fs.chain(fs.trace(0.9), tx),
+    "blocked": fs.blocked,
+    "guarded": lambda tx: fs.chain(fs.guarded(tx)),
+    "masked": lambda tx: fs.masked(tx, True),
+    "partition": lambda tx: fs.partition({"a": tx}, "a"),
+    "multi_steps": lambda tx: fs.multi_steps(tx, 1),
+    "sharded": fs.sharded,
+    "graft": lambda tx: fs.graft(tx, fs.scale_by_sgd()),
+}
+
+
+@pytest.mark.parametrize("nest", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("step", ["update", "in_place"])
+def test_a_name_that_nobody_knows_is_an_error(nest: Any, step: str) -> None:
+    """A typo, and what once told a guard that it need not look."""
+    params = {"w": torch.ones(2)}
+    tx = nest(fs.GradientTransformation(lambda params: (), with_extra))
+    state = tx.init(params)
+
+    def run(**context: Any) -> Any:
+        if step == "update":
+            return tx.update(params, state, params, **context)
+        return fs.update_in_place(tx, params, tx.init(params), {"w": torch.ones(2)}, **context)
+
+    run(value=2.0)
+    for name, meant in (
+        ("refesh", "did you mean 'refresh'"),
+        ("vlaue", "did you mean 'value'"),
+        ("finite", "no stage here knows 'finite'"),
+        ("stops", "no stage here knows 'stops'"),
+        ("usable", "no stage here knows 'usable'"),
+    ):
+        with pytest.raises(TypeError, match=meant):
+            run(value=2.0, **{name: True})
+
+
+def test_where_any_keyword_is_taken_a_typo_is_an_error_all_the_same() -> None:
+    tx = fs.chain(fs.GradientTransformation(lambda params: (), with_any), fs.scale(1.0))
+    params = {"w": torch.ones(1)}
+    tx.update(params, tx.init(params), value=1.0, whatever=2)
+    with pytest.raises(TypeError, match="did you mean 'refresh'"):
+        tx.update(params, tx.init(params), value=1.0, refesh=True)
+
+
+def test_a_stage_has_to_return_a_pair() -> None:
+    def bare(updates: Any, state: Any) -> Any:
+        return updates
+
+    params = {"w": torch.ones(2)}
+    for tx in (
+        fs.chain(("mine", fs.GradientTransformation(lambda p: (), bare))),
+        fs.chain(("mine", fs.GradientTransformation(lambda p: (), bare)), fs.scale(1.0)),
+    ):
+        with pytest.raises(TypeError, match=r"stage 'mine' returned a dict.*pair"):
+            tx.update(params, tx.init(params))
+
+
+def test_a_python_number_in_a_state_is_refused() -> None:
+    stage = fs.GradientTransformation(lambda params: {"count": 0}, two, "counts")
+    with pytest.raises(TypeError, match=r"state of 'counts' holds 0, a int.*torch.tensor"):
+        fs.chain(fs.trace(0.9), stage).init({"w": torch.ones(1)})
 
 
 def test_stateless_functions_get_what_they_declare() -> None:
@@ -90,7 +156,8 @@ def test_stateless_functions_get_what_they_declare() -> None:
         (lambda updates, *, value: {"w": updates["w"] * value}, 3.0),
         (lambda updates, **extra: {"w": updates["w"] * extra["value"]}, 3.0),
     ):
-        updates, _ = fs.stateless(function).update({"w": torch.ones(1)}, (), params, value=3.0)
+        own = {"value": 3.0} if expected == 3.0 else {}
+        updates, _ = fs.stateless(function).update({"w": torch.ones(1)}, (), params, **own)
         assert updates["w"].item() == expected
 
 
