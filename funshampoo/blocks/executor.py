@@ -23,7 +23,7 @@ from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.state_rows import Part, StateRows, joined, store, store_shared
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, refreshes
-from funshampoo.core.modes import keep_freed_memory
+from funshampoo.core.modes import is_traced, keep_freed_memory
 
 Put: TypeAlias = Callable[[str, range, Any], None]
 """(stack, rows of it, their updates)"""
@@ -110,7 +110,8 @@ class Executor:
         missing: Missing,
         context: Context,
     ) -> Any:
-        portions = self._portions_of(own, missing, context.donate, refreshes(inner, context))
+        in_place = context.donate and not is_traced()
+        portions = self._portions_of(own, missing, in_place, refreshes(inner, context))
         portions = portions or [{}]  # nobody has a gradient: what is everybody's goes on
         whole = len(portions) == 1 and portions[0] == own
         rows = self._state_rows(own)
@@ -131,7 +132,7 @@ class Executor:
             del stacks, params, here, updates  # or they would be there during the next portion
             if part is None:
                 return after
-            if context.donate:
+            if in_place:
                 store(state, part, after, shared)
             else:
                 parts.append((part, after))

@@ -21,7 +21,10 @@ Reading = tuple[Any, ...]
 
 
 class Outcome(NamedTuple):
-    """A `Found`, and `known` (...), bool: False where the matrix is exactly zero."""
+    """A `Found`, and `known` (...), bool: False where there is nothing to take over.
+
+    The matrix is exactly zero, or this step's gradient was not finite.
+    """
 
     value: tuple[Tensor, ...]
     residual: Tensor
@@ -45,13 +48,16 @@ class Job:
         rule: how.
         kept: before.
         rows: whose turn it is.
+        alive: of all rows, 0 where this step is to change nothing; None: all are 1.
         parts: functions that return what was found for some of the rows each, in their order, once
             the work has been done.
         shares: whether what they return lies in memory that other jobs' results lie in too.
     """
 
-    def __init__(self, rule: Rule, reading: Reading, kept: Kept, rows: Rows) -> None:
-        self.rule, self.kept, self.rows = rule, kept, rows
+    def __init__(
+        self, rule: Rule, reading: Reading, kept: Kept, rows: Rows, alive: Tensor | None = None
+    ) -> None:
+        self.rule, self.kept, self.rows, self._alive = rule, kept, rows, alive
         self.parts: list[Callable[[], Outcome]] = []
         self.shares = False
         self._matrices, *self._inputs = reading
@@ -83,6 +89,8 @@ class Job:
         """What is kept now; written into the old memory, part by part, if it is donated."""
         kept = self.kept
         for rows, found in self._results() if donate else [(self.rows, self._joined())]:
+            if self._alive is not None:
+                found = found._replace(known=found.known & (taken(self._alive, rows) > 0))
             take = functools.partial(taken, rows=rows)
             write = functools.partial(written, rows=rows, donate=donate)
             kept = map_kept(write, kept, renewed(found, map_kept(take, kept), self.rule))

@@ -94,11 +94,15 @@ class Refreshing:
             return RefreshedState(kept, advanced(state.steps, donate))
         jobs: list[Job] = []
 
+        known = () if context.alive is None else (context.alive,)
+
         def begun(u: Tensor, turn: Turn, *rest: Any) -> tuple[Tensor, tuple[Any, ...]]:
-            *given, units = rest
+            alive, (*given, units) = (rest[0], rest[1:]) if known else (None, rest)
             rules = self.rules(tuple(u.shape[block_ndim:])) if turn.any else [None] * len(units)
             own = [
-                Job(rule, read(i, *given), unit, turn.which) if rule is not None and unit else unit
+                Job(rule, read(i, *given), unit, turn.which, alive)
+                if rule is not None and unit
+                else unit
                 for i, (rule, unit) in enumerate(zip(rules, units))
             ]
             jobs.extend([job for job in own if isinstance(job, Job)])
@@ -110,7 +114,7 @@ class Refreshing:
 
         with full_precision():
             # All work is known before any of it begins, so that threads share it evenly.
-            _, on_their_way = update_leaves(begun, updates, (kept,), (turns, *inputs))
+            _, on_their_way = update_leaves(begun, updates, (kept,), (turns, *known, *inputs))
             carry_out(jobs, in_blocks=block_ndim > 0)
             _, kept = update_leaves(ended, updates, (on_their_way,))
         return RefreshedState(kept, advanced(state.steps, donate))
