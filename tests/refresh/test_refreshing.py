@@ -252,7 +252,9 @@ def test_a_checkpoint_resumes_exactly_and_reports_read_it(method: str) -> None:
     params = {k: torch.zeros(shape, dtype=D) for k, shape in SHAPES.items()}
     _, state = run(tx, grads[:8])
     saved = fs.state.state_dict(state)
-    stage = {"soap": "in_eigenbasis/ineigenbasis/bases", "kl": "kl_shampoo/roots"}.get(method, "root_inverse")
+    stage = {"soap": "in_eigenbasis/ineigenbasis/bases", "kl": "kl_shampoo/roots"}.get(
+        method, "root_inverse"
+    )
     assert f"m/block_0_0/{stage}/kept/1/value/0" in saved
     file = io.BytesIO()
     torch.save(saved, file)
