@@ -23,19 +23,25 @@ def test_the_stages_of_the_guide_work() -> None:
     names: dict[str, object] = {}
     for block in python_blocks("docs/stages.md"):
         exec(block, names)
-    centralize, signs, roots = (
+    centralize, signs, roots, bases = (
         names[name]()  # type: ignore[operator]
-        for name in ("centralize", "sign_of_average", "diagonal_roots")
+        for name in ("centralize", "sign_of_average", "diagonal_roots", "signs_in_eigenbases")
     )
     assert signs.name == "sign_of_average"
     blocks = fs.chain(
         fs.kronecker_statistics(), fs.ema(), fs.graft(roots, onto=fs.scale_by_adam(beta1=0))
     )
-    for tx in (fs.chain(signs), fs.chain(fs.blocked(blocks, 4), fs.scale(-0.1))):
+    rotated = fs.blocked(fs.chain(fs.kronecker_statistics(), bases), 4)
+    for tx in (fs.chain(signs), fs.chain(fs.blocked(blocks, 4), fs.scale(-0.1)), rotated):
         _, history, _ = train(tx, problem(), gradients(3), fs.apply_updates)
         assert all(torch.isfinite(u).all() for u in tensors(history))
     rows, _ = centralize.update({"w": torch.randn(3, 4)}, ())
     assert torch.allclose(rows["w"].sum(-1), torch.zeros(3), atol=1e-6)
+    g, next_g = (torch.randn(4, 4, dtype=torch.float64) for _ in range(2))
+    _, state = rotated.update({"w": g}, rotated.init({"w": g}))
+    turned, _ = rotated.update({"w": next_g}, state)  # in the bases of the first step
+    left, right = torch.linalg.eigh(g @ g.T)[1], torch.linalg.eigh(g.T @ g)[1]
+    assert torch.allclose(turned["w"], left @ (left.T @ next_g @ right).sign() @ right.T)
 
 
 @pytest.mark.parametrize("i", range(len(python_blocks("README.md"))))

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
 from funshampoo.blocks.layout import layout_of, leaf_key
+from funshampoo.blocks.portions import tiles_for, tiles_of
 from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.stacks import stack_blocks
-from funshampoo.blocks.portions import tiles_for, tiles_of
 from tests.trees import assert_equal, assert_unchanged, clone, snapshot, tensors
 
 # Ragged at 8 in one side and in both, odd and even sides, orders 0 to 4, nothing at all.
