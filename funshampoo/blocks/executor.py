@@ -76,9 +76,6 @@ class Executor:
         self._ids = block_ids(layout)
         self._rows: dict[Any, StateRows] = {}
         self._portions: dict[Any, list[Portion]] = {}
-        if self._device.type == "cpu":
-            keep_freed_memory()
-
     def run(
         self,
         inner: GradientTransformation,
@@ -111,6 +108,8 @@ class Executor:
         context: Context,
     ) -> Any:
         in_place = context.donate and not is_traced()
+        if in_place and self._device.type == "cpu":
+            keep_freed_memory()
         portions = self._portions_of(own, missing, in_place, refreshes(inner, context))
         portions = portions or [{}]  # nobody has a gradient: what is everybody's goes on
         whole = len(portions) == 1 and portions[0] == own
@@ -183,6 +182,8 @@ class Executors:
 
     def of(self, layout: Layout) -> Executor:
         """The one for this layout. Layouts are remembered, so that their identity says it all."""
+        if torch.compiler.is_compiling():
+            return Executor(layout, self._size)
         found = self._known.get(id(layout))
         if found is None or found.layout is not layout:
             if len(self._known) > 8:

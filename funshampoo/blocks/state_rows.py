@@ -37,14 +37,18 @@ class StateRows:
     def part(self, state: Any, portion: Portion) -> tuple[Any, Part]:
         """(the state of these rows, which of the leaves it has). Views, as far as it has rows."""
         leaves, structure = flatten(state)
+        if torch.compiler.is_compiling():
+            return self._cut(leaves, self._found(state, structure, len(leaves), portion))
         key = structure, tuple([(stack, rows.start, rows.stop) for stack, rows in portion.items()])
         if key not in self._known:
             if len(self._known) > 256:
                 self._known.clear()
             self._known[key] = self._found(state, structure, len(leaves), portion)
-        found = self._known[key]
-        cut = [_cut(leaves[k], rows) for k, rows in zip(found.indices, found.rows)]
-        return found.structure.unflatten(cut), found
+        return self._cut(leaves, self._known[key])
+
+    def _cut(self, leaves: list[Any], part: Part) -> tuple[Any, Part]:
+        cut = [_cut(leaves[k], rows) for k, rows in zip(part.indices, part.rows)]
+        return part.structure.unflatten(cut), part
 
     def _found(self, state: Any, structure: Any, count: int, portion: Portion) -> Part:
         own = {

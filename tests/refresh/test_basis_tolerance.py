@@ -73,7 +73,7 @@ def test_a_chain_against_a_plain_loop(stagger: bool) -> None:
     state = tx.init({"s": grads[0]}, block_ndim=1)
     for g, wanted in zip(grads, expected):
         u = {"s": g}
-        out, state = tx.update(u, state, block_ndim=1, gradient=u, block_ids={"s": range(N)})
+        out, state = tx.update(u, state, block_ndim=1, gradient=u, rows={"s": range(N)})
         assert torch.allclose(out["s"], wanted, rtol=1e-9, atol=1e-11)
 
 

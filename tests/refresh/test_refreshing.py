@@ -185,7 +185,7 @@ def test_stacks_against_plain_loops(method: str, stagger: bool) -> None:
     grads = [gradient(t, shapes) for t in range(1, STEPS + 1)]
     state, found = tx.init(grads[0], block_ndim=1), []
     for g in grads:
-        u, state = tx.update(g, state, block_ndim=1, gradient=g, block_ids=ids, donate=True)
+        u, state = tx.update(g, state, block_ndim=1, gradient=g, rows=ids, donate=True)
         found.append(u)
     for stack, row in itertools.product(shapes, range(N)):
 
@@ -375,7 +375,7 @@ def test_a_batch_has_a_largest_size(
         monkeypatch.setattr(solving, "LARGEST_BATCH", largest)
         state = tx.init(g, block_ndim=1)
         for _ in range(4):
-            updates, state = tx.update(g, state, block_ndim=1, block_ids=ids, donate=donate)
+            updates, state = tx.update(g, state, block_ndim=1, rows=ids, donate=donate)
         found.append((updates, state))
         assert (max(n for _, n in calls) == 2) == (largest < 100)
         calls.clear()
