@@ -83,9 +83,7 @@ def test_members_at_different_steps_are_an_error_that_says_what_to_do() -> None:
     tx, params = optimizer(0.1), model(0)
     stacked = {k: torch.stack([v, v]) for k, v in params.items()}
     state = vmap(tx.init)(stacked)
-    inner = state["blocked"].inner.inner
-    apart = inner["graft"].direction._replace(steps=torch.tensor([0, 5]))
-    inner["graft"] = inner["graft"]._replace(direction=apart)
+    state["clock"] = fs.state.ClockState(torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="different steps.*refresh"):
         vmap(tx.update)(stacked, state, stacked)
 

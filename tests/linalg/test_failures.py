@@ -196,7 +196,7 @@ def test_a_run_goes_on_when_every_decomposition_fails(monkeypatch: pytest.Monkey
     g = {"w": torch.randn(3, 2)}
     updates, state = tx.update(g, tx.init(g))
     assert updates["w"].equal(g["w"])
-    assert [int(side.failures) for side in state["root_inverse"].roots["w"]] == [1, 1]
+    assert [int(side.failures) for side in state["root_inverse"].kept["w"]] == [1, 1]
 
 
 @pytest.mark.parametrize("d", [4, 5])

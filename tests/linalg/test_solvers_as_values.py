@@ -85,8 +85,7 @@ def test_threads_are_for_eigendecompositions() -> None:
     assert all(isinstance(make(), RootSolver) for make in MAKERS.values())
 
 
-@pytest.mark.parametrize("delay", [0, 1])
-def test_a_function_is_a_solver_too(delay: int) -> None:
+def test_a_function_is_a_solver_too() -> None:
     def halved(A: Tensor, p: float, epsilon: float | Tensor) -> InverseRoot:
         found = eigh(relative_epsilon=1e-6)(A, p, epsilon)
         return found._replace(root=found.root / 2)
@@ -95,7 +94,7 @@ def test_a_function_is_a_solver_too(delay: int) -> None:
     gradients = [{"w": torch.randn(3, 2)} for _ in range(4)]
 
     def last(solver: Solver | None) -> Tensor:
-        tx = chain(kronecker_statistics(1.0), root_inverse(every=2, solver=solver, delay=delay))
+        tx = chain(kronecker_statistics(1.0), root_inverse(every=2, solver=solver))
         state = tx.init(params)
         for g in gradients:
             updates, state = tx.update(g, state)

@@ -283,7 +283,7 @@ def test_a_stage_may_be_called_shared() -> None:
     run(optimizer, params, grads[:3])
     assert optimizer.state[params["p0"]].keys() == {
         "shared/buffer",
-        "shared/scale_by_learning_rate/steps",
+        "shared/clock/steps",
     }
     again = resumed(params)
     other = fs.Optimizer(again.items(), tx)

@@ -131,7 +131,7 @@ def test_load_state_dict_hooks() -> None:
 
     other.register_load_state_dict_pre_hook(before)
     other.register_load_state_dict_post_hook(
-        lambda opt: steps.append(next(iter(opt.state.values()))["shared/blocked/guarded/steps"])
+        lambda opt: steps.append(next(iter(opt.state.values()))["shared/clock/steps"])
     )
     packed = {"packed": saved}
     other.load_state_dict(packed)

@@ -66,7 +66,7 @@ def test_names_say_what_a_tensor_is() -> None:
         "funshampoo/format",
         "conv.weight/trace/buffer",
         "conv.weight/slow/buffer",
-        "blocked/root_inverse/steps",
+        "clock/steps",
         *(
             f"conv.weight/block_{i}_0/blocked/{rest}"
             for i in range(2)
@@ -162,8 +162,8 @@ class TestWhatDoesNotFit:
 
     def test_an_integer_is_never_cast(self) -> None:
         saved = self.saved()
-        saved["blocked/graft/steps"] = saved["blocked/graft/steps"].float()
-        self.refuse(saved, "'blocked/graft/steps' is torch.float32 there", cast=True)
+        saved["clock/steps"] = saved["clock/steps"].float()
+        self.refuse(saved, "'clock/steps' is torch.float32 there", cast=True)
 
     def test_no_checkpoint_and_another_format(self) -> None:
         saved = self.saved()
@@ -178,7 +178,7 @@ class TestWhatDoesNotFit:
 
 def test_two_states_of_one_name_are_an_error_and_not_a_loss() -> None:
     tx = fs.guarded(fs.guarded(fs.trace(0.9)))
-    with pytest.raises(ValueError, match="saved as '/guarded/steps'|'guarded/steps'"):
+    with pytest.raises(ValueError, match="saved as 'w/guarded/held'"):
         state_dict(tx.init(problem()))
 
 
@@ -289,6 +289,6 @@ def test_a_number_of_all_blocks_is_kept_where_a_parameter_is_new() -> None:
     saved = state_dict(state)
     for both in ({"a": torch.ones(4), **w}, {**w, "z": torch.ones(4)}):
         loaded = load_state_dict(tx.init(both), saved, strict=False).state
-        weight = find_state(loaded, KroneckerState).weight["4"]
-        assert torch.equal(weight, find_state(state, KroneckerState).weight["4"])
+        weight = find_state(loaded, KroneckerState).weight
+        assert torch.equal(weight, find_state(state, KroneckerState).weight)
         assert 0 < float(weight) < 1
