@@ -24,6 +24,7 @@ from benchmarks.section import Cell, Column, Rows, Section, Settings
 from benchmarks.timing import repeated, synchronize, times
 from benchmarks.works import GPT2, RESNET, TRANSFORMER, Work
 from funshampoo.blocks.layout import Layout, layout_of
+from funshampoo.core.contract import applied
 
 FLOAT = 4  # bytes
 SIDES = (16, 32, 64, 128, 256, 512, 1024)
@@ -217,15 +218,22 @@ class Clock:
 def charged(stage: fs.GradientTransformation, clock: Clock, name: str) -> fs.GradientTransformation:
     """The same stage, on the clock."""
 
-    def update(updates: Any, state: Any, params: Any = None, **context: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any, context: Any) -> Any:
         with clock.stage(name):
-            return stage.update(updates, state, params, **context)
+            return stage.run(updates, state, params, context)
 
-    def apply(updates: Any, state: Any, params: Any, **context: Any) -> Any:
+    def apply(updates: Any, state: Any, params: Any, context: Any) -> Any:
         with clock.stage(name):
-            return fs.update_in_place(stage, updates, state, params, **context)
+            return applied(stage, updates, state, params, context)
 
-    return fs.GradientTransformation(stage.init, update, stage.name, apply)
+    return fs.GradientTransformation(
+        stage.init,
+        update,
+        stage.name,
+        apply=apply,
+        parts={"inner": stage},
+        state_of=lambda state, part: state,
+    )
 
 
 def clocked_shampoo(size: int, clock: Clock) -> fs.GradientTransformation:

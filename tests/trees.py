@@ -79,3 +79,18 @@ def train(tx: Any, params: Any, grads: list[Any], apply: Callable[..., Any], **c
 
 def clone(tree: Any) -> Any:
     return optree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+
+
+def meaning(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A saved state, its averages divided by their weights: what a held step leaves as it was."""
+    found = {}
+    for name, x in saved.items():
+        stage, _, field = name.rpartition("/")
+        stage = stage.removesuffix("/factors")
+        field = "" if stage.endswith("kronecker_statistics") else field.replace("average", "")
+        weight = saved.get(f"{stage}/{field}_weight".replace("/_weight", "/weight"))
+        if weight is not None and not name.endswith("weight"):
+            found[name] = x / torch.where(weight > 0, weight, torch.ones_like(weight))
+        elif weight is None and not name.endswith("weight"):
+            found[name] = x.clone()
+    return found

@@ -78,7 +78,7 @@ def _adapted(function: Callable[..., Any], required: int) -> Adapted:
     return Adapted(
         call,
         counts=not declared.isdisjoint(("step", "clock")),
-        branches=not declared.isdisjoint(("step", "refresh")),
+        branches=any_keyword or not declared.isdisjoint(("step", "refresh")),
         minds_alive=required == 1 or "alive" in declared,
         accepts=None if any_keyword else frozenset(own),
     )

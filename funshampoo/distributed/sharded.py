@@ -179,6 +179,7 @@ class _Ranks:
         _, size = rank_and_size(self.group)
         if size == 1:
             return None
+        check_outside_transforms("sharded")
         model = self.cost or (DEFAULT_COST if blocks.in_blocks else _BY_SIZE)
         return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks))
 
@@ -234,7 +235,6 @@ class _Ranks:
             new = mine(put)
             report = failure_report(new, blocks.device) if due else state.report
             return ShardedState(new, state.owned, state.ranks, report, steps)
-        check_outside_transforms("sharded")
         memory = self.memory if context.donate else {}
         key = blocks.device, self._dtype(blocks), shards.length * size
         exchange = Exchange(shards, rank, self.group, key, memory)

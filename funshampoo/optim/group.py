@@ -295,7 +295,7 @@ def _check_compilable(
         if arguments.get(other):
             raise ValueError(f"compile and {other} do not go together: leave out one of them.")
     for name, value in arguments.items():
-        if isinstance(value, Tensor) and name not in live:
+        if isinstance(value, Tensor) and name not in live and name != words.rate:
             raise ValueError(
                 f"{name} is a tensor, which may have been written to, so that every step would be "
                 "compiled anew: give a number, or leave out compile."

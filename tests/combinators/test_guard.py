@@ -15,7 +15,7 @@ from funshampoo import linalg
 from funshampoo.combinators.guard import guarded
 from funshampoo.state import health
 from funshampoo.state.places import Place, map_tensors
-from tests.trees import assert_close, assert_equal, clone, gradients, problem, tensors
+from tests.trees import assert_close, assert_equal, clone, gradients, meaning, problem, tensors
 
 # One value, put in one place of one block of "w", whose blocks at 4 are rows of several stacks.
 POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "huge": 1e200}
@@ -41,21 +41,6 @@ def poisoned(g: Any, value: float) -> Any:
     g = clone(g)
     g["w"][0, 0] = value
     return g
-
-
-def meaning(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A saved state, its averages divided by their weights: what a held step leaves as it was."""
-    found = {}
-    for name, x in saved.items():
-        stage, _, field = name.rpartition("/")
-        stage = stage.removesuffix("/factors")
-        field = "" if stage.endswith("kronecker_statistics") else field.replace("average", "")
-        weight = saved.get(f"{stage}/{field}_weight".replace("/_weight", "/weight"))
-        if weight is not None and not name.endswith("weight"):
-            found[name] = x / torch.where(weight > 0, weight, torch.ones_like(weight))
-        elif weight is None and not name.endswith("weight"):
-            found[name] = x.clone()
-    return found
 
 
 def rows_of_block(state: Any) -> dict[str, torch.Tensor]:
