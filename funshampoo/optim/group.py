@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -243,19 +243,21 @@ class GroupRun:
         if untouched(raw, before.raw):
             return before
         arguments = words.arguments(group)
-        if not words.same_chain(arguments, before.arguments, before.live):
+        if not words.same_chain(
+            arguments, before.arguments, before.live, in_graph=self._options is not None
+        ):
             return self._built(words, group)
         hyper = words.hyper(arguments, before.live)
         for name, live in before.live.items():
             if hyper[name] is not before.hyper[name]:
                 for check in live.checks:
-                    check(hyper[name])
+                    _by_torchs_names(check, hyper[name])
         return before._replace(raw=raw, arguments=arguments, hyper=hyper)
 
     def _built(self, words: Vocabulary, group: Mapping[str, Any]) -> _Chain:
         arguments = words.arguments(group)
         live = words.live(arguments)
-        built = words.build(words.with_live(arguments, live))
+        built = _by_torchs_names(words.build, words.with_live(arguments, live))
         hyper = words.hyper(arguments, live)
         inputs: dict[str, Tensor] = {}
         if self._options is not None:
@@ -286,6 +288,16 @@ class GroupRun:
         """For pickle and deepcopy: the chain is made anew."""
         chain = self._chain._replace(transformation=None, raw=[], live={}, inputs={})
         return {**self.__dict__, "_chain": chain, "_looked_at": ()}
+
+
+def _by_torchs_names(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it; what it says of `learning_rate` is said of lr, as the group has it."""
+    try:
+        return function(*arguments)
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("learning_rate "):
+            raise
+        raise type(error)(str(error).replace("learning_rate", "lr", 1)) from error
 
 
 def _check_compilable(

@@ -337,7 +337,7 @@ class TestWrapper:
     @pytest.mark.parametrize(
         ("edit", "graphs"),
         [
-            ({"weight_decay": 0.2, "betas": (0.8, 0.95), "epsilon": 1e-3}, 1),
+            ({"weight_decay": 0.2, "betas": (0.8, 0.95), "grafting_epsilon": 1e-3}, 1),
             ({"weight_decay": 0.0}, 2),
             ({"momentum": 0.9}, 2),
         ],
