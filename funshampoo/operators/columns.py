@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import constant, is_plain
-from funshampoo.core.tree import cast, compute_dtype, map_leaves
+from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
 from funshampoo.operators import leaf_ops
 
 Column: TypeAlias = list[Tensor]
@@ -109,13 +109,16 @@ def average_of(
     return average(old, new, beta, alive, donate), add_weight(weight, beta, (), donate)
 
 
-def everyones_weight(corrects: bool) -> Tensor:
-    """The weight, () float64 on the CPU, of averages that count everyone's steps.
+def everyones_weight(corrects: bool, params: Any) -> Tensor:
+    """The weight, () on the CPU, of averages that count everyone's steps.
 
     Args:
         corrects: whether it corrects a bias; else it is 1 and stays there.
+        params: float32, or float64 where one of these is.
     """
-    return torch.full((), 0.0 if corrects else 1.0, dtype=torch.float64, device="cpu")
+    wide = torch.float64 in {x.dtype for x in flatten(params)[0]}
+    dtype = torch.float64 if wide else torch.float32
+    return torch.full((), 0.0 if corrects else 1.0, dtype=dtype, device="cpu")
 
 
 def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:

@@ -31,7 +31,7 @@ class KroneckerState(NamedTuple):
     Attributes:
         factors: tree of tuples, one entry a side: (N, d_i, d_i), its triangle alone if `packed` and
             large (see `funshampoo.operators.packed`), or () for a side that is not preconditioned.
-        weight: tree of (N,); () float64 on the CPU where all blocks count together.
+        weight: tree of (N,); () on the CPU where all blocks count together.
     """
 
     factors: Tree

@@ -109,7 +109,7 @@ def kronecker_statistics(
             start = 0.0 if corrected else 1.0
             return x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x))
 
-        weights = map_leaves(weight, params) if own_steps else everyones_weight(corrected)
+        weights = map_leaves(weight, params) if own_steps else everyones_weight(corrected, params)
         return KroneckerState(map_leaves(zero_factors, params), weights)
 
     def update(

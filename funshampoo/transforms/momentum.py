@@ -77,7 +77,9 @@ def ema(
             start = 0.0 if bias_correction else 1.0
             return x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x))
 
-        weights = map_leaves(weight, params) if own_steps else everyones_weight(bias_correction)
+        weights = (
+            map_leaves(weight, params) if own_steps else everyones_weight(bias_correction, params)
+        )
         return EmaState(zeros_like(params), weights)
 
     def update(

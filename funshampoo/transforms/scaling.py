@@ -87,7 +87,7 @@ def scale_by_adam(
 
         def weights(corrects: bool) -> Tree:
             if not own_steps:
-                return everyones_weight(corrects)
+                return everyones_weight(corrects, params)
             start = 0.0 if corrects else 1.0
             return map_leaves(
                 lambda x: x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x)), params
