@@ -34,7 +34,6 @@ from funshampoo.core.tree import (
     leaf_names,
     problem_of_gradient,
 )
-from funshampoo.state.places import is_shared
 from funshampoo.state.stages import BlockedState
 
 
@@ -145,7 +144,7 @@ def blocked(
         given = read(updates, state, params)
         here = inside(given, state, context)
         run = executors.of(given.layout)
-        shared = is_shared(state)
+        shared = inner.spread is not None and inner.spread.is_shared()
         plain = is_plain([g for g in given.leaves if g is not None], given.known)
         copies = Views(run.parts, given, copies=shared) if plain else Traced(given)
         new = run.run(inner, state.inner, copies.gather, copies.put, given.missing_rows(), here)
@@ -196,7 +195,7 @@ def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) ->
     """The gradients fall into the rows that init laid out."""
     if list(expected.values()) == layout.described:
         return
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         raise ValueError("the gradients do not fit the state: init saw other parameters.")
     names = leaf_names(updates)
     found = dict(zip(names, layout.described))

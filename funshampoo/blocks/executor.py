@@ -40,6 +40,9 @@ class Spread(Protocol):
 
     inner: GradientTransformation
 
+    def is_shared(self) -> bool:
+        """Whether other ranks have a part in it."""
+
     def owned(self, layout: Layout) -> dict[str, range]:
         """The rows of this rank, without the stacks of which it has none."""
 
@@ -111,7 +114,8 @@ class Executor:
         in_place = context.donate and not is_traced()
         if in_place and self._device.type == "cpu":
             keep_freed_memory()
-        portions = self._portions_of(own, missing, in_place, refreshes(inner, context))
+        refresh = in_place and refreshes(inner, context)
+        portions = self._portions_of(own, missing, in_place, refresh)
         portions = portions or [{}]  # nobody has a gradient: what is everybody's goes on
         whole = len(portions) == 1 and portions[0] == own
         rows = self._state_rows(own)
@@ -183,7 +187,7 @@ class Executors:
 
     def of(self, layout: Layout) -> Executor:
         """The one for this layout. Layouts are remembered, so that their identity says it all."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return Executor(layout, self._size)
         found = self._known.get(id(layout))
         if found is None or found.layout is not layout:

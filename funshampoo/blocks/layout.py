@@ -109,7 +109,7 @@ def leaf_key(x: Tensor) -> LeafKey:
 
 def layout_of(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
     """The layout of a tree with these leaves. Remembered, but for torch.compile's tracing."""
-    find = _layout if torch.compiler.is_compiling() else _remembered_layout
+    find = _layout if torch.compiler.is_dynamo_compiling() else _remembered_layout
     return find(leaves, max_size, merge, keep)
 
 

@@ -37,7 +37,7 @@ class StateRows:
     def part(self, state: Any, portion: Portion) -> tuple[Any, Part]:
         """(the state of these rows, which of the leaves it has). Views, as far as it has rows."""
         leaves, structure = flatten(state)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._cut(leaves, self._found(state, structure, len(leaves), portion))
         key = structure, tuple([(stack, rows.start, rows.stop) for stack, rows in portion.items()])
         if key not in self._known:

@@ -327,7 +327,7 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     check_same_structure(params, updates, "params", "updates")
     leaves, spec = flatten(params)
     pairs = [(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates)) if u is not None]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # torch 2.13: a graph forgets what it writes into a 0-dimensional float64 input on a CPU.
         pairs = [(p, u) if p.ndim else (p.view(1), u.reshape(1)) for p, u in pairs]
     alike = [(p, u) for p, u in pairs if p.dtype == u.dtype]

@@ -20,7 +20,7 @@ def unwrapped(tensor: Tensor) -> Tensor | None:
     Under a transform `bool` and `int` of a batched tensor raise, although its storage is there to
     be read. Under torch.compile there is no value yet.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return None
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
@@ -32,7 +32,8 @@ def is_traced() -> bool:
 
     Then results can't be written into memory that was there before.
     """
-    return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None
+    # One call of Python where is_compiling() is two; a step asks in some seventy places.
+    return torch.compiler.is_dynamo_compiling() or _functorch.peek_interpreter_stack() is not None
 
 
 def is_plain(*columns: Iterable[Tensor]) -> bool:
@@ -41,7 +42,11 @@ def is_plain(*columns: Iterable[Tensor]) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any([x.requires_grad for column in columns for x in column])
+    for column in columns:
+        for x in column:
+            if x.requires_grad:
+                return False
+    return True
 
 
 def are_apart(tensors: Sequence[Tensor]) -> bool:
@@ -79,7 +84,7 @@ def may_reuse(*operands: Any) -> bool:
     A new tensor of many megabytes costs a page fault every 4 KiB, on a CPU often more than the
     arithmetic does.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
     tensors = [t for t in operands if isinstance(t, Tensor)]
     if not all([t.dtype == tensors[0].dtype and not t.requires_grad for t in tensors]):
@@ -113,7 +118,7 @@ def full_precision() -> contextlib.AbstractContextManager[Any]:
         for kind in _AUTOCASTED
         if torch.is_autocast_enabled(kind)
     ]
-    if not torch.compiler.is_compiling() and _FULL_PRODUCTS.needed():
+    if not torch.compiler.is_dynamo_compiling() and _FULL_PRODUCTS.needed():
         contexts.append(_FULL_PRODUCTS)
     if not contexts:
         return contextlib.nullcontext()

@@ -22,7 +22,7 @@ class MaskedNode(NamedTuple):
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Leaves and structure (an optree.PyTreeSpec, or its like in torch.compile); None is a leaf."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return traced_flatten(tree)
     return optree.tree_flatten(tree, none_is_leaf=True)
 
@@ -103,18 +103,22 @@ def update_columns(
     """
     leaves, spec = flatten(updates)
     columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
-    shapes = [None if u is None else u.shape for u in leaves]
     for column in columns:
-        for shape, part in zip(shapes, column):
-            if shape is not None and (own := part.shape) != shape and own != shape[: len(own)]:
+        for u, part in zip(leaves, column):
+            if u is not None and (own := part.shape) != u.shape and own != u.shape[: len(own)]:
                 raise ValueError(_shapes_differ(updates, leaves, column))
-    results = [leaves, *columns[len(inputs) :]]
-    for part in _portions(leaves):
-        found = function(*[[column[i] for i in part] for column in (leaves, *columns)])
-        for column, new in zip(results, found):
-            for i, x in zip(part, new):
-                column[i] = x
-    return tuple([spec.unflatten(column) for column in results])
+    columns.insert(0, leaves)
+    results = [leaves, *columns[1 + len(inputs) :]]
+    portions = _portions(leaves)
+    if len(portions) == 1 and len(portions[0]) == len(leaves):
+        results = list(function(*columns))
+    else:
+        for part in portions:
+            found = function(*[[column[i] for i in part] for column in columns])
+            for column, new in zip(results, found):
+                for i, x in zip(part, new):
+                    column[i] = x
+    return tuple(map(spec.unflatten, results))
 
 
 _PORTION = 2**18

@@ -42,7 +42,7 @@ def check_outside_transforms(what: str) -> None:
     Raises:
         RuntimeError: inside a torch.func transform or torch.compile.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
             f"{what} can't be compiled: it talks to other ranks. Compile the loss and its "
             "gradient, and call update outside."

@@ -186,6 +186,10 @@ class _Ranks:
     def _dtype(self, blocks: Blocks) -> torch.dtype:
         return self.communication_dtype or blocks.dtype
 
+    def is_shared(self) -> bool:
+        """See `Spread`."""
+        return rank_and_size(self.group)[1] > 1
+
     def own(self, blocks: Blocks) -> dict[str, Piece]:
         """{stack: the rows of this rank}."""
         shards = self.shards(blocks)

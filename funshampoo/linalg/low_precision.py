@@ -59,7 +59,7 @@ def rounded_gram(x: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     """
     if dtype is None or not x.is_cuda or x.dtype != torch.float32 or x.ndim != 3:
         return None
-    if torch.compiler.is_compiling() or _functorch.is_functorch_wrapped_tensor(x):
+    if torch.compiler.is_dynamo_compiling() or _functorch.is_functorch_wrapped_tensor(x):
         return None
     if x.requires_grad or not _is_large(x, x.mT):
         return None

@@ -161,7 +161,10 @@ def power(x: Tensor, exponent: float | Tensor) -> Tensor:
 def is_plain_memory(*tensors: Tensor) -> bool:
     """Whether these lie in a CPU's memory, and are not seen through a transform."""
     if not is_traced():
-        return all([x.is_cpu for x in tensors])
-    if torch.compiler.is_compiling():
+        for x in tensors:  # noqa: SIM110 (a generator is a call of Python for each)
+            if not x.is_cpu:
+                return False
+        return True
+    if torch.compiler.is_dynamo_compiling():
         return False
     return all([x.is_cpu and not _functorch.is_functorch_wrapped_tensor(x) for x in tensors])

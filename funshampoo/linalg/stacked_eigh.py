@@ -27,7 +27,7 @@ def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A had to be turned.
     """
     solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return *_in_calls(A), solved
     try:
         return *_in_calls(A), solved

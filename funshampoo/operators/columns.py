@@ -23,6 +23,8 @@ from funshampoo.operators import leaf_ops
 
 Column: TypeAlias = list[Tensor]
 
+_WIDE = (torch.float32, torch.float64)
+
 
 def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
     """(1 - weight) old + weight new. The results have old's dtypes."""
@@ -66,7 +68,12 @@ def add_weight(total: Column, beta: Hyper, alive: Sequence[Column], donate: bool
         return lerp(total, cast_like(alive[0], total), 1 - beta, donate)
     if isinstance(beta, Tensor) or not is_plain(total):
         return [leaf_ops.add_weight(w, beta, donate) for w in total]
-    return lerp(total, [_one(w.dtype, w.device) for w in total], 1 - beta, donate)
+    ones, one = [], None
+    for w in total:
+        if one is None or one.dtype != w.dtype or one.device != w.device:
+            one = _one(w.dtype, w.device)
+        ones.append(one)
+    return lerp(total, ones, 1 - beta, donate)
 
 
 @constant
@@ -219,12 +226,12 @@ def copied(xs: Column) -> Column:
 
 def cast_like(xs: Column, others: Column) -> Column:
     """xs in the dtypes of the others."""
-    return [cast(x, other.dtype) for x, other in zip(xs, others)]
+    return [x if x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(xs, others)]
 
 
 def in_compute_dtype(xs: Column) -> Column:
     """xs in float32 at least."""
-    return [cast(x, compute_dtype(x)) for x in xs]
+    return [x if x.dtype in _WIDE else cast(x, compute_dtype(x)) for x in xs]
 
 
 def per_block(values: Column, others: Column) -> Column:

@@ -57,7 +57,7 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
         return add(multiply(old, beta, donate), added, donate)
     x = aligned(x)
     stacked = old.ndim == 3
-    if donate and stacked and torch.compiler.is_compiling() and old.numel() >= _WORTH_A_NODE:
+    if donate and stacked and torch.compiler.is_dynamo_compiling() and old.numel() >= _WORTH_A_NODE:
         return accumulate_gram_(old, x, beta, weight)
     if stacked and d >= LARGE and n >= LONG and is_plain_memory(old, x):
         return _add_triangle(old if donate else old.clone(), x, beta, weight)
@@ -106,7 +106,7 @@ def _may_write(old: Tensor, donate: bool, *operands: Hyper) -> bool:
     Under vmap a batched operand does not fit into unbatched memory, and most operations in place
     have no batching rule; under grad the old value is still needed.
     """
-    if not donate or torch.compiler.is_compiling() or not is_traced():
+    if not donate or torch.compiler.is_dynamo_compiling() or not is_traced():
         return donate
     tensors = [t for t in (old, *operands) if isinstance(t, Tensor)]
     return not any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)

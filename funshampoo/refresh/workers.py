@@ -147,7 +147,7 @@ def can_run_in_a_thread(*tensors: Any) -> bool:
     They are plain tensors on the CPU that no gradient is wanted for; and neither torch.compile,
     torch.func, autocast, nor any other mode, all of which belong to a thread, is active.
     """
-    if torch.compiler.is_compiling() or _functorch.maybe_current_level() is not None:
+    if torch.compiler.is_dynamo_compiling() or _functorch.maybe_current_level() is not None:
         return False
     if in_a_mode() or torch.is_autocast_enabled("cpu"):
         return False

@@ -263,6 +263,10 @@ def find_state(states: Any, kind: type[StateT]) -> StateT | None:
     >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
     ScheduleState(steps=tensor(3))
     """
+    if isinstance(states, tuple):
+        for state in states[::-1]:  # mostly it is one of the stages that stand before
+            if isinstance(state, kind):
+                return state
     # Without a generator, which torch.compile could not trace before torch 2.9.
     found = states if isinstance(states, kind) else None
     children: Any = states.values() if isinstance(states, dict) else states
