@@ -15,7 +15,8 @@ from funshampoo.operators.mode_products import bias_corrected, precondition, rot
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
-from funshampoo.state import KroneckerState, RefreshedState, find_state
+from funshampoo.state import RefreshedState
+from funshampoo.transforms import statistics_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def in_eigenbasis(inner: Any, every: int = 10, **schedule: Any) -> fs.GradientTr
         )
 
     def update(updates, state, params, context):
-        statistics = find_state(context.upstream, KroneckerState)
+        statistics = statistics_of(context.upstream, "in_eigenbasis", updates)
         new = bases.update(updates, state.bases, statistics, _corrected, context)
 
         def turned(tree, back=False):
