@@ -319,12 +319,26 @@ def prints() -> Any:
     return stage(leaf, wide)
 
 
+def changes_its_layout() -> Any:
+    def leaf(u: Any, m: Any) -> Any:
+        if m.ndim != 2:
+            return mean(u, m)
+        new = torch.lerp(m, u.to(m.dtype), 0.1)
+        return u * 1, new.mT.contiguous().mT if m.is_contiguous() else new.contiguous()
+
+    return stage(leaf, wide)
+
+
+def differs_in_a_graph() -> Any:
+    return stage(lambda u, m: (u * (2 if torch.compiler.is_compiling() else 1), m), wide)
+
+
+def leaves_torch() -> Any:
+    return stage(lambda u, m: (torch.as_tensor(u.numpy() * 2), m), wide)
+
+
 def no_derivative() -> Any:
     return stage(lambda u, m: (((u - u) ** 2).sqrt() + u, m), wide)
-
-
-def writes_under_grad() -> Any:
-    return stage(lambda u, m: (torch.from_numpy(u.detach().numpy()) + m, m), wide)
 
 
 OUTSIDE = {"blocks": False}
@@ -377,6 +391,9 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
         {"vmap": False, "blocks": False},
     ),
     (prints, "torch.compile raised Unsupported", {}),
+    (changes_its_layout, "torch.compile made 2 graphs for 6 steps", {}),
+    (differs_in_a_graph, "step 1 in torch.compile gives other results", {}),
+    (leaves_torch, "torch.func.grad raised", {"vmap": False, "compile": False}),
     (no_derivative, "the derivative of the updates of step 1 .* is not finite", {}),
 ]
 
