@@ -45,7 +45,11 @@ _CHECKS = (
         "alone; for a stage that needs all gradients by nature, pass none=False.",
         lambda trial: trial.options.none,
     ),
-    _Check(numbers.resumes_from_a_pickle, "torch.save", "Keep tensors alone in the state."),
+    _Check(
+        numbers.resumes_from_a_pickle,
+        "torch.save",
+        "Keep tensors alone in the state, in named tuples that stand at the top of a module.",
+    ),
     _Check(
         numbers.resumes_from_a_checkpoint,
         "state_dict and load_state_dict",
