@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 import funshampoo as fs
 from funshampoo import linalg
+from funshampoo.core.tree import update_leaves
 
 
 class Case(NamedTuple):
+    """A transformation of which every check is to hold.
+
+    `name` is a public name, or one with a variant, as in "ema:beta3"; `options` are those of
+    `check_stage`, and say why a check is left out.
+    """
+
     name: str
     make: Callable[[], fs.GradientTransformation]
     changes_updates: bool = True
+    options: Mapping[str, Any] = {}
+
+    @property
+    def public(self) -> str:
+        return self.name.split(":")[0]
 
 
 def _statistics_and(*stages: fs.GradientTransformation) -> fs.GradientTransformation:
@@ -33,11 +45,27 @@ def _schedule() -> fs.core.contract.Schedule:
     return fs.schedules.warmup_cosine(0.1, 2, 6)
 
 
+def _cautious(inner: fs.GradientTransformation) -> fs.GradientTransformation:
+    def update(run: Any, updates: Any, own: Any) -> Any:
+        return update_leaves(lambda u, g: (u * (u * g > 0),), run(updates), (), (updates,))[0], own
+
+    return fs.wrapping(inner, update)
+
+
+# What a transformation can't do by nature
+BY_NAME = {"blocks": False}  # it knows parameters by their names
+AROUND_BLOCKS = {"blocks": False}  # it refuses to stand inside
+COUPLED = {"blocks": False, "none": False}  # leaves, or the steps of one, depend on each other
+
 CASES = [
     Case("identity", fs.identity, changes_updates=False),
     Case("chain", lambda: fs.chain(fs.ema(0.9), fs.trace(0.5), fs.scale(2.0))),
-    Case("chain_of_chains", lambda: fs.chain(fs.chain(fs.ema(0.9)), fs.chain(fs.scale(2.0)))),
-    Case("masked", lambda: fs.masked(fs.trace(0.9, nesterov=True), {"w": True, "layers": False})),
+    Case("chain:nested", lambda: fs.chain(fs.chain(fs.ema(0.9)), fs.chain(fs.scale(2.0)))),
+    Case(
+        "masked",
+        lambda: fs.masked(fs.trace(0.9, nesterov=True), {"w": True, "layers": False}),
+        options=BY_NAME,
+    ),
     Case(
         "partition",
         lambda: fs.partition(
@@ -45,79 +73,95 @@ CASES = [
         ),
     ),
     Case(
-        "inject_hyperparams_adaptive",
+        "inject_hyperparams:adaptive",
         lambda: fs.inject_hyperparams(fs.shampoo)(
             _schedule(), every=2, max_size=4, basis_tolerance=0.1
         ),
     ),
     Case("inject_hyperparams", lambda: fs.inject_hyperparams(fs.shampoo)(_schedule(), every=2)),
-    Case("compiled", lambda: fs.compiled(fs.chain(fs.ema(0.9), fs.trace(0.5)), backend="eager")),
-    Case("multi_steps", lambda: fs.multi_steps(fs.trace(0.9), 2)),
-    Case("multi_steps_shampoo", lambda: fs.multi_steps(fs.shampoo(0.1, every=2, start=1), 2)),
+    Case(
+        "compiled",
+        lambda: fs.compiled(fs.chain(fs.ema(0.9), fs.trace(0.5)), backend="eager"),
+        options=AROUND_BLOCKS,
+    ),
+    Case("multi_steps", lambda: fs.multi_steps(fs.trace(0.9), 2), options=COUPLED),
+    Case(
+        "multi_steps:shampoo",
+        lambda: fs.multi_steps(fs.shampoo(0.1, every=2, start=1), 2),
+        options=COUPLED,
+    ),
+    Case("every_k", lambda: fs.every_k(fs.trace(0.9), 2)),
+    Case("every_k:shampoo", lambda: fs.every_k(fs.shampoo(0.1, every=2, start=1), 2)),
+    Case("wrapping", lambda: _cautious(fs.scale_by_adam())),
+    Case("wrapping:shampoo", lambda: _cautious(fs.shampoo(0.1, every=2, max_size=4))),
     Case("blocked", lambda: fs.blocked(fs.trace(0.9, nesterov=True), 4)),
     Case("guarded", lambda: fs.guarded(fs.trace(0.9, nesterov=True), every=2)),
-    Case("guarded_blocked", lambda: fs.blocked(fs.guarded(fs.ema(0.9), every=2), 4)),
-    Case("sharded", lambda: fs.sharded(fs.trace(0.9))),  # on one rank
-    Case("shampoo_sharded", lambda: fs.shampoo(0.1, every=2, max_size=4, distribute=fs.sharded)),
+    Case("guarded:blocked", lambda: fs.blocked(fs.guarded(fs.ema(0.9), every=2), 4)),
+    Case("sharded", lambda: fs.sharded(fs.trace(0.9)), options=AROUND_BLOCKS),  # on one rank
+    Case("shampoo:sharded", lambda: fs.shampoo(0.1, every=2, max_size=4, distribute=fs.sharded)),
     Case("kronecker_statistics", lambda: fs.kronecker_statistics(0.9), changes_updates=False),
-    Case("kronecker_sum", lambda: fs.kronecker_statistics(1.0), changes_updates=False),
+    Case("kronecker_statistics:sum", lambda: fs.kronecker_statistics(1.0), changes_updates=False),
     Case("root_inverse", lambda: _statistics_and(_root())),
-    Case("root_inverse_blocked", lambda: _blocked(_root())),
-    Case("root_pseudo_inverse", lambda: _blocked(_root(solver=linalg.pseudo_inverse(rtol=1e-6)))),
-    Case("root_newton", lambda: _blocked(_root(solver=linalg.coupled_newton()))),
-    Case("root_newton_schulz", lambda: _blocked(_root(solver=linalg.newton_schulz()))),
-    Case("root_trace_scaled", lambda: _blocked(_root(trace_scaling=0.5))),
-    Case("root_low_precision", lambda: _blocked(_root(product_dtype=torch.bfloat16))),
+    Case("root_inverse:blocked", lambda: _blocked(_root())),
     Case(
-        "root_packed",
+        "root_inverse:pseudo_inverse",
+        lambda: _blocked(_root(solver=linalg.pseudo_inverse(rtol=1e-6))),
+    ),
+    Case("root_inverse:newton", lambda: _blocked(_root(solver=linalg.coupled_newton()))),
+    Case("root_inverse:newton_schulz", lambda: _blocked(_root(solver=linalg.newton_schulz()))),
+    Case("root_inverse:trace_scaled", lambda: _blocked(_root(trace_scaling=0.5))),
+    Case("root_inverse:low_precision", lambda: _blocked(_root(product_dtype=torch.bfloat16))),
+    Case(
+        "root_inverse:packed",
         lambda: fs.blocked(
             fs.chain(fs.kronecker_statistics(0.9, packed=True), _root(packed=True)), max_size=4
         ),
     ),
-    Case("root_adaptive", lambda: _blocked(_root(basis_tolerance=0.1))),
-    Case("root_adaptive_unblocked", lambda: _statistics_and(_root(basis_tolerance=0.05))),
+    Case("root_inverse:adaptive", lambda: _blocked(_root(basis_tolerance=0.1))),
+    Case("root_inverse:adaptive_unblocked", lambda: _statistics_and(_root(basis_tolerance=0.05))),
     Case(
-        "root_staggered_adaptive",
+        "root_inverse:staggered_adaptive",
         lambda: _blocked(_root(stagger=True, basis_tolerance=0.1)),
     ),
-    Case("root_staggered", lambda: _blocked(_root(stagger=True))),
+    Case("root_inverse:staggered", lambda: _blocked(_root(stagger=True))),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
-    Case("graft_from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
+    Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
     Case("ema", lambda: fs.ema(0.9)),
-    Case("ema_beta3", lambda: fs.ema(0.9, 0.8)),
-    Case("ema_uncorrected", lambda: fs.ema(0.9, bias_correction=False)),
+    Case("ema:beta3", lambda: fs.ema(0.9, 0.8)),
+    Case("ema:uncorrected", lambda: fs.ema(0.9, bias_correction=False)),
     Case("trace", lambda: fs.trace(0.9)),
-    Case("trace_nesterov", lambda: fs.trace(0.9, nesterov=True)),
-    Case("trace_damped", lambda: fs.trace(0.9, dampening=0.5, dampen_first_step=False)),
+    Case("trace:nesterov", lambda: fs.trace(0.9, nesterov=True)),
+    Case("trace:damped", lambda: fs.trace(0.9, dampening=0.5, dampen_first_step=False)),
     Case("scale_by_sgd", fs.scale_by_sgd, changes_updates=False),
     Case("scale_by_adam", fs.scale_by_adam),
-    Case("scale_by_adam_unfiltered", lambda: fs.scale_by_adam(0.0)),
+    Case("scale_by_adam:unfiltered", lambda: fs.scale_by_adam(0.0)),
     Case("scale_by_rms", fs.scale_by_rms),
-    Case("scale_by_rms_sum", lambda: fs.scale_by_rms(0.9, weighted=False)),
+    Case("scale_by_rms:sum", lambda: fs.scale_by_rms(0.9, weighted=False)),
     Case("scale_by_adagrad", fs.scale_by_adagrad),
     Case("add_decayed_weights", lambda: fs.add_decayed_weights(0.1)),
     Case(
-        "add_decayed_weights_masked",
+        "add_decayed_weights:masked",
         lambda: fs.add_decayed_weights(0.1, {"w": True, "layers": False}),
+        options=BY_NAME,
     ),
     Case(
-        "add_decayed_weights_corrected",
+        "add_decayed_weights:corrected",
         lambda: fs.add_decayed_weights(
             0.1, kind="corrected", learning_rate=_schedule(), peak_learning_rate=0.1
         ),
     ),
     Case("clip", lambda: fs.clip(0.1)),
-    Case("clip_by_global_norm", lambda: fs.clip_by_global_norm(0.1)),
+    Case("clip_by_global_norm", lambda: fs.clip_by_global_norm(0.1), options=COUPLED),
     Case("scale", lambda: fs.scale(2.0)),
     Case("scale_by_learning_rate", lambda: fs.scale_by_learning_rate(0.1)),
-    Case("scale_by_schedule", lambda: fs.scale_by_learning_rate(_schedule())),
+    Case("scale_by_learning_rate:schedule", lambda: fs.scale_by_learning_rate(_schedule())),
     Case("shampoo", lambda: fs.shampoo(0.1, every=2, max_size=4)),
     Case(
-        "shampoo_adaptive",
+        "shampoo:adaptive",
         lambda: fs.shampoo(0.1, every=2, max_size=4, basis_tolerance=0.1),
     ),
     Case(
-        "shampoo_everything",
+        "shampoo:everything",
         lambda: fs.shampoo(
             _schedule(),
             beta3=0.8,
@@ -137,18 +181,18 @@ CASES = [
         ),
     ),
     Case(
-        "shampoo_coupled",
+        "shampoo:coupled",
         lambda: fs.shampoo(
             0.1, every=2, weight_decay=0.1, weight_decay_kind="coupled", momentum=0.9
         ),
     ),
-    Case("shampoo_adagrad", lambda: fs.shampoo(0.1, every=2, beta2=1.0, grafting="adagrad")),
+    Case("shampoo:adagrad", lambda: fs.shampoo(0.1, every=2, beta2=1.0, grafting="adagrad")),
     Case(
-        "shampoo_low_precision",
+        "shampoo:low_precision",
         lambda: fs.shampoo(0.1, every=2, max_size=4, product_dtype=torch.bfloat16),
     ),
-    Case("shampoo_packed", lambda: fs.shampoo(0.1, every=2, packed=True, stagger=True)),
-    Case("shampoo_ungrafted", lambda: fs.shampoo(0.1, every=2, grafting=None, beta1=0.0)),
+    Case("shampoo:packed", lambda: fs.shampoo(0.1, every=2, packed=True, stagger=True)),
+    Case("shampoo:ungrafted", lambda: fs.shampoo(0.1, every=2, grafting=None, beta1=0.0)),
     Case("adamw", fs.adamw),
     Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
     Case(

@@ -216,7 +216,7 @@ def test_a_step_stays_on_its_device_and_reads_nothing(case: Case) -> None:
     """Refreshes by coupled Newton alone ask the device whether they are done."""
     tx, params = case.make(), to(problem(), "meta")
     state = tx.init(params)
-    by_newton = case.name == "root_newton"
+    by_newton = case.name == "root_inverse:newton"
     refresh = {"refresh": False} if by_newton else {}
     for g in gradients(3):
         updates, state = tx.update(to(g, "meta"), state, params, donate=True, **refresh)

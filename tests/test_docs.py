@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.testing import check_stage
 from tests.trees import gradients, problem, tensors, train
 
 ROOT = Path(__file__).parents[1]
@@ -19,14 +22,18 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_the_stages_of_the_guide_work() -> None:
-    names: dict[str, object] = {}
+def test_the_stages_of_the_guide_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = types.ModuleType("guide")
+    monkeypatch.setitem(sys.modules, "guide", guide)  # its named tuples can be pickled
+    names = vars(guide)
     for block in python_blocks("docs/stages.md"):
         exec(block, names)
     centralize, signs, roots, bases = (
         names[name]()  # type: ignore[operator]
         for name in ("centralize", "sign_of_average", "diagonal_roots", "signs_in_eigenbases")
     )
+    start_late = names["signs_in_eigenbases"]
+    check_stage(lambda: fs.chain(fs.kronecker_statistics(), start_late(2, start=6)), steps=10)
     assert signs.name == "sign_of_average"
     blocks = fs.chain(
         fs.kronecker_statistics(), fs.ema(), fs.graft(roots, onto=fs.scale_by_adam(beta1=0))

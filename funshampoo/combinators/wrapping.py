@@ -43,10 +43,11 @@ def wrapping(
 
     >>> import torch
     >>> from funshampoo import scale_by_adam
-    >>> from funshampoo.core.tree import map_leaves
+    >>> from funshampoo.core.tree import update_leaves
     >>> def cautious(inner):
     ...     def update(run, updates, own):  # no step against the gradient's sign
-    ...         return map_leaves(lambda u, g: u * (u * g > 0), run(updates), updates), own
+    ...         agreeing = lambda u, g: (u * (u * g > 0),)
+    ...         return update_leaves(agreeing, run(updates), (), (updates,))[0], own
     ...     return wrapping(inner, update)
     >>> tx = cautious(scale_by_adam())
     >>> tx.update({"w": torch.tensor([5.0, -1.0])}, tx.init({"w": torch.zeros(2)}))[0]

@@ -1,6 +1,7 @@
 """The stages, one idea a file."""
 
 from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
+from funshampoo.state.upstream import statistics_of
 from funshampoo.transforms.clipping import clip, clip_by_global_norm, global_norm
 from funshampoo.transforms.grafting import graft
 from funshampoo.transforms.kronecker import kronecker_statistics
@@ -32,6 +33,7 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_rms",
     "scale_by_sgd",
+    "statistics_of",
     "trace",
     "unfold",
 ]

@@ -14,7 +14,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
 from funshampoo.core.modes import full_precision
-from funshampoo.core.tree import cast, check_local, compute_dtype, flatten, update_leaves
+from funshampoo.core.tree import cast, check_local, compute_dtype, update_leaves
 from funshampoo.linalg import Solver, eigh
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype
@@ -27,7 +27,8 @@ from funshampoo.refresh.jobs import Reading
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
-from funshampoo.state.stages import KroneckerState, RefreshedState, find_state
+from funshampoo.state.stages import RefreshedState
+from funshampoo.state.upstream import statistics_of
 
 _FACTORIES: tuple[Any, ...] = (
     linalg.by_device,
@@ -156,13 +157,13 @@ def root_inverse(
     ) -> RefreshedState:
         check_local(params, "root_inverse")
         if upstream is not None:
-            _statistics_over(params, upstream)
+            statistics_of(upstream, "root_inverse", params)
         return roots_with(NO_NUMBERS).init(params, block_ndim, clock)
 
     def update(
         updates: Tree, state: RefreshedState, params: Tree, context: Context
     ) -> tuple[Tree, RefreshedState]:
-        statistics = _statistics_over(updates, context.upstream)
+        statistics = statistics_of(context.upstream, "root_inverse", updates)
         weight = weights_over(statistics.weight, updates)
         inputs = (statistics.factors, weight)
         state = roots_with(context.hyper).update(updates, state, inputs, _factor, context)
@@ -260,20 +261,3 @@ def _check_basis_tolerance(tolerance: Hyper, solver: Solver) -> None:
             "basis_tolerance needs a solver that works in an eigenbasis: give linalg.eigh() or "
             "linalg.pseudo_inverse(), or leave basis_tolerance out."
         )
-
-
-def _statistics_over(tree: Tree, upstream: Any) -> KroneckerState:
-    found = find_state(upstream, KroneckerState)
-    if found is None:
-        raise ValueError(
-            "root_inverse found no factor matrices: put kronecker_statistics(...) before it in the "
-            "same chain, as in chain(kronecker_statistics(0.99), root_inverse(every=20))."
-        )
-    try:
-        flatten(tree)[1].flatten_up_to(found.factors)
-    except ValueError as error:
-        raise ValueError(
-            "root_inverse found the factor matrices of other blocks: put kronecker_statistics and "
-            "root_inverse inside the same blocked(...)."
-        ) from error
-    return found

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import funshampoo as fs
-from funshampoo.core.tree import map_leaves, update_leaves
+from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves
 from funshampoo.linalg import eigh
 from funshampoo.operators.mode_products import bias_corrected, precondition, rotate, unfold
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
-from funshampoo.state import KroneckerState, RefreshedState, find_state
+from funshampoo.state import RefreshedState
+from funshampoo.transforms import statistics_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def in_eigenbasis(inner: Any, every: int = 10, **schedule: Any) -> fs.GradientTr
         )
 
     def update(updates, state, params, context):
-        statistics = find_state(context.upstream, KroneckerState)
+        statistics = statistics_of(context.upstream, "in_eigenbasis", updates)
         new = bases.update(updates, state.bases, statistics, _corrected, context)
 
         def turned(tree, back=False):
@@ -107,12 +108,15 @@ def kl_shampoo(beta: float, every: int = 10, **schedule: Any) -> fs.GradientTran
     roots = Refreshing(lambda block: [Root(d) for d in block], RefreshSchedule(every, **schedule))
 
     def init(params, *, block_ndim=0, clock=False):
-        def zeros(p):
-            return tuple(p.new_zeros(*p.shape[:block_ndim], d, d) for d in p.shape[block_ndim:])
+        def zeros(p, *sides):
+            return p.new_zeros((*p.shape[:block_ndim], *sides), dtype=compute_dtype(p))
 
-        weight = map_leaves(lambda p: p.new_zeros(p.shape[:block_ndim]), params)
+        def factors(p):
+            return tuple(zeros(p, d, d) for d in p.shape[block_ndim:])
+
+        weight = map_leaves(zeros, params)
         kept = roots.init(params, block_ndim, clock)
-        return KlShampooState(map_leaves(zeros, params), weight, kept)
+        return KlShampooState(map_leaves(factors, params), weight, kept)
 
     def update(updates, state, params, context):
         n = context.block_ndim
@@ -122,7 +126,7 @@ def kl_shampoo(beta: float, every: int = 10, **schedule: Any) -> fs.GradientTran
             X, new = [unit.value[0] for unit in units], []
             for i, L in enumerate(factors):
                 others = [None if j == i else x for j, x in enumerate(X)]
-                g = unfold(precondition(u, others, n), i, n)
+                g = unfold(precondition(u.to(L.dtype), others, n), i, n)
                 new.append(torch.lerp(L, g @ g.mT / g.shape[-1], 1 - beta))
             return u, tuple(new), torch.lerp(weight, fine, 1 - beta)
 
@@ -132,7 +136,7 @@ def kl_shampoo(beta: float, every: int = 10, **schedule: Any) -> fs.GradientTran
         new = roots.update(updates, state.roots, statistics, _corrected, context)
 
         def direction(u, units):
-            return (precondition(u, [unit.value[0] for unit in units], n),)
+            return (precondition(u.to(compute_dtype(u)), [unit.value[0] for unit in units], n),)
 
         out = update_leaves(direction, updates, (), (new.kept,))[0]
         return out, KlShampooState(*statistics, new)

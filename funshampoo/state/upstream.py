@@ -1,0 +1,42 @@
+"""What a stage finds in the states of the stages before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from funshampoo.core.tree import flatten
+from funshampoo.state.stages import KroneckerState, find_state
+
+
+def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
+    """The factor matrices that `kronecker_statistics` keeps of this tree.
+
+    Args:
+        upstream: of the context, in `init` or in `update`.
+        stage: the name of the stage that asks, for the messages.
+        tree: the parameters or the updates of that stage.
+
+    Raises:
+        ValueError: no stage before it keeps any, or they are those of another tree.
+
+    >>> import torch
+    >>> from funshampoo import kronecker_statistics
+    >>> params = {"w": torch.zeros(2, 3)}
+    >>> upstream = (kronecker_statistics().init(params),)
+    >>> [tuple(L.shape) for L in statistics_of(upstream, "mine", params).factors["w"]]
+    [(2, 2), (3, 3)]
+    """
+    found = find_state(upstream, KroneckerState)
+    if found is None:
+        raise ValueError(
+            f"{stage} found no factor matrices: put kronecker_statistics(...) before it in the "
+            f"same chain, as in chain(kronecker_statistics(0.99), {stage}(...))."
+        )
+    try:
+        flatten(tree)[1].flatten_up_to(found.factors)
+    except ValueError as error:
+        raise ValueError(
+            f"{stage} found the factor matrices of other blocks: put kronecker_statistics and "
+            f"{stage} inside the same blocked(...)."
+        ) from error
+    return found

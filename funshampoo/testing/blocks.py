@@ -1,0 +1,219 @@
+"""Of a stage inside `blocked`: every block is stepped by itself, and one that is faulty is held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.combinators.guard import guarded
+from funshampoo.core.context import Context
+from funshampoo.core.contract import GradientTransformation, State, Tree
+from funshampoo.core.tree import flatten
+from funshampoo.state.places import Place, map_tensors
+from funshampoo.state.stages import BlockedState, Kept, find_state
+from funshampoo.testing.trial import Run, Trial, difference, like, not_finite
+
+ROWS = 5
+FAULTY = 1
+"""The row whose gradient is NaN in each stack."""
+
+FAULT = 2
+"""The step of that, from 0."""
+
+_BY_ITSELF = (
+    "Reduce over the axes from block_ndim on alone, and keep what is counted or averaged by row. "
+    "Where a stage looks across blocks by nature, pass blocks=False, and leave out `tile` of the "
+    "`blocked` around it."
+)
+
+_LEAVE_OUT = (
+    "Leave a row out of what is averaged where `alive` in the context is 0, with the weight that "
+    "it would have had; or do not declare `alive` (nor take the whole context), and guarded puts "
+    "its state back."
+)
+
+
+def applies(trial: Trial) -> bool:
+    """Whether it is wanted, and the stage makes no blocks by itself."""
+    if not trial.options.blocks:
+        return False
+    return find_state(trial.tx.init(trial.params), BlockedState) is None
+
+
+def rows_lead(trial: Trial) -> None:
+    """A tensor of the state leads with the rows of its stack, or has no dimension."""
+    stacks = _Stacks(trial)
+
+    def look(place: Place, x: Tensor) -> Tensor:
+        name = "/".join(place.path)
+        if x.ndim and place.stack is None:
+            trial.fail(
+                f"inside blocked, the tensor '{name}' of the state, shape {tuple(x.shape)}, "
+                "belongs to no stack",
+                "Keep what has rows in a tree over what init gets, as map_leaves makes it; the "
+                "rest is 0-dimensional.",
+            )
+        if x.ndim and x.shape[0] != ROWS:
+            trial.fail(
+                f"inside blocked, the tensor '{name}' of the state has shape {tuple(x.shape)} "
+                f"where stack '{place.stack}' has {ROWS} rows",
+                "Declare block_ndim in init, and give per-block numbers the shape "
+                "p.shape[:block_ndim].",
+            )
+        return x
+
+    run = stacks.run(trial.tx)
+    for state in (run.states[0], run.states[-1]):
+        map_tensors(look, state, stacks=stacks.names)
+
+
+def rows_in_another_order(trial: Trial) -> None:
+    """Permuted rows give permuted results."""
+    _rows_alone(trial, [[3, 0, 4, 2, 1]], "in another order")
+
+
+def rows_in_two_parts(trial: Trial) -> None:
+    """Some rows by themselves, and the others: what all have together."""
+    _rows_alone(trial, [[0, 1], [2, 3, 4]], "without the other blocks of its stack")
+
+
+def _rows_alone(trial: Trial, parts: list[list[int]], how: str) -> None:
+    stacks = _Stacks(trial)
+    whole = stacks.run(trial.tx)
+    for rows in parts:
+        part = stacks.run(trial.tx, rows=rows)
+        for t, (found, together) in enumerate(zip(part.updates, whole.updates), start=1):
+            expected = stacks.chosen(together, rows)
+            if seen := difference(found, expected, trial.tolerance):
+                trial.fail(f"a block {how} has other updates in step {t}, {seen}", _BY_ITSELF)
+        mine, theirs = (
+            stacks.without_estimates(state)
+            for state in (part.states[-1], stacks.chosen(whole.states[-1], rows))
+        )
+        if seen := difference(mine, theirs, trial.tolerance):
+            trial.fail(f"a block {how} has another state, {seen}", _BY_ITSELF)
+
+
+def faulty_blocks_are_held(trial: Trial) -> None:
+    """A gradient of NaN in one row, with `guarded` around the stage."""
+    stacks = _Stacks(trial)
+    grads = stacks.with_fault(math.nan)
+    held = guarded(trial.tx, max_failures=None)
+    clean, faulty = stacks.run(held), stacks.run(held, grads)
+    others = [i for i in range(ROWS) if i != FAULTY]
+    for t in range(FAULT, len(grads)):
+        updates, state = faulty.updates[t], faulty.states[t + 1]
+        if name := not_finite(updates) or not_finite(state):
+            trial.fail(
+                f"a gradient of NaN in a block got into '{name}' in step {t + 1}", _LEAVE_OUT
+            )
+        if t == FAULT and any([u[FAULTY].any() for u in updates.values()]):
+            trial.fail("the update of a block whose gradient is NaN is not zero", _LEAVE_OUT)
+        found, expected = (stacks.chosen(run.updates[t], others) for run in (faulty, clean))
+        if seen := difference(found, expected, trial.tolerance):
+            trial.fail(f"a gradient of NaN in a block changed those of others, {seen}", _LEAVE_OUT)
+    _check_no_zero_was_averaged(trial, stacks, faulty)
+    donated = stacks.run(held, grads, donate=True)
+    if seen := difference(donated.updates, faulty.updates):
+        trial.fail(f"with donate=True a block is held in another way, {seen}", _LEAVE_OUT)
+
+
+def _check_no_zero_was_averaged(trial: Trial, stacks: _Stacks, faulty: Run) -> None:
+    """The state of the held block is not what a gradient of zeros makes of it, unless that is none.
+
+    A block may go on as if the step had not been, or in an average's way: with less weight, in both
+    average and weight, for what was there before. So a stage that ignores `alive` is not seen where
+    another one in the chain does not.
+    """
+    zeros = stacks.run(trial.tx, stacks.with_fault(0.0))
+    unaware = guarded(_that_knows_of_nothing(trial.tx), max_failures=None)
+    put_back = stacks.run(unaware, stacks.with_fault(math.nan))
+    found, as_zero, unmoved = (
+        stacks.without_estimates(stacks.chosen(state, [FAULTY]))
+        for state in (faulty.states[-1].inner, zeros.states[-1], put_back.states[-1].inner)
+    )
+    if not difference(found, as_zero, trial.tolerance) and (
+        seen := difference(found, unmoved, trial.tolerance)
+    ):
+        trial.fail(
+            "what is remembered of a block whose gradient was NaN was moved as by a gradient of "
+            f"zeros, {seen}",
+            _LEAVE_OUT,
+        )
+
+
+def _that_knows_of_nothing(tx: GradientTransformation) -> GradientTransformation:
+    """The same, but `guarded` puts back the state of rows that are not alive by itself."""
+
+    def init(params: Tree, **context: Any) -> State:
+        return tx.init(params, **context)
+
+    def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
+        return tx.run(updates, state, params, context)
+
+    return GradientTransformation(
+        init, update, tx.name, phase=tx.phase, counts=tx.counts, minds_alive=False, accepts=None
+    )
+
+
+class _Stacks:
+    """Block space as `blocked` makes it: for each shape of the trial's leaves a stack."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        leaves = [x for x in flatten(trial.params)[0] if x.numel()]
+        shapes = {"x".join(map(str, x.shape)) or "scalar": x for x in leaves}
+        self.names = list(shapes)
+        self.params = like({n: x.expand(ROWS, *x.shape) for n, x in shapes.items()}, seed=1)
+        self.grads = [like(self.params, seed=200 + t) for t in range(trial.options.steps)]
+
+    def run(
+        self,
+        tx: GradientTransformation,
+        grads: list[Tree] | None = None,
+        rows: Sequence[int] = range(ROWS),
+        **context: Any,
+    ) -> Run:
+        """All steps on some rows of each stack. The parameters stay as they are."""
+        params = self.chosen(self.params, rows)
+        run = Run([], [params], [tx.init(params, block_ndim=1)])
+        ids = {n: [i * ROWS + row for row in rows] for i, n in enumerate(self.names)}
+        for g in self.grads if grads is None else grads:
+            here = self.chosen(g, rows)
+            given = {**self.trial.context, **context, "gradient": here, "rows": ids}
+            updates, state = tx.update(here, run.states[-1], params, block_ndim=1, **given)
+            run.updates.append(updates)
+            run.states.append(state)
+        return run
+
+    def with_fault(self, value: float) -> list[Tree]:
+        """The gradients, with one block of each stack that is this on one step."""
+
+        def at_fault(g: Tensor) -> Tensor:
+            return g.index_fill(0, torch.tensor([FAULTY], device=g.device), value)
+
+        faulty = {name: at_fault(g) for name, g in self.grads[FAULT].items()}
+        return [*self.grads[:FAULT], faulty, *self.grads[FAULT + 1 :]]
+
+    def chosen(self, tree: Any, rows: Sequence[int]) -> Any:
+        """Some rows of every tensor of stacks, or of a state."""
+        index = torch.tensor(list(rows))
+
+        def choose(place: Place, x: Tensor) -> Tensor:
+            by_row = place.stack is not None and x.ndim
+            return x.index_select(0, index.to(x.device)) if by_row else x
+
+        return map_tensors(choose, tree, stacks=self.names)
+
+    def without_estimates(self, state: State) -> State:
+        """Errors and conditions of what is kept are estimates: rounding decides of them."""
+
+        def known(place: Place, x: Tensor) -> Tensor:
+            estimated = place.kind is Kept and place.path[-1] in ("residual", "condition")
+            return torch.zeros_like(x) if estimated else x
+
+        return map_tensors(known, state, stacks=self.names)

@@ -1,0 +1,157 @@
+"""All checks, in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from funshampoo.core.contract import Tree
+from funshampoo.testing import blocks, contract, numbers, transformed
+from funshampoo.testing.trial import Options, StageError, Trial
+
+
+class _Check(NamedTuple):
+    """One check: what it tries, and what to do where the stage raises an error meanwhile."""
+
+    run: Callable[[Trial], None]
+    tries: str
+    remedy: str
+    applies: Callable[[Trial], bool] = lambda trial: True
+
+
+_PLAIN = "A stage has to take any tree of dense floating-point tensors."
+_INSIDE = (
+    "Declare block_ndim, and take the axes from it on for the block's own; for a stage that stands "
+    "outside of blocked, pass blocks=False."
+)
+_ON_HOST = (
+    "Take branches on Python values and read no tensor on the host (.item(), float(x), if x:), but "
+    "choose by torch.where."
+)
+
+_CHECKS = (
+    _Check(contract.returns_pairs, "a step", _PLAIN),
+    _Check(contract.state_is_of_tensors, "a second step", _PLAIN),
+    _Check(contract.arguments_are_untouched, "some steps", _PLAIN),
+    _Check(contract.twice_is_the_same, "steps that are repeated", _PLAIN),
+    _Check(contract.shapes_are_stable, "some steps", _PLAIN),
+    _Check(contract.memory_is_apart, "steps with apply_updates", _PLAIN),
+    _Check(contract.donation_changes_no_number, "donate=True", "Handle donate, or ignore it."),
+    _Check(contract.in_place_is_the_same, "update_in_place", "Look at the stage's `apply`."),
+    _Check(
+        numbers.none_leaves_alone,
+        "a gradient of None",
+        "Go over the leaves by update_leaves of funshampoo.core.tree, which leaves such a one "
+        "alone; for a stage that needs all gradients by nature, pass none=False.",
+        lambda trial: trial.options.none,
+    ),
+    _Check(
+        numbers.resumes_from_a_pickle,
+        "torch.save",
+        "Keep tensors alone in the state, in named tuples that stand at the top of a module.",
+    ),
+    _Check(
+        numbers.resumes_from_a_checkpoint,
+        "state_dict and load_state_dict",
+        "Let the state be a named tuple whose fields are trees like the parameters, or tensors.",
+    ),
+    _Check(
+        numbers.half_precision_is_kept_in_float32,
+        "parameters in half precision",
+        "Compute in funshampoo.core.tree.compute_dtype(u), and cast the updates to it.",
+    ),
+    _Check(
+        numbers.dtypes_may_mix,
+        "a tree of several dtypes",
+        "Take dtypes from the leaf that is worked on.",
+    ),
+    _Check(blocks.rows_lead, "block space", _INSIDE, blocks.applies),
+    _Check(blocks.rows_in_another_order, "block space", _INSIDE, blocks.applies),
+    _Check(blocks.rows_in_two_parts, "block space", _INSIDE, blocks.applies),
+    _Check(blocks.faulty_blocks_are_held, "guarded around it", _INSIDE, blocks.applies),
+    _Check(
+        transformed.ensembles_are_loops,
+        "torch.func.vmap",
+        _ON_HOST,
+        lambda trial: trial.options.vmap,
+    ),
+    _Check(
+        transformed.compiles_to_one_graph,
+        "torch.compile",
+        _ON_HOST,
+        lambda trial: bool(trial.options.compile),
+    ),
+    _Check(
+        transformed.gradients_flow,
+        "torch.func.grad",
+        "Do with torch operators whatever depends on the gradient, and detach nothing; for a stage "
+        "without a derivative, pass differentiable=False.",
+        lambda trial: trial.options.differentiable,
+    ),
+)
+
+
+def check_stage(
+    stage: Any,
+    *,
+    params: Tree = None,
+    steps: int = 6,
+    context: Mapping[str, Any] | None = None,
+    none: bool = True,
+    blocks: bool = True,
+    vmap: bool = True,
+    compile: bool | str = True,
+    differentiable: bool = True,
+) -> None:
+    """Check that a stage does what every stage has to, on a few steps with random gradients.
+
+    What passes may stand in any chain: what ranks, checkpoints, ensembles, donation, compilation,
+    guards and reports do for the stages of funshampoo they do for it. In this order, and to the
+    first failure: it returns (updates, state), its state is of tensors, arguments are not written
+    to, the same call gives the same result, shapes and dtypes stay, memory is apart, donated and
+    in-place steps give the same bits; a gradient of None leaves its parameter alone; a saved state
+    resumes to the last bit; half precision is kept in float32, and dtypes may mix; inside `blocked`
+    a block's numbers depend on no other block, and one whose gradient is NaN is held by `guarded`;
+    vmap is a loop; torch.compile makes one graph; and derivatives by the gradient are finite.
+
+    Where results may differ by rounding (ensembles, graphs, blocks in another place, leaves beside
+    a gradient of None) it is by the root of the dtype's epsilon, relative to the largest entry of a
+    tensor: 1.5e-8 in float64.
+
+    Args:
+        stage: a transformation, or a function without arguments that makes one; then states are
+            resumed by another one than made them, which finds what is remembered outside of the
+            state. With the stages before it that it reads from: chain(kronecker_statistics(),
+            mine()).
+        params: a tree of parameters; by default a matrix, a tensor of order 3, a vector and a
+            scalar, in float64. Blocks have the shapes of its leaves.
+        steps: more than the stage takes to do all that it does, such as the second refresh; 4 or
+            more. A stage that turns what it is fed by an eigenbasis begins when the matrices have
+            full rank, or rounding decides of the rest of the basis.
+        context: what a step needs to be passed, such as {"value": 1.0}.
+        none: False where a leaf's update depends on the other leaves, as in
+            `clip_by_global_norm`, or on several steps, as in `multi_steps`.
+        blocks: False where a stage can't stand inside `blocked`, or looks across blocks there. It
+            need not be given for what has a `blocked` in it.
+        vmap: False where a stage reads a value on the host.
+        compile: False where a stage can't be traced, or to save the time; or the name of a
+            backend in the place of "eager". It empties the caches of torch.compile.
+        differentiable: False where a stage's derivative is none, or not finite.
+
+    Raises:
+        StageError: with the stage, what was seen, and the remedy.
+
+    >>> from funshampoo import ema
+    >>> check_stage(lambda: ema(0.9), compile=False)
+    """
+    options = Options(steps, dict(context or {}), none, blocks, vmap, compile, differentiable)
+    trial = Trial(stage, params, options)
+    for check in _CHECKS:
+        try:
+            if check.applies(trial):
+                check.run(trial)
+        except StageError:
+            raise
+        except Exception as error:
+            seen = f"{check.tries} raised {type(error).__name__}: {str(error).rstrip('. ')}"
+            raise StageError(f"{trial.tx!r}: {seen}. {check.remedy}") from error

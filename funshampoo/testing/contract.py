@@ -1,0 +1,171 @@
+"""Of every stage: it is a pair of pure functions, and donation changes only who owns the memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from funshampoo.core.contract import update_in_place
+from funshampoo.core.tree import compute_dtype, flatten, map_leaves
+from funshampoo.testing.trial import Snapshot, Trial, common_memory, difference, named
+
+_NEVER_WRITE = (
+    "Make a new tensor, as in torch.lerp(m, u, 1 - beta), and never write to an argument (m.mul_, "
+    "m[i] = ..., out=m); only a donated state may be written to, by "
+    "funshampoo.operators.leaf_ops or columns."
+)
+
+
+def returns_pairs(trial: Trial) -> None:
+    """(updates, state)."""
+    state = trial.tx.init(trial.params)
+    found = trial.tx.update(trial.grads[0], state, trial.params, **trial.context)
+    if type(found) is not tuple or len(found) != 2:
+        trial.fail(
+            f"update returned a {type(found).__name__}",
+            "Return a pair, (updates, state); a stage without a state returns the one that it was "
+            "given, or is made by stateless(...).",
+        )
+
+
+def state_is_of_tensors(trial: Trial) -> None:
+    """No Python number, no None."""
+    state = trial.tx.init(trial.params)
+    for when in ("init", "update"):
+        for name, x in named(state).items():
+            if not isinstance(x, Tensor):
+                trial.fail(
+                    f"the state that {when} returned holds {x!r} at '{name}'",
+                    "Checkpoints and vmap know tensors alone: make it one, torch.tensor(...), and "
+                    "write () for what is not there.",
+                )
+        state = trial.step(trial.grads[0], state, trial.params)[1]
+
+
+def arguments_are_untouched(trial: Trial) -> None:
+    """By init and by update: values, and the counters of writes that torch keeps."""
+    before = Snapshot(parameters=trial.params)
+    state, params = trial.tx.init(trial.params), trial.params
+    if name := before.written():
+        trial.fail(f"init wrote to {name}", _NEVER_WRITE)
+    for g in trial.grads:
+        before = Snapshot(gradients=g, state=state, parameters=params)
+        _, state = trial.step(g, state, params)
+        if name := before.written():
+            trial.fail(f"update wrote to {name}", _NEVER_WRITE)
+
+
+def twice_is_the_same(trial: Trial) -> None:
+    """The same call gives the same result: nothing is remembered beside the state."""
+    state, params = trial.tx.init(trial.params), trial.params
+    for g in trial.grads:
+        once, again = [trial.step(g, state, params) for _ in range(2)]
+        if seen := difference(again, once):
+            trial.fail(
+                f"update called twice with the same arguments gave two results, {seen}",
+                "Keep everything that is remembered in the state, and draw random numbers from a "
+                "generator seeded by what is there.",
+            )
+        state = once[1]
+
+
+def shapes_are_stable(trial: Trial) -> None:
+    """The state keeps structure, shapes, dtypes and devices; updates have the parameters'."""
+    state = first = trial.tx.init(trial.params)
+    for t, g in enumerate(trial.grads, start=1):
+        updates, state = trial.step(g, state, trial.params)
+        if flatten(state)[1] != flatten(first)[1]:
+            trial.fail(
+                f"the state of step {t} has another structure than that of init",
+                "Return the same named tuple with the same keys on every step: what comes later "
+                "begins as zeros, or is left out, as (), on all steps.",
+            )
+        for (name, a), b in zip(named(state).items(), flatten(first)[0]):
+            if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+                trial.fail(
+                    f"'{name}' of the state is {a.dtype} {tuple(a.shape)} on {a.device} after step "
+                    f"{t}, and {b.dtype} {tuple(b.shape)} on {b.device} after init",
+                    "Make it in init as it is going to be, and cast what is mixed into it.",
+                )
+        _check_updates(trial, t, updates, trial.params)
+
+
+def _check_updates(trial: Trial, t: int, updates: object, params: object) -> None:
+    if flatten(updates)[1] != flatten(params)[1]:
+        trial.fail(
+            f"the updates of step {t} are another tree than the gradients",
+            "Build them by map_leaves or update_leaves of funshampoo.core.tree.",
+        )
+    for (name, u), p in zip(named(updates).items(), flatten(params)[0]):
+        if not isinstance(u, Tensor):
+            trial.fail(f"the update of '{name}' is {u!r}", "Only a gradient of None has such one.")
+        like_it = u.shape == p.shape and u.device == p.device
+        if not like_it or u.dtype not in (p.dtype, compute_dtype(p)):
+            trial.fail(
+                f"the update of '{name}' is {u.dtype} {tuple(u.shape)} on {u.device}, its "
+                f"parameter {p.dtype} {tuple(p.shape)} on {p.device}",
+                "An update is added to its parameter: give it the gradient's shape and dtype.",
+            )
+
+
+def memory_is_apart(trial: Trial) -> None:
+    """Updates and state, state and parameters, state and gradients have no memory in common."""
+    run = trial.pure
+    remedy = (
+        "Clone what goes both ways: a donated step writes into the state, and a caller may write "
+        "into the rest."
+    )
+    pairs = [("of init", run.states[0], "parameter", run.params[0])]
+    for t, g in enumerate(trial.grads):
+        when = f"of step {t + 1}"
+        pairs += [
+            (when, run.states[t + 1], "update of", run.updates[t]),
+            (when, run.states[t + 1], "parameter", run.params[t]),
+            (when, run.states[t + 1], "gradient of", g),
+        ]
+    for when, state, what, other in pairs:
+        if common := common_memory(state, other):
+            trial.fail(
+                f"'{common[0]}' in the state {when} lies in the memory of the {what} '{common[1]}'",
+                remedy,
+            )
+
+
+def donation_changes_no_number(trial: Trial) -> None:
+    """donate=True: the same bits, and the state alone is written to."""
+    before = Snapshot(gradients=trial.grads, parameters=trial.params)
+    # The updates of all steps are compared at the end: none may be overwritten by a later step.
+    donated = trial.run(donate=True)
+    if name := before.written():
+        trial.fail(
+            f"a donated step wrote to {name}",
+            "Only the state is donated: write to nothing else.",
+        )
+    for t, (found, expected) in enumerate(zip(donated.updates, trial.pure.updates), start=1):
+        if seen := difference(found, expected):
+            trial.fail(
+                f"the updates of step {t} with donate=True are others, {seen}",
+                "Do the same operations in the same order either way, by "
+                "funshampoo.operators.leaf_ops, and let no update lie in the state's memory.",
+            )
+    if seen := difference(donated.states[-1], trial.pure.states[-1]):
+        trial.fail(
+            f"the state after steps with donate=True is another one, {seen}",
+            "Do the same operations in the same order either way, and return what was written to.",
+        )
+
+
+def in_place_is_the_same(trial: Trial) -> None:
+    """update_in_place, and update with apply_updates."""
+    mine = map_leaves(Tensor.clone, trial.params)
+    state = trial.tx.init(mine)
+    for t, g in enumerate(trial.grads):
+        before = Snapshot(gradients=g)
+        state = update_in_place(trial.tx, g, state, mine, **trial.context)
+        if name := before.written():
+            trial.fail(f"update_in_place wrote to {name}", _NEVER_WRITE)
+        expected = trial.pure.params[t + 1], trial.pure.states[t + 1]
+        if seen := difference((mine, state), expected):
+            trial.fail(
+                f"step {t + 1} by update_in_place gives other numbers, {seen}",
+                "`apply` has to do what update with donate=True and W ← W + U do.",
+            )

@@ -1,0 +1,100 @@
+"""Of every stage: vmap, torch.compile and torch.func.grad go through it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.contract import REFRESH, Tree, apply_updates
+from funshampoo.core.tree import flatten, map_leaves
+from funshampoo.testing.trial import Trial, difference, like, not_finite
+
+MEMBERS = 3
+
+
+def ensembles_are_loops(trial: Trial) -> None:
+    """torch.func.vmap over several models, in init and update: what a loop over them gives."""
+    members = [like(trial.params, seed=m) for m in range(MEMBERS)]
+    grads = [
+        [like(g, seed=1000 * m + t) for m in range(MEMBERS)] for t, g in enumerate(trial.grads)
+    ]
+    params = _stacked(members)
+    state = torch.func.vmap(trial.tx.init)(params)
+    for g in grads:
+        updates, state = torch.func.vmap(trial.step)(_stacked(g), state, params)
+        params = apply_updates(params, updates)
+    for m, member in enumerate(members):
+        alone = trial.run([g[m] for g in grads], member).params[-1]
+        mine = map_leaves(lambda x, m=m: x[m], params)
+        if seen := difference(mine, alone, trial.tolerance):
+            trial.fail(
+                f"under vmap, member {m} of an ensemble ends with other parameters, {seen}",
+                "Let no axis be reduced over that the stage does not know, and take no decision "
+                "by the values of all members together.",
+            )
+
+
+def _stacked(trees: list[Tree]) -> Any:
+    return map_leaves(lambda *xs: torch.stack(xs), *trees)
+
+
+def compiles_to_one_graph(trial: Trial) -> None:
+    """torch.compile(fullgraph=True), for steps that do not refresh: the same, and one graph."""
+    backend = "eager" if trial.options.compile is True else str(trial.options.compile)
+    graphs = 0
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    tx, context = trial.tx, {"refresh": False, **trial.context, **_of_a_whole_step(trial)}
+
+    def plain(g: Tree, state: Any, params: Tree) -> Any:
+        return tx.update(g, state, params, **context)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, fullgraph=True, backend=counted)
+    state = tx.init(trial.params)
+    for t, g in enumerate(trial.grads, start=1):
+        expected = plain(g, state, trial.params)
+        if seen := difference(compiled(g, state, trial.params), expected, trial.tolerance):
+            trial.fail(
+                f"step {t} in torch.compile gives other results, {seen}",
+                "Let nothing be remembered beside the state: a graph is traced once.",
+            )
+        state = expected[1]
+    if graphs > 1:
+        trial.fail(
+            f"torch.compile made {graphs} graphs for {len(trial.grads)} steps that refresh nothing",
+            "No Python number may change from step to step: count in a 0-dimensional tensor.",
+        )
+
+
+def _of_a_whole_step(trial: Trial) -> dict[str, int]:
+    """`step=`, for a stage that does something on some steps that is no refresh."""
+    for t in range(1, len(trial.grads) + 1):
+        if not all([label.startswith(REFRESH) for label in trial.tx.phase(t)]):
+            return {"step": t}
+    return {}
+
+
+def gradients_flow(trial: Trial) -> None:
+    """torch.func.grad of a number made from the updates, by the gradient: finite."""
+    weights = flatten(like(trial.params, seed=2))[0]
+    for t in (0, len(trial.grads) // 2):
+        state, params = trial.pure.states[t], trial.pure.params[t]
+
+        def number(g: Tree, state: Any = state, params: Tree = params) -> Tensor:
+            updates, _ = trial.step(g, state, params)
+            return torch.stack([(u * w).sum() for u, w in zip(flatten(updates)[0], weights)]).sum()
+
+        if name := not_finite(torch.func.grad(number)(trial.grads[t])):
+            trial.fail(
+                f"the derivative of the updates of step {t + 1} by the gradient of '{name}' is "
+                "not finite",
+                "Keep roots and quotients away from zero before they are taken, by torch.where on "
+                "their argument; for a stage without a derivative, pass differentiable=False.",
+            )

@@ -1,0 +1,409 @@
+"""The checks of `check_stage` can fail: for every one a stage that fails there, and says so."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import funshampoo as fs
+from funshampoo import GradientTransformation
+from funshampoo.core.tree import map_leaves, update_leaves
+from funshampoo.testing import StageError, check_stage
+
+
+class Average(NamedTuple):
+    average: Any
+
+
+class Counted(NamedTuple):
+    average: Any
+    steps: Any
+
+
+def stage(leaf: Callable[..., Any], init: Any = torch.zeros_like, **given: Any) -> Any:
+    """A stage with one tensor a leaf, from `leaf(u, m) -> (update, m)`."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        out, average = update_leaves(leaf, updates, (state.average,))
+        return out, Average(average)
+
+    return GradientTransformation(
+        lambda params: Average(map_leaves(init, params)), update, "broken", **given
+    )
+
+
+def mean(u: Any, m: Any) -> Any:
+    m = torch.lerp(m, u.to(m.dtype), 0.1)
+    return m.clone(), m
+
+
+def wide(p: Any) -> Any:
+    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+
+
+def right() -> Any:
+    return stage(mean, wide)
+
+
+def other_update(update: Callable[..., Any], init: Any = None) -> Any:
+    return GradientTransformation(init or right().init, update, "broken")
+
+
+def test_stages_that_are_right_pass() -> None:
+    check_stage(right)
+    check_stage(fs.chain(right(), fs.scale(2.0)), params={"w": torch.randn(3, 2)})
+
+
+def bare() -> Any:
+    return other_update(lambda updates, state: updates)
+
+
+def number_at_first() -> Any:
+    return stage(mean, lambda p: 0)
+
+
+def number_later() -> Any:
+    return other_update(lambda u, s: (u, 1), lambda params: torch.zeros(()))
+
+
+def writes_to_the_gradient() -> Any:
+    return stage(lambda u, m: (u.mul_(2), m), wide)
+
+
+def writes_what_was_there() -> Any:
+    return stage(lambda u, m: (u + m.mul_(1), m.clone()), wide)
+
+
+def init_writes() -> Any:
+    return stage(mean, lambda p: torch.zeros_like(p.mul_(1)))
+
+
+def remembers_outside() -> Any:
+    seen = []
+
+    def leaf(u: Any, m: Any) -> Any:
+        seen.append(u)
+        return u * len(seen), m
+
+    return stage(leaf, wide)
+
+
+def draws() -> Any:
+    return stage(lambda u, m: (u * torch.rand_like(u), m), wide)
+
+
+def grows() -> Any:
+    return stage(lambda u, m: (u.clone(), torch.cat([m, u.reshape(-1)])), lambda p: p.new_zeros(0))
+
+
+def becomes_another_dtype() -> Any:
+    return stage(lambda u, m: (u.clone(), m.float()), torch.zeros_like)
+
+
+def fills_in_later() -> Any:
+    return other_update(lambda u, s: (u, (torch.zeros(()),)), lambda params: ())
+
+
+def update_of_another_shape() -> Any:
+    return stage(lambda u, m: (u.sum(), m), wide)
+
+
+def returns_its_state() -> Any:
+    return stage(lambda u, m: (u + m,) * 2, wide)
+
+
+def keeps_the_parameter() -> Any:
+    return stage(mean, lambda p: p)
+
+
+def keeps_the_gradient() -> Any:
+    return stage(lambda u, m: (u + m, u), wide)
+
+
+def donates(leaf: Callable[..., Any]) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, *, donate: bool = False) -> Any:
+        def own(u: Any, m: Any) -> Any:
+            return leaf(u, m) if donate else mean(u, m)
+
+        out, average = update_leaves(own, updates, (state.average,))
+        return out, Average(average)
+
+    return other_update(update, stage(mean, wide).init)
+
+
+def donates_another_sum() -> Any:
+    return donates(lambda u, m: (lambda new: (new.clone(), new))(m.mul_(0.9).add_(0.1 * u)))
+
+
+def donates_the_gradient() -> Any:
+    return donates(lambda u, m: mean(u.mul_(1), m))
+
+
+def donates_old_updates() -> Any:
+    def leaf(u: Any, m: Any) -> Any:
+        m.lerp_(u.to(m.dtype), 0.1)
+        return m, m
+
+    return donates(leaf)
+
+
+def apply_of_its_own() -> Any:
+    def apply(updates: Any, state: Any, params: Any, context: Any) -> Any:
+        for p in torch.utils._pytree.tree_leaves(params):
+            p.add_(1)
+        return state
+
+    return GradientTransformation(right().init, right().update, "broken", apply=apply)
+
+
+def none_is_zero() -> Any:
+    def update(updates: Any, state: Any) -> Any:
+        filled = map_leaves(
+            lambda u, m: torch.zeros_like(m) if u is None else u, updates, state.average
+        )
+        return right().run(filled, state, None, fs.core.context.EMPTY)
+
+    return other_update(update)
+
+
+def forgets_on_none() -> Any:
+    def update(updates: Any, state: Any) -> Any:
+        out, new = right().update(updates, state)
+        kept = map_leaves(lambda u, m: m * 0 if u is None else m, updates, new.average)
+        return out, Average(kept)
+
+    return other_update(update)
+
+
+def breaks_on_none() -> Any:
+    return other_update(lambda updates, state: (map_leaves(lambda u: u * 2, updates), state))
+
+
+def depends_on_others() -> Any:
+    return fs.clip_by_global_norm(0.1)
+
+
+def remembers_by_step() -> Any:
+    calls: dict[Any, int] = {}
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        done = calls.setdefault(int(state.steps), len(calls))
+        out, inner = right().update(updates, Average(state.average))
+        scaled = map_leaves(lambda u: None if u is None else u * (1 + done), out)
+        return scaled, Counted(inner.average, state.steps + 1)
+
+    return other_update(
+        update, lambda params: Counted(right().init(params).average, torch.zeros((), dtype=int))
+    )
+
+
+def hides_from_checkpoints() -> Any:
+    """In a container that optree knows, and checkpoints don't."""
+
+    def update(updates: Any, state: Any) -> Any:
+        return map_leaves(lambda u: u, updates), Average(collections.deque([state.average[0] + 1]))
+
+    return other_update(update, lambda params: Average(collections.deque([torch.zeros(())])))
+
+
+def has_no_name() -> Any:
+    def init(params: Any) -> Any:
+        return {"inner": {"a/b": torch.zeros(()), "a": {"b": torch.zeros(())}}}
+
+    return other_update(lambda u, s: (u, s), init)
+
+
+def half_precision() -> Any:
+    return stage(lambda u, m: (u.clone(), torch.lerp(m, u, 0.1)))
+
+
+def overflows() -> Any:
+    return stage(lambda u, m: (u * 1e4 * 1e4 * 1e-8, m), wide)
+
+
+def one_dtype() -> Any:
+    def update(updates: Any, state: Any) -> Any:
+        total = torch.cat([u.reshape(-1) for u in updates_of(updates)])
+        check = total.dtype == updates_of(updates)[0].dtype
+        if not check:
+            raise TypeError("several dtypes")
+        return map_leaves(lambda u: u, updates), state
+
+    return other_update(update)
+
+
+def updates_of(tree: Any) -> list[Any]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if x is not None]
+
+
+def one_number_a_leaf() -> Any:
+    return other_update(
+        lambda u, s: (u, s), lambda params: Average(map_leaves(lambda p: torch.zeros(3), params))
+    )
+
+
+def a_list_of_numbers() -> Any:
+    return other_update(
+        lambda u, s: (u, s), lambda params: Counted(right().init(params).average, torch.ones(2))
+    )
+
+
+def first_row_first() -> Any:
+    return stage(lambda u, m: (u - u[:1] if u.ndim else u * 1, m), wide)
+
+
+def across_blocks() -> Any:
+    return stage(lambda u, m: (u / u.norm(), m), wide)
+
+
+def no_third_axis() -> Any:
+    def leaf(u: Any, m: Any) -> Any:
+        if u.ndim > 3:
+            raise ValueError("a tensor of order 4")
+        return mean(u, m)
+
+    return stage(leaf, wide)
+
+
+def ignores_alive() -> Any:
+    def update(updates: Any, state: Any, params: Any, context: Any) -> Any:
+        return right().run(updates, state, params, context)
+
+    return other_update(update)
+
+
+def spreads_nan() -> Any:
+    def update(updates: Any, state: Any, *, alive: Any = None) -> Any:
+        def leaf(u: Any, fine: Any, m: Any) -> Any:
+            u = torch.where(fine.reshape(-1, *(1,) * (u.ndim - 1)) > 0, u, math.nan)
+            return mean(u, m)
+
+        if alive is None:
+            return right().update(updates, state)
+        out, average = update_leaves(leaf, updates, (state.average,), (alive,))
+        return out, Average(average)
+
+    return other_update(update)
+
+
+def item() -> Any:
+    return stage(lambda u, m: (u * 2 if u.sum().item() > 0 else u * 1, m), wide)
+
+
+def all_members_together() -> Any:
+    def leaf(u: Any, m: Any) -> Any:
+        inner = torch._C._functorch.get_unwrapped(u) if is_batched(u) else u
+        return u * inner.abs().max(), m
+
+    def is_batched(u: Any) -> bool:
+        return torch._C._functorch.is_batchedtensor(u)
+
+    return stage(leaf, wide)
+
+
+def counts_in_python() -> Any:
+    """By the host, from a tensor: what torch.compile can't."""
+    return stage(lambda u, m: (u * len(m.tolist()) if m.ndim else u * 1, m), wide)
+
+
+def prints() -> Any:
+    def leaf(u: Any, m: Any) -> Any:
+        torch._dynamo.graph_break()
+        return mean(u, m)
+
+    return stage(leaf, wide)
+
+
+def changes_its_layout() -> Any:
+    def leaf(u: Any, m: Any) -> Any:
+        if m.ndim != 2:
+            return mean(u, m)
+        new = torch.lerp(m, u.to(m.dtype), 0.1)
+        return u * 1, new.mT.contiguous().mT if m.is_contiguous() else new.contiguous()
+
+    return stage(leaf, wide)
+
+
+def differs_in_a_graph() -> Any:
+    return stage(lambda u, m: (u * (2 if torch.compiler.is_compiling() else 1), m), wide)
+
+
+def leaves_torch() -> Any:
+    return stage(lambda u, m: (u + torch.as_tensor(u.double().numpy()), m), wide)
+
+
+def no_derivative() -> Any:
+    return stage(lambda u, m: (((u - u) ** 2).sqrt() + u, m), wide)
+
+
+OUTSIDE = {"blocks": False}
+BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
+    (bare, "update returned a dict. Return a pair", {}),
+    (number_at_first, "the state of 'broken' holds 0, a int", {}),
+    (number_later, "the state that update returned holds 1 at", {}),
+    (init_writes, "init wrote to 'layers.0.bias' of the parameters", {}),
+    (writes_to_the_gradient, "update wrote to 'layers.0.bias' of the gradients", {}),
+    (writes_what_was_there, "update wrote to 'average.layers.0.bias' of the state", {}),
+    (remembers_outside, "twice with the same arguments gave two results", {}),
+    (draws, "twice with the same arguments gave two results", {}),
+    (grows, r"is torch.float64 \(5,\) on cpu after step 1, and torch.float64 \(0,\)", {}),
+    (becomes_another_dtype, "is torch.float32 .* after step 1, and torch.float64", {}),
+    (fills_in_later, "the state of step 1 has another structure than that of init", {}),
+    (update_of_another_shape, r"the update of 'layers.0.bias' is torch.float64 \(\)", {}),
+    (returns_its_state, "lies in the memory of the update of 'layers.0.bias'", {}),
+    (keeps_the_parameter, "in the state of init lies in the memory of the parameter", {}),
+    (keeps_the_gradient, "lies in the memory of the gradient of", {}),
+    (donates_the_gradient, "a donated step wrote to '0.layers.0.bias' of the gradients", {}),
+    (donates_old_updates, "the updates of step 1 with donate=True are others", {}),
+    (donates_another_sum, "with donate=True are others", {}),
+    (apply_of_its_own, "step 1 by update_in_place gives other numbers", {}),
+    (none_is_zero, "the gradient of 'w' was None, and its update is not", {}),
+    (forgets_on_none, "the gradient of 'w' was None, and its state changed", {}),
+    (breaks_on_none, "a gradient of None raised TypeError", {}),
+    (depends_on_others, "a gradient of None for 'w' changed the updates of other leaves", {}),
+    (remembers_by_step, "after torch.save and torch.load step 4 gives other updates", {}),
+    (has_no_name, "state_dict and load_state_dict raised ValueError: two tensors", {"none": False}),
+    (hides_from_checkpoints, "went through state_dict and load_state_dict is another one", {}),
+    (half_precision, "of the state is torch.bfloat16, where the parameters are", {}),
+    (overflows, "in step 1 is not finite, at float16", {}),
+    (one_dtype, "a tree of several dtypes raised TypeError: several dtypes", {}),
+    (one_number_a_leaf, r"has shape \(3,\) where stack '5' has 5 rows", {}),
+    (a_list_of_numbers, r"'steps' of the state, shape \(2,\), belongs to no stack", {}),
+    (first_row_first, "a block in another order has other updates in step 1", {}),
+    (across_blocks, "a block without the other blocks of its stack has other updates", {}),
+    (no_third_axis, "block space raised ValueError: a tensor of order 4. Declare block_ndim", {}),
+    (ignores_alive, "whose gradient was NaN was moved as by a gradient of zeros", {}),
+    (spreads_nan, "a gradient of NaN in a block got into 'inner.average", {}),
+    (item, "torch.func.vmap raised RuntimeError.*read no tensor on the host", OUTSIDE),
+    (
+        all_members_together,
+        "under vmap, member 0 of an ensemble ends with other parameters",
+        {"blocks": False},
+    ),
+    (
+        counts_in_python,
+        "torch.compile raised .*choose by torch.where",
+        {"vmap": False, "blocks": False},
+    ),
+    (prints, "torch.compile raised Unsupported", {}),
+    (changes_its_layout, "torch.compile made 2 graphs for 6 steps", {}),
+    (differs_in_a_graph, "step 1 in torch.compile gives other results", {}),
+    (leaves_torch, "torch.func.grad raised", {"vmap": False, "compile": False}),
+    (no_derivative, "the derivative of the updates of step 1 .* is not finite", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message", "options"), BROKEN, ids=[row[0].__name__ for row in BROKEN]
+)
+def test_what_a_broken_stage_is_told(
+    broken: Callable[[], Any], message: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(StageError, match=rf"(?s)^<.*\)>: .*{message}") as error:
+        check_stage(broken, **options)
+    assert str(error.value).rstrip().endswith(".")
