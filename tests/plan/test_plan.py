@@ -16,7 +16,7 @@ from torch import nn
 import funshampoo as fs
 from funshampoo.blocks.layout import layout_of, leaf_key
 from funshampoo.distributed.cost import CostModel
-from funshampoo.distributed.ownership import owners_of
+from funshampoo.distributed.ownership import factor_sides, owners_of
 from funshampoo.plan.planner import Plan, plan
 from funshampoo.plan.shapes import MODELS, model_shapes
 from tests.trees import tensors
@@ -122,7 +122,8 @@ def test_owners_are_those_that_the_layout_of_a_job_gets() -> None:
         assert {n: s.block for n, s in found.stacks.items()} == {
             n: s.block for n, s in layout.stacks.items()
         }
-        expected = owners_of(layout.stacks, 3, 10)
+        state = fs.shampoo(0.1, max_size=64).init(params)["blocked"]
+        expected = owners_of(layout.stacks, 3, 10, sides=factor_sides(state))
         assert {n: s.owners for n, s in found.stacks.items()} == expected
 
 
