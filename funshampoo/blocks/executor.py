@@ -76,7 +76,6 @@ class Executor:
         self._ids = block_ids(layout)
         self._rows: dict[Any, StateRows] = {}
         self._portions: dict[Any, list[Portion]] = {}
-
     def run(
         self,
         inner: GradientTransformation,
