@@ -114,7 +114,7 @@ def elementwise_case(size: int, device: torch.device) -> Case:
 def step_case(shape: Block, size: int, refresh: bool, device: torch.device) -> Case:
     """A whole step of Shampoo. The fit does not see it."""
     params = {"w": random(shape, device)}
-    tx = fs.shampoo(1e-3, max_size=size)
+    tx = fs.shampoo(1e-3, max_size=size, vectors="blocks")
     stacks = plan({"w": shape}, world_size=1, max_size=size).stacks.values()
 
     def model(cost: CostModel) -> float:

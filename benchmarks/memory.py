@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import funshampoo as fs
-from benchmarks.methods import BASELINE, METHODS, OURS
+from benchmarks.methods import BASELINE, DIAGONAL, METHODS, OURS
 from benchmarks.section import Cell, Column, Rows, Section, Settings
 from benchmarks.works import CONVNET, GPT2, MLP, RESNET, TRANSFORMER, Work
+
+OPTIONS = {OURS: {"vectors": "blocks"}, DIAGONAL: {"vectors": "diagonal"}}
 
 ABOUT = """State: all tensors that the optimizer keeps (funshampoo.state.summary for ours). Peak:
 the most that a step holds beside what was there when it began, on a CPU by the profiler's record
@@ -56,7 +58,8 @@ def _cell(work: Work, size: int, first: bool, settings: Settings) -> Callable[[]
     def run() -> Rows:
         rows: Rows = []
         for method in METHODS:
-            chosen = method.name in (BASELINE, OURS) or method.name.startswith(("DASH", "ref"))
+            chosen = method.name in (BASELINE, *OPTIONS)
+            chosen |= method.name.startswith(("DASH", "ref"))
             slow = method.name.startswith("DASH") and work is RESNET
             if not chosen or slow or not (first or method.blocks):
                 continue
@@ -99,15 +102,16 @@ def _measured(
             optimizer.step()
         if wanted <= peaks.keys():
             break
-    if method.name == OURS:
-        return peaks, own_state_bytes({name: tuple(p.shape) for name, p in params.items()}, size)
+    if method.name in OPTIONS:
+        shapes = {name: tuple(p.shape) for name, p in params.items()}
+        return peaks, own_state_bytes(shapes, size, **OPTIONS[method.name])
     return peaks, _bytes(optimizer.state)
 
 
-def own_state_bytes(shapes: Mapping[str, tuple[int, ...]], size: int) -> int:
+def own_state_bytes(shapes: Mapping[str, tuple[int, ...]], size: int, **options: Any) -> int:
     """Of funshampoo.shampoo; nothing is allocated for it."""
     params = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    state = fs.shampoo(1e-3, max_size=size).init(params)
+    state = fs.shampoo(1e-3, max_size=size, **options).init(params)
     return fs.state.summary(state, file=io.StringIO()).total
 
 
@@ -115,9 +119,12 @@ def _counted(work: Work, size: int) -> Callable[[], Rows]:
     def run() -> Rows:
         shapes = work.sizes()
         parameters = 4 * sum(map(math.prod, shapes.values()))
-        total = own_state_bytes(shapes, size)
-        row = {"work": work.name, "size": size, "method": OURS, "parameters": parameters}
-        return [row | {"state": total, "state_ratio": total / parameters}]
+        row = {"work": work.name, "size": size, "parameters": parameters}
+        totals = {name: own_state_bytes(shapes, size, **own) for name, own in OPTIONS.items()}
+        return [
+            row | {"method": name, "state": total, "state_ratio": total / parameters}
+            for name, total in totals.items()
+        ]
 
     return run
 

@@ -29,6 +29,7 @@ class PlainShampoo:
         merge: str = "none",
         grafting: str | None = "adam",
         grafting_beta2: float = 0.9,
+        vectors: str = "blocks",
         momentum: float = 0.0,
         nesterov: bool = False,
         dampening: float = 0.0,
@@ -40,6 +41,7 @@ class PlainShampoo:
         self.beta3 = beta1 if beta3 is None else beta3
         self.epsilon, self.every, self.start = epsilon, every, start or every
         self.grafting, self.grafting_beta2 = grafting, grafting_beta2
+        self.diagonal = vectors == "diagonal" and grafting is not None
         self.momentum, self.nesterov, self.dampening = momentum, nesterov, dampening
         self.decay, self.coupled = weight_decay, weight_decay_kind == "coupled"
         self.buffer = np.zeros_like(w)
@@ -114,7 +116,7 @@ class PlainShampoo:
         if self.grafting is None:
             return p
         p_g = self._partner(m, g, s)
-        if t < self.start:
+        if t < self.start or (self.diagonal and k < 2):
             return p_g
         return p * (np.linalg.norm(p_g) / (np.linalg.norm(p) + 1e-16))
 

@@ -126,6 +126,10 @@ CASES = [
     Case("root_inverse:staggered", lambda: _blocked(_root(stagger=True))),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
+    Case(
+        "graft:matrices",
+        lambda: _statistics_and(fs.graft(_root(), fs.scale_by_adam(0.0), start=3, least_order=2)),
+    ),
     Case("ema", lambda: fs.ema(0.9)),
     Case("ema:beta3", lambda: fs.ema(0.9, 0.8)),
     Case("ema:uncorrected", lambda: fs.ema(0.9, bias_correction=False)),
@@ -156,6 +160,7 @@ CASES = [
     Case("scale_by_learning_rate", lambda: fs.scale_by_learning_rate(0.1)),
     Case("scale_by_learning_rate:schedule", lambda: fs.scale_by_learning_rate(_schedule())),
     Case("shampoo", lambda: fs.shampoo(0.1, every=2, max_size=4)),
+    Case("shampoo:vectors", lambda: fs.shampoo(0.1, every=2, max_size=4, vectors="blocks")),
     Case(
         "shampoo:adaptive",
         lambda: fs.shampoo(0.1, every=2, max_size=4, basis_tolerance=0.1),

@@ -112,7 +112,7 @@ def test_the_clocked_chain_steps_as_the_recipe() -> None:
 
     params = {"w": torch.randn(24, 40), "b": torch.randn(5)}
     clock = Clock(torch.device("cpu"))
-    recipe = fs.shampoo(LR, beta1=BETAS[0], beta2=BETAS[1], max_size=16)
+    recipe = fs.shampoo(LR, beta1=BETAS[0], beta2=BETAS[1], max_size=16, vectors="blocks")
     updates = []
     for tx in (recipe, clocked_shampoo(16, clock)):
         state = tx.init(params)

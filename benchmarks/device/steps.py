@@ -123,7 +123,7 @@ def _refreshed(ours: Ours, tx: fs.GradientTransformation, setting: Setting) -> R
 def expected_refresh(params: Tensors, size: int, device: torch.device) -> float:
     """Seconds: eigendecompositions one after the other, of which one of each side is tried."""
     shapes = {name: torch.empty(p.shape, device="meta") for name, p in params.items()}
-    statistics = fs.blocked(fs.kronecker_statistics(0.99), size, merge="small", keep=2)
+    statistics = fs.blocked(fs.kronecker_statistics(0.99, exponents={1: 0.0}), size)
     counts: dict[int, int] = {}
     for x in optree.tree_leaves(statistics.init(shapes)):
         if isinstance(x, Tensor) and x.ndim == 3:

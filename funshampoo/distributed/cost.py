@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ class CostModel:
         products = per_flop·4n·Σ d_i          (statistics 2n·Σ d_i, applying the roots 2n·Σ d_i)
         roots    = Σ (root_cubic·d_i³ + root_quadratic·d_i² + root_constant) / f
 
-    A vector of d elements has one d×d factor, a scalar none. Every term is a sum of products of
-    Python floats, so that the same model gives the same bits on every rank.
+    Sums are over the sides that have a factor matrix: `sides`, by default all. Every term is a sum
+    of products of Python floats, so that the same model gives the same bits on every rank.
 
     Attributes:
         per_element: seconds per element of the block.
@@ -50,8 +51,8 @@ class CostModel:
 
     The default weights were measured by benchmarks/cost_model.py: float32, one CPU thread, torch
     2.13, the default solver. Whole steps took 0.85 to 1.5 times what they say. Only ratios matter
-    for balance. Those of a GPU differ: measure them with `--device cuda`. Another solver, and sides
-    that `exponents` leaves alone, are modelled as the default.
+    for balance. Those of a GPU differ: measure them with `--device cuda`. Another solver is
+    modelled as the default.
 
     Raises:
         ValueError, TypeError: a weight is negative or no number.
@@ -59,8 +60,8 @@ class CostModel:
     >>> cost = CostModel(1.0, 0.0, 1.0, 1.0, 0.0, 0.0)
     >>> cost.parts((2, 3), every=5)
     Seconds(memory=6.0, products=120.0, roots=7.0)
-    >>> cost.block((), every=5)
-    1.0
+    >>> cost.block((2, 3), every=5, sides=(2,))
+    55.6
     """
 
     per_element: float = 5.1e-9
@@ -74,40 +75,46 @@ class CostModel:
         for field in fields(self):
             check_range(field.name, getattr(self, field.name), 0.0)
 
-    def memory(self, block: tuple[int, ...]) -> float:
+    def memory(self, block: Sequence[int], sides: Sequence[int] | None = None) -> float:
         """Seconds per step of everything that is bound by memory; `block` is a shape."""
         return self.per_element * math.prod(block) + self.per_factor_element * sum(
-            side * side for side in block
+            side * side for side in (block if sides is None else sides)
         )
 
-    def products(self, block: tuple[int, ...]) -> float:
+    def products(self, block: Sequence[int], sides: Sequence[int] | None = None) -> float:
         """Seconds per step of the arithmetic of statistics and of applying the roots."""
-        return self.per_flop * (4 * math.prod(block) * sum(block))
+        total = sum(block if sides is None else sides)
+        return self.per_flop * (4 * math.prod(block) * total)
 
-    def roots(self, block: tuple[int, ...]) -> float:
+    def roots(self, sides: Sequence[int]) -> float:
         """Seconds of one refresh: a root for every side."""
-        return sum(self.root(side) for side in block)
+        return sum(self.root(side) for side in sides)
 
     def root(self, d: int) -> float:
         """Seconds for the inverse root of one d×d matrix."""
         return self.root_cubic * d**3 + self.root_quadratic * d**2 + self.root_constant
 
-    def parts(self, block: tuple[int, ...], every: int) -> Seconds:
+    def parts(
+        self, block: Sequence[int], every: int, sides: Sequence[int] | None = None
+    ) -> Seconds:
         """Seconds per step by what they go into.
 
         Args:
             block: shape of the block, after merging and cutting.
             every: steps between two refreshes.
+            sides: lengths of those that have a factor matrix; by default all.
 
         Raises:
             ValueError, TypeError: every is not an int of at least 1.
         """
         check_count("every", every)
-        return Seconds(self.memory(block), self.products(block), self.roots(block) / every)
+        sides = block if sides is None else sides
+        roots = self.roots(sides) / every
+        return Seconds(self.memory(block, sides), self.products(block, sides), roots)
 
-    def block(self, block: tuple[int, ...], every: int) -> float:
-        """Seconds per step, all in all: `parts(block, every).total`."""
-        return self.parts(block, every).total
+    def block(self, block: Sequence[int], every: int, sides: Sequence[int] | None = None) -> float:
+        """Seconds per step, all in all: `parts(block, every, sides).total`."""
+        return self.parts(block, every, sides).total
 
 
 DEFAULT_COST = CostModel()

@@ -9,10 +9,12 @@ import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from funshampoo.core.checks import check_count
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
+from funshampoo.state.places import block_of
+from funshampoo.state.stages import RefreshedState, walk
 
 
 class BlockStack(Protocol):
@@ -27,7 +29,10 @@ class BlockStack(Protocol):
         """How many blocks there are."""
 
 
-StackKey: TypeAlias = tuple[str, tuple[int, ...], int]
+Sides: TypeAlias = Mapping[str, tuple[int, ...]]
+"""{stack: lengths of the sides that have a factor matrix}; of a stack that is not in it, all."""
+
+StackKey: TypeAlias = tuple[tuple[int, ...], int, tuple[int, ...]]
 
 
 def longest_processing_time(costs: Sequence[float], world_size: int) -> list[int]:
@@ -68,6 +73,7 @@ def owners_of(
     world_size: int,
     every: int,
     cost: CostModel = DEFAULT_COST,
+    sides: Sides | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The owner of every row of every stack, balanced by modelled cost over all stacks together.
 
@@ -81,6 +87,7 @@ def owners_of(
         world_size: number of ranks.
         every: steps between two refreshes of the roots.
         cost: the model; the same on every rank.
+        sides: which sides have factor matrices, as `factor_sides` finds them.
 
     Returns:
         {name: one rank a row}.
@@ -100,7 +107,11 @@ def owners_of(
     """
     check_count("world_size", world_size)
     check_count("every", every)
-    keys = tuple((name, tuple(stack.block), stack.rows) for name, stack in stacks.items())
+    known = sides or {}
+    keys = tuple(
+        (tuple(stack.block), stack.rows, known.get(name, tuple(stack.block)))
+        for name, stack in stacks.items()
+    )
     return dict(zip(stacks, _owners(keys, world_size, every, cost)))
 
 
@@ -108,10 +119,29 @@ def owners_of(
 def _owners(
     stacks: tuple[StackKey, ...], world_size: int, every: int, cost: CostModel
 ) -> tuple[tuple[int, ...], ...]:
-    costs = [cost.block(block, every) for _, block, rows in stacks for _ in range(rows)]
+    costs = [cost.block(block, every, own) for block, rows, own in stacks for _ in range(rows)]
     ranks = longest_processing_time(costs, world_size)
     owners, first = [], 0
-    for _, _, rows in stacks:
+    for _, rows, _ in stacks:
         owners.append(tuple(sorted(ranks[first : first + rows])))
         first += rows
     return tuple(owners)
+
+
+def factor_sides(state: Any) -> dict[str, tuple[int, ...]]:
+    """The sides of every stack for which something is refreshed, from a state in block space.
+
+    A state without anything of the kind tells nothing, and is modelled as Shampoo's.
+
+    >>> import torch
+    >>> from funshampoo import shampoo
+    >>> factor_sides(shampoo(0.1).init({"w": torch.zeros(3, 2), "b": torch.zeros(3)}))
+    {'3': (), '3x2': (3, 2)}
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for _, node in walk(state):
+        if isinstance(node, RefreshedState):
+            for stack, units in node.kept.items():
+                own = tuple([d for d, unit in zip(block_of(stack), units) if unit])
+                found[stack] = found.get(stack, ()) + own
+    return found

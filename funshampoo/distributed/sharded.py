@@ -26,6 +26,7 @@ from funshampoo.core.tree import check_parameters
 from funshampoo.distributed.collectives import ProcessGroup, check_outside_transforms, rank_and_size
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.exchange import Exchange
+from funshampoo.distributed.ownership import Sides, factor_sides
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import Space, described
 from funshampoo.state.stages import ShardedState
@@ -71,7 +72,8 @@ def sharded(
         communication_dtype: what updates are rounded to for the way: float32, bfloat16, float16;
             None keeps their own.
         cost: the model; by default the measured one in block space, sizes elsewhere. It has to be
-            the same on every rank.
+            the same on every rank. Which sides of a block have a factor matrix is read off the
+            state that `inner` has for it, made of meta tensors.
 
     State: `ShardedState`.
 
@@ -173,6 +175,7 @@ class _Ranks:
     communication_dtype: torch.dtype | None
     cost: CostModel | None
     memory: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of donated steps
+    known_sides: dict[Any, Sides] = field(default_factory=dict)
 
     def shards(self, blocks: Blocks) -> Shards | None:
         """The shards of all ranks; None for one rank."""
@@ -181,7 +184,15 @@ class _Ranks:
             return None
         check_outside_transforms("sharded")
         model = self.cost or (DEFAULT_COST if blocks.in_blocks else _BY_SIZE)
-        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks))
+        sides = self._sides(blocks) if blocks.in_blocks else {}
+        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), sides)
+
+    def _sides(self, blocks: Blocks) -> Sides:
+        key = tuple(blocks.stacks.items())
+        if key not in self.known_sides:
+            like = {n: torch.empty(1, *s.block, device="meta") for n, s in blocks.stacks.items()}
+            self.known_sides[key] = factor_sides(self.inner.init(like, block_ndim=1))
+        return self.known_sides[key]
 
     def _dtype(self, blocks: Blocks) -> torch.dtype:
         return self.communication_dtype or blocks.dtype

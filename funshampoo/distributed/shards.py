@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funshampoo.blocks.layout import Layout
 from funshampoo.distributed.cost import CostModel
-from funshampoo.distributed.ownership import owners_of
+from funshampoo.distributed.ownership import Sides, owners_of
 
 STATUS = 6  # numbers of float32 at the end of each shard: a flag, the failure report, a fingerprint
 
@@ -119,14 +119,21 @@ class Shards(NamedTuple):
 
 
 def find_shards(
-    blocks: Mapping[str, Equal], world_size: int, every: int, cost: CostModel, dtype: torch.dtype
+    blocks: Mapping[str, Equal],
+    world_size: int,
+    every: int,
+    cost: CostModel,
+    dtype: torch.dtype,
+    sides: Sides | None = None,
 ) -> Shards:
     """The shards for these stacks. Remembered.
 
     Args:
         dtype: of the buffer.
+        sides: of `owners_of`, as the other arguments are.
     """
-    return _find_shards(tuple(blocks.items()), world_size, every, cost, dtype)
+    known = tuple((sides or {}).items())
+    return _find_shards(tuple(blocks.items()), world_size, every, cost, dtype, known)
 
 
 @functools.lru_cache(maxsize=64)
@@ -136,9 +143,10 @@ def _find_shards(
     every: int,
     cost: CostModel,
     dtype: torch.dtype,
+    sides: tuple[tuple[str, tuple[int, ...]], ...],
 ) -> Shards:
     stacks = dict(blocks)
-    owners = owners_of(stacks, world_size, every, cost)
+    owners = owners_of(stacks, world_size, every, cost, dict(sides))
     pieces = []
     for stack, ranks in owners.items():
         first = 0

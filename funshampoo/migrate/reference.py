@@ -150,6 +150,7 @@ def from_reference(
         merge=merge,
         keep=keep,
         grafting=_grafting(grafting_config, own_steps=not group_steps),
+        vectors="blocks",
         weight_decay=weight_decay,
         weight_decay_kind=kind,
         decay_through_momentum=True,

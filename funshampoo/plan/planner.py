@@ -14,7 +14,7 @@ from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.tree import compute_dtype, flatten
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
-from funshampoo.distributed.ownership import owners_of
+from funshampoo.distributed.ownership import factor_sides, owners_of
 from funshampoo.plan.shapes import model_shapes
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.state.memory import readable
@@ -159,13 +159,17 @@ def plan(
         )
     params = meta_parameters(model, dtype)
     state = as_transformation(transformation).init(params)
-    counts = stack_rows(_only_blocked(state))
+    blocks = _only_blocked(state)
+    counts, sides = stack_rows(blocks), factor_sides(blocks)
     stacks = {name: _BlockCount(block_of(name), rows) for name, rows in counts.items()}
     state_bytes, replicated_bytes = _state_bytes(state, stacks)
-    owners = owners_of(stacks, world_size, every, cost)
+    owners = owners_of(stacks, world_size, every, cost, sides)
     planned = {
         name: StackPlan(
-            stack.block, owners[name], cost.parts(stack.block, every), state_bytes[name]
+            stack.block,
+            owners[name],
+            cost.parts(stack.block, every, sides.get(name)),
+            state_bytes[name],
         )
         for name, stack in stacks.items()
     }

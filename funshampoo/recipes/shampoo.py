@@ -37,6 +37,8 @@ from funshampoo.transforms.weight_decay import DecayKind
 
 Grafting: TypeAlias = Literal["adam", "rms", "adagrad", "sgd"] | GradientTransformation | None
 
+Vectors: TypeAlias = Literal["diagonal", "blocks"]
+
 Distribute: TypeAlias = Callable[..., GradientTransformation]
 
 
@@ -56,6 +58,7 @@ def shampoo(
     grafting: Grafting = "adam",
     grafting_beta2: Hyper | None = None,
     grafting_epsilon: Hyper = 1e-8,
+    vectors: Vectors = "diagonal",
     momentum: Hyper = 0.0,
     nesterov: bool = False,
     dampening: Hyper = 0.0,
@@ -107,6 +110,11 @@ def shampoo(
             the statistics had not seen at the last refresh, so the default solver then gives such
             directions no step at all: the truncated pseudo-inverse (unless epsilon is set).
         grafting_beta2, grafting_epsilon: of that method; beta2 by default (0.999 if that is 1).
+        vectors: "diagonal": a block of one side or none, after merging (of a bias, a norm's scale,
+            a scalar), makes the step of the grafted method itself and has no factor matrix, which
+            would take d² numbers beside its d, and d³ of a refresh. "blocks": it is preconditioned
+            like any other. So it is where exponents names order 1, where keep=1 makes vectors of
+            matrices, and without grafting, when there is no other step to make.
         momentum, nesterov, dampening: see `trace`. The number 0 for momentum leaves the stage out;
             nesterov needs one.
         weight_decay, weight_decay_kind, peak_learning_rate, mask: see `add_decayed_weights`.
@@ -151,6 +159,16 @@ def shampoo(
     >>> updates["b"]
     tensor([-0.1000, -0.1000])
     """
+    check_choice("vectors", vectors, ("diagonal", "blocks"))
+    diagonal = (
+        vectors == "diagonal"
+        and grafting is not None
+        and not (merge == "small" and keep == 1)
+        and 1 not in (exponents or {})
+    )
+    if diagonal:
+        exponents = {**(exponents or {}), 1: 0.0}
+    least_order = 2 if diagonal else 0
     if solver is None:
         truncate = grafting is None and is_zero(epsilon)
         damped = eigh(relative_epsilon=relative_epsilon)
@@ -183,7 +201,7 @@ def shampoo(
     block_stages = [
         statistics,
         ema(beta1, beta3, bias_correction=bias_correction, own_steps=own_steps),
-        roots if onto is None else graft(roots, onto, start=start),
+        roots if onto is None else graft(roots, onto, start=start, least_order=least_order),
     ]
 
     decay = add_decayed_weights(

@@ -17,7 +17,7 @@ from funshampoo.core.contract import (
     as_transformation,
     checked_pair,
 )
-from funshampoo.core.tree import update_columns
+from funshampoo.core.tree import flatten, map_leaves, update_columns
 from funshampoo.linalg.norms import (
     block_norms,
     is_out_of_sight,
@@ -41,6 +41,7 @@ def graft(
     onto: GradientTransformation,
     *,
     start: int = 1,
+    least_order: int = 0,
 ) -> GradientTransformation:
     """Give the direction of one transformation the norm of another, block by block.
 
@@ -57,11 +58,14 @@ def graft(
         onto: the method whose step length is trusted: `scale_by_rms`, `scale_by_adam(beta1=0)`,
             `scale_by_adagrad`, `scale_by_sgd`, or any other transformation.
         start: before this step the result is P_g itself. Use the first refresh of `direction`.
+        least_order: a block (a leaf outside `blocked`) of fewer sides gets P_g itself on all steps.
+            Use 2 with a `direction` that leaves vectors alone: M in the length of P_g is no step
+            of either method.
 
     State: `GraftState`.
 
     Raises:
-        ValueError: start < 1.
+        ValueError: start < 1 or least_order < 0.
 
     Reference: Agarwal et al., arXiv 2002.11803; Shi et al., arXiv 2309.06497.
 
@@ -74,6 +78,7 @@ def graft(
     """
     direction, onto = as_transformation(direction), as_transformation(onto)
     check_count("start", start)
+    check_count("least_order", least_order, 0)
 
     counts = start > 1 or direction.counts or onto.counts
 
@@ -104,13 +109,17 @@ def graft(
             assert begun_now is not None
             return ([torch.where(begun_now.to(x.device), x, y) for x, y in zip(grafted, p_g)],)
 
+        own: Tree = None
+        if least_order:
+            own, p_g = _by_order(p_g, least_order, block_ndim)
+            _, p = _by_order(p, least_order, block_ndim)
         (norm,) = update_columns(norms, p_g, ())
         partner = p_g if t is None else None
         del p_g  # as large as p, and no longer needed
         (grafted,) = update_columns(rescale, p, (), (norm,))
         if t is None:  # in torch.compile the counter is a tensor without a value
             (grafted,) = update_columns(begun, grafted, (), (partner,))
-        return grafted, new
+        return grafted if own is None else map_leaves(_present, own, grafted), new
 
     def phase(step: int) -> Phase:
         inside = (*direction.phase(step), *onto.phase(step))
@@ -124,6 +133,19 @@ def _run(
     tx: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
 ) -> tuple[Tree, Any]:
     return checked_pair(tx.run(updates, state, params, context), tx.name)
+
+
+def _by_order(tree: Tree, least: int, block_ndim: int) -> tuple[Tree, Tree]:
+    """The leaves of fewer sides, and the others: two trees, each with None for what it lacks."""
+    leaves, spec = flatten(tree)
+    few = [x is not None and x.ndim - block_ndim < least for x in leaves]
+    own = [x if is_few else None for x, is_few in zip(leaves, few)]
+    others = [None if is_few else x for x, is_few in zip(leaves, few)]
+    return spec.unflatten(own), spec.unflatten(others)
+
+
+def _present(x: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if x is None else x
 
 
 _SMALL = 1e-16  # beside ‖P‖, as in the Distributed Shampoo reference

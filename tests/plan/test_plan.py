@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from torch import nn
 import funshampoo as fs
 from funshampoo.blocks.layout import layout_of, leaf_key
 from funshampoo.distributed.cost import CostModel
-from funshampoo.distributed.ownership import owners_of
+from funshampoo.distributed.ownership import factor_sides, owners_of
 from funshampoo.plan.planner import Plan, plan
 from funshampoo.plan.shapes import MODELS, model_shapes
+from funshampoo.state.stages import ShardedState, find_state
 from tests.trees import tensors
 
 ROOT = Path(__file__).parents[2]
@@ -122,8 +124,45 @@ def test_owners_are_those_that_the_layout_of_a_job_gets() -> None:
         assert {n: s.block for n, s in found.stacks.items()} == {
             n: s.block for n, s in layout.stacks.items()
         }
-        expected = owners_of(layout.stacks, 3, 10)
+        state = fs.shampoo(0.1, max_size=64).init(params)["blocked"]
+        expected = owners_of(layout.stacks, 3, 10, sides=factor_sides(state))
         assert {n: s.owners for n, s in found.stacks.items()} == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"vectors": "blocks"}, {"exponents": {2: {0: 0.0}}}])
+def test_owners_are_those_of_the_ranks_of_a_job(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("funshampoo.distributed.sharded")
+    shapes = {"w": (60, 24), "long": (96,), "b": (20,), "c": (20,)}
+    params = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    planned = plan(shapes, 3, transformation=fs.shampoo(0.1, max_size=20, **options))
+    for rank in range(3):
+        monkeypatch.setattr(module, "rank_and_size", lambda group, rank=rank: (rank, 3))
+        tx = fs.shampoo(0.1, max_size=20, distribute=fs.sharded, **options)
+        state = find_state(tx.init(params), ShardedState)
+        assert state is not None
+        expected = {
+            name: {f"{s.owners.index(rank)}:{s.owners.index(rank) + s.owners.count(rank)}": ()}
+            for name, s in planned.stacks.items()
+            if rank in s.owners
+        }
+        assert state.owned == expected
+
+
+def test_sides_without_a_factor_cost_nothing() -> None:
+    """A vector is its elements; a matrix with one side left alone has the other's root."""
+    shapes = {"w": (16, 8), "b": (32,)}
+    cost = CostModel()
+    tx = fs.shampoo(0.1, exponents={2: {0: 0.0}})
+    found = plan(shapes, 2, transformation=tx).stacks
+    assert found["32"].seconds == (32 * cost.per_element, 0.0, 0.0)
+    assert found["16x8"].seconds.roots == cost.root(8) / 10
+    assert found["32"].state_bytes == 4 * 32 * 2 + 4 * 3 + 8 * 2  # moments, weights, the guard's
+    blocks = plan(shapes, 2, transformation=fs.shampoo(0.1, vectors="blocks")).stacks
+    assert blocks["32"].seconds.roots == cost.root(32) / 10
+    adam = plan(shapes, 2, transformation=fs.blocked(fs.scale_by_adam())).stacks
+    assert adam["32"].seconds == blocks["32"].seconds  # who keeps no roots says nothing of them
 
 
 def test_modules_shapes_and_tensors_give_the_same_plan() -> None:

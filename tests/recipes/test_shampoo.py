@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import funshampoo as fs
 from funshampoo import linalg
+from funshampoo.state.stages import KroneckerState, RefreshedState, find_state
 from tests.plain import PlainShampoo
 from tests.trees import gradients, problem, tensors, train
 
@@ -25,13 +26,14 @@ def compare(params: list[torch.Tensor], grads: list[list[torch.Tensor]], **optio
     ours.setdefault("start", ours["every"])
     ours.setdefault("merge", "none")
     ours.setdefault("grafting_beta2", 0.9)
+    vectors = "diagonal"
     if ours["merge"] == "small":
-        ours["keep"] = 1
+        ours["keep"], vectors = 1, "blocks"  # it makes vectors of matrices
     tx = fs.shampoo(0.1, relative_epsilon=0.0, solver=linalg.eigh(), **ours)
     new, history, _ = train(tx, params, grads, fs.apply_updates)
     largest = max(float(u.abs().max()) for u in tensors(history))
     for i, p in enumerate(params):
-        plain = PlainShampoo(p.numpy(), 0.1, **options)
+        plain = PlainShampoo(p.numpy(), 0.1, **({"vectors": vectors} | options))
         for g in grads:
             expected = plain.step(g[i].numpy())
         assert np.abs(new[i].numpy() - expected).max() <= TOLERANCE * largest
@@ -45,6 +47,8 @@ OPTIONS = [
     {"every": 3},
     {"every": 2, "start": 5},
     {"max_size": 3},
+    {"vectors": "blocks"},
+    {"vectors": "blocks", "max_size": 3, "every": 2, "start": 5},
     {"max_size": 4, "merge": "small"},
     {"max_size": 16, "merge": "small"},
     {"max_size": 4, "merge": "matrix"},
@@ -71,17 +75,19 @@ def test_agrees_with_the_plain_implementation(options: dict[str, Any]) -> None:
     shapes=st.lists(st.lists(st.integers(1, 6), min_size=0, max_size=5), min_size=1, max_size=4),
     max_size=st.integers(1, 7),
     merge=st.sampled_from(["none", "small", "matrix"]),
+    grafting=st.sampled_from(["adam", None]),
     seed=st.integers(0, 1000),
 )
 def test_agrees_for_any_shapes(
-    shapes: list[list[int]], max_size: int, merge: str, seed: int
+    shapes: list[list[int]], max_size: int, merge: str, grafting: str | None, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> list[torch.Tensor]:
         return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
-    compare(draw(), [draw() for _ in range(3)], max_size=max_size, merge=merge, every=2)
+    options = {"max_size": max_size, "merge": merge, "grafting": grafting, "every": 2}
+    compare(draw(), [draw() for _ in range(3)], **options)
 
 
 def test_decay_after_momentum_or_through_it() -> None:
@@ -122,11 +128,12 @@ def test_the_default_step_is_the_documented_chain() -> None:
     by_hand = fs.chain(
         fs.blocked(
             fs.chain(
-                fs.kronecker_statistics(0.99),
+                fs.kronecker_statistics(0.99, exponents={1: 0.0}),
                 fs.ema(0.9),
                 fs.graft(
-                    fs.root_inverse(solver=linalg.eigh(relative_epsilon=1e-6)),
+                    fs.root_inverse(solver=linalg.eigh(relative_epsilon=1e-6), exponents={1: 0.0}),
                     onto=fs.scale_by_adam(0.0, 0.99),
+                    least_order=2,
                 ),
             ),
         ),
@@ -150,6 +157,7 @@ def test_the_default_step_is_the_documented_chain() -> None:
         ({"max_size": 0}, "max_size is 0"),
         ({"merge": "all"}, "merge is 'all'"),
         ({"grafting": "lion"}, "grafting is 'lion'"),
+        ({"vectors": "none"}, "vectors is 'none'"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"weight_decay": 0.1, "weight_decay_kind": "corrected"}, "needs peak_learning_rate"),
         ({"trace_scaling": 2.0}, "trace_scaling is 2.0"),
@@ -170,10 +178,10 @@ def test_grafting_onto_any_transformation() -> None:
         lambda updates, state: ({k: 0 * u + 2 for k, u in updates.items()}, state),
     )
     tx = fs.shampoo(1.0, grafting=pair, max_size=4)  # type: ignore[arg-type]
-    params = {"w": torch.ones(8)}
-    g = {"w": torch.randn(8, generator=torch.Generator().manual_seed(0))}
+    params = {"w": torch.ones(8, 4)}
+    g = {"w": torch.randn(8, 4, generator=torch.Generator().manual_seed(0))}
     updates, _ = tx.update(g, tx.init(params), params)
-    assert [b.norm().item() for b in updates["w"].split(4)] == pytest.approx([4.0, 4.0])
+    assert [b.norm().item() for b in updates["w"].split(4)] == pytest.approx([8.0, 8.0])
 
 
 def test_a_negative_learning_rate() -> None:
@@ -191,3 +199,77 @@ def test_a_mask_that_hides_all_is_no_decay() -> None:
     tx = fs.shampoo(0.1, weight_decay=0.1, mask=False)
     updates, _ = tx.update({"w": torch.zeros(2, 2)}, tx.init(params), params)
     assert float(updates["w"].abs().max()) == 0
+
+
+VECTORS = {"bias": (5,), "row": (1, 6), "long": (9,), "scalar": ()}
+
+
+def kept_units(tx: fs.GradientTransformation, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """{stack: number of sides with a factor matrix, and of those with a root}; they are alike."""
+    state = tx.init({name: torch.zeros(shape) for name, shape in shapes.items()})
+    factors = find_state(state, KroneckerState).factors  # type: ignore[union-attr]
+    roots = find_state(state, RefreshedState).kept  # type: ignore[union-attr]
+    found = {name: sum(isinstance(x, torch.Tensor) for x in own) for name, own in factors.items()}
+    assert found == {name: sum(unit != () for unit in own) for name, own in roots.items()}
+    return found
+
+
+def test_vectors_have_no_matrices_by_default() -> None:
+    shapes = VECTORS | {"matrix": (3, 2), "conv": (3, 2, 4)}
+    without = {"5": 0, "6": 0, "7": 0, "2": 0, "1": 0}
+    assert kept_units(fs.shampoo(0.1, max_size=7), shapes) == without | {"3x2": 2, "6x4": 2}
+    spared = fs.shampoo(0.1, max_size=7, exponents={2: {0: 0.0}})
+    assert kept_units(spared, shapes) == without | {"3x2": 1, "6x4": 1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"vectors": "blocks"}, {"grafting": None}, {"keep": 1}, {"exponents": {1: 0.25}}],
+    ids=str,
+)
+def test_where_vectors_are_preconditioned(options: dict[str, Any]) -> None:
+    """And whatever makes them be, it is as if `vectors` had said so."""
+    tx, blocks = fs.shampoo(0.1, **options), fs.shampoo(0.1, **(options | {"vectors": "blocks"}))
+    assert set(kept_units(tx, VECTORS).values()) == {1}
+    params, grads = problem(), gradients(5)
+    (a, _, _), (b, _, _) = (train(tx, params, grads, fs.apply_updates) for tx in (tx, blocks))
+    assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b)))
+
+
+def test_a_vector_steps_as_the_grafted_method_does() -> None:
+    """AdamW's step, bit for bit, beside matrices that are preconditioned."""
+    params, grads = problem(), gradients(8)
+    options = {"beta2": 0.95, "weight_decay": 0.1}
+    ours, _, _ = train(fs.shampoo(0.1, **options), params, grads, fs.apply_updates)
+    adamw, _, _ = train(fs.adamw(0.1, **options), params, grads, fs.apply_updates)
+    preconditioned, _, _ = train(
+        fs.shampoo(0.1, vectors="blocks", **options), params, grads, fs.apply_updates
+    )
+    for a, b, c in zip(tensors(ours), tensors(adamw), tensors(preconditioned)):
+        vector = sum(side > 1 for side in a.shape) < 2
+        assert torch.equal(a, b) == vector
+        assert torch.equal(a, c) != vector or a.numel() == 1
+
+
+def test_without_a_gradient_a_vector_stays() -> None:
+    """A None among vectors and among matrices, and nothing but vectors."""
+    params = {"b": torch.ones(3), "c": torch.ones(3), "v": torch.ones(4, 2), "w": torch.ones(4, 2)}
+    grads = {name: None if name in "bv" else torch.ones_like(p) for name, p in params.items()}
+    for names in ("bcvw", "bc"):
+        tx, own = fs.shampoo(0.1), {name: params[name] for name in names}
+        updates, _ = tx.update({name: grads[name] for name in names}, tx.init(own), own)
+        moved = {name for name, u in updates.items() if u is not None and bool(u.any())}
+        assert moved == set(names) & set("cw")
+
+
+def test_the_wrapper_takes_it() -> None:
+    parameter = torch.nn.Parameter(torch.ones(5))
+    for vectors, count in (("diagonal", 0), ("blocks", 1)):
+        optimizer = fs.Shampoo([parameter], vectors=vectors)
+        (state,) = optimizer.chain_states()
+        kept = find_state(state, RefreshedState)
+        assert kept is not None
+        assert [sum(unit != () for unit in own) for own in kept.kept.values()] == [count]
+        assert optimizer.param_groups[0]["vectors"] == vectors
+    with pytest.raises(ValueError, match="vectors is 'none'"):
+        fs.Shampoo([parameter], vectors="none")
