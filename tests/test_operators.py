@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
+from funshampoo.plan.planner import meta_parameters
+from tests.trees import gradients, problem, tensors
 
 READS_A_VALUE = ("_local_scalar_dense", "is_nonzero", "nonzero", "item")
 
@@ -61,3 +64,97 @@ def test_a_plain_step_reads_nothing_but_the_guards_verdict() -> None:
     """One bool for all stacks, on the CPU, where no one waits for it; on a device: test_device."""
     params = {"w": torch.randn(40, 40), "v": torch.randn(30)}
     assert operators_of_a_plain_step(params).reads == 1
+
+
+# Of a plain step on the meta device: what a GPU would have to launch and to move.
+NOT_LAUNCHED = ("view", "as_strided", "detach", "transpose", "permute", "expand", "unsqueeze")
+NOT_LAUNCHED += ("squeeze", "slice", "split", "unbind", "select", "t.default", "alias", "empty")
+
+
+class Traffic(TorchDispatchMode):
+    """Operators that do something to numbers, and the bytes of their operands and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if not any(name in str(function) for name in NOT_LAUNCHED):
+            self.operators += 1
+            self.bytes += sum(x.nbytes for x in tensors([list(args), kwargs or {}, out]))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "bytes_of_parameters", "operators"), [("gpt2", 66, 600), ("resnet-50", 68, 660)]
+)
+def test_traffic_and_launches_of_a_plain_step(
+    model: str, bytes_of_parameters: int, operators: int
+) -> None:
+    params = meta_parameters(model, torch.float32)
+    grads = {name: torch.empty_like(p) for name, p in params.items()}
+    tx = fs.shampoo(0.1, max_size=1024, vectors="blocks")
+    state = tx.init(params)
+    with Traffic() as seen:
+        fs.update_in_place(tx, grads, state, params, refresh=False)
+    assert seen.bytes <= bytes_of_parameters * sum(p.nbytes for p in params.values())
+    assert seen.operators <= operators
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_size": 4, "momentum": 0.9, "weight_decay": 0.1},
+        {"grafting": "rms", "beta3": 0.8},
+        {"packed": True, "basis_tolerance": 0.1},
+        {"tile": 20, "max_size": 3},
+    ],
+    ids=str,
+)
+def test_a_donated_step_keeps_every_address(options: dict[str, Any], refresh: bool) -> None:
+    """So that a CUDA graph can replay a plain one."""
+    tx, params = fs.shampoo(0.1, **options), problem()
+    state = tx.init(params)
+    for g in gradients(3):
+        before = [(x.data_ptr(), x.shape) for x in tensors(state)]
+        state = fs.update_in_place(tx, g, state, params, refresh=refresh)
+        assert [(x.data_ptr(), x.shape) for x in tensors(state)] == before
+
+
+def test_runs_that_are_dropped_leave_nothing() -> None:
+    """With every option; the second hundred holds what the first did."""
+    options: list[dict[str, Any]] = [
+        {},
+        {"stagger": True},
+        {"basis_tolerance": 0.1, "packed": True},
+        {"momentum": 0.9, "weight_decay": 0.1, "max_size": 3},
+        {"solver": fs.linalg.newton_schulz(), "vectors": "blocks"},
+    ]
+    grads = gradients(2)
+
+    def run(i: int) -> None:
+        params = problem()
+        tx = fs.shampoo(0.1, every=2, **options[i % len(options)])
+        state = tx.init(params)
+        for g in grads:
+            state = fs.update_in_place(tx, g, state, params)
+        optimizer = fs.Shampoo([torch.nn.Parameter(torch.ones(3, 2))], every=2)
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 2)
+        optimizer.step()
+
+    def held() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    for i in range(100):
+        run(i)
+    first = held()
+    for i in range(100):
+        run(i)
+    assert held() <= first

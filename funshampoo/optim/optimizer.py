@@ -94,15 +94,15 @@ class Optimizer(torch.optim.Optimizer):
                 words.check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        reference = getattr(words.method, "func", words.method) is from_reference
+        if reference and group["peak_lr"] is None:  # the constructor's lr, whatever lr is later
+            group["peak_lr"] = copy.deepcopy(group["lr"])
         first = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
             self._runs.append(GroupRun(group, words, self._method, first, self._compile))
         except Exception:
             self.param_groups.pop()
             raise
-        reference = getattr(words.method, "func", words.method) is from_reference
-        if reference and group["peak_lr"] is None:  # the constructor's lr, whatever lr is later
-            group["peak_lr"] = copy.deepcopy(group["lr"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
