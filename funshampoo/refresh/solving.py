@@ -108,14 +108,9 @@ def _solve(batch: Batch) -> None:
     together = Asked(torch.cat(A), tuple([torch.cat(x) for x in zip(*old)]), torch.cat(rounds))
     found, first = outcome(rule, together), 0
     for (job, _), own in zip(batch, asked):
-        part = row_slice(found, first, len(own.rounds))
-        job.parts.append(functools.partial(_itself, part))
+        job.parts.append(functools.partial(row_slice, found, first, len(own.rounds)))
         job.shares = True
         first += len(own.rounds)
-
-
-def _itself(found: Outcome) -> Outcome:
-    return found
 
 
 class Task:
