@@ -137,7 +137,7 @@ def failing_eigh(rank: int, at: int) -> Any:
 
     reports = []
     for t in range(1, STEPS + 1):
-        before = block_state(state)
+        before = {name: x.clone() for name, x in block_state(state).items()}
         torch.linalg.eigh = broken if t == at and rank == 1 else original
         try:
             updates, state = tx.update(tree(t, SHAPES), state, params, donate=True)
@@ -149,13 +149,13 @@ def failing_eigh(rank: int, at: int) -> Any:
             changed = {
                 name
                 for name, x in block_state(state).items()
-                if name.endswith("/root") and not torch.equal(x, before[name])
+                if name.endswith("/value/0") and not torch.equal(x, before[name])
             }
             assert bool(changed) == (rank == 0)
     counts = [int(x) for name, x in block_state(state).items() if name.endswith("/failures")]
     assert set(counts) == {rank}
     assert sum(f.failures for f in health(state, file=io.StringIO()).factors) == sum(counts)
-    owned = sorted({name.rpartition("/")[0] for name in before if name.endswith("/root")})
+    owned = sorted({name.removesuffix("/value/0") for name in before if name.endswith("/value/0")})
     return params, reports, len(owned)
 
 

@@ -23,6 +23,7 @@ import funshampoo as fs
 from funshampoo import linalg
 from funshampoo.distributed.cost import DEFAULT_COST
 from funshampoo.refresh import solving
+from funshampoo.refresh.jobs import Job
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, eigh_seconds, is_same
 from funshampoo.refresh.turns import RefreshSchedule, phase
@@ -364,22 +365,40 @@ def test_matrices_of_one_side_of_all_stacks_are_one_batch(
     assert_equal(trained(STACKS, donate=True), (together, kept))
 
 
-@pytest.mark.parametrize("donate", [False, True])
-def test_a_batch_has_a_largest_size(
-    donate: bool, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+def test_a_batch_on_a_cpu_has_a_largest_size_but_a_stack_is_whole(
+    calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tx = shampoo(every=2, start=1, stagger=True)
-    g, ids = gradient(1, STACKS), {"6x5": range(3), "5x6": (3, 4), "5": range(5, 9), "5x5": (9,)}
-    found = []
-    for largest in (solving.LARGEST_BATCH, 2 * 36):
-        monkeypatch.setattr(solving, "LARGEST_BATCH", largest)
-        state = tx.init(g, block_ndim=1)
-        for _ in range(4):
-            updates, state = tx.update(g, state, block_ndim=1, block_ids=ids, donate=donate)
-        found.append((updates, state))
-        assert (max(n for _, n in calls) == 2) == (largest < 100)
+    tx, g, found = shampoo(every=1, start=1), gradient(1, STACKS), []
+    for largest in (solving.CACHED_BATCH, 3 * 25):
+        monkeypatch.setattr(solving, "CACHED_BATCH", largest)
+        found.append(tx.update(g, tx.init(g, block_ndim=1), block_ndim=1))
+        joined = largest > 100
+        fives = [1 + 1 + 2 + 3, 4] if joined else [1 + 1, 2, 3, 4]
+        sixes = [3 + 2] if joined else [3, 2]
+        assert sorted(calls) == sorted([(5, n) for n in fives] + [(6, n) for n in sixes])
         calls.clear()
     assert_equal(*found)
+
+
+def test_a_batch_elsewhere_is_cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, with rows whose turn it is."""
+    monkeypatch.setattr(solving, "LARGEST_BATCH", 2 * 25)
+    rule = RootRule(5, 0.25, 1.0, linalg.newton_schulz(), 0.0, None, None)
+    stack = torch.zeros(4, 5, 5, device="meta")
+    (kept,) = (
+        Refreshing(lambda block: [rule], RefreshSchedule()).init({"5": stack[:, 0]}, 1).kept["5"]
+    )
+    jobs = [Job(rule, (torch.clone, stack), kept, rows) for rows in ((0, 1, 3), None)]
+    batches = solving.batches(jobs)
+    assert [[list(rows) for _, rows in batch] for batch in batches] == [  # type: ignore[arg-type]
+        [[0, 1]], [[3], [0]], [[1, 2]], [[3]],
+    ]  # fmt: skip
+    solving.carry_out(jobs, in_blocks=True)
+    for donate in (False, True):
+        after = [job.ended(donate) for job in jobs]
+        assert all(
+            [x.shape == y.shape for new in after for x, y in zip(tensors(new), tensors(kept))]
+        )
 
 
 def test_rules_are_the_same_where_their_numbers_are() -> None:
