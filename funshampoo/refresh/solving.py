@@ -36,6 +36,10 @@ lock: 4 matrices of side 128 at a time take 1.4 times as long as 16."""
 LARGEST_BATCH = 2**31 - 1
 """Numbers, as many as cuSOLVER decomposes at a time."""
 
+CACHED_BATCH = 2**18
+"""Numbers for which a CPU joins stacks: the operators around small matrices take most of the time,
+and temporaries of large ones would be those of all stacks at once."""
+
 
 def carry_out(jobs: Sequence[Job], in_blocks: bool) -> None:
     """Do all the work; what was found is in `Job.parts`.
@@ -80,17 +84,19 @@ def _is_alike(job: Job, other: Job) -> bool:
 
 
 def _cut(jobs: Sequence[Job]) -> list[Batch]:
-    """Batches of `LARGEST_BATCH` numbers at most."""
-    most = max(1, LARGEST_BATCH // jobs[0].rule.side ** 2)
+    """Batches of `LARGEST_BATCH` numbers at most; on a CPU of `CACHED_BATCH`, or one job's."""
+    whole = jobs[0].kept.residual.is_cpu
+    most = max(1, (CACHED_BATCH if whole else LARGEST_BATCH) // jobs[0].rule.side ** 2)
     found: list[Batch] = [[]]
     room = most
     for job in jobs:
         rows = job.every_row()
         while rows:
-            if not room:
+            if room < (min(len(rows), most) if whole else 1):
                 found.append([])
                 room = most
-            part, rows = rows[:room], rows[room:]
+            size = len(rows) if whole else room
+            part, rows = rows[:size], rows[size:]
             found[-1].append((job, part))
             room -= len(part)
     return found
@@ -108,14 +114,9 @@ def _solve(batch: Batch) -> None:
     together = Asked(torch.cat(A), tuple([torch.cat(x) for x in zip(*old)]), torch.cat(rounds))
     found, first = outcome(rule, together), 0
     for (job, _), own in zip(batch, asked):
-        part = row_slice(found, first, len(own.rounds))
-        job.parts.append(functools.partial(_itself, part))
+        job.parts.append(functools.partial(row_slice, found, first, len(own.rounds)))
         job.shares = True
         first += len(own.rounds)
-
-
-def _itself(found: Outcome) -> Outcome:
-    return found
 
 
 class Task:

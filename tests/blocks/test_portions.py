@@ -174,7 +174,7 @@ def test_nothing_larger_than_a_tile_is_allocated_in_place() -> None:
     for _ in range(3):
         with Largest() as seen:
             state = fs.update_in_place(tx, g, state, params)
-        assert seen.numel <= 2 * 9 * 64  # where a single row was left; roots of both sides at once
+        assert seen.numel <= 2 * 9 * 64  # both sides' matrices, where a single row was left
 
 
 def test_a_chain_that_goes_on_after_the_blocks_is_applied_as_a_whole() -> None:

@@ -145,7 +145,7 @@ def failing_eigh(rank: int, at: int) -> Any:
 
     reports = []
     for t in range(1, STEPS + 1):
-        before = block_state(state)
+        before = {name: x.clone() for name, x in block_state(state).items()}
         torch.linalg.eigh = broken if t == at and rank == 1 else original
         try:
             updates, state = tx.update(tree(t, SHAPES), state, params, donate=True)

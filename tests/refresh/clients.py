@@ -12,9 +12,7 @@ import funshampoo as fs
 from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves
 from funshampoo.linalg import eigh
 from funshampoo.operators.mode_products import bias_corrected, precondition, rotate, unfold
-from funshampoo.refresh.refreshing import Refreshing
-from funshampoo.refresh.rule import Found, Rule
-from funshampoo.refresh.turns import RefreshSchedule
+from funshampoo.refresh import Found, Refreshing, RefreshSchedule, Rule
 from funshampoo.state import RefreshedState
 from funshampoo.transforms import statistics_of
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -20,69 +19,27 @@ from torch._dynamo.testing import CompileCounter
 from torch.func import vmap
 
 import funshampoo as fs
-from funshampoo import linalg
-from funshampoo.distributed.cost import DEFAULT_COST
-from funshampoo.refresh import solving
-from funshampoo.refresh.refreshing import Refreshing
-from funshampoo.refresh.rule import Found, eigh_seconds, is_same
-from funshampoo.refresh.turns import RefreshSchedule, phase
+from funshampoo.refresh.rule import Found
+from funshampoo.refresh.turns import phase
 from funshampoo.state import Kept, RefreshedState, find_state
-from funshampoo.transforms.root_inverse import RootRule
-from tests.refresh.clients import Basis, Root, in_eigenbasis, kl_shampoo
+from tests.refresh.clients import Basis
+from tests.refresh.methods import (
+    EVERY,
+    METHODS,
+    SHAPES,
+    START,
+    STEPS,
+    D,
+    every_method,
+    gradient,
+    run,
+    shampoo,
+    soap,
+)
 from tests.test_position import one_thread
-from tests.trees import assert_close, assert_equal, clone, tensors
+from tests.trees import assert_close, assert_equal, tensors
 
 __all__ = ["one_thread"]  # a fixture, for all tests here
-
-D = torch.float64
-SHAPES = {"m": (6, 5), "t": (3, 2, 4), "v": (5,), "w": (4, 6), "x": (3, 2, 1, 2)}
-START, EVERY, STEPS = 6, 3, 18  # by step 6 the statistics have full rank
-
-
-def gradient(t: int, shapes: Any = SHAPES, **missing: int) -> Any:
-    """No gradient for the first steps of those that are `missing`."""
-    generator = torch.Generator().manual_seed(t)
-    drawn = {k: torch.randn(shape, generator=generator, dtype=D) for k, shape in shapes.items()}
-    return {k: None if t <= missing.get(k, -1) else g for k, g in drawn.items()}
-
-
-def soap(**options: Any) -> fs.GradientTransformation:
-    inner = fs.scale_by_adam(0.9, 0.95, 1e-3)
-    options = {"every": EVERY, "start": START} | options
-    return fs.chain(fs.kronecker_statistics(0.9), in_eigenbasis(inner, **options))
-
-
-def kl(**options: Any) -> fs.GradientTransformation:
-    return fs.chain(kl_shampoo(0.9, **{"every": EVERY, "start": START} | options))
-
-
-def shampoo(**options: Any) -> fs.GradientTransformation:
-    options = {"every": EVERY, "start": START} | options
-    solver = linalg.eigh(relative_epsilon=1e-3)
-    return fs.chain(fs.kronecker_statistics(0.9), fs.root_inverse(solver=solver, **options))
-
-
-METHODS: dict[str, Callable[..., fs.GradientTransformation]] = {
-    "soap": soap,
-    "kl": kl,
-    "shampoo": shampoo,
-    "newton": lambda **options: fs.chain(
-        fs.kronecker_statistics(0.9),
-        fs.root_inverse(solver=linalg.newton_schulz(), **{"every": EVERY} | options),
-    ),
-    "adaptive": lambda **options: shampoo(**{"basis_tolerance": 0.3} | options),
-}
-every_method = pytest.mark.parametrize("method", METHODS)
-
-
-def run(tx: Any, grads: list[Any], **context: Any) -> tuple[list[Any], Any]:
-    params = {k: torch.zeros(shape, dtype=D) for k, shape in SHAPES.items()}
-    state, history = tx.init(params), []
-    for g in grads:
-        updates, state = tx.update(g, state, params, **context)
-        history.append(clone(updates))
-    return history, state
-
 
 # Plain loops, over one block of any order
 
@@ -316,143 +273,3 @@ def test_a_matrix_of_zeros_keeps_the_old_value_and_is_no_round() -> None:
     for side in state["root_inverse"].kept["m"]:
         assert int(side.rounds) == int(side.failures) == int(side.streak) == 0
         assert torch.equal(side.value[0], torch.eye(len(side.value[0]), dtype=D))
-
-
-# Batches and costs
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(side, matrices) of every call of a rule, in one thread."""
-    found: list[tuple[int, int]] = []
-    original = RootRule.__call__
-
-    def counted(self: Any, A: Tensor, *rest: Any) -> Found:
-        found.append((self.side, len(A)))
-        return original(self, A, *rest)
-
-    monkeypatch.setattr(RootRule, "__call__", counted)
-    return found
-
-
-STACKS = {"6x5": (3, 6, 5), "5x6": (2, 5, 6), "5": (4, 5), "5x5": (1, 5, 5)}
-
-
-@pytest.mark.parametrize("options", [{}, {"basis_tolerance": 0.2}, {"packed": True}], ids=str)
-@pytest.mark.parametrize("epsilon", [0.0, torch.tensor(1e-3)])
-def test_matrices_of_one_side_of_all_stacks_are_one_batch(
-    epsilon: Any, options: Any, calls: list[tuple[int, int]]
-) -> None:
-    """Where nothing else of their rule differs; and each is, to the last bit, what it is alone."""
-    tx = shampoo(every=1, start=1, epsilon=epsilon, **options)
-
-    def trained(shapes: Any, **context: Any) -> Any:
-        state = tx.init(gradient(0, shapes), block_ndim=1)
-        for t in range(1, 4):
-            g = {k: v for k, v in gradient(t, STACKS).items() if k in shapes}
-            updates, state = tx.update(g, state, block_ndim=1, **context)
-        return updates, state["root_inverse"].kept
-
-    together, kept = trained(STACKS)
-    assert sorted(calls) == sorted(3 * [(5, 3 + 2 + 2 * 1), (5, 4), (6, 5)])  # a vector's: A^(-1/2)
-    for stack, shape in STACKS.items():
-        alone, own = trained({stack: shape})
-        assert torch.equal(alone[stack], together[stack])
-        assert_equal(own[stack], kept[stack])
-    storages = [x.untyped_storage().data_ptr() for x in tensors(kept)]
-    assert len(set(storages)) == len(storages)
-    assert_equal(trained(STACKS, donate=True), (together, kept))
-
-
-@pytest.mark.parametrize("donate", [False, True])
-def test_a_batch_has_a_largest_size(
-    donate: bool, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tx = shampoo(every=2, start=1, stagger=True)
-    g, ids = gradient(1, STACKS), {"6x5": range(3), "5x6": (3, 4), "5": range(5, 9), "5x5": (9,)}
-    found = []
-    for largest in (solving.LARGEST_BATCH, 2 * 36):
-        monkeypatch.setattr(solving, "LARGEST_BATCH", largest)
-        state = tx.init(g, block_ndim=1)
-        for _ in range(4):
-            updates, state = tx.update(g, state, block_ndim=1, rows=ids, donate=donate)
-        found.append((updates, state))
-        assert (max(n for _, n in calls) == 2) == (largest < 100)
-        calls.clear()
-    assert_equal(*found)
-
-
-def test_rules_are_the_same_where_their_numbers_are() -> None:
-    epsilon = torch.tensor(0.1)
-
-    def rule(side: int = 5, epsilon: Any = 0.0, solver: Any = None) -> RootRule:
-        return RootRule(side, 0.25, 1.0, solver or linalg.eigh(), epsilon, None, None)
-
-    assert is_same(rule(), rule())
-    assert is_same(rule(epsilon=epsilon), rule(epsilon=epsilon))
-    assert not is_same(rule(epsilon=epsilon), rule(epsilon=epsilon.clone()))
-    assert not is_same(rule(), rule(6))
-    assert not is_same(rule(), rule(solver=linalg.eigh(relative_epsilon=0.1)))
-    assert not is_same(Basis(5), Root(5))
-    assert len({rule(), rule(), rule(epsilon=epsilon)}) == 2
-    assert pickle.loads(pickle.dumps(rule())) == rule()
-    assert rule().threaded
-    assert not rule(solver=linalg.coupled_newton()).threaded
-
-
-def test_costs_are_those_that_balance_ranks() -> None:
-    for d in (1, 10, 256, 1024):
-        assert eigh_seconds(d) == DEFAULT_COST.root(d)
-    rules: Any = lambda block: [Root(d) if d > 1 else None for d in block]  # noqa: E731
-    refreshing = Refreshing(rules, RefreshSchedule(every=5))
-    assert refreshing.cost((8, 1, 16)) == (eigh_seconds(8) + eigh_seconds(16)) / 5
-
-
-@pytest.mark.parametrize(
-    ("schedule", "error"),
-    [({"every": 0}, ValueError), ({"start": 1.5}, TypeError), ({"stagger": 1}, TypeError)],
-    ids=str,
-)
-def test_a_schedule_out_of_range_is_named(schedule: Any, error: Any) -> None:
-    (name,) = schedule
-    for make in (soap, kl, shampoo):
-        with pytest.raises(error, match=name):
-            make(**schedule)
-
-
-# Rows that have never been seen
-
-
-@pytest.mark.parametrize("max_size", [None, 8, 64])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"stagger": True},
-        {"basis_tolerance": 0.3},
-        {"solver": linalg.newton_schulz()},
-        {"solver": linalg.pseudo_inverse()},
-        {"packed": True},
-    ],
-    ids=lambda options: "-".join(options) or "default",
-)
-def test_a_row_without_gradient_stays_where_it_is(options: Any, max_size: int | None) -> None:
-    """A padding row of an embedding: rounding in the null space of the factors must not move it.
-
-    The gradient has fewer rows than the block at first, so the null space has many dimensions.
-    """
-    tx = fs.chain(fs.kronecker_statistics(0.99), fs.root_inverse(2, **options))
-    tx = fs.chain(tx if max_size is None else fs.blocked(tx, max_size=max_size), fs.ema(0.9))
-    for donate in (False, True):
-        params = {"w": torch.zeros(40, 12)}
-        state = tx.init(params)
-        for t in range(9):
-            g = torch.zeros(40, 12)
-            draw = torch.Generator().manual_seed(t)
-            rows = torch.randint(0, 40, (6,), generator=draw)
-            g[rows] = torch.randn(6, 12, generator=draw)
-            g[17], g[:, 3] = 0.0, 0.0
-            updates, state = tx.update({"w": g}, state, params, donate=donate)
-            assert not updates["w"][17].any()
-            assert not updates["w"][:, 3].any()
-        assert updates["w"].any()
