@@ -22,7 +22,7 @@ from funshampoo.operators.packed import in_form_of
 from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
 from funshampoo.state.stages import BlockedState, ShardedState, walk
 
-FORMAT = 1
+FORMAT = 2
 FORMAT_KEY = "funshampoo/format"
 
 
