@@ -15,7 +15,7 @@ from funshampoo.core.contract import (
     applied,
     as_transformation,
 )
-from funshampoo.core.modes import begin_apart
+from funshampoo.core.modes import begin_apart, is_traced
 from funshampoo.core.tree import MaskedNode, flatten, labels_of
 from funshampoo.state.stages import MaskedState, PartitionState
 
@@ -120,7 +120,8 @@ def partition(
     def apply(
         updates: Tree, state: PartitionState, params: Tree, context: Context
     ) -> PartitionState:
-        if not begin_apart(flatten(params)[0]):  # or a part would read what another has written
+        # Where parameters are tied, a part would read what another has written.
+        if is_traced() or not begin_apart(flatten(params)[0]):
             updates, state = update(updates, state, params, context)
             add_in_place(params, updates)
             return state
