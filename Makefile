@@ -4,7 +4,7 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train train-text test lint notebooks bench device clean
+.PHONY: train train-text test test-slow test-all lint notebooks bench device clean
 
 train: $(VENV)/ready
 	$(BIN)/python examples/train.py
@@ -12,8 +12,16 @@ train: $(VENV)/ready
 train-text: $(VENV)/ready
 	$(BIN)/python examples/train.py --task text
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(PYTEST) -m "not slow"
+
+# What `make test` leaves out: graphs of torch.compile, trainings, whole programs.
+test-slow: $(VENV)/ready
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -41,7 +41,13 @@ def test_a_case_builds_what_it_is_named_after(case: Case) -> None:
 
 @every_case
 def test_it_passes_the_checks_of_every_stage(case: Case) -> None:
-    check_stage(case.make, params=problem(), compile="aot_eager", **case.options)
+    check_stage(case.make, params=problem(), **{**case.options, "compile": False})
+
+
+@pytest.mark.slow
+@every_case
+def test_it_compiles_as_every_stage_does(case: Case) -> None:
+    check_stage(case.make, params=problem(), **{"compile": "aot_eager", **case.options})
 
 
 @every_case

@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounter
 import funshampoo as fs
 from tests.trees import assert_close
 
+pytestmark = pytest.mark.slow
+
 STEPS = 30
 
 

@@ -15,6 +15,8 @@ import funshampoo as fs
 from funshampoo.operators.leaf_ops import add_gram
 from tests.trees import assert_close, assert_equal, assert_unchanged, clone, snapshot
 
+pytestmark = pytest.mark.slow
+
 EVERY = 4
 SHAPES = {"w": (6, 5), "bias": (5,), "a": (2, 3, 5)}
 
