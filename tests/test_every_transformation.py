@@ -80,8 +80,8 @@ def test_it_does_something(case: Case) -> None:
 def test_half_precision_computes_in_float32(case: Case, dtype: torch.dtype) -> None:
     tx, params, grads = case.make(), problem(dtype=dtype), gradients(STEPS, dtype)
     state = tx.init(params)
-    for x in tensors(state):
-        assert not x.is_floating_point() or x.dtype == torch.float32
+    for x in tensors(state):  # a weight that all blocks share is a float64 number
+        assert not x.is_floating_point() or x.dtype == torch.float32 or not x.ndim
     wide = optree.tree_map(lambda x: x.float(), grads)
     expected, got = state, state
     for g, w in zip(grads, wide):
