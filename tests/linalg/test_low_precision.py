@@ -14,8 +14,7 @@ from funshampoo.linalg import low_precision
 from funshampoo.linalg.low_precision import rounded_gram, rounded_matmul
 from funshampoo.operators.mode_products import precondition
 from funshampoo.state import KroneckerState, find_state
-from tests import test_every_transformation as common
-from tests.table import Case
+from funshampoo.testing import check_stage
 from tests.test_position import SUBSETS, N, _moved, one_thread, randn, rows_of
 from tests.trees import assert_close, gradients, problem, tensors, train
 
@@ -152,25 +151,15 @@ def test_statistics_on_a_gpu_stay_positive_semidefinite(d: int) -> None:
         assert torch.linalg.eigvalsh(factor.double()).min() > -1e-4 * scale
 
 
-COMMON = [
-    common.test_update_changes_no_argument,
-    common.test_the_same_call_twice_gives_the_same_result,
-    common.test_donate_gives_the_same_numbers,
-    common.test_updates_share_no_memory_with_the_state,
-    common.test_structure_and_dtype_of_updates_and_state_are_stable,
-    common.test_dtypes_mix_in_one_tree,
-    common.test_a_saved_state_resumes_exactly,
-    common.test_vmap_equals_a_loop,
-    common.test_a_gradient_of_none_leaves_its_parameter_alone,
-]
-
-
-@pytest.mark.parametrize("check", COMMON, ids=lambda check: check.__name__)
 def test_the_common_checks_with_small_products_rounded_too(
-    check: Any, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(low_precision, "SMALL", 0)
-    check(Case("low", lambda: fs.shampoo(0.1, every=2, max_size=4, product_dtype=BF16)))
+
+    def low() -> fs.GradientTransformation:
+        return fs.shampoo(0.1, every=2, max_size=4, product_dtype=BF16)
+
+    check_stage(low, params=problem(), compile=False)
 
 
 def test_the_small_products_of_that_test_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "foreign_index": (lambda s: s["state"].update({99: {}}), "a state for 99"),
     "groups": (lambda s: s["param_groups"].pop(), "the same groups"),
     "group_size": (lambda s: s["param_groups"][1]["params"].pop(), "the same groups"),
-    "out_of_range": (lambda s: s["param_groups"][1].update(lr=-1.0), "learning_rate is -1.0"),
+    "out_of_range": (lambda s: s["param_groups"][1].update(lr=-1.0), "lr is -1.0"),
     "other_blocks": (lambda s: s["param_groups"][1].update(max_size=2), "another max_size"),
     "no_groups": (lambda s: s.pop("param_groups"), "no state_dict of an optimizer"),
     "not_flat": (lambda s: s.update({"state": {}}), "missing from the checkpoint"),

@@ -368,7 +368,7 @@ def test_a_group_out_of_range_stops_the_step_before_any_group_moves(edit: dict[s
     optimizer = SHAMPOO.optimizer(two_groups(params, {}))
     before = copies(params)
     optimizer.param_groups[1].update(edit)
-    with pytest.raises(ValueError, match=f"{'learning_rate' if 'lr' in edit else 'beta'}"):
+    with pytest.raises(ValueError, match=f"{'lr' if 'lr' in edit else 'beta'}"):
         run(optimizer, params, grads_of(1))
     assert not moved(params, before)
 
