@@ -242,8 +242,9 @@ class GroupRun:
         raw = words.raw(group)
         if untouched(raw, before.raw):
             return before
-        arguments = words.arguments(group)
-        if not words.same_chain(
+        edited = words.edited(raw, before.raw, before.arguments, before.live)
+        arguments = words.arguments(group) if edited is None else edited
+        if edited is None and not words.same_chain(
             arguments, before.arguments, before.live, in_graph=self._options is not None
         ):
             return self._built(words, group)

@@ -111,6 +111,31 @@ class Vocabulary:
         """The values of live numbers."""
         return {name: _entry(arguments, name) for name in live}
 
+    def edited(
+        self,
+        raw: list[Any],
+        before: list[Any],
+        arguments: Mapping[str, Any],
+        live: Mapping[str, Live],
+    ) -> dict[str, Any] | None:
+        """The arguments, where nothing but floats in the place of live numbers has changed.
+
+        As a scheduler does on every step; None where there is more to look at.
+        """
+        if len(raw) != len(before):
+            return None
+        found = dict(arguments)
+        for name, now, old in zip((*self._names, *self.extras), raw, before):
+            if now is old and _is_fixed(now):
+                continue
+            argument = self.rate if name == "lr" else name
+            if argument not in live or type(now) is not float or type(old) is not float:
+                return None
+            found[argument] = now
+            if self._kind(argument, found) != self._kind(argument, arguments):
+                return None
+        return found
+
     def same_chain(
         self,
         now: Mapping[str, Any],
