@@ -99,6 +99,8 @@ def blocked(
     if tile is not None and tile != "auto":
         check_count("tile", tile)
 
+    names = _Names()
+
     def find_layout(leaves: list[Tensor]) -> Layout:
         return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
 
@@ -114,8 +116,8 @@ def blocked(
         counted = clock or inner.counts
         state = inner.init(stacks, block_ndim=1, clock=counted, **context)
         described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
-        names = dict(zip(leaf_names(params), described))
-        return BlockedState(state, names, started(inner.counts, clock))
+        by_name = dict(zip(leaf_names(params), described))
+        return BlockedState(state, by_name, started(inner.counts, clock))
 
     def read(updates: Tree, state: BlockedState, params: Tree) -> Given:
         if params is not None:
@@ -130,7 +132,7 @@ def blocked(
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = find_layout(known)
-        _check_layout(layout, state.layout, updates)
+        _check_layout(layout, state.layout, spec, names)
         shown = None if with_params is False else _shown(params, with_params)
         return Given(leaves, known, spec, layout, missing, shown)
 
@@ -191,22 +193,38 @@ def _check_gradients(leaves: list[Any], others: list[Tensor], updates: Tree) -> 
             raise TypeError(f"the gradient of '{leaf_names(updates)[i]}' {problem}.")
 
 
-def _check_layout(layout: Layout, expected: Mapping[str, Any], updates: Tree) -> None:
-    """The gradients fall into the rows that init laid out."""
-    if list(expected.values()) == layout.described:
-        return
+class _Names:
+    """The names of the leaves of a tree. Those of the last tree are remembered."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, list[str]] = (None, [])
+
+    def of(self, spec: Any) -> list[str]:
+        seen, names = self._last
+        if seen is None or seen != spec:
+            names = leaf_names(spec.unflatten(list(range(spec.num_leaves))))
+            self._last = spec, names
+        return names
+
+
+def _check_layout(layout: Layout, expected: Mapping[str, Any], spec: Any, seen: _Names) -> None:
+    """The gradients fall into the rows that init laid out for the parameters of their names."""
     if torch.compiler.is_dynamo_compiling():
+        if list(expected.values()) == layout.described:
+            return
         raise ValueError("the gradients do not fit the state: init saw other parameters.")
-    names = leaf_names(updates)
+    names = seen.of(spec)
     found = dict(zip(names, layout.described))
-    if found == dict(expected):  # the same, after something has sorted the keys
+    if found == dict(expected):  # by name: a checkpoint may have sorted the keys
         return
     for name, where in zip(names, layout.parameters):
         if found[name] != expected.get(name):
             raise ValueError(
                 f"the gradient of '{name}', shape {where.shape}, does not fit the state: init saw "
-                "another shape or dtype there. Call init again for a changed model; pass params to "
-                "update where gradients have another dtype than their parameters."
+                "another shape or dtype there, or parameters of other names or in another order "
+                "(an OrderedDict has its own, a dict is sorted). Call init again for a changed "
+                "model; pass params to update where gradients have another dtype than their "
+                "parameters."
             )
     missing = sorted(set(expected) - set(names))
     raise ValueError(f"the gradients lack '{missing[0]}', for which the state has blocks.")

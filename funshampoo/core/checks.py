@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.core.live import Live
+from funshampoo.core.live import Live, initial
 
 
 def check_range(
@@ -29,12 +29,12 @@ def check_range(
         TypeError: it is neither a number nor a tensor (nor a function, where one may stand).
     """
     if isinstance(value, Live):
-        value.checks.append(
+        value.note(
             functools.partial(
                 check_range, name, low=low, high=high, low_open=low_open, high_open=high_open
             )
         )
-        value = value.initial
+        value = initial(value)
     if isinstance(value, Tensor) or (schedule and callable(value)):
         return
     if callable(value):

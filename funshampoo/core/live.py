@@ -31,7 +31,7 @@ class Live:
         function: what is used in place of the value itself.
 
     Attributes:
-        checks: functions that raise for a value out of range, noted by the stages.
+        checks: functions that raise for a value of the entry that is out of range for a stage.
     """
 
     def __init__(
@@ -39,6 +39,11 @@ class Live:
     ) -> None:
         self.name, self.initial, self.function = name, initial, function
         self.checks: list[Callable[[Any], None]] = []
+
+    def note(self, check: Callable[[Any], None]) -> None:
+        """Let this check what is used: it raises where that is out of range."""
+        function = self.function
+        self.checks.append(check if function is None else lambda value: check(function(value)))
 
     def of(self, hyper: Numbers) -> Any:
         """What it is now."""
@@ -56,10 +61,15 @@ def number(value: Any, hyper: Numbers) -> Any:
 
 
 def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """The hyperparameter that is this function of another one."""
-    if isinstance(value, Live):
-        return Live(value.name, value.initial, function)
-    return function(value)
+    """The hyperparameter that is this function of another one; what it notes, that one checks."""
+    if not isinstance(value, Live):
+        return function(value)
+    before = value.function
+    found = Live(
+        value.name, value.initial, function if before is None else lambda x: function(before(x))
+    )
+    found.checks = value.checks
+    return found
 
 
 def resolved(holder: Any, hyper: Numbers) -> Any:
@@ -77,18 +87,18 @@ def is_exactly(value: Any, what: float) -> bool:
     >>> is_exactly(0, 0.0), is_exactly(Live("momentum", 0.0), 0.0)
     (True, True)
     """
-    value = value.initial if isinstance(value, Live) else value
+    value = initial(value)
     return isinstance(value, (int, float)) and value == what
 
 
 def is_tensor(value: Any) -> bool:
     """Whether a hyperparameter is a tensor, when the chain is built."""
-    return isinstance(value.initial if isinstance(value, Live) else value, Tensor)
+    return isinstance(initial(value), Tensor)
 
 
 def initial(value: Any) -> Any:
     """A hyperparameter as it is when the chain is built."""
-    return value.initial if isinstance(value, Live) else value
+    return number(value, NO_NUMBERS)
 
 
 def takes_live(recipe: Any) -> bool:

@@ -168,11 +168,15 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
         ValueError: `prefix` is not a prefix of `tree`; `what` names the argument.
     """
     values, spec = flatten(prefix)
+    leaves, tree_spec = flatten(tree)
+    places = tree_spec.unflatten(list(range(len(leaves))))
     try:
-        subtrees = spec.flatten_up_to(tree)
+        subtrees = spec.flatten_up_to(places)
     except ValueError as error:
         raise ValueError(f"{what} is not a prefix of the tree it labels: {error}") from error
-    return [v for v, subtree in zip(values, subtrees) for _ in flatten(subtree)[0]]
+    # A dict is walked by sorted keys, an OrderedDict as it is: the two pair by key, not by order.
+    found = {i: v for v, part in zip(values, subtrees) for i in flatten(part)[0]}
+    return [found[i] for i in range(len(leaves))]
 
 
 def labels_of(given: Any, tree: Any, what: str) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -215,6 +216,26 @@ def test_a_state_whose_keys_were_sorted_still_fits() -> None:
     state = tx.init(params)
     shuffled = state._replace(layout=dict(reversed(list(state.layout.items()))))
     tx.update(params, shuffled)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": torch.ones(2, 2), "w": torch.ones(2, 2)},  # sorted: w takes the rows of x
+        OrderedDict(w=torch.ones(2, 2), x=torch.ones(2, 2)),
+        OrderedDict(x=torch.ones(2, 2), z=torch.ones(2, 2)),
+        [torch.ones(2, 2), torch.ones(2, 2)],
+    ],
+    ids=["sorted", "reordered", "renamed", "a list"],
+)
+def test_a_state_of_other_names_or_another_order_is_refused(other: Any) -> None:
+    tx = fs.blocked(fs.scale_by_adam())
+    params = OrderedDict(x=torch.ones(2, 2), w=torch.ones(2, 2))
+    _, state = tx.update(params, tx.init(params))
+    for _ in range(2):  # what is remembered of a tree doesn't let it pass
+        with pytest.raises(ValueError, match="does not fit the state"):
+            tx.update(other, state)
+        tx.update(params, state)
 
 
 def test_blocks_of_blocks() -> None:

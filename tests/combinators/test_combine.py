@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -103,6 +104,23 @@ def test_masked_hides_the_other_leaves(mask: Any) -> None:
     updates, _ = tx.update(g, state, params)
     assert torch.equal(updates["w"], 2 * g["w"])
     assert updates["layers"][0]["weight"] is g["layers"][0]["weight"]
+
+
+@pytest.mark.parametrize("whole", [OrderedDict, dict])
+@pytest.mark.parametrize("part", [OrderedDict, dict, lambda mask: lambda tree: dict(mask)])
+def test_a_mask_goes_by_names_whatever_the_order(whole: Any, part: Any) -> None:
+    params = {"x": whole(b=torch.ones(2), a=torch.ones(2)), "c": torch.ones(2)}
+    names = {"x": part({"a": True, "b": False}), "c": False}
+    mask = names if not callable(names["x"]) else lambda tree: {"c": False, "x": names["x"](tree)}
+    for tx in (
+        fs.masked(fs.scale(0.0), mask),
+        fs.partition({True: fs.scale(0.0), False: fs.identity()}, mask),
+    ):
+        found, _ = tx.update(params, tx.init(params), params)
+        assert {n: float(x.sum()) for n, x in found["x"].items()} == {"a": 0.0, "b": 2.0}
+    decayed = fs.add_decayed_weights(1.0, mask)
+    found, _ = decayed.update(params, decayed.init(params), params)
+    assert {n: float(x.sum()) for n, x in found["x"].items()} == {"a": 4.0, "b": 2.0}
 
 
 def test_masked_around_integers() -> None:

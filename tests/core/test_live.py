@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import funshampoo as fs
-from funshampoo.core.live import Live, is_exactly, number, resolved
+from funshampoo.core.checks import check_range
+from funshampoo.core.live import Live, is_exactly, mapped, number, resolved
 from funshampoo.optim.vocabulary import Vocabulary
 from tests.trees import assert_close, assert_equal, gradients, problem
 
@@ -122,6 +123,32 @@ def test_an_edit_out_of_range_is_an_error_before_anything_moves(name: str, value
     with pytest.raises(ValueError, match="must (lie|be)"):
         optimizer.step()
     assert_equal([p.detach(), q.detach()], before)
+
+
+@pytest.mark.parametrize("grafting", ["adam", "rms", "adagrad"])
+def test_a_plain_sum_of_statistics_may_be_asked_for(grafting: Any) -> None:
+    """The grafted method then takes another number than the one that is given."""
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    for betas in ((0.9, 0.9), (0.9, 1.0)):
+        optimizer = fs.Shampoo([p], lr=0.1, betas=betas, grafting=grafting)
+        p.grad = torch.randn(3, 2)
+        optimizer.step()
+        optimizer.param_groups[0]["betas"] = (0.9, 1.0)
+        optimizer.step()
+        optimizer.param_groups[0]["betas"] = (0.9, 1.5)
+        with pytest.raises(ValueError, match="beta2 is 1.5"):
+            optimizer.step()
+
+
+def test_what_is_noted_of_a_function_checks_its_values() -> None:
+    beta = Live("beta", 0.5)
+    twice = mapped(mapped(beta, lambda x: 2 * x), lambda x: x - 0.5)
+    check_range("twice", twice, 0.0, 1.0)
+    assert number(twice, {"beta": 0.4}) == pytest.approx(0.3)
+    (check,) = beta.checks
+    check(0.7)
+    with pytest.raises(ValueError, match="twice is 1.1"):
+        check(0.8)
 
 
 def test_given_to_a_chain_of_ones_own() -> None:
