@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def blocked(
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = find_layout(known)
-        _check_layout(layout, state.layout, spec, names)
+        _check_layout(layout, state.layout, lambda: names.of(updates, spec))
         shown = None if with_params is False else _shown(params, with_params)
         return Given(leaves, known, spec, layout, missing, shown)
 
@@ -199,21 +199,23 @@ class _Names:
     def __init__(self) -> None:
         self._last: tuple[Any, list[str]] = (None, [])
 
-    def of(self, spec: Any) -> list[str]:
+    def of(self, tree: Tree, spec: Any) -> list[str]:
         seen, names = self._last
         if seen is None or seen != spec:
-            names = leaf_names(spec.unflatten(list(range(spec.num_leaves))))
+            names = leaf_names(tree)
             self._last = spec, names
         return names
 
 
-def _check_layout(layout: Layout, expected: Mapping[str, Any], spec: Any, seen: _Names) -> None:
+def _check_layout(
+    layout: Layout, expected: Mapping[str, Any], names_seen: Callable[[], list[str]]
+) -> None:
     """The gradients fall into the rows that init laid out for the parameters of their names."""
     if torch.compiler.is_dynamo_compiling():
         if list(expected.values()) == layout.described:
             return
         raise ValueError("the gradients do not fit the state: init saw other parameters.")
-    names = seen.of(spec)
+    names = names_seen()
     found = dict(zip(names, layout.described))
     if found == dict(expected):  # by name: a checkpoint may have sorted the keys
         return
