@@ -116,25 +116,31 @@ def average_of(
     return average(old, new, beta, alive, donate), add_weight(weight, beta, (), donate)
 
 
-def everyones_weight(corrects: bool, params: Any) -> Tensor:
-    """The weight, () on the CPU, of averages that count everyone's steps.
+def first_weights(params: Any, block_ndim: int, *, corrects: bool, own_steps: bool) -> Any:
+    """The weight of averages before their first step.
 
     Args:
-        corrects: whether it corrects a bias; else it is 1 and stays there.
-        params: float32, or float64 where one of these is.
+        corrects: whether it corrects a bias, and begins at 0; else it is 1 and stays there.
+        own_steps: a weight a block, (N,) or (), in its compute dtype. False: one for averages that
+            count everyone's steps, () on the CPU; float32, or float64 where a parameter is.
     """
+    start = 0.0 if corrects else 1.0
+    if own_steps:
+        return map_leaves(
+            lambda x: x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x)), params
+        )
     wide = torch.float64 in {x.dtype for x in flatten(params)[0]}
     dtype = torch.float64 if wide else torch.float32
-    return torch.full((), 0.0 if corrects else 1.0, dtype=dtype, device="cpu")
+    return torch.full((), start, dtype=dtype, device="cpu")
 
 
 def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:
-    """`everyones_weight` after a step; () where there is none."""
+    """Everyone's weight after a step; () where there is none."""
     return leaf_ops.add_weight(weight, beta, donate) if isinstance(weight, Tensor) else weight
 
 
 def weights_over(weight: Any, tree: Any) -> Any:
-    """A tree of weights, one a leaf: copies of `everyones_weight`, or the tree that it is."""
+    """A tree of weights, one a leaf: copies of everyone's, or the tree that it is."""
     if not isinstance(weight, Tensor) or isinstance(tree, Tensor):
         return weight
     return map_leaves(lambda leaf: weight.clone(), tree)

@@ -25,7 +25,7 @@ from funshampoo.operators.columns import (
     Column,
     add_weight,
     count_everyone,
-    everyones_weight,
+    first_weights,
 )
 from funshampoo.operators.exponents import Exponents, check_exponents, inverse_exponents
 from funshampoo.operators.leaf_ops import add, add_gram, kept_share, multiply, per_block
@@ -105,11 +105,7 @@ def kronecker_statistics(
                 for d, e in zip(sides, powers)
             )
 
-        def weight(x: Tensor) -> Tensor:
-            start = 0.0 if corrected else 1.0
-            return x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x))
-
-        weights = map_leaves(weight, params) if own_steps else everyones_weight(corrected, params)
+        weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
         return KroneckerState(map_leaves(zero_factors, params), weights)
 
     def update(

@@ -18,7 +18,7 @@ from funshampoo.operators.columns import (
     corrected,
     count_everyone,
     decayed,
-    everyones_weight,
+    first_weights,
     multiply,
     only_alive,
     per_block,
@@ -72,14 +72,7 @@ def ema(
 
     def init(params: Tree, *, block_ndim: int = 0) -> EmaState:
         check_parameters(params, "ema")
-
-        def weight(x: Tensor) -> Tensor:
-            start = 0.0 if bias_correction else 1.0
-            return x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x))
-
-        weights = (
-            map_leaves(weight, params) if own_steps else everyones_weight(bias_correction, params)
-        )
+        weights = first_weights(params, block_ndim, corrects=bias_correction, own_steps=own_steps)
         return EmaState(zeros_like(params), weights)
 
     def update(

@@ -23,7 +23,7 @@ from funshampoo.operators.columns import (
     corrected,
     count_everyone,
     decayed,
-    everyones_weight,
+    first_weights,
     per_block,
     product,
     quotient,
@@ -86,12 +86,7 @@ def scale_by_adam(
         check_parameters(params, "scale_by_adam")
 
         def weights(corrects: bool) -> Tree:
-            if not own_steps:
-                return everyones_weight(corrects, params)
-            start = 0.0 if corrects else 1.0
-            return map_leaves(
-                lambda x: x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x)), params
-            )
+            return first_weights(params, block_ndim, corrects=corrects, own_steps=own_steps)
 
         second = (zeros_like(params), weights(weighted))
         if not filtered:
