@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_count
-from funshampoo.core.clock import advanced, read_counter, running, started
+from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import is_traced, unwrapped
@@ -48,7 +48,7 @@ class FailureLimitError(RuntimeError):
 def guarded(
     inner: GradientTransformation, *, max_failures: int | None = 20, every: int = 10
 ) -> GradientTransformation:
-    """Hold a block whose gradient is not finite: its update is zero, its state stays as it was.
+    """Hold a block whose gradient is not finite: its update is zero, what it has averaged stays.
 
     Inside `blocked` every block is judged by itself; elsewhere all leaves are held together. A
     gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest number of its
@@ -57,9 +57,10 @@ def guarded(
     `funshampoo.state.health` prints it. Counters of steps go on.
 
     Such a gradient enters as zeros, and the stages are told which rows count, `alive` in their
-    context: an average leaves them out, with the weight that they would have had. So what is held
-    stays as it was up to rounding, in its own memory, on every device alike. The state of a stage
-    that does not know of `alive` is put back row by row, which takes a copy of it.
+    context: a sum leaves the others as they are, and an average that has a weight of its own decays
+    together with it. So their quotient stays as it was up to rounding, but weighs less against what
+    comes, by the time that has passed; in its own memory, on every device alike. The state of a
+    stage that does not know of `alive` is put back row by row, which takes a copy of it.
 
     Where the verdict can be read without waiting (a gradient on the CPU), a step without failures
     pays one pass over the gradient. Elsewhere (a GPU, torch.func, torch.compile) nothing waits.
@@ -110,11 +111,9 @@ def guarded(
         return GuardedState(held, streak, state, started(counts, clock))
 
     def check(state: GuardedState, context: Context) -> None:
-        if max_failures is None:
+        if max_failures is None or not look_due(state.steps, context, every):
             return
-        clock = state.steps if isinstance(state.steps, Tensor) else context.clock
-        done = None if clock is None else read_counter(clock)
-        if done and (done + 1) % every == 0 and limit_reached(failure_report(state), max_failures):
+        if limit_reached(failure_report(state), max_failures):
             raise failure_limit_error(failing_blocks(state, max_failures), max_failures)
 
     def update(

@@ -96,6 +96,16 @@ def count_of(steps: Tensor | tuple[()], context: Context) -> Tensor:
     return count
 
 
+def look_due(steps: Tensor | tuple[()], context: Context, every: int) -> bool:
+    """Whether a look at the counters of failures falls before this step.
+
+    It does before multiples of `every`, as refreshes do, and not before the first step.
+    """
+    clock = steps if isinstance(steps, Tensor) else context.clock
+    done = None if clock is None else read_counter(clock)
+    return done is not None and done > 0 and (done + 1) % every == 0
+
+
 def advanced(steps: Tensor | tuple[()], donate: bool) -> Tensor | tuple[()]:
     """The counter after a step, in its own memory where it is donated and nobody traces."""
     if not isinstance(steps, Tensor):

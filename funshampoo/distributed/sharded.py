@@ -19,7 +19,7 @@ from funshampoo.combinators.guard import (
     limit_reached,
 )
 from funshampoo.core.checks import check_choice, check_count
-from funshampoo.core.clock import advanced, read_counter, running, started
+from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
 from funshampoo.core.tree import check_parameters
@@ -146,9 +146,7 @@ def sharded(
         return alone[0] if size == 1 else space.rebuilt(found), new
 
     def check(state: ShardedState, context: Context) -> None:
-        clock = state.steps if isinstance(state.steps, Tensor) else context.clock
-        done = None if clock is None else read_counter(clock)
-        if max_failures is None or not done or (done + 1) % every:
+        if max_failures is None or not look_due(state.steps, context, every):
             return
         if limit_reached(state.report, max_failures):
             blocks = ranks.everywhere(failing_blocks(state, max_failures))
