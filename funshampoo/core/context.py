@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.core.checks import check_flag
+
 NOTHING: Mapping[str, Any] = {}  # to be read alone
 
 
@@ -69,7 +71,8 @@ def context_of(names: Mapping[str, Any], accepted: Collection[str] | None) -> Co
         accepted: the caller's own names that some stage declares; None: one takes any keyword.
 
     Raises:
-        TypeError: nobody knows a name, or it is nearly one of the context's.
+        TypeError: nobody knows a name, or it is nearly one of the context's; `donate` or `refresh`
+            is no bool.
 
     >>> context_of({"step": 3}, set()).step
     3
@@ -80,6 +83,9 @@ def context_of(names: Mapping[str, Any], accepted: Collection[str] | None) -> Co
     for name in own:
         if accepted is None or name not in accepted:
             _check_known(name, accepted)
+    for name in ("donate", "refresh"):
+        if names.get(name) is not None:
+            check_flag(name, names[name])
     return Context(**{name: value for name, value in names.items() if name in PLACES}, extra=own)
 
 

@@ -121,6 +121,14 @@ def test_a_name_that_nobody_knows_is_an_error(nest: Any, step: str) -> None:
             run(value=2.0, **{name: True})
 
 
+@pytest.mark.parametrize("name", ["donate", "refresh"])
+def test_a_switch_of_the_context_is_a_bool(name: str) -> None:
+    params = {"w": torch.ones(2, 2)}
+    tx = fs.shampoo(0.1)
+    with pytest.raises(TypeError, match=f"{name} is 'no'; expected True or False"):
+        tx.update(params, tx.init(params), params, **{name: "no"})
+
+
 def test_where_any_keyword_is_taken_a_typo_is_an_error_all_the_same() -> None:
     tx = fs.chain(fs.GradientTransformation(lambda params: (), with_any), fs.scale(1.0))
     params = {"w": torch.ones(1)}
