@@ -78,7 +78,7 @@ def blocked(
 
     Raises:
         ValueError: an argument out of range; blocked inside blocked; from update, gradients whose
-            shapes differ from those that init saw (names the leaf).
+            shapes, names or order differ from what init saw (names the leaf).
 
     Reference: Shi et al., arXiv 2309.06497 (blocking and merging).
 

@@ -127,30 +127,29 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
     def init(params: Tree, *, clock: bool = False, **context: Any) -> EveryKState:
         return EveryKState(inner.init(params, clock=True, **context), started(True, clock))
 
-    def own_clock(state: EveryKState, context: Context) -> Context:
+    def own_clock(state: EveryKState, here: Context) -> Context:
         """The context with the steps of `inner`."""
-        here = running(state.steps, context)
         step = None if here.step is None else here.step // k
-        return changed(here, step=step, clock=count_of(state.steps, context) // k)
+        return changed(here, step=step, clock=count_of(state.steps, here) // k)
 
     def update(
         updates: Tree, state: EveryKState, params: Tree, context: Context
     ) -> tuple[Tree, EveryKState]:
-        t = running(state.steps, context).step
-        if t is None:
+        here = running(state.steps, context)
+        if here.step is None:
             raise RuntimeError(
                 "every_k can't read the step counter inside torch.compile: pass step= (from 1)."
             )
-        inside, new = own_clock(state, context), state.inner
-        if t % k == 0:
-            found = inner.run(updates, state.inner, params, inside)
+        new = state.inner
+        if here.step % k == 0:
+            found = inner.run(updates, state.inner, params, own_clock(state, here))
             updates, new = checked_pair(found, inner.name)
         return updates, EveryKState(new, advanced(state.steps, context.donate))
 
     def check(state: EveryKState, context: Context) -> None:
-        t = running(state.steps, context).step
-        if inner.checks and t is not None and t % k == 0:
-            inner.check(state.inner, own_clock(state, context))
+        here = running(state.steps, context)
+        if inner.checks and here.step is not None and here.step % k == 0:
+            inner.check(state.inner, own_clock(state, here))
 
     def phase(step: int) -> Phase:
         return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()

@@ -51,8 +51,10 @@ def carry_out(jobs: Sequence[Job], in_blocks: bool) -> None:
     Args:
         in_blocks: whether the jobs' matrices are stacks, so that several can be one batch.
     """
-    threaded = [job for job in jobs if job.in_threads()]
-    others = [job for job in jobs if job not in threaded]
+    threaded: list[Job] = []
+    others: list[Job] = []
+    for job in jobs:
+        (threaded if job.in_threads() else others).append(job)
     for batch in batches(others) if in_blocks else [[(job, job.rows)] for job in others]:
         _solve(batch)
     tasks = [task for job in threaded for task in tasks_of(job)]
