@@ -6,7 +6,7 @@ the union of what each rank saved, loads on M.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from funshampoo.state.naming import (
 )
 from funshampoo.state.parts import PART_KEY, Part, bits_of, is_note, merged, part_of
 from funshampoo.state.places import Place, map_tensors
-from funshampoo.state.stages import WrappedState, walk
+from funshampoo.state.stages import WrappedState, check_is_state, walk
 from funshampoo.state.values import Entry, problems
 
 __all__ = [
@@ -83,6 +83,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     >>> saved["funshampoo/format"], saved["funshampoo/part"]
     (tensor(2), tensor([0, 1, 0]))
     """
+    check_is_state(state)
     entries = named(state)
     part = part_of(state)._replace(bits=bits_of(entry.x for entry in entries))
     notes = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu"), PART_KEY: part.entry()}
@@ -127,8 +128,8 @@ def load_state_dict(
     if wrong:
         raise ValueError(
             f"the checkpoint has values that no run can have left; nothing was changed.\n"
-            f"{_listed(wrong)}\nThe file is damaged, or the run had gone wrong before it was saved: "
-            "load an earlier one."
+            f"{_listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
+            "it was saved: load an earlier one."
         )
     return Loaded(_filled(state, fit.saved), fit.missing, fit.unknown)
 
@@ -173,6 +174,7 @@ def check(state: Any) -> None:
     >>> from funshampoo import trace
     >>> check(trace(0.9).init({"w": torch.tensor([1.0])}))
     """
+    check_is_state(state)
     entries = [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(state)]
     wrong = problems(entries, _limit(state, entries))
     if wrong:
@@ -256,7 +258,8 @@ def _limit(state: Any, entries: Sequence[Entry]) -> int | None:
         if isinstance(node, WrappedState) or (hasattr(node, "_fields") and not ours):
             return None
     clocks = [entry.x for entry in entries if entry.kind == "steps" and not entry.x.is_meta]
-    return max((int(x.max()) for x in clocks), default=None)
+    steps = max((int(x.max()) for x in clocks), default=-1)
+    return steps if steps >= 0 else None
 
 
 def _owner(name: str, elsewhere: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
-from funshampoo.state.stages import BlockedState, ShardedState, check_is_state, walk
+from funshampoo.state.stages import BlockedState, ShardedState, walk
 
 
 class Named(NamedTuple):
@@ -53,9 +53,8 @@ def named(state: Any) -> list[Named]:
     """Every tensor of a state.
 
     Raises:
-        TypeError, ValueError: it is no state; two of its tensors have one name.
+        ValueError: two of them have one name.
     """
-    check_is_state(state)
     found: dict[tuple[str, str], Named] = {}
     names = Names()
 
@@ -78,7 +77,7 @@ def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
     """(parameter or "", rest of the name, view) for every tensor of `state_dict`.
 
     Raises:
-        TypeError, ValueError: it is no state; two of its tensors have one name.
+        ValueError: two of them have one name.
     """
     return [(entry.owner, entry.rest, entry.x) for entry in named(state)]
 

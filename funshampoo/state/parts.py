@@ -127,41 +127,41 @@ def _check_complete(said: Sequence[Mapping[int, int]]) -> None:
 
 def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
     together: dict[Any, Any] = {}
+    said: list[Part] = []
     for name in dict.fromkeys(name for part in parts for name in part):
         found = [part[name] for part in parts if name in part]
         if _says_part(name):
-            _check_one_save([Part.read(x) for x in found], f"{path}{name}")
-            continue
-        if all(isinstance(x, Mapping) for x in found):
+            said = [Part.read(x) for x in found]
+        elif all(isinstance(x, Mapping) for x in found):
             together[name] = _united(found, f"{path}{name}/")
         elif all(_identical(found[0], x) for x in found[1:]):
             together[name] = found[0]
         else:
-            raise _of_different_steps(f"{path}{name}")
-    if any(name == PART_KEY for part in parts for name in part):
+            raise ValueError(
+                f"'{path}{name}' differs between the parts: they were not saved at the same step "
+                "of the same training."
+            )
+    _check_one_save(said)
+    if any(PART_KEY in part for part in parts):
         own = (x for name, x in together.items() if isinstance(x, Tensor) and not is_note(name))
         together[PART_KEY] = Part(0, 1, bits_of(own)).entry()
     return together
 
 
-def _check_one_save(parts: Sequence[Part], name: str) -> None:
+def _check_one_save(parts: Sequence[Part]) -> None:
     """The pieces that one rank's part comes in were cut from the same state."""
     bits: dict[int, int | None] = {}
     for part in parts:
         if bits.setdefault(part.rank, part.bits) != part.bits:
-            raise _of_different_steps(name)
+            raise ValueError(
+                f"of rank {part.rank} there are pieces of different states: they were not saved at "
+                "the same step of the same training."
+            )
 
 
 def is_note(name: str) -> bool:
     """Whether an entry is about the checkpoint, and no tensor of the state."""
     return name.startswith("funshampoo/")
-
-
-def _of_different_steps(name: str) -> ValueError:
-    return ValueError(
-        f"'{name}' differs between the parts: they were not saved at the same step of the same "
-        "training."
-    )
 
 
 def _identical(a: Any, b: Any) -> bool:

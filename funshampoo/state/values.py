@@ -84,19 +84,19 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
 
 def _in_excess(entries: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
     """Counts that are above the field beside them that bounds them."""
-    pairs: dict[tuple[object, ...], list[tuple[Entry, Entry]]] = {}
+    pairs: dict[tuple[object, ...], list[tuple[Entry, Entry, str]]] = {}
     for entry in entries.values():
         _, _, field = entry.kind.partition(" <= ")
         other = entries.get("/".join([*entry.name.split("/")[:-1], field])) if field else None
         if other is not None and other.x.shape == entry.x.shape and not entry.x.is_meta:
-            key = (entry.x.shape, entry.x.device, other.x.device, field)
-            pairs.setdefault(key, []).append((entry, other))
-    for (*_, field), group in pairs.items():
-        small = torch.stack([_local(entry.x) for entry, _ in group])
-        large = torch.stack([_local(other.x) for _, other in group]).to(small.device)
+            key = (entry.x.shape, entry.x.device, other.x.device)
+            pairs.setdefault(key, []).append((entry, other, field))
+    for group in pairs.values():
+        small = torch.stack([_local(entry.x) for entry, _, _ in group])
+        large = torch.stack([_local(other.x) for _, other, _ in group]).to(small.device)
         bad = (small > large).reshape(len(group), -1).any(1)
         for i in torch.nonzero(bad).flatten().tolist():
-            yield group[i][0].name, f"is above its '{field}'"
+            yield group[i][0].name, f"is above its '{group[i][2]}'"
 
 
 def _local(x: Tensor) -> Tensor:
