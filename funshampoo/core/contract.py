@@ -20,6 +20,7 @@ from torch import Tensor
 from funshampoo.core.adapting import adapted_init, adapted_update, name_of, without_state
 from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import Context, context_of
+from funshampoo.core.interrupted import check_whole, watched
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
@@ -150,9 +151,13 @@ class GradientTransformation:
             TypeError: no stage knows a name.
         """
         given = context_of(context, self.accepts)
+        check_whole(state)
         if self.checks:
             self.check(state, given)
-        return self.run(updates, state, params, given)
+        if not given.donate or torch.compiler.is_dynamo_compiling():
+            return self.run(updates, state, params, given)
+        with watched(state, ()):
+            return self.run(updates, state, params, given)
 
     def phase(self, step: int) -> Phase:
         """What happens on this step, from 1, that does not happen on all; () on a plain one."""
@@ -364,6 +369,8 @@ def update_in_place(
 
     Raises:
         ValueError: a parameter requires gradients, outside torch.no_grad(). Nothing is changed.
+        InterruptedStepError: an earlier step of this state did not come to its end. Any exception,
+            KeyboardInterrupt too, that ends a step which has begun to write marks the state.
 
     >>> import torch
     >>> from funshampoo import sgd
@@ -373,6 +380,20 @@ def update_in_place(
     >>> params
     {'w': tensor([0.9000, 0.9000])}
     """
+    if torch.compiler.is_dynamo_compiling():
+        return unwatched(transformation, updates, state, params, **context)
+    with watched(state, params):
+        return unwatched(transformation, updates, state, params, **context)
+
+
+def unwatched(
+    transformation: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    **context: Any,
+) -> State:
+    """`update_in_place` for a caller who watches for interruptions."""
     if torch.is_grad_enabled():
         _check_writable(params)
     given = context_of(context | {"donate": True}, transformation.accepts)

@@ -24,6 +24,7 @@ from funshampoo.state.stages import BlockedState, ShardedState, walk
 
 FORMAT = 2
 FORMAT_KEY = "funshampoo/format"
+PART_KEY = "funshampoo/part"
 
 
 class Loaded(NamedTuple):

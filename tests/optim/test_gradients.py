@@ -340,12 +340,12 @@ def test_moved_to_another_device() -> None:
     params, twins, grads = parameters(), parameters(), grads_of(6)
     optimizer = SHAMPOO.optimizer(params.items())
     run(optimizer, params, grads[:3])
-    (group_run,) = optimizer._runs
+    (group_run,) = optimizer._memory.runs
     elsewhere = torch.device("cuda", 0)
     group_run._known = [known._replace(device=elsewhere) for known in group_run._known]
     group_run._looked_at = ()
     before = {x.untyped_storage().data_ptr() for x in tensors(group_run._state) if x.ndim}
-    group_run.current(optimizer.param_groups[0])
+    optimizer._memory.follow()
     after = {x.untyped_storage().data_ptr() for x in tensors(group_run._state) if x.ndim}
     assert not before & after  # another state, of the same values
     run(optimizer, params, grads[3:])
