@@ -28,6 +28,7 @@ from funshampoo.core.contract import (
     stateless,
     update_in_place,
 )
+from funshampoo.core.interrupted import InterruptedStepError
 from funshampoo.core.tree import MaskedNode
 from funshampoo.distributed import sharded
 from funshampoo.migrate.reference import from_reference
@@ -58,6 +59,7 @@ __all__ = [
     "EmptyState",
     "FailureLimitError",
     "GradientTransformation",
+    "InterruptedStepError",
     "MaskedNode",
     "Optimizer",
     "Schedule",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation, unwatched
-from funshampoo.core.interrupted import watched
+from funshampoo.core.interrupted import check_whole, watched
 from funshampoo.core.tree import problem_of_gradient
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Builder, Built, other_structure
@@ -184,7 +184,7 @@ class GroupRun:
         """Read the gradients, and step, as prepared. What has no gradient is left alone."""
         if not self._known:
             return
-        self._untouched = False
+        self._untouched, self._read = False, None
         built = self._built
         assert built.transformation is not None
         ascends = self.group.get("maximize", False)
@@ -206,7 +206,7 @@ class GroupRun:
                 {name: x.detach().clone() for name, x in shared.items()},
             )
             for p in tensors
-            if p in entries
+            if p in entries and p not in self._anew
         }
 
     def gone(self) -> list[Tensor]:
@@ -224,6 +224,7 @@ class GroupRun:
             known = self._trainable(self.group, set())
             self.adopt(Ready(built, known, _fresh(built, known), fresh=True))
         if self._read is None or self._read[0] is not self._state:
+            check_whole(self._state)
             owners = {k.name: k.parameter for k in self._known}
             found: ByParameter = {p: {} for p in owners.values()}
             shared: dict[str, Tensor] = {}

@@ -15,10 +15,12 @@ where somebody around counts, or nobody in it asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
+
+from funshampoo.core.interrupted import check_whole
 
 Tree = Any
 Counter = Tensor | tuple[()]
@@ -294,9 +296,15 @@ def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
 
 
 def check_is_state(state: Any) -> None:
-    """Raise TypeError where somebody gives the `state` of a torch.optim.Optimizer instead."""
-    if isinstance(state, dict) and any(isinstance(key, Tensor) for key in state):
+    """Raise where it can't be read as the state of a chain.
+
+    Raises:
+        TypeError: it is the `state` of a torch.optim.Optimizer.
+        InterruptedStepError: it is half done.
+    """
+    if isinstance(state, Mapping) and any(isinstance(key, Tensor) for key in state):
         raise TypeError(
             "these are the tensors of an optimizer by parameter. The state of its chain, one for "
             "every parameter group, is in optimizer.chain_states()."
         )
+    check_whole(state)
