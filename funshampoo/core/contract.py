@@ -20,7 +20,7 @@ from torch import Tensor
 from funshampoo.core.adapting import adapted_init, adapted_update, name_of, without_state
 from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import Context, context_of
-from funshampoo.core.interrupted import check_whole, watched
+from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
@@ -156,7 +156,7 @@ class GradientTransformation:
             self.check(state, given)
         if not given.donate or torch.compiler.is_dynamo_compiling():
             return self.run(updates, state, params, given)
-        with watched(state, ()):
+        with Watched(state):
             return self.run(updates, state, params, given)
 
     def phase(self, step: int) -> Phase:
@@ -382,7 +382,7 @@ def update_in_place(
     """
     if torch.compiler.is_dynamo_compiling():
         return unwatched(transformation, updates, state, params, **context)
-    with watched(state, params):
+    with Watched(state):
         return unwatched(transformation, updates, state, params, **context)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation, unwatched
-from funshampoo.core.interrupted import check_whole, watched
+from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.tree import problem_of_gradient
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Builder, Built, other_structure
@@ -190,7 +190,7 @@ class GroupRun:
         ascends = self.group.get("maximize", False)
         gradients = {k.name: _gradient(k.parameter, ascends) for k in self._known}
         detached = {k.name: k.parameter.detach() for k in self._known}
-        with watched(self._state, detached):
+        with Watched(self._state):
             self._state = unwatched(
                 built.transformation, gradients, self._state, detached, hyper=built.numbers()
             )
@@ -225,16 +225,19 @@ class GroupRun:
             self.adopt(Ready(built, known, _fresh(built, known), fresh=True))
         if self._read is None or self._read[0] is not self._state:
             check_whole(self._state)
-            owners = {k.name: k.parameter for k in self._known}
-            found: ByParameter = {p: {} for p in owners.values()}
-            shared: dict[str, Tensor] = {}
-            for owner, rest, x in named_tensors(self._state):
-                if owner in owners:
-                    found[owners[owner]][rest] = x
-                else:
-                    shared["/".join(filter(None, [owner, rest]))] = x
-            self._read = self._state, found, shared
+            self._read = self._state, *self._by_parameter()
         return self._read[1:]
+
+    def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
+        owners = {k.name: k.parameter for k in self._known}
+        own: dict[str, dict[str, Tensor]] = {k.name: {} for k in self._known}
+        shared: dict[str, Tensor] = {}
+        for owner, rest, x in named_tensors(self._state):
+            if owner in own:
+                own[owner][rest] = x
+            else:
+                shared["/".join(filter(None, [owner, rest]))] = x
+        return {owners[name]: entries for name, entries in own.items()}, shared
 
     def written_to(self) -> None:
         """The state has been changed, or is about to be: the first step has to keep it."""

@@ -153,12 +153,14 @@ class Memory:
         self._left, self.notes = {}, {}
 
     def _run_with(self, p: Tensor) -> GroupRun | None:
-        """The run whose state has this parameter."""
-        for run in sorted(self.runs, key=lambda run: not run.has_state):
-            if p in self._left and not run.has_state:
-                return None
-            if p in run.entries()[0]:
+        """The run whose state has this parameter; one that only a reader has seen comes last."""
+        for run in self.runs:
+            if run.has_state and p in run.entries()[0]:
                 return run
+        if p not in self._left:
+            for run in self.runs:
+                if not run.has_state and p in run.entries()[0]:
+                    return run
         return None
 
     def _chain_entries(self, p: Tensor) -> dict[str, Tensor]:
