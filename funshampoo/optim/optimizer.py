@@ -17,7 +17,14 @@ from funshampoo.migrate.seeding import seed_from_adamw
 from funshampoo.optim.entries import SHARED, States
 from funshampoo.optim.group import GroupRun, Ready
 from funshampoo.optim.memory import Memory
-from funshampoo.optim.saved import check_fits, check_ours, indices_of, loaded_group, saved_group
+from funshampoo.optim.saved import (
+    check_fits,
+    check_ours,
+    indices_of,
+    is_adamws,
+    loaded_group,
+    saved_group,
+)
 from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.state.checkpoint import PART_KEY, merged
@@ -37,6 +44,9 @@ class Optimizer(torch.optim.Optimizer):
         consolidate: where blocks are sharded over ranks, have `state_dict` return the whole, on
             every rank: a collective then, which every rank has to call. For programs in which they
             all do, as Accelerate's save_state; see `consolidate_state_dict` for others.
+        accept_adamw: have `load_state_dict` take the state of torch's AdamW or Adam, too, by
+            `seed_from_adamw`: so a program that resumes from a checkpoint by itself, as Trainers
+            do, can go on from one that AdamW saved, at the rate that its scheduler had reached.
         compile: True compiles plain steps by torch.compile, see `funshampoo.compiled`; a dict is
             True with torch.compile's options. The graph goes on for another learning rate if the
             recipe is one of funshampoo, or lr a tensor, which a recipe of your own has to read on
@@ -88,6 +98,7 @@ class Optimizer(torch.optim.Optimizer):
         *,
         compile: bool | Mapping[str, Any] = False,
         consolidate: bool = False,
+        accept_adamw: bool = False,
         **hyperparameters: Any,
     ) -> None:
         self._method = method
@@ -95,10 +106,11 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"compile is {compile!r}; give True, or a dict of torch.compile's options."
             )
-        if not isinstance(consolidate, bool):
-            raise TypeError(f"consolidate is {consolidate!r}; give True or False.")
+        for name, flag in (("consolidate", consolidate), ("accept_adamw", accept_adamw)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} is {flag!r}; give True or False.")
         self._compile = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
-        self._consolidate = consolidate
+        self._consolidate, self._accept_adamw = consolidate, accept_adamw
         self._memory = Memory()
         self._whole: tuple[list[Any], dict[Any, Any]] | None = None
         self._words = Vocabulary(method, hyperparameters)
@@ -317,28 +329,36 @@ class Optimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, given)
             given = given if replaced is None else replaced
-        memory = self._match()
         check_fits(given, self.param_groups, strict)
+        if self._accept_adamw and any(map(is_adamws, given["state"].values())):
+            self.seed_from_adamw(given)
+            for group, saved in zip(self.param_groups, given["param_groups"]):
+                group.update({name: saved[name] for name in ("lr", "initial_lr") if name in saved})
+        else:
+            self._load(given, strict, cast)
+        self._whole = None
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load(self, given: Mapping[str, Any], strict: bool, cast: bool) -> None:
+        memory = self._match()
         by_name = any(isinstance(index, str) for index in given["state"])
         ready: list[Ready] = []
-        merged_groups: list[dict[str, Any]] = []
+        groups: list[dict[str, Any]] = []
         notes: dict[Tensor, dict[str, Any]] = {}
         for run, group, saved in zip(memory.runs, self.param_groups, given["param_groups"]):
-            merged_groups.append(loaded_group(saved, group))
+            groups.append(loaded_group(saved, group))
             entries = {}
             for p, index in zip(group["params"], indices_of(saved, group)):
                 if index in given["state"] or not by_name:
                     entries[p] = given["state"].get(index, {})
                     check_ours(entries[p])
-            one, found = run.loaded(merged_groups[-1], entries, strict=strict, cast=cast)
+            one, found = run.loaded(groups[-1], entries, strict=strict, cast=cast)
             ready.append(one)
             notes |= found
-        for group, loaded in zip(self.param_groups, merged_groups):
+        for group, loaded in zip(self.param_groups, groups):
             group.update(loaded)
         memory.replace(ready, notes)
-        self._whole = None
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def seed_from_adamw(self, saved: Mapping[str, Any]) -> None:
         """Take over the moments of a torch.optim.AdamW, so that a run in progress can switch.
@@ -371,6 +391,7 @@ class Optimizer(torch.optim.Optimizer):
             "_method": self._method,
             "_compile": self._compile,
             "_consolidate": self._consolidate,
+            "_accept_adamw": self._accept_adamw,
             "_memory": self._memory,
             "_whole": None,
             "_words": self._words,

@@ -85,16 +85,21 @@ def indices_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> list[Any]:
     return indices
 
 
+def is_adamws(entries: Mapping[str, Any]) -> bool:
+    """Whether these are the entries that torch's AdamW and Adam have for a parameter."""
+    return entries.keys() >= {"exp_avg", "exp_avg_sq"}
+
+
 def check_ours(entries: Mapping[str, Any]) -> None:
     """These entries of a parameter are not those of torch's AdamW.
 
     Raises:
         ValueError: they are.
     """
-    if entries.keys() >= {"exp_avg", "exp_avg_sq"}:
+    if is_adamws(entries):
         raise ValueError(
             "this is the state of an AdamW of torch.optim: seed_from_adamw(state_dict) takes its "
-            "moments over."
+            "moments over, and load_state_dict does with accept_adamw=True at construction."
         )
 
 
