@@ -141,7 +141,7 @@ class GroupRun:
     def _followed(
         self, built: Built, same_chain: bool, left: Mapping[Tensor, Left]
     ) -> tuple[list[_Known], Any]:
-        with_state = {k.parameter for k in self._known} if self.has_state else set()
+        with_state = set(self.parameters()) if self.has_state else set()
         known = self._trainable(self.group, with_state | left.keys())
         arrived = [left[k.parameter] for k in known if k.parameter in left]
         if not self.has_state and not arrived:
@@ -209,10 +209,14 @@ class GroupRun:
             if p in entries and p not in self._anew
         }
 
+    def parameters(self) -> list[Tensor]:
+        """Those that the state was made for."""
+        return [k.parameter for k in self._known]
+
     def gone(self) -> list[Tensor]:
-        """The parameters that have a state, and are in the group no more."""
+        """Those of them that are in the group no more."""
         here = set(self.group["params"])
-        return [k.parameter for k in self._known if k.parameter not in here]
+        return [p for p in self.parameters() if p not in here]
 
     def entries(self) -> tuple[ByParameter, dict[str, Tensor]]:
         """({parameter: {name: view}}, what is shared) of the state.
@@ -256,7 +260,7 @@ class GroupRun:
 
     def _settle(self) -> None:
         """Have those start from nothing who shall."""
-        anew = self._anew.intersection([k.parameter for k in self._known])
+        anew = self._anew.intersection(self.parameters())
         if anew and self._state is not None:
             entries, shared = self.entries()
             kept = {p: own for p, own in entries.items() if p not in anew}

@@ -45,7 +45,7 @@ class Memory:
             for i, group in enumerate(groups)
         ]
         for run in known.values():
-            self._left |= run.released(run.group["params"])
+            self._left |= run.released(run.parameters())
         self.runs = runs
 
     def prepare(self) -> None:
