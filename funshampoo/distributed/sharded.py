@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from funshampoo.blocks.executor import Put
+from funshampoo.blocks.executor import Leaves, Put
 from funshampoo.blocks.layout import Layout
 from funshampoo.combinators.guard import (
     failing_blocks,
@@ -22,10 +21,17 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
-from funshampoo.core.tree import check_parameters
-from funshampoo.distributed.collectives import ProcessGroup, check_outside_transforms, rank_and_size
+from funshampoo.core.tree import check_parameters, flatten
+from funshampoo.distributed.agreement import Agreement, print_of, said
+from funshampoo.distributed.collectives import (
+    ProcessGroup,
+    check_outside_transforms,
+    gathered_objects,
+    rank_and_size,
+)
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
-from funshampoo.distributed.exchange import Exchange
+from funshampoo.distributed.exchange import Exchange, Says
+from funshampoo.distributed.overflow import holding
 from funshampoo.distributed.ownership import Sides, factor_sides
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import Space, described
@@ -102,7 +108,9 @@ def sharded(
         communication_dtype,
         (None, torch.float32, torch.bfloat16, torch.float16),
     )
-    ranks = _Ranks(inner, process_group, every, communication_dtype, cost)
+    options = {"every": every, "max_failures": max_failures, "cost": cost}
+    agreement = Agreement(inner, {**options, "communication_dtype": communication_dtype})
+    ranks = _Ranks(inner, process_group, every, communication_dtype, cost, agreement)
     counts = inner.counts or max_failures is not None
 
     def init(
@@ -141,7 +149,9 @@ def sharded(
         def collect(name: str, rows: range, x: Tensor) -> None:
             found.setdefault(name, []).append((rows.start, x))
 
-        new = ranks.step(step, collect, state, space.all_blocks, inside, absent=False)
+        known = None if params is None else flatten(params)[0]
+        leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
+        new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
         _, size = rank_and_size(process_group)
         return alone[0] if size == 1 else space.rebuilt(found), new
 
@@ -172,6 +182,7 @@ class _Ranks:
     every: int
     communication_dtype: torch.dtype | None
     cost: CostModel | None
+    agreement: Agreement
     memory: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of donated steps
     known_sides: dict[Any, Sides] = field(default_factory=dict)
 
@@ -217,10 +228,11 @@ class _Ranks:
         state: ShardedState,
         layout: Layout,
         context: Context,
+        leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
         """See `Spread`."""
-        return self.step(step, put, state, Blocks.of(layout), context, absent)
+        return self.step(step, put, state, Blocks.of(layout), context, leaves, absent)
 
     def step(
         self,
@@ -229,6 +241,7 @@ class _Ranks:
         state: ShardedState,
         blocks: Blocks,
         context: Context,
+        leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
         """One step of this rank, and what all ranks found to `put`."""
@@ -242,33 +255,43 @@ class _Ranks:
 
         # Streaks are looked at before the steps that are multiples of `every`.
         due = number is None or (number + 1) % self.every == 0
-        steps = advanced(state.steps, context.donate)
         shards = self.shards(blocks)
         if shards is None:
+            steps = advanced(state.steps, context.donate)
             new = mine(put)
             report = failure_report(new, blocks.device) if due else state.report
             return ShardedState(new, state.owned, state.ranks, report, steps)
+        says = self._says(shards, leaves, context, blocks.device)
+        steps = advanced(state.steps, context.donate)
+        dtype = self._dtype(blocks)
         memory = self.memory if context.donate else {}
-        key = blocks.device, self._dtype(blocks), shards.length * size
+        key = blocks.device, dtype, shards.length * size
         exchange = Exchange(shards, rank, self.group, key, memory)
         if absent:
             exchange.shard.zero_()
+        if dtype != blocks.dtype:
+            step = holding(step, exchange.sent, exchange.places)
         look = blocks.device.type == "cpu" or number is None or number % self.every == 0
-        pieces, new, seen = exchange.run(mine, due, look)
+        pieces, new, seen = exchange.run(mine, due, look, says)
         for name, found in pieces.items():
             for first, x in found:
                 put(name, range(first, first + len(x)), x)
         report = state.report if seen is None else seen
         return ShardedState(new, state.owned, state.ranks, report, steps)
 
+    def _says(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> Says:
+        """What has to be the same on all ranks. On their first step they agree on it here."""
+        plan, now = self.agreement.on(shards, leaves, context, self.group, device), said(context)
+        return Says(
+            print_of((plan, now), 24), context.step or 0, lambda: [*self.agreement.lines, *now]
+        )
+
     def everywhere(self, blocks: list[str]) -> list[str]:
         """What all ranks say: all of them are here, since what they gathered is the same."""
         _, size = rank_and_size(self.group)
         if size == 1:
             return blocks
-        found: list[Any] = [None] * size
-        dist.all_gather_object(found, blocks, group=self.group)
-        return [block for part in found for block in part]
+        return [block for part in gathered_objects(blocks, self.group) for block in part]
 
 
 def _check_owned(own: Mapping[str, Any], ranks: Mapping[str, Any], state: ShardedState) -> None:
