@@ -21,7 +21,7 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
-from funshampoo.core.tree import check_parameters, flatten
+from funshampoo.core.tree import check_local, flatten
 from funshampoo.distributed.agreement import Agreement, print_of, said
 from funshampoo.distributed.collectives import (
     ProcessGroup,
@@ -116,7 +116,7 @@ def sharded(
     def init(
         params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
     ) -> ShardedState:
-        check_parameters(params, "sharded")
+        check_local(params, "sharded")
         rank, size = rank_and_size(process_group)
         space = Space(params, block_ndim)
         own = ranks.own(space.all_blocks)
