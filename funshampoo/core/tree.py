@@ -220,8 +220,7 @@ _LAZY = (
     "Run the model once on a batch, then make the state."
 )
 
-# How torch.distributed.fsdp marks its flat parameters, and what use_orig_params=True cuts off them.
-_FSDP1 = ("_is_flat_param", "_fsdp_flattened")
+_FSDP1 = ("_is_flat_param", "_fsdp_flattened")  # its marks; the second with use_orig_params=True
 
 
 def detached(p: Tensor) -> Tensor:
@@ -279,10 +278,9 @@ def check_local(params: Any, stage: str) -> None:
         if any([getattr(leaf, mark, False) for mark in _FSDP1]):
             raise TypeError(
                 f"{stage}: parameter '{leaf_names(params)[i]}' is one of FullyShardedDataParallel "
-                "(FSDP1), with use_orig_params or without: a flat part of one rank, without the "
-                "rows and columns that factor matrices are about. Train with "
-                "DistributedDataParallel and distribute=sharded, which shards the state, or give "
-                "these parameters to an elementwise method such as funshampoo.adamw."
+                "(FSDP1): a flat part, without the rows and columns that factor matrices are "
+                "about. Train with DistributedDataParallel and distribute=sharded, which shards "
+                "the state, or with an elementwise method such as funshampoo.adamw."
             )
 
 

@@ -67,7 +67,7 @@ def said(context: Context) -> list[Line]:
     for name, x in sorted(context.hyper.items()):
         if isinstance(x, Tensor):
             x = x.tolist() if x.device.type == "cpu" else "on a device"
-        found.append((name, repr(x)))
+        found.append((name, repr(float(x) if isinstance(x, (int, float)) else x)))
     return found
 
 
@@ -99,6 +99,7 @@ class Agreement:
         self._group: Any = lambda: None
         self._agreed: set[int] = set()
         self._last: tuple[Any, ...] = (None, None, None, 0)
+        self._now: tuple[Any, set[str], int] = ((), set(), 0)
         self.lines: list[Line] = []
 
     def on(
@@ -133,6 +134,16 @@ class Agreement:
             self._agreed.add(plan)
         self._last = shards, leaves.where, leaves.names, plan
         return plan
+
+    def now(self, plan: int, context: Context) -> int:
+        """The fingerprint of a plan and of what is `said` of this step, below 2^24."""
+        values = (plan, context.refresh, *context.hyper.values())
+        if any([isinstance(x, Tensor) for x in values]):
+            return print_of((plan, said(context)), 24)
+        if self._now[0] != values or self._now[1] != context.hyper.keys():
+            keys = set(context.hyper)
+            self._now = values, keys, print_of((plan, said(context)), 24)
+        return self._now[2]
 
     @functools.cached_property
     def _own(self) -> list[Line]:

@@ -22,7 +22,7 @@ from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
 from funshampoo.core.tree import check_local, flatten
-from funshampoo.distributed.agreement import Agreement, print_of, said
+from funshampoo.distributed.agreement import Agreement, said
 from funshampoo.distributed.collectives import (
     ProcessGroup,
     check_outside_transforms,
@@ -58,13 +58,24 @@ def sharded(
 
     The gradients have to be the same on all ranks: average them first, as DistributedDataParallel
     does. Whether a block's gradient is finite, or there at all, is its owner's verdict for all:
-    where it has none (None), every rank's update is zero. An exception in `inner` on one rank is
-    raised on every rank after the collective. On the CPU that is at once. Elsewhere looking waits
-    for the device, so the other ranks look on multiples of `every` only; in between they apply
-    zeros for the rank that failed and meet the group's timeout in their next collective. Errors of
-    the caller on one rank alone (other shapes, other trees) are raised there before the collective:
-    the others meet the timeout. A state that was donated to a failed step is spent: go on from a
-    checkpoint.
+    where it has none (None), every rank's update is zero.
+
+    All else has to be the same too. Before their first step with these parameters the ranks compare
+    names, shapes, dtypes and values of the parameters in their order, the order of the gradients,
+    the step, live numbers, the chain and its numbers, and the arguments here, by one more
+    collective of four integers; on every step, in the status that travels with the updates, live
+    numbers and the step. Where something differs every rank's error says what, and on which rank. A
+    live number that is a tensor on a device is not read, and of a function of yours only the name
+    is compared.
+
+    An exception in `inner` on one rank, Ctrl-C too, is raised there after the collective, and an
+    error that names the rank on the others. On the CPU that is at once. Elsewhere looking waits for
+    the device, so they look on multiples of `every` only; in between they apply zeros for the rank
+    that failed and meet the group's timeout in their next collective. Errors of the caller on one
+    rank alone (other trees, a sparse gradient) are raised there before the collective: the others
+    meet the timeout. So they do where only some of the ranks step other parameters than before, or
+    end earlier (`distributed.join` is for uneven inputs); the error then lists what it may be. A
+    state that was donated to a failed step is spent: go on from a checkpoint.
 
     Args:
         inner: any transformation that treats blocks (leaves) one by one; in `shampoo` it is all
@@ -76,7 +87,8 @@ def sharded(
         max_failures: as in `guarded`, for all ranks together, and in its place: a `guarded` inside
             counts and does not stop.
         communication_dtype: what updates are rounded to for the way: float32, bfloat16, float16;
-            None keeps their own.
+            None keeps their own. A block whose update is not finite after that is not moved, and
+            counted as held by a `guarded` inside; its averages have gone on.
         cost: the model; by default the measured one in block space, sizes elsewhere. It has to be
             the same on every rank. Which sides of a block have a factor matrix is read off the
             state that `inner` has for it, made of meta tensors.
@@ -85,9 +97,9 @@ def sharded(
 
     Raises:
         ValueError, TypeError: an argument out of range; a process outside the group; a state that
-            was made on other ranks.
+            was made on other ranks; parameters of FSDP, which are parts.
         RuntimeError: inside a torch.func transform or torch.compile; updates that carry gradients;
-            another rank failed.
+            another rank failed, does not come, or does something else.
         FailureLimitError: after `max_failures` in a row, on every rank.
 
     Reference: Shi et al., arXiv 2309.06497; Rajbhandari et al., arXiv 1910.02054 (ZeRO).
@@ -281,9 +293,12 @@ class _Ranks:
 
     def _says(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> Says:
         """What has to be the same on all ranks. On their first step they agree on it here."""
-        plan, now = self.agreement.on(shards, leaves, context, self.group, device), said(context)
+        agreement = self.agreement
+        plan = agreement.on(shards, leaves, context, self.group, device)
         return Says(
-            print_of((plan, now), 24), context.step or 0, lambda: [*self.agreement.lines, *now]
+            agreement.now(plan, context),
+            context.step or 0,
+            lambda: [*agreement.lines, *said(context)],
         )
 
     def everywhere(self, blocks: list[str]) -> list[str]:
