@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from funshampoo.core.contract import GradientTransformation, unwatched
 from funshampoo.core.interrupted import Watched, check_whole
-from funshampoo.core.tree import problem_of_gradient
+from funshampoo.core.tree import detached, problem_of_gradient
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Builder, Built, other_structure
 from funshampoo.optim.entries import SHARED, is_note, is_shared
@@ -109,7 +110,10 @@ class GroupRun:
     def look(self) -> Look:
         """What decides which parameters have a state, quickly."""
         names = self.group.get("param_names")
-        seen = [(id(p), p.requires_grad, p.device, p.dtype, p.shape) for p in self.group["params"]]
+        seen = [
+            (id(p), p.requires_grad, p.device, p.dtype, None if is_lazy(p) else p.shape)
+            for p in self.group["params"]
+        ]
         return seen, None if names is None else list(names)
 
     def is_as(self, look: Look) -> bool:
@@ -189,10 +193,10 @@ class GroupRun:
         assert built.transformation is not None
         ascends = self.group.get("maximize", False)
         gradients = {k.name: _gradient(k.parameter, ascends) for k in self._known}
-        detached = {k.name: k.parameter.detach() for k in self._known}
+        params = {k.name: k.parameter.detach() for k in self._known}
         with Watched(self._state):
             self._state = unwatched(
-                built.transformation, gradients, self._state, detached, hyper=built.numbers()
+                built.transformation, gradients, self._state, params, hyper=built.numbers()
             )
 
     def released(self, tensors: Collection[Tensor]) -> dict[Tensor, Left]:
@@ -337,10 +341,10 @@ class GroupRun:
         return self._built.transformation
 
     def _trainable(self, group: dict[str, Any], others: Set[Tensor]) -> list[_Known]:
-        """The parameters that require gradients, and these others, each once."""
+        """The parameters that require gradients and have a shape, and these others, each once."""
         found: dict[Tensor, _Known] = {}
         for name, p in zip(self._names.of(group), group["params"]):
-            if (p.requires_grad or p in others) and p not in found:
+            if (p.requires_grad or p in others) and p not in found and not is_lazy(p):
                 found[p] = _Known(name, p, p.device, p.dtype, p.shape)
         return list(found.values())
 
@@ -360,7 +364,7 @@ def _fresh(built: Built, known: list[_Known]) -> Any:
     """A state that can be stepped, whatever mode the caller is in."""
     assert built.transformation is not None
     with torch.inference_mode(False), torch.no_grad():
-        state = built.transformation.init({k.name: k.parameter.detach() for k in known})
+        state = built.transformation.init({k.name: detached(k.parameter) for k in known})
     if not built.words.takes_rate:
         _check_scaled_once(built, state)
     return state

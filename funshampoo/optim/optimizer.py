@@ -12,6 +12,7 @@ from torch import Tensor
 from funshampoo.core.contract import GradientTransformation, Hyper
 from funshampoo.distributed.collectives import rank_and_size
 from funshampoo.distributed.gathering import collected, sharing_groups
+from funshampoo.distributed.join import Joining
 from funshampoo.migrate.reference import from_reference
 from funshampoo.migrate.seeding import seed_from_adamw
 from funshampoo.optim.entries import SHARED, States
@@ -30,7 +31,7 @@ from funshampoo.recipes.shampoo import shampoo
 from funshampoo.state.checkpoint import PART_KEY, merged
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(torch.optim.Optimizer, Joining):
     """A torch.optim.Optimizer that runs a chain of gradient transformations.
 
     Args:
@@ -179,12 +180,20 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._meet_joined()
+        self._step_groups()
+        return loss
+
+    def _step_groups(self) -> None:
         memory = self._match()
         memory.prepare()
         self._whole = None
         for run in memory.runs:
             run.step()
-        return loss
+
+    def _chains(self) -> list[GradientTransformation]:
+        chains = [run.transformation for run in self._match().runs]
+        return [tx for tx in chains if tx is not None]
 
     @property
     def state(self) -> Any:

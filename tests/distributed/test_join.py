@@ -14,27 +14,13 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import funshampoo as fs
-from funshampoo.distributed.join import Joining, group_of
+from funshampoo.distributed.join import group_of
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_close, assert_equal
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 STEPS = (3, 6, 4)  # of each rank
-
-
-class Optimizer(fs.Shampoo, Joining):
-    """The wrapper, joined."""
-
-    def _chains(self) -> Any:
-        return [run._chain.transformation for run in self._runs]
-
-    def _step_groups(self) -> None:
-        fs.Shampoo.step(self)
-
-    def step(self, closure: Any = None) -> Any:
-        self._meet_joined()
-        return super().step(closure)
 
 
 class Network(nn.Module):
@@ -67,7 +53,7 @@ def uneven(rank: int, shard: bool) -> Any:
     model = Network()
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     options = OPTIONS | ({"distribute": fs.sharded} if shard else {})
-    optimizer = Optimizer(ddp.parameters(), **options)
+    optimizer = fs.Shampoo(ddp.parameters(), **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     joinables: list[Any] = [ddp, optimizer]
     with Join(joinables):
@@ -115,7 +101,7 @@ def test_uneven_inputs_are_those_of_one_process(ranks: Ranks, shard: bool) -> No
 
 def optimizer_first(rank: int) -> str:
     ddp = DistributedDataParallel(Network(), find_unused_parameters=True)
-    optimizer = Optimizer(ddp.parameters(), **OPTIONS, distribute=fs.sharded)
+    optimizer = fs.Shampoo(ddp.parameters(), **OPTIONS, distribute=fs.sharded)
     joinables: list[Any] = [optimizer, ddp]
     try:
         with Join(joinables):
@@ -134,7 +120,7 @@ def without_the_optimizer(rank: int) -> Any:
     """Only the model is joined: the last rank waits in vain, and hears what it may be."""
     group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=3))
     ddp = DistributedDataParallel(Network(), process_group=group, find_unused_parameters=True)
-    optimizer = Optimizer(ddp.parameters(), **OPTIONS, distribute=_in(group))
+    optimizer = fs.Shampoo(ddp.parameters(), **OPTIONS, distribute=_in(group))
     since = time.monotonic()
     try:
         with ddp.join():
