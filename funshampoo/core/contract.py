@@ -11,7 +11,7 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from funshampoo.core.adapting import adapted_init, adapted_update, name_of, without_state
 from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import Context, context_of
+from funshampoo.core.live import live_names
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
@@ -68,6 +69,9 @@ class GradientTransformation:
         accepts: names of the caller's own that `update` knows; None: any. By default those that it
             declares, besides the parts'.
         spread: how the blocks of its step are spread over ranks, for `blocked`.
+        numbers: the hyperparameters that it looks up in `hyper`, of which some may be `Live`, so
+            that a name that nobody reads is an error. By default none of a combinator's own; of a
+            stage that declares `hyper`, or takes the `Context`, perhaps any.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -99,6 +103,7 @@ class GradientTransformation:
         minds_alive: bool | None = None,
         accepts: Collection[str] | None = (),
         spread: Any = None,
+        numbers: Iterable[Any] | None = None,
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
@@ -107,7 +112,7 @@ class GradientTransformation:
         self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
-        self._given |= {"accepts": accepts}
+        self._given |= {"accepts": accepts, "numbers": numbers}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
@@ -124,6 +129,9 @@ class GradientTransformation:
         self.accepts: frozenset[str] | None = _united(
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
+        may_read_any = numbers is None and adapted.reads_hyper and not children
+        own = None if may_read_any else live_names(numbers or ())
+        self.live: frozenset[str] | None = _united(own, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
         """The state for these parameters.
@@ -148,8 +156,9 @@ class GradientTransformation:
 
         Raises:
             TypeError: no stage knows a name.
+            ValueError: no stage reads the live numbers that `hyper` names.
         """
-        given = context_of(context, self.accepts)
+        given = context_of(context, self.accepts, self.live)
         if self.checks:
             self.check(state, given)
         return self.run(updates, state, params, given)
@@ -197,8 +206,13 @@ def steps_of(state: State) -> Any:
     return getattr(own, "steps", ())
 
 
-def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransformation:
+def stateless(
+    function: Callable[..., Tree], name: str = "", *, numbers: Iterable[Any] | None = None
+) -> GradientTransformation:
     """A stage without a state from `function(updates, params=None, **context) -> updates`.
+
+    Args:
+        numbers: as of `GradientTransformation`.
 
     >>> import torch
     >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
@@ -206,7 +220,10 @@ def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransfor
     {'w': tensor([ 1., -1.])}
     """
     return GradientTransformation(
-        lambda params: EmptyState(), without_state(function), name or name_of(function)
+        lambda params: EmptyState(),
+        without_state(function),
+        name or name_of(function),
+        numbers=numbers,
     )
 
 
@@ -375,7 +392,7 @@ def update_in_place(
     """
     if torch.is_grad_enabled():
         _check_writable(params)
-    given = context_of(context | {"donate": True}, transformation.accepts)
+    given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
     if transformation.checks:
         transformation.check(state, given)
     return applied(transformation, updates, state, params, given)
