@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.core.modes import unwrapped
 from funshampoo.core.tree import flatten
 from funshampoo.state.places import Place, block_names, map_tensors
-from funshampoo.state.stages import GuardedState, Kept, walk
+from funshampoo.state.stages import GuardedState, Kept, SpikeState, walk
 
 
 class FailureLimitError(RuntimeError):
@@ -81,12 +81,14 @@ def failing_blocks(state: Any, max_failures: int) -> list[str]:
         state: of a `blocked`, or of what stands outside of block space.
     """
     found: list[str] = []
+    judged = any([isinstance(node, SpikeState) for _, node in walk(state)])
+    bad = "gradient not finite, or a spike" if judged else "gradient not finite"
 
     def look(place: Place, x: Tensor) -> Tensor:
         plain = unwrapped(x)
         if place.path[-1:] != ("streak",) or plain is None:
             return x
-        cause = "refresh of its statistics failed" if place.kind is Kept else "gradient not finite"
+        cause = "refresh of its statistics failed" if place.kind is Kept else bad
         worst = plain.reshape(-1, plain.shape[-1]).amax(0) if plain.ndim else plain.reshape(1)
         for i in (worst >= max_failures).nonzero().flatten().tolist():
             block: tuple[str, ...] = (".".join(place.leaf) or "all parameters",)

@@ -65,6 +65,7 @@ TABLE = [
         {"weight_decay": (0.5, 0.25), "peak_learning_rate": (0.5, 2.0)},
         {"kind": "independent", "mask": {"w": True, "layers": False}},
     ),
+    Numbers("guarded", fs.guarded, {"spike_factor": (64.0, 1.0625)}, {"inner": fs.trace(0.5)}),
     Numbers("ema", fs.ema, {"beta1": (0.75, 0.5), "beta3": (0.5, 0.25)}),
     Numbers("trace", fs.trace, {"momentum": (0.75, 0.5), "dampening": (0.25, 0.5)}),
     Numbers(
@@ -107,6 +108,7 @@ TABLE = [
             "peak_learning_rate": (0.5, 2.0),
             "trace_scaling": (0.5, 0.25),
             "basis_tolerance": (0.0, 4.0),
+            "spike_factor": (64.0, 1.0625),
             **DAMPED,
         },
         {"every": 2, "max_size": 4, "weight_decay_kind": "corrected"},
@@ -202,7 +204,7 @@ def run(
     return out, state, now
 
 
-FIRST, THEN = range(3), range(3, 6)
+FIRST, THEN = range(12), range(12, 15)  # no gradient is a spike before the eleventh
 
 
 @every_entry
