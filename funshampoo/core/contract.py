@@ -12,7 +12,7 @@ unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
+TreeT = TypeVar("TreeT")  # what a caller's tree is to a type checker goes through a step
 State: TypeAlias = Any
 Hyper: TypeAlias = float | Tensor
 Schedule: TypeAlias = Callable[[Tensor], Hyper]
@@ -144,8 +145,8 @@ class GradientTransformation:
         return state
 
     def update(
-        self, updates: Tree, state: State, params: Tree = None, **context: Any
-    ) -> tuple[Tree, State]:
+        self, updates: TreeT, state: State, params: Tree = None, **context: Any
+    ) -> tuple[TreeT, State]:
         """(updates, state) after a step. Pure, unless donate=True.
 
         Args:
@@ -298,7 +299,7 @@ def identity() -> GradientTransformation:
     return stateless(lambda updates: updates, "identity")
 
 
-def apply_updates(params: Tree, updates: Tree) -> Tree:
+def apply_updates(params: TreeT, updates: Tree) -> TreeT:
     """W + U for every leaf, rounded once to the parameter's dtype.
 
     Args:
@@ -326,7 +327,9 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
             return p
         return torch.add(p.to(compute_dtype(p)), u).to(p.dtype)
 
-    return spec.unflatten([add(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates))])
+    pairs = zip(leaves, spec.flatten_up_to(updates))
+    found: TreeT = spec.unflatten([add(p, u) for p, u in pairs])
+    return found
 
 
 def add_in_place(params: Tree, updates: Tree) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper
 from funshampoo.migrate.reference import from_reference
 from funshampoo.migrate.seeding import seed_from_adamw
 from funshampoo.optim.group import GroupRun, Ready
+from funshampoo.optim.options import ShampooOptions
 from funshampoo.optim.vocabulary import Vocabulary, is_plain, without_objects
 from funshampoo.recipes.shampoo import shampoo
 
@@ -328,7 +329,7 @@ class Shampoo(Optimizer):
         nesterov: bool = False,
         every: int = 10,
         max_size: int | None = 1024,
-        **options: Any,
+        **options: Unpack[ShampooOptions],
     ) -> None:
         super().__init__(
             params,
