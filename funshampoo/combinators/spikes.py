@@ -51,8 +51,7 @@ def above(norms: Tree, state: SpikeState, factor: Hyper) -> Tree:
     def leaf(norm: Tensor | None, average: Tensor, accepted: Tensor) -> Tensor | None:
         if norm is None:
             return None
-        limit = average * (factor.to(average) if isinstance(factor, Tensor) else factor)
-        return (norm > limit) & (accepted >= WARM_UP)
+        return (norm > multiply(average, factor, donate=False)) & (accepted >= WARM_UP)
 
     return map_leaves(leaf, norms, state.average, state.accepted)
 

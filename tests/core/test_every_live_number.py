@@ -290,6 +290,15 @@ def test_a_stage_that_declares_hyper_may_read_any_name() -> None:
     assert tx.update(g, tx.init(g), hyper={"mine": 3.0})[0]["w"].tolist() == [3.0, 3.0]
 
 
+def test_so_may_a_combinator_that_does() -> None:
+    def halved(run: Any, updates: Any, own: Any, *, hyper: Mapping[str, Any]) -> Any:
+        return {name: u * hyper["mine"] for name, u in run(updates).items()}, own
+
+    tx = fs.wrapping(fs.scale(Live("other", 1.0)), halved)
+    g = {"w": torch.ones(2)}
+    assert tx.update(g, tx.init(g), hyper={"mine": 0.5})[0]["w"].tolist() == [0.5, 0.5]
+
+
 def injected(state: Any) -> HyperparamsState:
     found = fs.state.find_state(state, HyperparamsState)
     assert found is not None
