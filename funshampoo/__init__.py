@@ -14,7 +14,8 @@ from funshampoo.blocks import blocked
 from funshampoo.combinators.accumulation import multi_steps
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
-from funshampoo.combinators.guard import FailureLimitError, guarded
+from funshampoo.combinators.failures import FailureLimitError
+from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import masked, partition
 from funshampoo.combinators.wrapping import every_k, wrapping

@@ -14,7 +14,11 @@ from funshampoo.blocks.executor import Executors
 from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_key
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
-from funshampoo.combinators.guard import FailureLimitError, failing_blocks, failure_limit_error
+from funshampoo.combinators.failures import (
+    FailureLimitError,
+    failing_blocks,
+    failure_limit_error,
+)
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from funshampoo.migrate.seeding import seed_from_adamw
 from funshampoo.optim.entries import SHARED, States
 from funshampoo.optim.group import GroupRun, Ready
 from funshampoo.optim.memory import Memory
+from funshampoo.optim.options import ShampooOptions
 from funshampoo.optim.saved import (
     check_fits,
     check_ours,
@@ -452,7 +453,7 @@ class Shampoo(Optimizer):
         nesterov: bool = False,
         every: int = 10,
         max_size: int | None = 1024,
-        **options: Any,
+        **options: Unpack[ShampooOptions],
     ) -> None:
         super().__init__(
             params,

@@ -79,6 +79,7 @@ def shampoo(
     product_dtype: torch.dtype | None = None,
     packed: bool = False,
     max_failures: int | None = 20,
+    spike_factor: Hyper | None = None,
     distribute: Distribute | None = None,
     tile: TileSize = "auto",
 ) -> GradientTransformation:
@@ -131,6 +132,8 @@ def shampoo(
         packed: keep half of every factor matrix and root of side 64 or more, which are
             symmetric; see `funshampoo.operators.packed`.
         max_failures: a block that fails this many times in a row stops the training; see `guarded`.
+        spike_factor: hold a block whose gradient is more than this times its average norm; see
+            there. 10 to 100 is usual, None holds what is not finite alone.
         distribute: `funshampoo.sharded`, to share out the blocks over data-parallel ranks, or
             functools.partial of it with options. Any function of the chain inside `blocked`, and of
             the keywords `every` and `max_failures`, that returns what runs in its place.
@@ -223,7 +226,9 @@ def shampoo(
 
     # All in one scope: what happens to a block, and where its state lives, is decided once.
     block_chain = chain(*block_stages, *last, scale_by_learning_rate(learning_rate))
-    protected = guarded(block_chain, max_failures=max_failures, every=every)
+    protected = guarded(
+        block_chain, max_failures=max_failures, every=every, spike_factor=spike_factor
+    )
     if distribute is not None:
         if not callable(distribute):
             raise TypeError(

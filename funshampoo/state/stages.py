@@ -222,20 +222,38 @@ class BlockedState(NamedTuple):
     steps: Counter = ()
 
 
+class SpikeState(NamedTuple):
+    """Of `guarded` with a `spike_factor`: trees of (N,), or () outside block space.
+
+    Attributes:
+        average: of ‖G‖, over the gradients that were accepted and not zero.
+        accepted: int64, how many there were since the average began.
+        pending: int64, how many spikes were held since the last one that was accepted.
+        held: int64, how many spikes were held in all.
+    """
+
+    average: Tree
+    accepted: Tree
+    pending: Tree
+    held: Tree
+
+
 class GuardedState(NamedTuple):
     """Of `guarded`.
 
     Attributes:
         held: tree of (N,) int64: on how many steps a block was held, since its gradient was not
-            finite. () outside block space, where all leaves are held together.
+            finite, or a spike. () outside block space, where all leaves are held together.
         streak: likewise, how many of the latest steps in a row.
         inner: the state of the wrapped transformation.
+        spikes: with a `spike_factor`, `SpikeState`; else ().
     """
 
     held: Tree
     streak: Tree
     inner: Any
     steps: Counter = ()
+    spikes: SpikeState | tuple[()] = ()
 
 
 class ShardedState(NamedTuple):

@@ -170,7 +170,10 @@ def root_inverse(
         with full_precision():
             return _directions(updates, state.kept, context.block_ndim, product_dtype), state
 
-    return GradientTransformation(init, update, phase=schedule.phase(threads), counts=True)
+    looked_up = [epsilon, trace_scaling, basis_tolerance, solve]
+    return GradientTransformation(
+        init, update, phase=schedule.phase(threads), counts=True, numbers=looked_up
+    )
 
 
 @dataclass(frozen=True)
