@@ -218,6 +218,7 @@ CASES = [
 NOT_TRANSFORMATIONS = {
     "EmptyState",
     "FailureLimitError",
+    "InterruptedStepError",
     "GradientTransformation",
     "MaskedNode",
     "Optimizer",
