@@ -14,7 +14,8 @@ from funshampoo.blocks import blocked
 from funshampoo.combinators.accumulation import multi_steps
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
-from funshampoo.combinators.guard import FailureLimitError, guarded
+from funshampoo.combinators.failures import FailureLimitError
+from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import masked, partition
 from funshampoo.combinators.wrapping import every_k, wrapping
@@ -28,6 +29,7 @@ from funshampoo.core.contract import (
     stateless,
     update_in_place,
 )
+from funshampoo.core.interrupted import InterruptedStepError
 from funshampoo.core.tree import MaskedNode
 from funshampoo.distributed import sharded
 from funshampoo.migrate.reference import from_reference
@@ -58,6 +60,7 @@ __all__ = [
     "EmptyState",
     "FailureLimitError",
     "GradientTransformation",
+    "InterruptedStepError",
     "MaskedNode",
     "Optimizer",
     "Schedule",

@@ -76,3 +76,68 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def rows_of(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.randn(count, 4, generator=generator)
+    return [(x, x[:2] - 1) for x in xs]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainers, on their own account
+def test_the_clients_of_the_guide_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is run, and what it defines is used for a short training."""
+    for name in ("transformers", "accelerate", "lightning"):
+        pytest.importorskip(name, reason="needs the extra: pip install 'funshampoo[integrations]'")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "clients"}
+    for block in python_blocks("docs/clients.md"):
+        exec(block, names)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = torch.nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, labels: Any = None) -> Any:
+            loss = None if labels is None else (self.inner(x) - labels).square().mean()
+            return self.inner(x) if labels is None else {"loss": loss}
+
+    def distance(model: torch.nn.Module) -> float:
+        start = Model().inner.weight
+        return float((dict(model.named_parameters())["inner.weight"] - start).abs().max())
+
+    rows = [{"x": x, "labels": y} for x, y in rows_of(16)]
+    first = names["trainer"](Model(), rows, "first")
+    first.add_callback(names["Consolidate"])
+    first.train()
+    assert distance(first.model) > 0
+    adamw = torch.optim.AdamW, {"lr": 1e-3}
+    old = names["trainer"](Model(), rows, "old")
+    old.optimizer_cls_and_kwargs = adamw
+    old.train()
+    new = names["switched"](Model(), rows, "new", "old/checkpoint-10")
+    assert isinstance(new.optimizer.optimizer, fs.Shampoo)
+
+    loader = torch.utils.data.DataLoader(rows_of(16), batch_size=4)  # type: ignore[arg-type]
+    accelerator, model, optimizer, batches = names["prepared"](Model(), loader)
+    for x, y in batches:
+        accelerator.backward((model(x) - y).square().mean())
+        optimizer.step()
+    assert distance(model) > 0
+
+    module = names["Module"](Model())
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    names["lightning"].Trainer(accelerator="cpu", max_epochs=1, **quiet).fit(module, loader)
+    assert distance(module.model) > 0
+
+    plain = optimizer.optimizer
+    names["save"](model, plain, "folder")
+    other_model = Model()
+    other = fs.Shampoo(other_model.named_parameters(), lr=0.5)
+    names["load"](other_model, other, "folder")
+    assert other.param_groups[0]["lr"] == 1e-3
+    for p, q in zip(model.parameters(), other_model.parameters()):
+        assert plain.state[p].keys() == other.state[q].keys()
+        assert all(torch.equal(x, other.state[q][name]) for name, x in plain.state[p].items())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.core.tree import detached
 from tests.trees import assert_unchanged, problem, snapshot
 
 RECIPES = {
@@ -164,6 +165,32 @@ def test_parameters_that_lie_on_several_ranks_are_refused_by_name(
     with pytest.raises(TypeError, match=r"'w' is a DTensor.*distribute=sharded.*to_local"):
         tx.init(params)
     fs.adamw(0.1).init(params)  # elementwise, and fine
+
+
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])
+@pytest.mark.parametrize(
+    "tx", [fs.shampoo(0.1), fs.blocked(fs.trace(0.9)), fs.sharded(fs.scale_by_adam())]
+)
+def test_flat_parameters_of_fsdp1_are_refused_by_name(
+    tx: fs.GradientTransformation, mark: str
+) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    setattr(p, mark, True)
+    for given in (p, detached(p)):
+        with pytest.raises(TypeError, match=r"'w' is one of .*FSDP1.*distribute=sharded"):
+            tx.init({"w": given})
+        fs.adamw(0.1).init({"w": given})
+    assert not detached(p).requires_grad
+
+
+@pytest.mark.parametrize("tx", [fs.shampoo(0.1), fs.sgd(0.1), fs.sharded(fs.scale_by_adam())])
+def test_parameters_without_a_shape_are_refused_by_name(tx: fs.GradientTransformation) -> None:
+    layer = torch.nn.LazyLinear(3)
+    for read in (lambda p: p, detached):
+        with pytest.raises(TypeError, match=r"'bias' has no shape yet.*Run the model once"):
+            tx.init({name: read(p) for name, p in layer.named_parameters()})
+    layer(torch.ones(1, 2))
+    tx.init({name: detached(p) for name, p in layer.named_parameters()})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,11 @@ from funshampoo.blocks.executor import Executors
 from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_key
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
-from funshampoo.combinators.guard import FailureLimitError, failing_blocks, failure_limit_error
+from funshampoo.combinators.failures import (
+    FailureLimitError,
+    failing_blocks,
+    failure_limit_error,
+)
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
@@ -132,9 +136,10 @@ def blocked(
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = find_layout(known)
-        _check_layout(layout, state.layout, lambda: names.of(updates, spec))
+        called = [] if torch.compiler.is_dynamo_compiling() else names.of(updates, spec)
+        _check_layout(layout, state.layout, called)
         shown = None if with_params is False else _shown(params, with_params)
-        return Given(leaves, known, spec, layout, missing, shown)
+        return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
 
     def inside(given: Given, state: BlockedState, context: Context) -> Context:
         alive = rows_alive(context.alive, given.layout)
@@ -149,7 +154,8 @@ def blocked(
         shared = inner.spread is not None and inner.spread.is_shared()
         plain = is_plain([g for g in given.leaves if g is not None], given.known)
         copies = Views(run.parts, given, copies=shared) if plain else Traced(given)
-        new = run.run(inner, state.inner, copies.gather, copies.put, given.missing_rows(), here)
+        missing, leaves = given.missing_rows(), given.described()
+        new = run.run(inner, state.inner, copies.gather, copies.put, missing, here, leaves)
         steps = advanced(state.steps, context.donate)
         found = given.spec.unflatten(copies.updates(shared))
         return found, BlockedState(new, state.layout, steps)
@@ -170,7 +176,8 @@ def blocked(
             run.parts.scatter_add(stack, rows, values, own)
 
         gather = Views(run.parts, given).gather
-        new = run.run(inner, state.inner, gather, put, given.missing_rows(), here)
+        missing, leaves = given.missing_rows(), given.described()
+        new = run.run(inner, state.inner, gather, put, missing, here, leaves)
         return BlockedState(new, state.layout, advanced(state.steps, context.donate))
 
     def check(state: BlockedState, context: Context) -> None:
@@ -207,15 +214,12 @@ class _Names:
         return names
 
 
-def _check_layout(
-    layout: Layout, expected: Mapping[str, Any], names_seen: Callable[[], list[str]]
-) -> None:
+def _check_layout(layout: Layout, expected: Mapping[str, Any], names: list[str]) -> None:
     """The gradients fall into the rows that init laid out for the parameters of their names."""
     if torch.compiler.is_dynamo_compiling():
         if list(expected.values()) == layout.described:
             return
         raise ValueError("the gradients do not fit the state: init saw other parameters.")
-    names = names_seen()
     found = dict(zip(names, layout.described))
     if found == dict(expected):  # by name: a checkpoint may have sorted the keys
         return

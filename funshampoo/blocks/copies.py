@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.blocks.regions import Parts, viewed
@@ -23,6 +25,8 @@ class Given(NamedTuple):
         known: tensors of the leaves' shapes: the parameters, or else the gradients.
         missing: indices of the gradients that are None.
         shown: the parameters that the inner transformation may see.
+        names: of the leaves; () in torch.compile.
+        given: whether `known` are the parameters.
     """
 
     leaves: list[Any]
@@ -31,6 +35,12 @@ class Given(NamedTuple):
     layout: Layout
     missing: list[int]
     shown: list[Tensor | None] | None
+    names: Sequence[str]
+    given: bool
+
+    def described(self) -> Leaves:
+        """For those who share the step."""
+        return Leaves(self.names, self.known if self.given else None, self.leaves, self.layout)
 
     def missing_rows(self) -> dict[str, set[int]]:
         """{stack: the rows without a gradient}."""

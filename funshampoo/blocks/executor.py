@@ -11,8 +11,8 @@ through the ranks' exchange (`Spread`) on its way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,22 @@ Missing: TypeAlias = Mapping[str, Collection[int]]
 """{stack: the rows without a gradient}"""
 
 
+class Leaves(NamedTuple):
+    """What is stepped, in an order that has to be that of all ranks.
+
+    Attributes:
+        names: of the leaves.
+        parameters: None where the step was not given them.
+        gradients: None for a leaf without one.
+        where: where the leaves lie in blocks, equal for equal shapes.
+    """
+
+    names: Sequence[str]
+    parameters: Sequence[Tensor] | None
+    gradients: Sequence[Tensor | None]
+    where: Any
+
+
 class Spread(Protocol):
     """How the blocks of a step are spread over ranks."""
 
@@ -53,11 +69,13 @@ class Spread(Protocol):
         state: Any,
         layout: Layout,
         context: Context,
+        leaves: Leaves,
         absent: bool,
     ) -> Any:
         """Run `step(inner state, put)`, and hand what all ranks found to `put`.
 
         Args:
+            leaves: what is stepped, to be compared with what the other ranks step.
             absent: whether rows of this rank have no gradient, and so are not put.
 
         Returns:
@@ -88,6 +106,7 @@ class Executor:
         put: Put,
         missing: Missing,
         context: Context,
+        leaves: Leaves,
     ) -> Any:
         """Step `inner` on the rows that have a gradient. Returns the new state."""
         spread: Spread | None = inner.spread
@@ -99,7 +118,7 @@ class Executor:
         def step(state: Any, put: Put) -> Any:
             return self._step(owner, own, state, gather, put, missing, context)
 
-        return spread.exchange(step, put, state, self.layout, context, bool(missing))
+        return spread.exchange(step, put, state, self.layout, context, leaves, bool(missing))
 
     def _step(
         self,

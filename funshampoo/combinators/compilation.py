@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.combinators.guard import surely_usable
+from funshampoo.combinators.verdicts import surely_usable
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import (

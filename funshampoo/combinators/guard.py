@@ -2,53 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_count
+from funshampoo.combinators.failures import (
+    FailureLimitError,
+    failing_blocks,
+    failure_limit_error,
+    failure_report,
+    limit_reached,
+)
+from funshampoo.combinators.spikes import no_spikes_yet
+from funshampoo.combinators.verdicts import surely_usable, verdicts_on, with_spikes
+from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
-from funshampoo.core.modes import is_traced, unwrapped
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_transformation
+from funshampoo.core.live import number
 from funshampoo.core.tree import (
-    cast,
     check_parameters,
-    compute_dtype,
     flatten,
     map_leaves,
     update_columns,
 )
-from funshampoo.linalg.norms import block_norm
 from funshampoo.operators.columns import Column, add, multiply, product_in
 from funshampoo.operators.leaf_ops import per_block
-from funshampoo.state.places import Place, block_names, map_tensors
-from funshampoo.state.stages import GuardedState, Kept, walk
+from funshampoo.state.places import Place, map_tensors
+from funshampoo.state.stages import GuardedState
 
-
-class FailureLimitError(RuntimeError):
-    """A block failed `max_failures` times in a row. Raised on every rank at the same step."""
-
-    def __init__(
-        self,
-        message: str,
-        max_failures: int = 0,
-        everywhere: Callable[[list[str]], list[str]] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.max_failures = max_failures
-        self.everywhere = everywhere or list  # from what this rank has to say to what all have
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.args[0], self.max_failures)
+__all__ = [
+    "FailureLimitError",
+    "failing_blocks",
+    "failure_limit_error",
+    "failure_report",
+    "guarded",
+    "limit_reached",
+    "surely_usable",
+]
 
 
 def guarded(
-    inner: GradientTransformation, *, max_failures: int | None = 20, every: int = 10
+    inner: GradientTransformation,
+    *,
+    max_failures: int | None = 20,
+    every: int = 10,
+    spike_factor: Hyper | None = None,
 ) -> GradientTransformation:
     """Hold a block whose gradient is not finite: its update is zero, what it has averaged stays.
+
+    And, with `spike_factor`, one whose gradient is finite and far larger than its others were.
 
     Inside `blocked` every block is judged by itself; elsewhere all leaves are held together. A
     gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest number of its
@@ -74,11 +78,22 @@ def guarded(
             there is none: look at `health`. Around ranks, `sharded` has this argument.
         every: steps between two looks at the counters, since looking waits for the device. They
             fall on multiples of it, as refreshes do.
+        spike_factor: above 1: a gradient whose norm is more than this times the running average
+            of its block's norms (outside `blocked`, its leaf's) is held, as one that is not finite
+            is, and counted with it; `health` says how many of those held were spikes. None, by
+            default: one outlier above the average enters, and a second moment that has seen it
+            makes the block's steps that much shorter for as long as it remembers: of a gradient
+            1e3, 1e6 times too large, `shampoo(...)` needs 800 and 2,200 steps to make half of its
+            former step again, `adamw(...)` 5,700 and 19,500. 10 to 100 leaves ordinary noise alone.
+            The first 10 gradients of a block are never judged, and an outlier among them raises the
+            average for some hundred steps. After 10 spikes held the scale has changed: the next
+            gradient is accepted, and the average begins anew with it; see `combinators.spikes`.
+            It costs a pass over the gradient, and nothing waits for a device.
 
     State: `GuardedState`.
 
     Raises:
-        ValueError, TypeError: max_failures or every out of range.
+        ValueError, TypeError: max_failures, every or spike_factor out of range.
         FailureLimitError: from update, at the first look after `max_failures` in a row.
 
     Reference: Optax, `apply_if_finite`.
@@ -96,6 +111,8 @@ def guarded(
     if max_failures is not None:
         check_count("max_failures", max_failures)
     check_count("every", every)
+    if spike_factor is not None:
+        check_range("spike_factor", spike_factor, 1.0, low_open=True)
 
     def init(
         params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -108,7 +125,8 @@ def guarded(
         held, streak = map_leaves(none_yet, params), map_leaves(none_yet, params)
         counts = inner.counts or max_failures is not None
         state = inner.init(params, block_ndim=block_ndim, clock=clock or counts, **context)
-        return GuardedState(held, streak, state, started(counts, clock))
+        spikes = () if spike_factor is None else no_spikes_yet(params, block_ndim)
+        return GuardedState(held, streak, state, started(counts, clock), spikes)
 
     def check(state: GuardedState, context: Context) -> None:
         if max_failures is None or not look_due(state.steps, context, every):
@@ -120,7 +138,10 @@ def guarded(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
         inside = running(state.steps, context)
-        verdicts = _verdicts(updates, context)
+        verdicts, spikes = verdicts_on(updates, context), state.spikes
+        if spike_factor is not None:
+            factor = number(spike_factor, context.hyper)
+            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context)
         if verdicts is None:
             out, new = inner.run(updates, state.inner, params, inside)
             held = state.held
@@ -135,7 +156,8 @@ def guarded(
             out = map_leaves(_zeroed, out, dead)
             held = _added(state.held, dead, context.donate)
         streak = _streaks(updates, state.streak, verdicts and verdicts[0], context.donate)
-        return out, GuardedState(held, streak, new, advanced(state.steps, context.donate))
+        steps = advanced(state.steps, context.donate)
+        return out, GuardedState(held, streak, new, steps, spikes)
 
     return GradientTransformation(
         init,
@@ -144,6 +166,7 @@ def guarded(
         check=check,
         parts={"inner": inner},
         counts=inner.counts or max_failures is not None,
+        numbers=[spike_factor],
     )
 
 
@@ -180,103 +203,6 @@ def _streaks(updates: Tree, streak: Tree, dead: Tree, donate: bool) -> Tree:
     return update_columns(judged, dead, (streak,))[1]
 
 
-def _verdicts(updates: Tree, context: Context) -> tuple[Tree, Tree] | None:
-    """Trees of (N,) or (): bool, whether a block can't be used, and 0 or 1, whether it can.
-
-    None where there is no gradient. And None in the place of both: all can, as far as that can be
-    read without waiting, and nobody around says otherwise. Outside block space all leaves share one
-    verdict.
-    """
-    sources = [updates] if context.gradient is None else [updates, context.gradient]
-    sources = sources[:1] if sources[0] is sources[-1] else sources
-    given = context.alive
-    if given is None and context.usable:
-        return None
-    if given is None and all([surely_usable(flatten(x)[0]) for x in sources]):
-        return None
-    norms = [_norms(x, updates, context.block_ndim) for x in sources]
-    if given is None and all([_all_usable(flatten(x)[0]) for x in norms]):
-        return None
-    together = not context.block_ndim
-    judged = [_judged(x, together) for x in norms] + ([] if given is None else [(None, given)])
-    alive = judged[0][1]
-    if len(judged) == 1:
-        only: tuple[Tree, Tree] = judged[0]
-        return only
-    for _, other in judged[1:]:
-        alive = map_leaves(_both, alive, other)
-    dead: Tree = map_leaves(lambda x: None if x is None else x == 0, alive)
-    return dead, alive
-
-
-def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if a is None or b is None else a * b
-
-
-def _judged(norms: Tree, together: bool) -> tuple[Tree, Tree]:
-    """(can't be used, 1 where it can) of every norm; all at once, which is a few operators."""
-    leaves, spec = flatten(norms)
-    found: list[tuple[Tensor, Tensor] | tuple[None, None]] = [(None, None)] * len(leaves)
-    kinds: dict[Any, list[int]] = {}
-    for i, norm in enumerate(leaves):
-        if norm is not None:
-            kinds.setdefault((norm.dtype, norm.device), []).append(i)
-    for (dtype, _), places in kinds.items():
-        flat = torch.cat([leaves[i].reshape(-1) for i in places])
-        dead = ~(flat * flat <= _limit(dtype))
-        alive, sizes = (~dead).to(dtype), [leaves[i].numel() for i in places]
-        for i, mask, fine in zip(places, torch.split(dead, sizes), torch.split(alive, sizes)):
-            found[i] = mask.reshape(leaves[i].shape), fine.reshape(leaves[i].shape)
-    if together and kinds:
-        first = next(x[0] for x in found if x[0] is not None)
-        masks = [x[0].to(first.device) for x in found if x[0] is not None]
-        dead = torch.stack(masks).any()
-        found = [
-            (None, None) if x[1] is None else (dead.to(x[1].device), (~dead).to(x[1]))
-            for x in found
-        ]
-    return tuple([spec.unflatten(column) for column in zip(*found)]) if leaves else (norms, norms)
-
-
-def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
-    """A tree of ‖G‖, (N,) or (). None where there is no gradient."""
-
-    def norm(g: Tensor | None, u: Tensor | None) -> Tensor | None:
-        if g is None or u is None:
-            return None
-        return block_norm(cast(g, compute_dtype(g)), block_ndim)
-
-    return map_leaves(norm, source, updates)
-
-
-def _usable(norm: Tensor) -> Tensor:
-    return norm * norm <= _limit(norm.dtype)
-
-
-def _limit(dtype: torch.dtype) -> float:
-    """Of ‖G‖²."""
-    return torch.finfo(dtype).max * 2.0**-20
-
-
-def _all_usable(norms: Sequence[Tensor | None]) -> bool:
-    """Whether all can be used, as far as that can be read without waiting for a device."""
-    found = [unwrapped(norm) for norm in norms if norm is not None]
-    return all([norm is not None and norm.is_cpu and bool(_usable(norm).all()) for norm in found])
-
-
-def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
-    """Whether `guarded` holds none of these for sure; None where that can't be read now."""
-    found = [g for g in gradients if g is not None]
-    if is_traced() or not all([g.is_cpu and g.is_floating_point() for g in found]):
-        return None
-    # The norm of a whole leaf is that of its blocks at least.
-    squares: dict[torch.dtype, list[Tensor]] = {}
-    for g in found:
-        flat = cast(g, compute_dtype(g)).reshape(-1)
-        squares.setdefault(flat.dtype, []).append(torch.dot(flat, flat))
-    return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])
-
-
 def _zeroed(x: Tensor | None, dead: Tensor | None) -> Tensor | None:
     if x is None or dead is None:
         return x
@@ -300,88 +226,3 @@ def _merged(new: Any, old: Any, alive: Tree, block_ndim: int) -> Any:
         return torch.where(per_block(alive[place.stack], a) > 0, a, b)
 
     return map_tensors(choose, new, old, stacks=alive.keys())
-
-
-def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
-    """(4,) float32: blocks held, longest streak; roots failed, longest streak. Waits for nothing.
-
-    Args:
-        state: of any transformation; without a `guarded` in it the first two numbers are 0.
-        device: of the report; by default that of the counters.
-    """
-    guards: list[GuardedState] = []
-    refreshed: list[Kept] = []
-    for _, node in walk(state):
-        if isinstance(node, GuardedState):
-            guards.append(node)
-        elif isinstance(node, Kept):
-            refreshed.append(node)
-    held = [x for guard in guards for x in flatten(guard.held)[0]]
-    streak = [x for guard in guards for x in flatten(guard.streak)[0]]
-    numbers = [
-        _reduced(held, torch.sum),
-        _reduced(streak, torch.amax),
-        _reduced([kept.failures for kept in refreshed], torch.sum),
-        _reduced([kept.streak for kept in refreshed], torch.amax),
-    ]
-    if device is None:
-        device = next((x.device for x in (*held, *(kept.residual for kept in refreshed))), None)
-    return torch.stack([n.to(device, torch.float32) for n in numbers])
-
-
-def _reduced(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum or the maximum over several tensors; 0 without any."""
-    parts = [reduce(x) for x in tensors if x.numel()]
-    if not parts:
-        return torch.zeros((), device="cpu")
-    return reduce(torch.stack([x.to(parts[0].device) for x in parts]))
-
-
-def limit_reached(report: Tensor, max_failures: int) -> bool:
-    """Whether a streak of a `failure_report` has reached the limit. Waits for the device."""
-    plain = unwrapped(report)
-    if plain is None or plain.is_meta:
-        return False
-    return bool(plain.reshape(-1, 4)[:, 1::2].max() >= max_failures)
-
-
-def failing_blocks(state: Any, max_failures: int) -> list[str]:
-    """The blocks at the limit: "w block_0_1: gradient not finite". Waits for the device.
-
-    Args:
-        state: of a `blocked`, or of what stands outside of block space.
-    """
-    found: list[str] = []
-
-    def look(place: Place, x: Tensor) -> Tensor:
-        plain = unwrapped(x)
-        if place.path[-1:] != ("streak",) or plain is None:
-            return x
-        cause = "refresh of its statistics failed" if place.kind is Kept else "gradient not finite"
-        worst = plain.reshape(-1, plain.shape[-1]).amax(0) if plain.ndim else plain.reshape(1)
-        for i in (worst >= max_failures).nonzero().flatten().tolist():
-            block: tuple[str, ...] = (".".join(place.leaf) or "all parameters",)
-            if place.stack is not None and place.rows is not None:
-                block = block_names(place.layout)[place.stack][place.rows[i]]
-            found.append(f"{' '.join(block)}: {cause}")
-        return x
-
-    map_tensors(look, state)
-    return list(dict.fromkeys(found))
-
-
-def failure_limit_error(
-    blocks: Sequence[str],
-    max_failures: int,
-    everywhere: Callable[[list[str]], list[str]] | None = None,
-) -> FailureLimitError:
-    """The error that names the blocks."""
-    listed = "; ".join(blocks[:5]) + (f"; and {len(blocks) - 5} more" if len(blocks) > 5 else "")
-    return FailureLimitError(
-        f"failed {max_failures} times in a row (max_failures={max_failures}), or more until this "
-        f"look: {listed}. A gradient that is not finite has entered nothing, and where a refresh "
-        "failed the old value is in use. Look at the loss and the data of these steps, lower the "
-        "learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go on.",
-        max_failures,
-        everywhere,
-    )

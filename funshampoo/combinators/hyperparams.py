@@ -153,7 +153,7 @@ def _injected(
         new = applied(tx, updates, state.inner, params, inside)
         return HyperparamsState(advanced(state.steps, context.donate), values, new)
 
-    return GradientTransformation(
+    found = GradientTransformation(
         init,
         update,
         "inject_hyperparams",
@@ -161,6 +161,9 @@ def _injected(
         parts={"inner": inner},
         counts=counts,
     )
+    if found.live is not None:  # those of the state are not the caller's to give
+        found.live -= first.keys()
+    return found
 
 
 def _takes_number(bound: inspect.BoundArguments, name: str) -> bool:

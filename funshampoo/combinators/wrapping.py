@@ -81,7 +81,7 @@ def wrapping(
         out, own = checked_pair(step.call(updates, state.own, params, inside, run), name)
         return out, WrappedState(own, stepped, advanced(state.steps, context.donate))
 
-    return GradientTransformation(
+    found = GradientTransformation(
         init_both,
         update_both,
         name,
@@ -90,6 +90,9 @@ def wrapping(
         minds_alive=step.minds_alive or init is None,
         accepts=step.accepts,
     )
+    if step.reads_hyper:
+        found.live = None  # who knows which
+    return found
 
 
 def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:

@@ -22,6 +22,7 @@ class Adapted(NamedTuple):
         minds_alive: whether it knows what to do with rows whose gradient was not finite: it
             declares `alive`, has no state to spoil, or hands on its context.
         accepts: the names that are the caller's own; None: any.
+        reads_hyper: whether it may read live numbers that nobody has named.
     """
 
     call: Callable[..., Any]
@@ -29,6 +30,7 @@ class Adapted(NamedTuple):
     branches: bool
     minds_alive: bool
     accepts: frozenset[str] | None
+    reads_hyper: bool
 
 
 class _Signature(NamedTuple):
@@ -45,7 +47,7 @@ def adapted_update(function: Callable[..., Any]) -> Adapted:
         return _adapted(function.function, 1)
     signature = _signature(function)
     if signature.positional == 4 and signature.names[3] == "context":
-        return Adapted(function, False, False, True, frozenset())
+        return Adapted(function, False, False, True, frozenset(), True)
     return _adapted(function, 2)
 
 
@@ -81,6 +83,7 @@ def _adapted(function: Callable[..., Any], required: int) -> Adapted:
         branches=any_keyword or not declared.isdisjoint(("step", "refresh")),
         minds_alive=required == 1 or "alive" in declared,
         accepts=None if any_keyword else frozenset(own),
+        reads_hyper=any_keyword or "hyper" in declared,
     )
 
 

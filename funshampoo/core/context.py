@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funshampoo.core.checks import check_flag
+from funshampoo.core.live import check_heard
 
 NOTHING: Mapping[str, Any] = {}  # to be read alone
 
@@ -63,16 +64,22 @@ def changed(context: Context, **changes: Any) -> Context:
     return Context(*[changes.get(f, x) for f, x in zip(Context._fields, context)])
 
 
-def context_of(names: Mapping[str, Any], accepted: Collection[str] | None) -> Context:
+def context_of(
+    names: Mapping[str, Any],
+    accepted: Collection[str] | None,
+    live: frozenset[str] | None = None,
+) -> Context:
     """The context of these keywords.
 
     Args:
         names: of the fields of `Context`, and the caller's own.
         accepted: the caller's own names that some stage declares; None: one takes any keyword.
+        live: the names in `hyper` that some stage reads; None: perhaps any.
 
     Raises:
         TypeError: nobody knows a name, or it is nearly one of the context's; `donate` or `refresh`
             is no bool.
+        ValueError: nobody reads what `hyper` names; see `check_heard`.
 
     >>> context_of({"step": 3}, set()).step
     3
@@ -86,6 +93,8 @@ def context_of(names: Mapping[str, Any], accepted: Collection[str] | None) -> Co
     for name in ("donate", "refresh"):
         if names.get(name) is not None:
             check_flag(name, names[name])
+    if names.get("hyper"):
+        check_heard(names["hyper"], live)
     return Context(**{name: value for name, value in names.items() if name in PLACES}, extra=own)
 
 

@@ -11,8 +11,8 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ from torch import Tensor
 from funshampoo.core.adapting import adapted_init, adapted_update, name_of, without_state
 from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import Context, context_of
+from funshampoo.core.interrupted import Watched, check_whole
+from funshampoo.core.live import live_names
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
+TreeT = TypeVar("TreeT")  # what a caller's tree is to a type checker goes through a step
 State: TypeAlias = Any
 Hyper: TypeAlias = float | Tensor
 Schedule: TypeAlias = Callable[[Tensor], Hyper]
@@ -68,6 +71,9 @@ class GradientTransformation:
         accepts: names of the caller's own that `update` knows; None: any. By default those that it
             declares, besides the parts'.
         spread: how the blocks of its step are spread over ranks, for `blocked`.
+        numbers: the hyperparameters that it looks up in `hyper`, of which some may be `Live`, so
+            that a name that nobody reads is an error. By default none of a combinator's own; of a
+            stage that declares `hyper`, or takes the `Context`, perhaps any.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -99,6 +105,7 @@ class GradientTransformation:
         minds_alive: bool | None = None,
         accepts: Collection[str] | None = (),
         spread: Any = None,
+        numbers: Iterable[Any] | None = None,
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
@@ -107,7 +114,7 @@ class GradientTransformation:
         self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
-        self._given |= {"accepts": accepts}
+        self._given |= {"accepts": accepts, "numbers": numbers}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
@@ -124,6 +131,9 @@ class GradientTransformation:
         self.accepts: frozenset[str] | None = _united(
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
+        may_read_any = numbers is None and adapted.reads_hyper and not children
+        own = None if may_read_any else live_names(numbers or ())
+        self.live: frozenset[str] | None = _united(own, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
         """The state for these parameters.
@@ -136,8 +146,8 @@ class GradientTransformation:
         return state
 
     def update(
-        self, updates: Tree, state: State, params: Tree = None, **context: Any
-    ) -> tuple[Tree, State]:
+        self, updates: TreeT, state: State, params: Tree = None, **context: Any
+    ) -> tuple[TreeT, State]:
         """(updates, state) after a step. Pure, unless donate=True.
 
         Args:
@@ -148,11 +158,16 @@ class GradientTransformation:
 
         Raises:
             TypeError: no stage knows a name.
+            ValueError: no stage reads the live numbers that `hyper` names.
         """
-        given = context_of(context, self.accepts)
+        given = context_of(context, self.accepts, self.live)
+        check_whole(state)
         if self.checks:
             self.check(state, given)
-        return self.run(updates, state, params, given)
+        if not given.donate or torch.compiler.is_dynamo_compiling():
+            return self.run(updates, state, params, given)
+        with Watched(state):
+            return self.run(updates, state, params, given)
 
     def phase(self, step: int) -> Phase:
         """What happens on this step, from 1, that does not happen on all; () on a plain one."""
@@ -197,8 +212,13 @@ def steps_of(state: State) -> Any:
     return getattr(own, "steps", ())
 
 
-def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransformation:
+def stateless(
+    function: Callable[..., Tree], name: str = "", *, numbers: Iterable[Any] | None = None
+) -> GradientTransformation:
     """A stage without a state from `function(updates, params=None, **context) -> updates`.
+
+    Args:
+        numbers: as of `GradientTransformation`.
 
     >>> import torch
     >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
@@ -206,7 +226,10 @@ def stateless(function: Callable[..., Tree], name: str = "") -> GradientTransfor
     {'w': tensor([ 1., -1.])}
     """
     return GradientTransformation(
-        lambda params: EmptyState(), without_state(function), name or name_of(function)
+        lambda params: EmptyState(),
+        without_state(function),
+        name or name_of(function),
+        numbers=numbers,
     )
 
 
@@ -281,7 +304,7 @@ def identity() -> GradientTransformation:
     return stateless(lambda updates: updates, "identity")
 
 
-def apply_updates(params: Tree, updates: Tree) -> Tree:
+def apply_updates(params: TreeT, updates: Tree) -> TreeT:
     """W + U for every leaf, rounded once to the parameter's dtype.
 
     Args:
@@ -309,7 +332,9 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
             return p
         return torch.add(p.to(compute_dtype(p)), u).to(p.dtype)
 
-    return spec.unflatten([add(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates))])
+    pairs = zip(leaves, spec.flatten_up_to(updates))
+    found: TreeT = spec.unflatten([add(p, u) for p, u in pairs])
+    return found
 
 
 def add_in_place(params: Tree, updates: Tree) -> None:
@@ -364,6 +389,8 @@ def update_in_place(
 
     Raises:
         ValueError: a parameter requires gradients, outside torch.no_grad(). Nothing is changed.
+        InterruptedStepError: an earlier step of this state did not come to its end. Any exception,
+            KeyboardInterrupt too, that ends a step which has begun to write marks the state.
 
     >>> import torch
     >>> from funshampoo import sgd
@@ -373,9 +400,23 @@ def update_in_place(
     >>> params
     {'w': tensor([0.9000, 0.9000])}
     """
+    if torch.compiler.is_dynamo_compiling():
+        return unwatched(transformation, updates, state, params, **context)
+    with Watched(state):
+        return unwatched(transformation, updates, state, params, **context)
+
+
+def unwatched(
+    transformation: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    **context: Any,
+) -> State:
+    """`update_in_place` for a caller who watches for interruptions."""
     if torch.is_grad_enabled():
         _check_writable(params)
-    given = context_of(context | {"donate": True}, transformation.accepts)
+    given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
     if transformation.checks:
         transformation.check(state, given)
     return applied(transformation, updates, state, params, given)

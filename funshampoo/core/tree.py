@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from funshampoo.core.traced_tree import traced_flatten
 
@@ -214,6 +215,29 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+_LAZY = (
+    "has no shape yet, as those of lazy layers (LazyLinear, ...) before their first forward. "
+    "Run the model once on a batch, then make the state."
+)
+
+_FSDP1 = ("_is_flat_param", "_fsdp_flattened")  # its marks; the second with use_orig_params=True
+
+
+def detached(p: Tensor) -> Tensor:
+    """p.detach(), still to be known for what it is: a lazy layer's, or a part of FSDP1's.
+
+    >>> detached(torch.nn.Parameter(torch.zeros(2))).requires_grad
+    False
+    """
+    if is_lazy(p):
+        return p
+    found = p.detach()
+    for mark in _FSDP1:
+        if getattr(p, mark, False):
+            setattr(found, mark, True)
+    return found
+
+
 def check_parameters(params: Any, stage: str) -> None:
     """Every leaf is a dense tensor of a real floating dtype.
 
@@ -222,6 +246,8 @@ def check_parameters(params: Any, stage: str) -> None:
     """
     leaves, _ = flatten(params)
     for i, leaf in enumerate(leaves):
+        if is_lazy(leaf):
+            raise TypeError(f"{stage}: parameter '{leaf_names(params)[i]}' {_LAZY}")
         problem = _problem_of(leaf)
         if problem:
             raise TypeError(
@@ -232,7 +258,9 @@ def check_parameters(params: Any, stage: str) -> None:
 
 
 def check_local(params: Any, stage: str) -> None:
-    """`check_parameters`, and no leaf is a DTensor, for stages that cut blocks or factor matrices.
+    """`check_parameters`, and every leaf is whole, for stages that cut blocks or factor matrices.
+
+    A DTensor is not, nor is what FSDP1 has made of parameters.
 
     Raises:
         TypeError: names the leaf and the remedy.
@@ -246,6 +274,13 @@ def check_local(params: Any, stage: str) -> None:
                 "supported yet: train with DistributedDataParallel and distribute=sharded, or give "
                 "the local tensors (p.to_local(), and their gradients'), each with blocks of its "
                 "own."
+            )
+        if any([getattr(leaf, mark, False) for mark in _FSDP1]):
+            raise TypeError(
+                f"{stage}: parameter '{leaf_names(params)[i]}' is one of FullyShardedDataParallel "
+                "(FSDP1): a flat part, without the rows and columns that factor matrices are "
+                "about. Train with DistributedDataParallel and distribute=sharded, which shards "
+                "the state, or with an elementwise method such as funshampoo.adamw."
             )
 
 

@@ -30,10 +30,35 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
+_LOST = (
+    "sharded: the ranks did not meet in the collective of this step; the error above is "
+    "torch.distributed's. Another rank was killed or interrupted, raised an error outside of the "
+    "optimizer (its own output says so), left out a step, or has other parameters. Or its data "
+    "ended before this rank's: DistributedDataParallel.join() does not know of the optimizer's "
+    "collective; give all ranks equally many steps, or join both, by "
+    "torch.distributed.algorithms.join.Join([model, optimizer]). This step moved no parameter; a "
+    "donated state is spent: go on from a checkpoint."
+)
+
+
 def all_gather_into(output: Tensor, shard: Tensor, group: ProcessGroup | None) -> None:
-    """Fill `output`, (ranks · n,), with the shards, (n,), of all ranks, in their order."""
+    """Fill `output`, (ranks · n,), with the shards, (n,), of all ranks, in their order.
+
+    Raises:
+        RuntimeError: not all ranks came; from torch.distributed's.
+    """
     gather: Callable[..., Any] | None = getattr(dist, "all_gather_single", None)  # from torch 2.13
-    (gather or dist.all_gather_into_tensor)(output, shard, group=group)
+    try:
+        (gather or dist.all_gather_into_tensor)(output, shard, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(_LOST) from error
+
+
+def gathered_objects(mine: Any, group: ProcessGroup | None) -> list[Any]:
+    """What every rank has, in their order; by pickle."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return found
 
 
 def check_outside_transforms(what: str) -> None:

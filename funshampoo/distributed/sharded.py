@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from funshampoo.blocks.executor import Put
+from funshampoo.blocks.executor import Leaves, Put
 from funshampoo.blocks.layout import Layout
 from funshampoo.combinators.guard import (
     failing_blocks,
@@ -22,10 +21,17 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
-from funshampoo.core.tree import check_parameters
-from funshampoo.distributed.collectives import ProcessGroup, check_outside_transforms, rank_and_size
+from funshampoo.core.tree import check_local, flatten
+from funshampoo.distributed.agreement import Agreement, said
+from funshampoo.distributed.collectives import (
+    ProcessGroup,
+    check_outside_transforms,
+    gathered_objects,
+    rank_and_size,
+)
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
-from funshampoo.distributed.exchange import Exchange
+from funshampoo.distributed.exchange import Exchange, Says
+from funshampoo.distributed.overflow import holding
 from funshampoo.distributed.ownership import Sides, factor_sides
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import Space, described
@@ -52,13 +58,24 @@ def sharded(
 
     The gradients have to be the same on all ranks: average them first, as DistributedDataParallel
     does. Whether a block's gradient is finite, or there at all, is its owner's verdict for all:
-    where it has none (None), every rank's update is zero. An exception in `inner` on one rank is
-    raised on every rank after the collective. On the CPU that is at once. Elsewhere looking waits
-    for the device, so the other ranks look on multiples of `every` only; in between they apply
-    zeros for the rank that failed and meet the group's timeout in their next collective. Errors of
-    the caller on one rank alone (other shapes, other trees) are raised there before the collective:
-    the others meet the timeout. A state that was donated to a failed step is spent: go on from a
-    checkpoint.
+    where it has none (None), every rank's update is zero.
+
+    All else has to be the same too. Before their first step with these parameters the ranks compare
+    names, shapes, dtypes and values of the parameters in their order, the order of the gradients,
+    the step, live numbers, the chain and its numbers, and the arguments here, by one more
+    collective of four integers; on every step, in the status that travels with the updates, live
+    numbers and the step. Where something differs every rank's error says what, and on which rank. A
+    live number that is a tensor on a device is not read, and of a function of yours only the name
+    is compared.
+
+    An exception in `inner` on one rank, Ctrl-C too, is raised there after the collective, and an
+    error that names the rank on the others. On the CPU that is at once. Elsewhere looking waits for
+    the device, so they look on multiples of `every` only; in between they apply zeros for the rank
+    that failed and meet the group's timeout in their next collective. Errors of the caller on one
+    rank alone (other trees, a sparse gradient) are raised there before the collective: the others
+    meet the timeout. So they do where only some of the ranks step other parameters than before, or
+    end earlier (`distributed.join` is for uneven inputs); the error then lists what it may be. A
+    state that was donated to a failed step is spent: go on from a checkpoint.
 
     Args:
         inner: any transformation that treats blocks (leaves) one by one; in `shampoo` it is all
@@ -70,7 +87,8 @@ def sharded(
         max_failures: as in `guarded`, for all ranks together, and in its place: a `guarded` inside
             counts and does not stop.
         communication_dtype: what updates are rounded to for the way: float32, bfloat16, float16;
-            None keeps their own.
+            None keeps their own. A block whose update is not finite after that is not moved, and
+            counted as held by a `guarded` inside; its averages have gone on.
         cost: the model; by default the measured one in block space, sizes elsewhere. It has to be
             the same on every rank. Which sides of a block have a factor matrix is read off the
             state that `inner` has for it, made of meta tensors.
@@ -79,9 +97,9 @@ def sharded(
 
     Raises:
         ValueError, TypeError: an argument out of range; a process outside the group; a state that
-            was made on other ranks.
+            was made on other ranks; parameters of FSDP, which are parts.
         RuntimeError: inside a torch.func transform or torch.compile; updates that carry gradients;
-            another rank failed.
+            another rank failed, does not come, or does something else.
         FailureLimitError: after `max_failures` in a row, on every rank.
 
     Reference: Shi et al., arXiv 2309.06497; Rajbhandari et al., arXiv 1910.02054 (ZeRO).
@@ -102,13 +120,15 @@ def sharded(
         communication_dtype,
         (None, torch.float32, torch.bfloat16, torch.float16),
     )
-    ranks = _Ranks(inner, process_group, every, communication_dtype, cost)
+    options = {"every": every, "max_failures": max_failures, "cost": cost}
+    agreement = Agreement(inner, {**options, "communication_dtype": communication_dtype})
+    ranks = _Ranks(inner, process_group, every, communication_dtype, cost, agreement)
     counts = inner.counts or max_failures is not None
 
     def init(
         params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
     ) -> ShardedState:
-        check_parameters(params, "sharded")
+        check_local(params, "sharded")
         rank, size = rank_and_size(process_group)
         space = Space(params, block_ndim)
         own = ranks.own(space.all_blocks)
@@ -141,7 +161,9 @@ def sharded(
         def collect(name: str, rows: range, x: Tensor) -> None:
             found.setdefault(name, []).append((rows.start, x))
 
-        new = ranks.step(step, collect, state, space.all_blocks, inside, absent=False)
+        known = None if params is None else flatten(params)[0]
+        leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
+        new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
         _, size = rank_and_size(process_group)
         return alone[0] if size == 1 else space.rebuilt(found), new
 
@@ -172,6 +194,7 @@ class _Ranks:
     every: int
     communication_dtype: torch.dtype | None
     cost: CostModel | None
+    agreement: Agreement
     memory: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of donated steps
     known_sides: dict[Any, Sides] = field(default_factory=dict)
 
@@ -217,10 +240,11 @@ class _Ranks:
         state: ShardedState,
         layout: Layout,
         context: Context,
+        leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
         """See `Spread`."""
-        return self.step(step, put, state, Blocks.of(layout), context, absent)
+        return self.step(step, put, state, Blocks.of(layout), context, leaves, absent)
 
     def step(
         self,
@@ -229,6 +253,7 @@ class _Ranks:
         state: ShardedState,
         blocks: Blocks,
         context: Context,
+        leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
         """One step of this rank, and what all ranks found to `put`."""
@@ -242,33 +267,46 @@ class _Ranks:
 
         # Streaks are looked at before the steps that are multiples of `every`.
         due = number is None or (number + 1) % self.every == 0
-        steps = advanced(state.steps, context.donate)
         shards = self.shards(blocks)
         if shards is None:
+            steps = advanced(state.steps, context.donate)
             new = mine(put)
             report = failure_report(new, blocks.device) if due else state.report
             return ShardedState(new, state.owned, state.ranks, report, steps)
+        says = self._says(shards, leaves, context, blocks.device)
+        steps = advanced(state.steps, context.donate)
+        dtype = self._dtype(blocks)
         memory = self.memory if context.donate else {}
-        key = blocks.device, self._dtype(blocks), shards.length * size
+        key = blocks.device, dtype, shards.length * size
         exchange = Exchange(shards, rank, self.group, key, memory)
         if absent:
             exchange.shard.zero_()
+        if dtype != blocks.dtype:
+            step = holding(step, exchange.sent, exchange.places)
         look = blocks.device.type == "cpu" or number is None or number % self.every == 0
-        pieces, new, seen = exchange.run(mine, due, look)
+        pieces, new, seen = exchange.run(mine, due, look, says)
         for name, found in pieces.items():
             for first, x in found:
                 put(name, range(first, first + len(x)), x)
         report = state.report if seen is None else seen
         return ShardedState(new, state.owned, state.ranks, report, steps)
 
+    def _says(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> Says:
+        """What has to be the same on all ranks. On their first step they agree on it here."""
+        agreement = self.agreement
+        plan = agreement.on(shards, leaves, context, self.group, device)
+        return Says(
+            agreement.now(plan, context),
+            context.step or 0,
+            lambda: [*agreement.lines, *said(context)],
+        )
+
     def everywhere(self, blocks: list[str]) -> list[str]:
         """What all ranks say: all of them are here, since what they gathered is the same."""
         _, size = rank_and_size(self.group)
         if size == 1:
             return blocks
-        found: list[Any] = [None] * size
-        dist.all_gather_object(found, blocks, group=self.group)
-        return [block for part in found for block in part]
+        return [block for part in gathered_objects(blocks, self.group) for block in part]
 
 
 def _check_owned(own: Mapping[str, Any], ranks: Mapping[str, Any], state: ShardedState) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,12 @@ from funshampoo.blocks.layout import Layout
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import Sides, owners_of
 
-STATUS = 6  # numbers of float32 at the end of each shard: a flag, the failure report, a fingerprint
+STATUS = 8
+"""Numbers of float32 at the end of each shard: FAILED, INTERRUPTED or 0, the four of the failure
+report, a fingerprint of what all ranks have in common, the number of the step, and one that keeps
+the length whole in float64."""
+
+FAILED, INTERRUPTED = 1.0, 2.0
 
 
 class Equal(NamedTuple):
@@ -91,7 +95,6 @@ class Shards(NamedTuple):
         used: elements of each rank's shard before padding.
         length: elements of a shard, status included.
         status: elements of the buffer's dtype that hold STATUS numbers of float32.
-        fingerprint: of who owns what, below 2^24, so that float32 holds it.
     """
 
     blocks: dict[str, Equal]
@@ -99,7 +102,6 @@ class Shards(NamedTuple):
     used: tuple[int, ...]
     length: int
     status: int
-    fingerprint: int
 
     def owned_by(self, rank: int) -> dict[str, Piece]:
         """{stack: the rows of this rank}, without the stacks of which it has none."""
@@ -162,8 +164,7 @@ def _find_shards(
     status = STATUS * 4 // dtype.itemsize
     # Shards start where eight bytes do, so that the status can be read as another dtype.
     length = -(-max(used) // 4) * 4 + status
-    fingerprint = zlib.crc32(repr((blocks, pieces)).encode()) % 2**24
-    return Shards(stacks, tuple(pieces), tuple(used), length, status, fingerprint)
+    return Shards(stacks, tuple(pieces), tuple(used), length, status)
 
 
 def places_in_shard(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:

@@ -32,9 +32,10 @@ def eigh(*, relative_epsilon: float | Tensor = 0.0, floor: bool = True) -> Solve
     `pseudo_inverse`.
 
     A matrix that LAPACK fails on is decomposed again in float64, by itself (not inside
-    torch.compile, where its error is raised). A root fails when λ̃ is not positive. Gradients flow
-    to A, epsilon and relative_epsilon, are finite at tied eigenvalues, and treat the repair as a
-    constant; second derivatives are a NotImplementedError.
+    torch.compile, where its error is raised). A root fails when λ̃ is not positive, or when what
+    came back is no decomposition (`verification.is_decomposition`). Gradients flow to A, epsilon
+    and relative_epsilon, are finite at tied eigenvalues, and treat the repair as a constant;
+    second derivatives are a NotImplementedError.
 
     relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2].
     Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for

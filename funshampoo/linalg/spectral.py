@@ -21,11 +21,13 @@ from funshampoo.linalg.products import (
 from funshampoo.linalg.solver import (
     InverseRoot,
     chooser,
+    identity_like,
     or_identity,
     replace_nonfinite,
     symmetrize,
 )
 from funshampoo.linalg.stacked_eigh import stacked_eigh
+from funshampoo.linalg.verification import is_decomposition
 
 _RESIDUAL_ITERATIONS = 2
 """Within a factor of 3 at sides up to 1,024. LAPACK converges or says so: this is only a report."""
@@ -43,7 +45,10 @@ class Spectrum(NamedTuple):
 
 
 def decompose(A: Tensor) -> Spectrum:
-    """The eigendecomposition of each matrix of A (..., d, d) that is finite and has one."""
+    """The eigendecomposition of each matrix of A (..., d, d) that is finite and has one.
+
+    What comes back without an error and is none counts as not decomposed; see `is_decomposition`.
+    """
     A, finite = replace_nonfinite(A)
     values, vectors, solved = _applied(_Decompose, A)
     return Spectrum(values, vectors, finite & solved)
@@ -123,14 +128,14 @@ class _Decompose(Function):
     """
 
     @staticmethod
-    def forward(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(A: Tensor) -> tuple[Tensor, ...]:
         d = A.shape[-1]
         if d % 2 == 0 or d == 1 or not is_plain_memory(A):
-            return stacked_eigh(A)
+            return _verified(A, *stacked_eigh(A))
         # MKL rounds a matrix differently where it is not aligned: in a stack of even sides all are.
         # One that is alone is treated alike, to be what it is in a stack.
         values, vectors, solved = stacked_eigh(_bordered(A))
-        return values[..., :d].contiguous(), vectors[..., :d, :d], solved
+        return _verified(A, values[..., :d].contiguous(), vectors[..., :d, :d], solved)
 
     @staticmethod
     def setup_context(
@@ -153,6 +158,15 @@ class _Decompose(Function):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         # One stack more: so forward never sees a batched tensor, and can isolate failures here too.
         return _Decompose.apply(A.movedim(in_dims[0], 0)), 0  # type: ignore[no-untyped-call]
+
+
+def _verified(A: Tensor, values: Tensor, Q: Tensor, solved: Tensor) -> tuple[Tensor, ...]:
+    """The same, with the identity's spectrum in the place of what is none of A's."""
+    with full_precision():
+        right = is_decomposition(A, values, Q)
+    choose = chooser(right)
+    Q = choose(Q.mT, identity_like(A)).mT  # column by column, as it was
+    return choose(values, 1.0), Q, solved & right
 
 
 def _bordered(A: Tensor) -> Tensor:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funshampoo.linalg.solver import check_matrix
+
 LARGEST_CALL = 2**31 - 1
 """Numbers in one call on a GPU: side² × batch. cuSOLVER's batched call, which torch makes from 2.12
 on, counts them in 32 bits."""
 
-NOT_THE_MATRIX = (torch.OutOfMemoryError, MemoryError, NotImplementedError)
+NOT_THE_MATRIX = (
+    torch.OutOfMemoryError,
+    MemoryError,
+    NotImplementedError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
 """What passes: no other matrix in its place would have been decomposed."""
+
+LACK_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+"""What a plain RuntimeError says where a workspace could not be had, in cuSOLVER or on a CPU."""
 
 
 def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,8 +32,10 @@ def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     or by what their wrappers make of it. Whatever it is, that matrix is decomposed again in
     float64; one that fails there too gets the identity's spectrum.
 
-    Raises what they raise inside torch.compile, whose graphs can't catch; torch.OutOfMemoryError,
-    MemoryError and NotImplementedError everywhere.
+    What is not the matrix' fault is raised: a wrong shape or dtype, which is looked at before any
+    call, so that no error of LAPACK's is taken for one; a lack of memory, by its type or by what it
+    says; and errors of Python's own about the call. Inside torch.compile, whose graphs can't catch,
+    everything is.
 
     A: (..., d, d), finite. LAPACK works on columns, so of Aᵀ = A it takes a copy as it lies, where
     A had to be turned.
@@ -29,12 +43,19 @@ def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
     if torch.compiler.is_dynamo_compiling():
         return *_in_calls(A), solved
+    check_matrix(A)
     try:
         return *_in_calls(A), solved
-    except NOT_THE_MATRIX:
-        raise
-    except Exception:
+    except Exception as error:
+        if not is_of_the_matrix(error):
+            raise
         return _one_by_one(A)
+
+
+def is_of_the_matrix(error: Exception) -> bool:
+    """Whether another matrix might have been decomposed where this error came."""
+    said = str(error)
+    return not isinstance(error, NOT_THE_MATRIX) and not any(x in said for x in LACK_OF_MEMORY)
 
 
 def _in_calls(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,9 +92,9 @@ def _one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for dtype in (matrix.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(matrix.mT.to(dtype))
-        except NOT_THE_MATRIX:
-            raise
-        except Exception:
+        except Exception as error:
+            if not is_of_the_matrix(error):
+                raise
             continue
         return values.to(matrix), vectors.mT.to(matrix), values.new_ones((), dtype=torch.bool)
     ones = matrix.new_ones(matrix.shape[-1])

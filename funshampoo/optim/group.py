@@ -1,31 +1,35 @@
-"""One parameter group of the wrapper: its chain, and the chain's state."""
+"""One parameter group of the wrapper: its chain's state, which follows the parameters."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from funshampoo.combinators.compilation import compiled
-from funshampoo.core.contract import GradientTransformation, update_in_place
-from funshampoo.core.live import Live
-from funshampoo.core.tree import problem_of_gradient
-from funshampoo.optim.vocabulary import Method, Vocabulary, untouched
-from funshampoo.state.checkpoint import (
-    FORMAT,
-    FORMAT_KEY,
-    load_state_dict,
-    named_tensors,
-    state_dict,
-)
+from funshampoo.core.contract import GradientTransformation, unwatched
+from funshampoo.core.interrupted import Watched, check_whole
+from funshampoo.core.tree import detached, problem_of_gradient
+from funshampoo.distributed.gathering import gathered
+from funshampoo.optim.building import Builder, Built, other_structure
+from funshampoo.optim.entries import SHARED, is_note, is_shared
+from funshampoo.optim.names import Names
+from funshampoo.optim.vocabulary import Method, Vocabulary
+from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, load_state_dict, named_tensors
 from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState, walk
 
-_MANY = 4  # graphs of one group, from which on an edit on every step is likely
-_SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
+ByParameter = dict[Tensor, dict[str, Tensor]]  # without what is shared
+Look = tuple[Any, ...]
+
+
+class Left(NamedTuple):
+    """What is remembered of a parameter that is in no group, or not yet in its new one."""
+
+    entries: dict[str, Tensor]
+    shared: dict[str, Tensor]
 
 
 class _Known(NamedTuple):
@@ -38,40 +42,36 @@ class _Known(NamedTuple):
     shape: torch.Size
 
 
-class _Chain(NamedTuple):
-    """A chain and what it was built from; it is left out of copies, since it holds functions.
+class Ready(NamedTuple):
+    """A state for a group, with the chain and the parameters that it belongs to.
 
     Attributes:
-        raw: what it read of the group.
-        structure: what of the arguments can change the structure of the state.
-        live: the numbers that it looks up on every step; see `core.live`.
-        hyper: their values.
-        inputs: what a graph reads them from, so that others make no new one; {} without a graph.
+        look: how the group looked when it was made for it.
+        fresh: whether nothing but `init` has made it, of parameters as they were then.
     """
 
-    words: Vocabulary
-    raw: list[Any]
-    arguments: dict[str, Any]
-    structure: Any
-    transformation: GradientTransformation | None
-    live: dict[str, Live]
-    hyper: dict[str, Any]
-    inputs: dict[str, Tensor]
-
-
-class Ready(NamedTuple):
-    """A state for a group, with the chain and the parameters that it belongs to."""
-
-    chain: _Chain
+    built: Built
     known: list[_Known]
     state: Any
+    look: Look = ()
+    fresh: bool = False
+
+    def check_gradients(self) -> None:
+        """Raise if there is one that can't be stepped on.
+
+        Raises:
+            RuntimeError: a sparse one.
+        """
+        for k in self.known:
+            if problem := problem_of_gradient(k.parameter.grad, k.parameter):
+                raise RuntimeError(f"the gradient of '{k.name}' {problem}.")
 
 
 class GroupRun:
-    """The chain of one group, rebuilt when its numbers change, and the state, made when needed.
+    """The state of one group, made when needed, and its steps.
 
     Args:
-        group: of `param_groups`.
+        group: of `param_groups`; the run belongs to this dict, whatever its place in the list.
         words: of the group's method.
         method: of the groups that have none of their own.
         first: how many parameters the groups before it have.
@@ -86,101 +86,202 @@ class GroupRun:
         first: int,
         options: Mapping[str, Any] | None,
     ) -> None:
-        self._method = method
-        self._options = options
-        self._first = first
+        self.group = group
+        self._names = Names(first)
+        self._builder = Builder(method, options)
         self._known: list[_Known] = []
         self._state: Any = None
-        self._looked_at: tuple[Any, ...] = ()
-        self._graphs = 0
-        self.names(group)
-        self._chain = self._built(words, group)
+        self._untouched = False  # made for a reader, and neither stepped nor written to
+        self._anew: set[Tensor] = set()  # what starts from nothing, as soon as anybody looks
+        self._looked_at: Look = ()
+        self._read: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
+        self.names()
+        self._built = self._builder.built(words, group)
 
-    def names(self, group: Mapping[str, Any]) -> list[str]:
-        """The names of all its parameters: those given, or param_0, param_1, ...
+    def names(self) -> list[str]:
+        """The names of all its parameters; see `Names`."""
+        return self._names.of(self.group)
 
-        A parameter that the group holds twice has its first name.
+    @property
+    def has_state(self) -> bool:
+        """Whether there is one that has been stepped, loaded or written to."""
+        return self._state is not None and not self._untouched
 
-        Raises:
-            ValueError: there are too few names, or two parameters have one.
-        """
-        parameters = group["params"]
-        given = group.get("param_names")
-        if given and len(given) != len(parameters):
-            raise ValueError(
-                f"the group has {len(parameters)} parameters and {len(given)} param_names."
-            )
-        owners: dict[str, int] = {}
-        names: dict[int, str] = {}
-        for i, p in enumerate(parameters):
-            name = names.setdefault(id(p), given[i] if given else f"param_{self._first + i}")
-            if owners.setdefault(name, id(p)) != id(p):
-                raise ValueError(f"two parameters of the group are named '{name}'.")
-        return [names[id(p)] for p in parameters]
+    def look(self) -> Look:
+        """What decides which parameters have a state, quickly."""
+        names = self.group.get("param_names")
+        seen = [
+            (id(p), p.requires_grad, p.device, p.dtype, None if is_lazy(p) else p.shape)
+            for p in self.group["params"]
+        ]
+        return seen, None if names is None else list(names)
 
-    def prepare(self, group: dict[str, Any]) -> None:
-        """Find out all that can be wrong with a step, before any group is stepped."""
-        self.current(group)
-        for known in self._known:
-            _check_gradient(known)
+    def is_as(self, look: Look) -> bool:
+        """Whether the state was made for the parameters as they are."""
+        return self.has_state and look == self._looked_at
 
-    def step(self, group: Mapping[str, Any]) -> None:
-        """Read the gradients, and step, as prepared. What has no gradient is left alone."""
-        chain = self._chain
-        assert chain.transformation is not None
-        if not self._known:
-            return
-        for name, x in chain.inputs.items():
-            x.fill_(chain.hyper[name])  # not in `prepare`: a step that fails must not change it
-        ascends = group.get("maximize", False)
-        gradients = {known.name: _gradient(known.parameter, ascends) for known in self._known}
-        detached = {known.name: known.parameter.detach() for known in self._known}
-        hyper = {**chain.hyper, **chain.inputs}
-        self._state = update_in_place(
-            chain.transformation, gradients, self._state, detached, hyper=hyper
-        )
+    def prepared(self, left: Mapping[Tensor, Left], look: Look) -> Ready:
+        """The state for a step of the group as it is now; the run itself goes on as it was.
 
-    def current(self, group: dict[str, Any]) -> Any:
-        """The state for the group as it is now.
+        Where parameters came or went, were moved, converted or unfrozen, or a part was switched on
+        or off, what still has a place is carried over, by parameter.
 
-        Where parameters were moved, converted or unfrozen, or a part was switched on or off, what
-        still has a place is carried over by name.
+        Args:
+            left: of parameters that come from elsewhere.
+            look: as the group looks.
 
         Raises:
             ValueError: what was edited changes the blocks. The state stays as it was.
         """
-        chain = self._chain_of(group)
-        look = _look(group)
-        seen = self._state is not None and look == self._looked_at
-        known = self._known
-        if not seen:
-            known = self._trainable(group, {id(k.parameter) for k in self._known})
-        if self._state is None:
-            state = _fresh(chain, known)
-        elif _needs_another_state(chain, self._chain) or not (
-            seen or _same_parameters(known, self._known)
-        ):
-            state = _carried_over(chain, known, self._state)
-        else:
-            state = self._state
-        self.adopt(Ready(chain, known, state))
-        self._looked_at = look
-        return self._state
+        self._settle()
+        built = self._builder.edited(self.group, self._built)
+        same_chain = not other_structure(built, self._built)
+        if self.is_as(look) and same_chain:
+            return Ready(built, self._known, self._state, look)
+        known, state = self._followed(built, same_chain, left)
+        fresh = not self.has_state and not any([k.parameter in left for k in known])
+        return Ready(built, known, state, look, fresh)
 
-    def by_parameter(self, group: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """{parameter: {name: view of the state}}."""
-        tensors = named_tensors(self.current(group))
-        owners = {known.name: known.parameter for known in self._known}
-        shared = {
-            _SHARED + "/".join(filter(None, [owner, rest])): x
-            for owner, rest, x in tensors
-            if owner not in owners
+    def _followed(
+        self, built: Built, same_chain: bool, left: Mapping[Tensor, Left]
+    ) -> tuple[list[_Known], Any]:
+        with_state = set(self.parameters()) if self.has_state else set()
+        known = self._trainable(self.group, with_state | left.keys())
+        arrived = [left[k.parameter] for k in known if k.parameter in left]
+        if not self.has_state and not arrived:
+            return known, _fresh(built, known)
+        if self.has_state and same_chain and _same_parameters(known, self._known):
+            return known, self._state
+        return known, self._carried_over(built, known, left)
+
+    def _carried_over(self, built: Built, known: list[_Known], left: Mapping[Tensor, Left]) -> Any:
+        mine, shared = self.entries() if self.has_state else ({}, {})
+        flat: dict[str, Tensor] = {}
+        try:
+            fresh = _fresh(built, known)
+            blocks = _blocks(fresh)
+            for k in known:
+                from_elsewhere = left.get(k.parameter)
+                entries = mine.get(k.parameter)
+                if entries is None and from_elsewhere is not None:
+                    entries = from_elsewhere.entries
+                    shared = shared or from_elsewhere.shared
+                _check_same_blocks(k.name, entries or {}, blocks)
+                flat |= {f"{k.name}/{entry}": x for entry, x in (entries or {}).items()}
+            saved = gathered(built.transformation, {**flat, **shared})
+            saved[FORMAT_KEY] = torch.tensor(FORMAT, device="cpu")
+            return load_state_dict(fresh, saved, strict=False, cast=True).state
+        except ValueError as error:
+            raise ValueError(
+                "the parameter group was edited in a way that its state can't follow; nothing was "
+                "changed. Undo it (max_size, merge, keep, or a parameter's shape), let the "
+                "parameter start anew (del optimizer.state[parameter]), or go on with a new "
+                f"optimizer. {error}"
+            ) from error
+
+    def adopt(self, ready: Ready) -> None:
+        """Go on from here."""
+        self._built, self._known, self._state, self._looked_at, self._untouched = ready
+        self._anew.clear()
+
+    def step(self) -> None:
+        """Read the gradients, and step, as prepared. What has no gradient is left alone."""
+        if not self._known:
+            return
+        self._untouched, self._read = False, None
+        built = self._built
+        assert built.transformation is not None
+        ascends = self.group.get("maximize", False)
+        gradients = {k.name: _gradient(k.parameter, ascends) for k in self._known}
+        params = {k.name: k.parameter.detach() for k in self._known}
+        with Watched(self._state):
+            self._state = unwatched(
+                built.transformation, gradients, self._state, params, hyper=built.numbers()
+            )
+
+    def released(self, tensors: Collection[Tensor]) -> dict[Tensor, Left]:
+        """Copies of what is remembered of these."""
+        if not self.has_state or not tensors:
+            return {}
+        entries, shared = self.entries()
+        return {
+            p: Left(
+                {name: x.detach().clone() for name, x in entries[p].items()},
+                {name: x.detach().clone() for name, x in shared.items()},
+            )
+            for p in tensors
+            if p in entries and p not in self._anew
         }
-        found = {p: dict(shared) for p in owners.values()}
-        for owner, rest, x in tensors:
-            if owner in owners:
-                found[owners[owner]][rest] = x
-        return found
+
+    def parameters(self) -> list[Tensor]:
+        """Those that the state was made for."""
+        return [k.parameter for k in self._known]
+
+    def gone(self) -> list[Tensor]:
+        """Those of them that are in the group no more."""
+        here = set(self.group["params"])
+        return [p for p in self.parameters() if p not in here]
+
+    def entries(self) -> tuple[ByParameter, dict[str, Tensor]]:
+        """({parameter: {name: view}}, what is shared) of the state.
+
+        Where there is none yet, one is made to be read; the first step makes its own.
+        """
+        if self._state is None:
+            built = self._builder.edited(self.group, self._built)
+            known = self._trainable(self.group, set())
+            self.adopt(Ready(built, known, _fresh(built, known), fresh=True))
+        if self._read is None or self._read[0] is not self._state:
+            check_whole(self._state)
+            self._read = self._state, *self._by_parameter()
+        return self._read[1:]
+
+    def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
+        owners = {k.name: k.parameter for k in self._known}
+        own: dict[str, dict[str, Tensor]] = {k.name: {} for k in self._known}
+        shared: dict[str, Tensor] = {}
+        for owner, rest, x in named_tensors(self._state):
+            if owner in own:
+                own[owner][rest] = x
+            else:
+                shared["/".join(filter(None, [owner, rest]))] = x
+        return {owners[name]: entries for name, entries in own.items()}, shared
+
+    def written_to(self) -> None:
+        """The state has been changed, or is about to be: the first step has to keep it."""
+        self._untouched = False
+
+    def without(self, p: Tensor, names: Collection[str] | None) -> None:
+        """Let a parameter, or these entries of it, start from nothing."""
+        if names is None:  # nobody sees its entries until the next step
+            self._anew.add(p)
+            return
+        entries, shared = self.entries()
+        kept = {name: x for name, x in entries[p].items() if name not in names}
+        rest = {name: x for name, x in shared.items() if SHARED + name not in names}
+        self._state = self._refilled({**entries, p: kept}, rest)
+        self.written_to()
+
+    def _settle(self) -> None:
+        """Have those start from nothing who shall."""
+        anew = self._anew.intersection(self.parameters())
+        if anew and self._state is not None:
+            entries, shared = self.entries()
+            kept = {p: own for p, own in entries.items() if p not in anew}
+            self._state = self._refilled(kept, shared)
+        self._anew.clear()
+
+    def _refilled(self, entries: ByParameter, shared: Mapping[str, Tensor]) -> Any:
+        """A fresh state with these entries."""
+        names = {k.parameter: k.name for k in self._known}
+        flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
+        flat |= {**shared, FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
+        return load_state_dict(_fresh(self._built, self._known), flat, strict=False).state
+
+    def forget(self) -> None:
+        """Let everything start from nothing."""
+        self._known, self._state, self._untouched, self._read = [], None, False, None
+        self._anew.clear()
 
     def loaded(
         self,
@@ -189,153 +290,68 @@ class GroupRun:
         *,
         strict: bool,
         cast: bool,
-    ) -> Ready:
-        """A fresh state with saved values; the run itself is not changed.
+    ) -> tuple[Ready, dict[Tensor, dict[str, Any]]]:
+        """A fresh state with saved values, and the notes among them; the run goes on as it was.
 
         Args:
             group: as it will be after loading.
-            saved: {parameter: its entries}.
+            saved: {parameter: its entries, those that are shared among them}; one that is not
+                there starts from nothing.
         """
-        chain = self._chain_of(group)
-        own = [id(p) for p, entries in saved.items() if any(map(_is_own, entries))]
+        built = self._builder.edited(group, self._built)
+        own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
         known = self._trainable(group, own)
-        fresh = _fresh(chain, known)
-        if not known:  # all are frozen, so that even what is shared had no place to be saved in
-            return Ready(chain, known, fresh)
-        places = state_dict(fresh)
-        flat = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
-        for name, p in zip(self.names(group), group["params"]):
-            if saved.get(p, {}).keys() >= {"exp_avg", "exp_avg_sq"}:
-                raise ValueError(
-                    "this is the state of an AdamW of torch.optim: seed_from_adamw(state_dict) "
-                    "takes its moments over."
-                )
+        fresh = _fresh(built, known)
+        flat: dict[str, Any] = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
+        notes: dict[Tensor, dict[str, Any]] = {}
+        places = {"/".join([owner, rest]): x for owner, rest, x in named_tensors(fresh)}
+        for k in known:
+            if k.parameter not in saved:
+                flat |= {name: x for name, x in places.items() if name.startswith(f"{k.name}/")}
+        for name, p in zip(self._names.of(group), group["params"]):
             for entry, x in saved.get(p, {}).items():
-                if not isinstance(x, Tensor):
-                    raise ValueError(
-                        f"'{entry}' of '{name}' is no tensor: that is another optimizer's state."
-                    )
-                full = f"{name}/{entry}"  # of a stage named "shared", perhaps
-                mine = _is_own(entry) or full in places
-                flat[full if mine else entry.removeprefix(_SHARED)] = x
+                full = f"{name}/{entry}"
+                if full not in places and is_note(entry):
+                    notes.setdefault(p, {})[entry] = x
+                    continue
+                if is_shared(entry) and full not in places:  # a stage may be called "shared", too
+                    full = entry.removeprefix(SHARED)
+                if isinstance(x, Tensor):
+                    flat[full] = x
+                elif x != {}:  # torch's helpers put {} where the checkpoint has nothing
+                    raise ValueError(f"'{full}' is no tensor: the checkpoint is damaged.")
+        if not known:  # all are frozen, so that even what is shared had no place to be saved in
+            return Ready(built, known, fresh), notes
         found = load_state_dict(fresh, flat, strict=strict, cast=cast)
-        return Ready(chain, known, found.state)
+        return Ready(built, known, found.state), notes
 
-    def adopt(self, ready: Ready) -> None:
-        """Go on from here."""
-        self._chain, self._known, self._state = ready
-        self._looked_at = ()
-
-    def with_state(self, group: dict[str, Any], state: Any) -> Ready:
+    def with_state(self, state: Any) -> Ready:
         """Another state in the place of the current one."""
-        self.current(group)
-        return Ready(self._chain, self._known, state)
+        return Ready(self._built, self._known, state, self._looked_at)
 
-    def _chain_of(self, group: dict[str, Any]) -> _Chain:
-        before = self._chain
-        method = group.get("method", self._method)
-        if before.words.method is not method:
-            return self._built(Vocabulary(method), group)
-        words = before.words
-        if before.transformation is None:  # a copy
-            return self._built(words, group)
-        raw = words.raw(group)
-        if untouched(raw, before.raw):
-            return before
-        edited = words.edited(raw, before.raw, before.arguments, before.live)
-        arguments = words.arguments(group) if edited is None else edited
-        if edited is None and not words.same_chain(
-            arguments, before.arguments, before.live, in_graph=self._options is not None
-        ):
-            return self._built(words, group)
-        hyper = words.hyper(arguments, before.live)
-        for name, live in before.live.items():
-            if hyper[name] is not before.hyper[name]:
-                for check in live.checks:
-                    _by_torchs_names(check, hyper[name])
-        return before._replace(raw=raw, arguments=arguments, hyper=hyper)
+    def state(self) -> Any:
+        """The chain's state; where there is none yet, one to be read."""
+        self._settle()
+        self.entries()
+        return self._state
 
-    def _built(self, words: Vocabulary, group: Mapping[str, Any]) -> _Chain:
-        arguments = words.arguments(group)
-        live = words.live(arguments)
-        built = _by_torchs_names(words.build, words.with_live(arguments, live))
-        hyper = words.hyper(arguments, live)
-        inputs: dict[str, Tensor] = {}
-        if self._options is not None:
-            _check_compilable(words, arguments, live)
-            inputs = {n: _input(x) for n, x in hyper.items() if not isinstance(x, Tensor)}
-            built = compiled(built, **self._options)
-            self._graphs += 1
-            if self._graphs == _MANY:
-                warnings.warn(
-                    "compile: param_groups are edited again and again, and every edit is compiled "
-                    "anew, which takes seconds, but for that of a number that the recipe looks up "
-                    "on every step, as those of funshampoo do. Keep the rest as it is, or leave "
-                    "out compile.",
-                    stacklevel=2,
-                )
-        structure = words.structure(arguments, live)
-        return _Chain(words, words.raw(group), arguments, structure, built, live, hyper, inputs)
+    @property
+    def transformation(self) -> GradientTransformation | None:
+        """The chain; None in a copy that has not been stepped."""
+        return self._built.transformation
 
-    def _trainable(self, group: Mapping[str, Any], others: Collection[int]) -> list[_Known]:
-        """The parameters that require gradients, and those with these identities, each once."""
-        seen: dict[int, _Known] = {}
-        for name, p in zip(self.names(group), group["params"]):
-            if (p.requires_grad or id(p) in others) and id(p) not in seen:
-                seen[id(p)] = _Known(name, p, p.device, p.dtype, p.shape)
-        return list(seen.values())
+    def _trainable(self, group: dict[str, Any], others: Set[Tensor]) -> list[_Known]:
+        """The parameters that require gradients and have a shape, and these others, each once."""
+        found: dict[Tensor, _Known] = {}
+        for name, p in zip(self._names.of(group), group["params"]):
+            if (p.requires_grad or p in others) and p not in found and not is_lazy(p):
+                found[p] = _Known(name, p, p.device, p.dtype, p.shape)
+        return list(found.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is made anew."""
-        chain = self._chain._replace(transformation=None, raw=[], live={}, inputs={})
-        return {**self.__dict__, "_chain": chain, "_looked_at": ()}
-
-
-def _by_torchs_names(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it; what it says of `learning_rate` is said of lr, as the group has it."""
-    try:
-        return function(*arguments)
-    except (TypeError, ValueError) as error:
-        if not str(error).startswith("learning_rate "):
-            raise
-        raise type(error)(str(error).replace("learning_rate", "lr", 1)) from error
-
-
-def _check_compilable(
-    words: Vocabulary, arguments: Mapping[str, Any], live: Mapping[str, Live]
-) -> None:
-    for other in ("distribute", "stagger"):
-        if arguments.get(other):
-            raise ValueError(f"compile and {other} do not go together: leave out one of them.")
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and name not in live and name != words.rate:
-            raise ValueError(
-                f"{name} is a tensor, which may have been written to, so that every step would be "
-                "compiled anew: give a number, or leave out compile."
-            )
-
-
-def _input(value: float) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
-
-
-def _look(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What decides which parameters have a state, quickly."""
-    names = group.get("param_names")
-    seen = [(id(p), p.requires_grad, p.device, p.dtype, p.shape) for p in group["params"]]
-    return seen, None if names is None else list(names)
-
-
-def _is_own(entry: str) -> bool:
-    return not entry.startswith(_SHARED)
-
-
-def _needs_another_state(now: _Chain, before: _Chain) -> bool:
-    if now is before:
-        return False
-    if now.words.method is not before.words.method:
-        return True
-    return bool(now.structure != before.structure)
+        changed = {"_built": self._built.for_a_copy(), "_looked_at": (), "_read": None}
+        return {**self.__dict__, **changed}
 
 
 def _same_parameters(a: list[_Known], b: list[_Known]) -> bool:
@@ -344,48 +360,40 @@ def _same_parameters(a: list[_Known], b: list[_Known]) -> bool:
     )
 
 
-def _fresh(chain: _Chain, known: list[_Known]) -> Any:
-    assert chain.transformation is not None
-    state = chain.transformation.init({k.name: k.parameter.detach() for k in known})
-    if not chain.words.takes_rate:
-        _check_scaled_once(chain, state)
+def _fresh(built: Built, known: list[_Known]) -> Any:
+    """A state that can be stepped, whatever mode the caller is in."""
+    assert built.transformation is not None
+    with torch.inference_mode(False), torch.no_grad():
+        state = built.transformation.init({k.name: detached(k.parameter) for k in known})
+    if not built.words.takes_rate:
+        _check_scaled_once(built, state)
     return state
 
 
-def _check_scaled_once(chain: _Chain, state: Any) -> None:
+def _check_scaled_once(built: Built, state: Any) -> None:
     """The updates of a method that takes no rate are multiplied by one, here or in the method."""
     rates = sum(isinstance(node, LearningRateState) for _, node in walk(state))
-    if "lr" not in chain.arguments and not rates:
+    if "lr" not in built.arguments and not rates:
         raise TypeError(
             "the method takes no learning rate, and nothing in it scales by one: its updates would "
             "be added as they are, uphill if they are gradients. Give lr=; or lr=None if it scales "
             "them by a negative number in another way than by scale_by_learning_rate."
         )
-    if chain.arguments.get("lr") is not None and rates > 1:
+    if built.arguments.get("lr") is not None and rates > 1:
         raise TypeError(
             "the transformation scales by a learning rate already, and lr= would do it again: give "
             "it without scale_by_learning_rate, or give its recipe."
         )
 
 
-def _carried_over(chain: _Chain, known: list[_Known], old: Any) -> Any:
-    fresh = _fresh(chain, known)
-    try:
-        _check_same_blocks(fresh, old)
-        return load_state_dict(fresh, state_dict(old), strict=False, cast=True).state
-    except ValueError as error:
-        raise ValueError(
-            "the parameter group was edited in a way that its state can't follow; nothing was "
-            "changed. Undo it (max_size, merge, keep, or a parameter's shape), or go on with a new "
-            f"optimizer. {error}"
-        ) from error
-
-
-def _check_same_blocks(state: Any, other: Any) -> None:
-    ours, theirs = _blocks(state), _blocks(other)
-    for parameter in ours.keys() & theirs.keys():
-        if ours[parameter] != theirs[parameter]:
-            raise ValueError(f"'{parameter}' falls into other blocks than before.")
+def _check_same_blocks(
+    name: str, entries: Mapping[str, Tensor], blocks: Mapping[str, set[str]]
+) -> None:
+    """What is remembered of a parameter is of blocks that it has."""
+    ours = blocks.get(name, set())
+    theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
+    if ours and not theirs <= ours:
+        raise ValueError(f"'{name}' falls into other blocks than before.")
 
 
 def _blocks(state: Any) -> dict[str, set[str]]:
@@ -397,11 +405,6 @@ def _blocks(state: Any) -> dict[str, set[str]]:
                 for parameter, block in rows.values():
                     found.setdefault(parameter, set()).add(block)
     return found
-
-
-def _check_gradient(known: _Known) -> None:
-    if problem := problem_of_gradient(known.parameter.grad, known.parameter):
-        raise RuntimeError(f"the gradient of '{known.name}' {problem}.")
 
 
 def _gradient(p: Tensor, ascends: bool) -> Tensor | None:

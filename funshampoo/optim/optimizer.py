@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation, Hyper
+from funshampoo.distributed.collectives import rank_and_size
+from funshampoo.distributed.gathering import collected, sharing_groups
+from funshampoo.distributed.join import Joining
 from funshampoo.migrate.reference import from_reference
 from funshampoo.migrate.seeding import seed_from_adamw
+from funshampoo.optim.entries import SHARED, States
 from funshampoo.optim.group import GroupRun, Ready
-from funshampoo.optim.vocabulary import Vocabulary, is_plain, without_objects
+from funshampoo.optim.memory import Memory
+from funshampoo.optim.options import ShampooOptions
+from funshampoo.optim.saved import (
+    check_fits,
+    check_ours,
+    indices_of,
+    is_adamws,
+    loaded_group,
+    saved_group,
+)
+from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.recipes.shampoo import shampoo
+from funshampoo.state.checkpoint import PART_KEY, merged
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(torch.optim.Optimizer, Joining):
     """A torch.optim.Optimizer that runs a chain of gradient transformations.
 
     Args:
@@ -29,6 +43,12 @@ class Optimizer(torch.optim.Optimizer):
             for (beta1, beta2). Where the method takes no learning rate, as no transformation does,
             its updates are multiplied by -lr; give none if it has `scale_by_learning_rate` in it,
             and lr=None if it scales by a negative number in another way.
+        consolidate: where blocks are sharded over ranks, have `state_dict` return the whole, on
+            every rank: a collective then, which every rank has to call. For programs in which they
+            all do, as Accelerate's save_state; see `consolidate_state_dict` for others.
+        accept_adamw: have `load_state_dict` take the state of torch's AdamW or Adam, too, by
+            `seed_from_adamw`: so a program that resumes from a checkpoint by itself, as Trainers
+            do, can go on from one that AdamW saved, at the rate that its scheduler had reached.
         compile: True compiles plain steps by torch.compile, see `funshampoo.compiled`; a dict is
             True with torch.compile's options. The graph goes on for another learning rate if the
             recipe is one of funshampoo, or lr a tensor, which a recipe of your own has to read on
@@ -38,14 +58,23 @@ class Optimizer(torch.optim.Optimizer):
     any of it. A part that is switched on (momentum from 0) starts from nothing; one that is
     switched off loses its memory. `maximize=True` in a group ascends.
 
+    The state follows the tensors. Parameters may leave a group, come to it, or change their order
+    or their group, and groups may be appended, removed or put in other dicts: each parameter goes
+    on from its own averages, and a new tensor starts from nothing. Where blocks are sharded, every
+    rank has to make the same edit.
+
     A parameter whose gradient is None is left alone and its averages are corrected by the gradients
     that it has had. One with requires_grad=False has no state until that changes, is not moved, and
     keeps the state that it had before. p.grad is never written to.
 
     `state` and `state_dict` present the state by parameter, in flat names such as
     "block_0_1/graft/onto/second" below each; `load_state_dict` checks all of it before it changes
-    anything. Where blocks are sharded, each rank has its own part: save them all, and load the
-    union that `funshampoo.state.merged` makes, on any number of ranks.
+    anything. Where blocks are sharded, each rank has its own part: see `consolidate_state_dict`, or
+    save them all, and load the union that `funshampoo.state.merged` makes, on any number of ranks.
+
+    A step that Ctrl-C or an exception ends while it writes leaves a state that is half done: the
+    next step, save or read raises `InterruptedStepError`, until a checkpoint is loaded or
+    `state.clear()` is called.
 
     Raises:
         TypeError: an argument that the method does not know, or lacks; compile is no bool and no
@@ -70,6 +99,8 @@ class Optimizer(torch.optim.Optimizer):
         method: Callable[..., GradientTransformation] | GradientTransformation,
         *,
         compile: bool | Mapping[str, Any] = False,
+        consolidate: bool = False,
+        accept_adamw: bool = False,
         **hyperparameters: Any,
     ) -> None:
         self._method = method
@@ -77,32 +108,63 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"compile is {compile!r}; give True, or a dict of torch.compile's options."
             )
+        for name, flag in (("consolidate", consolidate), ("accept_adamw", accept_adamw)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} is {flag!r}; give True or False.")
         self._compile = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
-        self._runs: list[GroupRun] = []
+        self._consolidate, self._accept_adamw = consolidate, accept_adamw
+        self._memory = Memory()
+        self._whole: tuple[list[Any], dict[Any, Any]] | None = None
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with hyperparameters of their own; see torch.optim.Optimizer."""
+        """Add parameters with hyperparameters of their own; see torch.optim.Optimizer.
+
+        Entries that the method does not know are kept, for whoever reads them; one that looks like
+        a misspelt hyperparameter is warned of.
+        """
         words = self._words
         if isinstance(param_group, dict):
             if "method" in param_group:
                 words = Vocabulary(param_group["method"], param_group)
-                words.check_group(param_group)
+            words.note_unknown(param_group)
+            if "method" in param_group:
                 param_group = {**words.defaults({}), **param_group}
-            else:
-                words.check_group(param_group)
+        memory = self._match()
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        *others, group = self.param_groups
         reference = getattr(words.method, "func", words.method) is from_reference
         if reference and group["peak_lr"] is None:  # the constructor's lr, whatever lr is later
             group["peak_lr"] = copy.deepcopy(group["lr"])
-        first = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
-            self._runs.append(GroupRun(group, words, self._method, first, self._compile))
+            memory.runs.append(self._run_of(group, others, words))
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _run_of(
+        self,
+        group: dict[str, Any],
+        before: Sequence[dict[str, Any]],
+        words: Vocabulary | None = None,
+    ) -> GroupRun:
+        """The run of a new group, one that was put into `param_groups` by hand perhaps."""
+        if not isinstance(group.get("params"), list):
+            raise TypeError("the params of a group are a list: add_param_group makes one.")
+        first = sum(len(other["params"]) for other in before)
+        if words is None:
+            own = group.keys() - self.defaults.keys()
+            method = group.get("method", self._method)
+            words = self._words if method is self._method else Vocabulary(method, own)
+            for name, value in {**words.defaults({}), **self.defaults}.items():
+                group.setdefault(name, value)
+        return GroupRun(group, words, self._method, first, self._compile)
+
+    def _match(self) -> Memory:
+        """What is remembered, with one run a group as the groups are now."""
+        self._memory.match(self.param_groups, self._run_of)
+        return self._memory
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -119,27 +181,49 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for run, group in zip(self._runs, self.param_groups):
-            run.prepare(group)
-        for run, group in zip(self._runs, self.param_groups):
-            run.step(group)
+        self._meet_joined()
+        self._step_groups()
         return loss
+
+    def _step_groups(self) -> None:
+        memory = self._match()
+        memory.prepare()
+        self._whole = None
+        for run in memory.runs:
+            run.step()
+
+    def _chains(self) -> list[GradientTransformation]:
+        chains = [run.transformation for run in self._match().runs]
+        return [tx for tx in chains if tx is not None]
 
     @property
     def state(self) -> Any:
-        """{parameter: {name: tensor}}, made of views when it is asked for.
+        """{parameter: {name: value}}, as torch.optim has it; see `optim.entries.States`.
 
-        What else is put into it is gone the next time. {} for what has no state.
+        What is written to it counts: an entry of the chain's changes, one of your own stays with
+        the parameter, is saved and loaded. A parameter that is deleted, or assigned {}, starts from
+        nothing; so does everything after `state.clear()`, or `state = {}`.
+
+        The tensors are views of the chain's state, to which the next step writes. Before the first
+        step they show a fresh one.
         """
-        found: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        for run, group in zip(self._runs, self.param_groups):
-            found |= run.by_parameter(group)
-        return found
+        if "_memory" not in self.__dict__:  # torch.optim.Optimizer looks before there is one
+            return {}
+        return States(self._match())
 
     @state.setter
-    def state(self, value: Any) -> None:
-        if value:  # torch.optim.Optimizer sets an empty one
-            raise AttributeError("state can't be set: load_state_dict does, all of it or nothing.")
+    def state(self, value: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        if "param_groups" not in self.__dict__:  # torch.optim.Optimizer sets an empty one
+            return
+        given = {p: dict(entries) for p, entries in value.items()}
+        states = self.state
+        kept = {p: given[p].keys() for p in given}
+        for p, entries in given.items():
+            states[p] = entries
+        if not kept:
+            states.clear()
+        for p in [p for p in states if p not in kept]:
+            del states[p]
 
     def chain_states(self) -> list[Any]:
         """The state of every group's chain, for `funshampoo.state`: its `health`, say. To be read.
@@ -153,7 +237,9 @@ class Optimizer(torch.optim.Optimizer):
         factor     matrices  residual condition failures  worst
         ...
         """
-        return [run.current(group) for run, group in zip(self._runs, self.param_groups)]
+        memory = self._match()
+        memory.follow()
+        return [run.state() for run in memory.runs]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim has it, readable by torch.load(weights_only=True).
@@ -161,28 +247,73 @@ class Optimizer(torch.optim.Optimizer):
         Its tensors are the optimizer's own, as torch.optim's are, and the next step changes some
         and replaces others: save it, or keep a copy.deepcopy of it.
 
-        Functions and solvers among the hyperparameters are left out; loading keeps the ones given
-        at construction.
+        Functions and solvers among the hyperparameters leave a text in their places; loading keeps
+        the ones given at construction.
+
+        Where blocks are sharded it is this rank's part, and says so; with consolidate=True, or on
+        the rank for which `consolidate_state_dict` was called since the last step, it is the whole.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        index: dict[Tensor, int] = {}
-        groups = []
-        first = 0
-        for group in self.param_groups:
-            for i, p in enumerate(group["params"], first):
-                index.setdefault(p, i)
-            first += len(group["params"])
-            rest = {name: value for name, value in group.items() if name != "params"}
-            groups.append({**without_objects(rest), "params": [index[p] for p in group["params"]]})
-        found: Any = {
-            "state": {index[p]: entries for p, entries in self.state.items()},
-            "param_groups": groups,
-        }
+        if self._consolidate and not self._is_whole():
+            self.consolidate_state_dict(to=None)
+        index = self._index()
+        entries = self._whole[1] if self._whole and self._is_whole() else self._entries(index)
+        groups = [saved_group(g, [index[p] for p in g["params"]]) for g in self.param_groups]
+        found: Any = {"state": entries, "param_groups": groups}
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, found)
             found = found if replaced is None else replaced
         return found  # type: ignore[no-any-return]
+
+    def _index(self) -> dict[Tensor, int]:
+        """The number of every parameter."""
+        index: dict[Tensor, int] = {}
+        for i, p in enumerate([p for group in self.param_groups for p in group["params"]]):
+            index.setdefault(p, i)
+        return index
+
+    def _entries(self, index: Mapping[Tensor, int]) -> dict[Any, dict[str, Any]]:
+        """{number of a parameter: what this rank remembers of it}."""
+        memory = self._match()
+        memory.follow()
+        found = {i: memory.saved(p) for p, i in index.items()}
+        for run in memory.runs:
+            for group in sharing_groups(run.transformation):
+                part = torch.tensor(rank_and_size(group), device="cpu")
+                for p in run.group["params"]:
+                    if found[index[p]]:
+                        found[index[p]][SHARED + PART_KEY] = part
+        return {i: entries for i, entries in found.items() if entries}
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Bring together what the ranks have, so that `state_dict` gives the whole until a step.
+
+        As torch.distributed.optim.ZeroRedundancyOptimizer's, for whose sake Lightning calls it. A
+        collective: every rank that shares blocks has to call it. The whole is held in host memory.
+
+        Args:
+            to: the rank, in the group that shares, that gets it; None: every rank.
+        """
+        memory = self._match()
+        found: dict[Any, Any] = self._entries(self._index())
+        whole = True
+        groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
+        for group in groups[:1]:
+            parts = collected(group, found, to)
+            whole = parts is not None
+            found = merged(parts) if parts is not None else {}
+        if whole:
+            self._whole = [run.state() for run in memory.runs], found
+
+    def _is_whole(self) -> bool:
+        """Whether what was consolidated is of the states as they are."""
+        if self._whole is None:
+            return False
+        states = [run.state() for run in self._match().runs]
+        return len(states) == len(self._whole[0]) and all(
+            [x is y for x, y in zip(states, self._whole[0])]
+        )
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, cast: bool = False
@@ -190,12 +321,16 @@ class Optimizer(torch.optim.Optimizer):
         """Load what `state_dict` returned; either all of it or, where it does not fit, nothing.
 
         Args:
-            state_dict: of an optimizer with as many groups and parameters. Where blocks were
-                sharded, the union of all ranks' by `funshampoo.state.merged`.
+            state_dict: of an optimizer with as many groups and parameters; where both have names,
+                in any order. Where blocks were sharded: the whole, of `consolidate_state_dict` or
+                `funshampoo.state.merged`, on any number of ranks; or, on as many ranks, the part
+                that this rank saved.
             strict, cast: see `funshampoo.state.load_state_dict`.
 
         The hyperparameters become the saved ones, as in torch.optim; a function or solver given at
-        construction stays.
+        construction stays. Names that only the checkpoint has are adopted. A checkpoint by full
+        names, as torch.distributed.checkpoint.state_dict has it, may lack parameters: torch checks
+        that itself, if it is to be strict. They start from nothing.
 
         Raises:
             ValueError: other groups, names missing or unknown, other shapes or dtypes.
@@ -204,20 +339,36 @@ class Optimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, given)
             given = given if replaced is None else replaced
-        self._check_fits(given, strict)
-        ready: list[tuple[dict[str, Any], Ready]] = []
-        for run, group, saved in zip(self._runs, self.param_groups, given["param_groups"]):
-            merged = {**group, **_hyperparameters(saved, group)}
-            entries = {
-                p: given["state"].get(index, {})
-                for p, index in zip(group["params"], saved["params"])
-            }
-            ready.append((merged, run.loaded(merged, entries, strict=strict, cast=cast)))
-        for run, group, (merged, found) in zip(self._runs, self.param_groups, ready):
-            group.update(merged)
-            run.adopt(found)
+        check_fits(given, self.param_groups, strict)
+        if self._accept_adamw and any(map(is_adamws, given["state"].values())):
+            self.seed_from_adamw(given)
+            for group, saved in zip(self.param_groups, given["param_groups"]):
+                group.update({name: saved[name] for name in ("lr", "initial_lr") if name in saved})
+        else:
+            self._load(given, strict, cast)
+        self._whole = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _load(self, given: Mapping[str, Any], strict: bool, cast: bool) -> None:
+        memory = self._match()
+        by_name = any(isinstance(index, str) for index in given["state"])
+        ready: list[Ready] = []
+        groups: list[dict[str, Any]] = []
+        notes: dict[Tensor, dict[str, Any]] = {}
+        for run, group, saved in zip(memory.runs, self.param_groups, given["param_groups"]):
+            groups.append(loaded_group(saved, group))
+            entries = {}
+            for p, index in zip(group["params"], indices_of(saved, group)):
+                if index in given["state"] or not by_name:
+                    entries[p] = given["state"].get(index, {})
+                    check_ours(entries[p])
+            one, found = run.loaded(groups[-1], entries, strict=strict, cast=cast)
+            ready.append(one)
+            notes |= found
+        for group, loaded in zip(self.param_groups, groups):
+            group.update(loaded)
+        memory.replace(ready, notes)
 
     def seed_from_adamw(self, saved: Mapping[str, Any]) -> None:
         """Take over the moments of a torch.optim.AdamW, so that a run in progress can switch.
@@ -231,36 +382,16 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,
                 and they differ.
         """
-        runs = list(zip(self._runs, self.param_groups))
-        names = [run.names(group) for run, group in runs]
+        memory = self._match()
+        memory.follow()
+        names = [run.names() for run in memory.runs]
         _check_names(saved, [name for group in names for name in group])
         ready = []
-        for i, (run, group) in enumerate(runs):
+        for i, run in enumerate(memory.runs):
             # Two groups may use the same name: only this one's are its own.
             own = [n if i == j else f"group {j}/{n}" for j, g in enumerate(names) for n in g]
-            seeded = seed_from_adamw(run.current(group), saved, own)
-            ready.append(run.with_state(group, seeded))
-        for (run, _), found in zip(runs, ready):
-            run.adopt(found)
-
-    def _check_fits(self, given: Any, strict: bool) -> None:
-        """The checkpoint has our groups, and no state of anything else."""
-        if not {"state", "param_groups"} <= given.keys():
-            raise ValueError("this is no state_dict of an optimizer: see funshampoo.state for one.")
-        saved: list[list[Any]] = [group["params"] for group in given["param_groups"]]
-        ours = [len(group["params"]) for group in self.param_groups]
-        theirs = [len(indices) for indices in saved]
-        if ours != theirs:
-            raise ValueError(
-                f"the checkpoint has groups of {theirs} parameters, this optimizer of {ours}: "
-                "build it with the same groups."
-            )
-        foreign = given["state"].keys() - {index for indices in saved for index in indices}
-        if strict and foreign:
-            raise ValueError(
-                f"the checkpoint has a state for {min(map(str, foreign))}, which is in none of its "
-                "groups."
-            )
+            ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
+        memory.adopt(ready)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Built chains are left out: they are made anew."""
@@ -269,18 +400,12 @@ class Optimizer(torch.optim.Optimizer):
             "param_groups": self.param_groups,
             "_method": self._method,
             "_compile": self._compile,
-            "_runs": self._runs,
+            "_consolidate": self._consolidate,
+            "_accept_adamw": self._accept_adamw,
+            "_memory": self._memory,
+            "_whole": None,
             "_words": self._words,
         }
-
-
-def _hyperparameters(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a saved group says of hyperparameters: of functions it knows nothing."""
-    return {
-        name: copy.deepcopy(value)
-        for name, value in saved.items()
-        if name not in ("params", "param_names") and is_plain(group.get(name))
-    }
 
 
 def _check_names(saved: Mapping[str, Any], ours: Sequence[str]) -> None:
@@ -328,7 +453,7 @@ class Shampoo(Optimizer):
         nesterov: bool = False,
         every: int = 10,
         max_size: int | None = 1024,
-        **options: Any,
+        **options: Unpack[ShampooOptions],
     ) -> None:
         super().__init__(
             params,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from funshampoo.transforms import scale_by_learning_rate
 Method = Any  # a recipe, or a transformation
 _RENAMED = {"learning_rate": "lr"}
 _OURS = {"params", "param_names", "method", "maximize"}
+# What schedulers keep in a group; constructors of Optimizer take none of them.
 _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"}
 # What schedulers and other libraries keep in a group beside hyperparameters.
 _NOTES = {
@@ -186,13 +188,18 @@ class Vocabulary:
         found = {**self._names, **given}
         return {name: v for name, v in found.items() if v is not inspect.Parameter.empty}
 
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """Every entry of a new group is known.
+    def note_unknown(self, group: Mapping[str, Any]) -> None:
+        """Warn of an entry of a new group that looks like a hyperparameter misspelt.
 
-        Raises:
-            TypeError: one is not.
+        Others are kept as torch.optim keeps them: a client's, such as SAM's rho.
         """
-        self._check_known(group, _OURS | _NOTES, " Note what else you want in param_groups later.")
+        for name in sorted(group.keys() - self._names.keys() - _OURS - _NOTES - self.extras):
+            if meant := self._meant(name):
+                warnings.warn(
+                    f"the parameter group has an entry '{name}', which {self._who()} does not "
+                    f"read; did you mean '{meant}'?",
+                    stacklevel=4,
+                )
 
     def raw(self, group: Mapping[str, Any]) -> list[Any]:
         """What `arguments` reads of a group."""
@@ -202,15 +209,11 @@ class Vocabulary:
         """The method's arguments from a group, as copies: the group may be edited in place.
 
         Raises:
-            TypeError: one is missing, or lr is a function.
-            ValueError: betas is no pair.
+            TypeError: one is missing, or lr is no number.
+            ValueError: betas is no pair; lr is a tensor of several numbers.
         """
-        if callable(group.get("lr")):
-            raise TypeError(
-                "lr is a function; the wrapper takes numbers. Use a scheduler of "
-                "torch.optim.lr_scheduler, or the schedule in a functional loop."
-            )
-        values = {n: _copied(group[n]) for n in (*self._names, *self.extras) if n in group}
+        _check_rate(group.get("lr"))
+        values = {n: copied(group[n]) for n in (*self._names, *self.extras) if n in group}
         if self._paired and "betas" in values:
             betas = values.pop("betas")
             if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -244,20 +247,40 @@ class Vocabulary:
             return built
         return chain(built, scale_by_learning_rate(arguments["lr"]))
 
-    def _check_known(self, given: Iterable[str], others: set[str], remedy: str = "") -> None:
+    def _check_known(self, given: Iterable[str], others: set[str]) -> None:
         known = self._names.keys()
         unknown = sorted(set(given) - known - others - self.extras)
         if not unknown:
             return
         name = unknown[0]
-        likely = difflib.get_close_matches(name, known, n=1)
-        meant = _SYNONYMS[name] if _SYNONYMS.get(name) in known else "".join(likely)
-        who = "a transformation" if self.fixed else getattr(self.method, "__name__", "the method")
+        meant = self._meant(name)
         raise TypeError(
-            f"{who} has no hyperparameter '{name}'"
+            f"{self._who()} has no hyperparameter '{name}'"
             + (f"; did you mean '{meant}'?" if meant else ".")
-            + f" It takes {', '.join(sorted(known))}.{remedy}"
+            + f" It takes {', '.join(sorted(known))}."
         )
+
+    def _meant(self, name: str) -> str:
+        """The hyperparameter that a misspelt name stands for, perhaps; "" for none."""
+        known = self._names.keys()
+        if _SYNONYMS.get(name) in known:
+            return _SYNONYMS[name]
+        return "".join(difflib.get_close_matches(name, known, n=1))
+
+    def _who(self) -> str:
+        return "a transformation" if self.fixed else getattr(self.method, "__name__", "the method")
+
+
+def _check_rate(lr: Any) -> None:
+    if callable(lr) and not isinstance(lr, Tensor):
+        raise TypeError(
+            "lr is a function; the wrapper takes numbers. Use a scheduler of "
+            "torch.optim.lr_scheduler, or the schedule in a functional loop."
+        )
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; give one number.")
+    if lr is not None and not isinstance(lr, (Tensor, numbers.Real)):
+        raise TypeError(f"lr is {lr!r}; give one number.")
 
 
 def same_arguments(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -327,11 +350,6 @@ def structural(arguments: Mapping[str, Any]) -> Any:
     return kind(dict(arguments))
 
 
-def without_objects(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a group that torch.load(weights_only=True) can read."""
-    return {name: _copied(value) for name, value in group.items() if is_plain(value)}
-
-
 def is_plain(value: Any) -> bool:
     """Whether torch.load(weights_only=True) can read it: numbers, strings, tensors, containers."""
     if isinstance(value, dict):
@@ -342,12 +360,12 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str) or type(value) is Tensor
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """Containers are copied, what they hold is not; NumPy's numbers become Python's."""
     if type(value) in (tuple, list):
-        return type(value)([_copied(v) for v in value])
+        return type(value)([copied(v) for v in value])
     if type(value) is dict:
-        return {key: _copied(v) for key, v in value.items()}
+        return {key: copied(v) for key, v in value.items()}
     return _number(value)
 
 

@@ -17,7 +17,7 @@ from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.core.live import mapped
-from funshampoo.linalg import Solver, eigh, pseudo_inverse
+from funshampoo.linalg import Solver, pseudo_inverse
 from funshampoo.operators.exponents import Exponents
 from funshampoo.recipes.diagonal import is_zero
 from funshampoo.transforms import (
@@ -33,6 +33,7 @@ from funshampoo.transforms import (
     scale_by_sgd,
     trace,
 )
+from funshampoo.transforms.root_inverse import default_solver
 from funshampoo.transforms.weight_decay import DecayKind
 
 Grafting: TypeAlias = Literal["adam", "rms", "adagrad", "sgd"] | GradientTransformation | None
@@ -79,6 +80,7 @@ def shampoo(
     product_dtype: torch.dtype | None = None,
     packed: bool = False,
     max_failures: int | None = 20,
+    spike_factor: Hyper | None = None,
     distribute: Distribute | None = None,
     tile: TileSize = "auto",
 ) -> GradientTransformation:
@@ -99,7 +101,7 @@ def shampoo(
         beta2: decay of the statistics; the number 1 means a plain sum.
         epsilon: absolute damping. 0, since the gradients' scale is anyone's guess.
         relative_epsilon: relative to each factor's largest eigenvalue, for the default solver (one
-            given as `solver` brings its own): the damping of eigh with grafting, the cut-off of the
+            given as `solver` brings its own): the damping with grafting, the cut-off of the
             pseudo-inverse without. Below 1e-7 float32 roots are noise.
         every, start: refreshes happen at step `start` and on multiples of `every` after it. Until
             then a step is the grafted method's.
@@ -131,6 +133,8 @@ def shampoo(
         packed: keep half of every factor matrix and root of side 64 or more, which are
             symmetric; see `funshampoo.operators.packed`.
         max_failures: a block that fails this many times in a row stops the training; see `guarded`.
+        spike_factor: hold a block whose gradient is more than this times its average norm; see
+            there. 10 to 100 is usual, None holds what is not finite alone.
         distribute: `funshampoo.sharded`, to share out the blocks over data-parallel ranks, or
             functools.partial of it with options. Any function of the chain inside `blocked`, and of
             the keywords `every` and `max_failures`, that returns what runs in its place.
@@ -172,7 +176,7 @@ def shampoo(
     least_order = 2 if diagonal else 0
     if solver is None:
         truncate = grafting is None and is_zero(epsilon)
-        damped = eigh(relative_epsilon=relative_epsilon)
+        damped = default_solver(relative_epsilon, basis_tolerance)
         solver = pseudo_inverse(rtol=relative_epsilon) if truncate else damped
     roots = root_inverse(
         every,
@@ -223,7 +227,9 @@ def shampoo(
 
     # All in one scope: what happens to a block, and where its state lives, is decided once.
     block_chain = chain(*block_stages, *last, scale_by_learning_rate(learning_rate))
-    protected = guarded(block_chain, max_failures=max_failures, every=every)
+    protected = guarded(
+        block_chain, max_failures=max_failures, every=every, spike_factor=spike_factor
+    )
     if distribute is not None:
         if not callable(distribute):
             raise TypeError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from funshampoo.linalg.solver import chooser
 from funshampoo.operators.packed import pack, unpack
 from funshampoo.refresh.rows import Rows, taken, written
-from funshampoo.refresh.rule import Rule, tensors_of
+from funshampoo.refresh.rule import Found, Rule, tensors_of
 from funshampoo.refresh.workers import can_run_in_a_thread
 from funshampoo.state.stages import Kept
 
@@ -119,7 +119,33 @@ class Job:
 def outcome(rule: Rule, asked: Asked) -> Outcome:
     """What a rule finds, and which matrices are not exactly zero."""
     sizes = torch.linalg.vector_norm(asked.A.detach().flatten(-2), 1, dim=-1)
-    return Outcome(*rule(*asked), sizes != 0)
+    return Outcome(*_answer(rule, asked), sizes != 0)
+
+
+def _answer(rule: Rule, asked: Asked) -> Found:
+    """What the rule says; a matrix for which it raises LinAlgError is one that did not converge.
+
+    As torch.linalg's functions do, for all of a stack because of one. Its matrices are then asked
+    for one by one. Any other error is raised, and inside torch.compile, whose graphs can't catch,
+    this one too.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return rule(*asked)
+    try:
+        return rule(*asked)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if asked.rounds.ndim and len(asked.rounds) > 1:
+            rows = [_answer(rule, _narrowed(asked, i)) for i in range(len(asked.rounds))]
+            value = tuple([torch.cat(column) for column in zip(*[row.value for row in rows])])
+            return Found(value, *[torch.cat(column) for column in zip(*[row[1:] for row in rows])])
+    size = asked.A.detach().abs().sum((-2, -1))
+    unknown = torch.full_like(size, torch.inf)
+    return Found(rule.initial(asked.A), unknown, unknown, torch.zeros_like(size, dtype=torch.bool))
+
+
+def _narrowed(asked: Asked, row: int) -> Asked:
+    old = tuple([x.narrow(0, row, 1) for x in asked.old])
+    return Asked(asked.A.narrow(0, row, 1), old, asked.rounds.narrow(0, row, 1))
 
 
 def row_slice(found: Outcome, first: int, count: int) -> Outcome:

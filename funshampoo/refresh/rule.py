@@ -72,7 +72,7 @@ class Rule(ABC):
 
     @abstractmethod
     def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
-        """The value now.
+        """The value now. Where it raises LinAlgError a matrix did not converge; see `Found`.
 
         Args:
             A: (..., d, d), never packed.

@@ -18,6 +18,7 @@ from funshampoo.state.stages import (
     MultiStepsState,
     RefreshedState,
     ShardedState,
+    SpikeState,
     check_is_state,
     walk,
 )
@@ -53,9 +54,10 @@ class Health(NamedTuple):
             if there is none.
         factors: one entry for every side of every stack.
         skipped: micro-batches that `multi_steps` left out.
-        held: how many times a block was held, since its gradient was not finite.
+        held: how many times a block was held, since its gradient was not finite, or a spike.
         ranks: for each `sharded`, over the blocks of all ranks: blocks held, the longest streak of
             that, roots failed, the longest streak of that. The other numbers are this rank's.
+        spikes: how many of those held were spikes; None without a `spike_factor`.
     """
 
     steps: int
@@ -63,9 +65,12 @@ class Health(NamedTuple):
     skipped: int
     held: int
     ranks: list[tuple[int, ...]]
+    spikes: int | None = None
 
     def __str__(self) -> str:
         skipped = f"{self.skipped} micro-batches skipped, {self.held} times a block held"
+        if self.spikes is not None:
+            skipped += f" ({self.spikes} of them spikes)"
         for held, streak, failed, failed_streak in self.ranks:
             skipped += f"; all ranks: {held} held (up to {streak} in a row)"
             skipped += f", {failed} roots failed (up to {failed_streak} in a row)"
@@ -109,6 +114,7 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     """
     check_is_state(state)
     steps, skipped, held = 0, 0, 0
+    spikes: int | None = None
     factors: list[FactorHealth] = []
     names: dict[str, dict[int, tuple[str, str]]] = {}
     owned: dict[str, Any] = {}
@@ -126,6 +132,8 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
             owned = node.owned
         elif isinstance(node, GuardedState):
             held += sum(int(n.sum()) for n in flatten(node.held)[0])
+        elif isinstance(node, SpikeState):
+            spikes = (spikes or 0) + sum(int(n.sum()) for n in flatten(node.held)[0])
         elif isinstance(node, MultiStepsState):
             skipped += int(node.skipped.sum())
         elif isinstance(node, RefreshedState):
@@ -134,7 +142,7 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
             factors.append(_factor(path[kept_at:], node, names, owned))
     sharded = [node.report for _, node in walk(state) if isinstance(node, ShardedState)]
     everywhere = [tuple(int(n) for n in report.reshape(-1, 4).amax(0)) for report in sharded]
-    found = Health(steps, factors, skipped, held, everywhere)
+    found = Health(steps, factors, skipped, held, everywhere, spikes)
     print(found, file=file or sys.stdout)
     return found
 

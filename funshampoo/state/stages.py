@@ -18,11 +18,12 @@ where somebody around counts, or nobody in it asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from funshampoo.core.interrupted import check_whole
 from funshampoo.state.meaning import meaning
 
 Tree = Any
@@ -236,21 +237,40 @@ class BlockedState(NamedTuple):
     steps: Counter = ()
 
 
+@meaning(average="nonnegative", accepted="count", pending="count <= held", held="count")
+class SpikeState(NamedTuple):
+    """Of `guarded` with a `spike_factor`: trees of (N,), or () outside block space.
+
+    Attributes:
+        average: of ‖G‖, over the gradients that were accepted and not zero.
+        accepted: int64, how many there were since the average began.
+        pending: int64, how many spikes were held since the last one that was accepted.
+        held: int64, how many spikes were held in all.
+    """
+
+    average: Tree
+    accepted: Tree
+    pending: Tree
+    held: Tree
+
+
 @meaning(held="count", streak="count <= held")
 class GuardedState(NamedTuple):
     """Of `guarded`.
 
     Attributes:
         held: tree of (N,) int64: on how many steps a block was held, since its gradient was not
-            finite. () outside block space, where all leaves are held together.
+            finite, or a spike. () outside block space, where all leaves are held together.
         streak: likewise, how many of the latest steps in a row.
         inner: the state of the wrapped transformation.
+        spikes: with a `spike_factor`, `SpikeState`; else ().
     """
 
     held: Tree
     streak: Tree
     inner: Any
     steps: Counter = ()
+    spikes: SpikeState | tuple[()] = ()
 
 
 class ShardedState(NamedTuple):
@@ -311,9 +331,15 @@ def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
 
 
 def check_is_state(state: Any) -> None:
-    """Raise TypeError where somebody gives the `state` of a torch.optim.Optimizer instead."""
-    if isinstance(state, dict) and any(isinstance(key, Tensor) for key in state):
+    """Raise where it can't be read as the state of a chain.
+
+    Raises:
+        TypeError: it is the `state` of a torch.optim.Optimizer.
+        InterruptedStepError: it is half done.
+    """
+    if isinstance(state, Mapping) and any(isinstance(key, Tensor) for key in state):
         raise TypeError(
             "these are the tensors of an optimizer by parameter. The state of its chain, one for "
             "every parameter group, is in optimizer.chain_states()."
         )
+    check_whole(state)

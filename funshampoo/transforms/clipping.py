@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.modes import is_plain
 from funshampoo.core.tree import cast, compute_dtype, flatten, update_columns
 from funshampoo.linalg.norms import is_readable, range_limits, range_scale, range_shift
@@ -28,10 +29,15 @@ def clip(max_value: Hyper) -> GradientTransformation:
     """
     check_range("max_value", max_value, 0.0, low_open=True)
 
-    def clamped(u: Column) -> tuple[Column]:
-        return (clamp(in_compute_dtype(u), max_value),)
+    def clipped(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
+        limit = number(max_value, hyper)
 
-    return stateless(lambda updates: update_columns(clamped, updates, ())[0], "clip")
+        def clamped(u: Column) -> tuple[Column]:
+            return (clamp(in_compute_dtype(u), limit),)
+
+        return update_columns(clamped, updates, ())[0]
+
+    return stateless(clipped, "clip", numbers=[max_value])
 
 
 def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
@@ -53,11 +59,11 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
     """
     check_range("max_norm", max_norm, 0.0, low_open=True)
 
-    def clipped(updates: Tree) -> Tree:
+    def clipped(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         leaves = [x for x in flatten(updates)[0] if x is not None]
         if not leaves:
             return updates
-        factors = _clipping_factors(*_scaled_norm(leaves), max_norm)
+        factors = _clipping_factors(*_scaled_norm(leaves), number(max_norm, hyper))
 
         def scaled(u: Column) -> tuple[Column]:
             dtypes = [compute_dtype(x) for x in u]
@@ -67,7 +73,7 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
 
         return update_columns(scaled, updates, ())[0]
 
-    return stateless(clipped, "clip_by_global_norm")
+    return stateless(clipped, "clip_by_global_norm", numbers=[max_norm])
 
 
 def _clipping_factors(norm: Tensor, scale: Tensor | None, max_norm: Hyper) -> list[Tensor]:

@@ -152,7 +152,7 @@ def kronecker_statistics(
             weight = count_everyone(weight, beta, donate)
         return updates, KroneckerState(factors, weight)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, numbers=[beta2])
 
 
 def _share_of_new(beta: Hyper) -> Hyper:

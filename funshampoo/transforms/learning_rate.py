@@ -24,7 +24,7 @@ def scale(factor: Hyper) -> GradientTransformation:
     def scaled(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         return _times(updates, number(factor, hyper))
 
-    return stateless(scaled, "scale")
+    return stateless(scaled, "scale", numbers=[factor])
 
 
 def scale_by_learning_rate(
@@ -69,7 +69,9 @@ def scale_by_learning_rate(
         new = LearningRateState(advanced(state.steps, context.donate))
         return _times(updates, sign * rate), new
 
-    return GradientTransformation(init, update, counts=callable(learning_rate))
+    return GradientTransformation(
+        init, update, counts=callable(learning_rate), numbers=[learning_rate]
+    )
 
 
 def _times(updates: Tree, factor: Hyper) -> Tree:

@@ -105,7 +105,7 @@ def ema(
             weights = count_everyone(state.weight, decay, donate)
         return out, EmaState(averages, weights)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, numbers=[beta1, beta3])
 
 
 def trace(
@@ -190,7 +190,7 @@ def trace(
         out, buffer, *seen = update_columns(accumulate, updates, states, inputs)
         return out, TraceState(buffer, seen[0] if needs_seen else ())
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, numbers=[momentum, dampening])
 
 
 def zeros_like(params: Tree) -> Tree:

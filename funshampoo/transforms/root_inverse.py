@@ -15,7 +15,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
 from funshampoo.core.modes import full_precision
 from funshampoo.core.tree import cast, check_local, compute_dtype, update_leaves
-from funshampoo.linalg import Solver, eigh
+from funshampoo.linalg import Solver
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype
 from funshampoo.linalg.products import power
@@ -72,8 +72,9 @@ def root_inverse(
             the same, so that its step is the other method's until then.
         epsilon: absolute damping, ≥ 0 (number or tensor). Damping relative to the largest
             eigenvalue is the solver's: `eigh(relative_epsilon=...)`.
-        solver: a function of `funshampoo.linalg`; by default eigh with relative_epsilon=1e-6. In
-            float32 some damping relative to the largest eigenvalue, 1e-7 or more, is needed.
+        solver: a function of `funshampoo.linalg`; by default, with relative_epsilon=1e-6, by_device
+            (eigh on a CPU), or eigh where basis_tolerance asks for a basis. In float32 some damping
+            relative to the largest eigenvalue, 1e-7 or more, is needed.
         exponents: {order: e, or {side: e}} in place of e = 1/(2 order); 0 leaves a side alone. Give
             `kronecker_statistics` the same, so that it spares the factor.
         trace_scaling: an exponent s in (0, 1]: take roots of A · max(tr A, epsilon)^(-s) instead of
@@ -129,7 +130,7 @@ def root_inverse(
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     check_product_dtype(product_dtype)
     check_flag("packed", packed)
-    solve = eigh(relative_epsilon=1e-6) if solver is None else solver
+    solve = default_solver(1e-6, basis_tolerance) if solver is None else solver
     if any([solve is factory for factory in _FACTORIES]):
         raise TypeError("solver makes solvers and is none: call it, as in linalg.eigh().")
     if basis_tolerance is not None:
@@ -170,7 +171,16 @@ def root_inverse(
         with full_precision():
             return _directions(updates, state.kept, context.block_ndim, product_dtype), state
 
-    return GradientTransformation(init, update, phase=schedule.phase(threads), counts=True)
+    looked_up = [epsilon, trace_scaling, basis_tolerance, solve]
+    return GradientTransformation(
+        init, update, phase=schedule.phase(threads), counts=True, numbers=looked_up
+    )
+
+
+def default_solver(relative_epsilon: Hyper, basis_tolerance: Hyper | None = None) -> Solver:
+    """The solver for this damping where none is given; with a tolerance, one that has a basis."""
+    make = linalg.by_device if basis_tolerance is None else linalg.eigh
+    return make(relative_epsilon=relative_epsilon)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def scale_by_adam(
             second_weight = count_everyone(state.second_weight, decay2, donate)
         return out, AdamState(first, first_weight, second, second_weight)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, numbers=[beta1, beta2, epsilon])
 
 
 def scale_by_rms(
@@ -196,7 +196,7 @@ def scale_by_rms(
         out, second = update_columns(rescale, updates, (state.second,), (source, *known))
         return out, RmsState(second)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, numbers=[beta2, epsilon])
 
 
 def scale_by_adagrad(
@@ -252,7 +252,7 @@ def scale_by_adagrad(
         out, second = update_columns(rescale, updates, (state.second,), (source,))
         return out, AdagradState(second)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, numbers=[epsilon])
 
 
 def _squares(g: Column, v: Column) -> Column:

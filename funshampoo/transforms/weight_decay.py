@@ -104,7 +104,8 @@ def add_decayed_weights(
         new = ScheduleState(advanced(state.steps, context.donate)) if scheduled else state
         return decayed, new
 
-    stage = GradientTransformation(init, update, counts=scheduled)
+    numbers = [weight_decay, learning_rate, peak_learning_rate]
+    stage = GradientTransformation(init, update, counts=scheduled, numbers=numbers)
     if mask is None:
         return stage
     return renamed(masked(stage, mask), stage.name)

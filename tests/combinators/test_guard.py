@@ -152,9 +152,9 @@ def test_what_can_not_be_read_gives_the_same(monkeypatch: pytest.MonkeyPatch) ->
         return now, state
 
     readable = run()
-    monkeypatch.setattr("funshampoo.combinators.guard.surely_usable", lambda gradients: None)
+    monkeypatch.setattr("funshampoo.combinators.verdicts.surely_usable", lambda gradients: None)
     assert_equal(run(), readable)  # a look at each block
-    monkeypatch.setattr("funshampoo.combinators.guard._all_usable", lambda norms: False)
+    monkeypatch.setattr("funshampoo.combinators.verdicts._all_usable", lambda norms: False)
     assert_close(run(), readable, 1e-12)  # no look
 
 

@@ -335,12 +335,13 @@ def test_one_gather_a_step_of_what_was_planned(ranks: Ranks, dtype: torch.dtype 
     planned = plan(SHAPES, 3, max_size=16, every=4, communication_dtype=dtype)
     assert planned.gathered_bytes < 1.5 * itemsize * planned.elements
     for calls in ranks(3, sent, {"communication_dtype": dtype}):
-        assert len(calls) == 5
-        for name, whole, shard in calls:
+        assert calls[0] == (GATHER, 3 * 32, 32)  # before the first step they agree
+        assert len(calls) == 1 + 5
+        for name, whole, shard in calls[1:]:
             assert name == GATHER
             assert whole == 3 * shard
             status_and_padding = shard - planned.gathered_bytes / 3
-            assert 24 <= status_and_padding < 24 + 4 * itemsize
+            assert 32 <= status_and_padding < 32 + 4 * itemsize
 
 
 def test_the_state_has_no_leaf_beyond_its_tensors() -> None:

@@ -116,7 +116,7 @@ def test_another_momentum_becomes_the_saved_one() -> None:
 
 
 def test_functions_given_at_construction_stay() -> None:
-    """They are in no checkpoint, whether the saved run had some or not."""
+    """A text stands for them in a checkpoint, whether the saved run had some or not."""
     calls: list[str] = []
     newton = linalg.coupled_newton()
 
@@ -139,7 +139,8 @@ def test_functions_given_at_construction_stay() -> None:
         optimizer = EVERYTHING.optimizer(params.items(), **source)
         run(optimizer, params, grads[:4])
         saved = through_a_file(optimizer.state_dict())
-        assert not source or not functions.keys() & saved["param_groups"][0].keys()
+        texts = {name: saved["param_groups"][0][name] for name in source}
+        assert all("not saved: function" in text for text in texts.values())
         other = EVERYTHING.optimizer(params.items(), **functions)
         other.load_state_dict(saved)
         assert all(other.param_groups[0][name] is f for name, f in functions.items())
@@ -193,8 +194,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "dtype": (changed("ema/average", lambda x: x.float()), "cast=True converts it"),
     "missing": (without("ema/average"), "missing from the checkpoint.*ema/average"),
     "missing_parameter": (lambda s: s["state"].pop(2), "missing from the checkpoint"),
-    "unknown": (lambda s: s["state"][1].update(exp_avg=torch.zeros(2)), "unknown to.*exp_avg"),
-    "not_a_tensor": (lambda s: s["state"][1].update(step=3), "'step' of 'p4' is no tensor"),
+    "unknown": (lambda s: s["state"][1].update({"a/b": torch.zeros(2)}), "unknown to.*a/b"),
+    "not_a_tensor": (lambda s: s["state"][1].update({"a/step": 3}), "p4/a/step' is no tensor"),
     "foreign_index": (lambda s: s["state"].update({99: {}}), "a state for 99"),
     "groups": (lambda s: s["param_groups"].pop(), "the same groups"),
     "group_size": (lambda s: s["param_groups"][1]["params"].pop(), "the same groups"),
@@ -236,7 +237,7 @@ def test_a_checkpoint_of_torch_optim_is_an_error() -> None:
     run(sgd, params, grads_of(1))
     for saved, message in (
         (adamw.state_dict(), r"seed_from_adamw\(state_dict\)"),
-        (sgd.state_dict(), "unknown to the state"),
+        (sgd.state_dict(), "missing from the checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             fs.Optimizer(params.values(), fs.adamw).load_state_dict(saved)
@@ -322,3 +323,70 @@ def test_distributed_checkpoint_state_dicts(method: Method, flatten: bool) -> No
     train(again, other, range(4, 8))
     assert moved(dict(again.named_parameters()), before)
     assert_same(dict(model.named_parameters()), dict(again.named_parameters()))
+
+
+def saved_by(named: bool, steps: int = 3) -> tuple[dict[str, Any], dict[str, Parameter]]:
+    params = parameters()
+    optimizer = SHAMPOO.optimizer(params.items() if named else params.values())
+    run(optimizer, params, grads_of(steps))
+    return through_a_file(optimizer.state_dict()), params
+
+
+def test_names_are_adopted_or_kept() -> None:
+    for named, ours in ((True, False), (False, True), (True, True), (False, False)):
+        saved, params = saved_by(named)
+        again = resumed(params)
+        optimizer = SHAMPOO.optimizer(again.items() if ours else again.values())
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0].get("param_names") == (
+            list(params) if named or ours else None
+        )
+        twins = resumed(params)
+        twin = SHAMPOO.optimizer(twins.items())
+        twin.load_state_dict(saved_by(True)[0])
+        run(optimizer, again, grads_of(4, seed=7))
+        run(twin, twins, grads_of(4, seed=7))
+        assert_same(again, twins)
+        names = optimizer.chain_states()[0]["blocked"].layout.keys()
+        assert set(names) == (set(params) if named or ours else {f"param_{i}" for i in range(6)})
+
+
+def test_by_name_where_both_have_names() -> None:
+    """torch.optim goes by order, and would give the averages of one to another of its shape."""
+    saved, params = saved_by(True)
+    again = dict(sorted(resumed(params).items()))
+    assert list(again) != list(params)
+    optimizer = SHAMPOO.optimizer(again.items())
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["param_names"] == list(again)
+    twins = resumed(params)
+    twin = SHAMPOO.optimizer(twins.items())
+    twin.load_state_dict(saved)
+    run(optimizer, again, grads_of(4, seed=7))
+    run(twin, twins, grads_of(4, seed=7))
+    assert_same({name: again[name] for name in twins}, twins)
+
+
+def test_names_that_stand_for_others_are_an_error() -> None:
+    saved, params = saved_by(True)
+    renamed = {f"module.{name}": p for name, p in resumed(params).items()}
+    SHAMPOO.optimizer(renamed.items()).load_state_dict(saved)  # by order: no name is known here
+    names = list(params)
+    partly = dict(zip(["other", names[0], *names[2:]], resumed(params).values()))
+    with pytest.raises(ValueError, match=rf"parameter 0 is '{names[0]}', the optimizer's is 'oth"):
+        SHAMPOO.optimizer(partly.items()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("rate", [torch.tensor(0.05), torch.tensor([0.05])], ids=["()", "(1,)"])
+def test_a_rate_that_is_a_tensor_is_saved_and_loaded(rate: Tensor) -> None:
+    params = parameters()
+    optimizer = SHAMPOO.optimizer(params.items(), lr=rate)
+    run(optimizer, params, grads_of(3))
+    saved = through_a_file(optimizer.state_dict())
+    again = resumed(params)
+    other = SHAMPOO.optimizer(again.items(), lr=torch.tensor(9.0))
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] is not rate
+    run(optimizer, params, grads_of(3, seed=7))
+    run(other, again, grads_of(3, seed=7))
+    assert_same(params, again)

@@ -340,12 +340,12 @@ def test_moved_to_another_device() -> None:
     params, twins, grads = parameters(), parameters(), grads_of(6)
     optimizer = SHAMPOO.optimizer(params.items())
     run(optimizer, params, grads[:3])
-    (group_run,) = optimizer._runs
+    (group_run,) = optimizer._memory.runs
     elsewhere = torch.device("cuda", 0)
     group_run._known = [known._replace(device=elsewhere) for known in group_run._known]
     group_run._looked_at = ()
     before = {x.untyped_storage().data_ptr() for x in tensors(group_run._state) if x.ndim}
-    group_run.current(optimizer.param_groups[0])
+    optimizer._memory.follow()
     after = {x.untyped_storage().data_ptr() for x in tensors(group_run._state) if x.ndim}
     assert not before & after  # another state, of the same values
     run(optimizer, params, grads[3:])
@@ -367,3 +367,19 @@ def test_a_complex_parameter_is_an_error_that_names_it() -> None:
     optimizer = SHAMPOO.optimizer([("z", Parameter(torch.zeros(2, dtype=torch.complex64)))])
     with pytest.raises(TypeError, match="'z' is complex"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("method", [SHAMPOO, ADAMW], ids=name_of)
+def test_a_lazy_layer_joins_after_its_first_forward(method: Method) -> None:
+    """As in torch.optim: its parameters are the same objects, which have no shape before."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LazyLinear(2)).double()
+    optimizer = method.optimizer(model.parameters())
+    optimizer.state_dict()
+    x = torch.ones(2, 4, dtype=torch.float64)
+    model[0](x).sum().backward()
+    optimizer.step()
+    model(x).square().sum().backward()
+    before = copies(dict(model.named_parameters()))
+    optimizer.step()
+    assert moved(dict(model.named_parameters()), before) == before.keys()

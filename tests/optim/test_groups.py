@@ -226,7 +226,8 @@ def test_a_refused_group_is_not_added() -> None:
     for wrong, error in (
         ({"betas": (0.9, 2.0)}, ValueError),
         ({"betas": (0.9,)}, ValueError),
-        ({"eps": 1e-8}, TypeError),
+        ({"lr": torch.ones(2)}, ValueError),
+        ({"lr": "0.1"}, TypeError),
         ({"method": fs.sgd, "nesterov": True}, ValueError),
         ({"method": "adamw"}, TypeError),
     ):
@@ -261,11 +262,27 @@ UNKNOWN: list[tuple[Any, dict[str, Any], str]] = [
 def test_an_unknown_name_is_an_error_with_its_remedy(
     method: Any, given: dict[str, Any], message: str
 ) -> None:
-    p = Parameter(torch.zeros(2))
     with pytest.raises(TypeError, match=message):
-        fs.Optimizer([p], method, **given)
-    with pytest.raises(TypeError, match=message):
-        fs.Optimizer([{"params": [p], **given}], method, **({"lr": 0.1} if "lr" in given else {}))
+        fs.Optimizer([Parameter(torch.zeros(2))], method, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("weight_deacy", "weight_decay"), ("eps", "epsilon"), ("rho", None)]
+)
+def test_an_unknown_entry_of_a_group_is_kept(name: str, meant: str | None) -> None:
+    """As torch.optim keeps SAM's rho; one that looks misspelt is warned of."""
+    group = {"params": [Parameter(torch.zeros(2))], name: 0.5}
+    if meant is None:
+        optimizer = fs.Optimizer([group], fs.adamw)
+    else:
+        with pytest.warns(UserWarning, match=f"'{name}', which adamw.*did you mean '{meant}'"):
+            optimizer = fs.Optimizer([group], fs.adamw)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0][name] == 0.5
+    optimizer.param_groups[0][name] = 0.25
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][name] == 0.5
 
 
 def test_what_other_libraries_note_in_a_group_is_kept() -> None:

@@ -131,3 +131,70 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resumed = Module()
     trainer(STEPS).fit(resumed, loader(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
     assert_trained_alike(resumed.inner, twin)
+
+
+class Regression(torch.nn.Module):
+    """A model as the Trainer of transformers takes them: its forward gives the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model_of().float()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = self.inner(x)
+        return {"loss": torch.nn.functional.mse_loss(out, labels), "logits": out}
+
+
+def a_trainer(path: Path, steps: int, optimizer: tuple[Any, dict[str, Any]]) -> Any:
+    transformers = pytest.importorskip("transformers", reason=MISSING)
+    arguments = transformers.TrainingArguments(
+        str(path),
+        max_steps=steps,
+        save_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=0.02,
+        warmup_steps=2,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        seed=1,
+    )
+    xs, ys = data().tensors
+    rows = [{"x": x.float(), "labels": y.float()} for x, y in zip(xs, ys)]
+    return transformers.Trainer(
+        Regression(), arguments, train_dataset=rows, optimizer_cls_and_kwargs=optimizer
+    )
+
+
+SHAMPOO_OF_TRAINER = fs.Shampoo, {"every": 3, "momentum": 0.5, "lr": 0.02}
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, on its own account
+def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
+    whole = a_trainer(tmp_path / "whole", 10, SHAMPOO_OF_TRAINER)
+    whole.train()
+    assert isinstance(whole.optimizer.optimizer, fs.Shampoo)
+    assert len(whole.optimizer.param_groups) == 2  # with and without decay
+    resumed = a_trainer(tmp_path / "resumed", 10, SHAMPOO_OF_TRAINER)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_trained_alike(whole.model, resumed.model)
+    start = dict(Regression().named_parameters())
+    assert all(not torch.equal(p, start[n]) for n, p in whole.model.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_goes_on_from_a_checkpoint_of_adamw(tmp_path: Path) -> None:
+    adamw = torch.optim.AdamW, {"lr": 0.02}
+    first = a_trainer(tmp_path / "first", 4, adamw)
+    first.train()
+    accepts = {**SHAMPOO_OF_TRAINER[1], "accept_adamw": True, "vectors": "blocks"}
+    second = a_trainer(tmp_path / "second", 5, (fs.Shampoo, accepts))
+    second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    optimizer = second.optimizer.optimizer
+    p = optimizer.param_groups[0]["params"][0]
+    weight = optimizer.state[p]["block_0_0/blocked/graft/onto/second_weight"]
+    seeded = 1 - 0.999**4  # by four steps of AdamW, and then by one with our beta2
+    assert abs(float(weight) - (0.99 * seeded + 0.01)) < 1e-6
+    assert optimizer.param_groups[0]["lr"] == second.lr_scheduler.get_last_lr()[0]

@@ -1,0 +1,118 @@
+"""Failures in a row: what is counted, when it is too much, and the error that names the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.modes import unwrapped
+from funshampoo.core.tree import flatten
+from funshampoo.state.places import Place, block_names, map_tensors
+from funshampoo.state.stages import GuardedState, Kept, SpikeState, walk
+
+
+class FailureLimitError(RuntimeError):
+    """A block failed `max_failures` times in a row. Raised on every rank at the same step."""
+
+    def __init__(
+        self,
+        message: str,
+        max_failures: int = 0,
+        everywhere: Callable[[list[str]], list[str]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.max_failures = max_failures
+        self.everywhere = everywhere or list  # from what this rank has to say to what all have
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.args[0], self.max_failures)
+
+
+def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
+    """(4,) float32: blocks held, longest streak; roots failed, longest streak. Waits for nothing.
+
+    Args:
+        state: of any transformation; without a `guarded` in it the first two numbers are 0.
+        device: of the report; by default that of the counters.
+    """
+    guards: list[GuardedState] = []
+    refreshed: list[Kept] = []
+    for _, node in walk(state):
+        if isinstance(node, GuardedState):
+            guards.append(node)
+        elif isinstance(node, Kept):
+            refreshed.append(node)
+    held = [x for guard in guards for x in flatten(guard.held)[0]]
+    streak = [x for guard in guards for x in flatten(guard.streak)[0]]
+    numbers = [
+        _reduced(held, torch.sum),
+        _reduced(streak, torch.amax),
+        _reduced([kept.failures for kept in refreshed], torch.sum),
+        _reduced([kept.streak for kept in refreshed], torch.amax),
+    ]
+    if device is None:
+        device = next((x.device for x in (*held, *(kept.residual for kept in refreshed))), None)
+    return torch.stack([n.to(device, torch.float32) for n in numbers])
+
+
+def _reduced(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum or the maximum over several tensors; 0 without any."""
+    parts = [reduce(x) for x in tensors if x.numel()]
+    if not parts:
+        return torch.zeros((), device="cpu")
+    return reduce(torch.stack([x.to(parts[0].device) for x in parts]))
+
+
+def limit_reached(report: Tensor, max_failures: int) -> bool:
+    """Whether a streak of a `failure_report` has reached the limit. Waits for the device."""
+    plain = unwrapped(report)
+    if plain is None or plain.is_meta:
+        return False
+    return bool(plain.reshape(-1, 4)[:, 1::2].max() >= max_failures)
+
+
+def failing_blocks(state: Any, max_failures: int) -> list[str]:
+    """The blocks at the limit: "w block_0_1: gradient not finite". Waits for the device.
+
+    Args:
+        state: of a `blocked`, or of what stands outside of block space.
+    """
+    found: list[str] = []
+    judged = any([isinstance(node, SpikeState) for _, node in walk(state)])
+    bad = "gradient not finite, or a spike" if judged else "gradient not finite"
+
+    def look(place: Place, x: Tensor) -> Tensor:
+        plain = unwrapped(x)
+        if place.path[-1:] != ("streak",) or plain is None:
+            return x
+        cause = "refresh of its statistics failed" if place.kind is Kept else bad
+        worst = plain.reshape(-1, plain.shape[-1]).amax(0) if plain.ndim else plain.reshape(1)
+        for i in (worst >= max_failures).nonzero().flatten().tolist():
+            block: tuple[str, ...] = (".".join(place.leaf) or "all parameters",)
+            if place.stack is not None and place.rows is not None:
+                block = block_names(place.layout)[place.stack][place.rows[i]]
+            found.append(f"{' '.join(block)}: {cause}")
+        return x
+
+    map_tensors(look, state)
+    return list(dict.fromkeys(found))
+
+
+def failure_limit_error(
+    blocks: Sequence[str],
+    max_failures: int,
+    everywhere: Callable[[list[str]], list[str]] | None = None,
+) -> FailureLimitError:
+    """The error that names the blocks."""
+    listed = "; ".join(blocks[:5]) + (f"; and {len(blocks) - 5} more" if len(blocks) > 5 else "")
+    return FailureLimitError(
+        f"failed {max_failures} times in a row (max_failures={max_failures}), or more until this "
+        f"look: {listed}. A gradient that is not finite has entered nothing, and where a refresh "
+        "failed the old value is in use. Look at the loss and the data of these steps, lower the "
+        "learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go on.",
+        max_failures,
+        everywhere,
+    )

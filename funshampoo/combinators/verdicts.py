@@ -1,0 +1,150 @@
+"""Which gradients can be used: those that are finite and, where that is asked, no spikes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.combinators.spikes import above, any_held, held, learned
+from funshampoo.core.context import Context
+from funshampoo.core.contract import Hyper, Tree
+from funshampoo.core.modes import is_traced, unwrapped
+from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
+from funshampoo.linalg.norms import block_norm
+from funshampoo.state.stages import SpikeState
+
+Verdicts = tuple[Tree, Tree]
+"""Trees of (N,) or (): bool, whether a block can't be used, and 0 or 1, whether it can."""
+
+
+def verdicts_on(updates: Tree, context: Context) -> Verdicts | None:
+    """What can't be used for what it is.
+
+    None where there is no gradient. And None in the place of both: all can, as far as that can be
+    read without waiting, and nobody around says otherwise. Outside block space all leaves share one
+    verdict.
+    """
+    sources = [updates] if context.gradient is None else [updates, context.gradient]
+    sources = sources[:1] if sources[0] is sources[-1] else sources
+    given = context.alive
+    if given is None and context.usable:
+        return None
+    if given is None and all([surely_usable(flatten(x)[0]) for x in sources]):
+        return None
+    norms = [_norms(x, updates, context.block_ndim) for x in sources]
+    if given is None and all([_all_usable(flatten(x)[0]) for x in norms]):
+        return None
+    together = not context.block_ndim
+    judged = [_judged(x, together) for x in norms] + ([] if given is None else [(None, given)])
+    alive = judged[0][1]
+    if len(judged) == 1:
+        only: Verdicts = judged[0]
+        return only
+    for _, other in judged[1:]:
+        alive = map_leaves(_both, alive, other)
+    dead: Tree = map_leaves(lambda x: None if x is None else x == 0, alive)
+    return dead, alive
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if a is None or b is None else a * b
+
+
+def _judged(norms: Tree, together: bool) -> Verdicts:
+    """(can't be used, 1 where it can) of every norm; all at once, which is a few operators."""
+    leaves, spec = flatten(norms)
+    found: list[tuple[Tensor, Tensor] | tuple[None, None]] = [(None, None)] * len(leaves)
+    kinds: dict[Any, list[int]] = {}
+    for i, norm in enumerate(leaves):
+        if norm is not None:
+            kinds.setdefault((norm.dtype, norm.device), []).append(i)
+    for (dtype, _), places in kinds.items():
+        flat = torch.cat([leaves[i].reshape(-1) for i in places])
+        dead = ~(flat * flat <= _limit(dtype))
+        alive, sizes = (~dead).to(dtype), [leaves[i].numel() for i in places]
+        for i, mask, fine in zip(places, torch.split(dead, sizes), torch.split(alive, sizes)):
+            found[i] = mask.reshape(leaves[i].shape), fine.reshape(leaves[i].shape)
+    if together and kinds:
+        first = next(x[0] for x in found if x[0] is not None)
+        masks = [x[0].to(first.device) for x in found if x[0] is not None]
+        dead = torch.stack(masks).any()
+        found = [
+            (None, None) if x[1] is None else (dead.to(x[1].device), (~dead).to(x[1]))
+            for x in found
+        ]
+    return tuple([spec.unflatten(column) for column in zip(*found)]) if leaves else (norms, norms)
+
+
+def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
+    """A tree of ‖G‖, (N,) or (). None where there is no gradient."""
+
+    def norm(g: Tensor | None, u: Tensor | None) -> Tensor | None:
+        if g is None or u is None:
+            return None
+        return block_norm(cast(g, compute_dtype(g)), block_ndim)
+
+    return map_leaves(norm, source, updates)
+
+
+def with_spikes(
+    verdicts: Verdicts | None,
+    updates: Tree,
+    state: Any,
+    factor: Hyper,
+    context: Context,
+) -> tuple[Verdicts | None, SpikeState]:
+    """The verdicts with spikes held too, and what is known of norms after this step."""
+    source = updates if context.gradient is None else context.gradient
+    norms = _norms(source, updates, context.block_ndim)
+    over = above(norms, state, factor)
+    spikes = held(over, state, verdicts and verdicts[1])
+    if any_held(spikes):
+        dead = spikes if verdicts is None else map_leaves(_either, spikes, verdicts[0])
+        verdicts = _of_masks(dead, norms, together=not context.block_ndim)
+    known = learned(norms, over, spikes, verdicts and verdicts[0], state, context.donate)
+    return verdicts, known
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if a is None or b is None else a | b
+
+
+def _of_masks(dead: Tree, norms: Tree, together: bool) -> Verdicts:
+    """(can't be used, 1 where it can) of masks; `norms` for the dtypes."""
+    masks = [x for x in flatten(dead)[0] if x is not None]
+    if together and masks:
+        worst = torch.stack([x.to(masks[0].device) for x in masks]).any()
+        dead = map_leaves(lambda x: None if x is None else worst.to(x.device), dead)
+    alive = map_leaves(lambda x, n: None if x is None else (~x).to(n.dtype), dead, norms)
+    return dead, alive
+
+
+def _usable(norm: Tensor) -> Tensor:
+    return norm * norm <= _limit(norm.dtype)
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """Of ‖G‖²."""
+    return torch.finfo(dtype).max * 2.0**-20
+
+
+def _all_usable(norms: Sequence[Tensor | None]) -> bool:
+    """Whether all can be used, as far as that can be read without waiting for a device."""
+    found = [unwrapped(norm) for norm in norms if norm is not None]
+    return all([norm is not None and norm.is_cpu and bool(_usable(norm).all()) for norm in found])
+
+
+def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
+    """Whether `guarded` holds none of these for sure; None where that can't be read now."""
+    found = [g for g in gradients if g is not None]
+    if is_traced() or not all([g.is_cpu and g.is_floating_point() for g in found]):
+        return None
+    # The norm of a whole leaf is that of its blocks at least.
+    squares: dict[torch.dtype, list[Tensor]] = {}
+    for g in found:
+        flat = cast(g, compute_dtype(g)).reshape(-1)
+        squares.setdefault(flat.dtype, []).append(torch.dot(flat, flat))
+    return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])

@@ -1,0 +1,251 @@
+"""What all ranks have to have in common, and the error that says on which rank what differs.
+
+A rank's step is of use to the others only if all of them do the same, on the same parameters in the
+same order. That is checked where it costs next to nothing on an ordinary step:
+
+- before the first step with these parameters, by a gather of four integers (`Agreement`): all that
+  stays, what this step does, the values of the parameters, and the order of the gradients;
+- on every step, in the status that travels with the updates: all that stays, live numbers, the
+  number of the step (`print_of`, `said`).
+
+Where they differ every rank knows it, and a second gather brings what each has, for the message.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from funshampoo.blocks.executor import Leaves
+from funshampoo.core.context import Context
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.distributed.collectives import ProcessGroup, all_gather_into, gathered_objects
+from funshampoo.distributed.described import Line, described
+from funshampoo.distributed.shards import Shards
+
+_VALUES = "the values of "
+_REMEDY = (
+    "Give all of them the same parameters in the same order, with the same values, as "
+    "DistributedDataParallel makes them, and the same hyperparameters. This step moved no "
+    "parameter; after the first one, a donated state is spent: go on from a checkpoint."
+)
+
+
+def lines_of(leaves: Leaves) -> list[Line]:
+    """Names, shapes and dtypes."""
+    known = leaves.gradients if leaves.parameters is None else leaves.parameters
+    found = [("the number of parameters", str(len(leaves.names)))]
+    for i, (name, x) in enumerate(zip(leaves.names, known)):
+        shape = "" if x is None else f", {tuple(x.shape)}, {x.dtype}"
+        found.append((f"parameter {i}", f"'{name}'{shape}"))
+    return found
+
+
+def print_of(lines: Any, bits: int = 62) -> int:
+    """A fingerprint of so many bits, the same in every process.
+
+    >>> 0 <= print_of([("every", "10")], bits=24) < 2**24
+    True
+    """
+    digest = hashlib.blake2b(repr(lines).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> (64 - bits)
+
+
+def said(context: Context) -> list[Line]:
+    """What the caller says of this step; of a number on a device that it is there.
+
+    Reading it would wait for the device.
+    """
+    found = [("refresh", str(context.refresh))] if context.refresh is not None else []
+    for name, x in sorted(context.hyper.items()):
+        if isinstance(x, Tensor):
+            x = x.tolist() if x.device.type == "cpu" else "on a device"
+        found.append((name, repr(float(x) if isinstance(x, (int, float)) else x)))
+    return found
+
+
+def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
+    """One number a leaf: the sum of its elements' bits as integers, exact in any order.
+
+    Waits for the device.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def total(x: Tensor) -> Tensor:
+        return x.detach().view(integers[x.element_size()]).sum(dtype=torch.int64)
+
+    found = [total(x) for x in leaves if x is not None]
+    numbers = iter(torch.stack(found).tolist() if found else [])
+    return [-1 if x is None else next(numbers) for x in leaves]
+
+
+class Agreement:
+    """The plans on which all ranks of a group have agreed, for one `sharded`.
+
+    Args:
+        inner: what it runs.
+        options: its own, {name: value}.
+    """
+
+    def __init__(self, inner: GradientTransformation, options: Mapping[str, Any]) -> None:
+        self._inner, self._options = inner, options
+        self._group: Any = lambda: None
+        self._agreed: set[int] = set()
+        self._last: tuple[Any, ...] = (None, None, None, 0)
+        self._now: tuple[Any, set[str], int] = ((), set(), 0)
+        self.lines: list[Line] = []
+
+    def on(
+        self,
+        shards: Shards,
+        leaves: Leaves,
+        context: Context,
+        group: ProcessGroup | None,
+        device: torch.device,
+    ) -> int:
+        """The fingerprint of all that stays, `lines`, on which the ranks agree.
+
+        The first time for these leaves it is a collective. Ranks of which some have agreed and some
+        have not, since only some were given other parameters, meet in two collectives that do not
+        fit: torch.distributed's error, or its timeout.
+
+        Raises:
+            RuntimeError: something differs, or another rank failed here; on every rank.
+        """
+        now = group or dist.group.WORLD
+        known = self._group() is now
+        before, where, names, plan = self._last
+        if known and before is shards and where == leaves.where and names == leaves.names:
+            return int(plan)
+        if not known:
+            self._group = weakref.ref(now)
+            self._agreed.clear()
+        self.lines = [*lines_of(leaves), *self._own, *_owners(shards)]
+        plan = print_of(self.lines)
+        if plan not in self._agreed:
+            agree(self.lines, leaves, context, group, device)
+            self._agreed.add(plan)
+        self._last = shards, leaves.where, leaves.names, plan
+        return plan
+
+    def now(self, plan: int, context: Context) -> int:
+        """The fingerprint of a plan and of what is `said` of this step, below 2^24."""
+        values = (plan, context.refresh, *context.hyper.values())
+        if any([isinstance(x, Tensor) for x in values]):
+            return print_of((plan, said(context)), 24)
+        if self._now[0] != values or self._now[1] != context.hyper.keys():
+            keys = set(context.hyper)
+            self._now = values, keys, print_of((plan, said(context)), 24)
+        return self._now[2]
+
+    @functools.cached_property
+    def _own(self) -> list[Line]:
+        own = [(name, repr(value)) for name, value in self._options.items()]
+        return own + described(self._inner)
+
+
+def agree(
+    lines: list[Line],
+    leaves: Leaves,
+    context: Context,
+    group: ProcessGroup | None,
+    device: torch.device,
+) -> None:
+    """Compare with all ranks.
+
+    Raises:
+        RuntimeError: something differs, or another rank failed here; on every rank.
+    """
+    failure: BaseException | None = None
+    values: list[Line] = []
+    gradients: list[int] = []
+    row = [1, 0, 0, 0]
+    try:
+        values = [*lines, ("the number of the step", str(context.step)), *said(context)]
+        if leaves.parameters is not None:
+            bits = bits_of(leaves.parameters)
+            values += [(f"{_VALUES}'{n}'", str(x)) for n, x in zip(leaves.names, bits)]
+        gradients = bits_of(leaves.gradients)
+        row = [0, print_of(values), print_of(sorted(gradients)), print_of(gradients)]
+    except BaseException as error:  # whatever it is: the others are waiting
+        failure = error
+    rows = _gathered(row, group, device)
+    if failure is not None:
+        raise failure
+    failed = [rank for rank, found in enumerate(rows) if found[0]]
+    if failed:
+        raise RuntimeError(
+            f"sharded: rank {failed[0]} of {len(rows)} failed before the first step; its own error "
+            "says why. Nothing was moved."
+        )
+    # Gradients may differ, though they should not: one that was not averaged, or has a NaN. That
+    # they are the same in another order is no accident.
+    if len({row[1] for row in rows}) > 1 or len({row[2:] for row in rows}) > len(
+        {row[2] for row in rows}
+    ):
+        raise disagreement(values, group, gradients, leaves.names)
+
+
+def _gathered(row: list[int], group: ProcessGroup | None, device: torch.device) -> Any:
+    mine = torch.tensor(row, dtype=torch.int64, device=device)
+    size = dist.get_world_size(group)
+    table = torch.empty(size * len(row), dtype=torch.int64, device=device)
+    all_gather_into(table, mine, group)
+    return [tuple(found) for found in table.view(size, -1).tolist()]
+
+
+def disagreement(
+    lines: list[Line],
+    group: ProcessGroup | None,
+    gradients: Sequence[int] = (),
+    names: Sequence[str] = (),
+) -> RuntimeError:
+    """The error that says on which rank what differs. Every rank has to ask for it."""
+    found = gathered_objects((lines, list(gradients), list(names)), group)
+    (first, order, ours), others = found[0], found[1:]
+    for rank, (theirs, its_order, _) in enumerate(others, start=1):
+        if theirs != first:
+            return RuntimeError(f"{_difference(first, theirs, rank)} {_REMEDY}")
+        if its_order != order and sorted(its_order) == sorted(order):
+            i = next(i for i, (a, b) in enumerate(zip(order, its_order)) if a != b)
+            j = its_order.index(order[i])
+            return RuntimeError(f"{_moved(ours[i], ours[j], rank, 'gradient')} {_REMEDY}")
+    return RuntimeError(f"sharded: the ranks do not agree. {_REMEDY}")
+
+
+def _difference(first: list[Line], other: list[Line], rank: int) -> str:
+    """What the first difference is, in words."""
+    pairs = zip([*first, ("", "nothing more")], [*other, ("", "nothing more")])
+    (label, ours), (their_label, theirs) = next((a, b) for a, b in pairs if a != b)
+    if label.startswith(_VALUES) and label == their_label:
+        name = label.removeprefix(_VALUES)
+        same = [key for key, x in other if key.startswith(_VALUES) and x == ours]
+        if same:
+            return _moved(name.strip("'"), same[0].removeprefix(_VALUES).strip("'"), rank, "value")
+        return f"sharded: the ranks do not agree: {label} on rank 0 and on rank {rank} differ."
+    if label != their_label:
+        ours, theirs = f"{label}: {ours}", f"{their_label}: {theirs}"
+        return f"sharded: the ranks do not agree: rank 0 has {ours}; rank {rank} {theirs}."
+    return f"sharded: the ranks do not agree: {label} is {ours} on rank 0, {theirs} on rank {rank}."
+
+
+def _moved(name: str, other: str, rank: int, what: str) -> str:
+    return (
+        "sharded: the ranks do not agree on the order of the parameters: by its "
+        f"{what}, '{name}' of rank 0 is '{other}' of rank {rank}."
+    )
+
+
+def _owners(shards: Shards) -> list[Line]:
+    """Which rows are whose."""
+    return [
+        (f"the owner of blocks of {piece.stack}", f"rank {piece.owner} of rows {piece.all_rows}")
+        for piece in shards.pieces
+    ]

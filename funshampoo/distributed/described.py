@@ -1,0 +1,92 @@
+"""A transformation in words: its stages, and the numbers that were given to build them.
+
+Stages are closures, so their numbers are what the functions of this package have closed over. Of a
+function of somebody else's only the name is told: what is in it may differ from rank to rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.core.live import Live
+
+Line: TypeAlias = tuple[str, str]
+"""(what it is, what it is like)"""
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+_PACKAGE = __name__.split(".")[0]
+
+
+def described(transformation: GradientTransformation) -> list[Line]:
+    """What the transformation is made of. Equal for two that were built in the same way.
+
+    A live number is told by its name, and a tensor by its shape and dtype, unless it is one number
+    on the CPU.
+
+    >>> from funshampoo import scale_by_learning_rate
+    >>> described(scale_by_learning_rate(0.5))[-2:]
+    [('scale_by_learning_rate: learning_rate', '0.5'), ('scale_by_learning_rate: sign', '-1')]
+    """
+    return list(_of_stage(transformation, {}))
+
+
+def _of_stage(stage: GradientTransformation, seen: dict[int, Any]) -> Iterator[Line]:
+    if id(stage) in seen:
+        return
+    seen[id(stage)] = stage  # kept, so that nothing else gets its identity
+    if stage.parts:
+        yield stage.name, f"made of {', '.join(stage.parts)}"
+    for part in stage.parts.values():
+        yield from _of_stage(part, seen)
+    for function in ("init", "update", "apply"):
+        if stage._given[function] is not None:
+            yield from _of(stage._given[function], stage.name, "", seen)
+
+
+def _of(value: Any, stage: str, name: str, seen: dict[int, Any]) -> Iterator[Line]:
+    """Of anything; `name` is what the functions of the stage call it."""
+    label = f"{stage}: {name}" if name else stage
+    if isinstance(value, GradientTransformation):
+        yield from _of_stage(value, seen)
+    elif isinstance(value, _PLAIN):
+        yield label, repr(value)
+    elif isinstance(value, Live):
+        yield label, f"the live number '{value.name}'"
+    elif isinstance(value, Tensor):
+        one = value.device.type == "cpu" and value.numel() == 1
+        yield label, f"{value.item()}" if one else f"{tuple(value.shape)}, {value.dtype}"
+    elif isinstance(value, (Mapping, tuple, list)):
+        named = isinstance(value, Mapping)
+        yield label, f"{'dict' if named else 'sequence'} of {len(value)}"
+        for key, x in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _of(x, stage, f"{name}[{key!r}]", seen)
+    elif id(value) not in seen:
+        seen[id(value)] = value
+        yield label, getattr(value, "__qualname__", type(value).__qualname__)
+        for inner, x in _inside(value):
+            yield from _of(x, stage, inner or name, seen)
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of what it is made of; "" for what has no name of its own."""
+    if isinstance(value, functools.partial):
+        yield from (("", x) for x in (value.func, value.args, value.keywords))
+    elif isinstance(value, types.MethodType):
+        yield from (("", x) for x in (value.__self__, value.__func__))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr)
+    elif isinstance(value, types.FunctionType) and value.__module__.split(".")[0] == _PACKAGE:
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
+            try:
+                yield name, cell.cell_contents
+            except ValueError:  # nothing has been put into it yet
+                continue
+        yield from (("", x) for x in (value.__defaults__ or ()))

@@ -1,0 +1,66 @@
+"""What every rank has of a state, brought together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.distributed.collectives import ProcessGroup, rank_and_size
+
+
+def sharing_groups(transformation: GradientTransformation | None) -> list[ProcessGroup | None]:
+    """The groups of ranks over which a chain shares out its state; [] on one rank."""
+    found: list[ProcessGroup | None] = []
+    for spread in _spreads(transformation):
+        group = spread.group
+        if rank_and_size(group)[1] > 1 and not any([group is other for other in found]):
+            found.append(group)
+    return found
+
+
+def gathered(
+    transformation: GradientTransformation | None, mine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The union of what the ranks that share this chain's state have; this rank's own comes first.
+
+    A collective, where there are several ranks: all of them have to call it.
+    """
+    found = dict(mine)
+    for group in sharing_groups(transformation):
+        parts: list[Any] = [None] * rank_and_size(group)[1]
+        dist.all_gather_object(parts, found, group=group)
+        for part in parts:
+            found = {**part, **found}
+    return found
+
+
+def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any] | None:
+    """What every rank of a group gives, on the host; None on ranks that are not to get it.
+
+    Args:
+        mine: tensors in dicts and lists.
+        to: the rank in the group; None: all.
+    """
+    rank, size = rank_and_size(group)
+    mine = tree_map_only(Tensor, lambda x: x.detach().cpu(), mine)
+    parts: list[Any] = [None] * size
+    if to is None:
+        dist.all_gather_object(parts, mine, group=group)
+        return parts
+    target = to if group is None else dist.get_global_rank(group, to)
+    dist.gather_object(mine, parts if rank == to else None, dst=target, group=group)
+    return parts if rank == to else None
+
+
+def _spreads(transformation: GradientTransformation | None) -> Iterator[Any]:
+    if transformation is None:
+        return
+    if transformation.spread is not None:
+        yield transformation.spread
+    for part in transformation.parts.values():
+        yield from _spreads(part)

@@ -1,0 +1,160 @@
+"""Uneven inputs: what torch.distributed.algorithms.join.Join asks of an optimizer.
+
+    with Join([model, optimizer]):          # the DistributedDataParallel first
+        for batch in mine: ...; optimizer.step()
+
+A rank whose data has ended goes on stepping, with the others' gradients, until all have ended:
+it owns blocks, and what it averages has to stay what the others average. Its gradients are those of
+a rank that still has data, and so are the numbers of its groups, which its own scheduler no longer
+sets. On a step of which all ranks are part that costs one gather of two integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.distributed.collectives import ProcessGroup
+
+
+def group_of(transformations: Iterable[GradientTransformation]) -> ProcessGroup | None:
+    """The process group of the first `sharded` in these, at any depth; None: all ranks, or none."""
+    for tx in transformations:
+        if tx.spread is not None:
+            return tx.spread.group
+        found = group_of(tx.parts.values())
+        if found is not None:
+            return found
+    return None
+
+
+class Joining:
+    """Makes an optimizer one that `Join` takes, as it takes ZeroRedundancyOptimizer; a mixin.
+
+    Its `step` calls `_meet_joined()` first, but after a closure, whose collectives are the model's.
+    """
+
+    param_groups: list[dict[str, Any]]
+    _join_config: Any = None  # `Join` sets it
+
+    def _chains(self) -> list[GradientTransformation]:
+        """Of all groups."""
+        raise NotImplementedError
+
+    def _step_groups(self) -> None:
+        """What `step` does, without a closure and without `_meet_joined`."""
+        raise NotImplementedError
+
+    def join_hook(self, **kwargs: Any) -> _Hook:
+        """For `Join`: what a rank does whose data has ended."""
+        return _Hook(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """For `Join`: where the parameters are."""
+        found: torch.device = self.param_groups[0]["params"][0].device
+        return found
+
+    @property
+    def join_process_group(self) -> ProcessGroup:
+        """For `Join`: the ranks that share the blocks; by default all."""
+        return group_of(self._chains()) or dist.group.WORLD
+
+    def _meet_joined(self) -> None:
+        """See to it that ranks whose data has ended can make this step too.
+
+        Raises:
+            RuntimeError: the optimizer is the first in the list that `Join` was given.
+        """
+        config = self._join_config
+        if config is None or not config.enable:
+            return
+        if config.is_first_joinable:
+            raise RuntimeError(
+                "Join: the optimizer is the first in the list. Give the model first, as in "
+                "Join([model, optimizer]): its collectives come before the optimizer's."
+            )
+        share(self.param_groups, self.join_process_group, self.join_device, live=True)
+
+
+class _Hook:
+    def __init__(self, optimizer: Joining) -> None:
+        self._optimizer = optimizer
+
+    def main_hook(self) -> None:
+        """A step of a rank without data."""
+        here = self._optimizer
+        share(here.param_groups, here.join_process_group, here.join_device, live=False)
+        with torch.no_grad():
+            here._step_groups()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """All have ended, and steps are ordinary again."""
+        self._optimizer._join_config = None
+
+
+def share(
+    groups: list[dict[str, Any]], group: ProcessGroup | None, device: torch.device, *, live: bool
+) -> None:
+    """Give the ranks without data the gradients and numbers of the first one that has some.
+
+    Gradients are replaced there, and not written to. Every rank takes part.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+        live: whether this rank has data.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    flags = torch.tensor([rank if live else size, int(live)], device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MIN, group=group)
+    first, all_live = flags.tolist()
+    if all_live:
+        return
+    source = first if group is None else dist.get_global_rank(group, first)
+    parameters = [p for each in groups for p in each["params"]]
+    mine = [_numbers(each) for each in groups], [p.grad is not None for p in parameters]
+    box: list[Any] = [mine if rank == first else None]
+    dist.broadcast_object_list(box, source, group=group)
+    numbers, have = box[0]
+    having = [p for p, has in zip(parameters, have) if has]
+    gradients = _broadcast(having, source, group, sends=rank == first)
+    if live:
+        return
+    for each, found in zip(groups, numbers):
+        each.update(found)
+    for p in parameters:
+        p.grad = None
+    for p, g in zip(having, gradients):
+        p.grad = g
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in group.items() if isinstance(x, (bool, int, float, tuple))}
+
+
+def _broadcast(
+    parameters: list[Tensor], source: int, group: ProcessGroup | None, *, sends: bool
+) -> list[Tensor]:
+    """Their gradients of rank `source`, one collective a dtype."""
+    found: list[Any] = [None] * len(parameters)
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        places = [i for i, p in enumerate(parameters) if p.dtype == dtype]
+        own = [parameters[i] for i in places]
+        if sends:
+            flat = torch.cat([_gradient(p).reshape(-1) for p in own])
+        else:
+            flat = torch.empty(sum(p.numel() for p in own), dtype=dtype, device=own[0].device)
+        dist.broadcast(flat, source, group=group)
+        for i, p, x in zip(places, own, torch.split(flat, [p.numel() for p in own])):
+            found[i] = x.view(p.shape)
+    return found
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None, "who sends it has said that it is there"
+    return p.grad.to(p.dtype)

@@ -1,0 +1,154 @@
+"""The chain of a parameter group, built anew where an edit of the group asks for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.combinators.compilation import compiled
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.core.live import Live
+from funshampoo.optim.vocabulary import Method, Vocabulary, untouched
+
+_MANY = 4  # graphs of one group, from which on an edit on every step is likely
+
+
+class Built(NamedTuple):
+    """A chain and what it was built from; it is left out of copies, since it holds functions.
+
+    Attributes:
+        raw: what it read of the group.
+        structure: what of the arguments can change the structure of the state.
+        live: the numbers that it looks up on every step; see `core.live`.
+        hyper: their values.
+        inputs: what a graph reads them from, so that others make no new one; {} without a graph.
+    """
+
+    words: Vocabulary
+    raw: list[Any]
+    arguments: dict[str, Any]
+    structure: Any
+    transformation: GradientTransformation | None
+    live: dict[str, Live]
+    hyper: dict[str, Any]
+    inputs: dict[str, Tensor]
+
+    def numbers(self) -> dict[str, Any]:
+        """What goes into the context as `hyper`."""
+        for name, x in self.inputs.items():
+            x.fill_(self.hyper[name])
+        return {**self.hyper, **self.inputs}
+
+    def for_a_copy(self) -> Built:
+        """Without what pickle and deepcopy can't take."""
+        return self._replace(transformation=None, raw=[], live={}, inputs={})
+
+
+class Builder:
+    """Makes the chains of one group.
+
+    Args:
+        method: of groups that have none of their own.
+        options: of `compiled`; None: no graphs.
+    """
+
+    def __init__(self, method: Method, options: Mapping[str, Any] | None) -> None:
+        self._method = method
+        self._options = options
+        self._graphs = 0
+
+    def built(self, words: Vocabulary, group: Mapping[str, Any]) -> Built:
+        """The chain of a group.
+
+        Raises:
+            TypeError, ValueError: an argument is missing or out of range.
+        """
+        arguments = words.arguments(group)
+        live = words.live(arguments)
+        transformation = _by_torchs_names(words.build, words.with_live(arguments, live))
+        hyper = words.hyper(arguments, live)
+        inputs: dict[str, Tensor] = {}
+        if self._options is not None:
+            _check_compilable(words, arguments, live)
+            inputs = {n: _input(x) for n, x in hyper.items() if not isinstance(x, Tensor)}
+            transformation = compiled(transformation, **self._options)
+            self._count_graph()
+        structure = words.structure(arguments, live)
+        raw = words.raw(group)
+        return Built(words, raw, arguments, structure, transformation, live, hyper, inputs)
+
+    def edited(self, group: Mapping[str, Any], before: Built) -> Built:
+        """The chain of the group as it is now: the one before, where it is still right."""
+        method = group.get("method", self._method)
+        if before.words.method is not method:
+            return self.built(Vocabulary(method), group)
+        words = before.words
+        if before.transformation is None:  # a copy
+            return self.built(words, group)
+        raw = words.raw(group)
+        if untouched(raw, before.raw):
+            return before
+        edited = words.edited(raw, before.raw, before.arguments, before.live)
+        arguments = words.arguments(group) if edited is None else edited
+        if edited is None and not words.same_chain(
+            arguments, before.arguments, before.live, in_graph=self._options is not None
+        ):
+            return self.built(words, group)
+        hyper = words.hyper(arguments, before.live)
+        for name, live in before.live.items():
+            if hyper[name] is not before.hyper[name]:
+                for check in live.checks:
+                    _by_torchs_names(check, hyper[name])
+        return before._replace(raw=raw, arguments=arguments, hyper=hyper)
+
+    def _count_graph(self) -> None:
+        self._graphs += 1
+        if self._graphs == _MANY:
+            warnings.warn(
+                "compile: param_groups are edited again and again, and every edit is compiled "
+                "anew, which takes seconds, but for that of a number that the recipe looks up on "
+                "every step, as those of funshampoo do. Keep the rest as it is, or leave out "
+                "compile.",
+                stacklevel=2,
+            )
+
+
+def other_structure(now: Built, before: Built) -> bool:
+    """Whether a state of the one chain can be none of the other's."""
+    if now is before:
+        return False
+    if now.words.method is not before.words.method:
+        return True
+    return bool(now.structure != before.structure)
+
+
+def _by_torchs_names(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it; what it says of `learning_rate` is said of lr, as the group has it."""
+    try:
+        return function(*arguments)
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("learning_rate "):
+            raise
+        raise type(error)(str(error).replace("learning_rate", "lr", 1)) from error
+
+
+def _check_compilable(
+    words: Vocabulary, arguments: Mapping[str, Any], live: Mapping[str, Live]
+) -> None:
+    for other in ("distribute", "stagger"):
+        if arguments.get(other):
+            raise ValueError(f"compile and {other} do not go together: leave out one of them.")
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name not in live and name != words.rate:
+            raise ValueError(
+                f"{name} is a tensor, which may have been written to, so that every step would be "
+                "compiled anew: give a number, or leave out compile."
+            )
+
+
+def _input(value: float) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")

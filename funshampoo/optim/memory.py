@@ -1,0 +1,197 @@
+"""What the wrapper remembers of every parameter, over all groups and outside of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.optim.entries import SHARED, check_entry, is_note, is_shared
+from funshampoo.optim.group import GroupRun, Left, Ready
+
+Group = dict[str, Any]
+
+
+class Memory:
+    """The runs of all groups, what parameters left behind when they left one, and clients' notes.
+
+    A run belongs to the dict of its group, an entry to its tensor: groups may be edited, moved,
+    replaced, and the next step finds what still counts.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[GroupRun] = []
+        self._left: dict[Tensor, Left] = {}
+        self.notes: dict[Tensor, dict[str, Any]] = {}
+        self._forgotten: set[Tensor] = set()  # which start from nothing at the next step
+
+    def match(
+        self, groups: Sequence[Group], make: Callable[[Group, Sequence[Group]], GroupRun]
+    ) -> None:
+        """Have one run a group; what those of groups that are gone remember stays.
+
+        Args:
+            make: a run from a group and those before it.
+        """
+        if len(self.runs) == len(groups) and all(
+            [run.group is group for run, group in zip(self.runs, groups)]
+        ):
+            return
+        known = {id(run.group): run for run in self.runs}
+        runs = [
+            known.pop(id(group)) if id(group) in known else make(group, groups[:i])
+            for i, group in enumerate(groups)
+        ]
+        for run in known.values():
+            self._left |= run.released(run.parameters())
+        self.runs = runs
+
+    def prepare(self) -> None:
+        """Make every run ready for a step of its group as it is now, or none of them.
+
+        Raises:
+            ValueError: an edit that a state can't follow; a parameter in two groups.
+            RuntimeError: a sparse gradient.
+        """
+        self._follow(check=True)
+        self._forgotten.clear()
+
+    def follow(self) -> None:
+        """Have every state follow the edits of its group, before it is saved."""
+        self._follow(check=False)
+
+    def _follow(self, *, check: bool) -> None:
+        looks = [run.look() for run in self.runs]
+        left = self._left
+        if not all([run.is_as(look) for run, look in zip(self.runs, looks)]):
+            _check_apart(self.runs)
+            for run in self.runs:
+                left = left | run.released(run.gone())
+        ready = [run.prepared(left, look) for run, look in zip(self.runs, looks)]
+        if check:
+            for one in ready:
+                one.check_gradients()
+        self.adopt(ready)
+        if left:
+            here = {known.parameter for one in ready for known in one.known}
+            self._left = {p: entries for p, entries in left.items() if p not in here}
+
+    def adopt(self, ready: Sequence[Ready]) -> None:
+        """Go on from these states, one a run."""
+        for run, one in zip(self.runs, ready):
+            run.adopt(one)
+
+    def replace(self, ready: Sequence[Ready], notes: dict[Tensor, dict[str, Any]]) -> None:
+        """Go on from these states and notes, and remember nothing else."""
+        self.adopt(ready)
+        self._left, self.notes = {}, notes
+        self._forgotten.clear()
+
+    def entries_of(self, p: Tensor) -> dict[str, Any]:
+        """Everything that is remembered of a parameter; {} of one that is not known."""
+        chain = {} if p in self._forgotten else self._chain_entries(p)
+        return {**chain, **self.notes.get(p, {})}
+
+    def saved(self, p: Tensor) -> dict[str, Any]:
+        """Its entries for a checkpoint, where one that starts from nothing does not look empty."""
+        return {**self._chain_entries(p), **self.notes.get(p, {})}
+
+    def remembered(self) -> list[Tensor]:
+        """The parameters of which something is remembered, in the order of the groups."""
+        found = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
+        return [p for p in dict.fromkeys([*found, *self._left, *self.notes]) if self.entries_of(p)]
+
+    def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
+        """Change these entries of a parameter, or none where one does not fit.
+
+        What is written to a parameter that is in no group, or has just come into one, is kept for
+        the step that finds it there.
+        """
+        run = self._run_with(p)
+        known = self._chain_entries(p) if run is not None else {}
+        chain = {name: x for name, x in entries.items() if name in known or not is_note(name)}
+        if run is None:
+            _check_tensors(chain)
+            if chain:
+                own, shared = _parted(chain)
+                self._left[p] = Left(own, shared)
+        else:
+            for name, x in chain.items():
+                check_entry(name, x, known)
+            with torch.inference_mode(False), torch.no_grad():
+                for name, x in chain.items():
+                    known[name].copy_(x)
+            if chain:
+                run.written_to()
+        if chain:
+            self._forgotten.discard(p)
+        notes = {name: x for name, x in entries.items() if name not in chain}
+        if notes:
+            self.notes.setdefault(p, {}).update(notes)
+
+    def forget(self, p: Tensor, names: set[str] | None = None) -> None:
+        """Let a parameter start from nothing; or these entries of it."""
+        notes = self.notes.pop(p, {})
+        kept = {} if names is None else {n: x for n, x in notes.items() if n not in names}
+        if kept:
+            self.notes[p] = kept
+        self._left.pop(p, None)
+        run = self._run_with(p)
+        gone = None if names is None else names - notes.keys()
+        if run is not None and (gone is None or gone):
+            run.without(p, gone)
+        if names is None:
+            self._forgotten.add(p)
+
+    def forget_all(self) -> None:
+        """Let everything start from nothing, notes and counters too."""
+        for run in self.runs:
+            run.forget()
+            self._forgotten.update(run.group["params"])
+        self._left, self.notes = {}, {}
+
+    def _run_with(self, p: Tensor) -> GroupRun | None:
+        """The run whose state has this parameter; one that only a reader has seen comes last."""
+        for run in self.runs:
+            if run.has_state and p in run.entries()[0]:
+                return run
+        if p not in self._left:
+            for run in self.runs:
+                if not run.has_state and p in run.entries()[0]:
+                    return run
+        return None
+
+    def _chain_entries(self, p: Tensor) -> dict[str, Tensor]:
+        run = self._run_with(p)
+        if run is not None:
+            entries, shared = run.entries()
+            return _together(entries[p], shared)
+        return _together(*self._left[p]) if p in self._left else {}
+
+
+def _together(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**{SHARED + name: x for name, x in shared.items()}, **own}
+
+
+def _parted(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    own = {name: x for name, x in entries.items() if not is_shared(name)}
+    return own, {n.removeprefix(SHARED): x for n, x in entries.items() if n not in own}
+
+
+def _check_tensors(entries: Mapping[str, Any]) -> None:
+    for name, x in entries.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"'{name}' is a tensor of the optimizer's state, not {x!r}.")
+
+
+def _check_apart(runs: Sequence[GroupRun]) -> None:
+    """As torch.optim's add_param_group does; an edited list comes past it."""
+    seen: dict[Tensor, int] = {}
+    for i, run in enumerate(runs):
+        for name, p in zip(run.names(), run.group["params"]):
+            if seen.setdefault(p, i) != i:
+                raise ValueError(
+                    f"parameter '{name}' is in the groups {seen[p]} and {i}: take it out of one."
+                )

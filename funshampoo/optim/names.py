@@ -1,0 +1,73 @@
+"""The names of a group's parameters: a tensor keeps its name, wherever in the list it moves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Names:
+    """The names under which a group's chain knows its parameters.
+
+    They are those given in "param_names", else param_0, param_1, ... counted over all groups. When
+    the list "params" was edited, a tensor that was there before keeps its name, and "param_names"
+    follows; when "param_names" was edited, it rules.
+
+    Args:
+        first: how many parameters the groups before this one have.
+    """
+
+    def __init__(self, first: int) -> None:
+        self._first = first
+        self._known: dict[Tensor, str] = {}
+        self._given: list[str] | None = None
+
+    def of(self, group: dict[str, Any]) -> list[str]:
+        """One name a parameter; one that the group holds twice has its first name.
+
+        Raises:
+            ValueError: "param_names" was edited and there are too few; two parameters have one.
+        """
+        parameters: list[Tensor] = group["params"]
+        given: list[str] | None = group.get("param_names") or None
+        if given is not None and given != self._given:
+            names = _as_given(parameters, given)
+        else:
+            names = self._followed(parameters, given)
+            if given is not None and list(given) != names:
+                group["param_names"] = names
+        self._known = dict(zip(parameters, names))
+        self._given = None if given is None else list(group["param_names"])
+        return names
+
+    def _followed(self, parameters: Sequence[Tensor], given: list[str] | None) -> list[str]:
+        """Known tensors by their names, others by their places."""
+        found = {p: self._known[p] for p in parameters if p in self._known}
+        taken = set(found.values())
+        for i, p in enumerate(parameters):
+            if p in found:
+                continue
+            own = given[i] if given is not None and len(given) == len(parameters) else None
+            numbers = itertools.chain([self._first + i], itertools.count())
+            free = (n for n in map("param_{}".format, numbers) if n not in taken)
+            found[p] = own if own is not None and own not in taken else next(free)
+            taken.add(found[p])
+        return [found[p] for p in parameters]
+
+
+def _as_given(parameters: Sequence[Tensor], given: Sequence[str]) -> list[str]:
+    if len(given) != len(parameters):
+        raise ValueError(
+            f"the group has {len(parameters)} parameters and {len(given)} param_names: give one "
+            "name a parameter."
+        )
+    names: dict[Tensor, str] = {}
+    owners: dict[str, Tensor] = {}
+    for p, name in zip(parameters, given):
+        own = names.setdefault(p, name)
+        if owners.setdefault(own, p) is not p:
+            raise ValueError(f"two parameters of the group are named '{own}'.")
+    return [names[p] for p in parameters]

@@ -1,0 +1,107 @@
+"""What a saved state_dict of the wrapper says of groups, hyperparameters and parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from funshampoo.optim.vocabulary import copied, is_plain
+
+_OBJECT = "funshampoo: not saved: "  # how the place of a function or a solver begins
+
+
+def saved_group(group: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    """The entries of a group that torch.load(weights_only=True) can read.
+
+    Functions, solvers and the like leave a text in their places, since tools look for every name.
+    """
+    found = {
+        name: copied(value) if is_plain(value) else f"{_OBJECT}{type(value).__qualname__}"
+        for name, value in group.items()
+    }
+    return {**found, "params": list(indices)}
+
+
+def loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group as it is after loading: an object given at construction stays.
+
+    Names that only the checkpoint has are adopted.
+    """
+    found = dict(group)
+    for name, value in saved.items():
+        replaced = is_plain(group.get(name)) and not _is_object(value)
+        if name == "param_names":
+            replaced = bool(value) and not group.get(name)
+        if name != "params" and replaced:
+            found[name] = copy.deepcopy(value)
+    return found
+
+
+def check_fits(given: Any, groups: Sequence[Mapping[str, Any]], strict: bool) -> None:
+    """The checkpoint has our groups, and no state of anything else.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if not {"state", "param_groups"} <= given.keys():
+        raise ValueError("this is no state_dict of an optimizer: see funshampoo.state for one.")
+    saved: list[list[Any]] = [group["params"] for group in given["param_groups"]]
+    ours = [len(group["params"]) for group in groups]
+    theirs = [len(indices) for indices in saved]
+    if ours != theirs:
+        raise ValueError(
+            f"the checkpoint has groups of {theirs} parameters, this optimizer of {ours}: "
+            "build it with the same groups."
+        )
+    foreign = given["state"].keys() - {index for indices in saved for index in indices}
+    if strict and foreign:
+        raise ValueError(
+            f"the checkpoint has a state for {min(map(str, foreign))}, which is in none of its "
+            "groups."
+        )
+
+
+def indices_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> list[Any]:
+    """The key in the checkpoint of every parameter of the group: by name where both have names.
+
+    Raises:
+        ValueError: the names differ, and a name stands for another parameter there.
+    """
+    theirs, ours = saved.get("param_names"), group.get("param_names")
+    indices: list[Any] = list(saved["params"])
+    if not theirs or not ours or list(theirs) == list(ours):
+        return indices
+    if set(theirs) == set(ours):
+        place = dict(zip(theirs, indices))
+        return [place[name] for name in ours]
+    for i, name in enumerate(theirs):
+        if name in ours and ours[i] != name:
+            raise ValueError(
+                f"the checkpoint's parameter {i} is '{name}', the optimizer's is '{ours[i]}', and "
+                f"'{name}' is another one here: give both the same parameters, or leave out the "
+                "names to go by order."
+            )
+    return indices
+
+
+def is_adamws(entries: Mapping[str, Any]) -> bool:
+    """Whether these are the entries that torch's AdamW and Adam have for a parameter."""
+    return entries.keys() >= {"exp_avg", "exp_avg_sq"}
+
+
+def check_ours(entries: Mapping[str, Any]) -> None:
+    """These entries of a parameter are not those of torch's AdamW.
+
+    Raises:
+        ValueError: they are.
+    """
+    if is_adamws(entries):
+        raise ValueError(
+            "this is the state of an AdamW of torch.optim: seed_from_adamw(state_dict) takes its "
+            "moments over, and load_state_dict does with accept_adamw=True at construction."
+        )
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_OBJECT)

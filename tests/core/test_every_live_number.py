@@ -1,0 +1,321 @@
+"""Every number that may be live is one: injected, edited in the state, and given in `hyper`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import funshampoo as fs
+from funshampoo import linalg
+from funshampoo.core.live import Live, is_live_argument, takes_live
+from funshampoo.state.stages import HyperparamsState
+from tests.trees import assert_close, assert_equal, gradients, problem
+
+Make = Callable[..., fs.GradientTransformation]
+
+
+class Numbers(NamedTuple):
+    """A function, and each of its numbers: {name: (before, after)}; all are exact in float32."""
+
+    name: str
+    make: Make
+    numbers: Mapping[str, tuple[float, float]]
+    options: Mapping[str, Any] = {}
+    around: Make = lambda stage: stage
+
+    @property
+    def function(self) -> str:
+        return self.name.split(":")[0]
+
+
+def _with_statistics(stage: fs.GradientTransformation) -> fs.GradientTransformation:
+    return fs.chain(fs.kronecker_statistics(0.75), stage)
+
+
+def _used(stage: fs.GradientTransformation) -> fs.GradientTransformation:
+    return fs.chain(stage, fs.root_inverse(every=1, epsilon=0.25))
+
+
+DAMPED = {"epsilon": (0.25, 0.5)}
+ADAM = {"learning_rate": (0.5, 0.25), "beta1": (0.75, 0.5), "beta2": (0.75, 0.875)}
+SHAMPOO = {**ADAM, "relative_epsilon": (0.25, 0.125)}
+TABLE = [
+    Numbers("clip", fs.clip, {"max_value": (0.5, 0.25)}),
+    Numbers("clip_by_global_norm", fs.clip_by_global_norm, {"max_norm": (0.5, 0.25)}),
+    Numbers("scale", fs.scale, {"factor": (0.5, -0.25)}),
+    Numbers("scale_by_learning_rate", fs.scale_by_learning_rate, {"learning_rate": (0.5, 0.25)}),
+    Numbers("add_decayed_weights", fs.add_decayed_weights, {"weight_decay": (0.5, 0.25)}),
+    Numbers(
+        "add_decayed_weights:corrected",
+        fs.add_decayed_weights,
+        {
+            "weight_decay": (0.5, 0.25),
+            "learning_rate": (0.5, 0.25),
+            "peak_learning_rate": (0.5, 2.0),
+        },
+        {"kind": "corrected"},
+    ),
+    Numbers(
+        "add_decayed_weights:masked",
+        fs.add_decayed_weights,
+        {"weight_decay": (0.5, 0.25), "peak_learning_rate": (0.5, 2.0)},
+        {"kind": "independent", "mask": {"w": True, "layers": False}},
+    ),
+    Numbers("guarded", fs.guarded, {"spike_factor": (64.0, 1.0625)}, {"inner": fs.trace(0.5)}),
+    Numbers("ema", fs.ema, {"beta1": (0.75, 0.5), "beta3": (0.5, 0.25)}),
+    Numbers("trace", fs.trace, {"momentum": (0.75, 0.5), "dampening": (0.25, 0.5)}),
+    Numbers(
+        "scale_by_adam",
+        fs.scale_by_adam,
+        {"beta1": (0.75, 0.5), "beta2": (0.75, 0.875), "epsilon": (0.25, 0.5)},
+    ),
+    Numbers("scale_by_rms", fs.scale_by_rms, {"beta2": (0.75, 0.875), **DAMPED}),
+    Numbers("scale_by_adagrad", fs.scale_by_adagrad, DAMPED),
+    Numbers("kronecker_statistics", fs.kronecker_statistics, {"beta2": (0.75, 0.5)}, {}, _used),
+    Numbers(
+        "root_inverse",
+        fs.root_inverse,
+        {**DAMPED, "trace_scaling": (0.5, 0.25), "basis_tolerance": (0.0, 4.0)},
+        {"every": 1},
+        _with_statistics,
+    ),
+    Numbers("adamw", fs.adamw, {**ADAM, **DAMPED, "weight_decay": (0.5, 0.25)}),
+    Numbers(
+        "sgd",
+        fs.sgd,
+        {
+            "learning_rate": (0.5, 0.25),
+            "momentum": (0.75, 0.5),
+            "dampening": (0.25, 0.5),
+            "weight_decay": (0.5, 0.25),
+        },
+    ),
+    Numbers(
+        "shampoo",
+        fs.shampoo,
+        {
+            **SHAMPOO,
+            "beta3": (0.5, 0.25),
+            "grafting_beta2": (0.75, 0.5),
+            "grafting_epsilon": (0.25, 0.5),
+            "momentum": (0.75, 0.5),
+            "dampening": (0.25, 0.5),
+            "weight_decay": (0.5, 0.25),
+            "peak_learning_rate": (0.5, 2.0),
+            "trace_scaling": (0.5, 0.25),
+            "basis_tolerance": (0.0, 4.0),
+            "spike_factor": (64.0, 1.0625),
+            **DAMPED,
+        },
+        {"every": 2, "max_size": 4, "weight_decay_kind": "corrected"},
+    ),
+    Numbers("shampoo:ungrafted", fs.shampoo, SHAMPOO, {"every": 1, "grafting": None}),
+    Numbers(
+        "from_reference",
+        fs.from_reference,
+        {
+            "lr": (0.5, 0.25),
+            "epsilon": (0.25, 0.5),
+            "weight_decay": (0.5, 0.25),
+            "peak_lr": (0.5, 2.0),
+        },
+        {"betas": (0.75, 0.75), "weight_decay_type": "CORRECTED"},
+    ),
+]
+SOLVERS = {
+    "by_device": {"relative_epsilon": (0.25, 0.125)},
+    "coupled_higher_order": {
+        "relative_epsilon": (0.25, 0.125),
+        "absolute_epsilon": (0.25, 0.5),
+    },
+    "coupled_newton": {"relative_epsilon": (0.25, 0.125)},
+    "eigh": {"relative_epsilon": (0.25, 0.125)},
+    "newton_schulz": {"relative_epsilon": (0.25, 0.125)},
+    "pseudo_inverse": {"rtol": (0.0, 0.5)},
+}
+
+
+def _rooted_by(name: str) -> Make:
+    def make(**numbers: Any) -> fs.GradientTransformation:
+        return fs.root_inverse(every=1, solver=getattr(linalg, name)(**numbers))
+
+    return make
+
+
+TABLE += [
+    Numbers(f"linalg:{name}", _rooted_by(name), numbers, {}, _with_statistics)
+    for name, numbers in SOLVERS.items()
+]
+A_PAIR = {("from_reference", "betas")}  # live in the wrapper; a tuple is not injected
+every_entry = pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+
+
+def test_the_table_has_every_number_that_may_be_live() -> None:
+    declared = set()
+    for name in fs.__all__:
+        function = getattr(fs, name)
+        if inspect.isfunction(function) and takes_live(function):
+            parameters = inspect.signature(function).parameters.values()
+            declared |= {(name, p.name) for p in parameters if is_live_argument(function, p)}
+    assert declared == A_PAIR | {
+        (entry.function, n) for entry in TABLE for n in entry.numbers if entry.function != "linalg"
+    }
+
+
+def test_the_table_has_every_number_of_a_solver_that_may_be_a_tensor() -> None:
+    declared = set()
+    for name in linalg.__all__:
+        function = getattr(linalg, name)
+        if inspect.isfunction(function):
+            parameters = inspect.signature(function).parameters.values()
+            declared |= {(name, p.name) for p in parameters if "Tensor" in str(p.annotation)}
+    assert declared <= {(name, n) for name, numbers in SOLVERS.items() for n in numbers}
+
+
+def before(entry: Numbers) -> dict[str, float]:
+    return {name: x for name, (x, _) in entry.numbers.items()}
+
+
+def after(entry: Numbers, name: str) -> dict[str, float]:
+    return before(entry) | {name: entry.numbers[name][1]}
+
+
+def as_tensors(numbers: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(x, dtype=torch.float32) for name, x in numbers.items()}
+
+
+def built(entry: Numbers, numbers: Mapping[str, Any]) -> fs.GradientTransformation:
+    return entry.around(entry.make(**numbers, **entry.options))
+
+
+def run(
+    tx: fs.GradientTransformation, state: Any, steps: range, now: Any, **context: Any
+) -> tuple[list[Any], Any, Any]:
+    """The updates of these steps, the state and the parameters after them."""
+    out = []
+    for g in gradients(steps.stop)[steps.start :]:
+        updates, state = tx.update(g, state, now, **context)
+        now = fs.apply_updates(now, updates)
+        out.append(updates)
+    return out, state, now
+
+
+FIRST, THEN = range(12), range(12, 15)  # no gradient is a spike before the eleventh
+
+
+@every_entry
+def test_injected_is_the_same_bit_for_bit_and_edits_reach_it(entry: Numbers) -> None:
+    if entry.function == "linalg":
+        pytest.skip("a solver is no transformation")
+    numbers = as_tensors(before(entry))
+    plain, params = built(entry, numbers), problem()
+    tx = entry.around(fs.inject_hyperparams(entry.make)(**before(entry), **entry.options))
+    out, plain_state, now = run(plain, plain.init(params), FIRST, params)
+    found, state, _ = run(tx, tx.init(params), FIRST, params)
+    assert_equal(found, out)
+    assert injected(state).hyperparams.keys() >= numbers.keys()
+    unedited, _, _ = run(tx, state, THEN, now)
+    for name in numbers:
+        changed = as_tensors(after(entry, name))
+        wanted, _, _ = run(built(entry, changed), plain_state, THEN, now)
+        given = edited(state, name, changed[name])
+        found, _, _ = run(tx, given, THEN, now)
+        assert_equal(found, wanted)
+        assert differ(found, unedited), f"{name} makes no difference, so this shows nothing"
+        floats, _, _ = run(tx, edited(state, name, entry.numbers[name][1]), THEN, now)
+        assert_equal(floats, wanted)
+
+
+@every_entry
+def test_what_hyper_says_is_used_bit_for_bit(entry: Numbers) -> None:
+    plain, params = built(entry, before(entry)), problem()
+    tx = built(entry, {name: Live(name, x) for name, x in before(entry).items()})
+    out, plain_state, now = run(plain, plain.init(params), FIRST, params)
+    found, state, _ = run(tx, tx.init(params), FIRST, params)
+    assert_equal(found, out)
+    unedited, _, _ = run(tx, state, THEN, now)
+    for name in entry.numbers:
+        changed = after(entry, name)
+        wanted, _, _ = run(built(entry, changed), plain_state, THEN, now)
+        found, _, _ = run(tx, state, THEN, now, hyper={name: changed[name]})
+        assert_equal(found, wanted)
+        assert differ(found, unedited), f"{name} makes no difference, so this shows nothing"
+        tensor, _, _ = run(tx, state, THEN, now, hyper=as_tensors({name: changed[name]}))
+        assert_close(tensor, wanted, 1e-6)
+
+
+@every_entry
+def test_a_name_in_hyper_that_nobody_reads_is_an_error(entry: Numbers) -> None:
+    tx = built(entry, {name: Live(name, x) for name, x in before(entry).items()})
+    params, g = problem(), gradients(1)[0]
+    state = tx.init(params)
+    for name in entry.numbers:
+        others = before(entry)
+        value = others.pop(name)
+        with pytest.raises(ValueError, match=f"a live number '{name}s'; did you mean '{name}'"):
+            tx.update(g, state, params, hyper=others | {f"{name}s": value})
+    with pytest.raises(ValueError, match="a live number 'unheard'. Live are "):
+        tx.update(g, state, params, hyper={"unheard": 1.0})
+    numbers_alone = built(entry, before(entry))
+    with pytest.raises(ValueError, match="None is live"):
+        numbers_alone.update(g, state, params, hyper={name: value})
+    with pytest.raises(ValueError, match="None is live"):
+        fs.update_in_place(numbers_alone, g, state, params, hyper={name: value})
+
+
+def test_what_the_state_says_is_not_the_callers_to_give() -> None:
+    tx, params = fs.inject_hyperparams(fs.sgd)(0.5), problem()
+    with pytest.raises(ValueError, match="reads a live number 'learning_rate'"):
+        tx.update(params, tx.init(params), params, hyper={"learning_rate": 0.1})
+
+
+def test_a_number_whose_part_is_off_may_stand_beside_one_that_is_read() -> None:
+    """As in the wrapper, which gives all that a group has."""
+    tx = fs.sgd(Live("lr", 0.5), momentum=Live("mu", 0.0))
+    params, g = {"w": torch.ones(2)}, {"w": torch.ones(2)}
+    updates, _ = tx.update(g, tx.init(params), params, hyper={"lr": 0.25, "mu": 0.0})
+    assert updates["w"].tolist() == [-0.25, -0.25]
+
+
+def test_a_stage_that_declares_hyper_may_read_any_name() -> None:
+    def scaled(updates: Any, *, hyper: Mapping[str, Any] = {}) -> Any:
+        return {name: u * hyper.get("mine", 1.0) for name, u in updates.items()}
+
+    tx = fs.chain(fs.stateless(scaled), fs.scale(Live("other", 1.0)))
+    g = {"w": torch.ones(2)}
+    assert tx.update(g, tx.init(g), hyper={"mine": 3.0})[0]["w"].tolist() == [3.0, 3.0]
+
+
+def test_so_may_a_combinator_that_does() -> None:
+    def halved(run: Any, updates: Any, own: Any, *, hyper: Mapping[str, Any]) -> Any:
+        return {name: u * hyper["mine"] for name, u in run(updates).items()}, own
+
+    tx = fs.wrapping(fs.scale(Live("other", 1.0)), halved)
+    g = {"w": torch.ones(2)}
+    assert tx.update(g, tx.init(g), hyper={"mine": 0.5})[0]["w"].tolist() == [0.5, 0.5]
+
+
+def injected(state: Any) -> HyperparamsState:
+    found = fs.state.find_state(state, HyperparamsState)
+    assert found is not None
+    return found
+
+
+def edited(state: Any, name: str, value: Any) -> Any:
+    if isinstance(state, HyperparamsState):
+        return state._replace(hyperparams=state.hyperparams | {name: value})
+    if type(state) is dict:
+        return {key: edited(part, name, value) for key, part in state.items()}
+    return state
+
+
+def differ(found: Any, other: Any) -> bool:
+    try:
+        assert_equal(found, other)
+    except AssertionError:
+        return True
+    return False

@@ -1,0 +1,69 @@
+"""What the fingerprints are of: the bits of tensors, and chains in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import funshampoo as fs
+from funshampoo.distributed.agreement import bits_of, print_of
+from funshampoo.distributed.described import described
+
+
+def test_bits_are_exact_in_any_order_and_tell_zeros_apart() -> None:
+    x = torch.randn(7, 5)
+    assert bits_of([x, x.T, None]) == [bits_of([x])[0]] * 2 + [-1]
+    assert bits_of([x])[0] == int(x.view(torch.int32).long().sum())
+    assert bits_of([torch.zeros(3)]) != bits_of([-torch.zeros(3)])
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        y = x.to(dtype)
+        assert bits_of([y]) != bits_of([y + 1])
+    assert bits_of([torch.zeros(0), torch.tensor(0.0)]) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every": 5},
+        {"start": 2},
+        {"beta1": 0.5},
+        {"epsilon": 1e-3},
+        {"relative_epsilon": 1e-4},
+        {"grafting": "sgd"},
+        {"grafting_epsilon": 1e-3},
+        {"vectors": "blocks"},
+        {"nesterov": True},
+        {"weight_decay": 0.5},
+        {"bias_correction": False},
+        {"solver": fs.linalg.newton_schulz()},
+        {"exponents": {2: 0.5}},
+        {"basis_tolerance": 0.1},
+        {"packed": True},
+        {"product_dtype": torch.bfloat16},
+        {"learning_rate": 0.02},
+    ],
+    ids=str,
+)
+def test_a_description_has_every_number(options: dict[str, Any]) -> None:
+    common = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.1}
+    plain, other = (described(fs.shampoo(**(common | x))) for x in ({}, options))
+    assert plain == described(fs.shampoo(**common))
+    assert print_of(plain) == print_of(described(fs.shampoo(**common)))
+    assert print_of(plain) != print_of(other)
+
+
+def test_of_a_users_function_only_the_name_is_told() -> None:
+    """What it has closed over may well differ from rank to rank."""
+
+    def stage(rank: int) -> fs.GradientTransformation:
+        def update(updates: Any, state: Any) -> Any:
+            print(rank)
+            return updates, state
+
+        return fs.GradientTransformation(lambda params: fs.EmptyState(), update)
+
+    assert described(fs.chain(stage(0), fs.trace(0.9))) == described(
+        fs.chain(stage(1), fs.trace(0.9))
+    )

@@ -1,0 +1,323 @@
+"""optimizer.state: what is written to it counts, as in torch.optim."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import funshampoo as fs
+from tests.optim.runs import (
+    ADAMW,
+    EVERYTHING,
+    METHODS,
+    SHAMPOO,
+    Method,
+    assert_same,
+    copies,
+    grads_of,
+    moved,
+    name_of,
+    parameters,
+    run,
+)
+from tests.optim.test_checkpoints import resumed, through_a_file
+
+Reset = Callable[[fs.Optimizer, Any], None]
+
+
+def assign_state(optimizer: fs.Optimizer, params: Any) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def assign_empty_everywhere(optimizer: fs.Optimizer, params: Any) -> None:
+    for p in params.values():
+        optimizer.state[p] = {}
+    optimizer.state.clear()  # the counters, too
+
+
+ALL: dict[str, Reset] = {
+    "clear": lambda optimizer, _: optimizer.state.clear(),
+    "defaultdict": assign_state,
+    "dict": lambda optimizer, _: setattr(optimizer, "state", {}),
+    "each": assign_empty_everywhere,
+}
+ONE: dict[str, Callable[[fs.Optimizer, Any], Any]] = {
+    "del": lambda optimizer, p: optimizer.state.__delitem__(p),
+    "pop": lambda optimizer, p: optimizer.state.pop(p),
+    "empty": lambda optimizer, p: optimizer.state.__setitem__(p, {}),
+    "clear": lambda optimizer, p: optimizer.state[p].clear(),
+    "without_it": lambda optimizer, p: setattr(
+        optimizer, "state", {q: e for q, e in optimizer.state.items() if q is not p}
+    ),
+}
+
+
+@pytest.mark.parametrize("reset", ALL)
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_everything_starts_from_nothing(method: Method, reset: str) -> None:
+    params, grads = parameters(), grads_of(8)
+    optimizer = method.optimizer(params.items())
+    run(optimizer, params, grads[:4])
+    ALL[reset](optimizer, params)
+    assert not optimizer.state
+    assert len(optimizer.state[params["p5"]]) == 0
+    twins = resumed(params)
+    run(optimizer, params, grads[4:])
+    run(method.optimizer(twins.items()), twins, grads[4:])
+    assert_same(params, twins)
+    assert params["p5"] in optimizer.state
+
+
+@pytest.mark.parametrize("reset", ONE)
+@pytest.mark.parametrize("method", [SHAMPOO, EVERYTHING, ADAMW], ids=name_of)
+def test_one_parameter_starts_from_nothing(method: Method, reset: str) -> None:
+    """As it would in an optimizer of its own that refreshes on the same steps; others go on."""
+    params, twins, grads = parameters(), parameters(), grads_of(8)
+    changes = {"every": 1} if "every" in method.options else {}
+    optimizer = method.optimizer(params.items(), **changes)
+    other = method.optimizer(twins.items(), **changes)
+    run(optimizer, params, grads[:4])
+    run(other, twins, grads[:4])
+    ONE[reset](optimizer, params["p3"])
+    assert params["p3"] not in optimizer.state
+    alone = {"p3": torch.nn.Parameter(params["p3"].detach().clone())}
+    run(optimizer, params, grads[4:])
+    run(other, twins, grads[4:])
+    run(method.optimizer(alone.items(), **changes), alone, [{"p3": g["p3"]} for g in grads[4:]])
+    assert moved({"p3": params["p3"]}, twins)
+    assert_same({"p3": params["p3"]}, alone, 1e-10)
+    del params["p3"], twins["p3"]
+    assert_same(params, twins)
+
+
+def test_an_entry_is_changed() -> None:
+    """Through the dict, through its tensor, by update and by |=: all are one memory."""
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    name = "scale_by_adam/second"
+    p = params["p5"]
+    shape = optimizer.state[p][name].shape
+
+    def now() -> float:
+        return float(optimizer.chain_states()[0]["scale_by_adam"].second["p5"].flatten()[0])
+
+    for i, change in enumerate(
+        (
+            lambda x: optimizer.state[p].__setitem__(name, x),
+            lambda x: optimizer.state[p].update({name: x}),
+            lambda x: optimizer.state[p].__ior__({name: x}),
+            lambda x: optimizer.state[p][name].copy_(x),
+            lambda x: optimizer.state.__setitem__(p, {**optimizer.state[p], name: x}),
+        )
+    ):
+        change(torch.full(shape, i + 2.0, dtype=torch.float64))
+        assert now() == i + 2.0
+        assert float(optimizer.state[p][name].flatten()[0]) == i + 2.0
+    del optimizer.state[p][name]
+    assert now() == 0.0
+    assert float(optimizer.state[p]["scale_by_adam/second_weight"]) > 0
+
+
+def test_what_does_not_fit_is_an_error_that_changes_nothing() -> None:
+    params = parameters()
+    optimizer = SHAMPOO.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    p = params["p5"]
+    before = {name: x.clone() for name, x in optimizer.state[p].items()}
+    name = next(name for name in before if name.endswith("average"))
+    x = before[name]
+    for wrong, value, error, message in (
+        (name, x[:-1], ValueError, "the value is .* of shape"),
+        (name, x.float(), ValueError, "is torch.float64 of shape"),
+        (name, 3.0, TypeError, "is a tensor of the optimizer's state"),
+        (name + "s", x, KeyError, f"did you mean '{name}'"),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.state[p].update({"note": 1, name: x + 1, wrong: value})
+        with pytest.raises(error, match=message):
+            optimizer.state[p] = {**before, wrong: value}
+    assert "note" not in optimizer.state[p]
+    assert_same(dict(optimizer.state[p]), before)
+    with pytest.raises(TypeError, match="a mapping of names"):
+        optimizer.state[p] = x
+    with pytest.raises(KeyError):
+        del optimizer.state[torch.zeros(1)]
+    with pytest.raises(KeyError):
+        del optimizer.state[p]["note"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_notes_of_a_client_stay_are_saved_and_loaded(method: Method) -> None:
+    """Such as SAM's copy of the parameters, or a switch's slow weights."""
+    params, grads = parameters(), grads_of(6)
+    optimizer = method.optimizer(params.items())
+    for p in params.values():
+        optimizer.state[p]["old_p"] = p.detach().clone()
+    optimizer.state[params["p0"]]["count"] = 3
+    start = copies(params)
+    run(optimizer, params, grads[:3])
+    saved = through_a_file(optimizer.state_dict())
+    again = resumed(params)
+    other = method.optimizer(again.items())
+    other.load_state_dict(saved)
+    for one, those in ((optimizer, params), (other, again), (copy.deepcopy(optimizer), None)):
+        those = those or dict(zip(params, one.param_groups[0]["params"]))
+        assert_same({n: one.state[p]["old_p"] for n, p in those.items()}, start)
+        assert one.state[those["p0"]]["count"] == 3
+        assert one.state[those["p0"]].pop("count") == 3
+        assert "count" not in one.state[those["p0"]]
+    run(optimizer, params, grads[3:])
+    run(other, again, grads[3:])
+    twins = parameters()
+    run(method.optimizer(twins.items()), twins, grads)
+    assert_same(params, twins)
+    assert_same(again, twins)
+
+
+def test_of_a_tensor_that_is_in_no_group() -> None:
+    optimizer = SHAMPOO.optimizer(parameters().items())
+    stranger = torch.zeros(2)
+    assert optimizer.state[stranger] == {}
+    assert stranger not in optimizer.state
+    optimizer.state[stranger]["ema"] = 0.5
+    assert optimizer.state[stranger] == {"ema": 0.5}
+    assert any(p is stranger for p in optimizer.state)
+
+
+def test_reads_as_a_dict() -> None:
+    params = parameters()
+    optimizer = SHAMPOO.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    state = optimizer.state
+    assert len(state) == len(params)
+    assert [p is q for p, q in zip(state, params.values())]
+    entries = state[params["p5"]]
+    assert isinstance(entries, dict)
+    for other in (copy.copy(entries), copy.deepcopy(entries), pickle.loads(pickle.dumps(entries))):
+        assert type(other) is dict
+        assert_same(other, dict(entries))
+    before = copies(dict(entries))
+    copy.deepcopy(entries).clear()
+    assert_same(dict(state[params["p5"]]), before)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad, torch.no_grad])
+def test_reading_makes_nothing_that_training_keeps(method: Method, mode: Any) -> None:
+    """In whatever mode, before the first step: no inference tensors, no old values."""
+    params, twins, grads = parameters(), parameters(), grads_of(4)
+    optimizer = method.optimizer(params.items())
+    with mode():
+        optimizer.state_dict()
+        optimizer.chain_states()
+        assert all(not x.requires_grad for e in optimizer.state.values() for x in e.values())
+    for p in params.values():  # as a checkpoint of the model does that is loaded afterwards
+        p.data = p.data + 1
+    for p in twins.values():
+        p.data = p.data + 1
+    run(optimizer, params, grads)
+    run(method.optimizer(twins.items()), twins, grads)
+    assert_same(params, twins)
+
+
+def keeps_start() -> fs.GradientTransformation:
+    """W0 - W in the update's place: a state that depends on the parameters, as averages do."""
+
+    def init(params: Any) -> Any:
+        return {name: p.clone() for name, p in params.items()}
+
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        return {name: state[name] - p - 1 for name, p in params.items()}, state
+
+    return fs.GradientTransformation(init, update)
+
+
+def test_a_state_of_the_parameters_is_made_at_the_first_step() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = fs.Optimizer([p], keeps_start(), lr=None)
+    optimizer.state_dict()
+    with torch.no_grad():
+        p.fill_(5.0)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((3,), 4.0))
+
+
+class Interruption(BaseException):
+    pass
+
+
+def interrupting(after: int) -> fs.GradientTransformation:
+    """Raises on a step, when the stages before it have written."""
+    calls: list[int] = []
+
+    def update(updates: Any) -> Any:
+        calls.append(1)
+        if len(calls) == after:
+            raise Interruption
+        return updates
+
+    return fs.stateless(update, "interrupting")
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_interrupted_step_is_known(groups: int) -> None:
+    params, grads = parameters(), grads_of(8)
+    tx = fs.chain(fs.scale_by_adam(), interrupting(after=3 * groups))
+    parts = [dict(list(params.items())[i::groups]) for i in range(groups)]
+    optimizer = fs.Optimizer([{"params": part.items()} for part in parts], tx, lr=0.1)
+    run(optimizer, params, grads[:2])
+    saved, before = copy.deepcopy(optimizer.state_dict()), copies(params)
+    with pytest.raises(Interruption):
+        run(optimizer, params, grads[2:3])
+    last = parts[-1]["p0" if groups == 2 else "p5"]
+    for use in (
+        optimizer.step,
+        optimizer.state_dict,
+        optimizer.chain_states,
+        lambda: optimizer.state[last],
+        lambda: copy.deepcopy(dict(optimizer.state)),
+    ):
+        with pytest.raises(fs.InterruptedStepError, match="half done.*checkpoint.*state.clear"):
+            use()
+    # The ways back.
+    for name, p in params.items():
+        p.data.copy_(before[name])
+    optimizer.load_state_dict(saved)
+    run(optimizer, params, grads[2:])
+    twins = parameters()
+    run(ADAMW.optimizer(twins.items(), lr=0.1, betas=(0.9, 0.999), weight_decay=0.0), twins, grads)
+    assert_same(params, twins, 1e-12)
+
+
+def test_the_other_way_back_is_a_fresh_state() -> None:
+    params = parameters()
+    tx = fs.chain(fs.scale_by_adam(), interrupting(after=2))
+    optimizer = fs.Optimizer(params.items(), tx, lr=0.1)
+    run(optimizer, params, grads_of(1))
+    with pytest.raises(Interruption):
+        run(optimizer, params, grads_of(1))
+    optimizer.state.clear()
+    before = copies(params)
+    run(optimizer, params, grads_of(1))
+    assert moved(params, before) == params.keys()
+
+
+def test_an_error_before_anything_is_written_marks_nothing() -> None:
+    params = parameters()
+    tx = fs.chain(interrupting(after=2), fs.scale_by_adam())
+    optimizer = fs.Optimizer(params.items(), tx, lr=0.1)
+    run(optimizer, params, grads_of(1))
+    with pytest.raises(Interruption):
+        run(optimizer, params, grads_of(1))
+    before: dict[str, Tensor] = copies(params)
+    run(optimizer, params, grads_of(1))
+    assert moved(params, before) == params.keys()
