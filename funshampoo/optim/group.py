@@ -18,6 +18,7 @@ from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.names import Names
 from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, load_state_dict, named_tensors
+from funshampoo.state.parts import PART_KEY, part_of
 from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState, walk
 
@@ -287,6 +288,7 @@ class GroupRun:
         self,
         group: dict[str, Any],
         saved: Mapping[Tensor, Mapping[str, Any]],
+        own_part: bool,
         *,
         strict: bool,
         cast: bool,
@@ -297,6 +299,7 @@ class GroupRun:
             group: as it will be after loading.
             saved: {parameter: its entries, those that are shared among them}; one that is not
                 there starts from nothing.
+            own_part: whether this was read for this rank alone, whatever it says of parts.
         """
         built = self._builder.edited(group, self._built)
         own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
@@ -322,6 +325,8 @@ class GroupRun:
                     raise ValueError(f"'{full}' is no tensor: the checkpoint is damaged.")
         if not known:  # all are frozen, so that even what is shared had no place to be saved in
             return Ready(built, known, fresh), notes
+        if own_part:
+            flat[PART_KEY] = part_of(fresh).entry()
         found = load_state_dict(fresh, flat, strict=strict, cast=cast)
         return Ready(built, known, found.state), notes
 
