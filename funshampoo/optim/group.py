@@ -17,7 +17,13 @@ from funshampoo.optim.building import Builder, Built, other_structure
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.names import Names
 from funshampoo.optim.vocabulary import Method, Vocabulary
-from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, load_state_dict, named_tensors
+from funshampoo.state.checkpoint import (
+    FORMAT,
+    FORMAT_KEY,
+    carried_over,
+    load_state_dict,
+    named_tensors,
+)
 from funshampoo.state.parts import PART_KEY, part_of
 from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState, walk
@@ -169,9 +175,7 @@ class GroupRun:
                     shared = shared or from_elsewhere.shared
                 _check_same_blocks(k.name, entries or {}, blocks)
                 flat |= {f"{k.name}/{entry}": x for entry, x in (entries or {}).items()}
-            saved = gathered(built.transformation, {**flat, **shared})
-            saved[FORMAT_KEY] = torch.tensor(FORMAT, device="cpu")
-            return load_state_dict(fresh, saved, strict=False, cast=True).state
+            return carried_over(fresh, gathered(built.transformation, {**flat, **shared}))
         except ValueError as error:
             raise ValueError(
                 "the parameter group was edited in a way that its state can't follow; nothing was "
@@ -276,8 +280,7 @@ class GroupRun:
         """A fresh state with these entries."""
         names = {k.parameter: k.name for k in self._known}
         flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
-        flat |= {**shared, FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
-        return load_state_dict(_fresh(self._built, self._known), flat, strict=False).state
+        return carried_over(_fresh(self._built, self._known), {**flat, **shared})
 
     def forget(self) -> None:
         """Let everything start from nothing."""
