@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from funshampoo.state.checkpoint import Loaded, load_state_dict, merged, state_dict
+from funshampoo.state.checkpoint import Loaded, check, load_state_dict, merged, state_dict
 from funshampoo.state.health import Health, health
+from funshampoo.state.meaning import meaning
 from funshampoo.state.memory import Memory, summary
 from funshampoo.state.stages import (
     AdagradState,
@@ -30,11 +31,13 @@ from funshampoo.state.stages import (
     WrappedState,
     find_state,
 )
+from funshampoo.state.stateful import Checkpoint
 
 __all__ = [
     "AdagradState",
     "AdamState",
     "BlockedState",
+    "Checkpoint",
     "ClockState",
     "EmaState",
     "EveryKState",
@@ -57,9 +60,11 @@ __all__ = [
     "SpikeState",
     "TraceState",
     "WrappedState",
+    "check",
     "find_state",
     "health",
     "load_state_dict",
+    "meaning",
     "merged",
     "state_dict",
     "summary",

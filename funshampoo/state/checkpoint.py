@@ -1,26 +1,44 @@
 """Checkpoints: a state as a flat mapping of names to tensors, and back.
 
-A name says what a tensor is, not where it happened to lie:
-
-    conv1.weight/block_0_1/kronecker_statistics/factors/0    a block's, in block space
-    conv1.weight/trace/buffer                                a leaf's, outside
-    graft/steps                                              nobody's, such as a counter
-
-So it does not depend on stacks, ranks, or the place of a stage among others, and a checkpoint of N
-ranks, the union of what each rank saved, loads on M.
+The names are those of `naming`. They do not depend on stacks or ranks, so a checkpoint of N ranks,
+the union of what each rank saved, loads on M.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funshampoo.operators.packed import in_form_of
-from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
-from funshampoo.state.stages import BlockedState, ShardedState, walk
+from funshampoo.state.meaning import kind_of
+from funshampoo.state.naming import (
+    Named,
+    Names,
+    full_name,
+    named,
+    named_tensors,
+    owned_elsewhere,
+)
+from funshampoo.state.parts import PART_KEY, Part, bits_of, is_note, merged, part_of
+from funshampoo.state.places import Place, map_tensors
+from funshampoo.state.stages import WrappedState, check_is_state, walk
+from funshampoo.state.values import Entry, problems
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_KEY",
+    "PART_KEY",
+    "Loaded",
+    "carried_over",
+    "check",
+    "load_state_dict",
+    "merged",
+    "named_tensors",
+    "state_dict",
+]
 
 FORMAT = 2
 FORMAT_KEY = "funshampoo/format"
@@ -50,45 +68,27 @@ def state_dict(state: Any) -> dict[str, Tensor]:
             own, and `merged` unites them.
 
     Returns:
-        Views of the state's tensors, not copies; beside them the version of this format, a
-        0-dimensional int64 tensor under "funshampoo/format".
+        Views of the state's tensors, not copies. Beside them, int64 on the CPU: the version of this
+        format, 0-dimensional, under "funshampoo/format"; [rank, ranks, a sum of all bits] under
+        "funshampoo/part", by which `merged` knows what belongs together. The sum reads all of it.
 
     Raises:
+        TypeError: it is no state.
         ValueError: two tensors would have one name; says which. Name the stages apart.
 
     >>> import torch
     >>> from funshampoo import blocked, trace
     >>> saved = state_dict(blocked(trace(0.9), max_size=2).init({"w": torch.zeros(3)}))
-    >>> {name: tuple(x.shape) for name, x in saved.items()}
-    {'funshampoo/format': (), 'w/block_0/buffer': (2,), 'w/block_1/buffer': (1,)}
+    >>> {name: tuple(x.shape) for name, x in saved.items() if name.startswith("w")}
+    {'w/block_0/buffer': (2,), 'w/block_1/buffer': (1,)}
+    >>> saved["funshampoo/format"], saved["funshampoo/part"]
+    (tensor(2), tensor([0, 1, 0]))
     """
-    found = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
-    for owner, rest, x in named_tensors(state):
-        found["/".join(filter(None, [owner, rest]))] = x
-    return found
-
-
-def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
-    """(parameter or "", rest of the name, view) for every tensor of `state_dict`.
-
-    Raises:
-        ValueError: two of them have one name.
-    """
-    found: dict[tuple[str, str], Tensor] = {}
-    names = _Names()
-
-    def collect(place: Place, x: Tensor) -> Tensor:
-        for owner, rest, part in names.parts(place, x):
-            if (owner, rest) in found:
-                raise ValueError(
-                    f"two tensors of the state would be saved as '{owner}/{rest}': give the two "
-                    "stages different names, as in chain(('slow', trace(0.9)), ...)."
-                )
-            found[owner, rest] = part
-        return x
-
-    map_tensors(collect, state)
-    return [(owner, rest, x) for (owner, rest), x in found.items()]
+    check_is_state(state)
+    entries = named(state)
+    part = part_of(state)._replace(bits=bits_of(entry.x for entry in entries))
+    notes = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu"), PART_KEY: part.entry()}
+    return notes | {entry.name: entry.x for entry in entries}
 
 
 def load_state_dict(
@@ -100,7 +100,8 @@ def load_state_dict(
 
     Args:
         state: a fresh tx.init(params), whose structure rules. On several ranks each gives its own.
-        saved: from `state_dict`, on any number of ranks; see `merged`.
+        saved: from `state_dict`, on any number of ranks, see `merged`; or, on as many ranks, the
+            part that this rank saved.
         strict: a name that is missing or unknown is an error. False reports it instead.
         cast: convert floating-point values to the dtypes of `state`; else another dtype is an
             error.
@@ -113,43 +114,128 @@ def load_state_dict(
 
     Raises:
         ValueError: names missing or unknown (all are listed), another shape or dtype, another
-            version of the format.
+            version of the format; values that no run can have left, see `check`. With `strict` or
+            without: of every name that has a place in the state of some rank.
 
     >>> import torch
     >>> from funshampoo import trace
     >>> tx, params = trace(0.9), {"w": torch.zeros(2)}
-    >>> _, state = tx.update({"w": torch.ones(2)}, tx.init(params))
+    >>> _, state = tx.update({"w": torch.ones(2)}, tx.init(params), params)
     >>> load_state_dict(tx.init(params), state_dict(state)).state
     TraceState(buffer={'w': tensor([1., 1.])}, seen=())
     """
+    fit = _fit(state, saved, strict, cast)
+    wrong = problems(fit.entries, _limit(state, fit.entries))
+    if wrong:
+        raise ValueError(
+            f"the checkpoint has values that no run can have left; nothing was changed.\n"
+            f"{_listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
+            "it was saved: load an earlier one."
+        )
+    return Loaded(_filled(state, fit.saved), fit.missing, fit.unknown)
+
+
+def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
+    """A state like `state` with what fits of these entries, from states of this process.
+
+    Nobody damaged them on the way, so values are not looked at, and no device is waited for. Where
+    blocks come from a state whose clock is ahead, their counts are cut to the clock of this one.
+
+    Args:
+        entries: {name: tensor}, of `named_tensors` or `state_dict`.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    entries = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu"), **entries}
+    new = _filled(state, _fit(state, entries, strict=False, cast=True).saved)
+    found = [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(new)]
+    limit = _limit(new, found)
+
+    def cut(place: Place, x: Tensor) -> Tensor:
+        is_count = kind_of(place.kind, place.field).startswith("count")
+        return x.clamp(max=limit) if is_count and limit is not None else x
+
+    return map_tensors(cut, new)
+
+
+def check(state: Any) -> None:
+    """Raise if a state holds values that no run can have left. Waits for the device.
+
+    That is, unless a stage declares it otherwise (see `meaning`): NaN or infinity anywhere but in
+    reports; negative counts, weights, second moments and diagonals of factor matrices; weights
+    above 1; an entry of a factor matrix with |L_ij| > 2 √(L_ii L_jj); a count above the clock, a
+    streak above its count. What is wrong but possible is not told.
+
+    Raises:
+        TypeError: it is no state.
+        ValueError: lists the names, and what is wrong with each.
+
+    >>> import torch
+    >>> from funshampoo import trace
+    >>> check(trace(0.9).init({"w": torch.tensor([1.0])}))
+    """
+    check_is_state(state)
+    entries = [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(state)]
+    wrong = problems(entries, _limit(state, entries))
+    if wrong:
+        raise ValueError(f"the state has values that no run can have left.\n{_listed(wrong)}")
+
+
+class _Fit(NamedTuple):
+    """A checkpoint that has the names, shapes and dtypes for a state.
+
+    Attributes:
+        saved: in the state's forms.
+        entries: what of it has a place here or on another rank.
+    """
+
+    saved: Mapping[str, Tensor]
+    entries: list[Entry]
+    missing: list[str]
+    unknown: list[str]
+
+
+def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _Fit:
     _check_format(saved)
-    template = state_dict(state)
-    saved = _repacked(saved, template)
-    missing = [name for name in template if name not in saved]
-    foreign = [name for name in saved if name not in template and name != FORMAT_KEY]
-    elsewhere = dict.fromkeys(_elsewhere(state), False)  # blocks of other ranks: are they there?
-    unknown = []
-    for name in foreign:
-        owner = next((prefix for prefix in _prefixes(name) if prefix in elsewhere), None)
-        if owner is None:
-            unknown.append(name)
-        else:
-            elsewhere[owner] = True
-    missing += [f"{prefix}/..." for prefix, there in elsewhere.items() if not there]
+    part = Part.read(saved[PART_KEY]) if PART_KEY in saved else None
+    places = {entry.name: entry for entry in named(state)}
+    saved = _repacked(saved, places)
+    missing = [name for name in places if name not in saved]
+    foreign = [name for name in saved if name not in places and not is_note(name)]
+    elsewhere = dict.fromkeys(owned_elsewhere(state), False)  # are blocks of other ranks there?
+    owners = {name: _owner(name, elsewhere) for name in foreign}
+    elsewhere |= dict.fromkeys([owner for owner in owners.values() if owner], True)
+    unknown = [name for name, owner in owners.items() if not owner]
+    if part is None or part[:2] != part_of(state)[:2]:  # else the other ranks have their own
+        missing += [f"{prefix}/..." for prefix, there in elsewhere.items() if not there]
     misfits = [
         problem
-        for name, x in template.items()
-        if name in saved and (problem := _misfit(name, x, saved[name], cast))
+        for name, place in places.items()
+        if name in saved and (problem := _misfit(name, place.x, saved[name], cast))
     ]
     if misfits or (strict and (missing or unknown)):
-        raise ValueError(_report(misfits, missing if strict else [], unknown if strict else []))
-    names = _Names()
+        lists = misfits, missing if strict else [], unknown if strict else []
+        raise ValueError(_report(*lists, part))
+    entries = [
+        Entry(name, place.kind, saved[name], place.x.dtype)
+        for name, place in places.items()
+        if name in saved
+    ]
+    kinds = {place.path: place.kind for place in places.values()}
+    for name, owner in owners.items():  # all ranks refuse what one has to
+        x, path = saved[name], name[len(owner) + 1 :]
+        if owner and path in kinds and isinstance(x, Tensor):
+            entries.append(Entry(name, kinds[path], x, x.dtype))
+    return _Fit(saved, entries, missing, unknown)
+
+
+def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:
+    """A state like `state`, its values from `saved` where they are there."""
+    names = Names()
 
     def filled(place: Place, x: Tensor) -> Tensor:
-        wanted = [
-            ("/".join(filter(None, [owner, rest])), old)
-            for owner, rest, old in names.parts(place, x)
-        ]
+        wanted = [(full_name(owner, rest), old) for owner, rest, old in names.parts(place, x)]
         if not wanted:
             return x
         if place.stack is None or x.ndim == 0:  # one for all blocks of a stack: whose is there
@@ -160,90 +246,28 @@ def load_state_dict(
             row.copy_(saved.get(name, old))
         return new
 
-    return Loaded(map_tensors(filled, state), missing, unknown)
+    return map_tensors(filled, state)
 
 
-def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several ranks saved, as one checkpoint: of `state_dict`, or of the wrapper's.
+def _limit(state: Any, entries: Sequence[Entry]) -> int | None:
+    """What no count can be above: the clock. None without one, or where something may tick faster.
 
-    Raises:
-        ValueError: two parts have different values under one name; says which.
-
-    >>> import torch
-    >>> sorted(merged([{"a": torch.ones(1), "n": torch.tensor(3)}, {"n": torch.tensor(3)}]))
-    ['a', 'n']
+    A combinator that is none of ours may step what is in it twice at a time.
     """
-    together: dict[str, Any] = {}
-    for part in parts:
-        _merge(together, part, "")
-    return together
+    for _, node in walk(state):
+        ours = type(node).__module__.startswith("funshampoo.")
+        if isinstance(node, WrappedState) or (hasattr(node, "_fields") and not ours):
+            return None
+    clocks = [entry.x for entry in entries if entry.kind == "steps" and not entry.x.is_meta]
+    steps = max((int(x.max()) for x in clocks), default=-1)
+    return steps if steps >= 0 else None
 
 
-def _merge(together: dict[Any, Any], part: Mapping[Any, Any], path: str) -> None:
-    for name, x in part.items():
-        known = together.get(name)
-        if isinstance(x, Mapping):
-            _merge(together.setdefault(name, {}), x, f"{path}{name}/")
-        elif name in together and not _identical(known, x):
-            raise ValueError(
-                f"'{path}{name}' differs between the parts: they were not saved at the same step "
-                "of the same training."
-            )
-        else:
-            together[name] = x
-
-
-class _Names:
-    """The names of a state's tensors. Remembers what it has read from a layout."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[int, dict[str, dict[int, tuple[str, str]]]] = {}
-
-    def parts(self, place: Place, x: Tensor) -> list[tuple[str, str, Tensor]]:
-        """(parameter, rest of the name, view) for every block in a tensor, or for the tensor."""
-        if place.path[-2:] == ("sharded", "report"):  # which steps derive anew
-            return []
-        path = "/".join(place.path) or "state"
-        if place.stack is None:
-            return [(".".join(place.leaf), path, x)]
-        if id(place.layout) not in self._blocks:
-            self._blocks[id(place.layout)] = block_names(place.layout)
-        blocks = self._blocks[id(place.layout)][place.stack]
-        rows = place.rows or ()
-        if x.ndim and x.shape[0] != len(rows):
-            raise ValueError(
-                f"'{path}' has shape {tuple(x.shape)} for the {len(rows)} blocks of stack "
-                f"'{place.stack}': in block space the first axis counts blocks. The members of an "
-                "ensemble (vmap) are saved one by one, or all together by torch.save."
-            )
-        values = x.unbind(0) if x.ndim else [x] * len(rows)
-        return [
-            (blocks[row][0], f"{blocks[row][1]}/{path}", value) for row, value in zip(rows, values)
-        ]
-
-
-def _elsewhere(state: Any) -> list[str]:
-    """What other ranks own: names such as "conv1.weight/block_0_1", or of leaves."""
-    found: list[str] = []
-    layout: Mapping[str, Any] = {}
-    scope: tuple[str, ...] | None = None
-    for path, node in walk(state):
-        if isinstance(node, BlockedState):
-            layout, scope = node.layout, path
-        elif isinstance(node, ShardedState) and scope is not None and path[: len(scope)] == scope:
-            for parameter, stack, span in spans_of(layout):
-                own = set(rows_of(node.owned.get(stack, {})))
-                rows = zip(range(span.first, span.last), span.blocks())
-                found += [f"{parameter}/{block}" for row, block in rows if row not in own]
-        elif isinstance(node, ShardedState):
-            found += [leaf for leaf, where in node.owned.items() if "elsewhere" in where]
-    return found
-
-
-def _prefixes(name: str) -> list[str]:
-    """The beginnings of a name: "w" and "w/block_0" of "w/block_0/buffer"."""
+def _owner(name: str, elsewhere: Mapping[str, Any]) -> str:
+    """Which of the blocks or leaves of other ranks a name is of; "" for none."""
     steps = name.split("/")
-    return ["/".join(steps[:i]) for i in range(1, len(steps))]
+    prefixes = ("/".join(steps[:i]) for i in range(1, len(steps)))
+    return next((prefix for prefix in prefixes if prefix in elsewhere), "")
 
 
 def _check_format(saved: Mapping[str, Tensor]) -> None:
@@ -253,16 +277,20 @@ def _check_format(saved: Mapping[str, Tensor]) -> None:
             f"this is no checkpoint of funshampoo: it lacks '{FORMAT_KEY}'. Pass what "
             "funshampoo.state.state_dict returned."
         )
+    if not isinstance(version, Tensor) or version.ndim or version.dtype != torch.int64:
+        raise ValueError(f"'{FORMAT_KEY}' is no int64 of shape (): the checkpoint is damaged.")
     if int(version) != FORMAT:
         raise ValueError(
             f"the checkpoint has format {int(version)}; this release of funshampoo reads {FORMAT}."
         )
 
 
-def _repacked(saved: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _repacked(saved: Mapping[str, Tensor], places: Mapping[str, Named]) -> dict[str, Tensor]:
     """The same, with symmetric matrices in the form, packed or not, that the state has."""
     return {
-        name: in_form_of(x, template[name]) if name in template and _is_symmetric(name) else x
+        name: in_form_of(x, places[name].x)
+        if name in places and _is_symmetric(name) and isinstance(x, Tensor)
+        else x
         for name, x in saved.items()
     }
 
@@ -272,7 +300,9 @@ def _is_symmetric(name: str) -> bool:
     return ["", *name.split("/")][-2] in ("factors", "value")
 
 
-def _misfit(name: str, x: Tensor, saved: Tensor, cast: bool) -> str:
+def _misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
+    if not isinstance(saved, Tensor):
+        return f"'{name}' is no tensor there, but a {type(saved).__name__}"
     if saved.shape != x.shape:
         return f"'{name}' has shape {tuple(saved.shape)} there and {tuple(x.shape)} here"
     both_float = saved.is_floating_point() and x.is_floating_point()
@@ -282,7 +312,7 @@ def _misfit(name: str, x: Tensor, saved: Tensor, cast: bool) -> str:
     return ""
 
 
-def _report(misfits: list[str], missing: list[str], unknown: list[str]) -> str:
+def _report(misfits: list[str], missing: list[str], unknown: list[str], part: Part | None) -> str:
     lines = ["the checkpoint does not fit the state; nothing was changed."]
     for title, names in (
         ("does not fit", misfits),
@@ -290,8 +320,12 @@ def _report(misfits: list[str], missing: list[str], unknown: list[str]) -> str:
         ("unknown to the state", unknown),
     ):
         if names:
-            more = f", ... ({len(names)} in all)" if len(names) > 10 else ""
-            lines.append(f"{title}: {', '.join(names[:10])}{more}")
+            lines.append(f"{title}: {_listed(names)}")
+    if missing and part is not None and part.size > 1:
+        lines.append(
+            f"It is the part of rank {part.rank} of {part.size}: save every rank's, and load "
+            "funshampoo.state.merged(parts)."
+        )
     if any("/block" in name for name in (*misfits, *missing, *unknown)):
         lines.append(
             "Blocks of other shapes or names come from another max_size, merge or keep: build the "
@@ -302,8 +336,5 @@ def _report(misfits: list[str], missing: list[str], unknown: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _identical(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return bool(a == b)
-    same = a.shape == b.shape and a.dtype == b.dtype
-    return same and bool(((a == b) | ((a != a) & (b != b))).all())
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

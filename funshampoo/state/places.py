@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from funshampoo.state.meaning import is_declared
 from funshampoo.state.stages import BlockedState, Kept, PartitionState, ShardedState
 
 Path = tuple[str, ...]
@@ -77,6 +78,7 @@ class Place(NamedTuple):
             where that is not known or there is no stack.
         layout: that of the `BlockedState` around the tensor; empty outside block space.
         kind: the class of the innermost named tuple around it.
+        field: the name of its field that the tensor is in.
     """
 
     stage: Path
@@ -86,6 +88,7 @@ class Place(NamedTuple):
     rows: tuple[int, ...] | None
     layout: Mapping[str, Any]
     kind: type | None
+    field: str = ""
 
 
 class _Scope(NamedTuple):
@@ -167,7 +170,7 @@ def _is_of_parameters(scope: _Scope, node: Any) -> bool:
     It stands in another one's field, where that is no place for states.
     """
     in_a_tree = scope.place.kind is not None and not scope.of_states and scope.stacks is None
-    return in_a_tree and type(node).__module__ != Kept.__module__
+    return in_a_tree and not (type(node).__module__ == Kept.__module__ or is_declared(type(node)))
 
 
 def _entered(scope: _Scope, node: Any) -> _Scope:
@@ -187,7 +190,7 @@ _KEYED_BY_NAME = ("inner", "direction", "onto", "hyperparams")
 
 def _inside(scope: _Scope, node: Any, field: str) -> _Scope:
     """Below a field of a named tuple."""
-    place = _with(scope.place, kind=type(node))
+    place = _with(scope.place, kind=type(node), field=field)
     if field != "inner":
         place = _with(place, path=(*place.path, *_combinator(node), field))
     if field in ("direction", "onto"):

@@ -9,6 +9,9 @@ recursion with 1 in the gradient's place, so that average / weight is the weight
 constant beta it is 1 - beta^t, t the number of gradients that this block has seen. Where no bias
 correction is wanted it starts at 1 and stays there.
 
+`meaning` says which values are possible, so that `load_state_dict` can refuse others; whatever it
+does not name has to be finite.
+
 `steps`, where a state has it, counts the steps of all that is in it: () int64 on the CPU, or ()
 where somebody around counts, or nobody in it asks.
 """
@@ -21,12 +24,14 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from funshampoo.core.interrupted import check_whole
+from funshampoo.state.meaning import meaning
 
 Tree = Any
 Counter = Tensor | tuple[()]
 StateT = TypeVar("StateT")
 
 
+@meaning(factors="factor", weight="weight")
 class KroneckerState(NamedTuple):
     """Of `kronecker_statistics`: L_i, one factor matrix a side.
 
@@ -40,6 +45,9 @@ class KroneckerState(NamedTuple):
     weight: Tree
 
 
+@meaning(
+    residual="any", condition="any", failures="count", streak="count <= failures", rounds="count"
+)
 class Kept(NamedTuple):
     """What is computed now and then from one matrix a block, and what the last refresh found.
 
@@ -89,6 +97,7 @@ class GraftState(NamedTuple):
     steps: Counter = ()
 
 
+@meaning(weight="weight")
 class EmaState(NamedTuple):
     """Of `ema`: the filtered gradient M (a tree like the updates) and its weight (tree of (N,))."""
 
@@ -96,6 +105,7 @@ class EmaState(NamedTuple):
     weight: Tree
 
 
+@meaning(seen="weight")
 class TraceState(NamedTuple):
     """Of `trace`: the momentum buffer B (a tree like the updates), and `seen`, a tree of (N,).
 
@@ -107,6 +117,7 @@ class TraceState(NamedTuple):
     seen: Tree
 
 
+@meaning(first_weight="weight", second="nonnegative", second_weight="weight")
 class AdamState(NamedTuple):
     """Of `scale_by_adam`: first moment M and second moment V with their weights, trees.
 
@@ -119,12 +130,14 @@ class AdamState(NamedTuple):
     second_weight: Tree
 
 
+@meaning(second="nonnegative")
 class RmsState(NamedTuple):
     """Of `scale_by_rms`: the second moment V, a tree like the updates."""
 
     second: Tree
 
 
+@meaning(second="nonnegative")
 class AdagradState(NamedTuple):
     """Of `scale_by_adagrad`: the sum of squares V, a tree like the updates."""
 
@@ -143,6 +156,7 @@ class LearningRateState(NamedTuple):
     steps: Counter = ()
 
 
+@meaning(hyperparams="number")
 class HyperparamsState(NamedTuple):
     """Of `inject_hyperparams`.
 
@@ -157,6 +171,7 @@ class HyperparamsState(NamedTuple):
     inner: Any
 
 
+@meaning(seen="count", used="count", skipped="count")
 class MultiStepsState(NamedTuple):
     """Of `multi_steps`.
 
@@ -222,6 +237,7 @@ class BlockedState(NamedTuple):
     steps: Counter = ()
 
 
+@meaning(average="nonnegative", accepted="count", pending="count", held="count")
 class SpikeState(NamedTuple):
     """Of `guarded` with a `spike_factor`: trees of (N,), or () outside block space.
 
@@ -238,6 +254,7 @@ class SpikeState(NamedTuple):
     held: Tree
 
 
+@meaning(held="count", streak="count <= held")
 class GuardedState(NamedTuple):
     """Of `guarded`.
 

@@ -13,13 +13,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import funshampoo as fs
-from funshampoo.state import load_state_dict, merged, state_dict
+from funshampoo.state import Checkpoint, load_state_dict, merged, state_dict
 from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal, assert_unchanged, snapshot
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
+DCP = ("dcp", "bare dcp")
 OPTIONS = {"max_size": 8, "stagger": True}
 FIRST, SECOND = range(1, 21), range(21, 41)
 
@@ -51,8 +52,9 @@ def chain_for(size: int) -> fs.GradientTransformation:
 def write(rank: int, folder: str, kind: str) -> None:
     params, state = train(chain_for(dist.get_world_size()), tree(0, SMALL), FIRST, gradient)
     saved = state_dict(state)
-    if kind == "dcp":
-        quiet_dcp(dcp.save, {"optimizer": saved, "params": params}, folder)
+    if kind in DCP:
+        content = Checkpoint(state) if kind == "dcp" else saved
+        quiet_dcp(dcp.save, {"optimizer": content, "params": params}, folder)
         return
     if rank == 0:
         torch.save(params, f"{folder}/params.pt")
@@ -68,9 +70,12 @@ def read(rank: int, folder: str, kind: str) -> Any:
     tx = chain_for(dist.get_world_size())
     params = tree(7, SMALL)  # to be replaced
     state = tx.init(params)
-    if kind == "dcp":
-        # Every rank reads its own part of all files, into the tensors of its fresh state.
-        quiet_dcp(dcp.load, {"optimizer": state_dict(state), "params": params}, folder)
+    if kind in DCP:
+        # Every rank reads its own part of all files; bare, into the tensors of its fresh state.
+        checkpoint = Checkpoint(state)
+        content = checkpoint if kind == "dcp" else state_dict(state)
+        quiet_dcp(dcp.load, {"optimizer": content, "params": params}, folder)
+        state = checkpoint.state
     else:
         params = torch.load(f"{folder}/params.pt", weights_only=True)
         state = load_state_dict(state, merged(parts_in(folder, kind))).state
@@ -92,7 +97,7 @@ def quiet_dcp(function: Any, content: Any, folder: str) -> None:
         function(content, checkpoint_id=folder)
 
 
-@pytest.mark.parametrize("kind", ["torch", "dcp", "safetensors"])
+@pytest.mark.parametrize("kind", ["torch", *DCP, "safetensors"])
 def test_three_ranks_save_and_one_two_or_four_go_on(
     ranks: Ranks, tmp_path: Path, kind: str
 ) -> None:
@@ -103,9 +108,91 @@ def test_three_ranks_save_and_one_two_or_four_go_on(
         assert_goes_on(ranks(size, read, str(tmp_path), kind))
 
 
-def test_one_rank_saves_and_three_go_on(ranks: Ranks, tmp_path: Path) -> None:
-    ranks(1, write, str(tmp_path), "torch")
-    assert_goes_on(ranks(3, read, str(tmp_path), "torch"))
+@pytest.mark.parametrize("kind", ["torch", *DCP])
+def test_one_rank_saves_and_three_go_on(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    ranks(1, write, str(tmp_path), kind)
+    assert_goes_on(ranks(3, read, str(tmp_path), kind))
+
+
+def read_and_write(rank: int, old: str, new: str) -> None:
+    checkpoint = Checkpoint(chain_for(dist.get_world_size()).init(tree(7, SMALL)))
+    params = tree(7, SMALL)
+    quiet_dcp(dcp.load, {"optimizer": checkpoint, "params": params}, old)
+    quiet_dcp(dcp.save, {"optimizer": checkpoint, "params": params}, new)
+
+
+def test_two_ranks_then_one_then_three(ranks: Ranks, tmp_path: Path) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    ranks(2, write, str(two), "dcp")
+    ranks(1, read_and_write, str(two), str(one))
+    assert_goes_on(ranks(3, read, str(one), "dcp"))
+
+
+def dcp_refused(rank: int, folder: str) -> str:
+    state = chain_for(dist.get_world_size()).init(tree(0, SMALL))
+    before = snapshot(state)
+    checkpoint = Checkpoint(state)
+    try:
+        quiet_dcp(dcp.load, {"optimizer": checkpoint}, folder)
+    except (dcp.api.CheckpointException, ValueError) as error:
+        assert checkpoint.state is state
+        assert_unchanged(before, state)
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_truncated_part_is_an_error_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, write, str(tmp_path), "dcp")
+    files = sorted(tmp_path.glob("*.distcp"))
+    os.truncate(files[1], files[1].stat().st_size // 2)
+    for size in (1, 3):
+        for message in ranks(size, dcp_refused, str(tmp_path)):
+            assert "CheckpointException" in message
+
+
+def own_part(rank: int, folder: str, kind: str, whose: int) -> Any:
+    """A rank that has its own part only, or somebody else's."""
+    state = chain_for(dist.get_world_size()).init(tree(7, SMALL))
+    saved = torch.load(f"{folder}/{(rank + whose) % 3}.pt", weights_only=True)
+    try:
+        return state_dict(load_state_dict(state, saved).state)
+    except ValueError as error:
+        return str(error)
+
+
+def test_the_part_of_a_rank_loads_there_and_nowhere_else(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(3, write, str(tmp_path), "torch")
+    parts = parts_in(str(tmp_path), "torch")
+    assert sorted(part["funshampoo/part"].tolist()[:2] for part in parts) == [
+        [0, 3],
+        [1, 3],
+        [2, 3],
+    ]
+    together, expected = merged(ranks(3, own_part, str(tmp_path), "torch", 0)), merged(parts)
+    assert all(torch.equal(together[name], x) for name, x in expected.items())
+    for rank, message in enumerate(ranks(3, own_part, str(tmp_path), "torch", 1)):
+        assert f"the part of rank {(rank + 1) % 3} of 3: save every rank's" in message
+    for message in ranks(2, own_part, str(tmp_path), "torch", 0):
+        assert "of 3: save every rank's" in message
+
+
+def poisoned(rank: int, folder: str) -> str:
+    whole = merged(parts_in(folder, "torch"))
+    name = next(name for name in whole if name.endswith("ema/average"))
+    whole[name] = whole[name] * torch.nan
+    state = chain_for(dist.get_world_size()).init(tree(7, SMALL))
+    mine = name in state_dict(state)
+    try:
+        load_state_dict(state, whole)
+    except ValueError as error:
+        return f"{mine} '{name}' is not finite" if f"'{name}' is not finite" in str(error) else ""
+    return ""
+
+
+def test_a_value_of_one_rank_is_refused_by_all(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, write, str(tmp_path), "torch")
+    messages = ranks(2, poisoned, str(tmp_path))
+    assert sorted(message.split()[0] for message in messages) == ["False", "True"]
 
 
 def test_each_rank_writes_its_own_part_alone(ranks: Ranks, tmp_path: Path) -> None:
@@ -126,11 +213,12 @@ def test_each_rank_writes_its_own_part_alone(ranks: Ranks, tmp_path: Path) -> No
     writers: dict[str, list[str]] = {}
     for index, info in metadata.storage_data.items():
         writers.setdefault(index.fqn, []).append(info.relative_path)
-    names = {name.removeprefix("optimizer.") for name in writers} - set(SMALL)
-    assert whole.keys() <= names
+    dtype_of = {name: str(x.dtype).removeprefix("torch.") for name, x in whole.items()}
+    full = {name: f"optimizer.{dtype}.{name}" for name, dtype in dtype_of.items()}
+    assert {full[name] for name in whole if name != "funshampoo/part"} <= writers.keys()
     assert all(len(files) == 1 for files in writers.values())  # each tensor once
     owners = [{name for name in part if "/block" in name} for part in parts]
-    files = [{writers[f"optimizer.{name}"][0] for name in mine} for mine in owners]
+    files = [{writers[full[name]][0] for name in mine} for mine in owners]
     assert all(len(mine) == 1 for mine in files)  # and all of a rank's in one file
     assert len(set.union(*files)) == 3
 
@@ -154,8 +242,7 @@ def test_a_missing_file_is_an_error_on_all_ranks(ranks: Ranks, tmp_path: Path, l
     os.remove(tmp_path / f"{lost}.pt")
     for size in (1, 2, 3, 4):
         for message in ranks(size, load_incomplete, str(tmp_path)):
-            assert "missing from the checkpoint" in message
-            assert "nothing was changed" in message
+            assert f"of the parts of 3 ranks, that of rank {lost} is missing" in message
 
 
 def other_blocks(rank: int, folder: str, max_size: int) -> str:
@@ -215,7 +302,7 @@ def test_leaf_by_leaf(ranks: Ranks) -> None:
         assert together.keys() == whole[0][1].keys()
         assert all(torch.equal(together[name], x) for name, x in whole[0][1].items())
     for message in ranks(2, refused_leaves, parts[:2]):
-        assert "missing from the checkpoint" in message
+        assert "that of rank 2 is missing" in message
 
 
 def partitioned(rank: int, steps: range, parts: Any) -> Any:

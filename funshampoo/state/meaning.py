@@ -1,0 +1,70 @@
+"""What the numbers of a state mean, as far as that limits which of them can be right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+StateClass = TypeVar("StateClass", bound=type)
+
+KINDS = {
+    "finite": "neither infinite nor NaN: a momentum, a root, whatever is not declared",
+    "any": "whatever it likes: reports that nothing is computed from",
+    "number": "not NaN: a hyperparameter, which may be infinite to switch a limit off",
+    "nonnegative": "finite and ≥ 0: a sum or an average of squares",
+    "weight": "in [0, 1]: the total weight of the gradients in an average, 1 - beta^t",
+    "factor": "a sum or an average of A Aᵀ, packed or not: |L_ij| ≤ √(L_ii L_jj)",
+    "count": "≥ 0 and not above the clock; 'count <= held' is not above the field `held` either",
+    "steps": "the clock, ≥ 0; every field of this name is one",
+}
+
+
+def meaning(**fields: str) -> Callable[[StateClass], StateClass]:
+    """Declare what the fields of a stage's named tuple mean, so that checkpoints can be checked.
+
+    Args:
+        fields: {field: kind}, one of `KINDS`. A field that is not named has to be finite; "any"
+            opts it out.
+
+    Raises:
+        ValueError: there is no such kind, or no such field.
+
+    >>> from typing import NamedTuple
+    >>> from torch import Tensor
+    >>> @meaning(worst="any", hits="count")
+    ... class MyState(NamedTuple):
+    ...     average: Tensor
+    ...     worst: Tensor
+    ...     hits: Tensor
+    """
+
+    def declared(state: StateClass) -> StateClass:
+        known = getattr(state, "_fields", ())
+        for field, kind in fields.items():
+            base, _, other = kind.partition(" <= ")
+            if base not in KINDS or (other and base != "count"):
+                raise ValueError(f"meaning: {field} is {kind!r}; known kinds: {', '.join(KINDS)}.")
+            for name in filter(None, (field, other)):
+                if name not in known:
+                    raise ValueError(f"meaning: {state.__name__} has no field '{name}'.")
+        state._meaning = fields  # type: ignore[attr-defined]
+        return state
+
+    return declared
+
+
+def is_declared(state: type) -> bool:
+    """Whether this class says what its fields mean."""
+    return hasattr(state, "_meaning")
+
+
+def kind_of(state: Any, field: str) -> str:
+    """What a field of this class means; "finite" where nobody says.
+
+    >>> kind_of(tuple, "average")
+    'finite'
+    """
+    if field == "steps":
+        return "steps"
+    found: str = getattr(state, "_meaning", {}).get(field, "finite")
+    return found

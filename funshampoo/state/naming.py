@@ -1,0 +1,134 @@
+"""The tensors of a state by name.
+
+A name says what a tensor is, not where it happened to lie:
+
+    conv1.weight/block_0_1/kronecker_statistics/factors/0    a block's, in block space
+    conv1.weight/trace/buffer                                a leaf's, outside
+    graft/steps                                              nobody's, such as a counter
+
+So it does not depend on stacks, ranks, or the place of a stage among others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funshampoo.state.meaning import kind_of
+from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
+from funshampoo.state.stages import BlockedState, ShardedState, walk
+
+
+class Named(NamedTuple):
+    """A tensor of a state, or one block's part of it.
+
+    Attributes:
+        owner: the parameter, or "".
+        rest: of the name.
+        path: the end of the name, without the block.
+        kind: what it means; see `funshampoo.state.meaning`.
+        x: a view.
+    """
+
+    owner: str
+    rest: str
+    path: str
+    kind: str
+    x: Tensor
+
+    @property
+    def name(self) -> str:
+        """In a checkpoint."""
+        return full_name(self.owner, self.rest)
+
+
+def full_name(owner: str, rest: str) -> str:
+    """Of a tensor in a checkpoint."""
+    return "/".join(filter(None, [owner, rest]))
+
+
+def named(state: Any) -> list[Named]:
+    """Every tensor of a state.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
+    found: dict[tuple[str, str], Named] = {}
+    names = Names()
+
+    def collect(place: Place, x: Tensor) -> Tensor:
+        path, kind = path_of(place), kind_of(place.kind, place.field)
+        for owner, rest, part in names.parts(place, x):
+            if (owner, rest) in found:
+                raise ValueError(
+                    f"two tensors of the state would be saved as '{owner}/{rest}': give the two "
+                    "stages different names, as in chain(('slow', trace(0.9)), ...)."
+                )
+            found[owner, rest] = Named(owner, rest, path, kind, part)
+        return x
+
+    map_tensors(collect, state)
+    return list(found.values())
+
+
+def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
+    """(parameter or "", rest of the name, view) for every tensor of `state_dict`.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
+    return [(entry.owner, entry.rest, entry.x) for entry in named(state)]
+
+
+def path_of(place: Place) -> str:
+    """The end of a tensor's name: stages, field, side."""
+    return "/".join(place.path) or "state"
+
+
+class Names:
+    """The names of a state's tensors. Remembers what it has read from a layout."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, dict[str, dict[int, tuple[str, str]]]] = {}
+
+    def parts(self, place: Place, x: Tensor) -> list[tuple[str, str, Tensor]]:
+        """(parameter, rest of the name, view) for every block in a tensor, or for the tensor."""
+        if place.path[-2:] == ("sharded", "report"):  # which steps derive anew
+            return []
+        path = path_of(place)
+        if place.stack is None:
+            return [(".".join(place.leaf), path, x)]
+        if id(place.layout) not in self._blocks:
+            self._blocks[id(place.layout)] = block_names(place.layout)
+        blocks = self._blocks[id(place.layout)][place.stack]
+        rows = place.rows or ()
+        if x.ndim and x.shape[0] != len(rows):
+            raise ValueError(
+                f"'{path}' has shape {tuple(x.shape)} for the {len(rows)} blocks of stack "
+                f"'{place.stack}': in block space the first axis counts blocks. The members of an "
+                "ensemble (vmap) are saved one by one, or all together by torch.save."
+            )
+        values = x.unbind(0) if x.ndim else [x] * len(rows)
+        return [
+            (blocks[row][0], f"{blocks[row][1]}/{path}", value) for row, value in zip(rows, values)
+        ]
+
+
+def owned_elsewhere(state: Any) -> list[str]:
+    """What other ranks own: names such as "conv1.weight/block_0_1", or of leaves."""
+    found: list[str] = []
+    layout: Mapping[str, Any] = {}
+    scope: tuple[str, ...] | None = None
+    for path, node in walk(state):
+        if isinstance(node, BlockedState):
+            layout, scope = node.layout, path
+        elif isinstance(node, ShardedState) and scope is not None and path[: len(scope)] == scope:
+            for parameter, stack, span in spans_of(layout):
+                own = set(rows_of(node.owned.get(stack, {})))
+                rows = zip(range(span.first, span.last), span.blocks())
+                found += [f"{parameter}/{block}" for row, block in rows if row not in own]
+        elif isinstance(node, ShardedState):
+            found += [leaf for leaf, where in node.owned.items() if "elsewhere" in where]
+    return found

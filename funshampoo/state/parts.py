@@ -1,0 +1,171 @@
+"""What one rank saved says that it is a part, and the parts become one checkpoint again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.state.stages import ShardedState, walk
+
+PART_KEY = "funshampoo/part"
+
+
+class Part(NamedTuple):
+    """Which part of a state a checkpoint is: the entry is int64, these numbers.
+
+    Attributes:
+        rank: who saved it, of `size` that share; 0 of 1 where nobody does.
+        bits: a sum over all bits of its tensors, by which what is not of the same save is told;
+            None where nobody took it.
+    """
+
+    rank: int
+    size: int
+    bits: int | None = None
+
+    def entry(self) -> Tensor:
+        """(3,) int64 on the CPU, (2,) without `bits`."""
+        return torch.tensor([x for x in self if x is not None], dtype=torch.int64, device="cpu")
+
+    @classmethod
+    def read(cls, entry: Any) -> Part:
+        """What the entry says.
+
+        Raises:
+            ValueError: it is none.
+        """
+        fits = isinstance(entry, Tensor) and entry.dtype == torch.int64
+        if fits and entry.ndim == 1 and len(entry) in (2, 3):
+            part = cls(*entry.tolist())
+            if 0 <= part.rank < part.size:
+                return part
+        raise ValueError(f"'{PART_KEY}' is no [rank, ranks, bits]: the checkpoint is damaged.")
+
+
+def part_of(state: Any) -> Part:
+    """Which part a state is, by the largest group of ranks that shares any of it."""
+    found = [Part(0, 1)]
+    for _, node in walk(state):
+        if isinstance(node, ShardedState):
+            rank, size = next(iter(node.ranks)).split(" of ")
+            found.append(Part(int(rank), int(size)))
+    return max(found, key=lambda part: part.size)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(tensors: Iterable[Tensor]) -> int:
+    """The sum of all elements' bits read as integers, modulo 2^64, in whatever order.
+
+    One pass over the memory, and one look at each device.
+    """
+    sums: dict[torch.device, list[Tensor]] = {}
+    for x in tensors:
+        if x.is_meta:
+            continue
+        plain = torch.view_as_real(x) if x.is_complex() else x
+        local = plain.to_local() if hasattr(plain, "to_local") else plain  # of a DTensor
+        whole = local.detach().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64)
+        sums.setdefault(whole.device, []).append(whole)
+    total = sum(int(torch.stack(found).sum()) for found in sums.values())
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several ranks saved, as one checkpoint: of `state_dict`, or of the wrapper's.
+
+    The parts of all ranks are needed. One rank's may come in pieces, and more than once.
+
+    Raises:
+        ValueError: the part of a rank is missing; parts are of different numbers of ranks; two have
+            different values under one name, or are pieces of different saves.
+
+    >>> import torch
+    >>> sorted(merged([{"a": torch.ones(1), "n": torch.tensor(3)}, {"n": torch.tensor(3)}]))
+    ['a', 'n']
+    """
+    given = list(parts)
+    _check_complete([dict(_said(part)) for part in given])
+    return _united(given, "")
+
+
+def _said(tree: Mapping[Any, Any]) -> Iterable[tuple[int, int]]:
+    """(ranks, rank) of every group that shares something of a part, at any depth."""
+    for name, x in tree.items():
+        if isinstance(x, Mapping):
+            yield from _said(x)
+        elif _says_part(name):
+            part = Part.read(x)
+            yield part.size, part.rank
+
+
+def _says_part(name: Any) -> bool:
+    """Whether an entry is of this kind; in the wrapper's state dicts it is "shared/...", too."""
+    return isinstance(name, str) and (name == PART_KEY or name.endswith("/" + PART_KEY))
+
+
+def _check_complete(said: Sequence[Mapping[int, int]]) -> None:
+    sizes = {tuple(sorted(groups)) for groups in said}
+    if len(sizes) > 1:
+        found = ", ".join(" and ".join(map(str, each)) or "unknown" for each in sorted(sizes))
+        raise ValueError(
+            f"the parts were not saved together: they are of different numbers of ranks ({found}). "
+            "Give those of one save."
+        )
+    for size in next(iter(sizes), ()):
+        missing = sorted(set(range(size)) - {groups[size] for groups in said})
+        if missing:
+            raise ValueError(
+                f"of the parts of {size} ranks, that of rank {', '.join(map(str, missing))} is "
+                "missing: give what every rank saved."
+            )
+
+
+def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
+    together: dict[Any, Any] = {}
+    said: list[Part] = []
+    for name in dict.fromkeys(name for part in parts for name in part):
+        found = [part[name] for part in parts if name in part]
+        if _says_part(name):
+            said = [Part.read(x) for x in found]
+        elif all(isinstance(x, Mapping) for x in found):
+            together[name] = _united(found, f"{path}{name}/")
+        elif all(_identical(found[0], x) for x in found[1:]):
+            together[name] = found[0]
+        else:
+            raise ValueError(
+                f"'{path}{name}' differs between the parts: they were not saved at the same step "
+                "of the same training."
+            )
+    _check_one_save(said)
+    if any(PART_KEY in part for part in parts):
+        own = (x for name, x in together.items() if isinstance(x, Tensor) and not is_note(name))
+        together[PART_KEY] = Part(0, 1, bits_of(own)).entry()
+    return together
+
+
+def _check_one_save(parts: Sequence[Part]) -> None:
+    """The pieces that one rank's part comes in were cut from the same state."""
+    bits: dict[int, int | None] = {}
+    for part in parts:
+        if bits.setdefault(part.rank, part.bits) != part.bits:
+            raise ValueError(
+                f"of rank {part.rank} there are pieces of different states: they were not saved at "
+                "the same step of the same training."
+            )
+
+
+def is_note(name: str) -> bool:
+    """Whether an entry is about the checkpoint, and no tensor of the state."""
+    return name.startswith("funshampoo/")
+
+
+def _identical(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and bool(((a == b) | ((a != a) & (b != b))).all())

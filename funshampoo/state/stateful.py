@@ -1,0 +1,64 @@
+"""A state for torch.distributed.checkpoint: copies that it may write to, checked afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from funshampoo.state.checkpoint import load_state_dict, state_dict
+from funshampoo.state.parts import PART_KEY, part_of
+
+
+class Checkpoint:
+    """A state with torch.distributed.checkpoint's Stateful protocol.
+
+        dcp.save({"optimizer": Checkpoint(state), ...}, checkpoint_id=folder)
+
+        checkpoint = Checkpoint(tx.init(params))
+        dcp.load({"optimizer": checkpoint, ...}, checkpoint_id=folder)
+        state = checkpoint.state
+
+    Each rank writes and reads what it owns, and the number of ranks may change. dcp looks for such
+    objects among the values of the dict that it is given, no deeper.
+
+    dcp overwrites the tensors that it is shown one after the other, and converts dtypes in silence.
+    So it is shown copies, under names that begin with their dtype: of another one it finds no such
+    name. What it has read goes through `load_state_dict`.
+
+    Attributes:
+        state: as given, until all of it has been loaded.
+
+    >>> import torch
+    >>> from funshampoo import trace
+    >>> checkpoint = Checkpoint(trace(0.9).init({"w": torch.zeros(2)}))
+    >>> sorted(checkpoint.state_dict()["float32"])
+    ['w/buffer']
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """{dtype: {name: copy}}; nothing that is written there reaches the state."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, x in state_dict(self.state).items():
+            if name != PART_KEY:  # dcp knows who saved what
+                found.setdefault(_name_of(x), {})[name] = x.detach().clone()
+        return found
+
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what was read into a `state_dict`, or nothing.
+
+        Raises:
+            ValueError: see `funshampoo.state.load_state_dict`. On this rank alone, if the values
+                are those of blocks that others don't have.
+        """
+        flat = {name: x for entries in saved.values() for name, x in entries.items()}
+        own = {PART_KEY: part_of(self.state).entry()}  # dcp reads what this rank owns
+        self.state = load_state_dict(self.state, {**flat, **own}).state
+
+
+def _name_of(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
