@@ -35,7 +35,7 @@ from funshampoo.distributed import sharded
 from funshampoo.migrate.reference import from_reference
 from funshampoo.optim import Optimizer, Shampoo
 from funshampoo.plan import plan
-from funshampoo.recipes import adamw, sgd, shampoo
+from funshampoo.recipes import adamw, sgd, shampoo, soap
 from funshampoo.transforms import (
     add_decayed_weights,
     clip,
@@ -43,6 +43,7 @@ from funshampoo.transforms import (
     ema,
     global_norm,
     graft,
+    in_eigenbasis,
     kronecker_statistics,
     root_inverse,
     scale,
@@ -80,6 +81,7 @@ __all__ = [
     "graft",
     "guarded",
     "identity",
+    "in_eigenbasis",
     "inject_hyperparams",
     "kronecker_statistics",
     "linalg",
@@ -101,6 +103,7 @@ __all__ = [
     "sgd",
     "shampoo",
     "sharded",
+    "soap",
     "state",
     "stateless",
     "trace",

@@ -125,6 +125,21 @@ CASES = [
         lambda: _blocked(_root(stagger=True, basis_tolerance=0.1)),
     ),
     Case("root_inverse:staggered", lambda: _blocked(_root(stagger=True))),
+    Case("in_eigenbasis", lambda: _statistics_and(fs.in_eigenbasis(fs.scale_by_adam(), 2))),
+    Case("in_eigenbasis:blocked", lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2))),
+    Case(
+        "in_eigenbasis:momentum",
+        lambda: _blocked(fs.in_eigenbasis(fs.chain(fs.trace(0.9), fs.scale_by_rms(0.9)), 2)),
+    ),
+    Case(
+        "in_eigenbasis:eigh",
+        lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2, basis=linalg.eigh())),
+    ),
+    Case(
+        "in_eigenbasis:staggered",
+        lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2, stagger=True)),
+    ),
+    Case("soap", lambda: fs.soap(0.1, every=2, max_size=4)),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
     Case(
@@ -218,6 +233,7 @@ CASES = [
 NOT_TRANSFORMATIONS = {
     "EmptyState",
     "FailureLimitError",
+    "InterruptedStepError",
     "GradientTransformation",
     "MaskedNode",
     "Optimizer",

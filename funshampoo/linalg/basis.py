@@ -2,57 +2,67 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.modes import is_traced
+from funshampoo.linalg.products import aligned, is_plain_memory, multiply
 from funshampoo.linalg.spectral import decompose
 
 
 @dataclass(frozen=True)
-class QR:
-    """One step of simultaneous power iteration from the old basis; see `qr`."""
+class Basis(ABC):
+    """How a basis of eigenvectors, as columns, is found again for a matrix that has changed."""
 
+    @abstractmethod
     def __call__(self, A: Tensor, old: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """(the basis, whether it was found).
+        """(the basis (..., d, d), whether (...) it was found).
+
+        Each column stands where the old one lay that it continues.
 
         Args:
-            A: (..., d, d).
-            old: (..., d, d), the basis before, as columns.
+            A: (..., d, d), symmetric.
+            old: (..., d, d), the basis before.
             first: (...), bool: there is none before, and the matrix is decomposed.
         """
-        if is_traced():
-            new, decomposed = decompose(A).vectors, decompose(A).decomposed
-            stepped = power_step(A, old)
-            basis = torch.where(first[..., None, None], new, stepped)
-            return basis, torch.where(first, decomposed, True) & _is_finite(basis)
-        if not first.any():
-            new = power_step(A, old)
-            return new, _is_finite(new)
-        spectrum = decompose(A)
-        if first.all():
-            return spectrum.vectors, spectrum.decomposed
-        basis = torch.where(first[..., None, None], spectrum.vectors, power_step(A, old))
-        return basis, torch.where(first, spectrum.decomposed, True) & _is_finite(basis)
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """All eigenvectors, every time."""
+class PowerStep(Basis):
+    """See `qr`."""
 
     def __call__(self, A: Tensor, old: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """As `QR.__call__`; each new column stands where the old one lay that it continues."""
+        """See `Basis`. Whether there is a first one is read, but under a transform."""
+        some = is_traced() or bool(first.any())
+        every = not is_traced() and bool(first.all())
+        if not some:
+            new = power_step(A, old)
+            return new, _is_finite(new)
         spectrum = decompose(A)
-        rank = by_size(A, old).argsort(-1)  # eigenvalues ascend: the largest goes to the largest
-        last = A.shape[-1] - 1
-        placed = spectrum.vectors.take_along_dim((last - rank)[..., None, :], -1)
-        basis = torch.where(first[..., None, None], spectrum.vectors, placed)
-        return basis, spectrum.decomposed
+        if every:
+            return spectrum.vectors, spectrum.decomposed
+        stepped = power_step(A, old)
+        new = torch.where(first[..., None, None], spectrum.vectors, stepped)
+        return new, torch.where(first, spectrum.decomposed, _is_finite(stepped))
 
 
-def qr() -> QR:
+@dataclass(frozen=True)
+class Decomposition(Basis):
+    """All eigenvectors, every time; those with the largest eigenvalues continue one another."""
+
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Basis`."""
+        spectrum = decompose(A)
+        rank = _order(multiply(aligned(A), aligned(old)), old).argsort(-1)
+        place = A.shape[-1] - 1 - rank  # eigenvalues ascend
+        placed = spectrum.vectors.take_along_dim(place[..., None, :], -1)
+        return torch.where(first[..., None, None], spectrum.vectors, placed), spectrum.decomposed
+
+
+def qr() -> Basis:
     """A basis by one step of power iteration from the one before, made orthogonal by QR.
 
         Q ← qr(A Q)
@@ -66,24 +76,29 @@ def qr() -> QR:
 
     Reference: Vyas et al., arXiv 2409.11321 (SOAP).
     """
-    return QR()
+    return PowerStep()
 
 
 def power_step(A: Tensor, Q: Tensor) -> Tensor:
     """qr(A Q), the columns in their places, (..., d, d)."""
-    image = A @ Q
+    image = multiply(aligned(A), aligned(Q))
     order = _order(image, Q)[..., None, :]
-    new = torch.linalg.qr(image.take_along_dim(order, -1))[0]
+    new = _orthogonal(image.take_along_dim(order, -1))
     return new.take_along_dim(order.argsort(-1), -1)
 
 
-def by_size(A: Tensor, Q: Tensor) -> Tensor:
-    """The columns of Q (..., d), those with the largest diag(Qᵀ A Q) first."""
-    return _order(A @ Q, Q)
-
-
 def _order(image: Tensor, Q: Tensor) -> Tensor:
+    """The columns of Q (..., d), those with the largest diag(Qᵀ A Q) first; image is A Q."""
     return (image * Q).sum(-2).argsort(dim=-1, descending=True, stable=True)
+
+
+def _orthogonal(Y: Tensor) -> Tensor:
+    """The Q of a QR. On a CPU one by one: LAPACK rounds by where a matrix lies in memory."""
+    if Y.ndim != 3 or not is_plain_memory(Y):
+        whole: Tensor = torch.linalg.qr(Y)[0]
+        return whole
+    found: Tensor = torch.stack([torch.linalg.qr(y.clone())[0] for y in Y])
+    return found
 
 
 def _is_finite(Q: Tensor) -> Tensor:

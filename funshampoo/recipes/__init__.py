@@ -2,5 +2,6 @@
 
 from funshampoo.recipes.diagonal import adamw, sgd
 from funshampoo.recipes.shampoo import shampoo
+from funshampoo.recipes.soap import soap
 
-__all__ = ["adamw", "sgd", "shampoo"]
+__all__ = ["adamw", "sgd", "shampoo", "soap"]

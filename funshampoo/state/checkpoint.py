@@ -42,7 +42,6 @@ __all__ = [
 
 FORMAT = 2
 FORMAT_KEY = "funshampoo/format"
-PART_KEY = "funshampoo/part"
 
 
 class Loaded(NamedTuple):

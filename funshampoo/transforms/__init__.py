@@ -3,6 +3,7 @@
 from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
 from funshampoo.state.upstream import statistics_of
 from funshampoo.transforms.clipping import clip, clip_by_global_norm, global_norm
+from funshampoo.transforms.eigenbasis import in_eigenbasis
 from funshampoo.transforms.grafting import graft
 from funshampoo.transforms.kronecker import kronecker_statistics
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
@@ -24,6 +25,7 @@ __all__ = [
     "ema",
     "global_norm",
     "graft",
+    "in_eigenbasis",
     "kronecker_statistics",
     "precondition",
     "root_inverse",
