@@ -85,6 +85,8 @@ def meaning(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A saved state, its averages divided by their weights: what a held step leaves as it was."""
     found = {}
     for name, x in saved.items():
+        if name.startswith("funshampoo/"):
+            continue
         stage, _, field = name.rpartition("/")
         stage = stage.removesuffix("/factors")
         field = "" if stage.endswith("kronecker_statistics") else field.replace("average", "")

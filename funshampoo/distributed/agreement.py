@@ -3,8 +3,8 @@
 A rank's step is of use to the others only if all of them do the same, on the same parameters in the
 same order. That is checked where it costs next to nothing on an ordinary step:
 
-- before the first step with these parameters, by a gather of four integers (`Agreement`): all that
-  stays, what this step does, the values of the parameters, and the order of the gradients;
+- before the first step with these parameters, by a gather of six integers (`Agreement`): all that
+  stays, what this step does, and the order of the parameters and of the gradients by their values;
 - on every step, in the status that travels with the updates: all that stays, live numbers, the
   number of the step (`print_of`, `said`).
 
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,12 +31,21 @@ from funshampoo.distributed.collectives import ProcessGroup, all_gather_into, ga
 from funshampoo.distributed.described import Line, described
 from funshampoo.distributed.shards import Shards
 
-_VALUES = "the values of "
 _REMEDY = (
-    "Give all of them the same parameters in the same order, with the same values, as "
-    "DistributedDataParallel makes them, and the same hyperparameters. This step moved no "
-    "parameter; after the first one, a donated state is spent: go on from a checkpoint."
+    "Give all of them the same parameters in the same order, as DistributedDataParallel has them, "
+    "and the same hyperparameters. This step moved no parameter; after the first one, a donated "
+    "state is spent: go on from a checkpoint."
 )
+
+
+class Bits(NamedTuple):
+    """One number a leaf, `bits_of`: of the parameters ([] where there are none) and gradients."""
+
+    value: list[int]
+    gradient: list[int]
+
+
+_NO_BITS = Bits([], [])
 
 
 def lines_of(leaves: Leaves) -> list[Line]:
@@ -164,16 +174,14 @@ def agree(
         RuntimeError: something differs, or another rank failed here; on every rank.
     """
     failure: BaseException | None = None
-    values: list[Line] = []
-    gradients: list[int] = []
-    row = [1, 0, 0, 0]
+    said_here: list[Line] = []
+    bits = Bits([], [])
+    row = [1, 0, 0, 0, 0, 0]
     try:
-        values = [*lines, ("the number of the step", str(context.step)), *said(context)]
-        if leaves.parameters is not None:
-            bits = bits_of(leaves.parameters)
-            values += [(f"{_VALUES}'{n}'", str(x)) for n, x in zip(leaves.names, bits)]
-        gradients = bits_of(leaves.gradients)
-        row = [0, print_of(values), print_of(sorted(gradients)), print_of(gradients)]
+        said_here = [*lines, ("the number of the step", str(context.step)), *said(context)]
+        bits = Bits(bits_of(leaves.parameters or ()), bits_of(leaves.gradients))
+        row = [0, print_of(said_here)]
+        row += [print_of(x) for own in bits for x in (sorted(own), own)]
     except BaseException as error:  # whatever it is: the others are waiting
         failure = error
     rows = _gathered(row, group, device)
@@ -185,12 +193,19 @@ def agree(
             f"sharded: rank {failed[0]} of {len(rows)} failed before the first step; its own error "
             "says why. Nothing was moved."
         )
-    # Gradients may differ, though they should not: one that was not averaged, or has a NaN. That
-    # they are the same in another order is no accident.
-    if len({row[1] for row in rows}) > 1 or len({row[2:] for row in rows}) > len(
-        {row[2] for row in rows}
-    ):
-        raise disagreement(values, group, gradients, leaves.names)
+    # Values may differ, though they should not: of a gradient that was not averaged, or has a NaN.
+    # That they are the same in another order is no accident.
+    reordered = any(len({r[i : i + 2] for r in rows}) > len({r[i] for r in rows}) for i in (2, 4))
+    if reordered or len({row[1] for row in rows}) > 1:
+        raise disagreement(said_here, group, bits, leaves.names)
+    other = next((rank for rank, found in enumerate(rows) if found[2] != rows[0][2]), None)
+    if other is not None:
+        warnings.warn(
+            f"sharded: the parameters are not the same on rank 0 and on rank {other}: every rank "
+            "adds the same updates to its own. Begin with equal ones, as DistributedDataParallel "
+            "makes them.",
+            stacklevel=2,
+        )
 
 
 def _gathered(row: list[int], group: ProcessGroup | None, device: torch.device) -> Any:
@@ -204,19 +219,20 @@ def _gathered(row: list[int], group: ProcessGroup | None, device: torch.device) 
 def disagreement(
     lines: list[Line],
     group: ProcessGroup | None,
-    gradients: Sequence[int] = (),
+    bits: Bits = _NO_BITS,
     names: Sequence[str] = (),
 ) -> RuntimeError:
     """The error that says on which rank what differs. Every rank has to ask for it."""
-    found = gathered_objects((lines, list(gradients), list(names)), group)
-    (first, order, ours), others = found[0], found[1:]
-    for rank, (theirs, its_order, _) in enumerate(others, start=1):
+    found = gathered_objects((lines, bits, list(names)), group)
+    (first, orders, ours), others = found[0], found[1:]
+    for rank, (theirs, its_orders, _) in enumerate(others, start=1):
         if theirs != first:
             return RuntimeError(f"{_difference(first, theirs, rank)} {_REMEDY}")
-        if its_order != order and sorted(its_order) == sorted(order):
-            i = next(i for i, (a, b) in enumerate(zip(order, its_order)) if a != b)
-            j = its_order.index(order[i])
-            return RuntimeError(f"{_moved(ours[i], ours[j], rank, 'gradient')} {_REMEDY}")
+        for what, order, other in zip(Bits._fields, orders, its_orders):
+            if other != order and sorted(other) == sorted(order):
+                i = next(i for i, (a, b) in enumerate(zip(order, other)) if a != b)
+                j = other.index(order[i])
+                return RuntimeError(f"{_moved(ours[i], ours[j], rank, what)} {_REMEDY}")
     return RuntimeError(f"sharded: the ranks do not agree. {_REMEDY}")
 
 
@@ -224,12 +240,6 @@ def _difference(first: list[Line], other: list[Line], rank: int) -> str:
     """What the first difference is, in words."""
     pairs = zip([*first, ("", "nothing more")], [*other, ("", "nothing more")])
     (label, ours), (their_label, theirs) = next((a, b) for a, b in pairs if a != b)
-    if label.startswith(_VALUES) and label == their_label:
-        name = label.removeprefix(_VALUES)
-        same = [key for key, x in other if key.startswith(_VALUES) and x == ours]
-        if same:
-            return _moved(name.strip("'"), same[0].removeprefix(_VALUES).strip("'"), rank, "value")
-        return f"sharded: the ranks do not agree: {label} on rank 0 and on rank {rank} differ."
     if label != their_label:
         ours, theirs = f"{label}: {ours}", f"{their_label}: {theirs}"
         return f"sharded: the ranks do not agree: rank 0 has {ours}; rank {rank} {theirs}."

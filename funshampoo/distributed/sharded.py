@@ -61,12 +61,12 @@ def sharded(
     where it has none (None), every rank's update is zero.
 
     All else has to be the same too. Before their first step with these parameters the ranks compare
-    names, shapes, dtypes and values of the parameters in their order, the order of the gradients,
-    the step, live numbers, the chain and its numbers, and the arguments here, by one more
-    collective of four integers; on every step, in the status that travels with the updates, live
-    numbers and the step. Where something differs every rank's error says what, and on which rank. A
-    live number that is a tensor on a device is not read, and of a function of yours only the name
-    is compared.
+    names, shapes and dtypes of the parameters, their order and that of the gradients (by their
+    values; parameters of other values are only warned of), the step, live numbers, the chain and
+    its numbers, and the arguments here, by one more collective of six integers; on every step, in
+    the status that travels with the updates, live numbers and the step. Where something differs
+    every rank's error says what, and on which rank. A live number that is a tensor on a device is
+    not read, and of a function of yours only the name is compared.
 
     An exception in `inner` on one rank, Ctrl-C too, is raised there after the collective, and an
     error that names the rank on the others. On the CPU that is at once. Elsewhere looking waits for

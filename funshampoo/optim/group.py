@@ -17,7 +17,14 @@ from funshampoo.optim.building import Builder, Built, other_structure
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.names import Names
 from funshampoo.optim.vocabulary import Method, Vocabulary
-from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, load_state_dict, named_tensors
+from funshampoo.state.checkpoint import (
+    FORMAT,
+    FORMAT_KEY,
+    carried_over,
+    load_state_dict,
+    named_tensors,
+)
+from funshampoo.state.parts import PART_KEY, part_of
 from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState, walk
 
@@ -168,9 +175,7 @@ class GroupRun:
                     shared = shared or from_elsewhere.shared
                 _check_same_blocks(k.name, entries or {}, blocks)
                 flat |= {f"{k.name}/{entry}": x for entry, x in (entries or {}).items()}
-            saved = gathered(built.transformation, {**flat, **shared})
-            saved[FORMAT_KEY] = torch.tensor(FORMAT, device="cpu")
-            return load_state_dict(fresh, saved, strict=False, cast=True).state
+            return carried_over(fresh, gathered(built.transformation, {**flat, **shared}))
         except ValueError as error:
             raise ValueError(
                 "the parameter group was edited in a way that its state can't follow; nothing was "
@@ -275,8 +280,7 @@ class GroupRun:
         """A fresh state with these entries."""
         names = {k.parameter: k.name for k in self._known}
         flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
-        flat |= {**shared, FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
-        return load_state_dict(_fresh(self._built, self._known), flat, strict=False).state
+        return carried_over(_fresh(self._built, self._known), {**flat, **shared})
 
     def forget(self) -> None:
         """Let everything start from nothing."""
@@ -287,6 +291,7 @@ class GroupRun:
         self,
         group: dict[str, Any],
         saved: Mapping[Tensor, Mapping[str, Any]],
+        own_part: bool,
         *,
         strict: bool,
         cast: bool,
@@ -297,6 +302,7 @@ class GroupRun:
             group: as it will be after loading.
             saved: {parameter: its entries, those that are shared among them}; one that is not
                 there starts from nothing.
+            own_part: whether this was read for this rank alone, whatever it says of parts.
         """
         built = self._builder.edited(group, self._built)
         own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
@@ -322,6 +328,8 @@ class GroupRun:
                     raise ValueError(f"'{full}' is no tensor: the checkpoint is damaged.")
         if not known:  # all are frozen, so that even what is shared had no place to be saved in
             return Ready(built, known, fresh), notes
+        if own_part:
+            flat[PART_KEY] = part_of(fresh).entry()
         found = load_state_dict(fresh, flat, strict=strict, cast=cast)
         return Ready(built, known, found.state), notes
 

@@ -29,7 +29,7 @@ from funshampoo.optim.saved import (
 )
 from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.recipes.shampoo import shampoo
-from funshampoo.state.checkpoint import PART_KEY, merged
+from funshampoo.state.parts import PART_KEY, Part, merged
 
 
 class Optimizer(torch.optim.Optimizer, Joining):
@@ -278,13 +278,19 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
         memory.follow()
         found = {i: memory.saved(p) for p, i in index.items()}
+        found = {i: entries for i, entries in found.items() if entries}
         for run in memory.runs:
-            for group in sharing_groups(run.transformation):
-                part = torch.tensor(rank_and_size(group), device="cpu")
-                for p in run.group["params"]:
-                    if found[index[p]]:
-                        found[index[p]][SHARED + PART_KEY] = part
-        return {i: entries for i, entries in found.items() if entries}
+            ranks = [rank_and_size(group) for group in sharing_groups(run.transformation)]
+            self._label(
+                run, found, index, Part(*max(ranks, key=lambda pair: pair[1], default=(0, 1)))
+            )
+        return found
+
+    def _label(self, run: GroupRun, found: Any, index: Mapping[Tensor, int], part: Part) -> None:
+        """Say with the first parameter of a group which part of its state this is."""
+        first = next((i for i in map(index.get, run.group["params"]) if i in found), None)
+        if first is not None:
+            found[first] = {**found[first], SHARED + PART_KEY: part.entry()}
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Bring together what the ranks have, so that `state_dict` gives the whole until a step.
@@ -295,8 +301,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         Args:
             to: the rank, in the group that shares, that gets it; None: every rank.
         """
-        memory = self._match()
-        found: dict[Any, Any] = self._entries(self._index())
+        memory, index = self._match(), self._index()
+        found: dict[Any, Any] = self._entries(index)
         whole = True
         groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
         for group in groups[:1]:
@@ -304,6 +310,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
             whole = parts is not None
             found = merged(parts) if parts is not None else {}
         if whole:
+            for run in memory.runs:
+                self._label(run, found, index, Part(0, 1))
             self._whole = [run.state() for run in memory.runs], found
 
     def _is_whole(self) -> bool:
@@ -363,7 +371,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 if index in given["state"] or not by_name:
                     entries[p] = given["state"].get(index, {})
                     check_ours(entries[p])
-            one, found = run.loaded(groups[-1], entries, strict=strict, cast=cast)
+            one, found = run.loaded(groups[-1], entries, by_name, strict=strict, cast=cast)
             ready.append(one)
             notes |= found
         for group, loaded in zip(self.param_groups, groups):

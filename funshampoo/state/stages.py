@@ -237,7 +237,7 @@ class BlockedState(NamedTuple):
     steps: Counter = ()
 
 
-@meaning(average="nonnegative", accepted="count", pending="count", held="count")
+@meaning(average="nonnegative", accepted="count", pending="count <= held", held="count")
 class SpikeState(NamedTuple):
     """Of `guarded` with a `spike_factor`: trees of (N,), or () outside block space.
 

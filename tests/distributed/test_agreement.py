@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,10 +120,6 @@ CASES: dict[str, tuple[Callable[[bool], Job], str]] = {
     "dtype": (
         lambda bad: cast(torch.float32 if bad else torch.bfloat16),
         "'w', (20, 13), torch.bfloat16 on rank 0, 'w', (20, 13), torch.float32 on rank 2",
-    ),
-    "values": (
-        lambda bad: functional({**tree(0, SMALL), "bias": tree(int(bad), SMALL)["bias"]}),
-        "the values of 'bias' on rank 0 and on rank 2 differ",
     ),
     "every": (
         lambda bad: functional(every=5 if bad else 4),
@@ -307,3 +304,24 @@ def test_a_rank_that_fails_before_the_first_step_tells_the_others(ranks: Ranks) 
     first, second = ranks(2, broken)
     assert first == "interrupted"
     assert "rank 0 of 2 failed before the first step" in second
+
+
+def unlike(rank: int) -> list[str]:
+    params = {**tree(0, SMALL), "bias": tree(rank, SMALL)["bias"]}
+    tx = fs.shampoo(0.1, distribute=fs.sharded, **OPTIONS_OF_UNLIKE)
+    state = tx.init(params)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for t in range(2):
+            updates, state = tx.update(tree(t, SMALL), state, params)
+    assert updates["w"].any()
+    return [str(w.message) for w in found if "not the same" in str(w.message)]
+
+
+OPTIONS_OF_UNLIKE: dict[str, Any] = {"every": 2, "max_size": 8}
+
+
+def test_parameters_of_other_values_are_warned_of_once(ranks: Ranks) -> None:
+    for found in ranks(3, unlike):
+        assert len(found) == 1
+        assert "not the same on rank 0 and on rank 1" in found[0]

@@ -275,3 +275,25 @@ def test_a_pickle_keeps_what_left() -> None:
             q.scale = p.scale
         step(one["optimizer"], one["params"], 4)
     assert all(map(torch.equal, params, other["params"]))
+
+
+@pytest.mark.parametrize("make", [adamw, shampoo])
+def test_a_parameter_may_move_to_a_younger_group(make: Callable[[Any], Opt]) -> None:
+    """What was counted of it, such as a gradient that was not finite, is more than its clock."""
+    params = [scaled(parameter(s, i), 1.0) for i, s in enumerate(SHAPES)]
+    optimizer = make(params[:3])
+    for t in range(4):
+        step(optimizer, params[:3], t)
+        if t == 1 and make is shampoo:
+            params[0].grad = torch.full_like(params[0], torch.nan)
+            optimizer.step()
+    optimizer.add_param_group({"params": params[3:]})
+    step(optimizer, params, 4)
+    move(optimizer, params)
+    first = optimizer.param_groups[0]["params"].pop(0)
+    optimizer.param_groups[1]["params"].append(first)
+    before = [p.detach().clone() for p in params]
+    for t in range(5, 8):
+        step(optimizer, params, t)
+    assert all(not torch.equal(p, old) for p, old in zip(params, before))
+    optimizer.load_state_dict(optimizer.state_dict())

@@ -19,7 +19,7 @@ from funshampoo.state.checkpoint import carried_over
 from tests.table import CASES, Case
 from tests.trees import assert_equal, gradients, problem, train
 
-TX = fs.shampoo(0.1, every=3, max_size=4, momentum=0.9)
+TX = fs.shampoo(0.1, every=3, max_size=4, momentum=0.9, spike_factor=1e3)
 
 
 def saved(tx: Any = TX, steps: int = 4) -> dict[str, Tensor]:
@@ -86,6 +86,8 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "negative_held": (f"{BLOCK}guarded/held", lambda x: x - 1, "negative"),
     "held_ahead": (f"{BLOCK}guarded/held", lambda x: x + 9, "above the clock, which is at 4"),
     "held_streak": (f"{BLOCK}guarded/streak", lambda x: x + 1, "above its 'held'"),
+    "spikes_pending": (f"{BLOCK}guarded/spikes/pending", lambda x: x + 1, "above its 'held'"),
+    "spike_average": (f"{BLOCK}guarded/spikes/average", lambda x: -x, "negative"),
     "root_streak": (f"{BLOCK}graft/direction/kept/0/streak", lambda x: x + 1, "its 'failures'"),
     "rounds_ahead": (f"{BLOCK}graft/direction/kept/0/rounds", lambda x: x + 99, "the clock"),
 }
@@ -214,7 +216,7 @@ def test_declarations_that_are_none() -> None:
     with pytest.raises(ValueError, match="Watch has no field 'gone'"):
         meaning(hits="count <= gone")(Watch)
     for kind in ("finit", "weight <= hits"):
-        with pytest.raises(ValueError, match="known kinds: finite, any"):
+        with pytest.raises(ValueError, match="known kinds: finite, linear"):
             meaning(hits=kind)(Watch)
 
 
