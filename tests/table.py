@@ -55,6 +55,7 @@ def _cautious(inner: fs.GradientTransformation) -> fs.GradientTransformation:
 # What a transformation can't do by nature
 BY_NAME = {"blocks": False}  # it knows parameters by their names
 AROUND_BLOCKS = {"blocks": False}  # it refuses to stand inside
+ROUNDED = {"vmap": False}  # a stack of matrices in half precision has a kernel of its own
 COUPLED = {"blocks": False, "none": False}  # leaves, or the steps of one, depend on each other
 
 CASES = [
@@ -132,7 +133,24 @@ CASES = [
     ),
     Case("ema", lambda: fs.ema(0.9)),
     Case("ema:beta3", lambda: fs.ema(0.9, 0.8)),
+    Case("ema:nesterov", lambda: fs.ema(0.9, nesterov=True)),
     Case("ema:uncorrected", lambda: fs.ema(0.9, bias_correction=False)),
+    Case("orthogonalize", lambda: fs.orthogonalize(vectors="pass")),
+    Case(
+        "orthogonalize:stacks",
+        lambda: fs.orthogonalize(
+            "polar_express", scale="adam", norm="schatten4", flatten_sides=False, vectors="pass"
+        ),
+    ),
+    Case(
+        "orthogonalize:gram",
+        lambda: fs.orthogonalize("cans", scale=None, vectors="pass", gram=True),
+    ),
+    Case(
+        "orthogonalize:bfloat16",
+        lambda: fs.orthogonalize(dtype=torch.bfloat16, vectors="pass"),
+        options=ROUNDED,
+    ),
     Case("trace", lambda: fs.trace(0.9)),
     Case("trace:nesterov", lambda: fs.trace(0.9, nesterov=True)),
     Case("trace:damped", lambda: fs.trace(0.9, dampening=0.5, dampen_first_step=False)),
@@ -218,6 +236,7 @@ NOT_TRANSFORMATIONS = {
     "EmptyState",
     "FailureLimitError",
     "GradientTransformation",
+    "InterruptedStepError",
     "MaskedNode",
     "Optimizer",
     "Schedule",

@@ -7,6 +7,7 @@ from funshampoo.transforms.grafting import graft
 from funshampoo.transforms.kronecker import kronecker_statistics
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
 from funshampoo.transforms.momentum import ema, trace
+from funshampoo.transforms.orthogonalize import orthogonalize
 from funshampoo.transforms.root_inverse import root_inverse
 from funshampoo.transforms.scaling import (
     scale_by_adagrad,
@@ -25,6 +26,7 @@ __all__ = [
     "global_norm",
     "graft",
     "kronecker_statistics",
+    "orthogonalize",
     "precondition",
     "root_inverse",
     "scale",
