@@ -2,12 +2,19 @@
 
 from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
 from funshampoo.state.upstream import statistics_of
+from funshampoo.transforms.adaptive_clip import adaptive_clip
+from funshampoo.transforms.cautious import cautious
+from funshampoo.transforms.cautious_decay import add_cautious_decay
+from funshampoo.transforms.centralize import centralize
 from funshampoo.transforms.clipping import clip, clip_by_global_norm, global_norm
 from funshampoo.transforms.grafting import graft
+from funshampoo.transforms.hyperball import hyperball
 from funshampoo.transforms.kronecker import kronecker_statistics
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
 from funshampoo.transforms.momentum import ema, trace
+from funshampoo.transforms.normalize_rows import normalize_rows
 from funshampoo.transforms.orthogonalize import orthogonalize
+from funshampoo.transforms.radial_brake import radial_brake
 from funshampoo.transforms.root_inverse import root_inverse
 from funshampoo.transforms.scaling import (
     scale_by_adagrad,
@@ -15,19 +22,28 @@ from funshampoo.transforms.scaling import (
     scale_by_rms,
     scale_by_sgd,
 )
+from funshampoo.transforms.sign import sign
+from funshampoo.transforms.update_floor import update_floor
 from funshampoo.transforms.weight_decay import add_decayed_weights
 
 __all__ = [
+    "adaptive_clip",
+    "add_cautious_decay",
     "add_decayed_weights",
     "bias_corrected",
+    "cautious",
+    "centralize",
     "clip",
     "clip_by_global_norm",
     "ema",
     "global_norm",
     "graft",
+    "hyperball",
     "kronecker_statistics",
+    "normalize_rows",
     "orthogonalize",
     "precondition",
+    "radial_brake",
     "root_inverse",
     "scale",
     "scale_by_adagrad",
@@ -35,7 +51,9 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_rms",
     "scale_by_sgd",
+    "sign",
     "statistics_of",
     "trace",
     "unfold",
+    "update_floor",
 ]
