@@ -11,6 +11,7 @@
 
 from funshampoo import linalg, migrate, recipes, schedules, state
 from funshampoo.blocks import blocked
+from funshampoo.blocks.evaluated import evaluation_parameters
 from funshampoo.combinators.accumulation import multi_steps
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
@@ -44,12 +45,14 @@ from funshampoo.transforms import (
     clip,
     clip_by_global_norm,
     ema,
+    ema_nesterov,
     global_norm,
     graft,
     hyperball,
     kronecker_statistics,
     normalize_rows,
     orthogonalize,
+    primal_average,
     radial_brake,
     root_inverse,
     scale,
@@ -58,7 +61,9 @@ from funshampoo.transforms import (
     scale_by_learning_rate,
     scale_by_rms,
     scale_by_sgd,
+    schedule_free,
     sign,
+    tail_average,
     trace,
     update_floor,
 )
@@ -87,6 +92,8 @@ __all__ = [
     "clip_by_global_norm",
     "compiled",
     "ema",
+    "ema_nesterov",
+    "evaluation_parameters",
     "every_k",
     "from_reference",
     "global_norm",
@@ -104,6 +111,7 @@ __all__ = [
     "orthogonalize",
     "partition",
     "plan",
+    "primal_average",
     "radial_brake",
     "recipes",
     "refresh_due",
@@ -114,6 +122,7 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_rms",
     "scale_by_sgd",
+    "schedule_free",
     "schedules",
     "sgd",
     "shampoo",
@@ -121,6 +130,7 @@ __all__ = [
     "sign",
     "state",
     "stateless",
+    "tail_average",
     "trace",
     "update_floor",
     "update_in_place",

@@ -189,6 +189,24 @@ CASES = [
     Case("hyperball", lambda: fs.hyperball(0.1)),
     Case("hyperball:schedule", lambda: fs.hyperball(_schedule(), radius="first_order")),
     Case("hyperball:plain", lambda: fs.hyperball(0.1, relative=False, radius="first_order")),
+    Case("schedule_free", lambda: fs.chain(fs.scale_by_adam(0.0), fs.schedule_free(0.1, r=1.0))),
+    Case("schedule_free:schedule", lambda: fs.schedule_free(_schedule(), weight_lr_power=1.0)),
+    Case(
+        "schedule_free:blocked",
+        lambda: fs.blocked(
+            fs.chain(fs.ema(0.9), fs.schedule_free(0.1)), max_size=4, with_params=True
+        ),
+    ),
+    Case("primal_average", lambda: fs.primal_average(0.1, average=0.9, interpolation=0.7)),
+    Case(
+        "primal_average:schedule",
+        lambda: fs.primal_average(_schedule(), average=0.9, interpolation=0.7),
+    ),
+    Case("ema_nesterov", lambda: fs.chain(fs.scale(-0.1), fs.ema_nesterov(0.3))),
+    Case("ema_nesterov:schedule", lambda: fs.ema_nesterov(_schedule())),
+    Case("tail_average", fs.tail_average, changes_updates=False),
+    Case("tail_average:schedule", lambda: fs.tail_average(3), changes_updates=False),
+    Case("tail_average:beta", lambda: fs.tail_average(beta=0.9), changes_updates=False),
     Case("scale", lambda: fs.scale(2.0)),
     Case("scale_by_learning_rate", lambda: fs.scale_by_learning_rate(0.1)),
     Case("scale_by_learning_rate:schedule", lambda: fs.scale_by_learning_rate(_schedule())),
@@ -259,6 +277,7 @@ NOT_TRANSFORMATIONS = {
     "stateless",
     "update_in_place",
     "apply_updates",
+    "evaluation_parameters",
     "global_norm",
     "linalg",
     "migrate",
