@@ -35,7 +35,16 @@ from funshampoo.distributed import sharded
 from funshampoo.migrate.reference import from_reference
 from funshampoo.optim import Optimizer, Shampoo
 from funshampoo.plan import plan
-from funshampoo.recipes import adamw, sgd, shampoo
+from funshampoo.recipes import (
+    adamw,
+    lion,
+    muon,
+    normuon,
+    sgd,
+    shampoo,
+    sign_descent,
+    spectral_descent,
+)
 from funshampoo.transforms import (
     adaptive_clip,
     add_cautious_decay,
@@ -104,10 +113,13 @@ __all__ = [
     "inject_hyperparams",
     "kronecker_statistics",
     "linalg",
+    "lion",
     "masked",
     "migrate",
     "multi_steps",
+    "muon",
     "normalize_rows",
+    "normuon",
     "orthogonalize",
     "partition",
     "plan",
@@ -128,6 +140,8 @@ __all__ = [
     "shampoo",
     "sharded",
     "sign",
+    "sign_descent",
+    "spectral_descent",
     "state",
     "stateless",
     "tail_average",

@@ -56,6 +56,7 @@ def _cautious(inner: fs.GradientTransformation) -> fs.GradientTransformation:
 BY_NAME = {"blocks": False}  # it knows parameters by their names
 AROUND_BLOCKS = {"blocks": False}  # it refuses to stand inside
 ROUNDED = {"vmap": False}  # a stack of matrices in half precision has a kernel of its own
+ROUNDED_IN_STACKS = {**ROUNDED, "compile": False}  # and a graph takes it
 COUPLED = {"blocks": False, "none": False}  # leaves, or the steps of one, depend on each other
 
 CASES = [
@@ -249,6 +250,32 @@ CASES = [
     ),
     Case("shampoo:packed", lambda: fs.shampoo(0.1, every=2, packed=True, stagger=True)),
     Case("shampoo:ungrafted", lambda: fs.shampoo(0.1, every=2, grafting=None, beta1=0.0)),
+    Case("muon", lambda: fs.muon(0.1)),
+    Case(
+        "muon:everything",
+        lambda: fs.muon(
+            _schedule(),
+            momentum=0.8,
+            nesterov=False,
+            polynomials="polar_express",
+            steps=4,
+            scale="adam",
+            matrices={"w": True, "layers": False},
+            others=fs.lion(0.1),
+        ),
+        options=BY_NAME,
+    ),
+    Case("muon:sharded", lambda: fs.muon(0.1, distribute=fs.sharded)),
+    Case(
+        "muon:bfloat16",
+        lambda: fs.muon(0.1, dtype=torch.bfloat16),
+        options=ROUNDED_IN_STACKS,
+    ),
+    Case("normuon", lambda: fs.normuon(0.1)),
+    Case("normuon:cautious", lambda: fs.normuon(0.1, nesterov=True, cautious_decay=True)),
+    Case("spectral_descent", lambda: fs.spectral_descent(0.1, weight_decay=0.1)),
+    Case("lion", lambda: fs.lion(0.1, weight_decay=0.1)),
+    Case("sign_descent", lambda: fs.sign_descent(0.1, scale="mean")),
     Case("adamw", fs.adamw),
     Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
     Case(

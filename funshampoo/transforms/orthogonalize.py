@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,20 +13,7 @@ from funshampoo.core.tree import cast, check_local, compute_dtype, flatten, leaf
 from funshampoo.core.tree import update_leaves as over_leaves
 from funshampoo.linalg.polar import Norm, polar_factor
 from funshampoo.linalg.polynomials import Polynomials, polynomials_of
-
-Scale: TypeAlias = (
-    Literal["muon", "adam", "spectral", "unit_rms"]
-    | float
-    | Callable[[tuple[int, ...]], float]
-    | None
-)
-
-_SCALES: dict[str, Callable[[int, int], float]] = {
-    "muon": lambda r, c: math.sqrt(max(1.0, r / c)),
-    "adam": lambda r, c: 0.2 * math.sqrt(max(r, c)),
-    "spectral": lambda r, c: math.sqrt(max(r, c)),
-    "unit_rms": lambda r, c: math.sqrt(r / c),
-}
+from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
 
 
 def orthogonalize(
@@ -53,10 +38,9 @@ def orthogonalize(
 
     Args:
         polynomials, steps: a name of `linalg.polynomials.TABLES`, or (a, b, c) for each step.
-        scale: s, by rows r and columns c: "muon" √max(1, r/c) (Jordan), "adam" 0.2 √max(r, c), with
-            which an entry is about as large as Adam's (Liu et al., arXiv 2502.16982), "spectral"
-            √max(r, c), "unit_rms" √(r/c), which turns inputs of RMS 1 into outputs of RMS 1
-            (Bernstein), a number, None for 1, or a function of the leaf's shape.
+        scale: s, by rows r and columns c: "muon" √max(1, r/c), "adam" 0.2 √max(r, c), "spectral"
+            √max(r, c), "unit_rms" √(r/c), a number, None for 1, or a function of the leaf's shape;
+            see `operators.shape_scale`.
         dtype: of the iteration; None: the updates', float32 at least. torch.bfloat16 gives
             torch.optim.Muon's bits on a CPU.
         epsilon, norm, slack, gram: see `linalg.polar.polar_factor`.
@@ -77,10 +61,7 @@ def orthogonalize(
             [ 0., -1.]])
     """
     chosen = polynomials_of(polynomials, steps)
-    if isinstance(scale, str):
-        check_choice("scale", scale, (*_SCALES, None))
-    elif scale is not None and not callable(scale):
-        check_range("scale", scale, 0.0)
+    check_scale(scale)
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; give a floating one, such as torch.bfloat16, or None.")
     check_range("epsilon", epsilon, 0.0)
@@ -104,20 +85,12 @@ def orthogonalize(
             x = u.flatten(block_ndim + 1) if flatten_sides else u
             x = cast(x, dtype or wide)
             X = polar_factor(x, chosen, epsilon=epsilon, norm=norm, slack=slack, gram=gram)
-            s = _factor(scale, X.shape[-2:], tuple(u.shape[block_ndim:]))
+            s = shape_factor(scale, X.shape[-2:], u.shape[block_ndim:])
             return (cast(X, wide).reshape(u.shape) * s,)
 
         return over_leaves(leaf, updates, ())[0], state
 
     return GradientTransformation(init, update, minds_alive=True)
-
-
-def _factor(scale: Scale, matrix: tuple[int, ...], shape: tuple[int, ...]) -> float:
-    if isinstance(scale, str):
-        return _SCALES[scale](*matrix)
-    if scale is None:
-        return 1.0
-    return scale(shape) if callable(scale) else scale
 
 
 def _check_matrices(params: Tree, block_ndim: int) -> None:
