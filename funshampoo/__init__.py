@@ -32,6 +32,7 @@ from funshampoo.core.contract import (
 from funshampoo.core.interrupted import InterruptedStepError
 from funshampoo.core.tree import MaskedNode
 from funshampoo.distributed import sharded
+from funshampoo.migrate.published import from_published
 from funshampoo.migrate.reference import from_reference
 from funshampoo.optim import Optimizer, Shampoo
 from funshampoo.plan import plan
@@ -104,6 +105,7 @@ __all__ = [
     "ema_nesterov",
     "evaluation_parameters",
     "every_k",
+    "from_published",
     "from_reference",
     "global_norm",
     "graft",

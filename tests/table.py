@@ -9,7 +9,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo import linalg
-from funshampoo.core.tree import update_leaves
+from funshampoo.core.tree import map_leaves, update_leaves
 
 
 class Case(NamedTuple):
@@ -50,6 +50,13 @@ def _cautious(inner: fs.GradientTransformation) -> fs.GradientTransformation:
         return update_leaves(lambda u, g: (u * (u * g > 0),), run(updates), (), (updates,))[0], own
 
     return fs.wrapping(inner, update)
+
+
+def _on_matrices(method: str, **args: Any) -> fs.GradientTransformation:
+    def kind(tree: Any) -> Any:
+        return map_leaves(lambda p: "a" if p.ndim == 2 else "b", tree)
+
+    return fs.partition({"a": fs.from_published(method, **args), "b": fs.sgd(0.1)}, kind)
 
 
 # What a transformation can't do by nature
@@ -278,6 +285,22 @@ CASES = [
     Case("sign_descent", lambda: fs.sign_descent(0.1, scale="mean")),
     Case("adamw", fs.adamw),
     Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
+    Case("from_published", lambda: _on_matrices("Muon", lr=0.1)),
+    Case("from_published:NorMuon", lambda: _on_matrices("NorMuon", cautious_wd=True)),
+    Case(
+        "from_published:nvidia",
+        lambda: _on_matrices(
+            "Muon (Emerging-Optimizers)", lr=0.1, weight_decay_method="independent"
+        ),
+    ),
+    Case(
+        "from_published:schedule",
+        lambda: fs.from_published("AdamWScheduleFree", warmup_steps=3, weight_decay=0.1),
+    ),
+    Case(
+        "from_published:schedule_radam",
+        lambda: fs.from_published("RAdamScheduleFree", betas=(0.9, 0.9), silent_sgd_phase=False),
+    ),
     Case(
         "from_reference",
         lambda: fs.from_reference(
