@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import full_precision, is_traced
+from funshampoo.core.tree import cast
 from funshampoo.linalg.polynomials import Polynomial
 from funshampoo.linalg.products import is_plain_memory, matmul
 
@@ -23,13 +24,13 @@ def polar_factor(
     norm: Norm = "clamped",
     slack: float = 1.0,
     gram: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """U Vᵀ of X = U Σ Vᵀ, with singular values near 1 in place of Σ, for stacks (..., r, c).
 
         X ← X / ‖X‖,   then for each (a, b, c):   X ← a X + (b A + c A²) X,   A = X Xᵀ
 
-    on Xᵀ where r > c. Each step maps a singular value x to a x + b x³ + c x⁵. In X's own dtype,
-    rounded as torch.optim.Muon rounds.
+    on Xᵀ where r > c. Each step maps a singular value x to a x + b x³ + c x⁵.
 
     Args:
         X: (..., r, c), floating point. A matrix of zeros stays one.
@@ -43,6 +44,11 @@ def polar_factor(
             return Q X: 8 r³ a step in the place of 4 r² c + 2 r³, less where c > 2 r. In exact
             arithmetic it is the same, but squares have half of the digits of small singular values:
             in float32 entries differ by up to 1e-3 of the largest, in float64 by 1e-10.
+        dtype: of all that is between X and the result. By default X's; in bfloat16 each operation
+            is rounded as in torch.optim.Muon.
+
+    Returns:
+        A new tensor of X's shape and dtype.
 
     >>> polar_factor(torch.diag(torch.tensor([3.0, 4.0])), [(1.875, -1.25, 0.375)] * 8)
     tensor([[1.0000, 0.0000],
@@ -50,26 +56,31 @@ def polar_factor(
     """
     with full_precision():
         tall = X.shape[-2] > X.shape[-1]
-        X = X.mT if tall else X
-        if X.ndim > 2 and _one_by_one(X):
-            flat = X.reshape(-1, *X.shape[-2:])
-            found = [_factor(x, polynomials, epsilon, norm, slack, gram) for x in flat]
-            P = torch.stack(found).reshape(X.shape) if found else X.clone()
-        else:
-            P = _factor(X, polynomials, epsilon, norm, slack, gram)
-        return P.mT if tall else P
+        inner = dtype or X.dtype
+
+        def factor(x: Tensor) -> Tensor:
+            x = cast(x.mT if tall else x, inner)
+            P = _factor(x, polynomials, epsilon, norm, slack, gram)
+            return cast(P.mT if tall else P, X.dtype)
+
+        if X.ndim == 2 or not _one_by_one(X, inner):
+            return factor(X)
+        P = torch.empty_like(X, memory_format=torch.contiguous_format)
+        for x, place in zip(X.flatten(0, -3), P.flatten(0, -3)):
+            place.copy_(factor(x))
+        return P
 
 
 _SMALL = 64**2
 
 
-def _one_by_one(X: Tensor) -> bool:
+def _one_by_one(X: Tensor, dtype: torch.dtype) -> bool:
     """Whether a CPU is as fast with one matrix after the other.
 
     So it is where they are not small, and in half precision, where its kernel, hence the rounding,
     would depend on how many there are.
     """
-    half = X.dtype in (torch.bfloat16, torch.float16)
+    half = dtype in (torch.bfloat16, torch.float16)
     return is_plain_memory(X) and (half or X.shape[-1] * X.shape[-2] >= _SMALL)
 
 

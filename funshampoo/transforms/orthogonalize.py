@@ -13,6 +13,7 @@ from funshampoo.core.tree import cast, check_local, compute_dtype, flatten, leaf
 from funshampoo.core.tree import update_leaves as over_leaves
 from funshampoo.linalg.polar import Norm, polar_factor
 from funshampoo.linalg.polynomials import Polynomials, polynomials_of
+from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
 
 
@@ -83,10 +84,12 @@ def orthogonalize(
             if u.ndim < block_ndim + 2 or not u.numel():
                 return (cast(u, wide),)
             x = u.flatten(block_ndim + 1) if flatten_sides else u
-            x = cast(x, dtype or wide)
-            X = polar_factor(x, chosen, epsilon=epsilon, norm=norm, slack=slack, gram=gram)
-            s = shape_factor(scale, X.shape[-2:], u.shape[block_ndim:])
-            return (cast(X, wide).reshape(u.shape) * s,)
+            x = cast(x, wide)
+            s = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
+            x = polar_factor(
+                x, chosen, epsilon=epsilon, norm=norm, slack=slack, gram=gram, dtype=dtype
+            )
+            return (multiply(x, s, donate=True).reshape(u.shape),)
 
         return over_leaves(leaf, updates, ())[0], state
 
