@@ -25,9 +25,7 @@ RECIPES: dict[str, Any] = {
 
 
 def make(recipe: str, shares: bool) -> fs.GradientTransformation:
-    tx: fs.GradientTransformation = RECIPES[recipe](
-        0.02, distribute=fs.sharded if shares else None
-    )
+    tx: fs.GradientTransformation = RECIPES[recipe](0.02, distribute=fs.sharded if shares else None)
     return tx
 
 
