@@ -278,6 +278,7 @@ CASES = [
         lambda: fs.muon(0.1, dtype=torch.bfloat16),
         options=ROUNDED_IN_STACKS,
     ),
+    Case("inject_hyperparams:muon", lambda: fs.inject_hyperparams(fs.muon)(_schedule())),
     Case("normuon", lambda: fs.normuon(0.1)),
     Case("normuon:cautious", lambda: fs.normuon(0.1, nesterov=True, cautious_decay=True)),
     Case("spectral_descent", lambda: fs.spectral_descent(0.1, weight_decay=0.1)),

@@ -76,6 +76,8 @@ TABLES = {
         ),
         "cycle",
     ),
+    # Eight steps that grow and two that settle: DeepSeek-V4, in Emerging-Optimizers.
+    "deepseek": Table((_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2, "last"),
     # Made for a start that is scaled by row sums, Boissin et al., arXiv 2512.04632;
     # Emerging-Optimizers takes them after a division by the norm. The first is negative from 0.88
     # on: where one singular value outweighs all others, its direction comes out with a wrong sign.

@@ -105,6 +105,7 @@ _NVIDIA_SETS = {
     "polar_express": "polar_express_8",
     "cans": "cans",
     "aol": "aol",
+    "deepseekv4": "deepseek",
 }
 _NVIDIA_SCALES = {"shape_scaling": "muon", "spectral": "spectral", "unit_rms_norm": "unit_rms"}
 

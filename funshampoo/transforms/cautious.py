@@ -61,6 +61,6 @@ def cautious(inner: GradientTransformation, *, rescale: bool = True) -> Gradient
 
 
 def _has_a_rate(tx: GradientTransformation) -> bool:
-    if tx.name == "scale_by_learning_rate":
+    if tx.name in ("scale_by_learning_rate", "hyperball", "schedule_free", "primal_average"):
         return True
     return any([_has_a_rate(part) for part in tx.parts.values()])

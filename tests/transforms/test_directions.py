@@ -73,8 +73,9 @@ def test_a_cautious_update_never_goes_against_the_gradient(rescale: bool) -> Non
 
 
 def test_cautious_refuses_steps() -> None:
-    with pytest.raises(ValueError, match="turns them round: put that one behind"):
-        fs.cautious(fs.chain(fs.adamw(0.1)))
+    for steps in (fs.chain(fs.adamw(0.1)), fs.schedule_free(0.1), fs.blocked(fs.hyperball(0.1))):
+        with pytest.raises(ValueError, match="turns them round: put that one behind"):
+            fs.cautious(steps)
 
 
 def test_decay_only_where_it_agrees() -> None:
