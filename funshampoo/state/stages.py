@@ -144,6 +144,12 @@ class AdagradState(NamedTuple):
     second: Tree
 
 
+class RowsState(NamedTuple):
+    """Of `normalize_rows`: the mean square v of every row, a tree of (N, r)."""
+
+    second: Tree
+
+
 class ScheduleState(NamedTuple):
     """Of a stage with a schedule."""
 

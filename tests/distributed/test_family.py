@@ -1,77 +1,61 @@
-"""Other methods than Shampoo on several ranks: the bits of one process, odd sides or not."""
+"""Muon and its kin on several ranks: whole matrices have owners, and the bits of one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import pytest
+import torch
 
 import funshampoo as fs
-from funshampoo.state import merged, state_dict
+from funshampoo.state import load_state_dict, merged, state_dict
 from tests.distributed.problems import train, tree
 from tests.distributed.ranks import Ranks
-from tests.trees import assert_equal
+from tests.trees import assert_equal, tensors
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-METHODS: dict[str, Callable[..., fs.GradientTransformation]] = {
-    "soap": lambda **options: fs.soap(0.01, every=3, max_size=16, **options),
-    "soap_staggered": lambda **options: fs.soap(
-        0.01, every=3, max_size=16, stagger=True, vectors="blocks", **options
-    ),
-    "soap_tiled": lambda **options: fs.soap(0.01, every=3, max_size=16, tile=600, **options),
+RECIPES: dict[str, Any] = {
+    "muon": fs.muon,
+    "muon_bf16": functools.partial(fs.muon, dtype=torch.bfloat16),
+    "normuon": functools.partial(fs.normuon, cautious_decay=True),
+    "spectral_descent": fs.spectral_descent,
 }
 
 
-def gradient(t: int) -> Any:
-    """One parameter has none at first, another one now and then."""
-    grads: dict[str, Any] = dict(tree(100 + t))
-    if t < 3:
-        grads["conv"] = None
-    if t % 4 == 0:
-        grads["even"] = None
-    if t == 5:
-        grads["head"] = grads["head"] * float("nan")
-    return grads
+def make(recipe: str, shares: bool) -> fs.GradientTransformation:
+    tx: fs.GradientTransformation = RECIPES[recipe](0.02, distribute=fs.sharded if shares else None)
+    return tx
 
 
-def trained(rank: int, name: str, sharding: bool) -> Any:
-    options = {"distribute": fs.sharded} if sharding else {}
-    params, state = train(METHODS[name](**options), tree(0), range(1, 10), gradient)
-    return params, {k: v.clone() for k, v in state_dict(state).items() if "part" not in k}
+def run(rank: int, recipe: str, shares: bool) -> Any:
+    return train(make(recipe, shares), tree(0), range(1, 8), tree)[0]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_any_number_of_ranks_the_same_bits(ranks: Ranks, name: str) -> None:
-    expected, state = trained(0, name, False)
-    assert all((expected[k] - x).abs().max() > 0 for k, x in tree(0).items())
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_any_number_of_ranks_gives_the_bits_of_one_process(ranks: Ranks, recipe: str) -> None:
+    (expected,) = ranks(1, run, recipe, False)
+    assert all(not torch.equal(a, b) for a, b in zip(tensors(expected), tensors(tree(0))))
     for size in (1, 2, 3):
-        found = ranks(size, trained, name, True)
-        for params, _ in found:
-            assert_equal(params, expected)
-        blocks = {k for k in state if "/block_" in k}
-        together: dict[str, Any] = {}
-        for _, part in found:
-            together |= part
-        assert_equal({k: together[k] for k in blocks}, {k: state[k] for k in blocks})
+        for got in ranks(size, run, recipe, True):
+            assert_equal(got, expected)
 
 
-def resumed(rank: int, name: str, sharding: bool, saved: Any) -> Any:
-    options = {"distribute": fs.sharded} if sharding else {}
-    tx = METHODS[name](**options)
-    state = fs.state.load_state_dict(tx.init(saved[0]), saved[1]).state
-    return train(tx, saved[0], range(6, 10), gradient, state)[0]
+def half(rank: int, recipe: str) -> Any:
+    params, state = train(make(recipe, True), tree(0), range(1, 5), tree)
+    return params, state_dict(state)
 
 
-def first_half(rank: int, name: str) -> Any:
-    params, state = train(METHODS[name](distribute=fs.sharded), tree(0), range(1, 6), gradient)
-    return params, {k: v.clone() for k, v in state_dict(state).items()}
+def rest(rank: int, recipe: str, params: Any, saved: Any) -> Any:
+    tx = make(recipe, True)
+    state = load_state_dict(tx.init(params), saved).state
+    return train(tx, params, range(5, 8), tree, state)[0]
 
 
-def test_a_checkpoint_of_two_ranks_resumes_on_three(ranks: Ranks) -> None:
-    expected, _ = trained(0, "soap_staggered", False)
-    halves = ranks(2, first_half, "soap_staggered")
-    saved = halves[0][0], merged([part for _, part in halves])
-    for found in ranks(3, resumed, "soap_staggered", True, saved):
-        assert_equal(found, expected)
+def test_a_checkpoint_of_three_ranks_goes_on_on_two(ranks: Ranks) -> None:
+    (expected,) = ranks(1, run, "normuon", False)
+    found = ranks(3, half, "normuon")
+    params, saved = found[0][0], merged(part for _, part in found)
+    for got in ranks(2, rest, "normuon", params, saved):
+        assert_equal(got, expected)
