@@ -2,6 +2,12 @@
 
 from typing import Any
 
+from funshampoo.state.averages import (
+    EmaNesterovState,
+    PrimalAverageState,
+    ScheduleFreeState,
+    TailAverageState,
+)
 from funshampoo.state.checkpoint import Loaded, load_state_dict, merged, state_dict
 from funshampoo.state.health import Health, health
 from funshampoo.state.memory import Memory, summary
@@ -36,6 +42,7 @@ __all__ = [
     "AdamState",
     "BlockedState",
     "ClockState",
+    "EmaNesterovState",
     "EmaState",
     "EveryKState",
     "GraftState",
@@ -50,11 +57,14 @@ __all__ = [
     "Memory",
     "MultiStepsState",
     "PartitionState",
+    "PrimalAverageState",
     "RefreshedState",
     "RmsState",
     "RowsState",
+    "ScheduleFreeState",
     "ScheduleState",
     "ShardedState",
+    "TailAverageState",
     "TraceState",
     "WrappedState",
     "find_state",
