@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--merge",
-        choices=MERGES,
+        choices=("none", "small", "matrix"),
         default="small",
         help="how sides are merged before the cut; default: small",
     )
