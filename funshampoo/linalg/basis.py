@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import is_traced
+from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, is_plain_memory, multiply
 from funshampoo.linalg.spectral import decompose
 
@@ -18,7 +19,9 @@ class Basis(ABC):
     """How a basis of eigenvectors, as columns, is found again for a matrix that has changed."""
 
     @abstractmethod
-    def __call__(self, A: Tensor, old: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(the basis (..., d, d), whether (...) it was found).
 
         Each column stands where the old one lay that it continues.
@@ -27,6 +30,7 @@ class Basis(ABC):
             A: (..., d, d), symmetric.
             old: (..., d, d), the basis before.
             first: (...), bool: there is none before, and the matrix is decomposed.
+            begins: whether the host knows that all of them are first.
         """
 
 
@@ -34,26 +38,33 @@ class Basis(ABC):
 class PowerStep(Basis):
     """See `qr`."""
 
-    def __call__(self, A: Tensor, old: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Basis`. Whether there is a first one is read, but under a transform."""
-        some = is_traced() or bool(first.any())
-        every = not is_traced() and bool(first.all())
-        if not some:
-            new = power_step(A, old)
-            return new, _is_finite(new)
-        spectrum = decompose(A)
-        if every:
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `Basis`. On another device than a CPU nobody waits to hear of a late first one."""
+        if is_readable([first]):
+            begins, late = bool(first.all()), bool(first.any())
+        else:
+            late = is_traced()
+        if begins:
+            spectrum = decompose(A)
             return spectrum.vectors, spectrum.decomposed
-        stepped = power_step(A, old)
-        new = torch.where(first[..., None, None], spectrum.vectors, stepped)
-        return new, torch.where(first, spectrum.decomposed, _is_finite(stepped))
+        new = power_step(A, old)
+        found = _is_finite(new)
+        if not late:
+            return new, found
+        spectrum = decompose(A)
+        new = torch.where(first[..., None, None], spectrum.vectors, new)
+        return new, torch.where(first, spectrum.decomposed, found)
 
 
 @dataclass(frozen=True)
 class Decomposition(Basis):
     """All eigenvectors, every time; those with the largest eigenvalues continue one another."""
 
-    def __call__(self, A: Tensor, old: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """See `Basis`."""
         spectrum = decompose(A)
         rank = _order(multiply(aligned(A), aligned(old)), old).argsort(-1)
@@ -70,7 +81,9 @@ def qr() -> Basis:
     The columns are ordered by diag(Qᵀ A Q), largest first, for the QR alone, which keeps the first
     one as it is and corrects the others by it; each then goes back to its place. So what is
     remembered in the coordinates of the old basis goes on in those of the new. The first time,
-    where there is nothing to go on from, by eigendecomposition.
+    where there is nothing to go on from, by eigendecomposition; of a block whose first gradient
+    comes late, on another device than a CPU, by a step from the identity, since the host would have
+    to wait to hear of it.
 
     Right where A changes little between two refreshes, as an average does.
 

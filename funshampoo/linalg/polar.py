@@ -43,7 +43,8 @@ def polar_factor(
         gram: work on G = X Xᵀ (r, r) alone, Q ← P Q, G ← P G P with P = a I + b G + c G², and
             return Q X: 8 r³ a step in the place of 4 r² c + 2 r³, less where c > 2 r. In exact
             arithmetic it is the same, but squares have half of the digits of small singular values:
-            in float32 entries differ by up to 1e-3 of the largest, in float64 by 1e-10.
+            in float32 entries mostly differ by at most 1e-3 of the largest, at a condition of 1e6
+            with eight steps of Polar Express by 4.5e-2; in float64 by 1e-10.
         dtype: of all that is between X and the result. By default X's; in bfloat16 each operation
             is rounded as in torch.optim.Muon.
 

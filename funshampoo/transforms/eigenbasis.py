@@ -105,10 +105,8 @@ def in_eigenbasis(
     schedule = RefreshSchedule(every, start, stagger, offset)
     renew = _basis_of(basis)
 
-    def rules(block: tuple[int, ...]) -> list[Rule | None]:
-        return [BasisRule(d, renew) for d in block]
-
-    refreshing = Refreshing(rules, schedule)
+    def refreshing(begins: bool) -> Refreshing:
+        return Refreshing(lambda block: [BasisRule(d, renew, begins) for d in block], schedule)
 
     def init(
         params: Tree,
@@ -121,7 +119,7 @@ def in_eigenbasis(
         check_local(params, "in_eigenbasis")
         factors = statistics_of(upstream, "in_eigenbasis", params).factors
         inside = {**context, "upstream": upstream, "block_ndim": block_ndim, "clock": clock}
-        bases = refreshing.init(params, block_ndim, clock)
+        bases = refreshing(True).init(params, block_ndim, clock)
         bases = RefreshedState(_without_factors(bases.kept, factors, params), bases.steps)
         seen = map_leaves(lambda p: p.new_zeros(p.shape[:block_ndim], dtype=torch.int64), params)
         return EigenbasisState(inner.init(params, **inside), seen, bases)
@@ -145,7 +143,8 @@ def in_eigenbasis(
         if renews and context.donate:  # a refresh writes to what it is given
             kept = map_leaves(torch.clone, kept)
         inputs = (statistics.factors, weights_over(statistics.weight, updates))
-        bases = refreshing.update(updates, state.bases, inputs, _factor, context)
+        begins = context.step == start
+        bases = refreshing(begins).update(updates, state.bases, inputs, _factor, context)
         if renews:
             with full_precision():
                 own = _carried(own, updates, kept, bases.kept, ndim)
@@ -178,9 +177,11 @@ class BasisRule(Rule):
 
     Attributes:
         basis: of `in_eigenbasis`.
+        begins: whether all values are the first.
     """
 
     basis: Basis
+    begins: bool
 
     def initial(self, like: Tensor) -> tuple[Tensor, ...]:
         """The identity."""
@@ -192,7 +193,7 @@ class BasisRule(Rule):
         A coordinate that no gradient has touched (its row of A is exactly zero: padding, frozen
         tokens) is in none of its vectors, so that rounding can't move it.
         """
-        Q, found = self.basis(A, old[0], rounds == 0)
+        Q, found = self.basis(A, old[0], rounds == 0, self.begins)
         Q = Q * (A.diagonal(dim1=-2, dim2=-1) != 0)[..., None]
         unknown = torch.zeros_like(A[..., 0, 0])
         return Found((Q,), unknown, unknown + 1, found)
