@@ -11,6 +11,7 @@
 
 from funshampoo import linalg, migrate, recipes, schedules, state
 from funshampoo.blocks import blocked
+from funshampoo.blocks.evaluated import evaluation_parameters
 from funshampoo.combinators.accumulation import multi_steps
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
@@ -32,18 +33,40 @@ from funshampoo.core.contract import (
 from funshampoo.core.interrupted import InterruptedStepError
 from funshampoo.core.tree import MaskedNode
 from funshampoo.distributed import sharded
+from funshampoo.migrate.published import from_published
 from funshampoo.migrate.reference import from_reference
 from funshampoo.optim import Optimizer, Shampoo
 from funshampoo.plan import plan
-from funshampoo.recipes import adamw, sgd, shampoo
+from funshampoo.recipes import (
+    adamw,
+    lion,
+    muon,
+    normuon,
+    sgd,
+    shampoo,
+    sign_descent,
+    soap,
+    spectral_descent,
+)
 from funshampoo.transforms import (
+    adaptive_clip,
+    add_cautious_decay,
     add_decayed_weights,
+    cautious,
+    centralize,
     clip,
     clip_by_global_norm,
     ema,
+    ema_nesterov,
     global_norm,
     graft,
+    hyperball,
+    in_eigenbasis,
     kronecker_statistics,
+    normalize_rows,
+    orthogonalize,
+    primal_average,
+    radial_brake,
     root_inverse,
     scale,
     scale_by_adagrad,
@@ -51,7 +74,11 @@ from funshampoo.transforms import (
     scale_by_learning_rate,
     scale_by_rms,
     scale_by_sgd,
+    schedule_free,
+    sign,
+    tail_average,
     trace,
+    update_floor,
 )
 
 __version__ = "0.1.0"
@@ -66,28 +93,44 @@ __all__ = [
     "Schedule",
     "Shampoo",
     "adamw",
+    "adaptive_clip",
+    "add_cautious_decay",
     "add_decayed_weights",
     "apply_updates",
     "blocked",
+    "cautious",
+    "centralize",
     "chain",
     "clip",
     "clip_by_global_norm",
     "compiled",
     "ema",
+    "ema_nesterov",
+    "evaluation_parameters",
     "every_k",
+    "from_published",
     "from_reference",
     "global_norm",
     "graft",
     "guarded",
+    "hyperball",
     "identity",
+    "in_eigenbasis",
     "inject_hyperparams",
     "kronecker_statistics",
     "linalg",
+    "lion",
     "masked",
     "migrate",
     "multi_steps",
+    "muon",
+    "normalize_rows",
+    "normuon",
+    "orthogonalize",
     "partition",
     "plan",
+    "primal_average",
+    "radial_brake",
     "recipes",
     "refresh_due",
     "root_inverse",
@@ -97,13 +140,20 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_rms",
     "scale_by_sgd",
+    "schedule_free",
     "schedules",
     "sgd",
     "shampoo",
     "sharded",
+    "sign",
+    "sign_descent",
+    "soap",
+    "spectral_descent",
     "state",
     "stateless",
+    "tail_average",
     "trace",
+    "update_floor",
     "update_in_place",
     "wrapping",
 ]

@@ -9,7 +9,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo import linalg
-from funshampoo.core.tree import update_leaves
+from funshampoo.core.tree import map_leaves, update_leaves
 
 
 class Case(NamedTuple):
@@ -52,9 +52,18 @@ def _cautious(inner: fs.GradientTransformation) -> fs.GradientTransformation:
     return fs.wrapping(inner, update)
 
 
+def _on_matrices(method: str, **args: Any) -> fs.GradientTransformation:
+    def kind(tree: Any) -> Any:
+        return map_leaves(lambda p: "a" if p.ndim == 2 else "b", tree)
+
+    return fs.partition({"a": fs.from_published(method, **args), "b": fs.sgd(0.1)}, kind)
+
+
 # What a transformation can't do by nature
 BY_NAME = {"blocks": False}  # it knows parameters by their names
 AROUND_BLOCKS = {"blocks": False}  # it refuses to stand inside
+ROUNDED = {"vmap": False}  # a stack of matrices in half precision has a kernel of its own
+ROUNDED_IN_STACKS = {**ROUNDED, "compile": False}  # and a graph takes it
 COUPLED = {"blocks": False, "none": False}  # leaves, or the steps of one, depend on each other
 
 CASES = [
@@ -125,6 +134,21 @@ CASES = [
         lambda: _blocked(_root(stagger=True, basis_tolerance=0.1)),
     ),
     Case("root_inverse:staggered", lambda: _blocked(_root(stagger=True))),
+    Case("in_eigenbasis", lambda: _statistics_and(fs.in_eigenbasis(fs.scale_by_adam(), 2))),
+    Case("in_eigenbasis:blocked", lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2))),
+    Case(
+        "in_eigenbasis:momentum",
+        lambda: _blocked(fs.in_eigenbasis(fs.chain(fs.trace(0.9), fs.scale_by_rms(0.9)), 2)),
+    ),
+    Case(
+        "in_eigenbasis:eigh",
+        lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2, basis=linalg.eigh())),
+    ),
+    Case(
+        "in_eigenbasis:staggered",
+        lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2, stagger=True)),
+    ),
+    Case("soap", lambda: fs.soap(0.1, every=2, max_size=4)),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
     Case(
@@ -133,7 +157,24 @@ CASES = [
     ),
     Case("ema", lambda: fs.ema(0.9)),
     Case("ema:beta3", lambda: fs.ema(0.9, 0.8)),
+    Case("ema:nesterov", lambda: fs.ema(0.9, nesterov=True)),
     Case("ema:uncorrected", lambda: fs.ema(0.9, bias_correction=False)),
+    Case("orthogonalize", lambda: fs.orthogonalize(vectors="pass")),
+    Case(
+        "orthogonalize:stacks",
+        lambda: fs.orthogonalize(
+            "polar_express", scale="adam", norm="schatten4", flatten_sides=False, vectors="pass"
+        ),
+    ),
+    Case(
+        "orthogonalize:gram",
+        lambda: fs.orthogonalize("cans", scale=None, vectors="pass", gram=True),
+    ),
+    Case(
+        "orthogonalize:bfloat16",
+        lambda: fs.orthogonalize(dtype=torch.bfloat16, vectors="pass"),
+        options=ROUNDED,
+    ),
     Case("trace", lambda: fs.trace(0.9)),
     Case("trace:nesterov", lambda: fs.trace(0.9, nesterov=True)),
     Case("trace:damped", lambda: fs.trace(0.9, dampening=0.5, dampen_first_step=False)),
@@ -157,6 +198,39 @@ CASES = [
     ),
     Case("clip", lambda: fs.clip(0.1)),
     Case("clip_by_global_norm", lambda: fs.clip_by_global_norm(0.1), options=COUPLED),
+    Case("normalize_rows", fs.normalize_rows),
+    Case("normalize_rows:stacks", lambda: fs.normalize_rows(0.5, flatten_sides=False)),
+    Case("sign", fs.sign),
+    Case("sign:mean", lambda: fs.sign("mean")),
+    Case("cautious", lambda: fs.cautious(fs.scale_by_adam())),
+    Case("cautious:trace", lambda: fs.cautious(fs.trace(0.9), rescale=False)),
+    Case("add_cautious_decay", lambda: fs.add_cautious_decay(0.1)),
+    Case("centralize", fs.centralize),
+    Case("adaptive_clip", lambda: fs.adaptive_clip(0.3)),
+    Case("update_floor", lambda: fs.update_floor(1.5)),
+    Case("update_floor:row", lambda: fs.update_floor(1.5, per="row")),
+    Case("radial_brake", lambda: fs.radial_brake(0.5, 2.0)),
+    Case("hyperball", lambda: fs.hyperball(0.1)),
+    Case("hyperball:schedule", lambda: fs.hyperball(_schedule(), radius="first_order")),
+    Case("hyperball:plain", lambda: fs.hyperball(0.1, relative=False, radius="first_order")),
+    Case("schedule_free", lambda: fs.chain(fs.scale_by_adam(0.0), fs.schedule_free(0.1, r=1.0))),
+    Case("schedule_free:schedule", lambda: fs.schedule_free(_schedule(), weight_lr_power=1.0)),
+    Case(
+        "schedule_free:blocked",
+        lambda: fs.blocked(
+            fs.chain(fs.ema(0.9), fs.schedule_free(0.1)), max_size=4, with_params=True
+        ),
+    ),
+    Case("primal_average", lambda: fs.primal_average(0.1, average=0.9, interpolation=0.7)),
+    Case(
+        "primal_average:schedule",
+        lambda: fs.primal_average(_schedule(), average=0.9, interpolation=0.7),
+    ),
+    Case("ema_nesterov", lambda: fs.chain(fs.scale(-0.1), fs.ema_nesterov(0.3))),
+    Case("ema_nesterov:schedule", lambda: fs.ema_nesterov(_schedule())),
+    Case("tail_average", fs.tail_average, changes_updates=False),
+    Case("tail_average:schedule", lambda: fs.tail_average(3), changes_updates=False),
+    Case("tail_average:beta", lambda: fs.tail_average(beta=0.9), changes_updates=False),
     Case("scale", lambda: fs.scale(2.0)),
     Case("scale_by_learning_rate", lambda: fs.scale_by_learning_rate(0.1)),
     Case("scale_by_learning_rate:schedule", lambda: fs.scale_by_learning_rate(_schedule())),
@@ -199,8 +273,51 @@ CASES = [
     ),
     Case("shampoo:packed", lambda: fs.shampoo(0.1, every=2, packed=True, stagger=True)),
     Case("shampoo:ungrafted", lambda: fs.shampoo(0.1, every=2, grafting=None, beta1=0.0)),
+    Case("muon", lambda: fs.muon(0.1)),
+    Case(
+        "muon:everything",
+        lambda: fs.muon(
+            _schedule(),
+            momentum=0.8,
+            nesterov=False,
+            polynomials="polar_express",
+            steps=4,
+            scale="adam",
+            matrices={"w": True, "layers": False},
+            others=fs.lion(0.1),
+        ),
+        options=BY_NAME,
+    ),
+    Case("muon:sharded", lambda: fs.muon(0.1, distribute=fs.sharded)),
+    Case(
+        "muon:bfloat16",
+        lambda: fs.muon(0.1, dtype=torch.bfloat16),
+        options=ROUNDED_IN_STACKS,
+    ),
+    Case("inject_hyperparams:muon", lambda: fs.inject_hyperparams(fs.muon)(_schedule())),
+    Case("normuon", lambda: fs.normuon(0.1)),
+    Case("normuon:cautious", lambda: fs.normuon(0.1, nesterov=True, cautious_decay=True)),
+    Case("spectral_descent", lambda: fs.spectral_descent(0.1, weight_decay=0.1)),
+    Case("lion", lambda: fs.lion(0.1, weight_decay=0.1)),
+    Case("sign_descent", lambda: fs.sign_descent(0.1, scale="mean")),
     Case("adamw", fs.adamw),
     Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
+    Case("from_published", lambda: _on_matrices("Muon", lr=0.1)),
+    Case("from_published:NorMuon", lambda: _on_matrices("NorMuon", cautious_wd=True)),
+    Case(
+        "from_published:nvidia",
+        lambda: _on_matrices(
+            "Muon (Emerging-Optimizers)", lr=0.1, weight_decay_method="independent"
+        ),
+    ),
+    Case(
+        "from_published:schedule",
+        lambda: fs.from_published("AdamWScheduleFree", warmup_steps=3, weight_decay=0.1),
+    ),
+    Case(
+        "from_published:schedule_radam",
+        lambda: fs.from_published("RAdamScheduleFree", betas=(0.9, 0.9), silent_sgd_phase=False),
+    ),
     Case(
         "from_reference",
         lambda: fs.from_reference(
@@ -227,6 +344,7 @@ NOT_TRANSFORMATIONS = {
     "stateless",
     "update_in_place",
     "apply_updates",
+    "evaluation_parameters",
     "global_norm",
     "linalg",
     "migrate",

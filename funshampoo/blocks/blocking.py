@@ -63,7 +63,7 @@ def blocked(
         max_size: longest side of a block; None does not cut.
         merge: how sides are merged before the cut, see `merged_shape`: "none", "small" (multiply
             neighbours while the product stays ≤ max_size), "matrix" (keep the first side, fold the
-            rest).
+            rest), or a function of the shape.
         keep: "small" stops merging when this many sides are left. At 2 matrices stay matrices; at 1
             a 32×32 matrix becomes a 1024-vector, whose factor matrix is 1024×1024.
         with_params: also hand `inner` the parameters in stacks (a copy more a step). A mask (a tree
@@ -98,7 +98,8 @@ def blocked(
     inner = as_transformation(inner)
     if max_size is not None:
         check_count("max_size", max_size)
-    check_choice("merge", merge, ("none", "small", "matrix"))
+    if not callable(merge):
+        check_choice("merge", merge, ("none", "small", "matrix"))
     check_count("keep", keep)
     if tile is not None and tile != "auto":
         check_count("tile", tile)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from funshampoo.core.tree import compute_dtype
 from funshampoo.state.places import Span
 
-Merge: TypeAlias = Literal["none", "small", "matrix"]
+Merge: TypeAlias = Literal["none", "small", "matrix"] | Callable[[tuple[int, ...]], Sequence[int]]
 LeafKey: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
@@ -77,8 +77,12 @@ def merged_shape(
     - "small": drop sides of 1; walk the sides from last to first and multiply a side into the one
       after it while the product stays ≤ max_size and more than `keep` sides would remain.
     - "matrix": keep the first side and fold the others into one.
+    - a function: what it makes of the shape.
 
-    A parameter of one element has the merged shape (1,) unless merge is "none".
+    A parameter of one element has the merged shape (1,) unless merge is "none" or a function.
+
+    Raises:
+        ValueError: a function gives a shape of another number of elements.
 
     >>> merged_shape((64, 3, 7, 7), 1024), merged_shape((128, 128, 3, 3), 1024)
     ((64, 147), (128, 128, 9))
@@ -87,6 +91,11 @@ def merged_shape(
     >>> merged_shape((128, 128, 3, 3), 1024, "matrix")
     (128, 1152)
     """
+    if callable(merge):
+        found = tuple(merge(tuple(shape)))
+        if math.prod(found) != math.prod(shape):
+            raise ValueError(f"merge makes {found} of the shape {tuple(shape)}.")
+        return found
     if merge == "none":
         return tuple(shape)
     sides = [side for side in shape if side != 1] or [1]

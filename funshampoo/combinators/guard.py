@@ -152,7 +152,7 @@ def guarded(
                 inside = changed(inside, gradient=safe)
             elif context.gradient is not None:
                 inside = changed(inside, gradient=map_leaves(_zeroed, context.gradient, dead))
-            out, new = _run(inner, safe, state.inner, params, changed(inside, alive=alive))
+            out, new = run_alive(inner, safe, state.inner, params, changed(inside, alive=alive))
             out = map_leaves(_zeroed, out, dead)
             held = _added(state.held, dead, context.donate)
         streak = _streaks(updates, state.streak, verdicts and verdicts[0], context.donate)
@@ -170,7 +170,7 @@ def guarded(
     )
 
 
-def _run(
+def run_alive(
     inner: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
 ) -> tuple[Tree, Any]:
     """Step `inner`; what would have spoiled a state that does not know of it is taken back."""

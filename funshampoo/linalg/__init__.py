@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from funshampoo.linalg.basis import Basis, qr
 from funshampoo.linalg.by_device import by_device
 from funshampoo.linalg.coupled_higher_order import coupled_higher_order
 from funshampoo.linalg.coupled_newton import coupled_newton
@@ -11,6 +12,7 @@ from funshampoo.linalg.pseudo_inverse import pseudo_inverse
 from funshampoo.linalg.solver import InverseRoot, RootSolver, Solver
 
 __all__ = [
+    "Basis",
     "InverseRoot",
     "RootSolver",
     "Solver",
@@ -20,4 +22,5 @@ __all__ = [
     "eigh",
     "newton_schulz",
     "pseudo_inverse",
+    "qr",
 ]

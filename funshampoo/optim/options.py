@@ -17,7 +17,8 @@ from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg import Solver
 from funshampoo.operators.exponents import Exponents
-from funshampoo.recipes.shampoo import Distribute, Grafting, Vectors
+from funshampoo.recipes.in_blocks import Distribute
+from funshampoo.recipes.shampoo import Grafting, Vectors
 from funshampoo.transforms.weight_decay import DecayKind
 
 

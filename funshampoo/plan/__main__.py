@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import typing
 from collections.abc import Sequence
 
 import torch
 
-from funshampoo.blocks.layout import Merge
 from funshampoo.plan.planner import plan
 from funshampoo.plan.shapes import MODELS
 
@@ -63,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--merge",
-        choices=typing.get_args(Merge),
+        choices=("none", "small", "matrix"),
         default="small",
         help="how sides are merged before the cut; default: small",
     )

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from funshampoo.blocks.blocking import blocked
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
-from funshampoo.combinators.chaining import chain
-from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
@@ -20,18 +16,16 @@ from funshampoo.core.live import mapped
 from funshampoo.linalg import Solver, pseudo_inverse
 from funshampoo.operators.exponents import Exponents
 from funshampoo.recipes.diagonal import is_zero
+from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.transforms import (
-    add_decayed_weights,
     ema,
     graft,
     kronecker_statistics,
     root_inverse,
     scale_by_adagrad,
     scale_by_adam,
-    scale_by_learning_rate,
     scale_by_rms,
     scale_by_sgd,
-    trace,
 )
 from funshampoo.transforms.root_inverse import default_solver
 from funshampoo.transforms.weight_decay import DecayKind
@@ -39,8 +33,6 @@ from funshampoo.transforms.weight_decay import DecayKind
 Grafting: TypeAlias = Literal["adam", "rms", "adagrad", "sgd"] | GradientTransformation | None
 
 Vectors: TypeAlias = Literal["diagonal", "blocks"]
-
-Distribute: TypeAlias = Callable[..., GradientTransformation]
 
 
 def shampoo(
@@ -203,50 +195,31 @@ def shampoo(
     )
     if tile == "auto" and not (grafting is None or isinstance(grafting, str)):
         tile = None  # who knows what it does across blocks
-    block_stages = [
+    stages = [
         statistics,
         ema(beta1, beta3, bias_correction=bias_correction, own_steps=own_steps),
         roots if onto is None else graft(roots, onto, start=start, least_order=least_order),
     ]
-
-    decay = add_decayed_weights(
-        weight_decay,
-        mask if weight_decay_kind == "coupled" else None,  # in block space `blocked` applies it
-        kind=weight_decay_kind,
+    return in_blocks(
+        stages,
         learning_rate=learning_rate,
-        peak_learning_rate=peak_learning_rate,
-    )
-    heavy_ball = trace(momentum, nesterov=nesterov, dampening=dampening)
-    if nesterov and is_zero(momentum):
-        raise ValueError("nesterov needs momentum above 0.")
-    decays = [] if is_zero(weight_decay) or mask is False else [decay]
-    moves = [] if is_zero(momentum) else [heavy_ball]
-    coupled = weight_decay_kind == "coupled"
-    inner_decays = [] if coupled else decays
-    last = [*inner_decays, *moves] if decay_through_momentum else [*moves, *inner_decays]
-
-    # All in one scope: what happens to a block, and where its state lives, is decided once.
-    block_chain = chain(*block_stages, *last, scale_by_learning_rate(learning_rate))
-    protected = guarded(
-        block_chain, max_failures=max_failures, every=every, spike_factor=spike_factor
-    )
-    if distribute is not None:
-        if not callable(distribute):
-            raise TypeError(
-                f"distribute is {distribute!r}; give funshampoo.sharded, or a partial of it."
-            )
-        own = getattr(distribute, "keywords", {})  # those of a functools.partial come first
-        given = {"every": every, "max_failures": max_failures}
-        protected = distribute(protected, **{k: v for k, v in given.items() if k not in own})
-    blocks = blocked(
-        protected,
-        max_size,
+        every=every,
+        max_size=max_size,
         merge=merge,
         keep=keep,
-        with_params=bool(inner_decays) and (True if mask is None else mask),
+        momentum=momentum,
+        nesterov=nesterov,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        weight_decay_kind=weight_decay_kind,
+        decay_through_momentum=decay_through_momentum,
+        peak_learning_rate=peak_learning_rate,
+        mask=mask,
+        max_failures=max_failures,
+        spike_factor=spike_factor,
+        distribute=distribute,
         tile=tile,
     )
-    return chain(*decays, blocks) if coupled else chain(blocks)
 
 
 def _below_one(beta2: Hyper) -> Hyper:

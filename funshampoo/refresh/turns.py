@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from funshampoo.core.checks import check_count, check_flag
 from funshampoo.core.clock import refresh_due
+from funshampoo.core.context import Context
 from funshampoo.core.contract import REFRESH, THREADS, Phase, Tree
 from funshampoo.core.tree import MaskedNode, flatten, map_leaves
 
@@ -41,6 +42,7 @@ class RefreshSchedule:
         start: the step of the first, which is everybody's; later ones fall on multiples of `every`.
         stagger: spread them over the interval, a share of the blocks on every step, so that no step
             after `start` carries them all.
+        offset: later refreshes fall on `offset` past multiples of `every`.
 
     Raises:
         ValueError, TypeError: an argument out of range, named.
@@ -49,16 +51,26 @@ class RefreshSchedule:
     every: int = 10
     start: int = 1
     stagger: bool = False
+    offset: int = 0
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
         check_count("start", self.start)
         check_flag("stagger", self.stagger)
+        check_count("offset", self.offset, least=0)
 
     def happens_at(self, step: int) -> bool:
         """Whether it may be somebody's turn."""
         spread = self.stagger and step > self.start
-        return spread or refresh_due(step, self.every, self.start)
+        if spread or step <= self.start:
+            return spread or step == self.start
+        return refresh_due(step - self.offset, self.every, self.start - self.offset)
+
+    def renews(self, context: Context) -> bool:
+        """Whether it may be somebody's turn in this context; False where nobody knows the step."""
+        if context.refresh is not None:
+            return context.refresh
+        return context.step is not None and self.happens_at(context.step)
 
     def phase(self, threads: bool = False) -> Callable[[int], Phase]:
         """`GradientTransformation.phase` of a stage with this schedule.

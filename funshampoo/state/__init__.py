@@ -2,6 +2,12 @@
 
 from typing import Any
 
+from funshampoo.state.averages import (
+    EmaNesterovState,
+    PrimalAverageState,
+    ScheduleFreeState,
+    TailAverageState,
+)
 from funshampoo.state.checkpoint import Loaded, check, load_state_dict, merged, state_dict
 from funshampoo.state.health import Health, health
 from funshampoo.state.meaning import meaning
@@ -24,6 +30,7 @@ from funshampoo.state.stages import (
     PartitionState,
     RefreshedState,
     RmsState,
+    RowsState,
     ScheduleState,
     ShardedState,
     SpikeState,
@@ -39,6 +46,7 @@ __all__ = [
     "BlockedState",
     "Checkpoint",
     "ClockState",
+    "EmaNesterovState",
     "EmaState",
     "EveryKState",
     "GraftState",
@@ -53,11 +61,15 @@ __all__ = [
     "Memory",
     "MultiStepsState",
     "PartitionState",
+    "PrimalAverageState",
     "RefreshedState",
     "RmsState",
+    "RowsState",
+    "ScheduleFreeState",
     "ScheduleState",
     "ShardedState",
     "SpikeState",
+    "TailAverageState",
     "TraceState",
     "WrappedState",
     "check",

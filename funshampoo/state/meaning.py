@@ -9,6 +9,7 @@ StateClass = TypeVar("StateClass", bound=type)
 
 KINDS = {
     "finite": "neither infinite nor NaN: a momentum, a root, whatever is not declared",
+    "linear": "finite, and linear in the updates: `in_eigenbasis` turns it with the bases",
     "any": "whatever it likes: reports that nothing is computed from",
     "number": "not NaN: a hyperparameter, which may be infinite to switch a limit off",
     "nonnegative": "finite and ≥ 0: a sum or an average of squares",

@@ -97,7 +97,7 @@ class GraftState(NamedTuple):
     steps: Counter = ()
 
 
-@meaning(weight="weight")
+@meaning(average="linear", weight="weight")
 class EmaState(NamedTuple):
     """Of `ema`: the filtered gradient M (a tree like the updates) and its weight (tree of (N,))."""
 
@@ -105,7 +105,7 @@ class EmaState(NamedTuple):
     weight: Tree
 
 
-@meaning(seen="weight")
+@meaning(buffer="linear", seen="weight")
 class TraceState(NamedTuple):
     """Of `trace`: the momentum buffer B (a tree like the updates), and `seen`, a tree of (N,).
 
@@ -117,7 +117,7 @@ class TraceState(NamedTuple):
     seen: Tree
 
 
-@meaning(first_weight="weight", second="nonnegative", second_weight="weight")
+@meaning(first="linear", first_weight="weight", second="nonnegative", second_weight="weight")
 class AdamState(NamedTuple):
     """Of `scale_by_adam`: first moment M and second moment V with their weights, trees.
 
@@ -140,6 +140,12 @@ class RmsState(NamedTuple):
 @meaning(second="nonnegative")
 class AdagradState(NamedTuple):
     """Of `scale_by_adagrad`: the sum of squares V, a tree like the updates."""
+
+    second: Tree
+
+
+class RowsState(NamedTuple):
+    """Of `normalize_rows`: the mean square v of every row, a tree of (N, r)."""
 
     second: Tree
 

@@ -2,11 +2,22 @@
 
 from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
 from funshampoo.state.upstream import statistics_of
+from funshampoo.transforms.adaptive_clip import adaptive_clip
+from funshampoo.transforms.cautious import cautious
+from funshampoo.transforms.cautious_decay import add_cautious_decay
+from funshampoo.transforms.centralize import centralize
 from funshampoo.transforms.clipping import clip, clip_by_global_norm, global_norm
+from funshampoo.transforms.eigenbasis import in_eigenbasis
+from funshampoo.transforms.ema_nesterov import ema_nesterov
 from funshampoo.transforms.grafting import graft
+from funshampoo.transforms.hyperball import hyperball
 from funshampoo.transforms.kronecker import kronecker_statistics
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
 from funshampoo.transforms.momentum import ema, trace
+from funshampoo.transforms.normalize_rows import normalize_rows
+from funshampoo.transforms.orthogonalize import orthogonalize
+from funshampoo.transforms.primal_average import primal_average
+from funshampoo.transforms.radial_brake import radial_brake
 from funshampoo.transforms.root_inverse import root_inverse
 from funshampoo.transforms.scaling import (
     scale_by_adagrad,
@@ -14,18 +25,33 @@ from funshampoo.transforms.scaling import (
     scale_by_rms,
     scale_by_sgd,
 )
+from funshampoo.transforms.schedule_free import schedule_free
+from funshampoo.transforms.sign import sign
+from funshampoo.transforms.tail_average import tail_average
+from funshampoo.transforms.update_floor import update_floor
 from funshampoo.transforms.weight_decay import add_decayed_weights
 
 __all__ = [
+    "adaptive_clip",
+    "add_cautious_decay",
     "add_decayed_weights",
     "bias_corrected",
+    "cautious",
+    "centralize",
     "clip",
     "clip_by_global_norm",
     "ema",
+    "ema_nesterov",
     "global_norm",
     "graft",
+    "hyperball",
+    "in_eigenbasis",
     "kronecker_statistics",
+    "normalize_rows",
+    "orthogonalize",
     "precondition",
+    "primal_average",
+    "radial_brake",
     "root_inverse",
     "scale",
     "scale_by_adagrad",
@@ -33,7 +59,11 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_rms",
     "scale_by_sgd",
+    "schedule_free",
+    "sign",
     "statistics_of",
+    "tail_average",
     "trace",
     "unfold",
+    "update_floor",
 ]

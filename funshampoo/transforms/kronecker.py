@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from funshampoo.operators.packed import like, packed_shape, packs
 from funshampoo.operators.packed_statistics import add_packed_gram
 from funshampoo.state.stages import KroneckerState
 
+Sides = Callable[[tuple[int, ...]], Sequence[bool]]
+
 
 def kronecker_statistics(
     beta2: Hyper = 0.99,
@@ -41,6 +44,7 @@ def kronecker_statistics(
     bias_correction: bool = True,
     weighted: bool = True,
     exponents: Exponents | None = None,
+    sides: Sides | None = None,
     own_steps: bool = True,
     product_dtype: torch.dtype | None = None,
     packed: bool = False,
@@ -58,6 +62,8 @@ def kronecker_statistics(
         bias_correction: count the weight from 0, so that readers divide by 1 - beta2^t.
         weighted: False drops the factor 1 - beta2: L ← beta2 L + mat matᵀ, without correction.
         exponents: as in `root_inverse`; a side whose exponent is 0 gets no factor.
+        sides: the shape of a block -> a bool a side; one for which it is False gets no factor. For
+            `in_eigenbasis`, which leaves such a side alone.
         own_steps: the weight counts each block's own gradients. False: all blocks count together,
             so that a parameter whose gradient was None is corrected by everyone's steps.
         product_dtype: torch.bfloat16 to round G to before it is multiplied with itself, where the
@@ -98,11 +104,13 @@ def kronecker_statistics(
         check_local(params, "kronecker_statistics")
 
         def zero_factors(x: Tensor) -> tuple[Any, ...]:
-            lead, sides = x.shape[:block_ndim], x.shape[block_ndim:]
-            powers = inverse_exponents(len(sides), exponents)
+            lead, block = x.shape[:block_ndim], tuple(x.shape[block_ndim:])
+            wanted = [e > 0 for e in inverse_exponents(len(block), exponents)]
+            if sides is not None:
+                wanted = [w and bool(s) for w, s in zip(wanted, sides(block), strict=True)]
             return tuple(
-                x.new_zeros(*lead, *shape_of(d), dtype=compute_dtype(x)) if e and x.numel() else ()
-                for d, e in zip(sides, powers)
+                x.new_zeros(*lead, *shape_of(d), dtype=compute_dtype(x)) if w and x.numel() else ()
+                for d, w in zip(block, wanted)
             )
 
         weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)

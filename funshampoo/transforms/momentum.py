@@ -12,6 +12,7 @@ from funshampoo.core.tree import check_parameters, compute_dtype, map_leaves, up
 from funshampoo.operators.columns import (
     Column,
     add,
+    add_weight,
     average_of,
     cast_like,
     copied,
@@ -19,6 +20,7 @@ from funshampoo.operators.columns import (
     count_everyone,
     decayed,
     first_weights,
+    lerp,
     multiply,
     only_alive,
     per_block,
@@ -32,6 +34,7 @@ def ema(
     beta1: Hyper = 0.9,
     beta3: Hyper | None = None,
     *,
+    nesterov: bool = False,
     bias_correction: bool = True,
     own_steps: bool = True,
 ) -> GradientTransformation:
@@ -43,16 +46,22 @@ def ema(
 
         U ← (beta3 M_old + (1 - beta3) U) / (1 - beta3 beta1^(t-1))
 
+    With nesterov it is the average that one more U like this one would make, as in Muon; the same
+    as beta3 = beta1² but for rounding:
+
+        U ← (beta1 M + (1 - beta1) U) / (1 - beta1^(t+1))
+
     Args:
         beta1: decay, in [0, 1). The number 0 makes the stage the identity, without state.
         beta3: decay of the look-ahead, in [0, 1); None means beta1.
+        nesterov: look ahead from the new M.
         bias_correction: divide by the total weight of the gradients in the average.
         own_steps: count each block's own gradients for that; False: all blocks count together.
 
     State: `EmaState`, float32 at least.
 
     Raises:
-        ValueError: beta1 or beta3 out of range.
+        ValueError: beta1 or beta3 out of range; beta3 and nesterov both given.
 
     Reference: Kingma and Ba, arXiv 1412.6980; for beta3 Chen et al., arXiv 2302.06675.
 
@@ -65,6 +74,8 @@ def ema(
     check_range("beta1", beta1, 0.0, 1.0, high_open=True)
     if beta3 is not None:
         check_range("beta3", beta3, 0.0, 1.0, high_open=True)
+        if nesterov:
+            raise ValueError("beta3 and nesterov both look ahead: give one of them.")
     if is_exactly(beta1, 0):
         return renamed(identity(), "ema")
 
@@ -93,6 +104,8 @@ def ema(
             if ahead_decay is not None:
                 ahead = average_of(m, w, u, ahead_decay, fine, False, by_weight=by_weight)
             m, w = average_of(m, w, u, decay, fine, donate, by_weight=by_weight)
+            if nesterov:
+                ahead = lerp(u, m, decay, False), add_weight(w, decay, fine, False)
             value, total = ahead or (m, w)
             if bias_correction:
                 return corrected(value, total, fine), m, w

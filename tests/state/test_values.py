@@ -216,7 +216,7 @@ def test_declarations_that_are_none() -> None:
     with pytest.raises(ValueError, match="Watch has no field 'gone'"):
         meaning(hits="count <= gone")(Watch)
     for kind in ("finit", "weight <= hits"):
-        with pytest.raises(ValueError, match="known kinds: finite, any"):
+        with pytest.raises(ValueError, match="known kinds: finite, linear"):
             meaning(hits=kind)(Watch)
 
 

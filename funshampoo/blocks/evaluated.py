@@ -1,0 +1,90 @@
+"""The parameters to evaluate a model with, read from the state of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from funshampoo.blocks.assembled import to_parameters
+from funshampoo.core.contract import State, Tree
+from funshampoo.core.tree import MaskedNode, flatten, leaf_names
+from funshampoo.state.averages import AVERAGES
+from funshampoo.state.places import is_shared
+from funshampoo.state.stages import BlockedState, check_is_state
+
+
+def evaluation_parameters(state: State, params: Tree) -> Tree:
+    """The weights that an averaging stage has found, in the place of those that are trained.
+
+    Of `schedule_free`, `primal_average`, `ema_nesterov` and `tail_average`, wherever they stand: in
+    chains, in `partition`, in `blocked`. Where several do, of the last one.
+
+    Args:
+        state: of a transformation.
+        params: the parameters as they are trained; a parameter that no stage averages is returned
+            as it is.
+
+    Returns:
+        A tree like params, of new tensors of the parameters' dtypes but for what nobody averages.
+
+    Raises:
+        ValueError: no stage averages; parts of the state lie on other ranks; the parameters are not
+            those of this state.
+        TypeError: the state is no chain's.
+
+    >>> import torch
+    >>> from funshampoo import chain, scale, tail_average, update_in_place
+    >>> params = {"w": torch.zeros(1)}
+    >>> tx = chain(scale(-1.0), tail_average())
+    >>> state = tx.init(params)
+    >>> for _ in range(3):
+    ...     state = update_in_place(tx, {"w": -torch.ones(1)}, state, params)
+    >>> params, evaluation_parameters(state, params)
+    ({'w': tensor([3.])}, {'w': tensor([2.])})
+    """
+    check_is_state(state)
+    if is_shared(state):
+        raise ValueError(
+            "other ranks hold a part of this state: load the merged checkpoint of all into a chain "
+            "without `distribute`, and take its state."
+        )
+    leaves, spec = flatten(params)
+    found: list[Any] = [None] * len(leaves)
+    for tree in _averages(state, params):
+        try:
+            parts = spec.flatten_up_to(tree)
+        except ValueError as error:
+            raise ValueError(
+                "the parameters are not those that the state was made for: another tree."
+            ) from error
+        found = [x if isinstance(x, Tensor) else old for x, old in zip(parts, found)]
+    if all([x is None for x in found]):
+        raise ValueError(
+            "no stage of this state averages: put schedule_free, primal_average, ema_nesterov or "
+            "tail_average at the end of the chain, or evaluate with the parameters themselves."
+        )
+    pairs = zip(found, leaves)
+    return spec.unflatten([p if x is None else x.to(p.dtype, copy=True) for x, p in pairs])
+
+
+def _averages(node: Any, params: Tree, around: BlockedState | None = None) -> Iterator[Tree]:
+    """Trees over the parameters, with holes where a stage does not see some, first to last."""
+    if isinstance(node, AVERAGES):
+        yield node.evaluated if around is None else _assembled(node.evaluated, around, params)
+    elif isinstance(node, dict):
+        for child in node.values():
+            yield from _averages(child, params, around)
+    elif isinstance(node, tuple):
+        around = node if isinstance(node, BlockedState) else around
+        for child in node:
+            yield from _averages(child, params, around)
+
+
+def _assembled(stacks: Any, state: BlockedState, params: Tree) -> Tree:
+    leaves, spec = flatten(params)
+    here = [name in state.layout for name in leaf_names(params)]
+    return to_parameters(
+        stacks, state, spec.unflatten([p if x else MaskedNode() for p, x in zip(leaves, here)])
+    )

@@ -1,0 +1,118 @@
+"""Eigenbases that are kept: all anew, or one step of power iteration from the old one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.modes import is_traced
+from funshampoo.linalg.norms import is_readable
+from funshampoo.linalg.products import aligned, is_plain_memory, multiply
+from funshampoo.linalg.spectral import decompose
+
+
+@dataclass(frozen=True)
+class Basis(ABC):
+    """How a basis of eigenvectors, as columns, is found again for a matrix that has changed."""
+
+    @abstractmethod
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(the basis (..., d, d), whether (...) it was found).
+
+        Each column stands where the old one lay that it continues.
+
+        Args:
+            A: (..., d, d), symmetric.
+            old: (..., d, d), the basis before.
+            first: (...), bool: there is none before, and the matrix is decomposed.
+            begins: whether the host knows that all of them are first.
+        """
+
+
+@dataclass(frozen=True)
+class PowerStep(Basis):
+    """See `qr`."""
+
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `Basis`. On another device than a CPU nobody waits to hear of a late first one."""
+        if is_readable([first]):
+            begins, late = bool(first.all()), bool(first.any())
+        else:
+            late = is_traced()
+        if begins:
+            spectrum = decompose(A)
+            return spectrum.vectors, spectrum.decomposed
+        new = power_step(A, old)
+        found = _is_finite(new)
+        if not late:
+            return new, found
+        spectrum = decompose(A)
+        new = torch.where(first[..., None, None], spectrum.vectors, new)
+        return new, torch.where(first, spectrum.decomposed, found)
+
+
+@dataclass(frozen=True)
+class Decomposition(Basis):
+    """All eigenvectors, every time; those with the largest eigenvalues continue one another."""
+
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `Basis`."""
+        spectrum = decompose(A)
+        rank = _order(multiply(aligned(A), aligned(old)), old).argsort(-1)
+        place = A.shape[-1] - 1 - rank  # eigenvalues ascend
+        placed = spectrum.vectors.take_along_dim(place[..., None, :], -1)
+        return torch.where(first[..., None, None], spectrum.vectors, placed), spectrum.decomposed
+
+
+def qr() -> Basis:
+    """A basis by one step of power iteration from the one before, made orthogonal by QR.
+
+        Q ← qr(A Q)
+
+    The columns are ordered by diag(Qᵀ A Q), largest first, for the QR alone, which keeps the first
+    one as it is and corrects the others by it; each then goes back to its place. So what is
+    remembered in the coordinates of the old basis goes on in those of the new. The first time,
+    where there is nothing to go on from, by eigendecomposition; of a block whose first gradient
+    comes late, on another device than a CPU, by a step from the identity, since the host would have
+    to wait to hear of it.
+
+    Right where A changes little between two refreshes, as an average does.
+
+    Reference: Vyas et al., arXiv 2409.11321 (SOAP).
+    """
+    return PowerStep()
+
+
+def power_step(A: Tensor, Q: Tensor) -> Tensor:
+    """qr(A Q), the columns in their places, (..., d, d)."""
+    image = multiply(aligned(A), aligned(Q))
+    order = _order(image, Q)[..., None, :]
+    new = _orthogonal(image.take_along_dim(order, -1))
+    return new.take_along_dim(order.argsort(-1), -1)
+
+
+def _order(image: Tensor, Q: Tensor) -> Tensor:
+    """The columns of Q (..., d), those with the largest diag(Qᵀ A Q) first; image is A Q."""
+    return (image * Q).sum(-2).argsort(dim=-1, descending=True, stable=True)
+
+
+def _orthogonal(Y: Tensor) -> Tensor:
+    """The Q of a QR. On a CPU one by one: LAPACK rounds by where a matrix lies in memory."""
+    if Y.ndim != 3 or not is_plain_memory(Y):
+        whole: Tensor = torch.linalg.qr(Y)[0]
+        return whole
+    found: Tensor = torch.stack([torch.linalg.qr(y.clone())[0] for y in Y])
+    return found
+
+
+def _is_finite(Q: Tensor) -> Tensor:
+    return Q.isfinite().all(-1).all(-1)

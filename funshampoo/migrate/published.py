@@ -1,0 +1,68 @@
+"""The constructors of published optimizers, as chains."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.migrate import published_muon, published_schedule_free, published_soap
+
+Builder = Callable[..., GradientTransformation]
+
+METHODS: Mapping[str, Builder] = {
+    **published_muon.METHODS,
+    **published_schedule_free.METHODS,
+    **published_soap.METHODS,
+}
+"""{name: function of the constructor's arguments, by keyword, with its defaults}."""
+
+
+def from_published(method: str, **args: Any) -> GradientTransformation:
+    """The chain that computes what a published optimizer computes, for users who switch to it.
+
+    Args:
+        method: one of
+
+            - "Muon": KellerJordan/Muon, class Muon;
+            - "Muon (torch.optim)": torch.optim.Muon;
+            - "Muon (Emerging-Optimizers)": NVIDIA-NeMo/Emerging-Optimizers;
+            - "SOAP": nikhilvyas/SOAP;
+            - "NorMuon": microsoft/dion, on one device;
+            - "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree":
+              facebookresearch/schedule_free.
+        **args: of its constructor, by name; what is left out has its default there. `lr` is a
+            number, a tensor, or a schedule of the old step count in place of a scheduler. Those
+            that iterate in bfloat16 do so here with dtype=torch.bfloat16, which is ours; without it
+            in float32 at least.
+
+    A Muon is for matrices, as there: give the other parameters to another method by `partition`.
+    Its blocks are whole matrices, `guarded`. The parameters of the Schedule-Free methods are those
+    that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`.
+
+    Raises:
+        ValueError: the method, or the value of an argument, is unknown.
+        TypeError: the constructor has no such argument.
+        NotImplementedError: an argument asks for what is not built here, named.
+
+    >>> import torch
+    >>> tx = from_published("Muon (torch.optim)", lr=0.02, weight_decay=0.0, ns_steps=10)
+    >>> params = {"w": torch.eye(2)}
+    >>> tx.update(params, tx.init(params), params)[0]["w"].abs().max() < 0.03
+    tensor(True)
+    """
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"method is {method!r}; known are {', '.join(map(repr, METHODS))}{hint}")
+    builder = METHODS[method]
+    known = inspect.signature(builder).parameters
+    unknown = sorted(args.keys() - known.keys())
+    if unknown:
+        raise TypeError(
+            f"the constructor of {method} has no argument {unknown[0]!r}; it has "
+            f"{', '.join(known)}."
+        )
+    return builder(**args)

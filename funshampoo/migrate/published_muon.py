@@ -1,0 +1,219 @@
+"""The published kinds of Muon, by their constructors' arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from funshampoo.blocks.blocking import blocked
+from funshampoo.combinators.chaining import chain
+from funshampoo.combinators.guard import guarded
+from funshampoo.combinators.masks import partition
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.tree import map_leaves
+from funshampoo.migrate.words import chosen
+from funshampoo.operators.shape_scale import SCALES, Scale
+from funshampoo.recipes.routing import decay
+from funshampoo.transforms import (
+    add_cautious_decay,
+    add_decayed_weights,
+    ema,
+    normalize_rows,
+    orthogonalize,
+    scale,
+    scale_by_learning_rate,
+    trace,
+)
+
+
+def on_matrices(*stages: GradientTransformation) -> GradientTransformation:
+    """The stages on stacks of whole, equal matrices, those with bad gradients held."""
+    return blocked(guarded(chain(*stages)), None, merge="none", with_params=True)
+
+
+def keller_jordan(
+    *,
+    lr: Hyper | Schedule = 0.02,
+    weight_decay: Hyper = 0.0,
+    momentum: Hyper = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    as_published: bool = True,
+    dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """Muon of KellerJordan/Muon.
+
+    Of a kernel of four sides it orthogonalizes the matrix (out, the rest), and scales by height and
+    width of the kernel; with as_published=False by that matrix. Of three sides it is a stack of
+    matrices.
+    """
+
+    def by_last_two(shape: tuple[int, ...]) -> float:
+        return math.sqrt(max(1.0, shape[-2] / shape[-1]))
+
+    def steps_of(flat: bool) -> GradientTransformation:
+        return on_matrices(
+            ema(momentum, nesterov=nesterov, bias_correction=False),
+            orthogonalize(
+                steps=ns_steps,
+                scale=by_last_two if as_published else "muon",
+                dtype=dtype,
+                norm="added",
+                flatten_sides=flat,
+            ),
+            *decay(weight_decay),
+            scale_by_learning_rate(lr),
+        )
+
+    def kinds(tree: Tree) -> Tree:
+        return map_leaves(lambda p: "stacks" if p is not None and p.ndim == 3 else "flat", tree)
+
+    return partition({"flat": steps_of(True), "stacks": steps_of(False)}, kinds)
+
+
+def torch_optim(
+    *,
+    lr: Hyper | Schedule = 1e-3,
+    weight_decay: Hyper = 0.1,
+    momentum: Hyper = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """torch.optim.Muon."""
+    a, b, c = ns_coefficients
+    fit = chosen(
+        "adjust_lr_fn", adjust_lr_fn, {None: "muon", "original": "muon", "match_rms_adamw": "adam"}
+    )
+    return on_matrices(
+        ema(momentum, nesterov=nesterov, bias_correction=False),
+        orthogonalize([(a, b, c)], ns_steps, scale=fit, epsilon=eps, dtype=dtype),
+        *decay(weight_decay),
+        scale_by_learning_rate(lr),
+    )
+
+
+_NVIDIA_SETS = {
+    "simple": "newton_schulz",
+    "quintic": "quintic",
+    "polar_express": "polar_express_8",
+    "cans": "cans",
+    "aol": "aol",
+    "deepseekv4": "deepseek",
+}
+_NVIDIA_SCALES = {"shape_scaling": "muon", "spectral": "spectral", "unit_rms_norm": "unit_rms"}
+
+
+def emerging_optimizers(
+    *,
+    lr: Hyper | Schedule = 3e-4,
+    momentum: Hyper = 0.95,
+    weight_decay: Hyper = 0.01,
+    nesterov: bool = False,
+    weight_decay_method: str = "decoupled",
+    fp32_matmul_prec: str = "medium",
+    coefficient_type: str = "quintic",
+    num_ns_steps: int = 5,
+    scale_mode: str = "spectral",
+    extra_scale_factor: float = 1.0,
+    use_syrk: bool = False,
+    dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """Muon of NVIDIA-NeMo/Emerging-Optimizers.
+
+    fp32_matmul_prec and use_syrk have nothing to do here: products are as precise as dtype.
+    """
+    factor = SCALES[chosen("scale_mode", scale_mode, _NVIDIA_SCALES)]
+
+    def fit(shape: tuple[int, ...]) -> float:
+        r, c = shape
+        return extra_scale_factor * factor(r, c)
+
+    direction = [
+        ema(momentum, nesterov=nesterov, bias_correction=False),
+        orthogonalize(
+            chosen("coefficient_type", coefficient_type, _NVIDIA_SETS),
+            num_ns_steps,
+            scale=fit,
+            epsilon=1e-15,
+            dtype=dtype,
+        ),
+    ]
+    kinds = {"decoupled": "decoupled", "independent": "independent", "l2": "l2"}
+    kind = chosen("weight_decay_method", weight_decay_method, kinds)
+    if kind == "l2":
+        coupled = add_decayed_weights(weight_decay, kind="coupled")
+        return on_matrices(coupled, *direction, scale_by_learning_rate(lr))
+    if kind == "decoupled":
+        return on_matrices(*direction, *decay(weight_decay), scale_by_learning_rate(lr))
+    step = scale_by_learning_rate(lr, flip_sign=False)
+    return on_matrices(*direction, step, *decay(weight_decay), scale(-1.0))
+
+
+def dion(
+    *,
+    lr: Hyper | Schedule = 0.01,
+    mu: Hyper = 0.95,
+    muon_beta2: Hyper = 0.95,
+    betas: Any = None,
+    weight_decay: Hyper = 0.01,
+    cautious_wd: bool = False,
+    epsilon: float = 1e-8,
+    nesterov: bool = False,
+    adjust_lr: str | None = "spectral_norm",
+    flatten: bool = False,
+    use_gram_newton_schulz: bool = False,
+    use_triton: bool = False,
+    use_polar_express: bool = True,
+    newton_schulz_func: Any = None,
+    dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """NorMuon of microsoft/dion, on one device.
+
+    betas are those of its AdamW for other parameters; use_triton has nothing to do here. With
+    flatten, two or more parameters of one shape are orthogonalized together there, by mistake.
+    """
+    if newton_schulz_func is not None:
+        raise NotImplementedError(
+            "newton_schulz_func is not built here; orthogonalize(polynomials=...) takes (a, b, c) "
+            "of each step."
+        )
+    fits = {"spectral_norm": "unit_rms", "rms_norm": "adam", None: None}
+    fit = chosen("adjust_lr", adjust_lr, fits)
+
+    def by_matrix(shape: tuple[int, ...]) -> float:
+        r, c = (shape[0], math.prod(shape[1:])) if flatten else shape[-2:]
+        return SCALES[fit](r, c)
+
+    by_shape: Scale = None if fit is None else by_matrix
+    decays = [add_cautious_decay(weight_decay)] if cautious_wd else decay(weight_decay)
+    return on_matrices(
+        trace(mu, nesterov=nesterov),
+        orthogonalize(
+            "polar_express" if use_polar_express else "quintic",
+            scale=None,
+            epsilon=epsilon,
+            norm="added",
+            slack=1.02 if use_polar_express else 1.0,
+            flatten_sides=flatten,
+            gram=use_gram_newton_schulz,
+            dtype=dtype,
+        ),
+        normalize_rows(muon_beta2, scale=by_shape, flatten_sides=False),
+        *decays,
+        scale_by_learning_rate(lr),
+    )
+
+
+METHODS: dict[str, Callable[..., GradientTransformation]] = {
+    "Muon": keller_jordan,
+    "Muon (torch.optim)": torch_optim,
+    "Muon (Emerging-Optimizers)": emerging_optimizers,
+    "NorMuon": dion,
+}

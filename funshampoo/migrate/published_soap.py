@@ -1,0 +1,124 @@
+"""The published kinds of SOAP, by their constructors' arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.blocking import blocked
+from funshampoo.combinators.chaining import chain
+from funshampoo.combinators.guard import guarded
+from funshampoo.combinators.masks import partition
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
+from funshampoo.core.tree import map_leaves, update_leaves
+from funshampoo.transforms import (
+    add_decayed_weights,
+    ema,
+    in_eigenbasis,
+    kronecker_statistics,
+    scale_by_learning_rate,
+    scale_by_rms,
+)
+
+
+def soap(
+    *,
+    lr: Hyper | Schedule = 3e-3,
+    betas: Sequence[float] = (0.95, 0.95),
+    shampoo_beta: float = -1,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10000,
+    merge_dims: bool = False,
+    precondition_1d: bool = False,
+    normalize_grads: bool = False,
+    data_format: str = "channels_first",
+    correct_bias: bool = True,
+) -> GradientTransformation:
+    """SOAP of nikhilvyas/SOAP: a whole parameter is a block, large sides are left alone."""
+    if data_format != "channels_first":
+        raise NotImplementedError(f"data_format {data_format!r}: parameters are taken as they are.")
+    beta1, beta2 = betas
+
+    def directions(wanted: bool) -> GradientTransformation:
+        def sides(block: tuple[int, ...]) -> list[bool]:
+            return [wanted and d <= max_precond_dim for d in block]
+
+        adam = chain(ema(beta1, bias_correction=False), scale_by_rms(beta2, eps))
+        statistics = kronecker_statistics(
+            beta2 if shampoo_beta < 0 else shampoo_beta, bias_correction=False, sides=sides
+        )
+        turned = in_eigenbasis(adam, precondition_frequency, offset=1)
+        stages = [statistics, turned, *([_unit_rms()] if normalize_grads else [])]
+        rates = _rates(lr, betas, correct_bias, weight_decay)
+        merge: Any = _merged(max_precond_dim) if merge_dims and wanted else "none"
+        inner = chain(*stages, rates[0], add_decayed_weights(weight_decay), rates[1])
+        return blocked(guarded(inner), None, merge=merge, with_params=True)
+
+    def labels(tree: Tree) -> Tree:
+        return map_leaves(lambda p: "vectors" if p.ndim == 1 else "others", tree)
+
+    return partition({"vectors": directions(precondition_1d), "others": directions(True)}, labels)
+
+
+def _rates(
+    lr: Hyper | Schedule, betas: Sequence[float], corrects: bool, weight_decay: float
+) -> tuple[GradientTransformation, GradientTransformation]:
+    """What the direction is scaled by, and then both it and the decay; 0 on the first step.
+
+    The decay comes after the step, with the plain rate: W ← (W - s U)(1 - lr λ).
+    """
+    beta1, beta2 = betas
+
+    def rate(count: Tensor) -> Hyper:
+        now = lr(count) if callable(lr) else lr
+        return torch.where(count > 0, torch.as_tensor(now, dtype=torch.float64), 0.0)
+
+    def share(count: Tensor) -> Tensor:
+        k = count.to(torch.float64).clamp(min=1)  # the first step does not count
+        corrected = (1 - beta2**k).sqrt() / (1 - beta1**k) if corrects else torch.ones_like(k)
+        return -corrected * (1 - rate(count) * weight_decay)
+
+    return scale_by_learning_rate(share), scale_by_learning_rate(rate)
+
+
+def _unit_rms() -> GradientTransformation:
+    """U / (rms(U) + 1e-30) for every block."""
+
+    def divided(updates: Tree, *, block_ndim: int = 0) -> Tree:
+        def leaf(u: Tensor) -> tuple[Tensor]:
+            axes = tuple(range(block_ndim, u.ndim))
+            rms = u.square().mean(axes, keepdim=True).sqrt() if axes else u.abs()
+            return (u / (rms + 1e-30),)
+
+        return update_leaves(leaf, updates, ())[0]
+
+    return stateless(divided, "unit_rms")
+
+
+def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:
+    """Products of neighbours, from the first on, as long as they are at most `limit`."""
+
+    def merge(shape: tuple[int, ...]) -> Sequence[int]:
+        found: list[int] = []
+        now = 1
+        for d in shape:
+            if now * d <= limit:
+                now *= d
+                continue
+            if now > 1:
+                found.append(now)
+                now = d
+            else:
+                found.append(d)
+                now = 1
+        return [*found, now] if now > 1 or not found else found
+
+    return merge
+
+
+METHODS: dict[str, Callable[..., GradientTransformation]] = {"SOAP": soap}

@@ -1,0 +1,34 @@
+"""The step that Schedule-Free and primal averaging have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.contract import Hyper, Tree
+from funshampoo.core.tree import cast, compute_dtype, map_leaves
+from funshampoo.operators.leaf_ops import add, lerp, multiply, on_device, per_block
+
+
+def copies(params: Tree) -> Tree:
+    """The parameters in memory of their own, in their compute dtype."""
+    return map_leaves(lambda p: p.detach().to(compute_dtype(p), copy=True), params)
+
+
+def interpolated_step(
+    u: Tensor, y: Tensor, x: Tensor, z: Tensor, rate: Hyper, share: Any, beta: Hyper, donate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y' - y, x', z'): a step of the fast weights, and of what follows them.
+
+        z' = z - rate u,   x' = (1 - share) x + share z',   y' = beta x' + (1 - beta) z'
+
+    Args:
+        u, y, x, z: direction, weights at which it was taken, average, fast weights.
+        share: a number, or (N,).
+    """
+    z = add(z, multiply(cast(u, z.dtype), -rate, donate=False), donate)
+    x = lerp(x, z, per_block(share, x) if isinstance(share, Tensor) else share, donate)
+    new = torch.lerp(z, x, on_device(beta, z) if isinstance(beta, Tensor) else beta)
+    return new - cast(y, z.dtype), x, z

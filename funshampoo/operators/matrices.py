@@ -1,0 +1,44 @@
+"""A leaf or a block seen as a matrix, and norms over parts of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funshampoo.operators.leaf_ops import per_block
+
+
+def as_rows(u: Tensor, block_ndim: int, flat: bool = True) -> Tensor:
+    """(..., r, c): what has one side is a column, a scalar is 1×1.
+
+    Args:
+        flat: more than two sides become (the first, the rest); False leaves them, and the last two
+            are the matrix.
+
+    >>> as_rows(torch.zeros(4, 2, 3), 0).shape, as_rows(torch.zeros(4), 0).shape
+    (torch.Size([4, 6]), torch.Size([4, 1]))
+    """
+    order = u.ndim - block_ndim
+    if order < 2:
+        return u.reshape(*u.shape, *[1] * (2 - order))
+    return u.flatten(block_ndim + 1) if flat else u
+
+
+def norm_over(x: Tensor, first: int) -> Tensor:
+    """The Frobenius norm over all axes from `first` on, which stay with length 1."""
+    axes = tuple(range(first, x.ndim))
+    if not axes:
+        return x.abs()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    return norm
+
+
+def inner_product(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:
+    """⟨x, y⟩ of every block, viewed so that it broadcasts over the blocks."""
+    products = x * y
+    return per_block(products.reshape(*x.shape[:block_ndim], -1).sum(-1), x)
+
+
+def safe(x: Tensor) -> Tensor:
+    """A divisor: x, and 1 where it is 0."""
+    return torch.where(x == 0, 1.0, x)

@@ -1,0 +1,88 @@
+"""What the recipes in block space have in common: guard, ranks, blocks, momentum, decay, rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from funshampoo.blocks.blocking import blocked
+from funshampoo.blocks.layout import Merge
+from funshampoo.blocks.portions import TileSize
+from funshampoo.combinators.chaining import chain
+from funshampoo.combinators.guard import guarded
+from funshampoo.combinators.masks import Mask
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.recipes.diagonal import is_zero
+from funshampoo.transforms import add_decayed_weights, scale_by_learning_rate, trace
+from funshampoo.transforms.weight_decay import DecayKind
+
+Distribute: TypeAlias = Callable[..., GradientTransformation]
+
+
+def in_blocks(
+    stages: Sequence[GradientTransformation],
+    *,
+    learning_rate: Hyper | Schedule,
+    every: int,
+    max_size: int | None,
+    merge: Merge,
+    keep: int = 2,
+    momentum: Hyper = 0.0,
+    nesterov: bool = False,
+    dampening: Hyper = 0.0,
+    weight_decay: Hyper = 0.0,
+    weight_decay_kind: DecayKind = "decoupled",
+    decay_through_momentum: bool = False,
+    peak_learning_rate: Hyper | None = None,
+    mask: Mask | None = None,
+    max_failures: int | None = 20,
+    spike_factor: Hyper | None = None,
+    distribute: Distribute | None = None,
+    tile: TileSize = "auto",
+) -> GradientTransformation:
+    """The chain of a method whose direction these stages make of every block; see `shampoo`.
+
+    All of it is in one scope: what happens to a block, and where its state lives, is decided once.
+    """
+    decay = add_decayed_weights(
+        weight_decay,
+        mask if weight_decay_kind == "coupled" else None,  # in block space `blocked` applies it
+        kind=weight_decay_kind,
+        learning_rate=learning_rate,
+        peak_learning_rate=peak_learning_rate,
+    )
+    heavy_ball = trace(momentum, nesterov=nesterov, dampening=dampening)
+    if nesterov and is_zero(momentum):
+        raise ValueError("nesterov needs momentum above 0.")
+    decays = [] if is_zero(weight_decay) or mask is False else [decay]
+    moves = [] if is_zero(momentum) else [heavy_ball]
+    coupled = weight_decay_kind == "coupled"
+    inner_decays = [] if coupled else decays
+    last = [*inner_decays, *moves] if decay_through_momentum else [*moves, *inner_decays]
+    block_chain = chain(*stages, *last, scale_by_learning_rate(learning_rate))
+    protected = guarded(
+        block_chain, max_failures=max_failures, every=every, spike_factor=spike_factor
+    )
+    if distribute is not None:
+        protected = _distributed(protected, distribute, every, max_failures)
+    blocks = blocked(
+        protected,
+        max_size,
+        merge=merge,
+        keep=keep,
+        with_params=bool(inner_decays) and (True if mask is None else mask),
+        tile=tile,
+    )
+    return chain(*decays, blocks) if coupled else chain(blocks)
+
+
+def _distributed(
+    inner: GradientTransformation, distribute: Distribute, every: int, max_failures: int | None
+) -> GradientTransformation:
+    if not callable(distribute):
+        raise TypeError(
+            f"distribute is {distribute!r}; give funshampoo.sharded, or a partial of it."
+        )
+    own = getattr(distribute, "keywords", {})  # those of a functools.partial come first
+    given = {"every": every, "max_failures": max_failures}
+    return distribute(inner, **{k: v for k, v in given.items() if k not in own})

@@ -1,0 +1,78 @@
+"""Matrices to the method, the rest to AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from funshampoo.blocks.blocking import blocked
+from funshampoo.combinators.guard import guarded
+from funshampoo.combinators.masks import Mask, partition
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.tree import flatten, labels_of
+from funshampoo.recipes.diagonal import adamw, is_zero
+from funshampoo.recipes.in_blocks import Distribute
+from funshampoo.transforms import add_decayed_weights
+
+MATRICES, OTHERS = "matrices", "others"
+
+
+def routed(
+    method: GradientTransformation,
+    learning_rate: Hyper | Schedule,
+    matrices: Mask | None,
+    others: GradientTransformation | None,
+    max_failures: int | None,
+    distribute: Distribute | None,
+) -> GradientTransformation:
+    """`method` on whole matrices, equal ones in one stack, and `others` on all other leaves.
+
+    Args:
+        method: a chain for matrices and stacks of them, learning rate included.
+        learning_rate: of the AdamW that others get if not given.
+        matrices: which leaves get the method: a tree of bools, a prefix of one, or a function of
+            the parameters. By default all that have two sides or more, so embeddings and heads as
+            well, for which AdamW is mostly better: say so here.
+        others: what the other leaves get; by default `adamw` with its defaults. The default, like
+            the method, is `guarded`: a gradient that is not finite is left out.
+        max_failures: see `guarded`.
+        distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
+            ones; as in `shampoo`.
+    """
+    protected = guarded(method, max_failures=max_failures)
+    if distribute is not None:
+        if not callable(distribute):
+            raise TypeError(
+                f"distribute is {distribute!r}; give funshampoo.sharded, or a partial of it."
+            )
+        own = getattr(distribute, "keywords", {})
+        protected = distribute(
+            protected, **({} if "max_failures" in own else {"max_failures": max_failures})
+        )
+    if others is None:
+        others = guarded(adamw(learning_rate), max_failures=max_failures)
+    inside = blocked(protected, None, merge="none", with_params=True)
+    return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
+
+
+def labelled(matrices: Mask | None) -> Any:
+    """Labels for `partition`: which leaves are matrices, by this mask or by their sides."""
+
+    def labels(tree: Tree) -> Tree:
+        leaves, spec = flatten(tree)
+        if matrices is not None:
+            flags = labels_of(matrices, tree, MATRICES)
+        elif any([leaf is None for leaf in leaves]):
+            raise ValueError(
+                "a gradient is None, and without parameters nothing says whether it is a matrix's: "
+                "pass params to update, or say which leaves are, by matrices=."
+            )
+        else:
+            flags = [leaf.ndim > 1 for leaf in leaves]
+        return spec.unflatten([MATRICES if flag else OTHERS for flag in flags])
+
+    return labels
+
+
+def decay(weight_decay: Hyper) -> list[GradientTransformation]:
+    """The stage for decoupled decay, or none where it is the number 0."""
+    return [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]

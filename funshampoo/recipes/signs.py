@@ -1,0 +1,93 @@
+"""Methods that step along signs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from funshampoo.combinators.chaining import chain
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.recipes.routing import decay
+from funshampoo.transforms import ema, scale_by_learning_rate, sign
+
+
+def lion(
+    learning_rate: Hyper | Schedule = 1e-4,
+    *,
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.99,
+    weight_decay: Hyper = 0.0,
+) -> GradientTransformation:
+    """Lion: the sign of a momentum that looks ahead.
+
+        W ← W - learning_rate (sign(beta1 M + (1 - beta1) G) + weight_decay W)
+        M ← beta2 M + (1 - beta2) G
+
+    Defaults are those of google/automl.
+
+    State: one number an entry, half of AdamW's. Time: a little less than AdamW's. To be used where
+    memory is short and batches are large; rates are three to ten times smaller than AdamW's, decay
+    as many times larger.
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count.
+        beta1, beta2: decay of the look-ahead and of M, in [0, 1): beta3 and beta1 of `ema`.
+        weight_decay: λ ≥ 0, decoupled.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference: Chen et al., arXiv 2302.06675.
+
+    >>> import torch
+    >>> tx = lion(0.1)
+    >>> params = {"w": torch.ones(2)}
+    >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init(params), params)[0]
+    {'w': tensor([-0.1000,  0.1000])}
+    """
+    return chain(
+        ema(beta2, beta1, bias_correction=False),
+        sign(),
+        *decay(weight_decay),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def sign_descent(
+    learning_rate: Hyper | Schedule = 1e-2,
+    *,
+    beta1: Hyper = 0.9,
+    scale: Hyper | Literal["mean", "sum"] | None = None,
+    weight_decay: Hyper = 0.0,
+) -> GradientTransformation:
+    """Sign descent with momentum (signum): no entry moves further than another.
+
+        M ← beta1 M + (1 - beta1) G,   W ← W - learning_rate (s sign(M) + weight_decay W)
+
+    Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers.
+
+    State: one number an entry, half of AdamW's. Time: a little less than AdamW's. To be used to see
+    what is left of AdamW without its second moment.
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count.
+        beta1: see `ema`.
+        scale: see `sign`; "sum" is the steepest descent under the norm max |W_ij|.
+        weight_decay: λ ≥ 0, decoupled.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Reference: Bernstein et al., arXiv 1802.04434.
+
+    >>> import torch
+    >>> tx = sign_descent(0.1)
+    >>> params = {"w": torch.ones(2)}
+    >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init(params), params)[0]
+    {'w': tensor([-0.1000,  0.1000])}
+    """
+    return chain(
+        ema(beta1),
+        sign(scale),
+        *decay(weight_decay),
+        scale_by_learning_rate(learning_rate),
+    )

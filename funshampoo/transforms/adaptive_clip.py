@@ -1,0 +1,57 @@
+"""Clipping by what the weights allow, unit by unit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import required
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.matrices import norm_over, safe
+
+
+def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTransformation:
+    """U_i ← U_i min(1, max_ratio max(‖W_i‖, epsilon) / ‖U_i‖) for every unit i.
+
+    A unit is an index of the first side of a matrix or kernel, with all that leads to it; a vector
+    is one unit. On gradients, at the beginning of a chain: adaptive gradient clipping.
+
+    Args:
+        max_ratio: of the norms of a unit's update and weights, > 0.
+        epsilon: weights count as at least this long, so that those which begin at 0 can move.
+
+    Raises:
+        ValueError: an argument out of range; from update, params missing.
+
+    Reference: Brock et al., arXiv 2102.06171.
+
+    >>> import torch
+    >>> w, u = {"w": torch.tensor([[3.0, 4.0]])}, {"w": torch.tensor([[6.0, 8.0]])}
+    >>> adaptive_clip(0.1).update(u, (), w)[0]
+    {'w': tensor([[0.3000, 0.4000]])}
+    """
+    check_range("max_ratio", max_ratio, 0.0, low_open=True)
+    check_range("epsilon", epsilon, 0.0)
+
+    def clipped(
+        updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
+    ) -> Tree:
+        ratio, least = number(max_ratio, hyper), number(epsilon, hyper)
+
+        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            first = block_ndim + (u.ndim >= block_ndim + 2)
+            size = norm_over(u, first)
+            weight = norm_over(cast(w, u.dtype), first)
+            floor = torch.zeros_like(weight) + least
+            allowed = multiply(torch.maximum(weight, floor), ratio, donate=False)
+            return (torch.where(size > allowed, u * (allowed / safe(size)), u),)
+
+        params = required(params, "adaptive_clip", block_ndim)
+        return update_leaves(leaf, updates, (), (params,))[0]
+
+    return stateless(clipped, "adaptive_clip")

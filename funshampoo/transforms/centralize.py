@@ -1,0 +1,34 @@
+"""Gradients whose mean over the inputs of each output is zero."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from funshampoo.core.contract import GradientTransformation, Tree, stateless
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+
+
+def centralize() -> GradientTransformation:
+    """U ← U minus its mean over all sides but the first; vectors and scalars stay.
+
+    In `blocked` the means are the blocks'.
+
+    Reference: Yong et al., arXiv 2004.01461.
+
+    >>> import torch
+    >>> w = {"w": torch.tensor([[1.0, 3.0], [0.0, 0.0]]), "b": torch.ones(2)}
+    >>> centralize().update(w, ())[0]
+    {'w': tensor([[-1.,  1.],
+            [ 0.,  0.]]), 'b': tensor([1., 1.])}
+    """
+
+    def centred(updates: Tree, *, block_ndim: int = 0) -> Tree:
+        def leaf(u: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            if u.ndim < block_ndim + 2 or not u.numel():
+                return (u,)
+            return (u - u.mean(tuple(range(block_ndim + 1, u.ndim)), keepdim=True),)
+
+        return update_leaves(leaf, updates, ())[0]
+
+    return stateless(centred, "centralize")

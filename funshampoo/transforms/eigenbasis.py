@@ -1,0 +1,293 @@
+"""Another method in the eigenbases of the factor matrices: SOAP, eigenvalue-corrected Shampoo."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.combinators.guard import run_alive
+from funshampoo.core.clock import running
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.modes import full_precision
+from funshampoo.core.tree import (
+    cast,
+    check_local,
+    compute_dtype,
+    flatten,
+    map_leaves,
+    update_columns,
+    update_leaves,
+)
+from funshampoo.linalg.basis import Basis, Decomposition, qr
+from funshampoo.linalg.eigensolver import EigenSolver
+from funshampoo.linalg.norms import is_readable
+from funshampoo.operators.columns import Column, add, weights_over
+from funshampoo.operators.leaf_ops import per_block
+from funshampoo.operators.mode_products import bias_corrected, rotate
+from funshampoo.refresh.jobs import Reading
+from funshampoo.refresh.refreshing import Refreshing
+from funshampoo.refresh.rule import Found, Rule
+from funshampoo.refresh.turns import RefreshSchedule
+from funshampoo.state.meaning import kind_of, meaning
+from funshampoo.state.stages import RefreshedState
+from funshampoo.state.upstream import statistics_of
+
+
+@meaning(seen="count")
+class EigenbasisState(NamedTuple):
+    """State of `in_eigenbasis`.
+
+    Attributes:
+        inner: of the transformation that works in the bases.
+        seen: a tree of (N,) int64, or (): how many gradients each block has had.
+        bases: `RefreshedState` whose values are Q_i (N, d_i, d_i), eigenvectors as columns.
+    """
+
+    inner: Any
+    seen: Tree
+    bases: RefreshedState
+
+
+def in_eigenbasis(
+    inner: GradientTransformation,
+    every: int = 10,
+    *,
+    start: int = 1,
+    offset: int = 0,
+    basis: Any = None,
+    stagger: bool = False,
+) -> GradientTransformation:
+    """Run `inner` on the coordinates in the eigenbases of the factor matrices, and turn back.
+
+        R = U ×_1 Q_1ᵀ … ×_k Q_kᵀ,   updates = inner(R) ×_1 Q_1 … ×_k Q_k
+        then, on a refresh:   Q_i ← the eigenvectors of L_i / weight
+
+    With `scale_by_adam` in it this is SOAP. L_i and weight come from the `KroneckerState` upstream.
+    The step is made in the bases from before it, so a block's first gradient only gives it bases:
+    it is not moved, and `inner` does not see it. What `inner` averages (first moments, momentum) is
+    turned from the old bases into the new; second moments stay, column by column.
+
+    Args:
+        inner: elementwise stages, or chains of them. `gradient` is turned for them too. A field of
+            a state of your own that is linear in the updates, and so has to be turned, says so by
+            `funshampoo.state.meaning(field="linear")`.
+        every, start, stagger: as in `root_inverse`.
+        offset: refreshes after the first fall on steps t with (t - offset) divisible by `every`.
+        basis: `linalg.qr()`, the default: one step of power iteration; or `linalg.eigh()`.
+
+    A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
+
+    State: `EigenbasisState`.
+
+    Raises:
+        ValueError: an argument out of range; from init and update, no `KroneckerState` upstream.
+        TypeError: basis is neither.
+
+    Reference: Vyas et al., arXiv 2409.11321 (SOAP); George et al., arXiv 1806.03884.
+
+    >>> import torch
+    >>> from funshampoo import chain, kronecker_statistics, scale_by_adam
+    >>> tx = chain(kronecker_statistics(0.9), in_eigenbasis(scale_by_adam(0.9, 0.9)))
+    >>> g = {"w": torch.diag(torch.tensor([3.0, -2.0]))}
+    >>> updates, state = tx.update(g, tx.init(g))
+    >>> updates["w"].any()
+    tensor(False)
+    >>> tx.update(g, state)[0]["w"]
+    tensor([[ 1.,  0.],
+            [ 0., -1.]])
+    """
+    inner = as_transformation(inner)
+    schedule = RefreshSchedule(every, start, stagger, offset)
+    renew = _basis_of(basis)
+
+    def refreshing(begins: bool) -> Refreshing:
+        return Refreshing(lambda block: [BasisRule(d, renew, begins) for d in block], schedule)
+
+    def init(
+        params: Tree,
+        *,
+        upstream: Any = (),
+        block_ndim: int = 0,
+        clock: bool = False,
+        **context: Any,
+    ) -> EigenbasisState:
+        check_local(params, "in_eigenbasis")
+        factors = statistics_of(upstream, "in_eigenbasis", params).factors
+        inside = {**context, "upstream": upstream, "block_ndim": block_ndim, "clock": clock}
+        bases = refreshing(True).init(params, block_ndim, clock)
+        bases = RefreshedState(_without_factors(bases.kept, factors, params), bases.steps)
+        seen = map_leaves(lambda p: p.new_zeros(p.shape[:block_ndim], dtype=torch.int64), params)
+        return EigenbasisState(inner.init(params, **inside), seen, bases)
+
+    def update(
+        updates: Tree, state: EigenbasisState, params: Tree, context: Context
+    ) -> tuple[Tree, EigenbasisState]:
+        context = running(state.bases.steps, context)
+        statistics = statistics_of(context.upstream, "in_eigenbasis", updates)
+        kept, ndim = state.bases.kept, context.block_ndim
+        fine = _with_bases(updates, state.seen, context.alive)
+        with full_precision():
+            turned = gradient = _held(_turned(updates, kept, ndim), fine)
+            if context.gradient is not None and context.gradient is not updates:
+                gradient = _held(_turned(context.gradient, kept, ndim), fine)
+        inside = changed(context, gradient=gradient, alive=fine, usable=False)
+        out, own = run_alive(inner, turned, state.inner, params, inside)
+        with full_precision():
+            out = _turned(_held(out, fine), kept, ndim, back=True)
+        renews = schedule.renews(context)
+        if renews and context.donate:  # a refresh writes to what it is given
+            kept = map_leaves(torch.clone, kept)
+        inputs = (statistics.factors, weights_over(statistics.weight, updates))
+        begins = context.step == start
+        bases = refreshing(begins).update(updates, state.bases, inputs, _factor, context)
+        if renews:
+            with full_precision():
+                own = _carried(own, updates, kept, bases.kept, ndim)
+        return out, EigenbasisState(own, _counted(updates, state.seen, context), bases)
+
+    return GradientTransformation(
+        init,
+        update,
+        "in_eigenbasis",
+        phase=schedule.phase(),
+        parts={"inner": inner},
+        counts=True,
+        minds_alive=True,
+    )
+
+
+def _basis_of(basis: Any) -> Basis:
+    if basis is None:
+        return qr()
+    if isinstance(basis, EigenSolver):
+        return Decomposition()
+    if isinstance(basis, Basis):
+        return basis
+    raise TypeError(f"basis is {basis!r}; give linalg.qr() or linalg.eigh().")
+
+
+@dataclass(frozen=True)
+class BasisRule(Rule):
+    """The eigenvectors of A as columns. The value is Q (..., d, d); it begins as the identity.
+
+    Attributes:
+        basis: of `in_eigenbasis`.
+        begins: whether all values are the first.
+    """
+
+    basis: Basis
+    begins: bool
+
+    def initial(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The identity."""
+        return (torch.eye(self.side, dtype=like.dtype, device=like.device).expand(like.shape),)
+
+    def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
+        """The next basis, by a decomposition where there is none yet.
+
+        A coordinate that no gradient has touched (its row of A is exactly zero: padding, frozen
+        tokens) is in none of its vectors, so that rounding can't move it.
+        """
+        Q, found = self.basis(A, old[0], rounds == 0, self.begins)
+        Q = Q * (A.diagonal(dim1=-2, dim2=-1) != 0)[..., None]
+        unknown = torch.zeros_like(A[..., 0, 0])
+        return Found((Q,), unknown, unknown + 1, found)
+
+
+def _factor(side: int, factors: Any, weight: Tensor) -> Reading:
+    """L_side / weight."""
+    return bias_corrected, factors[side], weight
+
+
+def _without_factors(kept: Tree, factors: Tree, params: Tree) -> Tree:
+    """() in the place of a unit whose side has no factor matrix."""
+
+    def leaf(p: Tensor, sides: Any, units: Any) -> tuple[Tensor, Any]:
+        pairs = zip(units, sides)
+        return p, tuple([unit if isinstance(side, Tensor) else () for unit, side in pairs])
+
+    return update_leaves(leaf, params, (kept,), (factors,))[1]
+
+
+def _with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:
+    """A tree of (N,): 0 where a block has no bases yet, or is not alive; None where all are 1."""
+    known = () if alive is None else (alive,)
+
+    def leaf(u: Tensor, n: Tensor, *fine: Tensor) -> tuple[Tensor]:
+        has = (n > 0).to(compute_dtype(u))
+        return (has * fine[0] if fine else has,)
+
+    counts = [n for u, n in zip(flatten(updates)[0], flatten(seen)[0]) if u is not None]
+    if is_readable(counts) and all([bool((n > 0).all()) for n in counts]):
+        return alive
+    return update_leaves(leaf, updates, (), (seen, *known))[0]
+
+
+def _held(tree: Tree, fine: Tree) -> Tree:
+    """Zeros where `fine` is 0."""
+    if fine is None:
+        return tree
+    return update_leaves(
+        lambda u, f: (torch.where(per_block(f, u) > 0, u, 0.0),), tree, (), (fine,)
+    )[0]
+
+
+def _counted(updates: Tree, seen: Tree, context: Context) -> Tree:
+    """One more, where the gradient could be used."""
+
+    def more(u: Column, *rest: Column) -> tuple[Column, Column]:
+        *fine, n = rest
+        one = [x > 0 for x in fine[0]] if fine else [torch.ones_like(x) for x in n]
+        return u, add(n, one, context.donate)
+
+    known = () if context.alive is None else (context.alive,)
+    return update_columns(more, updates, (seen,), known)[1]
+
+
+def _turned(tree: Tree, kept: Tree, block_ndim: int, back: bool = False) -> Tree:
+    """Coordinates in the bases, or back."""
+
+    def leaf(u: Tensor, units: Any) -> tuple[Tensor]:
+        return (rotate(cast(u, compute_dtype(u)), _matrices(units), block_ndim, back),)
+
+    return update_leaves(leaf, tree, (), (kept,))[0]
+
+
+def _carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: int) -> Any:
+    """A state with its linear fields in the new bases, in the rows whose bases are new."""
+
+    def leaf(u: Tensor, old: Any, new: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        renewed = [unit.rounds != was.rounds for was, unit in zip(old, new) if unit]
+        if not renewed:
+            return u, x
+        whole = rotate(x, _matrices(old), block_ndim, back=True)
+        turned = rotate(whole, _matrices(new), block_ndim)
+        some = functools.reduce(torch.logical_or, renewed)
+        return u, torch.where(per_block(some, x), turned, x)
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: visit(child) for key, child in node.items()}
+        fields = getattr(type(node), "_fields", None)
+        if fields is None:
+            return type(node)(map(visit, node)) if isinstance(node, (tuple, list)) else node
+        return type(node)(*[visited(node, field) for field in fields])
+
+    def visited(node: Any, field: str) -> Any:
+        child = getattr(node, field)
+        if kind_of(type(node), field) != "linear":
+            return visit(child)
+        if isinstance(child, tuple) and not child:  # a part that is off
+            return child
+        return update_leaves(leaf, updates, (child,), (before, after))[1]
+
+    return visit(state)
+
+
+def _matrices(units: Any) -> list[Tensor | None]:
+    return [unit.value[0] if unit else None for unit in units]

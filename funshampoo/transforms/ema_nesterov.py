@@ -1,0 +1,78 @@
+"""Gradients taken ahead of the weights, along the average of their steps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from funshampoo.core.checks import check_range
+from funshampoo.core.clock import advanced, started
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import rate_of, required
+from funshampoo.core.tree import cast, check_parameters, update_leaves
+from funshampoo.operators.averaged import copies
+from funshampoo.operators.leaf_ops import lerp, multiply
+from funshampoo.state.averages import EmaNesterovState
+from funshampoo.transforms.momentum import zeros_like
+
+
+def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTransformation:
+    """Around any method: weights w make its steps, parameters y = w + s B are looked ahead to.
+
+        w ← y + U,   B ← beta B + (1 - beta) (w - w_old),   U ← w + s B - y
+
+    It stands at the end of a chain, behind the learning rate. w - w_old is a whole step, the look-
+    ahead before it included. Evaluate the model with w, which is
+    `funshampoo.evaluation_parameters(state, params)`.
+
+    Args:
+        look_ahead: s ≥ 0, or a schedule: a function of the number of steps done when the next
+            gradient is taken, 1 after the first step. So it can begin late (B fills meanwhile), end
+            before the last steps, and follow the learning rate.
+        beta: decay of B, in [0, 1).
+
+    State: `EmaNesterovState`: w and B, two numbers a parameter.
+
+    Raises:
+        ValueError: an argument out of range; from update, params missing.
+
+    Reference: EMA-Nesterov of KellerJordan/modded-nanogpt, track 3 (2026).
+
+    >>> import torch
+    >>> tx = ema_nesterov(0.5, beta=0.75)
+    >>> params = {"w": torch.zeros(1)}
+    >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
+    {'w': tensor([1.1250])}
+    """
+    check_range("look_ahead", look_ahead, 0.0, schedule=True)
+    check_range("beta", beta, 0.0, 1.0, high_open=True)
+
+    def init(params: Tree, *, clock: bool = False) -> EmaNesterovState:
+        check_parameters(params, "ema_nesterov")
+        steps = started(callable(look_ahead), clock)
+        return EmaNesterovState(copies(params), zeros_like(params), steps)
+
+    def update(
+        updates: Tree,
+        state: EmaNesterovState,
+        params: Tree = None,
+        *,
+        block_ndim: int = 0,
+        donate: bool = False,
+        clock: Tensor | None = None,
+        hyper: Numbers = NO_NUMBERS,
+    ) -> tuple[Tree, EmaNesterovState]:
+        ahead = (lambda count: look_ahead(count + 1)) if callable(look_ahead) else look_ahead
+        s = rate_of(ahead, state.steps, clock, hyper)
+        decay = number(beta, hyper)
+
+        def leaf(u: Tensor, y: Tensor, w: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+            new = cast(y, w.dtype) + cast(u, w.dtype)
+            B = lerp(B, new - w, 1 - decay, donate)
+            return cast(u, w.dtype) + multiply(B, s, donate=False), new, B
+
+        params = required(params, "ema_nesterov", block_ndim)
+        out, w, B = update_leaves(leaf, updates, (state.evaluated, state.buffer), (params,))
+        return out, EmaNesterovState(w, B, advanced(state.steps, donate))
+
+    return GradientTransformation(init, update, counts=callable(look_ahead))

@@ -1,0 +1,90 @@
+"""Steps on the sphere on which the weights lie."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_choice, check_flag, check_range
+from funshampoo.core.clock import advanced, started
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers
+from funshampoo.core.needs import rate_of, required
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.matrices import inner_product, norm_over, safe
+from funshampoo.state.stages import LearningRateState
+
+
+def hyperball(
+    learning_rate: Hyper | Schedule,
+    *,
+    relative: bool = True,
+    radius: Literal["kept", "first_order"] = "kept",
+) -> GradientTransformation:
+    """U ← W' - W, with W' a step along -U that is put back to a length of one's choice.
+
+        V = W - learning_rate ‖W‖ U / ‖U‖   if relative, else   W - learning_rate U
+        W' = V ρ / ‖V‖,   ρ = ‖W‖ or ‖W‖ - learning_rate ⟨U, W⟩ / ‖W‖
+
+    It stands at the end of a chain in the place of `scale_by_learning_rate`, without weight decay:
+    the norm, of each leaf (in `blocked`, block), is what it was. A weight of zero stays zero if
+    relative, and else is moved by a plain step.
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count.
+        relative: the rate is the length of a step on a sphere of radius 1.
+        radius: "kept": ρ = ‖W‖; "first_order": as long as the step makes it to first order, without
+            what a long step across adds.
+
+    State: `LearningRateState`.
+
+    Raises:
+        ValueError: an argument out of range; from update, params missing.
+
+    Reference: KL-SOAP-H and SOAP-Muon, KellerJordan/modded-nanogpt, track 3 (2026).
+
+    >>> import torch
+    >>> tx = hyperball(0.75)
+    >>> w = {"w": torch.tensor([2.0, 0.0])}
+    >>> tx.update({"w": torch.tensor([0.0, -5.0])}, tx.init(w), w)[0]
+    {'w': tensor([-0.4000,  1.2000])}
+    """
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_flag("relative", relative)
+    check_choice("radius", radius, ("kept", "first_order"))
+
+    def init(params: Tree, *, clock: bool = False) -> LearningRateState:
+        return LearningRateState(started(callable(learning_rate), clock))
+
+    def update(
+        updates: Tree,
+        state: LearningRateState,
+        params: Tree = None,
+        *,
+        block_ndim: int = 0,
+        donate: bool = False,
+        clock: Tensor | None = None,
+        hyper: Numbers = NO_NUMBERS,
+    ) -> tuple[Tree, LearningRateState]:
+        rate = rate_of(learning_rate, state.steps, clock, hyper)
+
+        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            w = cast(w, u.dtype)
+            size = norm_over(w, block_ndim)
+            if relative:
+                u = u * (size / torch.clamp(norm_over(u, block_ndim), min=1e-10))
+            step = multiply(u, rate, donate=False)
+            moved, wanted = w - step, size
+            if radius == "first_order":
+                wanted = size - inner_product(step, w, block_ndim) / safe(size)
+            factor = wanted / safe(norm_over(moved, block_ndim))
+            return (torch.where(size == 0, -step, moved * factor - w),)
+
+        out = update_leaves(leaf, updates, (), (required(params, "hyperball", block_ndim),))[0]
+        return out, LearningRateState(advanced(state.steps, donate))
+
+    return GradientTransformation(init, update, counts=callable(learning_rate))

@@ -1,0 +1,91 @@
+"""Rows of one length, as NorMuon has them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_flag, check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.tree import cast, check_local, compute_dtype, map_leaves, update_leaves
+from funshampoo.operators.leaf_ops import lerp, sqrt
+from funshampoo.operators.matrices import as_rows
+from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
+from funshampoo.state.stages import RowsState
+
+
+def normalize_rows(
+    beta2: Hyper = 0.95,
+    epsilon: Hyper = 1e-8,
+    *,
+    scale: Scale = None,
+    flatten_sides: bool = True,
+) -> GradientTransformation:
+    """U ← s N ‖U‖/‖N‖ with every row of N divided by a root mean square of its own.
+
+        v_i ← beta2 v_i + (1 - beta2) mean_j(U_ij²)
+        N_ij = U_ij / (√v_i + epsilon),   U ← s N ‖U‖ / max(‖N‖, 1e-8)
+
+    After `orthogonalize`, some neurons' rows are much longer than others. v starts at 0 and is not
+    corrected for that: the norm, which stays, takes care of it. A vector is a column, each of its
+    entries a row.
+
+    Args:
+        beta2: decay of v, in [0, 1).
+        epsilon: added to the root, ≥ 0.
+        scale: s, by rows and columns, as in `orthogonalize`, which may leave it to this stage.
+        flatten_sides: of a leaf of three sides or more the rows are those of (out, the rest).
+            False: all but its last axis count rows, and norms are those of the last two.
+
+    State: `RowsState`: a number a row, where Adam has one an entry.
+
+    Raises:
+        ValueError: an argument out of range.
+        TypeError: from init, a leaf is spread over ranks as a DTensor.
+
+    Reference: Li et al., arXiv 2510.05491; microsoft/dion.
+
+    >>> import torch
+    >>> tx = normalize_rows(0.0)
+    >>> w = torch.tensor([[3.0, 3.0], [1.0, 1.0]])
+    >>> tx.update({"w": w}, tx.init({"w": w}))[0]
+    {'w': tensor([[2.2361, 2.2361],
+            [2.2361, 2.2361]])}
+    """
+    check_range("beta2", beta2, 0.0, 1.0, high_open=True)
+    check_range("epsilon", epsilon, 0.0)
+    check_scale(scale)
+    check_flag("flatten_sides", flatten_sides)
+
+    def init(params: Tree, *, block_ndim: int = 0) -> RowsState:
+        check_local(params, "normalize_rows")
+
+        def zeros(p: Tensor) -> Tensor:
+            rows = as_rows(p, block_ndim, flatten_sides).shape[:-1]
+            return p.new_zeros(rows, dtype=compute_dtype(p))
+
+        return RowsState(map_leaves(zeros, params))
+
+    def update(
+        updates: Tree,
+        state: RowsState,
+        *,
+        block_ndim: int = 0,
+        donate: bool = False,
+        hyper: Numbers = NO_NUMBERS,
+    ) -> tuple[Tree, RowsState]:
+        decay, damping = number(beta2, hyper), number(epsilon, hyper)
+
+        def leaf(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            x = as_rows(cast(u, v.dtype), block_ndim, flatten_sides)
+            v = lerp(v, x.square().mean(-1), 1 - decay, donate)
+            rows = x / (sqrt(v) + damping)[..., None]
+            old, new = (torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True) for y in (x, rows))
+            s = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
+            return (rows * (s * old / torch.clamp(new, min=1e-8))).reshape(u.shape), v
+
+        out, second = update_leaves(leaf, updates, (state.second,))
+        return out, RowsState(second)
+
+    return GradientTransformation(init, update)

@@ -1,0 +1,106 @@
+"""Updates of which all singular values are about one: Muon's direction, spectral descent."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_choice, check_flag, check_range
+from funshampoo.core.contract import EmptyState, GradientTransformation, Tree
+from funshampoo.core.tree import cast, check_local, compute_dtype, flatten, leaf_names
+from funshampoo.core.tree import update_leaves as over_leaves
+from funshampoo.linalg.polar import Norm, polar_factor
+from funshampoo.linalg.polynomials import Polynomials, polynomials_of
+from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
+
+
+def orthogonalize(
+    polynomials: Polynomials = "newton_schulz",
+    steps: int | None = None,
+    *,
+    scale: Scale = "muon",
+    dtype: torch.dtype | None = None,
+    epsilon: float = 1e-7,
+    norm: Norm = "clamped",
+    slack: float = 1.0,
+    flatten_sides: bool = True,
+    vectors: Literal["refuse", "pass"] = "refuse",
+    gram: bool = False,
+) -> GradientTransformation:
+    """U ← s(r, c) polar(U): of U = P Σ Qᵀ, the matrix P Qᵀ by a few polynomials of U, and a scale.
+
+        X ← U / ‖U‖,   X ← (a + b X Xᵀ + c (X Xᵀ)²) X for each (a, b, c),   U ← s X
+
+    It knows nothing of the gradient's length, only where it points. Matrices have to be whole: in
+    `blocked`, with max_size=None.
+
+    Args:
+        polynomials, steps: a name of `linalg.polynomials.TABLES`, or (a, b, c) for each step.
+        scale: s, by rows r and columns c: "muon" √max(1, r/c), "adam" 0.2 √max(r, c), "spectral"
+            √max(r, c), "unit_rms" √(r/c), a number, None for 1, or a function of the leaf's shape;
+            see `operators.shape_scale`.
+        dtype: of the iteration; None: the updates', float32 at least. torch.bfloat16 gives
+            torch.optim.Muon's bits on a CPU.
+        epsilon, norm, slack, gram: see `linalg.polar.polar_factor`.
+        flatten_sides: a leaf of three sides or more, such as a kernel, is the matrix (out, the
+            rest). False: it is a stack of matrices, one for each index but the last two (experts).
+        vectors: leaves of less than two sides are an error, or pass through unchanged.
+
+    Raises:
+        ValueError: an argument out of range; from init, a leaf is no matrix (names it).
+        TypeError: from init, a leaf is spread over ranks as a DTensor.
+
+    Reference: Jordan et al., kellerjordan.github.io/posts/muon; Amsel et al., arXiv 2505.16932.
+
+    >>> tx = orthogonalize("polar_express_8", scale=None)
+    >>> w = torch.diag(torch.tensor([3.0, -4.0]))
+    >>> tx.update({"w": w}, EmptyState())[0]["w"].round(decimals=3)
+    tensor([[ 1.,  0.],
+            [ 0., -1.]])
+    """
+    chosen = polynomials_of(polynomials, steps)
+    check_scale(scale)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; give a floating one, such as torch.bfloat16, or None.")
+    check_range("epsilon", epsilon, 0.0)
+    check_choice("norm", norm, ("clamped", "added", "schatten4"))
+    check_range("slack", slack, 1.0)
+    check_choice("vectors", vectors, ("refuse", "pass"))
+    for name, flag in (("flatten_sides", flatten_sides), ("gram", gram)):
+        check_flag(name, flag)
+
+    def init(params: Tree, *, block_ndim: int = 0) -> EmptyState:
+        check_local(params, "orthogonalize")
+        if vectors == "refuse":
+            _check_matrices(params, block_ndim)
+        return EmptyState()
+
+    def update(updates: Tree, state: EmptyState, *, block_ndim: int = 0) -> tuple[Tree, EmptyState]:
+        def leaf(u: Tensor) -> tuple[Tensor]:
+            wide = compute_dtype(u)
+            if u.ndim < block_ndim + 2 or not u.numel():
+                return (cast(u, wide),)
+            x = u.flatten(block_ndim + 1) if flatten_sides else u
+            x = cast(x, wide)
+            s = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
+            x = polar_factor(
+                x, chosen, epsilon=epsilon, norm=norm, slack=slack, gram=gram, dtype=dtype
+            )
+            return (multiply(x, s, donate=True).reshape(u.shape),)
+
+        return over_leaves(leaf, updates, ())[0], state
+
+    return GradientTransformation(init, update, minds_alive=True)
+
+
+def _check_matrices(params: Tree, block_ndim: int) -> None:
+    for i, p in enumerate(flatten(params)[0]):
+        if p.ndim < block_ndim + 2:
+            raise ValueError(
+                f"orthogonalize: '{leaf_names(params)[i]}' has the shape "
+                f"{tuple(p.shape[block_ndim:])} and is no matrix. Give it to another method, by "
+                "partition(...), or pass vectors='pass' to leave such updates as they are."
+            )

@@ -1,0 +1,79 @@
+"""Primal averaging: Schedule-Free with an average that forgets."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from funshampoo.core.checks import check_range
+from funshampoo.core.clock import advanced, started
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import rate_of, required
+from funshampoo.core.tree import check_parameters, update_leaves
+from funshampoo.operators.averaged import copies, interpolated_step
+from funshampoo.state.averages import PrimalAverageState
+from funshampoo.state.stages import LearningRateState
+
+
+def primal_average(
+    learning_rate: Hyper | Schedule, *, average: Hyper, interpolation: Hyper
+) -> GradientTransformation:
+    """The parameters are y, where gradients are taken; evaluate the model with x.
+
+        z ← z - α U
+        x ← average x + (1 - average) z
+        y ← interpolation x + (1 - interpolation) z
+
+    It stands at the end of a chain in the place of `scale_by_learning_rate`. x is
+    `funshampoo.evaluation_parameters(state, params)`. α may follow a schedule, which x needs no
+    knowledge of.
+
+    Args:
+        learning_rate: α: number, tensor, or schedule of the old step count.
+        average: decay of the average, in [0, 1).
+        interpolation: in [0, 1].
+
+    State: `PrimalAverageState`: x and z, two numbers a parameter.
+
+    Raises:
+        ValueError: an argument out of range; from update, params missing.
+
+    Reference: Defazio et al., arXiv 2512.17131 (generalized primal averaging).
+
+    >>> import torch
+    >>> tx = primal_average(0.5, average=0.75, interpolation=0.5)
+    >>> params = {"w": torch.zeros(1)}
+    >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
+    {'w': tensor([-0.3125])}
+    """
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_range("average", average, 0.0, 1.0, high_open=True)
+    check_range("interpolation", interpolation, 0.0, 1.0)
+
+    def init(params: Tree, *, clock: bool = False) -> PrimalAverageState:
+        check_parameters(params, "primal_average")
+        rate = LearningRateState(started(callable(learning_rate), clock))
+        return PrimalAverageState(copies(params), copies(params), rate)
+
+    def update(
+        updates: Tree,
+        state: PrimalAverageState,
+        params: Tree = None,
+        *,
+        block_ndim: int = 0,
+        donate: bool = False,
+        clock: Tensor | None = None,
+        hyper: Numbers = NO_NUMBERS,
+    ) -> tuple[Tree, PrimalAverageState]:
+        rate = rate_of(learning_rate, state.rate.steps, clock, hyper)
+        share, between = 1 - number(average, hyper), number(interpolation, hyper)
+
+        def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+            return interpolated_step(u, y, x, z, rate, share, between, donate)
+
+        params = required(params, "primal_average", block_ndim)
+        step, x, z = update_leaves(leaf, updates, (state.evaluated, state.fast), (params,))
+        steps = advanced(state.rate.steps, donate)
+        return step, PrimalAverageState(x, z, LearningRateState(steps))
+
+    return GradientTransformation(init, update, counts=callable(learning_rate))

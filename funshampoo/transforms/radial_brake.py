@@ -1,0 +1,56 @@
+"""Less of a step along the weights themselves."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from funshampoo.core.checks import check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import required
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.operators.leaf_ops import on_device
+from funshampoo.operators.matrices import inner_product, safe
+
+
+def radial_brake(outward: Hyper = 0.5, inward: Hyper = 1.0) -> GradientTransformation:
+    """The part of U along W, times one factor where the step lengthens W and another where not.
+
+        γ = ⟨U, W⟩ / ⟨W, W⟩,   U ← U + ((outward if γ < 0 else inward) - 1) γ W
+
+    A step goes along -U, so γ < 0 is outward. It stands before the learning rate. A weight of zero
+    has no radius, and its update stays.
+
+    Args:
+        outward, inward: the factors, ≥ 0; 1 leaves that part as it is, 0 takes it away.
+
+    Raises:
+        ValueError: a negative number; from update, params missing.
+
+    Reference: the SOAP-Muon record, KellerJordan/modded-nanogpt, track 3 (2026).
+
+    >>> import torch
+    >>> w, u = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([-1.0, 1.0])}
+    >>> radial_brake().update(u, (), w)[0]
+    {'w': tensor([-0.5000,  1.0000])}
+    """
+    check_range("outward", outward, 0.0)
+    check_range("inward", inward, 0.0)
+
+    def braked(
+        updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
+    ) -> Tree:
+        out, into = number(outward, hyper), number(inward, hyper)
+
+        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            w = cast(w, u.dtype)
+            part = inner_product(u, w, block_ndim) / safe(inner_product(w, w, block_ndim))
+            goes_out = cast(part < 0, u.dtype)
+            factor = goes_out * on_device(out, u) + (1 - goes_out) * on_device(into, u)
+            return (u + cast((factor - 1) * part, u.dtype) * w,)
+
+        params = required(params, "radial_brake", block_ndim)
+        return update_leaves(leaf, updates, (), (params,))[0]
+
+    return stateless(braked, "radial_brake")

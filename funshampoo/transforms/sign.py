@@ -1,0 +1,53 @@
+"""Signs: steepest descent where no entry moves further than another."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from funshampoo.core.checks import check_choice, check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.operators.leaf_ops import multiply, per_block
+
+
+def sign(scale: Hyper | Literal["mean", "sum"] | None = None) -> GradientTransformation:
+    """U ← s sign(U), entry by entry; 0 stays 0.
+
+    Args:
+        scale: s: None for 1, a number, or of the leaf (in `blocked`, the block) before: "mean", the
+            mean of |U_ij|, so that a small gradient makes a small step, or "sum", ‖U‖₁, with which
+            it is the steepest descent under the norm max |W_ij|.
+
+    Raises:
+        ValueError: another scale.
+
+    Reference: Bernstein et al., arXiv 1802.04434.
+
+    >>> import torch
+    >>> sign().update({"w": torch.tensor([3.0, 0.0, -1.0])}, ())[0]
+    {'w': tensor([ 1.,  0., -1.])}
+    >>> sign("sum").update({"w": torch.tensor([3.0, 0.0, -1.0])}, ())[0]
+    {'w': tensor([ 4.,  0., -4.])}
+    """
+    if isinstance(scale, str):
+        check_choice("scale", scale, ("mean", "sum", None))
+    elif scale is not None:
+        check_range("scale", scale, 0.0)
+
+    def signs(updates: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS) -> Tree:
+        def leaf(u: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            if scale is None:
+                return (u.sign(),)
+            if not isinstance(scale, str):
+                return (multiply(u.sign(), number(scale, hyper), donate=False),)
+            sizes = u.abs().reshape(*u.shape[:block_ndim], -1)
+            s = sizes.mean(-1) if scale == "mean" else sizes.sum(-1)
+            return (u.sign() * per_block(s, u),)
+
+        return update_leaves(leaf, updates, ())[0]
+
+    return stateless(signs, "sign")

@@ -1,0 +1,89 @@
+"""The average of the weights over the end of a training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_count, check_range
+from funshampoo.core.clock import advanced, started
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import rate_of, required
+from funshampoo.core.tree import cast, check_parameters, compute_dtype, map_leaves, update_leaves
+from funshampoo.operators.averaged import copies
+from funshampoo.operators.leaf_ops import add, lerp, multiply, on_device, per_block
+from funshampoo.state.averages import TailAverageState
+
+
+def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransformation:
+    """x, the average of the weights after step `start` and all later ones; U stays as it is.
+
+        x ← x + (W + U - x) / n,   n = 1, 2, … from step `start` on; before it, x = W + U
+
+    With beta an exponential average, bias corrected, in the place of the plain one:
+
+        x ← x + (W + U - x) (1 - beta) / (1 - beta^n)
+
+    It stands at the end of a chain, behind the learning rate. Evaluate the model with x, which is
+    `funshampoo.evaluation_parameters(state, params)`.
+
+    Args:
+        start: number of the first step whose weights are in the average, from 1.
+        beta: decay, in [0, 1); None: all weigh the same.
+
+    State: `TailAverageState`: one number a parameter.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; from update, params missing.
+
+    Reference: Polyak and Juditsky, SIAM J. Control Optim. 30 (1992); Jain et al., arXiv 1610.03774.
+
+    >>> import torch
+    >>> tx = tail_average()
+    >>> params = {"w": torch.zeros(1)}
+    >>> _, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
+    >>> tx.update({"w": torch.ones(1)}, state, {"w": torch.ones(1)})[1].evaluated
+    {'w': tensor([1.5000])}
+    """
+    check_count("start", start)
+    if beta is not None:
+        check_range("beta", beta, 0.0, 1.0, high_open=True)
+    waits = start > 1
+
+    def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> TailAverageState:
+        check_parameters(params, "tail_average")
+        weights = map_leaves(
+            lambda p: p.new_zeros(p.shape[:block_ndim], dtype=compute_dtype(p)), params
+        )
+        return TailAverageState(copies(params), weights, started(waits, clock))
+
+    def update(
+        updates: Tree,
+        state: TailAverageState,
+        params: Tree = None,
+        *,
+        block_ndim: int = 0,
+        donate: bool = False,
+        clock: Tensor | None = None,
+        hyper: Numbers = NO_NUMBERS,
+    ) -> tuple[Tree, TailAverageState]:
+        decay = 1.0 if beta is None else number(beta, hyper)
+        own = 1.0 if beta is None else 1 - decay
+        begun = rate_of(lambda count: count + 1 >= start, state.steps, clock, hyper) if waits else 1
+
+        def leaf(u: Tensor, p: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            new = cast(p, x.dtype) + cast(u, x.dtype)
+            one = torch.zeros_like(weight) + on_device(own, weight)
+            weight = add(multiply(weight, decay, donate), one, donate)
+            share = one / weight
+            if isinstance(begun, Tensor):
+                here = on_device(cast(begun, x.dtype), weight)
+                weight, share = weight * here, share * here + (1 - here)
+            return cast(u, x.dtype), lerp(x, new, per_block(share, x), donate), weight
+
+        params = required(params, "tail_average", block_ndim)
+        out, x, weights = update_leaves(leaf, updates, (state.evaluated, state.weight), (params,))
+        return out, TailAverageState(x, weights, advanced(state.steps, donate))
+
+    return GradientTransformation(init, update, counts=waits)

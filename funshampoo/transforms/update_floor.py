@@ -1,0 +1,59 @@
+"""Steps that are never small beside the weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_choice, check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import required
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.matrices import norm_over, safe
+
+
+def update_floor(
+    min_ratio: Hyper, *, per: Literal["tensor", "row"] = "tensor"
+) -> GradientTransformation:
+    """U ← U max(1, min_ratio ‖W‖ / ‖U‖): a step of at least this size relative to the weights.
+
+    The learning rate comes after it. An update of zero stays zero.
+
+    Args:
+        min_ratio: ≥ 0.
+        per: norms of the whole leaf (in `blocked`, of the block), or of each index of its first
+            side. A vector is one row.
+
+    Raises:
+        ValueError: an argument out of range; from update, params missing.
+
+    Reference: target_uw of the SOAP-Muon record, KellerJordan/modded-nanogpt, track 3 (2026).
+
+    >>> import torch
+    >>> w, u = {"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([0.0, 0.1])}
+    >>> update_floor(0.5).update(u, (), w)[0]
+    {'w': tensor([0.0000, 2.5000])}
+    """
+    check_range("min_ratio", min_ratio, 0.0)
+    check_choice("per", per, ("tensor", "row"))
+
+    def raised(
+        updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
+    ) -> Tree:
+        ratio = number(min_ratio, hyper)
+
+        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            first = block_ndim + (per == "row" and u.ndim >= block_ndim + 2)
+            size = norm_over(u, first)
+            wanted = multiply(norm_over(cast(w, u.dtype), first), ratio, donate=False)
+            return (torch.where(size < wanted, u * (wanted / safe(size)), u),)
+
+        params = required(params, "update_floor", block_ndim)
+        return update_leaves(leaf, updates, (), (params,))[0]
+
+    return stateless(raised, "update_floor")

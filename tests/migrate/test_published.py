@@ -1,0 +1,153 @@
+"""from_published against trajectories of the published implementations, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import funshampoo as fs
+from funshampoo.migrate.published import METHODS
+
+DATA = torch.load(Path(__file__).parents[1] / "reference" / "family.pt", weights_only=True)
+BUILT = sorted(name for name, config in DATA["configs"].items() if config["method"] in METHODS)
+
+
+def make(config: dict[str, Any], **changes: Any) -> fs.GradientTransformation:
+    args = {**config["args"], **changes}
+    rates = config["lr_schedule"]
+    if rates is not None:
+        args["lr"] = lambda count: torch.tensor(rates, dtype=torch.float64)[count]
+    return fs.from_published(config["method"], **args)
+
+
+def largest_deviation(config: dict[str, Any], tx: fs.GradientTransformation) -> float:
+    """From the published parameters and those to evaluate with, relative to the largest update."""
+    problem = DATA["problems"][config["problem"]]
+    params = list(problem["params0"])
+    state = tx.init(params)
+    deviation = 0.0
+    for t in range(len(problem["grads"][0])):
+        grads = [g[t].double() for g in problem["grads"]]
+        updates, state = tx.update(grads, state, params)
+        params = fs.apply_updates(params, updates)
+        pairs = list(zip(params, config["params"]))
+        if config["eval_params"] is not None:
+            pairs += zip(fs.evaluation_parameters(state, params), config["eval_params"])
+        for p, trajectory in pairs:
+            deviation = max(deviation, float((p - trajectory[t]).abs().max()))
+    return deviation / config["max_update"]
+
+
+def test_every_method_that_is_built_has_a_run() -> None:
+    assert {DATA["configs"][name]["method"] for name in BUILT} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_agrees_with_what_was_published(name: str) -> None:
+    config = DATA["configs"][name]
+    bound = max(1e-9, 1000 * config["sensitivity"])
+    assert largest_deviation(config, make(config)) <= bound
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("muon_keller", {"momentum": 0.94}),
+        ("muon_keller", {"nesterov": False}),
+        ("muon_keller", {"as_published": False}),  # the scale of kernels, a fact of the source
+        ("muon_keller_opts", {"ns_steps": 6}),
+        ("muon_torch", {"eps": 10.0}),
+        ("muon_torch", {"adjust_lr_fn": "match_rms_adamw"}),
+        ("muon_torch_rms", {"ns_coefficients": (2.0, -1.5, 0.51)}),
+        ("normuon_spectral", {"muon_beta2": 0.94}),
+        ("normuon_spectral", {"epsilon": 1e-3}),
+        ("normuon_rms_cautious", {"cautious_wd": False}),
+        ("normuon_ns5", {"use_polar_express": True}),
+        ("nv_muon_coeffs", {"num_ns_steps": 6}),
+        ("nv_muon_coeffs", {"extra_scale_factor": 0.3}),
+        ("nv_muon_coeffs", {"weight_decay_method": "independent"}),
+        ("nv_muon_coeffs", {"weight_decay_method": "l2"}),
+        ("nv_muon_cycle", {"scale_mode": "unit_rms_norm"}),
+        ("sf_adamw_warmup", {"warmup_steps": 5}),
+        ("sf_adamw_warmup", {"weight_decay": 0.06}),
+        ("sf_adamw_r0", {"r": 0.1}),
+        ("sf_adamw_inner", {"inner_momentum": 0.0}),
+        ("sf_adamw_inner", {"weight_lr_power": 2.0}),
+        ("sf_sgd", {"momentum": 0.8}),
+        ("sf_radam", {"silent_sgd_phase": False}),
+        ("sf_radam", {"eps": 1e-3}),
+    ],
+)
+def test_every_argument_reaches_the_chain(name: str, change: dict[str, Any]) -> None:
+    """The agreement above can fail: a changed argument breaks it."""
+    config = DATA["configs"][name]
+    assert largest_deviation(config, make(config, **change)) > 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_left_out_has_a_default(method: str) -> None:
+    params = {"w": torch.ones(3, 4)}
+    tx = fs.from_published(method)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["w"].isfinite().all()
+
+
+def test_independent_decay_does_not_know_the_rate() -> None:
+    params = {"w": torch.ones(3, 4, dtype=torch.float64)}
+    tx = fs.from_published(
+        "Muon (Emerging-Optimizers)", lr=0.0, weight_decay=0.1, weight_decay_method="independent"
+    )
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert torch.allclose(updates["w"], -0.1 * params["w"])
+
+
+def test_experts_of_three_sides_are_stacks_where_the_sources_stack_them() -> None:
+    w = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for method in ("Muon", "NorMuon"):
+        tx = fs.from_published(method, lr=0.1)
+        stacked, _ = tx.update({"w": w}, tx.init({"w": w}), {"w": w})
+        alone = {str(i): x for i, x in enumerate(w)}
+        parts, _ = tx.update(alone, tx.init(alone), alone)
+        for i, x in enumerate(stacked["w"]):
+            assert torch.allclose(x, parts[str(i)], rtol=1e-12)
+
+
+def test_a_flattened_kernel_is_one_matrix_for_normuon() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kernel = torch.randn(6, 2, 3, 1, generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0, "muon_beta2": 0.0}
+    for flat in (True, False):
+        tx = fs.from_published("NorMuon", flatten=flat, **options)
+        updates, _ = tx.update({"w": kernel}, tx.init({"w": kernel}), {"w": kernel})
+        # √(6/6), or for each of 6·2 matrices of 3×1
+        assert float(updates["w"].norm()) == pytest.approx(
+            0.1 * (6**0.5 if flat else 3**0.5 * 12**0.5), rel=0.1
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "error", "message"),
+    [
+        ("Muonn", {}, ValueError, "method is 'Muonn'; known are .* did you mean 'Muon'"),
+        ("NorMuon", {"beta": 1}, TypeError, "constructor of NorMuon has no argument 'beta'"),
+        ("NorMuon", {"adjust_lr": "rms"}, ValueError, "adjust_lr is 'rms'; choose one of"),
+        ("NorMuon", {"newton_schulz_func": abs}, NotImplementedError, "newton_schulz_func"),
+        ("Muon (torch.optim)", {"adjust_lr_fn": "x"}, ValueError, "adjust_lr_fn is 'x'"),
+        ("Muon (Emerging-Optimizers)", {"scale_mode": "x"}, ValueError, "scale_mode is 'x'"),
+        ("Muon (Emerging-Optimizers)", {"coefficient_type": "x"}, ValueError, "coefficient_type"),
+        (
+            "Muon (Emerging-Optimizers)",
+            {"weight_decay_method": "x"},
+            ValueError,
+            "weight_decay_method is 'x'",
+        ),
+        ("SGDScheduleFree", {"warmup_steps": -1}, ValueError, "warmup_steps is -1"),
+        ("AdamWScheduleFree", {"lr": -1.0}, ValueError, "learning_rate is -1.0"),
+    ],
+)
+def test_bad_arguments(method: str, args: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fs.from_published(method, **args)

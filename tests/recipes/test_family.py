@@ -1,0 +1,192 @@
+"""The recipes without factor matrices: against torch.optim, plain equations and the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import funshampoo as fs
+from tests.trees import assert_close, gradients, problem, tensors, train
+
+D = torch.float64
+DATA = torch.load(Path(__file__).parents[1] / "reference" / "reference.pt", weights_only=True)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=D).to(dtype)
+
+
+SHAPES = {"a": (24, 40), "b": (24, 40), "c": (33, 17), "d": (16, 16)}
+
+
+@pytest.mark.parametrize("scale", ["muon", "adam"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torch_s_to_rounding_of_the_last_sum(nesterov: bool, scale: str) -> None:
+    """In bfloat16 as there. A momentum of another rounding would show here by 1e-3."""
+    params = {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
+    tx = fs.muon(
+        0.02,
+        momentum=0.9,
+        nesterov=nesterov,
+        weight_decay=0.05,
+        scale=scale,  # type: ignore[arg-type]
+        dtype=torch.bfloat16,
+    )
+    own = [p.clone().requires_grad_() for p in params.values()]
+    theirs = torch.optim.Muon(
+        own,
+        lr=0.02,
+        momentum=0.9,
+        nesterov=nesterov,
+        weight_decay=0.05,
+        adjust_lr_fn="original" if scale == "muon" else "match_rms_adamw",
+    )
+    state = tx.init(params)
+    for t in range(6):
+        grads = {name: randn(*x.shape, seed=100 + t) for name, x in params.items()}
+        state = fs.update_in_place(tx, grads, state, params)
+        for p, g in zip(own, grads.values()):
+            p.grad = g.clone()
+        theirs.step()
+        for p, q in zip(params.values(), own):
+            assert (p - q.detach()).abs().max() < 1e-6
+
+
+def test_muon_in_float32_is_its_equation() -> None:
+    w = randn(5, 9)
+    tx = fs.muon(0.02, weight_decay=0.1)
+    params, state, B = {"w": w}, tx.init({"w": w}), torch.zeros(5, 9)
+    for t in range(4):
+        g = randn(5, 9, seed=t + 1)
+        updates, state = tx.update({"w": g}, state, params)
+        params = fs.apply_updates(params, updates)
+        B = 0.95 * B + 0.05 * g
+        X = 0.05 * g + 0.95 * B
+        X = X / X.norm()
+        for _ in range(5):
+            A = X @ X.T
+            X = 3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X
+        w = w * (1 - 0.02 * 0.1) - 0.02 * X
+        assert torch.allclose(params["w"], w, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "recipe", [fs.muon, fs.normuon, fs.spectral_descent], ids=lambda r: r.__name__
+)
+def test_what_is_no_matrix_gets_adamw(recipe: Any) -> None:
+    params, grads = problem(), gradients(4)
+    found, _, _ = train(recipe(0.05), params, grads, fs.apply_updates)
+    adamw, _, _ = train(fs.adamw(0.05), params, grads, fs.apply_updates)
+    for layer, other, start in zip(found["layers"], adamw["layers"], params["layers"]):
+        for name, x in layer.items():
+            if x.ndim < 2:
+                assert torch.allclose(x, other[name], rtol=1e-12)
+            else:
+                assert not torch.allclose(x, other[name], rtol=0, atol=1e-3)
+                assert not torch.equal(x, start[name])
+
+
+def test_the_routing_can_be_told() -> None:
+    params, grads = problem(), gradients(3)
+    tx = fs.muon(0.05, matrices=lambda tree: {"w": True, "layers": False}, others=fs.sgd(0.1))
+    found, _, _ = train(tx, params, grads, fs.apply_updates)
+    sgd, _, _ = train(fs.sgd(0.1), params, grads, fs.apply_updates)
+    muon, _, _ = train(fs.muon(0.05), params, grads, fs.apply_updates)
+    assert_close(found["layers"], sgd["layers"], 1e-12)
+    assert_close(found["w"], muon["w"], 1e-12)
+
+
+def test_a_vector_that_is_called_a_matrix_is_refused_by_shape() -> None:
+    with pytest.raises(ValueError, match=r"has the shape \(5,\) and is no matrix"):
+        fs.muon(0.1, matrices=True).init({"b": torch.zeros(5)})
+
+
+def test_without_parameters_nobody_knows_the_sides_of_a_missing_gradient() -> None:
+    tx, params = fs.muon(0.1), problem()
+    with pytest.raises(ValueError, match="pass params to update, or say which leaves are"):
+        tx.update({**params, "w": None}, tx.init(params))
+
+
+@pytest.mark.parametrize(
+    "recipe", [fs.muon, fs.normuon, fs.spectral_descent], ids=lambda r: r.__name__
+)
+def test_a_bad_gradient_is_held_and_counted(recipe: Any) -> None:
+    params, grads = problem(), gradients(4)
+    bad = {**grads[2], "w": grads[2]["w"] * float("nan")}
+    bad["layers"] = [{**grads[2]["layers"][0], "bias": torch.full((5,), float("inf"), dtype=D)}]
+    bad["layers"].append(grads[2]["layers"][1])
+    _, history, state = train(recipe(0.1), params, [*grads[:2], bad, grads[3]], fs.apply_updates)
+    assert all(x.isfinite().all() for x in tensors((history, state)))
+    assert not history[2]["w"].any()
+    assert history[2]["layers"][0]["weight"].any()
+    assert history[3]["w"].any()
+
+
+@pytest.mark.parametrize("distribute", ["yes", 3])
+def test_a_wrong_distribute_says_what_it_wants(distribute: Any) -> None:
+    with pytest.raises(TypeError, match="give funshampoo.sharded, or a partial of it"):
+        fs.muon(0.1, distribute=distribute)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("spectral", fs.spectral_descent), ("sign_descent", fs.sign_descent)],
+)
+def test_the_reference_s_runs(name: str, recipe: Any) -> None:
+    """Data of facebookresearch/optimizers in float64; see tests/reference/README.md."""
+    config = DATA["configs"][name]
+    data = DATA["problems"][config["problem"]]
+    tx = recipe(config["args"]["lr"], beta1=config["args"]["betas"][0])
+    params = list(data["params0"])
+    state, worst, largest = tx.init(params), 0.0, 0.0
+    for t, grads in enumerate(data["grads"]):
+        updates, state = tx.update([g.double() for g in grads], state, params)
+        params = fs.apply_updates(params, updates)
+        for p, u, path in zip(params, updates, config["params"]):
+            worst = max(worst, float((p - path[t]).abs().max()))
+            largest = max(largest, float(u.abs().max()))
+    assert worst <= max(1e-9, 1000 * config["sensitivity"]) * largest
+
+
+def test_lion_is_its_equation() -> None:
+    w, m = randn(7, dtype=D), torch.zeros(7, dtype=D)
+    tx = fs.lion(0.1, weight_decay=0.2)
+    params, state = {"w": w}, tx.init({"w": w})
+    for t in range(5):
+        g = randn(7, seed=t + 1, dtype=D)
+        updates, state = tx.update({"w": g}, state, params)
+        params = fs.apply_updates(params, updates)
+        w = w * (1 - 0.1 * 0.2) - 0.1 * (0.9 * m + 0.1 * g).sign()
+        m = 0.99 * m + 0.01 * g
+        assert torch.allclose(params["w"], w, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", [fs.muon, fs.normuon, fs.lion, fs.sign_descent])
+def test_the_wrapper_takes_the_recipes(method: Any) -> None:
+    model = torch.nn.Linear(4, 3)
+    optimizer = fs.Optimizer(model.named_parameters(), method, lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    x = torch.ones(2, 4)
+    before = model.weight.detach().clone()
+    for moved in (True, False):  # in the second step the rate is 0
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        assert torch.equal(model.weight.detach(), before) != moved
+        before = model.weight.detach().clone()
+
+
+def test_the_wrapper_knows_that_averages_scale_by_their_rate() -> None:
+    model = torch.nn.Linear(4, 3)
+    method = fs.chain(fs.scale_by_adam(0.0), fs.schedule_free(0.1))
+    optimizer = fs.Optimizer(model.named_parameters(), method)
+    model(torch.ones(2, 4)).square().mean().backward()
+    optimizer.step()
+    (state,) = optimizer.chain_states()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    assert fs.evaluation_parameters(state, params).keys() == params.keys()
