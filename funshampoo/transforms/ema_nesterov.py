@@ -75,4 +75,6 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
         out, w, B = update_leaves(leaf, updates, (state.evaluated, state.buffer), (params,))
         return out, EmaNesterovState(w, B, advanced(state.steps, donate))
 
-    return GradientTransformation(init, update, counts=callable(look_ahead))
+    return GradientTransformation(
+        init, update, counts=callable(look_ahead), numbers=[look_ahead, beta]
+    )

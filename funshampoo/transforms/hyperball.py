@@ -87,4 +87,6 @@ def hyperball(
         out = update_leaves(leaf, updates, (), (required(params, "hyperball", block_ndim),))[0]
         return out, LearningRateState(advanced(state.steps, donate))
 
-    return GradientTransformation(init, update, counts=callable(learning_rate))
+    return GradientTransformation(
+        init, update, counts=callable(learning_rate), numbers=[learning_rate]
+    )

@@ -88,4 +88,4 @@ def normalize_rows(
         out, second = update_leaves(leaf, updates, (state.second,))
         return out, RowsState(second)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(init, update, numbers=[beta2, epsilon])

@@ -76,4 +76,9 @@ def primal_average(
         steps = advanced(state.rate.steps, donate)
         return step, PrimalAverageState(x, z, LearningRateState(steps))
 
-    return GradientTransformation(init, update, counts=callable(learning_rate))
+    return GradientTransformation(
+        init,
+        update,
+        counts=callable(learning_rate),
+        numbers=[learning_rate, average, interpolation],
+    )

@@ -98,4 +98,6 @@ def schedule_free(
         now = LearningRateState(advanced(state.rate.steps, donate))
         return step, ScheduleFreeState(x, z, sums[0], sums[1], sums[2], now)
 
-    return GradientTransformation(init, update, counts=callable(learning_rate))
+    return GradientTransformation(
+        init, update, counts=callable(learning_rate), numbers=[learning_rate, beta]
+    )
