@@ -402,7 +402,7 @@ def update_in_place(
     """
     if torch.compiler.is_dynamo_compiling():
         return unwatched(transformation, updates, state, params, **context)
-    with Watched(state):
+    with Watched(state, params):
         return unwatched(transformation, updates, state, params, **context)
 
 

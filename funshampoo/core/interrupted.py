@@ -21,23 +21,28 @@ class InterruptedStepError(RuntimeError):
 class Watched:
     """A block that marks the state if an exception leaves it after something was written to.
 
-    Whether something was is told by the version counters of the state's tensors; parameters move
-    after their state does. A tensor of inference mode has no counter, and counts as written to.
+    Whether something was is told by the version counters of the tensors. One of inference mode has
+    none, and counts as written to. A state without tensors, as plain SGD's, can't be marked.
+
+    Args:
+        state: consumed in the block.
+        params: written to in it, detached ones.
 
     Raises:
         InterruptedStepError: the state is half done already.
     """
 
-    def __init__(self, state: Any) -> None:
-        self._tensors = _tensors(state)
+    def __init__(self, state: Any, params: Any = ()) -> None:
+        self._state = _tensors(state)
+        self._tensors = self._state + _tensors(params)
 
     def __enter__(self) -> None:
-        _check(self._tensors)
+        _check(self._state)
         self._before = _versions(self._tensors)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None and (not self._before or _versions(self._tensors) != self._before):
-            for x in self._tensors:
+            for x in self._state:
                 setattr(x, _MARK, True)
 
 

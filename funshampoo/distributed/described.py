@@ -78,15 +78,22 @@ def _of(value: Any, stage: str, name: str, seen: dict[int, Any]) -> Iterator[Lin
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """(name, value) of what it is made of; "" for what has no name of its own."""
     if isinstance(value, functools.partial):
-        yield from (("", x) for x in (value.func, value.args, value.keywords))
+        yield "", value.func
+        if _is_ours(value.func):
+            yield from (("", x) for x in (value.args, value.keywords))
     elif isinstance(value, types.MethodType):
         yield from (("", x) for x in (value.__self__, value.__func__))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    elif dataclasses.is_dataclass(value) and _is_ours(type(value)) and not isinstance(value, type):
         yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr)
-    elif isinstance(value, types.FunctionType) and value.__module__.split(".")[0] == _PACKAGE:
+    elif isinstance(value, types.FunctionType) and _is_ours(value):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
             try:
                 yield name, cell.cell_contents
             except ValueError:  # nothing has been put into it yet
                 continue
         yield from (("", x) for x in (value.__defaults__ or ()))
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether the package defines this function or class."""
+    return str(getattr(value, "__module__", "")).split(".")[0] == _PACKAGE

@@ -16,7 +16,7 @@ from funshampoo.distributed.collectives import ProcessGroup, rank_and_size
 def sharing_groups(transformation: GradientTransformation | None) -> list[ProcessGroup | None]:
     """The groups of ranks over which a chain shares out its state; [] on one rank."""
     found: list[ProcessGroup | None] = []
-    for spread in _spreads(transformation):
+    for spread in spreads(transformation):
         group = spread.group
         if rank_and_size(group)[1] > 1 and not any([group is other for other in found]):
             found.append(group)
@@ -30,7 +30,9 @@ def gathered(
 
     A collective, where there are several ranks: all of them have to call it.
     """
-    found = dict(mine)
+    found: dict[str, Any] = (
+        on_the_host(dict(mine)) if sharing_groups(transformation) else dict(mine)
+    )
     for group in sharing_groups(transformation):
         parts: list[Any] = [None] * rank_and_size(group)[1]
         dist.all_gather_object(parts, found, group=group)
@@ -47,7 +49,7 @@ def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any
         to: the rank in the group; None: all.
     """
     rank, size = rank_and_size(group)
-    mine = tree_map_only(Tensor, lambda x: x.detach().cpu(), mine)
+    mine = on_the_host(mine)
     parts: list[Any] = [None] * size
     if to is None:
         dist.all_gather_object(parts, mine, group=group)
@@ -57,10 +59,16 @@ def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any
     return parts if rank == to else None
 
 
-def _spreads(transformation: GradientTransformation | None) -> Iterator[Any]:
+def on_the_host(tree: Any) -> Any:
+    """Its tensors on the CPU: a pickle of one on a device goes to the device of that number."""
+    return tree_map_only(Tensor, lambda x: x.detach().cpu(), tree)
+
+
+def spreads(transformation: GradientTransformation | None) -> Iterator[Any]:
+    """How the parts of a chain, at any depth, are spread over ranks."""
     if transformation is None:
         return
     if transformation.spread is not None:
         yield transformation.spread
     for part in transformation.parts.values():
-        yield from _spreads(part)
+        yield from spreads(part)

@@ -6,7 +6,7 @@
 A rank whose data has ended goes on stepping, with the others' gradients, until all have ended:
 it owns blocks, and what it averages has to stay what the others average. Its gradients are those of
 a rank that still has data, and so are the numbers of its groups, which its own scheduler no longer
-sets. On a step of which all ranks are part that costs one gather of two integers.
+sets. On a step of which all ranks are part that costs one sum of two integers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.collectives import ProcessGroup
+from funshampoo.distributed.gathering import on_the_host, spreads
 
 
 def group_of(transformations: Iterable[GradientTransformation]) -> ProcessGroup | None:
     """The process group of the first `sharded` in these, at any depth; None: all ranks, or none."""
-    for tx in transformations:
-        if tx.spread is not None:
-            return tx.spread.group
-        found = group_of(tx.parts.values())
-        if found is not None:
-            return found
-    return None
+    found = (spread.group for tx in transformations for spread in spreads(tx))
+    return next(found, None)
 
 
 class Joining:
@@ -126,15 +122,26 @@ def share(
     if live:
         return
     for each, found in zip(groups, numbers):
-        each.update(found)
+        for name, x in found.items():
+            own = each.get(name)
+            if isinstance(own, Tensor) and isinstance(x, Tensor):
+                own.detach().copy_(x)
+            else:
+                each[name] = x
     for p in parameters:
         p.grad = None
     for p, g in zip(having, gradients):
         p.grad = g
 
 
+_NAMES = ("params", "param_names")
+
+
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in group.items() if isinstance(x, (bool, int, float, tuple))}
+    kinds = (bool, int, float, tuple, list, Tensor)
+    numbers = {name: x for name, x in group.items() if isinstance(x, kinds)}
+    found: dict[str, Any] = on_the_host({n: x for n, x in numbers.items() if n not in _NAMES})
+    return found
 
 
 def _broadcast(

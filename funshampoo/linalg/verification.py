@@ -13,22 +13,30 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
 
     By a few vectors v, in five products of 8 rows beside a decomposition of nine whole ones:
 
-        ‖v Q Qᵀ - v‖ ≤ 8 √ε ‖v‖,   ‖v Q Λ Qᵀ - v A‖ ≤ 8 √ε ‖v‖ max|λ|
+        ‖v Q Qᵀ - v‖ ≤ 8 √ε ‖v‖,   ‖v Q Λ Qᵀ - v A‖ ≤ 8 √ε ‖v‖ ‖A‖,   ‖A‖ = max_i Σ_j |A_ij|
 
-    with ε the machine epsilon of the dtype. LAPACK's errors are some ε of both, and what is no
-    decomposition is far off at any side: one eigenvector of 1,000 that is wrong, for an eigenvalue
-    near the largest, leaves 0.04. Of a matrix so small that rounding is absolute (max|λ| below the
-    smallest normal number) an orthogonal Q is all that is asked.
+    with ε the machine epsilon of the dtype. LAPACK's errors are some ε of both. What is wrong by
+    more than 8 √ε of the whole is told, at any side: one eigenvector of 1,000, for an eigenvalue
+    near the largest, leaves 0.04. Errors of small eigenvalues alone are not. Of a matrix so small
+    that rounding is absolute (‖A‖ below the smallest normal number) finite values and an orthogonal
+    Q are all that is asked.
+
+    >>> A = torch.diag(torch.tensor([1.0, 4.0]))
+    >>> is_decomposition(A, torch.tensor([1.0, 4.0]), torch.eye(2))
+    tensor(True)
+    >>> is_decomposition(A, torch.tensor([0.0, 0.0]), torch.eye(2))
+    tensor(False)
     """
     limit = 8 * torch.finfo(A.dtype).eps ** 0.5
-    largest = values.abs().amax(-1)
-    is_normal = largest >= torch.finfo(A.dtype).tiny
-    scale = torch.where(is_normal, largest, 1.0)[..., None, None]  # no square leaves the range
+    size = A.abs().sum(-1).amax(-1)
+    is_normal = size >= torch.finfo(A.dtype).tiny
+    scale = torch.where(is_normal, size, 1.0)[..., None, None]  # no square leaves the range
     v = probe_vectors(A)
     sizes = torch.linalg.vector_norm(v, dim=-1)
     turned = v @ Q
     apart = turned @ Q.mT - v
     off = (turned * (values[..., None, :] / scale)) @ Q.mT - (v / scale) @ A
     apart, off = [torch.linalg.vector_norm(x, dim=-1) / sizes for x in (apart, off)]
-    right: Tensor = (apart.amax(-1) <= limit) & ((off.amax(-1) <= limit) | ~is_normal)
-    return right
+    right = (apart.amax(-1) <= limit) & ((off.amax(-1) <= limit) | ~is_normal)
+    found: Tensor = right & values.isfinite().all(-1)
+    return found

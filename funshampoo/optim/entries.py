@@ -25,6 +25,9 @@ class Memory(Protocol):
     def remembered(self) -> list[Tensor]:
         """The parameters of which something is remembered."""
 
+    def check(self, p: Tensor, entries: Mapping[str, Any]) -> None:
+        """Raise where `write` would."""
+
     def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Change these entries of a parameter, or none where one does not fit."""
 
@@ -114,8 +117,9 @@ class States(MutableMapping[Tensor, Any]):
             )
         given = dict(entries)  # before anything is forgotten: they may be views of it
         self._memory.write(p, given)
-        if gone := self._memory.entries_of(p).keys() - given.keys():
-            self._memory.forget(p, None if not given else gone)
+        gone = {n for n in self._memory.entries_of(p) if n not in given and not is_shared(n)}
+        if gone or not given:  # what is shared is not this parameter's to forget
+            self._memory.forget(p, gone if given else None)
 
     def __delitem__(self, p: Tensor) -> None:
         if p not in self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Set
 from typing import Any, NamedTuple
 
@@ -199,7 +200,7 @@ class GroupRun:
         ascends = self.group.get("maximize", False)
         gradients = {k.name: _gradient(k.parameter, ascends) for k in self._known}
         params = {k.name: k.parameter.detach() for k in self._known}
-        with Watched(self._state):
+        with Watched(self._state, params):
             self._state = unwatched(
                 built.transformation, gradients, self._state, params, hyper=built.numbers()
             )
@@ -267,8 +268,13 @@ class GroupRun:
         self._state = self._refilled({**entries, p: kept}, rest)
         self.written_to()
 
+    def settle(self, p: Tensor) -> None:
+        """Reset this parameter now, if it was deleted."""
+        if p in self._anew:
+            self._settle()
+
     def _settle(self) -> None:
-        """Have those start from nothing who shall."""
+        """Reset the parameters whose state was deleted."""
         anew = self._anew.intersection(self.parameters())
         if anew and self._state is not None:
             entries, shared = self.entries()
@@ -306,7 +312,8 @@ class GroupRun:
         """
         built = self._builder.edited(group, self._built)
         own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
-        known = self._trainable(group, own)
+        names = copy.copy(self._names)  # the run's own stay, if this fails
+        known = self._trainable(group, own, names)
         fresh = _fresh(built, known)
         flat: dict[str, Any] = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
         notes: dict[Tensor, dict[str, Any]] = {}
@@ -314,7 +321,7 @@ class GroupRun:
         for k in known:
             if k.parameter not in saved:
                 flat |= {name: x for name, x in places.items() if name.startswith(f"{k.name}/")}
-        for name, p in zip(self._names.of(group), group["params"]):
+        for name, p in zip(names.of(group), group["params"]):
             for entry, x in saved.get(p, {}).items():
                 full = f"{name}/{entry}"
                 if full not in places and is_note(entry):
@@ -348,10 +355,12 @@ class GroupRun:
         """The chain; None in a copy that has not been stepped."""
         return self._built.transformation
 
-    def _trainable(self, group: dict[str, Any], others: Set[Tensor]) -> list[_Known]:
+    def _trainable(
+        self, group: dict[str, Any], others: Set[Tensor], names: Names | None = None
+    ) -> list[_Known]:
         """The parameters that require gradients and have a shape, and these others, each once."""
         found: dict[Tensor, _Known] = {}
-        for name, p in zip(self._names.of(group), group["params"]):
+        for name, p in zip((names or self._names).of(group), group["params"]):
             if (p.requires_grad or p in others) and p not in found and not is_lazy(p):
                 found[p] = _Known(name, p, p.device, p.dtype, p.shape)
         return list(found.values())

@@ -25,6 +25,7 @@ class Memory:
         self.runs: list[GroupRun] = []
         self._left: dict[Tensor, Left] = {}
         self.notes: dict[Tensor, dict[str, Any]] = {}
+        self.writes = 0  # how often somebody has changed something between steps
         self._forgotten: set[Tensor] = set()  # which start from nothing at the next step
 
     def match(
@@ -103,41 +104,62 @@ class Memory:
         found = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
         return [p for p in dict.fromkeys([*found, *self._left, *self.notes]) if self.entries_of(p)]
 
-    def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
-        """Change these entries of a parameter, or none where one does not fit.
+    def check(self, p: Tensor, entries: Mapping[str, Any]) -> None:
+        """Raise where `write` would.
 
-        What is written to a parameter that is in no group, or has just come into one, is kept for
-        the step that finds it there.
+        Raises:
+            KeyError, TypeError, ValueError: an entry of the chain's that does not fit.
         """
         run = self._run_with(p)
         known = self._chain_entries(p) if run is not None else {}
-        chain = {name: x for name, x in entries.items() if name in known or not is_note(name)}
-        if run is None:
-            _check_tensors(chain)
-            if chain:
-                own, shared = _parted(chain)
-                self._left[p] = Left(own, shared)
-        else:
-            for name, x in chain.items():
+        for name, x in self._of_chain(entries, known).items():
+            if run is not None:
                 check_entry(name, x, known)
+            elif not isinstance(x, Tensor):
+                raise TypeError(f"'{name}' is a tensor of the optimizer's state, not {x!r}.")
+
+    def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
+        """Change these entries of a parameter, or none where one does not fit.
+
+        What is written to a parameter that has no state here, as it is frozen, in no group, or has
+        just come into one, is kept for the step that finds it there.
+        """
+        self.check(p, entries)
+        self.writes += 1
+        run = self._run_with(p)
+        if run is not None:
+            run.settle(p)  # a reset that is pending would take this back
+        known = self._chain_entries(p)
+        chain = self._of_chain(entries, known)
+        if run is None and chain:
+            own, shared = _parted({**known, **chain})
+            self._left[p] = Left(own, shared)
+        elif run is not None and chain:
             with torch.inference_mode(False), torch.no_grad():
                 for name, x in chain.items():
                     known[name].copy_(x)
-            if chain:
-                run.written_to()
+            run.written_to()
         if chain:
             self._forgotten.discard(p)
         notes = {name: x for name, x in entries.items() if name not in chain}
         if notes:
             self.notes.setdefault(p, {}).update(notes)
 
+    @staticmethod
+    def _of_chain(entries: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: x for name, x in entries.items() if name in known or not is_note(name)}
+
     def forget(self, p: Tensor, names: set[str] | None = None) -> None:
         """Let a parameter start from nothing; or these entries of it."""
+        self.writes += 1
         notes = self.notes.pop(p, {})
-        kept = {} if names is None else {n: x for n, x in notes.items() if n not in names}
-        if kept:
+        if names is not None and (kept := {n: x for n, x in notes.items() if n not in names}):
             self.notes[p] = kept
-        self._left.pop(p, None)
+        if p in self._left:
+            left = _together(*self._left.pop(p))
+            kept = {} if names is None else {n: x for n, x in left.items() if n not in names}
+            if kept:
+                self._left[p] = Left(*_parted(kept))
         run = self._run_with(p)
         gone = None if names is None else names - notes.keys()
         if run is not None and (gone is None or gone):
@@ -147,6 +169,7 @@ class Memory:
 
     def forget_all(self) -> None:
         """Let everything start from nothing, notes and counters too."""
+        self.writes += 1
         for run in self.runs:
             run.forget()
             self._forgotten.update(run.group["params"])
@@ -178,12 +201,6 @@ def _together(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[s
 def _parted(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     own = {name: x for name, x in entries.items() if not is_shared(name)}
     return own, {n.removeprefix(SHARED): x for n, x in entries.items() if n not in own}
-
-
-def _check_tensors(entries: Mapping[str, Any]) -> None:
-    for name, x in entries.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"'{name}' is a tensor of the optimizer's state, not {x!r}.")
 
 
 def _check_apart(runs: Sequence[GroupRun]) -> None:

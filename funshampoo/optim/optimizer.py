@@ -216,14 +216,15 @@ class Optimizer(torch.optim.Optimizer, Joining):
         if "param_groups" not in self.__dict__:  # torch.optim.Optimizer sets an empty one
             return
         given = {p: dict(entries) for p, entries in value.items()}
-        states = self.state
-        kept = {p: given[p].keys() for p in given}
+        states, memory = self.state, self._memory
+        for p, entries in given.items():
+            memory.check(p, entries)
+        if not given:
+            states.clear()
+        for p in [p for p in states if p not in given]:
+            del states[p]
         for p, entries in given.items():
             states[p] = entries
-        if not kept:
-            states.clear()
-        for p in [p for p in states if p not in kept]:
-            del states[p]
 
     def chain_states(self) -> list[Any]:
         """The state of every group's chain, for `funshampoo.state`: its `health`, say. To be read.
@@ -297,28 +298,46 @@ class Optimizer(torch.optim.Optimizer, Joining):
 
         As torch.distributed.optim.ZeroRedundancyOptimizer's, for whose sake Lightning calls it. A
         collective: every rank that shares blocks has to call it. The whole is held in host memory.
+        After an edit of groups `state_dict` and `chain_states` are collectives, too, until a step.
 
         Args:
             to: the rank, in the group that shares, that gets it; None: every rank.
         """
         memory, index = self._match(), self._index()
-        found: dict[Any, Any] = self._entries(index)
-        whole = True
         groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
-        for group in groups[:1]:
-            parts = collected(group, found, to)
-            whole = parts is not None
-            found = merged(parts) if parts is not None else {}
+        if any(group is not groups[0] for group in groups):
+            raise NotImplementedError(
+                "the parameter groups share out their blocks over different process groups: save "
+                "every rank's state_dict and merge them (funshampoo.state.merged)."
+            )
+        found: dict[Any, Any] = {}
+        failure: Exception | None = None
+        try:
+            found = self._entries(index)
+        except Exception as error:  # the others are waiting
+            failure = error
+        whole = not groups
+        if groups:
+            parts = collected(groups[0], None if failure else found, to)
+            whole = parts is not None and failure is None
+            if parts is not None and failure is None and None in parts:
+                raise RuntimeError(
+                    f"rank {parts.index(None)} could not say what it has; its own error says why."
+                )
+            found = merged(parts) if parts is not None and failure is None else {}
+        if failure is not None:
+            raise failure
         if whole:
             for run in memory.runs:
                 self._label(run, found, index, Part(0, 1))
-            self._whole = [run.state() for run in memory.runs], found
+            self._whole = [memory.writes, *[run.state() for run in memory.runs]], found
 
     def _is_whole(self) -> bool:
         """Whether what was consolidated is of the states as they are."""
         if self._whole is None:
             return False
-        states = [run.state() for run in self._match().runs]
+        memory = self._match()
+        states = [memory.writes, *[run.state() for run in memory.runs]]
         return len(states) == len(self._whole[0]) and all(
             [x is y for x, y in zip(states, self._whole[0])]
         )
@@ -393,7 +412,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
         memory.follow()
         names = [run.names() for run in memory.runs]
-        _check_names(saved, [name for group in names for name in group])
+        if all(group.get("param_names") for group in self.param_groups):
+            _check_names(saved, [name for group in names for name in group])
         ready = []
         for i, run in enumerate(memory.runs):
             # Two groups may use the same name: only this one's are its own.

@@ -27,6 +27,8 @@ class WrapperOptions(TypedDict, total=False):
 
     compile: bool | Mapping[str, Any]
     maximize: bool
+    consolidate: bool
+    accept_adamw: bool
 
 
 class ShampooOptions(WrapperOptions, total=False):

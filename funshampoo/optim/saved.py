@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,11 @@ def indices_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> list[Any]:
                 f"'{name}' is another one here: give both the same parameters, or leave out the "
                 "names to go by order."
             )
+    warnings.warn(
+        f"the checkpoint's parameters have other names ('{theirs[0]}', ...) than this optimizer's "
+        f"('{ours[0]}', ...): they are loaded by order.",
+        stacklevel=4,
+    )
     return indices
 
 

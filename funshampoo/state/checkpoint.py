@@ -131,7 +131,10 @@ def load_state_dict(
             f"{_listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
             "it was saved: load an earlier one."
         )
-    return Loaded(_filled(state, fit.saved), fit.missing, fit.unknown)
+    new = _filled(state, fit.saved)
+    if fit.missing:  # the clock among them, perhaps
+        new = _cut(new)
+    return Loaded(new, fit.missing, fit.unknown)
 
 
 def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
@@ -147,7 +150,11 @@ def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
         ValueError: other shapes.
     """
     entries = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu"), **entries}
-    new = _filled(state, _fit(state, entries, strict=False, cast=True).saved)
+    return _cut(_filled(state, _fit(state, entries, strict=False, cast=True).saved))
+
+
+def _cut(new: Any) -> Any:
+    """A state whose counts are at most its clock."""
     found = [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(new)]
     limit = _limit(new, found)
 

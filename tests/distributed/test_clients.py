@@ -297,3 +297,18 @@ def test_lightning_on_two_ranks(ranks: Ranks, tmp_path: Path) -> None:
     for size in (1, 2):
         for found in ranks(size, with_lightning, where, STEPS, f"{where}/saved.ckpt"):
             assert_equal(found, uninterrupted())
+
+
+def written_after(rank: int) -> Any:
+    """What is written after the whole was brought together is not lost."""
+    network = model()
+    opt = optimizer(network)
+    steps(network, opt, range(2))
+    opt.consolidate_state_dict(to=None)
+    p = next(network.parameters())
+    opt.state[p]["rho"] = 0.5
+    return opt.state_dict()["state"][0].get("rho")
+
+
+def test_a_note_after_consolidation_is_saved(ranks: Ranks) -> None:
+    assert ranks(2, written_after) == [0.5, 0.5]

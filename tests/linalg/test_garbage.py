@@ -222,3 +222,16 @@ def test_a_wrong_shape_is_an_error_of_the_caller(shape: tuple[int, ...]) -> None
             solve(torch.ones(shape), 4, 0.0)
     with pytest.raises(TypeError, match="must be float32 or float64"):
         stacked_eigh(torch.ones(2, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("wrong", ["zeros", "nan", "one nan"])
+def test_eigenvalues_that_are_none(wrong: str) -> None:
+    """The size is A's: that of garbage would excuse it."""
+    X = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    A = X @ X.T
+    values, Q = torch.linalg.eigh(A)
+    assert bool(is_decomposition(A, values, Q))
+    found = {"zeros": 0 * values, "nan": values * torch.nan}.get(wrong, values.clone())
+    if wrong == "one nan":
+        found[3] = torch.nan
+    assert not bool(is_decomposition(A, found, torch.eye(32) if wrong != "one nan" else Q))

@@ -370,7 +370,8 @@ def test_by_name_where_both_have_names() -> None:
 def test_names_that_stand_for_others_are_an_error() -> None:
     saved, params = saved_by(True)
     renamed = {f"module.{name}": p for name, p in resumed(params).items()}
-    SHAMPOO.optimizer(renamed.items()).load_state_dict(saved)  # by order: no name is known here
+    with pytest.warns(UserWarning, match="'p5'.*'module.p5'.*by order"):
+        SHAMPOO.optimizer(renamed.items()).load_state_dict(saved)  # no name is known here
     names = list(params)
     partly = dict(zip(["other", names[0], *names[2:]], resumed(params).values()))
     with pytest.raises(ValueError, match=rf"parameter 0 is '{names[0]}', the optimizer's is 'oth"):
@@ -390,3 +391,34 @@ def test_a_rate_that_is_a_tensor_is_saved_and_loaded(rate: Tensor) -> None:
     run(optimizer, params, grads_of(3, seed=7))
     run(other, again, grads_of(3, seed=7))
     assert_same(params, again)
+
+
+def test_a_named_adamw_seeds_an_optimizer_without_names() -> None:
+    params = {name: p for name, p in parameters().items() if p.ndim}
+    adamw = torch.optim.AdamW(list(params.items()))
+    run(adamw, params, [{n: g[n] for n in params} for g in grads_of(2)])
+    for accept in (False, True):
+        optimizer = SHAMPOO.optimizer(params.values(), accept_adamw=accept)
+        if accept:
+            optimizer.load_state_dict(adamw.state_dict())
+        else:
+            optimizer.seed_from_adamw(adamw.state_dict())
+        second = next(n for n in optimizer.state[params["p5"]] if n.endswith("onto/second"))
+        assert optimizer.state[params["p5"]][second].any()
+    names = list(params)
+    other = SHAMPOO.optimizer([(n, params[n]) for n in reversed(names)])
+    with pytest.raises(ValueError, match=rf"the AdamW has '{names[0]}' where"):
+        other.seed_from_adamw(adamw.state_dict())
+
+
+def test_what_loads_without_strict_can_be_saved_and_loaded() -> None:
+    """Counts of a checkpoint without a clock are cut to the clock that there is."""
+    without, with_clock = (fs.blocked(fs.guarded(fs.trace(0.9), max_failures=m)) for m in (None, 9))
+    params = {"w": torch.zeros(3)}
+    state = without.init(params)
+    for _ in range(5):
+        _, state = without.update({"w": torch.full((3,), torch.nan)}, state, params)
+    saved = fs.state.state_dict(state)
+    loaded = fs.state.load_state_dict(with_clock.init(params), saved, strict=False).state
+    fs.state.check(loaded)
+    fs.state.load_state_dict(with_clock.init(params), fs.state.state_dict(loaded))

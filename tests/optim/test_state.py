@@ -321,3 +321,80 @@ def test_an_error_before_anything_is_written_marks_nothing() -> None:
     before: dict[str, Tensor] = copies(params)
     run(optimizer, params, grads_of(1))
     assert moved(params, before) == params.keys()
+
+
+def test_a_write_after_a_reset_stays() -> None:
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    p = params["p5"]
+    saved = {name: torch.full_like(x, 7.0) for name, x in optimizer.state[p].items() if x.ndim}
+    del optimizer.state[p]
+    optimizer.state[p] = saved
+    p.grad = None
+    optimizer.step()
+    assert all(bool((optimizer.state[p][name] == 7.0).all()) for name in saved)
+
+
+def test_what_left_a_group_may_be_written_to_entry_by_entry() -> None:
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    p = optimizer.param_groups[0]["params"].pop(0)
+    optimizer.step()
+    before = {name: x.clone() for name, x in optimizer.state[p].items()}
+    optimizer.state[p]["rho"] = 0.5
+    name = "scale_by_adam/second"
+    optimizer.state[p][name] = before[name] + 1
+    del optimizer.state[p]["rho"]
+    assert optimizer.state[p].pop("absent", None) is None
+    assert optimizer.state[p].keys() == before.keys()
+    for entry, x in optimizer.state[p].items():
+        assert torch.equal(x, before[entry] + (1 if entry == name else 0))
+
+
+def test_what_is_shared_is_not_one_parameters_to_forget() -> None:
+    params = parameters()
+    optimizer = SHAMPOO.optimizer(params.items())
+    run(optimizer, params, grads_of(3))
+    p = params["p5"]
+    own = {name: x for name, x in optimizer.state[p].items() if not name.startswith("shared/")}
+    optimizer.state[p] = own
+    assert int(optimizer.state[p]["shared/clock/steps"]) == 3
+
+
+def test_assigning_all_is_all_or_nothing() -> None:
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    before = copies(dict(optimizer.state[params["p5"]]))
+    given = {p: dict(entries) for p, entries in optimizer.state.items()}
+    given[params["p5"]] = {n: x + 1 for n, x in given[params["p5"]].items()}
+    given[params["p0"]]["scale_by_adam/second"] = torch.zeros(9)
+    with pytest.raises(ValueError, match="of shape"):
+        optimizer.state = given
+    assert_same(dict(optimizer.state[params["p5"]]), before)
+
+
+def test_parameters_that_moved_count_as_a_step_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no tensor of the state was written to."""
+
+    def update(updates: Any, state: Any) -> Any:
+        return updates, {name: x + 1 for name, x in state.items()}
+
+    tx = fs.GradientTransformation(lambda params: {n: p * 0 for n, p in params.items()}, update)
+    params = {name: torch.ones(2) for name in "ab"}
+    state = tx.init(params)
+
+    def interrupted(targets: Any, others: Any) -> None:
+        targets[0].add_(others[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "_foreach_add_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fs.update_in_place(tx, {n: torch.ones(2) for n in params}, state, params)
+    monkeypatch.undo()
+    with pytest.raises(fs.InterruptedStepError):
+        tx.update({n: torch.ones(2) for n in params}, state, params)
+    with pytest.raises(fs.InterruptedStepError):
+        fs.state.state_dict(state)
