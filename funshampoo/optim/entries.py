@@ -28,6 +28,9 @@ class Memory(Protocol):
     def check(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Raise where `write` would."""
 
+    def assign(self, p: Tensor, entries: Mapping[str, Any]) -> None:
+        """Let these be all its entries, at the next step, or none where one does not fit."""
+
     def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Change these entries of a parameter, or none where one does not fit."""
 
@@ -115,16 +118,25 @@ class States(MutableMapping[Tensor, Any]):
             raise TypeError(
                 f"the state of a parameter is a mapping of names to values, not {entries!r}."
             )
-        given = dict(entries)  # before anything is forgotten: they may be views of it
-        self._memory.write(p, given)
-        gone = {n for n in self._memory.entries_of(p) if n not in given and not is_shared(n)}
-        if gone or not given:  # what is shared is not this parameter's to forget
-            self._memory.forget(p, gone if given else None)
+        self._memory.assign(p, dict(entries))
 
     def __delitem__(self, p: Tensor) -> None:
         if p not in self:
             raise KeyError(p)
         self._memory.forget(p)
+
+    def get(self, p: Tensor, default: Any = None) -> Any:
+        """As a dict's: the default of what has nothing."""
+        found = self[p]
+        return found if found else default
+
+    def pop(self, p: Tensor, *default: Any) -> Any:
+        """As a dict's; the parameter starts from nothing."""
+        if p not in self and default:
+            return default[0]
+        found = {name: _kept(x) for name, x in self[p].items()}
+        del self[p]
+        return found
 
     def __contains__(self, p: object) -> bool:
         return isinstance(p, Tensor) and bool(self._memory.entries_of(p))
@@ -144,6 +156,10 @@ class States(MutableMapping[Tensor, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, ({p: dict(entries) for p, entries in self.items()},)
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def is_note(name: Any) -> bool:

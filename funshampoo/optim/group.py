@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from funshampoo.core.contract import GradientTransformation, unwatched
-from funshampoo.core.interrupted import Watched, check_whole
+from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.tree import detached, problem_of_gradient
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Builder, Built, other_structure
@@ -144,7 +144,7 @@ class GroupRun:
         self._settle()
         built = self._builder.edited(self.group, self._built)
         same_chain = not other_structure(built, self._built)
-        if self.is_as(look) and same_chain:
+        if self.is_as(look) and same_chain and left.keys().isdisjoint(self.parameters()):
             return Ready(built, self._known, self._state, look)
         known, state = self._followed(built, same_chain, left)
         fresh = not self.has_state and not any([k.parameter in left for k in known])
@@ -158,7 +158,8 @@ class GroupRun:
         arrived = [left[k.parameter] for k in known if k.parameter in left]
         if not self.has_state and not arrived:
             return known, _fresh(built, known)
-        if self.has_state and same_chain and _same_parameters(known, self._known):
+        same = same_chain and not arrived and _same_parameters(known, self._known)
+        if self.has_state and same:
             return known, self._state
         return known, self._carried_over(built, known, left)
 
@@ -171,7 +172,7 @@ class GroupRun:
             for k in known:
                 from_elsewhere = left.get(k.parameter)
                 entries = mine.get(k.parameter)
-                if entries is None and from_elsewhere is not None:
+                if from_elsewhere is not None:
                     entries = from_elsewhere.entries
                     shared = shared or from_elsewhere.shared
                 _check_same_blocks(k.name, entries or {}, blocks)
@@ -253,6 +254,11 @@ class GroupRun:
                 shared["/".join(filter(None, [owner, rest]))] = x
         return {owners[name]: entries for name, entries in own.items()}, shared
 
+    def mark_interrupted(self) -> None:
+        """The step of all groups that this one was part of did not come to its end."""
+        mark(self._state)
+        self._read = None
+
     def written_to(self) -> None:
         """The state has been changed, or is about to be: the first step has to keep it."""
         self._untouched = False
@@ -284,6 +290,7 @@ class GroupRun:
 
     def _refilled(self, entries: ByParameter, shared: Mapping[str, Tensor]) -> Any:
         """A fresh state with these entries."""
+        self._built = self._builder.edited(self.group, self._built)  # a copy has none
         names = {k.parameter: k.name for k in self._known}
         flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
         return carried_over(_fresh(self._built, self._known), {**flat, **shared})

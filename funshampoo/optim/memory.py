@@ -145,6 +145,28 @@ class Memory:
         if notes:
             self.notes.setdefault(p, {}).update(notes)
 
+    def assign(self, p: Tensor, entries: Mapping[str, Any]) -> None:
+        """Let these be the entries of a parameter, from the next step on.
+
+        Nothing is written to the state as it is, of which they may be views.
+        """
+        self.check(p, entries)
+        run, known = self._run_with(p), self._chain_entries(p)
+        chain = self._of_chain(entries, known)
+        own = {name: x for name, x in chain.items() if not is_shared(name)}
+        if run is None or not chain or _are_the_same(chain, known):
+            gone = {n for n in self.entries_of(p) if n not in entries and not is_shared(n)}
+            self.write(p, entries)
+            if gone or not entries:  # what is shared is not this parameter's to forget
+                self.forget(p, gone if entries else None)
+            return
+        self.write(p, {name: x for name, x in entries.items() if name not in own})
+        notes = self.notes.get(p, {})
+        self.notes[p] = {name: x for name, x in notes.items() if name in entries}
+        shared = _parted(known)[1]
+        self._left[p] = Left({name: x.detach().clone() for name, x in own.items()}, shared)
+        self._forgotten.discard(p)
+
     @staticmethod
     def _of_chain(entries: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
         return {name: x for name, x in entries.items() if name in known or not is_note(name)}
@@ -167,6 +189,12 @@ class Memory:
         if names is None:
             self._forgotten.add(p)
 
+    def seeded(self, ready: Sequence[Ready]) -> None:
+        """Go on from these states, of which nothing is to start from nothing."""
+        self.writes += 1
+        self.adopt(ready)
+        self._forgotten.clear()
+
     def forget_all(self) -> None:
         """Let everything start from nothing, notes and counters too."""
         self.writes += 1
@@ -177,13 +205,11 @@ class Memory:
 
     def _run_with(self, p: Tensor) -> GroupRun | None:
         """The run whose state has this parameter; one that only a reader has seen comes last."""
-        for run in self.runs:
-            if run.has_state and p in run.entries()[0]:
+        if p in self._left:  # what it brings, or was assigned, counts at the next step
+            return None
+        for run in sorted(self.runs, key=lambda run: not run.has_state):
+            if p in run.entries()[0]:
                 return run
-        if p not in self._left:
-            for run in self.runs:
-                if not run.has_state and p in run.entries()[0]:
-                    return run
         return None
 
     def _chain_entries(self, p: Tensor) -> dict[str, Tensor]:
@@ -192,6 +218,14 @@ class Memory:
             entries, shared = run.entries()
             return _together(entries[p], shared)
         return _together(*self._left[p]) if p in self._left else {}
+
+
+def _are_the_same(entries: Mapping[str, Any], known: Mapping[str, Tensor]) -> bool:
+    """Whether these are the views themselves, as of a client that moved them nowhere."""
+    return entries.keys() == known.keys() and all(
+        isinstance(x, Tensor) and x.data_ptr() == known[name].data_ptr()
+        for name, x in entries.items()
+    )
 
 
 def _together(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,8 +27,9 @@ from funshampoo.optim.saved import (
     loaded_group,
     saved_group,
 )
-from funshampoo.optim.vocabulary import Vocabulary
+from funshampoo.optim.vocabulary import Vocabulary, check_rate
 from funshampoo.recipes.shampoo import shampoo
+from funshampoo.state.checkpoint import check
 from funshampoo.state.parts import PART_KEY, Part, merged
 
 
@@ -189,8 +190,18 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
         memory.prepare()
         self._whole = None
-        for run in memory.runs:
-            run.step()
+        begun = 0
+        try:
+            for run in memory.runs:
+                begun += 1
+                run.step()
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C between two groups, too
+            if begun > 1:
+                for run in memory.runs:
+                    run.mark_interrupted()
+            raise
 
     def _chains(self) -> list[GradientTransformation]:
         chains = [run.transformation for run in self._match().runs]
@@ -330,17 +341,20 @@ class Optimizer(torch.optim.Optimizer, Joining):
         if whole:
             for run in memory.runs:
                 self._label(run, found, index, Part(0, 1))
-            self._whole = [memory.writes, *[run.state() for run in memory.runs]], found
+            self._whole = self._stamp(), found
 
     def _is_whole(self) -> bool:
         """Whether what was consolidated is of the states as they are."""
         if self._whole is None:
             return False
+        now, then = self._stamp(), self._whole[0]
+        return now[0] == then[0] and len(now) == len(then) and all(map(is_, now[1:], then[1:]))
+
+    def _stamp(self) -> list[Any]:
+        """What changes with all that is saved: groups, writes, the states by identity."""
         memory = self._match()
-        states = [memory.writes, *[run.state() for run in memory.runs]]
-        return len(states) == len(self._whole[0]) and all(
-            [x is y for x, y in zip(states, self._whole[0])]
-        )
+        looks = [run.look() for run in memory.runs]
+        return [(memory.writes, looks), *[run.state() for run in memory.runs]]
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, cast: bool = False
@@ -368,9 +382,10 @@ class Optimizer(torch.optim.Optimizer, Joining):
             given = given if replaced is None else replaced
         check_fits(given, self.param_groups, strict)
         if self._accept_adamw and any(map(is_adamws, given["state"].values())):
+            rates = [_rates(saved) for saved in given["param_groups"]]
             self.seed_from_adamw(given)
-            for group, saved in zip(self.param_groups, given["param_groups"]):
-                group.update({name: saved[name] for name in ("lr", "initial_lr") if name in saved})
+            for group, found in zip(self.param_groups, rates):
+                group.update(found)
         else:
             self._load(given, strict, cast)
         self._whole = None
@@ -380,13 +395,15 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def _load(self, given: Mapping[str, Any], strict: bool, cast: bool) -> None:
         memory = self._match()
         by_name = any(isinstance(index, str) for index in given["state"])
+        found_indices = indices_of(given["param_groups"], self.param_groups)
+        indices = {id(g): found for g, found in zip(self.param_groups, found_indices)}
         ready: list[Ready] = []
         groups: list[dict[str, Any]] = []
         notes: dict[Tensor, dict[str, Any]] = {}
         for run, group, saved in zip(memory.runs, self.param_groups, given["param_groups"]):
             groups.append(loaded_group(saved, group))
             entries = {}
-            for p, index in zip(group["params"], indices_of(saved, group)):
+            for p, index in zip(group["params"], indices[id(group)]):
                 if index in given["state"] or not by_name:
                     entries[p] = given["state"].get(index, {})
                     check_ours(entries[p])
@@ -419,7 +436,9 @@ class Optimizer(torch.optim.Optimizer, Joining):
             # Two groups may use the same name: only this one's are its own.
             own = [n if i == j else f"group {j}/{n}" for j, g in enumerate(names) for n in g]
             ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
-        memory.adopt(ready)
+        for one in ready:
+            check(one.state)
+        memory.seeded(ready)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Built chains are left out: they are made anew."""
@@ -434,6 +453,14 @@ class Optimizer(torch.optim.Optimizer, Joining):
             "_whole": None,
             "_words": self._words,
         }
+
+
+def _rates(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler has written to a group."""
+    found = {name: copy.deepcopy(saved[name]) for name in ("lr", "initial_lr") if name in saved}
+    for rate in found.values():
+        check_rate(rate)
+    return found
 
 
 def _check_names(saved: Mapping[str, Any], ours: Sequence[str]) -> None:

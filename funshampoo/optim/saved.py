@@ -45,7 +45,13 @@ def check_fits(given: Any, groups: Sequence[Mapping[str, Any]], strict: bool) ->
     Raises:
         ValueError: it has not.
     """
-    if not {"state", "param_groups"} <= given.keys():
+    if not (
+        {"state", "param_groups"} <= given.keys()
+        and isinstance(given["state"], Mapping)
+        and isinstance(given["param_groups"], (list, tuple))
+        and all(isinstance(g, Mapping) and "params" in g for g in given["param_groups"])
+        and all(isinstance(entries, Mapping) for entries in given["state"].values())
+    ):
         raise ValueError("this is no state_dict of an optimizer: see funshampoo.state for one.")
     saved: list[list[Any]] = [group["params"] for group in given["param_groups"]]
     ours = [len(group["params"]) for group in groups]
@@ -63,32 +69,43 @@ def check_fits(given: Any, groups: Sequence[Mapping[str, Any]], strict: bool) ->
         )
 
 
-def indices_of(saved: Mapping[str, Any], group: Mapping[str, Any]) -> list[Any]:
-    """The key in the checkpoint of every parameter of the group: by name where both have names.
+def indices_of(
+    saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> list[list[Any]]:
+    """The key in the checkpoint of every parameter of every group: by name where both have names.
 
     Raises:
         ValueError: the names differ, and a name stands for another parameter there.
     """
-    theirs, ours = saved.get("param_names"), group.get("param_names")
-    indices: list[Any] = list(saved["params"])
-    if not theirs or not ours or list(theirs) == list(ours):
-        return indices
-    if set(theirs) == set(ours):
-        place = dict(zip(theirs, indices))
-        return [place[name] for name in ours]
-    for i, name in enumerate(theirs):
-        if name in ours and ours[i] != name:
+    theirs, ours = [_names_of(x) for x in saved], [_names_of(x) for x in groups]
+    by_order = [list(group["params"]) for group in saved]
+    if None in theirs or None in ours or theirs == ours:
+        return by_order
+    place: dict[str, Any] = {}
+    for names, indices in zip(theirs, by_order):
+        place |= zip(names or (), indices)
+    own = [name for names in ours for name in names or ()]
+    if len(place) == len(own) and place.keys() == set(own):
+        return [[place[name] for name in names or ()] for names in ours]
+    there = [name for names in theirs for name in names or ()]
+    for i, (name, here) in enumerate(zip(there, own)):
+        if name in own and here != name:
             raise ValueError(
-                f"the checkpoint's parameter {i} is '{name}', the optimizer's is '{ours[i]}', and "
+                f"the checkpoint's parameter {i} is '{name}', the optimizer's is '{here}', and "
                 f"'{name}' is another one here: give both the same parameters, or leave out the "
                 "names to go by order."
             )
-    warnings.warn(
-        f"the checkpoint's parameters have other names ('{theirs[0]}', ...) than this optimizer's "
-        f"('{ours[0]}', ...): they are loaded by order.",
-        stacklevel=4,
-    )
-    return indices
+    if not place.keys() & set(own):
+        warnings.warn(
+            f"the checkpoint's parameters have other names ('{there[0]}', ...) than this "
+            f"optimizer's ('{own[0]}', ...): they are loaded by order.",
+            stacklevel=4,
+        )
+    return by_order
+
+
+def _names_of(group: Mapping[str, Any]) -> list[str] | None:
+    return list(group["param_names"]) if group.get("param_names") else None
 
 
 def is_adamws(entries: Mapping[str, Any]) -> bool:

@@ -212,7 +212,7 @@ class Vocabulary:
             TypeError: one is missing, or lr is no number.
             ValueError: betas is no pair; lr is a tensor of several numbers.
         """
-        _check_rate(group.get("lr"))
+        check_rate(group.get("lr"))
         values = {n: copied(group[n]) for n in (*self._names, *self.extras) if n in group}
         if self._paired and "betas" in values:
             betas = values.pop("betas")
@@ -271,7 +271,8 @@ class Vocabulary:
         return "a transformation" if self.fixed else getattr(self.method, "__name__", "the method")
 
 
-def _check_rate(lr: Any) -> None:
+def check_rate(lr: Any) -> None:
+    """Raise TypeError or ValueError for an lr that is no single number."""
     if callable(lr) and not isinstance(lr, Tensor):
         raise TypeError(
             "lr is a function; the wrapper takes numbers. Use a scheduler of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -422,3 +423,49 @@ def test_what_loads_without_strict_can_be_saved_and_loaded() -> None:
     loaded = fs.state.load_state_dict(with_clock.init(params), saved, strict=False).state
     fs.state.check(loaded)
     fs.state.load_state_dict(with_clock.init(params), fs.state.state_dict(loaded))
+
+
+def test_by_name_over_groups() -> None:
+    """A parameter that stands in another group here has its own state all the same."""
+    params, grads = parameters(), grads_of(3)
+    names = list(params)
+    parts = [names[:3], names[3:]]
+    optimizer = ADAMW.optimizer([{"params": [(n, params[n]) for n in part]} for part in parts])
+    run(optimizer, params, grads)
+    saved = through_a_file(optimizer.state_dict())
+    other = ADAMW.optimizer([{"params": [(n, params[n]) for n in part]} for part in parts[::-1]])
+    other.load_state_dict(saved)
+    for p in params.values():
+        assert_same(dict(other.state[p]), dict(optimizer.state[p]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: s["state"].update({0: None}),
+        lambda s: s.update(param_groups=None),
+        lambda s: s["param_groups"][0].pop("params"),
+        lambda s: s.update(state=[]),
+    ],
+)
+def test_what_is_no_state_dict_says_so(damage: Damage) -> None:
+    saved, params = saved_by(True)
+    damage(saved)
+    with pytest.raises(ValueError, match="no state_dict of an optimizer"):
+        SHAMPOO.optimizer(params.items()).load_state_dict(saved)
+
+
+def test_a_consolidated_state_is_of_the_groups_as_they_are() -> None:
+    params = [Parameter(torch.full((2,), float(i))) for i in range(2)]
+    optimizer = fs.Optimizer(
+        [{"params": params[:1]}, {"params": params[1:]}], fs.adamw, consolidate=True
+    )
+    for i, p in enumerate(params):
+        p.grad = torch.full((2,), i + 1.0)
+    optimizer.step()
+    optimizer.state_dict()
+    first, second = optimizer.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    seconds = [float(optimizer.state[p]["scale_by_adam/second"][0]) for p in params]
+    assert seconds[0] < seconds[1]

@@ -398,3 +398,115 @@ def test_parameters_that_moved_count_as_a_step_begun(monkeypatch: pytest.MonkeyP
         tx.update({n: torch.ones(2) for n in params}, state, params)
     with pytest.raises(fs.InterruptedStepError):
         fs.state.state_dict(state)
+
+
+def moments(optimizer: fs.Optimizer, p: Tensor) -> Tensor:
+    found: Tensor = optimizer.state[p]["scale_by_adam/second"]
+    return found.clone()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_entries_may_be_swapped(whole: bool) -> None:
+    """What is assigned are views of what is replaced."""
+    params = {name: torch.nn.Parameter(torch.ones(3)) for name in "ab"}
+    optimizer = fs.Optimizer(params.items(), fs.adamw, lr=0.1)
+    for name, p in params.items():
+        p.grad = torch.full((3,), 1.0 if name == "a" else 5.0)
+    optimizer.step()
+    a, b = params.values()
+    first, second = moments(optimizer, a), moments(optimizer, b)
+    if whole:
+        optimizer.state = {a: optimizer.state[b], b: optimizer.state[a]}
+    else:
+        optimizer.state[a], optimizer.state[b] = optimizer.state[b], optimizer.state[a]
+    for _ in range(2):  # as it is, and after a save
+        assert torch.equal(moments(optimizer, a), second)
+        assert torch.equal(moments(optimizer, b), first)
+        optimizer.state_dict()
+    a.grad = b.grad = None
+    optimizer.step()
+    assert torch.equal(moments(optimizer, a), second)
+
+
+def test_a_write_to_a_new_group_leaves_what_the_others_bring() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    optimizer = fs.Optimizer([{"params": params[:2]}, {"params": params[2:]}], fs.adamw, lr=0.1)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    p, q = optimizer.param_groups[0]["params"].pop(0), torch.nn.Parameter(torch.ones(3))
+    q.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [q, p]})
+    optimizer.state[q]["scale_by_adam/second"] = torch.ones(3)
+    optimizer.step()
+    weight = optimizer.state[p]["scale_by_adam/second_weight"]
+    assert abs(float(weight) - (1 - 0.999**2)) < 1e-6  # of two steps
+    optimizer.param_groups.pop()
+    assert torch.equal(optimizer.state[p]["scale_by_adam/second_weight"], weight)
+
+
+def test_a_copy_with_a_reset_goes_on() -> None:
+    params = parameters()
+    optimizer = SHAMPOO.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    del optimizer.state[params["p5"]]
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert other.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+    other = copy.deepcopy(optimizer)
+    p = other.param_groups[0]["params"][1]
+    del other.state[p][next(n for n in other.state[p] if n.endswith("average"))]
+    other.step()
+
+
+def test_what_is_not_there_is_not_there() -> None:
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads_of(1))
+    stranger = torch.zeros(1)
+    assert optimizer.state.get(stranger) is None
+    assert optimizer.state.get(stranger, 3) == 3
+    assert optimizer.state.pop(stranger, None) is None
+    with pytest.raises(KeyError):
+        optimizer.state.pop(stranger)
+    popped = optimizer.state.pop(params["p5"])
+    assert popped["scale_by_adam/second"].any()
+    assert optimizer.state.pop(params["p5"], None) is None
+
+
+def test_an_interruption_between_two_groups_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    parts = [dict(list(params.items())[i::2]) for i in range(2)]
+    optimizer = fs.Optimizer([{"params": part.items()} for part in parts], fs.adamw, lr=0.1)
+    run(optimizer, params, grads_of(1))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    second = optimizer._memory.runs[1]
+    monkeypatch.setattr(second, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(optimizer, params, grads_of(1))
+    monkeypatch.undo()
+    for use in (optimizer.step, optimizer.state_dict, lambda: optimizer.state[params["p5"]]):
+        with pytest.raises(fs.InterruptedStepError):
+            use()
+
+
+def test_seeded_moments_are_there_after_a_reset() -> None:
+    params = {n: p for n, p in parameters().items() if p.ndim}
+    adamw = torch.optim.AdamW(params.values())
+    grads = [{n: g[n] for n in params} for g in grads_of(2)]
+    run(adamw, params, grads)
+    optimizer = ADAMW.optimizer(params.items(), accept_adamw=True)
+    run(optimizer, params, grads)
+    optimizer.state.clear()
+    optimizer.seed_from_adamw(adamw.state_dict())
+    assert len(optimizer.state) == len(params)
+    bad = copy.deepcopy(adamw.state_dict())
+    bad["state"][0]["exp_avg_sq"] -= 5.0
+    with pytest.raises(ValueError, match="negative"):
+        optimizer.load_state_dict(bad)
+    bad = copy.deepcopy(adamw.state_dict())
+    bad["param_groups"][0]["lr"] = "x"
+    with pytest.raises(TypeError, match="lr is 'x'"):
+        optimizer.load_state_dict(bad)
