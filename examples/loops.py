@@ -31,7 +31,14 @@ RECIPES: dict[str, Recipe] = {
     "shampoo": funshampoo.shampoo,
     "adamw": funshampoo.adamw,
     "sgd": partial(funshampoo.sgd, momentum=0.9, nesterov=True),
+    "soap": funshampoo.soap,
+    "muon": funshampoo.muon,
+    "normuon": funshampoo.normuon,
+    "lion": funshampoo.lion,
+    "sign_descent": funshampoo.sign_descent,
+    "spectral_descent": funshampoo.spectral_descent,
 }
+DEFAULT = ("shampoo", "adamw", "sgd")
 
 
 class Loop(NamedTuple):

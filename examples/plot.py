@@ -14,7 +14,17 @@ from report import TITLES, Results, goal_of
 from runs import Summary, best
 from tasks import Task
 
-COLORS = {"shampoo": "#d55e00", "adamw": "#0072b2", "sgd": "#009e73"}  # told apart by everybody
+COLORS = {  # of Okabe and Ito, told apart by everybody, and grey
+    "shampoo": "#d55e00",
+    "adamw": "#0072b2",
+    "sgd": "#009e73",
+    "soap": "#cc79a7",
+    "muon": "#e69f00",
+    "normuon": "#56b4e9",
+    "lion": "#f0e442",
+    "sign_descent": "#000000",
+    "spectral_descent": "#999999",
+}
 
 
 def save(task: Task, results: Results, path: Path) -> None:

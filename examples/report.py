@@ -16,7 +16,17 @@ from tasks import Task
 
 Results: TypeAlias = Mapping[str, Sequence[Summary]]
 
-TITLES = {"shampoo": "Shampoo", "adamw": "AdamW", "sgd": "Nesterov SGD"}
+TITLES = {
+    "shampoo": "Shampoo",
+    "adamw": "AdamW",
+    "sgd": "Nesterov SGD",
+    "soap": "SOAP",
+    "muon": "Muon",
+    "normuon": "NorMuon",
+    "lion": "Lion",
+    "sign_descent": "Sign descent",
+    "spectral_descent": "Spectral descent",
+}
 
 
 def goal_of(task: Task) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import plot
 import report
-from loops import LOOPS, RECIPES, join_ranks, leave_ranks, loss_of, share_of
+from loops import DEFAULT, LOOPS, RECIPES, join_ranks, leave_ranks, loss_of, share_of
 from runs import Point, Run, summarize
 from tasks import TASKS, Examples, Task
 
@@ -76,7 +76,7 @@ def compare(task: Task, optimizers: Sequence[str], loop: str, quiet: bool) -> li
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Compare Shampoo, AdamW and Nesterov SGD, each at its own best learning rate.",
+        description="Compare optimizers, each at its own best learning rate.",
         epilog="What is not given is the task's own choice: about two minutes on two CPU cores. "
         "Under torchrun each process trains on its share of every batch, and Shampoo's blocks are "
         "shared out.",
@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="training steps of each run")
     parser.add_argument("--seeds", type=positive, help="how many seeds, from 0")
     parser.add_argument("--learning-rates", type=float, nargs="+", metavar="RATE")
-    parser.add_argument("--optimizers", choices=RECIPES, nargs="+", default=list(RECIPES))
+    parser.add_argument("--optimizers", choices=RECIPES, nargs="+", default=list(DEFAULT))
     parser.add_argument(
         "--loop",
         choices=LOOPS,
