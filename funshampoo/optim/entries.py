@@ -25,6 +25,9 @@ class Memory(Protocol):
     def remembered(self) -> list[Tensor]:
         """The parameters of which something is remembered."""
 
+    def remembers(self) -> bool:
+        """Whether there is one."""
+
     def check(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Raise where `write` would."""
 
@@ -146,6 +149,9 @@ class States(MutableMapping[Tensor, Any]):
 
     def __len__(self) -> int:
         return len(self._memory.remembered())
+
+    def __bool__(self) -> bool:
+        return self._memory.remembers()
 
     def clear(self) -> None:
         """Let everything start from nothing."""

@@ -101,8 +101,15 @@ class Memory:
 
     def remembered(self) -> list[Tensor]:
         """The parameters of which something is remembered, in the order of the groups."""
+        return [p for p in self._known() if self.entries_of(p)]
+
+    def remembers(self) -> bool:
+        """Whether there is one."""
+        return any(self.entries_of(p) for p in self._known())
+
+    def _known(self) -> list[Tensor]:
         found = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
-        return [p for p in dict.fromkeys([*found, *self._left, *self.notes]) if self.entries_of(p)]
+        return list(dict.fromkeys([*found, *self._left, *self.notes]))
 
     def check(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Raise where `write` would.
@@ -207,9 +214,10 @@ class Memory:
         """The run whose state has this parameter; one that only a reader has seen comes last."""
         if p in self._left:  # what it brings, or was assigned, counts at the next step
             return None
-        for run in sorted(self.runs, key=lambda run: not run.has_state):
-            if p in run.entries()[0]:
-                return run
+        for stepped in (True, False):
+            for run in self.runs:
+                if run.has_state is stepped and p in run.entries()[0]:
+                    return run
         return None
 
     def _chain_entries(self, p: Tensor) -> dict[str, Tensor]:

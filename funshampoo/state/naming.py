@@ -62,10 +62,7 @@ def named(state: Any) -> list[Named]:
         path, kind = path_of(place), kind_of(place.kind, place.field)
         for owner, rest, part in names.parts(place, x):
             if (owner, rest) in found:
-                raise ValueError(
-                    f"two tensors of the state would be saved as '{owner}/{rest}': give the two "
-                    "stages different names, as in chain(('slow', trace(0.9)), ...)."
-                )
+                raise _two_of(owner, rest)
             found[owner, rest] = Named(owner, rest, path, kind, part)
         return x
 
@@ -79,7 +76,26 @@ def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
     Raises:
         ValueError: two of them have one name.
     """
-    return [(entry.owner, entry.rest, entry.x) for entry in named(state)]
+    found: dict[tuple[str, str], Tensor] = {}
+    names = Names()
+
+    def collect(place: Place, x: Tensor) -> Tensor:
+        parts = names.parts(place, x)
+        before = len(found)
+        found.update([((owner, rest), part) for owner, rest, part in parts])
+        if len(found) < before + len(parts):
+            named(state)  # says which
+        return x
+
+    map_tensors(collect, state)
+    return [(owner, rest, x) for (owner, rest), x in found.items()]
+
+
+def _two_of(owner: str, rest: str) -> ValueError:
+    return ValueError(
+        f"two tensors of the state would be saved as '{owner}/{rest}': give the two stages "
+        "different names, as in chain(('slow', trace(0.9)), ...)."
+    )
 
 
 def path_of(place: Place) -> str:

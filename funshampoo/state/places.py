@@ -156,12 +156,14 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
             ]
         )
     scope = _entered(scope, node)
-    return type(node)(
-        *[
-            _map(function, _inside(scope, node, name), tuple([getattr(n, name) for n in nodes]))
-            for name in fields
-        ]
-    )
+    static = _STATIC if isinstance(node, (BlockedState, ShardedState)) else ()
+
+    def inside(name: str) -> Any:
+        if name in static:
+            return getattr(node, name)
+        return _map(function, _inside(scope, node, name), tuple([getattr(n, name) for n in nodes]))
+
+    return type(node)(*[inside(name) for name in fields])
 
 
 def _is_of_parameters(scope: _Scope, node: Any) -> bool:
@@ -185,6 +187,7 @@ def _entered(scope: _Scope, node: Any) -> _Scope:
     return scope
 
 
+_STATIC = ("layout", "owned", "ranks")  # keys that say what is where, without tensors
 _KEYED_BY_NAME = ("inner", "direction", "onto", "hyperparams")
 
 
