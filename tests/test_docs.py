@@ -84,6 +84,7 @@ def rows_of(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(x, x[:2] - 1) for x in xs]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the trainers, on their own account
 def test_the_clients_of_the_guide_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block is run, and what it defines is used for a short training."""

@@ -235,6 +235,7 @@ def accelerated(rank: int, folder: str, ts: range, load: bool) -> Any:
     return type(prepared).__name__, weights(prepared)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate_on_two_ranks(ranks: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason=MISSING)
@@ -289,6 +290,7 @@ def with_lightning(rank: int, folder: str, until: int, checkpoint: str | None) -
     return weights(module.network)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_on_two_ranks(ranks: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason=MISSING)

@@ -171,6 +171,7 @@ def a_trainer(path: Path, steps: int, optimizer: tuple[Any, dict[str, Any]]) -> 
 SHAMPOO_OF_TRAINER = fs.Shampoo, {"every": 3, "momentum": 0.5, "lr": 0.02}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers, on its own account
 def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
     whole = a_trainer(tmp_path / "whole", 10, SHAMPOO_OF_TRAINER)
@@ -184,6 +185,7 @@ def test_the_trainer_of_transformers_resumes(tmp_path: Path) -> None:
     assert all(not torch.equal(p, start[n]) for n, p in whole.model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_goes_on_from_a_checkpoint_of_adamw(tmp_path: Path) -> None:
     adamw = torch.optim.AdamW, {"lr": 0.02}
