@@ -378,7 +378,7 @@ class TestWrapper:
         for optimizer in both:
             saved = optimizer.state_dict()
             saved["param_groups"][0]["lr"] = 5.0
-            saved["state"][0]["unknown"] = torch.ones(1)
+            saved["state"][0]["a/unknown"] = torch.ones(1)
             with pytest.raises(ValueError, match="unknown"):
                 optimizer.load_state_dict(saved)
             group = optimizer.param_groups[0]
