@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from funshampoo.core.contract import GradientTransformation, unwatched
 from funshampoo.core.interrupted import Watched, check_whole, mark
@@ -29,6 +29,7 @@ from funshampoo.state.parts import PART_KEY, part_of
 from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState, walk
 
+_LAZY = UninitializedParameter  # which has no shape
 ByParameter = dict[Tensor, dict[str, Tensor]]  # without what is shared
 Look = tuple[Any, ...]
 
@@ -119,7 +120,7 @@ class GroupRun:
         """What decides which parameters have a state, quickly."""
         names = self.group.get("param_names")
         seen = [
-            (id(p), p.requires_grad, p.device, p.dtype, None if is_lazy(p) else p.shape)
+            (id(p), p.requires_grad, p.device, p.dtype, None if type(p) is _LAZY else p.shape)
             for p in self.group["params"]
         ]
         return seen, None if names is None else list(names)
@@ -144,7 +145,7 @@ class GroupRun:
         self._settle()
         built = self._builder.edited(self.group, self._built)
         same_chain = not other_structure(built, self._built)
-        if self.is_as(look) and same_chain and left.keys().isdisjoint(self.parameters()):
+        if self.is_as(look) and same_chain and not (left and left.keys() & set(self.parameters())):
             return Ready(built, self._known, self._state, look)
         known, state = self._followed(built, same_chain, left)
         fresh = not self.has_state and not any([k.parameter in left for k in known])
