@@ -58,7 +58,19 @@ def check_whole(state: Any) -> None:
         InterruptedStepError: one was.
     """
     if not torch.compiler.is_dynamo_compiling():
-        _check(_tensors(state))
+        _check(_first(state))
+
+
+def _first(node: Any) -> list[Tensor]:
+    """The first of `_tensors`, without a look at the others; [] where there is none."""
+    if isinstance(node, Tensor):
+        return [node]
+    children = node.values() if isinstance(node, dict) else node
+    if isinstance(node, (dict, tuple, list)):
+        for child in children:
+            if found := _first(child):
+                return found
+    return []
 
 
 def _check(tensors: list[Tensor]) -> None:
