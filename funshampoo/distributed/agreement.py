@@ -30,6 +30,7 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into, gathered_objects
 from funshampoo.distributed.described import Line, described
 from funshampoo.distributed.shards import Shards
+from funshampoo.state.parts import sum_of_bits
 
 _REMEDY = (
     "Give all of them the same parameters in the same order, as DistributedDataParallel has them, "
@@ -86,12 +87,7 @@ def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
 
     Waits for the device.
     """
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-    def total(x: Tensor) -> Tensor:
-        return x.detach().view(integers[x.element_size()]).sum(dtype=torch.int64)
-
-    found = [total(x) for x in leaves if x is not None]
+    found = [sum_of_bits(x) for x in leaves if x is not None]
     numbers = iter(torch.stack(found).tolist() if found else [])
     return [-1 if x is None else next(numbers) for x in leaves]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.distributed.collectives import ProcessGroup, rank_and_size
+from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 
 
 def sharing_groups(transformation: GradientTransformation | None) -> list[ProcessGroup | None]:
@@ -30,13 +30,9 @@ def gathered(
 
     A collective, where there are several ranks: all of them have to call it.
     """
-    found: dict[str, Any] = (
-        on_the_host(dict(mine)) if sharing_groups(transformation) else dict(mine)
-    )
+    found = dict(mine)
     for group in sharing_groups(transformation):
-        parts: list[Any] = [None] * rank_and_size(group)[1]
-        dist.all_gather_object(parts, found, group=group)
-        for part in parts:
+        for part in gathered_objects(on_the_host(found), group):
             found = {**part, **found}
     return found
 
@@ -50,10 +46,9 @@ def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any
     """
     rank, size = rank_and_size(group)
     mine = on_the_host(mine)
-    parts: list[Any] = [None] * size
     if to is None:
-        dist.all_gather_object(parts, mine, group=group)
-        return parts
+        return gathered_objects(mine, group)
+    parts: list[Any] = [None] * size
     target = to if group is None else dist.get_global_rank(group, to)
     dist.gather_object(mine, parts if rank == to else None, dst=target, group=group)
     return parts if rank == to else None

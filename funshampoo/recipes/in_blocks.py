@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from funshampoo.blocks.blocking import blocked
 from funshampoo.blocks.layout import Merge
@@ -64,7 +64,7 @@ def in_blocks(
         block_chain, max_failures=max_failures, every=every, spike_factor=spike_factor
     )
     if distribute is not None:
-        protected = _distributed(protected, distribute, every, max_failures)
+        protected = distributed(protected, distribute, every=every, max_failures=max_failures)
     blocks = blocked(
         protected,
         max_size,
@@ -76,13 +76,17 @@ def in_blocks(
     return chain(*decays, blocks) if coupled else chain(blocks)
 
 
-def _distributed(
-    inner: GradientTransformation, distribute: Distribute, every: int, max_failures: int | None
+def distributed(
+    inner: GradientTransformation, distribute: Distribute, **given: Any
 ) -> GradientTransformation:
+    """What `distribute` makes of it, with these options but for those of its own.
+
+    Raises:
+        TypeError: distribute is no function.
+    """
     if not callable(distribute):
         raise TypeError(
             f"distribute is {distribute!r}; give funshampoo.sharded, or a partial of it."
         )
     own = getattr(distribute, "keywords", {})  # those of a functools.partial come first
-    given = {"every": every, "max_failures": max_failures}
     return distribute(inner, **{k: v for k, v in given.items() if k not in own})

@@ -10,7 +10,7 @@ from funshampoo.combinators.masks import Mask, partition
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.diagonal import adamw, is_zero
-from funshampoo.recipes.in_blocks import Distribute
+from funshampoo.recipes.in_blocks import Distribute, distributed
 from funshampoo.transforms import add_decayed_weights
 
 MATRICES, OTHERS = "matrices", "others"
@@ -40,14 +40,7 @@ def routed(
     """
     protected = guarded(method, max_failures=max_failures)
     if distribute is not None:
-        if not callable(distribute):
-            raise TypeError(
-                f"distribute is {distribute!r}; give funshampoo.sharded, or a partial of it."
-            )
-        own = getattr(distribute, "keywords", {})
-        protected = distribute(
-            protected, **({} if "max_failures" in own else {"max_failures": max_failures})
-        )
+        protected = distributed(protected, distribute, max_failures=max_failures)
     if others is None:
         others = guarded(adamw(learning_rate), max_failures=max_failures)
     inside = blocked(protected, None, merge="none", with_params=True)

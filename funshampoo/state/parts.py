@@ -58,6 +58,13 @@ def part_of(state: Any) -> Part:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def sum_of_bits(x: Tensor) -> Tensor:
+    """() int64: the sum of its elements' bits read as integers, exact in any order."""
+    plain = torch.view_as_real(x) if x.is_complex() else x
+    local = plain.to_local() if hasattr(plain, "to_local") else plain  # of a DTensor
+    return local.detach().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64)
+
+
 def bits_of(tensors: Iterable[Tensor]) -> int:
     """The sum of all elements' bits read as integers, modulo 2^64, in whatever order.
 
@@ -65,12 +72,8 @@ def bits_of(tensors: Iterable[Tensor]) -> int:
     """
     sums: dict[torch.device, list[Tensor]] = {}
     for x in tensors:
-        if x.is_meta:
-            continue
-        plain = torch.view_as_real(x) if x.is_complex() else x
-        local = plain.to_local() if hasattr(plain, "to_local") else plain  # of a DTensor
-        whole = local.detach().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64)
-        sums.setdefault(whole.device, []).append(whole)
+        if not x.is_meta:
+            sums.setdefault(x.device, []).append(sum_of_bits(x))
     total = sum(int(torch.stack(found).sum()) for found in sums.values())
     return (total + 2**63) % 2**64 - 2**63
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from funshampoo.state.checkpoint import load_state_dict, state_dict
+from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, load_state_dict
+from funshampoo.state.naming import named
 from funshampoo.state.parts import PART_KEY, part_of
+from funshampoo.state.stages import check_is_state
 
 
 class Checkpoint:
@@ -42,10 +45,12 @@ class Checkpoint:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{dtype: {name: copy}}; nothing that is written there reaches the state."""
+        check_is_state(self.state)
         found: dict[str, dict[str, Tensor]] = {}
-        for name, x in state_dict(self.state).items():
-            if name != PART_KEY:  # dcp knows who saved what
-                found.setdefault(_name_of(x), {})[name] = x.detach().clone()
+        version = torch.tensor(FORMAT, device="cpu")
+        entries = [(FORMAT_KEY, version), *[(entry.name, entry.x) for entry in named(self.state)]]
+        for name, x in entries:  # no part: dcp knows who saved what
+            found.setdefault(_name_of(x), {})[name] = x.detach().clone()
         return found
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
