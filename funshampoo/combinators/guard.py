@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from funshampoo.combinators.failures import (
-    FailureLimitError,
     failing_blocks,
     failure_limit_error,
     failure_report,
     limit_reached,
 )
 from funshampoo.combinators.spikes import no_spikes_yet
-from funshampoo.combinators.verdicts import surely_usable, verdicts_on, with_spikes
+from funshampoo.combinators.verdicts import verdicts_on, with_spikes
 from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
@@ -31,16 +30,6 @@ from funshampoo.operators.columns import Column, add, multiply, product_in
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import GuardedState
-
-__all__ = [
-    "FailureLimitError",
-    "failing_blocks",
-    "failure_limit_error",
-    "failure_report",
-    "guarded",
-    "limit_reached",
-    "surely_usable",
-]
 
 
 def guarded(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Put
-from funshampoo.combinators.guard import failure_report
+from funshampoo.combinators.failures import failure_report
 from funshampoo.distributed.agreement import disagreement
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.described import Line

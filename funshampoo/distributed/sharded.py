@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funshampoo.blocks.executor import Leaves, Put
 from funshampoo.blocks.layout import Layout
-from funshampoo.combinators.guard import (
+from funshampoo.combinators.failures import (
     failing_blocks,
     failure_limit_error,
     failure_report,
