@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from funshampoo.core.checks import check_flag
 from funshampoo.core.contract import GradientTransformation, unwatched
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.tree import detached, problem_of_gradient
@@ -143,6 +144,7 @@ class GroupRun:
             ValueError: what was edited changes the blocks. The state stays as it was.
         """
         self._settle()
+        check_flag("maximize", self.group.get("maximize", False))
         built = self._builder.edited(self.group, self._built)
         same_chain = not other_structure(built, self._built)
         if self.is_as(look) and same_chain and not (left and left.keys() & set(self.parameters())):

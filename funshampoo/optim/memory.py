@@ -117,8 +117,8 @@ class Memory:
         Raises:
             KeyError, TypeError, ValueError: an entry of the chain's that does not fit.
         """
-        run = self._run_with(p)
-        known = self._chain_entries(p) if run is not None else {}
+        run = self._run_with(p, despite_left=True)
+        known = {} if run is None else _of_run(run, p)
         for name, x in self._of_chain(entries, known).items():
             if run is not None:
                 check_entry(name, x, known)
@@ -210,9 +210,12 @@ class Memory:
             self._forgotten.update(run.group["params"])
         self._left, self.notes = {}, {}
 
-    def _run_with(self, p: Tensor) -> GroupRun | None:
-        """The run whose state has this parameter; one that only a reader has seen comes last."""
-        if p in self._left:  # what it brings, or was assigned, counts at the next step
+    def _run_with(self, p: Tensor, despite_left: bool = False) -> GroupRun | None:
+        """The run whose state has this parameter; one that only a reader has seen comes last.
+
+        None where it brings something, or was assigned something, that counts at the next step.
+        """
+        if p in self._left and not despite_left:
             return None
         for stepped in (True, False):
             for run in self.runs:
@@ -223,9 +226,13 @@ class Memory:
     def _chain_entries(self, p: Tensor) -> dict[str, Tensor]:
         run = self._run_with(p)
         if run is not None:
-            entries, shared = run.entries()
-            return _together(entries[p], shared)
+            return _of_run(run, p)
         return _together(*self._left[p]) if p in self._left else {}
+
+
+def _of_run(run: GroupRun, p: Tensor) -> dict[str, Tensor]:
+    entries, shared = run.entries()
+    return _together(entries[p], shared)
 
 
 def _are_the_same(entries: Mapping[str, Any], known: Mapping[str, Tensor]) -> bool:

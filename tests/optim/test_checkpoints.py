@@ -469,3 +469,14 @@ def test_a_consolidated_state_is_of_the_groups_as_they_are() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     seconds = [float(optimizer.state[p]["scale_by_adam/second"][0]) for p in params]
     assert seconds[0] < seconds[1]
+
+
+def test_a_load_that_fails_leaves_the_names() -> None:
+    saved, params = saved_by(True)
+    optimizer = SHAMPOO.optimizer(params.values())
+    run(optimizer, params, grads_of(2))
+    first_entry(saved, "ema/average")[0]["a/b"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="unknown to the state"):
+        optimizer.load_state_dict(saved)
+    run(optimizer, params, grads_of(1))
+    assert set(optimizer.chain_states()[0]["blocked"].layout) == {f"param_{i}" for i in range(6)}

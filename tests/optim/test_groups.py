@@ -407,3 +407,14 @@ def test_a_group_edited_to_another_method_follows() -> None:
     rated = [fs.chain(m, fs.scale_by_learning_rate(0.1)) for m in (slow, fast)]
     txs = 3 * rated[:1] + 3 * rated[1:]
     assert_same(params, functional(list(zip(txs, grads)), parameters())[0])
+
+
+def test_maximize_is_a_bool() -> None:
+    """As text, "no" would ascend."""
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    optimizer.param_groups[0]["maximize"] = "no"
+    before = copies(params)
+    with pytest.raises(TypeError, match="maximize is 'no'"):
+        run(optimizer, params, grads_of(1))
+    assert not moved(params, before)

@@ -445,6 +445,23 @@ def test_a_write_to_a_new_group_leaves_what_the_others_bring() -> None:
     assert torch.equal(optimizer.state[p]["scale_by_adam/second_weight"], weight)
 
 
+def test_what_was_assigned_is_checked_like_what_is_there() -> None:
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    p, name = params["p5"], "scale_by_adam/second"
+    optimizer.state[p] = {n: x + 1 for n, x in optimizer.state[p].items() if x.ndim}
+    for wrong, error in (
+        ({name: torch.zeros(9)}, ValueError),
+        ({"scale_by_adam/secnd": optimizer.state[p][name]}, KeyError),
+    ):
+        with pytest.raises(error):
+            optimizer.state[p].update(wrong)
+        with pytest.raises(error):
+            optimizer.state[p] = wrong
+    run(optimizer, params, grads_of(1))
+
+
 def test_a_copy_with_a_reset_goes_on() -> None:
     params = parameters()
     optimizer = SHAMPOO.optimizer(params.items())
