@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -67,3 +69,28 @@ def test_of_a_users_function_only_the_name_is_told() -> None:
     assert described(fs.chain(stage(0), fs.trace(0.9))) == described(
         fs.chain(stage(1), fs.trace(0.9))
     )
+
+
+def nested(x: float, rank: int) -> float:
+    return x * (1 + 0 * rank)
+
+
+def test_what_a_users_partial_or_dataclass_holds_is_not_told() -> None:
+    """Nor does a function without a module stop anybody."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Solver:
+        rank: int
+
+        def __call__(self, A: Any, p: float, epsilon: Any) -> Any:
+            return fs.linalg.eigh()(A, p, epsilon)
+
+    def of(rank: int) -> Any:
+        rate = functools.partial(nested, rank=rank)
+        return described(fs.shampoo(rate, solver=Solver(rank)))
+
+    assert of(0) == of(1)
+    made: dict[str, Any] = {}
+    exec("def rate(count): return 0.1", made)
+    made["rate"].__module__ = None
+    assert described(fs.scale_by_learning_rate(made["rate"]))

@@ -48,11 +48,13 @@ def loss(model: Any, x: Tensor) -> Tensor:
 OPTIONS: dict[str, Any] = {"lr": 0.05, "max_size": 4, "every": 2, "momentum": 0.9}
 
 
-def uneven(rank: int, shard: bool) -> Any:
+def uneven(rank: int, shard: bool, as_tensor: bool = False) -> Any:
     """Everybody's scheduler halves its rate on each step of its own."""
     model = Network()
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     options = OPTIONS | ({"distribute": fs.sharded} if shard else {})
+    if as_tensor:
+        options |= {"lr": torch.tensor(0.05, dtype=torch.float64), "betas": [0.9, 0.99]}
     optimizer = fs.Shampoo(ddp.parameters(), **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     joinables: list[Any] = [ddp, optimizer]
@@ -90,10 +92,11 @@ def one_process() -> Any:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("shard", [True, False])
-def test_uneven_inputs_are_those_of_one_process(ranks: Ranks, shard: bool) -> None:
+@pytest.mark.parametrize(("shard", "as_tensor"), [(True, False), (False, False), (True, True)])
+def test_uneven_inputs_are_those_of_one_process(ranks: Ranks, shard: bool, as_tensor: bool) -> None:
+    """Whatever the numbers of a group are: floats, tensors, lists."""
     expected = one_process()
-    found = ranks(3, uneven, shard)
+    found = ranks(3, uneven, shard, as_tensor)
     for got in found:
         assert_equal(got, found[0])
         assert_close(got, expected, 1e-9)
