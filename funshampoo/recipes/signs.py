@@ -24,7 +24,7 @@ def lion(
 
     Defaults are those of google/automl.
 
-    State: one number an entry, half of AdamW's. Time: a little less than AdamW's. To be used where
+    State: one number an entry, half of AdamW's. Time: of elementwise operations alone. To be used where
     memory is short and batches are large; rates are three to ten times smaller than AdamW's, decay
     as many times larger.
 
@@ -65,7 +65,7 @@ def sign_descent(
 
     Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers.
 
-    State: one number an entry, half of AdamW's. Time: a little less than AdamW's. To be used to see
+    State: one number an entry, half of AdamW's. Time: of elementwise operations alone. To be used to see
     what is left of AdamW without its second moment.
 
     Args:

@@ -43,13 +43,13 @@ def soap(
     A block's first gradient gives it bases and moves nothing, as published. The published defaults
     but for blocks: there a side above 10,000 is left alone and no matrix is cut.
 
-    State beside AdamW's two numbers a weight, for a block m×n: 2 m² + 2 n². A step beside it: two
-    products with Q_1 and two with Q_2, m² n + m n² multiplications each pair, the same for the
-    statistics, and now and then a QR a side.
+    State beside AdamW's two numbers a weight, for a block m×n: 2 m² + 2 n². A step beside it:
+    m² n + m n² multiplications into the bases, as many back and as many for the statistics, and now
+    and then a QR a side.
 
     To use where the layers are matrices of moderate sides and a step of AdamW takes much less time
-    than its gradient: it needs fewer steps than AdamW does. It is the easiest to tune of its kin,
-    since its rate is about AdamW's.
+    than its gradient: it is for fewer steps, as its paper shows for language models. Its step is
+    Adam's in other coordinates, so start from the rate that AdamW likes.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
