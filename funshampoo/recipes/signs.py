@@ -24,9 +24,9 @@ def lion(
 
     Defaults are those of google/automl.
 
-    State: one number an entry, half of AdamW's. Time: of elementwise operations alone. To be used where
-    memory is short and batches are large; rates are three to ten times smaller than AdamW's, decay
-    as many times larger.
+    State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
+    To be used where memory is short and batches are large; rates are three to ten times smaller
+    than AdamW's, decay as many times larger.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
@@ -65,8 +65,8 @@ def sign_descent(
 
     Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers.
 
-    State: one number an entry, half of AdamW's. Time: of elementwise operations alone. To be used to see
-    what is left of AdamW without its second moment.
+    State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
+    To be used to see what is left of AdamW without its second moment.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
