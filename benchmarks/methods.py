@@ -256,7 +256,8 @@ METHODS = (
     Method("SOAP (HeavyBall, not compiled)", _heavyball, _multiples, blocks=False, most=1e8),
 )
 """Muon orthogonalizes on every step, torch's in bfloat16. The other SOAPs do not cut into blocks:
-sides above 1,024 are left."""
+sides above 1,024 are left, and in pytorch_optimizer's a kernel is a tensor of four sides (its
+merge_dims fails on vectors), so on the convolutional net it does another, smaller thing."""
 
 
 def _endless(sets: list[list[Tensor]]) -> Any:
