@@ -3,9 +3,9 @@
 Ours and torch's are always there; others are built if their package can be imported, and leave a
 sentence in the table if it cannot, or if it does not run here. Equal settings: float32, a filter of
 0.9, statistics and Adam grafting of 0.99, grafting's epsilon 1e-8, no decay, no momentum, and the
-same block size. Where a method has an option that its makers call the default and we turn off, the
-name in the table says so; but ours preconditions vectors, as the reference does, where its name
-does not say "diagonal", its default.
+same block size; SOAP and Muon graft nothing. Where a method has an option that its makers call the
+default and we turn off, the name in the table says so; but our Shampoo preconditions vectors, as
+the reference does, where its name does not say "diagonal", its default.
 """
 
 from __future__ import annotations
@@ -131,6 +131,19 @@ def _muon(params: Params, size: int) -> Any:
     return torch.optim.Muon(params.values(), LR, weight_decay=0.0)
 
 
+def _own_muon(dtype: torch.dtype | None) -> Callable[[Params, int], Any]:
+    def build(params: Params, size: int) -> Any:
+        own = {"weight_decay": 0.0, "dtype": dtype}
+        return funshampoo.Optimizer(params.items(), funshampoo.muon, lr=LR, **own)
+
+    return build
+
+
+def _own_soap(params: Params, size: int) -> Any:
+    own = {"weight_decay": 0.0, "every": EVERY, "max_size": size}
+    return funshampoo.Optimizer(params.items(), funshampoo.soap, lr=LR, betas=BETAS, **own)
+
+
 def _reference(packed: bool) -> Callable[[Params, int], Any]:
     def build(params: Params, size: int) -> Any:
         package = importlib.import_module("distributed_shampoo")
@@ -213,7 +226,21 @@ COMPILED = f"{OURS}, compiled"
 METHODS = (
     Method(BASELINE, _adamw_foreach, blocks=False),
     Method("AdamW, fused", _adamw_fused, blocks=False),
-    Method("Muon (matrices only: {share})", _muon, blocks=False, matrices_only=True, most=1e8),
+    Method("Muon (torch; matrices: {share})", _muon, blocks=False, matrices_only=True, most=1e8),
+    Method(
+        "funshampoo.muon, float32 (matrices: {share})",
+        _own_muon(None),
+        blocks=False,
+        matrices_only=True,
+        most=1e8,
+    ),
+    Method(
+        "funshampoo.muon, bfloat16 (matrices: {share})",
+        _own_muon(torch.bfloat16),
+        blocks=False,
+        matrices_only=True,
+        most=1e8,
+    ),
     Method(OURS, _wrapper, _first_and_multiples),
     Method(DIAGONAL, _diagonal, _first_and_multiples, most=1e8),
     Method(LOW_PRECISION, _low_precision, _first_and_multiples, most=1e8),
@@ -224,10 +251,13 @@ METHODS = (
     Method("reference, unpacked", _reference(packed=False), _multiples, ready=EVERY + 1),
     Method("reference, packed", _reference(packed=True), _multiples, ready=EVERY + 1),
     Method("DASH (pytorch_optimizer)", _dash, _first_and_multiples, most=1e8),
+    Method("funshampoo.soap", _own_soap, _after_multiples, most=1e8),
     Method("SOAP (pytorch_optimizer)", _soap, _after_multiples, blocks=False, most=1e7),
     Method("SOAP (HeavyBall, not compiled)", _heavyball, _multiples, blocks=False, most=1e8),
 )
-"""Muon orthogonalizes on every step. SOAP does not cut into blocks: sides above 1,024 are left."""
+"""Muon orthogonalizes on every step, torch's in bfloat16. The other SOAPs do not cut into blocks:
+sides above 1,024 are left, and in pytorch_optimizer's a kernel is a tensor of four sides (its
+merge_dims fails on vectors), so on the convolutional net it does another, smaller thing."""
 
 
 def _endless(sets: list[list[Tensor]]) -> Any:

@@ -56,7 +56,9 @@ def main() -> int:
     """Return 0 if every notebook ran, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="store the outputs in the files")
-    parser.add_argument("--limit", type=float, default=90.0, help="seconds for each notebook (90)")
+    parser.add_argument(
+        "--limit", type=float, default=180.0, help="seconds for each notebook (180)"
+    )
     args = parser.parse_args()
     failed = False
     for path in sorted(FOLDER.glob("*.ipynb")):

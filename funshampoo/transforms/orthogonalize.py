@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flag, check_range
 from funshampoo.core.contract import EmptyState, GradientTransformation, Tree
+from funshampoo.core.live import is_exactly
 from funshampoo.core.tree import cast, check_local, compute_dtype, flatten, leaf_names
 from funshampoo.core.tree import update_leaves as over_leaves
 from funshampoo.linalg.polar import Norm, polar_factor
@@ -89,7 +90,8 @@ def orthogonalize(
             x = polar_factor(
                 x, chosen, epsilon=epsilon, norm=norm, slack=slack, gram=gram, dtype=dtype
             )
-            return (multiply(x, s, donate=True).reshape(u.shape),)
+            x = x if is_exactly(s, 1) else multiply(x, s, donate=True)
+            return (x.reshape(u.shape),)
 
         return over_leaves(leaf, updates, ())[0], state
 
