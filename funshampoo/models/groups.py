@@ -41,20 +41,20 @@ class Routes(NamedTuple):
         Raises:
             TypeError: a method of its own has no learning rate, or does not take an option.
         """
-        method = self.method if kind.role in self.roles else self.others
+        main = kind.role in self.roles
+        method, options = (self.method, self.options) if main else (self.others, self.other_options)
         if extra:
-            method = recipe_of("the method in overrides", extra.get("method", method))
+            chosen = recipe_of("the method in overrides", extra.get("method", method))
+            if chosen is not method:
+                known = {self.others: self.other_options, self.method: self.options}
+                options = known.get(chosen) or _own_rate(chosen, extra)
+            method = chosen
             own = {key: value for key, value in extra.items() if key != "method"}
             Vocabulary(method, own).defaults(own)  # raises for one that it does not take
         found: dict[str, Any] = {"role": kind.role}
-        if method is self.method:
-            found |= self.options
-        elif method is self.others:
-            if kind.role == "vector" and "weight_decay" in _arguments(method):
-                found["weight_decay"] = 0.0
-            found |= self.other_options
-        elif "lr" not in extra:
-            found["lr"] = default_rate(method)
+        if not main and kind.role == "vector" and "weight_decay" in _arguments(method):
+            found["weight_decay"] = 0.0
+        found |= options
         if kind.stacked is not None and "merge" in _arguments(method):
             found["merge"] = kind.stacked
         return {**found, **extra, "method": method}
@@ -79,6 +79,10 @@ def recipe_of(argument: str, given: Any) -> Recipe:
             "of a learning rate: groups have rates of their own."
         )
     return given  # type: ignore[no-any-return]
+
+
+def _own_rate(recipe: Recipe, extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if "lr" in extra else {"lr": default_rate(recipe)}
 
 
 def default_rate(recipe: Recipe) -> Any:

@@ -82,7 +82,10 @@ def sgd_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> float:
 def muon_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> float:
     """√(outputs / inputs) / s: all singular values of an update are s."""
     if kind.role in ("vector", "embedding"):
-        raise ValueError(f"scale_rates has no rule for a {kind.role} with a method of matrices.")
+        raise ValueError(
+            f"scale_rates: no rule for the role {kind.role} with a method of matrices; leave it to "
+            "others."
+        )
     outputs, inputs = kind.fans(shape)
     stored = (inputs, outputs) if kind.transposed else (outputs, inputs)
     own = stored if kind.stacked is not None else shape
@@ -108,8 +111,16 @@ def shampoo_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> fl
 
 
 def soap_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> float:
-    """That of Adam, whose entries it has in other coordinates."""
-    return adam_rule(kind, shape, arguments)
+    """√(outputs / inputs) / (√outputs + √inputs): Adam's entries, about one, but no longer aligned.
+
+    What rotates them there makes single entries of the directions that the gradients share, so that
+    the update's norm is that of a matrix of entries with unrelated signs. What is no matrix to it
+    has Adam's rule.
+    """
+    outputs, inputs = kind.fans(shape)
+    if kind.role in ("vector", "embedding"):
+        return adam_rule(kind, shape, arguments)
+    return math.sqrt(outputs / inputs) / (math.sqrt(outputs) + math.sqrt(inputs))
 
 
 def _cut(shape: tuple[int, ...], arguments: Arguments) -> tuple[int, int]:

@@ -176,6 +176,13 @@ def test_options_and_overrides_reach_their_groups() -> None:
     assert by_name["embedding.weight"]["lr"] == by_name["norm.weight"]["lr"] == 1e-4
 
 
+def test_one_recipe_for_both_has_two_rates() -> None:
+    optimizer = fs.for_model(Experts(), "adamw", lr=0.1, other_lr=0.01, weight_decay=0.2)
+    found = {g["role"]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
+    rest = {"head": (0.01, 0.01), "vector": (0.01, 0.0)}
+    assert found == {"matrix": (0.1, 0.2), "experts": (0.1, 0.2), **rest}
+
+
 def test_a_recipe_of_ones_own_is_told_of_matrices_if_it_takes_merge() -> None:
     def mine(learning_rate: float, merge: Any = "small") -> fs.GradientTransformation:
         return fs.chain(fs.blocked(fs.sign(), merge=merge), fs.scale(-learning_rate))
