@@ -9,7 +9,7 @@
 >>> params = funshampoo.apply_updates(params, updates)
 """
 
-from funshampoo import linalg, migrate, models, recipes, schedules, state
+from funshampoo import blocks, linalg, migrate, models, recipes, schedules, state
 from funshampoo.blocks import blocked
 from funshampoo.blocks.evaluated import evaluation_parameters
 from funshampoo.combinators.accumulation import multi_steps
@@ -99,6 +99,7 @@ __all__ = [
     "add_decayed_weights",
     "apply_updates",
     "blocked",
+    "blocks",
     "cautious",
     "centralize",
     "chain",

@@ -333,6 +333,7 @@ CASES = [
 
 # Public names that are no transformation, so that a test can tell whether the table is complete.
 NOT_TRANSFORMATIONS = {
+    "blocks",
     "EmptyState",
     "FailureLimitError",
     "InterruptedStepError",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def for_model(
     other_lr: float | Tensor | None = None,
     others: str | Recipe = "adamw",
     other_options: Mapping[str, Any] | None = None,
-    method_roles: Collection[Role] = METHOD_ROLES,
+    method_roles: Sequence[Role] = METHOD_ROLES,
     overrides: Overrides | None = None,
     heads: Heads = "fused",
     scale_rates: Literal["mup"] | None = None,

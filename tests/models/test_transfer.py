@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import funshampoo as fs
+from benchmarks import transfer
 from examples.networks import Transformer
 from funshampoo.blocks import Stacked
 from funshampoo.models.kinds import Kind
@@ -200,3 +201,19 @@ def test_what_has_no_rule_is_refused(
     given: dict[str, Any] = {"method": "shampoo", "lr": 0.1, "scale_rates": "mup"}
     with pytest.raises(error, match=message):
         fs.for_model(network(64), **(given | {"base": network(16)} | arguments))
+
+
+def test_the_benchmark_trains_and_compares() -> None:
+    data = transfer.text(torch.device("cpu"))
+    runs = [
+        transfer.train("muon", width, scaled, rate, 2, data)
+        for width, scaled in ((32, False), (64, False), (64, True))
+        for rate in (0.02, 0.04)
+    ]
+    lines = transfer.table(runs).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
+        ["| muon", "32", "tuned"],
+        ["| muon", "64", "as they are"],
+        ["| muon", "64", "mup"],
+    ]
+    assert all(math.isfinite(run.loss) for run in runs)
