@@ -129,6 +129,18 @@ def test_it_is_batched_by_vmap() -> None:
     assert torch.allclose(updates["w"][1], alone["w"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["experts", "and transposed"])
+def test_it_is_compiled(kind: str) -> None:
+    shape, merge, _ = KINDS[kind]
+    params = {"w": randn(*shape, seed=0)}
+    grads = [{"w": randn(*shape, seed=t)} for t in range(1, 5)]
+    tx = fs.shampoo(0.1, every=3, merge=merge)
+    plain, _ = run(tx, params, grads, "pure")
+    graphs, _ = run(fs.compiled(tx, backend="aot_eager"), params, grads, "pure")
+    assert torch.allclose(plain["w"], graphs["w"], rtol=0, atol=1e-10)
+
+
 def test_no_factor_matrix_reaches_over_matrices() -> None:
     state = fs.shampoo(0.1, merge=Stacked()).init({"w": torch.zeros(3, 7, 5)})
     (statistics,) = [n for _, n in walk(state) if isinstance(n, KroneckerState)]
