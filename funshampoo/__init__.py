@@ -9,7 +9,7 @@
 >>> params = funshampoo.apply_updates(params, updates)
 """
 
-from funshampoo import linalg, migrate, recipes, schedules, state
+from funshampoo import blocks, linalg, migrate, models, recipes, schedules, state
 from funshampoo.blocks import blocked
 from funshampoo.blocks.evaluated import evaluation_parameters
 from funshampoo.combinators.accumulation import multi_steps
@@ -35,6 +35,7 @@ from funshampoo.core.tree import MaskedNode
 from funshampoo.distributed import sharded
 from funshampoo.migrate.published import from_published
 from funshampoo.migrate.reference import from_reference
+from funshampoo.models import for_model, roles, routing_table
 from funshampoo.optim import Optimizer, Shampoo
 from funshampoo.plan import plan
 from funshampoo.recipes import (
@@ -98,6 +99,7 @@ __all__ = [
     "add_decayed_weights",
     "apply_updates",
     "blocked",
+    "blocks",
     "cautious",
     "centralize",
     "chain",
@@ -108,6 +110,7 @@ __all__ = [
     "ema_nesterov",
     "evaluation_parameters",
     "every_k",
+    "for_model",
     "from_published",
     "from_reference",
     "global_norm",
@@ -122,6 +125,7 @@ __all__ = [
     "lion",
     "masked",
     "migrate",
+    "models",
     "multi_steps",
     "muon",
     "normalize_rows",
@@ -133,7 +137,9 @@ __all__ = [
     "radial_brake",
     "recipes",
     "refresh_due",
+    "roles",
     "root_inverse",
+    "routing_table",
     "scale",
     "scale_by_adagrad",
     "scale_by_adam",

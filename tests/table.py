@@ -333,6 +333,7 @@ CASES = [
 
 # Public names that are no transformation, so that a test can tell whether the table is complete.
 NOT_TRANSFORMATIONS = {
+    "blocks",
     "EmptyState",
     "FailureLimitError",
     "InterruptedStepError",
@@ -345,12 +346,16 @@ NOT_TRANSFORMATIONS = {
     "update_in_place",
     "apply_updates",
     "evaluation_parameters",
+    "for_model",
     "global_norm",
     "linalg",
     "migrate",
+    "models",
     "plan",
     "recipes",
     "refresh_due",
+    "roles",
+    "routing_table",
     "schedules",
     "state",
 }

@@ -65,13 +65,13 @@ def _layout_of(
     parsed.sort(key=lambda item: item[1].origin)  # row-major, as they were cut
     if not parsed:
         return ParameterLayout(shape, shape, (), ())
-    full = block_of(parsed[0][0])
+    full = parsed[0][1].block(parsed[0][0])
     regions = tuple(
         Region(
             stack,
             span.first,
             span.grid,
-            block_of(stack),
+            span.block(stack),
             tuple(o * side for o, side in zip(span.origin, full)),
         )
         for stack, span in parsed
@@ -82,4 +82,4 @@ def _layout_of(
     merged = tuple(offset + count * side for offset, count, side in sides)
     if math.prod(merged) != math.prod(shape):
         raise ValueError(f"a parameter of shape {shape} does not have the blocks of {merged}.")
-    return ParameterLayout(shape, merged, parts, regions)
+    return ParameterLayout(shape, merged, parts, regions, parsed[0][1].stacked)

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from funshampoo.blocks.stacked import Stacked
 from funshampoo.core.tree import compute_dtype
 from funshampoo.state.places import Span
 
@@ -25,7 +26,11 @@ LeafKey: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
 class Region(NamedTuple):
-    """A grid of equal blocks of one parameter, and the rows of the stack that hold them."""
+    """A grid of equal blocks of one parameter, and the rows of the stack that hold them.
+
+    `block` has as many sides as the merged shape. Where the parameter is `Stacked`, the side that
+    counts matrices is 1 there, and the stack's own blocks are without it.
+    """
 
     stack: str
     first: int
@@ -40,12 +45,16 @@ class Region(NamedTuple):
 
 
 class ParameterLayout(NamedTuple):
-    """How one parameter is cut. `regions` are in row-major order of `parts` regions a side."""
+    """How one parameter is cut. `regions` are in row-major order of `parts` regions a side.
+
+    `stacked` is the side of the merged shape that counts matrices, if it is a stack of them.
+    """
 
     shape: tuple[int, ...]
     merged: tuple[int, ...]
     parts: tuple[int, ...]
     regions: tuple[Region, ...]
+    stacked: int | None = None
 
 
 class Stack(NamedTuple):
@@ -77,7 +86,7 @@ def merged_shape(
     - "small": drop sides of 1; walk the sides from last to first and multiply a side into the one
       after it while the product stays ≤ max_size and more than `keep` sides would remain.
     - "matrix": keep the first side and fold the others into one.
-    - a function: what it makes of the shape.
+    - a function: what it makes of the shape. `Stacked` is one.
 
     A parameter of one element has the merged shape (1,) unless merge is "none" or a function.
 
@@ -133,17 +142,21 @@ def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, kee
             continue
         merged = merged_shape(shape, max_size, merge, keep)
         cuts = [_cut(side, max_size) for side in merged]
+        axis = merge.axis if isinstance(merge, Stacked) else None
+        if axis is not None:
+            cuts[axis] = [(merged[axis], 1, 0)]
         regions = []
         for parts in itertools.product(*cuts):
             grid, block, offset = tuple(zip(*parts)) if parts else ((), (), ())
-            name = "x".join(map(str, block)) or "scalar"
+            sides = tuple([side for i, side in enumerate(block) if i != axis])
+            name = "x".join(map(str, sides)) or "scalar"
             name += f":{str(dtype).removeprefix('torch.')}" if several_dtypes else ""
             name += f"@{device}" if several_devices else ""
             first = stacks[name].rows if name in stacks else 0
             regions.append(Region(name, first, grid, block, offset))
-            stacks[name] = Stack(block, dtype, device, first + math.prod(grid))
+            stacks[name] = Stack(sides, dtype, device, first + math.prod(grid))
         sizes = tuple(len(cut) for cut in cuts)
-        parameters.append(ParameterLayout(shape, merged, sizes, tuple(regions)))
+        parameters.append(ParameterLayout(shape, merged, sizes, tuple(regions), axis))
     return Layout(tuple(parameters), stacks, [_describe(p, max_size) for p in parameters])
 
 
@@ -166,7 +179,8 @@ def _describe(where: ParameterLayout, max_size: int | None) -> dict[str, dict[st
         # A cut but the last of a side has the full size, so an offset is a whole number of them.
         sizes = [max_size or 1 for _ in region.block]
         origin = tuple(offset // size for offset, size in zip(region.offset, sizes))
-        span = Span(region.first, region.first + region.rows, region.grid, origin)
+        last = region.first + region.rows
+        span = Span(region.first, last, region.grid, origin, where.stacked)
         described.setdefault(region.stack, {})[str(span)] = ()
     return described
 

@@ -81,9 +81,9 @@ def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout
     """
     stack = layout.stacks[region.stack]
     if leaf is None:
-        return torch.zeros(region.rows, *region.block, dtype=stack.dtype, device=stack.device)
+        return torch.zeros(region.rows, *stack.block, dtype=stack.dtype, device=stack.device)
     if region.block == where.merged:
-        return viewed(leaf, region.block).to(stack.dtype)
+        return viewed(leaf, stack.block).to(stack.dtype)
     x = leaf.reshape(where.merged)
     split: list[int] = []
     for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
@@ -91,7 +91,7 @@ def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout
         split += (count, size)
     order = len(region.block)
     axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
-    return x.reshape(split).permute(axes).reshape((region.rows, *region.block)).to(stack.dtype)
+    return x.reshape(split).permute(axes).reshape((region.rows, *stack.block)).to(stack.dtype)
 
 
 def _paste(rows: Tensor, region: Region) -> Tensor:

@@ -137,9 +137,9 @@ def _targets(place: Place, x: Tensor) -> Iterator[tuple[str, tuple[int, ...] | N
 def _cut(whole: Tensor, block: tuple[int, ...], place: Place, parameter: str) -> Tensor:
     """One block of a tensor of the parameter's shape."""
     regions = [
-        (Span.parse(text), block_of(stack))
+        (span, span.block(stack))
         for stack, spans in place.layout[parameter].items()
-        for text in spans
+        for span in map(Span.parse, spans)
     ]
     # Along every side the first region has the full size, at multiples of which the others begin.
     order = range(len(block))
@@ -149,6 +149,7 @@ def _cut(whole: Tensor, block: tuple[int, ...], place: Place, parameter: str) ->
         for k in order
     ]
     part = whole.reshape(merged)
-    for k, size in enumerate(block_of(str(place.stack))):
+    own = block_of(str(place.stack))
+    for k, size in enumerate(regions[0][0].block(str(place.stack))):
         part = part.narrow(k, block[k] * full[k], size)
-    return part
+    return part.reshape(own)

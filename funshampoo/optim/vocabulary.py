@@ -31,6 +31,8 @@ _NOTES = {
     "max_momentum",
     "min_lr",
     "name",
+    "rate_factor",
+    "role",
     "swa_lr",
 }
 

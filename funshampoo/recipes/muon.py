@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from funshampoo.blocks.layout import Merge
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
@@ -34,6 +35,7 @@ def muon(
     dtype: torch.dtype | None = None,
     matrices: Mask | None = None,
     others: GradientTransformation | None = None,
+    merge: Merge = "none",
     max_failures: int | None = 20,
     distribute: Distribute | None = None,
 ) -> GradientTransformation:
@@ -58,6 +60,8 @@ def muon(
         polynomials, steps, scale, epsilon, dtype: see `orthogonalize`.
         matrices, others: which leaves it is for, by default all of two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
+        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
+            in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
         max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
 
     Raises:
@@ -79,7 +83,7 @@ def muon(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    return routed(direction, learning_rate, matrices, others, max_failures, distribute)
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
 
 
 def normuon(
@@ -95,6 +99,7 @@ def normuon(
     dtype: torch.dtype | None = None,
     matrices: Mask | None = None,
     others: GradientTransformation | None = None,
+    merge: Merge = "none",
     max_failures: int | None = 20,
     distribute: Distribute | None = None,
 ) -> GradientTransformation:
@@ -118,6 +123,8 @@ def normuon(
         scale, epsilon, dtype: see `orthogonalize`.
         matrices, others: which leaves it is for, by default all of two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
+        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
+            in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
         max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
 
     Raises:
@@ -143,7 +150,7 @@ def normuon(
         *decays,
         scale_by_learning_rate(learning_rate),
     )
-    return routed(direction, learning_rate, matrices, others, max_failures, distribute)
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
 
 
 def spectral_descent(
@@ -158,6 +165,7 @@ def spectral_descent(
     dtype: torch.dtype | None = None,
     matrices: Mask | None = None,
     others: GradientTransformation | None = None,
+    merge: Merge = "none",
     max_failures: int | None = 20,
     distribute: Distribute | None = None,
 ) -> GradientTransformation:
@@ -178,6 +186,8 @@ def spectral_descent(
         polynomials, steps, scale, epsilon, dtype: see `orthogonalize`.
         matrices, others: which leaves it is for, by default all of two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
+        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
+            in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
         max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
 
     Raises:
@@ -199,4 +209,4 @@ def spectral_descent(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    return routed(direction, learning_rate, matrices, others, max_failures, distribute)
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)

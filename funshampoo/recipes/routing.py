@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from funshampoo.blocks.blocking import blocked
+from funshampoo.blocks.layout import Merge
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask, partition
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
@@ -23,6 +24,7 @@ def routed(
     others: GradientTransformation | None,
     max_failures: int | None,
     distribute: Distribute | None,
+    merge: Merge = "none",
 ) -> GradientTransformation:
     """`method` on whole matrices, equal ones in one stack, and `others` on all other leaves.
 
@@ -37,13 +39,14 @@ def routed(
         max_failures: see `guarded`.
         distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
             ones; as in `shampoo`.
+        merge: which matrices a leaf is made of; see `blocked`. "none": it is one.
     """
     protected = guarded(method, max_failures=max_failures)
     if distribute is not None:
         protected = distributed(protected, distribute, max_failures=max_failures)
     if others is None:
         others = guarded(adamw(learning_rate), max_failures=max_failures)
-    inside = blocked(protected, None, merge="none", with_params=True)
+    inside = blocked(protected, None, merge=merge, with_params=True)
     return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
 
 

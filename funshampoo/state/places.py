@@ -27,10 +27,13 @@ class Span(NamedTuple):
         first, last: the rows first..last-1.
         grid: blocks along every side, row-major in the rows.
         origin: the coordinates of the first block among all blocks of the parameter.
+        stacked: the side of the grid that counts matrices of a stack, which a block is without.
 
     >>> span = Span(4, 10, (2, 3), (0, 1))
     >>> str(span), Span.parse("4:10 2x3+0,1") == span
     ('4:10 2x3+0,1', True)
+    >>> str(Span(0, 8, (8, 1, 1), (0, 0, 0), 0)), Span.parse("0:8 8*x1x1+0,0,0").stacked
+    ('0:8 8*x1x1+0,0,0', 0)
     >>> span.blocks()
     ['block_0_1', 'block_0_2', 'block_0_3', 'block_1_1', 'block_1_2', 'block_1_3']
     """
@@ -39,21 +42,32 @@ class Span(NamedTuple):
     last: int
     grid: tuple[int, ...]
     origin: tuple[int, ...]
+    stacked: int | None = None
 
     def __str__(self) -> str:
-        grid, origin = "x".join(map(str, self.grid)), ",".join(map(str, self.origin))
-        return f"{self.first}:{self.last} {grid}+{origin}"
+        marks = ["*" if i == self.stacked else "" for i in range(len(self.grid))]
+        grid = "x".join([f"{n}{mark}" for n, mark in zip(self.grid, marks)])
+        return f"{self.first}:{self.last} {grid}+{','.join(map(str, self.origin))}"
 
     @classmethod
     def parse(cls, text: str) -> Span:
         """The span that `str` wrote."""
         rows, place = text.split(" ")
         first, last = map(int, rows.split(":"))
-        grid, origin = place.split("+")
-        sides = [
-            tuple(map(int, filter(None, part))) for part in (grid.split("x"), origin.split(","))
-        ]
-        return cls(first, last, sides[0], sides[1])
+        grid, origin = [list(filter(None, p.split(by))) for p, by in zip(place.split("+"), "x,")]
+        stacked = next((i for i, side in enumerate(grid) if side.endswith("*")), None)
+        sides = tuple([int(side.removesuffix("*")) for side in grid])
+        return cls(first, last, sides, tuple(map(int, origin)), stacked)
+
+    def block(self, stack: str) -> tuple[int, ...]:
+        """The shape of a block of this stack in the parameter: of one matrix, where it has some.
+
+        >>> Span.parse("0:8 8*x1x1+0,0,0").block("4x2"), Span.parse("0:1 1x1+0,0").block("4x2")
+        ((1, 4, 2), (4, 2))
+        """
+        sides = block_of(stack)
+        at = self.stacked
+        return sides if at is None else (*sides[:at], 1, *sides[at:])
 
     def blocks(self) -> list[str]:
         """The names of the blocks, one a row; a parameter of order 0 has the one block "block"."""

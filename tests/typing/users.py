@@ -82,3 +82,17 @@ def a_stage_of_ones_own(params: dict[str, Tensor]) -> None:
     tx = fs.chain(fs.stateless(sign), fs.scale_by_learning_rate(0.1))
     assert_type(tx.update(params, tx.init(params))[0], dict[str, Tensor])
     fs.Optimizer(params.values(), lambda lr: fs.sgd(lr), lr=0.1)
+
+
+def a_model_has_a_front_door(model: torch.nn.Module, params: dict[str, Tensor]) -> None:
+    optimizer = fs.for_model(model, "soap", lr=0.1, other_lr=1e-3, weight_decay=0.1, compile=True)
+    assert_type(optimizer, fs.Optimizer)
+    fs.for_model(model, fs.muon, lr=torch.tensor(0.1), overrides={"*.qkv.weight": {"parts": 3}})
+    fs.for_model(model, lr=0.1, scale_rates="mup", base={"w": (3, 2)}, method_roles=("matrix",))
+    assert_type(fs.routing_table(optimizer).rows[0].name, str)
+    fs.partition({"matrix": fs.soap(), "vector": fs.adamw()}, fs.roles(params, heads="each"))
+    fs.shampoo(0.1, merge=fs.blocks.Stacked(axis=1, parts=3))
+    fs.for_model(model, "soap")  # type: ignore[call-arg]
+    fs.for_model(model, 3, lr=0.1)  # type: ignore[arg-type]
+    fs.for_model(model, lr=0.1, method_roles=("matrices",))  # type: ignore[arg-type]
+    fs.roles(model, heads="all")  # type: ignore[arg-type]

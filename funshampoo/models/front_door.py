@@ -1,0 +1,140 @@
+"""An optimizer for a model: matrices to the method, the rest to AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from funshampoo.core.checks import check_choice
+from funshampoo.models.costs import warn_of_costs
+from funshampoo.models.groups import (
+    Recipe,
+    Routes,
+    default_rate,
+    grouped,
+    recipe_of,
+    scaled,
+    warn_of_routes,
+)
+from funshampoo.models.kinds import ROLES, Heads, Role
+from funshampoo.models.overrides import Overrides, extra_settings, settings_of
+from funshampoo.models.roles import kinds
+from funshampoo.models.transfer import Base, rate_factors_of
+from funshampoo.optim import Optimizer
+from funshampoo.optim.vocabulary import Vocabulary
+
+METHOD_ROLES: tuple[Role, ...] = ("matrix", "convolution", "experts", "heads")
+"""What goes to the method, unless somebody says otherwise."""
+
+
+def for_model(
+    model: nn.Module,
+    method: str | Recipe = "shampoo",
+    *,
+    lr: float | Tensor,
+    other_lr: float | Tensor | None = None,
+    others: str | Recipe = "adamw",
+    other_options: Mapping[str, Any] | None = None,
+    method_roles: Sequence[Role] = METHOD_ROLES,
+    overrides: Overrides | None = None,
+    heads: Heads = "fused",
+    scale_rates: Literal["mup"] | None = None,
+    base: Base | None = None,
+    compile: bool | Mapping[str, Any] = False,
+    consolidate: bool = False,
+    accept_adamw: bool = False,
+    **options: Any,
+) -> Optimizer:
+    """A torch.optim.Optimizer for a whole model: its matrices get the method, the rest AdamW.
+
+    There is a parameter group for every role, or more where settings differ, and `group["role"]`
+    says which; state goes by the model's names. `print(funshampoo.routing_table(optimizer))` shows
+    what became of every parameter. Stacked experts, and query, key and value in one weight, are
+    taken apart by `blocks.Stacked`, for every method to which a matrix is more than its entries.
+
+    Args:
+        model: its parameters, each once, tied ones too. Frozen ones are there, and wait.
+        method: a name of `funshampoo.recipes.RECIPES`, or a recipe: a function of the learning
+            rate, and of `merge` if it is to know one matrix of a stack from another.
+        lr: of the method.
+        other_lr: of everything else; None: the default of `others`, 1e-3 for AdamW. A rate of a
+            method says nothing about that of another.
+        others, other_options: a name or a recipe, and its arguments, such as betas. Where these do
+            not say otherwise, vectors do not decay.
+        method_roles: the roles that the method gets.
+        overrides: {pattern: role, or settings}: see `roles`. Settings that are no part of a role
+            go into the parameters' group: its own lr, weight_decay, max_size, or method.
+        heads: see `roles`.
+        scale_rates, base: "mup": lr and other_lr are those that were good for `base`, a narrower
+            model of the same names, or {name: shape} of it, and each parameter's is that times a
+            factor by its fans, kept in `group["rate_factor"]`; see docs/transfer.md.
+        compile, consolidate, accept_adamw: see `Optimizer`.
+        options: of the method, by torch.optim's names: betas, weight_decay, every, ...
+
+    Returns:
+        The `Optimizer`. A scheduler multiplies all groups' rates; of one that sets them, give a
+        list, one a group.
+
+    Warns where a choice is dear: a large embedding or head with a method of matrices, a parameter
+    whose state is many times AdamW's; and where no parameter is the method's, or the method can't
+    tell the matrices of a stack apart.
+
+    Raises:
+        TypeError: the model is no module; an option that the method does not know; lr is missing.
+        ValueError: an unknown method (says the nearest), role or pattern; a model without
+            parameters, or of which all are frozen; scale_rates without base, or for a method that
+            has no rule; a parameter that base lacks.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> optimizer = for_model(model, "soap", lr=3e-3, weight_decay=0.1)
+    >>> [(g["role"], g["param_names"], g["lr"]) for g in optimizer.param_groups]
+    [('matrix', ['0.weight'], 0.003), ('head', ['2.weight'], 0.001), \
+('vector', ['0.bias', '2.bias'], 0.001)]
+    """
+    main, rest = recipe_of("method", method), recipe_of("others", others)
+    for role in method_roles:
+        check_choice("method_roles", role, ROLES)
+    check_choice("scale_rates", scale_rates, (None, "mup"))
+    if (scale_rates is None) is not (base is None):
+        raise ValueError("scale_rates='mup' and base go together: base is the model tuned before.")
+    _check_model(model)
+    found = kinds(model, overrides, heads)
+    parameters = dict(model.named_parameters())
+    extra = {n: extra_settings(s) for n, s in settings_of(found, overrides).items()}
+    plain = {"lr": default_rate(rest) if other_lr is None else other_lr, **(other_options or {})}
+    Vocabulary(rest, plain).defaults(plain)  # raises for one that it does not take
+    routes = Routes(main, {"lr": lr, **options}, rest, plain, frozenset(method_roles))
+    settings = {n: routes.settings(kind, extra[n]) for n, kind in found.items()}
+    if base is not None:
+        factors = rate_factors_of(parameters, found, base, settings)
+        settings = {n: scaled(s, factors[n]) for n, s in settings.items()}
+    warn_of_routes(routes, settings, stacklevel=2)
+    optimizer = Optimizer(
+        grouped(parameters, settings),
+        main,
+        compile=compile,
+        consolidate=consolidate,
+        accept_adamw=accept_adamw,
+        lr=lr,
+        **options,
+    )
+    warn_of_costs(optimizer, stacklevel=2)
+    return optimizer
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give the module. Of tensors, "
+            "partition(recipes, funshampoo.roles(params)) makes a chain."
+        )
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ValueError("model has no parameters.")
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            "all parameters of model are frozen: unfreeze those that are to be trained, by "
+            "requires_grad_(True), before the optimizer is made."
+        )

@@ -1,0 +1,156 @@
+"""Parameter groups: one for every role, method and set of options."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.models.kinds import ROLES, Kind
+from funshampoo.optim.vocabulary import Vocabulary
+from funshampoo.recipes import ELEMENTWISE, RECIPES
+
+Recipe: TypeAlias = Callable[..., GradientTransformation]
+
+
+class Routes(NamedTuple):
+    """Who gets what.
+
+    Attributes:
+        method, options: of the roles in `roles`.
+        others, other_options: of all other roles.
+    """
+
+    method: Recipe
+    options: Mapping[str, Any]
+    others: Recipe
+    other_options: Mapping[str, Any]
+    roles: Collection[str]
+
+    def settings(self, kind: Kind, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of the group that a parameter of this kind belongs to.
+
+        Args:
+            extra: what the user says of this parameter.
+
+        Raises:
+            TypeError: a method of its own has no learning rate, or does not take an option.
+        """
+        main = kind.role in self.roles
+        method, options = (self.method, self.options) if main else (self.others, self.other_options)
+        if extra:
+            chosen = recipe_of("the method in overrides", extra.get("method", method))
+            if chosen is not method:
+                known = {self.others: self.other_options, self.method: self.options}
+                options = known.get(chosen) or _own_rate(chosen, extra)
+            method = chosen
+            own = {key: value for key, value in extra.items() if key != "method"}
+            Vocabulary(method, own).defaults(own)  # raises for one that it does not take
+        found: dict[str, Any] = {"role": kind.role}
+        if not main and kind.role == "vector" and "weight_decay" in _arguments(method):
+            found["weight_decay"] = 0.0
+        found |= options
+        if kind.stacked is not None and "merge" in _arguments(method):
+            found["merge"] = kind.stacked
+        return {**found, **extra, "method": method}
+
+
+def recipe_of(argument: str, given: Any) -> Recipe:
+    """A recipe by its name, or itself.
+
+    Raises:
+        ValueError: no recipe has this name.
+        TypeError: neither a name nor a function.
+    """
+    if isinstance(given, str):
+        if given not in RECIPES:
+            nearest = difflib.get_close_matches(given, RECIPES, n=1)
+            hint = f"; did you mean '{nearest[0]}'?" if nearest else "."
+            raise ValueError(f"{argument} is '{given}'{hint} Known are {', '.join(RECIPES)}.")
+        return RECIPES[given]
+    if isinstance(given, GradientTransformation) or not callable(given):
+        raise TypeError(
+            f"{argument} is {given!r}; give the name of a recipe, or a function that makes a chain "
+            "of a learning rate: groups have rates of their own."
+        )
+    return given  # type: ignore[no-any-return]
+
+
+def _own_rate(recipe: Recipe, extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if "lr" in extra else {"lr": default_rate(recipe)}
+
+
+def default_rate(recipe: Recipe) -> Any:
+    """The rate that a recipe has by itself."""
+    rate = Vocabulary(recipe).defaults({}).get("lr")
+    if rate is None:
+        raise TypeError(
+            f"{getattr(recipe, '__name__', 'the recipe')} has no learning rate of its own: give it "
+            "as other_lr, or as 'lr' in overrides where the method stands."
+        )
+    return rate
+
+
+def _arguments(recipe: Recipe) -> Collection[str]:
+    return inspect.signature(recipe).parameters.keys()
+
+
+def scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """With another rate, and the factor by which it differs."""
+    if isinstance(settings["lr"], Tensor):
+        raise TypeError("scale_rates makes new rates, so that lr has to be a number, no tensor.")
+    return {**settings, "lr": settings["lr"] * factor, "rate_factor": factor}
+
+
+def warn_of_routes(
+    routes: Routes, settings: Mapping[str, Mapping[str, Any]], stacklevel: int
+) -> None:
+    """Warn where the method has nothing to do, and where it can't tell matrices apart."""
+    if all(s["method"] is not routes.method for s in settings.values()):
+        warnings.warn(
+            f"no parameter has one of the roles {', '.join(sorted(routes.roles))}: everything goes "
+            "to the other method.",
+            stacklevel=stacklevel + 1,
+        )
+    elementwise = [RECIPES[name] for name in ELEMENTWISE]
+    for name, own in settings.items():
+        blind = own["method"] not in elementwise and "merge" not in own
+        if own["role"] in ("experts", "heads") and blind:
+            called = getattr(own["method"], "__name__", "the method")
+            warnings.warn(
+                f"{called} takes no `merge`, so that '{name}' is one tensor to it and not several "
+                "matrices: have it hand merge on to its blocked(...).",
+                stacklevel=stacklevel + 1,
+            )
+            return
+
+
+def grouped(
+    parameters: Mapping[str, nn.Parameter], settings: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Parameters of equal settings are a group; roles keep their order."""
+    groups: list[dict[str, Any]] = []
+    names = sorted(parameters, key=lambda name: ROLES.index(settings[name]["role"]))
+    for name in names:
+        for group in groups:
+            if _equal(group, settings[name]):
+                group["params"].append((name, parameters[name]))
+                break
+        else:
+            groups.append({"params": [(name, parameters[name])], **settings[name]})
+    return groups
+
+
+def _equal(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether they say the same; tensors by identity."""
+    if group.keys() - {"params"} != settings.keys():
+        return False
+    pairs = [(group[key], value) for key, value in settings.items()]
+    return all(
+        x is y or (not isinstance(x, Tensor) and type(x) is type(y) and x == y) for x, y in pairs
+    )

@@ -1,0 +1,144 @@
+"""What a parameter is, from the type of its module and from its shape."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from funshampoo.blocks.stacked import Stacked
+
+Role: TypeAlias = Literal[
+    "matrix", "convolution", "embedding", "head", "experts", "heads", "vector"
+]
+Heads: TypeAlias = Literal["fused", "each", "whole"]
+
+ROLES: tuple[Role, ...] = (
+    "matrix",
+    "convolution",
+    "embedding",
+    "head",
+    "experts",
+    "heads",
+    "vector",
+)
+
+
+class Kind(NamedTuple):
+    """What a parameter is.
+
+    Attributes:
+        role: see `roles`.
+        stacked: how it is taken apart, if it is several matrices.
+        transposed: it is stored (inputs, outputs), not the other way round.
+    """
+
+    role: Role
+    stacked: Stacked | None = None
+    transposed: bool = False
+
+    def fans(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(outputs, inputs) of the matrix that it is, or of each of its matrices.
+
+        Of an embedding one row is read at a time, and a vector multiplies or is added: 1 input.
+
+        >>> Kind("matrix").fans((64, 32)), Kind("convolution").fans((16, 8, 3, 3))
+        ((64, 32), (16, 72))
+        >>> Kind("heads", Stacked(axis=1, parts=3), transposed=True).fans((32, 96))
+        (32, 32)
+        """
+        if self.role == "vector":
+            return math.prod(shape), 1
+        if self.role == "embedding":
+            return shape[-1], 1
+        sides = tuple(shape)
+        if self.stacked is not None:
+            axis = self.stacked.axis
+            merged = self.stacked(sides)
+            sides = merged[:axis] + merged[axis + 1 :]
+        rows, columns, rest = sides[0], sides[1], math.prod(sides[2:])
+        return (columns * rest, rows) if self.transposed else (rows, columns * rest)
+
+
+def kind_of_shape(shape: Sequence[int]) -> Kind:
+    """Of a parameter about which nothing else is known; see `roles`."""
+    if sum(side != 1 for side in shape) < 2:
+        return Kind("vector")
+    if len(shape) == 2:
+        return Kind("matrix")
+    if shape[0] == 1:  # broadcast over a batch, and added: positions
+        return Kind("embedding")
+    return Kind("experts", Stacked()) if len(shape) == 3 else Kind("convolution")
+
+
+def kind_of(
+    module: nn.Module, attribute: str, p: Tensor, parent: nn.Module | None, heads: Heads
+) -> Kind:
+    """Of the parameter that a module has under this name.
+
+    Args:
+        parent: the module around it.
+        heads: see `roles`.
+    """
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return Kind("embedding")
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _NormBase):
+        return Kind("vector")  # whatever its shape, it multiplies entry by entry
+    if isinstance(module, nn.MultiheadAttention):
+        return _of_attention(module, attribute, p, heads)
+    if p.ndim < 2:
+        return Kind("vector")
+    if isinstance(module, _ConvNd):
+        return Kind("convolution", transposed=isinstance(module, _ConvTransposeNd))
+    if isinstance(module, nn.Linear):
+        return Kind("matrix")
+    if is_transposed_linear(module):
+        return _of_transposed(p, parent, heads)
+    return _of_other(module, p)
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2 in transformers, (inputs, outputs).
+
+    Where that module has not been imported, no model can have one.
+    """
+    known = sys.modules.get("transformers.pytorch_utils")
+    return known is not None and isinstance(module, known.Conv1D)
+
+
+def _of_attention(module: nn.MultiheadAttention, attribute: str, p: Tensor, heads: Heads) -> Kind:
+    if not attribute.endswith("proj_weight"):
+        return Kind("vector")  # biases, those of (1, 1, width) as well
+    fused = attribute == "in_proj_weight"
+    parts = (3 if fused else 1) * (module.num_heads if heads == "each" else 1)
+    if heads == "whole" or parts == 1:
+        return Kind("matrix")
+    return Kind("heads", Stacked(parts=parts))
+
+
+def _of_transposed(p: Tensor, parent: nn.Module | None, heads: Heads) -> Kind:
+    """Outputs three times the inputs in a module that counts heads: query, key and value."""
+    count = getattr(parent, "num_heads", None)
+    if heads == "whole" or not isinstance(count, int) or p.shape[1] != 3 * p.shape[0]:
+        return Kind("matrix", transposed=True)
+    parts = 3 * (count if heads == "each" else 1)
+    return Kind("heads", Stacked(axis=1, parts=parts), transposed=True)
+
+
+def _of_other(module: nn.Module, p: Tensor) -> Kind:
+    """By shape, and by what stands beside it in the same module."""
+    own = [x.shape for x in module.parameters(recurse=False)]
+    if p.ndim == 2 and any(len(s) == 3 and s[0] == p.shape[0] > 1 for s in own):
+        return Kind("vector")  # the biases of stacked experts
+    tables = [m for m in module.children() if isinstance(m, nn.Embedding)]
+    if p.ndim == 2 and any(m.embedding_dim == p.shape[1] for m in tables):
+        return Kind("embedding")  # positions, beside the tokens to which they are added
+    found = kind_of_shape(p.shape)
+    if found.role == "experts":
+        return found._replace(transposed=getattr(module, "is_transposed", False) is True)
+    return found
