@@ -8,6 +8,7 @@ from funshampoo.linalg.coupled_higher_order import coupled_higher_order
 from funshampoo.linalg.coupled_newton import coupled_newton
 from funshampoo.linalg.eigh import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
+from funshampoo.linalg.orthogonal_iteration import orthogonal_iteration
 from funshampoo.linalg.pseudo_inverse import pseudo_inverse
 from funshampoo.linalg.solver import InverseRoot, RootSolver, Solver
 
@@ -21,6 +22,7 @@ __all__ = [
     "coupled_newton",
     "eigh",
     "newton_schulz",
+    "orthogonal_iteration",
     "pseudo_inverse",
     "qr",
 ]

@@ -50,7 +50,7 @@ class PowerStep(Basis):
             spectrum = decompose(A)
             return spectrum.vectors, spectrum.decomposed
         new = power_step(A, old)
-        found = _is_finite(new)
+        found = is_finite(new)
         if not late:
             return new, found
         spectrum = decompose(A)
@@ -67,7 +67,7 @@ class Decomposition(Basis):
     ) -> tuple[Tensor, Tensor]:
         """See `Basis`."""
         spectrum = decompose(A)
-        rank = _order(multiply(aligned(A), aligned(old)), old).argsort(-1)
+        rank = rank_by_size(multiply(aligned(A), aligned(old)), old).argsort(-1)
         place = A.shape[-1] - 1 - rank  # eigenvalues ascend
         placed = spectrum.vectors.take_along_dim(place[..., None, :], -1)
         return torch.where(first[..., None, None], spectrum.vectors, placed), spectrum.decomposed
@@ -95,17 +95,17 @@ def qr() -> Basis:
 def power_step(A: Tensor, Q: Tensor) -> Tensor:
     """qr(A Q), the columns in their places, (..., d, d)."""
     image = multiply(aligned(A), aligned(Q))
-    order = _order(image, Q)[..., None, :]
-    new = _orthogonal(image.take_along_dim(order, -1))
+    order = rank_by_size(image, Q)[..., None, :]
+    new = orthogonal(image.take_along_dim(order, -1))
     return new.take_along_dim(order.argsort(-1), -1)
 
 
-def _order(image: Tensor, Q: Tensor) -> Tensor:
+def rank_by_size(image: Tensor, Q: Tensor) -> Tensor:
     """The columns of Q (..., d), those with the largest diag(Qᵀ A Q) first; image is A Q."""
     return (image * Q).sum(-2).argsort(dim=-1, descending=True, stable=True)
 
 
-def _orthogonal(Y: Tensor) -> Tensor:
+def orthogonal(Y: Tensor) -> Tensor:
     """The Q of a QR. On a CPU one by one: LAPACK rounds by where a matrix lies in memory."""
     if Y.ndim != 3 or not is_plain_memory(Y):
         whole: Tensor = torch.linalg.qr(Y)[0]
@@ -114,5 +114,6 @@ def _orthogonal(Y: Tensor) -> Tensor:
     return found
 
 
-def _is_finite(Q: Tensor) -> Tensor:
+def is_finite(Q: Tensor) -> Tensor:
+    """(...), bool: whether all of a matrix is."""
     return Q.isfinite().all(-1).all(-1)

@@ -11,6 +11,7 @@ from funshampoo.transforms.eigenbasis import in_eigenbasis
 from funshampoo.transforms.ema_nesterov import ema_nesterov
 from funshampoo.transforms.grafting import graft
 from funshampoo.transforms.hyperball import hyperball
+from funshampoo.transforms.kl import kl_statistics
 from funshampoo.transforms.kronecker import kronecker_statistics
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
 from funshampoo.transforms.momentum import ema, trace
@@ -19,6 +20,7 @@ from funshampoo.transforms.orthogonalize import orthogonalize
 from funshampoo.transforms.primal_average import primal_average
 from funshampoo.transforms.radial_brake import radial_brake
 from funshampoo.transforms.root_inverse import root_inverse
+from funshampoo.transforms.scale_by_eigenvalues import scale_by_eigenvalues
 from funshampoo.transforms.scaling import (
     scale_by_adagrad,
     scale_by_adam,
@@ -46,6 +48,7 @@ __all__ = [
     "graft",
     "hyperball",
     "in_eigenbasis",
+    "kl_statistics",
     "kronecker_statistics",
     "normalize_rows",
     "orthogonalize",
@@ -56,6 +59,7 @@ __all__ = [
     "scale",
     "scale_by_adagrad",
     "scale_by_adam",
+    "scale_by_eigenvalues",
     "scale_by_learning_rate",
     "scale_by_rms",
     "scale_by_sgd",
