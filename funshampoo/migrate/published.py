@@ -8,11 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.migrate import published_muon, published_schedule_free, published_soap
+from funshampoo.migrate import (
+    published_kl,
+    published_muon,
+    published_schedule_free,
+    published_soap,
+)
 
 Builder = Callable[..., GradientTransformation]
 
 METHODS: Mapping[str, Builder] = {
+    **published_kl.METHODS,
     **published_muon.METHODS,
     **published_schedule_free.METHODS,
     **published_soap.METHODS,
@@ -31,6 +37,8 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
             - "Muon (Emerging-Optimizers)": NVIDIA-NeMo/Emerging-Optimizers;
             - "SOAP": nikhilvyas/SOAP;
             - "NorMuon": microsoft/dion, on one device;
+            - "KL-Shampoo", "KL-SOAP": yorkerlin/KL-Methods, class KLOpt;
+            - "KL-SOAP-H (hyperball)": KLSOAPH of modded-nanogpt's track 3;
             - "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree":
               facebookresearch/schedule_free.
         **args: of its constructor, by name; what is left out has its default there. `lr` is a

@@ -53,8 +53,8 @@ def soap(
             beta2 if shampoo_beta < 0 else shampoo_beta, bias_correction=False, sides=sides
         )
         turned = in_eigenbasis(adam, precondition_frequency, offset=1)
-        stages = [statistics, turned, *([_unit_rms()] if normalize_grads else [])]
-        rates = _rates(lr, betas, correct_bias, weight_decay)
+        stages = [statistics, turned, *([unit_rms()] if normalize_grads else [])]
+        rates = decayed_rates(lr, betas, correct_bias, weight_decay)
         merge: Any = _merged(max_precond_dim) if merge_dims and wanted else "none"
         inner = chain(*stages, rates[0], add_decayed_weights(weight_decay), rates[1])
         return blocked(guarded(inner), None, merge=merge, with_params=True)
@@ -65,7 +65,7 @@ def soap(
     return partition({"vectors": directions(precondition_1d), "others": directions(True)}, labels)
 
 
-def _rates(
+def decayed_rates(
     lr: Hyper | Schedule, betas: Sequence[float], corrects: bool, weight_decay: float
 ) -> tuple[GradientTransformation, GradientTransformation]:
     """What the direction is scaled by, and then both it and the decay; 0 on the first step.
@@ -86,7 +86,7 @@ def _rates(
     return scale_by_learning_rate(share), scale_by_learning_rate(rate)
 
 
-def _unit_rms() -> GradientTransformation:
+def unit_rms() -> GradientTransformation:
     """U / (rms(U) + 1e-30) for every block."""
 
     def divided(updates: Tree, *, block_ndim: int = 0) -> Tree:

@@ -20,6 +20,7 @@ from funshampoo.linalg import (
     eigh,
     pseudo_inverse,
 )
+from funshampoo.migrate.reference_kl import kl_by_roots
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
 from funshampoo.transforms.weight_decay import DecayKind
@@ -35,6 +36,8 @@ _DECAY_KINDS: dict[str, DecayKind] = {
 _SHAMPOO_TYPES = (
     "RootInvShampooPreconditionerConfig",
     "EigendecomposedShampooPreconditionerConfig",
+    "RootInvKLShampooPreconditionerConfig",
+    "EigendecomposedKLShampooPreconditionerConfig",
 )
 # What the reference accepts and a chain has no use for: dtypes follow the parameters here, failed
 # roots are counted in the state, and symmetric storage is not arithmetic.
@@ -85,9 +88,10 @@ def from_reference(
         start_preconditioning_step: -1 means precondition_frequency; "inf" or math.inf means never.
         grafting_config: SGD-, Adam-, RMSprop-, AdaGradPreconditionerConfig, or None.
         iterate_averaging_config: ClassicMomentumConfig, or None.
-        preconditioner_config: RootInvShampoo- or EigendecomposedShampooPreconditionerConfig, with
-            amortized_computation_config EigenConfig, EighEigendecompositionConfig,
-            CoupledNewtonConfig or CoupledHigherOrderConfig.
+        preconditioner_config: RootInvShampoo-, EigendecomposedShampoo-, RootInvKLShampoo- or
+            EigendecomposedKLShampooPreconditionerConfig, with amortized_computation_config
+            EigenConfig, EighEigendecompositionConfig, CoupledNewtonConfig or
+            CoupledHigherOrderConfig.
         peak_lr: what "CORRECTED" and "INDEPENDENT" decay divide by: the constructor's lr there.
             Needed here only with a schedule whose largest value in its first 10,000 steps is not
             it.
@@ -137,8 +141,9 @@ def from_reference(
     averaging = _momentum(iterate_averaging_config)
     block, merge, keep = _blocking(max_preconditioner_dim, target)
     amortized = config.take("amortized_computation_config", None)
-    stored_spectrum = config.type == _SHAMPOO_TYPES[1]
-    chain = shampoo(
+    stored_spectrum = config.type.startswith("Eigendecomposed")
+    build = kl_by_roots if "KL" in config.type else shampoo
+    chain = build(
         lr,
         beta1=beta1,
         beta2=beta2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flag, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.modes import full_precision
 from funshampoo.core.tree import (
     cast,
@@ -67,6 +68,8 @@ def kl_statistics(
     least_eigenvalue: Least = 0.0,
     damping: Hyper = 0.0,
     bias_correction: bool = True,
+    weighted: bool = True,
+    normalized: bool = True,
     own_steps: bool = True,
     starts_whole: bool = False,
     in_turn: bool = False,
@@ -94,13 +97,14 @@ def kl_statistics(
     - "ritz": the same with λ_j = diag(Q_jᵀ L_j Q_j), which costs a product of d³ a side.
 
     Args:
-        beta2: decay of all averages, in (0, 1).
+        beta2: decay of all averages, in (0, 1); with "roots" the number 1 is a plain sum.
         through: see above.
         initial_eigenvalue: of all λ_i, above 0.
         least_eigenvalue: a floor, ≥ 0, or a function of d_i: of λ_i once it has been renewed (but
             an eigenvalue of exactly 0 stays, and its direction is left out), and of Ritz values.
         damping: ≥ 0, see above.
-        bias_correction, own_steps: as in `kronecker_statistics`; of L_i alone.
+        bias_correction, weighted, own_steps: as in `kronecker_statistics`; of L_i alone.
+        normalized: False leaves the factor d_i / n out, which is 1 / (the other side) of a matrix.
         starts_whole: a block's first gradient enters L_i with weight 1 in the place of 1 - beta2.
             It stands without bias_correction, and with eigenvalues.
         in_turn: of three sides, let some use the eigenvalues that others have got on this step, as
@@ -126,19 +130,20 @@ def kl_statistics(
     >>> state["kl_statistics"].eigenvalues["w"][0]  # in a basis: largest last
     tensor([ 2.5500, 10.0500])
     """
-    check_range("beta2", beta2, 0.0, 1.0, low_open=True, high_open=True)
+    check_range("beta2", beta2, 0.0, 1.0, low_open=True, high_open=through != "roots")
     check_range("damping", damping, 0.0)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
-    flags = {"bias_correction": bias_correction, "own_steps": own_steps, "in_turn": in_turn}
-    for name, flag in {**flags, "starts_whole": starts_whole}.items():
+    for name, flag in {"starts_whole": starts_whole, "in_turn": in_turn}.items():
         check_flag(name, flag)
     _check_kind(through, least_eigenvalue, starts_whole, bias_correction)
-    by_weight = bias_correction and own_steps  # an average and its weight decay alike
+    plain_sum = not weighted or is_exactly(beta2, 1)
+    corrected = bias_correction and not plain_sum
+    by_weight = corrected and own_steps  # an average and its weight decay alike
 
     def init(params: Tree, *, block_ndim: int = 0) -> KlState:
         check_local(params, "kl_statistics")
         first = initial_eigenvalue if through == "eigenvalues" else None
-        weights = first_weights(params, block_ndim, corrects=bias_correction, own_steps=own_steps)
+        weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
         factors, eigenvalues = _first(params, block_ndim, sides, first)
         return KlState(KroneckerState(factors, weights), eigenvalues)
 
@@ -165,14 +170,18 @@ def kl_statistics(
         (factors, weight), eigenvalues = state
         kept, seen = _of_later_stage(previous, through, updates)
         known = () if alive is None else (alive,)
+        share = 1.0 if plain_sum else 1 - beta
+        add_to = functools.partial(
+            _accumulated, beta=beta, share=share, normalized=normalized, donate=donate
+        )
 
         def accumulate(u: Tensor, g: Tensor, units: Any, n: Any, *rest: Any) -> tuple[Any, ...]:
             *fine, w, old, values = rest
             block = _Block(cast(g, compute_dtype(g)), block_ndim, units, n, fine, w, old, values)
             parts, values = whitened(block)
-            rows = [] if by_weight else fine
+            kept = [] if by_weight or is_exactly(beta, 1) else fine
             new = [
-                L if isinstance(L, tuple) else _accumulated(L, x, i, block_ndim, beta, rows, donate)
+                L if isinstance(L, tuple) else add_to(L, unfold(x, i, block_ndim), kept)
                 for i, (L, x) in enumerate(zip(old, parts))
             ]
             return u, tuple(new), values
@@ -190,7 +199,7 @@ def kl_statistics(
 
         if by_weight:
             _, weight = update_columns(count, updates, (weight,), known)
-        elif bias_correction:
+        elif corrected:
             weight = count_everyone(weight, beta, donate)
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
 
@@ -299,9 +308,9 @@ def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
         new, h = renewed_eigenvalues(R, block.eigenvalues, known, moves, **numbers)
         found = [weighted(x, h[i], i) for i, x in enumerate(parts)]
         if starts_whole:
-            first = torch.where(known, 1.0, on_device((1 - numbers["beta"]) ** -0.5, g))
-            first = cast(first, g.dtype)
-            found = [x * per_block(first, x) for x in found]
+            ones = g.new_ones(known.shape)
+            whole = ones * on_device((1 - numbers["beta"]) ** -0.5, ones)
+            found = [x * per_block(torch.where(known, ones, whole), x) for x in found]
         return found, tuple(new)
 
     return whitened
@@ -316,20 +325,19 @@ _WHITENED: dict[str, Callable[..., Whitened]] = {
 
 def _accumulated(
     factor: Tensor,
-    x: Tensor,
-    side: int,
-    block_ndim: int,
-    beta: Hyper,
+    columns: Tensor,
     rows: list[Tensor],
+    beta: Hyper,
+    share: Hyper,
+    normalized: bool,
     donate: bool,
 ) -> Tensor:
-    """beta L_i + (1 - beta) (d_i / n) mat_i(x) mat_i(x)ᵀ; beta is 1 in the rows that are 0."""
-    columns = unfold(x, side, block_ndim)
-    share = (1 - beta) / max(columns.shape[-1], 1)
+    """beta L + share x xᵀ, of columns x, their mean if `normalized`; beta is 1 where a row is 0."""
     if rows:
         kept = kept_share(beta, rows[0], factor)
         factor, beta = multiply(factor, per_block(kept, factor), donate), 1.0
-    return add_gram(factor, columns, beta, share, donate)
+    weight = share / max(columns.shape[-1], 1) if normalized else share
+    return add_gram(factor, columns, beta, weight, donate)
 
 
 def _of_later_stage(previous: tuple[Any, ...], through: Through, updates: Tree) -> tuple[Tree, Any]:

@@ -14,7 +14,6 @@ DATA = torch.load(Path(__file__).parents[1] / "reference" / "reference.pt", weig
 NOT_BUILT = {
     "evc_eigh": "EigenvalueCorrectedShampooPreconditionerConfig",
     "evc_ignored_dims": "EigenvalueCorrectedShampooPreconditionerConfig",
-    "kl_root": "RootInvKLShampooPreconditionerConfig",
     "gpa": "GeneralizedPrimalAveragingConfig",
     "schedule_free": "ScheduleFreeConfig",
     "spectral": "SpectralDescentPreconditionerConfig",
