@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from funshampoo.linalg.basis import Basis, qr
+from funshampoo.linalg.basis import Basis, by_rank, qr
 from funshampoo.linalg.by_device import by_device
 from funshampoo.linalg.coupled_higher_order import coupled_higher_order
 from funshampoo.linalg.coupled_newton import coupled_newton
@@ -18,6 +18,7 @@ __all__ = [
     "RootSolver",
     "Solver",
     "by_device",
+    "by_rank",
     "coupled_higher_order",
     "coupled_newton",
     "eigh",

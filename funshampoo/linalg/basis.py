@@ -73,6 +73,31 @@ class Decomposition(Basis):
         return torch.where(first[..., None, None], spectrum.vectors, placed), spectrum.decomposed
 
 
+@dataclass(frozen=True)
+class ByRank(Basis):
+    """See `by_rank`."""
+
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `Basis`, but for the places of the columns."""
+        spectrum = decompose(A)
+        return spectrum.vectors, spectrum.decomposed
+
+
+def by_rank() -> Basis:
+    """All eigenvectors, every time, in the order of their eigenvalues, the smallest first.
+
+    What is remembered column by column then belongs to a rank, and not to a direction: the second
+    moments of the third largest eigenvalue go on in the vector that is now third. Where two
+    eigenvalues change ranks that is not the same; `linalg.eigh()` has columns continue one another.
+    As in the eigenvalue-corrected Shampoo of facebookresearch/optimizers.
+
+    Reference: Eschenhagen et al., arXiv 2506.03595.
+    """
+    return ByRank()
+
+
 def qr() -> Basis:
     """A basis by one step of power iteration from the one before, made orthogonal by QR.
 

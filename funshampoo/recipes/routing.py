@@ -38,13 +38,20 @@ def routed(
         distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
             ones; as in `shampoo`.
     """
+    inside = whole(method, max_failures, distribute)
+    if others is None:
+        others = guarded(adamw(learning_rate), max_failures=max_failures)
+    return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
+
+
+def whole(
+    method: GradientTransformation, max_failures: int | None, distribute: Distribute | None
+) -> GradientTransformation:
+    """`method` on whole parameters, equal ones in one stack, guarded, and shared out if wanted."""
     protected = guarded(method, max_failures=max_failures)
     if distribute is not None:
         protected = distributed(protected, distribute, max_failures=max_failures)
-    if others is None:
-        others = guarded(adamw(learning_rate), max_failures=max_failures)
-    inside = blocked(protected, None, merge="none", with_params=True)
-    return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
+    return blocked(protected, None, merge="none", with_params=True)
 
 
 def labelled(matrices: Mask | None) -> Any:
