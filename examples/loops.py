@@ -32,6 +32,8 @@ RECIPES: dict[str, Recipe] = {
     "adamw": funshampoo.adamw,
     "sgd": partial(funshampoo.sgd, momentum=0.9, nesterov=True),
     "soap": funshampoo.soap,
+    "kl_shampoo": funshampoo.kl_shampoo,
+    "kl_soap": funshampoo.kl_soap,
     "muon": funshampoo.muon,
     "normuon": funshampoo.normuon,
     "lion": funshampoo.lion,

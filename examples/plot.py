@@ -19,6 +19,8 @@ COLORS = {  # of Okabe and Ito, told apart by everybody, and grey
     "adamw": "#0072b2",
     "sgd": "#009e73",
     "soap": "#cc79a7",
+    "kl_shampoo": "#882255",
+    "kl_soap": "#44aa99",
     "muon": "#e69f00",
     "normuon": "#56b4e9",
     "lion": "#f0e442",

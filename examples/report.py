@@ -21,6 +21,8 @@ TITLES = {
     "adamw": "AdamW",
     "sgd": "Nesterov SGD",
     "soap": "SOAP",
+    "kl_shampoo": "KL-Shampoo",
+    "kl_soap": "KL-SOAP",
     "muon": "Muon",
     "normuon": "NorMuon",
     "lion": "Lion",

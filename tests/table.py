@@ -41,6 +41,10 @@ def _blocked(*stages: fs.GradientTransformation) -> fs.GradientTransformation:
     return fs.blocked(_statistics_and(*stages), max_size=4)
 
 
+def _kl(*stages: fs.GradientTransformation, **options: Any) -> fs.GradientTransformation:
+    return fs.blocked(fs.chain(fs.kl_statistics(0.9, **options), *stages), max_size=4)
+
+
 def _schedule() -> fs.core.contract.Schedule:
     return fs.schedules.warmup_cosine(0.1, 2, 6)
 
@@ -149,6 +153,35 @@ CASES = [
         lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2, stagger=True)),
     ),
     Case("soap", lambda: fs.soap(0.1, every=2, max_size=4)),
+    Case("kl_statistics", lambda: _kl(fs.in_eigenbasis(fs.scale_by_adam(), 2))),
+    Case(
+        "kl_statistics:everything",
+        lambda: _kl(
+            fs.in_eigenbasis(
+                fs.scale_by_adam(), 2, stagger=True, basis=linalg.orthogonal_iteration()
+            ),
+            bias_correction=False,
+            starts_whole=True,
+            in_turn=True,
+            damping=0.1,
+            least_eigenvalue=1e-3,
+        ),
+    ),
+    Case("kl_statistics:roots", lambda: _kl(_root(epsilon=1e-4), through="roots")),
+    Case(
+        "kl_statistics:ritz",
+        lambda: _kl(
+            fs.in_eigenbasis(fs.scale_by_adam(), 2, first="identity"),
+            through="ritz",
+            least_eigenvalue=0.1,
+        ),
+    ),
+    Case(
+        "scale_by_eigenvalues", lambda: _kl(fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=2))
+    ),
+    Case("kl_shampoo", lambda: fs.kl_shampoo(0.1, every=2, max_size=4)),
+    Case("kl_shampoo:vectors", lambda: fs.kl_shampoo(0.1, every=2, max_size=4, vectors="blocks")),
+    Case("kl_soap", lambda: fs.kl_soap(0.1, every=2, max_size=4, damping=0.1)),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
     Case(
@@ -302,6 +335,12 @@ CASES = [
     Case("sign_descent", lambda: fs.sign_descent(0.1, scale="mean")),
     Case("adamw", fs.adamw),
     Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
+    Case("from_published:kl", lambda: fs.from_published("KL-Shampoo", precondition_frequency=2)),
+    Case(
+        "from_published:kl_h",
+        lambda: _on_matrices("KL-SOAP-H (hyperball)", precondition_frequency=2),
+    ),
+    Case("from_published:rekls", lambda: _on_matrices("REKLS", weight_decay_method="l2", eps=0.1)),
     Case("from_published", lambda: _on_matrices("Muon", lr=0.1)),
     Case("from_published:NorMuon", lambda: _on_matrices("NorMuon", cautious_wd=True)),
     Case(

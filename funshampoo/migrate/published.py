@@ -9,6 +9,7 @@ from typing import Any
 
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.migrate import (
+    published_emerging,
     published_kl,
     published_muon,
     published_schedule_free,
@@ -18,6 +19,7 @@ from funshampoo.migrate import (
 Builder = Callable[..., GradientTransformation]
 
 METHODS: Mapping[str, Builder] = {
+    **published_emerging.METHODS,
     **published_kl.METHODS,
     **published_muon.METHODS,
     **published_schedule_free.METHODS,
@@ -35,6 +37,7 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
             - "Muon": KellerJordan/Muon, class Muon;
             - "Muon (torch.optim)": torch.optim.Muon;
             - "Muon (Emerging-Optimizers)": NVIDIA-NeMo/Emerging-Optimizers;
+            - "SOAP (Emerging-Optimizers)", "REKLS", "KL-SOAP (Emerging-Optimizers)" (its KlSoapV3);
             - "SOAP": nikhilvyas/SOAP;
             - "NorMuon": microsoft/dion, on one device;
             - "KL-Shampoo", "KL-SOAP": yorkerlin/KL-Methods, class KLOpt;

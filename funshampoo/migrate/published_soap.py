@@ -88,16 +88,24 @@ def decayed_rates(
 
 def unit_rms() -> GradientTransformation:
     """U / (rms(U) + 1e-30) for every block."""
+    return _by_rms(lambda rms: 1 / (rms + 1e-30), "unit_rms")
 
-    def divided(updates: Tree, *, block_ndim: int = 0) -> Tree:
+
+def bounded_rms(limit: float) -> GradientTransformation:
+    """U min(1, limit / (rms(U) + 1e-7)) for every block."""
+    return _by_rms(lambda rms: torch.clamp(limit / (rms + 1e-7), max=1.0), "bounded_rms")
+
+
+def _by_rms(factor: Callable[[Tensor], Tensor], name: str) -> GradientTransformation:
+    def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
         def leaf(u: Tensor) -> tuple[Tensor]:
             axes = tuple(range(block_ndim, u.ndim))
             rms = u.square().mean(axes, keepdim=True).sqrt() if axes else u.abs()
-            return (u / (rms + 1e-30),)
+            return (u * factor(rms),)
 
         return update_leaves(leaf, updates, ())[0]
 
-    return stateless(divided, "unit_rms")
+    return stateless(scaled, name)
 
 
 def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:

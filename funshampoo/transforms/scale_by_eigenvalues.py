@@ -63,7 +63,9 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
 
 def _eigenvalues(previous: tuple[Any, ...], updates: Tree) -> Tree:
     found = find_state(previous, KlState)
-    if found is None or any([not x for x in flatten(updates)[1].flatten_up_to(found.eigenvalues)]):
+    if found is None or any(
+        [len(x) == 0 for x in flatten(updates)[1].flatten_up_to(found.eigenvalues)]
+    ):
         raise ValueError(
             'scale_by_eigenvalues found no eigenvalues: put kl_statistics(through="eigenvalues") '
             "before the in_eigenbasis(...) that it is in."

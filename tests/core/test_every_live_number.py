@@ -41,6 +41,7 @@ def _used(stage: fs.GradientTransformation) -> fs.GradientTransformation:
 
 
 DAMPED = {"epsilon": (0.25, 0.5)}
+SPIKES = {"spike_factor": (64.0, 1.0625)}
 ADAM = {"learning_rate": (0.5, 0.25), "beta1": (0.75, 0.5), "beta2": (0.75, 0.875)}
 SHAMPOO = {**ADAM, "relative_epsilon": (0.25, 0.125)}
 TABLE = [
@@ -151,6 +152,39 @@ TABLE = [
             "scale": (0.5, 0.25),
             "weight_decay": (0.5, 0.25),
         },
+    ),
+    Numbers(
+        "kl_statistics",
+        fs.kl_statistics,
+        {"beta2": (0.75, 0.5), "damping": (0.25, 0.5)},
+        {},
+        lambda stage: fs.chain(stage, fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=1)),
+    ),
+    Numbers(
+        "scale_by_eigenvalues",
+        fs.scale_by_eigenvalues,
+        DAMPED,
+        {},
+        lambda stage: fs.chain(fs.kl_statistics(0.75), fs.in_eigenbasis(stage, every=1)),
+    ),
+    Numbers(
+        "kl_shampoo",
+        fs.kl_shampoo,
+        {**ADAM, **DAMPED, "damping": (0.25, 0.5), "weight_decay": (0.5, 0.25), **SPIKES},
+        {"every": 1, "max_size": 4},
+    ),
+    Numbers(
+        "kl_soap",
+        fs.kl_soap,
+        {
+            **ADAM,
+            **DAMPED,
+            "statistics_beta": (0.75, 0.5),
+            "damping": (0.25, 0.5),
+            "weight_decay": (0.5, 0.25),
+            **SPIKES,
+        },
+        {"every": 1, "max_size": 4},
     ),
     Numbers(
         "soap",
