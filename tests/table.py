@@ -176,9 +176,7 @@ CASES = [
             least_eigenvalue=0.1,
         ),
     ),
-    Case(
-        "scale_by_eigenvalues", lambda: _kl(fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=2))
-    ),
+    Case("scale_by_eigenvalues", lambda: _kl(fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=2))),
     Case("kl_shampoo", lambda: fs.kl_shampoo(0.1, every=2, max_size=4)),
     Case("kl_shampoo:vectors", lambda: fs.kl_shampoo(0.1, every=2, max_size=4, vectors="blocks")),
     Case("kl_soap", lambda: fs.kl_soap(0.1, every=2, max_size=4, damping=0.1)),

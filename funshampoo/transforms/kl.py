@@ -97,7 +97,7 @@ def kl_statistics(
     - "ritz": the same with λ_j = diag(Q_jᵀ L_j Q_j), which costs a product of d³ a side.
 
     Args:
-        beta2: decay of all averages, in (0, 1); with "roots" the number 1 is a plain sum.
+        beta2: decay of all averages, in [0, 1); with "roots" the number 1 is a plain sum.
         through: see above.
         initial_eigenvalue: of all λ_i, above 0.
         least_eigenvalue: a floor, ≥ 0, or a function of d_i: of λ_i once it has been renewed (but
@@ -130,7 +130,7 @@ def kl_statistics(
     >>> state["kl_statistics"].eigenvalues["w"][0]  # in a basis: largest last
     tensor([ 2.5500, 10.0500])
     """
-    check_range("beta2", beta2, 0.0, 1.0, low_open=True, high_open=through != "roots")
+    check_range("beta2", beta2, 0.0, 1.0, high_open=through != "roots")
     check_range("damping", damping, 0.0)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     for name, flag in {"starts_whole": starts_whole, "in_turn": in_turn}.items():

@@ -404,6 +404,8 @@ def edited(state: Any, name: str, value: Any) -> Any:
         return state._replace(hyperparams=state.hyperparams | {name: value})
     if type(state) is dict:
         return {key: edited(part, name, value) for key, part in state.items()}
+    if hasattr(state, "inner"):
+        return state._replace(inner=edited(state.inner, name, value))
     return state
 
 
