@@ -79,6 +79,15 @@ def test_agrees_with_what_was_published(name: str) -> None:
         ("sf_sgd", {"momentum": 0.8}),
         ("sf_radam", {"silent_sgd_phase": False}),
         ("sf_radam", {"eps": 1e-3}),
+        ("kl_shampoo_freq5", {"init_factor": 0.1}),
+        ("kl_shampoo_freq3", {"using_damping": False}),
+        ("kl_soap_freq5", {"precondition_frequency": 4}),
+        ("klsoaph", {"beta1": 0.8}),
+        ("klsoaph", {"shampoo_beta": 0.8}),
+        ("klsoaph", {"precondition_frequency": 2}),
+        ("nv_rekls", {"eps": 0.02}),
+        ("nv_klsoap", {"shampoo_beta": 0.7}),
+        ("nv_soap", {"nesterov": False}),
     ],
 )
 def test_every_argument_reaches_the_chain(name: str, change: dict[str, Any]) -> None:

@@ -85,6 +85,8 @@ def test_agreement_does_not_depend_on_flooring(name: str) -> None:
         ("block16_merge", {"max_preconditioner_dim": 15}),
         ("merge_dim2", {"target_parameter_dimensionality": 1}),
         ("adam_corrected_wd_sched", {"peak_lr": 0.02}),
+        ("kl_root", {"epsilon": 1.1e-4}),
+        ("kl_root", {"preconditioner_config": None}),
     ],
 )
 def test_every_argument_reaches_the_chain(name: str, change: dict[str, Any]) -> None:
@@ -134,6 +136,10 @@ def _perturbation(**fields: Any) -> dict[str, Any]:
     ("args", "same"),
     [
         ({"preconditioner_config": {"type": "EigendecomposedShampooPreconditionerConfig"}}, {}),
+        (
+            {"preconditioner_config": {"type": "EigendecomposedKLShampooPreconditionerConfig"}},
+            {"preconditioner_config": {"type": "RootInvKLShampooPreconditionerConfig"}},
+        ),
         (_root(_perturbation(perturb_before_computation=False)), {}),
         (_root({"type": "CoupledNewtonConfig", "max_iterations": 500, "tolerance": 1e-12}), {}),
         (
