@@ -62,8 +62,8 @@ class AgreementGate:
         share = agrees.clamp(0, 1) * aligned.clamp(0, 1)
         if self.power != 1:
             share = raised(share, self.power)
-        least, most = (x(count) if callable(x) else x for x in (self.floor, self.cap))
-        return torch.minimum(torch.maximum(share, _like(least, share)), _like(most, share))
+        least, most = [_at(x, count, share) for x in (self.floor, self.cap)]
+        return torch.minimum(torch.maximum(share, least), most)
 
 
 def blend_towards(
@@ -142,5 +142,8 @@ def _cosine(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:
     return inner_product(x, y, block_ndim) / safe(size)
 
 
-def _like(value: Hyper, x: Tensor) -> Tensor:
-    return torch.zeros_like(x) + on_device(value, x)
+def _at(value: Hyper | Schedule, count: Tensor | None, like: Tensor) -> Tensor:
+    if callable(value):
+        assert count is not None, "a stage that declares the clock was not given it"
+        value = value(count)
+    return torch.zeros_like(like) + on_device(value, like)

@@ -189,7 +189,7 @@ def _stepped(
     fine: Tree,
     context: Context,
 ) -> tuple[Tree, Any]:
-    """A step of `inner` in these bases; where `fine` is 0 it sees zeros, and so does who is next."""
+    """A step of `inner` in these bases; zeros go in and come out where `fine` is 0."""
     ndim = context.block_ndim
     with full_precision():
         turned = gradient = _held(_turned(updates, kept, ndim), fine)
@@ -208,9 +208,7 @@ def _basis_of(basis: Any) -> Basis:
         return Decomposition()
     if isinstance(basis, Basis):
         return basis
-    raise TypeError(
-        f"basis is {basis!r}; give linalg.qr(), linalg.eigh() or linalg.by_rank()."
-    )
+    raise TypeError(f"basis is {basis!r}; give linalg.qr(), linalg.eigh() or linalg.by_rank().")
 
 
 @dataclass(frozen=True)
