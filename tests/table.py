@@ -170,10 +170,10 @@ CASES = [
         "eigenvalue_shampoo",
         lambda: fs.eigenvalue_shampoo(0.1, epsilon=1e-3, every=2, start=2, max_size=4),
     ),
-    Case("splus", lambda: fs.splus(0.1, every=3)),
+    Case("splus", lambda: fs.splus(0.1, every=2)),
     Case("soap_muon", lambda: fs.soap_muon(0.1, every=2)),
     Case(
-        "soap_muon:gate",
+        "soap_muon:schedule",
         lambda: fs.soap_muon(_schedule(), gate=fs.AgreementGate(0.1, floor=0.2), exponent=0.4),
     ),
     Case(
@@ -192,9 +192,7 @@ CASES = [
     Case("scale_by_second_moment", fs.scale_by_second_moment),
     Case(
         "scale_by_second_moment:floor",
-        lambda: fs.scale_by_second_moment(
-            0.9, 0.01, exponent={2: 0.3}, damping="floor", own_steps=False
-        ),
+        lambda: fs.scale_by_second_moment(0.9, 0.01, exponent={2: 0.3}, damping="floor"),
     ),
     Case("scale_by_second_moment:sum", lambda: fs.scale_by_second_moment(1.0)),
     Case("scale_by_shape", lambda: fs.scale_by_shape("unit_rms")),
@@ -382,7 +380,7 @@ CASES = [
             lambda tree: map_leaves(lambda p: "a" if p.ndim == 2 else "b", tree),
         ),
     ),
-    Case("from_published:splus", lambda: fs.from_published("SPlus", inverse_every=3)),
+    Case("from_published:splus", lambda: fs.from_published("SPlus", inverse_every=2)),
     Case(
         "from_reference:eigenvalue_corrected",
         lambda: fs.from_reference(
