@@ -28,6 +28,10 @@ TITLES = {
     "lion": "Lion",
     "sign_descent": "Sign descent",
     "spectral_descent": "Spectral descent",
+    "eigenvalue_shampoo": "Eigenvalue-corrected Shampoo",
+    "splus": "SPlus",
+    "soap_muon": "SOAP-Muon",
+    "record": "The record's stack",
 }
 
 

@@ -14,6 +14,8 @@ from funshampoo.migrate import (
     published_muon,
     published_schedule_free,
     published_soap,
+    published_soap_muon,
+    published_splus,
 )
 
 Builder = Callable[..., GradientTransformation]
@@ -24,6 +26,8 @@ METHODS: Mapping[str, Builder] = {
     **published_muon.METHODS,
     **published_schedule_free.METHODS,
     **published_soap.METHODS,
+    **published_soap_muon.METHODS,
+    **published_splus.METHODS,
 }
 """{name: function of the constructor's arguments, by keyword, with its defaults}."""
 
@@ -42,6 +46,9 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
             - "NorMuon": microsoft/dion, on one device;
             - "KL-Shampoo", "KL-SOAP": yorkerlin/KL-Methods, class KLOpt;
             - "KL-SOAP-H (hyperball)": KLSOAPH of modded-nanogpt's track 3;
+            - "SPlus": kvfrans/splus;
+            - "SOAP-Muon", "SOAP-Muon + EMA-Nesterov": a record of modded-nanogpt, track 3, by its
+              constants, with `roles`, one for each parameter;
             - "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree":
               facebookresearch/schedule_free.
         **args: of its constructor, by name; what is left out has its default there. `lr` is a
@@ -51,7 +58,8 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
 
     A Muon is for matrices, as there: give the other parameters to another method by `partition`.
     Its blocks are whole matrices, `guarded`. The parameters of the Schedule-Free methods are those
-    that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`.
+    that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`, as with SPlus
+    and EMA-Nesterov, whose parameters are the points looked ahead to.
 
     Raises:
         ValueError: the method, or the value of an argument, is unknown.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import check_count
+from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.tree import flatten
+from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.routing import whole
 from funshampoo.transforms import (
     AgreementGate,
@@ -52,56 +53,55 @@ def soap_muon(
     trust_power: float = 1.0,
     roles: Any = "mlp",
     mu_schedule: Schedule | Sequence[float] | None = None,
+    lookahead: Mapping[str, Any] | None = None,
+    initial_lr: float = RATE,
 ) -> GradientTransformation:
     """SOAP-Muon: hidden matrices whitened, gated by role, orthogonalized.
 
     roles: "mlp" or "qkv" (whitened), "attn_proj" (as far as the gate lets it) or "plain" (Muon's),
     one for all parameters, a list in the order of the leaves, or a tree. mu_schedule: of the old
-    step count, or a list, whose last entry stays; it takes the place of mu.
+    step count, or a list, whose last entry stays; it takes the place of mu. lookahead: of
+    EMA-Nesterov, see `_looking_ahead`. initial_lr is ours: what its scheduled step size divides the
+    rates of a schedule by.
     """
-    floor, cap = _trust(trust_floor, trust_cap, trust_floor_end_step, trust_floor_fade_end_step)
+    floor, cap = trust(trust_floor, trust_cap, trust_floor_end_step, trust_floor_fade_end_step)
     gate = AgreementGate(trust_min_agree, trust_min_grad_align, trust_power, floor, cap)
+    second = scale_by_second_moment(
+        soap_beta2, 1e-16, exponent=denom_power, damping="floor", bias_correction=False
+    )
+    whitened = in_eigenbasis(second, soap_frequency, offset=1)
+
+    def stages(mu: Hyper, *blend: GradientTransformation) -> GradientTransformation:
+        statistics = [kronecker_statistics(soap_beta2, bias_correction=False)] if blend else []
+        direction = chain(
+            *statistics,
+            ema(mu, nesterov=True, bias_correction=False),
+            *blend,
+            orthogonalize("converging", 12, norm="schatten4", epsilon=0.0),
+            radial_brake(radial_outward_scale, radial_inward_scale),
+            update_floor(target_uw),
+            hyperball(lr, relative=False, radius="first_order"),
+        )
+        return whole(direction, 20, None)
 
     def by_role(mu: Hyper | Schedule) -> GradientTransformation:
-        def stages(blend: Sequence[GradientTransformation]) -> GradientTransformation:
-            direction = chain(
-                kronecker_statistics(soap_beta2, bias_correction=False) if blend else chain(),
-                ema(mu, nesterov=True, bias_correction=False),  # type: ignore[arg-type]
-                *blend,
-                orthogonalize("converging", 12, norm="schatten4", epsilon=0.0),
-                radial_brake(radial_outward_scale, radial_inward_scale),
-                update_floor(target_uw),
-                hyperball(lr, relative=False, radius="first_order"),
-            )
-            return whole(direction, 20, None)
+        now: Any = mu  # a schedule's value, where it is one
+        of_role = {
+            "mlp": stages(now, blend_towards(whitened)),
+            "attn_proj": stages(now, blend_towards(whitened, gate)),
+            "plain": stages(now),
+        }
+        return partition(of_role, _labels(roles))
 
-        second = scale_by_second_moment(
-            soap_beta2, 1e-16, exponent=denom_power, damping="floor", bias_correction=False
-        )
-        whitened = in_eigenbasis(second, soap_frequency, offset=1)
-        all_of_it, some = [blend_towards(whitened)], [blend_towards(whitened, gate)]
-        blends = {"mlp": all_of_it, "qkv": all_of_it, "attn_proj": some, "plain": []}
-        return partition({role: stages(blend) for role, blend in blends.items()}, _labels(roles))
-
-    if mu_schedule is None:
-        return by_role(mu)
-    schedule = mu_schedule if callable(mu_schedule) else _listed(mu_schedule)
-    return inject_hyperparams(by_role)(schedule)
+    momentum = mu_schedule if callable(mu_schedule) else mu_schedule and _listed(mu_schedule)
+    tx = by_role(mu) if momentum is None else inject_hyperparams(by_role)(momentum)
+    return tx if lookahead is None else chain(tx, _looking_ahead(lr, initial_lr, lookahead))
 
 
-def with_ema_nesterov(
-    *,
-    lr: Hyper | Schedule = RATE,
-    initial_lr: float = RATE,
-    lookahead: Mapping[str, Any] | None = None,
-    **args: Any,
+def _looking_ahead(
+    lr: Hyper | Schedule, initial_lr: float, lookahead: Mapping[str, Any]
 ) -> GradientTransformation:
-    """SOAP-Muon whose gradients are taken ahead of the weights, along the average of their steps.
-
-    lookahead has lookahead_stepsize, use_scheduled_lookahead_stepsize, lookahead_ema,
-    prefill_steps and rest_steps, of which the last two bound the calls that look ahead, from 0.
-    initial_lr is ours, for a schedule as lr: what the scheduled step size divides its rates by.
-    """
+    """Gradients ahead of the weights, in calls prefill_steps to rest_steps - 1, counted from 0."""
     known = {
         "lookahead_stepsize": 0.3,
         "use_scheduled_lookahead_stepsize": True,
@@ -109,25 +109,25 @@ def with_ema_nesterov(
         "prefill_steps": 0,
         "rest_steps": None,
     }
-    unknown = sorted((lookahead or {}).keys() - known.keys())
+    unknown = sorted(lookahead.keys() - known.keys())
     if unknown:
         raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}.")
-    given: dict[str, Any] = {**known, **(lookahead or {})}
+    given: dict[str, Any] = {**known, **lookahead}
     size, last = given["lookahead_stepsize"], given["rest_steps"]
-    scheduled = given["use_scheduled_lookahead_stepsize"] and callable(lr)
 
     def ahead(count: Tensor) -> Tensor:
         here = count >= given["prefill_steps"]
         if last is not None:
             here = here & (count < last)
-        # the schedule is set after the look-ahead, so that this knows the rate before
-        rate = lr(count - 1) / initial_lr if scheduled else 1.0  # type: ignore[operator]
-        return torch.where(here, torch.as_tensor(size * rate, dtype=torch.float64), 0.0)
+        now = size
+        if callable(lr) and given["use_scheduled_lookahead_stepsize"]:
+            now = size * lr(count - 1) / initial_lr  # which is set after the look-ahead
+        return torch.where(here, torch.as_tensor(now, dtype=torch.float64), 0.0)
 
-    return chain(soap_muon(lr=lr, **args), ema_nesterov(ahead, given["lookahead_ema"]))
+    return ema_nesterov(ahead, given["lookahead_ema"])
 
 
-def _trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Schedule, Schedule]:
+def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Schedule, Schedule]:
     """The least and the most of the gate: let go of between two steps, both counted from 0."""
     check_count("trust_floor_end_step", floor_end, 0)
     check_count("trust_floor_fade_end_step", fade_end, floor_end)
@@ -154,19 +154,21 @@ def _listed(values: Sequence[float]) -> Schedule:
 
 def _labels(roles: Any) -> Any:
     """`roles` for `partition`: a list of them goes with the leaves in their order."""
-    if not isinstance(roles, (list, tuple)):
-        return roles
+    alike = {"qkv": "mlp"}  # whose gate is 1
 
     def labels(tree: Tree) -> Tree:
         leaves, spec = flatten(tree)
-        if len(leaves) != len(roles):
-            raise ValueError(f"roles has {len(roles)} entries for {len(leaves)} parameters.")
-        return spec.unflatten(roles)
+        given = roles if isinstance(roles, (list, tuple)) else labels_of(roles, tree, "roles")
+        if len(leaves) != len(given):
+            raise ValueError(f"roles has {len(given)} entries for {len(leaves)} parameters.")
+        for role in given:
+            check_choice("roles", role, ROLES)
+        return spec.unflatten([alike.get(role, role) for role in given])
 
     return labels
 
 
 METHODS: dict[str, Callable[..., GradientTransformation]] = {
     "SOAP-Muon": soap_muon,
-    "SOAP-Muon + EMA-Nesterov": with_ema_nesterov,
+    "SOAP-Muon + EMA-Nesterov": functools.partial(soap_muon, lookahead={}),
 }

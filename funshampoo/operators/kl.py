@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg.products import aligned, multiply
 from funshampoo.operators.leaf_ops import lerp, on_device, per_block
-from funshampoo.operators.mode_products import bias_corrected
+from funshampoo.operators.mode_products import bias_corrected, precondition, rotate
 
 Least: TypeAlias = float | Callable[[int], float]
 
@@ -145,3 +145,87 @@ def renewed_eigenvalues(
         if turns:
             through[i] = mixed(_FRESH_FOR_FACTORS[order][i])
     return new, through
+
+
+class Block(NamedTuple):
+    """What there is of one leaf.
+
+    Attributes:
+        gradient, block_ndim: G, and how many axes count blocks.
+        units: `Kept` a side, or (), of the later stage, from before this step.
+        seen: (N,) int64, how many gradients it has made bases of, or ().
+        fine: [(N,): 0 where this step is to change nothing], or nothing where all are 1.
+        weight, factors, eigenvalues: of `kl_statistics`, from before this step.
+    """
+
+    gradient: Tensor
+    block_ndim: int
+    units: Any
+    seen: Any
+    fine: list[Tensor]
+    weight: Tensor
+    factors: Any
+    eigenvalues: Any
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """The root or the basis of each side."""
+        return [unit.value[0] if unit else None for unit in self.units]
+
+
+Whitened: TypeAlias = Callable[[Block], tuple[list[Tensor], Any]]
+"""G_i for every side, and the new eigenvalues."""
+
+
+def _by_roots(**unused: Any) -> Whitened:
+    def whitened(block: Block) -> tuple[list[Tensor], Any]:
+        X, ndim = block.values, block.block_ndim
+        return [precondition(block.gradient, others(X, i), ndim) for i in range(len(X))], ()
+
+    return whitened
+
+
+def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
+    def whitened(block: Block) -> tuple[list[Tensor], Any]:
+        Q, g = block.values, block.gradient
+        h = []
+        for i, L in enumerate(block.factors):
+            d = g.shape[block.block_ndim + i]
+            basis = Q[i]
+            ritz = g.new_ones(d) if basis is None else ritz_values(basis, L, block.weight)
+            h.append(inverse_root(torch.clamp(ritz, min=least(d) if callable(least) else least)))
+        parts = [rotate(g, others(Q, i), block.block_ndim) for i in range(len(Q))]
+        return [weighted(x, h, i) for i, x in enumerate(parts)], ()
+
+    return whitened
+
+
+def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
+    def whitened(block: Block) -> tuple[list[Tensor], Any]:
+        Q, g, ndim = block.values, block.gradient, block.block_ndim
+        if not Q:  # without sides: one entry, as a side
+            Q, g = [None], g[..., None]
+        if isinstance(block.seen, Tensor):
+            known = block.seen > 0
+        else:  # bases from the beginning
+            known = g.new_ones(g.shape[:ndim], dtype=torch.bool)
+        moves = known & (block.fine[0] > 0) if block.fine else known
+        parts = [rotate(g, others(Q, i), ndim) for i in range(len(Q))]
+        R = rotate(parts[0], [Q[0], *[None] * (len(Q) - 1)], ndim)
+        new, h = renewed_eigenvalues(R, block.eigenvalues, known, moves, **numbers)
+        found = [weighted(x, h[i], i) for i, x in enumerate(parts)]
+        if starts_whole:
+            ones = g.new_ones(known.shape)
+            whole = ones * on_device((1 - numbers["beta"]) ** -0.5, ones)
+            found = [x * per_block(torch.where(known, ones, whole), x) for x in found]
+        return found, tuple(new)
+
+    return whitened
+
+
+WHITENED: dict[str, Callable[..., Whitened]] = {
+    "roots": _by_roots,
+    "ritz": _by_ritz_values,
+    "eigenvalues": _by_eigenvalues,
+}
+"""{`through` of `kl_statistics`: numbers of it, by keyword -> how G_i are made}."""

@@ -14,7 +14,7 @@ from funshampoo.transforms import (
     ema,
     in_eigenbasis,
     kronecker_statistics,
-    scale_by_second_moment,
+    scale_by_adam,
 )
 
 
@@ -42,8 +42,8 @@ def eigenvalue_shampoo(
 
         L_i ← beta2 L_i + (1-beta2) mat_i(G) mat_i(G)ᵀ             kronecker_statistics
         on a refresh, first:   Q_i ← the eigenvectors of L_i       in_eigenbasis
-        V ← beta2 V + (1-beta2) R²,   R = G ×_1 Q_1ᵀ … ×_k Q_kᵀ    scale_by_second_moment
-        D = (M̂ ×_1 Q_1ᵀ … ×_k Q_kᵀ) / (V̂ + epsilon)^(1/2)          M̂ the average of ema(beta1)
+        V ← beta2 V + (1-beta2) R²,   R = G ×_1 Q_1ᵀ … ×_k Q_kᵀ    scale_by_adam(beta1=0)
+        D = (M̂ ×_1 Q_1ᵀ … ×_k Q_kᵀ) / (√V̂ + epsilon)               M̂ the average of ema(beta1)
         W ← W - learning_rate (D ×_1 Q_1 … ×_k Q_k + weight_decay W)
 
     As SOAP, with three differences: momentum lives outside of the bases, these are renewed before
@@ -59,7 +59,7 @@ def eigenvalue_shampoo(
     Args:
         learning_rate: number, tensor, or schedule of the old step count. Its scale is AdamW's.
         beta1: see `ema`.
-        beta2, epsilon: of V, inside the root, and beta2 of the factor matrices.
+        beta2, epsilon: of V, and beta2 of the factor matrices.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, start, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. By
             default by `linalg.by_rank()`. Before step `start` the step is Adam's.
@@ -77,8 +77,8 @@ def eigenvalue_shampoo(
     >>> tx = eigenvalue_shampoo(0.1, epsilon=1.0)
     >>> params = {"w": torch.zeros(2, 2)}
     >>> tx.update({"w": torch.diag(torch.tensor([3.0, -2.0]))}, tx.init(params), params)[0]["w"]
-    tensor([[-0.0949, -0.0000],
-            [-0.0000,  0.0894]])
+    tensor([[-0.0750, -0.0000],
+            [-0.0000,  0.0667]])
     """
     check_choice("vectors", vectors, ("diagonal", "blocks"))
 
@@ -89,7 +89,7 @@ def eigenvalue_shampoo(
         kronecker_statistics(beta2, sides=sides),
         ema(beta1),
         in_eigenbasis(
-            scale_by_second_moment(beta2, epsilon),
+            scale_by_adam(0.0, beta2, epsilon),
             every,
             start=start,
             basis=basis or by_rank(),

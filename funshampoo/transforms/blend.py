@@ -12,6 +12,7 @@ from torch import Tensor
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.modes import full_precision
 from funshampoo.core.tree import cast, compute_dtype, update_leaves
 from funshampoo.linalg.products import matmul
 from funshampoo.linalg.products import power as raised
@@ -62,8 +63,8 @@ class AgreementGate:
         share = agrees.clamp(0, 1) * aligned.clamp(0, 1)
         if self.power != 1:
             share = raised(share, self.power)
-        least, most = (x(count) if callable(x) else x for x in (self.floor, self.cap))
-        return torch.minimum(torch.maximum(share, _like(least, share)), _like(most, share))
+        least, most = [_at(x, count, share) for x in (self.floor, self.cap)]
+        return torch.minimum(torch.maximum(share, least), most)
 
 
 def blend_towards(
@@ -133,7 +134,9 @@ def _size(x: Tensor, block_ndim: int) -> Tensor:
     """The Schatten norm of order 4 of every block, (N, 1, ...)."""
     rows = as_rows(x, block_ndim)
     rows = rows if rows.shape[-2] <= rows.shape[-1] else rows.mT
-    norm = norm_over(matmul(rows, rows.mT), block_ndim).reshape(x.shape[:block_ndim])
+    with full_precision():
+        gram = matmul(rows, rows.mT)
+    norm = norm_over(gram, block_ndim).reshape(x.shape[:block_ndim])
     return per_block(torch.where(norm > 0, sqrt(norm), 0.0), x)
 
 
@@ -142,5 +145,8 @@ def _cosine(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:
     return inner_product(x, y, block_ndim) / safe(size)
 
 
-def _like(value: Hyper, x: Tensor) -> Tensor:
-    return torch.zeros_like(x) + on_device(value, x)
+def _at(value: Hyper | Schedule, count: Tensor | None, like: Tensor) -> Tensor:
+    if callable(value):
+        assert count is not None, "a stage that declares the clock was not given it"
+        value = value(count)
+    return torch.zeros_like(like) + on_device(value, like)

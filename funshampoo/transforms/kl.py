@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flag, check_range
@@ -29,16 +28,9 @@ from funshampoo.operators.columns import (
     first_weights,
     weights_over,
 )
-from funshampoo.operators.kl import (
-    Least,
-    inverse_root,
-    others,
-    renewed_eigenvalues,
-    ritz_values,
-    weighted,
-)
-from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, on_device, per_block
-from funshampoo.operators.mode_products import precondition, rotate, unfold
+from funshampoo.operators.kl import WHITENED, Block, Least
+from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
+from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
 from funshampoo.state.stages import KroneckerState, RefreshedState, find_state
 from funshampoo.transforms.eigenbasis import EigenbasisState
@@ -139,6 +131,7 @@ def kl_statistics(
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
     by_weight = corrected and own_steps  # an average and its weight decay alike
+    options = {"least": least_eigenvalue, "in_turn": in_turn, "starts_whole": starts_whole}
 
     def init(params: Tree, *, block_ndim: int = 0) -> KlState:
         check_local(params, "kl_statistics")
@@ -160,13 +153,7 @@ def kl_statistics(
         hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, KlState]:
         beta = number(beta2, hyper)
-        whitened = _WHITENED[through](
-            beta=beta,
-            damping=number(damping, hyper),
-            least=least_eigenvalue,
-            in_turn=in_turn,
-            starts_whole=starts_whole,
-        )
+        whitened = WHITENED[through](beta=beta, damping=number(damping, hyper), **options)
         (factors, weight), eigenvalues = state
         kept, seen = _of_later_stage(previous, through, updates)
         known = () if alive is None else (alive,)
@@ -177,11 +164,11 @@ def kl_statistics(
 
         def accumulate(u: Tensor, g: Tensor, units: Any, n: Any, *rest: Any) -> tuple[Any, ...]:
             *fine, w, old, values = rest
-            block = _Block(cast(g, compute_dtype(g)), block_ndim, units, n, fine, w, old, values)
+            block = Block(cast(g, compute_dtype(g)), block_ndim, units, n, fine, w, old, values)
             parts, values = whitened(block)
-            kept = [] if by_weight or is_exactly(beta, 1) else fine
+            rows = [] if by_weight or is_exactly(beta, 1) else fine
             new = [
-                L if isinstance(L, tuple) else add_to(L, unfold(x, i, block_ndim), kept)
+                L if isinstance(L, tuple) else add_to(L, unfold(x, i, block_ndim), rows)
                 for i, (L, x) in enumerate(zip(old, parts))
             ]
             return u, tuple(new), values
@@ -192,13 +179,8 @@ def kl_statistics(
             _, factors, eigenvalues = update_leaves(
                 accumulate, updates, (factors, eigenvalues), (*inputs, weights)
             )
-
-        def count(u: Column, *rest: Column) -> tuple[Column, Column]:
-            *fine, w = rest
-            return u, add_weight(w, beta, fine, donate)
-
         if by_weight:
-            _, weight = update_columns(count, updates, (weight,), known)
+            weight = _counted(updates, weight, beta, known, donate)
         elif corrected:
             weight = count_everyone(weight, beta, donate)
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
@@ -240,87 +222,14 @@ def _first(
     return map_leaves(factors, params), map_leaves(eigenvalues, params)
 
 
-class _Block(NamedTuple):
-    """What there is of one leaf.
+def _counted(updates: Tree, weight: Tree, beta: Hyper, known: Sequence[Tree], donate: bool) -> Tree:
+    """The total weights, one a block, after a step."""
 
-    Attributes:
-        gradient, block_ndim: G, and how many axes count blocks.
-        units: `Kept` a side, or (), of the later stage, from before this step.
-        seen: (N,) int64, how many gradients it has made bases of, or ().
-        fine: [(N,): 0 where this step is to change nothing], or nothing where all are 1.
-        weight, factors, eigenvalues: of `KlState`, from before this step.
-    """
+    def count(u: Column, *rest: Column) -> tuple[Column, Column]:
+        *fine, w = rest
+        return u, add_weight(w, beta, fine, donate)
 
-    gradient: Tensor
-    block_ndim: int
-    units: Any
-    seen: Any
-    fine: list[Tensor]
-    weight: Tensor
-    factors: Any
-    eigenvalues: Any
-
-    @property
-    def values(self) -> list[Tensor | None]:
-        """The root or the basis of each side."""
-        return [unit.value[0] if unit else None for unit in self.units]
-
-
-Whitened: TypeAlias = Callable[[_Block], tuple[list[Tensor], Any]]
-"""G_i for every side, and the new eigenvalues."""
-
-
-def _by_roots(**unused: Any) -> Whitened:
-    def whitened(block: _Block) -> tuple[list[Tensor], Any]:
-        X, ndim = block.values, block.block_ndim
-        return [precondition(block.gradient, others(X, i), ndim) for i in range(len(X))], ()
-
-    return whitened
-
-
-def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
-    def whitened(block: _Block) -> tuple[list[Tensor], Any]:
-        Q, g = block.values, block.gradient
-        h = []
-        for i, L in enumerate(block.factors):
-            d = g.shape[block.block_ndim + i]
-            basis = Q[i]
-            ritz = g.new_ones(d) if basis is None else ritz_values(basis, L, block.weight)
-            h.append(inverse_root(torch.clamp(ritz, min=least(d) if callable(least) else least)))
-        parts = [rotate(g, others(Q, i), block.block_ndim) for i in range(len(Q))]
-        return [weighted(x, h, i) for i, x in enumerate(parts)], ()
-
-    return whitened
-
-
-def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
-    def whitened(block: _Block) -> tuple[list[Tensor], Any]:
-        Q, g, ndim = block.values, block.gradient, block.block_ndim
-        if not Q:  # without sides: one entry, as a side
-            Q, g = [None], g[..., None]
-        if isinstance(block.seen, Tensor):
-            known = block.seen > 0
-        else:  # bases from the beginning
-            known = g.new_ones(g.shape[:ndim], dtype=torch.bool)
-        moves = known & (block.fine[0] > 0) if block.fine else known
-        parts = [rotate(g, others(Q, i), ndim) for i in range(len(Q))]
-        R = rotate(parts[0], [Q[0], *[None] * (len(Q) - 1)], ndim)
-        new, h = renewed_eigenvalues(R, block.eigenvalues, known, moves, **numbers)
-        found = [weighted(x, h[i], i) for i, x in enumerate(parts)]
-        if starts_whole:
-            ones = g.new_ones(known.shape)
-            whole = ones * on_device((1 - numbers["beta"]) ** -0.5, ones)
-            found = [x * per_block(torch.where(known, ones, whole), x) for x in found]
-        return found, tuple(new)
-
-    return whitened
-
-
-_WHITENED: dict[str, Callable[..., Whitened]] = {
-    "roots": _by_roots,
-    "ritz": _by_ritz_values,
-    "eigenvalues": _by_eigenvalues,
-}
+    return update_columns(count, updates, (weight,), known)[1]
 
 
 def _accumulated(

@@ -1,7 +1,8 @@
-"""A power of the second moment under the updates, damped inside of it."""
+"""A power of the second moment under the updates."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from funshampoo.core.checks import check_choice, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
-from funshampoo.core.tree import check_parameters, update_columns
+from funshampoo.core.tree import cast, check_parameters, update_columns
 from funshampoo.linalg.products import power as raised
 from funshampoo.operators.columns import (
     Column,
@@ -47,25 +48,25 @@ def scale_by_second_moment(
     beta2: Hyper = 0.99,
     epsilon: Hyper = 1e-8,
     *,
-    exponent: float = 0.5,
+    exponent: float | Mapping[int, float] = 0.5,
     damping: Damping = "added",
     bias_correction: bool = True,
     weighted: bool = True,
     own_steps: bool = True,
 ) -> GradientTransformation:
-    """U over a power of the second moment, as a root in Shampoo is damped: inside.
+    """U over a power of the second moment: Adam's divisor with other exponents.
 
         V ← beta2 V + (1 - beta2) G²,   V̂ = V / (1 - beta2^t)
-        U ← U / (V̂ + epsilon)^exponent,   or   U / max(V̂, epsilon)^exponent
+        U ← U / (V̂^exponent + epsilon),   or   U / max(V̂, epsilon)^exponent
 
     G is `gradient`, or the updates where there is no scope. In `in_eigenbasis` V̂ has the corrected
-    eigenvalues of the Kronecker product. `scale_by_adam` and `scale_by_rms` add their epsilon to
-    the root instead.
+    eigenvalues of the Kronecker product of the factor matrices.
 
     Args:
         beta2: decay, in [0, 1]; the number 1 means a plain sum.
         epsilon: ≥ 0.
-        exponent: above 0; 1/2 is Adam's.
+        exponent: above 0; 1/2 is Adam's. {order: exponent} for leaves (in `blocked`, blocks) of so
+            many sides; 1/2 for those that it does not name.
         damping: "added" or "floor", the first and the second form above.
         bias_correction: divide V by its total weight.
         weighted: False drops the factor 1 - beta2: V ← beta2 V + G², without correction.
@@ -79,16 +80,21 @@ def scale_by_second_moment(
     Reference: George et al., arXiv 1806.03884; Eschenhagen et al., arXiv 2506.03595.
 
     >>> import torch
-    >>> tx = scale_by_second_moment(epsilon=9.0, bias_correction=False, beta2=0.0)
+    >>> tx = scale_by_second_moment(0.0, epsilon=1.0)
     >>> tx.update({"w": torch.tensor([4.0, 0.0])}, tx.init({"w": torch.zeros(2)}))[0]
     {'w': tensor([0.8000, 0.0000])}
     """
     check_range("beta2", beta2, 0.0, 1.0)
     check_range("epsilon", epsilon, 0.0)
-    check_range("exponent", exponent, 0.0, low_open=True)
+    by_order = exponent if isinstance(exponent, Mapping) else {}
+    for value in by_order.values() if isinstance(exponent, Mapping) else [exponent]:
+        check_range("exponent", value, 0.0, low_open=True)
     check_choice("damping", damping, ("added", "floor"))
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrects = bias_correction and not plain_sum
+
+    def exponent_of(order: int) -> float:
+        return exponent if isinstance(exponent, (int, float)) else by_order.get(order, 0.5)
 
     def init(params: Tree, *, block_ndim: int = 0) -> SecondMomentState:
         check_parameters(params, "scale_by_second_moment")
@@ -101,6 +107,7 @@ def scale_by_second_moment(
         params: Tree = None,
         *,
         gradient: Tree = None,
+        block_ndim: int = 0,
         donate: bool = False,
         alive: Tree = None,
         hyper: Numbers = NO_NUMBERS,
@@ -116,7 +123,8 @@ def scale_by_second_moment(
             else:
                 v, w = average_of(v, w, squares, decay, fine, donate, by_weight=own_steps)
             total = quotient(v, per_block(seen(w, fine), v)) if corrects else v
-            return quotient(cast_like(u, v), _power(total, least, exponent, damping)), v, w
+            powers = [exponent_of(x.ndim - block_ndim) for x in total]
+            return quotient(cast_like(u, v), _power(total, least, powers, damping)), v, w
 
         known = () if alive is None else (alive,)
         source = updates if gradient is None else gradient
@@ -131,18 +139,15 @@ def scale_by_second_moment(
     return GradientTransformation(init, update, numbers=[beta2, epsilon])
 
 
-def _power(second: Column, epsilon: Hyper, exponent: float, damping: Damping) -> Column:
+def _power(second: Column, epsilon: Hyper, exponents: Sequence[float], damping: Damping) -> Column:
     """The divisor; at least a power of the smallest normal number, which keeps 0/0 away."""
     found = []
-    for v in second:
+    for v, exponent in zip(second, exponents):
         least = on_device(epsilon, v)
-        if damping == "added":
-            v = v + least
-        elif isinstance(least, torch.Tensor):
-            v = torch.maximum(v, least.to(v.dtype))
-        else:
-            v = torch.clamp(v, min=least)
+        if damping == "floor":
+            bound = torch.zeros_like(v) + least
+            v = torch.maximum(v, bound)
         tiny = torch.finfo(v.dtype).tiny
         root = sqrt(v) if exponent == 0.5 else raised(torch.clamp(v, min=tiny), exponent)
-        found.append(root.to(v.dtype))
+        found.append(cast(root + least if damping == "added" else root, v.dtype))
     return found

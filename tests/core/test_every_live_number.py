@@ -134,6 +134,54 @@ TABLE = [
             "weight_decay": (0.5, 0.25),
         },
     ),
+    Numbers(
+        "eigenvalue_shampoo",
+        fs.eigenvalue_shampoo,
+        {
+            **ADAM,
+            "epsilon": (0.25, 0.5),
+            "weight_decay": (0.5, 0.25),
+            "spike_factor": (64.0, 1.0625),
+        },
+        {"every": 2, "start": 2, "max_size": 4},
+    ),
+    Numbers(
+        "scale_by_second_moment", fs.scale_by_second_moment, {"beta2": (0.75, 0.875), **DAMPED}
+    ),
+    Numbers(
+        "scale_by_second_moment:floor",
+        fs.scale_by_second_moment,
+        {"beta2": (0.75, 0.875), **DAMPED},
+        {"exponent": 0.25, "damping": "floor"},
+    ),
+    Numbers(
+        "decay_after_step",
+        fs.decay_after_step,
+        {"weight_decay": (0.5, 0.25), "learning_rate": (0.5, 0.25)},
+    ),
+    Numbers(
+        "splus",
+        fs.splus,
+        {
+            "learning_rate": (0.5, 0.25),
+            "beta1": (0.75, 0.5),
+            "beta2": (0.75, 0.5),
+            "weight_decay": (0.5, 0.25),
+        },
+        {"every": 1},
+    ),
+    Numbers(
+        "soap_muon",
+        fs.soap_muon,
+        {
+            "learning_rate": (0.5, 0.25),
+            "momentum": (0.75, 0.5),
+            "beta2": (0.75, 0.5),
+            "outward": (0.5, 0.25),
+            "inward": (0.5, 0.25),
+            "min_ratio": (0.5, 2.0),
+        },
+    ),
     Numbers("normalize_rows", fs.normalize_rows, {"beta2": (0.75, 0.875), **DAMPED}),
     Numbers(
         "primal_average",
@@ -243,6 +291,7 @@ TABLE += [
 ]
 OTHERS = {
     ("from_reference", "betas"),  # live in the wrapper; a tuple is not injected
+    ("splus", "average"),  # as the next one
     ("tail_average", "beta"),  # it moves no parameter, so that no edit would show
 }
 every_entry = pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
