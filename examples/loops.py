@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import funshampoo
 from funshampoo.core.contract import GradientTransformation, Schedule
+from record import record
 from tasks import Examples
 
 Recipe = Callable[..., GradientTransformation]
@@ -32,12 +33,20 @@ RECIPES: dict[str, Recipe] = {
     "adamw": funshampoo.adamw,
     "sgd": partial(funshampoo.sgd, momentum=0.9, nesterov=True),
     "soap": funshampoo.soap,
+    "kl_shampoo": funshampoo.kl_shampoo,
+    "kl_soap": funshampoo.kl_soap,
     "muon": funshampoo.muon,
     "normuon": funshampoo.normuon,
     "lion": funshampoo.lion,
     "sign_descent": funshampoo.sign_descent,
     "spectral_descent": funshampoo.spectral_descent,
+    "eigenvalue_shampoo": funshampoo.eigenvalue_shampoo,
+    # its own average goes back a thousand steps, which are more than there are here
+    "splus": partial(funshampoo.splus, average=0.9),
+    "soap_muon": funshampoo.soap_muon,
+    "record": record,
 }
+AVERAGING = ("splus", "record")  # which know better weights than those that they train
 DEFAULT = ("shampoo", "adamw", "sgd")
 
 
@@ -69,7 +78,10 @@ def functional(network: nn.Module, optimizer: str, schedule: Schedule) -> Loop:
         return value
 
     def predict(inputs: Tensor) -> Tensor:
-        outputs: Tensor = functional_call(network, params, inputs)
+        weights = params
+        if optimizer in AVERAGING:
+            weights = funshampoo.evaluation_parameters(state, params)
+        outputs: Tensor = functional_call(network, weights, inputs)
         return outputs
 
     return Loop(step, predict)
@@ -79,7 +91,7 @@ def wrapper(network: nn.Module, optimizer: str, schedule: Schedule) -> Loop:
     """A module, backward(), a torch.optim.Optimizer and a scheduler; DDP averages gradients."""
     model = DistributedDataParallel(network) if dist.is_initialized() else network
     recipe = funshampoo.Optimizer(
-        model.parameters(), RECIPES[optimizer], lr=1.0, **options(optimizer)
+        network.named_parameters(), RECIPES[optimizer], lr=1.0, **options(optimizer)
     )
     scheduler = LambdaLR(recipe, lambda count: float(schedule(torch.tensor(count))))
 
@@ -91,7 +103,14 @@ def wrapper(network: nn.Module, optimizer: str, schedule: Schedule) -> Loop:
         scheduler.step()
         return loss.detach()
 
-    return Loop(step, network)
+    def predict(inputs: Tensor) -> Tensor:
+        weights = {name: p.detach() for name, p in network.named_parameters()}
+        if optimizer in AVERAGING:
+            weights = funshampoo.evaluation_parameters(recipe.chain_states()[0], weights)
+        outputs: Tensor = functional_call(network, weights, inputs)
+        return outputs
+
+    return Loop(step, predict)
 
 
 LOOPS = {"functional": functional, "wrapper": wrapper}

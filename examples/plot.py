@@ -14,16 +14,22 @@ from report import TITLES, Results, goal_of
 from runs import Summary, best
 from tasks import Task
 
-COLORS = {  # of Okabe and Ito, told apart by everybody, and grey
+COLORS = {  # of Okabe and Ito, told apart by everybody, grey, and darker ones of the same hues
     "shampoo": "#d55e00",
     "adamw": "#0072b2",
     "sgd": "#009e73",
     "soap": "#cc79a7",
+    "kl_shampoo": "#882255",
+    "kl_soap": "#44aa99",
     "muon": "#e69f00",
     "normuon": "#56b4e9",
     "lion": "#f0e442",
     "sign_descent": "#000000",
     "spectral_descent": "#999999",
+    "eigenvalue_shampoo": "#8c3d00",
+    "splus": "#004a73",
+    "soap_muon": "#00664c",
+    "record": "#7a4a65",
 }
 
 

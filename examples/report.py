@@ -21,11 +21,17 @@ TITLES = {
     "adamw": "AdamW",
     "sgd": "Nesterov SGD",
     "soap": "SOAP",
+    "kl_shampoo": "KL-Shampoo",
+    "kl_soap": "KL-SOAP",
     "muon": "Muon",
     "normuon": "NorMuon",
     "lion": "Lion",
     "sign_descent": "Sign descent",
     "spectral_descent": "Spectral descent",
+    "eigenvalue_shampoo": "Eigenvalue-corrected Shampoo",
+    "splus": "SPlus",
+    "soap_muon": "SOAP-Muon",
+    "record": "The record's stack",
 }
 
 

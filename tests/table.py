@@ -41,6 +41,10 @@ def _blocked(*stages: fs.GradientTransformation) -> fs.GradientTransformation:
     return fs.blocked(_statistics_and(*stages), max_size=4)
 
 
+def _kl(*stages: fs.GradientTransformation, **options: Any) -> fs.GradientTransformation:
+    return fs.blocked(fs.chain(fs.kl_statistics(0.9, **options), *stages), max_size=4)
+
+
 def _schedule() -> fs.core.contract.Schedule:
     return fs.schedules.warmup_cosine(0.1, 2, 6)
 
@@ -149,6 +153,85 @@ CASES = [
         lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2, stagger=True)),
     ),
     Case("soap", lambda: fs.soap(0.1, every=2, max_size=4)),
+    Case("kl_statistics", lambda: _kl(fs.in_eigenbasis(fs.scale_by_adam(), 2))),
+    Case(
+        "kl_statistics:everything",
+        lambda: _kl(
+            fs.in_eigenbasis(
+                fs.scale_by_adam(), 2, stagger=True, basis=linalg.orthogonal_iteration()
+            ),
+            bias_correction=False,
+            starts_whole=True,
+            in_turn=True,
+            damping=0.1,
+            least_eigenvalue=1e-3,
+        ),
+    ),
+    Case("kl_statistics:roots", lambda: _kl(_root(epsilon=1e-4), through="roots")),
+    Case(
+        "kl_statistics:ritz",
+        lambda: _kl(
+            fs.in_eigenbasis(fs.scale_by_adam(), 2, first="identity"),
+            through="ritz",
+            least_eigenvalue=0.1,
+        ),
+    ),
+    Case("scale_by_eigenvalues", lambda: _kl(fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=2))),
+    Case("kl_shampoo", lambda: fs.kl_shampoo(0.1, every=2, max_size=4)),
+    Case("kl_shampoo:vectors", lambda: fs.kl_shampoo(0.1, every=2, max_size=4, vectors="blocks")),
+    Case("kl_soap", lambda: fs.kl_soap(0.1, every=2, max_size=4, damping=0.1)),
+    Case(
+        "in_eigenbasis:from_the_identity",
+        lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2, first="identity")),
+    ),
+    Case(
+        "in_eigenbasis:renewed_first",
+        lambda: _blocked(
+            fs.in_eigenbasis(
+                fs.chain(fs.trace(0.9), fs.scale_by_second_moment(0.9)),
+                2,
+                start=2,
+                basis=linalg.by_rank(),
+                first="identity",
+                renew_before_use=True,
+            )
+        ),
+    ),
+    Case(
+        "eigenvalue_shampoo",
+        lambda: fs.eigenvalue_shampoo(0.1, epsilon=1e-3, every=2, start=2, max_size=4),
+    ),
+    Case("splus", lambda: fs.splus(0.1, every=2)),
+    Case("soap_muon", lambda: fs.soap_muon(0.1, every=2)),
+    Case(
+        "soap_muon:schedule",
+        lambda: fs.soap_muon(_schedule(), gate=fs.AgreementGate(0.1, floor=0.2), exponent=0.4),
+    ),
+    Case(
+        "blend_towards",
+        lambda: fs.chain(fs.trace(0.9), fs.blend_towards(fs.scale_by_adam(), 0.5)),
+    ),
+    Case(
+        "blend_towards:gate",
+        lambda: _blocked(
+            fs.trace(0.9),
+            fs.blend_towards(
+                fs.in_eigenbasis(fs.scale_by_second_moment(0.9), 2), fs.AgreementGate()
+            ),
+        ),
+    ),
+    Case("scale_by_second_moment", fs.scale_by_second_moment),
+    Case(
+        "scale_by_second_moment:floor",
+        lambda: fs.scale_by_second_moment(0.9, 0.01, exponent={2: 0.3}, damping="floor"),
+    ),
+    Case("scale_by_second_moment:sum", lambda: fs.scale_by_second_moment(1.0)),
+    Case("scale_by_shape", lambda: fs.scale_by_shape("unit_rms")),
+    Case(
+        "decay_after_step",
+        lambda: fs.chain(fs.scale(-0.1), fs.decay_after_step(0.1, 0.5, scale="spectral")),
+    ),
+    Case("decay_after_step:schedule", lambda: fs.decay_after_step(0.1, _schedule())),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
     Case(
@@ -302,6 +385,12 @@ CASES = [
     Case("sign_descent", lambda: fs.sign_descent(0.1, scale="mean")),
     Case("adamw", fs.adamw),
     Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
+    Case("from_published:kl", lambda: fs.from_published("KL-Shampoo", precondition_frequency=2)),
+    Case(
+        "from_published:kl_h",
+        lambda: _on_matrices("KL-SOAP-H (hyperball)", precondition_frequency=2),
+    ),
+    Case("from_published:rekls", lambda: _on_matrices("REKLS", weight_decay_method="l2", eps=0.1)),
     Case("from_published", lambda: _on_matrices("Muon", lr=0.1)),
     Case("from_published:NorMuon", lambda: _on_matrices("NorMuon", cautious_wd=True)),
     Case(
@@ -319,6 +408,50 @@ CASES = [
         lambda: fs.from_published("RAdamScheduleFree", betas=(0.9, 0.9), silent_sgd_phase=False),
     ),
     Case(
+        "from_published:soap_muon",
+        lambda: fs.partition(
+            {
+                "a": fs.from_published("SOAP-Muon + EMA-Nesterov", mu_schedule=[0.8, 0.9]),
+                "b": fs.sgd(0.1),
+            },
+            lambda tree: map_leaves(lambda p: "a" if p.ndim == 2 else "b", tree),
+        ),
+    ),
+    Case("from_published:splus", lambda: fs.from_published("SPlus", inverse_every=2)),
+    Case(
+        "from_reference:eigenvalue_corrected",
+        lambda: fs.from_reference(
+            lr=0.1,
+            betas=(0.9, 0.99),
+            epsilon=1e-3,
+            precondition_frequency=2,
+            preconditioner_config={"type": "EigenvalueCorrectedShampooPreconditionerConfig"},
+        ),
+    ),
+    Case(
+        "from_reference:schedule_free",
+        lambda: fs.from_reference(
+            lr=_schedule(),
+            betas=(0.0, 0.99),
+            epsilon=1e-4,
+            weight_decay=0.1,
+            precondition_frequency=2,
+            grafting_config={"type": "AdamPreconditionerConfig"},
+            iterate_averaging_config={"type": "ScheduleFreeConfig"},
+        ),
+    ),
+    Case(
+        "from_reference:primal_average",
+        lambda: fs.from_reference(
+            lr=0.1,
+            betas=(0.9, 0.99),
+            weight_decay=0.1,
+            weight_decay_type="INDEPENDENT",
+            preconditioner_config={"type": "AdamPreconditionerConfig"},
+            iterate_averaging_config={"type": "GeneralizedPrimalAveragingConfig"},
+        ),
+    ),
+    Case(
         "from_reference",
         lambda: fs.from_reference(
             lr=0.1,
@@ -334,6 +467,7 @@ CASES = [
 # Public names that are no transformation, so that a test can tell whether the table is complete.
 NOT_TRANSFORMATIONS = {
     "blocks",
+    "AgreementGate",
     "EmptyState",
     "FailureLimitError",
     "InterruptedStepError",

@@ -60,6 +60,20 @@ def test_quick_run_writes_table_plot_and_numbers(task: str, tmp_path: Path) -> N
         assert best[-1] < 0.9 * best[0], optimizer
 
 
+@pytest.mark.parametrize("loop", ["functional", "wrapper"])
+def test_the_stack_of_the_record_trains_the_text_task(loop: str, tmp_path: Path) -> None:
+    options = ["--quick", "--task", "text", "--learning-rates", "0.1", "--optimizers", "record"]
+    done = run_script(*options, "--loop", loop, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (summary,) = numbers_in(tmp_path, "text")["results"]["record"]
+    points = summary["runs"][0]["points"]
+    losses = [p["train_loss"] for p in points]
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < 0.8 * losses[0]
+    # what is evaluated are the averaged weights
+    assert points[-1]["test_loss"] < 0.8 * losses[0]
+
+
 def test_same_command_gives_the_same_numbers(tmp_path: Path) -> None:
     options = ["--quick", "--steps", "12", "--learning-rates", "0.03", "--optimizers", "shampoo"]
     curves = []

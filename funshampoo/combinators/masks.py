@@ -204,8 +204,11 @@ def _hidden_states(states: tuple[State, ...], spec: Any, flags: list[bool]) -> t
 def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
     """A state of an earlier stage, with every tree over the parameters in it hidden likewise."""
     try:
-        parts = spec.flatten_up_to(node)
+        # optree's error has the values of all tensors in its words: a hundred times a step's time
+        parts = spec.flatten_up_to(node) if _begins_alike(spec, node) else None
     except ValueError:
+        parts = None
+    if parts is None:
         if isinstance(node, dict):
             return {key: _hide_below(child, spec, flags) for key, child in node.items()}
         if isinstance(node, tuple):
@@ -213,6 +216,16 @@ def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
             return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
         return node
     return spec.unflatten([p if flag else MaskedNode() for p, flag in zip(parts, flags)])
+
+
+def _begins_alike(spec: Any, node: Any) -> bool:
+    """Whether the node at the top is of the spec's kind, as far as a look at it tells."""
+    kind = getattr(spec, "type", None)
+    if kind is None:  # a leaf, or a spec that says nothing of its kind
+        return True
+    if issubclass(kind, dict):
+        return isinstance(node, dict) and node.keys() == set(spec.entries())
+    return type(node) is kind and len(node) == spec.num_children
 
 
 def _fill(tree: Tree, original: Tree, flags: list[bool]) -> Tree:

@@ -50,7 +50,7 @@ class PowerStep(Basis):
             spectrum = decompose(A)
             return spectrum.vectors, spectrum.decomposed
         new = power_step(A, old)
-        found = _is_finite(new)
+        found = is_finite(new)
         if not late:
             return new, found
         spectrum = decompose(A)
@@ -67,10 +67,35 @@ class Decomposition(Basis):
     ) -> tuple[Tensor, Tensor]:
         """See `Basis`."""
         spectrum = decompose(A)
-        rank = _order(multiply(aligned(A), aligned(old)), old).argsort(-1)
+        rank = rank_by_size(multiply(aligned(A), aligned(old)), old).argsort(-1)
         place = A.shape[-1] - 1 - rank  # eigenvalues ascend
         placed = spectrum.vectors.take_along_dim(place[..., None, :], -1)
         return torch.where(first[..., None, None], spectrum.vectors, placed), spectrum.decomposed
+
+
+@dataclass(frozen=True)
+class ByRank(Basis):
+    """See `by_rank`."""
+
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `Basis`, but for the places of the columns."""
+        spectrum = decompose(A)
+        return spectrum.vectors, spectrum.decomposed
+
+
+def by_rank() -> Basis:
+    """All eigenvectors, every time, in the order of their eigenvalues, the smallest first.
+
+    What is remembered column by column then belongs to a rank, and not to a direction: the second
+    moments of the third largest eigenvalue go on in the vector that is now third. Where two
+    eigenvalues change ranks that is not the same; `linalg.eigh()` has columns continue one another.
+    As in the eigenvalue-corrected Shampoo of facebookresearch/optimizers.
+
+    Reference: Eschenhagen et al., arXiv 2506.03595.
+    """
+    return ByRank()
 
 
 def qr() -> Basis:
@@ -95,17 +120,17 @@ def qr() -> Basis:
 def power_step(A: Tensor, Q: Tensor) -> Tensor:
     """qr(A Q), the columns in their places, (..., d, d)."""
     image = multiply(aligned(A), aligned(Q))
-    order = _order(image, Q)[..., None, :]
-    new = _orthogonal(image.take_along_dim(order, -1))
+    order = rank_by_size(image, Q)[..., None, :]
+    new = orthogonal(image.take_along_dim(order, -1))
     return new.take_along_dim(order.argsort(-1), -1)
 
 
-def _order(image: Tensor, Q: Tensor) -> Tensor:
+def rank_by_size(image: Tensor, Q: Tensor) -> Tensor:
     """The columns of Q (..., d), those with the largest diag(Qᵀ A Q) first; image is A Q."""
     return (image * Q).sum(-2).argsort(dim=-1, descending=True, stable=True)
 
 
-def _orthogonal(Y: Tensor) -> Tensor:
+def orthogonal(Y: Tensor) -> Tensor:
     """The Q of a QR. On a CPU one by one: LAPACK rounds by where a matrix lies in memory."""
     if Y.ndim != 3 or not is_plain_memory(Y):
         whole: Tensor = torch.linalg.qr(Y)[0]
@@ -114,5 +139,6 @@ def _orthogonal(Y: Tensor) -> Tensor:
     return found
 
 
-def _is_finite(Q: Tensor) -> Tensor:
+def is_finite(Q: Tensor) -> Tensor:
+    """(...), bool: whether all of a matrix is."""
     return Q.isfinite().all(-1).all(-1)

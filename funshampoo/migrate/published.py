@@ -8,14 +8,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.migrate import published_muon, published_schedule_free, published_soap
+from funshampoo.migrate import (
+    published_emerging,
+    published_kl,
+    published_muon,
+    published_schedule_free,
+    published_soap,
+    published_soap_muon,
+    published_splus,
+)
 
 Builder = Callable[..., GradientTransformation]
 
 METHODS: Mapping[str, Builder] = {
+    **published_emerging.METHODS,
+    **published_kl.METHODS,
     **published_muon.METHODS,
     **published_schedule_free.METHODS,
     **published_soap.METHODS,
+    **published_soap_muon.METHODS,
+    **published_splus.METHODS,
 }
 """{name: function of the constructor's arguments, by keyword, with its defaults}."""
 
@@ -29,8 +41,14 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
             - "Muon": KellerJordan/Muon, class Muon;
             - "Muon (torch.optim)": torch.optim.Muon;
             - "Muon (Emerging-Optimizers)": NVIDIA-NeMo/Emerging-Optimizers;
+            - "SOAP (Emerging-Optimizers)", "REKLS", "KL-SOAP (Emerging-Optimizers)" (its KlSoapV3);
             - "SOAP": nikhilvyas/SOAP;
             - "NorMuon": microsoft/dion, on one device;
+            - "KL-Shampoo", "KL-SOAP": yorkerlin/KL-Methods, class KLOpt;
+            - "KL-SOAP-H (hyperball)": KLSOAPH of modded-nanogpt's track 3;
+            - "SPlus": kvfrans/splus;
+            - "SOAP-Muon", "SOAP-Muon + EMA-Nesterov": a record of modded-nanogpt, track 3, by its
+              constants, with `roles`, one for each parameter;
             - "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree":
               facebookresearch/schedule_free.
         **args: of its constructor, by name; what is left out has its default there. `lr` is a
@@ -40,7 +58,8 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
 
     A Muon is for matrices, as there: give the other parameters to another method by `partition`.
     Its blocks are whole matrices, `guarded`. The parameters of the Schedule-Free methods are those
-    that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`.
+    that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`, as with SPlus
+    and EMA-Nesterov, whose parameters are the points looked ahead to.
 
     Raises:
         ValueError: the method, or the value of an argument, is unknown.

@@ -53,8 +53,8 @@ def soap(
             beta2 if shampoo_beta < 0 else shampoo_beta, bias_correction=False, sides=sides
         )
         turned = in_eigenbasis(adam, precondition_frequency, offset=1)
-        stages = [statistics, turned, *([_unit_rms()] if normalize_grads else [])]
-        rates = _rates(lr, betas, correct_bias, weight_decay)
+        stages = [statistics, turned, *([unit_rms()] if normalize_grads else [])]
+        rates = decayed_rates(lr, betas, correct_bias, weight_decay)
         merge: Any = _merged(max_precond_dim) if merge_dims and wanted else "none"
         inner = chain(*stages, rates[0], add_decayed_weights(weight_decay), rates[1])
         return blocked(guarded(inner), None, merge=merge, with_params=True)
@@ -65,7 +65,7 @@ def soap(
     return partition({"vectors": directions(precondition_1d), "others": directions(True)}, labels)
 
 
-def _rates(
+def decayed_rates(
     lr: Hyper | Schedule, betas: Sequence[float], corrects: bool, weight_decay: float
 ) -> tuple[GradientTransformation, GradientTransformation]:
     """What the direction is scaled by, and then both it and the decay; 0 on the first step.
@@ -86,18 +86,26 @@ def _rates(
     return scale_by_learning_rate(share), scale_by_learning_rate(rate)
 
 
-def _unit_rms() -> GradientTransformation:
+def unit_rms() -> GradientTransformation:
     """U / (rms(U) + 1e-30) for every block."""
+    return _by_rms(lambda rms: 1 / (rms + 1e-30), "unit_rms")
 
-    def divided(updates: Tree, *, block_ndim: int = 0) -> Tree:
+
+def bounded_rms(limit: float) -> GradientTransformation:
+    """U min(1, limit / (rms(U) + 1e-7)) for every block."""
+    return _by_rms(lambda rms: torch.clamp(limit / (rms + 1e-7), max=1.0), "bounded_rms")
+
+
+def _by_rms(factor: Callable[[Tensor], Tensor], name: str) -> GradientTransformation:
+    def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
         def leaf(u: Tensor) -> tuple[Tensor]:
             axes = tuple(range(block_ndim, u.ndim))
             rms = u.square().mean(axes, keepdim=True).sqrt() if axes else u.abs()
-            return (u / (rms + 1e-30),)
+            return (u * factor(rms),)
 
         return update_leaves(leaf, updates, ())[0]
 
-    return stateless(divided, "unit_rms")
+    return stateless(scaled, name)
 
 
 def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:

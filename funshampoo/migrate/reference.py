@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from funshampoo.blocks.layout import Merge
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
-from funshampoo.core.live import initial, is_exactly
-from funshampoo.linalg import (
-    Solver,
-    coupled_higher_order,
-    coupled_newton,
-    eigh,
-    pseudo_inverse,
+from funshampoo.core.live import is_exactly
+from funshampoo.migrate.reference_averages import averaged, averaged_as_published
+from funshampoo.migrate.reference_config import (
+    Config,
+    Fields,
+    blocking,
+    decay_kind,
+    first_step,
+    grafting,
+    merging_target,
+    peak_of,
 )
-from funshampoo.recipes.shampoo import shampoo
-from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
-from funshampoo.transforms.weight_decay import DecayKind
+from funshampoo.migrate.reference_methods import Setting, stages_of
+from funshampoo.recipes.in_blocks import in_blocks
 
-Config = Mapping[str, Any]
-
-_DECAY_KINDS: dict[str, DecayKind] = {
-    "L2": "coupled",
-    "DECOUPLED": "decoupled",
-    "CORRECTED": "corrected",
-    "INDEPENDENT": "independent",
-}
-_SHAMPOO_TYPES = (
-    "RootInvShampooPreconditionerConfig",
-    "EigendecomposedShampooPreconditionerConfig",
-)
-# What the reference accepts and a chain has no use for: dtypes follow the parameters here, failed
-# roots are counted in the state, and symmetric storage is not arithmetic.
-_WITHOUT_EFFECT = (
-    "factor_matrix_dtype",
-    "inv_factor_matrix_dtype",
-    "factor_matrix_eigenvectors_dtype",
-    "factor_matrix_eigenvalues_dtype",
-    "num_tolerated_failed_amortized_computations",
-    "use_symmetric_packing",
-)
+_CLASSIC = "ClassicMomentumConfig"
+_PRIMAL = "GeneralizedPrimalAveragingConfig"
+_SCHEDULE_FREE = "ScheduleFreeConfig"
 
 
 def from_reference(
@@ -67,13 +45,14 @@ def from_reference(
     peak_lr: Hyper | None = None,
     group_steps: bool = True,
     floor: bool = True,
+    as_published: bool = True,
     **without_effect: Any,
 ) -> GradientTransformation:
     """The chain that computes what `DistributedShampoo(params, ...)` computes.
 
     Arguments have the reference's names, defaults and meanings; a config object is written as
     {"type": class name, field: value}, and a field left out has its default there. peak_lr,
-    group_steps and floor are ours.
+    group_steps, floor and as_published are ours.
 
     Args:
         lr: number, or schedule of the old step count in place of a scheduler.
@@ -84,10 +63,14 @@ def from_reference(
         max_preconditioner_dim, target_parameter_dimensionality: an int or "inf".
         start_preconditioning_step: -1 means precondition_frequency; "inf" or math.inf means never.
         grafting_config: SGD-, Adam-, RMSprop-, AdaGradPreconditionerConfig, or None.
-        iterate_averaging_config: ClassicMomentumConfig, or None.
-        preconditioner_config: RootInvShampoo- or EigendecomposedShampooPreconditionerConfig, with
-            amortized_computation_config EigenConfig, EighEigendecompositionConfig,
-            CoupledNewtonConfig or CoupledHigherOrderConfig.
+        iterate_averaging_config: ClassicMomentum-, GeneralizedPrimalAveraging-,
+            ScheduleFreeConfig, or None. With an average, evaluate the model with
+            `funshampoo.evaluation_parameters(state, params)`.
+        preconditioner_config: RootInvShampoo-, EigendecomposedShampoo-, RootInvKLShampoo- or
+            EigendecomposedKLShampooPreconditionerConfig, with amortized_computation_config
+            EigenConfig, EighEigendecompositionConfig, CoupledNewtonConfig or
+            CoupledHigherOrderConfig; EigenvalueCorrectedShampoo- with EighEigendecompositionConfig;
+            SpectralDescent-, SignDescent-, and those that may be grafted onto.
         peak_lr: what "CORRECTED" and "INDEPENDENT" decay divide by: the constructor's lr there.
             Needed here only with a schedule whose largest value in its first 10,000 steps is not
             it.
@@ -98,6 +81,9 @@ def from_reference(
             use_pin_memory are accepted and have nothing to do here.
         floor: eigenvalues below 0 are 0 before epsilon is added. False shifts the whole spectrum by
             the smallest, as the reference does where that is below epsilon.
+        as_published: False: averages of weights as in their papers, where they differ: decoupled
+            decay is part of the step from y, and moves no average outwards; Schedule-Free's
+            coefficients are not rounded to float32.
 
     Where we differ on purpose: an iteration that did not converge is not used; a root of zero
     statistics is the identity; Adam and RMSprop grafting with beta2 = 1, whose second moment stays
@@ -112,260 +98,79 @@ def from_reference(
     ...                     grafting_config={"type": "AdamPreconditionerConfig", "beta2": 0.99})
     """
     beta1, beta2 = betas
-    target = _target(target_parameter_dimensionality, without_effect)
-    start = _start(start_preconditioning_step, precondition_frequency)
+    target = merging_target(target_parameter_dimensionality, without_effect)
+    start = first_step(start_preconditioning_step, precondition_frequency)
     if start < precondition_frequency:
         raise ValueError(
             f"start_preconditioning_step is {start}; the reference demands at least "
             f"precondition_frequency, {precondition_frequency}."
         )
-    kind = _DECAY_KINDS.get(getattr(weight_decay_type, "name", weight_decay_type))
-    if kind is None:
-        raise ValueError(
-            f"weight_decay_type is {weight_decay_type!r}; expected one of {list(_DECAY_KINDS)}."
-        )
+    kind = decay_kind(weight_decay_type)
     if kind in ("corrected", "independent") and peak_lr is None:
-        peak_lr = _peak(lr)
-    config = _Fields(
-        preconditioner_config or {"type": _SHAMPOO_TYPES[0]},
-        "preconditioner_config",
-        _SHAMPOO_TYPES,
-    )
-    config.drop(*_WITHOUT_EFFECT)
-    scaled = config.take("use_trace_scaling", False)
-    exponent = config.take("trace_scaling_exponent", 0.5)
-    averaging = _momentum(iterate_averaging_config)
-    block, merge, keep = _blocking(max_preconditioner_dim, target)
-    amortized = config.take("amortized_computation_config", None)
-    stored_spectrum = config.type == _SHAMPOO_TYPES[1]
-    chain = shampoo(
-        lr,
+        peak_lr = peak_of(lr)
+    setting = Setting(
         beta1=beta1,
         beta2=beta2,
         beta3=None if beta3 == -1.0 or is_exactly(beta1, 0) else beta3,
         epsilon=epsilon,
         every=precondition_frequency,
         start=start,
-        max_size=block,
+        bias_correction=use_bias_correction,
+        own_steps=not group_steps,
+        onto=grafting(grafting_config, own_steps=not group_steps),
+        floor=floor,
+    )
+    max_size, merge, keep = blocking(max_preconditioner_dim, target)
+    return in_blocks(
+        stages_of(preconditioner_config, setting),
+        learning_rate=lr,
+        every=precondition_frequency,
+        max_size=max_size,
         merge=merge,
         keep=keep,
-        grafting=_grafting(grafting_config, own_steps=not group_steps),
-        vectors="blocks",
-        weight_decay=weight_decay,
-        weight_decay_kind=kind,
         decay_through_momentum=True,
-        peak_learning_rate=peak_lr,
-        bias_correction=use_bias_correction,
-        weighted=not config.take("drop_weighting_factor_on_gsquare", False),
-        exponents=config.take("inverse_exponent_override", None),
-        trace_scaling=exponent if scaled else None,
-        solver=_solver(amortized, initial(epsilon), floor),
-        initial_eigenvalue=_initial_eigenvalue(amortized, initial(epsilon))
-        if stored_spectrum
-        else 1.0,
-        own_steps=not group_steps,
-        **averaging,
+        **_last_stages(
+            iterate_averaging_config,
+            as_published,
+            lr,
+            weight_decay=weight_decay,
+            weight_decay_kind=kind,
+            peak_learning_rate=peak_lr,
+        ),
     )
-    config.finish()
-    return chain
 
 
-class _Fields:
-    """The fields of one config, taken one by one; what is left over is an error."""
-
-    def __init__(self, config: Config, argument: str, built: tuple[str, ...]) -> None:
-        self.argument = argument
-        self.left = dict(config)
-        self.type = str(self.left.pop("type", ""))
-        if self.type not in built:
-            raise NotImplementedError(
-                f"{argument}: {self.type or 'a config without a type'} is not built here yet; "
-                f"built are {', '.join(built)}."
-            )
-
-    def take(self, field: str, default: Any) -> Any:
-        return self.left.pop(field, default)
-
-    def drop(self, *fields: str) -> None:
-        for field in fields:
-            self.left.pop(field, None)
-
-    def finish(self) -> None:
-        if self.left:
-            raise TypeError(f"{self.argument}: {self.type} has no field {sorted(self.left)[0]!r}.")
-
-
-def _grafting(config: Config | None, own_steps: bool) -> GradientTransformation | None:
+def _last_stages(
+    config: Config | None, as_published: bool, lr: Hyper | Schedule, **decay: Any
+) -> dict[str, Any]:
+    """Of `in_blocks`: momentum, decay, and what takes the learning rate's place."""
     if config is None:
-        return None
-    names = ("SGD", "AdaGrad", "RMSprop", "Adam")
-    fields = _Fields(config, "grafting_config", tuple(f"{n}PreconditionerConfig" for n in names))
-    method = fields.type.removesuffix("PreconditionerConfig")
-    if method == "SGD":
-        partner = scale_by_sgd()
-    else:
-        epsilon = fields.take("epsilon", 1e-10)
-        if method == "AdaGrad":
-            partner = scale_by_adagrad(epsilon)
-        else:
-            beta2 = fields.take("beta2", 0.999 if method == "Adam" else 0.99)
-            weighted = not fields.take("drop_weighting_factor_on_gsquare", False)
-            partner = _exponential(method, beta2, epsilon, weighted, own_steps)
-    fields.finish()
-    return partner
-
-
-def _exponential(
-    method: str, beta2: float, epsilon: float, weighted: bool, own_steps: bool
-) -> GradientTransformation:
-    if beta2 == 1 and not weighted:
-        return scale_by_adagrad(epsilon)  # V ← V + G²
-    if beta2 == 1:
-        raise ValueError(
-            f"grafting_config: {method} with beta2=1 weighs every G² by 1 - beta2 = 0, so that its "
-            "second moment stays 0; AdaGradPreconditionerConfig is the plain sum."
+        return decay
+    fields = Fields(config, "iterate_averaging_config", (_CLASSIC, _PRIMAL, _SCHEDULE_FREE))
+    if fields.type == _CLASSIC:
+        check_range(
+            "momentum", fields.left.get("momentum", 0.5), 0, 1, low_open=True, high_open=True
         )
-    if method == "Adam":
-        return scale_by_adam(0.0, beta2, epsilon, weighted=weighted, own_steps=own_steps)
-    return scale_by_rms(beta2, epsilon, weighted=weighted)
-
-
-def _momentum(config: Config | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    fields = _Fields(config, "iterate_averaging_config", ("ClassicMomentumConfig",))
-    check_range("momentum", fields.left.get("momentum", 0.5), 0, 1, low_open=True, high_open=True)
-    momentum = {
-        "momentum": fields.take("momentum", 0.5),
-        "dampening": fields.take("dampening", 0.0),
-        "nesterov": fields.take("use_nesterov", False),
+        momentum = {
+            "momentum": fields.take("momentum", 0.5),
+            "dampening": fields.take("dampening", 0.0),
+            "nesterov": fields.take("use_nesterov", False),
+        }
+        fields.finish()
+        return {**momentum, **decay}
+    coefficients = {
+        "average": fields.take("eval_interp_coeff", 0.9) if fields.type == _PRIMAL else None,
+        "interpolation": fields.take("train_interp_coeff", 0.8),
+        "lr_power": fields.take("eval_coeff_lr_power", 2) if fields.type != _PRIMAL else 2,
     }
     fields.finish()
-    return momentum
-
-
-def _start(start: int | float | str, frequency: int) -> int:
-    if start == -1:
-        return frequency
-    return sys.maxsize if float(start) == float("inf") else int(start)
-
-
-def _target(target: int | float | str, without_effect: dict[str, Any]) -> int | float | str:
-    """The merging target, which the reference keeps in its distributed_config."""
-    unknown = set(without_effect) - {
-        "distributed_config",
-        "shampoo_runtime_config",
-        "concurrency_config",
-        "shampoo_pt2_compile_config",
-        "use_pin_memory",
+    if not as_published:
+        return {"last": averaged(lr, **coefficients), **decay}
+    coupled = decay["weight_decay_kind"] == "coupled"  # which stands before the blocks
+    own = {
+        "weight_decay": 0.0 if coupled else decay["weight_decay"],
+        "kind": "decoupled" if coupled else decay["weight_decay_kind"],
+        "peak": decay["peak_learning_rate"],
     }
-    if unknown:
-        raise TypeError(f"from_reference() got an unexpected argument {sorted(unknown)[0]!r}.")
-    config = without_effect.get("distributed_config") or {}
-    found: int | float | str = config.get("target_parameter_dimensionality", target)
-    return found
-
-
-def _blocking(size: int | float | str, target: int | float | str) -> tuple[int | None, Merge, int]:
-    """(max_size, merge, keep) of `blocked`."""
-    block = _int_or_none("max_preconditioner_dim", size)
-    keep = _int_or_none("target_parameter_dimensionality", target)
-    return (block, "none", 1) if keep is None else (block, "small", keep)
-
-
-def _int_or_none(name: str, value: int | float | str) -> int | None:
-    if float(value) == float("inf"):
-        return None
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an int of at least 1, or 'inf'.")
-    return value
-
-
-def _initial_eigenvalue(config: Config | None, epsilon: float) -> float:
-    """What EigendecomposedShampoo takes roots of before its first refresh: λ = 1, stabilized."""
-    stability = (config or {}).get("rank_deficient_stability_config") or {}
-    if stability.get("type") == "PseudoInverseConfig":
-        return 1.0
-    if stability.get("perturb_before_computation", True):
-        return max(1.0, epsilon)
-    return 1.0 + epsilon
-
-
-def _solver(config: Config | None, epsilon: float, floor: bool) -> Solver:
-    built = (
-        "EigenConfig",
-        "EighEigendecompositionConfig",
-        "CoupledNewtonConfig",
-        "CoupledHigherOrderConfig",
-    )
-    fields = _Fields(config or {"type": "EigenConfig"}, "amortized_computation_config", built)
-    if fields.type == "CoupledNewtonConfig":
-        solver = coupled_newton(
-            relative_epsilon=0.0,
-            max_iterations=fields.take("max_iterations", 100),
-            tolerance=fields.take("tolerance", 1e-6),
-        )
-        fields.drop("rank_deficient_stability_config")
-    elif fields.type == "CoupledHigherOrderConfig":
-        if not {"rel_epsilon", "abs_epsilon"} <= set(fields.left):
-            raise TypeError("CoupledHigherOrderConfig needs rel_epsilon and abs_epsilon.")
-        solver = coupled_higher_order(
-            relative_epsilon=fields.take("rel_epsilon", 0.0),
-            absolute_epsilon=fields.take("abs_epsilon", 0.0),
-            max_iterations=fields.take("max_iterations", 100),
-            tolerance=fields.take("tolerance", 1e-8),
-            order=fields.take("order", 3),
-        )
-        # TF32 is off unless the process has asked for it: see docs/design.md, "Autocast".
-        fields.drop("disable_tf32", "rank_deficient_stability_config")
-    else:
-        solver = _eigen(fields, epsilon, floor)
-    fields.finish()
-    return solver
-
-
-def _eigen(fields: _Fields, epsilon: float, floor: bool) -> Solver:
-    fields.drop("retry_double_precision", "eigendecomposition_offload_device")
-    if fields.take("tolerance", 0.0) != 0.0:
-        raise NotImplementedError(
-            "amortized_computation_config: tolerance (adaptive refresh) is not built here yet."
-        )
-    stability = _Fields(
-        fields.take("rank_deficient_stability_config", None) or {"type": "PerturbationConfig"},
-        "rank_deficient_stability_config",
-        ("PerturbationConfig", "PseudoInverseConfig"),
-    )
-    if stability.type == "PerturbationConfig":
-        # Before or after eigh is the same sum: the eigenvalues of A + εI are those of A, plus ε.
-        stability.drop("perturb_before_computation")
-        stability.finish()
-        if not epsilon > 0:
-            raise ValueError(
-                f"epsilon is {epsilon}; without PseudoInverseConfig it must be above 0."
-            )
-        return eigh(floor=floor)
-    if epsilon != 0:
-        raise ValueError(f"epsilon is {epsilon}; PseudoInverseConfig wants 0.")
-    rtol, atol = stability.take("rank_rtol", 0.0), stability.take("rank_atol", 0.0)
-    stability.finish()
-    return pseudo_inverse(rtol=rtol, atol=atol)
-
-
-def _peak(lr: Hyper | Schedule) -> Hyper:
-    """The constructor's lr: lr itself, or the largest value that a schedule has early on."""
-    if not callable(lr):
-        constant: Hyper = initial(lr)  # whatever lr is later
-        return constant
-    return max(_values(lr, 10_000))
-
-
-def _values(schedule: Callable[[Tensor], Hyper], steps: int) -> list[float]:
-    values = []
-    for count in range(steps):
-        try:
-            values.append(float(schedule(torch.tensor(count, device="cpu"))))
-        except (IndexError, KeyError):  # a schedule that reads from a list of rates
-            break
-    if not values:
-        raise ValueError("lr is a schedule without a value at count 0.")
-    return values
+    last = averaged_as_published(lr, **coefficients, **own)
+    return {"last": last, **(decay if coupled else {})}

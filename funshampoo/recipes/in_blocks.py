@@ -39,10 +39,13 @@ def in_blocks(
     spike_factor: Hyper | None = None,
     distribute: Distribute | None = None,
     tile: TileSize = "auto",
+    last: GradientTransformation | None = None,
 ) -> GradientTransformation:
     """The chain of a method whose direction these stages make of every block; see `shampoo`.
 
     All of it is in one scope: what happens to a block, and where its state lives, is decided once.
+    `last` takes the place of `scale_by_learning_rate`; one that averages weights has to see all of
+    them, so there is no mask then.
     """
     decay = add_decayed_weights(
         weight_decay,
@@ -58,8 +61,13 @@ def in_blocks(
     moves = [] if is_zero(momentum) else [heavy_ball]
     coupled = weight_decay_kind == "coupled"
     inner_decays = [] if coupled else decays
-    last = [*inner_decays, *moves] if decay_through_momentum else [*moves, *inner_decays]
-    block_chain = chain(*stages, *last, scale_by_learning_rate(learning_rate))
+    averages = last is not None
+    moved = [*inner_decays, *moves] if decay_through_momentum else [*moves, *inner_decays]
+    if last is None:
+        last = scale_by_learning_rate(learning_rate)
+    elif mask is not None:
+        raise ValueError("mask hides weights from the average: leave it out.")
+    block_chain = chain(*stages, *moved, last)
     protected = guarded(
         block_chain, max_failures=max_failures, every=every, spike_factor=spike_factor
     )
@@ -70,7 +78,7 @@ def in_blocks(
         max_size,
         merge=merge,
         keep=keep,
-        with_params=bool(inner_decays) and (True if mask is None else mask),
+        with_params=(bool(inner_decays) or averages) and (True if mask is None else mask),
         tile=tile,
     )
     return chain(*decays, blocks) if coupled else chain(blocks)

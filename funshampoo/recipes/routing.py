@@ -41,13 +41,23 @@ def routed(
             ones; as in `shampoo`.
         merge: which matrices a leaf is made of; see `blocked`. "none": it is one.
     """
+    inside = whole(method, max_failures, distribute, merge)
+    if others is None:
+        others = guarded(adamw(learning_rate), max_failures=max_failures)
+    return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
+
+
+def whole(
+    method: GradientTransformation,
+    max_failures: int | None,
+    distribute: Distribute | None,
+    merge: Merge = "none",
+) -> GradientTransformation:
+    """`method` on whole parameters, equal ones in one stack, guarded, and shared out if wanted."""
     protected = guarded(method, max_failures=max_failures)
     if distribute is not None:
         protected = distributed(protected, distribute, max_failures=max_failures)
-    if others is None:
-        others = guarded(adamw(learning_rate), max_failures=max_failures)
-    inside = blocked(protected, None, merge=merge, with_params=True)
-    return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
+    return blocked(protected, None, merge=merge, with_params=True)
 
 
 def labelled(matrices: Mask | None) -> Any:

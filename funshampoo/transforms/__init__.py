@@ -3,6 +3,7 @@
 from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
 from funshampoo.state.upstream import statistics_of
 from funshampoo.transforms.adaptive_clip import adaptive_clip
+from funshampoo.transforms.blend import AgreementGate, blend_towards
 from funshampoo.transforms.cautious import cautious
 from funshampoo.transforms.cautious_decay import add_cautious_decay
 from funshampoo.transforms.centralize import centralize
@@ -11,7 +12,9 @@ from funshampoo.transforms.eigenbasis import in_eigenbasis
 from funshampoo.transforms.ema_nesterov import ema_nesterov
 from funshampoo.transforms.grafting import graft
 from funshampoo.transforms.hyperball import hyperball
+from funshampoo.transforms.kl import kl_statistics
 from funshampoo.transforms.kronecker import kronecker_statistics
+from funshampoo.transforms.late_decay import decay_after_step
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
 from funshampoo.transforms.momentum import ema, trace
 from funshampoo.transforms.normalize_rows import normalize_rows
@@ -19,6 +22,7 @@ from funshampoo.transforms.orthogonalize import orthogonalize
 from funshampoo.transforms.primal_average import primal_average
 from funshampoo.transforms.radial_brake import radial_brake
 from funshampoo.transforms.root_inverse import root_inverse
+from funshampoo.transforms.scale_by_eigenvalues import scale_by_eigenvalues
 from funshampoo.transforms.scaling import (
     scale_by_adagrad,
     scale_by_adam,
@@ -26,26 +30,32 @@ from funshampoo.transforms.scaling import (
     scale_by_sgd,
 )
 from funshampoo.transforms.schedule_free import schedule_free
+from funshampoo.transforms.second_moment import scale_by_second_moment
+from funshampoo.transforms.shape import scale_by_shape
 from funshampoo.transforms.sign import sign
 from funshampoo.transforms.tail_average import tail_average
 from funshampoo.transforms.update_floor import update_floor
 from funshampoo.transforms.weight_decay import add_decayed_weights
 
 __all__ = [
+    "AgreementGate",
     "adaptive_clip",
     "add_cautious_decay",
     "add_decayed_weights",
     "bias_corrected",
+    "blend_towards",
     "cautious",
     "centralize",
     "clip",
     "clip_by_global_norm",
+    "decay_after_step",
     "ema",
     "ema_nesterov",
     "global_norm",
     "graft",
     "hyperball",
     "in_eigenbasis",
+    "kl_statistics",
     "kronecker_statistics",
     "normalize_rows",
     "orthogonalize",
@@ -56,9 +66,12 @@ __all__ = [
     "scale",
     "scale_by_adagrad",
     "scale_by_adam",
+    "scale_by_eigenvalues",
     "scale_by_learning_rate",
     "scale_by_rms",
+    "scale_by_second_moment",
     "scale_by_sgd",
+    "scale_by_shape",
     "schedule_free",
     "sign",
     "statistics_of",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funshampoo.combinators.guard import run_alive
+from funshampoo.core.checks import check_choice, check_flag
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
@@ -44,7 +45,8 @@ class EigenbasisState(NamedTuple):
 
     Attributes:
         inner: of the transformation that works in the bases.
-        seen: a tree of (N,) int64, or (): how many gradients each block has had.
+        seen: a tree of (N,) int64: how many gradients each block has had; () where nothing
+            depends on it, first="identity".
         bases: `RefreshedState` whose values are Q_i (N, d_i, d_i), eigenvectors as columns.
     """
 
@@ -61,6 +63,8 @@ def in_eigenbasis(
     offset: int = 0,
     basis: Any = None,
     stagger: bool = False,
+    first: Literal["skip", "identity"] = "skip",
+    renew_before_use: bool = False,
 ) -> GradientTransformation:
     """Run `inner` on the coordinates in the eigenbases of the factor matrices, and turn back.
 
@@ -69,8 +73,9 @@ def in_eigenbasis(
 
     With `scale_by_adam` in it this is SOAP. L_i and weight come from the `KroneckerState` upstream.
     The step is made in the bases from before it, so a block's first gradient only gives it bases:
-    it is not moved, and `inner` does not see it. What `inner` averages (first moments, momentum) is
-    turned from the old bases into the new; second moments stay, column by column.
+    it is not moved, and `inner` does not see it. Both are options. What `inner` averages (first
+    moments, momentum) is turned from the old bases into the new; second moments stay, column by
+    column.
 
     Args:
         inner: elementwise stages, or chains of them. `gradient` is turned for them too. A field of
@@ -78,7 +83,13 @@ def in_eigenbasis(
             `funshampoo.state.meaning(field="linear")`.
         every, start, stagger: as in `root_inverse`.
         offset: refreshes after the first fall on steps t with (t - offset) divisible by `every`.
-        basis: `linalg.qr()`, the default: one step of power iteration; or `linalg.eigh()`.
+        basis: `linalg.qr()`, the default: one step of power iteration; `linalg.eigh()`, whose
+            columns continue one another; or `linalg.by_rank()`, with columns by their eigenvalues.
+        first: of a block's first gradient: "skip" as above; "identity": a step like all others,
+            since the bases begin as the identity, as in SPlus.
+        renew_before_use: a refresh comes before the step, which is made in the new bases, as in
+            eigenvalue-corrected Shampoo. With start=1 and first="identity" no step is made in the
+            identity.
 
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
 
@@ -86,7 +97,7 @@ def in_eigenbasis(
 
     Raises:
         ValueError: an argument out of range; from init and update, no `KroneckerState` upstream.
-        TypeError: basis is neither.
+        TypeError: basis is none of these.
 
     Reference: Vyas et al., arXiv 2409.11321 (SOAP); George et al., arXiv 1806.03884.
 
@@ -103,6 +114,8 @@ def in_eigenbasis(
     """
     inner = as_transformation(inner)
     schedule = RefreshSchedule(every, start, stagger, offset)
+    check_choice("first", first, ("skip", "identity"))
+    check_flag("renew_before_use", renew_before_use)
     renew = _basis_of(basis)
 
     def refreshing(begins: bool) -> Refreshing:
@@ -121,34 +134,40 @@ def in_eigenbasis(
         inside = {**context, "upstream": upstream, "block_ndim": block_ndim, "clock": clock}
         bases = refreshing(True).init(params, block_ndim, clock)
         bases = RefreshedState(_without_factors(bases.kept, factors, params), bases.steps)
-        seen = map_leaves(lambda p: p.new_zeros(p.shape[:block_ndim], dtype=torch.int64), params)
+        seen = _none_seen(params, block_ndim) if first == "skip" else ()
         return EigenbasisState(inner.init(params, **inside), seen, bases)
+
+    def renewed(
+        updates: Tree, own: Any, bases: RefreshedState, context: Context
+    ) -> tuple[Any, RefreshedState]:
+        statistics = statistics_of(context.upstream, "in_eigenbasis", updates)
+        inputs = (statistics.factors, weights_over(statistics.weight, updates))
+        kept, renews = bases.kept, schedule.renews(context)
+        if renews and context.donate:  # a refresh writes to what it is given
+            kept = map_leaves(torch.clone, kept)
+        begins = context.step == start
+        bases = refreshing(begins).update(updates, bases, inputs, _factor, context)
+        if renews:
+            with full_precision():
+                own = _carried(own, updates, kept, bases.kept, context.block_ndim)
+        return own, bases
 
     def update(
         updates: Tree, state: EigenbasisState, params: Tree, context: Context
     ) -> tuple[Tree, EigenbasisState]:
         context = running(state.bases.steps, context)
-        statistics = statistics_of(context.upstream, "in_eigenbasis", updates)
-        kept, ndim = state.bases.kept, context.block_ndim
-        fine = _with_bases(updates, state.seen, context.alive)
-        with full_precision():
-            turned = gradient = _held(_turned(updates, kept, ndim), fine)
-            if context.gradient is not None and context.gradient is not updates:
-                gradient = _held(_turned(context.gradient, kept, ndim), fine)
-        inside = changed(context, gradient=gradient, alive=fine, usable=False)
-        out, own = run_alive(inner, turned, state.inner, params, inside)
-        with full_precision():
-            out = _turned(_held(out, fine), kept, ndim, back=True)
-        renews = schedule.renews(context)
-        if renews and context.donate:  # a refresh writes to what it is given
-            kept = map_leaves(torch.clone, kept)
-        inputs = (statistics.factors, weights_over(statistics.weight, updates))
-        begins = context.step == start
-        bases = refreshing(begins).update(updates, state.bases, inputs, _factor, context)
-        if renews:
-            with full_precision():
-                own = _carried(own, updates, kept, bases.kept, ndim)
-        return out, EigenbasisState(own, _counted(updates, state.seen, context), bases)
+        own, bases, seen, fine = state.inner, state.bases, state.seen, context.alive
+        if first == "skip":
+            fine = _with_bases(updates, seen, fine)
+            seen = _counted(updates, seen, context)
+        if renew_before_use:
+            if context.donate and context.clock is not None:  # which a refresh moves on
+                context = changed(context, clock=context.clock.clone())
+            own, bases = renewed(updates, own, bases, context)
+        out, own = _stepped(inner, updates, own, params, bases.kept, fine, context)
+        if not renew_before_use:
+            own, bases = renewed(updates, own, bases, context)
+        return out, EigenbasisState(own, seen, bases)
 
     return GradientTransformation(
         init,
@@ -161,6 +180,27 @@ def in_eigenbasis(
     )
 
 
+def _stepped(
+    inner: GradientTransformation,
+    updates: Tree,
+    own: Any,
+    params: Tree,
+    kept: Tree,
+    fine: Tree,
+    context: Context,
+) -> tuple[Tree, Any]:
+    """A step of `inner` in these bases; zeros go in and come out where `fine` is 0."""
+    ndim = context.block_ndim
+    with full_precision():
+        turned = gradient = _held(_turned(updates, kept, ndim), fine)
+        if context.gradient is not None and context.gradient is not updates:
+            gradient = _held(_turned(context.gradient, kept, ndim), fine)
+    inside = changed(context, gradient=gradient, alive=fine, usable=False)
+    out, own = run_alive(inner, turned, own, params, inside)
+    with full_precision():
+        return _turned(_held(out, fine), kept, ndim, back=True), own
+
+
 def _basis_of(basis: Any) -> Basis:
     if basis is None:
         return qr()
@@ -168,7 +208,7 @@ def _basis_of(basis: Any) -> Basis:
         return Decomposition()
     if isinstance(basis, Basis):
         return basis
-    raise TypeError(f"basis is {basis!r}; give linalg.qr() or linalg.eigh().")
+    raise TypeError(f"basis is {basis!r}; give linalg.qr(), linalg.eigh() or linalg.by_rank().")
 
 
 @dataclass(frozen=True)
@@ -212,6 +252,10 @@ def _without_factors(kept: Tree, factors: Tree, params: Tree) -> Tree:
         return p, tuple([unit if isinstance(side, Tensor) else () for unit, side in pairs])
 
     return update_leaves(leaf, params, (kept,), (factors,))[1]
+
+
+def _none_seen(params: Tree, block_ndim: int) -> Tree:
+    return map_leaves(lambda p: p.new_zeros(p.shape[:block_ndim], dtype=torch.int64), params)
 
 
 def _with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:

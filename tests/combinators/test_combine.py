@@ -206,3 +206,21 @@ def test_factor_matrices_of_another_scope() -> None:
     tx = fs.chain(fs.blocked(fs.kronecker_statistics()), fs.root_inverse(1))
     with pytest.raises(ValueError, match="inside the same blocked"):
         tx.init({"w": torch.ones(3, 4)})
+
+
+def test_a_partition_in_a_chain_puts_no_tensor_into_words(monkeypatch: Any) -> None:
+    """What hides the states of other stages used to read optree's errors, values and all."""
+    labels = {"w": "a", "layers": "b"}
+    tx = fs.chain(
+        fs.ema(0.9),
+        fs.partition({"a": fs.trace(0.9), "b": fs.adamw()}, labels),
+        fs.ema_nesterov(0.1),
+    )
+    params = problem()
+    state = tx.init(params)
+
+    def shown(*args: Any, **options: Any) -> str:
+        raise AssertionError("a tensor was printed")
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", shown)
+    tx.update(gradients(1)[0], state, params)

@@ -41,6 +41,7 @@ def _used(stage: fs.GradientTransformation) -> fs.GradientTransformation:
 
 
 DAMPED = {"epsilon": (0.25, 0.5)}
+SPIKES = {"spike_factor": (64.0, 1.0625)}
 ADAM = {"learning_rate": (0.5, 0.25), "beta1": (0.75, 0.5), "beta2": (0.75, 0.875)}
 SHAMPOO = {**ADAM, "relative_epsilon": (0.25, 0.125)}
 TABLE = [
@@ -133,6 +134,54 @@ TABLE = [
             "weight_decay": (0.5, 0.25),
         },
     ),
+    Numbers(
+        "eigenvalue_shampoo",
+        fs.eigenvalue_shampoo,
+        {
+            **ADAM,
+            "epsilon": (0.25, 0.5),
+            "weight_decay": (0.5, 0.25),
+            "spike_factor": (64.0, 1.0625),
+        },
+        {"every": 2, "start": 2, "max_size": 4},
+    ),
+    Numbers(
+        "scale_by_second_moment", fs.scale_by_second_moment, {"beta2": (0.75, 0.875), **DAMPED}
+    ),
+    Numbers(
+        "scale_by_second_moment:floor",
+        fs.scale_by_second_moment,
+        {"beta2": (0.75, 0.875), **DAMPED},
+        {"exponent": 0.25, "damping": "floor"},
+    ),
+    Numbers(
+        "decay_after_step",
+        fs.decay_after_step,
+        {"weight_decay": (0.5, 0.25), "learning_rate": (0.5, 0.25)},
+    ),
+    Numbers(
+        "splus",
+        fs.splus,
+        {
+            "learning_rate": (0.5, 0.25),
+            "beta1": (0.75, 0.5),
+            "beta2": (0.75, 0.5),
+            "weight_decay": (0.5, 0.25),
+        },
+        {"every": 1},
+    ),
+    Numbers(
+        "soap_muon",
+        fs.soap_muon,
+        {
+            "learning_rate": (0.5, 0.25),
+            "momentum": (0.75, 0.5),
+            "beta2": (0.75, 0.5),
+            "outward": (0.5, 0.25),
+            "inward": (0.5, 0.25),
+            "min_ratio": (0.5, 2.0),
+        },
+    ),
     Numbers("normalize_rows", fs.normalize_rows, {"beta2": (0.75, 0.875), **DAMPED}),
     Numbers(
         "primal_average",
@@ -151,6 +200,39 @@ TABLE = [
             "scale": (0.5, 0.25),
             "weight_decay": (0.5, 0.25),
         },
+    ),
+    Numbers(
+        "kl_statistics",
+        fs.kl_statistics,
+        {"beta2": (0.75, 0.5), "damping": (0.25, 0.5)},
+        {},
+        lambda stage: fs.chain(stage, fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=1)),
+    ),
+    Numbers(
+        "scale_by_eigenvalues",
+        fs.scale_by_eigenvalues,
+        DAMPED,
+        {},
+        lambda stage: fs.chain(fs.kl_statistics(0.75), fs.in_eigenbasis(stage, every=1)),
+    ),
+    Numbers(
+        "kl_shampoo",
+        fs.kl_shampoo,
+        {**ADAM, **DAMPED, "damping": (0.25, 0.5), "weight_decay": (0.5, 0.25), **SPIKES},
+        {"every": 1, "max_size": 4},
+    ),
+    Numbers(
+        "kl_soap",
+        fs.kl_soap,
+        {
+            **ADAM,
+            **DAMPED,
+            "statistics_beta": (0.75, 0.5),
+            "damping": (0.25, 0.5),
+            "weight_decay": (0.5, 0.25),
+            **SPIKES,
+        },
+        {"every": 1, "max_size": 4},
     ),
     Numbers(
         "soap",
@@ -209,6 +291,7 @@ TABLE += [
 ]
 OTHERS = {
     ("from_reference", "betas"),  # live in the wrapper; a tuple is not injected
+    ("splus", "average"),  # as the next one
     ("tail_average", "beta"),  # it moves no parameter, so that no edit would show
 }
 every_entry = pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
@@ -370,6 +453,8 @@ def edited(state: Any, name: str, value: Any) -> Any:
         return state._replace(hyperparams=state.hyperparams | {name: value})
     if type(state) is dict:
         return {key: edited(part, name, value) for key, part in state.items()}
+    if hasattr(state, "inner"):
+        return state._replace(inner=edited(state.inner, name, value))
     return state
 
 

@@ -20,6 +20,15 @@ METHODS: dict[str, Callable[..., fs.GradientTransformation]] = {
     "soap_staggered": lambda **options: fs.soap(
         0.01, every=3, max_size=16, stagger=True, vectors="blocks", **options
     ),
+    "kl_shampoo": lambda **options: fs.kl_shampoo(
+        0.01, every=3, max_size=16, stagger=True, **options
+    ),
+    "kl_soap": lambda **options: fs.kl_soap(
+        0.01, every=3, max_size=16, vectors="blocks", tile=600, **options
+    ),
+    "eigenvalue_shampoo": lambda **options: fs.eigenvalue_shampoo(
+        0.01, epsilon=1e-3, every=3, start=3, max_size=16, **options
+    ),
     "soap_tiled": lambda **options: fs.soap(0.01, every=3, max_size=16, tile=600, **options),
 }
 

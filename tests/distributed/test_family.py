@@ -21,6 +21,8 @@ RECIPES: dict[str, Any] = {
     "muon_bf16": functools.partial(fs.muon, dtype=torch.bfloat16),
     "normuon": functools.partial(fs.normuon, cautious_decay=True),
     "spectral_descent": fs.spectral_descent,
+    "soap_muon": functools.partial(fs.soap_muon, every=3, gate=fs.AgreementGate(0.1)),
+    "splus": functools.partial(fs.splus, every=3),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.migrate import published_soap_muon
 from funshampoo.migrate.published import METHODS
 
 DATA = torch.load(Path(__file__).parents[1] / "reference" / "family.pt", weights_only=True)
@@ -24,17 +25,26 @@ def make(config: dict[str, Any], **changes: Any) -> fs.GradientTransformation:
 
 
 def largest_deviation(config: dict[str, Any], tx: fs.GradientTransformation) -> float:
-    """From the published parameters and those to evaluate with, relative to the largest update."""
+    """From the published parameters and those to evaluate with, relative to the largest update.
+
+    Of EMA-Nesterov the parameters are where the next gradient is taken, and the published ones
+    those that it is looked ahead from.
+    """
+    ahead = "lookahead" in config["args"]
     problem = DATA["problems"][config["problem"]]
     params = list(problem["params0"])
     state = tx.init(params)
     deviation = 0.0
     for t in range(len(problem["grads"][0])):
         grads = [g[t].double() for g in problem["grads"]]
+        pairs = list(zip(params, config["eval_params"])) if ahead else []
         updates, state = tx.update(grads, state, params)
         params = fs.apply_updates(params, updates)
-        pairs = list(zip(params, config["params"]))
-        if config["eval_params"] is not None:
+        if ahead:
+            pairs += zip(fs.evaluation_parameters(state, params), config["params"])
+        else:
+            pairs = list(zip(params, config["params"]))
+        if config["eval_params"] is not None and not ahead:
             pairs += zip(fs.evaluation_parameters(state, params), config["eval_params"])
         for p, trajectory in pairs:
             deviation = max(deviation, float((p - trajectory[t]).abs().max()))
@@ -79,6 +89,37 @@ def test_agrees_with_what_was_published(name: str) -> None:
         ("sf_sgd", {"momentum": 0.8}),
         ("sf_radam", {"silent_sgd_phase": False}),
         ("sf_radam", {"eps": 1e-3}),
+        ("kl_shampoo_freq5", {"init_factor": 0.1}),
+        ("kl_shampoo_freq3", {"using_damping": False}),
+        ("kl_soap_freq5", {"precondition_frequency": 4}),
+        ("klsoaph", {"beta1": 0.8}),
+        ("klsoaph", {"shampoo_beta": 0.8}),
+        ("klsoaph", {"precondition_frequency": 2}),
+        ("nv_rekls", {"eps": 0.02}),
+        ("nv_klsoap", {"shampoo_beta": 0.7}),
+        ("nv_soap", {"nesterov": False}),
+        ("splus_freq3", {"b1": 0.8}),
+        ("splus_freq3", {"b2": 0.5}),
+        ("splus_freq3", {"ema_rate": 0.8}),
+        ("splus_freq3", {"inverse_every": 2}),
+        ("splus_freq3", {"weight_decay": 0.02}),
+        ("splus_maxdim", {"max_dim": 10}),  # the side of 9 is kept then
+        ("splus_maxdim", {"nonstandard_constant": 0.021}),
+        ("soap_muon", {"mu_schedule": None}),
+        ("soap_muon", {"target_uw": 0.3}),
+        ("soap_muon", {"soap_beta2": 0.8}),
+        ("soap_muon", {"soap_frequency": 2}),
+        ("soap_muon", {"denom_power": 0.4}),
+        ("soap_muon", {"radial_outward_scale": 0.6}),
+        ("soap_muon", {"radial_inward_scale": 0.9}),
+        ("soap_muon", {"trust_floor": 0.5}),
+        ("soap_muon", {"trust_cap": 0.5}),
+        ("soap_muon_lookahead", {"trust_min_agree": 0.3}),
+        ("soap_muon_lookahead", {"trust_min_grad_align": 0.1}),
+        ("soap_muon_lookahead", {"trust_power": 2.0}),
+        ("soap_muon", {"trust_floor_end_step": 0}),
+        ("soap_muon_lookahead", {"roles": "mlp"}),
+        ("soap_muon_lookahead", {"initial_lr": 0.03}),
     ],
 )
 def test_every_argument_reaches_the_chain(name: str, change: dict[str, Any]) -> None:
@@ -93,6 +134,49 @@ def test_what_is_left_out_has_a_default(method: str) -> None:
     tx = fs.from_published(method)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["w"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lookahead_stepsize", 0.2),
+        ("use_scheduled_lookahead_stepsize", False),
+        ("lookahead_ema", 0.8),
+        ("prefill_steps", 2),
+        ("rest_steps", 11),
+    ],
+)
+def test_every_field_of_the_look_ahead_reaches_the_chain(field: str, value: Any) -> None:
+    config = DATA["configs"]["soap_muon_lookahead"]
+    changed = {**config["args"]["lookahead"], field: value}
+    assert largest_deviation(config, make(config, lookahead=changed)) > 1e-6
+
+
+def test_the_gate_is_held_up_and_then_let_go_of() -> None:
+    floor, cap = published_soap_muon.trust(0.5, 0.75, 2, 4)
+    steps = torch.arange(6)
+    assert [float(floor(t)) for t in steps] == [0.5, 0.5, 0.5, 0.25, 0.0, 0.0]
+    assert [float(cap(t)) for t in steps] == [0.75, 0.75, 0.75, 0.75, 1.0, 1.0]
+
+
+def test_roles_go_with_the_leaves_or_with_a_tree() -> None:
+    params = {"b": torch.eye(3) * 2, "a": torch.ones(3, 3)}
+    found = []
+    for roles in (["plain", "qkv"], {"a": "plain", "b": "qkv"}, {"a": "plain", "b": "mlp"}):
+        tx = fs.from_published("SOAP-Muon", roles=roles)
+        state = tx.init(params)
+        for step in range(3):
+            grads = {
+                name: p + torch.arange(9.0).view(3, 3).sin() * step for name, p in params.items()
+            }
+            updates, state = tx.update(grads, state, params)
+        found.append(updates)
+    for updates in found[1:]:
+        assert all(torch.equal(updates[name], found[0][name]) for name in params)
+    with pytest.raises(ValueError, match="roles has 1 entries for 2 parameters"):
+        fs.from_published("SOAP-Muon", roles=["mlp"]).init(params)
+    with pytest.raises(ValueError, match="roles is 'mpl'; choose one of 'mlp'"):
+        fs.from_published("SOAP-Muon", roles="mpl").init(params)
 
 
 def test_independent_decay_does_not_know_the_rate() -> None:
@@ -144,6 +228,9 @@ def test_a_flattened_kernel_is_one_matrix_for_normuon() -> None:
             ValueError,
             "weight_decay_method is 'x'",
         ),
+        ("SOAP-Muon", {"trust_floor_fade_end_step": 3}, ValueError, "fade_end_step is 3"),
+        ("SOAP-Muon", {"lookahead": {"rest": 3}}, TypeError, "lookahead has no field 'rest'"),
+        ("SPlus", {"b2": 1.5}, ValueError, "beta2 is 1.5"),
         ("SGDScheduleFree", {"warmup_steps": -1}, ValueError, "warmup_steps is -1"),
         ("AdamWScheduleFree", {"lr": -1.0}, ValueError, "learning_rate is -1.0"),
     ],

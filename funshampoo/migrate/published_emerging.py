@@ -1,0 +1,176 @@
+"""SOAP, REKLS and KL-SOAP of NVIDIA-NeMo/Emerging-Optimizers, by their constructors' arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from funshampoo.combinators.chaining import chain
+from funshampoo.combinators.wrapping import wrapping
+from funshampoo.core.checks import check_flag, check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
+from funshampoo.core.tree import update_leaves
+from funshampoo.linalg import by_rank, orthogonal_iteration
+from funshampoo.migrate.published_muon import on_matrices
+from funshampoo.migrate.published_soap import bounded_rms
+from funshampoo.migrate.words import chosen
+from funshampoo.operators.leaf_ops import per_block
+from funshampoo.operators.matrices import safe
+from funshampoo.state.stages import EmaState, find_state
+from funshampoo.transforms import (
+    add_decayed_weights,
+    ema,
+    in_eigenbasis,
+    kl_statistics,
+    kronecker_statistics,
+    scale,
+    scale_by_adam,
+    scale_by_learning_rate,
+    scale_by_rms,
+)
+
+
+def soap(
+    *,
+    lr: Hyper | Schedule = 3e-4,
+    betas: Sequence[float] = (0.9, 0.95),
+    shampoo_beta: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    weight_decay_method: str = "decoupled",
+    nesterov: bool = False,
+    correct_bias: bool = True,
+    fp32_matmul_prec: str = "highest",
+    use_eigh: bool = False,
+    qr_fp32_matmul_prec: str = "high",
+    power_iter_steps: int = 1,
+    max_update_rms: float = 0.0,
+    use_kl_shampoo: bool = False,
+    correct_shampoo_beta_bias: bool | None = None,
+    stream_list: Any = None,
+) -> GradientTransformation:
+    """Class SOAP: bases are renewed before every step, columns sorted, second moments are not.
+
+    fp32_matmul_prec, qr_fp32_matmul_prec and stream_list have nothing to do here. lr has no default
+    there.
+    """
+    for name, flag in {"nesterov": nesterov, "use_eigh": use_eigh}.items():
+        check_flag(name, flag)
+    check_range("max_update_rms", max_update_rms, 0.0)
+    check_range("eps", eps, 0.0, low_open=use_kl_shampoo)
+    corrects = correct_bias if correct_shampoo_beta_bias is None else correct_shampoo_beta_bias
+    statistics = (
+        kl_statistics(shampoo_beta, through="ritz", least_eigenvalue=eps, bias_correction=corrects)
+        if use_kl_shampoo
+        else kronecker_statistics(shampoo_beta, bias_correction=corrects)
+    )
+    turned = in_eigenbasis(
+        _adam(betas, eps, correct_bias, nesterov),
+        1,
+        basis=by_rank() if use_eigh else orthogonal_iteration(sort=True, steps=power_iter_steps),
+        first="identity",
+        renew_before_use=True,
+    )
+    clipped = [bounded_rms(max_update_rms)] if max_update_rms else []
+    step = scale_by_learning_rate(lr)
+    decay = add_decayed_weights(weight_decay)
+    kinds = {kind: kind for kind in ("decoupled", "independent", "l2")}
+    kind = chosen("weight_decay_method", weight_decay_method, kinds)
+    if kind == "l2":
+        coupled = add_decayed_weights(weight_decay, kind="coupled")
+        return on_matrices(statistics, coupled, _of_updates(turned), *clipped, step)
+    if kind == "decoupled":
+        return on_matrices(statistics, turned, *clipped, decay, step)
+    up = scale_by_learning_rate(lr, flip_sign=False)
+    return on_matrices(statistics, turned, *clipped, up, decay, scale(-1.0))
+
+
+def rekls(
+    *,
+    lr: Hyper | Schedule = 3e-4,
+    betas: Sequence[float] = (0.9, 0.95),
+    shampoo_beta: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    weight_decay_method: str = "decoupled",
+) -> GradientTransformation:
+    """Class REKLS: SOAP with KL-Shampoo's statistics and a decomposition on every step."""
+    return soap(
+        lr=lr,
+        betas=betas,
+        shampoo_beta=shampoo_beta,
+        eps=eps,
+        weight_decay=weight_decay,
+        weight_decay_method=weight_decay_method,
+        use_eigh=True,
+        use_kl_shampoo=True,
+    )
+
+
+def kl_soap(
+    *,
+    lr: Hyper | Schedule = 3e-4,
+    betas: Sequence[float] = (0.9, 0.95),
+    shampoo_beta: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    stream_list: Any = None,
+) -> GradientTransformation:
+    """Class KlSoapV3: SOAP with KL-Shampoo's statistics. stream_list has nothing to do here."""
+    return soap(
+        lr=lr,
+        betas=betas,
+        shampoo_beta=shampoo_beta,
+        eps=eps,
+        weight_decay=weight_decay,
+        use_kl_shampoo=True,
+    )
+
+
+def _adam(
+    betas: Sequence[float], eps: float, corrects: bool, nesterov: bool
+) -> GradientTransformation:
+    beta1, beta2 = betas
+    if not corrects:
+        filtered = ema(beta1, nesterov=nesterov, bias_correction=False)
+        return chain(filtered, scale_by_rms(beta2, eps))
+    ahead = [_look_ahead(beta1)] if nesterov else []
+    return chain(ema(beta1), *ahead, scale_by_adam(0.0, beta2, eps))
+
+
+def _look_ahead(beta1: float) -> GradientTransformation:
+    """beta1 M / (1 - beta1^(t+1)) + (1 - beta1) G / (1 - beta1^t), as in the source.
+
+    `ema(nesterov=True)` divides both by 1 - beta1^(t+1), the weight of them together.
+    """
+
+    def looked(updates: Tree, *, gradient: Tree = None, upstream: tuple[Any, ...] = ()) -> Tree:
+        state = find_state(upstream, EmaState)
+        assert state is not None
+
+        def leaf(u: Tensor, g: Tensor, m: Tensor, weight: Tensor) -> tuple[Tensor]:
+            ahead = per_block(beta1 * weight + (1 - beta1), m)
+            return (beta1 * m / ahead + (1 - beta1) * g / safe(per_block(weight, m)),)
+
+        inputs = (gradient, state.average, state.weight)
+        return update_leaves(leaf, updates, (), inputs)[0]
+
+    return stateless(looked, "look_ahead")
+
+
+def _of_updates(inner: GradientTransformation) -> GradientTransformation:
+    """What comes in is the gradient for all that is inside: decay has been added to it."""
+
+    def update(run: Any, updates: Tree, own: Any) -> tuple[Tree, Any]:
+        return run(updates, gradient=updates), own
+
+    return wrapping(inner, update, name="of_updates")
+
+
+METHODS: dict[str, Callable[..., GradientTransformation]] = {
+    "SOAP (Emerging-Optimizers)": soap,
+    "REKLS": rekls,
+    "KL-SOAP (Emerging-Optimizers)": kl_soap,
+}

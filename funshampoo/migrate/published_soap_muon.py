@@ -1,0 +1,174 @@
+"""The SOAP-Muon record of modded-nanogpt, track 3, by its module's constants."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.combinators.chaining import chain
+from funshampoo.combinators.hyperparams import inject_hyperparams
+from funshampoo.combinators.masks import partition
+from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.tree import flatten, labels_of
+from funshampoo.recipes.routing import whole
+from funshampoo.transforms import (
+    AgreementGate,
+    blend_towards,
+    ema,
+    ema_nesterov,
+    hyperball,
+    in_eigenbasis,
+    kronecker_statistics,
+    orthogonalize,
+    radial_brake,
+    scale_by_second_moment,
+    update_floor,
+)
+
+ROLES = ("mlp", "qkv", "attn_proj", "plain")
+RATE = 0.0375  # the record's
+
+
+def soap_muon(
+    *,
+    lr: Hyper | Schedule = RATE,
+    mu: Hyper = 0.95,
+    target_uw: Hyper = 0.3825,
+    soap_beta2: Hyper = 0.9,
+    soap_frequency: int = 1,
+    denom_power: float = 0.5,
+    radial_outward_scale: Hyper = 0.5,
+    radial_inward_scale: Hyper = 1.0,
+    trust_floor: float = 0.45,
+    trust_cap: float = 0.85,
+    trust_floor_end_step: int = 1375,
+    trust_floor_fade_end_step: int = 1625,
+    trust_min_agree: float = 0.2,
+    trust_min_grad_align: float = 0.0,
+    trust_power: float = 1.0,
+    roles: Any = "mlp",
+    mu_schedule: Schedule | Sequence[float] | None = None,
+    lookahead: Mapping[str, Any] | None = None,
+    initial_lr: float = RATE,
+) -> GradientTransformation:
+    """SOAP-Muon: hidden matrices whitened, gated by role, orthogonalized.
+
+    roles: "mlp" or "qkv" (whitened), "attn_proj" (as far as the gate lets it) or "plain" (Muon's),
+    one for all parameters, a list in the order of the leaves, or a tree. mu_schedule: of the old
+    step count, or a list, whose last entry stays; it takes the place of mu. lookahead: of
+    EMA-Nesterov, see `_looking_ahead`. initial_lr is ours: what its scheduled step size divides the
+    rates of a schedule by.
+    """
+    floor, cap = trust(trust_floor, trust_cap, trust_floor_end_step, trust_floor_fade_end_step)
+    gate = AgreementGate(trust_min_agree, trust_min_grad_align, trust_power, floor, cap)
+    second = scale_by_second_moment(
+        soap_beta2, 1e-16, exponent=denom_power, damping="floor", bias_correction=False
+    )
+    whitened = in_eigenbasis(second, soap_frequency, offset=1)
+
+    def stages(mu: Hyper, *blend: GradientTransformation) -> GradientTransformation:
+        statistics = [kronecker_statistics(soap_beta2, bias_correction=False)] if blend else []
+        direction = chain(
+            *statistics,
+            ema(mu, nesterov=True, bias_correction=False),
+            *blend,
+            orthogonalize("converging", 12, norm="schatten4", epsilon=0.0),
+            radial_brake(radial_outward_scale, radial_inward_scale),
+            update_floor(target_uw),
+            hyperball(lr, relative=False, radius="first_order"),
+        )
+        return whole(direction, 20, None)
+
+    def by_role(mu: Hyper | Schedule) -> GradientTransformation:
+        now: Any = mu  # a schedule's value, where it is one
+        of_role = {
+            "mlp": stages(now, blend_towards(whitened)),
+            "attn_proj": stages(now, blend_towards(whitened, gate)),
+            "plain": stages(now),
+        }
+        return partition(of_role, _labels(roles))
+
+    momentum = mu_schedule if callable(mu_schedule) else mu_schedule and _listed(mu_schedule)
+    tx = by_role(mu) if momentum is None else inject_hyperparams(by_role)(momentum)
+    return tx if lookahead is None else chain(tx, _looking_ahead(lr, initial_lr, lookahead))
+
+
+def _looking_ahead(
+    lr: Hyper | Schedule, initial_lr: float, lookahead: Mapping[str, Any]
+) -> GradientTransformation:
+    """Gradients ahead of the weights, in calls prefill_steps to rest_steps - 1, counted from 0."""
+    known = {
+        "lookahead_stepsize": 0.3,
+        "use_scheduled_lookahead_stepsize": True,
+        "lookahead_ema": 0.9,
+        "prefill_steps": 0,
+        "rest_steps": None,
+    }
+    unknown = sorted(lookahead.keys() - known.keys())
+    if unknown:
+        raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}.")
+    given: dict[str, Any] = {**known, **lookahead}
+    size, last = given["lookahead_stepsize"], given["rest_steps"]
+
+    def ahead(count: Tensor) -> Tensor:
+        here = count >= given["prefill_steps"]
+        if last is not None:
+            here = here & (count < last)
+        now = size
+        if callable(lr) and given["use_scheduled_lookahead_stepsize"]:
+            now = size * lr(count - 1) / initial_lr  # which is set after the look-ahead
+        return torch.where(here, torch.as_tensor(now, dtype=torch.float64), 0.0)
+
+    return ema_nesterov(ahead, given["lookahead_ema"])
+
+
+def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Schedule, Schedule]:
+    """The least and the most of the gate: let go of between two steps, both counted from 0."""
+    check_count("trust_floor_end_step", floor_end, 0)
+    check_count("trust_floor_fade_end_step", fade_end, floor_end)
+
+    def least(count: Tensor) -> Tensor:
+        faded = (count.double() - floor_end) / max(fade_end - floor_end, 1)
+        return floor * (1 - faded.clamp(0, 1)) * (count < fade_end)
+
+    def most(count: Tensor) -> Tensor:
+        return torch.where(count < fade_end, torch.as_tensor(cap, dtype=torch.float64), 1.0)
+
+    return least, most
+
+
+def _listed(values: Sequence[float]) -> Schedule:
+    table = torch.tensor(values, dtype=torch.float64)
+
+    def at(count: Tensor) -> Tensor:
+        value: Tensor = table[count.clamp(max=len(values) - 1)]
+        return value
+
+    return at
+
+
+def _labels(roles: Any) -> Any:
+    """`roles` for `partition`: a list of them goes with the leaves in their order."""
+    alike = {"qkv": "mlp"}  # whose gate is 1
+
+    def labels(tree: Tree) -> Tree:
+        leaves, spec = flatten(tree)
+        given = roles if isinstance(roles, (list, tuple)) else labels_of(roles, tree, "roles")
+        if len(leaves) != len(given):
+            raise ValueError(f"roles has {len(given)} entries for {len(leaves)} parameters.")
+        for role in given:
+            check_choice("roles", role, ROLES)
+        return spec.unflatten([alike.get(role, role) for role in given])
+
+    return labels
+
+
+METHODS: dict[str, Callable[..., GradientTransformation]] = {
+    "SOAP-Muon": soap_muon,
+    "SOAP-Muon + EMA-Nesterov": functools.partial(soap_muon, lookahead={}),
+}

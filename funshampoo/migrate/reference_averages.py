@@ -1,0 +1,127 @@
+"""The averages of weights of the Distributed Shampoo reference, as it computes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_range
+from funshampoo.core.clock import advanced, started
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import rate_of, required
+from funshampoo.core.tree import cast, check_parameters, map_leaves, update_leaves
+from funshampoo.operators.averaged import copies
+from funshampoo.operators.leaf_ops import on_device, per_block
+from funshampoo.state.averages import PrimalAverageState, ScheduleFreeState
+from funshampoo.state.stages import LearningRateState
+from funshampoo.transforms.primal_average import primal_average
+from funshampoo.transforms.schedule_free import schedule_free
+from funshampoo.transforms.weight_decay import DecayKind
+
+
+def averaged_as_published(
+    learning_rate: Hyper | Schedule,
+    *,
+    average: float | None,
+    interpolation: float,
+    lr_power: float = 2.0,
+    weight_decay: Hyper = 0.0,
+    kind: DecayKind = "decoupled",
+    peak: Hyper | None = None,
+) -> GradientTransformation:
+    """`primal_average`, or `schedule_free` where average is None, as the reference has them.
+
+        z_d = (1 - α λ) z,   z ← z_d - α U,   μ_y = interpolation
+        y ← μ_x y + (1 - μ_x) z_d - α (1 - μ_x μ_y) U
+        μ_x = average, or 1 - w / Σ w,   w = (largest α so far)^lr_power
+
+    In exact arithmetic and without decay these are the papers' updates. With it, z shrinks before
+    it meets y, which is as if x = (y - (1 - μ_y) z) / μ_y had moved outwards by (1 - μ_y)/μ_y α λ z
+    first. Schedule-Free's μ_x and 1 - μ_x μ_y are rounded to float32 there, and so they are here.
+
+    Args:
+        learning_rate: α.
+        weight_decay, kind, peak: λ and its kind, as in `add_decayed_weights`; not "coupled".
+
+    State: that of the stage whose place it takes; what `evaluation_parameters` reads is x.
+    """
+    check_range("train_interp_coeff", interpolation, 0.0, 1.0, low_open=True)
+    if average is not None:
+        check_range("eval_interp_coeff", average, 0.0, 1.0, high_open=True)
+
+    def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> Any:
+        check_parameters(params, "averaged_as_published")
+        rate = LearningRateState(started(callable(learning_rate), clock))
+        if average is not None:
+            return PrimalAverageState(copies(params), copies(params), rate)
+        total, largest, seen = (_zeros(params, block_ndim) for _ in range(3))
+        return ScheduleFreeState(copies(params), copies(params), total, largest, seen, rate)
+
+    def update(
+        updates: Tree,
+        state: Any,
+        params: Tree = None,
+        *,
+        block_ndim: int = 0,
+        donate: bool = False,
+        clock: Tensor | None = None,
+        hyper: Numbers = NO_NUMBERS,
+    ) -> tuple[Tree, Any]:
+        rate = rate_of(learning_rate, state.rate.steps, clock, hyper)
+        shrink = _shrink(rate, number(weight_decay, hyper), kind, number(peak, hyper))
+
+        def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *sums: Tensor) -> tuple[Any, ...]:
+            mu, own, sums = _shares(average, interpolation, rate, lr_power, sums)
+            mu, own = (per_block(s, x).to(x) if isinstance(s, Tensor) else s for s in (mu, own))
+            before = interpolation * x + (1 - interpolation) * z
+            z = z - cast(z * on_device(shrink, z), z.dtype)
+            step = cast(cast(u, z.dtype) * on_device(rate, z), z.dtype)
+            new = mu * before + (1 - mu) * z - own * step
+            z = z - step
+            return new - cast(y, z.dtype), (new - (1 - interpolation) * z) / interpolation, z, *sums
+
+        params = required(params, "averaged_as_published", block_ndim)
+        step, *found = update_leaves(leaf, updates, state[:-1], (params,))
+        now = LearningRateState(advanced(state.rate.steps, donate))
+        return step, type(state)(*found, now)
+
+    numbers = [learning_rate, weight_decay, peak]
+    counts = callable(learning_rate)
+    name = "schedule_free" if average is None else "primal_average"
+    return GradientTransformation(init, update, name, counts=counts, numbers=numbers)
+
+
+def averaged(
+    learning_rate: Hyper | Schedule, *, average: float | None, interpolation: float, lr_power: float
+) -> GradientTransformation:
+    """The papers' stage with these coefficients."""
+    if average is None:
+        return schedule_free(learning_rate, interpolation, weight_lr_power=lr_power)
+    return primal_average(learning_rate, average=average, interpolation=interpolation)
+
+
+def _zeros(params: Tree, block_ndim: int) -> Tree:
+    return map_leaves(lambda p: p.new_zeros(p.shape[:block_ndim], dtype=torch.float32), params)
+
+
+def _shrink(rate: Any, weight_decay: Any, kind: DecayKind, peak: Any) -> Any:
+    if kind == "corrected":
+        return rate * weight_decay * rate / peak
+    return rate * weight_decay / (peak if kind == "independent" else 1.0)
+
+
+def _shares(
+    average: float | None, interpolation: float, rate: Any, power: float, sums: Any
+) -> tuple[Any, Any, tuple[Tensor, ...]]:
+    """(μ_x, 1 - μ_x μ_y, the sums after this step)."""
+    if average is not None:
+        return average, 1 - average * interpolation, ()
+    total, largest, seen = sums
+    largest = torch.maximum(largest, torch.zeros_like(largest) + on_device(rate, largest))
+    weight = largest.square() if power == 2 else largest**power
+    total = total + weight
+    mu = 1 - torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
+    return mu, 1 - mu * interpolation, (total, largest, seen + 1)

@@ -1,0 +1,161 @@
+"""What the configs and arguments of the Distributed Shampoo reference say, in our words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.layout import Merge
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.core.live import initial
+from funshampoo.migrate.words import chosen
+from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
+from funshampoo.transforms.weight_decay import DecayKind
+
+Config = Mapping[str, Any]
+
+GRAFTED = ("SGD", "AdaGrad", "RMSprop", "Adam")
+"""Methods that may be grafted onto, and may be the whole method too."""
+
+_DECAY_KINDS: dict[str, DecayKind] = {
+    "L2": "coupled",
+    "DECOUPLED": "decoupled",
+    "CORRECTED": "corrected",
+    "INDEPENDENT": "independent",
+}
+
+
+def decay_kind(weight_decay_type: Any) -> DecayKind:
+    """Of an enum, or of its name."""
+    kind: DecayKind = chosen(
+        "weight_decay_type", getattr(weight_decay_type, "name", weight_decay_type), _DECAY_KINDS
+    )
+    return kind
+
+
+class Fields:
+    """The fields of one config, taken one by one; what is left over is an error."""
+
+    def __init__(self, config: Config, argument: str, built: tuple[str, ...]) -> None:
+        self.argument = argument
+        self.left = dict(config)
+        self.type = str(self.left.pop("type", ""))
+        if self.type not in built:
+            raise NotImplementedError(
+                f"{argument}: {self.type or 'a config without a type'} is not built here yet; "
+                f"built are {', '.join(built)}."
+            )
+
+    def take(self, field: str, default: Any) -> Any:
+        """The field, which then counts as read."""
+        return self.left.pop(field, default)
+
+    def drop(self, *fields: str) -> None:
+        """Fields that have nothing to do here."""
+        for field in fields:
+            self.left.pop(field, None)
+
+    def finish(self) -> None:
+        """Raises TypeError where a field has not been read: the type has none of this name."""
+        if self.left:
+            raise TypeError(f"{self.argument}: {self.type} has no field {sorted(self.left)[0]!r}.")
+
+
+def grafting(config: Config | None, own_steps: bool) -> GradientTransformation | None:
+    """The method that is grafted onto, or None."""
+    if config is None:
+        return None
+    fields = Fields(config, "grafting_config", tuple(f"{n}PreconditionerConfig" for n in GRAFTED))
+    partner = diagonal(fields, own_steps)
+    fields.finish()
+    return partner
+
+
+def diagonal(fields: Fields, own_steps: bool) -> GradientTransformation:
+    """The direction of SGD, AdaGrad, RMSprop or Adam, without its first moment."""
+    method = fields.type.removesuffix("PreconditionerConfig")
+    if method == "SGD":
+        return scale_by_sgd()
+    epsilon = fields.take("epsilon", 1e-10)
+    if method == "AdaGrad":
+        return scale_by_adagrad(epsilon)
+    beta2 = fields.take("beta2", 0.999 if method == "Adam" else 0.99)
+    weighted = not fields.take("drop_weighting_factor_on_gsquare", False)
+    return _exponential(fields.argument, method, beta2, epsilon, weighted, own_steps)
+
+
+def _exponential(
+    argument: str, method: str, beta2: float, epsilon: float, weighted: bool, own_steps: bool
+) -> GradientTransformation:
+    if beta2 == 1 and not weighted:
+        return scale_by_adagrad(epsilon)  # V ← V + G²
+    if beta2 == 1:
+        raise ValueError(
+            f"{argument}: {method} with beta2=1 weighs every G² by 1 - beta2 = 0, so that its "
+            "second moment stays 0; AdaGradPreconditionerConfig is the plain sum."
+        )
+    if method == "Adam":
+        return scale_by_adam(0.0, beta2, epsilon, weighted=weighted, own_steps=own_steps)
+    return scale_by_rms(beta2, epsilon, weighted=weighted)
+
+
+def first_step(start: int | float | str, frequency: int) -> int:
+    """The number of the step with the first refresh."""
+    if start == -1:
+        return frequency
+    return sys.maxsize if float(start) == float("inf") else int(start)
+
+
+def merging_target(target: int | float | str, without_effect: dict[str, Any]) -> int | float | str:
+    """The merging target, which the reference keeps in its distributed_config."""
+    unknown = set(without_effect) - {
+        "distributed_config",
+        "shampoo_runtime_config",
+        "concurrency_config",
+        "shampoo_pt2_compile_config",
+        "use_pin_memory",
+    }
+    if unknown:
+        raise TypeError(f"from_reference() got an unexpected argument {sorted(unknown)[0]!r}.")
+    config = without_effect.get("distributed_config") or {}
+    found: int | float | str = config.get("target_parameter_dimensionality", target)
+    return found
+
+
+def blocking(size: int | float | str, target: int | float | str) -> tuple[int | None, Merge, int]:
+    """(max_size, merge, keep) of `blocked`."""
+    block = _int_or_none("max_preconditioner_dim", size)
+    keep = _int_or_none("target_parameter_dimensionality", target)
+    return (block, "none", 1) if keep is None else (block, "small", keep)
+
+
+def _int_or_none(name: str, value: int | float | str) -> int | None:
+    if float(value) == float("inf"):
+        return None
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an int of at least 1, or 'inf'.")
+    return value
+
+
+def peak_of(lr: Hyper | Schedule) -> Hyper:
+    """The constructor's lr: lr itself, or the largest value that a schedule has early on."""
+    if not callable(lr):
+        constant: Hyper = initial(lr)  # whatever lr is later
+        return constant
+    return max(_values(lr, 10_000))
+
+
+def _values(schedule: Callable[[Tensor], Hyper], steps: int) -> list[float]:
+    values = []
+    for count in range(steps):
+        try:
+            values.append(float(schedule(torch.tensor(count, device="cpu"))))
+        except (IndexError, KeyError):  # a schedule that reads from a list of rates
+            break
+    if not values:
+        raise ValueError("lr is a schedule without a value at count 0.")
+    return values

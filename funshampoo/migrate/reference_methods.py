@@ -1,0 +1,225 @@
+"""What makes a direction in the Distributed Shampoo reference, by its preconditioner_config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from funshampoo.core.contract import GradientTransformation, Hyper
+from funshampoo.core.live import initial
+from funshampoo.linalg import by_rank
+from funshampoo.migrate.reference_config import GRAFTED, Config, Fields, diagonal
+from funshampoo.migrate.reference_solver import drop_of_eigen, initial_eigenvalue, solver_of
+from funshampoo.operators.exponents import Exponents, inverse_exponents
+from funshampoo.transforms import (
+    ema,
+    graft,
+    in_eigenbasis,
+    kl_statistics,
+    kronecker_statistics,
+    orthogonalize,
+    root_inverse,
+    scale_by_second_moment,
+    sign,
+)
+
+# What the reference accepts and a chain has no use for: dtypes follow the parameters here, failed
+# roots are counted in the state, and symmetric storage is not arithmetic.
+_WITHOUT_EFFECT = (
+    "factor_matrix_dtype",
+    "inv_factor_matrix_dtype",
+    "factor_matrix_eigenvectors_dtype",
+    "factor_matrix_eigenvalues_dtype",
+    "corrected_eigenvalues_dtype",
+    "num_tolerated_failed_amortized_computations",
+    "use_symmetric_packing",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The optimizer's own arguments, as far as a direction depends on them.
+
+    Attributes:
+        onto: the method that is grafted onto, or None.
+        floor: of `linalg.eigh`.
+    """
+
+    beta1: Hyper
+    beta2: Hyper
+    beta3: Hyper | None
+    epsilon: Hyper
+    every: int
+    start: int
+    bias_correction: bool
+    own_steps: bool
+    onto: GradientTransformation | None
+    floor: bool
+
+
+Stages = list[GradientTransformation]
+
+
+def stages_of(config: Config | None, setting: Setting) -> Stages:
+    """From the gradient to the direction, in block space.
+
+    Raises:
+        NotImplementedError: of this type there is none, or a field asks for what is not built.
+        TypeError: the config has no such field.
+    """
+    first = next(iter(BUILT))
+    fields = Fields(config or {"type": first}, "preconditioner_config", tuple(BUILT))
+    fields.drop(*_WITHOUT_EFFECT)
+    statistics, direction = BUILT[fields.type](fields, setting)
+    fields.finish()
+    average = ema(
+        setting.beta1,
+        setting.beta3,
+        bias_correction=setting.bias_correction,
+        own_steps=setting.own_steps,
+    )
+    if setting.onto is not None:
+        direction = graft(direction, setting.onto, start=setting.start)
+    return [*statistics, average, direction]
+
+
+Found = tuple[Stages, GradientTransformation]
+"""What stands before the average of the gradient, and what makes its direction of it."""
+
+
+def _shampoo(fields: Fields, setting: Setting) -> Found:
+    exponents = fields.take("inverse_exponent_override", None)
+    amortized = fields.take("amortized_computation_config", None)
+    scaled = fields.take("use_trace_scaling", False)
+    power = fields.take("trace_scaling_exponent", 0.5)
+    epsilon = initial(setting.epsilon)
+    stores_spectrum = fields.type.startswith("Eigendecomposed")
+    averaged: dict[str, Any] = {
+        "bias_correction": setting.bias_correction,
+        "weighted": not fields.take("drop_weighting_factor_on_gsquare", False),
+        "own_steps": setting.own_steps,
+    }
+    if "KL" in fields.type:
+        statistics = _kl_statistics(setting.beta2, exponents, averaged)
+    else:
+        statistics = kronecker_statistics(setting.beta2, exponents=exponents, **averaged)
+    roots = root_inverse(
+        setting.every,
+        start=setting.start,
+        epsilon=setting.epsilon,
+        solver=solver_of(amortized, epsilon, setting.floor),
+        exponents=exponents,
+        trace_scaling=power if scaled else None,
+        initial_eigenvalue=initial_eigenvalue(amortized, epsilon) if stores_spectrum else 1.0,
+    )
+    return [statistics], roots
+
+
+def _kl_statistics(
+    beta2: Hyper, exponents: Exponents | None, averaged: Mapping[str, Any]
+) -> GradientTransformation:
+    """KL-Shampoo's, through the roots as they are, by default of exponent 1/(2k); without a mean.
+
+    Its paper has exponent 1/2, and the mean over columns.
+    """
+
+    def sides(block: tuple[int, ...]) -> list[bool]:
+        return [e > 0 for e in inverse_exponents(len(block), exponents)]
+
+    return kl_statistics(beta2, through="roots", normalized=False, sides=sides, **averaged)
+
+
+def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:
+    _check_eigh(fields.take("amortized_computation_config", None))
+    ignored = _by_order(fields.take("ignored_basis_change_dims", {}))
+    weighted = not fields.take("drop_weighting_factor_on_gsquare", False)
+
+    def sides(block: tuple[int, ...]) -> list[bool]:
+        left_alone = ignored.get(len(block), ())
+        return [side not in left_alone for side in range(len(block))]
+
+    averaged: dict[str, Any] = {
+        "bias_correction": setting.bias_correction,
+        "weighted": weighted,
+        "own_steps": setting.own_steps,
+    }
+    corrected = scale_by_second_moment(
+        setting.beta2,
+        setting.epsilon,
+        exponent=fields.take("inverse_exponent_override", {}),
+        **averaged,
+    )
+    direction = in_eigenbasis(
+        corrected,
+        setting.every,
+        start=setting.start,
+        basis=by_rank(),
+        first="identity",
+        renew_before_use=True,
+    )
+    return [kronecker_statistics(setting.beta2, sides=sides, **averaged)], direction
+
+
+def _check_eigh(config: Config | None) -> None:
+    kind = "EighEigendecompositionConfig"
+    fields = Fields(config or {"type": kind}, "amortized_computation_config", (kind,))
+    drop_of_eigen(fields)
+    stability = fields.take("rank_deficient_stability_config", None)  # of eigenvalues, unused
+    if stability is not None:
+        nested = Fields(stability, "rank_deficient_stability_config", ("PerturbationConfig",))
+        nested.drop("perturb_before_computation")
+        nested.finish()
+    fields.finish()
+
+
+def _by_order(given: Mapping[int, Collection[int]]) -> Mapping[int, Collection[int]]:
+    for order, ignored in given.items():
+        wrong = [side for side in ignored if not 0 <= side < max(order, 1)]
+        if wrong:
+            raise ValueError(
+                f"ignored_basis_change_dims[{order}] has {wrong[0]}, which a block of {order} "
+                "sides does not have; they count from 0."
+            )
+    return given
+
+
+def _spectral(fields: Fields, setting: Setting) -> Found:
+    kind = "NewtonSchulzOrthogonalizationConfig"
+    config = fields.take("orthogonalization_config", None) or {"type": kind}
+    nested = Fields(config, "orthogonalization_config", (kind,))
+    _refuse_function(nested, "scale_by_dims_fn")
+    a, b, c = nested.take("coefficients", (3.4445, -4.7750, 2.0315))
+    direction = orthogonalize([(a, b, c)], nested.take("num_iterations", 5), scale=None)
+    nested.finish()
+    return [], direction
+
+
+def _sign(fields: Fields, setting: Setting) -> Found:
+    _refuse_function(fields, "scale_fn")
+    return [], sign()
+
+
+def _diagonal(fields: Fields, setting: Setting) -> Found:
+    return [], diagonal(fields, setting.own_steps)
+
+
+def _refuse_function(fields: Fields, name: str) -> None:
+    if fields.take(name, None) is not None:
+        raise NotImplementedError(
+            f"{fields.argument}: {name} is a function of the reference's tensors; build the chain "
+            "yourself, with orthogonalize(scale=...) or sign(scale=...)."
+        )
+
+
+BUILT: Mapping[str, Callable[[Fields, Setting], Found]] = {
+    "RootInvShampooPreconditionerConfig": _shampoo,
+    "EigendecomposedShampooPreconditionerConfig": _shampoo,
+    "RootInvKLShampooPreconditionerConfig": _shampoo,
+    "EigendecomposedKLShampooPreconditionerConfig": _shampoo,
+    "EigenvalueCorrectedShampooPreconditionerConfig": _eigenvalue_corrected,
+    "SpectralDescentPreconditionerConfig": _spectral,
+    "SignDescentPreconditionerConfig": _sign,
+    **{f"{name}PreconditionerConfig": _diagonal for name in GRAFTED},
+}
+"""{class of the config: what makes its direction}; the first one is the default."""

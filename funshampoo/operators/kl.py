@@ -1,0 +1,231 @@
+"""KL-Shampoo's statistics of one leaf: a side of a block, seen through its other sides.
+
+Eigenvalues λ_i, and their roots h_i = λ_i^(-1/2), are tensors (N, d_i), or (d_i,) where nothing
+counts blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.contract import Hyper
+from funshampoo.linalg.products import aligned, multiply
+from funshampoo.operators.leaf_ops import lerp, on_device, per_block
+from funshampoo.operators.mode_products import bias_corrected, precondition, rotate
+
+Least: TypeAlias = float | Callable[[int], float]
+
+_FRESH_FOR_FACTORS: dict[int, tuple[tuple[int, ...], ...]] = {3: ((1,), (), ())}
+_FRESH_FOR_EIGENVALUES: dict[int, tuple[tuple[int, ...], ...]] = {3: ((1,), (2,), ())}
+"""Of which sides the statistics of a side use the new eigenvalues, where sides take turns."""
+
+
+def others(sides: Sequence[Tensor | None], side: int) -> list[Tensor | None]:
+    """None in the place of this side."""
+    return [None if i == side else x for i, x in enumerate(sides)]
+
+
+def inverse_root(eigenvalues: Tensor) -> Tensor:
+    """λ^(-1/2); 0 where λ is 0: what has never been seen is left out.
+
+    >>> inverse_root(torch.tensor([4.0, 0.0]))
+    tensor([0.5000, 0.0000])
+    """
+    seen = eigenvalues > 0
+    return torch.where(seen, torch.where(seen, eigenvalues, 1.0).rsqrt(), 0.0)
+
+
+def weighted(x: Tensor, h: Sequence[Tensor], side: int | None = None) -> Tensor:
+    """x ×_j diag(h_j) over all sides; over all but one, if it is given.
+
+    >>> weighted(torch.ones(2, 2), [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], side=0)
+    tensor([[3., 4.],
+            [3., 4.]])
+    """
+    for i, values in enumerate(h):
+        if i != side:
+            x = x * _along(values, i, len(h))
+    return x
+
+
+def outer(h: Sequence[Tensor]) -> Tensor:
+    """h_1 ⊗ … ⊗ h_k, (N, d_1, ..., d_k).
+
+    >>> outer([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
+    tensor([[3., 4.],
+            [6., 8.]])
+    """
+    return functools.reduce(torch.mul, [_along(x, i, len(h)) for i, x in enumerate(h)])
+
+
+def _along(values: Tensor, side: int, order: int) -> Tensor:
+    """(N, d_i), viewed so that it broadcasts over the blocks."""
+    lead, d = values.shape[:-1], values.shape[-1]
+    return values.reshape(*lead, *[1] * side, d, *[1] * (order - 1 - side))
+
+
+def mean_square(x: Tensor, side: int, block_ndim: int) -> Tensor:
+    """(N, d_i): the mean of x² over all other sides.
+
+    >>> mean_square(torch.tensor([[1.0, 3.0], [2.0, 2.0]]), 0, 0)
+    tensor([5., 4.])
+    """
+    axes = [k for k in range(block_ndim, x.ndim) if k != block_ndim + side]
+    return x.square().mean(axes) if axes else x.square()
+
+
+def ritz_values(Q: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """diag(Qᵀ L Q / weight)."""
+    image = multiply(aligned(bias_corrected(factor, weight)), aligned(Q))
+    return (Q * image).sum(-2)
+
+
+def clamped_at(limit: int) -> Callable[[int], float]:
+    """The floor 1 / max(10, min(d, limit))² of the eigenvalues of a side of length d.
+
+    >>> clamped_at(4000)(20)
+    0.0025
+    """
+    return lambda d: 1 / max(10, min(d, limit)) ** 2
+
+
+def floored(eigenvalues: Tensor, least: Least) -> Tensor:
+    """At least this much, but for those that are 0; `least` may depend on the side's length."""
+    floor = least(eigenvalues.shape[-1]) if callable(least) else least
+    return torch.where(eigenvalues > 0, torch.clamp(eigenvalues, min=floor), eigenvalues)
+
+
+def renewed_eigenvalues(
+    coordinates: Tensor,
+    old: Sequence[Tensor],
+    known: Tensor,
+    moves: Tensor,
+    *,
+    beta: Hyper,
+    damping: Hyper,
+    least: Least,
+    in_turn: bool,
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The eigenvalues after a step, and for each side the h_j that its factor is seen through.
+
+        λ_i ← beta λ_i + (1 - beta) (mean over the other sides of (R ×_j h_j)²
+                                     + damping Π_j mean(h_j²))
+
+    Args:
+        coordinates: R (N, d_1, ..., d_k).
+        old: λ_i.
+        known: (N,), bool: where there are bases; elsewhere h is 1.
+        moves: (N,), bool: where λ is renewed.
+        beta, damping, least, in_turn: of `kl_statistics`.
+    """
+    order, block_ndim = len(old), known.ndim
+    before = [torch.where(known[..., None], inverse_root(x), 1.0) for x in old]
+    sizes = [h.square().mean(-1) for h in before]
+    turns = in_turn and order in _FRESH_FOR_FACTORS
+    new, after, through = list(old), list(before), [before] * order
+
+    def mixed(fresh: Sequence[int]) -> list[Tensor]:
+        return [after[j] if j in fresh else before[j] for j in range(order)]
+
+    for i in reversed(range(order)):
+        h = mixed(_FRESH_FOR_EIGENVALUES[order][i]) if turns else before
+        target = mean_square(weighted(coordinates, h, i), i, block_ndim)
+        shift = on_device(damping, target)
+        for j in range(order):
+            shift = shift * sizes[j] if j != i else shift
+        shifted = target + (per_block(shift, target) if isinstance(shift, Tensor) else shift)
+        average = floored(lerp(old[i], shifted, 1 - beta, False), least)
+        new[i] = torch.where(per_block(moves, old[i]), average, old[i])
+        after[i] = torch.where(known[..., None], inverse_root(new[i]), 1.0)
+        if turns:
+            through[i] = mixed(_FRESH_FOR_FACTORS[order][i])
+    return new, through
+
+
+class Block(NamedTuple):
+    """What there is of one leaf.
+
+    Attributes:
+        gradient, block_ndim: G, and how many axes count blocks.
+        units: `Kept` a side, or (), of the later stage, from before this step.
+        seen: (N,) int64, how many gradients it has made bases of, or ().
+        fine: [(N,): 0 where this step is to change nothing], or nothing where all are 1.
+        weight, factors, eigenvalues: of `kl_statistics`, from before this step.
+    """
+
+    gradient: Tensor
+    block_ndim: int
+    units: Any
+    seen: Any
+    fine: list[Tensor]
+    weight: Tensor
+    factors: Any
+    eigenvalues: Any
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """The root or the basis of each side."""
+        return [unit.value[0] if unit else None for unit in self.units]
+
+
+Whitened: TypeAlias = Callable[[Block], tuple[list[Tensor], Any]]
+"""G_i for every side, and the new eigenvalues."""
+
+
+def _by_roots(**unused: Any) -> Whitened:
+    def whitened(block: Block) -> tuple[list[Tensor], Any]:
+        X, ndim = block.values, block.block_ndim
+        return [precondition(block.gradient, others(X, i), ndim) for i in range(len(X))], ()
+
+    return whitened
+
+
+def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
+    def whitened(block: Block) -> tuple[list[Tensor], Any]:
+        Q, g = block.values, block.gradient
+        h = []
+        for i, L in enumerate(block.factors):
+            d = g.shape[block.block_ndim + i]
+            basis = Q[i]
+            ritz = g.new_ones(d) if basis is None else ritz_values(basis, L, block.weight)
+            h.append(inverse_root(torch.clamp(ritz, min=least(d) if callable(least) else least)))
+        parts = [rotate(g, others(Q, i), block.block_ndim) for i in range(len(Q))]
+        return [weighted(x, h, i) for i, x in enumerate(parts)], ()
+
+    return whitened
+
+
+def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
+    def whitened(block: Block) -> tuple[list[Tensor], Any]:
+        Q, g, ndim = block.values, block.gradient, block.block_ndim
+        if not Q:  # without sides: one entry, as a side
+            Q, g = [None], g[..., None]
+        if isinstance(block.seen, Tensor):
+            known = block.seen > 0
+        else:  # bases from the beginning
+            known = g.new_ones(g.shape[:ndim], dtype=torch.bool)
+        moves = known & (block.fine[0] > 0) if block.fine else known
+        parts = [rotate(g, others(Q, i), ndim) for i in range(len(Q))]
+        R = rotate(parts[0], [Q[0], *[None] * (len(Q) - 1)], ndim)
+        new, h = renewed_eigenvalues(R, block.eigenvalues, known, moves, **numbers)
+        found = [weighted(x, h[i], i) for i, x in enumerate(parts)]
+        if starts_whole:
+            ones = g.new_ones(known.shape)
+            whole = ones * on_device((1 - numbers["beta"]) ** -0.5, ones)
+            found = [x * per_block(torch.where(known, ones, whole), x) for x in found]
+        return found, tuple(new)
+
+    return whitened
+
+
+WHITENED: dict[str, Callable[..., Whitened]] = {
+    "roots": _by_roots,
+    "ritz": _by_ritz_values,
+    "eigenvalues": _by_eigenvalues,
+}
+"""{`through` of `kl_statistics`: numbers of it, by keyword -> how G_i are made}."""

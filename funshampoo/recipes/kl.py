@@ -1,0 +1,222 @@
+"""KL-Shampoo and KL-SOAP as chains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from funshampoo.blocks.layout import Merge
+from funshampoo.blocks.portions import TileSize
+from funshampoo.combinators.chaining import chain
+from funshampoo.combinators.masks import Mask
+from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.linalg import Basis
+from funshampoo.operators.kl import clamped_at
+from funshampoo.recipes.in_blocks import Distribute, in_blocks
+from funshampoo.recipes.shampoo import Vectors
+from funshampoo.transforms import (
+    ema,
+    in_eigenbasis,
+    kl_statistics,
+    scale_by_eigenvalues,
+    scale_by_rms,
+)
+
+
+def kl_shampoo(
+    learning_rate: Hyper | Schedule = 1e-4,
+    *,
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.98,
+    epsilon: Hyper = 1e-8,
+    damping: Hyper = 0.0,
+    initial_eigenvalue: float = 0.1,
+    clamp: int | None = 4000,
+    weight_decay: Hyper = 1e-2,
+    mask: Mask | None = None,
+    every: int = 10,
+    basis: Basis | None = None,
+    stagger: bool = False,
+    max_size: int | None = 1024,
+    merge: Merge = "small",
+    vectors: Vectors = "diagonal",
+    max_failures: int | None = 20,
+    spike_factor: Hyper | None = None,
+    distribute: Distribute | None = None,
+    tile: TileSize = "auto",
+) -> GradientTransformation:
+    """KL-Shampoo: Shampoo's exponent 1/2, with statistics of which it is the best estimate.
+
+        L_i ← β2 L_i + (1-β2) (d_i/n) mat_i(G_i) mat_i(G_i)ᵀ,   G_i = G ×_j S_j^(-1/2)
+        λ_i ← β2 λ_i + (1-β2) the same in the bases, every step          kl_statistics
+        M ← β1 M + (1-β1) G,   R = M ×_1 Q_1ᵀ … ×_k Q_kᵀ                  in_eigenbasis(ema, ...)
+        W ← W - learning_rate ((R / (√(λ_1⊗…⊗λ_k) + epsilon)) ×_1 Q_1 … ×_k Q_k + weight_decay W)
+        on a refresh:   Q_i ← qr(L_i Q_i)
+
+    with S_j = Q_j diag(λ_j) Q_jᵀ of the other sides. Nothing is grafted: the eigenvalues give the
+    step its length, and adapt on every step between two refreshes. A block's first gradient gives
+    it bases and moves nothing, as published. The published defaults but for blocks.
+
+    State beside AdamW's two numbers a weight, for a block m×n: one number a weight less, and
+    2 (m² + n²) + m + n more. A step beside it: nine products of m² n or m n² multiplications, where
+    `soap` has six, and now and then a QR a side.
+
+    To use in the place of Shampoo or SOAP without Adam's second moment, which its paper found to be
+    as good and better in pretraining. Eigenvalues begin at 0.1 and need some 1/(1-β2) steps to come
+    down to those of small gradients; until then steps are short. `clamp` keeps 1/√λ below the
+    length of a side, or 10: where the entries of gradients are smaller than that allows, about
+    1/√(mn), steps get shorter with them.
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count.
+        beta1: of the momentum.
+        beta2: of L_i and λ_i.
+        epsilon: added to the root of the eigenvalues.
+        damping: share of the other sides' 1/λ that is added to λ_i; see `kl_statistics`.
+        initial_eigenvalue: of all λ_i.
+        clamp: λ_i ≥ 1 / max(10, min(d_i, clamp))²; None: no floor.
+        weight_decay, mask: decoupled, see `add_decayed_weights`.
+        every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
+        max_size, merge: blocks; see `blocked`.
+        vectors: "diagonal": a block of one side or none has eigenvalues of its coordinates as they
+            are, so that its step is RMSprop's, with momentum. "blocks": a d×d matrix.
+        max_failures, spike_factor, distribute, tile: as in `shampoo`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range.
+
+    Reference: Lin et al., arXiv 2509.03378.
+
+    >>> import torch
+    >>> tx = kl_shampoo(1.0, beta1=0.0, weight_decay=0.0, initial_eigenvalue=4.0)
+    >>> w = {"w": torch.diag(torch.tensor([2.0, 1.0]))}
+    >>> state = tx.update(w, tx.init(w), w)[1]
+    >>> tx.update(w, state, w)[0]["w"].round(decimals=3)  # √(4 · 4)
+    tensor([[-0.5000, -0.0000],
+            [-0.0000, -0.2500]])
+    """
+    direction = chain(ema(beta1, bias_correction=False), scale_by_eigenvalues(epsilon))
+    stages = [
+        _statistics(beta2, damping, initial_eigenvalue, clamp, vectors),
+        in_eigenbasis(direction, every, offset=1, basis=basis, stagger=stagger),
+    ]
+    return in_blocks(
+        stages,
+        learning_rate=learning_rate,
+        every=every,
+        max_size=max_size,
+        merge=merge,
+        weight_decay=weight_decay,
+        mask=mask,
+        max_failures=max_failures,
+        spike_factor=spike_factor,
+        distribute=distribute,
+        tile=tile,
+    )
+
+
+def kl_soap(
+    learning_rate: Hyper | Schedule = 1e-4,
+    *,
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.98,
+    statistics_beta: Hyper | None = None,
+    epsilon: Hyper = 1e-8,
+    damping: Hyper = 0.0,
+    initial_eigenvalue: float = 0.1,
+    clamp: int | None = 4000,
+    weight_decay: Hyper = 1e-2,
+    mask: Mask | None = None,
+    every: int = 10,
+    basis: Basis | None = None,
+    stagger: bool = False,
+    max_size: int | None = 1024,
+    merge: Merge = "small",
+    vectors: Vectors = "diagonal",
+    max_failures: int | None = 20,
+    spike_factor: Hyper | None = None,
+    distribute: Distribute | None = None,
+    tile: TileSize = "auto",
+) -> GradientTransformation:
+    """KL-SOAP: SOAP in the eigenbases of KL-Shampoo's statistics.
+
+        L_i, λ_i as in `kl_shampoo`                                      kl_statistics
+        R = G ×_1 Q_1ᵀ … ×_k Q_kᵀ                                        in_eigenbasis
+        M ← β1 M + (1-β1) R,   V ← β2 V + (1-β2) R²                      ema, scale_by_rms
+        W ← W - learning_rate ((M / (√V + epsilon)) ×_1 Q_1 … ×_k Q_k + weight_decay W)
+        on a refresh:   Q_i ← qr(L_i Q_i)
+
+    M and V are not corrected for their bias, as published; nor is a block moved by its first
+    gradient. The published defaults but for blocks.
+
+    State beside AdamW's two numbers a weight, for a block m×n: 2 (m² + n²) + m + n. A step beside
+    it: nine products of m² n or m n² multiplications, where `soap` has six, and now and then a QR a
+    side.
+
+    To use in the place of `soap`, at its rate: the step is Adam's too, in bases from another
+    estimate of the same covariance, and does not depend on the scale of gradients as that of
+    `kl_shampoo` may.
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count.
+        beta1, beta2, epsilon: of Adam.
+        statistics_beta: of L_i and λ_i; beta2 by default.
+        damping, initial_eigenvalue, clamp: as in `kl_shampoo`.
+        weight_decay, mask: decoupled, see `add_decayed_weights`.
+        every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
+        max_size, merge: blocks; see `blocked`.
+        vectors: "diagonal": a block of one side or none makes Adam's own step. "blocks": in the
+            eigenbasis of a d×d matrix.
+        max_failures, spike_factor, distribute, tile: as in `shampoo`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range.
+
+    Reference: Lin et al., arXiv 2509.03378.
+
+    >>> import torch
+    >>> tx = kl_soap(0.1, beta1=0.0, beta2=0.5, weight_decay=0.0)
+    >>> w = {"w": torch.diag(torch.tensor([2.0, 1.0]))}
+    >>> state = tx.update(w, tx.init(w), w)[1]
+    >>> tx.update(w, state, w)[0]["w"].diag()  # the sign, over √(1 - β2)
+    tensor([-0.1414, -0.1414])
+    """
+    beta = beta2 if statistics_beta is None else statistics_beta
+    adam = chain(ema(beta1, bias_correction=False), scale_by_rms(beta2, epsilon))
+    stages = [
+        _statistics(beta, damping, initial_eigenvalue, clamp, vectors),
+        in_eigenbasis(adam, every, offset=1, basis=basis, stagger=stagger),
+    ]
+    return in_blocks(
+        stages,
+        learning_rate=learning_rate,
+        every=every,
+        max_size=max_size,
+        merge=merge,
+        weight_decay=weight_decay,
+        mask=mask,
+        max_failures=max_failures,
+        spike_factor=spike_factor,
+        distribute=distribute,
+        tile=tile,
+    )
+
+
+def _statistics(
+    beta: Hyper, damping: Hyper, initial: float, clamp: int | None, vectors: Vectors
+) -> GradientTransformation:
+    check_choice("vectors", vectors, ("diagonal", "blocks"))
+    if clamp is not None:
+        check_count("clamp", clamp)
+
+    def sides(block: tuple[int, ...]) -> list[bool]:
+        return [vectors == "blocks" or len(block) > 1] * len(block)
+
+    least: Any = 0.0 if clamp is None else clamped_at(clamp)
+    return kl_statistics(
+        beta,
+        damping=damping,
+        initial_eigenvalue=initial,
+        least_eigenvalue=least,
+        sides=sides,
+    )

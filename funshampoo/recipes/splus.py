@@ -1,0 +1,131 @@
+"""SPlus as a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from funshampoo.combinators.chaining import chain
+from funshampoo.core.checks import check_count, check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.linalg import Basis, eigh
+from funshampoo.recipes.in_blocks import Distribute
+from funshampoo.recipes.routing import whole
+from funshampoo.transforms import (
+    decay_after_step,
+    ema,
+    in_eigenbasis,
+    kronecker_statistics,
+    scale_by_learning_rate,
+    scale_by_shape,
+    sign,
+    tail_average,
+)
+
+
+def splus(
+    learning_rate: Hyper | Schedule = 0.1,
+    *,
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.999,
+    average: Hyper = 0.999,
+    weight_decay: Hyper = 1e-2,
+    every: int = 100,
+    basis: Basis | None = None,
+    max_side: int = 10_000,
+    others_scale: float = 1e-3,
+    max_failures: int | None = 20,
+    distribute: Distribute | None = None,
+) -> GradientTransformation:
+    """SPlus: signs in the eigenbases of Shampoo's factor matrices; evaluate with an average.
+
+        M ← beta1 M + (1 - beta1) G,   L_i ← beta2 L_i + (1 - beta2) mat_i(G) mat_i(G)ᵀ
+        U = Q_1 sign(Q_1ᵀ M Q_2) Q_2ᵀ
+        s = 2 learning_rate / (r + c) for a matrix,   others_scale learning_rate for the rest
+        W ← W - s U,   x ← the average of W,   W ← (1 - s weight_decay) W
+        on a refresh:   Q_i ← the eigenvectors of L_i; Q_i = I on the first step
+
+    What is no matrix makes steps along sign(M). Evaluate the model with x, which is
+    `funshampoo.evaluation_parameters(state, params)`. Defaults are those of kvfrans/splus.
+
+    State beside AdamW's two numbers a weight, for a matrix r×c: 2 r² + 2 c², the second number
+    being x. A step beside it: r² c + r c² multiplications into the bases, as many back and as many
+    for the statistics, and an eigendecomposition a side every 100 steps.
+
+    To use with large rates and rare refreshes: no step is longer than the rate says, however old
+    the bases are. Rates are hundreds of times AdamW's on large matrices, since s has 2/(r + c).
+
+    Args:
+        learning_rate: number, tensor, or schedule of the old step count.
+        beta1, beta2: of the momentum and of the factor matrices.
+        average: decay of x.
+        weight_decay: λ ≥ 0, of all parameters, taken after the step; see `decay_after_step`.
+        every, basis: when and how the bases are renewed; see `in_eigenbasis`. By default by
+            `linalg.eigh()`.
+        max_side: a longer side is left alone, and its matrix makes steps of others_scale.
+        others_scale: how long the steps are that are no matrix's.
+        max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole parameter.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, named.
+
+    Reference: Frans et al., arXiv 2506.07254.
+
+    >>> import torch
+    >>> tx = splus(0.4, weight_decay=0.0)
+    >>> params = {"w": torch.zeros(2, 2), "b": torch.zeros(1)}
+    >>> grads = {"w": torch.tensor([[5.0, -1.0], [0.0, 2.0]]), "b": torch.ones(1)}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> updates["w"], updates["b"]
+    (tensor([[-0.2000,  0.2000],
+            [-0.0000, -0.2000]]), tensor([-0.0004]))
+    """
+    check_count("max_side", max_side)
+    check_range("others_scale", others_scale, 0.0)
+
+    def is_kept(d: int) -> bool:
+        return d <= max_side
+
+    def scale(shape: tuple[int, ...]) -> float:
+        square = len(shape) == 2 and max(shape) <= max_side
+        return 2 / sum(shape) if square else others_scale
+
+    stages = signs_in_eigenbases(
+        learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        average=average,
+        weight_decay=weight_decay,
+        every=every,
+        basis=basis,
+        is_kept=is_kept,
+        scale=scale,
+    )
+    return whole(chain(*stages), max_failures, distribute)
+
+
+def signs_in_eigenbases(
+    learning_rate: Hyper | Schedule,
+    *,
+    beta1: Hyper,
+    beta2: Hyper,
+    average: Hyper,
+    weight_decay: Hyper,
+    every: int,
+    basis: Basis | None,
+    is_kept: Callable[[int], bool],
+    scale: Callable[[tuple[int, ...]], float],
+) -> list[GradientTransformation]:
+    """The stages of `splus`, by which sides have factor matrices and how long steps are."""
+
+    def sides(shape: tuple[int, ...]) -> Sequence[bool]:
+        return [len(shape) == 2 and is_kept(d) for d in shape]
+
+    return [
+        kronecker_statistics(beta2, bias_correction=False, sides=sides),
+        ema(beta1, bias_correction=False),
+        in_eigenbasis(sign(), every, basis=basis or eigh(), first="identity"),
+        scale_by_shape(scale),
+        scale_by_learning_rate(learning_rate),
+        tail_average(beta=average),
+        decay_after_step(weight_decay, learning_rate, scale=scale),
+    ]

@@ -1,0 +1,152 @@
+"""On the way from the updates to another method's direction, as far as the two agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.combinators.wrapping import wrapping
+from funshampoo.core.checks import check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.modes import full_precision
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.linalg.products import matmul
+from funshampoo.linalg.products import power as raised
+from funshampoo.operators.leaf_ops import on_device, per_block, sqrt
+from funshampoo.operators.matrices import as_rows, inner_product, norm_over, safe
+
+
+@dataclass(frozen=True)
+class AgreementGate:
+    """How far to go along with a direction W in the place of U, by how well it agrees.
+
+        a = (cos(W, U) - agreement) / (1 - agreement)
+        b = (cos(W, G) - alignment) / (cos(U, G) - alignment)
+        γ = (a b)^power,   a and b in [0, 1], γ in [floor, cap]
+
+    Attributes:
+        agreement: cosine with U from which on γ is above 0, in [0, 1).
+        alignment: cosine with the gradient, likewise; in [-1, 1).
+        power: above 0.
+        floor, cap: numbers, or schedules of the old step count, in [0, 1].
+
+    Raises:
+        ValueError: a number out of range.
+
+    Reference: the SOAP-Muon record, KellerJordan/modded-nanogpt, track 3 (2026).
+    """
+
+    agreement: float = 0.2
+    alignment: float = 0.0
+    power: float = 1.0
+    floor: Hyper | Schedule = 0.0
+    cap: Hyper | Schedule = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("agreement", self.agreement, 0.0, 1.0, high_open=True)
+        check_range("alignment", self.alignment, -1.0, 1.0, high_open=True)
+        check_range("power", self.power, 0.0, low_open=True)
+        check_range("floor", self.floor, 0.0, 1.0, schedule=True)
+        check_range("cap", self.cap, 0.0, 1.0, schedule=True)
+
+    def __call__(
+        self, W: Tensor, U: Tensor, G: Tensor, block_ndim: int, count: Tensor | None
+    ) -> Tensor:
+        """γ of every block, (N, 1, ...), of directions (N, ...) at this old step count."""
+        agrees = (_cosine(W, U, block_ndim) - self.agreement) / (1 - self.agreement)
+        own = (_cosine(U, G, block_ndim) - self.alignment).clamp(min=1e-8)
+        aligned = (_cosine(W, G, block_ndim) - self.alignment) / own
+        share = agrees.clamp(0, 1) * aligned.clamp(0, 1)
+        if self.power != 1:
+            share = raised(share, self.power)
+        least, most = [_at(x, count, share) for x in (self.floor, self.cap)]
+        return torch.minimum(torch.maximum(share, least), most)
+
+
+def blend_towards(
+    inner: GradientTransformation, gate: float | AgreementGate = 1.0
+) -> GradientTransformation:
+    """From U towards inner(U), at U's size.
+
+        W = inner(U),   W ← W s(U)/s(W),   V = U + γ (W - U),   U ← V s(U)/s(V)
+
+    s is the Schatten norm of order 4, √‖X Xᵀ‖, the root of the sum of the singular values' fourth
+    powers; of what is no matrix the length, and a kernel is the matrix (out, the rest). Where W is
+    zero, as before `in_eigenbasis` has bases, U stays.
+
+    Args:
+        inner: what turns U into another direction. Its `gradient` is U: what it averages are
+            squares of the updates that reach this stage.
+        gate: γ: a number in [0, 1], or an `AgreementGate`, which compares with the `gradient` here.
+
+    State: `WrappedState`.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Reference: the SOAP-Muon record, KellerJordan/modded-nanogpt, track 3 (2026).
+
+    >>> import torch
+    >>> from funshampoo import sign
+    >>> w = {"w": torch.tensor([3.0, 4.0])}
+    >>> tx = blend_towards(sign())
+    >>> tx.update(w, tx.init(w))[0]
+    {'w': tensor([3.5355, 3.5355])}
+    """
+    if not isinstance(gate, AgreementGate):
+        check_range("gate", gate, 0.0, 1.0)
+
+    def update(
+        run: Callable[..., Tree],
+        updates: Tree,
+        own: Any,
+        *,
+        gradient: Tree = None,
+        block_ndim: int = 0,
+        clock: Tensor | None = None,
+    ) -> tuple[Tree, Any]:
+        def leaf(u: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            w, size = cast(w, u.dtype), _size(u, block_ndim)
+            known = _size(w, block_ndim)
+            w = torch.where(known == 0, u, w * (size / safe(known)))
+            if isinstance(gate, AgreementGate):
+                share: Any = gate(w, u, cast(g, u.dtype), block_ndim, clock)
+            else:
+                share = gate
+            if not isinstance(share, Tensor) and share == 1:
+                return (w,)
+            v = u + share * (w - u)
+            return (v * (size / safe(_size(v, block_ndim))),)
+
+        found = run(updates, gradient=updates)
+        source = updates if gradient is None else gradient
+        return update_leaves(leaf, updates, (), (found, source))[0], own
+
+    return wrapping(inner, update, name="blend_towards")
+
+
+def _size(x: Tensor, block_ndim: int) -> Tensor:
+    """The Schatten norm of order 4 of every block, (N, 1, ...)."""
+    rows = as_rows(x, block_ndim)
+    rows = rows if rows.shape[-2] <= rows.shape[-1] else rows.mT
+    with full_precision():
+        gram = matmul(rows, rows.mT)
+    norm = norm_over(gram, block_ndim).reshape(x.shape[:block_ndim])
+    return per_block(torch.where(norm > 0, sqrt(norm), 0.0), x)
+
+
+def _cosine(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:
+    size = norm_over(x, block_ndim) * norm_over(y, block_ndim)
+    return inner_product(x, y, block_ndim) / safe(size)
+
+
+def _at(value: Hyper | Schedule, count: Tensor | None, like: Tensor) -> Tensor:
+    if callable(value):
+        assert count is not None, "a stage that declares the clock was not given it"
+        value = value(count)
+    return torch.zeros_like(like) + on_device(value, like)

@@ -1,0 +1,270 @@
+"""Statistics in which a block's sides are freed of each other: KL-Shampoo."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from funshampoo.core.checks import check_choice, check_flag, check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
+from funshampoo.core.modes import full_precision
+from funshampoo.core.tree import (
+    cast,
+    check_local,
+    compute_dtype,
+    flatten,
+    map_leaves,
+    update_columns,
+    update_leaves,
+)
+from funshampoo.operators.columns import (
+    Column,
+    add_weight,
+    count_everyone,
+    first_weights,
+    weights_over,
+)
+from funshampoo.operators.kl import WHITENED, Block, Least
+from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
+from funshampoo.operators.mode_products import unfold
+from funshampoo.state.meaning import meaning
+from funshampoo.state.stages import KroneckerState, RefreshedState, find_state
+from funshampoo.transforms.eigenbasis import EigenbasisState
+from funshampoo.transforms.kronecker import Sides
+
+Through: TypeAlias = Literal["eigenvalues", "ritz", "roots"]
+
+
+@meaning(eigenvalues="nonnegative")
+class KlState(NamedTuple):
+    """State of `kl_statistics`.
+
+    Attributes:
+        statistics: L_i and their weights, where `root_inverse` and `in_eigenbasis` look for them.
+        eigenvalues: tree of tuples, one λ_i (N, d_i) a side; empty tuples unless they are averages.
+    """
+
+    statistics: KroneckerState
+    eigenvalues: Tree
+
+
+def kl_statistics(
+    beta2: Hyper = 0.98,
+    *,
+    through: Through = "eigenvalues",
+    initial_eigenvalue: float = 0.1,
+    least_eigenvalue: Least = 0.0,
+    damping: Hyper = 0.0,
+    bias_correction: bool = True,
+    weighted: bool = True,
+    normalized: bool = True,
+    own_steps: bool = True,
+    starts_whole: bool = False,
+    in_turn: bool = False,
+    sides: Sides | None = None,
+) -> GradientTransformation:
+    """Accumulate one factor matrix a side, each of the gradient whitened along the other sides.
+
+        L_i ← beta2 L_i + (1 - beta2) (d_i / n) mat_i(G_i) mat_i(G_i)ᵀ
+        G_i = G ×_j S_j^(-1/2)   over the other sides j,   n = d_1 ⋯ d_k
+
+    The L_i minimize the KL divergence between a Gaussian with the gradient's second moment and one
+    with the covariance L_1 ⊗ … ⊗ L_k. S_j is the estimate of L_j from before this step, as the
+    stage that comes later in the chain has it:
+
+    - "roots": G_i is G preconditioned by the X_j of `root_inverse`, whose exponents ought to be
+      1/2: L_j^(-1/2);
+    - "eigenvalues": S_j = Q_j diag(λ_j) Q_jᵀ with the bases of `in_eigenbasis`, however old, and
+      eigenvalues of their own, renewed on every step from the gradient's coordinates in the bases:
+
+          R = G ×_1 Q_1ᵀ … ×_k Q_kᵀ
+          λ_i ← beta2 λ_i + (1 - beta2) (mean over the other sides of (R ×_j λ_j^(-1/2))²
+                                         + damping Π_j mean(1 / λ_j))
+
+      A block's first gradient finds no bases: its L_i are plain and λ_i stays where it begins;
+    - "ritz": the same with λ_j = diag(Q_jᵀ L_j Q_j), which costs a product of d³ a side.
+
+    Args:
+        beta2: decay of all averages, in [0, 1); with "roots" the number 1 is a plain sum.
+        through: see above.
+        initial_eigenvalue: of all λ_i, above 0.
+        least_eigenvalue: a floor, ≥ 0, or a function of d_i: of λ_i once it has been renewed (but
+            an eigenvalue of exactly 0 stays, and its direction is left out), and of Ritz values.
+        damping: ≥ 0, see above.
+        bias_correction, weighted, own_steps: as in `kronecker_statistics`; of L_i alone.
+        normalized: False leaves the factor d_i / n out, which is 1 / (the other side) of a matrix.
+        starts_whole: a block's first gradient enters L_i with weight 1 in the place of 1 - beta2.
+            It stands without bias_correction, and with eigenvalues.
+        in_turn: of three sides, let some use the eigenvalues that others have got on this step, as
+            the published code does: the second the third's, the first the second's.
+        sides: as in `kronecker_statistics`; one for which it is False gets no factor matrix. With
+            "eigenvalues" it has λ_i all the same, in the coordinates as they are.
+
+    State: `KlState`; d_i² numbers a side of a block for L_i, and d_i for λ_i.
+
+    Raises:
+        ValueError: an argument out of range; from update, no later stage has such values.
+        TypeError: from init, for a parameter that is not a dense real floating tensor.
+
+    Reference: Lin et al., arXiv 2509.03378; "ritz" as in NVIDIA-NeMo/Emerging-Optimizers.
+
+    >>> import torch
+    >>> from funshampoo import chain, in_eigenbasis, scale_by_adam
+    >>> tx = chain(kl_statistics(0.5), in_eigenbasis(scale_by_adam(), every=1))
+    >>> w = {"w": torch.diag(torch.tensor([2.0, 1.0]))}
+    >>> state = tx.init(w)
+    >>> for _ in range(2):
+    ...     _, state = tx.update(w, state)
+    >>> state["kl_statistics"].eigenvalues["w"][0]  # in a basis: largest last
+    tensor([ 2.5500, 10.0500])
+    """
+    check_range("beta2", beta2, 0.0, 1.0, high_open=through != "roots")
+    check_range("damping", damping, 0.0)
+    check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
+    for name, flag in {"starts_whole": starts_whole, "in_turn": in_turn}.items():
+        check_flag(name, flag)
+    _check_kind(through, least_eigenvalue, starts_whole, bias_correction)
+    plain_sum = not weighted or is_exactly(beta2, 1)
+    corrected = bias_correction and not plain_sum
+    by_weight = corrected and own_steps  # an average and its weight decay alike
+    options = {"least": least_eigenvalue, "in_turn": in_turn, "starts_whole": starts_whole}
+
+    def init(params: Tree, *, block_ndim: int = 0) -> KlState:
+        check_local(params, "kl_statistics")
+        first = initial_eigenvalue if through == "eigenvalues" else None
+        weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
+        factors, eigenvalues = _first(params, block_ndim, sides, first)
+        return KlState(KroneckerState(factors, weights), eigenvalues)
+
+    def update(
+        updates: Tree,
+        state: KlState,
+        params: Tree = None,
+        *,
+        gradient: Tree = None,
+        previous: tuple[Any, ...] = (),
+        block_ndim: int = 0,
+        donate: bool = False,
+        alive: Tree = None,
+        hyper: Numbers = NO_NUMBERS,
+    ) -> tuple[Tree, KlState]:
+        beta = number(beta2, hyper)
+        whitened = WHITENED[through](beta=beta, damping=number(damping, hyper), **options)
+        (factors, weight), eigenvalues = state
+        kept, seen = _of_later_stage(previous, through, updates)
+        known = () if alive is None else (alive,)
+        share = 1.0 if plain_sum else 1 - beta
+        add_to = functools.partial(
+            _accumulated, beta=beta, share=share, normalized=normalized, donate=donate
+        )
+
+        def accumulate(u: Tensor, g: Tensor, units: Any, n: Any, *rest: Any) -> tuple[Any, ...]:
+            *fine, w, old, values = rest
+            block = Block(cast(g, compute_dtype(g)), block_ndim, units, n, fine, w, old, values)
+            parts, values = whitened(block)
+            rows = [] if by_weight or is_exactly(beta, 1) else fine
+            new = [
+                L if isinstance(L, tuple) else add_to(L, unfold(x, i, block_ndim), rows)
+                for i, (L, x) in enumerate(zip(old, parts))
+            ]
+            return u, tuple(new), values
+
+        inputs = (updates if gradient is None else gradient, kept, seen, *known)
+        weights = weights_over(weight, updates)
+        with full_precision():
+            _, factors, eigenvalues = update_leaves(
+                accumulate, updates, (factors, eigenvalues), (*inputs, weights)
+            )
+        if by_weight:
+            weight = _counted(updates, weight, beta, known, donate)
+        elif corrected:
+            weight = count_everyone(weight, beta, donate)
+        return updates, KlState(KroneckerState(factors, weight), eigenvalues)
+
+    return GradientTransformation(init, update, numbers=[beta2, damping])
+
+
+def _check_kind(through: str, least: Least, starts_whole: bool, bias_correction: bool) -> None:
+    check_choice("through", through, ("eigenvalues", "ritz", "roots"))
+    if not callable(least):
+        check_range("least_eigenvalue", least, 0.0, low_open=through == "ritz")
+    if starts_whole and (bias_correction or through != "eigenvalues"):
+        raise ValueError(
+            'starts_whole stands with through="eigenvalues" and bias_correction=False alone.'
+        )
+
+
+def _first(
+    params: Tree, block_ndim: int, sides: Sides | None, eigenvalue: float | None
+) -> tuple[Tree, Tree]:
+    """Factors of zeros, and eigenvalues, if there are to be any."""
+
+    def factors(x: Tensor) -> tuple[Any, ...]:
+        lead, block = x.shape[:block_ndim], tuple(x.shape[block_ndim:])
+        wanted = [True] * len(block) if sides is None else sides(block)
+        return tuple(
+            x.new_zeros(*lead, d, d, dtype=compute_dtype(x)) if w and x.numel() else ()
+            for d, w in zip(block, wanted, strict=True)
+        )
+
+    def eigenvalues(x: Tensor) -> tuple[Tensor, ...]:
+        if eigenvalue is None:
+            return ()
+        lead, dtype = x.shape[:block_ndim], compute_dtype(x)
+        return tuple(
+            x.new_full((*lead, d), eigenvalue, dtype=dtype) for d in x.shape[block_ndim:] or (1,)
+        )
+
+    return map_leaves(factors, params), map_leaves(eigenvalues, params)
+
+
+def _counted(updates: Tree, weight: Tree, beta: Hyper, known: Sequence[Tree], donate: bool) -> Tree:
+    """The total weights, one a block, after a step."""
+
+    def count(u: Column, *rest: Column) -> tuple[Column, Column]:
+        *fine, w = rest
+        return u, add_weight(w, beta, fine, donate)
+
+    return update_columns(count, updates, (weight,), known)[1]
+
+
+def _accumulated(
+    factor: Tensor,
+    columns: Tensor,
+    rows: list[Tensor],
+    beta: Hyper,
+    share: Hyper,
+    normalized: bool,
+    donate: bool,
+) -> Tensor:
+    """beta L + share x xᵀ, of columns x, their mean if `normalized`; beta is 1 where a row is 0."""
+    if rows:
+        kept = kept_share(beta, rows[0], factor)
+        factor, beta = multiply(factor, per_block(kept, factor), donate), 1.0
+    weight = share / max(columns.shape[-1], 1) if normalized else share
+    return add_gram(factor, columns, beta, weight, donate)
+
+
+def _of_later_stage(previous: tuple[Any, ...], through: Through, updates: Tree) -> tuple[Tree, Any]:
+    """What the later stage keeps, and a tree of how many gradients each block has had, or of ().
+
+    Raises:
+        ValueError: there is none.
+    """
+    wanted: Any = RefreshedState if through == "roots" else EigenbasisState
+    stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
+    found = find_state(previous, wanted)
+    try:
+        bases = found if through == "roots" else found.bases  # type: ignore[union-attr]
+        flatten(updates)[1].flatten_up_to(bases.kept)  # type: ignore[union-attr]
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f'kl_statistics(through="{through}") found no {stage} for its blocks: put it after it '
+            f"in the same chain, as in chain(kl_statistics(...), {stage})."
+        ) from error
+    nobody = map_leaves(lambda u: (), updates)
+    return bases.kept, found.seen if through == "eigenvalues" else nobody  # type: ignore[union-attr]

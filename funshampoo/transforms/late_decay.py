@@ -1,0 +1,76 @@
+"""Weight decay of what a step has made of the weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from funshampoo.core.checks import check_range
+from funshampoo.core.clock import advanced, started
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import rate_of, required
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.shape_scale import Scale, check_scale
+from funshampoo.state.stages import LearningRateState
+from funshampoo.transforms.shape import factor_of
+
+
+def decay_after_step(
+    weight_decay: Hyper, learning_rate: Hyper | Schedule, *, scale: Scale = None
+) -> GradientTransformation:
+    """U ← U - λ α s (W + U): the weights shrink when the step is made, and the step with them.
+
+    It stands at the end of a chain, behind the learning rate. An average between the two, such as
+    `tail_average`, is one of weights that have not shrunk yet.
+
+    Args:
+        weight_decay: λ ≥ 0.
+        learning_rate: α: number, tensor, or schedule of the old step count.
+        scale: s of the leaf's shape, as in `scale_by_shape`; None: 1.
+
+    State: `LearningRateState`.
+
+    Raises:
+        ValueError: an argument out of range; from update, params missing.
+
+    Reference: Frans et al., arXiv 2506.07254, where `add_decayed_weights` would be usual.
+
+    >>> import torch
+    >>> w = {"w": torch.ones(1)}
+    >>> tx = decay_after_step(0.5, 0.5)
+    >>> tx.update({"w": -torch.full((1,), 0.2)}, tx.init(w), w)[0]
+    {'w': tensor([-0.4000])}
+    """
+    check_range("weight_decay", weight_decay, 0.0)
+    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_scale(scale)
+
+    def init(params: Tree, *, clock: bool = False) -> LearningRateState:
+        return LearningRateState(started(callable(learning_rate), clock))
+
+    def update(
+        updates: Tree,
+        state: LearningRateState,
+        params: Tree = None,
+        *,
+        block_ndim: int = 0,
+        donate: bool = False,
+        clock: Tensor | None = None,
+        hyper: Numbers = NO_NUMBERS,
+    ) -> tuple[Tree, LearningRateState]:
+        rate = rate_of(learning_rate, state.steps, clock, hyper)
+        share = number(weight_decay, hyper) * rate
+
+        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            shrunk = (cast(w, u.dtype) + u) * factor_of(scale, tuple(u.shape[block_ndim:]))
+            return (u - multiply(shrunk, share, donate=False),)
+
+        params = required(params, "decay_after_step", block_ndim)
+        out = update_leaves(leaf, updates, (), (params,))[0]
+        return out, LearningRateState(advanced(state.steps, donate))
+
+    return GradientTransformation(
+        init, update, counts=callable(learning_rate), numbers=[weight_decay, learning_rate]
+    )

@@ -1,0 +1,73 @@
+"""KL-Shampoo's step in its eigenbases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from funshampoo.core.checks import check_range
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.tree import cast, compute_dtype, flatten, update_leaves
+from funshampoo.operators.kl import inverse_root, outer
+from funshampoo.operators.leaf_ops import multiply
+from funshampoo.state.stages import find_state
+from funshampoo.transforms.kl import KlState
+
+
+def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
+    """Divide the coordinates in the eigenbases by the roots of their eigenvalues.
+
+        U ← U / (√(λ_1 ⊗ … ⊗ λ_k) + epsilon)
+
+    For `in_eigenbasis`, after `kl_statistics`, whose λ_i are taken as they were before this step:
+    those that belong to the bases of the step. Where one is 0 the update is 0.
+
+    Args:
+        epsilon: added to the root, ≥ 0.
+
+    Raises:
+        ValueError: epsilon out of range; from update, no `kl_statistics` with eigenvalues before.
+
+    Reference: Lin et al., arXiv 2509.03378.
+
+    >>> import torch
+    >>> from funshampoo import chain, in_eigenbasis, kl_statistics
+    >>> tx = chain(kl_statistics(initial_eigenvalue=4.0), in_eigenbasis(scale_by_eigenvalues()))
+    >>> w = {"w": torch.diag(torch.tensor([2.0, 1.0]))}
+    >>> tx.update(w, tx.update(w, tx.init(w))[1])[0]["w"].round(decimals=3)  # √(4 · 4)
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.2500]])
+    """
+    check_range("epsilon", epsilon, 0.0)
+
+    def scaled(
+        updates: Tree,
+        *,
+        previous: tuple[Any, ...] = (),
+        hyper: Numbers = NO_NUMBERS,
+    ) -> Tree:
+        damping = number(epsilon, hyper)
+
+        def leaf(u: Tensor, eigenvalues: Any) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            h = outer([inverse_root(x) for x in eigenvalues]).reshape(u.shape)
+            return (u * (h / (1 + multiply(h, damping, donate=False))),)
+
+        eigenvalues = _eigenvalues(previous, updates)
+        return update_leaves(leaf, updates, (), (eigenvalues,))[0]
+
+    return stateless(scaled, "scale_by_eigenvalues", numbers=[epsilon])
+
+
+def _eigenvalues(previous: tuple[Any, ...], updates: Tree) -> Tree:
+    found = find_state(previous, KlState)
+    if found is None or any(
+        [len(x) == 0 for x in flatten(updates)[1].flatten_up_to(found.eigenvalues)]
+    ):
+        raise ValueError(
+            'scale_by_eigenvalues found no eigenvalues: put kl_statistics(through="eigenvalues") '
+            "before the in_eigenbasis(...) that it is in."
+        )
+    return found.eigenvalues

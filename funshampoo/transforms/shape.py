@@ -1,0 +1,45 @@
+"""Steps as long as the shape of a parameter asks for."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from funshampoo.core.contract import GradientTransformation, Tree, stateless
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
+
+
+def scale_by_shape(scale: Scale) -> GradientTransformation:
+    """U ← s(shape) U.
+
+    Args:
+        scale: s: by rows r and columns c, "muon" √max(1, r/c), "adam" 0.2 √max(r, c), "spectral"
+            √max(r, c), "unit_rms" √(r/c), of what has more sides as the matrix (the first, the
+            rest), of fewer as a column; a number; or a function of the shape of a leaf, in
+            `blocked` of a block. None: 1.
+
+    Raises:
+        ValueError: another scale.
+
+    >>> import torch
+    >>> scale_by_shape(lambda shape: 2 / sum(shape)).update({"w": torch.ones(1, 3)}, ())[0]
+    {'w': tensor([[0.5000, 0.5000, 0.5000]])}
+    """
+    check_scale(scale)
+
+    def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
+        def leaf(u: Tensor) -> tuple[Tensor]:
+            u = cast(u, compute_dtype(u))
+            return (u * factor_of(scale, tuple(u.shape[block_ndim:])),)
+
+        return update_leaves(leaf, updates, ())[0]
+
+    return stateless(scaled, "scale_by_shape")
+
+
+def factor_of(scale: Scale, shape: tuple[int, ...]) -> float:
+    """s of a leaf of this shape."""
+    rows, *rest = shape or (1,)
+    return shape_factor(scale, (rows, math.prod(rest)), shape)

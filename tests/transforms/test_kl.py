@@ -1,0 +1,179 @@
+"""kl_statistics and scale_by_eigenvalues; their numbers are compared in tests/migrate too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import funshampoo as fs
+from funshampoo import linalg
+
+Shape = tuple[int, ...]
+
+
+def gradients(shape: Shape, steps: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
+
+
+def stepped(tx: fs.GradientTransformation, grads: list[Any], state: Any = None) -> Any:
+    state = tx.init({"w": next(g for g in grads if g is not None)}) if state is None else state
+    for g in grads:
+        updates, state = tx.update({"w": g}, state)
+    return updates["w"], state
+
+
+def around_roots(**options: Any) -> fs.GradientTransformation:
+    exponents = dict.fromkeys((1, 2, 3), 0.5)
+    root = fs.root_inverse(1, exponents=exponents, solver=linalg.eigh(relative_epsilon=0.0))
+    return fs.chain(fs.kl_statistics(0.5, through="roots", **options), root)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4)], ids=str)
+def test_through_roots_each_side_is_whitened_by_the_others(shape: Shape) -> None:
+    """mat_i(G) (⊗_{j≠i} S_j^-1) mat_i(G)ᵀ, written with whole Kronecker products."""
+    grads = gradients(shape, 13)
+    _, state = stepped(around_roots(), grads[:-1])  # of full rank by now
+    old, weight = state["kl_statistics"].statistics
+    _, state = stepped(around_roots(), grads[-1:], state)
+    new = state["kl_statistics"].statistics
+    assert new.weight["w"] == pytest.approx(0.5 * float(weight["w"]) + 0.5)
+    for i, d in enumerate(shape):
+        rest = torch.eye(1, dtype=torch.float64)
+        for j, L in enumerate(old["w"]):
+            rest = torch.kron(rest, (L / weight["w"]).inverse()) if j != i else rest
+        x = grads[-1].movedim(i, 0).reshape(d, -1)
+        expected = 0.5 * old["w"][i] + 0.5 * x @ rest @ x.mT / x.shape[1]
+        assert torch.allclose(new.factors["w"][i], expected, rtol=1e-7)
+
+
+def test_equal_covariances_are_a_fixed_point() -> None:
+    """Gradients of covariance A ⊗ B leave the estimates at A and B but for one factor."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.tensor([4.0, 1.0, 0.25]).double(), torch.tensor([1.0, 9.0]).double()
+    tx = fs.chain(
+        fs.kl_statistics(0.998), fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=50, offset=1)
+    )
+    state = tx.init({"w": torch.zeros(3, 2, dtype=torch.float64)})
+    for _ in range(3000):
+        noise = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+        _, state = tx.update({"w": a.sqrt()[:, None] * noise * b.sqrt()}, state)
+    rows, columns = state["kl_statistics"].eigenvalues["w"]
+    expected = torch.outer(a.sort()[0], b.sort()[0])
+    found = torch.outer(rows.sort()[0], columns.sort()[0])
+    assert torch.allclose(found, expected, rtol=0.25)
+
+
+@pytest.mark.parametrize("through", ["eigenvalues", "ritz"])
+def test_a_gradient_of_none_or_nan_changes_nothing(through: Any) -> None:
+    least = 0.1 if through == "ritz" else 0.0
+    stages = [
+        fs.kl_statistics(
+            0.5, through=through, bias_correction=False, least_eigenvalue=least, damping=0.1
+        ),
+        fs.in_eigenbasis(fs.scale_by_adam(), every=1),
+    ]
+    tx = fs.blocked(fs.guarded(fs.chain(*stages)), 4)
+    grads = gradients((3, 4), 4)
+    _, before = stepped(tx, grads)
+    for bad in (None, grads[0] * float("nan")):
+        updates, after = tx.update({"w": bad}, before, {"w": grads[0]})
+        old, new = [fs.state.state_dict(x) for x in (before, after)]
+        names = [name for name in old if "kl_statistics" in name]
+        assert names
+        assert all(torch.equal(old[name], new[name]) for name in names)
+        assert bad is None or not updates["w"].any()
+
+
+def test_the_first_gradient_gives_bases_alone() -> None:
+    tx = fs.chain(fs.kl_statistics(0.5), fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=1))
+    grads = gradients((3, 4), 2)
+    first, state = stepped(tx, grads[:1])
+    assert not first.any()
+    assert all((x == 0.1).all() for x in state["kl_statistics"].eigenvalues["w"])
+    second, state = stepped(tx, grads[1:], state)
+    assert torch.allclose(second, grads[1] / 0.1)  # all eigenvalues are 0.1 still
+    assert all((x != 0.1).all() for x in state["kl_statistics"].eigenvalues["w"])
+
+
+def test_a_side_without_a_factor_has_eigenvalues() -> None:
+    def first_alone(block: Shape) -> list[bool]:
+        return [True, *[False] * (len(block) - 1)]
+
+    statistics = fs.kl_statistics(0.5, sides=first_alone)
+    tx = fs.chain(statistics, fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=1))
+    _, state = stepped(tx, gradients((3, 4)))
+    assert state["kl_statistics"].statistics.factors["w"][1] == ()
+    assert [x.shape[0] for x in state["kl_statistics"].eigenvalues["w"]] == [3, 4]
+
+
+def test_in_turn_is_about_three_sides() -> None:
+    def final(shape: Shape, in_turn: bool) -> Tensor:
+        statistics = fs.kl_statistics(0.5, in_turn=in_turn)
+        tx = fs.chain(statistics, fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=1))
+        found: Tensor = stepped(tx, gradients(shape))[0]
+        return found
+
+    assert torch.equal(final((3, 4), True), final((3, 4), False))
+    assert (final((2, 3, 4), True) - final((2, 3, 4), False)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"beta2": 1.0}, ValueError, "beta2 is 1.0"),
+        ({"through": "root"}, ValueError, "through is 'root'"),
+        ({"damping": -1.0}, ValueError, "damping is -1.0"),
+        ({"initial_eigenvalue": 0.0}, ValueError, "initial_eigenvalue is 0.0"),
+        ({"least_eigenvalue": -1.0}, ValueError, "least_eigenvalue is -1.0"),
+        ({"through": "ritz"}, ValueError, "least_eigenvalue is 0.0"),
+        ({"starts_whole": True}, ValueError, "starts_whole stands with"),
+        ({"in_turn": 1}, TypeError, "in_turn"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fs.kl_statistics(**options)
+
+
+@pytest.mark.parametrize("through", ["eigenvalues", "ritz", "roots"])
+def test_it_says_which_stage_it_misses(through: Any) -> None:
+    wanted = "root_inverse" if through == "roots" else "in_eigenbasis"
+    tx = fs.chain(fs.kl_statistics(0.5, through=through, least_eigenvalue=0.1), fs.ema())
+    with pytest.raises(ValueError, match=rf"found no {wanted}\(\.\.\.\) for its blocks: put it"):
+        stepped(tx, gradients((2, 2), 1))
+
+
+def test_scale_by_eigenvalues_says_which_stage_it_misses() -> None:
+    statistics = [fs.kronecker_statistics(), fs.kl_statistics(through="ritz", least_eigenvalue=0.1)]
+    for stage in statistics:
+        tx = fs.chain(stage, fs.in_eigenbasis(fs.scale_by_eigenvalues()))
+        with pytest.raises(ValueError, match="scale_by_eigenvalues found no eigenvalues: put"):
+            stepped(tx, gradients((2, 2), 1))
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_orthogonal_iteration_finds_the_eigenvectors(sort: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    A = torch.randn(2, 5, 5, generator=generator, dtype=torch.float64)
+    A = A @ A.mT
+    Q = torch.linalg.qr(torch.randn(2, 5, 5, generator=generator, dtype=torch.float64))[0]
+    basis = linalg.orthogonal_iteration(sort, steps=2)
+    for _ in range(300):
+        Q, found = basis(A, Q, torch.zeros(2, dtype=torch.bool))
+    D = Q.mT @ A @ Q
+    assert found.all()
+    assert torch.allclose(D, torch.diag_embed(D.diagonal(dim1=-2, dim2=-1)), atol=1e-8)
+    assert (D.diagonal(dim1=-2, dim2=-1).diff() < 0).all()
+
+
+def test_orthogonal_iteration_begins_with_a_decomposition() -> None:
+    A = torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64)).expand(2, 3, 3)
+    old = torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
+    Q, _ = linalg.orthogonal_iteration()(A, old, torch.tensor([True, False]))
+    assert Q[0].abs().argmax(0).tolist() == [1, 2, 0]  # the largest first
+    assert Q[1].abs().argmax(0).tolist() == [0, 1, 2]  # a step from the old one
