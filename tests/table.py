@@ -111,6 +111,21 @@ CASES = [
     Case("shampoo:sharded", lambda: fs.shampoo(0.1, every=2, max_size=4, distribute=fs.sharded)),
     Case("kronecker_statistics", lambda: fs.kronecker_statistics(0.9), changes_updates=False),
     Case("kronecker_statistics:sum", lambda: fs.kronecker_statistics(1.0), changes_updates=False),
+    Case(
+        "kronecker_statistics:every",
+        lambda: fs.kronecker_statistics(0.9, every=2),
+        changes_updates=False,
+    ),
+    Case(
+        "root_inverse:one_sided",
+        lambda: fs.blocked(
+            fs.chain(
+                fs.kronecker_statistics(0.9, every=2, sides="smaller", exponents=1 / 3),
+                _root(sides="smaller", exponents=1 / 3),
+            ),
+            max_size=4,
+        ),
+    ),
     Case("root_inverse", lambda: _statistics_and(_root())),
     Case("root_inverse:blocked", lambda: _blocked(_root())),
     Case(
@@ -149,6 +164,7 @@ CASES = [
         lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2, stagger=True)),
     ),
     Case("soap", lambda: fs.soap(0.1, every=2, max_size=4)),
+    Case("soap:one_sided", lambda: fs.soap(0.1, every=2, max_size=4, sides="smaller")),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
     Case(
@@ -258,6 +274,17 @@ CASES = [
             peak_learning_rate=0.1,
             decay_through_momentum=True,
             exponents={2: {0: 0.5, 1: 0.0}},
+        ),
+    ),
+    Case(
+        "shampoo:one_sided",
+        lambda: fs.shampoo(
+            0.1,
+            every=2,
+            max_size=4,
+            statistics_every=2,
+            sides="smaller",
+            exponents="shampoo_squared",
         ),
     ),
     Case(

@@ -43,6 +43,7 @@ class KroneckerState(NamedTuple):
 
     factors: Tree
     weight: Tree
+    steps: Counter = ()
 
 
 @meaning(
