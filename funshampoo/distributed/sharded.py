@@ -29,15 +29,13 @@ from funshampoo.distributed.collectives import (
     gathered_objects,
     rank_and_size,
 )
-from funshampoo.distributed.cost import DEFAULT_COST, CostModel
+from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.exchange import Exchange, Says
 from funshampoo.distributed.overflow import holding
-from funshampoo.distributed.ownership import Sides, factor_sides
+from funshampoo.distributed.ownership import Works, works_of
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import Space, described
 from funshampoo.state.stages import ShardedState
-
-_BY_SIZE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def sharded(
@@ -90,8 +88,9 @@ def sharded(
             None keeps their own. A block whose update is not finite after that is not moved, and
             counted as held by a `guarded` inside; its averages have gone on.
         cost: the model; by default the measured one in block space, sizes elsewhere. It has to be
-            the same on every rank. Which sides of a block have a factor matrix is read off the
-            state that `inner` has for it, made of meta tensors.
+            the same on every rank. What is refreshed is read off the state that `inner` has for a
+            block, made of meta tensors; products are what its stages state (`flops` of
+            `GradientTransformation`).
 
     State: `ShardedState`.
 
@@ -115,11 +114,7 @@ def sharded(
     check_count("every", every)
     if max_failures is not None:
         check_count("max_failures", max_failures)
-    check_choice(
-        "communication_dtype",
-        communication_dtype,
-        (None, torch.float32, torch.bfloat16, torch.float16),
-    )
+    check_choice("communication_dtype", communication_dtype, _DTYPES)
     options = {"every": every, "max_failures": max_failures, "cost": cost}
     agreement = Agreement(inner, {**options, "communication_dtype": communication_dtype})
     ranks = _Ranks(inner, process_group, every, communication_dtype, cost, agreement)
@@ -141,31 +136,7 @@ def sharded(
     def update(
         updates: Tree, state: ShardedState, params: Tree, context: Context
     ) -> tuple[Tree, ShardedState]:
-        """Outside of `blocked`, or somewhere in it: `blocked` itself goes by `spread`."""
-        space = Space(updates if params is None else params, context.block_ndim)
-        own = ranks.own(space.all_blocks)
-        inside = space.selected_context(running(state.steps, context), own)
-        found: dict[str, list[tuple[int, Tensor]]] = {}
-        alone: list[Tree] = []
-
-        def step(part: Any, put: Put) -> Any:
-            mine, my_params = space.select(updates, own), None
-            if params is not None:
-                my_params = space.select(params, own)
-            out, new = checked_pair(inner.run(mine, part, my_params, inside), inner.name)
-            alone.append(out)
-            for name, x in space.own_updates(out, own).items():
-                put(name, own[name].all_rows, x)  # None: zeros
-            return new
-
-        def collect(name: str, rows: range, x: Tensor) -> None:
-            found.setdefault(name, []).append((rows.start, x))
-
-        known = None if params is None else flatten(params)[0]
-        leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
-        new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
-        _, size = rank_and_size(process_group)
-        return alone[0] if size == 1 else space.rebuilt(found), new
+        return _step_of_tree(ranks, updates, state, params, context)
 
     def check(state: ShardedState, context: Context) -> None:
         if max_failures is None or not look_due(state.steps, context, every):
@@ -185,6 +156,40 @@ def sharded(
     )
 
 
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _step_of_tree(
+    ranks: _Ranks, updates: Tree, state: ShardedState, params: Tree, context: Context
+) -> tuple[Tree, ShardedState]:
+    """A step outside of `blocked`, or somewhere in it: `blocked` itself goes by `spread`."""
+    inner = ranks.inner
+    space = Space(updates if params is None else params, context.block_ndim)
+    own = ranks.own(space.all_blocks)
+    inside = space.selected_context(running(state.steps, context), own)
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    alone: list[Tree] = []
+
+    def step(part: Any, put: Put) -> Any:
+        mine, my_params = space.select(updates, own), None
+        if params is not None:
+            my_params = space.select(params, own)
+        out, new = checked_pair(inner.run(mine, part, my_params, inside), inner.name)
+        alone.append(out)
+        for name, x in space.own_updates(out, own).items():
+            put(name, own[name].all_rows, x)  # None: zeros
+        return new
+
+    def collect(name: str, rows: range, x: Tensor) -> None:
+        found.setdefault(name, []).append((rows.start, x))
+
+    known = None if params is None else flatten(params)[0]
+    leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
+    new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
+    _, size = rank_and_size(ranks.group)
+    return alone[0] if size == 1 else space.rebuilt(found), new
+
+
 @dataclass(frozen=True)
 class _Ranks:
     """Who owns what, and the step of this rank among the others; a `Spread`."""
@@ -196,7 +201,7 @@ class _Ranks:
     cost: CostModel | None
     agreement: Agreement
     memory: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of donated steps
-    known_sides: dict[Any, Sides] = field(default_factory=dict)
+    known_works: dict[Any, Works] = field(default_factory=dict)
 
     def shards(self, blocks: Blocks) -> Shards | None:
         """The shards of all ranks; None for one rank."""
@@ -204,16 +209,18 @@ class _Ranks:
         if size == 1:
             return None
         check_outside_transforms("sharded")
-        model = self.cost or (DEFAULT_COST if blocks.in_blocks else _BY_SIZE)
-        sides = self._sides(blocks) if blocks.in_blocks else {}
-        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), sides)
+        model = self.cost or (DEFAULT_COST if blocks.in_blocks else BY_SIZE)
+        works = self._works(blocks) if blocks.in_blocks else {}
+        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), works)
 
-    def _sides(self, blocks: Blocks) -> Sides:
+    def _works(self, blocks: Blocks) -> Works:
         key = tuple(blocks.stacks.items())
-        if key not in self.known_sides:
-            like = {n: torch.empty(1, *s.block, device="meta") for n, s in blocks.stacks.items()}
-            self.known_sides[key] = factor_sides(self.inner.init(like, block_ndim=1))
-        return self.known_sides[key]
+        if key not in self.known_works:
+            shapes = {name: stack.block for name, stack in blocks.stacks.items()}
+            like = {n: torch.empty(1, *block, device="meta") for n, block in shapes.items()}
+            state = self.inner.init(like, block_ndim=1)
+            self.known_works[key] = works_of(self.inner, shapes, state)
+        return self.known_works[key]
 
     def _dtype(self, blocks: Blocks) -> torch.dtype:
         return self.communication_dtype or blocks.dtype

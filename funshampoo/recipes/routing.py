@@ -33,16 +33,20 @@ def routed(
             the parameters. By default all that have two sides or more, so embeddings and heads as
             well, for which AdamW is mostly better: say so here.
         others: what the other leaves get; by default `adamw` with its defaults. The default, like
-            the method, is `guarded`: a gradient that is not finite is left out.
+            the method, is `guarded`, so that a gradient that is not finite is left out, and shared
+            out by `distribute`, whole leaves by their size. One that is given is taken as it is,
+            since it may look across leaves: sharded(guarded(adamw(3e-4))) does the same.
         max_failures: see `guarded`.
         distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
-            ones; as in `shampoo`.
+            ones by the cost of their products, and the leaves of the default `others`.
     """
     protected = guarded(method, max_failures=max_failures)
     if distribute is not None:
         protected = distributed(protected, distribute, max_failures=max_failures)
     if others is None:
         others = guarded(adamw(learning_rate), max_failures=max_failures)
+        if distribute is not None:
+            others = distributed(others, distribute, max_failures=max_failures)
     inside = blocked(protected, None, merge="none", with_params=True)
     return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
 

@@ -38,7 +38,7 @@ from funshampoo.operators.exponents import (
     side_exponents,
 )
 from funshampoo.operators.leaf_ops import add, add_gram, kept_share, multiply, per_block
-from funshampoo.operators.mode_products import unfoldings
+from funshampoo.operators.mode_products import mode_flops, unfoldings
 from funshampoo.operators.packed import like, packed_shape, packs
 from funshampoo.operators.packed_statistics import add_packed_gram
 from funshampoo.state.stages import KroneckerState
@@ -156,6 +156,7 @@ def kronecker_statistics(
         phase=lambda step: (label,) if every > 1 and refresh_due(step, every) else (),
         counts=every > 1,
         numbers=[beta2],
+        flops=lambda block, kept: _flops(block, side_exponents(block, exponents, sides)) / every,
     )
 
 
@@ -165,6 +166,10 @@ class _Share(NamedTuple):
     beta: Hyper
     added: Hyper
     by_row: bool
+
+
+def _flops(block: tuple[int, ...], powers: Sequence[float]) -> float:
+    return mode_flops(block, [d for d, e in zip(block, powers) if e > 0])
 
 
 def _is_due(every: int, context: Context) -> bool:

@@ -28,7 +28,7 @@ from funshampoo.operators.exponents import (
     check_sides,
     side_exponents,
 )
-from funshampoo.operators.mode_products import bias_corrected, precondition
+from funshampoo.operators.mode_products import bias_corrected, mode_flops, precondition
 from funshampoo.refresh.jobs import Reading
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
@@ -186,7 +186,12 @@ def root_inverse(
 
     looked_up = [epsilon, trace_scaling, basis_tolerance, solve]
     return GradientTransformation(
-        init, update, phase=schedule.phase(threads), counts=True, numbers=looked_up
+        init,
+        update,
+        phase=schedule.phase(threads),
+        counts=True,
+        numbers=looked_up,
+        flops=mode_flops,
     )
 
 
