@@ -105,6 +105,7 @@ CASES = [
     Case("wrapping:shampoo", lambda: _cautious(fs.shampoo(0.1, every=2, max_size=4))),
     Case("blocked", lambda: fs.blocked(fs.trace(0.9, nesterov=True), 4)),
     Case("guarded", lambda: fs.guarded(fs.trace(0.9, nesterov=True), every=2)),
+    Case("guarded:by_leaf", lambda: fs.guarded(fs.adamw(0.1), every=2, by_leaf=True)),
     Case("guarded:spikes", lambda: fs.blocked(fs.guarded(fs.ema(0.9), spike_factor=2.0), 4)),
     Case("guarded:blocked", lambda: fs.blocked(fs.guarded(fs.ema(0.9), every=2), 4)),
     Case("sharded", lambda: fs.sharded(fs.trace(0.9)), options=AROUND_BLOCKS),  # on one rank

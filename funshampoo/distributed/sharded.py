@@ -114,7 +114,11 @@ def sharded(
     check_count("every", every)
     if max_failures is not None:
         check_count("max_failures", max_failures)
-    check_choice("communication_dtype", communication_dtype, _DTYPES)
+    check_choice(
+        "communication_dtype",
+        communication_dtype,
+        (None, torch.float32, torch.bfloat16, torch.float16),
+    )
     options = {"every": every, "max_failures": max_failures, "cost": cost}
     agreement = Agreement(inner, {**options, "communication_dtype": communication_dtype})
     ranks = _Ranks(inner, process_group, every, communication_dtype, cost, agreement)
@@ -136,7 +140,31 @@ def sharded(
     def update(
         updates: Tree, state: ShardedState, params: Tree, context: Context
     ) -> tuple[Tree, ShardedState]:
-        return _step_of_tree(ranks, updates, state, params, context)
+        """Outside of `blocked`, or somewhere in it: `blocked` itself goes by `spread`."""
+        space = Space(updates if params is None else params, context.block_ndim)
+        own = ranks.own(space.all_blocks)
+        inside = space.selected_context(running(state.steps, context), own)
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        alone: list[Tree] = []
+
+        def step(part: Any, put: Put) -> Any:
+            mine, my_params = space.select(updates, own), None
+            if params is not None:
+                my_params = space.select(params, own)
+            out, new = checked_pair(inner.run(mine, part, my_params, inside), inner.name)
+            alone.append(out)
+            for name, x in space.own_updates(out, own).items():
+                put(name, own[name].all_rows, x)  # None: zeros
+            return new
+
+        def collect(name: str, rows: range, x: Tensor) -> None:
+            found.setdefault(name, []).append((rows.start, x))
+
+        known = None if params is None else flatten(params)[0]
+        leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
+        new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
+        _, size = rank_and_size(process_group)
+        return alone[0] if size == 1 else space.rebuilt(found), new
 
     def check(state: ShardedState, context: Context) -> None:
         if max_failures is None or not look_due(state.steps, context, every):
@@ -154,40 +182,6 @@ def sharded(
         counts=counts,
         spread=ranks,
     )
-
-
-_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _step_of_tree(
-    ranks: _Ranks, updates: Tree, state: ShardedState, params: Tree, context: Context
-) -> tuple[Tree, ShardedState]:
-    """A step outside of `blocked`, or somewhere in it: `blocked` itself goes by `spread`."""
-    inner = ranks.inner
-    space = Space(updates if params is None else params, context.block_ndim)
-    own = ranks.own(space.all_blocks)
-    inside = space.selected_context(running(state.steps, context), own)
-    found: dict[str, list[tuple[int, Tensor]]] = {}
-    alone: list[Tree] = []
-
-    def step(part: Any, put: Put) -> Any:
-        mine, my_params = space.select(updates, own), None
-        if params is not None:
-            my_params = space.select(params, own)
-        out, new = checked_pair(inner.run(mine, part, my_params, inside), inner.name)
-        alone.append(out)
-        for name, x in space.own_updates(out, own).items():
-            put(name, own[name].all_rows, x)  # None: zeros
-        return new
-
-    def collect(name: str, rows: range, x: Tensor) -> None:
-        found.setdefault(name, []).append((rows.start, x))
-
-    known = None if params is None else flatten(params)[0]
-    leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
-    new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
-    _, size = rank_and_size(ranks.group)
-    return alone[0] if size == 1 else space.rebuilt(found), new
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def muon(
         polynomials, steps, scale, epsilon, dtype: see `orthogonalize`.
         matrices, others: which leaves it is for, by default all of two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
-        max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
+        max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
+            what the rest gets by default (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.
@@ -118,7 +119,8 @@ def normuon(
         scale, epsilon, dtype: see `orthogonalize`.
         matrices, others: which leaves it is for, by default all of two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
-        max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
+        max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
+            what the rest gets by default (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.
@@ -178,7 +180,8 @@ def spectral_descent(
         polynomials, steps, scale, epsilon, dtype: see `orthogonalize`.
         matrices, others: which leaves it is for, by default all of two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
-        max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
+        max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
+            what the rest gets by default (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.

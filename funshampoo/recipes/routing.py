@@ -35,7 +35,8 @@ def routed(
         others: what the other leaves get; by default `adamw` with its defaults. The default, like
             the method, is `guarded`, so that a gradient that is not finite is left out, and shared
             out by `distribute`, whole leaves by their size. One that is given is taken as it is,
-            since it may look across leaves: sharded(guarded(adamw(3e-4))) does the same.
+            since it may look across leaves; sharded(guarded(adamw(3e-4), by_leaf=True)) is shared
+            out as the default is.
         max_failures: see `guarded`.
         distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
             ones by the cost of their products, and the leaves of the default `others`.
@@ -44,7 +45,7 @@ def routed(
     if distribute is not None:
         protected = distributed(protected, distribute, max_failures=max_failures)
     if others is None:
-        others = guarded(adamw(learning_rate), max_failures=max_failures)
+        others = guarded(adamw(learning_rate), max_failures=max_failures, by_leaf=True)
         if distribute is not None:
             others = distributed(others, distribute, max_failures=max_failures)
     inside = blocked(protected, None, merge="none", with_params=True)
