@@ -15,13 +15,7 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.core.live import mapped
 from funshampoo.linalg import Solver, pseudo_inverse
-from funshampoo.operators.exponents import (
-    Exponents,
-    Sides,
-    check_exponents,
-    check_sides,
-    without_vectors,
-)
+from funshampoo.operators.exponents import Exponents, Sides, check_sides, without_vectors
 from funshampoo.recipes.diagonal import is_zero
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.transforms import (
@@ -176,44 +170,39 @@ def shampoo(
     """
     check_choice("vectors", vectors, ("diagonal", "blocks"))
     check_count("statistics_every", statistics_every)
-    check_exponents(exponents)
     check_sides(sides)
-    if _are_diagonal(vectors, grafting is not None, merge, keep, exponents):
-        sides, least_order = without_vectors(sides), 2
-    else:
-        least_order = 0
+    diagonal = _are_diagonal(vectors, grafting is not None, merge, keep, exponents)
+    if diagonal:
+        sides = without_vectors(sides)
     if solver is None:
         truncate = grafting is None and is_zero(epsilon)
         damped = default_solver(relative_epsilon, basis_tolerance)
         solver = pseudo_inverse(rtol=relative_epsilon) if truncate else damped
+    matrices: Any = {"exponents": exponents, "sides": sides, "packed": packed}
     statistics = kronecker_statistics(
         beta2,
         every=statistics_every,
         bias_correction=bias_correction,
         weighted=weighted,
-        exponents=exponents,
-        sides=sides,
         own_steps=own_steps,
         product_dtype=product_dtype,
-        packed=packed,
+        **matrices,
     )
     direction = root_inverse(
         every,
         start=start,
         epsilon=epsilon,
         solver=solver,
-        exponents=exponents,
-        sides=sides,
         trace_scaling=trace_scaling,
         initial_eigenvalue=initial_eigenvalue,
         stagger=stagger,
         basis_tolerance=basis_tolerance,
         product_dtype=product_dtype,
-        packed=packed,
+        **matrices,
     )
     onto = _grafting_partner(grafting, grafting_beta2, beta2, grafting_epsilon, own_steps)
     if onto is not None:
-        direction = graft(direction, onto, start=start, least_order=least_order)
+        direction = graft(direction, onto, start=start, least_order=2 if diagonal else 0)
     if tile == "auto" and not (grafting is None or isinstance(grafting, str)):
         tile = None  # who knows what it does across blocks
     average = ema(beta1, beta3, bias_correction=bias_correction, own_steps=own_steps)

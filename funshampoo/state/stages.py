@@ -36,8 +36,8 @@ class KroneckerState(NamedTuple):
     """Of `kronecker_statistics`: L_i, one factor matrix a side.
 
     Attributes:
-        factors: tree of tuples, one entry a side: (N, d_i, d_i), its triangle alone if `packed` and
-            large (see `funshampoo.operators.packed`), or () for a side that is not preconditioned.
+        factors: tree of tuples, one a side: (N, d_i, d_i), its triangle alone if `packed` and
+            large, or () for a side that is not preconditioned.
         weight: tree of (N,); () on the CPU where all blocks count together.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_count, check_flag, check_range
 from funshampoo.core.clock import advanced, refresh_due, running, started
 from funshampoo.core.context import Context
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree
+from funshampoo.core.contract import GradientTransformation, Hyper, Phase, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import full_precision
 from funshampoo.core.tree import (
@@ -149,11 +149,10 @@ def kronecker_statistics(
             weight = count_everyone(weight, beta, context.donate)
         return updates, KroneckerState(factors, weight, steps)
 
-    label = f"statistics, every {every}"
     return GradientTransformation(
         init,
         update,
-        phase=lambda step: (label,) if every > 1 and refresh_due(step, every) else (),
+        phase=functools.partial(_phase, every),
         counts=every > 1,
         numbers=[beta2],
         flops=lambda block, kept: _flops(block, side_exponents(block, exponents, sides)) / every,
@@ -170,6 +169,11 @@ class _Share(NamedTuple):
 
 def _flops(block: tuple[int, ...], powers: Sequence[float]) -> float:
     return mode_flops(block, [d for d, e in zip(block, powers) if e > 0])
+
+
+def _phase(every: int, step: int) -> Phase:
+    due = every > 1 and refresh_due(step, every)
+    return (f"statistics, every {every}",) if due else ()
 
 
 def _is_due(every: int, context: Context) -> bool:
