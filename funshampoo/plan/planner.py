@@ -272,7 +272,7 @@ def _heading(found: Plan) -> list[str]:
     if found.best_balance > 1.05:
         lines.append(
             f"The dearest block alone is {found.best_balance:.2f} times a rank's mean: smaller "
-            "blocks (max_size) or fewer ranks would balance better."
+            "blocks (max_size), where the method has them, or fewer ranks would balance better."
         )
     if found.replicated_elements:
         lines.append(f"{found.replicated_elements:,} elements are in no block: all ranks do them.")

@@ -105,3 +105,32 @@ def test_what_a_parameter_remembers_is_on_its_owner_alone(ranks: Ranks, recipe: 
     assert sorted(name for own in owners for name in own) == sorted(SHAPES)
     for own in owners:
         assert any(len(SHAPES[name]) > 1 for name in own)
+
+
+def wrapped(rank: int, recipe: str, shares: bool) -> Any:
+    """By the wrapper, with a rate that changes, saved whole and resumed."""
+    model = {name: torch.nn.Parameter(x) for name, x in tree(0).items()}
+
+    def optimizer() -> fs.Optimizer:
+        function = RECIPES[recipe]
+        options = {"distribute": fs.sharded, "consolidate": True} if shares else {}
+        return fs.Optimizer(model.items(), function, lr=0.02, **options)
+
+    opt = optimizer()
+    for t in range(1, 7):
+        for name, g in tree(t).items():
+            model[name].grad = g
+        opt.param_groups[0]["lr"] = 0.02 / t
+        if t == 4:
+            saved = opt.state_dict()
+            opt = optimizer()
+            opt.load_state_dict(saved)
+        opt.step()
+    return {name: p.detach() for name, p in model.items()}
+
+
+@pytest.mark.parametrize("recipe", ["muon", "adamw"])
+def test_by_the_wrapper(ranks: Ranks, recipe: str) -> None:
+    (expected,) = ranks(1, wrapped, recipe, False)
+    for got in ranks(2, wrapped, recipe, True):
+        assert_equal(got, expected)
