@@ -43,7 +43,6 @@ class KroneckerState(NamedTuple):
 
     factors: Tree
     weight: Tree
-    steps: Counter = ()
 
 
 @meaning(
@@ -214,7 +213,7 @@ class WrappedState(NamedTuple):
 
 
 class EveryKState(NamedTuple):
-    """Of `every_k`: the state of what runs on every k-th step."""
+    """Of `every_k`, and of statistics on some steps: the state of what runs on every k-th step."""
 
     inner: Any
     steps: Counter = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from funshampoo.operators.leaf_ops import add, add_gram, kept_share, multiply, p
 from funshampoo.operators.mode_products import mode_flops, unfoldings
 from funshampoo.operators.packed import like, packed_shape, packs
 from funshampoo.operators.packed_statistics import add_packed_gram
-from funshampoo.state.stages import KroneckerState
+from funshampoo.state.stages import EveryKState, KroneckerState
 
 
 def kronecker_statistics(
@@ -86,8 +86,8 @@ def kronecker_statistics(
     Context: with `every` above 1, `step=` decides in torch.compile, where the counter can't be
     read. `refresh=` says nothing of statistics.
 
-    State: `KroneckerState`, float32 at least, d_i² numbers a side of a block, (d_i² + d_i) / 2 of
-    them if packed.
+    State: `KroneckerState`, with `every` above 1 in an `EveryKState`; float32 at least, d_i²
+    numbers a side of a block, (d_i² + d_i) / 2 of them if packed.
 
     Raises:
         ValueError, TypeError: an argument out of range, named.
@@ -114,7 +114,7 @@ def kronecker_statistics(
     corrected = bias_correction and not plain_sum
     by_weight = corrected and own_steps  # an average and its weight decay alike
 
-    def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> KroneckerState:
+    def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> _State:
         check_local(params, "kronecker_statistics")
 
         def zero_factors(x: Tensor) -> tuple[Any, ...]:
@@ -122,23 +122,22 @@ def kronecker_statistics(
             return _zero_factors(x, block_ndim, powers, packed)
 
         weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
-        return KroneckerState(map_leaves(zero_factors, params), weights, started(every > 1, clock))
+        found = KroneckerState(map_leaves(zero_factors, params), weights)
+        return found if every == 1 else EveryKState(found, started(True, clock))
 
-    def update(
-        updates: Tree, state: KroneckerState, params: Tree, context: Context
-    ) -> tuple[Tree, KroneckerState]:
+    def update(updates: Tree, state: _State, params: Tree, context: Context) -> tuple[Tree, _State]:
+        if isinstance(state, KroneckerState):
+            return updates, accumulated(updates, state, context)
         due = _is_due(every, running(state.steps, context))
-        steps = advanced(state.steps, context.donate)
-        if not due:
-            return updates, KroneckerState(state.factors, state.weight, steps)
-        beta, alive = number(beta2, context.hyper), context.alive
-        share = _Share(
-            beta,
-            added=1.0 if plain_sum else _share_of_new(beta),
-            by_row=alive is not None and not by_weight and not is_exactly(beta, 1),
-        )
+        new = accumulated(updates, state.inner, context) if due else state.inner
+        return updates, EveryKState(new, advanced(state.steps, context.donate))
+
+    def accumulated(updates: Tree, state: KroneckerState, context: Context) -> KroneckerState:
+        beta = number(beta2, context.hyper)
         source = updates if context.gradient is None else context.gradient
-        known = () if alive is None else (alive,)
+        known = () if context.alive is None else (context.alive,)
+        by_row = bool(known) and not by_weight and not is_exactly(beta, 1)
+        share = _Share(beta, 1.0 if plain_sum else _share_of_new(beta), by_row)
         with full_precision():
             accumulate = functools.partial(_accumulate, share, product_dtype, context)
             _, factors = update_leaves(accumulate, updates, (state.factors,), (source, *known))
@@ -147,7 +146,7 @@ def kronecker_statistics(
             weight = _counted(updates, weight, beta, known, context.donate)
         elif corrected:
             weight = count_everyone(weight, beta, context.donate)
-        return updates, KroneckerState(factors, weight, steps)
+        return KroneckerState(factors, weight)
 
     return GradientTransformation(
         init,
@@ -157,6 +156,9 @@ def kronecker_statistics(
         numbers=[beta2],
         flops=lambda block, kept: _flops(block, side_exponents(block, exponents, sides)) / every,
     )
+
+
+_State: TypeAlias = KroneckerState | EveryKState
 
 
 class _Share(NamedTuple):
@@ -178,8 +180,6 @@ def _phase(every: int, step: int) -> Phase:
 
 def _is_due(every: int, context: Context) -> bool:
     """Whether this step accumulates."""
-    if every == 1:
-        return True
     if context.step is None:
         raise RuntimeError(
             "kronecker_statistics(every=...) accumulates on some steps, and can't read the counter "
