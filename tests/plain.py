@@ -25,6 +25,9 @@ class PlainShampoo:
         epsilon: float = 1e-4,
         every: int = 1,
         start: int | None = None,
+        statistics_every: int = 1,
+        exponents: float | str = 1 / 4,
+        sides: str | None = None,
         max_size: int = 1024,
         merge: str = "none",
         grafting: str | None = "adam",
@@ -40,6 +43,9 @@ class PlainShampoo:
         self.beta1, self.beta2 = beta1, beta2
         self.beta3 = beta1 if beta3 is None else beta3
         self.epsilon, self.every, self.start = epsilon, every, start or every
+        self.statistics_every, self.seen, self.sides = statistics_every, 0, sides
+        named = {"shampoo": 1 / 4, "shampoo_squared": 1 / 2}
+        self.e = named[exponents] if isinstance(exponents, str) else exponents
         self.grafting, self.grafting_beta2 = grafting, grafting_beta2
         self.diagonal = vectors == "diagonal" and grafting is not None
         self.momentum, self.nesterov, self.dampening = momentum, nesterov, dampening
@@ -79,6 +85,8 @@ class PlainShampoo:
 
     def step(self, g: np.ndarray) -> np.ndarray:
         self.t += 1
+        if self.t == 1 or self.t % self.statistics_every == 0:
+            self.seen += 1
         if self.coupled:
             g = g + self.decay * self.w
         pieces = np.zeros(self.shape)
@@ -97,14 +105,19 @@ class PlainShampoo:
 
     def _block(self, g: np.ndarray, s: dict[str, Any]) -> np.ndarray:
         t, k = self.t, g.ndim
-        for i in range(k):
+        sides = list(range(k))
+        if self.sides == "smaller" and k:
+            sides = [min(sides, key=lambda i: (g.shape[i], i))]
+        for i in sides:
             u = np.moveaxis(g, i, 0).reshape(g.shape[i], -1)
-            s["L"][i] = self._average(s["L"][i], u @ u.T, self.beta2)
+            if t == 1 or t % self.statistics_every == 0:
+                s["L"][i] = self._average(s["L"][i], u @ u.T, self.beta2)
         if t == self.start or (t > self.start and t % self.every == 0):
-            for i in range(k):
-                correction = 1 - self.beta2**t if self.beta2 < 1 else 1.0
+            for i in sides:
+                correction = 1 - self.beta2**self.seen if self.beta2 < 1 else 1.0
                 lam, q = np.linalg.eigh(s["L"][i] / correction)
-                s["X"][i] = (q * (np.maximum(lam, 0) + self.epsilon) ** (-1 / (2 * k))) @ q.T
+                power = -2 * self.e / len(sides)
+                s["X"][i] = (q * (np.maximum(lam, 0) + self.epsilon) ** power) @ q.T
         m = g
         if self.beta1:
             m = self.beta3 * s["M"] + (1 - self.beta3) * g

@@ -109,12 +109,28 @@ CASES = [
     Case("wrapping:shampoo", lambda: _cautious(fs.shampoo(0.1, every=2, max_size=4))),
     Case("blocked", lambda: fs.blocked(fs.trace(0.9, nesterov=True), 4)),
     Case("guarded", lambda: fs.guarded(fs.trace(0.9, nesterov=True), every=2)),
+    Case("guarded:by_leaf", lambda: fs.guarded(fs.adamw(0.1), every=2, by_leaf=True)),
     Case("guarded:spikes", lambda: fs.blocked(fs.guarded(fs.ema(0.9), spike_factor=2.0), 4)),
     Case("guarded:blocked", lambda: fs.blocked(fs.guarded(fs.ema(0.9), every=2), 4)),
     Case("sharded", lambda: fs.sharded(fs.trace(0.9)), options=AROUND_BLOCKS),  # on one rank
     Case("shampoo:sharded", lambda: fs.shampoo(0.1, every=2, max_size=4, distribute=fs.sharded)),
     Case("kronecker_statistics", lambda: fs.kronecker_statistics(0.9), changes_updates=False),
     Case("kronecker_statistics:sum", lambda: fs.kronecker_statistics(1.0), changes_updates=False),
+    Case(
+        "kronecker_statistics:every",
+        lambda: fs.kronecker_statistics(0.9, every=2),
+        changes_updates=False,
+    ),
+    Case(
+        "root_inverse:one_sided",
+        lambda: fs.blocked(
+            fs.chain(
+                fs.kronecker_statistics(0.9, every=2, sides="smaller", exponents=1 / 3),
+                _root(sides="smaller", exponents=1 / 3),
+            ),
+            max_size=4,
+        ),
+    ),
     Case("root_inverse", lambda: _statistics_and(_root())),
     Case("root_inverse:blocked", lambda: _blocked(_root())),
     Case(
@@ -232,6 +248,7 @@ CASES = [
         lambda: fs.chain(fs.scale(-0.1), fs.decay_after_step(0.1, 0.5, scale="spectral")),
     ),
     Case("decay_after_step:schedule", lambda: fs.decay_after_step(0.1, _schedule())),
+    Case("soap:one_sided", lambda: fs.soap(0.1, every=2, max_size=4, sides="smaller")),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),
     Case(
@@ -341,6 +358,17 @@ CASES = [
             peak_learning_rate=0.1,
             decay_through_momentum=True,
             exponents={2: {0: 0.5, 1: 0.0}},
+        ),
+    ),
+    Case(
+        "shampoo:one_sided",
+        lambda: fs.shampoo(
+            0.1,
+            every=2,
+            max_size=4,
+            statistics_every=2,
+            sides="smaller",
+            exponents="shampoo_squared",
         ),
     ),
     Case(

@@ -11,7 +11,13 @@ from torch import Tensor
 from funshampoo.core.checks import check_count
 from funshampoo.core.clock import advanced, new_counter, read_counter, running, started
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
+from funshampoo.core.contract import (
+    GradientTransformation,
+    Phase,
+    State,
+    Tree,
+    as_transformation,
+)
 from funshampoo.core.tree import check_parameters, compute_dtype, flatten, map_leaves
 from funshampoo.state.places import is_shared
 from funshampoo.state.stages import GuardedState, MultiStepsState, find_state
@@ -81,28 +87,13 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
             raise RuntimeError(
                 "multi_steps can't read its counter inside torch.compile: pass step= (from 1)."
             )
-        finite = _all_finite(updates, like=state.used)
-        total = map_leaves(lambda u, s: _add_if(finite, u, s), updates, state.total)
-        seen = map_leaves(lambda u, n: n if u is None else n + 1, updates, state.seen)
-        used = state.used + finite
-        skipped = state.skipped + ~finite
-        steps = advanced(state.steps, donate=False)
-        new = MultiStepsState(steps, total, seen, used, skipped, state.inner)
+        new = _with_one_more(state, updates)
         if t % every:
-            return map_leaves(_zeros, total), new
-
+            return map_leaves(_zeros, new.total), new
         # `inner` may not consume its state: a step without one finite gradient falls back to it.
         inside = changed(here, step=t // every, clock=_done(here, every), donate=False)
-        some = used > 0
-        guards = find_state(state.inner, GuardedState) is not None
-        shared = guards and is_shared(state.inner)
-        out, after = inner.run(_mean(new, some, shared), state.inner, params, inside)
-        if not shared:
-            out = map_leaves(lambda u: u if u is None else _where(some, u, _zeros(u)), out)
-            after = map_leaves(lambda a, b: _where(some, a, b), after, state.inner)
-        empty, unseen = map_leaves(torch.zeros_like, total), map_leaves(torch.zeros_like, seen)
-        none = torch.zeros_like(used)
-        return out, MultiStepsState(steps, empty, unseen, none, skipped, after)
+        out, after = _real_step(inner, new, params, inside)
+        return out, _emptied(new, after)
 
     def check(state: MultiStepsState, context: Context) -> None:
         here = running(state.steps, context)
@@ -116,6 +107,40 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     return GradientTransformation(
         init, update, phase=phase, check=check, parts={"inner": inner}, counts=True
     )
+
+
+def _with_one_more(state: MultiStepsState, updates: Tree) -> MultiStepsState:
+    """The state with these micro-gradients in it."""
+    finite = _all_finite(updates, like=state.used)
+    return MultiStepsState(
+        steps=advanced(state.steps, donate=False),
+        total=map_leaves(lambda u, s: _add_if(finite, u, s), updates, state.total),
+        seen=map_leaves(lambda u, n: n if u is None else n + 1, updates, state.seen),
+        used=state.used + finite,
+        skipped=state.skipped + ~finite,
+        inner=state.inner,
+    )
+
+
+def _real_step(
+    inner: GradientTransformation, state: MultiStepsState, params: Tree, context: Context
+) -> tuple[Tree, State]:
+    """(updates, state of `inner`) of the mean; zeros and the old one where none was finite."""
+    some = state.used > 0
+    guards = find_state(state.inner, GuardedState) is not None
+    shared = guards and is_shared(state.inner)
+    out, after = inner.run(_mean(state, some, shared), state.inner, params, context)
+    if not shared:
+        out = map_leaves(lambda u: u if u is None else _where(some, u, _zeros(u)), out)
+        after = map_leaves(lambda a, b: _where(some, a, b), after, state.inner)
+    return out, after
+
+
+def _emptied(state: MultiStepsState, inner: State) -> MultiStepsState:
+    """The state before the next micro-gradient."""
+    total, seen = [map_leaves(torch.zeros_like, tree) for tree in (state.total, state.seen)]
+    used = torch.zeros_like(state.used)
+    return MultiStepsState(state.steps, total, seen, used, state.skipped, inner)
 
 
 def _done(context: Context, every: int) -> Tensor | None:

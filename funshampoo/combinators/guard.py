@@ -15,7 +15,7 @@ from funshampoo.combinators.failures import (
 )
 from funshampoo.combinators.spikes import no_spikes_yet
 from funshampoo.combinators.verdicts import verdicts_on, with_spikes
-from funshampoo.core.checks import check_count, check_range
+from funshampoo.core.checks import check_count, check_flag, check_range
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_transformation
@@ -38,12 +38,14 @@ def guarded(
     max_failures: int | None = 20,
     every: int = 10,
     spike_factor: Hyper | None = None,
+    by_leaf: bool = False,
 ) -> GradientTransformation:
     """Hold a block whose gradient is not finite: its update is zero, what it has averaged stays.
 
     And, with `spike_factor`, one whose gradient is finite and far larger than its others were.
 
-    Inside `blocked` every block is judged by itself; elsewhere all leaves are held together. A
+    Inside `blocked` every block is judged by itself; elsewhere all leaves are held together, unless
+    `by_leaf`. A
     gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest number of its
     dtype (in float32, ‖G‖ above about 1.8e16), so that sums of squares do not overflow in the
     statistics. Parameters are not looked at. What is held is counted in the state;
@@ -79,10 +81,14 @@ def guarded(
             gradient is accepted, and the average begins anew with it; see `combinators.spikes`.
             It costs a pass over the gradient, and nothing waits for a device.
 
+        by_leaf: outside `blocked`, hold each leaf by itself: for an elementwise `inner`, of which
+            `sharded` then gives the bits of one process whatever is held.
+
     State: `GuardedState`.
 
     Raises:
-        ValueError, TypeError: max_failures, every or spike_factor out of range.
+        ValueError, TypeError: max_failures, every, spike_factor or by_leaf out of range; by_leaf
+            around a stage that does not know of `alive`.
         FailureLimitError: from update, at the first look after `max_failures` in a row.
 
     Reference: Optax, `apply_if_finite`.
@@ -102,6 +108,7 @@ def guarded(
     check_count("every", every)
     if spike_factor is not None:
         check_range("spike_factor", spike_factor, 1.0, low_open=True)
+    _check_by_leaf(by_leaf, inner)
 
     def init(
         params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -127,10 +134,10 @@ def guarded(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
         inside = running(state.steps, context)
-        verdicts, spikes = verdicts_on(updates, context), state.spikes
+        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
         if spike_factor is not None:
             factor = number(spike_factor, context.hyper)
-            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context)
+            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
         if verdicts is None:
             out, new = inner.run(updates, state.inner, params, inside)
             held = state.held
@@ -157,6 +164,15 @@ def guarded(
         counts=inner.counts or max_failures is not None,
         numbers=[spike_factor],
     )
+
+
+def _check_by_leaf(by_leaf: bool, inner: GradientTransformation) -> None:
+    check_flag("by_leaf", by_leaf)
+    if by_leaf and not inner.minds_alive:
+        raise ValueError(
+            "by_leaf needs stages that know of `alive`: let each declare it (see docs/stages.md), "
+            "or leave by_leaf out, and all leaves are held together."
+        )
 
 
 def run_alive(

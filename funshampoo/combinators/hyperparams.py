@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,17 +77,54 @@ def inject_hyperparams(
         bound = signature.bind(*args, **kwargs)
         given = set(bound.arguments)
         bound.apply_defaults()
-        return _injected(factory, bound, given - static, set(bound.arguments) - given - static)
+        others = set(bound.arguments) - given - static
+        return _injected(_recipe(factory, bound, given - static, others))
 
     return make
 
 
-def _injected(
+@dataclass(frozen=True)
+class _Recipe:
+    """A factory with its arguments, and what of them is in the state.
+
+    Attributes:
+        numbers: {name: first value} of those that a user may edit there.
+        schedules: {name: function of the old count}.
+        live: whether the factory takes a `Live` in a number's place.
+    """
+
+    factory: Callable[..., GradientTransformation]
+    bound: inspect.BoundArguments
+    numbers: Mapping[str, Any]
+    schedules: Mapping[str, Any]
+    live: bool
+
+    def build(self, hyperparams: Mapping[str, Any]) -> GradientTransformation:
+        """The chain with these in the place of its numbers."""
+        replaced = inspect.BoundArguments(self.bound.signature, OrderedDict(self.bound.arguments))
+        replaced.arguments.update(hyperparams)
+        return as_transformation(self.factory(*replaced.args, **replaced.kwargs))
+
+    def scheduled(self, steps: Tensor | None) -> dict[str, Tensor]:
+        """What the schedules say after so many steps."""
+        if not self.schedules:
+            return {}
+        assert steps is not None
+        return {name: _as_hyperparam(schedule(steps)) for name, schedule in self.schedules.items()}
+
+    def first(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The hyperparameters before the first step."""
+        numbers = {name: _as_hyperparam(value, device) for name, value in self.numbers.items()}
+        return numbers | self.scheduled(new_counter())
+
+
+def _recipe(
     factory: Callable[..., GradientTransformation],
     bound: inspect.BoundArguments,
     given: set[str],
     defaults: set[str],
-) -> GradientTransformation:
+) -> _Recipe:
+    """What of the arguments goes into the state; `given` and `defaults` are names that may."""
     live = takes_live(factory)
 
     def is_injected(name: str, value: Any) -> bool:
@@ -101,29 +139,19 @@ def _injected(
 
     numbers = {name: v for name, v in bound.arguments.items() if is_injected(name, v)}
     schedules = {name: v for name, v in bound.arguments.items() if is_schedule(name, v)}
+    return _Recipe(factory, bound, numbers, schedules, live)
 
-    def build(hyperparams: Mapping[str, Any]) -> GradientTransformation:
-        replaced = inspect.BoundArguments(bound.signature, OrderedDict(bound.arguments))
-        replaced.arguments.update(hyperparams)
-        return as_transformation(factory(*replaced.args, **replaced.kwargs))
 
-    def scheduled(steps: Tensor | None) -> dict[str, Tensor]:
-        if not schedules:
-            return {}
-        assert steps is not None
-        return {name: _as_hyperparam(schedule(steps)) for name, schedule in schedules.items()}
-
+def _injected(recipe: _Recipe) -> GradientTransformation:
     # What is a tensor in the state switches nothing on or off, whatever its value.
-    first = {name: _as_hyperparam(v) for name, v in numbers.items()} | scheduled(new_counter())
-    inner = build({name: Live(name, v) for name, v in first.items()} if live else first)
-    counts = inner.counts or bool(schedules)
+    first, live = recipe.first(), recipe.live
+    inner = recipe.build({name: Live(name, v) for name, v in first.items()} if live else first)
+    counts = inner.counts or bool(recipe.schedules)
 
     def init(params: Tree, *, clock: bool = False, **context: Any) -> HyperparamsState:
         device = next((x.device for x in flatten(params)[0] if isinstance(x, Tensor)), None)
-        hyperparams = {name: _as_hyperparam(value, device) for name, value in numbers.items()}
-        hyperparams |= scheduled(new_counter())
         state = inner.init(params, clock=clock or counts, **context)
-        return HyperparamsState(started(counts, clock), hyperparams, state)
+        return HyperparamsState(started(counts, clock), recipe.first(device), state)
 
     def now(
         state: HyperparamsState, context: Context
@@ -136,9 +164,9 @@ def _injected(
             )
         inside = running(state.steps, context)
         edited = {name: _as_hyperparam(value) for name, value in state.hyperparams.items()}
-        values = edited | scheduled(inside.clock)
+        values = edited | recipe.scheduled(inside.clock)
         if not live:
-            return build(values), inside, values
+            return recipe.build(values), inside, values
         return inner, changed(inside, hyper={**inside.hyper, **values}), values
 
     def update(

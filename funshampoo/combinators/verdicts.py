@@ -20,12 +20,12 @@ Verdicts = tuple[Tree, Tree]
 """Trees of (N,) or (): bool, whether a block can't be used, and 0 or 1, whether it can."""
 
 
-def verdicts_on(updates: Tree, context: Context) -> Verdicts | None:
+def verdicts_on(updates: Tree, context: Context, by_leaf: bool = False) -> Verdicts | None:
     """What can't be used for what it is.
 
     None where there is no gradient. And None in the place of both: all can, as far as that can be
     read without waiting, and nobody around says otherwise. Outside block space all leaves share one
-    verdict.
+    verdict, unless each is judged `by_leaf`.
     """
     sources = [updates] if context.gradient is None else [updates, context.gradient]
     sources = sources[:1] if sources[0] is sources[-1] else sources
@@ -37,7 +37,7 @@ def verdicts_on(updates: Tree, context: Context) -> Verdicts | None:
     norms = [_norms(x, updates, context.block_ndim) for x in sources]
     if given is None and all([_all_usable(flatten(x)[0]) for x in norms]):
         return None
-    together = not context.block_ndim
+    together = not (context.block_ndim or by_leaf)
     judged = [_judged(x, together) for x in norms] + ([] if given is None else [(None, given)])
     alive = judged[0][1]
     if len(judged) == 1:
@@ -95,6 +95,7 @@ def with_spikes(
     state: Any,
     factor: Hyper,
     context: Context,
+    by_leaf: bool = False,
 ) -> tuple[Verdicts | None, SpikeState]:
     """The verdicts with spikes held too, and what is known of norms after this step."""
     source = updates if context.gradient is None else context.gradient
@@ -103,7 +104,7 @@ def with_spikes(
     spikes = held(over, state, verdicts and verdicts[1])
     if any_held(spikes):
         dead = spikes if verdicts is None else map_leaves(_either, spikes, verdicts[0])
-        verdicts = _of_masks(dead, norms, together=not context.block_ndim)
+        verdicts = _of_masks(dead, norms, together=not (context.block_ndim or by_leaf))
     known = learned(norms, over, spikes, verdicts and verdicts[0], state, context.donate)
     return verdicts, known
 

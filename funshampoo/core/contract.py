@@ -74,6 +74,9 @@ class GradientTransformation:
         numbers: the hyperparameters that it looks up in `hyper`, of which some may be `Live`, so
             that a name that nobody reads is an error. By default none of a combinator's own; of a
             stage that declares `hyper`, or takes the `Context`, perhaps any.
+        flops: `flops(block, kept)`: floating-point operations a step of its own matrix products on
+            a block of this shape, on average; `kept` are the lengths of the sides for which
+            something is refreshed. By it ranks are balanced and plans made. By default none.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -106,6 +109,7 @@ class GradientTransformation:
         accepts: Collection[str] | None = (),
         spread: Any = None,
         numbers: Iterable[Any] | None = None,
+        flops: Callable[[tuple[int, ...], tuple[int, ...]], float] | None = None,
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
@@ -114,12 +118,12 @@ class GradientTransformation:
         self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
-        self._given |= {"accepts": accepts, "numbers": numbers}
+        self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
-        self._phase, self._check = phase, check
+        self._phase, self._check, self._flops = phase, check, flops
         children = list(self.parts.values())
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])
@@ -184,6 +188,19 @@ class GradientTransformation:
         for name, part in self.parts.items():
             if part.checks:
                 part.check(self.state_of(state, name), inside)
+
+    def flops(self, block: tuple[int, ...], kept: tuple[int, ...] = ()) -> float:
+        """Operations a step of the matrix products of all stages in it, on a block of this shape.
+
+        Args:
+            kept: lengths of the sides for which something is refreshed, as the state has it.
+
+        >>> from funshampoo import kronecker_statistics, orthogonalize
+        >>> kronecker_statistics().flops((2, 3)), orthogonalize(steps=5).flops((2, 3))
+        (60.0, 320.0)
+        """
+        own = 0.0 if self._flops is None else self._flops(block, kept)
+        return own + sum([part.flops(block, kept) for part in self.parts.values()])
 
     def without_phase(self) -> list[str]:
         """The names of the stages, at any depth, whose schedule can't be known."""

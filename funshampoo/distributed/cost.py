@@ -15,8 +15,8 @@ class Seconds(NamedTuple):
 
     Attributes:
         memory: elementwise stages, copies, and moving factor matrices and roots.
-        products: statistics and applying the roots.
-        roots: computing the roots, spread over the steps between two refreshes.
+        products: of matrices, such as statistics and applying the roots.
+        roots: what is refreshed, spread over the steps between two refreshes.
     """
 
     memory: float
@@ -31,16 +31,18 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Modelled seconds per step of one block of Shampoo on the rank that owns it.
+    """Modelled seconds per step of one block on the rank that owns it.
 
     For a block of sides d_1..d_k with n = d_1·…·d_k elements, refreshed every f steps:
 
         memory   = per_element·n + per_factor_element·Σ d_i²
-        products = per_flop·4n·Σ d_i          (statistics 2n·Σ d_i, applying the roots 2n·Σ d_i)
+        products = per_flop·flops
         roots    = Σ (root_cubic·d_i³ + root_quadratic·d_i² + root_constant) / f
 
-    Sums are over the sides that have a factor matrix: `sides`, by default all. Every term is a sum
-    of products of Python floats, so that the same model gives the same bits on every rank.
+    Sums are over the sides for which something is refreshed: `sides`, by default all. `flops` are
+    what the stages of a method state (`GradientTransformation.flops`), by default Shampoo's: 4n·Σ
+    d_i, half of them for statistics and half for applying the roots. Every term is a sum of
+    products of Python floats, so that the same model gives the same bits on every rank.
 
     Attributes:
         per_element: seconds per element of the block.
@@ -81,10 +83,16 @@ class CostModel:
             side * side for side in (block if sides is None else sides)
         )
 
-    def products(self, block: Sequence[int], sides: Sequence[int] | None = None) -> float:
-        """Seconds per step of the arithmetic of statistics and of applying the roots."""
-        total = sum(block if sides is None else sides)
-        return self.per_flop * (4 * math.prod(block) * total)
+    def products(
+        self,
+        block: Sequence[int],
+        sides: Sequence[int] | None = None,
+        flops: float | None = None,
+    ) -> float:
+        """Seconds per step of the arithmetic of products."""
+        if flops is None:
+            flops = 4 * math.prod(block) * sum(block if sides is None else sides)
+        return self.per_flop * flops
 
     def roots(self, sides: Sequence[int]) -> float:
         """Seconds of one refresh: a root for every side."""
@@ -95,14 +103,19 @@ class CostModel:
         return self.root_cubic * d**3 + self.root_quadratic * d**2 + self.root_constant
 
     def parts(
-        self, block: Sequence[int], every: int, sides: Sequence[int] | None = None
+        self,
+        block: Sequence[int],
+        every: int,
+        sides: Sequence[int] | None = None,
+        flops: float | None = None,
     ) -> Seconds:
         """Seconds per step by what they go into.
 
         Args:
             block: shape of the block, after merging and cutting.
             every: steps between two refreshes.
-            sides: lengths of those that have a factor matrix; by default all.
+            sides: lengths of those for which something is refreshed; by default all.
+            flops: operations of a step's products; by default Shampoo's with these sides.
 
         Raises:
             ValueError, TypeError: every is not an int of at least 1.
@@ -110,12 +123,21 @@ class CostModel:
         check_count("every", every)
         sides = block if sides is None else sides
         roots = self.roots(sides) / every
-        return Seconds(self.memory(block, sides), self.products(block, sides), roots)
+        return Seconds(self.memory(block, sides), self.products(block, sides, flops), roots)
 
-    def block(self, block: Sequence[int], every: int, sides: Sequence[int] | None = None) -> float:
-        """Seconds per step, all in all: `parts(block, every, sides).total`."""
-        return self.parts(block, every, sides).total
+    def block(
+        self,
+        block: Sequence[int],
+        every: int,
+        sides: Sequence[int] | None = None,
+        flops: float | None = None,
+    ) -> float:
+        """Seconds per step, all in all: `parts(block, every, sides, flops).total`."""
+        return self.parts(block, every, sides, flops).total
 
 
 DEFAULT_COST = CostModel()
 """The weights of one CPU thread."""
+
+BY_SIZE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""Elements alone: for leaves that are stepped elementwise."""

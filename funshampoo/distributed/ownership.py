@@ -9,9 +9,10 @@ import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from funshampoo.core.checks import check_count
+from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.state.places import block_of
 from funshampoo.state.stages import RefreshedState, walk
@@ -29,10 +30,22 @@ class BlockStack(Protocol):
         """How many blocks there are."""
 
 
-Sides: TypeAlias = Mapping[str, tuple[int, ...]]
-"""{stack: lengths of the sides that have a factor matrix}; of a stack that is not in it, all."""
+class Work(NamedTuple):
+    """What a step does to one block beside passing over it.
 
-StackKey: TypeAlias = tuple[tuple[int, ...], int, tuple[int, ...]]
+    Attributes:
+        sides: lengths of those for which something is refreshed.
+        flops: operations of the products, as the stages state them.
+    """
+
+    sides: tuple[int, ...]
+    flops: float
+
+
+Works: TypeAlias = Mapping[str, Work]
+"""{stack: the work on one of its blocks}; of a stack that is not in it, Shampoo's on all sides."""
+
+StackKey: TypeAlias = tuple[tuple[int, ...], int, Work | None]
 
 
 def longest_processing_time(costs: Sequence[float], world_size: int) -> list[int]:
@@ -73,7 +86,7 @@ def owners_of(
     world_size: int,
     every: int,
     cost: CostModel = DEFAULT_COST,
-    sides: Sides | None = None,
+    works: Works | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The owner of every row of every stack, balanced by modelled cost over all stacks together.
 
@@ -85,9 +98,9 @@ def owners_of(
         stacks: {name: stack with .block and .rows}, as in `Layout.stacks`, in an order that is the
             same on every rank.
         world_size: number of ranks.
-        every: steps between two refreshes of the roots.
+        every: steps between two refreshes.
         cost: the model; the same on every rank.
-        sides: which sides have factor matrices, as `factor_sides` finds them.
+        works: what a step does, as `works_of` finds it.
 
     Returns:
         {name: one rank a row}.
@@ -107,11 +120,8 @@ def owners_of(
     """
     check_count("world_size", world_size)
     check_count("every", every)
-    known = sides or {}
-    keys = tuple(
-        (tuple(stack.block), stack.rows, known.get(name, tuple(stack.block)))
-        for name, stack in stacks.items()
-    )
+    known = works or {}
+    keys = tuple((tuple(s.block), s.rows, known.get(name)) for name, s in stacks.items())
     return dict(zip(stacks, _owners(keys, world_size, every, cost)))
 
 
@@ -119,7 +129,9 @@ def owners_of(
 def _owners(
     stacks: tuple[StackKey, ...], world_size: int, every: int, cost: CostModel
 ) -> tuple[tuple[int, ...], ...]:
-    costs = [cost.block(block, every, own) for block, rows, own in stacks for _ in range(rows)]
+    costs: list[float] = []
+    for block, rows, work in stacks:
+        costs += [cost.block(block, every, *(work or ()))] * rows
     ranks = longest_processing_time(costs, world_size)
     owners, first = [], 0
     for _, rows, _ in stacks:
@@ -128,10 +140,32 @@ def _owners(
     return tuple(owners)
 
 
+def works_of(
+    transformation: GradientTransformation, blocks: Mapping[str, Sequence[int]], state: Any
+) -> dict[str, Work]:
+    """The work of a step of this transformation on a block of every stack.
+
+    Args:
+        transformation: what runs in block space, or what contains it: stages state their products.
+        blocks: {stack: shape of its blocks}.
+        state: its state, which says what is refreshed.
+
+    >>> import torch
+    >>> from funshampoo import muon
+    >>> tx = muon(0.1, steps=5)
+    >>> works_of(tx, {"2x3": (2, 3)}, tx.init({"w": torch.zeros(2, 3)}))
+    {'2x3': Work(sides=(), flops=320.0)}
+    """
+    kept = factor_sides(state)
+    found = {}
+    for name, block in blocks.items():
+        sides = kept.get(name, ())
+        found[name] = Work(sides, transformation.flops(tuple(block), sides))
+    return found
+
+
 def factor_sides(state: Any) -> dict[str, tuple[int, ...]]:
     """The sides of every stack for which something is refreshed, from a state in block space.
-
-    A state without anything of the kind tells nothing, and is modelled as Shampoo's.
 
     >>> import torch
     >>> from funshampoo import shampoo

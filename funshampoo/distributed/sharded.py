@@ -29,15 +29,13 @@ from funshampoo.distributed.collectives import (
     gathered_objects,
     rank_and_size,
 )
-from funshampoo.distributed.cost import DEFAULT_COST, CostModel
+from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.exchange import Exchange, Says
 from funshampoo.distributed.overflow import holding
-from funshampoo.distributed.ownership import Sides, factor_sides
+from funshampoo.distributed.ownership import Works, works_of
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import Space, described
 from funshampoo.state.stages import ShardedState
-
-_BY_SIZE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def sharded(
@@ -90,8 +88,9 @@ def sharded(
             None keeps their own. A block whose update is not finite after that is not moved, and
             counted as held by a `guarded` inside; its averages have gone on.
         cost: the model; by default the measured one in block space, sizes elsewhere. It has to be
-            the same on every rank. Which sides of a block have a factor matrix is read off the
-            state that `inner` has for it, made of meta tensors.
+            the same on every rank. What is refreshed is read off the state that `inner` has for a
+            block, made of meta tensors; products are what its stages state (`flops` of
+            `GradientTransformation`).
 
     State: `ShardedState`.
 
@@ -196,7 +195,7 @@ class _Ranks:
     cost: CostModel | None
     agreement: Agreement
     memory: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of donated steps
-    known_sides: dict[Any, Sides] = field(default_factory=dict)
+    known_works: dict[Any, Works] = field(default_factory=dict)
 
     def shards(self, blocks: Blocks) -> Shards | None:
         """The shards of all ranks; None for one rank."""
@@ -204,16 +203,18 @@ class _Ranks:
         if size == 1:
             return None
         check_outside_transforms("sharded")
-        model = self.cost or (DEFAULT_COST if blocks.in_blocks else _BY_SIZE)
-        sides = self._sides(blocks) if blocks.in_blocks else {}
-        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), sides)
+        model = self.cost or (DEFAULT_COST if blocks.in_blocks else BY_SIZE)
+        works = self._works(blocks) if blocks.in_blocks else {}
+        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), works)
 
-    def _sides(self, blocks: Blocks) -> Sides:
+    def _works(self, blocks: Blocks) -> Works:
         key = tuple(blocks.stacks.items())
-        if key not in self.known_sides:
-            like = {n: torch.empty(1, *s.block, device="meta") for n, s in blocks.stacks.items()}
-            self.known_sides[key] = factor_sides(self.inner.init(like, block_ndim=1))
-        return self.known_sides[key]
+        if key not in self.known_works:
+            shapes = {name: stack.block for name, stack in blocks.stacks.items()}
+            like = {n: torch.empty(1, *block, device="meta") for n, block in shapes.items()}
+            state = self.inner.init(like, block_ndim=1)
+            self.known_works[key] = works_of(self.inner, shapes, state)
+        return self.known_works[key]
 
     def _dtype(self, blocks: Blocks) -> torch.dtype:
         return self.communication_dtype or blocks.dtype

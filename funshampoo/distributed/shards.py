@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funshampoo.blocks.layout import Layout
 from funshampoo.distributed.cost import CostModel
-from funshampoo.distributed.ownership import Sides, owners_of
+from funshampoo.distributed.ownership import Work, Works, owners_of
 
 STATUS = 8
 """Numbers of float32 at the end of each shard: FAILED, INTERRUPTED or 0, the four of the failure
@@ -126,15 +126,15 @@ def find_shards(
     every: int,
     cost: CostModel,
     dtype: torch.dtype,
-    sides: Sides | None = None,
+    works: Works | None = None,
 ) -> Shards:
     """The shards for these stacks. Remembered.
 
     Args:
         dtype: of the buffer.
-        sides: of `owners_of`, as the other arguments are.
+        works: of `owners_of`, as the other arguments are.
     """
-    known = tuple((sides or {}).items())
+    known = tuple((works or {}).items())
     return _find_shards(tuple(blocks.items()), world_size, every, cost, dtype, known)
 
 
@@ -145,10 +145,10 @@ def _find_shards(
     every: int,
     cost: CostModel,
     dtype: torch.dtype,
-    sides: tuple[tuple[str, tuple[int, ...]], ...],
+    works: tuple[tuple[str, Work], ...],
 ) -> Shards:
     stacks = dict(blocks)
-    owners = owners_of(stacks, world_size, every, cost, dict(sides))
+    owners = owners_of(stacks, world_size, every, cost, dict(works))
     pieces = []
     for stack, ranks in owners.items():
         first = 0

@@ -11,7 +11,7 @@ from funshampoo.core.live import initial
 from funshampoo.linalg import by_rank
 from funshampoo.migrate.reference_config import GRAFTED, Config, Fields, diagonal
 from funshampoo.migrate.reference_solver import drop_of_eigen, initial_eigenvalue, solver_of
-from funshampoo.operators.exponents import Exponents, inverse_exponents
+from funshampoo.operators.exponents import Exponents, side_exponents
 from funshampoo.transforms import (
     ema,
     graft,
@@ -125,7 +125,7 @@ def _kl_statistics(
     """
 
     def sides(block: tuple[int, ...]) -> list[bool]:
-        return [e > 0 for e in inverse_exponents(len(block), exponents)]
+        return [e > 0 for e in side_exponents(block, exponents)]
 
     return kl_statistics(beta2, through="roots", normalized=False, sides=sides, **averaged)
 

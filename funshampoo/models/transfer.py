@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from funshampoo.blocks.layout import merged_shape
 from funshampoo.blocks.stacked import Stacked
 from funshampoo.models.kinds import Kind
-from funshampoo.operators.exponents import inverse_exponents
+from funshampoo.operators.exponents import side_exponents
 from funshampoo.operators.shape_scale import shape_factor
 from funshampoo.plan.planner import meta_parameters
 from funshampoo.recipes import RECIPES
@@ -106,7 +106,7 @@ def shampoo_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> fl
         raise ValueError("scale_rates has no rule for grafting onto a transformation of yours.")
     outputs, inputs = kind.fans(shape)
     blocks, order = _cut(shape, arguments)
-    total = sum(inverse_exponents(order, arguments["exponents"]))
+    total = sum(side_exponents([1] * order, arguments["exponents"], arguments.get("sides")))
     return float((outputs / inputs) ** (1 - total) / blocks**total)
 
 

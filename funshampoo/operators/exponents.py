@@ -1,43 +1,116 @@
-"""Which power of each factor matrix preconditions a block of order k."""
+"""Which sides of a block are preconditioned, and by which power of their factor matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
-from funshampoo.core.checks import check_range
+from torch import Tensor
 
-Exponents: TypeAlias = Mapping[int, float | Mapping[int, float]]
+from funshampoo.core.checks import check_choice, check_range
+
+Exponents: TypeAlias = (
+    float | Literal["shampoo", "shampoo_squared"] | Mapping[int, float | Mapping[int, float]]
+)
+
+Sides: TypeAlias = Literal["smaller"] | Callable[[tuple[int, ...]], Sequence[bool]]
+
+NAMED = {"shampoo": 1 / 4, "shampoo_squared": 1 / 2}
+"""What each of two sides gets.
+
+"shampoo": L ⊗ R bounds the square of full-matrix AdaGrad's Σ g gᵀ (Gupta et al., arXiv 1802.09568).
+"shampoo_squared": L ⊗ R itself approximates Σ g gᵀ (Morwani et al., arXiv 2406.17748).
+"""
 
 
-def inverse_exponents(order: int, override: Exponents | None = None) -> tuple[float, ...]:
-    """The e_i of X_i = L_i^(-e_i), one a side of a block of this order.
+def side_exponents(
+    block: Sequence[int], exponents: Exponents | None = None, sides: Sides | None = None
+) -> tuple[float, ...]:
+    """The e_i of X_i = L_i^(-e_i), one a side of a block of this shape; 0 leaves a side alone.
 
-    By default 1/(2k) for all k sides: order 1 → 1/2 (full-matrix AdaGrad), 2 → 1/4, 3 → 1/6
-    (Gupta et al., arXiv 1802.09568).
+    With k preconditioned sides each gets e_i = 2 e / k, where e is what it would be for a matrix:
+    1/4 by default, so that e_i = 1/(2k). A side that is left alone hands its share on: where one
+    side of a matrix is preconditioned it gets 2 e, by default 1/2 (one-sided Shampoo; Xie et al.,
+    arXiv 2503.10537; An et al., arXiv 2503.20762).
 
     Args:
-        order: number of sides of the block, after merging.
-        override: {order: exponent, or {side: exponent}}; what it leaves out keeps the default. 0
-            leaves the side alone: it has no factor matrix.
+        block: lengths of the sides, after merging and cutting.
+        exponents: e, or a name of `NAMED`; or {number of sides: e_i, or {side: e_i}}, where what it
+            leaves out keeps the default.
+        sides: "smaller": the shortest alone, of equal ones the first; or a function of the shape
+            that returns a bool a side. By default all.
 
-    >>> inverse_exponents(2)
-    (0.25, 0.25)
-    >>> inverse_exponents(2, {2: {0: 0.5, 1: 0.0}})
+    Raises:
+        ValueError: the function does not return a bool a side.
+
+    >>> side_exponents((3, 5)), side_exponents((3, 5), "shampoo_squared"), side_exponents((3,), 1/3)
+    ((0.25, 0.25), (0.5, 0.5), (0.6666666666666666,))
+    >>> side_exponents((5, 3), sides="smaller")
+    (0.0, 0.5)
+    >>> side_exponents((3, 5), {2: {0: 0.5, 1: 0.0}})
     (0.5, 0.0)
     """
-    default = 1 / (2 * max(order, 1))
-    given = (override or {}).get(order, {})
-    if isinstance(given, Mapping):
-        return tuple(float(given.get(side, default)) for side in range(order))
-    return (float(given),) * order
+    wanted = wanted_sides(tuple(block), sides)
+    each = 2 * _of_matrices(exponents) / max(sum(wanted), 1)
+    given = exponents.get(len(wanted), {}) if isinstance(exponents, Mapping) else {}
+    by_side = given if isinstance(given, Mapping) else dict.fromkeys(range(len(wanted)), given)
+    return tuple([float(by_side.get(i, each)) if w else 0.0 for i, w in enumerate(wanted)])
 
 
-def check_exponents(override: Exponents | None) -> None:
-    """Raises ValueError for a negative exponent or a side that the order does not have."""
-    for order, given in (override or {}).items():
-        sides = given if isinstance(given, Mapping) else {0: given}
-        for side, exponent in sides.items():
+def _of_matrices(exponents: Exponents | None) -> float:
+    """What each of two sides gets."""
+    if exponents is None or isinstance(exponents, Mapping):
+        return NAMED["shampoo"]
+    return NAMED[exponents] if isinstance(exponents, str) else exponents
+
+
+def wanted_sides(block: tuple[int, ...], sides: Sides | None) -> list[bool]:
+    """Whether each side is preconditioned at all; see `side_exponents`."""
+    if sides is None:
+        return [True] * len(block)
+    if callable(sides):
+        found = [bool(side) for side in sides(block)]
+        if len(found) != len(block):
+            raise ValueError(
+                f"sides returned {len(found)} values for a block of the shape {block}; it has to "
+                "return a bool for each of its sides."
+            )
+        return found
+    shortest = block.index(min(block)) if block else None
+    return [i == shortest for i in range(len(block))]
+
+
+def without_vectors(sides: Sides | None) -> Sides:
+    """These sides of blocks that have two or more, and none of the others."""
+
+    def of_matrices(block: tuple[int, ...]) -> Sequence[bool]:
+        return wanted_sides(block, sides) if len(block) > 1 else [False] * len(block)
+
+    return of_matrices
+
+
+def check_exponents(exponents: Exponents | None) -> None:
+    """Raises ValueError or TypeError for what is no exponent, or a side that no block has."""
+    if isinstance(exponents, Mapping):
+        _check_by_order(exponents)
+    elif isinstance(exponents, str):
+        check_choice("exponents", exponents, tuple(NAMED))
+    elif isinstance(exponents, Tensor):
+        raise TypeError("exponents is a tensor; give a number, which is fixed when it is built.")
+    elif exponents is not None:
+        check_range("exponents", exponents, 0.0)
+
+
+def _check_by_order(exponents: Mapping[int, float | Mapping[int, float]]) -> None:
+    for order, given in exponents.items():
+        by_side = given if isinstance(given, Mapping) else {0: given}
+        for side, exponent in by_side.items():
             if not 0 <= side < max(order, 1):
                 raise ValueError(f"exponents[{order}] names side {side}; order {order} has none.")
             check_range(f"exponents[{order}]", exponent, 0.0)
+
+
+def check_sides(sides: Sides | None) -> None:
+    """Raises ValueError for what neither names sides nor chooses them."""
+    if sides is not None and not callable(sides):
+        check_choice("sides", sides, ("smaller",))

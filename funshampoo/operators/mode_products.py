@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -53,6 +54,19 @@ def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:
     """L_i / weight, a new tensor, never packed; a weight of 0 (no gradient yet) leaves zeros."""
     safe = torch.where(weight > 0, weight, torch.ones_like(weight))
     return unpack(factor) / (safe[..., None, None] if safe.ndim else safe)
+
+
+def mode_flops(block: Sequence[int], sides: Sequence[int]) -> float:
+    """Operations of a product with a d×d matrix, or of mat_i with its transpose, for each d.
+
+    Args:
+        block: its shape.
+        sides: lengths d of those that have a product.
+
+    >>> mode_flops((2, 3), (2,))
+    24.0
+    """
+    return 2.0 * math.prod(block) * sum(sides)
 
 
 _FEW_COLUMNS = 16

@@ -16,7 +16,7 @@ from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg import Solver
-from funshampoo.operators.exponents import Exponents
+from funshampoo.operators.exponents import Exponents, Sides
 from funshampoo.recipes.in_blocks import Distribute
 from funshampoo.recipes.shampoo import Grafting, Vectors
 from funshampoo.transforms.weight_decay import DecayKind
@@ -37,6 +37,7 @@ class ShampooOptions(WrapperOptions, total=False):
     beta3: Hyper | None
     relative_epsilon: Hyper
     start: int
+    statistics_every: int
     merge: Merge
     keep: int
     grafting: Grafting
@@ -52,6 +53,7 @@ class ShampooOptions(WrapperOptions, total=False):
     weighted: bool
     solver: Solver | None
     exponents: Exponents | None
+    sides: Sides | None
     trace_scaling: Hyper | None
     initial_eigenvalue: float
     own_steps: bool

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 
+from funshampoo import recipes
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.distributed.sharded import sharded
 from funshampoo.plan.planner import plan
 from funshampoo.plan.shapes import MODELS
 
@@ -18,24 +22,40 @@ DTYPES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line (`sys.argv` by default) and print the plan."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     found = plan(
         options.model,
         options.ranks,
-        max_size=options.block_size,
-        merge=options.merge,
-        keep=options.keep,
-        every=options.every,
+        every=getattr(options, "every", 10),
+        transformation=_transformation(parser, options),
         dtype=DTYPES[options.dtype],
         communication_dtype=DTYPES.get(options.communication_dtype),
     )
     print(f"{options.model}\n{found}")
 
 
+def _transformation(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> GradientTransformation:
+    """The method, shared out over ranks, with what was said of its blocks."""
+    recipe: Callable[..., GradientTransformation] = getattr(recipes, options.method)
+    arguments = {"max_size": "block_size", "merge": "merge", "keep": "keep", "every": "every"}
+    known = inspect.signature(recipe).parameters
+    given = {}
+    for argument, option in arguments.items():
+        if not hasattr(options, option):
+            continue
+        if argument not in known:
+            parser.error(f"{options.method} knows no --{option.replace('_', '-')}")
+        given[argument] = getattr(options, option)
+    return recipe(1e-3, distribute=sharded, **given)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m funshampoo.plan",
-        description="Plan the distribution of Shampoo's blocks over ranks, from shapes alone: no "
+        description="Plan the distribution of a method's blocks over ranks, from shapes alone: no "
         "GPU, no process group, no memory for parameters. Times are modelled for one CPU thread; "
         "compare them with each other. For a model of your own call funshampoo.plan in Python.",
     )
@@ -46,29 +66,36 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", required=True, type=_count, metavar="N", help="ranks that share the blocks"
     )
     parser.add_argument(
+        "--method",
+        choices=recipes.__all__,
+        default="shampoo",
+        metavar="NAME",
+        help=f"one of {', '.join(recipes.__all__)}; default: shampoo",
+    )
+    parser.add_argument(
         "--block-size",
         type=_size,
-        default=1024,
+        default=argparse.SUPPRESS,
         metavar="N",
         help="longest side of a block, or none to cut nothing; default: 1024",
     )
     parser.add_argument(
         "--every",
         type=_count,
-        default=10,
+        default=argparse.SUPPRESS,
         metavar="N",
-        help="steps between two refreshes of the roots; default: 10",
+        help="steps between two refreshes; default: 10",
     )
     parser.add_argument(
         "--merge",
         choices=("none", "small", "matrix"),
-        default="small",
+        default=argparse.SUPPRESS,
         help="how sides are merged before the cut; default: small",
     )
     parser.add_argument(
         "--keep",
         type=_count,
-        default=2,
+        default=argparse.SUPPRESS,
         metavar="N",
         help="with --merge small, the sides at which merging stops; default: 2",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,11 @@ from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.tree import compute_dtype, flatten
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
-from funshampoo.distributed.ownership import factor_sides, owners_of
+from funshampoo.distributed.sharded import sharded
+from funshampoo.plan.scopes import Scope, scopes_of
 from funshampoo.plan.shapes import model_shapes
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.state.memory import readable
-from funshampoo.state.places import Place, block_of, map_tensors, stack_rows
-from funshampoo.state.stages import BlockedState, walk
 
 
 class StackPlan(NamedTuple):
@@ -66,13 +65,13 @@ class Plan(NamedTuple):
         parameters: number of tensors.
         elements: number of their elements.
         every: steps between two refreshes.
-        stacks: {stack: `StackPlan`}.
+        stacks: {stack, or leaf that is shared out whole: `StackPlan`}.
         ranks: one `RankPlan` a rank.
-        replicated_elements: elements in no block, which every rank updates by itself.
-        replicated_bytes: bytes of state in no block, such as counters, which every rank keeps.
+        replicated_elements: elements that are not shared out, which every rank updates by itself.
+        replicated_bytes: bytes of state of no block, such as counters, which every rank keeps.
         parameter_bytes: of the parameters, all of which every rank holds, with as many gradients.
-        gathered_bytes: bytes that every rank holds after gathering all updates of a step: equally
-            long shards, as long as the largest.
+        gathered_bytes: bytes that every rank holds after gathering all updates of a step: of each
+            collective equally long shards, as long as the largest.
     """
 
     parameters: int
@@ -116,7 +115,7 @@ def plan(
     transformation: GradientTransformation | None = None,
     dtype: torch.dtype = torch.float32,
     communication_dtype: torch.dtype | None = None,
-    cost: CostModel = DEFAULT_COST,
+    cost: CostModel | None = None,
 ) -> Plan:
     """Who will own which block, and what that costs each rank in time, memory and communication.
 
@@ -130,16 +129,19 @@ def plan(
         world_size: number of ranks that share the blocks.
         max_size, merge, keep: of `shampoo` with its other options at their defaults.
         every: steps between two refreshes, over which the cost of roots is spread.
-        transformation: in place of `shampoo`, anything that contains one `blocked`. It brings its
-            own blocks, so leave out max_size, merge and keep; `every` has to be repeated here.
+        transformation: in place of `shampoo`, any recipe or chain; every `blocked` in it, and every
+            `sharded` elsewhere, is planned. Make a recipe with distribute=funshampoo.sharded, which
+            does nothing without ranks, so that leaves that are in no block are shared out as in the
+            job. It brings its own blocks, so leave out max_size, merge and keep; `every` has to be
+            repeated here.
         dtype: of parameters that are given as shapes.
         communication_dtype: in which updates are gathered; by default the dtype that they are
             computed in, float32 for half precision.
-        cost: of a block; `benchmarks/cost_model.py` measures one.
+        cost: as in `sharded`; `benchmarks/cost_model.py` measures one.
 
     Raises:
-        ValueError: a number out of range, an unknown name, a transformation with no or several
-            `blocked`, or one together with max_size, merge or keep.
+        ValueError: a number out of range, an unknown name, a transformation with nothing to share
+            out, or one together with max_size, merge or keep.
         TypeError: a parameter that is neither a tensor nor a shape, or of a dtype that can't be
             optimized.
 
@@ -152,43 +154,60 @@ def plan(
     check_count("world_size", world_size)
     check_count("every", every)
     if transformation is None:
-        transformation = shampoo(1e-3, max_size=max_size, merge=merge, keep=keep, every=every)
+        transformation = shampoo(
+            1e-3, max_size=max_size, merge=merge, keep=keep, every=every, distribute=sharded
+        )
     elif (max_size, merge, keep) != (1024, "small", 2):
         raise ValueError(
             "transformation has blocks of its own: set max_size, merge and keep in its blocked(...)"
         )
     params = meta_parameters(model, dtype)
-    state = as_transformation(transformation).init(params)
-    blocks = _only_blocked(state)
-    counts, sides = stack_rows(blocks), factor_sides(blocks)
-    stacks = {name: _BlockCount(block_of(name), rows) for name, rows in counts.items()}
-    state_bytes, replicated_bytes = _state_bytes(state, stacks)
-    owners = owners_of(stacks, world_size, every, cost, sides)
-    planned = {
-        name: StackPlan(
-            stack.block,
-            owners[name],
-            cost.parts(stack.block, every, sides.get(name)),
-            state_bytes[name],
-        )
-        for name, stack in stacks.items()
-    }
-    ranks = _rank_plans(planned, world_size, replicated_bytes)
+    transformation = as_transformation(transformation)
+    state = transformation.init(params)
+    shared = scopes_of(transformation, state, params)
+    scopes = [_planned(scope, world_size, every, cost) for scope in shared]
+    stacks = _united(scopes)
+    in_blocks = sum(stack.rows * stack.state_bytes for stack in stacks.values())
+    replicated_bytes = sum(x.nbytes for x in flatten(state)[0]) - in_blocks
+    ranks = _rank_plans(stacks, world_size, replicated_bytes)
     leaves: list[Tensor] = flatten(params)[0]
     elements = sum(leaf.numel() for leaf in leaves)
     widest = max((compute_dtype(leaf) for leaf in leaves), key=lambda t: t.itemsize, default=dtype)
-    itemsize = (communication_dtype or widest).itemsize
+    longest = [max(r.elements for r in _rank_plans(s, world_size, 0)) for s in scopes]
     return Plan(
         parameters=len(leaves),
         elements=elements,
         every=every,
-        stacks=planned,
+        stacks=stacks,
         ranks=ranks,
         replicated_elements=elements - sum(rank.elements for rank in ranks),
         replicated_bytes=replicated_bytes,
         parameter_bytes=sum(leaf.numel() * leaf.dtype.itemsize for leaf in leaves),
-        gathered_bytes=world_size * max(rank.elements for rank in ranks) * itemsize,
+        gathered_bytes=world_size * sum(longest) * (communication_dtype or widest).itemsize,
     )
+
+
+def _planned(
+    scope: Scope, world_size: int, every: int, cost: CostModel | None
+) -> dict[str, StackPlan]:
+    owners, model = scope.owners(world_size, every, cost), cost or DEFAULT_COST
+    return {
+        name: StackPlan(
+            equal.block,
+            owners[name],
+            model.parts(equal.block, every, *scope.works[name]),
+            scope.state_bytes[name],
+        )
+        for name, equal in scope.blocks.items()
+    }
+
+
+def _united(scopes: Sequence[dict[str, StackPlan]]) -> dict[str, StackPlan]:
+    """All stacks; of one that several scopes have, the later ones have a number."""
+    found: dict[str, StackPlan] = {}
+    for number, stacks in enumerate(scopes, start=1):
+        found |= {f"{n} ({number})" if n in found else n: s for n, s in stacks.items()}
+    return found
 
 
 def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -219,39 +238,6 @@ def _on_meta(node: Any, dtype: torch.dtype, name: str) -> Any:
         children = [_on_meta(child, dtype, f"{name}[{i}]") for i, child in enumerate(node)]
         return type(node)(*children) if hasattr(node, "_fields") else type(node)(children)
     raise TypeError(f"{name} is {node!r}; expected a tensor or a shape, such as (64, 32).")
-
-
-class _BlockCount(NamedTuple):
-    """A stack as ownership sees it."""
-
-    block: tuple[int, ...]
-    rows: int
-
-
-def _only_blocked(state: Any) -> BlockedState:
-    found = [node for _, node in walk(state) if isinstance(node, BlockedState)]
-    if len(found) != 1:
-        raise ValueError(
-            f"transformation contains {len(found)} blocked(...); a plan distributes the blocks of "
-            "exactly one."
-        )
-    return found[0]
-
-
-def _state_bytes(state: Any, stacks: Collection[str]) -> tuple[dict[str, int], int]:
-    """({stack: bytes of state of one block}, bytes of all other state)."""
-    per_block = dict.fromkeys(stacks, 0)
-    shared = 0
-
-    def add(place: Place, x: Tensor) -> None:
-        nonlocal shared
-        if place.stack is None or x.ndim == 0:  # a 0-dimensional tensor is shared by the blocks
-            shared += x.nbytes
-        else:
-            per_block[place.stack] += x.nbytes // x.shape[0]
-
-    map_tensors(add, state)
-    return per_block, shared
 
 
 def _rank_plans(
@@ -286,7 +272,7 @@ def _heading(found: Plan) -> list[str]:
     if found.best_balance > 1.05:
         lines.append(
             f"The dearest block alone is {found.best_balance:.2f} times a rank's mean: smaller "
-            "blocks (max_size) or fewer ranks would balance better."
+            "blocks (max_size), where the method has them, or fewer ranks would balance better."
         )
     if found.replicated_elements:
         lines.append(f"{found.replicated_elements:,} elements are in no block: all ranks do them.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly, is_tensor
+from funshampoo.recipes.in_blocks import Distribute, by_leaves
 from funshampoo.transforms import (
     add_decayed_weights,
     scale_by_adam,
@@ -22,6 +22,7 @@ def adamw(
     epsilon: Hyper = 1e-8,
     weight_decay: Hyper = 1e-2,
     mask: Mask | None = None,
+    distribute: Distribute | None = None,
 ) -> GradientTransformation:
     """AdamW: `scale_by_adam`, decoupled weight decay, learning rate.
 
@@ -32,6 +33,8 @@ def adamw(
         beta1, beta2, epsilon: as in `scale_by_adam`.
         weight_decay: λ ≥ 0.
         mask: which leaves decay.
+        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
+            ones by their size; as in `shampoo`.
 
     Raises:
         ValueError: an argument out of range.
@@ -44,11 +47,12 @@ def adamw(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.1010])}
     """
-    return chain(
+    stages = [
         scale_by_adam(beta1, beta2, epsilon),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
-    )
+    ]
+    return by_leaves(stages, distribute)
 
 
 def sgd(
@@ -59,6 +63,7 @@ def sgd(
     dampening: Hyper = 0.0,
     weight_decay: Hyper = 0.0,
     mask: Mask | None = None,
+    distribute: Distribute | None = None,
 ) -> GradientTransformation:
     """SGD with momentum: coupled weight decay, `trace`, learning rate.
 
@@ -69,6 +74,8 @@ def sgd(
         momentum, nesterov, dampening: as in `trace`. The number 0 for momentum leaves it out.
         weight_decay: λ ≥ 0, an L2 penalty: it is added to the gradient.
         mask: which leaves decay.
+        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
+            ones by their size; as in `shampoo`.
 
     Raises:
         ValueError: an argument out of range; nesterov without momentum, or with dampening.
@@ -92,7 +99,7 @@ def sgd(
             momentum, nesterov=nesterov, dampening=dampening, dampen_first_step=False
         )
         stages.append(momentum_stage)
-    return chain(*stages, scale_by_learning_rate(learning_rate))
+    return by_leaves([*stages, scale_by_learning_rate(learning_rate)], distribute)
 
 
 def is_zero(value: Hyper) -> bool:

@@ -12,7 +12,7 @@ from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
-from funshampoo.recipes.diagonal import is_zero
+from funshampoo.core.live import is_exactly
 from funshampoo.transforms import add_decayed_weights, scale_by_learning_rate, trace
 from funshampoo.transforms.weight_decay import DecayKind
 
@@ -55,10 +55,10 @@ def in_blocks(
         peak_learning_rate=peak_learning_rate,
     )
     heavy_ball = trace(momentum, nesterov=nesterov, dampening=dampening)
-    if nesterov and is_zero(momentum):
+    if nesterov and is_exactly(momentum, 0):
         raise ValueError("nesterov needs momentum above 0.")
-    decays = [] if is_zero(weight_decay) or mask is False else [decay]
-    moves = [] if is_zero(momentum) else [heavy_ball]
+    decays = [] if is_exactly(weight_decay, 0) or mask is False else [decay]
+    moves = [] if is_exactly(momentum, 0) else [heavy_ball]
     coupled = weight_decay_kind == "coupled"
     inner_decays = [] if coupled else decays
     averages = last is not None
@@ -98,3 +98,11 @@ def distributed(
         )
     own = getattr(distribute, "keywords", {})  # those of a functools.partial come first
     return distribute(inner, **{k: v for k, v in given.items() if k not in own})
+
+
+def by_leaves(
+    stages: Sequence[GradientTransformation], distribute: Distribute | None
+) -> GradientTransformation:
+    """The chain of an elementwise method; with `distribute`, of each leaf on its owner alone."""
+    whole = chain(*stages)
+    return whole if distribute is None else distributed(whole, distribute)

@@ -62,7 +62,8 @@ def muon(
             rest gets, by default `adamw(learning_rate)`.
         merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
             in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
-        max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
+        max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
+            what the rest gets by default (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.
@@ -125,7 +126,8 @@ def normuon(
             rest gets, by default `adamw(learning_rate)`.
         merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
             in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
-        max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
+        max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
+            what the rest gets by default (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.
@@ -188,7 +190,8 @@ def spectral_descent(
             rest gets, by default `adamw(learning_rate)`.
         merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
             in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
-        max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
+        max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
+            what the rest gets by default (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.

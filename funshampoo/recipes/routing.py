@@ -35,15 +35,20 @@ def routed(
             the parameters. By default all that have two sides or more, so embeddings and heads as
             well, for which AdamW is mostly better: say so here.
         others: what the other leaves get; by default `adamw` with its defaults. The default, like
-            the method, is `guarded`: a gradient that is not finite is left out.
+            the method, is `guarded`, so that a gradient that is not finite is left out, and shared
+            out by `distribute`, whole leaves by their size. One that is given is taken as it is,
+            since it may look across leaves; sharded(guarded(adamw(3e-4), by_leaf=True)) is shared
+            out as the default is.
         max_failures: see `guarded`.
         distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
-            ones; as in `shampoo`.
+            ones by the cost of their products, and the leaves of the default `others`.
         merge: which matrices a leaf is made of; see `blocked`. "none": it is one.
     """
     inside = whole(method, max_failures, distribute, merge)
     if others is None:
-        others = guarded(adamw(learning_rate), max_failures=max_failures)
+        others = guarded(adamw(learning_rate), max_failures=max_failures, by_leaf=True)
+        if distribute is not None:
+            others = distributed(others, distribute, max_failures=max_failures)
     return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
 
 

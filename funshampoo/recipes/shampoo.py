@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_choice
+from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.core.live import mapped
 from funshampoo.linalg import Solver, pseudo_inverse
-from funshampoo.operators.exponents import Exponents
+from funshampoo.operators.exponents import Exponents, Sides, check_sides, without_vectors
 from funshampoo.recipes.diagonal import is_zero
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.transforms import (
@@ -45,6 +46,7 @@ def shampoo(
     relative_epsilon: Hyper = 1e-6,
     every: int = 10,
     start: int = 1,
+    statistics_every: int = 1,
     max_size: int | None = 1024,
     merge: Merge = "small",
     keep: int = 2,
@@ -64,6 +66,7 @@ def shampoo(
     weighted: bool = True,
     solver: Solver | None = None,
     exponents: Exponents | None = None,
+    sides: Sides | None = None,
     trace_scaling: Hyper | None = None,
     initial_eigenvalue: float = 1.0,
     own_steps: bool = True,
@@ -97,6 +100,9 @@ def shampoo(
             pseudo-inverse without. Below 1e-7 float32 roots are noise.
         every, start: refreshes happen at step `start` and on multiples of `every` after it. Until
             then a step is the grafted method's.
+        statistics_every: accumulate statistics at step 1 and on multiples of this, and multiply
+            nothing for them on other steps; see `every` of `kronecker_statistics`, also for what
+            beta2 means then. `every` is best a multiple of it.
         max_size, merge, keep: blocks; see `blocked`. Matrices stay matrices (keep=2): merging a
             32×32 matrix into a 1024-vector costs a 1024×1024 factor.
         grafting: whose step length to take: "adam", "rms", "adagrad", "sgd", a transformation, or
@@ -116,7 +122,13 @@ def shampoo(
             instead of after it, as AdamW does.
         bias_correction: of the filter and the statistics.
         weighted: False: L ← beta2 L + mat matᵀ.
-        solver, exponents, trace_scaling, initial_eigenvalue: see `root_inverse`.
+        solver, trace_scaling, initial_eigenvalue: see `root_inverse`.
+        exponents: of the inverse roots: "shampoo", the default, 1/(2k) with k sides (1/4 for
+            matrices); "shampoo_squared", 1/k (1/2); a number, which is that of matrices; or
+            {k: e}. See `root_inverse`.
+        sides: which are preconditioned. "smaller": the shortest of every block alone, with twice
+            the exponent of a matrix's side: (G Gᵀ)^(-1/2) G. It saves the larger factor and its
+            root. By default all.
         own_steps: bias correction counts each parameter's own gradients, not everyone's steps.
         stagger: spread the refreshes over the interval; see `root_inverse`.
         basis_tolerance: go on in old eigenbases for as long as they are this good; see there.
@@ -157,51 +169,45 @@ def shampoo(
     tensor([-0.1000, -0.1000])
     """
     check_choice("vectors", vectors, ("diagonal", "blocks"))
-    diagonal = (
-        vectors == "diagonal"
-        and grafting is not None
-        and not (merge == "small" and keep == 1)
-        and 1 not in (exponents or {})
-    )
+    check_count("statistics_every", statistics_every)
+    check_sides(sides)
+    diagonal = _are_diagonal(vectors, grafting is not None, merge, keep, exponents)
     if diagonal:
-        exponents = {**(exponents or {}), 1: 0.0}
-    least_order = 2 if diagonal else 0
+        sides = without_vectors(sides)
     if solver is None:
         truncate = grafting is None and is_zero(epsilon)
         damped = default_solver(relative_epsilon, basis_tolerance)
         solver = pseudo_inverse(rtol=relative_epsilon) if truncate else damped
-    roots = root_inverse(
+    matrices: Any = {"exponents": exponents, "sides": sides, "packed": packed}
+    statistics = kronecker_statistics(
+        beta2,
+        every=statistics_every,
+        bias_correction=bias_correction,
+        weighted=weighted,
+        own_steps=own_steps,
+        product_dtype=product_dtype,
+        **matrices,
+    )
+    direction = root_inverse(
         every,
         start=start,
         epsilon=epsilon,
         solver=solver,
-        exponents=exponents,
         trace_scaling=trace_scaling,
         initial_eigenvalue=initial_eigenvalue,
         stagger=stagger,
         basis_tolerance=basis_tolerance,
         product_dtype=product_dtype,
-        packed=packed,
+        **matrices,
     )
     onto = _grafting_partner(grafting, grafting_beta2, beta2, grafting_epsilon, own_steps)
-    statistics = kronecker_statistics(
-        beta2,
-        bias_correction=bias_correction,
-        weighted=weighted,
-        exponents=exponents,
-        own_steps=own_steps,
-        product_dtype=product_dtype,
-        packed=packed,
-    )
+    if onto is not None:
+        direction = graft(direction, onto, start=start, least_order=2 if diagonal else 0)
     if tile == "auto" and not (grafting is None or isinstance(grafting, str)):
         tile = None  # who knows what it does across blocks
-    stages = [
-        statistics,
-        ema(beta1, beta3, bias_correction=bias_correction, own_steps=own_steps),
-        roots if onto is None else graft(roots, onto, start=start, least_order=least_order),
-    ]
+    average = ema(beta1, beta3, bias_correction=bias_correction, own_steps=own_steps)
     return in_blocks(
-        stages,
+        [statistics, average, direction],
         learning_rate=learning_rate,
         every=every,
         max_size=max_size,
@@ -220,6 +226,15 @@ def shampoo(
         distribute=distribute,
         tile=tile,
     )
+
+
+def _are_diagonal(
+    vectors: Vectors, grafted: bool, merge: Merge, keep: int, exponents: Exponents | None
+) -> bool:
+    """Whether blocks of less than two sides make the step of the grafted method."""
+    makes_vectors = merge == "small" and keep == 1
+    names_them = isinstance(exponents, Mapping) and 1 in exponents
+    return vectors == "diagonal" and grafted and not makes_vectors and not names_them
 
 
 def _below_one(beta2: Hyper) -> Hyper:

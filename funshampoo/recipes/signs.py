@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.recipes.in_blocks import Distribute, by_leaves
 from funshampoo.recipes.routing import decay
 from funshampoo.transforms import ema, scale_by_learning_rate, sign
 
@@ -16,6 +16,7 @@ def lion(
     beta1: Hyper = 0.9,
     beta2: Hyper = 0.99,
     weight_decay: Hyper = 0.0,
+    distribute: Distribute | None = None,
 ) -> GradientTransformation:
     """Lion: the sign of a momentum that looks ahead.
 
@@ -32,6 +33,8 @@ def lion(
         learning_rate: number, tensor, or schedule of the old step count.
         beta1, beta2: decay of the look-ahead and of M, in [0, 1): beta3 and beta1 of `ema`.
         weight_decay: λ ≥ 0, decoupled.
+        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
+            ones by their size; as in `shampoo`.
 
     Raises:
         ValueError: an argument out of range.
@@ -44,12 +47,13 @@ def lion(
     >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init(params), params)[0]
     {'w': tensor([-0.1000,  0.1000])}
     """
-    return chain(
+    stages = [
         ema(beta2, beta1, bias_correction=False),
         sign(),
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
-    )
+    ]
+    return by_leaves(stages, distribute)
 
 
 def sign_descent(
@@ -58,6 +62,7 @@ def sign_descent(
     beta1: Hyper = 0.9,
     scale: Hyper | Literal["mean", "sum"] | None = None,
     weight_decay: Hyper = 0.0,
+    distribute: Distribute | None = None,
 ) -> GradientTransformation:
     """Sign descent with momentum (signum): no entry moves further than another.
 
@@ -73,6 +78,8 @@ def sign_descent(
         beta1: see `ema`.
         scale: see `sign`; "sum" is the steepest descent under the norm max |W_ij|.
         weight_decay: λ ≥ 0, decoupled.
+        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
+            ones by their size; as in `shampoo`.
 
     Raises:
         ValueError: an argument out of range.
@@ -85,9 +92,10 @@ def sign_descent(
     >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init(params), params)[0]
     {'w': tensor([-0.1000,  0.1000])}
     """
-    return chain(
+    stages = [
         ema(beta1),
         sign(scale),
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
-    )
+    ]
+    return by_leaves(stages, distribute)

@@ -8,6 +8,7 @@ from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import Basis
+from funshampoo.operators.exponents import Sides, check_sides, without_vectors
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.recipes.shampoo import Vectors
 from funshampoo.transforms import in_eigenbasis, kronecker_statistics, scale_by_adam
@@ -28,6 +29,7 @@ def soap(
     max_size: int | None = 1024,
     merge: Merge = "small",
     vectors: Vectors = "diagonal",
+    sides: Sides | None = None,
     max_failures: int | None = 20,
     spike_factor: Hyper | None = None,
     distribute: Distribute | None = None,
@@ -60,6 +62,8 @@ def soap(
         max_size, merge: blocks; see `blocked`.
         vectors: "diagonal": a block of one side or none makes Adam's own step. "blocks": in the
             eigenbasis of a d×d matrix.
+        sides: which are turned, all by default. "smaller": the shortest of every block alone, the
+            paper's one-sided variant; see `root_inverse`.
         max_failures, spike_factor, distribute, tile: as in `shampoo`.
 
     Raises:
@@ -79,9 +83,9 @@ def soap(
     """
     check_choice("vectors", vectors, ("diagonal", "blocks"))
 
-    def sides(block: tuple[int, ...]) -> list[bool]:
-        return [vectors == "blocks" or len(block) > 1] * len(block)
-
+    check_sides(sides)
+    if vectors == "diagonal":
+        sides = without_vectors(sides)
     adam = scale_by_adam(beta1, beta2, epsilon)
     stages = [
         kronecker_statistics(beta2 if statistics_beta is None else statistics_beta, sides=sides),

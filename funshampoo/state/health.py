@@ -71,11 +71,12 @@ class Health(NamedTuple):
         skipped = f"{self.skipped} micro-batches skipped, {self.held} times a block held"
         if self.spikes is not None:
             skipped += f" ({self.spikes} of them spikes)"
-        for held, streak, failed, failed_streak in self.ranks:
-            skipped += f"; all ranks: {held} held (up to {streak} in a row)"
-            skipped += f", {failed} roots failed (up to {failed_streak} in a row)"
+        if self.ranks:
+            held, streak, failed, failed_streak = zip(*self.ranks)
+            skipped += f"; all ranks: {sum(held)} held (up to {max(streak)} in a row)"
+            skipped += f", {sum(failed)} roots failed (up to {max(failed_streak)} in a row)"
         if not self.factors:
-            return f"no root_inverse in this state, so no roots to report; {skipped}"
+            return f"nothing in this state is refreshed, so no roots to report; {skipped}"
         width = max([len("factor"), *(len(f.where) for f in self.factors)])
         lines = [
             f"{self.steps} steps, {skipped}",
@@ -94,8 +95,8 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     """Print what the last refresh of a state found, and return the numbers. Reads the device.
 
     Args:
-        state: of any transformation that contains a `root_inverse`; without one the list of factors
-            is empty. Of the wrapper, one of `optimizer.chain_states()`.
+        state: of any transformation; where it refreshes nothing (roots, eigenbases), the list of
+            factors is empty. Of the wrapper, one of `optimizer.chain_states()`.
         file: where to print; standard output by default.
 
     Raises:

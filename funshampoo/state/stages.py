@@ -36,8 +36,8 @@ class KroneckerState(NamedTuple):
     """Of `kronecker_statistics`: L_i, one factor matrix a side.
 
     Attributes:
-        factors: tree of tuples, one entry a side: (N, d_i, d_i), its triangle alone if `packed` and
-            large (see `funshampoo.operators.packed`), or () for a side that is not preconditioned.
+        factors: tree of tuples, one a side: (N, d_i, d_i), its triangle alone if `packed` and
+            large, or () for a side that is not preconditioned.
         weight: tree of (N,); () on the CPU where all blocks count together.
     """
 
@@ -213,7 +213,7 @@ class WrappedState(NamedTuple):
 
 
 class EveryKState(NamedTuple):
-    """Of `every_k`: the state of what runs on every k-th step."""
+    """Of `every_k`, and of statistics on some steps: the state of what runs on every k-th step."""
 
     inner: Any
     steps: Counter = ()

@@ -29,7 +29,7 @@ from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.norms import is_readable
 from funshampoo.operators.columns import Column, add, weights_over
 from funshampoo.operators.leaf_ops import per_block
-from funshampoo.operators.mode_products import bias_corrected, rotate
+from funshampoo.operators.mode_products import bias_corrected, mode_flops, rotate
 from funshampoo.refresh.jobs import Reading
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
@@ -177,6 +177,7 @@ def in_eigenbasis(
         parts={"inner": inner},
         counts=True,
         minds_alive=True,
+        flops=lambda block, kept: 2 * mode_flops(block, kept),  # into the bases and back
     )
 
 

@@ -28,13 +28,13 @@ from funshampoo.operators.columns import (
     first_weights,
     weights_over,
 )
+from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
 from funshampoo.operators.kl import WHITENED, Block, Least
 from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
 from funshampoo.state.stages import KroneckerState, RefreshedState, find_state
 from funshampoo.transforms.eigenbasis import EigenbasisState
-from funshampoo.transforms.kronecker import Sides
 
 Through: TypeAlias = Literal["eigenvalues", "ritz", "roots"]
 
@@ -205,7 +205,7 @@ def _first(
 
     def factors(x: Tensor) -> tuple[Any, ...]:
         lead, block = x.shape[:block_ndim], tuple(x.shape[block_ndim:])
-        wanted = [True] * len(block) if sides is None else sides(block)
+        wanted = wanted_sides(block, sides)
         return tuple(
             x.new_zeros(*lead, d, d, dtype=compute_dtype(x)) if w and x.numel() else ()
             for d, w in zip(block, wanted, strict=True)

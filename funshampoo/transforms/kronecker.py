@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_flag, check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
+from funshampoo.core.checks import check_count, check_flag, check_range
+from funshampoo.core.clock import advanced, refresh_due, running, started
+from funshampoo.core.context import Context
+from funshampoo.core.contract import GradientTransformation, Hyper, Phase, Tree
+from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import full_precision
 from funshampoo.core.tree import (
     cast,
@@ -28,19 +30,24 @@ from funshampoo.operators.columns import (
     count_everyone,
     first_weights,
 )
-from funshampoo.operators.exponents import Exponents, check_exponents, inverse_exponents
+from funshampoo.operators.exponents import (
+    Exponents,
+    Sides,
+    check_exponents,
+    check_sides,
+    side_exponents,
+)
 from funshampoo.operators.leaf_ops import add, add_gram, kept_share, multiply, per_block
-from funshampoo.operators.mode_products import unfoldings
+from funshampoo.operators.mode_products import mode_flops, unfoldings
 from funshampoo.operators.packed import like, packed_shape, packs
 from funshampoo.operators.packed_statistics import add_packed_gram
-from funshampoo.state.stages import KroneckerState
-
-Sides = Callable[[tuple[int, ...]], Sequence[bool]]
+from funshampoo.state.stages import EveryKState, KroneckerState
 
 
 def kronecker_statistics(
     beta2: Hyper = 0.99,
     *,
+    every: int = 1,
     bias_correction: bool = True,
     weighted: bool = True,
     exponents: Exponents | None = None,
@@ -59,11 +66,15 @@ def kronecker_statistics(
 
     Args:
         beta2: decay of the average, in (0, 1]; 1 means a plain sum (AdaGrad).
+        every: accumulate at step 1 and on multiples of this; on other steps nothing is multiplied
+            and L_i stays. beta2 is the decay from one accumulated gradient to the next, and the
+            weight counts these alone, so the average reaches 1 / (1 - beta2) accumulations back,
+            every / (1 - beta2) steps: beta2**every keeps the reach that beta2 has on every step.
+            Let refreshes fall on multiples of it, and they see the gradient of their own step.
         bias_correction: count the weight from 0, so that readers divide by 1 - beta2^t.
         weighted: False drops the factor 1 - beta2: L ← beta2 L + mat matᵀ, without correction.
-        exponents: as in `root_inverse`; a side whose exponent is 0 gets no factor.
-        sides: the shape of a block -> a bool a side; one for which it is False gets no factor. For
-            `in_eigenbasis`, which leaves such a side alone.
+        exponents, sides: as in `root_inverse`; a side that these leave alone gets no factor.
+            `in_eigenbasis` leaves such a side alone too.
         own_steps: the weight counts each block's own gradients. False: all blocks count together,
             so that a parameter whose gradient was None is corrected by everyone's steps.
         product_dtype: torch.bfloat16 to round G to before it is multiplied with itself, where the
@@ -72,12 +83,16 @@ def kronecker_statistics(
         packed: keep one triangle of every L_i of side 64 or more; see `operators.packed`. `init`
             decides: `update` goes on with what it finds.
 
-    State: `KroneckerState`, float32 at least, d_i² numbers a side of a block, (d_i² + d_i) / 2 of
-    them if packed.
+    Context: with `every` above 1, `step=` decides in torch.compile, where the counter can't be
+    read. `refresh=` says nothing of statistics.
+
+    State: `KroneckerState`, with `every` above 1 in an `EveryKState`; float32 at least, d_i²
+    numbers a side of a block, (d_i² + d_i) / 2 of them if packed.
 
     Raises:
-        ValueError: beta2 or an exponent out of range.
+        ValueError, TypeError: an argument out of range, named.
         TypeError: from init, for a parameter that is not a dense real floating tensor.
+        RuntimeError: with `every` above 1, where nobody knows the step.
 
     Reference: Gupta, Koren, Singer, arXiv 1802.09568; Shi et al., arXiv 2309.06497.
 
@@ -90,77 +105,135 @@ def kronecker_statistics(
             [3., 3.]])
     """
     check_range("beta2", beta2, 0.0, 1.0, low_open=True)
+    check_count("every", every)
     check_exponents(exponents)
+    check_sides(sides)
     check_product_dtype(product_dtype)
     check_flag("packed", packed)
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
     by_weight = corrected and own_steps  # an average and its weight decay alike
 
-    def shape_of(d: int) -> tuple[int, int]:
-        return packed_shape(d) if packs(d, packed) else (d, d)
-
-    def init(params: Tree, *, block_ndim: int = 0) -> KroneckerState:
+    def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> _State:
         check_local(params, "kronecker_statistics")
 
         def zero_factors(x: Tensor) -> tuple[Any, ...]:
-            lead, block = x.shape[:block_ndim], tuple(x.shape[block_ndim:])
-            wanted = [e > 0 for e in inverse_exponents(len(block), exponents)]
-            if sides is not None:
-                wanted = [w and bool(s) for w, s in zip(wanted, sides(block), strict=True)]
-            return tuple(
-                x.new_zeros(*lead, *shape_of(d), dtype=compute_dtype(x)) if w and x.numel() else ()
-                for d, w in zip(block, wanted)
-            )
+            powers = side_exponents(tuple(x.shape[block_ndim:]), exponents, sides)
+            return _zero_factors(x, block_ndim, powers, packed)
 
         weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
-        return KroneckerState(map_leaves(zero_factors, params), weights)
+        found = KroneckerState(map_leaves(zero_factors, params), weights)
+        return found if every == 1 else EveryKState(found, started(True, clock))
 
-    def update(
-        updates: Tree,
-        state: KroneckerState,
-        params: Tree = None,
-        *,
-        gradient: Tree = None,
-        block_ndim: int = 0,
-        donate: bool = False,
-        alive: Tree = None,
-        hyper: Numbers = NO_NUMBERS,
-    ) -> tuple[Tree, KroneckerState]:
-        beta = number(beta2, hyper)
-        added = 1.0 if plain_sum else _share_of_new(beta)
-        by_row = alive is not None and not by_weight and not is_exactly(beta, 1)
+    def update(updates: Tree, state: _State, params: Tree, context: Context) -> tuple[Tree, _State]:
+        if isinstance(state, KroneckerState):
+            return updates, accumulated(updates, state, context)
+        due = _is_due(every, running(state.steps, context))
+        new = accumulated(updates, state.inner, context) if due else state.inner
+        return updates, EveryKState(new, advanced(state.steps, context.donate))
 
-        def accumulate(u: Tensor, g: Tensor, *rest: Any) -> tuple[Any, ...]:
-            *fine, factors = rest
-            g = cast(g, compute_dtype(g))
-            kept = kept_share(beta, fine[0], g) if by_row else beta
-            accumulated = functools.partial(
-                _accumulated, beta=kept, weight=added, product_dtype=product_dtype, donate=donate
-            )
-            wanted = [isinstance(factor, Tensor) for factor in factors]
-            unfolded = unfoldings(g, block_ndim, wanted)
-            new = tuple(
-                () if x is None else accumulated(factor, x) for factor, x in zip(factors, unfolded)
-            )
-            return u, new
-
-        def count(u: Column, *rest: Column) -> tuple[Column, Column]:
-            *fine, weight = rest
-            return u, add_weight(weight, beta, fine, donate)
-
-        source = (updates if gradient is None else gradient,)
-        known = () if alive is None else (alive,)
+    def accumulated(updates: Tree, state: KroneckerState, context: Context) -> KroneckerState:
+        beta = number(beta2, context.hyper)
+        source = updates if context.gradient is None else context.gradient
+        known = () if context.alive is None else (context.alive,)
+        by_row = bool(known) and not by_weight and not is_exactly(beta, 1)
+        share = _Share(beta, 1.0 if plain_sum else _share_of_new(beta), by_row)
         with full_precision():
-            _, factors = update_leaves(accumulate, updates, (state.factors,), source + known)
+            accumulate = functools.partial(_accumulate, share, product_dtype, context)
+            _, factors = update_leaves(accumulate, updates, (state.factors,), (source, *known))
         weight = state.weight
-        if corrected and own_steps:
-            _, weight = update_columns(count, updates, (weight,), known)
+        if by_weight:
+            weight = _counted(updates, weight, beta, known, context.donate)
         elif corrected:
-            weight = count_everyone(weight, beta, donate)
-        return updates, KroneckerState(factors, weight)
+            weight = count_everyone(weight, beta, context.donate)
+        return KroneckerState(factors, weight)
 
-    return GradientTransformation(init, update, numbers=[beta2])
+    return GradientTransformation(
+        init,
+        update,
+        phase=functools.partial(_phase, every),
+        counts=every > 1,
+        numbers=[beta2],
+        flops=lambda block, kept: _flops(block, side_exponents(block, exponents, sides)) / every,
+    )
+
+
+_State: TypeAlias = KroneckerState | EveryKState
+
+
+class _Share(NamedTuple):
+    """L ← beta L + added mat(G) mat(G)ᵀ; beta is 1 in a row that is not alive if `by_row`."""
+
+    beta: Hyper
+    added: Hyper
+    by_row: bool
+
+
+def _flops(block: tuple[int, ...], powers: Sequence[float]) -> float:
+    return mode_flops(block, [d for d, e in zip(block, powers) if e > 0])
+
+
+def _phase(every: int, step: int) -> Phase:
+    due = every > 1 and refresh_due(step, every)
+    return (f"statistics, every {every}",) if due else ()
+
+
+def _is_due(every: int, context: Context) -> bool:
+    """Whether this step accumulates."""
+    if context.step is None:
+        raise RuntimeError(
+            "kronecker_statistics(every=...) accumulates on some steps, and can't read the counter "
+            "inside torch.compile, or where members of an ensemble are at different steps: pass "
+            "step= (from 1), or let funshampoo compile (compiled(tx))."
+        )
+    return refresh_due(context.step, every)
+
+
+def _zero_factors(
+    x: Tensor, block_ndim: int, powers: Sequence[float], packed: bool
+) -> tuple[Any, ...]:
+    """Zeros for every side with an exponent, () for the others."""
+
+    def zeros(d: int) -> Tensor:
+        shape = packed_shape(d) if packs(d, packed) else (d, d)
+        return x.new_zeros(*x.shape[:block_ndim], *shape, dtype=compute_dtype(x))
+
+    sides = zip(x.shape[block_ndim:], powers)
+    return tuple([zeros(d) if e > 0 and x.numel() else () for d, e in sides])
+
+
+def _accumulate(
+    share: _Share,
+    product_dtype: torch.dtype | None,
+    context: Context,
+    u: Tensor,
+    g: Tensor,
+    *rest: Any,
+) -> tuple[Any, ...]:
+    """(u, the factors of one leaf after its gradient)."""
+    *fine, factors = rest
+    g = cast(g, compute_dtype(g))
+    beta = kept_share(share.beta, fine[0], g) if share.by_row else share.beta
+    wanted = [isinstance(factor, Tensor) for factor in factors]
+    unfolded = unfoldings(g, context.block_ndim, wanted)
+    return u, tuple(
+        ()
+        if x is None
+        else _accumulated(factor, x, beta, share.added, product_dtype, context.donate)
+        for factor, x in zip(factors, unfolded)
+    )
+
+
+def _counted(
+    updates: Tree, weight: Tree, beta: Hyper, known: tuple[Tree, ...], donate: bool
+) -> Tree:
+    """The weight of every block after its gradient."""
+
+    def count(u: Column, *rest: Column) -> tuple[Column, Column]:
+        *fine, w = rest
+        return u, add_weight(w, beta, fine, donate)
+
+    return update_columns(count, updates, (weight,), known)[1]
 
 
 def _share_of_new(beta: Hyper) -> Hyper:

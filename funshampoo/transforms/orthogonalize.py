@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from funshampoo.core.contract import EmptyState, GradientTransformation, Tree
 from funshampoo.core.live import is_exactly
 from funshampoo.core.tree import cast, check_local, compute_dtype, flatten, leaf_names
 from funshampoo.core.tree import update_leaves as over_leaves
-from funshampoo.linalg.polar import Norm, polar_factor
+from funshampoo.linalg.polar import Norm, polar_factor, polar_flops
 from funshampoo.linalg.polynomials import Polynomials, polynomials_of
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
@@ -95,7 +96,13 @@ def orthogonalize(
 
         return over_leaves(leaf, updates, ())[0], state
 
-    return GradientTransformation(init, update, minds_alive=True)
+    def flops(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
+        if len(block) < 2 or not math.prod(block):
+            return 0.0
+        r, c = (block[0], math.prod(block[1:])) if flatten_sides else block[-2:]
+        return math.prod(block) // (r * c) * polar_flops(r, c, len(chosen), gram)
+
+    return GradientTransformation(init, update, minds_alive=True, flops=flops)
 
 
 def _check_matrices(params: Tree, block_ndim: int) -> None:

@@ -21,8 +21,14 @@ from funshampoo.linalg.low_precision import check_product_dtype
 from funshampoo.linalg.products import power
 from funshampoo.linalg.support import on_support
 from funshampoo.operators.columns import weights_over
-from funshampoo.operators.exponents import Exponents, check_exponents, inverse_exponents
-from funshampoo.operators.mode_products import bias_corrected, precondition
+from funshampoo.operators.exponents import (
+    Exponents,
+    Sides,
+    check_exponents,
+    check_sides,
+    side_exponents,
+)
+from funshampoo.operators.mode_products import bias_corrected, mode_flops, precondition
 from funshampoo.refresh.jobs import Reading
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
@@ -47,6 +53,7 @@ def root_inverse(
     epsilon: Hyper = 0.0,
     solver: Solver | None = None,
     exponents: Exponents | None = None,
+    sides: Sides | None = None,
     trace_scaling: Hyper | None = None,
     initial_eigenvalue: float = 1.0,
     stagger: bool = False,
@@ -75,8 +82,13 @@ def root_inverse(
         solver: a function of `funshampoo.linalg`; by default, with relative_epsilon=1e-6, by_device
             (eigh on a CPU), or eigh where basis_tolerance asks for a basis. In float32 some damping
             relative to the largest eigenvalue, 1e-7 or more, is needed.
-        exponents: {order: e, or {side: e}} in place of e = 1/(2 order); 0 leaves a side alone. Give
-            `kronecker_statistics` the same, so that it spares the factor.
+        exponents: the e_i. By default "shampoo": 1/(2k) with k sides, for matrices 1/4;
+            "shampoo_squared": 1/k, for matrices 1/2; a number: what it says for matrices, in
+            general 2 exponents / k. {k: e, or {side: e}} sets them by hand; 0 leaves a side alone.
+        sides: which are preconditioned, all by default. "smaller": of each block the shortest
+            alone, of equal ones the first (k = 1: for matrices the exponent 1/2); or a function of
+            a block's shape that returns a bool a side. Give `kronecker_statistics` the same
+            exponents and sides, so that it spares the factors.
         trace_scaling: an exponent s in (0, 1]: take roots of A · max(tr A, epsilon)^(-s) instead of
             A = L_i / weight.
         initial_eigenvalue: before its first refresh a side has X_i = initial_eigenvalue^(-e_i) I.
@@ -113,7 +125,7 @@ def root_inverse(
         RuntimeError: inside torch.compile without `step=` or `refresh=`.
 
     Reference: Shi et al., arXiv 2309.06497; for basis_tolerance, Eschenhagen et al., arXiv
-    2506.03595.
+    2506.03595; for exponents and sides, see `operators.exponents`.
 
     >>> import torch
     >>> from funshampoo import chain, kronecker_statistics
@@ -125,6 +137,7 @@ def root_inverse(
     """
     check_range("epsilon", epsilon, 0.0)
     check_exponents(exponents)
+    check_sides(sides)
     if trace_scaling is not None:
         check_range("trace_scaling", trace_scaling, 0.0, 1.0, low_open=True)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
@@ -146,7 +159,7 @@ def root_inverse(
         numbers = resolved(solve, hyper), damping, scaling, tolerance
 
         def rules(block: tuple[int, ...]) -> list[Rule | None]:
-            powers = zip(block, inverse_exponents(len(block), exponents))
+            powers = zip(block, side_exponents(block, exponents, sides))
             return [
                 RootRule(d, e, initial_eigenvalue**-e, *numbers) if e else None for d, e in powers
             ]
@@ -173,7 +186,12 @@ def root_inverse(
 
     looked_up = [epsilon, trace_scaling, basis_tolerance, solve]
     return GradientTransformation(
-        init, update, phase=schedule.phase(threads), counts=True, numbers=looked_up
+        init,
+        update,
+        phase=schedule.phase(threads),
+        counts=True,
+        numbers=looked_up,
+        flops=mode_flops,
     )
 
 
@@ -249,7 +267,7 @@ def _factor(side: int, factors: Any, weight: Tensor) -> Reading:
     if not isinstance(factors[side], Tensor):
         raise ValueError(
             "root_inverse preconditions a side for which kronecker_statistics keeps no factor: "
-            "give both stages the same exponents."
+            "give both stages the same exponents and sides."
         )
     return bias_corrected, factors[side], weight
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_range
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.modes import is_plain
@@ -94,17 +95,10 @@ def scale_by_adam(
         return AdamState(zeros_like(params), weights(True), *second)
 
     def update(
-        updates: Tree,
-        state: AdamState,
-        params: Tree = None,
-        *,
-        gradient: Tree = None,
-        donate: bool = False,
-        alive: Tree = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: AdamState, params: Tree, context: Context
     ) -> tuple[Tree, AdamState]:
-        decay1, decay2 = number(beta1, hyper), number(beta2, hyper)
-        damping = number(epsilon, hyper)
+        decay1, decay2, damping = [number(x, context.hyper) for x in (beta1, beta2, epsilon)]
+        donate = context.donate
 
         def filter_first(u: Column, *rest: Column) -> tuple[Column, Column, Column]:
             *fine, m, w = rest
@@ -121,22 +115,20 @@ def scale_by_adam(
                 v = add(decayed(v, decay2, fine, donate), squares, donate)
             return _scaled(u, v, damping, squares, per_block(seen(w, fine), v)), v, w
 
-        source = updates if gradient is None else gradient
-        known = () if alive is None else (alive,)
-        first, first_weight = state.first, state.first_weight
-        second, second_weight = state.second, state.second_weight
+        source = updates if context.gradient is None else context.gradient
+        known = () if context.alive is None else (context.alive,)
+        first, weight1, second, weight2 = state
         if not own_steps:
-            first_weight = weights_over(first_weight, updates)
-            second_weight = weights_over(second_weight, updates)
+            weight1, weight2 = weights_over(weight1, updates), weights_over(weight2, updates)
         if filtered:
-            before = (first, first_weight)
-            updates, first, first_weight = update_columns(filter_first, updates, before, known)
-        before = (second, second_weight)
-        out, second, second_weight = update_columns(rescale, updates, before, (source, *known))
+            before = (first, weight1)
+            updates, first, weight1 = update_columns(filter_first, updates, before, known)
+        before = (second, weight2)
+        out, second, weight2 = update_columns(rescale, updates, before, (source, *known))
         if not own_steps:
-            first_weight = count_everyone(state.first_weight, decay1, donate)
-            second_weight = count_everyone(state.second_weight, decay2, donate)
-        return out, AdamState(first, first_weight, second, second_weight)
+            weight1 = count_everyone(state.first_weight, decay1, donate)
+            weight2 = count_everyone(state.second_weight, decay2, donate)
+        return out, AdamState(first, weight1, second, weight2)
 
     return GradientTransformation(init, update, numbers=[beta1, beta2, epsilon])
 

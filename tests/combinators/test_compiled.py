@@ -53,6 +53,18 @@ def test_the_same_numbers_and_one_graph() -> None:
     assert (mine[0]["w"] - tree(0)["w"]).abs().min() > 1e-3
 
 
+def test_steps_with_statistics_have_a_graph_of_their_own() -> None:
+    counter = CompileCounter()
+    mine = trained(fs.compiled(chain(statistics_every=2), backend=counter), 3 * EVERY)
+    assert_close(mine, trained(chain(statistics_every=2), 3 * EVERY), 1e-10)
+    assert counter.frame_count == 2  # with and without; refreshes are left to threads
+    assert_differ(mine[0], trained(chain(), 3 * EVERY)[0])
+
+
+def assert_differ(tree: Any, other: Any) -> None:
+    assert (tree["w"] - other["w"]).abs().max() > 1e-6
+
+
 def test_a_start_of_its_own() -> None:
     mine = trained(fs.compiled(chain(start=3), backend="eager"), 2 * EVERY)
     assert_close(mine, trained(chain(start=3), 2 * EVERY), 1e-10)

@@ -36,6 +36,44 @@ def optimizer(**options: Any) -> fs.GradientTransformation:
     return fs.shampoo(0.1, **(PLAINER | {"every": EVERY} | options))
 
 
+@pytest.mark.parametrize("spike_factor", [None, 1e3])
+def test_leaves_outside_of_blocks_by_themselves(spike_factor: float | None) -> None:
+    """What is held is as if the step had not been; the others do not know of it."""
+    params, grads = problem(), gradients(12)
+    bad = 11
+    if spike_factor is None:
+        grads[bad]["w"] = torch.full_like(grads[bad]["w"], float("nan"))
+    else:
+        grads[bad]["w"] = 1e6 * grads[bad]["w"]
+    tx = guarded(fs.adamw(0.1), by_leaf=True, spike_factor=spike_factor)
+    plain = fs.adamw(0.1)
+    mine, alone = tx.init(params), plain.init(params)
+    for g in grads[:bad]:
+        _, mine = tx.update(g, mine, params)
+        _, alone = plain.update(g, alone, params)
+    updates, mine = tx.update(grads[bad], mine, params)
+    expected, _ = plain.update(grads[bad], alone, params)
+    assert float(updates["w"].abs().max()) == 0
+    assert_equal(updates["layers"], expected["layers"])
+    assert [int(n) for n in tensors(mine.held)] == [0, 0, 0, 0, 0, 1]
+    together = guarded(fs.adamw(0.1), spike_factor=spike_factor)
+    updates, _ = together.update(grads[bad], mine, params)
+    assert all(float(u.abs().max()) == 0 for u in tensors(updates))
+
+
+def test_by_leaf_needs_stages_that_know_what_is_alive() -> None:
+    def forgetful() -> fs.GradientTransformation:
+        def update(updates: Any, state: Any) -> Any:
+            return updates, state
+
+        return fs.GradientTransformation(lambda params: (), update)
+
+    with pytest.raises(ValueError, match="by_leaf needs stages that know of `alive`"):
+        guarded(forgetful(), by_leaf=True)
+    with pytest.raises(TypeError, match="by_leaf is 1"):
+        guarded(fs.adamw(0.1), by_leaf=1)  # type: ignore[arg-type]
+
+
 def poisoned(g: Any, value: float) -> Any:
     """w[0, 0], in block_0_0, is no usable number."""
     g = clone(g)

@@ -34,6 +34,8 @@ CHAINS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
     ({"grafting": None, "stagger": True}, (3,)),
     ({"tile": 600, "grafting": "adam"}, (1, 2, 3)),  # several tiles on each rank
     ({"packed": True, "stagger": True}, (2, 3)),
+    ({"statistics_every": 2, "sides": "smaller", "exponents": "shampoo_squared"}, (2, 3)),
+    ({"statistics_every": 3, "exponents": 1 / 3, "own_steps": False}, (3,)),
     ({"packed": True, "product_dtype": torch.bfloat16, "max_size": 32}, (3,)),
 ]
 

@@ -17,10 +17,10 @@ from torch import nn
 import funshampoo as fs
 from funshampoo.blocks.layout import layout_of, leaf_key
 from funshampoo.distributed.cost import CostModel
-from funshampoo.distributed.ownership import factor_sides, owners_of
+from funshampoo.distributed.ownership import owners_of, works_of
 from funshampoo.plan.planner import Plan, plan
 from funshampoo.plan.shapes import MODELS, model_shapes
-from funshampoo.state.stages import ShardedState, find_state
+from funshampoo.state.stages import ShardedState, walk
 from tests.trees import tensors
 
 ROOT = Path(__file__).parents[2]
@@ -124,30 +124,82 @@ def test_owners_are_those_that_the_layout_of_a_job_gets() -> None:
         assert {n: s.block for n, s in found.stacks.items()} == {
             n: s.block for n, s in layout.stacks.items()
         }
-        state = fs.shampoo(0.1, max_size=64).init(params)["blocked"]
-        expected = owners_of(layout.stacks, 3, 10, sides=factor_sides(state))
+        tx = fs.shampoo(0.1, max_size=64)
+        shapes_of = {name: stack.block for name, stack in layout.stacks.items()}
+        expected = owners_of(layout.stacks, 3, 10, works=works_of(tx, shapes_of, tx.init(params)))
         assert {n: s.owners for n, s in found.stacks.items()} == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"vectors": "blocks"}, {"exponents": {2: {0: 0.0}}}])
-def test_owners_are_those_of_the_ranks_of_a_job(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+# Options that make different blocks dear.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "shampoo": [
+        {"max_size": 20},
+        {"max_size": 20, "vectors": "blocks"},
+        {"max_size": 20, "exponents": {2: {0: 0.0}}},
+        {"max_size": 20, "sides": "smaller", "statistics_every": 4},
+    ],
+    "soap": [{"max_size": 20}, {"sides": "smaller"}],
+    "muon": [{}, {"others": fs.sharded(fs.lion(0.1))}],
+    "adamw": [{"mask": {"w": True, "wide": True, "long": True, "b": False, "c": False}}],
+}
+JOBS = [(name, options) for name in fs.recipes.__all__ for options in OPTIONS.get(name, [{}])]
+
+
+@pytest.mark.parametrize(("method", "options"), JOBS, ids=str)
+def test_a_plan_is_what_the_ranks_of_a_job_have(
+    method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of every recipe: who owns what, and every byte of state."""
     module = importlib.import_module("funshampoo.distributed.sharded")
-    shapes = {"w": (60, 24), "long": (96,), "b": (20,), "c": (20,)}
+    shapes = {"w": (60, 24), "wide": (24, 90), "long": (96,), "b": (20,), "c": (20,)}
     params = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    planned = plan(shapes, 3, transformation=fs.shampoo(0.1, max_size=20, **options))
+    tx = getattr(fs, method)(0.1, distribute=fs.sharded, **options)
+    planned = plan(shapes, 3, transformation=tx)
+    assert planned.replicated_elements == 0
+    check_sums(planned, sum(map(math.prod, shapes.values())))
     for rank in range(3):
         monkeypatch.setattr(module, "rank_and_size", lambda group, rank=rank: (rank, 3))
-        tx = fs.shampoo(0.1, max_size=20, distribute=fs.sharded, **options)
-        state = find_state(tx.init(params), ShardedState)
-        assert state is not None
+        tx = getattr(fs, method)(0.1, distribute=fs.sharded, **options)
+        state = tx.init(params)
+        owned: dict[str, Any] = {}
+        for _, node in walk(state):
+            if isinstance(node, ShardedState):
+                owned |= node.owned
         expected = {
             name: {f"{s.owners.index(rank)}:{s.owners.index(rank) + s.owners.count(rank)}": ()}
             for name, s in planned.stacks.items()
-            if rank in s.owners
+            if rank in s.owners and name not in params
         }
-        assert state.owned == expected
+        whole = {n: s.owners[0] == rank for n, s in planned.stacks.items() if n in params}
+        expected |= {n: {"owned" if mine else "elsewhere": ()} for n, mine in whole.items()}
+        assert owned == expected
+        assert sum(x.nbytes for x in tensors(state)) == planned.ranks[rank].state_bytes
+
+
+def test_matrices_of_muon_cost_what_their_products_cost() -> None:
+    """5 steps of X Xᵀ, A A and B X; nothing is refreshed, and vectors are elements alone."""
+    cost = CostModel()
+    found = plan({"w": (30, 20), "b": (30,)}, 2, transformation=fs.muon(0.1, distribute=fs.sharded))
+    flops = 5 * (2 * 20 * 20 * 30 + 2 * 20**3 + 2 * 20 * 20 * 30)
+    assert found.stacks["30x20"].seconds == (600 * cost.per_element, cost.per_flop * flops, 0.0)
+    assert found.stacks["b"].seconds == (30 * cost.per_element, 0.0, 0.0)
+
+
+def test_what_the_parts_of_a_partition_gather() -> None:
+    """Two collectives, each of shards as long as its largest."""
+    tx = fs.muon(0.1, distribute=fs.sharded)
+    found = plan({"a": (8, 8), "b": (4, 4), "c": (10,), "d": (3,)}, 2, transformation=tx)
+    assert found.gathered_bytes == 2 * 64 * 4 + 2 * 10 * 4
+
+
+def test_stacks_of_one_shape_in_two_scopes() -> None:
+    parts = {"a": fs.blocked(fs.trace(0.9)), "b": fs.blocked(fs.scale_by_adam())}
+    tx = fs.partition(parts, {"w": "a", "v": "b"})
+    found = plan({"w": (8, 8), "v": (8, 8)}, 2, transformation=tx)
+    assert {n: s.state_bytes for n, s in found.stacks.items()} == {
+        "8x8": 4 * 64,
+        "8x8 (2)": 2 * 4 * 64 + 2 * 4,
+    }
 
 
 def test_sides_without_a_factor_cost_nothing() -> None:
@@ -162,7 +214,7 @@ def test_sides_without_a_factor_cost_nothing() -> None:
     blocks = plan(shapes, 2, transformation=fs.shampoo(0.1, vectors="blocks")).stacks
     assert blocks["32"].seconds.roots == cost.root(32) / 10
     adam = plan(shapes, 2, transformation=fs.blocked(fs.scale_by_adam())).stacks
-    assert adam["32"].seconds == blocks["32"].seconds  # who keeps no roots says nothing of them
+    assert adam["16x8"].seconds == (16 * 8 * cost.per_element, 0.0, 0.0)
 
 
 def test_modules_shapes_and_tensors_give_the_same_plan() -> None:
@@ -240,7 +292,12 @@ def test_plans_are_readable() -> None:
         (({"w": (2, 2)}, 2), {"max_size": 0}, ValueError, "max_size"),
         (({"w": [{"x": 2.0}]}, 2), {}, TypeError, r"model\['w'\]\[0\]\['x'\]"),
         (({"w": torch.zeros(2, dtype=torch.int64)}, 2), {}, TypeError, "'w'"),
-        (({"w": (2, 2)}, 2), {"transformation": fs.adamw(0.1)}, ValueError, "0 blocked"),
+        (
+            ({"w": (2, 2)}, 2),
+            {"transformation": fs.adamw(0.1)},
+            ValueError,
+            "0 blocked.*distribute=funshampoo.sharded",
+        ),
         (
             ({"w": (2, 2)}, 2),
             {"transformation": fs.shampoo(0.1), "max_size": 8},
@@ -273,12 +330,28 @@ def test_the_program_prints_the_plan() -> None:
     assert done.stdout == f"gpt2\n{plan('gpt2', 8, max_size=512, every=5)}\n"
 
 
+@pytest.mark.parametrize("method", fs.recipes.__all__)
+def test_the_program_plans_every_recipe(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from funshampoo.plan.__main__ import main
+
+    main(["--model", "gpt2", "--ranks", "4", "--method", method])
+    tx = getattr(fs, method)(1e-3, distribute=fs.sharded)
+    found = plan("gpt2", 4, transformation=tx)
+    assert capsys.readouterr().out == f"gpt2\n{found}\n"
+    assert found.replicated_elements == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "gpt3", "--ranks", "8"], "argument --model: invalid choice: 'gpt3'"),
         (["--model", "gpt2", "--ranks", "0"], "argument --ranks: '0' is not a whole number"),
         (["--model", "gpt2", "--ranks", "8", "--block-size", "1.5"], "argument --block-size"),
+        (["--model", "gpt2", "--ranks", "8", "--method", "adam"], "argument --method"),
+        (
+            ["--model", "gpt2", "--ranks", "8", "--method", "muon", "--block-size", "8"],
+            "muon knows no --block-size",
+        ),
     ],
 )
 def test_the_program_names_a_bad_option(

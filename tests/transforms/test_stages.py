@@ -10,7 +10,7 @@ import torch
 import funshampoo as fs
 from funshampoo import linalg
 from funshampoo.linalg import InverseRoot
-from funshampoo.operators.exponents import inverse_exponents
+from funshampoo.operators.exponents import side_exponents
 from funshampoo.operators.mode_products import precondition, unfold
 from funshampoo.state import Kept, KroneckerState, find_state
 from tests.trees import gradients, problem, tensors
@@ -92,10 +92,10 @@ def test_roots_of_each_order() -> None:
 
 
 def test_exponents() -> None:
-    assert inverse_exponents(0) == ()
-    assert inverse_exponents(3) == (1 / 6,) * 3
-    assert inverse_exponents(2, {2: 0.5}) == (0.5, 0.5)
-    assert inverse_exponents(2, {3: 0.5}) == (0.25, 0.25)
+    assert side_exponents(()) == ()
+    assert side_exponents((2, 3, 4)) == (1 / 6,) * 3
+    assert side_exponents((3, 5), {2: 0.5}) == (0.5, 0.5)
+    assert side_exponents((3, 5), {3: 0.5}) == (0.25, 0.25)
     tx = fs.chain(
         fs.kronecker_statistics(1.0, exponents={2: {0: 0.5, 1: 0.0}}),
         fs.root_inverse(1, exponents={2: {0: 0.5, 1: 0.0}}, solver=linalg.eigh()),

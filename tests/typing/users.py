@@ -66,6 +66,10 @@ def so_does_the_wrapper(model: torch.nn.Module) -> None:
     fs.Shampoo([{"params": parameters, "lr": 0.1}], distribute=fs.sharded, packed=True)
     fs.Shampoo(parameters, distribute=functools.partial(fs.sharded, every=5), grafting=None)
     fs.Shampoo(parameters, solver=fs.linalg.eigh(relative_epsilon=1e-4), exponents={2: 0.5})
+    fs.Shampoo(parameters, exponents="shampoo_squared", sides="smaller", statistics_every=2)
+    fs.Shampoo(parameters, exponents=1 / 3, sides=lambda block: [d < 512 for d in block])
+    fs.Shampoo(parameters, exponents="-1/4")  # type: ignore[arg-type]
+    fs.Shampoo(parameters, sides="larger")  # type: ignore[arg-type]
     fs.Shampoo(parameters, momentun=0.9)  # type: ignore[call-arg]
     fs.Shampoo(parameters, learning_rate=0.1)  # type: ignore[call-arg]
     fs.Shampoo(parameters, beta1=0.9)  # type: ignore[call-arg]

@@ -1,0 +1,95 @@
+"""What a transformation shares out: blocks of `blocked`, and leaves of `sharded` elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.core.tree import flatten, leaf_names
+from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
+from funshampoo.distributed.ownership import Works, owners_of, works_of
+from funshampoo.distributed.shards import Equal
+from funshampoo.state.places import Place, block_of, map_tensors, stack_rows
+from funshampoo.state.stages import BlockedState, ShardedState
+
+
+class Scope(NamedTuple):
+    """Blocks that are shared out together: one collective a step brings their updates back.
+
+    Attributes:
+        blocks: {stack, or leaf: shape and number}.
+        works: {stack, or leaf: what a step does beside passing over it}.
+        state_bytes: {stack, or leaf: bytes of state of one block}.
+        in_blocks: whether they are stacks.
+    """
+
+    blocks: dict[str, Equal]
+    works: Works
+    state_bytes: dict[str, int]
+    in_blocks: bool
+
+    def owners(
+        self, world_size: int, every: int, cost: CostModel | None
+    ) -> dict[str, tuple[int, ...]]:
+        """{stack, or leaf: the rank of every row}, as `sharded` finds them."""
+        model = cost or (DEFAULT_COST if self.in_blocks else BY_SIZE)
+        works = self.works if self.in_blocks else None
+        return owners_of(self.blocks, world_size, every, model, works)
+
+
+def scopes_of(transformation: GradientTransformation, state: Any, params: Any) -> list[Scope]:
+    """All of a transformation, in the order in which it runs them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    leaves, _ = flatten(params)
+    shapes = {name: tuple(p.shape) for name, p in zip(leaf_names(params), leaves)}
+    found = [_scope(*pair, shapes) for pair in _shared(transformation, state)]
+    if not found:
+        raise ValueError(
+            "transformation contains 0 blocked(...) and 0 sharded(...), so there is nothing to "
+            "share out. Make the recipe with distribute=funshampoo.sharded, which shares out its "
+            "leaves."
+        )
+    return found
+
+
+def _shared(
+    transformation: GradientTransformation, state: Any
+) -> Iterator[tuple[GradientTransformation, BlockedState | ShardedState]]:
+    if isinstance(state, BlockedState | ShardedState):
+        yield transformation, state
+        return
+    for name, part in transformation.parts.items():
+        yield from _shared(part, transformation.state_of(state, name))
+
+
+def _scope(
+    transformation: GradientTransformation,
+    state: BlockedState | ShardedState,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Scope:
+    if isinstance(state, BlockedState):
+        blocks = {name: Equal(block_of(name), rows) for name, rows in stack_rows(state).items()}
+        works = works_of(transformation, {n: b.block for n, b in blocks.items()}, state)
+        return Scope(blocks, works, _bytes(state, blocks, True), True)
+    leaves = {name: Equal(shapes[name], 1) for name in state.owned}
+    works = works_of(transformation, {n: b.block for n, b in leaves.items()}, ())
+    return Scope(leaves, works, _bytes(state, leaves, False), False)
+
+
+def _bytes(state: Any, blocks: Mapping[str, Equal], in_blocks: bool) -> dict[str, int]:
+    """{stack, or leaf: bytes of state of one block}; what all of them share is nobody's."""
+    found = dict.fromkeys(blocks, 0)
+
+    def add(place: Place, x: Tensor) -> None:
+        name = place.stack if in_blocks else ".".join(place.leaf)
+        if name in found and (x.ndim or not in_blocks):
+            found[name] += x.nbytes // blocks[name].rows
+
+    map_tensors(add, state)
+    return found
