@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,7 +106,7 @@ def blocked(
     if tile is not None and tile != "auto":
         check_count("tile", tile)
 
-    blocks = _Blocked(inner, max_size, merge, keep, with_params, tile)
+    blocks = _Blocked(inner, max_size, merge, keep, with_params, tile, Executors(tile), _Names())
     return GradientTransformation(
         blocks.init,
         blocks.update,
@@ -128,14 +127,8 @@ class _Blocked:
     keep: int
     with_params: bool | Mask
     tile: TileSize
-
-    @functools.cached_property
-    def _executors(self) -> Executors:
-        return Executors(self.tile)
-
-    @functools.cached_property
-    def _names(self) -> _Names:
-        return _Names()
+    executors: Executors = field(repr=False)
+    names: _Names = field(repr=False)
 
     def _layout(self, leaves: list[Tensor]) -> Layout:
         return layout_of(tuple(map(leaf_key, leaves)), self.max_size, self.merge, self.keep)
@@ -171,7 +164,7 @@ class _Blocked:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = self._layout(known)
-        called = [] if torch.compiler.is_dynamo_compiling() else self._names.of(updates, spec)
+        called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
         _check_layout(layout, state.layout, called)
         shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
@@ -185,7 +178,7 @@ class _Blocked:
     ) -> tuple[Tree, BlockedState]:
         given, inner = self._read(updates, state, params), self.inner
         here = self._inside(given, state, context)
-        run = self._executors.of(given.layout)
+        run = self.executors.of(given.layout)
         missing, leaves = given.missing_rows(), given.described()
         if any(map(is_in_parts, given.known)):
             leaves = leaves._replace(gradients=list(map(placed_like, given.leaves, given.known)))
@@ -213,7 +206,7 @@ class _Blocked:
             add_in_place(params, updates)
             return state
         here = self._inside(given, state, context)
-        run = self._executors.of(given.layout)
+        run = self.executors.of(given.layout)
 
         def put(stack: str, rows: range, values: Tensor) -> None:
             run.parts.scatter_add(stack, rows, values, own)

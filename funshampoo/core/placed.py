@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -12,7 +14,20 @@ def is_in_parts(x: Any) -> bool:
     """Whether this is a DTensor, of which a rank may have a part only."""
     if type(x) is Tensor or type(x) is Parameter:  # asked for every leaf of a step
         return False
-    return hasattr(x, "device_mesh") and hasattr(x, "placements")
+    found = hasattr(x, "device_mesh") and hasattr(x, "placements")
+    _SEEN["any"] = _SEEN["any"] or found
+    return found
+
+
+_SEEN = {"any": False}  # whether there was one in this process, without which nobody has to look
+
+
+def are_alike(tensors: Iterable[Any]) -> bool:
+    """Whether one operator takes all of these: no DTensors, or nothing but those of one mesh."""
+    if not _SEEN["any"]:
+        return True
+    meshes = [x.device_mesh if is_in_parts(x) else None for x in tensors]
+    return all([mesh == meshes[0] for mesh in meshes])
 
 
 def local_part(x: Any) -> Tensor:
@@ -58,3 +73,22 @@ def part_like(parameter: Any, part: Tensor) -> Any:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def whole_numbers(numbers: Sequence[Any]) -> list[Tensor]:
+    """Numbers, (), as plain tensors, equal on all ranks: DTensors are put together.
+
+    One collective for those that are placed alike.
+    """
+    found = list(numbers)
+    kinds: dict[Any, list[int]] = {}
+    for i, x in enumerate(found):
+        if is_in_parts(x):
+            key = x.device_mesh, tuple(x.placements), x.dtype
+            kinds.setdefault(key, []).append(i)
+    for (mesh, placements, _), places in kinds.items():
+        mine = torch.stack([found[i].to_local() for i in places])
+        together = type(found[places[0]]).from_local(mine, mesh, placements, run_check=False)
+        for i, x in zip(places, together.full_tensor().unbind(0)):
+            found[i] = x
+    return found

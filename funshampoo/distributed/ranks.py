@@ -77,7 +77,12 @@ class Ranks:
 
     def is_shared(self) -> bool:
         """See `Spread`."""
-        return (self.whole or bool(self.known_parts)) and rank_and_size(self.group)[1] > 1
+        return self.in_use and rank_and_size(self.group)[1] > 1
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is shared out that was seen so far."""
+        return self.whole or bool(self.known_parts)
 
     def own(self, blocks: Blocks) -> dict[str, Piece]:
         """{stack: the rows of this rank}."""

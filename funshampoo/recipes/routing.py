@@ -39,8 +39,7 @@ def routed(
             ones; as in `shampoo`.
     """
     protected = guarded(method, max_failures=max_failures)
-    if distribute is not None:
-        protected = distributed(protected, distribute, max_failures=max_failures)
+    protected = distributed(protected, distribute, max_failures=max_failures)
     if others is None:
         others = guarded(adamw(learning_rate), max_failures=max_failures)
     inside = blocked(protected, None, merge="none", with_params=True)

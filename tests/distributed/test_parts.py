@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-import funshampoo as fs
-from tests.distributed.problems import SHAPES, optimizer, train, tree
+from tests.distributed.problems import optimizer, train, tree
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
