@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
@@ -17,6 +24,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import funshampoo as fs
+from funshampoo.core.placed import part_like
+from funshampoo.distributed.boxes import holding
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -72,7 +81,13 @@ def both(model: nn.Module, size: int) -> None:
     fully_shard(model, mesh=mesh["rows"])
 
 
+def as_it_is(model: nn.Module, size: int) -> None:
+    pass
+
+
 WAYS: dict[str, Callable[[nn.Module, int], None]] = {
+    "plain": as_it_is,
+    "data parallel": as_it_is,
     "fsdp2": rows,
     "hsdp": hybrid,
     "tp": tensor,
@@ -137,3 +152,67 @@ def test_a_sharded_model_trains_as_in_one_process(
 ) -> None:
     """Bitwise, on the gradients that there are."""
     assert ranks(size, train, size, way, method) == [[]] * size
+
+
+def like(p: Any, x: Tensor) -> Any:
+    """x, placed as p is."""
+    held = holding(p, tuple(p.shape))
+    part = torch.zeros(held.shape)
+    for box in held.boxes:
+        here = tuple(slice(a, a + n) for a, n in zip(box.local, box.shape))
+        there = tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape))
+        part[here] = x[there]
+    return part_like(p, part)
+
+
+def gradients(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(p.shape, generator=generator) for p in model().parameters()]
+
+
+def resumed(
+    rank: int, size: int, way: str, method: str, folder: str, flat: bool, ts: range
+) -> dict[str, Tensor]:
+    """Some steps, from a checkpoint if these are not the first, and a checkpoint."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    network = model()
+    WAYS[way](network, size)
+    optimizer = METHODS[method](network.parameters())
+    if ts.start:
+        weights, state = get_state_dict(network, optimizer, options=options)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{ts.start}")
+        set_state_dict(
+            network,
+            optimizer,
+            model_state_dict=weights,
+            optim_state_dict=state,
+            options=options,
+        )
+    for t in ts:
+        for p, g in zip(network.parameters(), gradients(t)):
+            p.grad = like(p, g)
+        optimizer.step()
+    weights, state = get_state_dict(network, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{ts.stop}")
+    return whole(network)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint on one process
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("method", ["shampoo", "soap", "adamw"])
+def test_a_checkpoint_outlives_the_sharding(
+    ranks: Ranks, tmp_path: Path, method: str, flat: bool
+) -> None:
+    plain = model()
+    optimizer = METHODS[method](plain.parameters())
+    for t in range(10):
+        for p, g in zip(plain.parameters(), gradients(t)):
+            p.grad = g
+        optimizer.step()
+    where = str(tmp_path)
+    legs = [("fsdp2", 4), ("plain", 1), ("fsdp2 x tp", 4), ("data parallel", 2), ("hsdp", 4)]
+    for i, (way, size) in enumerate(legs):
+        found = ranks(size, resumed, size, way, method, where, flat, range(2 * i, 2 * i + 2))
+    for weights in found:
+        for name, p in plain.named_parameters():
+            assert torch.equal(weights[name], p), name
