@@ -25,17 +25,19 @@ from funshampoo.distributed.collectives import (
     gathered_objects,
     rank_and_size,
 )
+from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.pieces import as_view
 from funshampoo.distributed.routes import (
     GRADIENTS,
     HEAD,
     PARAMETERS,
+    Held,
     Messages,
     Route,
     Slot,
     find_routes,
 )
-from funshampoo.distributed.shards import STATUS, Shards
+from funshampoo.distributed.shards import STATUS, Equal, Shards, shards_of
 
 Memory = dict[Any, tuple[Tensor, list[Tensor]]]
 
@@ -45,13 +47,15 @@ class Parts:
 
     Args:
         leaves: the parameters, or gradients in their place.
-        shards: the owners of all rows.
+        costs: {stack: what a block of it costs its owner}.
         shown: which parameters travel with their gradients.
 
     Attributes:
         held: what this rank holds of every parameter.
+        shards: the owners of all rows: those who hold much of them, within a balance.
         rows: {stack: how many rows this rank owns}.
         ids: {stack: which of the full stack they are}.
+        owned: the same, as `ShardedState` has it.
 
     Raises:
         RuntimeError: the ranks have other parameters; or their parts are not all there is.
@@ -59,7 +63,11 @@ class Parts:
     """
 
     def __init__(
-        self, leaves: Leaves, shards: Shards, shown: Sequence[bool], group: ProcessGroup | None
+        self,
+        leaves: Leaves,
+        costs: Mapping[str, float],
+        shown: Sequence[bool],
+        group: ProcessGroup | None,
     ) -> None:
         self.layout: Layout = leaves.where
         rank, size = rank_and_size(group)
@@ -70,12 +78,16 @@ class Parts:
         for other, (lines, _) in enumerate(everyone):
             if lines != everyone[0][0]:
                 raise RuntimeError(difference(everyone[0][0], lines, other))
-        self.size = size
-        self.routes = find_routes(self.layout, shards, [x for _, x in everyone], shown, rank)
-        own = [piece for piece in shards.pieces if piece.owner == rank]
+        self.size, found = size, Held([held for _, held in everyone])
+        self.shards = near_shards(self.layout, costs, found)
+        self.routes = find_routes(self.layout, self.shards, found, shown, rank)
+        own = [piece for piece in self.shards.pieces if piece.owner == rank]
+        self.owned: dict[str, dict[str, tuple[()]]] = {}
         self.ids: dict[str, tuple[int, ...]] = {}
         for piece in own:
             self.ids[piece.stack] = (*self.ids.get(piece.stack, ()), *piece.all_rows)
+            spans = self.owned.setdefault(piece.stack, {})
+            spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
         self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
 
@@ -88,6 +100,19 @@ class Parts:
             both = Messages(route.out, dtypes, head), Messages(route.into, dtypes, head)
             self._messages[key] = both
         return self._messages[key]
+
+
+def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shards:
+    """The owners of all rows, by `nearest`."""
+    of_rows = held.of_blocks(layout)
+    each = [costs[stack] for stack, rows in of_rows.items() for _ in rows]
+    owners = nearest(each, [own for rows in of_rows.values() for own in rows], held.size)
+    stacks = {name: Equal(stack.block, stack.rows) for name, stack in layout.stacks.items()}
+    found, at = {}, 0
+    for stack, rows in of_rows.items():
+        found[stack] = owners[at : at + len(rows)]
+        at += len(rows)
+    return shards_of(stacks, found, held.size, torch.float32)
 
 
 class Transfer:

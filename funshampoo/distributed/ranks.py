@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,9 +62,12 @@ class Ranks:
         """The shards of all ranks."""
         _, size = rank_and_size(self.group)
         check_outside_transforms("sharded")
-        model = self.cost or (DEFAULT_COST if blocks.in_blocks else _BY_SIZE)
+        model = self._model(blocks)
         sides = self._sides(blocks) if blocks.in_blocks else {}
         return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), sides)
+
+    def _model(self, blocks: Blocks) -> CostModel:
+        return self.cost or (DEFAULT_COST if blocks.in_blocks else _BY_SIZE)
 
     def _sides(self, blocks: Blocks) -> Sides:
         key = tuple(blocks.stacks.items())
@@ -104,13 +108,15 @@ class Ranks:
         whole = {stack: range(rows) for stack, rows in parts.rows.items()}
         context["clock"] = clock = context["clock"] or self.counts
         inner = self.inner.init(transfer.rows_of(whole)[0], **context)
-        return self.begun(inner, blocks, clock)
+        return self.begun(inner, copy.deepcopy(parts.owned), blocks.device, clock)
 
-    def begun(self, inner: Any, blocks: Blocks, clock: bool) -> ShardedState:
-        """The state of this rank, from that of its blocks."""
+    def begun(
+        self, inner: Any, owned: dict[str, Any], device: torch.device, clock: bool
+    ) -> ShardedState:
+        """The state of this rank, from that of the blocks that it owns."""
         rank, size = rank_and_size(self.group)
-        owned, names = described(self.own(blocks), blocks), {f"{rank} of {size}": ()}
-        report = failure_report(inner, blocks.device)
+        names: dict[str, tuple[()]] = {f"{rank} of {size}": ()}
+        report = failure_report(inner, device)
         return ShardedState(inner, owned, names, report, started(self.counts, clock))
 
     def exchange(
@@ -141,7 +147,7 @@ class Ranks:
         own = self.own(blocks)
 
         if size == 1:
-            self._check_owned(blocks, state)
+            self._check_owned(described(own, blocks), state)
             new = step(state.inner, put)
             report = failure_report(new, blocks.device) if self._is_due(context) else state.report
             steps = advanced(state.steps, context.donate)
@@ -152,7 +158,8 @@ class Ranks:
         memory = self.memory if context.donate else {}
         transport = Whole(shards, rank, self.group, key, memory)
         rows = {stack: piece.all_rows for stack, piece in own.items()}
-        found = self._met(transport, rows, step, state, blocks, context, absent, says)
+        checked = self._checked(step, described(own, blocks), state)
+        found = self._met(transport, rows, checked, state, blocks, context, absent, says)
         for name, pieces in transport.pieces.items():
             for first, x in pieces:
                 put(name, range(first, first + len(x)), x)
@@ -172,7 +179,7 @@ class Ranks:
         parts, dtype = self._parts(leaves, blocks), self._dtype(blocks)
         says = Says()
         if parts.size > 1:
-            says = self._says(self.shards(blocks), leaves, context, blocks.device)
+            says = self._says(parts.shards, leaves, context, blocks.device)
         memory = self.memory.setdefault((id(parts), dtype), {}) if context.donate else {}
         transfer = Transfer(parts, leaves, dtype, blocks.device, self.group, memory)
 
@@ -180,7 +187,8 @@ class Ranks:
             return step(inner, parts.ids, transfer.rows_of, place)
 
         rows = {stack: range(n) for stack, n in parts.rows.items()}
-        new = self._met(transfer, rows, own_step, state, blocks, context, absent, says)
+        checked = self._checked(own_step, parts.owned, state)
+        new = self._met(transfer, rows, checked, state, blocks, context, absent, says)
         return new, transfer.updates
 
     def _met(
@@ -202,14 +210,11 @@ class Ranks:
         if transport.sent.dtype != blocks.dtype:
             step = holding(step, transport.sent, transport.places)
 
-        def mine(place: Put) -> Any:
-            # Whatever is wrong on this rank alone has to be found in here: the others are waiting.
-            self._check_owned(blocks, state)
-            return step(state.inner, place)
-
         look = blocks.device.type == "cpu" or number is None or number % self.every == 0
         exchange = Exchange(transport, rows, self.group)
-        new, seen = exchange.run(mine, self._is_due(context), look, says)
+        new, seen = exchange.run(
+            lambda put: step(state.inner, put), self._is_due(context), look, says
+        )
         report = state.report if seen is None else seen
         return ShardedState(new, state.owned, state.ranks, report, steps)
 
@@ -226,7 +231,12 @@ class Ranks:
         key = id(layout), shown
         found = self.known_parts.get(key)
         if found is None or found[0] is not layout or found[1] != placed:
-            parts = Parts(leaves, self.shards(blocks), shown, self.group)
+            model, sides = self._model(blocks), self._sides(blocks)
+            costs = {
+                name: model.block(s.block, self.every, sides.get(name, s.block))
+                for name, s in blocks.stacks.items()
+            }
+            parts = Parts(leaves, costs, shown, self.group)
             found = self.known_parts[key] = layout, placed, parts
         return found[2]
 
@@ -247,10 +257,23 @@ class Ranks:
             return blocks
         return [block for part in gathered_objects(blocks, self.group) for block in part]
 
-    def _check_owned(self, blocks: Blocks, state: ShardedState) -> None:
+    def _checked(
+        self, step: Callable[[Any, Put], Any], owned: Any, state: ShardedState
+    ) -> Callable[[Any, Put], Any]:
+        """The step, which says if the state is of other blocks.
+
+        Whatever is wrong on this rank alone has to be found in it: the others are waiting.
+        """
+
+        def checked(inner: Any, put: Put) -> Any:
+            self._check_owned(owned, state)
+            return step(inner, put)
+
+        return checked
+
+    def _check_owned(self, owned: Any, state: ShardedState) -> None:
         rank, size = rank_and_size(self.group)
-        ranks = {f"{rank} of {size}": ()}
-        if state.owned != described(self.own(blocks), blocks) or state.ranks != ranks:
+        if state.owned != owned or state.ranks != {f"{rank} of {size}": ()}:
             raise ValueError(
                 "sharded: the state holds other blocks than this rank owns. Call init on the ranks "
                 "that train; to go on from a checkpoint of other ranks, use "

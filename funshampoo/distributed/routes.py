@@ -10,6 +10,8 @@ to the longest.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -70,28 +72,72 @@ class Routes(NamedTuple):
     scatter: Route
 
 
+class Held:
+    """Who holds what of every parameter.
+
+    Args:
+        everyone: for every rank, what it holds of every parameter.
+
+    Attributes:
+        boxes: for every parameter {(offset, shape): the ranks that hold this box}, in one order on
+            all ranks.
+    """
+
+    def __init__(self, everyone: Sequence[Sequence[Holding]]) -> None:
+        self.everyone, self.size = everyone, len(everyone)
+        self.boxes = [_holders(of_parameter) for of_parameter in zip(*everyone)]
+
+    def of_blocks(self, layout: Layout) -> dict[str, list[dict[int, int]]]:
+        """{stack: for every row {rank: how many of its numbers it holds}}.
+
+        {} where all hold the same.
+        """
+        found: dict[str, list[dict[int, int]]] = {s: [] for s in layout.stacks}
+        for where, boxes in zip(layout.parameters, self.boxes):
+            partial = [(k, ranks) for k, ranks in boxes.items() if k[0] and len(ranks) < self.size]
+            starts = [key[0][0] for key, _ in partial]
+            longest = max((key[1][0] for key, _ in partial), default=0)
+            for region in where.regions:
+                for at in itertools.product(*map(range, region.grid)):
+                    offset = tuple(o + i * b for o, i, b in zip(region.offset, at, region.block))
+                    shares: dict[int, int] = {}
+                    if partial:
+                        first = bisect.bisect_right(starts, offset[0] - longest)
+                        last = bisect.bisect_left(starts, offset[0] + region.block[0])
+                        for key, ranks in partial[first:last]:
+                            if common := _common(offset, region.block, *key):
+                                shares |= {r: shares.get(r, 0) + common for r in ranks}
+                    found[region.stack].append(shares)
+        return found
+
+
+def _common(offset: Shape, shape: Shape, other: Shape, other_shape: Shape) -> int:
+    """How many indices two boxes have in common."""
+    count = 1
+    for a, n, b, m in zip(offset, shape, other, other_shape):
+        count *= max(0, min(a + n, b + m) - max(a, b))
+    return count
+
+
 def find_routes(
     layout: Layout,
     shards: Shards,
-    held: Sequence[Sequence[Holding]],
+    held: Held,
     shown: Sequence[bool],
     rank: int,
 ) -> Routes:
     """The routes of one rank.
 
     Args:
-        held: for every rank, what it holds of every parameter.
         shown: which parameters travel with their gradients.
 
     Raises:
         RuntimeError: nobody holds some of a block that this rank owns.
     """
-    size = len(held)
-    routes = Routes(Route(size), Route(size))
+    routes = Routes(Route(held.size), Route(held.size))
     runs = _runs(shards)
     for i, where in enumerate(layout.parameters):
-        holders = _holders([of_rank[i] for of_rank in held])
-        mine = held[rank][i]
+        holders, mine = held.boxes[i], held.everyone[rank][i]
         own_boxes = {(box.offset, box.shape): box for box in mine.boxes}
         columns = [GRADIENTS, PARAMETERS] if shown[i] else [GRADIENTS]
         for region in where.regions:

@@ -24,7 +24,7 @@ from funshampoo.distributed.collectives import (
 )
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ranks import Ranks
-from funshampoo.distributed.space import Space
+from funshampoo.distributed.space import Space, described
 from funshampoo.state.stages import ShardedState
 
 _BY_SIZE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -123,9 +123,10 @@ def sharded(
         if not whole:
             return inner.init(params, block_ndim=block_ndim, clock=clock, **context)
         space = Space(params, block_ndim)
-        own = space.select(params, ranks.own(space.all_blocks))
+        mine = ranks.own(space.all_blocks)
+        own, owned = space.select(params, mine), described(mine, space)
         state = inner.init(own, block_ndim=block_ndim, clock=clock or counts, **context)
-        return ranks.begun(state, space.all_blocks, clock)
+        return ranks.begun(state, owned, space.device, clock)
 
     def update(
         updates: Tree, state: ShardedState, params: Tree, context: Context

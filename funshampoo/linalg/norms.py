@@ -31,7 +31,8 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
     tensor([5., 1.])
     """
     if is_in_parts(x):  # which could not be made flat
-        return torch.linalg.vector_norm(x)
+        of_parts: Tensor = torch.linalg.vector_norm(x)
+        return of_parts
     flat = x.reshape(*x.shape[:block_ndim], -1)
     if flat.shape[-1] == 1:  # in a graph, torch 2.8 takes the norm of one number for (N, 1)
         return flat[..., 0].abs()
