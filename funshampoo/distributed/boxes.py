@@ -51,18 +51,30 @@ def holding(x: Any, merged: Shape) -> Holding:
     whole = tuple(x.shape)
     if not is_in_parts(x):
         return _held([[(0, n)] for n in merged])
-    coordinate = x.device_mesh.get_coordinate()
+    coordinate, mesh = x.device_mesh.get_coordinate(), tuple(x.device_mesh.shape)
     if coordinate is None:  # this rank is not in the mesh
         return Holding((0,) * len(merged), ())
-    sides = runs_of(whole, x.placements, tuple(x.device_mesh.shape), coordinate)
-    expected, part = [sum(n for _, n in runs) for runs in sides], list(x.to_local().shape)
-    if part != expected and math.prod(part) + math.prod(expected) > 0:
+    found, part = holding_at(whole, x.placements, mesh, coordinate, merged), x.to_local()
+    if part.numel() != math.prod(found.shape):
         raise NotImplementedError(
-            f"of a DTensor of shape {whole}, placed {tuple(x.placements)} on a mesh of "
-            f"{tuple(x.device_mesh.shape)}, {part} is here, where {expected} was expected: this "
+            f"of a DTensor of shape {whole}, placed {tuple(x.placements)} on a mesh of {mesh}, "
+            f"{tuple(part.shape)} is here, where {found.shape} was expected of {merged}: this "
             "sharding is not supported."
         )
-    return _held(sides if merged == whole else merged_runs(sides, whole, merged))
+    return found
+
+
+def holding_at(
+    shape: Shape, placements: Sequence[Any], mesh: Shape, coordinate: Sequence[int], merged: Shape
+) -> Holding:
+    """What the rank at a coordinate of the mesh holds; see `runs_of`.
+
+    >>> from torch.distributed.tensor import Shard
+    >>> holding_at((5, 4), [Shard(0)], (2,), (1,), (5, 4))
+    Holding(shape=(2, 4), boxes=(Box(offset=(3, 0), shape=(2, 4), local=(0, 0)),))
+    """
+    sides = runs_of(shape, placements, mesh, coordinate)
+    return _held(sides if merged == shape else merged_runs(sides, shape, merged))
 
 
 def _held(sides: Sequence[Runs]) -> Holding:
