@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +130,7 @@ class _Blocked:
     executors: Executors = field(repr=False)
     names: _Names = field(repr=False)
 
-    def _layout(self, leaves: list[Tensor]) -> Layout:
+    def layout(self, leaves: list[Tensor]) -> Layout:
         return layout_of(tuple(map(leaf_key, leaves)), self.max_size, self.merge, self.keep)
 
     def init(
@@ -142,7 +142,7 @@ class _Blocked:
         if block_ndim:
             raise ValueError("blocked inside blocked: the parameters are cut into blocks already.")
         leaves, _ = flatten(params)
-        layout, names = self._layout(leaves), leaf_names(params)
+        layout, names = self.layout(leaves), leaf_names(params)
         context |= {"block_ndim": 1, "clock": clock or inner.counts}
         if in_parts:
             state = inner.spread.begin(Leaves(names, leaves, leaves, layout), **context)
@@ -163,7 +163,7 @@ class _Blocked:
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
-        layout = self._layout(known)
+        layout = self.layout(known)
         called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
         _check_layout(layout, state.layout, called)
         shown = None if self.with_params is False else _shown(params, self.with_params)
@@ -277,3 +277,26 @@ def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
     leaves, _ = flatten(params)
     flags = labels_of(mask, params, "with_params")
     return [p if flag else None for p, flag in zip(leaves, flags)]
+
+
+def layout_in(transformation: GradientTransformation, params: Tree) -> Layout:
+    """The layout of the only `blocked` in a chain, for these parameters.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    found = list(_blocked_in(transformation))
+    if len(found) != 1:
+        raise ValueError(
+            f"transformation contains {len(found)} blocked(...); a plan distributes the blocks of "
+            "exactly one."
+        )
+    return found[0].layout(flatten(params)[0])
+
+
+def _blocked_in(transformation: GradientTransformation) -> Iterator[_Blocked]:
+    own = getattr(transformation._given["init"], "__self__", None)
+    if isinstance(own, _Blocked):
+        yield own
+    for part in transformation.parts.values():
+        yield from _blocked_in(part)

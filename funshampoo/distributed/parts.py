@@ -106,7 +106,8 @@ def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shard
     """The owners of all rows, by `nearest`."""
     of_rows = held.of_blocks(layout)
     each = [costs[stack] for stack, rows in of_rows.items() for _ in rows]
-    owners = nearest(each, [own for rows in of_rows.values() for own in rows], held.size)
+    shares = [own.of_rank for rows in of_rows.values() for own in rows]
+    owners = nearest(each, shares, held.size)
     stacks = {name: Equal(stack.block, stack.rows) for name, stack in layout.stacks.items()}
     found, at = {}, 0
     for stack, rows in of_rows.items():

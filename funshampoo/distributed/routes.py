@@ -10,11 +10,10 @@ to the longest.
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +30,9 @@ Column: TypeAlias = int
 """What a piece is of: `GRADIENTS`, `PARAMETERS`, or on the way back updates."""
 
 GRADIENTS, PARAMETERS = 0, 1
+
+Boxes: TypeAlias = dict[tuple[Shape, Shape], list[int]]
+"""{(offset, shape): the ranks that hold this box}"""
 
 
 class Slot(NamedTuple):
@@ -72,6 +74,18 @@ class Routes(NamedTuple):
     scatter: Route
 
 
+class Shares(NamedTuple):
+    """Who holds what of a block.
+
+    Attributes:
+        boxes: [(the ranks that hold it, how many numbers of the block are in it)].
+        of_rank: {rank: how many numbers of the block it holds}; {} where all hold all.
+    """
+
+    boxes: tuple[tuple[Sequence[int], int], ...]
+    of_rank: dict[int, int]
+
+
 class Held:
     """Who holds what of every parameter.
 
@@ -85,30 +99,41 @@ class Held:
 
     def __init__(self, everyone: Sequence[Sequence[Holding]]) -> None:
         self.everyone, self.size = everyone, len(everyone)
-        self.boxes = [_holders(of_parameter) for of_parameter in zip(*everyone)]
+        known: dict[tuple[Holding, ...], Boxes] = {}
+        self.boxes: list[Boxes] = []
+        for of_parameter in zip(*everyone):
+            if of_parameter not in known:
+                known[of_parameter] = _holders(of_parameter)
+            self.boxes.append(known[of_parameter])
 
-    def of_blocks(self, layout: Layout) -> dict[str, list[dict[int, int]]]:
-        """{stack: for every row {rank: how many of its numbers it holds}}.
-
-        {} where all hold the same.
-        """
-        found: dict[str, list[dict[int, int]]] = {s: [] for s in layout.stacks}
+    def of_blocks(self, layout: Layout) -> dict[str, list[Shares]]:
+        """{stack: the shares of every row}; the same object for blocks that are held alike."""
+        found: dict[str, list[Shares]] = {s: [] for s in layout.stacks}
+        known: dict[Any, Shares] = {}
         for where, boxes in zip(layout.parameters, self.boxes):
-            partial = [(k, ranks) for k, ranks in boxes.items() if k[0] and len(ranks) < self.size]
-            starts = [key[0][0] for key, _ in partial]
-            longest = max((key[1][0] for key, _ in partial), default=0)
+            cut = [
+                axis
+                for axis, side in enumerate(where.merged)
+                if any(shape[axis] != side for _, shape in boxes)
+            ]
             for region in where.regions:
                 for at in itertools.product(*map(range, region.grid)):
-                    offset = tuple(o + i * b for o, i, b in zip(region.offset, at, region.block))
-                    shares: dict[int, int] = {}
-                    if partial:
-                        first = bisect.bisect_right(starts, offset[0] - longest)
-                        last = bisect.bisect_left(starts, offset[0] + region.block[0])
-                        for key, ranks in partial[first:last]:
-                            if common := _common(offset, region.block, *key):
-                                shares |= {r: shares.get(r, 0) + common for r in ranks}
-                    found[region.stack].append(shares)
+                    key = id(boxes), region[2:], tuple(at[axis] for axis in cut)
+                    if key not in known:
+                        offset = [o + i * b for o, i, b in zip(region.offset, at, region.block)]
+                        known[key] = self._shares(boxes, tuple(offset), region.block)
+                    found[region.stack].append(known[key])
         return found
+
+    def _shares(self, boxes: Boxes, offset: Shape, block: Shape) -> Shares:
+        meeting = [(ranks, _common(offset, block, *key)) for key, ranks in boxes.items()]
+        met = tuple((ranks, common) for ranks, common in meeting if common)
+        shares: dict[int, int] = {}
+        for ranks, common in met:
+            if len(ranks) < self.size:
+                for rank in ranks:
+                    shares[rank] = shares.get(rank, 0) + common
+        return Shares(met, shares)
 
 
 def _common(offset: Shape, shape: Shape, other: Shape, other_shape: Shape) -> int:
@@ -147,7 +172,7 @@ def find_routes(
                 found = 0
                 for key in holders if owner == rank else sorted(own_boxes):
                     box = own_boxes.get(key, Box(*key, (0,) * len(key[0])))
-                    source = _source(holders[key], owner)
+                    source = source_of(holders[key], owner)
                     for piece in pieces(region, rows, at, box, mine.shape):
                         found += piece.numel
                         for column in columns:
@@ -172,7 +197,7 @@ def _runs(shards: Shards) -> dict[str, list[tuple[int, range, int]]]:
     return found
 
 
-def _holders(held: Sequence[Holding]) -> dict[tuple[Shape, Shape], list[int]]:
+def _holders(held: Sequence[Holding]) -> Boxes:
     """{(offset, shape) of a box: the ranks that hold it}, in one order on all ranks."""
     found: dict[tuple[Shape, Shape], list[int]] = {}
     for rank, of_rank in enumerate(held):
@@ -181,7 +206,7 @@ def _holders(held: Sequence[Holding]) -> dict[tuple[Shape, Shape], list[int]]:
     return dict(sorted(found.items()))
 
 
-def _source(ranks: Sequence[int], owner: int) -> int:
+def source_of(ranks: Sequence[int], owner: int) -> int:
     """Which of several holders sends its gradient: the nearest by number, so one of the same node.
 
     All of them have the same numbers there.

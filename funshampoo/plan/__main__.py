@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from funshampoo.plan.planner import plan
+from funshampoo.plan.planner import Plan, plan
 from funshampoo.plan.shapes import MODELS
+from funshampoo.plan.sharding import ShardingPlan, plan_sharded
+from funshampoo.recipes.shampoo import shampoo
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -18,8 +20,21 @@ DTYPES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line (`sys.argv` by default) and print the plan."""
-    options = _parser().parse_args(arguments)
-    found = plan(
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.sharding is None) != (options.mesh is None) or (options.sharding and options.ranks):
+        parser.error("give --ranks; or --sharding and --mesh, for sharded parameters")
+    if options.sharding is None and options.ranks is None:
+        parser.error("the following arguments are required: --ranks")
+    try:
+        found = _sharded(options) if options.sharding else _whole(options)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{options.model}\n{found}")
+
+
+def _whole(options: argparse.Namespace) -> Plan:
+    return plan(
         options.model,
         options.ranks,
         max_size=options.block_size,
@@ -29,7 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=DTYPES[options.dtype],
         communication_dtype=DTYPES.get(options.communication_dtype),
     )
-    print(f"{options.model}\n{found}")
+
+
+def _sharded(options: argparse.Namespace) -> ShardingPlan:
+    return plan_sharded(
+        options.model,
+        options.sharding,
+        options.mesh,
+        transformation=shampoo(
+            1e-3,
+            max_size=options.block_size,
+            merge=options.merge,
+            keep=options.keep,
+            every=options.every,
+        ),
+        every=options.every,
+        dtype=DTYPES[options.dtype],
+        ranks_per_node=options.ranks_per_node,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +75,25 @@ def _parser() -> argparse.ArgumentParser:
         "--model", required=True, choices=MODELS, help=f"one of {', '.join(MODELS)}", metavar="NAME"
     )
     parser.add_argument(
-        "--ranks", required=True, type=_count, metavar="N", help="ranks that share the blocks"
+        "--ranks", type=_count, metavar="N", help="ranks that share the blocks of whole parameters"
+    )
+    parser.add_argument(
+        "--sharding",
+        choices=("fsdp", "hsdp", "tp", "fsdp+tp"),
+        help="in place of --ranks: how the parameters themselves are sharded",
+    )
+    parser.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="NxM",
+        help="its ranks: N, for hsdp replicas x shards, for fsdp+tp shards x tensor",
+    )
+    parser.add_argument(
+        "--ranks-per-node",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="with --sharding, consecutive ranks that share a node; default: 8",
     )
     parser.add_argument(
         "--block-size",
@@ -87,6 +137,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _mesh(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split("x")))
 
 
 def _size(text: str) -> int | None:

@@ -162,7 +162,7 @@ def plan(
     blocks = _only_blocked(state)
     counts, sides = stack_rows(blocks), factor_sides(blocks)
     stacks = {name: _BlockCount(block_of(name), rows) for name, rows in counts.items()}
-    state_bytes, replicated_bytes = _state_bytes(state, stacks)
+    state_bytes, replicated_bytes = state_bytes_of(state, stacks)
     owners = owners_of(stacks, world_size, every, cost, sides)
     planned = {
         name: StackPlan(
@@ -238,7 +238,7 @@ def _only_blocked(state: Any) -> BlockedState:
     return found[0]
 
 
-def _state_bytes(state: Any, stacks: Collection[str]) -> tuple[dict[str, int], int]:
+def state_bytes_of(state: Any, stacks: Collection[str]) -> tuple[dict[str, int], int]:
     """({stack: bytes of state of one block}, bytes of all other state)."""
     per_block = dict.fromkeys(stacks, 0)
     shared = 0
