@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.copies import Given, Traced, Views
-from funshampoo.blocks.executor import Executors
+from funshampoo.blocks.executor import Executors, Leaves
 from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_key
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
@@ -30,6 +31,7 @@ from funshampoo.core.contract import (
     as_transformation,
 )
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
+from funshampoo.core.placed import is_in_parts, part_like, placed_like
 from funshampoo.core.tree import (
     check_local,
     check_same_structure,
@@ -104,74 +106,107 @@ def blocked(
     if tile is not None and tile != "auto":
         check_count("tile", tile)
 
-    names = _Names()
+    blocks = _Blocked(inner, max_size, merge, keep, with_params, tile, Executors(tile), _Names())
+    return GradientTransformation(
+        blocks.init,
+        blocks.update,
+        "blocked",
+        apply=blocks.apply,
+        check=blocks.check if inner.checks else None,
+        parts={"inner": inner},
+    )
 
-    def find_layout(leaves: list[Tensor]) -> Layout:
-        return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
+
+@dataclass(frozen=True)
+class _Blocked:
+    """`blocked` with its arguments."""
+
+    inner: GradientTransformation
+    max_size: int | None
+    merge: Merge
+    keep: int
+    with_params: bool | Mask
+    tile: TileSize
+    executors: Executors = field(repr=False)
+    names: _Names = field(repr=False)
+
+    def layout(self, leaves: list[Tensor]) -> Layout:
+        return layout_of(tuple(map(leaf_key, leaves)), self.max_size, self.merge, self.keep)
 
     def init(
-        params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
+        self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
     ) -> BlockedState:
-        check_local(params, "blocked")
+        inner = self.inner
+        in_parts = inner.spread is not None and any(map(is_in_parts, flatten(params)[0]))
+        check_local(params, "blocked", parts=in_parts)
         if block_ndim:
             raise ValueError("blocked inside blocked: the parameters are cut into blocks already.")
         leaves, _ = flatten(params)
-        layout = find_layout(leaves)
-        stacks = stack_blocks(leaves, layout)
-        counted = clock or inner.counts
-        state = inner.init(stacks, block_ndim=1, clock=counted, **context)
+        layout, names = self.layout(leaves), leaf_names(params)
+        context |= {"block_ndim": 1, "clock": clock or inner.counts}
+        if in_parts:
+            state = inner.spread.begin(Leaves(names, leaves, leaves, layout), **context)
+        else:
+            state = inner.init(stack_blocks(leaves, layout), **context)
         described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
-        by_name = dict(zip(leaf_names(params), described))
-        return BlockedState(state, by_name, started(inner.counts, clock))
+        return BlockedState(state, dict(zip(names, described)), started(inner.counts, clock))
 
-    def read(updates: Tree, state: BlockedState, params: Tree) -> Given:
+    def _read(self, updates: Tree, state: BlockedState, params: Tree) -> Given:
         if params is not None:
             check_same_structure(params, updates, "params", "gradients")
         leaves, spec = flatten(updates)
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         known = leaves if params is None else flatten(params)[0]
         _check_gradients(leaves, known, updates)
-        if with_params is not False and params is None:
+        if self.with_params is not False and params is None:
             raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
-        layout = find_layout(known)
-        called = [] if torch.compiler.is_dynamo_compiling() else names.of(updates, spec)
+        layout = self.layout(known)
+        called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
         _check_layout(layout, state.layout, called)
-        shown = None if with_params is False else _shown(params, with_params)
+        shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
 
-    def inside(given: Given, state: BlockedState, context: Context) -> Context:
+    def _inside(self, given: Given, state: BlockedState, context: Context) -> Context:
         alive = rows_alive(context.alive, given.layout)
         return changed(running(state.steps, context), block_ndim=1, alive=alive)
 
     def update(
-        updates: Tree, state: BlockedState, params: Tree, context: Context
+        self, updates: Tree, state: BlockedState, params: Tree, context: Context
     ) -> tuple[Tree, BlockedState]:
-        given = read(updates, state, params)
-        here = inside(given, state, context)
-        run = executors.of(given.layout)
-        shared = inner.spread is not None and inner.spread.is_shared()
-        plain = is_plain([g for g in given.leaves if g is not None], given.known)
-        copies = Views(run.parts, given, copies=shared) if plain else Traced(given)
+        given, inner = self._read(updates, state, params), self.inner
+        here = self._inside(given, state, context)
+        run = self.executors.of(given.layout)
         missing, leaves = given.missing_rows(), given.described()
-        new = run.run(inner, state.inner, copies.gather, copies.put, missing, here, leaves)
+        if any(map(is_in_parts, given.known)):
+            leaves = leaves._replace(gradients=list(map(placed_like, given.leaves, given.known)))
+            new, parts = run.run_parts(inner.spread, state.inner, missing, here, leaves)
+            found = list(map(part_like, given.known, parts))
+        else:
+            shared = inner.spread is not None and inner.spread.is_shared()
+            plain = is_plain([g for g in given.leaves if g is not None], given.known)
+            copies = Views(run.parts, given, copies=shared) if plain else Traced(given)
+            new = run.run(inner, state.inner, copies.gather, copies.put, missing, here, leaves)
+            found = copies.updates(shared)
         steps = advanced(state.steps, context.donate)
-        found = given.spec.unflatten(copies.updates(shared))
-        return found, BlockedState(new, state.layout, steps)
+        return given.spec.unflatten(found), BlockedState(new, state.layout, steps)
 
-    def apply(updates: Tree, state: BlockedState, params: Tree, context: Context) -> BlockedState:
-        given = read(updates, state, params)
+    def apply(
+        self, updates: Tree, state: BlockedState, params: Tree, context: Context
+    ) -> BlockedState:
+        given, inner = self._read(updates, state, params), self.inner
         own = given.known
         in_place = not is_traced() and all([p.is_contiguous() for p in own])
+        in_place = in_place and not any(map(is_in_parts, own))
         # Where parameters are tied, a tile would read what the one before has written.
-        if not in_place or not (with_params is False or begin_apart(own)):
-            updates, state = update(updates, state, params, context)
+        if not in_place or not (self.with_params is False or begin_apart(own)):
+            updates, state = self.update(updates, state, params, context)
             add_in_place(params, updates)
             return state
-        here = inside(given, state, context)
-        run = executors.of(given.layout)
+        here = self._inside(given, state, context)
+        run = self.executors.of(given.layout)
 
         def put(stack: str, rows: range, values: Tensor) -> None:
             run.parts.scatter_add(stack, rows, values, own)
@@ -181,18 +216,13 @@ def blocked(
         new = run.run(inner, state.inner, gather, put, missing, here, leaves)
         return BlockedState(new, state.layout, advanced(state.steps, context.donate))
 
-    def check(state: BlockedState, context: Context) -> None:
+    def check(self, state: BlockedState, context: Context) -> None:
         here = running(state.steps, context)
         try:
-            inner.check(state.inner, here)
+            self.inner.check(state.inner, here)
         except FailureLimitError as error:  # only here the blocks have names
             blocks = error.everywhere(failing_blocks(state, error.max_failures))
             raise failure_limit_error(blocks, error.max_failures) from None
-
-    executors = Executors(tile)
-    return GradientTransformation(
-        init, update, apply=apply, check=check if inner.checks else None, parts={"inner": inner}
-    )
 
 
 def _check_gradients(leaves: list[Any], others: list[Tensor], updates: Tree) -> None:
@@ -247,3 +277,26 @@ def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
     leaves, _ = flatten(params)
     flags = labels_of(mask, params, "with_params")
     return [p if flag else None for p, flag in zip(leaves, flags)]
+
+
+def layout_in(transformation: GradientTransformation, params: Tree) -> Layout:
+    """The layout of the only `blocked` in a chain, for these parameters.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    found = list(_blocked_in(transformation))
+    if len(found) != 1:
+        raise ValueError(
+            f"transformation contains {len(found)} blocked(...); a plan distributes the blocks of "
+            "exactly one."
+        )
+    return found[0].layout(flatten(params)[0])
+
+
+def _blocked_in(transformation: GradientTransformation) -> Iterator[_Blocked]:
+    own = getattr(transformation._given["init"], "__self__", None)
+    if isinstance(own, _Blocked):
+        yield own
+    for part in transformation.parts.values():
+        yield from _blocked_in(part)

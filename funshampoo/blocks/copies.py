@@ -40,7 +40,9 @@ class Given(NamedTuple):
 
     def described(self) -> Leaves:
         """For those who share the step."""
-        return Leaves(self.names, self.known if self.given else None, self.leaves, self.layout)
+        shown = None if self.shown is None else [x is not None for x in self.shown]
+        known = self.known if self.given else None
+        return Leaves(self.names, known, self.leaves, self.layout, shown)
 
     def missing_rows(self) -> dict[str, set[int]]:
         """{stack: the rows without a gradient}."""

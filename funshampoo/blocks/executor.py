@@ -23,7 +23,7 @@ from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.state_rows import Part, StateRows, joined, store, store_shared
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, refreshes
-from funshampoo.core.modes import is_traced, keep_freed_memory
+from funshampoo.core.modes import is_traced, keep_freed_memory, row_index
 
 Put: TypeAlias = Callable[[str, range, Any], None]
 """(stack, rows of it, their updates)"""
@@ -43,18 +43,21 @@ class Leaves(NamedTuple):
         parameters: None where the step was not given them.
         gradients: None for a leaf without one.
         where: where the leaves lie in blocks, equal for equal shapes.
+        shown: which parameters the step reads; None: none.
     """
 
     names: Sequence[str]
     parameters: Sequence[Tensor] | None
     gradients: Sequence[Tensor | None]
     where: Any
+    shown: Sequence[bool] | None = None
 
 
 class Spread(Protocol):
     """How the blocks of a step are spread over ranks."""
 
     inner: GradientTransformation
+    whole: bool  # whether whole parameters are shared out, not only those that ranks have parts of
 
     def is_shared(self) -> bool:
         """Whether other ranks have a part in it."""
@@ -80,6 +83,31 @@ class Spread(Protocol):
 
         Returns:
             The new state.
+        """
+
+    def begin(self, leaves: Leaves, **context: Any) -> Any:
+        """The state of the blocks of this rank, for parameters of which ranks have parts.
+
+        Args:
+            leaves: the parameters, as `parameters` and as `gradients`.
+        """
+
+    def exchange_parts(
+        self,
+        step: Callable[[Any, Mapping[str, Sequence[int]], Gather, Put], Any],
+        state: Any,
+        layout: Layout,
+        context: Context,
+        leaves: Leaves,
+        absent: bool,
+    ) -> tuple[Any, list[Tensor]]:
+        """`exchange` for parameters of which ranks have parts.
+
+        Runs `step(inner state, rows of the full stacks, gather, put)`, whose portions count the
+        rows of this rank from 0.
+
+        Returns:
+            The new state, and for every leaf the update of what this rank has of it, in any shape.
         """
 
 
@@ -110,7 +138,7 @@ class Executor:
     ) -> Any:
         """Step `inner` on the rows that have a gradient. Returns the new state."""
         spread: Spread | None = inner.spread
-        if spread is None:
+        if spread is None or not spread.whole:
             whole = {name: range(stack.rows) for name, stack in self.layout.stacks.items()}
             return self._step(inner, whole, state, gather, put, missing, context)
         own, owner = spread.owned(self.layout), spread.inner
@@ -119,6 +147,28 @@ class Executor:
             return self._step(owner, own, state, gather, put, missing, context)
 
         return spread.exchange(step, put, state, self.layout, context, leaves, bool(missing))
+
+    def run_parts(
+        self, spread: Spread, state: Any, missing: Missing, context: Context, leaves: Leaves
+    ) -> tuple[Any, list[Tensor]]:
+        """`run` for leaves of which ranks have parts. Returns their updates, too."""
+        owner = spread.inner
+
+        def step(state: Any, rows: Mapping[str, Sequence[int]], gather: Gather, put: Put) -> Any:
+            own = {stack: range(len(mine)) for stack, mine in rows.items()}
+            ids = {stack: [self._ids[stack][r] for r in mine] for stack, mine in rows.items()}
+            absent = {
+                s: [k for k, r in enumerate(rows[s]) if r in missing.get(s, ())] for s in rows
+            }
+            alive = context.alive and {
+                s: _picked(context.alive[s], mine) for s, mine in rows.items()
+            }
+            here = changed(context, alive=alive)
+            lacking = {s: gone for s, gone in absent.items() if gone}
+            return self._step(owner, own, state, gather, put, lacking, here, ids)
+
+        absent = bool(missing)
+        return spread.exchange_parts(step, state, self.layout, context, leaves, absent)
 
     def _step(
         self,
@@ -129,7 +179,9 @@ class Executor:
         put: Put,
         missing: Missing,
         context: Context,
+        ids: Mapping[str, Sequence[int]] | None = None,
     ) -> Any:
+        ids = self._ids if ids is None else ids
         in_place = context.donate and not is_traced()
         if in_place and self._device.type == "cpu":
             keep_freed_memory()
@@ -146,7 +198,7 @@ class Executor:
             here = changed(
                 context,
                 gradient=stacks,
-                rows={n: self._ids[n][r.start : r.stop] for n, r in portion.items()},
+                rows={n: ids[n][r.start : r.stop] for n, r in portion.items()},
                 alive=_of_rows(context.alive, portion),
             )
             updates, after = inner.run(stacks, before, params, here)
@@ -188,6 +240,10 @@ class Executor:
         if key not in self._rows:
             self._rows[key] = StateRows({name: rows.start for name, rows in own.items()})
         return self._rows[key]
+
+
+def _picked(x: Tensor, rows: Sequence[int]) -> Tensor:
+    return x.index_select(0, row_index(tuple(rows), x.device))
 
 
 def _of_rows(alive: Mapping[str, Tensor] | None, portion: Portion) -> dict[str, Tensor] | None:

@@ -18,6 +18,7 @@ from funshampoo.core.contract import (
     Tree,
     as_transformation,
 )
+from funshampoo.core.placed import whole_numbers
 from funshampoo.core.tree import check_parameters, compute_dtype, flatten, map_leaves
 from funshampoo.state.places import is_shared
 from funshampoo.state.stages import GuardedState, MultiStepsState, find_state
@@ -169,7 +170,7 @@ def _zeros(x: Tensor) -> Tensor:
 def _all_finite(tree: Tree, like: Tensor) -> Tensor:
     """() bool on the device of `like`, without a sync."""
     leaves = [x for x in flatten(tree)[0] if x is not None]
-    flags = [torch.isfinite(x).all().to(like.device) for x in leaves]
+    flags = [x.to(like.device) for x in whole_numbers([torch.isfinite(x).all() for x in leaves])]
     return torch.stack(flags).all() if flags else torch.ones_like(like, dtype=torch.bool)
 
 

@@ -12,6 +12,7 @@ from funshampoo.combinators.spikes import above, any_held, held, learned
 from funshampoo.core.context import Context
 from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.modes import is_traced, unwrapped
+from funshampoo.core.placed import is_in_parts, whole_numbers
 from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
 from funshampoo.linalg.norms import block_norm
 from funshampoo.state.stages import SpikeState
@@ -86,7 +87,8 @@ def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
             return None
         return block_norm(cast(g, compute_dtype(g)), block_ndim)
 
-    return map_leaves(norm, source, updates)
+    found, spec = flatten(map_leaves(norm, source, updates))
+    return spec.unflatten(whole_numbers(found))
 
 
 def with_spikes(
@@ -141,7 +143,11 @@ def _all_usable(norms: Sequence[Tensor | None]) -> bool:
 def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
     """Whether `guarded` holds none of these for sure; None where that can't be read now."""
     found = [g for g in gradients if g is not None]
-    if is_traced() or not all([g.is_cpu and g.is_floating_point() for g in found]):
+    if (
+        is_traced()
+        or any(map(is_in_parts, found))
+        or not all([g.is_cpu and g.is_floating_point() for g in found])
+    ):
         return None
     # The norm of a whole leaf is that of its blocks at least.
     squares: dict[torch.dtype, list[Tensor]] = {}

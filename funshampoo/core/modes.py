@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from funshampoo.core.placed import are_alike
 from funshampoo.core.precision import FullProducts
 
 
@@ -37,8 +39,11 @@ def is_traced() -> bool:
 
 
 def is_plain(*columns: Iterable[Tensor]) -> bool:
-    """Whether foreach operators take these: nobody traces, batches or differentiates them."""
-    if is_traced():
+    """Whether foreach operators take these.
+
+    Nobody traces, batches or differentiates them, and DTensors are of one mesh.
+    """
+    if is_traced() or not are_alike(itertools.chain(*columns)):
         return False
     if not torch.is_grad_enabled():
         return True

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from funshampoo.core.placed import is_in_parts
 from funshampoo.core.traced_tree import traced_flatten
 
 
@@ -257,23 +258,25 @@ def check_parameters(params: Any, stage: str) -> None:
             )
 
 
-def check_local(params: Any, stage: str) -> None:
+def check_local(params: Any, stage: str, parts: bool = False) -> None:
     """`check_parameters`, and every leaf is whole, for stages that cut blocks or factor matrices.
 
     A DTensor is not, nor is what FSDP1 has made of parameters.
+
+    Args:
+        parts: whether DTensors can be put together.
 
     Raises:
         TypeError: names the leaf and the remedy.
     """
     check_parameters(params, stage)
     for i, leaf in enumerate(flatten(params)[0]):
-        if hasattr(leaf, "device_mesh") and hasattr(leaf, "placements"):
+        if is_in_parts(leaf) and not parts:
             raise TypeError(
                 f"{stage}: parameter '{leaf_names(params)[i]}' is a DTensor, as FSDP2 and tensor "
-                "parallelism make them, whose blocks would lie on several ranks. That is not "
-                "supported yet: train with DistributedDataParallel and distribute=sharded, or give "
-                "the local tensors (p.to_local(), and their gradients'), each with blocks of its "
-                "own."
+                "parallelism make them, of which a rank has a part. Its blocks are put together in "
+                "blocked(sharded(...)), where a recipe has this stage; or give the local tensors "
+                "(p.to_local(), and their gradients'), each with blocks of its own."
             )
         if any([getattr(leaf, mark, False) for mark in _FSDP1]):
             raise TypeError(

@@ -27,6 +27,7 @@ from torch import Tensor
 from funshampoo.blocks.executor import Leaves
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
+from funshampoo.core.placed import is_in_parts
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into, gathered_objects
 from funshampoo.distributed.described import Line, described
 from funshampoo.distributed.shards import Shards
@@ -85,11 +86,11 @@ def said(context: Context) -> list[Line]:
 def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
     """One number a leaf: the sum of its elements' bits as integers, exact in any order.
 
-    Waits for the device.
+    Of a DTensor, of which ranks have different parts, 0. Waits for the device.
     """
-    found = [sum_of_bits(x) for x in leaves if x is not None]
+    found = [sum_of_bits(x) for x in leaves if x is not None and not is_in_parts(x)]
     numbers = iter(torch.stack(found).tolist() if found else [])
-    return [-1 if x is None else next(numbers) for x in leaves]
+    return [-1 if x is None else 0 if is_in_parts(x) else next(numbers) for x in leaves]
 
 
 class Agreement:
@@ -223,7 +224,7 @@ def disagreement(
     (first, orders, ours), others = found[0], found[1:]
     for rank, (theirs, its_orders, _) in enumerate(others, start=1):
         if theirs != first:
-            return RuntimeError(f"{_difference(first, theirs, rank)} {_REMEDY}")
+            return RuntimeError(difference(first, theirs, rank))
         for what, order, other in zip(Bits._fields, orders, its_orders):
             if other != order and sorted(other) == sorted(order):
                 i = next(i for i, (a, b) in enumerate(zip(order, other)) if a != b)
@@ -232,8 +233,12 @@ def disagreement(
     return RuntimeError(f"sharded: the ranks do not agree. {_REMEDY}")
 
 
+def difference(first: list[Line], other: list[Line], rank: int) -> str:
+    """What the first difference between rank 0 and another is, in words, and the remedy."""
+    return f"{_difference(first, other, rank)} {_REMEDY}"
+
+
 def _difference(first: list[Line], other: list[Line], rank: int) -> str:
-    """What the first difference is, in words."""
     pairs = zip([*first, ("", "nothing more")], [*other, ("", "nothing more")])
     (label, ours), (their_label, theirs) = next((a, b) for a, b in pairs if a != b)
     if label != their_label:

@@ -41,17 +41,39 @@ _LOST = (
 )
 
 
+class LostRanksError(RuntimeError):
+    """The ranks did not meet in a collective, so that another one would wait in vain."""
+
+
 def all_gather_into(output: Tensor, shard: Tensor, group: ProcessGroup | None) -> None:
     """Fill `output`, (ranks · n,), with the shards, (n,), of all ranks, in their order.
 
     Raises:
-        RuntimeError: not all ranks came; from torch.distributed's.
+        LostRanksError: not all ranks came; from torch.distributed's error.
     """
     gather: Callable[..., Any] | None = getattr(dist, "all_gather_single", None)  # from torch 2.13
     try:
         (gather or dist.all_gather_into_tensor)(output, shard, group=group)
     except RuntimeError as error:
-        raise RuntimeError(_LOST) from error
+        raise LostRanksError(_LOST) from error
+
+
+def all_to_all_into(
+    output: Tensor,
+    lengths: list[int],
+    mine: Tensor,
+    splits: list[int],
+    group: ProcessGroup | None,
+) -> None:
+    """Send each rank its part of `mine`, cut at `splits`, and fill `output` with what they send.
+
+    Raises:
+        LostRanksError: not all ranks came; from torch.distributed's error.
+    """
+    try:
+        dist.all_to_all_single(output, mine, lengths, splits, group=group)
+    except RuntimeError as error:
+        raise LostRanksError(_LOST) from error
 
 
 def gathered_objects(mine: Any, group: ProcessGroup | None) -> list[Any]:

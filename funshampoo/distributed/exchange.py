@@ -1,9 +1,9 @@
-"""The collective of one step: what each rank puts in, and what it hears of the others."""
+"""One step of one rank among others: what it tells them, and what it hears of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,16 +11,9 @@ from torch import Tensor
 from funshampoo.blocks.executor import Put
 from funshampoo.combinators.failures import failure_report
 from funshampoo.distributed.agreement import disagreement
-from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
+from funshampoo.distributed.collectives import LostRanksError, ProcessGroup
 from funshampoo.distributed.described import Line
-from funshampoo.distributed.shards import (
-    FAILED,
-    INTERRUPTED,
-    Shards,
-    places_in_shard,
-    status_of,
-    unpack,
-)
+from funshampoo.distributed.shards import FAILED, INTERRUPTED
 
 
 class Says(NamedTuple):
@@ -40,38 +33,43 @@ class Says(NamedTuple):
 _NOTHING = Says()
 
 
-class Exchange:
-    """One step of one rank: compute, gather, and tell the others if that failed.
-
-    Args:
-        memory: {key: (shard, buffer)} of earlier steps, used again.
+class Transport(Protocol):
+    """How the numbers of a step get from rank to rank.
 
     Attributes:
-        sent: of the shard, all but the status.
-        places: {stack: where its rows of this rank go}, views of the shard.
+        places: {stack: where the updates of its rows of this rank go, (rows, *block)}.
+        sent: all of them, and what may be between them; flat.
+        status: (STATUS,) float32, which travels with them.
+    """
+
+    places: dict[str, Tensor]
+    sent: Tensor
+    status: Tensor
+
+    def gather(self) -> None:
+        """Bring the gradients of the rows of this rank, where they are elsewhere."""
+
+    def meet(self) -> Tensor:
+        """The collective that ends the step: the statuses of all ranks, (ranks, STATUS)."""
+
+
+class Exchange:
+    """One step of one rank: compute, meet the others, and tell them if that failed.
+
+    Args:
+        transport: of this step.
+        rows: {stack: the rows of this rank}, as the step calls them.
     """
 
     def __init__(
-        self,
-        shards: Shards,
-        rank: int,
-        group: ProcessGroup | None,
-        key: tuple[torch.device, torch.dtype, int],
-        memory: dict[Any, tuple[Tensor, Tensor]],
+        self, transport: Transport, rows: Mapping[str, range], group: ProcessGroup | None
     ) -> None:
-        self.shards, self.rank, self.group = shards, rank, group
-        device, dtype, length = key
-        if key not in memory:
-            shard = torch.zeros(shards.length, dtype=dtype, device=device)
-            memory[key] = shard, torch.empty(length, dtype=dtype, device=device)
-        self.shard, self.buffer = memory[key]
-        self.places = places_in_shard(self.shard, shards, rank)
-        self.sent = self.shard[: shards.length - shards.status]
+        self.transport, self.rows, self.group = transport, rows, group
 
     def run(
         self, step: Callable[[Put], Any], due: bool, look: bool, says: Says = _NOTHING
-    ) -> tuple[dict[str, Any], Any, Tensor | None]:
-        """(updates of all ranks: {stack: [(first row, updates)]}, state of this one, report).
+    ) -> tuple[Any, Tensor | None]:
+        """(the state of this rank, the report of all).
 
         Args:
             due: whether the failures of this step are to be reported.
@@ -81,35 +79,37 @@ class Exchange:
         Raises:
             RuntimeError: if it looks, another rank failed, or does something else.
         """
-        shards, new = self.shards, None
+        transport, new = self.transport, None
         failure: BaseException | None = None
-        status = status_of(self.shard, shards)
+        status = transport.status
         try:
             status.zero_()
             status[5], status[6] = says.fingerprint, says.number % 2**24
+            transport.gather()
             new = step(self.put)
             if due:
-                status[1:5] = failure_report(new, self.shard.device)
+                status[1:5] = failure_report(new, status.device)
+        except LostRanksError:
+            raise  # from the next collective as well
         except BaseException as error:  # Ctrl-C too: the others are waiting in the collective
             failure = error
-            self.sent.zero_()
+            transport.sent.zero_()
             status[0] = FAILED if isinstance(error, Exception) else INTERRUPTED
         try:
-            all_gather_into(self.buffer, self.shard, self.group)
+            statuses = transport.meet()
         finally:
             if failure is not None:  # more to the point than what the collective may say
                 raise failure
-        pieces, statuses = unpack(self.buffer, shards)
         if look:
             self._check(statuses, says)
         if not due:
-            return pieces, new, None
+            return new, None
         totals, longest = statuses[:, (1, 3)].sum(0), statuses[:, (2, 4)].amax(0)
-        return pieces, new, torch.stack([totals, longest], dim=1).flatten()
+        return new, torch.stack([totals, longest], dim=1).flatten()
 
     def put(self, stack: str, rows: range, updates: Tensor | None) -> None:
-        """Copy updates to their place in the shard, cast to its dtype; None is zeros."""
-        place = self.places[stack]
+        """Copy updates to their place, cast to its dtype; None is zeros."""
+        place = self.transport.places[stack]
         if updates is None:
             place.zero_()
             return
@@ -120,8 +120,7 @@ class Exchange:
                 "optimizer that is not sharded."
             )
         if len(rows) < len(place):
-            first = self.shards.owned_by(self.rank)[stack].first
-            place = place.narrow(0, rows.start - first, len(rows))
+            place = place.narrow(0, rows.start - self.rows[stack].start, len(rows))
         place.copy_(updates.view(place.shape))
 
     def _check(self, statuses: Tensor, says: Says) -> None:

@@ -60,10 +60,10 @@ def on_the_host(tree: Any) -> Any:
 
 
 def spreads(transformation: GradientTransformation | None) -> Iterator[Any]:
-    """How the parts of a chain, at any depth, are spread over ranks."""
+    """How the parts of a chain, at any depth, are spread over ranks, as far as they are."""
     if transformation is None:
         return
-    if transformation.spread is not None:
+    if transformation.spread is not None and transformation.spread.in_use:
         yield transformation.spread
     for part in transformation.parts.values():
         yield from spreads(part)

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Leaves, Put
-from funshampoo.blocks.layout import Layout
 from funshampoo.combinators.failures import (
     failing_blocks,
     failure_limit_error,
-    failure_report,
     limit_reached,
 )
 from funshampoo.core.checks import check_choice, check_count
-from funshampoo.core.clock import advanced, look_due, running, started
+from funshampoo.core.clock import look_due, running
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
 from funshampoo.core.tree import check_local, flatten
-from funshampoo.distributed.agreement import Agreement, said
+from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.collectives import (
     ProcessGroup,
-    check_outside_transforms,
-    gathered_objects,
-    rank_and_size,
 )
-from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
-from funshampoo.distributed.exchange import Exchange, Says
-from funshampoo.distributed.overflow import holding
-from funshampoo.distributed.ownership import Works, works_of
-from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
+from funshampoo.distributed.cost import CostModel
+from funshampoo.distributed.ranks import Ranks
 from funshampoo.distributed.space import Space, described
 from funshampoo.state.stages import ShardedState
 
@@ -46,6 +36,7 @@ def sharded(
     max_failures: int | None = 20,
     communication_dtype: torch.dtype | None = None,
     cost: CostModel | None = None,
+    whole: bool = True,
 ) -> GradientTransformation:
     """Run `inner` on the blocks that this rank owns, and bring the updates of all ranks together.
 
@@ -91,8 +82,10 @@ def sharded(
             the same on every rank. What is refreshed is read off the state that `inner` has for a
             block, made of meta tensors; products are what its stages state (`flops` of
             `GradientTransformation`).
+        whole: False: only the blocks of DTensors are shared out, inside `blocked`; on parameters
+            that every rank has whole, `inner` runs on every rank, as if it stood here alone.
 
-    State: `ShardedState`.
+    State: `ShardedState`; with whole=False, and no DTensors, that of `inner`.
 
     Raises:
         ValueError, TypeError: an argument out of range; a process outside the group; a state that
@@ -119,28 +112,27 @@ def sharded(
         communication_dtype,
         (None, torch.float32, torch.bfloat16, torch.float16),
     )
-    options = {"every": every, "max_failures": max_failures, "cost": cost}
+    options = {"every": every, "max_failures": max_failures, "cost": cost, "whole": whole}
     agreement = Agreement(inner, {**options, "communication_dtype": communication_dtype})
-    ranks = _Ranks(inner, process_group, every, communication_dtype, cost, agreement)
     counts = inner.counts or max_failures is not None
+    ranks = Ranks(inner, process_group, every, communication_dtype, cost, agreement, whole, counts)
 
-    def init(
-        params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
-    ) -> ShardedState:
+    def init(params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any) -> Any:
         check_local(params, "sharded")
-        rank, size = rank_and_size(process_group)
+        if not whole:
+            return inner.init(params, block_ndim=block_ndim, clock=clock, **context)
         space = Space(params, block_ndim)
-        own = ranks.own(space.all_blocks)
-        context |= {"block_ndim": block_ndim, "clock": clock or counts}
-        state = inner.init(space.select(params, own), **context)
-        report = failure_report(state, space.device)
-        names = {f"{rank} of {size}": ()}
-        return ShardedState(state, described(own, space), names, report, started(counts, clock))
+        mine = ranks.own(space.all_blocks)
+        own, owned = space.select(params, mine), described(mine, space)
+        state = inner.init(own, block_ndim=block_ndim, clock=clock or counts, **context)
+        return ranks.begun(state, owned, space.device, clock)
 
     def update(
         updates: Tree, state: ShardedState, params: Tree, context: Context
     ) -> tuple[Tree, ShardedState]:
         """Outside of `blocked`, or somewhere in it: `blocked` itself goes by `spread`."""
+        if not whole:
+            return inner.run(updates, state, params, context)
         space = Space(updates if params is None else params, context.block_ndim)
         own = ranks.own(space.all_blocks)
         inside = space.selected_context(running(state.steps, context), own)
@@ -163,10 +155,12 @@ def sharded(
         known = None if params is None else flatten(params)[0]
         leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
         new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
-        _, size = rank_and_size(process_group)
-        return alone[0] if size == 1 else space.rebuilt(found), new
+        return space.rebuilt(found) if ranks.is_shared() else alone[0], new
 
-    def check(state: ShardedState, context: Context) -> None:
+    def check(state: Any, context: Context) -> None:
+        if not isinstance(state, ShardedState):
+            inner.check(state, context)
+            return
         if max_failures is None or not look_due(state.steps, context, every):
             return
         if limit_reached(state.report, max_failures):
@@ -179,141 +173,6 @@ def sharded(
         inner.name,
         check=check,
         parts={"inner": inner},
-        counts=counts,
+        counts=counts if whole else inner.counts,
         spread=ranks,
     )
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    """Who owns what, and the step of this rank among the others; a `Spread`."""
-
-    inner: GradientTransformation
-    group: ProcessGroup | None
-    every: int
-    communication_dtype: torch.dtype | None
-    cost: CostModel | None
-    agreement: Agreement
-    memory: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of donated steps
-    known_works: dict[Any, Works] = field(default_factory=dict)
-
-    def shards(self, blocks: Blocks) -> Shards | None:
-        """The shards of all ranks; None for one rank."""
-        _, size = rank_and_size(self.group)
-        if size == 1:
-            return None
-        check_outside_transforms("sharded")
-        model = self.cost or (DEFAULT_COST if blocks.in_blocks else BY_SIZE)
-        works = self._works(blocks) if blocks.in_blocks else {}
-        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), works)
-
-    def _works(self, blocks: Blocks) -> Works:
-        key = tuple(blocks.stacks.items())
-        if key not in self.known_works:
-            shapes = {name: stack.block for name, stack in blocks.stacks.items()}
-            like = {n: torch.empty(1, *block, device="meta") for n, block in shapes.items()}
-            state = self.inner.init(like, block_ndim=1)
-            self.known_works[key] = works_of(self.inner, shapes, state)
-        return self.known_works[key]
-
-    def _dtype(self, blocks: Blocks) -> torch.dtype:
-        return self.communication_dtype or blocks.dtype
-
-    def is_shared(self) -> bool:
-        """See `Spread`."""
-        return rank_and_size(self.group)[1] > 1
-
-    def own(self, blocks: Blocks) -> dict[str, Piece]:
-        """{stack: the rows of this rank}."""
-        shards = self.shards(blocks)
-        if shards is not None:
-            return shards.owned_by(rank_and_size(self.group)[0])
-        return {name: Piece(name, 0, s.rows, 0) for name, s in blocks.stacks.items()}
-
-    def owned(self, layout: Layout) -> dict[str, range]:
-        """The rows of this rank, without the stacks of which it has none."""
-        return {name: piece.all_rows for name, piece in self.own(Blocks.of(layout)).items()}
-
-    def exchange(
-        self,
-        step: Callable[[Any, Put], Any],
-        put: Put,
-        state: ShardedState,
-        layout: Layout,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
-    ) -> ShardedState:
-        """See `Spread`."""
-        return self.step(step, put, state, Blocks.of(layout), context, leaves, absent)
-
-    def step(
-        self,
-        step: Callable[[Any, Put], Any],
-        put: Put,
-        state: ShardedState,
-        blocks: Blocks,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
-    ) -> ShardedState:
-        """One step of this rank, and what all ranks found to `put`."""
-        rank, size = rank_and_size(self.group)
-        own, number = self.own(blocks), context.step
-
-        def mine(place: Put) -> Any:
-            # Whatever is wrong on this rank alone has to be found in here: the others are waiting.
-            _check_owned(described(own, blocks), {f"{rank} of {size}": ()}, state)
-            return step(state.inner, place)
-
-        # Streaks are looked at before the steps that are multiples of `every`.
-        due = number is None or (number + 1) % self.every == 0
-        shards = self.shards(blocks)
-        if shards is None:
-            steps = advanced(state.steps, context.donate)
-            new = mine(put)
-            report = failure_report(new, blocks.device) if due else state.report
-            return ShardedState(new, state.owned, state.ranks, report, steps)
-        says = self._says(shards, leaves, context, blocks.device)
-        steps = advanced(state.steps, context.donate)
-        dtype = self._dtype(blocks)
-        memory = self.memory if context.donate else {}
-        key = blocks.device, dtype, shards.length * size
-        exchange = Exchange(shards, rank, self.group, key, memory)
-        if absent:
-            exchange.shard.zero_()
-        if dtype != blocks.dtype:
-            step = holding(step, exchange.sent, exchange.places)
-        look = blocks.device.type == "cpu" or number is None or number % self.every == 0
-        pieces, new, seen = exchange.run(mine, due, look, says)
-        for name, found in pieces.items():
-            for first, x in found:
-                put(name, range(first, first + len(x)), x)
-        report = state.report if seen is None else seen
-        return ShardedState(new, state.owned, state.ranks, report, steps)
-
-    def _says(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> Says:
-        """What has to be the same on all ranks. On their first step they agree on it here."""
-        agreement = self.agreement
-        plan = agreement.on(shards, leaves, context, self.group, device)
-        return Says(
-            agreement.now(plan, context),
-            context.step or 0,
-            lambda: [*agreement.lines, *said(context)],
-        )
-
-    def everywhere(self, blocks: list[str]) -> list[str]:
-        """What all ranks say: all of them are here, since what they gathered is the same."""
-        _, size = rank_and_size(self.group)
-        if size == 1:
-            return blocks
-        return [block for part in gathered_objects(blocks, self.group) for block in part]
-
-
-def _check_owned(own: Mapping[str, Any], ranks: Mapping[str, Any], state: ShardedState) -> None:
-    if own != state.owned or ranks != state.ranks:
-        raise ValueError(
-            "sharded: the state holds other blocks than this rank owns. Call init on the ranks "
-            "that train; to go on from a checkpoint of other ranks, use "
-            "funshampoo.state.load_state_dict(tx.init(params), saved)."
-        )

@@ -149,6 +149,16 @@ def _find_shards(
 ) -> Shards:
     stacks = dict(blocks)
     owners = owners_of(stacks, world_size, every, cost, dict(works))
+    return shards_of(stacks, owners, world_size, dtype)
+
+
+def shards_of(
+    stacks: dict[str, Equal],
+    owners: Mapping[str, Sequence[int]],
+    world_size: int,
+    dtype: torch.dtype,
+) -> Shards:
+    """The shards where `owners` has the owner of every row."""
     pieces = []
     for stack, ranks in owners.items():
         first = 0
@@ -162,7 +172,7 @@ def _find_shards(
     for piece, size in zip(pieces, sizes):
         used[piece.owner] += size
     status = STATUS * 4 // dtype.itemsize
-    # Shards start where eight bytes do, so that the status can be read as another dtype.
+    # A shard starts where eight bytes do, so that the status can be read as another dtype.
     length = -(-max(used) // 4) * 4 + status
     return Shards(stacks, tuple(pieces), tuple(used), length, status)
 

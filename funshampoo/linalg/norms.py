@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import is_plain, is_traced
+from funshampoo.core.placed import is_in_parts, whole_numbers
 
 
 def block_norm(x: Tensor, block_ndim: int) -> Tensor:
@@ -29,6 +30,9 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
     >>> block_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 1)
     tensor([5., 1.])
     """
+    if is_in_parts(x):  # which could not be made flat
+        of_parts: Tensor = torch.linalg.vector_norm(x)
+        return of_parts
     flat = x.reshape(*x.shape[:block_ndim], -1)
     if flat.shape[-1] == 1:  # in a graph, torch 2.8 takes the norm of one number for (N, 1)
         return flat[..., 0].abs()
@@ -63,9 +67,10 @@ def range_scale(norm: Tensor) -> Tensor:
 
 def block_norms(xs: Sequence[Tensor], block_ndim: int) -> list[Tensor]:
     """`block_norm` of each, outside block space in one launch."""
-    if block_ndim or not is_plain(xs):
+    if block_ndim:
         return [block_norm(x, block_ndim) for x in xs]
-    return list(torch._foreach_norm(list(xs)))
+    found = torch._foreach_norm(list(xs)) if is_plain(xs) else [block_norm(x, 0) for x in xs]
+    return whole_numbers(found)
 
 
 def is_readable(tensors: Sequence[Tensor]) -> bool:

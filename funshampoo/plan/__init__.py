@@ -6,5 +6,6 @@ has imported before.
 """
 
 from funshampoo.plan.planner import Plan, RankPlan, StackPlan, plan
+from funshampoo.plan.sharding import ShardingPlan, plan_sharded
 
-__all__ = ["Plan", "RankPlan", "StackPlan", "plan"]
+__all__ = ["Plan", "RankPlan", "ShardingPlan", "StackPlan", "plan", "plan_sharded"]

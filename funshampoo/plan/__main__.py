@@ -11,8 +11,9 @@ import torch
 from funshampoo import recipes
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.sharded import sharded
-from funshampoo.plan.planner import plan
+from funshampoo.plan.planner import Plan, plan
 from funshampoo.plan.shapes import MODELS
+from funshampoo.plan.sharding import ShardingPlan, plan_sharded
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -24,7 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line (`sys.argv` by default) and print the plan."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    found = plan(
+    if (options.sharding is None) != (options.mesh is None) or (options.sharding and options.ranks):
+        parser.error("give --ranks; or --sharding and --mesh, for sharded parameters")
+    if options.sharding is None and options.ranks is None:
+        parser.error("the following arguments are required: --ranks")
+    try:
+        found = _sharded(parser, options) if options.sharding else _whole(parser, options)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{options.model}\n{found}")
+
+
+def _whole(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Plan:
+    return plan(
         options.model,
         options.ranks,
         every=getattr(options, "every", 10),
@@ -32,7 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=DTYPES[options.dtype],
         communication_dtype=DTYPES.get(options.communication_dtype),
     )
-    print(f"{options.model}\n{found}")
+
+
+def _sharded(parser: argparse.ArgumentParser, options: argparse.Namespace) -> ShardingPlan:
+    return plan_sharded(
+        options.model,
+        options.sharding,
+        options.mesh,
+        transformation=_transformation(parser, options),
+        every=getattr(options, "every", 10),
+        dtype=DTYPES[options.dtype],
+        ranks_per_node=options.ranks_per_node,
+    )
 
 
 def _transformation(
@@ -63,7 +87,25 @@ def _parser() -> argparse.ArgumentParser:
         "--model", required=True, choices=MODELS, help=f"one of {', '.join(MODELS)}", metavar="NAME"
     )
     parser.add_argument(
-        "--ranks", required=True, type=_count, metavar="N", help="ranks that share the blocks"
+        "--ranks", type=_count, metavar="N", help="ranks that share the blocks of whole parameters"
+    )
+    parser.add_argument(
+        "--sharding",
+        choices=("fsdp", "hsdp", "tp", "fsdp+tp"),
+        help="in place of --ranks: how the parameters themselves are sharded",
+    )
+    parser.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="NxM",
+        help="its ranks: N, for hsdp replicas x shards, for fsdp+tp shards x tensor",
+    )
+    parser.add_argument(
+        "--ranks-per-node",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="with --sharding, consecutive ranks that share a node; default: 8",
     )
     parser.add_argument(
         "--method",
@@ -114,6 +156,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _mesh(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split("x")))
 
 
 def _size(text: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly
+from funshampoo.distributed.sharded import sharded
 from funshampoo.transforms import add_decayed_weights, scale_by_learning_rate, trace
 from funshampoo.transforms.weight_decay import DecayKind
 
@@ -71,8 +73,7 @@ def in_blocks(
     protected = guarded(
         block_chain, max_failures=max_failures, every=every, spike_factor=spike_factor
     )
-    if distribute is not None:
-        protected = distributed(protected, distribute, every=every, max_failures=max_failures)
+    protected = distributed(protected, distribute, every=every, max_failures=max_failures)
     blocks = blocked(
         protected,
         max_size,
@@ -85,13 +86,18 @@ def in_blocks(
 
 
 def distributed(
-    inner: GradientTransformation, distribute: Distribute, **given: Any
+    inner: GradientTransformation, distribute: Distribute | None, **given: Any
 ) -> GradientTransformation:
     """What `distribute` makes of it, with these options but for those of its own.
+
+    None: blocks are shared out where the parameters are sharded, as FSDP2 shards them, and nowhere
+    else.
 
     Raises:
         TypeError: distribute is no function.
     """
+    if distribute is None:
+        distribute = functools.partial(sharded, whole=False)
     if not callable(distribute):
         raise TypeError(
             f"distribute is {distribute!r}; give funshampoo.sharded, or a partial of it."

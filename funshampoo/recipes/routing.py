@@ -60,8 +60,7 @@ def whole(
 ) -> GradientTransformation:
     """`method` on whole parameters, equal ones in one stack, guarded, and shared out if wanted."""
     protected = guarded(method, max_failures=max_failures)
-    if distribute is not None:
-        protected = distributed(protected, distribute, max_failures=max_failures)
+    protected = distributed(protected, distribute, max_failures=max_failures)
     return blocked(protected, None, merge=merge, with_params=True)
 
 

@@ -28,7 +28,7 @@ from funshampoo.operators.columns import (
     first_weights,
     weights_over,
 )
-from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
+from funshampoo.operators.exponents import Sides, wanted_sides
 from funshampoo.operators.kl import WHITENED, Block, Least
 from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
 from funshampoo.operators.mode_products import unfold

@@ -17,6 +17,7 @@ import funshampoo as fs
 from funshampoo.distributed.exchange import Exchange
 from funshampoo.distributed.shards import Equal, find_shards
 from funshampoo.distributed.space import Space
+from funshampoo.distributed.whole import Whole
 from funshampoo.state import health, state_dict
 from tests.distributed.problems import Shapes, block_state, held_here, report_of, tree
 from tests.distributed.ranks import Ranks
@@ -235,7 +236,8 @@ def unread(rank: int) -> Any:
     shards = find_shards({"4": Equal((4,), 4)}, 2, 10, fs.distributed.CostModel(), torch.float32)
     key = torch.device("cpu"), torch.float32, 2 * shards.length
     used = torch.full((shards.length,), 3.0), torch.full((2 * shards.length,), float("nan"))
-    exchange = Exchange(shards, rank, None, key, {key: used})
+    transport = Whole(shards, rank, None, key, {key: used})
+    rows = {"4": range(2 * rank, 2 * rank + 2)}
 
     def step(put: Any) -> Any:
         put("4", range(2 * rank, 2 * rank + 2), torch.ones(2, 4))
@@ -244,7 +246,8 @@ def unread(rank: int) -> Any:
         return ()
 
     try:
-        return space.rebuilt(exchange.run(step, due=False, look=False)[0])["4"]
+        Exchange(transport, rows, None).run(step, due=False, look=False)
+        return space.rebuilt(transport.pieces)["4"]
     except BombError:
         return None
 

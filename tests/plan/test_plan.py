@@ -150,7 +150,7 @@ def test_a_plan_is_what_the_ranks_of_a_job_have(
     method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of every recipe: who owns what, and every byte of state."""
-    module = importlib.import_module("funshampoo.distributed.sharded")
+    module = importlib.import_module("funshampoo.distributed.ranks")
     shapes = {"w": (60, 24), "wide": (24, 90), "long": (96,), "b": (20,), "c": (20,)}
     params = {name: torch.zeros(shape) for name, shape in shapes.items()}
     tx = getattr(fs, method)(0.1, distribute=fs.sharded, **options)

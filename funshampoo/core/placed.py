@@ -1,0 +1,94 @@
+"""DTensors: parameters of which a rank has a part, as FSDP2 and tensor parallelism make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def is_in_parts(x: Any) -> bool:
+    """Whether this is a DTensor, of which a rank may have a part only."""
+    if type(x) is Tensor or type(x) is Parameter:  # asked for every leaf of a step
+        return False
+    found = hasattr(x, "device_mesh") and hasattr(x, "placements")
+    _SEEN["any"] = _SEEN["any"] or found
+    return found
+
+
+_SEEN = {"any": False}  # whether there was one in this process, without which nobody has to look
+
+
+def are_alike(tensors: Iterable[Any]) -> bool:
+    """Whether one operator takes all of these: no DTensors, or nothing but those of one mesh."""
+    if not _SEEN["any"]:
+        return True
+    meshes = [x.device_mesh if is_in_parts(x) else None for x in tensors]
+    return all([mesh == meshes[0] for mesh in meshes])
+
+
+def local_part(x: Any) -> Tensor:
+    """What this rank has of a tensor, in the same memory."""
+    held: Tensor = x.to_local() if is_in_parts(x) else x
+    return held
+
+
+def placed_like(gradient: Any, parameter: Any) -> Any:
+    """The gradient, with the parameter's placements; a collective where it has others.
+
+    Sequence parallelism gives partial sums, which are added up here.
+
+    Raises:
+        TypeError: one of the two is a DTensor, the other is not.
+    """
+    if gradient is None or not (is_in_parts(gradient) or is_in_parts(parameter)):
+        return gradient
+    if not (is_in_parts(gradient) and is_in_parts(parameter)):
+        kinds = ["a DTensor" if is_in_parts(x) else "a plain tensor" for x in (gradient, parameter)]
+        raise TypeError(
+            f"a gradient of shape {tuple(gradient.shape)} is {kinds[0]}, its parameter {kinds[1]}: "
+            "give both as the model has them."
+        )
+    if tuple(gradient.placements) == tuple(parameter.placements):
+        return gradient
+    return gradient.redistribute(parameter.device_mesh, parameter.placements)
+
+
+def part_like(parameter: Any, part: Tensor) -> Any:
+    """A tensor placed as the parameter is, of which this rank has `part`; without communication.
+
+    Args:
+        part: as many numbers as this rank has of the parameter, in any shape.
+    """
+    if not is_in_parts(parameter):
+        return part.view(parameter.shape)
+    return type(parameter).from_local(
+        part.view(parameter.to_local().shape),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def whole_numbers(numbers: Sequence[Any]) -> list[Tensor]:
+    """Numbers, (), as plain tensors, equal on all ranks: DTensors are put together.
+
+    One collective for those that are placed alike.
+    """
+    found = list(numbers)
+    kinds: dict[Any, list[int]] = {}
+    for i, x in enumerate(found):
+        if is_in_parts(x):
+            key = x.device_mesh, tuple(x.placements), x.dtype
+            kinds.setdefault(key, []).append(i)
+    for (mesh, placements, _), places in kinds.items():
+        mine = torch.stack([found[i].to_local() for i in places])
+        together = type(found[places[0]]).from_local(mine, mesh, placements, run_check=False)
+        for i, x in zip(places, together.full_tensor().unbind(0)):
+            found[i] = x
+    return found

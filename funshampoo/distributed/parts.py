@@ -1,0 +1,270 @@
+"""The transport of sharded parameters: gradients to the owners of blocks, updates to the holders.
+
+FSDP2, HSDP, tensor and expert parallelism make DTensors, of which a rank has a part. Owners, state
+and steps are those of whole parameters, and so are the numbers: a block is put together where it is
+owned, before its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.executor import Leaves
+from funshampoo.blocks.layout import Layout
+from funshampoo.blocks.portions import Portion
+from funshampoo.core.placed import local_part
+from funshampoo.distributed.agreement import difference, lines_of
+from funshampoo.distributed.boxes import holding
+from funshampoo.distributed.collectives import (
+    ProcessGroup,
+    all_to_all_into,
+    gathered_objects,
+    rank_and_size,
+)
+from funshampoo.distributed.ownership import nearest
+from funshampoo.distributed.pieces import as_view
+from funshampoo.distributed.routes import (
+    GRADIENTS,
+    HEAD,
+    PARAMETERS,
+    Held,
+    Messages,
+    Route,
+    Slot,
+    find_routes,
+)
+from funshampoo.distributed.shards import STATUS, Equal, Shards, shards_of
+
+Memory = dict[Any, tuple[Tensor, list[Tensor]]]
+
+
+class Parts:
+    """Where the parts of some parameters are, and who sends what to whom. Asks all ranks.
+
+    Args:
+        leaves: the parameters, or gradients in their place.
+        costs: {stack: what a block of it costs its owner}.
+        shown: which parameters travel with their gradients.
+
+    Attributes:
+        held: what this rank holds of every parameter.
+        shards: the owners of all rows: those who hold much of them, within a balance.
+        rows: {stack: how many rows this rank owns}.
+        ids: {stack: which of the full stack they are}.
+        owned: the same, as `ShardedState` has it.
+
+    Raises:
+        RuntimeError: the ranks have other parameters; or their parts are not all there is.
+        NotImplementedError: placements, or a merged shape, that are not supported.
+    """
+
+    def __init__(
+        self,
+        leaves: Leaves,
+        costs: Mapping[str, float],
+        shown: Sequence[bool],
+        group: ProcessGroup | None,
+    ) -> None:
+        self.layout: Layout = leaves.where
+        rank, size = rank_and_size(group)
+        known = leaves.gradients if leaves.parameters is None else leaves.parameters
+        self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
+        said = (lines_of(leaves), self.held)
+        everyone = [said] if size == 1 else gathered_objects(said, group)
+        for other, (lines, _) in enumerate(everyone):
+            if lines != everyone[0][0]:
+                raise RuntimeError(difference(everyone[0][0], lines, other))
+        self.size, found = size, Held([held for _, held in everyone])
+        self.shards = near_shards(self.layout, costs, found)
+        self.routes = find_routes(self.layout, self.shards, found, shown, rank)
+        own = [piece for piece in self.shards.pieces if piece.owner == rank]
+        self.owned: dict[str, dict[str, tuple[()]]] = {}
+        self.ids: dict[str, tuple[int, ...]] = {}
+        for piece in own:
+            self.ids[piece.stack] = (*self.ids.get(piece.stack, ()), *piece.all_rows)
+            spans = self.owned.setdefault(piece.stack, {})
+            spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
+        self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
+        self._messages: dict[Any, tuple[Messages, Messages]] = {}
+
+    def messages(
+        self, route: Route, dtypes: Mapping[tuple[int, int], torch.dtype], head: int
+    ) -> tuple[Messages, Messages]:
+        """Of one direction: those that go out, and those that come in."""
+        key = id(route), head, tuple(dtypes.items())
+        if key not in self._messages:
+            both = Messages(route.out, dtypes, head), Messages(route.into, dtypes, head)
+            self._messages[key] = both
+        return self._messages[key]
+
+
+def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shards:
+    """The owners of all rows, by `nearest`."""
+    of_rows = held.of_blocks(layout)
+    each = [costs[stack] for stack, rows in of_rows.items() for _ in rows]
+    shares = [own.of_rank for rows in of_rows.values() for own in rows]
+    owners = nearest(each, shares, held.size)
+    stacks = {name: Equal(stack.block, stack.rows) for name, stack in layout.stacks.items()}
+    found, at = {}, 0
+    for stack, rows in of_rows.items():
+        found[stack] = owners[at : at + len(rows)]
+        at += len(rows)
+    return shards_of(stacks, found, held.size, torch.float32)
+
+
+class Transfer:
+    """One step's way: two all_to_all_single, of the bytes that have to move; a `Transport`.
+
+    Args:
+        leaves: gradients, and parameters where some are shown.
+        dtype: of the updates on the way.
+        memory: of earlier steps, used again.
+
+    Attributes:
+        updates: after `meet`, the updates of this rank's parts in their merged shapes; new tensors.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        leaves: Leaves,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: ProcessGroup | None,
+        memory: Memory,
+    ) -> None:
+        self._parts, self._leaves, self._group = parts, leaves, group
+        self._device, self._dtype, self._memory = device, dtype, memory
+        self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
+        stacks = parts.layout.stacks
+        shapes = {s: (rows, *stacks[s].block) for s, rows in parts.rows.items()}
+        numel = [torch.Size(shape).numel() for shape in shapes.values()]
+        if "sent" not in memory:
+            memory["sent"] = torch.zeros(sum(numel), dtype=dtype, device=device), []
+        self.sent = memory["sent"][0]
+        split = torch.split(self.sent, numel)
+        self.places = {s: x.view(shape) for (s, shape), x in zip(shapes.items(), split)}
+        self._gradients: dict[str, Tensor] = {}
+        self._parameters: dict[str, Tensor] | None = None
+        self.updates: list[Tensor] = []
+
+    def gather(self) -> None:
+        """Put the rows of this rank together. All ranks have to come."""
+        route, leaves = self._parts.routes.gather, self._leaves
+        columns = {GRADIENTS: leaves.gradients, PARAMETERS: leaves.parameters or ()}
+        way = {
+            (column, i): _dtype_on_the_way(x, leaves, i)
+            for column, tensors in columns.items()
+            for i, x in enumerate(tensors)
+        }
+        failure: BaseException | None = None
+        flat: dict[tuple[int, int], Tensor | None] = {}
+
+        def find(slot: Slot) -> Tensor | None:
+            x = flat[slot.column, slot.parameter]
+            return None if x is None else as_view(x, slot.piece.shape, slot.piece.local)
+
+        out, into = self._parts.messages(route, way, 0)
+        sending, views = self._buffer("gather out", out)
+        try:
+            for column, tensors in columns.items():
+                flat |= {(column, i): _contiguous(x) for i, x in enumerate(tensors)}
+            _fill(views, [find(slot) for slot in out.slots])
+        except BaseException as error:  # whatever it is: the others are waiting
+            failure = error
+        came = self._meet("gather in", sending, out, into)
+        if failure is not None:
+            raise failure
+        slots = [*route.stay, *into.slots]
+        self._gradients = self._rows()
+        self._parameters = None if leaves.shown is None else self._rows()
+        found = {GRADIENTS: self._gradients, PARAMETERS: self._parameters or {}}
+        targets = [
+            as_view(found[slot.column][slot.stack], slot.piece.shape, slot.piece.rows)
+            for slot in slots
+        ]
+        _fill(targets, [*[find(slot) for slot in route.stay], *came])
+
+    def rows_of(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """The gradients of these rows of this rank, and their parameters, if any are shown."""
+
+        def part(stacks: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {s: stacks[s].narrow(0, r.start, len(r)) for s, r in portion.items()}
+
+        return part(self._gradients), self._parameters and part(self._parameters)
+
+    def meet(self) -> Tensor:
+        """See `Transport`. All ranks have to come."""
+        route, layout = self._parts.routes.scatter, self._parts.layout
+        way = {(GRADIENTS, i): self._dtype for i in range(len(layout.parameters))}
+        out, into = self._parts.messages(route, way, HEAD)
+        sending, views = self._buffer("scatter out", out)
+
+        def find(slot: Slot) -> Tensor:
+            return as_view(self.places[slot.stack], slot.piece.shape, slot.piece.rows)
+
+        _fill(views, [find(slot) for slot in out.slots])
+        out.put_head(sending, self.status)
+        came = self._meet("scatter in", sending, out, into)
+        self.updates = [
+            torch.empty(held.shape, dtype=self._dtype_of(i), device=self._device)
+            for i, held in enumerate(self._parts.held)
+        ]
+        targets = [
+            as_view(self.updates[slot.parameter], slot.piece.shape, slot.piece.local)
+            for slot in [*route.stay, *into.slots]
+        ]
+        _fill(targets, [*[find(slot) for slot in route.stay], *came])
+        if self._parts.size == 1:
+            return self.status.unsqueeze(0)
+        return into.heads(self._buffer("scatter in", into)[0])
+
+    def _rows(self) -> dict[str, Tensor]:
+        stacks = self._parts.layout.stacks
+        return {
+            s: torch.zeros(rows, *stacks[s].block, dtype=stacks[s].dtype, device=self._device)
+            for s, rows in self._parts.rows.items()
+        }
+
+    def _dtype_of(self, parameter: int) -> torch.dtype:
+        regions = self._parts.layout.parameters[parameter].regions
+        return self._parts.layout.stacks[regions[0].stack].dtype if regions else torch.float32
+
+    def _buffer(self, name: str, messages: Messages) -> tuple[Tensor, list[Tensor]]:
+        key = name, id(messages)
+        if key not in self._memory:
+            buffer = messages.buffer(self._device)
+            self._memory[key] = buffer, messages.views(buffer)
+        return self._memory[key]
+
+    def _meet(self, name: str, sending: Tensor, out: Messages, into: Messages) -> list[Tensor]:
+        """What the others sent; views."""
+        if self._parts.size == 1:
+            return []
+        arriving, views = self._buffer(name, into)
+        all_to_all_into(arriving, into.splits, sending, out.splits, self._group)
+        return views
+
+
+def _contiguous(x: Any) -> Tensor | None:
+    return None if x is None else local_part(x).detach().contiguous()
+
+
+def _dtype_on_the_way(x: Any, leaves: Leaves, i: int) -> torch.dtype:
+    """A tensor's own; of a missing gradient the parameter's, which the other ranks' has."""
+    dtype: torch.dtype = (leaves.parameters[i] if x is None and leaves.parameters else x).dtype
+    return dtype
+
+
+def _fill(targets: list[Tensor], sources: Sequence[Tensor | None]) -> None:
+    """Copy what is there, cast; zeros for what is not."""
+    pairs = [(a, b) for a, b in zip(targets, sources) if b is not None]
+    if pairs:
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
+    for target, source in zip(targets, sources):
+        if source is None:
+            target.zero_()

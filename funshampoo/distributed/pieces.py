@@ -1,0 +1,166 @@
+"""What a box and the rows of an owner have in common, as strided views on both sides.
+
+A region is a grid of equal blocks. Along a side a box holds the end of one block, whole blocks, and
+the beginning of another; so what it has of the region falls into at most 3^k grids of equal parts
+of blocks, each one view of the rank's part, and one view of the owner's rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from funshampoo.blocks.layout import Region
+from funshampoo.distributed.boxes import Box, Shape
+
+Grid: TypeAlias = tuple[range, ...]
+"""Blocks of a region, by their coordinates."""
+
+
+class View(NamedTuple):
+    """Of a contiguous tensor, in elements."""
+
+    stride: Shape
+    offset: int
+
+
+class Piece(NamedTuple):
+    """A grid of equal parts of blocks.
+
+    Attributes:
+        shape: (*grid, *part), without sides of 1.
+        local: in the holder's part of the parameter.
+        rows: in the owner's rows of the stack.
+    """
+
+    shape: Shape
+    local: View
+    rows: View
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+def as_view(x: Tensor, shape: Shape, view: View) -> Tensor:
+    """The view of a contiguous tensor."""
+    return x.as_strided(shape, view.stride, x.storage_offset() + view.offset)
+
+
+def strides(shape: Sequence[int]) -> Shape:
+    """Of a contiguous tensor.
+
+    >>> strides((2, 3, 4))
+    (12, 4, 1)
+    """
+    found = [1]
+    for side in reversed(shape[1:]):
+        found.insert(0, found[0] * side)
+    return tuple(found[: len(shape)])
+
+
+def grids(first: int, last: int, grid: Shape) -> Iterator[Grid]:
+    """The blocks first..last-1 of a grid in row-major order, as smaller grids.
+
+    >>> list(grids(1, 6, (3, 2)))
+    [(range(0, 1), range(1, 2)), (range(1, 3), range(0, 2))]
+    """
+    if first >= last:
+        return
+    if not grid:
+        yield ()
+        return
+    line = math.prod(grid[1:])
+    top, bottom = -(-first // line), last // line
+    if top > bottom:  # all within one line
+        yield from _of_line(bottom, first, last, grid, line)
+        return
+    yield from _of_line(top - 1, first, top * line, grid, line)
+    if top < bottom:
+        yield (range(top, bottom), *[range(n) for n in grid[1:]])
+    yield from _of_line(bottom, bottom * line, last, grid, line)
+
+
+def _of_line(at: int, first: int, last: int, grid: Shape, line: int) -> Iterator[Grid]:
+    for rest in grids(first - at * line, last - at * line, grid[1:]):
+        yield (range(at, at + 1), *rest)
+
+
+class _Part(NamedTuple):
+    """Along a side: `blocks`, and of each the `length` indices from `start` on."""
+
+    blocks: range
+    start: int
+    length: int
+
+
+def _parts(low: int, high: int, block: int) -> list[_Part]:
+    """The indices low..high-1 of a side that is cut into blocks.
+
+    >>> [tuple(part) for part in _parts(3, 14, 4)]
+    [(range(0, 1), 3, 1), (range(1, 3), 0, 4), (range(3, 4), 0, 2)]
+    """
+    first, start = divmod(low, block)
+    last, rest = divmod(high, block)
+    found = []
+    if start:
+        found.append(_Part(range(first, first + 1), start, min(block, start + high - low) - start))
+        first += 1
+    if first < last:
+        found.append(_Part(range(first, last), 0, block))
+    if rest and last >= first:
+        found.append(_Part(range(last, last + 1), 0, rest))
+    return found
+
+
+def pieces(region: Region, rows: range, at: int, box: Box, part: Shape) -> Iterator[Piece]:
+    """What a box has of some rows of a stack.
+
+    Args:
+        rows: of one owner; those of this region among them count.
+        at: where the first of them is among all rows that the owner has of this stack.
+        part: shape of the holder's part of the parameter.
+    """
+    sides = []
+    for o, n, start, count, block in zip(
+        box.offset, box.shape, region.offset, region.grid, region.block
+    ):
+        low, high = max(o, start) - start, min(o + n, start + count * block) - start
+        sides.append(_parts(low, high, block) if low < high else [])
+    if not all(sides):
+        return
+    first = max(rows.start, region.first)
+    last = min(rows.stop, region.first + region.rows)
+    in_part, in_block, in_grid = strides(part), strides(region.block), strides(region.grid)
+    numel = math.prod(region.block)
+    origin = region.first - rows.start + at  # the owner's row for the region's first block
+    moved = [r - b + q for r, b, q in zip(region.offset, box.offset, box.local)]
+    for own in grids(first - region.first, last - region.first, region.grid):
+        for cut in itertools.product(*sides):
+            grid = [
+                range(max(a.start, p.blocks.start), min(a.stop, p.blocks.stop))
+                for a, p in zip(own, cut)
+            ]
+            if not all(grid):
+                continue
+            local, row, inner = 0, origin, 0
+            for g, p, m, b, s, t, u in zip(
+                grid, cut, moved, region.block, in_part, in_grid, in_block
+            ):
+                local += (g.start * b + p.start + m) * s
+                row += g.start * t
+                inner += p.start * u
+            shape = [*map(len, grid), *[p.length for p in cut]]
+            here = [b * s for b, s in zip(region.block, in_part)] + [*in_part]
+            there = [t * numel for t in in_grid] + [*in_block]
+            kept = [i for i, n in enumerate(shape) if n != 1]
+            yield Piece(
+                tuple(shape[i] for i in kept),
+                View(tuple(here[i] for i in kept), local),
+                View(tuple(there[i] for i in kept), row * numel + inner),
+            )

@@ -1,0 +1,281 @@
+"""Who owns what, and the step of this rank among the others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.executor import Gather, Leaves, Put
+from funshampoo.blocks.layout import Layout
+from funshampoo.combinators.failures import failure_report
+from funshampoo.core.clock import advanced, started
+from funshampoo.core.context import Context
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.distributed.agreement import Agreement, said
+from funshampoo.distributed.collectives import (
+    ProcessGroup,
+    check_outside_transforms,
+    gathered_objects,
+    rank_and_size,
+)
+from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
+from funshampoo.distributed.exchange import Exchange, Says, Transport
+from funshampoo.distributed.overflow import holding
+from funshampoo.distributed.ownership import Works, works_of
+from funshampoo.distributed.parts import Parts, Transfer
+from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
+from funshampoo.distributed.space import described
+from funshampoo.distributed.whole import Whole
+from funshampoo.state.stages import ShardedState
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`sharded` with its arguments; a `Spread`.
+
+    Attributes:
+        counts: whether its state has a counter of steps.
+    """
+
+    inner: GradientTransformation
+    group: ProcessGroup | None
+    every: int
+    communication_dtype: torch.dtype | None
+    cost: CostModel | None
+    agreement: Agreement
+    whole: bool
+    counts: bool
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of donated steps
+    known_works: dict[Any, Works] = field(default_factory=dict, repr=False)
+    known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def shards(self, blocks: Blocks) -> Shards:
+        """The shards of all ranks."""
+        _, size = rank_and_size(self.group)
+        check_outside_transforms("sharded")
+        model = self._model(blocks)
+        works = self._works(blocks) if blocks.in_blocks else {}
+        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), works)
+
+    def _model(self, blocks: Blocks) -> CostModel:
+        return self.cost or (DEFAULT_COST if blocks.in_blocks else BY_SIZE)
+
+    def _works(self, blocks: Blocks) -> Works:
+        key = tuple(blocks.stacks.items())
+        if key not in self.known_works:
+            shapes = {name: stack.block for name, stack in blocks.stacks.items()}
+            like = {n: torch.empty(1, *block, device="meta") for n, block in shapes.items()}
+            state = self.inner.init(like, block_ndim=1)
+            self.known_works[key] = works_of(self.inner, shapes, state)
+        return self.known_works[key]
+
+    def _dtype(self, blocks: Blocks) -> torch.dtype:
+        return self.communication_dtype or blocks.dtype
+
+    def is_shared(self) -> bool:
+        """See `Spread`."""
+        return self.in_use and rank_and_size(self.group)[1] > 1
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is shared out that was seen so far."""
+        return self.whole or bool(self.known_parts)
+
+    def own(self, blocks: Blocks) -> dict[str, Piece]:
+        """{stack: the rows of this rank}."""
+        rank, size = rank_and_size(self.group)
+        if size > 1:
+            return self.shards(blocks).owned_by(rank)
+        return {name: Piece(name, 0, s.rows, 0) for name, s in blocks.stacks.items()}
+
+    def owned(self, layout: Layout) -> dict[str, range]:
+        """The rows of this rank, without the stacks of which it has none."""
+        return {name: piece.all_rows for name, piece in self.own(Blocks.of(layout)).items()}
+
+    def begin(self, leaves: Leaves, **context: Any) -> ShardedState:
+        """See `Spread`. A collective: stages may begin with the parameters."""
+        blocks = Blocks.of(leaves.where)
+        parts = self._parts(leaves, blocks)
+        transfer = Transfer(parts, leaves, blocks.dtype, blocks.device, self.group, {})
+        transfer.gather()
+        whole = {stack: range(rows) for stack, rows in parts.rows.items()}
+        context["clock"] = clock = context["clock"] or self.counts
+        inner = self.inner.init(transfer.rows_of(whole)[0], **context)
+        return self.begun(inner, copy.deepcopy(parts.owned), blocks.device, clock)
+
+    def begun(
+        self, inner: Any, owned: dict[str, Any], device: torch.device, clock: bool
+    ) -> ShardedState:
+        """The state of this rank, from that of the blocks that it owns."""
+        rank, size = rank_and_size(self.group)
+        names: dict[str, tuple[()]] = {f"{rank} of {size}": ()}
+        report = failure_report(inner, device)
+        return ShardedState(inner, owned, names, report, started(self.counts, clock))
+
+    def exchange(
+        self,
+        step: Callable[[Any, Put], Any],
+        put: Put,
+        state: ShardedState,
+        layout: Layout,
+        context: Context,
+        leaves: Leaves,
+        absent: bool,
+    ) -> ShardedState:
+        """See `Spread`."""
+        return self.step(step, put, state, Blocks.of(layout), context, leaves, absent)
+
+    def step(
+        self,
+        step: Callable[[Any, Put], Any],
+        put: Put,
+        state: ShardedState,
+        blocks: Blocks,
+        context: Context,
+        leaves: Leaves,
+        absent: bool,
+    ) -> ShardedState:
+        """One step of this rank, and what all ranks found to `put`."""
+        rank, size = rank_and_size(self.group)
+        own = self.own(blocks)
+
+        if size == 1:
+            self._check_owned(described(own, blocks), state)
+            new = step(state.inner, put)
+            report = failure_report(new, blocks.device) if self._is_due(context) else state.report
+            steps = advanced(state.steps, context.donate)
+            return ShardedState(new, state.owned, state.ranks, report, steps)
+        shards, dtype = self.shards(blocks), self._dtype(blocks)
+        says = self._says(shards, leaves, context, blocks.device)
+        key = blocks.device, dtype, shards.length * size
+        memory = self.memory if context.donate else {}
+        transport = Whole(shards, rank, self.group, key, memory)
+        rows = {stack: piece.all_rows for stack, piece in own.items()}
+        checked = self._checked(step, described(own, blocks), state)
+        found = self._met(transport, rows, checked, state, blocks, context, absent, says)
+        for name, pieces in transport.pieces.items():
+            for first, x in pieces:
+                put(name, range(first, first + len(x)), x)
+        return found
+
+    def exchange_parts(
+        self,
+        step: Callable[[Any, Mapping[str, Sequence[int]], Gather, Put], Any],
+        state: ShardedState,
+        layout: Layout,
+        context: Context,
+        leaves: Leaves,
+        absent: bool,
+    ) -> tuple[ShardedState, list[Tensor]]:
+        """See `Spread`."""
+        blocks = Blocks.of(layout)
+        parts, dtype = self._parts(leaves, blocks), self._dtype(blocks)
+        says = Says()
+        if parts.size > 1:
+            says = self._says(parts.shards, leaves, context, blocks.device)
+        memory = self.memory.setdefault((id(parts), dtype), {}) if context.donate else {}
+        transfer = Transfer(parts, leaves, dtype, blocks.device, self.group, memory)
+
+        def own_step(inner: Any, place: Put) -> Any:
+            return step(inner, parts.ids, transfer.rows_of, place)
+
+        rows = {stack: range(n) for stack, n in parts.rows.items()}
+        checked = self._checked(own_step, parts.owned, state)
+        new = self._met(transfer, rows, checked, state, blocks, context, absent, says)
+        return new, transfer.updates
+
+    def _met(
+        self,
+        transport: Transport,
+        rows: Mapping[str, range],
+        step: Callable[[Any, Put], Any],
+        state: ShardedState,
+        blocks: Blocks,
+        context: Context,
+        absent: bool,
+        says: Says,
+    ) -> ShardedState:
+        """This rank's step, and the collective after it. Returns the new state."""
+        number = context.step
+        steps = advanced(state.steps, context.donate)
+        if absent:
+            transport.sent.zero_()
+        if transport.sent.dtype != blocks.dtype:
+            step = holding(step, transport.sent, transport.places)
+
+        look = blocks.device.type == "cpu" or number is None or number % self.every == 0
+        exchange = Exchange(transport, rows, self.group)
+        new, seen = exchange.run(
+            lambda put: step(state.inner, put), self._is_due(context), look, says
+        )
+        report = state.report if seen is None else seen
+        return ShardedState(new, state.owned, state.ranks, report, steps)
+
+    def _is_due(self, context: Context) -> bool:
+        """Streaks are looked at before the steps that are multiples of `every`."""
+        return context.step is None or (context.step + 1) % self.every == 0
+
+    def _parts(self, leaves: Leaves, blocks: Blocks) -> Parts:
+        """Who has which part. The first time for these parameters it is a collective."""
+        layout: Layout = leaves.where
+        known = leaves.gradients if leaves.parameters is None else leaves.parameters
+        shown = tuple(leaves.shown or [False] * len(known))
+        placed = [getattr(x, "placements", None) for x in known]
+        key = id(layout), shown
+        found = self.known_parts.get(key)
+        if found is None or found[0] is not layout or found[1] != placed:
+            model, works = self._model(blocks), self._works(blocks)
+            costs = {
+                name: model.block(s.block, self.every, *works[name])
+                for name, s in blocks.stacks.items()
+            }
+            parts = Parts(leaves, costs, shown, self.group)
+            found = self.known_parts[key] = layout, placed, parts
+        return found[2]
+
+    def _says(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> Says:
+        """What has to be the same on all ranks. On their first step they agree on it here."""
+        agreement = self.agreement
+        plan = agreement.on(shards, leaves, context, self.group, device)
+        return Says(
+            agreement.now(plan, context),
+            context.step or 0,
+            lambda: [*agreement.lines, *said(context)],
+        )
+
+    def everywhere(self, blocks: list[str]) -> list[str]:
+        """What all ranks say: all of them are here, since what they gathered is the same."""
+        _, size = rank_and_size(self.group)
+        if size == 1:
+            return blocks
+        return [block for part in gathered_objects(blocks, self.group) for block in part]
+
+    def _checked(
+        self, step: Callable[[Any, Put], Any], owned: Any, state: ShardedState
+    ) -> Callable[[Any, Put], Any]:
+        """The step, which says if the state is of other blocks.
+
+        Whatever is wrong on this rank alone has to be found in it: the others are waiting.
+        """
+
+        def checked(inner: Any, put: Put) -> Any:
+            self._check_owned(owned, state)
+            return step(inner, put)
+
+        return checked
+
+    def _check_owned(self, owned: Any, state: ShardedState) -> None:
+        rank, size = rank_and_size(self.group)
+        if state.owned != owned or state.ranks != {f"{rank} of {size}": ()}:
+            raise ValueError(
+                "sharded: the state holds other blocks than this rank owns. Call init on the ranks "
+                "that train; to go on from a checkpoint of other ranks, use "
+                "funshampoo.state.load_state_dict(tx.init(params), saved)."
+            )

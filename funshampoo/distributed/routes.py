@@ -1,0 +1,278 @@
+"""Who sends which piece to whom: two all-to-alls a step, one to the owners and one back.
+
+    gather     the pieces of gradients (and of the parameters that a stage reads), to the owner
+    scatter    the pieces of updates, from the owner to all that hold them
+
+Both are derived from the boxes of all ranks and the owners of all rows, in one order everywhere, so
+that a message needs no description. Messages have the lengths of what is in them, without padding
+to the longest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.layout import Layout
+from funshampoo.distributed.boxes import Box, Holding, Shape
+from funshampoo.distributed.pieces import Piece, pieces, strides
+from funshampoo.distributed.shards import STATUS, Shards
+
+ALIGNMENT = 16  # bytes, where a piece in a message begins
+HEAD = STATUS * 4  # bytes: the status of whoever sends, in float32
+
+Column: TypeAlias = int
+"""What a piece is of: `GRADIENTS`, `PARAMETERS`, or on the way back updates."""
+
+GRADIENTS, PARAMETERS = 0, 1
+
+Boxes: TypeAlias = dict[tuple[Shape, Shape], list[int]]
+"""{(offset, shape): the ranks that hold this box}"""
+
+
+class Slot(NamedTuple):
+    """A piece in a message."""
+
+    column: Column
+    parameter: int
+    stack: str
+    piece: Piece
+
+
+class Route:
+    """One direction, as one rank sees it.
+
+    Attributes:
+        out, into: for every rank the pieces to it, and those from it.
+        stay: the pieces that this rank has itself.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.out: list[list[Slot]] = [[] for _ in range(size)]
+        self.into: list[list[Slot]] = [[] for _ in range(size)]
+        self.stay: list[Slot] = []
+
+    def add(self, slot: Slot, source: int, target: int, rank: int) -> None:
+        """Note a piece that goes from one rank to another, if it is of this rank."""
+        if source == target == rank:
+            self.stay.append(slot)
+        elif source == rank:
+            self.out[target].append(slot)
+        elif target == rank:
+            self.into[source].append(slot)
+
+
+class Routes(NamedTuple):
+    """Both directions, as one rank sees them."""
+
+    gather: Route
+    scatter: Route
+
+
+class Shares(NamedTuple):
+    """Who holds what of a block.
+
+    Attributes:
+        boxes: [(the ranks that hold it, how many numbers of the block are in it)].
+        of_rank: {rank: how many numbers of the block it holds}; {} where all hold all.
+    """
+
+    boxes: tuple[tuple[Sequence[int], int], ...]
+    of_rank: dict[int, int]
+
+
+class Held:
+    """Who holds what of every parameter.
+
+    Args:
+        everyone: for every rank, what it holds of every parameter.
+
+    Attributes:
+        boxes: for every parameter {(offset, shape): the ranks that hold this box}, in one order on
+            all ranks.
+    """
+
+    def __init__(self, everyone: Sequence[Sequence[Holding]]) -> None:
+        self.everyone, self.size = everyone, len(everyone)
+        known: dict[tuple[Holding, ...], Boxes] = {}
+        self.boxes: list[Boxes] = []
+        for of_parameter in zip(*everyone):
+            if of_parameter not in known:
+                known[of_parameter] = _holders(of_parameter)
+            self.boxes.append(known[of_parameter])
+
+    def of_blocks(self, layout: Layout) -> dict[str, list[Shares]]:
+        """{stack: the shares of every row}; the same object for blocks that are held alike."""
+        found: dict[str, list[Shares]] = {s: [] for s in layout.stacks}
+        known: dict[Any, Shares] = {}
+        for where, boxes in zip(layout.parameters, self.boxes):
+            cut = [
+                axis
+                for axis, side in enumerate(where.merged)
+                if any(shape[axis] != side for _, shape in boxes)
+            ]
+            for region in where.regions:
+                for at in itertools.product(*map(range, region.grid)):
+                    key = id(boxes), region[2:], tuple(at[axis] for axis in cut)
+                    if key not in known:
+                        offset = [o + i * b for o, i, b in zip(region.offset, at, region.block)]
+                        known[key] = self._shares(boxes, tuple(offset), region.block)
+                    found[region.stack].append(known[key])
+        return found
+
+    def _shares(self, boxes: Boxes, offset: Shape, block: Shape) -> Shares:
+        meeting = [(ranks, _common(offset, block, *key)) for key, ranks in boxes.items()]
+        met = tuple((ranks, common) for ranks, common in meeting if common)
+        shares: dict[int, int] = {}
+        for ranks, common in met:
+            if len(ranks) < self.size:
+                for rank in ranks:
+                    shares[rank] = shares.get(rank, 0) + common
+        return Shares(met, shares)
+
+
+def _common(offset: Shape, shape: Shape, other: Shape, other_shape: Shape) -> int:
+    """How many indices two boxes have in common."""
+    count = 1
+    for a, n, b, m in zip(offset, shape, other, other_shape):
+        count *= max(0, min(a + n, b + m) - max(a, b))
+    return count
+
+
+def find_routes(
+    layout: Layout,
+    shards: Shards,
+    held: Held,
+    shown: Sequence[bool],
+    rank: int,
+) -> Routes:
+    """The routes of one rank.
+
+    Args:
+        shown: which parameters travel with their gradients.
+
+    Raises:
+        RuntimeError: nobody holds some of a block that this rank owns.
+    """
+    routes = Routes(Route(held.size), Route(held.size))
+    runs = _runs(shards)
+    for i, where in enumerate(layout.parameters):
+        holders, mine = held.boxes[i], held.everyone[rank][i]
+        own_boxes = {(box.offset, box.shape): box for box in mine.boxes}
+        columns = [GRADIENTS, PARAMETERS] if shown[i] else [GRADIENTS]
+        for region in where.regions:
+            for owner, rows, at in runs[region.stack]:
+                if rows.stop <= region.first or rows.start >= region.first + region.rows:
+                    continue
+                found = 0
+                for key in holders if owner == rank else sorted(own_boxes):
+                    box = own_boxes.get(key, Box(*key, (0,) * len(key[0])))
+                    source = source_of(holders[key], owner)
+                    for piece in pieces(region, rows, at, box, mine.shape):
+                        found += piece.numel
+                        for column in columns:
+                            slot = Slot(column, i, region.stack, piece)
+                            routes.gather.add(slot, source, owner, rank)
+                        slot = Slot(GRADIENTS, i, region.stack, piece)
+                        for holder in holders[key]:
+                            routes.scatter.add(slot, owner, holder, rank)
+                if owner == rank:
+                    _check_complete(found, region.block, region.first, region.rows, rows)
+    return routes
+
+
+def _runs(shards: Shards) -> dict[str, list[tuple[int, range, int]]]:
+    """{stack: [(owner, rows, where the first of them is among the owner's rows)]}."""
+    found: dict[str, list[tuple[int, range, int]]] = {stack: [] for stack in shards.blocks}
+    before: dict[tuple[str, int], int] = {}
+    for piece in shards.pieces:
+        at = before.get((piece.stack, piece.owner), 0)
+        found[piece.stack].append((piece.owner, piece.all_rows, at))
+        before[piece.stack, piece.owner] = at + piece.rows
+    return found
+
+
+def _holders(held: Sequence[Holding]) -> Boxes:
+    """{(offset, shape) of a box: the ranks that hold it}, in one order on all ranks."""
+    found: dict[tuple[Shape, Shape], list[int]] = {}
+    for rank, of_rank in enumerate(held):
+        for box in of_rank.boxes:
+            found.setdefault((box.offset, box.shape), []).append(rank)
+    return dict(sorted(found.items()))
+
+
+def source_of(ranks: Sequence[int], owner: int) -> int:
+    """Which of several holders sends its gradient: the nearest by number, so one of the same node.
+
+    All of them have the same numbers there.
+    """
+    return min(ranks, key=lambda rank: (abs(rank - owner), rank))
+
+
+def _check_complete(found: int, block: Shape, first: int, rows: int, own: range) -> None:
+    count = min(own.stop, first + rows) - max(own.start, first)
+    if found != count * math.prod(block):
+        raise RuntimeError(
+            f"of {count * math.prod(block)} numbers in some blocks of {block} the ranks of the "
+            f"process group hold {found}: give sharded a group with all ranks that have a part of "
+            "the parameters, each of them once."
+        )
+
+
+class Messages:
+    """The bytes of all messages that go out, or come in: heads, and aligned pieces.
+
+    Args:
+        slots: for every rank.
+        dtypes: {(column, parameter): dtype on the way}.
+        head: bytes in front of every message, `HEAD` or none.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Sequence[Slot]],
+        dtypes: Mapping[tuple[Column, int], torch.dtype],
+        head: int = 0,
+    ) -> None:
+        self.slots = [slot for of_rank in slots for slot in of_rank]
+        self.splits: list[int] = []
+        self._heads: list[int] = []
+        self._places: list[tuple[torch.dtype, int, Shape]] = []
+        at = 0
+        for of_rank in slots:
+            start = at
+            self._heads.append(at)
+            at += head
+            for slot in of_rank:
+                dtype = dtypes[slot.column, slot.parameter]
+                self._places.append((dtype, at // dtype.itemsize, slot.piece.shape))
+                used = slot.piece.numel * dtype.itemsize
+                at += -(-used // ALIGNMENT) * ALIGNMENT
+            self.splits.append(at - start)
+        self.bytes = at
+
+    def buffer(self, device: torch.device) -> Tensor:
+        """(bytes,) uint8, of which what is between pieces is zero."""
+        return torch.zeros(self.bytes, dtype=torch.uint8, device=device)
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """One contiguous view a slot, in its dtype and shape."""
+        typed = {dtype: buffer.view(dtype) for dtype in {place[0] for place in self._places}}
+        return [
+            typed[dtype].as_strided(shape, strides(shape), start)
+            for dtype, start, shape in self._places
+        ]
+
+    def heads(self, buffer: Tensor) -> Tensor:
+        """The statuses, (ranks, STATUS) float32."""
+        return torch.stack([buffer[at : at + HEAD].view(torch.float32) for at in self._heads])
+
+    def put_head(self, buffer: Tensor, status: Tensor) -> None:
+        """Write a status, (STATUS,) float32, before every message."""
+        for at in self._heads:
+            buffer[at : at + HEAD].view(torch.float32).copy_(status)

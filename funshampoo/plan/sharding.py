@@ -1,0 +1,235 @@
+"""What sharded parameters cost each rank, before there is a job: by simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard
+
+from funshampoo.blocks.blocking import layout_in
+from funshampoo.blocks.layout import Layout
+from funshampoo.core.checks import check_choice
+from funshampoo.core.contract import GradientTransformation, as_transformation
+from funshampoo.core.tree import flatten, leaf_names
+from funshampoo.distributed.boxes import Holding, holding_at
+from funshampoo.distributed.cost import DEFAULT_COST, CostModel
+from funshampoo.distributed.parts import near_shards
+from funshampoo.distributed.routes import Held, Shares, source_of
+from funshampoo.plan.planner import meta_parameters
+from funshampoo.plan.scopes import scopes_of
+from funshampoo.recipes.shampoo import shampoo
+from funshampoo.state.memory import readable
+
+Sharding: TypeAlias = Literal["fsdp", "hsdp", "tp", "fsdp+tp"]
+Place: TypeAlias = Callable[[str, tuple[int, ...]], Sequence[Any]]
+"""Placements by name and shape of a parameter, one a side of the mesh."""
+
+
+class ShardingPlan(NamedTuple):
+    """What `plan_sharded` found, one number a rank in every list. `str` of it is a table.
+
+    Attributes:
+        mesh: its shape.
+        blocks: how many a rank owns.
+        seconds: modelled seconds of a step's work on them.
+        state_bytes: of its state.
+        gathered: bytes of gradients (and parameters, if they are read) that come in.
+        gathered_across: of them, from other nodes.
+        scattered: bytes of updates that come in.
+        scattered_across: of them, from other nodes.
+        peers: how many other ranks it sends something to.
+        planning: seconds that the plan took.
+    """
+
+    mesh: tuple[int, ...]
+    blocks: list[int]
+    seconds: list[float]
+    state_bytes: list[int]
+    gathered: list[int]
+    gathered_across: list[int]
+    scattered: list[int]
+    scattered_across: list[int]
+    peers: list[int]
+    planning: float
+
+    @property
+    def balance(self) -> float:
+        """Largest over mean modelled seconds of a rank; 1 is perfect."""
+        return max(self.seconds) * len(self.seconds) / (sum(self.seconds) or 1.0)
+
+    def __str__(self) -> str:
+        return "\n".join(_table(self))
+
+
+def plan_sharded(
+    model: Any,
+    sharding: Sharding,
+    mesh: Sequence[int],
+    *,
+    transformation: GradientTransformation | None = None,
+    every: int = 10,
+    dtype: torch.dtype = torch.float32,
+    ranks_per_node: int = 8,
+    reads_parameters: bool = False,
+    placements: Place | None = None,
+    cost: CostModel = DEFAULT_COST,
+) -> ShardingPlan:
+    """Who will own which block of sharded parameters, and what moves. On meta tensors alone.
+
+    Args:
+        model, dtype, cost: as in `plan`.
+        sharding: how the model is sharded: "fsdp", FSDP2 on a mesh of one side; "hsdp", on
+            (replicas, shards); "tp", tensor parallelism on one side; "fsdp+tp", on (shards,
+            tensor).
+        mesh: its shape.
+        transformation: by default `shampoo` with its defaults and this `every`.
+        ranks_per_node: consecutive ranks that share a node.
+        reads_parameters: whether a stage reads parameters, as decay does: they travel with the
+            gradients.
+        placements: by name and shape; by default the first side for FSDP, and for tensor
+            parallelism the longer side of a matrix, whatever its name.
+
+    Raises:
+        ValueError: an unknown sharding, or a mesh that does not fit it.
+
+    >>> found = plan_sharded({"w": (64, 64)}, "fsdp", (2,), transformation=shampoo(1, max_size=32))
+    >>> found.blocks, found.gathered, found.scattered  # all is where it is needed
+    ([2, 2], [0, 0], [0, 0])
+    """
+    since = time.perf_counter()
+    check_choice("sharding", sharding, ("fsdp", "hsdp", "tp", "fsdp+tp"))
+    sides, mesh = 2 if sharding in ("hsdp", "fsdp+tp") else 1, tuple(mesh)
+    if len(mesh) != sides:
+        raise ValueError(f"mesh is {mesh}; {sharding!r} takes a mesh of {sides} sides.")
+    tx = as_transformation(transformation or shampoo(1e-3, every=every))
+    params = meta_parameters(model, dtype)
+    leaves: list[Tensor] = flatten(params)[0]
+    layout, state = layout_in(tx, params), tx.init(params)
+    (scope,) = scopes_of(tx, state, params)
+    costs = {
+        name: cost.block(stack.block, every, *scope.works[name])
+        for name, stack in layout.stacks.items()
+    }
+    per_block = scope.state_bytes
+    of_blocks = sum(stack.rows * per_block[name] for name, stack in layout.stacks.items())
+    shared = sum(x.nbytes for x in flatten(state)[0]) - of_blocks
+    place = placements or _placements(sharding)
+    ways = [place(name, tuple(x.shape)) for name, x in zip(leaf_names(params), leaves)]
+    held = _held(layout, [tuple(x.shape) for x in leaves], ways, mesh)
+    columns = 2 if reads_parameters else 1
+    return _counted(layout, held, costs, per_block, shared, columns, ranks_per_node, mesh, since)
+
+
+def _placements(sharding: Sharding) -> Place:
+    rows = Shard(0)
+
+    def tensor(shape: tuple[int, ...]) -> Any:
+        return Replicate() if len(shape) != 2 else Shard(0 if shape[0] >= shape[1] else 1)
+
+    def place(name: str, shape: tuple[int, ...]) -> Sequence[Any]:
+        first = rows if shape else Replicate()
+        return {
+            "fsdp": [first],
+            "hsdp": [Replicate(), first],
+            "tp": [tensor(shape)],
+            "fsdp+tp": [first, tensor(shape)],
+        }[sharding]
+
+    return place
+
+
+def _held(
+    layout: Layout,
+    shapes: Sequence[tuple[int, ...]],
+    ways: Sequence[Sequence[Any]],
+    mesh: tuple[int, ...],
+) -> Held:
+    known: dict[Any, list[Holding]] = {}
+    columns = []
+    coordinates = list(itertools.product(*map(range, mesh)))
+    for where, shape, way in zip(layout.parameters, shapes, ways):
+        key = shape, where.merged, tuple(way)
+        if key not in known:
+            known[key] = [holding_at(shape, way, mesh, at, where.merged) for at in coordinates]
+        columns.append(known[key])
+    return Held(list(zip(*columns)))
+
+
+def _counted(
+    layout: Layout,
+    held: Held,
+    costs: Mapping[str, float],
+    per_block: Mapping[str, int],
+    shared: int,
+    columns: int,
+    node: int,
+    mesh: tuple[int, ...],
+    since: float,
+) -> ShardingPlan:
+    size = held.size
+    blocks, seconds, state = [0] * size, [0.0] * size, [shared] * size
+    gathered, across, scattered, back_across = ([0] * size for _ in range(4))
+    peers: list[set[int]] = [set() for _ in range(size)]
+    shards = near_shards(layout, costs, held)
+    of_rows = held.of_blocks(layout)
+    alike: dict[tuple[str, int, int], int] = {}  # blocks of one owner that are held alike
+    known: dict[int, Shares] = {}
+    for piece in shards.pieces:
+        blocks[piece.owner] += piece.rows
+        seconds[piece.owner] += piece.rows * costs[piece.stack]
+        state[piece.owner] += piece.rows * per_block[piece.stack]
+        for row in piece.all_rows:
+            shares = of_rows[piece.stack][row]
+            known[id(shares)] = shares
+            key = piece.stack, piece.owner, id(shares)
+            alike[key] = alike.get(key, 0) + 1
+    for (stack, owner, share), rows in alike.items():
+        itemsize = layout.stacks[stack].dtype.itemsize
+        for ranks, common in known[share].boxes:
+            size_of = rows * common * itemsize
+            source = source_of(ranks, owner)
+            if source != owner:
+                gathered[owner] += size_of * columns
+                across[owner] += size_of * columns * (source // node != owner // node)
+                peers[source].add(owner)
+            for rank in ranks:
+                if rank != owner:
+                    scattered[rank] += size_of
+                    back_across[rank] += size_of * (rank // node != owner // node)
+            peers[owner].update(ranks)
+    count = [len(found - {rank}) for rank, found in enumerate(peers)]
+    took = time.perf_counter() - since
+    moved = gathered, across, scattered, back_across
+    return ShardingPlan(mesh, blocks, seconds, state, *moved, count, took)
+
+
+def _table(found: ShardingPlan) -> list[str]:
+    size = math.prod(found.mesh)
+    shape = " x ".join(map(str, found.mesh))
+    rows: list[tuple[str, Sequence[float], Callable[[float], str]]] = [
+        ("blocks", found.blocks, lambda x: f"{x:,.0f}"),
+        ("state", found.state_bytes, lambda x: readable(round(x))),
+        ("gathered", found.gathered, lambda x: readable(round(x))),
+        ("  across nodes", found.gathered_across, lambda x: readable(round(x))),
+        ("scattered", found.scattered, lambda x: readable(round(x))),
+        ("  across nodes", found.scattered_across, lambda x: readable(round(x))),
+        ("peers", found.peers, lambda x: f"{x:,.0f}"),
+        ("time per step", found.seconds, lambda x: f"{1e3 * x:,.4g} ms"),
+    ]
+    lines = [
+        f"{sum(found.blocks):,} blocks over {size:,} ranks, a mesh of {shape}.",
+        f"Balance (largest / mean modelled time): {found.balance:.3f}. "
+        f"Planned in {found.planning:.1f} s.",
+        "",
+        f"{'per rank':<20} {'smallest':>12} {'mean':>12} {'largest':>12}",
+    ]
+    for title, values, cell in rows:
+        cells = [min(values), sum(values) / len(values), max(values)]
+        lines.append(f"{title:<20} " + " ".join(f"{cell(x):>12}" for x in cells))
+    return lines

@@ -1,0 +1,218 @@
+"""FSDP2, HSDP, tensor parallelism and both together: nothing to say, and the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import funshampoo as fs
+from funshampoo.core.placed import part_like
+from funshampoo.distributed.boxes import holding
+from tests.distributed.ranks import Ranks
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+STEPS = 6
+NORMS = ("clip", "grafted")  # of whole parameters: sums over ranks, in another order
+
+
+class Model(nn.Module):
+    """Sides that no number of ranks divides, a vector and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(13, 10)
+        self.up = nn.Linear(10, 22)
+        self.down = nn.Linear(22, 10, bias=False)
+        self.norm = nn.LayerNorm(10)
+        self.head = nn.Linear(10, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = x + self.down(torch.tanh(self.up(x)))
+        return self.head(self.norm(x))
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def rows(model: nn.Module, size: int) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    fully_shard(model.up, mesh=mesh)
+    fully_shard(model.down, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def hybrid(model: nn.Module, size: int) -> None:
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+
+
+def tensor(model: nn.Module, size: int) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def both(model: nn.Module, size: int) -> None:
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("rows", "tensor"))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    fully_shard(model.up, mesh=mesh["rows"])
+    fully_shard(model, mesh=mesh["rows"])
+
+
+def as_it_is(model: nn.Module, size: int) -> None:
+    pass
+
+
+WAYS: dict[str, Callable[[nn.Module, int], None]] = {
+    "plain": as_it_is,
+    "data parallel": as_it_is,
+    "fsdp2": rows,
+    "hsdp": hybrid,
+    "tp": tensor,
+    "fsdp2 x tp": both,
+}
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "shampoo": lambda p: fs.Shampoo(
+        p, lr=0.01, every=3, max_size=8, momentum=0.9, weight_decay=0.1
+    ),
+    "soap": lambda p: fs.Optimizer(p, fs.soap, lr=0.01, every=3, max_size=8),
+    "muon": lambda p: fs.Optimizer(p, fs.muon, lr=0.01),
+    "adamw": lambda p: fs.Optimizer(p, fs.adamw, lr=0.01),
+    "clip": lambda p: fs.Optimizer(p, fs.chain(fs.clip_by_global_norm(0.1), fs.adamw(0.01))),
+    "grafted": lambda p: fs.Optimizer(p, fs.graft(fs.scale_by_adam(), fs.scale_by_sgd()), lr=0.01),
+}
+
+
+def full(x: Tensor) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x.detach().clone()
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {name: full(p) for name, p in model.named_parameters()}
+
+
+def backward(model: nn.Module, step: int) -> None:
+    tokens = torch.randint(0, 13, (4, 5), generator=torch.Generator().manual_seed(step))
+    nn.functional.cross_entropy(model(tokens).flatten(0, 1), (tokens % 7).flatten()).backward()
+
+
+def train(rank: int, size: int, way: str, method: str) -> list[str]:
+    """A sharded model, and in every process a plain one with the same gradients."""
+    plain, sharded = model(), model()
+    WAYS[way](sharded, size)
+    ours, theirs = METHODS[method](sharded.parameters()), METHODS[method](plain.parameters())
+    differing = []
+    for step in range(STEPS):
+        backward(sharded, step)
+        for p, q in zip(plain.parameters(), sharded.parameters()):
+            p.grad = full(q.grad)
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+        expected = dict(plain.named_parameters())
+        found = whole(sharded)
+        for name, x in found.items():
+            near = method in NORMS and torch.allclose(x, expected[name], rtol=1e-4, atol=1e-6)
+            if not near and not torch.equal(x, expected[name]):
+                differing.append(f"{name} at {step}")
+    before = model()
+    assert not any(torch.equal(p, q) for p, q in zip(before.parameters(), plain.parameters()))
+    return differing
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("way", "size"), [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp2 x tp", 4)]
+)
+def test_a_sharded_model_trains_as_in_one_process(
+    ranks: Ranks, way: str, size: int, method: str
+) -> None:
+    """Bitwise, on the gradients that there are."""
+    assert ranks(size, train, size, way, method) == [[]] * size
+
+
+def like(p: Any, x: Tensor) -> Any:
+    """x, placed as p is."""
+    held = holding(p, tuple(p.shape))
+    part = torch.zeros(held.shape)
+    for box in held.boxes:
+        here = tuple(slice(a, a + n) for a, n in zip(box.local, box.shape))
+        there = tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape))
+        part[here] = x[there]
+    return part_like(p, part)
+
+
+def gradients(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(p.shape, generator=generator) for p in model().parameters()]
+
+
+def resumed(
+    rank: int, size: int, way: str, method: str, folder: str, flat: bool, ts: range
+) -> dict[str, Tensor]:
+    """Some steps, from a checkpoint if these are not the first, and a checkpoint."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    network = model()
+    WAYS[way](network, size)
+    optimizer = METHODS[method](network.parameters())
+    if ts.start:
+        weights, state = get_state_dict(network, optimizer, options=options)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{ts.start}")
+        set_state_dict(
+            network,
+            optimizer,
+            model_state_dict=weights,
+            optim_state_dict=state,
+            options=options,
+        )
+    for t in ts:
+        for p, g in zip(network.parameters(), gradients(t)):
+            p.grad = like(p, g)
+        optimizer.step()
+    weights, state = get_state_dict(network, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{ts.stop}")
+    return whole(network)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint on one process
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("method", ["shampoo", "soap", "adamw"])
+def test_a_checkpoint_outlives_the_sharding(
+    ranks: Ranks, tmp_path: Path, method: str, flat: bool
+) -> None:
+    plain = model()
+    optimizer = METHODS[method](plain.parameters())
+    for t in range(10):
+        for p, g in zip(plain.parameters(), gradients(t)):
+            p.grad = g
+        optimizer.step()
+    where = str(tmp_path)
+    legs = [("fsdp2", 4), ("plain", 1), ("fsdp2 x tp", 4), ("data parallel", 2), ("hsdp", 4)]
+    for i, (way, size) in enumerate(legs):
+        found = ranks(size, resumed, size, way, method, where, flat, range(2 * i, 2 * i + 2))
+    for weights in found:
+        for name, p in plain.named_parameters():
+            assert torch.equal(weights[name], p), name
