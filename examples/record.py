@@ -46,10 +46,8 @@ def record(learning_rate: Any) -> GradientTransformation:
         add_cautious_decay(0.01),
         scale_by_learning_rate(learning_rate),
     )
-    parts = {
-        "hidden": blocked(guarded(hidden), None, with_params=True),
-        "rest": adamw(learning_rate),
-    }
+    blocks = blocked(guarded(hidden), None, merge="none", with_params=True)
+    parts = {"hidden": blocks, "rest": adamw(learning_rate)}
     return chain(partition(parts, parts_of), ema_nesterov(0.3, beta=0.9), tail_average(beta=0.9))
 
 

@@ -204,7 +204,7 @@ def _hidden_states(states: tuple[State, ...], spec: Any, flags: list[bool]) -> t
 def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
     """A state of an earlier stage, with every tree over the parameters in it hidden likewise."""
     try:
-        # optree's error has the values of all tensors in its words: a hundred times a step's time
+        # optree's error has the values of all tensors in its words: forty times a step's time
         parts = spec.flatten_up_to(node) if _begins_alike(spec, node) else None
     except ValueError:
         parts = None

@@ -143,11 +143,11 @@ def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Sche
 
 
 def _listed(values: Sequence[float]) -> Schedule:
-    table = torch.tensor(values, dtype=torch.float64)
+    table = torch.tensor(values, dtype=torch.float64, device="cpu")  # where the clock is
 
     def at(count: Tensor) -> Tensor:
-        value: Tensor = table[count.clamp(max=len(values) - 1)]
-        return value
+        place = count.clamp(max=len(values) - 1).reshape(1)
+        return table.gather(0, place)[0]  # a plain index would have a graph read the count
 
     return at
 

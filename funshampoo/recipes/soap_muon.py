@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from funshampoo.blocks.layout import Merge
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
@@ -36,6 +37,7 @@ def soap_muon(
     basis: Basis | None = None,
     matrices: Mask | None = None,
     others: GradientTransformation | None = None,
+    merge: Merge = "none",
     max_failures: int | None = 20,
     distribute: Distribute | None = None,
 ) -> GradientTransformation:
@@ -68,6 +70,8 @@ def soap_muon(
         every, basis: when and how the bases are renewed; see `in_eigenbasis`.
         matrices, others: which leaves it is for, by default all of two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
+        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, or several in one; see
+            `blocked`. "none": each leaf is one matrix.
         max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
 
     Raises:
@@ -95,4 +99,4 @@ def soap_muon(
         update_floor(min_ratio),
         hyperball(learning_rate, relative=False, radius="first_order"),
     )
-    return routed(direction, learning_rate, matrices, others, max_failures, distribute)
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from funshampoo.blocks.layout import Merge
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
@@ -33,6 +34,7 @@ def splus(
     basis: Basis | None = None,
     max_side: int = 10_000,
     others_scale: float = 1e-3,
+    merge: Merge = "none",
     max_failures: int | None = 20,
     distribute: Distribute | None = None,
 ) -> GradientTransformation:
@@ -63,6 +65,8 @@ def splus(
             `linalg.eigh()`.
         max_side: a longer side is left alone, and its matrix makes steps of others_scale.
         others_scale: how long the steps are that are no matrix's.
+        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, or several in one; see
+            `blocked`. "none": each leaf is one block.
         max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole parameter.
 
     Raises:
@@ -100,7 +104,7 @@ def splus(
         is_kept=is_kept,
         scale=scale,
     )
-    return whole(chain(*stages), max_failures, distribute)
+    return whole(chain(*stages), max_failures, distribute, merge)
 
 
 def signs_in_eigenbases(

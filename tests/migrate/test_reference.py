@@ -14,6 +14,24 @@ DATA = torch.load(Path(__file__).parents[1] / "reference" / "reference.pt", weig
 BUILT = sorted(DATA["configs"])
 
 
+def _corrected(**fields: Any) -> dict[str, Any]:
+    kind = "EigenvalueCorrectedShampooPreconditionerConfig"
+    return {"preconditioner_config": {"type": kind, **fields}}
+
+
+def _orthogonalized(**fields: Any) -> dict[str, Any]:
+    config = {"type": "NewtonSchulzOrthogonalizationConfig", **fields}
+    kind = "SpectralDescentPreconditionerConfig"
+    return {"preconditioner_config": {"type": kind, "orthogonalization_config": config}}
+
+
+def _averaged(kind: str, **fields: Any) -> dict[str, Any]:
+    own: dict[str, Any] = {"train_interp_coeff": 0.75}
+    if kind == "GeneralizedPrimalAveraging":
+        own["eval_interp_coeff"] = 0.875
+    return {"iterate_averaging_config": {"type": f"{kind}Config", **own, **fields}}
+
+
 def make(config: dict[str, Any], **changes: Any) -> fs.GradientTransformation:
     args = {**config["args"], **changes}
     rates = config["lr_schedule"]
@@ -79,6 +97,26 @@ def test_agreement_does_not_depend_on_flooring(name: str) -> None:
         ("adam_corrected_wd_sched", {"peak_lr": 0.02}),
         ("kl_root", {"epsilon": 1.1e-4}),
         ("kl_root", {"preconditioner_config": None}),
+        ("evc_eigh", {"epsilon": 1e-4}),
+        ("evc_eigh", {"betas": (0.9, 0.98)}),
+        ("evc_eigh", {"use_bias_correction": False}),
+        ("evc_eigh", {"precondition_frequency": 2}),
+        ("evc_ignored_dims", {"start_preconditioning_step": 9}),
+        ("evc_ignored_dims", _corrected()),
+        ("evc_ignored_dims", _corrected(ignored_basis_change_dims={2: [0]})),
+        ("evc_ignored_dims", _corrected(inverse_exponent_override={3: 0.4})),
+        ("evc_eigh", {"grafting_config": {"type": "SGDPreconditionerConfig"}}),
+        ("spectral", _orthogonalized(num_iterations=6)),
+        ("spectral", _orthogonalized(coefficients=(2.0, -1.5, 0.5))),
+        ("gpa", {"weight_decay_type": "INDEPENDENT"}),
+        ("gpa", {"weight_decay_type": "L2"}),
+        ("gpa", _averaged("GeneralizedPrimalAveraging", eval_interp_coeff=0.8)),
+        ("gpa", _averaged("GeneralizedPrimalAveraging", train_interp_coeff=0.8)),
+        ("gpa", {"as_published": False}),
+        ("schedule_free", _averaged("ScheduleFree", train_interp_coeff=0.8)),
+        ("schedule_free", _averaged("ScheduleFree", eval_coeff_lr_power=1)),
+        ("schedule_free", {"weight_decay": 0.12}),
+        ("schedule_free", {"as_published": False}),
     ],
 )
 def test_every_argument_reaches_the_chain(name: str, change: dict[str, Any]) -> None:
@@ -91,6 +129,67 @@ def test_a_method_that_is_not_built_says_so() -> None:
     config = {"preconditioner_config": {"type": "UnheardOfPreconditionerConfig"}}
     with pytest.raises(NotImplementedError, match="UnheardOfPreconditionerConfig is not built"):
         make(DATA["configs"]["kl_root"], **config)
+
+
+@pytest.mark.parametrize("name", ["gpa", "schedule_free"])
+def test_the_weights_to_evaluate_with(name: str) -> None:
+    """The reference finds them from y and z with coefficients in float32, so 1e-6 and no less."""
+    config = DATA["configs"][name]
+    problem = DATA["problems"][config["problem"]]
+    tx, params = make(config), list(problem["params0"])
+    state, seen = tx.init(params), 0
+    for t in range(DATA["meta"]["steps"]):
+        updates, state = tx.update([g.double() for g in problem["grads"][t]], state, params)
+        params = fs.apply_updates(params, updates)
+        for found, wanted in zip(
+            fs.evaluation_parameters(state, params), config["eval_params"].get(t + 1, ())
+        ):
+            seen += 1
+            assert torch.allclose(found, wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
+    assert seen == 2 * len(params)
+
+
+@pytest.mark.parametrize(("name", "bound"), [("gpa", 1e-11), ("schedule_free", 1e-6)])
+def test_without_decay_the_averages_are_the_papers(name: str, bound: float) -> None:
+    """Up to the rounding of Schedule-Free's coefficients; with it, as above, they are not."""
+    config = DATA["configs"][name]
+    problem = DATA["problems"][config["problem"]]
+    ends = []
+    for as_published in (True, False):
+        tx = make(config, weight_decay=0.0, as_published=as_published)
+        params = list(problem["params0"])
+        state = tx.init(params)
+        for grads in problem["grads"]:
+            updates, state = tx.update([g.double() for g in grads], state, params)
+            params = fs.apply_updates(params, updates)
+        ends.append([*params, *fs.evaluation_parameters(state, params)])
+    for a, b in zip(*ends):
+        assert (a - b).abs().max() <= bound
+
+
+def test_a_rate_of_zero_on_the_first_step_moves_nothing() -> None:
+    config = DATA["configs"]["schedule_free"]
+    args = {**config["args"], "lr": lambda count: 0.1 * (count > 0)}
+    tx = fs.from_reference(**args)
+    params = [torch.ones(2, 3, dtype=torch.float64)]
+    updates, state = tx.update(params, tx.init(params), params)
+    assert not updates[0].any()
+    assert torch.equal(fs.evaluation_parameters(state, params)[0], params[0])
+
+
+def test_what_may_be_grafted_onto_may_be_the_whole_method() -> None:
+    config = {"type": "AdamPreconditionerConfig", "beta2": 0.97, "epsilon": 1e-6}
+    tx = fs.from_reference(lr=0.1, betas=(0.8, 1.0), preconditioner_config=config)
+    w = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([w], lr=0.1, betas=(0.8, 0.97), eps=1e-6)
+    params, generator = {"w": w.detach().clone()}, torch.Generator().manual_seed(0)
+    state = tx.init(params)
+    for _ in range(4):
+        w.grad = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+        updates, state = tx.update({"w": w.grad.clone()}, state, params)
+        params = fs.apply_updates(params, updates)
+        adam.step()
+    assert torch.allclose(params["w"], w.detach(), rtol=1e-12)
 
 
 def _both(changes: dict[str, Any], other: dict[str, Any]) -> float:
@@ -323,6 +422,35 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
             "momentum is 1.5",
         ),
         (_root({"type": "CoupledHigherOrderConfig"}), TypeError, "needs rel_epsilon"),
+        (
+            _corrected(amortized_computation_config={"type": "QREigendecompositionConfig"}),
+            NotImplementedError,
+            "QREigen",
+        ),
+        (
+            _corrected(ignored_basis_change_dims={2: [2]}),
+            ValueError,
+            r"ignored_basis_change_dims\[2\] has 2, which a block of 2 sides does not have",
+        ),
+        (_corrected(inverse_exponent_override={2: 0.0}), ValueError, "exponent is 0.0"),
+        (_corrected(ignored=1), TypeError, "has no field 'ignored'"),
+        (
+            _orthogonalized(scale_by_dims_fn=max),
+            NotImplementedError,
+            "scale_by_dims_fn is a function",
+        ),
+        (
+            {"preconditioner_config": {"type": "SignDescentPreconditionerConfig", "scale_fn": abs}},
+            NotImplementedError,
+            "scale_fn is a function",
+        ),
+        (_averaged("ScheduleFree", train_interp_coeff=0.0), ValueError, "interp_coeff is 0.0"),
+        (_averaged("ScheduleFree", eval_interp_coeff=0.5), TypeError, "no field 'eval_interp"),
+        (
+            _averaged("GeneralizedPrimalAveraging", eval_interp_coeff=1.0),
+            ValueError,
+            "eval_interp_coeff is 1.0",
+        ),
         ({"learning_rate": 0.1}, TypeError, "unexpected argument 'learning_rate'"),
         ({"epsilon": -1.0}, ValueError, "epsilon is -1.0"),
     ],

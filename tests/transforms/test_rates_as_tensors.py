@@ -37,13 +37,40 @@ NUMBERS: dict[str, Make] = {
     "normuon": lambda x: fs.normuon(x, momentum=2 * x, beta2=x, weight_decay=x),
     "normuon:cautious": lambda x: fs.normuon(0.1, weight_decay=x, cautious_decay=True),
     "spectral_descent": lambda x: fs.spectral_descent(x, beta1=x),
+    "splus": lambda x: fs.splus(x, beta1=x, beta2=2 * x, average=x, weight_decay=x, every=2),
+    "soap_muon": lambda x: fs.soap_muon(
+        x, momentum=2 * x, beta2=x, outward=x, inward=2 * x, min_ratio=x
+    ),
+    "eigenvalue_shampoo": lambda x: fs.eigenvalue_shampoo(
+        x, beta1=x, beta2=2 * x, epsilon=x, weight_decay=x, every=2, start=2
+    ),
+    "second_moment": lambda x: fs.scale_by_second_moment(x, x, damping="floor"),
+    "decay_after_step": lambda x: fs.decay_after_step(x, 2 * x),
+    "schedule_free:reference": lambda x: fs.from_reference(
+        lr=x,
+        betas=(x, 0.9),
+        epsilon=1e-3,
+        weight_decay=x,
+        iterate_averaging_config={"type": "ScheduleFreeConfig"},
+    ),
     "lion": lambda x: fs.lion(x, beta1=x, beta2=2 * x, weight_decay=x),
     "sign_descent": lambda x: fs.sign_descent(x, beta1=x, scale=x),
     "schedule_free:published": lambda x: fs.from_published(
         "AdamWScheduleFree", lr=x, warmup_steps=3, weight_decay=x
     ),
 }
-DERIVED = {"update_floor", "radial_brake", "muon", "normuon", "lion"}  # by 2 x, where x is live
+# by 2 x, where x is live
+DERIVED = {
+    "update_floor",
+    "radial_brake",
+    "muon",
+    "normuon",
+    "lion",
+    "splus",
+    "soap_muon",
+    "eigenvalue_shampoo",
+    "decay_after_step",
+}
 each = pytest.mark.parametrize("make", NUMBERS.values(), ids=NUMBERS)
 
 
