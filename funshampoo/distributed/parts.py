@@ -17,14 +17,15 @@ from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.placed import local_part
-from funshampoo.distributed.agreement import difference, lines_of
-from funshampoo.distributed.boxes import holding
+from funshampoo.distributed.agreement import difference, lines_of, print_of
+from funshampoo.distributed.boxes import Holding, holding
 from funshampoo.distributed.collectives import (
     ProcessGroup,
     all_to_all_into,
     gathered_objects,
     rank_and_size,
 )
+from funshampoo.distributed.described import Line
 from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.pieces import as_view
 from funshampoo.distributed.routes import (
@@ -34,6 +35,7 @@ from funshampoo.distributed.routes import (
     Held,
     Messages,
     Route,
+    Routes,
     Slot,
     find_routes,
 )
@@ -48,7 +50,6 @@ class Parts:
     Args:
         leaves: the parameters, or gradients in their place.
         costs: {stack: what a block of it costs its owner}.
-        shown: which parameters travel with their gradients.
 
     Attributes:
         held: what this rank holds of every parameter.
@@ -63,25 +64,15 @@ class Parts:
     """
 
     def __init__(
-        self,
-        leaves: Leaves,
-        costs: Mapping[str, float],
-        shown: Sequence[bool],
-        group: ProcessGroup | None,
+        self, leaves: Leaves, costs: Mapping[str, float], group: ProcessGroup | None
     ) -> None:
         self.layout: Layout = leaves.where
-        rank, size = rank_and_size(group)
+        self.rank, self.size = rank_and_size(group)
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
-        said = (lines_of(leaves), self.held)
-        everyone = [said] if size == 1 else gathered_objects(said, group)
-        for other, (lines, _) in enumerate(everyone):
-            if lines != everyone[0][0]:
-                raise RuntimeError(difference(everyone[0][0], lines, other))
-        self.size, found = size, Held([held for _, held in everyone])
-        self.shards = near_shards(self.layout, costs, found)
-        self.routes = find_routes(self.layout, self.shards, found, shown, rank)
-        own = [piece for piece in self.shards.pieces if piece.owner == rank]
+        self._held = Held(_gathered(lines_of(leaves), self.held, self.size, group))
+        self.shards = near_shards(self.layout, costs, self._held)
+        own = [piece for piece in self.shards.pieces if piece.owner == self.rank]
         self.owned: dict[str, dict[str, tuple[()]]] = {}
         self.ids: dict[str, tuple[int, ...]] = {}
         for piece in own:
@@ -89,7 +80,16 @@ class Parts:
             spans = self.owned.setdefault(piece.stack, {})
             spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
         self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
+        self._routes: dict[tuple[bool, ...], Routes] = {}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
+
+    def routes(self, shown: Sequence[bool] | None) -> Routes:
+        """Of this rank; `shown` parameters travel with their gradients."""
+        key = tuple(shown or [False] * len(self.held))
+        if key not in self._routes:
+            found = find_routes(self.layout, self.shards, self._held, key, self.rank)
+            self._routes[key] = found
+        return self._routes[key]
 
     def messages(
         self, route: Route, dtypes: Mapping[tuple[int, int], torch.dtype], head: int
@@ -100,6 +100,25 @@ class Parts:
             both = Messages(route.out, dtypes, head), Messages(route.into, dtypes, head)
             self._messages[key] = both
         return self._messages[key]
+
+
+def _gathered(
+    lines: list[Line], held: list[Holding], size: int, group: ProcessGroup | None
+) -> list[list[Holding]]:
+    """What every rank holds of every parameter. A collective.
+
+    Equal holdings are sent once: a model has few shapes. So are the lines, if ranks disagree.
+    """
+    if size == 1:
+        return [held]
+    numbers = {own: i for i, own in enumerate(dict.fromkeys(held))}
+    said = print_of(lines), list(numbers), [numbers[own] for own in held]
+    everyone = gathered_objects(said, group)
+    if any(of_rank[0] != said[0] for of_rank in everyone):  # so every rank comes
+        for rank, theirs in enumerate(everyone_lines := gathered_objects(lines, group)):
+            if theirs != everyone_lines[0]:
+                raise RuntimeError(difference(everyone_lines[0], theirs, rank))
+    return [[kinds[i] for i in indices] for _, kinds, indices in everyone]
 
 
 def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shards:
@@ -138,6 +157,7 @@ class Transfer:
         memory: Memory,
     ) -> None:
         self._parts, self._leaves, self._group = parts, leaves, group
+        self._routes = parts.routes(leaves.shown)
         self._device, self._dtype, self._memory = device, dtype, memory
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
         stacks = parts.layout.stacks
@@ -154,7 +174,7 @@ class Transfer:
 
     def gather(self) -> None:
         """Put the rows of this rank together. All ranks have to come."""
-        route, leaves = self._parts.routes.gather, self._leaves
+        route, leaves = self._routes.gather, self._leaves
         columns = {GRADIENTS: leaves.gradients, PARAMETERS: leaves.parameters or ()}
         way = {
             (column, i): _dtype_on_the_way(x, leaves, i)
@@ -199,7 +219,7 @@ class Transfer:
 
     def meet(self) -> Tensor:
         """See `Transport`. All ranks have to come."""
-        route, layout = self._parts.routes.scatter, self._parts.layout
+        route, layout = self._routes.scatter, self._parts.layout
         way = {(GRADIENTS, i): self._dtype for i in range(len(layout.parameters))}
         out, into = self._parts.messages(route, way, HEAD)
         sending, views = self._buffer("scatter out", out)

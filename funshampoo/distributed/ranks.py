@@ -226,18 +226,19 @@ class Ranks:
         """Who has which part. The first time for these parameters it is a collective."""
         layout: Layout = leaves.where
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
-        shown = tuple(leaves.shown or [False] * len(known))
         placed = [getattr(x, "placements", None) for x in known]
-        key = id(layout), shown
-        found = self.known_parts.get(key)
+        found = self.known_parts.get(id(layout))
         if found is None or found[0] is not layout or found[1] != placed:
+            if len(self.known_parts) > 3:  # groups were edited, and buffers are large
+                self.known_parts.clear()
+                self.memory.clear()
             model, works = self._model(blocks), self._works(blocks)
             costs = {
                 name: model.block(s.block, self.every, *works[name])
                 for name, s in blocks.stacks.items()
             }
-            parts = Parts(leaves, costs, shown, self.group)
-            found = self.known_parts[key] = layout, placed, parts
+            parts = Parts(leaves, costs, self.group)
+            found = self.known_parts[id(layout)] = layout, placed, parts
         return found[2]
 
     def _says(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> Says:

@@ -10,6 +10,7 @@ to the longest.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.blocks.layout import Layout
+from funshampoo.blocks.layout import Layout, Region
 from funshampoo.distributed.boxes import Box, Holding, Shape
 from funshampoo.distributed.pieces import Piece, pieces, strides
 from funshampoo.distributed.shards import STATUS, Shards
@@ -145,11 +146,7 @@ def _common(offset: Shape, shape: Shape, other: Shape, other_shape: Shape) -> in
 
 
 def find_routes(
-    layout: Layout,
-    shards: Shards,
-    held: Held,
-    shown: Sequence[bool],
-    rank: int,
+    layout: Layout, shards: Shards, held: Held, shown: Sequence[bool], rank: int
 ) -> Routes:
     """The routes of one rank.
 
@@ -161,40 +158,63 @@ def find_routes(
     """
     routes = Routes(Route(held.size), Route(held.size))
     runs = _runs(shards)
+    starts = {stack: [run.rows.start for run in found] for stack, found in runs.items()}
     for i, where in enumerate(layout.parameters):
-        holders, mine = held.boxes[i], held.everyone[rank][i]
-        own_boxes = {(box.offset, box.shape): box for box in mine.boxes}
-        columns = [GRADIENTS, PARAMETERS] if shown[i] else [GRADIENTS]
+        boxes = held.boxes[i], held.everyone[rank][i]
+        columns = (GRADIENTS, PARAMETERS) if shown[i] else (GRADIENTS,)
         for region in where.regions:
-            for owner, rows, at in runs[region.stack]:
-                if rows.stop <= region.first or rows.start >= region.first + region.rows:
-                    continue
-                found = 0
-                for key in holders if owner == rank else sorted(own_boxes):
-                    box = own_boxes.get(key, Box(*key, (0,) * len(key[0])))
-                    source = source_of(holders[key], owner)
-                    for piece in pieces(region, rows, at, box, mine.shape):
-                        found += piece.numel
-                        for column in columns:
-                            slot = Slot(column, i, region.stack, piece)
-                            routes.gather.add(slot, source, owner, rank)
-                        slot = Slot(GRADIENTS, i, region.stack, piece)
-                        for holder in holders[key]:
-                            routes.scatter.add(slot, owner, holder, rank)
-                if owner == rank:
-                    _check_complete(found, region.block, region.first, region.rows, rows)
+            first = bisect.bisect_right(starts[region.stack], region.first) - 1
+            last = bisect.bisect_left(starts[region.stack], region.first + region.rows)
+            for run in runs[region.stack][first:last]:
+                _add_pieces(routes, rank, i, region, run, columns, *boxes)
     return routes
 
 
-def _runs(shards: Shards) -> dict[str, list[tuple[int, range, int]]]:
-    """{stack: [(owner, rows, where the first of them is among the owner's rows)]}."""
-    found: dict[str, list[tuple[int, range, int]]] = {stack: [] for stack in shards.blocks}
+class _Run(NamedTuple):
+    """Consecutive rows of one owner; `at` is where the first is among all that it has."""
+
+    owner: int
+    rows: range
+    at: int
+
+
+def _runs(shards: Shards) -> dict[str, list[_Run]]:
+    """{stack: its runs, in the order of the rows}."""
+    found: dict[str, list[_Run]] = {stack: [] for stack in shards.blocks}
     before: dict[tuple[str, int], int] = {}
-    for piece in shards.pieces:
+    for piece in shards.pieces:  # those of an owner in the order of the rows
         at = before.get((piece.stack, piece.owner), 0)
-        found[piece.stack].append((piece.owner, piece.all_rows, at))
+        found[piece.stack].append(_Run(piece.owner, piece.all_rows, at))
         before[piece.stack, piece.owner] = at + piece.rows
-    return found
+    return {stack: sorted(own, key=lambda run: run.rows.start) for stack, own in found.items()}
+
+
+def _add_pieces(
+    routes: Routes,
+    rank: int,
+    parameter: int,
+    region: Region,
+    run: _Run,
+    columns: Sequence[Column],
+    boxes: Boxes,
+    mine: Holding,
+) -> None:
+    """What one rank has to do with a run's rows of a region, as their owner or as a holder."""
+    own = {(box.offset, box.shape): box for box in mine.boxes}
+    found = 0
+    for key in boxes if run.owner == rank else sorted(own):
+        box = own.get(key, Box(*key, (0,) * len(key[0])))
+        source = source_of(boxes[key], run.owner)
+        for piece in pieces(region, run.rows, run.at, box, mine.shape):
+            found += piece.numel
+            for column in columns:
+                slot = Slot(column, parameter, region.stack, piece)
+                routes.gather.add(slot, source, run.owner, rank)
+            slot = Slot(GRADIENTS, parameter, region.stack, piece)
+            for holder in boxes[key]:
+                routes.scatter.add(slot, run.owner, holder, rank)
+    if run.owner == rank:
+        _check_complete(found, region, run.rows)
 
 
 def _holders(held: Sequence[Holding]) -> Boxes:
@@ -214,13 +234,13 @@ def source_of(ranks: Sequence[int], owner: int) -> int:
     return min(ranks, key=lambda rank: (abs(rank - owner), rank))
 
 
-def _check_complete(found: int, block: Shape, first: int, rows: int, own: range) -> None:
-    count = min(own.stop, first + rows) - max(own.start, first)
-    if found != count * math.prod(block):
+def _check_complete(found: int, region: Region, rows: range) -> None:
+    count = min(rows.stop, region.first + region.rows) - max(rows.start, region.first)
+    if found != count * math.prod(region.block):
         raise RuntimeError(
-            f"of {count * math.prod(block)} numbers in some blocks of {block} the ranks of the "
-            f"process group hold {found}: give sharded a group with all ranks that have a part of "
-            "the parameters, each of them once."
+            f"of {count * math.prod(region.block)} numbers in blocks of {region.block} the ranks "
+            f"of the process group hold {found}: give sharded a group with all ranks that have a "
+            "part of the parameters, each of them once."
         )
 
 
