@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import funshampoo as fs
-from tests.distributed.problems import Shapes, held_here, optimizer, train, tree
+from tests.distributed.problems import Shapes, block_state, held_here, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
@@ -212,3 +212,27 @@ def test_blocks_of_parts_need_ranks_that_share(ranks: Ranks) -> None:
     for said in ranks(2, not_distributed):
         assert "'b' is a DTensor" in said or "'w' is a DTensor" in said
         assert "blocked(sharded(...))" in said
+
+
+def within_the_shards(rank: int) -> Any:
+    """HSDP with owners among the ranks that shard, and a copy of them for every replica."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+
+    def put(values: dict[str, Tensor]) -> dict[str, DTensor]:
+        return {n: distribute_tensor(x, mesh, [Replicate(), Shard(0)]) for n, x in values.items()}
+
+    group = mesh.get_group("shards")
+    tx = optimizer({"process_group": group}, max_size=8)
+    params, state = train(tx, put(tree(0, SOME)), STEPS, lambda t: put(tree(t, SOME)))
+    return whole(params), sum(x.numel() for x in block_state(state).values())
+
+
+def test_owners_may_stay_within_the_ranks_that_shard(ranks: Ranks) -> None:
+    expected, state = train(
+        optimizer(None, max_size=8), tree(0, SOME), STEPS, lambda t: tree(t, SOME)
+    )
+    found = ranks(4, within_the_shards)
+    for params, _ in found:
+        assert_equal(params, expected)
+    everything = sum(x.numel() for x in block_state(state).values())
+    assert sum(n for _, n in found) == 2 * everything
