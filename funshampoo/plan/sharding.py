@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Replicate, Shard
 
 from funshampoo.blocks.blocking import layout_in
 from funshampoo.blocks.layout import Layout
@@ -127,6 +126,9 @@ def plan_sharded(
 
 
 def _placements(sharding: Sharding) -> Place:
+    # Here, since it imports sympy, which adds to the process' filters of warnings.
+    from torch.distributed.tensor import Replicate, Shard
+
     rows = Shard(0)
 
     def tensor(shape: tuple[int, ...]) -> Any:
