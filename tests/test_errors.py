@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import funshampoo as fs
-from funshampoo.core.tree import detached
+from funshampoo.core.parameters import detached
 from tests.trees import assert_unchanged, problem, snapshot
 
 RECIPES = {

@@ -21,25 +21,15 @@ from funshampoo.combinators.failures import (
     failure_limit_error,
 )
 from funshampoo.combinators.masks import Mask
+from funshampoo.core.applying import add_in_place
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import (
-    GradientTransformation,
-    Tree,
-    add_in_place,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
+from funshampoo.core.parameters import check_local, problem_of_gradient
 from funshampoo.core.placed import is_in_parts, part_like, placed_like
-from funshampoo.core.tree import (
-    check_local,
-    check_same_structure,
-    flatten,
-    labels_of,
-    leaf_names,
-    problem_of_gradient,
-)
+from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
 from funshampoo.state.stages import BlockedState
 
 

@@ -17,7 +17,8 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import look_due, running
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
-from funshampoo.core.tree import check_local, flatten
+from funshampoo.core.parameters import check_local
+from funshampoo.core.tree import flatten
 from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.collectives import (
     ProcessGroup,

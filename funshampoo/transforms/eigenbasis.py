@@ -15,9 +15,9 @@ from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import full_precision
+from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
     cast,
-    check_local,
     compute_dtype,
     flatten,
     map_leaves,
