@@ -11,7 +11,7 @@ from funshampoo.core.context import Context, context_of
 from funshampoo.core.contract import GradientTransformation, State, Tree, TreeT, checked_pair
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.modes import are_apart, is_plain
-from funshampoo.core.placed import is_in_parts, local_part, placed_like
+from funshampoo.core.placed import any_in_parts, local_part, placed_like
 from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
 
@@ -63,7 +63,7 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     check_same_structure(params, updates, "params", "updates")
     leaves, spec = flatten(params)
     pairs = [(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates)) if u is not None]
-    if any(map(is_in_parts, leaves)):
+    if any_in_parts(leaves):
         pairs = [(local_part(p), local_part(placed_like(u, p))) for p, u in pairs]
     if torch.compiler.is_dynamo_compiling():
         # torch 2.13: a graph forgets what it writes into a 0-dimensional float64 input on a CPU.

@@ -208,7 +208,10 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which statistics and updates of `x` live: float32 at least."""
-    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return torch.float32 if x.dtype in _HALF else x.dtype
+
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> None:
