@@ -27,12 +27,12 @@ _NO_CODE = {
 }
 
 
-def lines_of_code(source: str) -> set[int]:
+def lines_of_code(source: str, tree: ast.AST) -> set[int]:
     """The numbers of the lines that are neither blank, nor comments, nor in a docstring."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     spans = [(t.start[0], t.end[0]) for t in tokens if t.type not in _NO_CODE]
     found = {line for first, last in spans for line in range(first, last + 1)}
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and _is_text(body[0]):
             found -= set(range(body[0].lineno, body[0].end_lineno + 1))
@@ -47,20 +47,27 @@ def _is_text(node: ast.AST) -> bool:
     )
 
 
-def functions(source: str) -> Iterator[tuple[str, int]]:
-    """(name, lines of code in the body) of every function, inner ones too, which count twice."""
-    code = lines_of_code(source)
-    for node in ast.walk(ast.parse(source)):
+def functions(source: str, longer_than: int = 0) -> Iterator[tuple[str, int]]:
+    """(name, lines of code in the body) of every function, inner ones too, which count twice.
+
+    Args:
+        longer_than: leave out those whose bodies have no more lines than that, of any kind.
+    """
+    tree = ast.parse(source)
+    code = None
+    for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            body = range(node.body[0].lineno, node.end_lineno + 1 if node.end_lineno else 0)
-            yield node.name, len(code.intersection(body))
+            body = range(node.body[0].lineno, (node.end_lineno or 0) + 1)
+            if len(body) > longer_than:
+                code = code or lines_of_code(source, tree)
+                yield node.name, len(code.intersection(body))
 
 
 def long_functions(folder: str) -> set[str]:
     return {
         f"{path.relative_to(ROOT).as_posix()} {name}"
         for path in (ROOT / folder).rglob("*.py")
-        for name, lines in functions(path.read_text("utf-8"))
+        for name, lines in functions(path.read_text("utf-8"), CODE_LINES)
         if lines > CODE_LINES
     }
 

@@ -27,6 +27,7 @@ class Shampoo(Optimizer):
 
     See `Optimizer` for groups, schedulers and checkpoints.
 
+    >>> import torch
     >>> model = torch.nn.Linear(3, 2)
     >>> optimizer = Shampoo(model.parameters(), lr=0.01, weight_decay=1e-4)
     >>> model(torch.ones(3)).sum().backward()

@@ -304,6 +304,6 @@ def test_tied_parameters_with_decay_are_alike_in_place() -> None:
                 state = fs.update_in_place(tx, grads, state, params)
             else:
                 updates, state = tx.update(grads, state, params)
-                fs.core.contract.add_in_place(params, updates)
+                fs.core.applying.add_in_place(params, updates)
         found.append(w)
     assert torch.equal(*found)
