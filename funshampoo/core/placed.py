@@ -15,12 +15,16 @@ def is_in_parts(x: Any) -> bool:
     if type(x) is Tensor or type(x) is Parameter:
         return False
     found = hasattr(x, "device_mesh") and hasattr(x, "placements")
-    SEEN["any"] = SEEN["any"] or found
+    _SEEN["any"] = _SEEN["any"] or found
     return found
 
 
-SEEN = {"any": False}
-"""Whether there was one in this process, without which nobody has to look for others."""
+_SEEN = {"any": False}  # whether there was one in this process, without which nobody has to look
+
+
+def were_seen() -> bool:
+    """Whether this process has had a DTensor among its parameters."""
+    return _SEEN["any"]
 
 
 def any_in_parts(tensors: Iterable[Any]) -> bool:
