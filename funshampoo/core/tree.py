@@ -228,7 +228,7 @@ def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> N
     for i, (a, b) in enumerate(zip(leaves, others)):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             continue
-        if b.is_complex() and not a.is_complex():
+        if a.dtype is not b.dtype and b.is_complex() and not a.is_complex():
             raise TypeError(f"leaf '{leaf_names(tree)[i]}' is complex in {other_name}.")
         if a.shape != b.shape:
             raise ValueError(
