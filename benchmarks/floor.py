@@ -24,7 +24,7 @@ from benchmarks.section import Cell, Column, Rows, Section, Settings
 from benchmarks.timing import repeated, synchronize, times
 from benchmarks.works import GPT2, RESNET, TRANSFORMER, Work
 from funshampoo.blocks.layout import Layout, layout_of
-from funshampoo.core.contract import applied
+from funshampoo.core.applying import applied
 
 FLOAT = 4  # bytes
 SIDES = (16, 32, 64, 128, 256, 512, 1024)

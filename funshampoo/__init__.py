@@ -20,15 +20,14 @@ from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import masked, partition
 from funshampoo.combinators.wrapping import every_k, wrapping
+from funshampoo.core.applying import apply_updates, update_in_place
 from funshampoo.core.clock import refresh_due
 from funshampoo.core.contract import (
     EmptyState,
     GradientTransformation,
     Schedule,
-    apply_updates,
     identity,
     stateless,
-    update_in_place,
 )
 from funshampoo.core.interrupted import InterruptedStepError
 from funshampoo.core.tree import MaskedNode

@@ -21,25 +21,15 @@ from funshampoo.combinators.failures import (
     failure_limit_error,
 )
 from funshampoo.combinators.masks import Mask
+from funshampoo.core.applying import add_in_place
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import (
-    GradientTransformation,
-    Tree,
-    add_in_place,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
-from funshampoo.core.placed import is_in_parts, part_like, placed_like
-from funshampoo.core.tree import (
-    check_local,
-    check_same_structure,
-    flatten,
-    labels_of,
-    leaf_names,
-    problem_of_gradient,
-)
+from funshampoo.core.parameters import check_local, problem_of_gradient
+from funshampoo.core.placed import any_in_parts, part_like, placed_like
+from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
 from funshampoo.state.stages import BlockedState
 
 
@@ -137,7 +127,7 @@ class _Blocked:
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
     ) -> BlockedState:
         inner = self.inner
-        in_parts = inner.spread is not None and any(map(is_in_parts, flatten(params)[0]))
+        in_parts = inner.spread is not None and any_in_parts(flatten(params)[0])
         check_local(params, "blocked", parts=in_parts)
         if block_ndim:
             raise ValueError("blocked inside blocked: the parameters are cut into blocks already.")
@@ -180,7 +170,7 @@ class _Blocked:
         here = self._inside(given, state, context)
         run = self.executors.of(given.layout)
         missing, leaves = given.missing_rows(), given.described()
-        if any(map(is_in_parts, given.known)):
+        if any_in_parts(given.known):
             leaves = leaves._replace(gradients=list(map(placed_like, given.leaves, given.known)))
             new, parts = run.run_parts(inner.spread, state.inner, missing, here, leaves)
             found = list(map(part_like, given.known, parts))
@@ -199,7 +189,7 @@ class _Blocked:
         given, inner = self._read(updates, state, params), self.inner
         own = given.known
         in_place = not is_traced() and all([p.is_contiguous() for p in own])
-        in_place = in_place and not any(map(is_in_parts, own))
+        in_place = in_place and not any_in_parts(own)
         # Where parameters are tied, a tile would read what the one before has written.
         if not in_place or not (self.with_params is False or begin_apart(own)):
             updates, state = self.update(updates, state, params, context)

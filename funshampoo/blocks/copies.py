@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
-from funshampoo.blocks.regions import Parts, viewed
+from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.stacks import stack_blocks, unstack_blocks
 from funshampoo.blocks.state_rows import filled
 from funshampoo.core.tree import compute_dtype
@@ -88,9 +88,10 @@ class Views:
         """Store some rows."""
         found = self._parts.of(stack, rows)
         if not self._copies and found.whole:
+            updates, parameters = self._found, self._given.layout.parameters
             for part, own in zip(found.parts, values.unbind(0)):
-                shape = self._given.layout.parameters[part.parameter].shape
-                self._found[part.parameter] = viewed(own, shape)
+                shape = parameters[part.parameter].shape
+                updates[part.parameter] = own if own.shape == shape else own.reshape(shape)
             return
         for i in {part.parameter for part in found.parts}:
             self._found[i] = self._empty(i) if self._found[i] is None else self._found[i]

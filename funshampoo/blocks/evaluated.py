@@ -11,8 +11,9 @@ from funshampoo.blocks.assembled import to_parameters
 from funshampoo.core.contract import State, Tree
 from funshampoo.core.tree import MaskedNode, flatten, leaf_names
 from funshampoo.state.averages import AVERAGES
+from funshampoo.state.nodes import check_is_state
 from funshampoo.state.places import is_shared
-from funshampoo.state.stages import BlockedState, check_is_state
+from funshampoo.state.stages import BlockedState
 
 
 def evaluation_parameters(state: State, params: Tree) -> Tree:

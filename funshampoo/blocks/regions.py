@@ -15,7 +15,6 @@ from torch import Tensor
 
 from funshampoo.blocks.layout import Layout, Region
 from funshampoo.core.modes import are_apart, is_traced
-from funshampoo.core.tree import cast
 
 
 class Piece(NamedTuple):
@@ -102,7 +101,8 @@ class Parts:
         found = self.of(stack, rows)
         block, dtype = self.layout.stacks[stack].block, self.layout.stacks[stack].dtype
         if found.whole:
-            blocks = [cast(viewed(leaves[part.parameter], block), dtype) for part in found.parts]
+            whole = _all_viewed([leaves[part.parameter] for part in found.parts], block)
+            blocks = [x if x.dtype == dtype else x.to(dtype) for x in whole]
             return torch.stack(blocks) if len(blocks) > 1 else blocks[0].contiguous().unsqueeze(0)
         views = self._views(found, leaves)
         if len(views) == 1:
@@ -142,8 +142,8 @@ class Parts:
         found = self.of(stack, rows)
         if found.whole:
             block = self.layout.stacks[stack].block
-            flat = [viewed(leaves[part.parameter], block) for part in found.parts]
-            return flat, list(values.unbind(0))
+            own = _all_viewed([leaves[part.parameter] for part in found.parts], block)
+            return own, list(values.unbind(0))
         return self._views(found, leaves), _split(values, found)
 
     def _views(self, found: Rows, leaves: Sequence[Any]) -> list[Tensor]:
@@ -170,6 +170,11 @@ def _views(x: Tensor, region: Region, first: int, last: int) -> Iterator[Tensor]
 def viewed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """x.reshape(shape), without an operator where it has that shape."""
     return x if x.shape == shape else x.reshape(shape)
+
+
+def _all_viewed(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
+    """`viewed`, without a call for each of many small leaves."""
+    return [x if x.shape == shape else x.reshape(shape) for x in tensors]
 
 
 def _grid_of_blocks(x: Tensor, region: Region) -> Tensor:

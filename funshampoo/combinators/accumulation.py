@@ -18,10 +18,12 @@ from funshampoo.core.contract import (
     Tree,
     as_transformation,
 )
+from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import whole_numbers
-from funshampoo.core.tree import check_parameters, compute_dtype, flatten, map_leaves
+from funshampoo.core.tree import compute_dtype, flatten, map_leaves
+from funshampoo.state.nodes import find_state
 from funshampoo.state.places import is_shared
-from funshampoo.state.stages import GuardedState, MultiStepsState, find_state
+from funshampoo.state.stages import GuardedState, MultiStepsState
 
 
 def multi_steps(inner: GradientTransformation, every: int) -> GradientTransformation:

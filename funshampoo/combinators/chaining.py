@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from funshampoo.core.applying import applied
 from funshampoo.core.clock import CLOCK, advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import (
     GradientTransformation,
     State,
     Tree,
-    applied,
     as_transformation,
     checked_pair,
     steps_of,
 )
-from funshampoo.core.tree import check_parameters, check_same_structure
+from funshampoo.core.parameters import check_parameters
+from funshampoo.core.tree import check_same_structure
 from funshampoo.state.stages import ClockState
 
 

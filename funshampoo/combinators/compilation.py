@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.combinators.verdicts import surely_usable
+from funshampoo.core.applying import applied
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import (
@@ -18,14 +19,14 @@ from funshampoo.core.contract import (
     Phase,
     State,
     Tree,
-    applied,
     as_transformation,
     steps_of,
 )
 from funshampoo.core.live import Numbers
 from funshampoo.core.modes import is_traced
 from funshampoo.core.tree import flatten
-from funshampoo.state.stages import MultiStepsState, ShardedState, find_state
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import MultiStepsState, ShardedState
 
 
 def compiled(inner: GradientTransformation, **options: Any) -> GradientTransformation:

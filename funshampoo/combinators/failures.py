@@ -10,8 +10,9 @@ from torch import Tensor
 
 from funshampoo.core.modes import unwrapped
 from funshampoo.core.tree import flatten
+from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_names, map_tensors
-from funshampoo.state.stages import GuardedState, Kept, SpikeState, walk
+from funshampoo.state.stages import GuardedState, Kept, SpikeState
 
 
 class FailureLimitError(RuntimeError):

@@ -20,12 +20,8 @@ from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_transformation
 from funshampoo.core.live import number
-from funshampoo.core.tree import (
-    check_parameters,
-    flatten,
-    map_leaves,
-    update_columns,
-)
+from funshampoo.core.parameters import check_parameters
+from funshampoo.core.tree import flatten, map_leaves, update_columns
 from funshampoo.operators.columns import Column, add, multiply, product_in
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.places import Place, map_tensors

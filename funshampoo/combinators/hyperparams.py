@@ -12,15 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.core.applying import applied
 from funshampoo.core.clock import advanced, new_counter, running, started
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    applied,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.live import Live, is_live_argument, takes_live
 from funshampoo.core.tree import flatten
 from funshampoo.state.stages import HyperparamsState

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from funshampoo.core.applying import add_in_place, applied
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    add_in_place,
-    applied,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.modes import begin_apart, is_traced
 from funshampoo.core.tree import MaskedNode, flatten, labels_of
 from funshampoo.state.stages import MaskedState, PartitionState

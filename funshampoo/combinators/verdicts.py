@@ -12,7 +12,7 @@ from funshampoo.combinators.spikes import above, any_held, held, learned
 from funshampoo.core.context import Context
 from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.modes import is_traced, unwrapped
-from funshampoo.core.placed import is_in_parts, whole_numbers
+from funshampoo.core.placed import any_in_parts, whole_numbers
 from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
 from funshampoo.linalg.norms import block_norm
 from funshampoo.state.stages import SpikeState
@@ -145,7 +145,7 @@ def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
     found = [g for g in gradients if g is not None]
     if (
         is_traced()
-        or any(map(is_in_parts, found))
+        or any_in_parts(found)
         or not all([g.is_cpu and g.is_floating_point() for g in found])
     ):
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from funshampoo.core.placed import are_alike
+from funshampoo.core.placed import are_alike, were_seen
 from funshampoo.core.precision import FullProducts
 
 
@@ -43,7 +43,7 @@ def is_plain(*columns: Iterable[Tensor]) -> bool:
 
     Nobody traces, batches or differentiates them, and DTensors are of one mesh.
     """
-    if is_traced() or not are_alike(itertools.chain(*columns)):
+    if is_traced() or (were_seen() and not are_alike(itertools.chain(*columns))):
         return False
     if not torch.is_grad_enabled():
         return True

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 def is_in_parts(x: Any) -> bool:
     """Whether this is a DTensor, of which a rank may have a part only."""
-    if type(x) is Tensor or type(x) is Parameter:  # asked for every leaf of a step
+    if type(x) is Tensor or type(x) is Parameter:
         return False
     found = hasattr(x, "device_mesh") and hasattr(x, "placements")
     _SEEN["any"] = _SEEN["any"] or found
@@ -22,10 +22,19 @@ def is_in_parts(x: Any) -> bool:
 _SEEN = {"any": False}  # whether there was one in this process, without which nobody has to look
 
 
+def were_seen() -> bool:
+    """Whether this process has had a DTensor among its parameters."""
+    return _SEEN["any"]
+
+
+def any_in_parts(tensors: Iterable[Any]) -> bool:
+    """Whether there is a DTensor among these. Asked for every leaf of a step, so without a call."""
+    odd = [x for x in tensors if type(x) is not Tensor and type(x) is not Parameter]
+    return bool(odd) and any(map(is_in_parts, odd))
+
+
 def are_alike(tensors: Iterable[Any]) -> bool:
     """Whether one operator takes all of these: no DTensors, or nothing but those of one mesh."""
-    if not _SEEN["any"]:
-        return True
     meshes = [x.device_mesh if is_in_parts(x) else None for x in tensors]
     return all([mesh == meshes[0] for mesh in meshes])
 

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from funshampoo.core.placed import is_in_parts
 from funshampoo.core.traced_tree import traced_flatten
 
 
@@ -210,109 +208,10 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which statistics and updates of `x` live: float32 at least."""
-    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return torch.float32 if x.dtype in _HALF else x.dtype
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-_LAZY = (
-    "has no shape yet, as those of lazy layers (LazyLinear, ...) before their first forward. "
-    "Run the model once on a batch, then make the state."
-)
-
-_FSDP1 = ("_is_flat_param", "_fsdp_flattened")  # its marks; the second with use_orig_params=True
-
-
-def detached(p: Tensor) -> Tensor:
-    """p.detach(), still to be known for what it is: a lazy layer's, or a part of FSDP1's.
-
-    >>> detached(torch.nn.Parameter(torch.zeros(2))).requires_grad
-    False
-    """
-    if is_lazy(p):
-        return p
-    found = p.detach()
-    for mark in _FSDP1:
-        if getattr(p, mark, False):
-            setattr(found, mark, True)
-    return found
-
-
-def check_parameters(params: Any, stage: str) -> None:
-    """Every leaf is a dense tensor of a real floating dtype.
-
-    Raises:
-        TypeError: names the leaf, what it is, and how to leave it out.
-    """
-    leaves, _ = flatten(params)
-    for i, leaf in enumerate(leaves):
-        if is_lazy(leaf):
-            raise TypeError(f"{stage}: parameter '{leaf_names(params)[i]}' {_LAZY}")
-        problem = _problem_of(leaf)
-        if problem:
-            raise TypeError(
-                f"{stage}: parameter '{leaf_names(params)[i]}' {problem}; only dense tensors of a "
-                "real floating dtype can be optimized. Leave it out of the tree, or wrap the whole "
-                "chain in masked(...) to hide it."
-            )
-
-
-def check_local(params: Any, stage: str, parts: bool = False) -> None:
-    """`check_parameters`, and every leaf is whole, for stages that cut blocks or factor matrices.
-
-    A DTensor is not, nor is what FSDP1 has made of parameters.
-
-    Args:
-        parts: whether DTensors can be put together.
-
-    Raises:
-        TypeError: names the leaf and the remedy.
-    """
-    check_parameters(params, stage)
-    for i, leaf in enumerate(flatten(params)[0]):
-        if is_in_parts(leaf) and not parts:
-            raise TypeError(
-                f"{stage}: parameter '{leaf_names(params)[i]}' is a DTensor, as FSDP2 and tensor "
-                "parallelism make them, of which a rank has a part. Its blocks are put together in "
-                "blocked(sharded(...)), where a recipe has this stage; or give the local tensors "
-                "(p.to_local(), and their gradients'), each with blocks of its own."
-            )
-        if any([getattr(leaf, mark, False) for mark in _FSDP1]):
-            raise TypeError(
-                f"{stage}: parameter '{leaf_names(params)[i]}' is one of FullyShardedDataParallel "
-                "(FSDP1): a flat part, without the rows and columns that factor matrices are "
-                "about. Train with DistributedDataParallel and distribute=sharded, which shards "
-                "the state, or with an elementwise method such as funshampoo.adamw."
-            )
-
-
-def _problem_of(leaf: Any) -> str:
-    if leaf is None:
-        return "is None"
-    if not isinstance(leaf, Tensor):
-        return f"is a {type(leaf).__name__}, not a tensor"
-    if leaf.layout is not torch.strided:
-        return f"is sparse ({leaf.layout})"
-    if leaf.dtype not in _DTYPES:
-        kind = "complex" if leaf.is_complex() else "not of a dtype that can be optimized"
-        integral = not leaf.is_complex() and not leaf.is_floating_point()
-        return f"is {'an integer or bool tensor' if integral else kind} ({leaf.dtype})"
-    return ""
-
-
-def problem_of_gradient(g: Any, p: Tensor) -> str:
-    """Why this can't be the gradient of a dense parameter; "" if it can, None included."""
-    if g is None:
-        return ""
-    if not isinstance(g, Tensor):
-        return "is no tensor"
-    if g.layout is not torch.strided:
-        return (
-            f"is sparse ({g.layout}): build its layer with sparse=False, or give this parameter to "
-            "torch.optim.SparseAdam"
-        )
-    return f"is on {g.device}, the parameter on {p.device}" if g.device != p.device else ""
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> None:
@@ -329,7 +228,7 @@ def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> N
     for i, (a, b) in enumerate(zip(leaves, others)):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             continue
-        if b.is_complex() and not a.is_complex():
+        if a.dtype is not b.dtype and b.is_complex() and not a.is_complex():
             raise TypeError(f"leaf '{leaf_names(tree)[i]}' is complex in {other_name}.")
         if a.shape != b.shape:
             raise ValueError(

@@ -11,7 +11,8 @@ from torch import Tensor
 from funshampoo.blocks.executor import Put
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.operators.leaf_ops import per_block
-from funshampoo.state.stages import GuardedState, walk
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import GuardedState
 
 Step = Callable[[Any, Put], Any]
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
+from funshampoo.state.nodes import walk
 from funshampoo.state.places import block_of
-from funshampoo.state.stages import RefreshedState, walk
+from funshampoo.state.stages import RefreshedState
 
 
 class BlockStack(Protocol):

@@ -17,7 +17,8 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import look_due, running
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
-from funshampoo.core.tree import check_local, flatten
+from funshampoo.core.parameters import check_local
+from funshampoo.core.tree import flatten
 from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.collectives import (
     ProcessGroup,
@@ -133,29 +134,7 @@ def sharded(
         """Outside of `blocked`, or somewhere in it: `blocked` itself goes by `spread`."""
         if not whole:
             return inner.run(updates, state, params, context)
-        space = Space(updates if params is None else params, context.block_ndim)
-        own = ranks.own(space.all_blocks)
-        inside = space.selected_context(running(state.steps, context), own)
-        found: dict[str, list[tuple[int, Tensor]]] = {}
-        alone: list[Tree] = []
-
-        def step(part: Any, put: Put) -> Any:
-            mine, my_params = space.select(updates, own), None
-            if params is not None:
-                my_params = space.select(params, own)
-            out, new = checked_pair(inner.run(mine, part, my_params, inside), inner.name)
-            alone.append(out)
-            for name, x in space.own_updates(out, own).items():
-                put(name, own[name].all_rows, x)  # None: zeros
-            return new
-
-        def collect(name: str, rows: range, x: Tensor) -> None:
-            found.setdefault(name, []).append((rows.start, x))
-
-        known = None if params is None else flatten(params)[0]
-        leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
-        new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
-        return space.rebuilt(found) if ranks.is_shared() else alone[0], new
+        return _stepped(ranks, updates, state, params, context)
 
     def check(state: Any, context: Context) -> None:
         if not isinstance(state, ShardedState):
@@ -176,3 +155,32 @@ def sharded(
         counts=counts if whole else inner.counts,
         spread=ranks,
     )
+
+
+def _stepped(
+    ranks: Ranks, updates: Tree, state: ShardedState, params: Tree, context: Context
+) -> tuple[Tree, ShardedState]:
+    """A step of the leaves or stacks that this rank owns; the updates of all come back."""
+    space = Space(updates if params is None else params, context.block_ndim)
+    own = ranks.own(space.all_blocks)
+    inside = space.selected_context(running(state.steps, context), own)
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    alone: list[Tree] = []
+
+    def step(part: Any, put: Put) -> Any:
+        mine, my_params = space.select(updates, own), None
+        if params is not None:
+            my_params = space.select(params, own)
+        out, new = checked_pair(ranks.inner.run(mine, part, my_params, inside), ranks.inner.name)
+        alone.append(out)
+        for name, x in space.own_updates(out, own).items():
+            put(name, own[name].all_rows, x)  # None: zeros
+        return new
+
+    def collect(name: str, rows: range, x: Tensor) -> None:
+        found.setdefault(name, []).append((rows.start, x))
+
+    known = None if params is None else flatten(params)[0]
+    leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
+    new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
+    return space.rebuilt(found) if ranks.is_shared() else alone[0], new

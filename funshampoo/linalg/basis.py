@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,43 @@ class Basis(ABC):
         """
 
 
+def decomposed(A: Tensor) -> tuple[Tensor, Tensor]:
+    """(all eigenvectors by their eigenvalues, the smallest first; whether they were found)."""
+    spectrum = decompose(A)
+    return spectrum.vectors, spectrum.decomposed
+
+
+def after_the_first(
+    renewed: Callable[[Tensor], Tensor],
+    A: Tensor,
+    first: Tensor,
+    begins: bool,
+    beginning: Callable[[Tensor], tuple[Tensor, Tensor]] = decomposed,
+) -> tuple[Tensor, Tensor]:
+    """(basis, whether it was found): `renewed(A)`, or `beginning(A)` where there is none before.
+
+    On another device than a CPU nobody waits to hear of a late first one.
+
+    Args:
+        renewed: from A (..., d, d) the next basis, (..., d, d).
+        A, first, begins: as of `Basis`.
+        beginning: a decomposition.
+    """
+    if is_readable([first]):
+        begins, late = bool(first.all()), bool(first.any())
+    else:
+        late = is_traced()
+    if begins:
+        return beginning(A)
+    new = renewed(A)
+    found = is_finite(new)
+    if not late:
+        return new, found
+    vectors, known = beginning(A)
+    new = torch.where(first[..., None, None], vectors, new)
+    return new, torch.where(first, known, found)
+
+
 @dataclass(frozen=True)
 class PowerStep(Basis):
     """See `qr`."""
@@ -41,21 +79,8 @@ class PowerStep(Basis):
     def __call__(
         self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """See `Basis`. On another device than a CPU nobody waits to hear of a late first one."""
-        if is_readable([first]):
-            begins, late = bool(first.all()), bool(first.any())
-        else:
-            late = is_traced()
-        if begins:
-            spectrum = decompose(A)
-            return spectrum.vectors, spectrum.decomposed
-        new = power_step(A, old)
-        found = is_finite(new)
-        if not late:
-            return new, found
-        spectrum = decompose(A)
-        new = torch.where(first[..., None, None], spectrum.vectors, new)
-        return new, torch.where(first, spectrum.decomposed, found)
+        """See `Basis`."""
+        return after_the_first(lambda A: power_step(A, old), A, first, begins)
 
 
 @dataclass(frozen=True)
@@ -81,8 +106,7 @@ class ByRank(Basis):
         self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
     ) -> tuple[Tensor, Tensor]:
         """See `Basis`, but for the places of the columns."""
-        spectrum = decompose(A)
-        return spectrum.vectors, spectrum.decomposed
+        return decomposed(A)
 
 
 def by_rank() -> Basis:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_count, check_flag
-from funshampoo.core.modes import is_traced
-from funshampoo.linalg.basis import Basis, is_finite, orthogonal, rank_by_size
-from funshampoo.linalg.norms import is_readable
+from funshampoo.linalg.basis import Basis, after_the_first, decomposed, orthogonal, rank_by_size
 from funshampoo.linalg.products import aligned, multiply
-from funshampoo.linalg.spectral import decompose
 
 
 @dataclass(frozen=True)
@@ -26,31 +22,22 @@ class OrthogonalIteration(Basis):
         self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
     ) -> tuple[Tensor, Tensor]:
         """See `Basis`, but for the places of the columns."""
-        if is_readable([first]):
-            begins, late = bool(first.all()), bool(first.any())
-        else:
-            late = is_traced()
-        if begins:
-            return _decomposed(A)
+        return after_the_first(lambda A: self._renewed(A, old), A, first, begins, _largest_first)
+
+    def _renewed(self, A: Tensor, old: Tensor) -> Tensor:
         A, image = aligned(A), old
         for _ in range(self.steps):
             image = multiply(A, aligned(image))
         new = orthogonal(image)
-        if self.sort:
-            order = rank_by_size(multiply(A, aligned(new)), new)
-            new = new.take_along_dim(order[..., None, :], -1)
-        found = is_finite(new)
-        if not late:
-            return new, found
-        vectors, decomposed = _decomposed(A)
-        new = torch.where(first[..., None, None], vectors, new)
-        return new, torch.where(first, decomposed, found)
+        if not self.sort:
+            return new
+        order = rank_by_size(multiply(A, aligned(new)), new)
+        return new.take_along_dim(order[..., None, :], -1)
 
 
-def _decomposed(A: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvectors, those with the largest eigenvalues first."""
-    spectrum = decompose(A)
-    return spectrum.vectors.flip(-1), spectrum.decomposed
+def _largest_first(A: Tensor) -> tuple[Tensor, Tensor]:
+    vectors, found = decomposed(A)
+    return vectors.flip(-1), found
 
 
 def orthogonal_iteration(sort: bool = False, steps: int = 1) -> Basis:

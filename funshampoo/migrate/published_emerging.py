@@ -18,7 +18,8 @@ from funshampoo.migrate.published_soap import bounded_rms
 from funshampoo.migrate.words import chosen
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.matrices import safe
-from funshampoo.state.stages import EmaState, find_state
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import EmaState
 from funshampoo.transforms import (
     add_decayed_weights,
     ema,

@@ -10,8 +10,9 @@ from torch import Tensor
 from funshampoo.optim import Optimizer
 from funshampoo.optim.planned import planned
 from funshampoo.state.memory import readable, summary
+from funshampoo.state.nodes import walk
 from funshampoo.state.places import spans_of
-from funshampoo.state.stages import BlockedState, walk
+from funshampoo.state.stages import BlockedState
 
 
 class Row(NamedTuple):

@@ -89,6 +89,17 @@ def without_vectors(sides: Sides | None) -> Sides:
     return of_matrices
 
 
+def chosen_sides(vectors: str, sides: Sides | None = None) -> Sides | None:
+    """What the arguments `vectors` and `sides` of a recipe say together.
+
+    Raises:
+        ValueError: vectors is neither "diagonal" nor "blocks"; sides is none of what they can be.
+    """
+    check_choice("vectors", vectors, ("diagonal", "blocks"))
+    check_sides(sides)
+    return without_vectors(sides) if vectors == "diagonal" else sides
+
+
 def check_exponents(exponents: Exponents | None) -> None:
     """Raises ValueError or TypeError for what is no exponent, or a side that no block has."""
     if isinstance(exponents, Mapping):

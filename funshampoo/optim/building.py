@@ -12,7 +12,8 @@ from torch import Tensor
 from funshampoo.combinators.compilation import compiled
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.live import Live
-from funshampoo.optim.vocabulary import Method, Vocabulary, untouched
+from funshampoo.optim.values import untouched
+from funshampoo.optim.vocabulary import Method, Vocabulary
 
 _MANY = 4  # graphs of one group, from which on an edit on every step is likely
 

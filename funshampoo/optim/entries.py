@@ -153,6 +153,21 @@ class States(MutableMapping[Tensor, Any]):
     def __bool__(self) -> bool:
         return self._memory.remembers()
 
+    def become(self, given: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Let this be the state of all parameters; nothing is changed where an entry does not fit.
+
+        Raises:
+            KeyError, TypeError, ValueError: one does not.
+        """
+        for p, entries in given.items():
+            self._memory.check(p, entries)
+        if not given:
+            self.clear()
+        for p in [p for p in self if p not in given]:
+            del self[p]
+        for p, entries in given.items():
+            self[p] = entries
+
     def clear(self) -> None:
         """Let everything start from nothing."""
         self._memory.forget_all()

@@ -4,77 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Set
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from funshampoo.core.applying import unwatched
 from funshampoo.core.checks import check_flag
-from funshampoo.core.contract import GradientTransformation, unwatched
+from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
-from funshampoo.core.tree import detached, problem_of_gradient
-from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Builder, Built, other_structure
+from funshampoo.optim.carrying import carried
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.names import Names
+from funshampoo.optim.ready import ByParameter, Known, Left, Look, Ready, fresh, same_parameters
+from funshampoo.optim.saved import flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import (
-    FORMAT,
-    FORMAT_KEY,
     carried_over,
     load_state_dict,
     named_tensors,
 )
 from funshampoo.state.parts import PART_KEY, part_of
-from funshampoo.state.places import block_names
-from funshampoo.state.stages import BlockedState, LearningRateState, walk
 
 _LAZY = UninitializedParameter  # which has no shape
-ByParameter = dict[Tensor, dict[str, Tensor]]  # without what is shared
-Look = tuple[Any, ...]
-
-
-class Left(NamedTuple):
-    """What is remembered of a parameter that is in no group, or not yet in its new one."""
-
-    entries: dict[str, Tensor]
-    shared: dict[str, Tensor]
-
-
-class _Known(NamedTuple):
-    """A parameter as the state was made for it."""
-
-    name: str
-    parameter: Tensor
-    device: torch.device
-    dtype: torch.dtype
-    shape: torch.Size
-
-
-class Ready(NamedTuple):
-    """A state for a group, with the chain and the parameters that it belongs to.
-
-    Attributes:
-        look: how the group looked when it was made for it.
-        fresh: whether nothing but `init` has made it, of parameters as they were then.
-    """
-
-    built: Built
-    known: list[_Known]
-    state: Any
-    look: Look = ()
-    fresh: bool = False
-
-    def check_gradients(self) -> None:
-        """Raise if there is one that can't be stepped on.
-
-        Raises:
-            RuntimeError: a sparse one.
-        """
-        for k in self.known:
-            if problem := problem_of_gradient(k.parameter.grad, k.parameter):
-                raise RuntimeError(f"the gradient of '{k.name}' {problem}.")
 
 
 class GroupRun:
@@ -99,7 +52,7 @@ class GroupRun:
         self.group = group
         self._names = Names(first)
         self._builder = Builder(method, options)
-        self._known: list[_Known] = []
+        self._known: list[Known] = []
         self._state: Any = None
         self._untouched = False  # made for a reader, and neither stepped nor written to
         self._anew: set[Tensor] = set()  # what starts from nothing, as soon as anybody looks
@@ -155,39 +108,17 @@ class GroupRun:
 
     def _followed(
         self, built: Built, same_chain: bool, left: Mapping[Tensor, Left]
-    ) -> tuple[list[_Known], Any]:
+    ) -> tuple[list[Known], Any]:
         with_state = set(self.parameters()) if self.has_state else set()
         known = self._trainable(self.group, with_state | left.keys())
         arrived = [left[k.parameter] for k in known if k.parameter in left]
         if not self.has_state and not arrived:
-            return known, _fresh(built, known)
-        same = same_chain and not arrived and _same_parameters(known, self._known)
+            return known, fresh(built, known)
+        same = same_chain and not arrived and same_parameters(known, self._known)
         if self.has_state and same:
             return known, self._state
-        return known, self._carried_over(built, known, left)
-
-    def _carried_over(self, built: Built, known: list[_Known], left: Mapping[Tensor, Left]) -> Any:
-        mine, shared = self.entries() if self.has_state else ({}, {})
-        flat: dict[str, Tensor] = {}
-        try:
-            fresh = _fresh(built, known)
-            blocks = _blocks(fresh)
-            for k in known:
-                from_elsewhere = left.get(k.parameter)
-                entries = mine.get(k.parameter)
-                if from_elsewhere is not None:
-                    entries = from_elsewhere.entries
-                    shared = shared or from_elsewhere.shared
-                _check_same_blocks(k.name, entries or {}, blocks)
-                flat |= {f"{k.name}/{entry}": x for entry, x in (entries or {}).items()}
-            return carried_over(fresh, gathered(built.transformation, {**flat, **shared}))
-        except ValueError as error:
-            raise ValueError(
-                "the parameter group was edited in a way that its state can't follow; nothing was "
-                "changed. Undo it (max_size, merge, keep, or a parameter's shape), let the "
-                "parameter start anew (del optimizer.state[parameter]), or go on with a new "
-                f"optimizer. {error}"
-            ) from error
+        entries = self.entries() if self.has_state else ({}, {})
+        return known, carried(built, known, *entries, left)
 
     def adopt(self, ready: Ready) -> None:
         """Go on from here."""
@@ -240,7 +171,7 @@ class GroupRun:
         if self._state is None:
             built = self._builder.edited(self.group, self._built)
             known = self._trainable(self.group, set())
-            self.adopt(Ready(built, known, _fresh(built, known), fresh=True))
+            self.adopt(Ready(built, known, fresh(built, known), fresh=True))
         if self._read is None or self._read[0] is not self._state:
             check_whole(self._state)
             self._read = self._state, *self._by_parameter()
@@ -296,7 +227,7 @@ class GroupRun:
         self._built = self._builder.edited(self.group, self._built)  # a copy has none
         names = {k.parameter: k.name for k in self._known}
         flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
-        return carried_over(_fresh(self._built, self._known), {**flat, **shared})
+        return carried_over(fresh(self._built, self._known), {**flat, **shared})
 
     def forget(self) -> None:
         """Let everything start from nothing."""
@@ -324,30 +255,14 @@ class GroupRun:
         own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
         names = copy.copy(self._names)  # the run's own stay, if this fails
         known = self._trainable(group, own, names)
-        fresh = _fresh(built, known)
-        flat: dict[str, Any] = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
-        notes: dict[Tensor, dict[str, Any]] = {}
-        places = {"/".join([owner, rest]): x for owner, rest, x in named_tensors(fresh)}
-        for k in known:
-            if k.parameter not in saved:
-                flat |= {name: x for name, x in places.items() if name.startswith(f"{k.name}/")}
-        for name, p in zip(names.of(group), group["params"]):
-            for entry, x in saved.get(p, {}).items():
-                full = f"{name}/{entry}"
-                if full not in places and is_note(entry):
-                    notes.setdefault(p, {})[entry] = x
-                    continue
-                if is_shared(entry) and full not in places:  # a stage may be called "shared", too
-                    full = entry.removeprefix(SHARED)
-                if isinstance(x, Tensor):
-                    flat[full] = x
-                elif x != {}:  # torch's helpers put {} where the checkpoint has nothing
-                    raise ValueError(f"'{full}' is no tensor: the checkpoint is damaged.")
+        state = fresh(built, known)
+        named = list(zip(names.of(group), group["params"]))
+        flat, notes = flattened(saved, named, {k.name for k in known}, state)
         if not known:  # all are frozen, so that even what is shared had no place to be saved in
-            return Ready(built, known, fresh), notes
+            return Ready(built, known, state), notes
         if own_part:
-            flat[PART_KEY] = part_of(fresh).entry()
-        found = load_state_dict(fresh, flat, strict=strict, cast=cast)
+            flat[PART_KEY] = part_of(state).entry()
+        found = load_state_dict(state, flat, strict=strict, cast=cast)
         return Ready(built, known, found.state), notes
 
     def with_state(self, state: Any) -> Ready:
@@ -367,71 +282,18 @@ class GroupRun:
 
     def _trainable(
         self, group: dict[str, Any], others: Set[Tensor], names: Names | None = None
-    ) -> list[_Known]:
+    ) -> list[Known]:
         """The parameters that require gradients and have a shape, and these others, each once."""
-        found: dict[Tensor, _Known] = {}
+        found: dict[Tensor, Known] = {}
         for name, p in zip((names or self._names).of(group), group["params"]):
             if (p.requires_grad or p in others) and p not in found and not is_lazy(p):
-                found[p] = _Known(name, p, p.device, p.dtype, p.shape)
+                found[p] = Known(name, p, p.device, p.dtype, p.shape)
         return list(found.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is made anew."""
         changed = {"_built": self._built.for_a_copy(), "_looked_at": (), "_read": None}
         return {**self.__dict__, **changed}
-
-
-def _same_parameters(a: list[_Known], b: list[_Known]) -> bool:
-    return len(a) == len(b) and all(
-        x.parameter is y.parameter and x.name == y.name and x[2:] == y[2:] for x, y in zip(a, b)
-    )
-
-
-def _fresh(built: Built, known: list[_Known]) -> Any:
-    """A state that can be stepped, whatever mode the caller is in."""
-    assert built.transformation is not None
-    with torch.inference_mode(False), torch.no_grad():
-        state = built.transformation.init({k.name: detached(k.parameter) for k in known})
-    if not built.words.takes_rate:
-        _check_scaled_once(built, state)
-    return state
-
-
-def _check_scaled_once(built: Built, state: Any) -> None:
-    """The updates of a method that takes no rate are multiplied by one, here or in the method."""
-    rates = sum(isinstance(node, LearningRateState) for _, node in walk(state))
-    if "lr" not in built.arguments and not rates:
-        raise TypeError(
-            "the method takes no learning rate, and nothing in it scales by one: its updates would "
-            "be added as they are, uphill if they are gradients. Give lr=; or lr=None if it scales "
-            "them by a negative number in another way than by scale_by_learning_rate."
-        )
-    if built.arguments.get("lr") is not None and rates > 1:
-        raise TypeError(
-            "the transformation scales by a learning rate already, and lr= would do it again: give "
-            "it without scale_by_learning_rate, or give its recipe."
-        )
-
-
-def _check_same_blocks(
-    name: str, entries: Mapping[str, Tensor], blocks: Mapping[str, set[str]]
-) -> None:
-    """What is remembered of a parameter is of blocks that it has."""
-    ours = blocks.get(name, set())
-    theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
-    if ours and not theirs <= ours:
-        raise ValueError(f"'{name}' falls into other blocks than before.")
-
-
-def _blocks(state: Any) -> dict[str, set[str]]:
-    """{parameter: the names of its blocks}."""
-    found: dict[str, set[str]] = {}
-    for _, node in walk(state):
-        if isinstance(node, BlockedState):
-            for rows in block_names(node.layout).values():
-                for parameter, block in rows.values():
-                    found.setdefault(parameter, set()).add(block)
-    return found
 
 
 def _gradient(p: Tensor, ascends: bool) -> Tensor | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from funshampoo.optim.entries import SHARED, check_entry, is_note, is_shared
-from funshampoo.optim.group import GroupRun, Left, Ready
+from funshampoo.optim.group import GroupRun
+from funshampoo.optim.ready import Left, Ready
 
 Group = dict[str, Any]
 

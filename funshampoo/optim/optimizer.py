@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from operator import is_
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from funshampoo.core.contract import GradientTransformation, Hyper
-from funshampoo.distributed.collectives import rank_and_size
-from funshampoo.distributed.gathering import collected, sharing_groups
+from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.join import Joining
 from funshampoo.migrate.reference import from_reference
-from funshampoo.migrate.seeding import seed_from_adamw
-from funshampoo.optim.entries import SHARED, States
-from funshampoo.optim.group import GroupRun, Ready
+from funshampoo.optim.entries import States
+from funshampoo.optim.from_adamw import rates_of, seeded
+from funshampoo.optim.group import GroupRun
+from funshampoo.optim.loading import loaded
 from funshampoo.optim.memory import Memory
-from funshampoo.optim.options import ShampooOptions
 from funshampoo.optim.saved import (
     check_fits,
-    check_ours,
-    indices_of,
     is_adamws,
-    loaded_group,
     saved_group,
 )
-from funshampoo.optim.vocabulary import Vocabulary, check_rate
-from funshampoo.recipes.shampoo import shampoo
-from funshampoo.state.checkpoint import check
-from funshampoo.state.parts import PART_KEY, Part, merged
+from funshampoo.optim.vocabulary import Vocabulary
+from funshampoo.optim.whole import Whole, numbers_of, part_of_this_rank, united
 
 
 class Optimizer(torch.optim.Optimizer, Joining):
@@ -116,7 +108,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         self._compile = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
         self._memory = Memory()
-        self._whole: tuple[list[Any], dict[Any, Any]] | None = None
+        self._whole: Whole | None = None
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
 
@@ -227,22 +219,14 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def state(self, value: Mapping[Tensor, Mapping[str, Any]]) -> None:
         if "param_groups" not in self.__dict__:  # torch.optim.Optimizer sets an empty one
             return
-        given = {p: dict(entries) for p, entries in value.items()}
-        states, memory = self.state, self._memory
-        for p, entries in given.items():
-            memory.check(p, entries)
-        if not given:
-            states.clear()
-        for p in [p for p in states if p not in given]:
-            del states[p]
-        for p, entries in given.items():
-            states[p] = entries
+        self.state.become({p: dict(entries) for p, entries in value.items()})
 
     def chain_states(self) -> list[Any]:
         """The state of every group's chain, for `funshampoo.state`: its `health`, say. To be read.
 
         The next step writes to it.
 
+        >>> from funshampoo.optim import Shampoo
         >>> from funshampoo.state import health
         >>> optimizer = Shampoo([torch.nn.Parameter(torch.zeros(2, 3))])
         >>> found = health(optimizer.chain_states()[0])  # doctest: +ELLIPSIS
@@ -268,10 +252,13 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        if self._consolidate and not self._is_whole():
+        if self._consolidate and not self._has_whole():
             self.consolidate_state_dict(to=None)
-        index = self._index()
-        entries = self._whole[1] if self._whole and self._is_whole() else self._entries(index)
+        index = numbers_of(self.param_groups)
+        if self._whole is not None and self._has_whole():
+            entries = self._whole.entries
+        else:
+            entries = part_of_this_rank(self._match(), index)
         groups = [saved_group(g, [index[p] for p in g["params"]]) for g in self.param_groups]
         found: Any = {"state": entries, "param_groups": groups}
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -279,31 +266,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
             found = found if replaced is None else replaced
         return found  # type: ignore[no-any-return]
 
-    def _index(self) -> dict[Tensor, int]:
-        """The number of every parameter."""
-        index: dict[Tensor, int] = {}
-        for i, p in enumerate([p for group in self.param_groups for p in group["params"]]):
-            index.setdefault(p, i)
-        return index
-
-    def _entries(self, index: Mapping[Tensor, int]) -> dict[Any, dict[str, Any]]:
-        """{number of a parameter: what this rank remembers of it}."""
-        memory = self._match()
-        memory.follow()
-        found = {i: memory.saved(p) for p, i in index.items()}
-        found = {i: entries for i, entries in found.items() if entries}
-        for run in memory.runs:
-            ranks = [rank_and_size(group) for group in sharing_groups(run.transformation)]
-            self._label(
-                run, found, index, Part(*max(ranks, key=lambda pair: pair[1], default=(0, 1)))
-            )
-        return found
-
-    def _label(self, run: GroupRun, found: Any, index: Mapping[Tensor, int], part: Part) -> None:
-        """Say with the first parameter of a group which part of its state this is."""
-        first = next((i for i in map(index.get, run.group["params"]) if i in found), None)
-        if first is not None:
-            found[first] = {**found[first], SHARED + PART_KEY: part.entry()}
+    def _has_whole(self) -> bool:
+        return self._whole is not None and self._whole.is_of(self._match())
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Bring together what the ranks have, so that `state_dict` gives the whole until a step.
@@ -315,47 +279,9 @@ class Optimizer(torch.optim.Optimizer, Joining):
         Args:
             to: the rank, in the group that shares, that gets it; None: every rank.
         """
-        memory, index = self._match(), self._index()
-        groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
-        if any(group is not groups[0] for group in groups):
-            raise NotImplementedError(
-                "the parameter groups share out their blocks over different process groups: save "
-                "every rank's state_dict and merge them (funshampoo.state.merged)."
-            )
-        found: dict[Any, Any] = {}
-        failure: Exception | None = None
-        try:
-            found = self._entries(index)
-        except Exception as error:  # the others are waiting
-            failure = error
-        whole = not groups
-        if groups:
-            parts = collected(groups[0], None if failure else found, to)
-            whole = parts is not None and failure is None
-            if parts is not None and failure is None and None in parts:
-                raise RuntimeError(
-                    f"rank {parts.index(None)} could not say what it has; its own error says why."
-                )
-            found = merged(parts) if parts is not None and failure is None else {}
-        if failure is not None:
-            raise failure
-        if whole:
-            for run in memory.runs:
-                self._label(run, found, index, Part(0, 1))
-            self._whole = self._stamp(), found
-
-    def _is_whole(self) -> bool:
-        """Whether what was consolidated is of the states as they are."""
-        if self._whole is None:
-            return False
-        now, then = self._stamp(), self._whole[0]
-        return now[0] == then[0] and len(now) == len(then) and all(map(is_, now[1:], then[1:]))
-
-    def _stamp(self) -> list[Any]:
-        """What changes with all that is saved: groups, writes, the states by identity."""
         memory = self._match()
-        looks = [run.look() for run in memory.runs]
-        return [(memory.writes, looks), *[run.state() for run in memory.runs]]
+        found = united(memory, numbers_of(self.param_groups), to)
+        self._whole = self._whole if found is None else Whole(memory, found)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, cast: bool = False
@@ -383,37 +309,19 @@ class Optimizer(torch.optim.Optimizer, Joining):
             given = given if replaced is None else replaced
         check_fits(given, self.param_groups, strict)
         if self._accept_adamw and any(map(is_adamws, given["state"].values())):
-            rates = [_rates(saved) for saved in given["param_groups"]]
+            rates = [rates_of(saved) for saved in given["param_groups"]]
             self.seed_from_adamw(given)
-            for group, found in zip(self.param_groups, rates):
-                group.update(found)
+            for group, own in zip(self.param_groups, rates):
+                group.update(own)
         else:
-            self._load(given, strict, cast)
+            memory = self._match()
+            found = loaded(memory.runs, self.param_groups, given, strict=strict, cast=cast)
+            for group, entries in zip(self.param_groups, found.groups):
+                group.update(entries)
+            memory.replace(found.ready, found.notes)
         self._whole = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def _load(self, given: Mapping[str, Any], strict: bool, cast: bool) -> None:
-        memory = self._match()
-        by_name = any(isinstance(index, str) for index in given["state"])
-        found_indices = indices_of(given["param_groups"], self.param_groups)
-        indices = {id(g): found for g, found in zip(self.param_groups, found_indices)}
-        ready: list[Ready] = []
-        groups: list[dict[str, Any]] = []
-        notes: dict[Tensor, dict[str, Any]] = {}
-        for run, group, saved in zip(memory.runs, self.param_groups, given["param_groups"]):
-            groups.append(loaded_group(saved, group))
-            entries = {}
-            for p, index in zip(group["params"], indices[id(group)]):
-                if index in given["state"] or not by_name:
-                    entries[p] = given["state"].get(index, {})
-                    check_ours(entries[p])
-            one, found = run.loaded(groups[-1], entries, by_name, strict=strict, cast=cast)
-            ready.append(one)
-            notes |= found
-        for group, loaded in zip(self.param_groups, groups):
-            group.update(loaded)
-        memory.replace(ready, notes)
 
     def seed_from_adamw(self, saved: Mapping[str, Any]) -> None:
         """Take over the moments of a torch.optim.AdamW, so that a run in progress can switch.
@@ -429,98 +337,10 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """
         memory = self._match()
         memory.follow()
-        names = [run.names() for run in memory.runs]
-        if all(group.get("param_names") for group in self.param_groups):
-            _check_names(saved, [name for group in names for name in group])
-        ready = []
-        for i, run in enumerate(memory.runs):
-            # Two groups may use the same name: only this one's are its own.
-            own = [n if i == j else f"group {j}/{n}" for j, g in enumerate(names) for n in g]
-            ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
-        for one in ready:
-            check(one.state)
-        memory.seeded(ready)
+        memory.seeded(seeded(memory.runs, saved))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Built chains are left out: they are made anew."""
-        return {
-            "defaults": self.defaults,
-            "param_groups": self.param_groups,
-            "_method": self._method,
-            "_compile": self._compile,
-            "_consolidate": self._consolidate,
-            "_accept_adamw": self._accept_adamw,
-            "_memory": self._memory,
-            "_whole": None,
-            "_words": self._words,
-        }
-
-
-def _rates(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler has written to a group."""
-    found = {name: copy.deepcopy(saved[name]) for name in ("lr", "initial_lr") if name in saved}
-    for rate in found.values():
-        check_rate(rate)
-    return found
-
-
-def _check_names(saved: Mapping[str, Any], ours: Sequence[str]) -> None:
-    groups = saved["param_groups"]
-    if not all("param_names" in group for group in groups):
-        return
-    theirs = [name for group in groups for name in group["param_names"]]
-    for a, b in zip(theirs, ours):
-        if a != b:
-            raise ValueError(f"the AdamW has '{a}' where this optimizer has '{b}'.")
-
-
-class Shampoo(Optimizer):
-    """`funshampoo.shampoo` as a torch.optim.Optimizer.
-
-    Args:
-        params: parameters, (name, parameter) pairs, or dicts of them with hyperparameters.
-        lr: learning rate; with grafting onto Adam, start from what AdamW likes.
-        betas: decay of the gradient filter and of the statistics.
-        epsilon: absolute damping; the default damping is relative, see `funshampoo.shampoo`.
-        weight_decay: decoupled by default; weight_decay_kind= chooses another kind.
-        momentum, nesterov: heavy-ball momentum on the preconditioned step.
-        every: steps between two refreshes of the roots.
-        max_size: longest side of a block.
-        options: everything else that `funshampoo.shampoo` takes: grafting, stagger, solver,
-            distribute=funshampoo.sharded for data-parallel ranks, compile=True, ...
-
-    See `Optimizer` for groups, schedulers and checkpoints.
-
-    >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = Shampoo(model.parameters(), lr=0.01, weight_decay=1e-4)
-    >>> model(torch.ones(3)).sum().backward()
-    >>> optimizer.step()
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Hyper = 1e-2,
-        betas: tuple[Hyper, Hyper] = (0.9, 0.99),
-        epsilon: Hyper = 0.0,
-        *,
-        weight_decay: Hyper = 0.0,
-        momentum: Hyper = 0.0,
-        nesterov: bool = False,
-        every: int = 10,
-        max_size: int | None = 1024,
-        **options: Unpack[ShampooOptions],
-    ) -> None:
-        super().__init__(
-            params,
-            shampoo,
-            lr=lr,
-            betas=betas,
-            epsilon=epsilon,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-            every=every,
-            max_size=max_size,
-            **options,
-        )
+        copied = ("defaults", "param_groups", "_method", "_words", "_memory")
+        options = ("_compile", "_consolidate", "_accept_adamw")
+        return {"_whole": None, **{name: self.__dict__[name] for name in (*copied, *options)}}

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from funshampoo.optim.vocabulary import copied, is_plain
+import torch
+from torch import Tensor
+
+from funshampoo.optim.entries import SHARED, is_note, is_shared
+from funshampoo.optim.values import copied, is_plain
+from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, named_tensors
 
 _OBJECT = "funshampoo: not saved: "  # how the place of a function or a solver begins
 
@@ -106,6 +111,47 @@ def indices_of(
 
 def _names_of(group: Mapping[str, Any]) -> list[str] | None:
     return list(group["param_names"]) if group.get("param_names") else None
+
+
+def flattened(
+    saved: Mapping[Tensor, Mapping[str, Any]],
+    named: Sequence[tuple[str, Tensor]],
+    known: Set[str],
+    state: Any,
+) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
+    """({full name: value}, {parameter: notes of clients}) of what was saved of one group.
+
+    Args:
+        saved: {parameter: its entries, those that are shared among them}; one that is not there
+            keeps what it has in `state`.
+        named: (name, parameter) of all in the group.
+        known: the names of those that have a state.
+        state: the state that is to be filled.
+
+    Raises:
+        ValueError: what should be a tensor is none.
+    """
+    flat: dict[str, Any] = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
+    notes: dict[Tensor, dict[str, Any]] = {}
+    places: dict[str, Tensor] = {}
+    missing = {name for name, p in named if name in known and p not in saved}
+    for owner, rest, x in named_tensors(state):
+        places[f"{owner}/{rest}"] = x
+        if owner in missing:
+            flat[f"{owner}/{rest}"] = x
+    for name, p in named:
+        for entry, x in saved.get(p, {}).items():
+            full = f"{name}/{entry}"
+            if full not in places and is_note(entry):
+                notes.setdefault(p, {})[entry] = x
+                continue
+            if is_shared(entry) and full not in places:  # a stage may be called "shared", too
+                full = entry.removeprefix(SHARED)
+            if isinstance(x, Tensor):
+                flat[full] = x
+            elif x != {}:  # torch's helpers put {} where the checkpoint has nothing
+                raise ValueError(f"'{full}' is no tensor: the checkpoint is damaged.")
+    return flat, notes
 
 
 def is_adamws(entries: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, takes_live
+from funshampoo.optim.values import copied, is_fixed, is_number, same_arguments, structural
 from funshampoo.transforms import scale_by_learning_rate
 
 Method = Any  # a recipe, or a transformation
@@ -86,10 +87,10 @@ class Vocabulary:
         for name, value in arguments.items():
             if not self._may_be_live(name):
                 continue
-            if type(value) is tuple and all(map(_is_number, value)):
+            if type(value) is tuple and all(map(is_number, value)):
                 parts = {f"{name}[{i}]": Live(f"{name}[{i}]", x) for i, x in enumerate(value)}
                 found |= parts
-            elif _is_number(value):
+            elif is_number(value):
                 found[name] = Live(name, value)
         return found
 
@@ -130,7 +131,7 @@ class Vocabulary:
             return None
         found = dict(arguments)
         for name, now, old in zip((*self._names, *self.extras), raw, before):
-            if now is old and _is_fixed(now):
+            if now is old and is_fixed(now):
                 continue
             argument = self.rate if name == "lr" else name
             if argument not in live or type(now) is not float or type(old) is not float:
@@ -167,7 +168,7 @@ class Vocabulary:
     def _kind(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """What a number switches on or off."""
         value = _entry(arguments, name)
-        if not _is_number(value):
+        if not is_number(value):
             return "no number"
         if name == self.rate:
             return "a number"
@@ -286,24 +287,6 @@ def check_rate(lr: Any) -> None:
         raise TypeError(f"lr is {lr!r}; give one number.")
 
 
-def same_arguments(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two calls of a recipe give the same chain.
-
-    A tensor never is the same: it may have been written to, and stages may have computed with it.
-    """
-
-    def same(x: Any, y: Any) -> bool:
-        if isinstance(x, Tensor):
-            return False
-        if type(x) in (tuple, list) and type(x) is type(y):
-            return len(x) == len(y) and all(map(same, x, y))
-        if type(x) is dict and type(y) is dict:
-            return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
-        return x is y or (type(x) is type(y) and bool(x == y))
-
-    return same(dict(a), dict(b))
-
-
 def _entry(arguments: Mapping[str, Any], name: str) -> Any:
     """The value of "beta2", or of "betas[1]"; None where there is none any more."""
     whole, _, index = name.removesuffix("]").partition("[")
@@ -316,63 +299,3 @@ def _entry(arguments: Mapping[str, Any], name: str) -> Any:
 def _without(arguments: Mapping[str, Any], live: Mapping[str, Live]) -> dict[str, Any]:
     names = {name.partition("[")[0] for name in live}
     return {name: value for name, value in arguments.items() if name not in names}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) or type(value) in (int, float)
-
-
-def untouched(now: list[Any], before: list[Any]) -> bool:
-    """Whether these are the same objects, none of which can have been written to."""
-    return len(now) == len(before) and all([x is y and _is_fixed(x) for x, y in zip(now, before)])
-
-
-def _is_fixed(value: Any) -> bool:
-    if type(value) is tuple:
-        return all(map(_is_fixed, value))
-    return not isinstance(value, (Tensor, list, dict))
-
-
-def structural(arguments: Mapping[str, Any]) -> Any:
-    """What of a recipe's arguments can change the structure of the state: not a number's value.
-
-    But whether it is 0 or 1 can, since these switch parts off.
-    """
-
-    def kind(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return "a tensor"
-        if isinstance(value, float) and value not in (0.0, 1.0):
-            return "a number"
-        if type(value) in (tuple, list):
-            return [kind(v) for v in value]
-        if type(value) is dict:
-            return {key: kind(v) for key, v in value.items()}
-        return value
-
-    return kind(dict(arguments))
-
-
-def is_plain(value: Any) -> bool:
-    """Whether torch.load(weights_only=True) can read it: numbers, strings, tensors, containers."""
-    if isinstance(value, dict):
-        return all(is_plain(key) and is_plain(v) for key, v in value.items())
-    if type(value) in (list, tuple):
-        return all(map(is_plain, value))
-    value = _number(value)
-    return value is None or type(value) in (bool, int, float, str) or type(value) is Tensor
-
-
-def copied(value: Any) -> Any:
-    """Containers are copied, what they hold is not; NumPy's numbers become Python's."""
-    if type(value) in (tuple, list):
-        return type(value)([copied(v) for v in value])
-    if type(value) is dict:
-        return {key: copied(v) for key, v in value.items()}
-    return _number(value)
-
-
-def _number(value: Any) -> Any:
-    if type(value) in (bool, int, float) or not isinstance(value, numbers.Number):
-        return value
-    return value.item() if hasattr(value, "item") else value

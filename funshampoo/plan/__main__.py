@@ -83,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
         "GPU, no process group, no memory for parameters. Times are modelled for one CPU thread; "
         "compare them with each other. For a model of your own call funshampoo.plan in Python.",
     )
+    _add_job(parser)
+    _add_method(parser)
+    _add_dtypes(parser)
+    return parser
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    """The model, and the ranks that train it."""
     parser.add_argument(
         "--model", required=True, choices=MODELS, help=f"one of {', '.join(MODELS)}", metavar="NAME"
     )
@@ -107,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --sharding, consecutive ranks that share a node; default: 8",
     )
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    """The recipe, and those of its arguments that change blocks or cost; unsaid, its own hold."""
     parser.add_argument(
         "--method",
         choices=recipes.__all__,
@@ -141,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="with --merge small, the sides at which merging stops; default: 2",
     )
+
+
+def _add_dtypes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the parameters; default: float32"
     )
@@ -149,7 +164,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="in which updates are gathered; default: as computed, float32 for half precision",
     )
-    return parser
 
 
 def _count(text: str) -> int:

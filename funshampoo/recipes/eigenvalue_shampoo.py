@@ -5,9 +5,9 @@ from __future__ import annotations
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import Basis, by_rank
+from funshampoo.operators.exponents import chosen_sides
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.recipes.shampoo import Vectors
 from funshampoo.transforms import (
@@ -80,13 +80,8 @@ def eigenvalue_shampoo(
     tensor([[-0.0750, -0.0000],
             [-0.0000,  0.0667]])
     """
-    check_choice("vectors", vectors, ("diagonal", "blocks"))
-
-    def sides(block: tuple[int, ...]) -> list[bool]:
-        return [vectors == "blocks" or len(block) > 1] * len(block)
-
     stages = [
-        kronecker_statistics(beta2, sides=sides),
+        kronecker_statistics(beta2, sides=chosen_sides(vectors)),
         ema(beta1),
         in_eigenbasis(
             scale_by_adam(0.0, beta2, epsilon),

@@ -8,9 +8,10 @@ from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import Basis
+from funshampoo.operators.exponents import chosen_sides
 from funshampoo.operators.kl import clamped_at
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.recipes.shampoo import Vectors
@@ -205,12 +206,8 @@ def kl_soap(
 def _statistics(
     beta: Hyper, damping: Hyper, initial: float, clamp: int | None, vectors: Vectors
 ) -> GradientTransformation:
-    check_choice("vectors", vectors, ("diagonal", "blocks"))
     if clamp is not None:
         check_count("clamp", clamp)
-
-    def sides(block: tuple[int, ...]) -> list[bool]:
-        return [vectors == "blocks" or len(block) > 1] * len(block)
 
     least: Any = 0.0 if clamp is None else clamped_at(clamp)
     return kl_statistics(
@@ -218,5 +215,5 @@ def _statistics(
         damping=damping,
         initial_eigenvalue=initial,
         least_eigenvalue=least,
-        sides=sides,
+        sides=chosen_sides(vectors),
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import Basis
-from funshampoo.operators.exponents import Sides, check_sides, without_vectors
+from funshampoo.operators.exponents import Sides, chosen_sides
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.recipes.shampoo import Vectors
 from funshampoo.transforms import in_eigenbasis, kronecker_statistics, scale_by_adam
@@ -81,11 +80,7 @@ def soap(
     tensor([[ True, False],
             [False,  True]])
     """
-    check_choice("vectors", vectors, ("diagonal", "blocks"))
-
-    check_sides(sides)
-    if vectors == "diagonal":
-        sides = without_vectors(sides)
+    sides = chosen_sides(vectors, sides)
     adam = scale_by_adam(beta1, beta2, epsilon)
     stages = [
         kronecker_statistics(beta2 if statistics_beta is None else statistics_beta, sides=sides),

@@ -12,6 +12,7 @@ from funshampoo.state.checkpoint import Loaded, check, load_state_dict, merged, 
 from funshampoo.state.health import Health, health
 from funshampoo.state.meaning import meaning
 from funshampoo.state.memory import Memory, summary
+from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import (
     AdagradState,
     AdamState,
@@ -36,7 +37,6 @@ from funshampoo.state.stages import (
     SpikeState,
     TraceState,
     WrappedState,
-    find_state,
 )
 from funshampoo.state.stateful import Checkpoint
 

@@ -22,9 +22,10 @@ from funshampoo.state.naming import (
     named_tensors,
     owned_elsewhere,
 )
+from funshampoo.state.nodes import check_is_state, walk
 from funshampoo.state.parts import PART_KEY, Part, bits_of, is_note, merged, part_of
 from funshampoo.state.places import Place, map_tensors
-from funshampoo.state.stages import WrappedState, check_is_state, walk
+from funshampoo.state.stages import WrappedState
 from funshampoo.state.values import Entry, problems
 
 __all__ = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.tree import flatten
+from funshampoo.state.nodes import check_is_state, walk
 from funshampoo.state.places import block_names, rows_of
 from funshampoo.state.stages import (
     BlockedState,
@@ -19,8 +20,6 @@ from funshampoo.state.stages import (
     RefreshedState,
     ShardedState,
     SpikeState,
-    check_is_state,
-    walk,
 )
 
 

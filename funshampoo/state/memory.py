@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TextIO
 
 from torch import Tensor
 
+from funshampoo.state.nodes import check_is_state
 from funshampoo.state.places import Place, block_names, map_tensors
-from funshampoo.state.stages import check_is_state
 
 
 class Memory(NamedTuple):

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funshampoo.state.meaning import kind_of
+from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
-from funshampoo.state.stages import BlockedState, ShardedState, walk
+from funshampoo.state.stages import BlockedState, ShardedState
 
 
 class Named(NamedTuple):

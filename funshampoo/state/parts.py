@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.state.stages import ShardedState, walk
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import ShardedState
 
 PART_KEY = "funshampoo/part"
 

@@ -18,17 +18,14 @@ where somebody around counts, or nobody in it asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.core.interrupted import check_whole
 from funshampoo.state.meaning import meaning
 
 Tree = Any
 Counter = Tensor | tuple[()]
-StateT = TypeVar("StateT")
 
 
 @meaning(factors="factor", weight="weight")
@@ -297,55 +294,3 @@ class ShardedState(NamedTuple):
     ranks: dict[str, tuple[()]]
     report: Tensor
     steps: Counter = ()
-
-
-def find_state(states: Any, kind: type[StateT]) -> StateT | None:
-    """The last state of this kind in a (nested) state, or None.
-
-    >>> import torch
-    >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
-    ScheduleState(steps=tensor(3))
-    """
-    if isinstance(states, tuple):
-        for state in states[::-1]:  # mostly it is one of the stages that stand before
-            if isinstance(state, kind):
-                return state
-    # Without a generator, which torch.compile could not trace before torch 2.9.
-    found = states if isinstance(states, kind) else None
-    children: Any = states.values() if isinstance(states, dict) else states
-    if isinstance(states, (dict, tuple, list)):
-        for child in children:
-            inner = find_state(child, kind)
-            found = found if inner is None else inner
-    return found
-
-
-def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every node of a state with its path, parents first, in the order of the chain."""
-    yield path, node
-    if isinstance(node, dict):
-        children = list(node.items())
-    elif isinstance(node, tuple):
-        names = getattr(node, "_fields", range(len(node)))
-        children = list(zip(names, node))
-    elif isinstance(node, list):
-        children = list(enumerate(node))
-    else:
-        return
-    for key, child in children:
-        yield from walk(child, (*path, str(key)))
-
-
-def check_is_state(state: Any) -> None:
-    """Raise where it can't be read as the state of a chain.
-
-    Raises:
-        TypeError: it is the `state` of a torch.optim.Optimizer.
-        InterruptedStepError: it is half done.
-    """
-    if isinstance(state, Mapping) and any(isinstance(key, Tensor) for key in state):
-        raise TypeError(
-            "these are the tensors of an optimizer by parameter. The state of its chain, one for "
-            "every parameter group, is in optimizer.chain_states()."
-        )
-    check_whole(state)

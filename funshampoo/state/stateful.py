@@ -10,8 +10,8 @@ from torch import Tensor
 
 from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, load_state_dict
 from funshampoo.state.naming import named
+from funshampoo.state.nodes import check_is_state
 from funshampoo.state.parts import PART_KEY, part_of
-from funshampoo.state.stages import check_is_state
 
 
 class Checkpoint:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from funshampoo.core.tree import flatten
-from funshampoo.state.stages import KroneckerState, find_state
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import KroneckerState
 
 
 def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:

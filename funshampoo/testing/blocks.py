@@ -13,8 +13,9 @@ from funshampoo.combinators.guard import guarded
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, State, Tree
 from funshampoo.core.tree import flatten
+from funshampoo.state.nodes import find_state
 from funshampoo.state.places import Place, map_tensors
-from funshampoo.state.stages import BlockedState, Kept, find_state
+from funshampoo.state.stages import BlockedState, Kept
 from funshampoo.testing.trial import Run, Trial, difference, like, not_finite
 
 ROWS = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from funshampoo.core.contract import update_in_place
+from funshampoo.core.applying import update_in_place
 from funshampoo.core.tree import compute_dtype, flatten, map_leaves
 from funshampoo.testing.trial import Snapshot, Trial, common_memory, difference, named
 

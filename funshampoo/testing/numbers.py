@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.core.contract import State, Tree, apply_updates
+from funshampoo.core.applying import apply_updates
+from funshampoo.core.contract import State, Tree
 from funshampoo.core.tree import flatten, leaf_names, map_leaves
 from funshampoo.state.checkpoint import load_state_dict, named_tensors, state_dict
 from funshampoo.testing.trial import Trial, difference, named, not_finite

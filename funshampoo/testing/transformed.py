@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.core.contract import REFRESH, Tree, apply_updates
+from funshampoo.core.applying import apply_updates
+from funshampoo.core.contract import REFRESH, Tree
 from funshampoo.core.tree import flatten, map_leaves
 from funshampoo.testing.trial import Trial, difference, like, not_finite
 

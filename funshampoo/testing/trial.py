@@ -9,13 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    apply_updates,
-    as_transformation,
-)
+from funshampoo.core.applying import apply_updates
+from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.tree import compute_dtype, flatten, leaf_names, map_leaves
 
 

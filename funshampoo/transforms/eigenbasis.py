@@ -15,9 +15,9 @@ from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import full_precision
+from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
     cast,
-    check_local,
     compute_dtype,
     flatten,
     map_leaves,
@@ -132,24 +132,21 @@ def in_eigenbasis(
         check_local(params, "in_eigenbasis")
         factors = statistics_of(upstream, "in_eigenbasis", params).factors
         inside = {**context, "upstream": upstream, "block_ndim": block_ndim, "clock": clock}
-        bases = refreshing(True).init(params, block_ndim, clock)
-        bases = RefreshedState(_without_factors(bases.kept, factors, params), bases.steps)
+        bases = _with_factors(refreshing(True).init(params, block_ndim, clock), factors, params)
         seen = _none_seen(params, block_ndim) if first == "skip" else ()
         return EigenbasisState(inner.init(params, **inside), seen, bases)
 
     def renewed(
         updates: Tree, own: Any, bases: RefreshedState, context: Context
     ) -> tuple[Any, RefreshedState]:
-        statistics = statistics_of(context.upstream, "in_eigenbasis", updates)
-        inputs = (statistics.factors, weights_over(statistics.weight, updates))
+        inputs = _factors_and_weights(updates, context)
         kept, renews = bases.kept, schedule.renews(context)
         if renews and context.donate:  # a refresh writes to what it is given
             kept = map_leaves(torch.clone, kept)
         begins = context.step == start
         bases = refreshing(begins).update(updates, bases, inputs, _factor, context)
         if renews:
-            with full_precision():
-                own = _carried(own, updates, kept, bases.kept, context.block_ndim)
+            own = _carried(own, updates, kept, bases.kept, context.block_ndim)
         return own, bases
 
     def update(
@@ -240,19 +237,24 @@ class BasisRule(Rule):
         return Found((Q,), unknown, unknown + 1, found)
 
 
+def _factors_and_weights(updates: Tree, context: Context) -> tuple[Tree, Tree]:
+    statistics = statistics_of(context.upstream, "in_eigenbasis", updates)
+    return statistics.factors, weights_over(statistics.weight, updates)
+
+
 def _factor(side: int, factors: Any, weight: Tensor) -> Reading:
     """L_side / weight."""
     return bias_corrected, factors[side], weight
 
 
-def _without_factors(kept: Tree, factors: Tree, params: Tree) -> Tree:
+def _with_factors(bases: RefreshedState, factors: Tree, params: Tree) -> RefreshedState:
     """() in the place of a unit whose side has no factor matrix."""
 
     def leaf(p: Tensor, sides: Any, units: Any) -> tuple[Tensor, Any]:
         pairs = zip(units, sides)
         return p, tuple([unit if isinstance(side, Tensor) else () for unit, side in pairs])
 
-    return update_leaves(leaf, params, (kept,), (factors,))[1]
+    return bases._replace(kept=update_leaves(leaf, params, (bases.kept,), (factors,))[1])
 
 
 def _none_seen(params: Tree, block_ndim: int) -> Tree:
@@ -331,7 +333,8 @@ def _carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: i
             return child
         return update_leaves(leaf, updates, (child,), (before, after))[1]
 
-    return visit(state)
+    with full_precision():
+        return visit(state)
 
 
 def _matrices(units: Any) -> list[Tensor | None]:

@@ -9,7 +9,8 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import rate_of, required
-from funshampoo.core.tree import cast, check_parameters, update_leaves
+from funshampoo.core.parameters import check_parameters
+from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.leaf_ops import lerp, multiply
 from funshampoo.state.averages import EmaNesterovState

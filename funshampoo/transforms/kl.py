@@ -12,9 +12,9 @@ from funshampoo.core.checks import check_choice, check_flag, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.modes import full_precision
+from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
     cast,
-    check_local,
     compute_dtype,
     flatten,
     map_leaves,
@@ -33,7 +33,8 @@ from funshampoo.operators.kl import WHITENED, Block, Least
 from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
-from funshampoo.state.stages import KroneckerState, RefreshedState, find_state
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import KroneckerState, RefreshedState
 from funshampoo.transforms.eigenbasis import EigenbasisState
 
 Through: TypeAlias = Literal["eigenvalues", "ritz", "roots"]

@@ -15,14 +15,8 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Phase, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import full_precision
-from funshampoo.core.tree import (
-    cast,
-    check_local,
-    compute_dtype,
-    map_leaves,
-    update_columns,
-    update_leaves,
-)
+from funshampoo.core.parameters import check_local
+from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_columns, update_leaves
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
 from funshampoo.operators.columns import (
     Column,

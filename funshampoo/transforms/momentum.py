@@ -8,7 +8,8 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
-from funshampoo.core.tree import check_parameters, compute_dtype, map_leaves, update_columns
+from funshampoo.core.parameters import check_parameters
+from funshampoo.core.tree import compute_dtype, map_leaves, update_columns
 from funshampoo.operators.columns import (
     Column,
     add,

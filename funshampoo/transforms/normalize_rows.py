@@ -8,7 +8,8 @@ from torch import Tensor
 from funshampoo.core.checks import check_flag, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.tree import cast, check_local, compute_dtype, map_leaves, update_leaves
+from funshampoo.core.parameters import check_local
+from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_leaves
 from funshampoo.operators.leaf_ops import lerp, sqrt
 from funshampoo.operators.matrices import as_rows
 from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor

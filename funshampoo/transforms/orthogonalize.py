@@ -11,7 +11,8 @@ from torch import Tensor
 from funshampoo.core.checks import check_choice, check_flag, check_range
 from funshampoo.core.contract import EmptyState, GradientTransformation, Tree
 from funshampoo.core.live import is_exactly
-from funshampoo.core.tree import cast, check_local, compute_dtype, flatten, leaf_names
+from funshampoo.core.parameters import check_local
+from funshampoo.core.tree import cast, compute_dtype, flatten, leaf_names
 from funshampoo.core.tree import update_leaves as over_leaves
 from funshampoo.linalg.polar import Norm, polar_factor, polar_flops
 from funshampoo.linalg.polynomials import Polynomials, polynomials_of

@@ -9,7 +9,8 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import rate_of, required
-from funshampoo.core.tree import check_parameters, update_leaves
+from funshampoo.core.parameters import check_parameters
+from funshampoo.core.tree import update_leaves
 from funshampoo.operators.averaged import copies, interpolated_step
 from funshampoo.state.averages import PrimalAverageState
 from funshampoo.state.stages import LearningRateState

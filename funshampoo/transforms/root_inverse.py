@@ -14,7 +14,8 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
 from funshampoo.core.modes import full_precision
-from funshampoo.core.tree import cast, check_local, compute_dtype, update_leaves
+from funshampoo.core.parameters import check_local
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
 from funshampoo.linalg import Solver
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype

@@ -12,7 +12,7 @@ from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.tree import cast, compute_dtype, flatten, update_leaves
 from funshampoo.operators.kl import inverse_root, outer
 from funshampoo.operators.leaf_ops import multiply
-from funshampoo.state.stages import find_state
+from funshampoo.state.nodes import find_state
 from funshampoo.transforms.kl import KlState
 
 

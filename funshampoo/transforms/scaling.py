@@ -14,7 +14,8 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.modes import is_plain
-from funshampoo.core.tree import cast, check_parameters, compute_dtype, map_leaves, update_columns
+from funshampoo.core.parameters import check_parameters
+from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_columns
 from funshampoo.operators.columns import (
     Column,
     add,

@@ -10,7 +10,8 @@ import torch
 from funshampoo.core.checks import check_choice, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
-from funshampoo.core.tree import cast, check_parameters, update_columns
+from funshampoo.core.parameters import check_parameters
+from funshampoo.core.tree import cast, update_columns
 from funshampoo.linalg.products import power as raised
 from funshampoo.operators.columns import (
     Column,

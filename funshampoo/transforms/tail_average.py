@@ -10,7 +10,8 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import rate_of, required
-from funshampoo.core.tree import cast, check_parameters, compute_dtype, map_leaves, update_leaves
+from funshampoo.core.parameters import check_parameters
+from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.leaf_ops import add, lerp, multiply, on_device, per_block
 from funshampoo.state.averages import TailAverageState

@@ -12,7 +12,8 @@ from torch import Tensor
 import funshampoo as fs
 from funshampoo.blocks import Stacked, to_parameters
 from funshampoo.state import load_state_dict, state_dict
-from funshampoo.state.stages import BlockedState, KroneckerState, walk
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import BlockedState, KroneckerState
 
 D = torch.float64
 

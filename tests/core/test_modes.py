@@ -55,7 +55,7 @@ def test_tied_leaves_get_both_updates(
         return apart[-1]
 
     if on_a_gpu:
-        monkeypatch.setattr("funshampoo.core.contract.are_apart", as_on_a_gpu)
+        monkeypatch.setattr("funshampoo.core.applying.are_apart", as_on_a_gpu)
         monkeypatch.setattr("funshampoo.blocks.regions.are_apart", as_on_a_gpu)
     w = torch.ones(4)
     params = {"a": w, "b": w}

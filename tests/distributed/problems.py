@@ -11,7 +11,8 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo.state import state_dict
-from funshampoo.state.stages import GuardedState, ShardedState, find_state
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import GuardedState, ShardedState
 
 Shapes = dict[str, tuple[int, ...]]
 # Ragged at 16, with odd sides of 9 and more, orders 0 to 4, and stacks of one block and of many.

@@ -110,7 +110,7 @@ def narrow(rank: int, bad: str, dtype: torch.dtype, cut: bool, guard: bool, dona
             assert_equal(dict(state_dict(state)), kept)
         state, params = new, fs.apply_updates(params, updates)
         moved.append({name: float(u.sum()) for name, u in updates.items()})
-        found = fs.state.stages.find_state(state, fs.state.stages.ShardedState)
+        found = fs.state.find_state(state, fs.state.ShardedState)
         assert found is not None
         reports.append([int(x) for x in found.report])
     held = {k: int(x) for k, x in state_dict(state).items() if k.endswith("/held") and x.any()}

@@ -14,7 +14,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo.state import Kept, merged, state_dict
-from funshampoo.state.stages import walk
+from funshampoo.state.nodes import walk
 from tests.distributed.problems import SMALL, Shapes, train, tree
 from tests.distributed.ranks import Ranks
 from tests.refresh.clients import in_eigenbasis, kl_shampoo

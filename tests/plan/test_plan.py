@@ -20,7 +20,8 @@ from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import owners_of, works_of
 from funshampoo.plan.planner import Plan, plan
 from funshampoo.plan.shapes import MODELS, model_shapes
-from funshampoo.state.stages import ShardedState, walk
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import ShardedState
 from tests.trees import tensors
 
 ROOT = Path(__file__).parents[2]

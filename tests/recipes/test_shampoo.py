@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import funshampoo as fs
 from funshampoo import linalg
-from funshampoo.state.stages import KroneckerState, RefreshedState, find_state
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import KroneckerState, RefreshedState
 from tests.plain import PlainShampoo
 from tests.trees import gradients, problem, tensors, train
 

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
-from funshampoo.state.stages import KroneckerState, find_state
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import KroneckerState
 from tests.trees import gradients, problem, tensors
 
 D = torch.float64

@@ -1,0 +1,161 @@
+"""Steps that change parameters: W + U as a new tree, or in the parameters' own memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.context import Context, context_of
+from funshampoo.core.contract import GradientTransformation, State, Tree, TreeT, checked_pair
+from funshampoo.core.interrupted import Watched
+from funshampoo.core.modes import are_apart, is_plain
+from funshampoo.core.placed import any_in_parts, local_part, placed_like
+from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
+
+
+def apply_updates(params: TreeT, updates: Tree) -> TreeT:
+    """W + U for every leaf, rounded once to the parameter's dtype.
+
+    Args:
+        params: tree of parameters.
+        updates: tree of the same structure, as a chain returns it (the step already carries its
+            sign). Where a leaf is None the parameter is returned as it is.
+
+    Returns:
+        New parameters with the dtypes of the old. Half-precision parameters are added to in
+        float32 and rounded to nearest once. Autograd records the sum: detach parameters that
+        require gradients first, unless gradients through training are wanted.
+
+    Raises:
+        ValueError: the trees differ; the message names the leaf.
+
+    >>> import torch
+    >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -1.0])})
+    {'w': tensor([1.5000, 0.0000])}
+    """
+    check_same_structure(params, updates, "params", "updates")
+    leaves, spec = flatten(params)
+
+    def add(p: Tensor, u: Tensor | None) -> Tensor:
+        if u is None:
+            return p
+        return torch.add(p.to(compute_dtype(p)), u).to(p.dtype)
+
+    pairs = zip(leaves, spec.flatten_up_to(updates))
+    found: TreeT = spec.unflatten([add(p, u) for p, u in pairs])
+    return found
+
+
+def add_in_place(params: Tree, updates: Tree) -> None:
+    """W ← W + U in the parameters' own memory, with the roundings of `apply_updates`.
+
+    Raises:
+        ValueError: the trees differ; the message names the leaf. Nothing is changed then.
+
+    >>> import torch
+    >>> params = {"w": torch.ones(2)}
+    >>> add_in_place(params, {"w": torch.tensor([0.5, -1.0])})
+    >>> params
+    {'w': tensor([1.5000, 0.0000])}
+    """
+    check_same_structure(params, updates, "params", "updates")
+    leaves, spec = flatten(params)
+    pairs = [(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates)) if u is not None]
+    if any_in_parts(leaves):
+        pairs = [(local_part(p), local_part(placed_like(u, p))) for p, u in pairs]
+    if torch.compiler.is_dynamo_compiling():
+        # torch 2.13: a graph forgets what it writes into a 0-dimensional float64 input on a CPU.
+        pairs = [(p, u) if p.ndim else (p.view(1), u.reshape(1)) for p, u in pairs]
+    alike = [(p, u) for p, u in pairs if p.dtype == u.dtype]
+    targets = [p for p, _ in alike]
+    if alike and is_plain(*zip(*alike)) and are_apart(targets):
+        torch._foreach_add_(targets, [u for _, u in alike])
+    else:
+        for p, u in alike:
+            p.add_(u)
+    for p, u in pairs:
+        if p.dtype != u.dtype:
+            p.copy_(torch.add(p.to(compute_dtype(p)), u))
+
+
+def update_in_place(
+    transformation: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    **context: Any,
+) -> State:
+    """A step that consumes the state and changes the parameters: `update`, then `add_in_place`.
+
+    Where the transformation has an `apply`, its updates are never held all at once.
+
+    Args:
+        transformation: any; its state is donated, and with it what earlier states share with it: a
+            pure step that refreshes no roots hands the old ones on.
+        updates: the gradients. They are not written to.
+        params: detached from autograd.
+
+    Returns:
+        The new state.
+
+    Raises:
+        ValueError: a parameter requires gradients, outside torch.no_grad(). Nothing is changed.
+        InterruptedStepError: an earlier step of this state did not come to its end. Any exception,
+            KeyboardInterrupt too, that ends a step which has begun to write marks the state.
+
+    >>> import torch
+    >>> from funshampoo import sgd
+    >>> tx = sgd(0.1)
+    >>> params = {"w": torch.ones(2)}
+    >>> state = update_in_place(tx, {"w": torch.ones(2)}, tx.init(params), params)
+    >>> params
+    {'w': tensor([0.9000, 0.9000])}
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return unwatched(transformation, updates, state, params, **context)
+    with Watched(state, params):
+        return unwatched(transformation, updates, state, params, **context)
+
+
+def unwatched(
+    transformation: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    **context: Any,
+) -> State:
+    """`update_in_place` for a caller who watches for interruptions."""
+    if torch.is_grad_enabled():
+        _check_writable(params)
+    given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
+    if transformation.checks:
+        transformation.check(state, given)
+    return applied(transformation, updates, state, params, given)
+
+
+def applied(
+    transformation: GradientTransformation,
+    updates: Tree,
+    state: State,
+    params: Tree,
+    context: Context,
+) -> State:
+    """`update_in_place` of a part, in a donated context."""
+    if transformation.apply is not None:
+        return transformation.apply(updates, state, params, context)
+    found, state = checked_pair(
+        transformation.run(updates, state, params, context), transformation.name
+    )
+    add_in_place(params, found)
+    return state
+
+
+def _check_writable(params: Tree) -> None:
+    for i, p in enumerate(flatten(params)[0]):
+        if isinstance(p, Tensor) and p.requires_grad and p.is_leaf:
+            raise ValueError(
+                f"parameter '{leaf_names(params)[i]}' requires gradients, and autograd lets nobody "
+                "write to it: pass p.detach(), or step under torch.no_grad()."
+            )

@@ -1,0 +1,89 @@
+"""Values of hyperparameters: whether they are the same, make another state, can be saved."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def same_arguments(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two calls of a recipe give the same chain.
+
+    A tensor never is the same: it may have been written to, and stages may have computed with it.
+    """
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, Tensor):
+            return False
+        if type(x) in (tuple, list) and type(x) is type(y):
+            return len(x) == len(y) and all(map(same, x, y))
+        if type(x) is dict and type(y) is dict:
+            return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
+        return x is y or (type(x) is type(y) and bool(x == y))
+
+    return same(dict(a), dict(b))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it can be a live number."""
+    return isinstance(value, Tensor) or type(value) in (int, float)
+
+
+def untouched(now: list[Any], before: list[Any]) -> bool:
+    """Whether these are the same objects, none of which can have been written to."""
+    return len(now) == len(before) and all([x is y and is_fixed(x) for x, y in zip(now, before)])
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether nobody can have written to it, as to a tensor, a list or a dict."""
+    if type(value) is tuple:
+        return all(map(is_fixed, value))
+    return not isinstance(value, (Tensor, list, dict))
+
+
+def structural(arguments: Mapping[str, Any]) -> Any:
+    """What of a recipe's arguments can change the structure of the state: not a number's value.
+
+    But whether it is 0 or 1 can, since these switch parts off.
+    """
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return "a tensor"
+        if isinstance(value, float) and value not in (0.0, 1.0):
+            return "a number"
+        if type(value) in (tuple, list):
+            return [kind(v) for v in value]
+        if type(value) is dict:
+            return {key: kind(v) for key, v in value.items()}
+        return value
+
+    return kind(dict(arguments))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether torch.load(weights_only=True) can read it: numbers, strings, tensors, containers."""
+    if isinstance(value, dict):
+        return all(is_plain(key) and is_plain(v) for key, v in value.items())
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    value = _number(value)
+    return value is None or type(value) in (bool, int, float, str) or type(value) is Tensor
+
+
+def copied(value: Any) -> Any:
+    """Containers are copied, what they hold is not; NumPy's numbers become Python's."""
+    if type(value) in (tuple, list):
+        return type(value)([copied(v) for v in value])
+    if type(value) is dict:
+        return {key: copied(v) for key, v in value.items()}
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Number):
+        return value
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,110 @@
+"""What this rank remembers of the parameters, and what all that share the blocks do together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from funshampoo.distributed.collectives import rank_and_size
+from funshampoo.distributed.gathering import collected, sharing_groups
+from funshampoo.optim.entries import SHARED
+from funshampoo.optim.group import GroupRun
+from funshampoo.optim.memory import Memory
+from funshampoo.state.parts import PART_KEY, Part, merged
+
+Entries = dict[Any, dict[str, Any]]  # {number of a parameter: what is remembered of it}
+
+
+class Whole:
+    """What all ranks remember together, for as long as it is true.
+
+    Args:
+        memory: of this rank, as it is now.
+        entries: of all of them.
+    """
+
+    def __init__(self, memory: Memory, entries: Entries) -> None:
+        self.entries = entries
+        self._made = _stamp(memory)
+
+    def is_of(self, memory: Memory) -> bool:
+        """Whether it is of the states as they are."""
+        now, then = _stamp(memory), self._made
+        return now[0] == then[0] and len(now) == len(then) and all(map(is_, now[1:], then[1:]))
+
+
+def _stamp(memory: Memory) -> list[Any]:
+    """What changes with all that is saved: groups, writes, the states by identity."""
+    looks = [run.look() for run in memory.runs]
+    return [(memory.writes, looks), *[run.state() for run in memory.runs]]
+
+
+def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
+    """The number of every parameter, through all groups."""
+    index: dict[Tensor, int] = {}
+    for i, p in enumerate([p for group in groups for p in group["params"]]):
+        index.setdefault(p, i)
+    return index
+
+
+def part_of_this_rank(memory: Memory, index: Mapping[Tensor, int]) -> Entries:
+    """What this rank remembers, and which part of the whole that is.
+
+    Args:
+        index: the number of every parameter.
+    """
+    memory.follow()
+    found = {i: memory.saved(p) for p, i in index.items()}
+    found = {i: entries for i, entries in found.items() if entries}
+    for run in memory.runs:
+        ranks = [rank_and_size(group) for group in sharing_groups(run.transformation)]
+        part = Part(*max(ranks, key=lambda pair: pair[1], default=(0, 1)))
+        _label(run, found, index, part)
+    return found
+
+
+def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entries | None:
+    """What all ranks remember together; None on those that do not get it. A collective.
+
+    Args:
+        index: the number of every parameter.
+        to: the rank that gets it; None: every rank.
+
+    Raises:
+        NotImplementedError: the groups share with different ranks.
+        RuntimeError: another rank could not say what it has.
+    """
+    groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
+    if any(group is not groups[0] for group in groups):
+        raise NotImplementedError(
+            "the parameter groups share out their blocks over different process groups: save "
+            "every rank's state_dict and merge them (funshampoo.state.merged)."
+        )
+    try:
+        found = part_of_this_rank(memory, index)
+    except Exception:
+        if groups:  # the others are waiting
+            collected(groups[0], None, to)
+        raise
+    if groups:
+        parts = collected(groups[0], found, to)
+        if parts is None:
+            return None
+        if None in parts:
+            raise RuntimeError(
+                f"rank {parts.index(None)} could not say what it has; its own error says why."
+            )
+        found = merged(parts)
+    for run in memory.runs:
+        _label(run, found, index, Part(0, 1))
+    return found
+
+
+def _label(run: GroupRun, found: Entries, index: Mapping[Tensor, int], part: Part) -> None:
+    """Say with the first parameter of a group which part of its state this is."""
+    first = next((i for i in map(index.get, run.group["params"]) if i in found), None)
+    if first is not None:
+        found[first] = {**found[first], SHARED + PART_KEY: part.entry()}
