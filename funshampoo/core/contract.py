@@ -23,7 +23,7 @@ from funshampoo.core.context import Context, context_of
 from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.live import live_names
 from funshampoo.core.modes import are_apart, is_plain
-from funshampoo.core.placed import is_in_parts, local_part, placed_like
+from funshampoo.core.placed import is_in_parts, local_part, placed_like, were_seen
 from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
@@ -146,6 +146,7 @@ class GradientTransformation:
         Raises:
             TypeError: something in it is no tensor (names the stage).
         """
+        any(map(is_in_parts, flatten(params)[0]))  # noted, for the steps
         state = self._init(params, context)
         _check_state(state, self.name)
         return state
@@ -156,7 +157,8 @@ class GradientTransformation:
         """(updates, state) after a step. Pure, unless donate=True.
 
         Args:
-            updates: gradients; a leaf may be None.
+            updates: gradients; a leaf may be None. Those of DTensors are given the placements of
+                their parameters first, where `params` are there.
             state: of `init`, or of the step before.
             params: a tree like the updates, where a stage needs them.
             context: `Context`'s names, and those that a stage of yours declares.
@@ -167,6 +169,7 @@ class GradientTransformation:
         """
         given = context_of(context, self.accepts, self.live)
         check_whole(state)
+        updates = _placed(updates, params)
         if self.checks:
             self.check(state, given)
         if not given.donate or torch.compiler.is_dynamo_compiling():
@@ -437,6 +440,7 @@ def unwatched(
     if torch.is_grad_enabled():
         _check_writable(params)
     given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
+    updates = _placed(updates, params)
     if transformation.checks:
         transformation.check(state, given)
     return applied(transformation, updates, state, params, given)
@@ -457,6 +461,17 @@ def applied(
     )
     add_in_place(params, found)
     return state
+
+
+def _placed(updates: TreeT, params: Tree) -> TreeT:
+    """The gradients of sharded parameters, placed as these are: partial sums are added up."""
+    if params is None or not were_seen():
+        return updates
+    (leaves, spec), (known, other) = flatten(updates), flatten(params)
+    if spec != other:  # which is for the stages to say
+        return updates
+    placed: TreeT = spec.unflatten(list(map(placed_like, leaves, known)))
+    return placed
 
 
 def _check_writable(params: Tree) -> None:

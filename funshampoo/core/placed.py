@@ -22,12 +22,30 @@ def is_in_parts(x: Any) -> bool:
 _SEEN = {"any": False}  # whether there was one in this process, without which nobody has to look
 
 
+def were_seen() -> bool:
+    """Whether this process has had a DTensor among its parameters."""
+    return _SEEN["any"]
+
+
 def are_alike(tensors: Iterable[Any]) -> bool:
     """Whether one operator takes all of these: no DTensors, or nothing but those of one mesh."""
     if not _SEEN["any"]:
         return True
     meshes = [x.device_mesh if is_in_parts(x) else None for x in tensors]
     return all([mesh == meshes[0] for mesh in meshes])
+
+
+def parts_among(tensors: Iterable[Any]) -> list[Tensor]:
+    """What this rank has of the DTensors among these, in the same memory."""
+    return [x.to_local() for x in tensors if is_in_parts(x)] if _SEEN["any"] else []
+
+
+def count_writes(tensors: Iterable[Any]) -> None:
+    """Say that a foreach operator has written to these: of DTensors torch counts no such write."""
+    if _SEEN["any"]:
+        for x in tensors:
+            if is_in_parts(x) and not x.is_inference():
+                torch.autograd.graph.increment_version(x)
 
 
 def local_part(x: Any) -> Tensor:

@@ -18,7 +18,7 @@ from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.placed import local_part
 from funshampoo.distributed.agreement import difference, lines_of
-from funshampoo.distributed.boxes import holding
+from funshampoo.core.boxes import holding
 from funshampoo.distributed.collectives import (
     ProcessGroup,
     all_to_all_into,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation, Hyper
-from funshampoo.distributed.collectives import rank_and_size
-from funshampoo.distributed.gathering import collected, sharing_groups
+from funshampoo.core.placed import is_in_parts
+from funshampoo.distributed.gathering import are_well, collected, sharing_groups, without_parts
 from funshampoo.distributed.join import Joining
 from funshampoo.migrate.reference import from_reference
 from funshampoo.migrate.seeding import seed_from_adamw
@@ -31,7 +31,7 @@ from funshampoo.optim.saved import (
 from funshampoo.optim.vocabulary import Vocabulary, check_rate
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.state.checkpoint import check
-from funshampoo.state.parts import PART_KEY, Part, merged
+from funshampoo.state.parts import PART_KEY, Part, merged, part_of
 
 
 class Optimizer(torch.optim.Optimizer, Joining):
@@ -293,10 +293,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         found = {i: memory.saved(p) for p, i in index.items()}
         found = {i: entries for i, entries in found.items() if entries}
         for run in memory.runs:
-            ranks = [rank_and_size(group) for group in sharing_groups(run.transformation)]
-            self._label(
-                run, found, index, Part(*max(ranks, key=lambda pair: pair[1], default=(0, 1)))
-            )
+            self._label(run, found, index, part_of(run.state()))
         return found
 
     def _label(self, run: GroupRun, found: Any, index: Mapping[Tensor, int], part: Part) -> None:
@@ -313,7 +310,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         After an edit of groups `state_dict` and `chain_states` are collectives, too, until a step.
 
         Args:
-            to: the rank, in the group that shares, that gets it; None: every rank.
+            to: the rank, in the group that shares, that gets it; None: every rank. Every rank,
+                too, where no blocks are shared out, as of AdamW on DTensors.
         """
         memory, index = self._match(), self._index()
         groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
@@ -328,6 +326,11 @@ class Optimizer(torch.optim.Optimizer, Joining):
             found = self._entries(index)
         except Exception as error:  # the others are waiting
             failure = error
+        meshes = [p.device_mesh for p in index if is_in_parts(p)]
+        if meshes and are_well(meshes, failure is None):
+            found = without_parts(found)
+        elif meshes and failure is None:
+            failure = RuntimeError("another rank could not say what it has; its own error says why.")
         whole = not groups
         if groups:
             parts = collected(groups[0], None if failure else found, to)

@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 
 import funshampoo as fs
 from funshampoo.core.placed import part_like
-from funshampoo.distributed.boxes import holding
+from funshampoo.core.boxes import holding
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
