@@ -23,9 +23,9 @@ class InterruptedStepError(RuntimeError):
 class Watched:
     """A block that marks the state if an exception leaves it after something was written to.
 
-    Whether something was is told by the version counters of the tensors, of DTensors also by those of
-    this rank's parts, to which parameters are written. One of inference mode has
-    none, and counts as written to. A state without tensors, as plain SGD's, can't be marked.
+    Whether something was is told by the version counters of the tensors, of DTensors also by those
+    of this rank's parts, to which updates are added. One of inference mode has none, and counts as
+    written to. A state without tensors, as plain SGD's, can't be marked.
 
     Args:
         state: consumed in the block.

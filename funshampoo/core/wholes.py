@@ -47,14 +47,15 @@ def whole_of(parts: Sequence[Any], name: str) -> Tensor:
     return found
 
 
-def placed_as(like: Any, x: Tensor) -> Tensor:
+def placed_as(like: Any, x: Any) -> Tensor:
     """A copy of x that lies as `like` does: of a whole tensor, this rank's part of it.
 
     Args:
         x: a whole tensor; or a DTensor, if `lies_as` says so.
     """
     if not is_in_parts(like):
-        return x.detach().to(like, copy=True)
+        plain: Tensor = x.detach().to(like, copy=True)
+        return plain
     part = torch.empty_like(like.to_local())
     if is_in_parts(x):
         part.copy_(x.to_local())

@@ -326,11 +326,14 @@ class Optimizer(torch.optim.Optimizer, Joining):
             found = self._entries(index)
         except Exception as error:  # the others are waiting
             failure = error
-        meshes = [p.device_mesh for p in index if is_in_parts(p)]
+        sharded: list[Any] = [p for p in index if is_in_parts(p)]
+        meshes = [p.device_mesh for p in sharded]
         if meshes and are_well(meshes, failure is None):
             found = without_parts(found)
         elif meshes and failure is None:
-            failure = RuntimeError("another rank could not say what it has; its own error says why.")
+            failure = RuntimeError(
+                "another rank could not say what it has; its own error says why."
+            )
         whole = not groups
         if groups:
             parts = collected(groups[0], None if failure else found, to)
