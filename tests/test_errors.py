@@ -156,7 +156,7 @@ class _DTensor(torch.Tensor):
 
 
 @pytest.mark.parametrize("tx", [fs.kronecker_statistics(), fs.blocked(fs.trace(0.9))])
-def test_parameters_that_lie_on_several_ranks_are_refused_by_name(
+def test_parameters_that_lie_on_several_ranks_are_refused_where_nobody_shares(
     tx: fs.GradientTransformation,
 ) -> None:
     params = {"w": torch.ones(2, 2).as_subclass(_DTensor)}

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.context import Context, context_of
-from funshampoo.core.contract import GradientTransformation, State, Tree, TreeT, checked_pair
+from funshampoo.core.contract import (
+    GradientTransformation,
+    State,
+    Tree,
+    TreeT,
+    checked_pair,
+    placed_as,
+)
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.placed import any_in_parts, local_part, placed_like
@@ -130,6 +137,7 @@ def unwatched(
     if torch.is_grad_enabled():
         _check_writable(params)
     given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
+    updates = placed_as(updates, params)
     if transformation.checks:
         transformation.check(state, given)
     return applied(transformation, updates, state, params, given)

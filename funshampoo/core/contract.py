@@ -22,6 +22,7 @@ from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import Context, context_of
 from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.live import live_names
+from funshampoo.core.placed import is_in_parts, placed_like, were_seen
 from funshampoo.core.tree import flatten
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
@@ -144,6 +145,7 @@ class GradientTransformation:
         Raises:
             TypeError: something in it is no tensor (names the stage).
         """
+        any(map(is_in_parts, flatten(params)[0]))  # noted, for the steps
         state = self._init(params, context)
         _check_state(state, self.name)
         return state
@@ -154,7 +156,8 @@ class GradientTransformation:
         """(updates, state) after a step. Pure, unless donate=True.
 
         Args:
-            updates: gradients; a leaf may be None.
+            updates: gradients; a leaf may be None. Those of DTensors are given the placements of
+                their parameters first, where `params` are there.
             state: of `init`, or of the step before.
             params: a tree like the updates, where a stage needs them.
             context: `Context`'s names, and those that a stage of yours declares.
@@ -165,6 +168,7 @@ class GradientTransformation:
         """
         given = context_of(context, self.accepts, self.live)
         check_whole(state)
+        updates = placed_as(updates, params)
         if self.checks:
             self.check(state, given)
         if not given.donate or torch.compiler.is_dynamo_compiling():
@@ -298,6 +302,17 @@ def checked_pair(result: Any, stage: str) -> tuple[Tree, State]:
         f"the update of stage '{stage}' returned a {type(result).__name__}; it has to return a "
         "pair, (updates, state). A stage without a state returns the one that it was given."
     )
+
+
+def placed_as(updates: TreeT, params: Tree) -> TreeT:
+    """The gradients of sharded parameters, placed as these are: partial sums are added up."""
+    if params is None or not were_seen():
+        return updates
+    (leaves, spec), (known, other) = flatten(updates), flatten(params)
+    if spec != other:  # which is for the stages to say
+        return updates
+    placed: TreeT = spec.unflatten(list(map(placed_like, leaves, known)))
+    return placed
 
 
 def _check_state(state: State, name: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.core.placed import parts_among
+
 _MARK = "_funshampoo_half_done"
 
 
@@ -21,8 +23,9 @@ class InterruptedStepError(RuntimeError):
 class Watched:
     """A block that marks the state if an exception leaves it after something was written to.
 
-    Whether something was is told by the version counters of the tensors. One of inference mode has
-    none, and counts as written to. A state without tensors, as plain SGD's, can't be marked.
+    Whether something was is told by the version counters of the tensors, of DTensors also by those
+    of this rank's parts, to which updates are added. One of inference mode has none, and counts as
+    written to. A state without tensors, as plain SGD's, can't be marked.
 
     Args:
         state: consumed in the block.
@@ -104,6 +107,6 @@ def _tensors(node: Any) -> list[Tensor]:
 
 def _versions(tensors: list[Tensor]) -> list[int] | None:
     try:
-        return [x._version for x in tensors]
+        return [x._version for x in [*tensors, *parts_among(tensors)]]
     except RuntimeError:  # of inference mode
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from funshampoo.core.placed import are_alike, were_seen
+from funshampoo.core.placed import are_alike, local_part, were_seen
 from funshampoo.core.precision import FullProducts
 
 
@@ -65,7 +65,8 @@ def are_apart(tensors: Sequence[Tensor]) -> bool:
 
 def begin_apart(tensors: Sequence[Tensor]) -> bool:
     """Whether no two of these, but for empty ones, begin at one place."""
-    places = [x.data_ptr() for x in tensors if x.numel()]
+    own = map(local_part, tensors) if were_seen() else tensors  # a DTensor itself is nowhere
+    places = [x.data_ptr() for x in own if x.numel()]
     return len(set(places)) == len(places)
 
 

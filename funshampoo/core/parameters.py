@@ -81,8 +81,9 @@ def check_local(params: Any, stage: str, parts: bool = False) -> None:
             raise TypeError(
                 f"{stage}: parameter '{leaf_names(params)[i]}' is one of FullyShardedDataParallel "
                 "(FSDP1): a flat part, without the rows and columns that factor matrices are "
-                "about. Train with DistributedDataParallel and distribute=sharded, which shards "
-                "the state, or with an elementwise method such as funshampoo.adamw."
+                "about. Train with fully_shard (FSDP2), or with DistributedDataParallel and "
+                "distribute=sharded, which shards the state; or with an elementwise method such as "
+                "funshampoo.adamw."
             )
 
 

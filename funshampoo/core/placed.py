@@ -39,6 +39,19 @@ def are_alike(tensors: Iterable[Any]) -> bool:
     return all([mesh == meshes[0] for mesh in meshes])
 
 
+def parts_among(tensors: Iterable[Any]) -> list[Tensor]:
+    """What this rank has of the DTensors among these, in the same memory."""
+    return [x.to_local() for x in tensors if is_in_parts(x)] if _SEEN["any"] else []
+
+
+def count_writes(tensors: Iterable[Any]) -> None:
+    """Say that a foreach operator has written to these: of DTensors torch counts no such write."""
+    if _SEEN["any"]:
+        for x in tensors:
+            if is_in_parts(x) and not x.is_inference():
+                torch.autograd.graph.increment_version(x)
+
+
 def local_part(x: Any) -> Tensor:
     """What this rank has of a tensor, in the same memory."""
     held: Tensor = x.to_local() if is_in_parts(x) else x

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from funshampoo.core.contract import GradientTransformation
+from funshampoo.core.placed import is_in_parts
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 
 
@@ -30,11 +32,11 @@ def gathered(
 
     A collective, where there are several ranks: all of them have to call it.
     """
-    found = dict(mine)
+    found = {name: x for name, x in mine.items() if not is_in_parts(x)}
     for group in sharing_groups(transformation):
         for part in gathered_objects(on_the_host(found), group):
             found = {**part, **found}
-    return found
+    return {**found, **mine}  # of DTensors each has its own, and keeps it
 
 
 def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any] | None:
@@ -52,6 +54,21 @@ def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any
     target = to if group is None else dist.get_global_rank(group, to)
     dist.gather_object(mine, parts if rank == to else None, dst=target, group=group)
     return parts if rank == to else None
+
+
+def are_well(meshes: Iterable[Any], well: bool) -> bool:
+    """Whether all ranks of these meshes are. A collective, of one number a side of each."""
+    for mesh in dict.fromkeys(meshes):
+        ill = torch.tensor(not well, dtype=torch.int32, device=mesh.device_type)
+        for side in range(mesh.ndim):
+            dist.all_reduce(ill, dist.ReduceOp.MAX, group=mesh.get_group(side))
+        well = not ill.item()
+    return well
+
+
+def without_parts(tree: Any) -> Any:
+    """Its DTensors as whole tensors on the host. A collective over the mesh of each."""
+    return tree_map(lambda x: x.full_tensor().cpu() if is_in_parts(x) else x, tree)
 
 
 def on_the_host(tree: Any) -> Any:

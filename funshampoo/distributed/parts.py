@@ -16,9 +16,9 @@ from torch import Tensor
 from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
+from funshampoo.core.boxes import Holding, holding
 from funshampoo.core.placed import local_part
 from funshampoo.distributed.agreement import difference, lines_of, print_of
-from funshampoo.distributed.boxes import Holding, holding
 from funshampoo.distributed.collectives import (
     ProcessGroup,
     all_to_all_into,

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from funshampoo.blocks.layout import Region
-from funshampoo.distributed.boxes import Box, Shape
+from funshampoo.core.boxes import Box, Shape
 
 Grid: TypeAlias = tuple[range, ...]
 """Blocks of a region, by their coordinates."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Layout, Region
-from funshampoo.distributed.boxes import Box, Holding, Shape
+from funshampoo.core.boxes import Box, Holding, Shape
 from funshampoo.distributed.pieces import Piece, pieces, strides
 from funshampoo.distributed.shards import STATUS, Shards
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import constant, is_plain
+from funshampoo.core.placed import count_writes
 from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
 from funshampoo.operators import leaf_ops
 
@@ -33,6 +34,7 @@ def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
     if not donate:
         return list(torch._foreach_lerp(old, new, weight))
     torch._foreach_lerp_(old, new, weight)
+    count_writes(old)
     return old
 
 
@@ -43,6 +45,7 @@ def add(old: Column, new: Column, donate: bool = False) -> Column:
     if not donate:
         return list(torch._foreach_add(old, new))
     torch._foreach_add_(old, new)
+    count_writes(old)
     return old
 
 
@@ -53,6 +56,7 @@ def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
     if not donate:
         return list(torch._foreach_mul(old, factor))
     torch._foreach_mul_(old, factor)
+    count_writes(old)
     return old
 
 
@@ -198,6 +202,7 @@ def product_in(old: Column, ys: Column, donate: bool) -> Column:
     if not donate:
         return list(torch._foreach_mul(old, ys))
     torch._foreach_mul_(old, ys)
+    count_writes(old)
     return old
 
 

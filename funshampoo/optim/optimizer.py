@@ -277,7 +277,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         After an edit of groups `state_dict` and `chain_states` are collectives, too, until a step.
 
         Args:
-            to: the rank, in the group that shares, that gets it; None: every rank.
+            to: the rank, in the group that shares, that gets it; None: every rank. Every rank,
+                too, where no blocks are shared out, as of AdamW on DTensors.
         """
         memory = self._match()
         found = united(memory, numbers_of(self.param_groups), to)

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.distributed.collectives import rank_and_size
-from funshampoo.distributed.gathering import collected, sharing_groups
+from funshampoo.core.placed import is_in_parts
+from funshampoo.distributed.gathering import are_well, collected, sharing_groups, without_parts
 from funshampoo.optim.entries import SHARED
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
-from funshampoo.state.parts import PART_KEY, Part, merged
+from funshampoo.state.parts import PART_KEY, Part, merged, part_of
 
 Entries = dict[Any, dict[str, Any]]  # {number of a parameter: what is remembered of it}
 
@@ -60,9 +60,7 @@ def part_of_this_rank(memory: Memory, index: Mapping[Tensor, int]) -> Entries:
     found = {i: memory.saved(p) for p, i in index.items()}
     found = {i: entries for i, entries in found.items() if entries}
     for run in memory.runs:
-        ranks = [rank_and_size(group) for group in sharing_groups(run.transformation)]
-        part = Part(*max(ranks, key=lambda pair: pair[1], default=(0, 1)))
-        _label(run, found, index, part)
+        _label(run, found, index, part_of(run.state()))
     return found
 
 
@@ -71,7 +69,8 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
 
     Args:
         index: the number of every parameter.
-        to: the rank that gets it; None: every rank.
+        to: the rank that gets it; None: every rank. Every rank, too, where no blocks are shared
+            out, as of AdamW on DTensors.
 
     Raises:
         NotImplementedError: the groups share with different ranks.
@@ -83,12 +82,21 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
             "the parameter groups share out their blocks over different process groups: save "
             "every rank's state_dict and merge them (funshampoo.state.merged)."
         )
+    meshes = [x.device_mesh for x in _sharded(index)]
     try:
         found = part_of_this_rank(memory, index)
     except Exception:
-        if groups:  # the others are waiting
+        if meshes:  # the others are waiting
+            are_well(meshes, False)
+        if groups:
             collected(groups[0], None, to)
         raise
+    if meshes and not are_well(meshes, True):
+        if groups:
+            collected(groups[0], None, to)
+        raise RuntimeError("another rank could not say what it has; its own error says why.")
+    if meshes:
+        found = without_parts(found)
     if groups:
         parts = collected(groups[0], found, to)
         if parts is None:
@@ -101,6 +109,11 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
     for run in memory.runs:
         _label(run, found, index, Part(0, 1))
     return found
+
+
+def _sharded(index: Mapping[Tensor, int]) -> list[Any]:
+    """The parameters that are DTensors."""
+    return [p for p in index if is_in_parts(p)]
 
 
 def _label(run: GroupRun, found: Entries, index: Mapping[Tensor, int], part: Part) -> None:

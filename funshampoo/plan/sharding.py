@@ -13,10 +13,10 @@ from torch import Tensor
 
 from funshampoo.blocks.blocking import layout_in
 from funshampoo.blocks.layout import Layout
+from funshampoo.core.boxes import Holding, holding_at
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.tree import flatten, leaf_names
-from funshampoo.distributed.boxes import Holding, holding_at
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.parts import near_shards
 from funshampoo.distributed.routes import Held, Shares, source_of

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.core.placed import is_in_parts
+from funshampoo.core.wholes import lies_as, placed_as
 from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.naming import (
@@ -247,7 +249,7 @@ def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:
             return x
         if place.stack is None or x.ndim == 0:  # one for all blocks of a stack: whose is there
             found = next((saved[name] for name, _ in wanted if name in saved), x)
-            return found.detach().to(x, copy=True)
+            return placed_as(x, found)
         new = torch.empty_like(x, memory_format=torch.contiguous_format)
         for row, (name, old) in zip(new, wanted):
             row.copy_(saved.get(name, old))
@@ -312,6 +314,11 @@ def _misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
         return f"'{name}' is no tensor there, but a {type(saved).__name__}"
     if saved.shape != x.shape:
         return f"'{name}' has shape {tuple(saved.shape)} there and {tuple(x.shape)} here"
+    if is_in_parts(saved) and not lies_as(x, saved):
+        return (
+            f"'{name}' is a part of a DTensor there, and another one, or the whole, here: load "
+            "what funshampoo.state.merged makes of all parts"
+        )
     both_float = saved.is_floating_point() and x.is_floating_point()
     if saved.dtype != x.dtype and not (cast and both_float):
         remedy = "; cast=True converts it" if both_float else ""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TextIO
 
 from torch import Tensor
 
+from funshampoo.core.placed import local_part
 from funshampoo.state.nodes import check_is_state
 from funshampoo.state.places import Place, block_names, map_tensors
 
@@ -41,7 +42,8 @@ def summary(state: Any, *, file: TextIO | None = None) -> Memory:
     """Print where the memory of a state goes, by stage and by parameter, and return the numbers.
 
     Args:
-        state: of any transformation; of the wrapper, one of `optimizer.chain_states()`.
+        state: of any transformation; of the wrapper, one of `optimizer.chain_states()`. Of a
+            sharded one, what this rank has.
         file: where to print; standard output by default.
 
     Raises:
@@ -66,7 +68,7 @@ def summary(state: Any, *, file: TextIO | None = None) -> Memory:
     stages: dict[str, int] = defaultdict(int)
     parameters: dict[str, int] = defaultdict(int)
     for leaf in _leaves(state):
-        size = leaf.tensor.numel() * leaf.tensor.element_size()
+        size = local_part(leaf.tensor).nbytes
         stages[leaf.stage] += size
         for parameter, share in leaf.shares:
             parameters[parameter] += round(size * share)

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.core.placed import is_in_parts
+from funshampoo.core.tree import flatten
+from funshampoo.core.wholes import whole_of
 from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
 
@@ -47,12 +50,16 @@ class Part(NamedTuple):
 
 
 def part_of(state: Any) -> Part:
-    """Which part a state is, by the largest group of ranks that shares any of it."""
+    """Which part a state is, by the largest group of ranks, or mesh, that shares any of it."""
     found = [Part(0, 1)]
     for _, node in walk(state):
         if isinstance(node, ShardedState):
             rank, size = next(iter(node.ranks)).split(" of ")
             found.append(Part(int(rank), int(size)))
+    for x in flatten(state)[0]:
+        if is_in_parts(x) and x.device_mesh.get_coordinate() is not None:
+            ranks = x.device_mesh.mesh.flatten().tolist()
+            found.append(Part(ranks.index(x.device_mesh.get_rank()), len(ranks)))
     return max(found, key=lambda part: part.size)
 
 
@@ -82,7 +89,8 @@ def bits_of(tensors: Iterable[Tensor]) -> int:
 def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What several ranks saved, as one checkpoint: of `state_dict`, or of the wrapper's.
 
-    The parts of all ranks are needed. One rank's may come in pieces, and more than once.
+    The parts of all ranks are needed. One rank's may come in pieces, and more than once. DTensors,
+    the state of sharded parameters outside `blocked`, become plain tensors.
 
     Raises:
         ValueError: the part of a rank is missing; parts are of different numbers of ranks; two have
@@ -138,6 +146,8 @@ def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
             said = [Part.read(x) for x in found]
         elif all(isinstance(x, Mapping) for x in found):
             together[name] = _united(found, f"{path}{name}/")
+        elif any(map(is_in_parts, found)):
+            together[name] = whole_of(found, f"{path}{name}")
         elif all(_identical(found[0], x) for x in found[1:]):
             together[name] = found[0]
         else:

@@ -24,8 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import funshampoo as fs
-from funshampoo.core.placed import part_like
-from funshampoo.distributed.boxes import holding
+from funshampoo.core.wholes import placed_as
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -154,17 +153,6 @@ def test_a_sharded_model_trains_as_in_one_process(
     assert ranks(size, train, size, way, method) == [[]] * size
 
 
-def like(p: Any, x: Tensor) -> Any:
-    """x, placed as p is."""
-    held = holding(p, tuple(p.shape))
-    part = torch.zeros(held.shape)
-    for box in held.boxes:
-        here = tuple(slice(a, a + n) for a, n in zip(box.local, box.shape))
-        there = tuple(slice(a, a + n) for a, n in zip(box.offset, box.shape))
-        part[here] = x[there]
-    return part_like(p, part)
-
-
 def gradients(step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     return [torch.randn(p.shape, generator=generator) for p in model().parameters()]
@@ -190,29 +178,45 @@ def resumed(
         )
     for t in ts:
         for p, g in zip(network.parameters(), gradients(t)):
-            p.grad = like(p, g)
+            p.grad = placed_as(p, g)
         optimizer.step()
     weights, state = get_state_dict(network, optimizer, options=options)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{ts.stop}")
     return whole(network)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint on one process
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("method", ["shampoo", "soap", "adamw"])
-def test_a_checkpoint_outlives_the_sharding(
-    ranks: Ranks, tmp_path: Path, method: str, flat: bool
-) -> None:
+LEGS = [("fsdp2", 4), ("plain", 1), ("fsdp2 x tp", 4), ("data parallel", 2), ("hsdp", 4)]
+
+
+def through(ranks: Ranks, where: str, method: str, flat: bool, legs: list[tuple[str, int]]) -> None:
+    """Two steps under every sharding, from the checkpoint of the one before, as in one process."""
     plain = model()
     optimizer = METHODS[method](plain.parameters())
-    for t in range(10):
+    for t in range(2 * len(legs)):
         for p, g in zip(plain.parameters(), gradients(t)):
             p.grad = g
         optimizer.step()
-    where = str(tmp_path)
-    legs = [("fsdp2", 4), ("plain", 1), ("fsdp2 x tp", 4), ("data parallel", 2), ("hsdp", 4)]
     for i, (way, size) in enumerate(legs):
         found = ranks(size, resumed, size, way, method, where, flat, range(2 * i, 2 * i + 2))
     for weights in found:
         for name, p in plain.named_parameters():
             assert torch.equal(weights[name], p), name
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint on one process
+@pytest.mark.parametrize(("method", "flat"), [("shampoo", False), ("adamw", True)])
+def test_a_checkpoint_outlives_the_sharding(
+    ranks: Ranks, tmp_path: Path, method: str, flat: bool
+) -> None:
+    """The state of blocks, and DTensors outside of them; in both of torch's forms."""
+    through(ranks, str(tmp_path), method, flat, LEGS[:3])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("method", ["shampoo", "soap", "adamw"])
+def test_a_checkpoint_outlives_every_sharding(
+    ranks: Ranks, tmp_path: Path, method: str, flat: bool
+) -> None:
+    through(ranks, str(tmp_path), method, flat, LEGS)

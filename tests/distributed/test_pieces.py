@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from funshampoo.blocks.layout import Layout, layout_of
 from funshampoo.blocks.stacks import stack_blocks
-from funshampoo.distributed.boxes import Holding, holding_at
+from funshampoo.core.boxes import Holding, holding_at
 from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.parts import near_shards
 from funshampoo.distributed.pieces import as_view, grids

@@ -10,7 +10,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo.blocks.blocking import layout_in
-from funshampoo.distributed.boxes import holding_at
+from funshampoo.core.boxes import holding_at
 from funshampoo.distributed.cost import DEFAULT_COST
 from funshampoo.distributed.ownership import works_of
 from funshampoo.distributed.parts import near_shards
