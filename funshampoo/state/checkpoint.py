@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.core.placed import is_in_parts
-from funshampoo.core.wholes import lies_as, placed_as
+from funshampoo.core.wholes import placed_as
 from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
+from funshampoo.state.misfits import listed, misfit, report
 from funshampoo.state.naming import (
     Named,
     Names,
@@ -131,7 +131,7 @@ def load_state_dict(
     if wrong:
         raise ValueError(
             f"the checkpoint has values that no run can have left; nothing was changed.\n"
-            f"{_listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
+            f"{listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
             "it was saved: load an earlier one."
         )
     new = _filled(state, fit.saved)
@@ -188,7 +188,7 @@ def check(state: Any) -> None:
     entries = [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(state)]
     wrong = problems(entries, _limit(state, entries))
     if wrong:
-        raise ValueError(f"the state has values that no run can have left.\n{_listed(wrong)}")
+        raise ValueError(f"the state has values that no run can have left.\n{listed(wrong)}")
 
 
 class _Fit(NamedTuple):
@@ -221,11 +221,11 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
     misfits = [
         problem
         for name, place in places.items()
-        if name in saved and (problem := _misfit(name, place.x, saved[name], cast))
+        if name in saved and (problem := misfit(name, place.x, saved[name], cast))
     ]
     if misfits or (strict and (missing or unknown)):
         lists = misfits, missing if strict else [], unknown if strict else []
-        raise ValueError(_report(*lists, part))
+        raise ValueError(report(*lists, part))
     entries = [
         Entry(name, place.kind, saved[name], place.x.dtype)
         for name, place in places.items()
@@ -307,48 +307,3 @@ def _repacked(saved: Mapping[str, Tensor], places: Mapping[str, Named]) -> dict[
 def _is_symmetric(name: str) -> bool:
     """Whether it may be packed: a factor matrix, ".../factors/0", or kept, ".../kept/0/value/0"."""
     return ["", *name.split("/")][-2] in ("factors", "value")
-
-
-def _misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
-    if not isinstance(saved, Tensor):
-        return f"'{name}' is no tensor there, but a {type(saved).__name__}"
-    if saved.shape != x.shape:
-        return f"'{name}' has shape {tuple(saved.shape)} there and {tuple(x.shape)} here"
-    if is_in_parts(saved) and not lies_as(x, saved):
-        return (
-            f"'{name}' is a part of a DTensor there, and another one, or the whole, here: load "
-            "what funshampoo.state.merged makes of all parts"
-        )
-    both_float = saved.is_floating_point() and x.is_floating_point()
-    if saved.dtype != x.dtype and not (cast and both_float):
-        remedy = "; cast=True converts it" if both_float else ""
-        return f"'{name}' is {saved.dtype} there and {x.dtype} here{remedy}"
-    return ""
-
-
-def _report(misfits: list[str], missing: list[str], unknown: list[str], part: Part | None) -> str:
-    lines = ["the checkpoint does not fit the state; nothing was changed."]
-    for title, names in (
-        ("does not fit", misfits),
-        ("missing from the checkpoint", missing),
-        ("unknown to the state", unknown),
-    ):
-        if names:
-            lines.append(f"{title}: {_listed(names)}")
-    if missing and part is not None and part.size > 1:
-        lines.append(
-            f"It is the part of rank {part.rank} of {part.size}: save every rank's, and load "
-            "funshampoo.state.merged(parts)."
-        )
-    if any("/block" in name for name in (*misfits, *missing, *unknown)):
-        lines.append(
-            "Blocks of other shapes or names come from another max_size, merge or keep: build the "
-            "chain with those of the checkpoint."
-        )
-    if missing or unknown:
-        lines.append("strict=False loads what fits and reports the rest.")
-    return "\n".join(lines)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

@@ -1,0 +1,65 @@
+"""What a checkpoint and a state that do not fit each other are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from funshampoo.core.placed import is_in_parts
+from funshampoo.core.wholes import lies_as
+from funshampoo.state.parts import Part
+
+
+def misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
+    """Why this value can't stand in the place of x; "" if it can."""
+    if not isinstance(saved, Tensor):
+        return f"'{name}' is no tensor there, but a {type(saved).__name__}"
+    if saved.shape != x.shape:
+        return f"'{name}' has shape {tuple(saved.shape)} there and {tuple(x.shape)} here"
+    if is_in_parts(saved) and not lies_as(x, saved):
+        return (
+            f"'{name}' is a part of a DTensor there, and another one, or the whole, here: load "
+            "what funshampoo.state.merged makes of all parts"
+        )
+    both_float = saved.is_floating_point() and x.is_floating_point()
+    if saved.dtype != x.dtype and not (cast and both_float):
+        remedy = "; cast=True converts it" if both_float else ""
+        return f"'{name}' is {saved.dtype} there and {x.dtype} here{remedy}"
+    return ""
+
+
+def report(misfits: list[str], missing: list[str], unknown: list[str], part: Part | None) -> str:
+    """What all of them come to, with the remedies.
+
+    Args:
+        misfits: as `misfit` says it.
+        missing, unknown: names.
+        part: which part of a state the checkpoint is, if it says so.
+    """
+    lines = ["the checkpoint does not fit the state; nothing was changed."]
+    for title, names in (
+        ("does not fit", misfits),
+        ("missing from the checkpoint", missing),
+        ("unknown to the state", unknown),
+    ):
+        if names:
+            lines.append(f"{title}: {listed(names)}")
+    if missing and part is not None and part.size > 1:
+        lines.append(
+            f"It is the part of rank {part.rank} of {part.size}: save every rank's, and load "
+            "funshampoo.state.merged(parts)."
+        )
+    if any("/block" in name for name in (*misfits, *missing, *unknown)):
+        lines.append(
+            "Blocks of other shapes or names come from another max_size, merge or keep: build the "
+            "chain with those of the checkpoint."
+        )
+    if missing or unknown:
+        lines.append("strict=False loads what fits and reports the rest.")
+    return "\n".join(lines)
+
+
+def listed(names: list[str]) -> str:
+    """The first ten, and how many there are."""
+    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
