@@ -17,7 +17,8 @@ from funshampoo.state import (
     seed_from_adamw,
     state_dict,
 )
-from funshampoo.state.stages import ShardedState, walk
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import ShardedState
 from tests.table import CASES, Case
 from tests.trees import assert_equal, gradients, problem, tensors, train
 
