@@ -122,15 +122,19 @@ def _recipe(
     """What of the arguments goes into the state; `given` and `defaults` are names that may."""
     live = takes_live(factory)
 
+    def is_fixed(name: str) -> bool:
+        return live and not is_live_argument(factory, bound.signature.parameters[name])
+
     def is_injected(name: str, value: Any) -> bool:
-        if live and not is_live_argument(factory, bound.signature.parameters[name]):
+        if is_fixed(name):
             return False
         if name in given:
             return _is_number(bound, name, value)
         return name in defaults and isinstance(value, float) and abs(value) not in (0.0, 1.0)
 
     def is_schedule(name: str, value: Any) -> bool:
-        return name in given and callable(value) and _takes_number(bound, name)
+        may = name in given and callable(value) and not is_fixed(name)
+        return may and _takes_number(bound, name)
 
     numbers = {name: v for name, v in bound.arguments.items() if is_injected(name, v)}
     schedules = {name: v for name, v in bound.arguments.items() if is_schedule(name, v)}

@@ -80,3 +80,13 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected True or False.")
+
+
+def check_flags(**flags: Any) -> None:
+    """All of these are bools.
+
+    Raises:
+        TypeError: names the first that is not.
+    """
+    for name, value in flags.items():
+        check_flag(name, value)

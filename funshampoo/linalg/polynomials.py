@@ -115,6 +115,8 @@ def polynomials_of(given: Polynomials, steps: int | None = None) -> tuple[Polyno
         if given not in TABLES:
             raise ValueError(f"polynomials is {given!r}; choose one of {', '.join(TABLES)}.")
         table = TABLES[given]
+    elif not hasattr(given, "__iter__") or getattr(given, "ndim", 1) == 0:
+        raise TypeError(f"polynomials is {given!r}; give a name, or (a, b, c) for each step.")
     else:
         entries = tuple(_checked(entry) for entry in given)
         if not entries:

@@ -13,10 +13,9 @@ from funshampoo.combinators.guard import guarded
 from funshampoo.core.checks import check_count, check_flag
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import orthogonal_iteration
-from funshampoo.migrate.published_soap import decayed_rates, unit_rms
+from funshampoo.migrate.published_soap import decayed_steps, unit_rms
 from funshampoo.operators.kl import clamped_at
 from funshampoo.transforms import (
-    add_decayed_weights,
     ema,
     hyperball,
     in_eigenbasis,
@@ -69,9 +68,8 @@ def kl_methods(
         offset=1,
         basis=orthogonal_iteration(),
     )
-    step, both = decayed_rates(lr, betas, False, weight_decay)
     normalized = [unit_rms()] if normalize_grads else []
-    inner = chain(statistics, turned, *normalized, step, add_decayed_weights(weight_decay), both)
+    inner = chain(statistics, turned, *normalized, *decayed_steps(lr, weight_decay))
     return blocked(guarded(inner), None, merge=_squeezed, with_params=True)
 
 

@@ -12,8 +12,11 @@ from funshampoo.blocks.blocking import blocked
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import partition
+from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.tree import map_leaves, update_leaves
+from funshampoo.operators.leaf_ops import per_block
+from funshampoo.state.nodes import find_state
 from funshampoo.transforms import (
     add_decayed_weights,
     ema,
@@ -22,6 +25,7 @@ from funshampoo.transforms import (
     scale_by_learning_rate,
     scale_by_rms,
 )
+from funshampoo.transforms.eigenbasis import EigenbasisState
 
 
 def soap(
@@ -43,6 +47,9 @@ def soap(
     if data_format != "channels_first":
         raise NotImplementedError(f"data_format {data_format!r}: parameters are taken as they are.")
     beta1, beta2 = betas
+    check_range("shampoo_beta", shampoo_beta, float("-inf"), 1.0)
+    if shampoo_beta == 0:
+        raise ValueError("shampoo_beta is 0; give it above 0, or below for that of betas.")
 
     def directions(wanted: bool) -> GradientTransformation:
         def sides(block: tuple[int, ...]) -> list[bool]:
@@ -54,9 +61,9 @@ def soap(
         )
         turned = in_eigenbasis(adam, precondition_frequency, offset=1)
         stages = [statistics, turned, *([unit_rms()] if normalize_grads else [])]
-        rates = decayed_rates(lr, betas, correct_bias, weight_decay)
+        corrected = [_corrected(betas)] if correct_bias else []
         merge: Any = _merged(max_precond_dim) if merge_dims and wanted else "none"
-        inner = chain(*stages, rates[0], add_decayed_weights(weight_decay), rates[1])
+        inner = chain(*stages, *corrected, *decayed_steps(lr, weight_decay))
         return blocked(guarded(inner), None, merge=merge, with_params=True)
 
     def labels(tree: Tree) -> Tree:
@@ -65,25 +72,44 @@ def soap(
     return partition({"vectors": directions(precondition_1d), "others": directions(True)}, labels)
 
 
-def decayed_rates(
-    lr: Hyper | Schedule, betas: Sequence[float], corrects: bool, weight_decay: float
-) -> tuple[GradientTransformation, GradientTransformation]:
-    """What the direction is scaled by, and then both it and the decay; 0 on the first step.
+def decayed_steps(lr: Hyper | Schedule, weight_decay: float) -> tuple[GradientTransformation, ...]:
+    """W ← (W - lr U)(1 - lr λ): the decay comes after the step. A first gradient moves nothing."""
 
-    The decay comes after the step, with the plain rate: W ← (W - s U)(1 - lr λ).
-    """
+    def share(count: Tensor) -> Hyper:
+        return (lr(count) if callable(lr) else lr) * weight_decay - 1
+
+    return (
+        scale_by_learning_rate(share),
+        add_decayed_weights(weight_decay),
+        scale_by_learning_rate(lr),
+        _by_steps(lambda steps: (steps > 0).double(), "not_at_first"),
+    )
+
+
+def _corrected(betas: Sequence[float]) -> GradientTransformation:
+    """U √(1 - β2^k) / (1 - β1^k), after k steps of the block's own in its bases."""
     beta1, beta2 = betas
 
-    def rate(count: Tensor) -> Hyper:
-        now = lr(count) if callable(lr) else lr
-        return torch.where(count > 0, torch.as_tensor(now, dtype=torch.float64), 0.0)
+    def factor(steps: Tensor) -> Tensor:
+        k = steps.double().clamp(min=1)
+        return (1 - beta2**k).sqrt() / (1 - beta1**k)
 
-    def share(count: Tensor) -> Tensor:
-        k = count.to(torch.float64).clamp(min=1)  # the first step does not count
-        corrected = (1 - beta2**k).sqrt() / (1 - beta1**k) if corrects else torch.ones_like(k)
-        return -corrected * (1 - rate(count) * weight_decay)
+    return _by_steps(factor, "corrected")
 
-    return scale_by_learning_rate(share), scale_by_learning_rate(rate)
+
+def _by_steps(factor: Callable[[Tensor], Tensor], name: str) -> GradientTransformation:
+    """U times a function of k, (N,): how many gradients a block has had since its first."""
+
+    def scaled(updates: Tree, *, upstream: tuple[Any, ...] = ()) -> Tree:
+        bases = find_state(upstream, EigenbasisState)
+        assert bases is not None
+
+        def leaf(u: Tensor, seen: Tensor) -> tuple[Tensor]:
+            return (u * per_block(factor(seen - 1).to(u.dtype), u),)
+
+        return update_leaves(leaf, updates, (), (bases.seen,))[0]
+
+    return stateless(scaled, name)
 
 
 def unit_rms() -> GradientTransformation:

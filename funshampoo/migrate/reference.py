@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from funshampoo.core.checks import check_range
+from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly
 from funshampoo.migrate.reference_averages import averaged, averaged_as_published
@@ -97,6 +97,8 @@ def from_reference(
     >>> tx = from_reference(lr=1e-3, betas=(0.9, 0.99), precondition_frequency=10,
     ...                     grafting_config={"type": "AdamPreconditionerConfig", "beta2": 0.99})
     """
+    check_flags(use_bias_correction=use_bias_correction, group_steps=group_steps)
+    check_flags(floor=floor, as_published=as_published)
     beta1, beta2 = betas
     target = merging_target(target_parameter_dimensionality, without_effect)
     start = first_step(start_preconditioning_step, precondition_frequency)

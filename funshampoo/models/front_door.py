@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -94,8 +94,7 @@ def for_model(
 ('vector', ['0.bias', '2.bias'], 0.001)]
     """
     main, rest = recipe_of("method", method), recipe_of("others", others)
-    for role in method_roles:
-        check_choice("method_roles", role, ROLES)
+    _check_method_roles(method_roles)
     check_choice("scale_rates", scale_rates, (None, "mup"))
     if (scale_rates is None) is not (base is None):
         raise ValueError("scale_rates='mup' and base go together: base is the model tuned before.")
@@ -103,8 +102,8 @@ def for_model(
     found = kinds(model, overrides, heads)
     parameters = dict(model.named_parameters())
     extra = {n: extra_settings(s) for n, s in settings_of(found, overrides).items()}
-    plain = {"lr": default_rate(rest) if other_lr is None else other_lr, **(other_options or {})}
-    Vocabulary(rest, plain).defaults(plain)  # raises for one that it does not take
+    Vocabulary(main, options).defaults({"lr": lr, **options})  # raises for one it does not take
+    plain = _of_others(rest, other_lr, other_options)
     routes = Routes(main, {"lr": lr, **options}, rest, plain, frozenset(method_roles))
     settings = {n: routes.settings(kind, extra[n]) for n, kind in found.items()}
     if base is not None:
@@ -122,6 +121,25 @@ def for_model(
     )
     warn_of_costs(optimizer, stacklevel=2)
     return optimizer
+
+
+def _check_method_roles(method_roles: Any) -> None:
+    if isinstance(method_roles, str) or not isinstance(method_roles, Collection):
+        raise TypeError(f"method_roles is {method_roles!r}; give a list of roles.")
+    for role in method_roles:
+        check_choice("method_roles", role, ROLES)
+
+
+def _of_others(rest: Recipe, rate: Any, options: Any) -> dict[str, Any]:
+    """The arguments of the other recipe, by torch.optim's names."""
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"other_options is {options!r}; give a dict of arguments.")
+    own = dict(options or {})
+    if rate is not None and "lr" in own:
+        raise TypeError("other_lr and the 'lr' of other_options are one number: give one of them.")
+    plain = {"lr": default_rate(rest) if rate is None and "lr" not in own else rate, **own}
+    Vocabulary(rest, plain).defaults(plain)  # raises for one that it does not take
+    return plain
 
 
 def _check_model(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from funshampoo.models.kinds import is_transposed_linear
+from funshampoo.models.made_of import inside_parametrizations, weights_of
 
 _WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -21,18 +22,21 @@ def output_weights(model: nn.Module) -> set[Tensor]:
     for module in model.modules():
         answer = getattr(module, "get_output_embeddings", None)
         if callable(answer):
-            weight = getattr(answer(), "weight", None)
-            if isinstance(weight, Tensor):
-                return {weight}
+            layer = answer()
+            found = weights_of(layer) if isinstance(layer, nn.Module) else []
+            if found:
+                return set(found)
             break
     once = list(_not_repeated(model))
-    linear = [m for m in once if isinstance(m, nn.Linear)]
-    tables = {m.weight.shape for m in model.modules() if isinstance(m, nn.Embedding)}
-    shaped = {m.weight for m in linear if m.weight.shape in tables and _is_oblong(m.weight)}
+    linear = [p for m in once if isinstance(m, nn.Linear) for p in weights_of(m)]
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables = {(m.num_embeddings, m.embedding_dim) for m in embeddings}
+    shaped: set[Tensor] = {p for p in linear if tuple(p.shape) in tables and _is_oblong(p)}
     if shaped:
         return shaped
-    last = [m for m in model.modules() if _has_matrix(m)][-1:]
-    return {m.weight for m in last if isinstance(m, nn.Linear) and m in once}
+    makers = inside_parametrizations(model)
+    last = [m for m in model.modules() if m not in makers and _has_matrix(m)][-1:]
+    return {p for m in last if isinstance(m, nn.Linear) and m in once for p in weights_of(m)}
 
 
 def _is_oblong(weight: Tensor) -> bool:

@@ -28,6 +28,8 @@ def settings_of(names: Iterable[str], overrides: Overrides | None) -> dict[str, 
     if overrides is not None and not isinstance(overrides, Mapping):
         raise TypeError(f"overrides is {overrides!r}; give {{pattern: role or settings}}.")
     for pattern, value in (overrides or {}).items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"overrides has the pattern {pattern!r}; give a name, or part of one.")
         if not isinstance(value, str | Mapping):
             raise TypeError(
                 f"overrides['{pattern}'] is {value!r}; give a role, or a dict of settings."

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from funshampoo.core.checks import check_choice
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.models.kinds import Heads, Kind, is_transposed_linear, kind_of, kind_of_shape
+from funshampoo.models.made_of import layer_of
 from funshampoo.models.output import output_weights
 from funshampoo.models.overrides import Overrides, overridden, settings_of
 
@@ -33,6 +34,8 @@ def roles(
 
     Of a module it goes by types, shapes and what is tied, never by names. A parameter that several
     modules have is one entry under its first name, as in `named_parameters`; frozen ones are there.
+    Of what a weight is made of (weight_norm, spectral_norm and other parametrizations) lengths are
+    vectors, and the rest is what the weight would be.
 
     Args:
         model_or_params: a module; or any tree of tensors, which has no types, so that the shape
@@ -100,10 +103,13 @@ def _of_model(model: nn.Module, heads: Heads) -> dict[str, Kind]:
     outputs = output_weights(model)
     found = {}
     for name, p in model.named_parameters():
-        users = [modules[prefix] for prefix, _ in uses[p]]
-        prefix, attribute = uses[p][0]
+        layers = [layer_of(modules, *use) for use in uses[p]]
+        users = [modules[prefix] for prefix, _ in layers]
+        prefix, weight = layers[0]
         parent = modules[prefix.rpartition(".")[0]] if prefix else None
-        kind = kind_of(modules[prefix], attribute, p, parent, heads)
+        kind = kind_of(modules[prefix], weight, p, parent, heads)
+        if layers[0] != uses[p][0] and kind_of_shape(p.shape).role == "vector":
+            kind = Kind("vector")  # lengths, of weight_norm
         tied = any(isinstance(m, nn.Embedding) for m in users) and any(map(_is_linear, users))
         found[name] = Kind("head") if tied or p in outputs else kind
     return found

@@ -40,6 +40,10 @@ def rate_factors_of(
     """
     if isinstance(base, nn.Module):
         base = {name: p.detach() for name, p in base.named_parameters()}
+    if not isinstance(base, Mapping):
+        raise TypeError(
+            f"base is {base!r}; give the module tuned before, or {{name: shape}} of it."
+        )
     narrow = meta_parameters(base, torch.float32)
     found = {}
     for name, p in parameters.items():

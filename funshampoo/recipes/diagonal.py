@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from funshampoo.combinators.masks import Mask
+from funshampoo.core.checks import check_flags
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly, is_tensor
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
@@ -88,6 +89,7 @@ def sgd(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.1900])}
     """
+    check_flags(nesterov=nesterov)
     damped = not is_tensor(dampening) and not is_zero(dampening)
     if nesterov and (is_zero(momentum) or damped):
         raise ValueError("nesterov needs momentum above 0 and dampening 0.")

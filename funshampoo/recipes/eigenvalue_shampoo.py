@@ -87,7 +87,7 @@ def eigenvalue_shampoo(
             scale_by_adam(0.0, beta2, epsilon),
             every,
             start=start,
-            basis=basis or by_rank(),
+            basis=by_rank() if basis is None else basis,
             stagger=stagger,
             first="identity",
             renew_before_use=True,

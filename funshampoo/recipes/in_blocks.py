@@ -12,6 +12,7 @@ from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask
+from funshampoo.core.checks import check_flags
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly
 from funshampoo.distributed.sharded import sharded
@@ -49,6 +50,7 @@ def in_blocks(
     `last` takes the place of `scale_by_learning_rate`; one that averages weights has to see all of
     them, so there is no mask then.
     """
+    check_flags(decay_through_momentum=decay_through_momentum)
     decay = add_decayed_weights(
         weight_decay,
         mask if weight_decay_kind == "coupled" else None,  # in block space `blocked` applies it

@@ -8,7 +8,7 @@ from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_count
+from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import Basis
 from funshampoo.operators.exponents import chosen_sides
@@ -56,7 +56,7 @@ def kl_shampoo(
 
     with S_j = Q_j diag(λ_j) Q_jᵀ of the other sides. Nothing is grafted: the eigenvalues give the
     step its length, and adapt on every step between two refreshes. A block's first gradient gives
-    it bases and moves nothing, as published. The published defaults but for blocks.
+    it bases, as published, and only the decay moves it. The published defaults but for blocks.
 
     State beside AdamW's two numbers a weight, for a block m×n: one number a weight less, and
     2 (m² + n²) + m + n more. A step beside it: nine products of m² n or m n² multiplications, where
@@ -148,7 +148,7 @@ def kl_soap(
         on a refresh:   Q_i ← qr(L_i Q_i)
 
     M and V are not corrected for their bias, as published; nor is a block moved by its first
-    gradient. The published defaults but for blocks.
+    gradient, but by the decay. The published defaults but for blocks.
 
     State beside AdamW's two numbers a weight, for a block m×n: 2 (m² + n²) + m + n. A step beside
     it: nine products of m² n or m n² multiplications, where `soap` has six, and now and then a QR a
@@ -182,6 +182,8 @@ def kl_soap(
     >>> tx.update(w, state, w)[0]["w"].diag()  # the sign, over √(1 - β2)
     tensor([-0.1414, -0.1414])
     """
+    if statistics_beta is not None:
+        check_range("statistics_beta", statistics_beta, 0.0, 1.0, high_open=True)
     beta = beta2 if statistics_beta is None else statistics_beta
     adam = chain(ema(beta1, bias_correction=False), scale_by_rms(beta2, epsilon))
     stages = [

@@ -7,6 +7,7 @@ import torch
 from funshampoo.blocks.layout import Merge
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
+from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg.polynomials import Polynomials
 from funshampoo.operators.shape_scale import Scale
@@ -78,6 +79,7 @@ def muon(
     tensor([[-0.1000, -0.0000],
             [-0.0000,  0.1000]])
     """
+    check_range("momentum", momentum, 0.0, 1.0, high_open=True)
     direction = chain(
         ema(momentum, nesterov=nesterov, bias_correction=False),
         orthogonalize(polynomials, steps, scale=scale, epsilon=epsilon, dtype=dtype),
@@ -142,6 +144,7 @@ def normuon(
     tensor([[-0.0500, -0.0500],
             [-0.0500, -0.0500]])
     """
+    check_flags(cautious_decay=cautious_decay)
     decays = [add_cautious_decay(weight_decay)] if cautious_decay else decay(weight_decay)
     direction = chain(
         trace(momentum, nesterov=nesterov),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
+from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import Basis
 from funshampoo.operators.exponents import Sides, chosen_sides
@@ -41,8 +42,8 @@ def soap(
         W ← W - learning_rate (D ×_1 Q_1 … ×_k Q_k + weight_decay W)
         on a refresh:   Q_i ← qr(L_i Q_i)
 
-    A block's first gradient gives it bases and moves nothing, as published. The published defaults
-    but for blocks: there a side above 10,000 is left alone and no matrix is cut.
+    A block's first gradient gives it bases, as published, and only the decay moves it. The
+    published defaults but for blocks: there a side above 10,000 is left alone and no matrix is cut.
 
     State beside AdamW's two numbers a weight, for a block m×n: 2 m² + 2 n². A step beside it:
     m² n + m n² multiplications into the bases, as many back and as many for the statistics, and now
@@ -80,6 +81,8 @@ def soap(
     tensor([[ True, False],
             [False,  True]])
     """
+    if statistics_beta is not None:
+        check_range("statistics_beta", statistics_beta, 0.0, 1.0, low_open=True)
     sides = chosen_sides(vectors, sides)
     adam = scale_by_adam(beta1, beta2, epsilon)
     stages = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from funshampoo.blocks.layout import Merge
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
+from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import Basis
 from funshampoo.recipes.in_blocks import Distribute
@@ -87,6 +88,7 @@ def soap_muon(
     tensor([[-0.0050, -0.1000],
             [ 0.1000, -0.0050]])
     """
+    check_range("momentum", momentum, 0.0, 1.0, high_open=True)
     whitened = scale_by_second_moment(
         beta2, 1e-16, exponent=exponent, damping="floor", bias_correction=False
     )

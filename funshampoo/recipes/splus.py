@@ -83,6 +83,7 @@ def splus(
     (tensor([[-0.2000,  0.2000],
             [-0.0000, -0.2000]]), tensor([-0.0004]))
     """
+    check_range("average", average, 0.0, 1.0, high_open=True)
     check_count("max_side", max_side)
     check_range("others_scale", others_scale, 0.0)
 
@@ -127,7 +128,7 @@ def signs_in_eigenbases(
     return [
         kronecker_statistics(beta2, bias_correction=False, sides=sides),
         ema(beta1, bias_correction=False),
-        in_eigenbasis(sign(), every, basis=basis or eigh(), first="identity"),
+        in_eigenbasis(sign(), every, basis=eigh() if basis is None else basis, first="identity"),
         scale_by_shape(scale),
         scale_by_learning_rate(learning_rate),
         tail_average(beta=average),

@@ -35,7 +35,7 @@ class AgreementGate:
         floor, cap: numbers, or schedules of the old step count, in [0, 1].
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or a floor above the cap.
 
     Reference: the SOAP-Muon record, KellerJordan/modded-nanogpt, track 3 (2026).
     """
@@ -52,6 +52,9 @@ class AgreementGate:
         check_range("power", self.power, 0.0, low_open=True)
         check_range("floor", self.floor, 0.0, 1.0, schedule=True)
         check_range("cap", self.cap, 0.0, 1.0, schedule=True)
+        numbers = [x for x in (self.floor, self.cap) if isinstance(x, (int, float))]
+        if numbers != sorted(numbers):
+            raise ValueError(f"floor is {self.floor}, above cap, {self.cap}: the gate is between.")
 
     def __call__(
         self, W: Tensor, U: Tensor, G: Tensor, block_ndim: int, count: Tensor | None

@@ -75,7 +75,8 @@ def in_eigenbasis(
     The step is made in the bases from before it, so a block's first gradient only gives it bases:
     it is not moved, and `inner` does not see it. Both are options. What `inner` averages (first
     moments, momentum) is turned from the old bases into the new; second moments stay, column by
-    column.
+    column. Between two refreshes nobody gets bases: a block whose first gradient comes there, or
+    was not finite on a refresh, makes its next steps in the identity.
 
     Args:
         inner: elementwise stages, or chains of them. `gradient` is turned for them too. A field of

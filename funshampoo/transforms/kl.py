@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from funshampoo.core.checks import check_choice, check_flag, check_range
+from funshampoo.core.checks import check_choice, check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.modes import full_precision
@@ -28,7 +28,7 @@ from funshampoo.operators.columns import (
     first_weights,
     weights_over,
 )
-from funshampoo.operators.exponents import Sides, wanted_sides
+from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
 from funshampoo.operators.kl import WHITENED, Block, Least
 from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
 from funshampoo.operators.mode_products import unfold
@@ -109,6 +109,7 @@ def kl_statistics(
 
     Raises:
         ValueError: an argument out of range; from update, no later stage has such values.
+        TypeError: a flag that is no bool.
         TypeError: from init, for a parameter that is not a dense real floating tensor.
 
     Reference: Lin et al., arXiv 2509.03378; "ritz" as in NVIDIA-NeMo/Emerging-Optimizers.
@@ -126,8 +127,9 @@ def kl_statistics(
     check_range("beta2", beta2, 0.0, 1.0, high_open=through != "roots")
     check_range("damping", damping, 0.0)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
-    for name, flag in {"starts_whole": starts_whole, "in_turn": in_turn}.items():
-        check_flag(name, flag)
+    check_flags(bias_correction=bias_correction, weighted=weighted, normalized=normalized)
+    check_flags(own_steps=own_steps, starts_whole=starts_whole, in_turn=in_turn)
+    check_sides(sides)
     _check_kind(through, least_eigenvalue, starts_whole, bias_correction)
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum

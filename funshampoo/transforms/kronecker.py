@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_count, check_flag, check_range
+from funshampoo.core.checks import check_count, check_flags, check_range
 from funshampoo.core.clock import advanced, refresh_due, running, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Phase, Tree
@@ -103,7 +103,8 @@ def kronecker_statistics(
     check_exponents(exponents)
     check_sides(sides)
     check_product_dtype(product_dtype)
-    check_flag("packed", packed)
+    check_flags(bias_correction=bias_correction, weighted=weighted)
+    check_flags(own_steps=own_steps, packed=packed)
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
     by_weight = corrected and own_steps  # an average and its weight decay alike

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_range
+from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.parameters import check_parameters
@@ -63,6 +63,7 @@ def ema(
 
     Raises:
         ValueError: beta1 or beta3 out of range; beta3 and nesterov both given.
+        TypeError: a flag that is no bool.
 
     Reference: Kingma and Ba, arXiv 1412.6980; for beta3 Chen et al., arXiv 2302.06675.
 
@@ -73,6 +74,7 @@ def ema(
     {'w': tensor([1., 2.])}
     """
     check_range("beta1", beta1, 0.0, 1.0, high_open=True)
+    check_flags(nesterov=nesterov, bias_correction=bias_correction, own_steps=own_steps)
     if beta3 is not None:
         check_range("beta3", beta3, 0.0, 1.0, high_open=True)
         if nesterov:
@@ -157,6 +159,7 @@ def trace(
     {'w': tensor([1.7500])}
     """
     check_range("momentum", momentum, 0.0)
+    check_flags(nesterov=nesterov, dampen_first_step=dampen_first_step)
     check_range("dampening", dampening, 0.0, 1.0, high_open=True)
     damps = not is_exactly(dampening, 0)
     needs_seen = damps and not dampen_first_step

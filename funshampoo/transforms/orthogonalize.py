@@ -66,7 +66,7 @@ def orthogonalize(
     """
     chosen = polynomials_of(polynomials, steps)
     check_scale(scale)
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype}; give a floating one, such as torch.bfloat16, or None.")
     check_range("epsilon", epsilon, 0.0)
     check_choice("norm", norm, ("clamped", "added", "schatten4"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_range
+from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
@@ -82,6 +82,7 @@ def scale_by_adam(
     check_range("beta1", beta1, 0.0, 1.0, high_open=True)
     check_range("beta2", beta2, 0.0, 1.0, high_open=True)
     check_range("epsilon", epsilon, 0.0)
+    check_flags(weighted=weighted, own_steps=own_steps)
     filtered = not is_exactly(beta1, 0)
 
     def init(params: Tree, *, block_ndim: int = 0) -> AdamState:
@@ -158,6 +159,7 @@ def scale_by_rms(
     """
     check_range("beta2", beta2, 0.0, 1.0, high_open=True)
     check_range("epsilon", epsilon, 0.0)
+    check_flags(weighted=weighted)
 
     def init(params: Tree) -> RmsState:
         check_parameters(params, "scale_by_rms")

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from funshampoo.core.checks import check_choice, check_range
+from funshampoo.core.checks import check_choice, check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.parameters import check_parameters
@@ -76,7 +77,7 @@ def scale_by_second_moment(
     State: `SecondMomentState`, float32 at least.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError, TypeError: an argument out of range, or no number; named.
 
     Reference: George et al., arXiv 1806.03884; Eschenhagen et al., arXiv 2506.03595.
 
@@ -89,8 +90,11 @@ def scale_by_second_moment(
     check_range("epsilon", epsilon, 0.0)
     by_order = exponent if isinstance(exponent, Mapping) else {}
     for value in by_order.values() if isinstance(exponent, Mapping) else [exponent]:
+        if isinstance(value, Tensor):
+            raise TypeError("exponent is a tensor; give a number, which is fixed when it is built.")
         check_range("exponent", value, 0.0, low_open=True)
     check_choice("damping", damping, ("added", "floor"))
+    check_flags(bias_correction=bias_correction, weighted=weighted, own_steps=own_steps)
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrects = bias_correction and not plain_sum
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import funshampoo as fs
 from funshampoo.blocks import Stacked
@@ -202,3 +204,43 @@ def test_roles_are_labels_for_partition() -> None:
     assert loss(params) < first
     blocks = {n.split("/")[1] for n in fs.state.state_dict(state) if n.startswith("up/")}
     assert blocks == {"block_0_0_0", "block_1_0_0", "block_2_0_0"}
+
+
+PARAMETRIZED = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "weight_norm as a hook": nn.utils.weight_norm,
+    "spectral_norm as a hook": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("way", PARAMETRIZED)
+@pytest.mark.parametrize(
+    ("layer", "role"),
+    [
+        (nn.Conv1d(4, 6, 3), "convolution"),
+        (nn.ConvTranspose2d(4, 6, 3), "convolution"),
+        (nn.Embedding(9, 4), "embedding"),
+        (nn.Linear(4, 6), "matrix"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_a_weight_is_made_of_is_what_the_weight_would_be(
+    way: str, layer: nn.Module, role: str
+) -> None:
+    made = PARAMETRIZED[way](copy.deepcopy(layer))
+    for model in (nn.Sequential(made, nn.Linear(4, 3)), nn.ModuleDict({"a": made})):
+        vectors = {n for n, p in model.named_parameters() if sum(d > 1 for d in p.shape) < 2}
+        found = fs.roles(model)
+        whole = [n for n in found if n not in vectors and not n.startswith("1.")]
+        ends = role == "matrix" and isinstance(model, nn.ModuleDict)
+        assert [found[n] for n in whole] == ["head" if ends else role]
+        assert all(found[n] == "vector" for n in vectors)
+
+
+def test_to_ask_for_roles_runs_nothing() -> None:
+    """spectral_norm makes a step of power iteration whenever its weight is asked for."""
+    model = nn.Sequential(nn.Linear(4, 6), parametrizations.spectral_norm(nn.Linear(6, 3)))
+    before = copy.deepcopy(model.state_dict())
+    assert fs.roles(model)["1.parametrizations.weight.original"] == "head"
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -195,10 +195,12 @@ def test_a_decay_after_the_step_shrinks_what_it_made() -> None:
         (lambda: fs.AgreementGate(power=0.0), "power is 0.0"),
         (lambda: fs.AgreementGate(floor=-0.1), "floor is -0.1"),
         (lambda: fs.AgreementGate(cap=1.1), "cap is 1.1"),
+        (lambda: fs.AgreementGate(floor=0.6, cap=0.5), "floor is 0.6, above cap, 0.5"),
         (lambda: fs.scale_by_second_moment(1.5), "beta2 is 1.5"),
         (lambda: fs.scale_by_second_moment(epsilon=-1.0), "epsilon is -1.0"),
         (lambda: fs.scale_by_second_moment(exponent=0.0), "exponent is 0.0"),
         (lambda: fs.scale_by_second_moment(exponent={2: -1.0}), "exponent is -1.0"),
+        (lambda: fs.scale_by_second_moment(exponent=torch.tensor(0.25)), "exponent is a tensor"),  # type: ignore[arg-type]
         (lambda: fs.scale_by_second_moment(damping="x"), "damping is 'x'"),  # type: ignore[arg-type]
         (lambda: fs.scale_by_shape("x"), "scale is 'x'"),  # type: ignore[arg-type]
         (lambda: fs.decay_after_step(-1.0, 0.1), "weight_decay is -1.0"),
@@ -206,5 +208,16 @@ def test_a_decay_after_the_step_shrinks_what_it_made() -> None:
     ],
 )
 def test_bad_arguments(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_a_gate_is_no_schedule() -> None:
+    """It can be called, and stands where a number may."""
+    w = {"w": torch.eye(2, dtype=D)}
+    plain = fs.soap_muon(0.1, gate=fs.AgreementGate())
+    injected = fs.inject_hyperparams(fs.soap_muon)(
+        torch.tensor(0.1, dtype=D), gate=fs.AgreementGate()
+    )
+    found = [tx.update(w, tx.init(w), w)[0]["w"] for tx in (plain, injected)]
+    assert torch.allclose(*found, rtol=1e-6)

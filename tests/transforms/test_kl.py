@@ -132,6 +132,7 @@ def test_in_turn_is_about_three_sides() -> None:
         ({"through": "ritz"}, ValueError, "least_eigenvalue is 0.0"),
         ({"starts_whole": True}, ValueError, "starts_whole stands with"),
         ({"in_turn": 1}, TypeError, "in_turn"),
+        ({"sides": "larger"}, ValueError, "sides is 'larger'"),
     ],
     ids=str,
 )
