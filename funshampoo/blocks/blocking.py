@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,10 @@ def blocked(
     if tile is not None and tile != "auto":
         check_count("tile", tile)
 
-    blocks = _Blocked(inner, max_size, merge, keep, with_params, tile, Executors(tile), _Names())
+    def layout(leaves: list[Tensor]) -> Layout:  # a closure: to torch.compile its numbers are fixed
+        return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
+
+    blocks = _Blocked(inner, layout, with_params, tile, Executors(tile), _Names())
     return GradientTransformation(
         blocks.init,
         blocks.update,
@@ -112,16 +115,11 @@ class _Blocked:
     """`blocked` with its arguments."""
 
     inner: GradientTransformation
-    max_size: int | None
-    merge: Merge
-    keep: int
+    layout: Callable[[list[Tensor]], Layout]
     with_params: bool | Mask
     tile: TileSize
     executors: Executors = field(repr=False)
     names: _Names = field(repr=False)
-
-    def layout(self, leaves: list[Tensor]) -> Layout:
-        return layout_of(tuple(map(leaf_key, leaves)), self.max_size, self.merge, self.keep)
 
     def init(
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any

@@ -137,7 +137,9 @@ def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Sche
         return floor * (1 - faded.clamp(0, 1)) * (count < fade_end)
 
     def most(count: Tensor) -> Tensor:
-        return torch.where(count < fade_end, torch.as_tensor(cap, dtype=torch.float64), 1.0)
+        return torch.where(
+            count < fade_end, torch.as_tensor(cap, dtype=torch.float64, device=count.device), 1.0
+        )
 
     return least, most
 
