@@ -61,6 +61,7 @@ def orthogonal_iteration(sort: bool = False, steps: int = 1) -> Basis:
     Reference: Golub and Van Loan, Matrix Computations, 8.2; Lin et al., arXiv 2509.03378; with sort
     NVIDIA-NeMo/Emerging-Optimizers.
 
+    >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 4.0]))
     >>> Q, found = orthogonal_iteration()(A, torch.eye(2), torch.tensor(True))
     >>> Q.abs(), found

@@ -122,7 +122,7 @@ def _looking_ahead(
         now = size
         if callable(lr) and given["use_scheduled_lookahead_stepsize"]:
             now = size * lr(count - 1) / initial_lr  # which is set after the look-ahead
-        return torch.where(here, torch.as_tensor(now, dtype=torch.float64), 0.0)
+        return torch.where(here, torch.as_tensor(now, dtype=torch.float64, device=here.device), 0.0)
 
     return ema_nesterov(ahead, given["lookahead_ema"])
 
