@@ -20,7 +20,16 @@ from benchmarks import ensemble
 from benchmarks.family import SEEDS, TUNING, everywhere
 from benchmarks.run import processor
 from benchmarks.step_costs import measure
-from benchmarks.study import Entry, Result, Store, standard_error, steps_to_goal, sweep, with_error
+from benchmarks.study import (
+    Entry,
+    Result,
+    Store,
+    fewest_steps,
+    standard_error,
+    steps_to_goal,
+    sweep,
+    with_error,
+)
 
 # Spelled out, whatever the defaults become.
 BASE: dict[str, Any] = {"exponents": "shampoo", "every": 10, "vectors": "diagonal"}
@@ -47,7 +56,7 @@ def table(found: Mapping[str, Mapping[str, Result]], store: Store) -> str:
     """A line for each variant; of the loss, also the difference to the first, seed by seed."""
     header, tasks = ["exponent, refreshes"], list(found)
     for task in tasks:
-        header += [f"{task}: rate", "steps", "loss", "difference", "ms"]
+        header += [f"{task}: rate", "steps", "loss", "difference", "fewest steps", "ms"]
     rows = [header, ["---"] * len(header)]
     for name in found[tasks[0]]:
         row = [name]
@@ -59,6 +68,7 @@ def table(found: Mapping[str, Mapping[str, Result]], store: Store) -> str:
                 steps_to_goal(result.runs),
                 with_error(result.losses, 4),
                 "" if name == FIRST else judged(gaps),
+                fewest_steps(result.tried),
                 f"{store.costs(task)[name]['ms']:.2f}",
             ]
         rows.append(row)

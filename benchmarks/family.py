@@ -26,6 +26,7 @@ from benchmarks.study import (
     Entry,
     Result,
     Store,
+    fewest_steps,
     standard_error,
     steps_to_goal,
     sweep,
@@ -117,8 +118,15 @@ QUICK = ("AdamW", "Shampoo, hidden", "the record's stack, hidden")
 def table(task: Task, results: Mapping[str, Result], spent: Mapping[str, Any]) -> str:
     """A line for each method, the least loss first."""
     goal = f"{task.goal:.0%}" if task.measure == "accuracy" else f"{task.goal:g}"
-    header = ["method", "best rate", f"steps to {goal}", "final loss", "final accuracy"]
-    rows = [[*header, "ms a step", "state, KiB"], ["---"] * 7]
+    header = [
+        "method",
+        "best rate",
+        f"steps to {goal}",
+        "final loss",
+        "final accuracy",
+        "fewest steps",
+    ]
+    rows = [[*header, "ms a step", "state, KiB"], ["---"] * 8]
     for name, result in sorted(results.items(), key=lambda item: mean(item[1].losses)):
         accuracies = [100 * run.accuracy for run in result.runs]
         cells = [
@@ -127,6 +135,7 @@ def table(task: Task, results: Mapping[str, Result], spent: Mapping[str, Any]) -
             steps_to_goal(result.runs),
             with_error(result.losses, 3),
             with_error(accuracies, 1) + " %",
+            fewest_steps(result.tried),
             f"{spent[name]['ms']:.2f}",
             f"{spent[name]['bytes'] / 1024:,.0f}",
         ]

@@ -50,11 +50,17 @@ class Store:
 
 
 class Result(NamedTuple):
-    """A method at its best rate, the least mean loss at the end; `runs` has one for every seed."""
+    """A method at its best rate, the least mean loss at the end.
+
+    Attributes:
+        runs: one for every seed, at this rate.
+        tried: all by which it was chosen.
+    """
 
     rate: float
     runs: list[Run]
     at_edge: bool
+    tried: list[Run]
 
     @property
     def losses(self) -> list[float]:
@@ -74,31 +80,37 @@ def rate_of(k: int) -> float:
 def sweep(
     store: Store, task: Task, name: str, entry: Entry, tuning: int, seeds: int, grow: bool = True
 ) -> Result:
-    """Run what the file lacks: the middle of the grid, then on from its edge while that is best.
+    """Run what the file lacks: the middle of the grid, then on from an edge while that is best.
+
+    Best by the loss at the end, or by the steps to the goal.
 
     Args:
         tuning: with how many seeds the rate is chosen; `seeds` are run at the chosen one.
     """
     low, high = min(MIDDLE), max(MIDDLE)
     while True:
-        _fill(
-            store, task, name, entry, [(k, s) for k in range(low, high + 1) for s in range(tuning)]
-        )
-        k = _best(store.runs(task.name, name), low, high, tuning)
+        wanted = [(k, s) for k in range(low, high + 1) for s in range(tuning)]
+        _fill(store, task, name, entry, wanted)
+        tried = [run for run in store.runs(task.name, name) if run.seed < tuning]
+        rates = {rate_of(k): k for k in range(low, high + 1)}
+        k = rates[min(rates, key=lambda rate: mean(r.final for r in tried if r.rate == rate))]
+        soonest = [rates[rate] for rate in _soonest(tried) if rate in rates]
         room = max(min(MIDDLE) - low, high - max(MIDDLE)) < FARTHEST
-        if not (grow and room and k in (low, high)):
+        edges = {low, high} & {k, *soonest[:1]}
+        if not (grow and room and edges):
             break
-        low, high = (low - 1, high) if k == low else (low, high + 1)
+        low, high = (low - 1, high) if low in edges else (low, high + 1)
     _fill(store, task, name, entry, [(k, s) for s in range(seeds)])
     runs = [r for r in store.runs(task.name, name) if r.rate == rate_of(k) and r.seed < seeds]
-    return Result(rate_of(k), sorted(runs, key=lambda run: run.seed), k in (low, high))
+    return Result(rate_of(k), sorted(runs, key=lambda run: run.seed), k in (low, high), tried)
 
 
-def _best(runs: Sequence[Run], low: int, high: int, tuning: int) -> int:
-    def loss(k: int) -> float:
-        return mean(r.final for r in runs if r.rate == rate_of(k) and r.seed < tuning)
-
-    return min(range(low, high + 1), key=loss)
+def _soonest(runs: Sequence[Run]) -> list[float]:
+    """The rates at which all seeds met the goal, those of the fewest steps first."""
+    rates = sorted({run.rate for run in runs})
+    met = {rate: [run.reached for run in runs if run.rate == rate] for rate in rates}
+    sure = {rate: [t for t in steps if t is not None] for rate, steps in met.items()}
+    return sorted((r for r in rates if len(sure[r]) == len(met[r])), key=lambda r: mean(sure[r]))
 
 
 def _fill(
@@ -130,3 +142,12 @@ def steps_to_goal(runs: Sequence[Run]) -> str:
         return "never"
     some = f" ({len(met)} of {len(runs)})" if len(met) < len(runs) else ""
     return with_error(met, 0) + some
+
+
+def fewest_steps(runs: Sequence[Run]) -> str:
+    """The least mean of steps to the goal, over the rates at which all seeds met it."""
+    rates = _soonest(runs)
+    if not rates:
+        return "never by all"
+    steps = [run.reached for run in runs if run.rate == rates[0] and run.reached is not None]
+    return f"{with_error(steps, 0)} at {rates[0]:g}"
