@@ -33,8 +33,13 @@ from funshampoo import (
 )
 
 
-def record(learning_rate: Any) -> GradientTransformation:
-    """Hidden matrices in this way, embedding, readout and vectors by AdamW."""
+def record(
+    learning_rate: Any, others: GradientTransformation | None = None, labels: Any = None
+) -> GradientTransformation:
+    """Hidden matrices in this way, embedding, readout and vectors by AdamW or `others`.
+
+    `labels` says which are "hidden" and which "rest" in another model.
+    """
     whitened = scale_by_second_moment(0.9, 1e-16, damping="floor", bias_correction=False)
     hidden = chain(
         kronecker_statistics(0.9),
@@ -46,9 +51,11 @@ def record(learning_rate: Any) -> GradientTransformation:
         add_cautious_decay(0.01),
         scale_by_learning_rate(learning_rate),
     )
-    blocks = blocked(guarded(hidden), None, merge="none", with_params=True)
-    parts = {"hidden": blocks, "rest": adamw(learning_rate)}
-    return chain(partition(parts, parts_of), ema_nesterov(0.3, beta=0.9), tail_average(beta=0.9))
+    blocks = blocked(guarded(hidden), None, merge="matrix", with_params=True)
+    parts = {"hidden": blocks, "rest": others or adamw(learning_rate)}
+    return chain(
+        partition(parts, labels or parts_of), ema_nesterov(0.3, beta=0.9), tail_average(beta=0.9)
+    )
 
 
 record.takes_live = True  # type: ignore[attr-defined]  # it hands the rate on as it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -194,3 +195,113 @@ def test_cholesky_qr_gives_the_basis_of_qr() -> None:
     assert (Q.mT @ Q - torch.eye(64)).abs().max() < 1e-5
     cosines = (Q * expected).sum(-2).abs()
     assert (cosines - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("study", ["family", "defaults"])
+def test_a_quick_study_prints_a_table_and_goes_on_where_it_was(study: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    lines = tmp_path / f"{study}-quick.jsonl"
+
+    def again() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{study}", "--quick", "--out", tmp_path],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first, whole = again(), lines.read_text()
+    assert "never" in first  # four steps
+    found = [json.loads(line) for line in whole.splitlines()]
+    runs = [line for line in found if "seed" in line]
+    assert {run["task"] for run in runs} == {"digits", "text"}
+    assert all(run["losses"][-1] > 0 for run in runs)
+    costs = [line for line in found if "ms" in line]
+    assert all(line["ms"] > 0 for line in costs)
+    assert all(line["bytes"] > 0 for line in costs if line["method"])
+
+    kept = whole.splitlines()[: len(found) // 2]
+    lines.write_text("".join(line + "\n" for line in kept))
+    again()
+    now = lines.read_text().splitlines()
+    assert now[: len(kept)] == kept
+    resumed = [json.loads(line) for line in now]
+    key = ("task", "method", "rate", "seed")
+    assert sorted(str([x[k] for k in key]) for x in resumed if "seed" in x) == sorted(
+        str([x[k] for k in key]) for x in runs
+    )
+    if study == "family":
+        assert (tmp_path / "family.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("best", "found", "at_edge"), [(0.02, 0.03, False), (2.0, 3.0, False)])
+def test_a_sweep_goes_on_beyond_an_edge(
+    best: float, found: float, at_edge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import ensemble, study
+
+    asked: list[tuple[float, int]] = []
+
+    def train(task: object, method: object, members: list[tuple[float, int]], *_: object) -> list:
+        asked.extend(members)
+        return [
+            ensemble.Run(rate, seed, None, [abs(math.log(rate / best))], 0.5)
+            for rate, seed in members
+        ]
+
+    monkeypatch.setattr(ensemble, "train", train)
+    task = ensemble.characters(steps=1)
+    entry = study.Entry(lambda rate, task: fs.adamw(rate))
+    store = study.Store(tmp_path / "runs.jsonl")
+    result = study.sweep(store, task, "a", entry, tuning=2, seeds=3)
+    assert result.rate == found
+    assert result.at_edge is at_edge
+    assert [run.seed for run in result.runs] == [0, 1, 2]
+    assert len(asked) == len(set(asked))
+    tuned = sorted({rate for rate, _ in asked})
+    assert tuned[0] < found < tuned[-1]
+    assert {seed for rate, seed in asked if rate != found} == {0, 1}
+
+
+def test_a_sweep_that_never_turns_says_that_it_is_at_an_edge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import ensemble, study
+
+    def train(task: object, method: object, members: list[tuple[float, int]], *_: object) -> list:
+        return [ensemble.Run(rate, seed, None, [1 / rate], 0.5) for rate, seed in members]
+
+    monkeypatch.setattr(ensemble, "train", train)
+    task = ensemble.characters(steps=1)
+    store = study.Store(tmp_path / "runs.jsonl")
+    entry = study.Entry(lambda rate, task: fs.adamw(rate))
+    assert study.sweep(store, task, "a", entry, tuning=1, seeds=1).at_edge
+
+
+def test_a_member_of_an_ensemble_trains_as_if_alone() -> None:
+    from torch.func import grad
+
+    from benchmarks import ensemble
+    from benchmarks.family import METHODS
+
+    task = ensemble.characters(steps=6, width=16, batch=2)._replace(evaluate_every=6)
+    entry = METHODS["Shampoo, hidden"]
+    members = [(0.01, 0), (0.03, 1), (1e30, 1)]  # the last diverges, and the others go on
+    runs = ensemble.train(task, entry.method, members)
+    loss = ensemble.loss_of(task, task.build())
+    for (rate, seed), run in zip(members[:2], runs):
+        params, tx = task.start(seed), entry.method(rate, task)
+        state = tx.init(params)
+        for rows in task.order(seed):
+            x, y = (part[rows] for part in task.train)
+            updates, state = tx.update(grad(loss)(params, x, y), state, params)
+            params = fs.apply_updates(params, updates)
+        assert run.final == pytest.approx(loss(params, *task.test).item(), abs=2e-3)
+    assert runs[0].final != runs[1].final
+    assert runs[2].losses == [None]
+    assert math.isinf(runs[2].final)
