@@ -26,6 +26,7 @@ LIMITS = {
     "products": 90,
     "solvers": 90,
     "steps": 90,
+    "family": 60,
     "training": 90,
     "compiled": 90,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.device.group import Row, in_a_line
 from benchmarks.memory import peak_bytes
+
+MOST = 8  # kernels that are named
 
 
 class _Counted(TorchDispatchMode):
@@ -57,7 +59,17 @@ def kernels(step: Callable[[], Any], device: torch.device) -> Row:
     except Exception as error:  # without a driver's permission, say
         return {"kernels_error": in_a_line(error)}
     copies = sum(e.name.startswith(("Memcpy", "Memset")) for e in found)
-    return {"kernels": len(found) - copies, "copies": copies, "busy_ms": 1e-3 * busy}
+    row = {"kernels": len(found) - copies, "copies": copies, "busy_ms": 1e-3 * busy}
+    return row | {"dearest": _dearest(found)}
+
+
+def _dearest(events: Iterable[Any]) -> list[str]:
+    """The kernels that take most of the time: ms, calls and what they are called."""
+    calls: dict[str, list[float]] = {}
+    for e in events:
+        calls.setdefault(e.name, []).append(1e-3 * e.time_range.elapsed_us())
+    ordered = sorted(calls.items(), key=lambda item: -sum(item[1]))
+    return [f"{sum(ms):.3f} {len(ms)} {name[:70]}" for name, ms in ordered[:MOST]]
 
 
 def _is_label(event: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import time
@@ -17,6 +18,7 @@ from benchmarks.device.group import Cell, Row, Setting, emit
 TESTS = Path(__file__).parents[2] / "tests"
 MARK = "mark.gpu"
 FIRST = "test_device.py"
+WORKERS = 6  # processes, where pytest-xdist is installed
 TOLD = re.compile(r">|E |\S+\.py:\d+")  # of a traceback: lines that were run, messages, places
 REPORTS = 20.0  # seconds between two lines that say how far it has come
 
@@ -38,6 +40,8 @@ def _cell(setting: Setting) -> Iterator[Row]:
     recorder = Recorder(setting)
     options = ["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider"]
     options += ["-m", "gpu", "-W", "default", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") and not setting.rehearse:
+        options += ["-p", "xdist", "-n", str(WORKERS), "--dist", "loadgroup"]
     status = pytest.main([*options, *map(str, marked)], plugins=[recorder])
     yield {"files": [path.name for path in marked], "exit": int(status)} | recorder.counts
     yield {"slowest_s": [f"{name} {x:.2f}" for x, name in sorted(recorder.spent)[:-6:-1]]}

@@ -25,6 +25,7 @@ EVERY = 20  # steps between refreshes
 MILESTONES = (50, 100, 200)
 RATES: dict[str, tuple[float, float, float]] = {
     "shampoo": (0.003, 0.01, 0.001),
+    "soap": (0.003, 0.001, 0.01),
     "AdamW": (0.001, 0.003, 0.0003),
     "Muon and AdamW": (0.02, 0.04, 0.01),
 }
@@ -59,7 +60,7 @@ def _cell(rates: dict[str, float], setting: Setting) -> Iterator[Row]:
     steps = setting.pick(STEPS, 20)
     milestones = setting.pick(MILESTONES, (10, 20))
     data = text(setting.device)
-    builders = {"shampoo": _shampoo, "AdamW": _adamw, "Muon and AdamW": _muon}
+    builders = {"shampoo": _shampoo, "soap": _soap, "AdamW": _adamw, "Muon and AdamW": _muon}
     if not hasattr(torch.optim, "Muon"):
         del builders["Muon and AdamW"]
     runs = {
@@ -99,7 +100,7 @@ def _share(t: int, steps: int) -> float:
 
 
 def _found(run: Run, data: Text, tests: int) -> Row:
-    """Test loss, and times from the third step on: plain ones and, of Shampoo, refreshes."""
+    """Test loss, and times from the third step on: plain ones and, where there are any, refreshes."""
     with torch.no_grad():
         loss = float(loss_of(run.network, pair(data.test[:tests])))
     later = list(enumerate(run.steps, start=1))[2:]
@@ -127,6 +128,11 @@ def _begun(data: Text, build: Callable[[nn.Module], Step], setting: Setting) -> 
 
 def _shampoo(network: nn.Module, rate: float) -> Step:
     return _scheduled(rate, fs.Shampoo(network.named_parameters(), rate, every=EVERY))
+
+
+def _soap(network: nn.Module, rate: float) -> Step:
+    optimizer = fs.Optimizer(network.named_parameters(), fs.soap, lr=rate, every=EVERY)
+    return _scheduled(rate, optimizer)
 
 
 def _adamw(network: nn.Module, rate: float) -> Step:

@@ -72,7 +72,7 @@ def test_which_matrices_go_by_products() -> None:
     assert not solver._by_products(torch.empty(2, 33, 33, device="meta"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_on_a_gpu() -> None:
     for d, solver in ((32, eigh(relative_epsilon=1e-6)), (33, newton_schulz())):
         A = stack(d).cuda()

@@ -1,0 +1,123 @@
+"""Other methods than Shampoo on GPT-2's shapes: plain, with a refresh, and as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import optree
+import torch
+
+import funshampoo as fs
+from benchmarks.device.clock import read, summary, turns, working
+from benchmarks.device.counts import demands, held_mib
+from benchmarks.device.group import Cell, Row, Setting, in_a_line
+from benchmarks.device.steps import LR, Ours, Tensors, tensors_of
+
+MODEL, SIZE = "gpt2", 1024
+REFRESHES = 3
+GRAPHS = ("adamw", "shampoo", "soap", "muon")
+
+
+def chains(size: int) -> dict[str, fs.GradientTransformation]:
+    """By name; Muon on all matrices, embeddings too, as torch.optim's in the steps."""
+    bf16 = torch.bfloat16
+    return {
+        "adamw": fs.adamw(LR),
+        "shampoo": fs.shampoo(LR, max_size=size),
+        "soap": fs.soap(LR, max_size=size),
+        "kl_shampoo": fs.kl_shampoo(LR, max_size=size),
+        "eigenvalue_shampoo": fs.eigenvalue_shampoo(LR, max_size=size),
+        "muon": fs.muon(LR, matrices=_matrices),
+        "muon, bfloat16": fs.muon(LR, matrices=_matrices, dtype=bf16),
+        "muon, Polar Express, bfloat16": fs.muon(
+            LR, matrices=_matrices, polynomials="polar_express", dtype=bf16
+        ),
+    }
+
+
+REFRESHING = ("soap", "kl_shampoo", "eigenvalue_shampoo")
+
+
+def cells(setting: Setting) -> Iterator[Cell]:
+    """Plain steps side by side, then refreshes, then graphs."""
+    size = setting.pick(SIZE, 32)
+    for name, run in {"plain": _plain, "refresh": _refresh, "graph": _graphs}.items():
+        yield Cell(f"{MODEL}, blocks of {size}, {name}", partial(run, size, setting), 5.0)
+
+
+def _matrices(params: Any) -> Any:
+    return optree.tree_map(lambda p: p.ndim == 2, params)
+
+
+def _plain(size: int, setting: Setting) -> Iterator[Row]:
+    params, grads = tensors_of(MODEL, setting)
+    ours = {name: Ours(tx, params, grads) for name, tx in chains(size).items()}
+    steps: dict[str, Callable[[], Any]] = {name: o.step for name, o in ours.items()}
+    steps |= _theirs(params, grads)
+    fine, errors = working(steps)
+    yield from errors
+    seconds = min(setting.pick(4.0, 0.3), setting.left() / 3)
+    for name, found in turns(fine, setting.device, seconds=seconds, least=3).items():
+        held = {"state_mib": held_mib(ours[name].state)} if name in ours else {}
+        row = {"of": name, "kind": "plain"} | summary(found)
+        yield row | demands(steps[name], setting.device) | held
+
+
+def _theirs(params: Tensors, grads: Tensors) -> dict[str, Callable[[], Any]]:
+    """torch.optim's AdamW, and its Muon with it for what is no matrix."""
+    leaves = [torch.nn.Parameter(p.clone()) for p in params.values()]
+    for p, g in zip(leaves, grads.values()):
+        p.grad = g
+    adamw = torch.optim.AdamW(leaves, LR, fused=True)
+    found = {"torch.optim.AdamW, fused": adamw.step}
+    if hasattr(torch.optim, "Muon"):
+        muon = torch.optim.Muon([p for p in leaves if p.ndim == 2], LR)
+        rest = torch.optim.AdamW([p for p in leaves if p.ndim != 2], LR, fused=True)
+        found["torch.optim.Muon and AdamW"] = lambda: (muon.step(), rest.step())
+    return found
+
+
+def _refresh(size: int, setting: Setting) -> Iterator[Row]:
+    params, grads = tensors_of(MODEL, setting)
+    for name in REFRESHING:
+        tx = chains(size)[name]
+        ours = Ours(tx, params, grads)
+        try:
+            readings = []
+            for _ in range(REFRESHES + 1):
+                readings.append(read(partial(ours.refresh, tx), setting.device)[0])
+                if readings[-1].device > 0.1 * setting.left():
+                    break
+            later = readings[1:]
+            row = summary(later or readings) | ({} if later else {"cold": True})
+            yield {"of": name, "kind": "refresh"} | row
+            if readings[-1].device < 0.05 * setting.left():
+                head = {"of": name, "kind": "demands of a refresh"}
+                yield head | demands(partial(ours.refresh, tx), setting.device)
+        except Exception as error:
+            yield {"of": name, "error": in_a_line(error)}
+
+
+def _graphs(size: int, setting: Setting) -> Iterator[Row]:
+    """A donated plain step keeps every address and reads nothing, so that it can be replayed."""
+    if setting.device.type != "cuda":
+        yield {"skipped": "a CUDA graph needs a GPU"}
+        return
+    params, grads = tensors_of(MODEL, setting)
+    for name in GRAPHS:
+        ours = Ours(chains(size)[name], params, grads)
+        try:
+            for _ in range(3):
+                ours.step()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                ours.step()
+            steps = {"replayed": graph.replay, "eager": ours.step}
+            for kind, found in turns(steps, setting.device, seconds=1.0).items():
+                yield {"of": name, "kind": kind} | summary(found)
+        except Exception as error:
+            yield {"of": name, "error": in_a_line(error)}
+            torch.cuda.synchronize()
