@@ -100,7 +100,7 @@ def _share(t: int, steps: int) -> float:
 
 
 def _found(run: Run, data: Text, tests: int) -> Row:
-    """Test loss, and times from the third step on: plain ones and, where there are any, refreshes."""
+    """Test loss, and times from the third step on: plain steps and, if any, refreshes."""
     with torch.no_grad():
         loss = float(loss_of(run.network, pair(data.test[:tests])))
     later = list(enumerate(run.steps, start=1))[2:]

@@ -146,7 +146,7 @@ class Executor:
         def step(state: Any, put: Put) -> Any:
             return self._step(owner, own, state, gather, put, missing, context)
 
-        return spread.exchange(step, put, state, self.layout, context, leaves, bool(missing))
+        return spread.exchange(step, put, state, self.layout, context, leaves, len(missing) > 0)
 
     def run_parts(
         self, spread: Spread, state: Any, missing: Missing, context: Context, leaves: Leaves
@@ -167,7 +167,7 @@ class Executor:
             lacking = {s: gone for s, gone in absent.items() if gone}
             return self._step(owner, own, state, gather, put, lacking, here, ids)
 
-        absent = bool(missing)
+        absent = len(missing) > 0
         return spread.exchange_parts(step, state, self.layout, context, leaves, absent)
 
     def _step(

@@ -64,8 +64,10 @@ class Job:
 
     def in_threads(self) -> bool:
         """Whether the process has several kernel threads, and other threads may do this."""
+        if torch.compiler.is_dynamo_compiling() or not self.rule.threaded:
+            return False
         read = (*tensors_of(self.rule), *self._inputs, *self.kept.value)
-        return self.rule.threaded and can_run_in_a_thread(*read) and torch.get_num_threads() > 1
+        return can_run_in_a_thread(*read) and torch.get_num_threads() > 1
 
     def every_row(self) -> Sequence[int]:
         """The rows of a stack whose turn it is."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,10 +98,15 @@ def is_same(rule: Rule, other: Rule) -> bool:
     """Whether two rules do the same. A tensor is the same as itself alone: nothing is read."""
     if type(rule) is not type(other):
         return False
-    pairs = zip(vars(rule).values(), vars(other).values())
+    pairs = zip(_numbers(rule), _numbers(other))
     return all([a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs])
 
 
 def tensors_of(rule: Rule) -> list[Tensor]:
     """The numbers of a rule that are tensors, but for those of a solver in it."""
-    return [x for x in vars(rule).values() if isinstance(x, torch.Tensor)]
+    return [x for x in _numbers(rule) if isinstance(x, torch.Tensor)]
+
+
+def _numbers(rule: Rule) -> list[Any]:
+    """Of its fields; torch.compile before torch 2.13 can't trace `vars`."""
+    return [getattr(rule, field.name) for field in dataclasses.fields(rule)]
