@@ -229,15 +229,33 @@ def test_a_step_stays_on_its_device_and_reads_nothing(case: Case) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
-    cpu, _, _ = train(case.make(), problem(), gradients(5), fs.apply_updates)
-    grads = [to(g, GPU) for g in gradients(5)]
-    cuda, _, _ = train(case.make(), to(problem(), GPU), grads, fs.apply_updates)
-    assert_close(to(cuda, "cpu"), cpu, 1e-8)
+    """Eigenvectors are the same where they are unique: of statistics of full rank."""
+    by_basis = any(word in case.name for word in OF_A_BASIS)
+    params, *grads = map(squares, range(6)) if by_basis else (problem(), *gradients(5))
+    cpu, _, _ = train(case.make(), params, grads, fs.apply_updates)
+    there = [to(g, GPU) for g in grads]
+    cuda, _, _ = train(case.make(), to(params, GPU), there, fs.apply_updates)
+    assert_close(to(cuda, "cpu"), cpu, 1e-6 if by_basis else 1e-8)
+
+
+OF_A_BASIS = ("basis", "adaptive", "soap", "kl", "eigenvalue", "gate", "spectral_steps")
+
+
+def squares(seed: int) -> dict[str, Tensor]:
+    """What has no row or column too many, in blocks of 4 or whole: one gradient has full rank."""
+    make = torch.Generator().manual_seed(seed)
+    shapes = {"w": (8, 8), "v": (4, 4)}
+    return {n: torch.randn(s, generator=make, dtype=torch.float64) for n, s in shapes.items()}
+
+
+LOOK_AT_EVERY_STEP = ("from_reference:primal_average",)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_plain_step_on_a_gpu_does_not_wait_for_it(case: Case) -> None:
+    if case.name in LOOK_AT_EVERY_STEP:
+        pytest.skip("every step is a refresh")
     tx, params = case.make(), to(problem(), GPU)
     state = tx.init(params)
     # The guards of the table look at their counters on every second step, and that waits.

@@ -207,8 +207,6 @@ class GradientTransformation:
 
     def without_phase(self) -> list[str]:
         """The names of the stages, at any depth, whose schedule can't be known."""
-        if self._phase is not None:
-            return []
         found = [name for part in self.parts.values() for name in part.without_phase()]
         return found if self._knows_when else [self.name, *found]
 

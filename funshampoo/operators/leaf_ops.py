@@ -24,7 +24,7 @@ from funshampoo.operators.graph_ops import accumulate_gram_, implement
 def lerp(old: Tensor, new: Tensor, weight: Hyper, donate: bool) -> Tensor:
     """(1 - weight) old + weight new, in one pass. The result has old's dtype."""
     if isinstance(weight, Tensor):
-        weight = weight.to(old)
+        weight = weight.to(old, non_blocking=True)  # a number: it is read before this returns
     if _may_write(old, donate, new, weight):
         return old.lerp_(new, weight)
     return torch.lerp(old, new, weight)
@@ -172,4 +172,4 @@ def on_device(factor: Hyper, like: Tensor) -> Hyper:
     if not isinstance(factor, Tensor) or factor.device == like.device:
         return factor
     moves = factor.ndim > 0 or _functorch.is_functorch_wrapped_tensor(factor)
-    return factor.to(like.device) if moves else factor
+    return factor.to(like.device, non_blocking=True) if moves else factor

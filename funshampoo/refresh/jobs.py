@@ -132,7 +132,7 @@ def _answer(rule: Rule, asked: Asked) -> Found:
     this one too.
     """
     if torch.compiler.is_dynamo_compiling():
-        return rule(*asked)
+        return rule.__call__(*asked)  # torch 2.11 calls no dataclass that was made in the graph
     try:
         return rule(*asked)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from funshampoo.combinators.guard import run_alive
 from funshampoo.core.checks import check_choice, check_flag
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.modes import full_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
@@ -171,12 +171,17 @@ def in_eigenbasis(
         init,
         update,
         "in_eigenbasis",
-        phase=schedule.phase(),
+        phase=functools.partial(_phase, schedule, inner),
         parts={"inner": inner},
         counts=True,
         minds_alive=True,
         flops=lambda block, kept: 2 * mode_flops(block, kept),  # into the bases and back
     )
+
+
+def _phase(schedule: RefreshSchedule, inner: GradientTransformation, step: int) -> Phase:
+    first = ("first bases",) if step == schedule.start else ()  # found in another way
+    return (*schedule.phase()(step), *first, *inner.phase(step))
 
 
 def _stepped(

@@ -131,7 +131,7 @@ def kronecker_statistics(
         beta = number(beta2, context.hyper)
         source = updates if context.gradient is None else context.gradient
         known = () if context.alive is None else (context.alive,)
-        by_row = bool(known) and not by_weight and not is_exactly(beta, 1)
+        by_row = len(known) > 0 and not by_weight and not is_exactly(beta, 1)
         share = _Share(beta, 1.0 if plain_sum else _share_of_new(beta), by_row)
         with full_precision():
             accumulate = functools.partial(_accumulate, share, product_dtype, context)

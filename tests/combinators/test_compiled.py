@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import shutil
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 import funshampoo as fs
 from funshampoo.operators.leaf_ops import add_gram
+from funshampoo.recipes import RECIPES
 from tests.trees import assert_close, assert_equal, assert_unchanged, clone, snapshot
 
 pytestmark = pytest.mark.slow
@@ -51,6 +54,31 @@ def test_the_same_numbers_and_one_graph() -> None:
     assert_close(mine, trained(chain(), 3 * EVERY), 1e-10)
     assert counter.frame_count == 1
     assert (mine[0]["w"] - tree(0)["w"]).abs().min() > 1e-3
+
+
+SQUARES = {"w": (8, 8), "v": (4, 4)}  # of which one gradient has full rank: bases are unique
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_refreshes_of_every_recipe_are_those_without_a_graph(name: str) -> None:
+    """Those after the first too, which may do another thing than it."""
+    make = RECIPES[name]
+    known = inspect.signature(make).parameters
+    options = {key: x for key, x in {"every": 2, "max_size": 4}.items() if key in known}
+
+    def gradient(seed: int) -> dict[str, Tensor]:
+        one = torch.Generator().manual_seed(seed)
+        draw = functools.partial(torch.randn, generator=one, dtype=torch.float64)
+        return {key: draw(shape) for key, shape in SQUARES.items()}
+
+    found = []
+    for tx in (make(0.01, **options), fs.compiled(make(0.01, **options), backend="eager")):
+        params = gradient(0)
+        state = tx.init(params)
+        for t in range(1, 7):
+            state = fs.update_in_place(tx, gradient(t), state, params)
+        found.append(params)
+    assert_equal(*found)
 
 
 def test_steps_with_statistics_have_a_graph_of_their_own() -> None:

@@ -1,4 +1,6 @@
-"""Ranks whose tensors are on a GPU: the same numbers as one process there.
+"""Ranks whose tensors are on a GPU: the numbers of one process there, but for rounding.
+
+A GPU rounds the products of a stack by how many there are, and ranks cut stacks.
 
 Two ranks share one GPU and talk by gloo, for NCCL refuses that; NCCL is shown with one rank.
 """
@@ -63,14 +65,14 @@ def expected(ranks: Ranks) -> dict[str, Tensor]:
 def test_data_parallel_ranks(ranks: Ranks, expected: dict[str, Tensor]) -> None:
     for found in ranks(2, data_parallel):
         for name, x in expected.items():
-            assert torch.equal(found[name], x), name
+            torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4)
 
 
 def test_parts_of_parameters(ranks: Ranks, expected: dict[str, Tensor]) -> None:
     first, second = ranks(2, parts)
     for name, x in expected.items():
         found = torch.cat([first[name], second[name]]) if x.ndim else first[name]
-        assert torch.equal(found, x), name
+        torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-4)
 
 
 def over_nccl(rank: int, store: str) -> dict[str, dict[str, Tensor]]:
