@@ -1,7 +1,7 @@
 """All recipes on both tasks, each at its best rate of one grid: `python -m benchmarks.family`.
 
-Writes a line for every run as it goes, so that an interrupted study goes on; then a table and a
-picture. docs/family.md has both. About half an hour of one core.
+Writes a line for every run as it goes, so that an interrupted study goes on; then the tables and
+the picture of docs/family.md. About half an hour of one core, seconds where no run is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm import tqdm
 import funshampoo as fs
 from benchmarks import ensemble
 from benchmarks.ensemble import Method, Task
-from benchmarks.run import processor
+from benchmarks.page import filled
 from benchmarks.step_costs import measure
 from benchmarks.study import (
     Entry,
@@ -35,6 +35,8 @@ from benchmarks.study import (
 from examples.record import record
 from funshampoo.core.contract import GradientTransformation, Schedule
 
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "family.md"
 SEEDS, TUNING = 5, {"digits": 5, "text": 2}
 REST = 0.01  # of what is not hidden: AdamW's best rate on both tasks
 
@@ -89,7 +91,8 @@ def the_record(rate: Any, task: Task) -> GradientTransformation:
     return record(task.schedule(rate), rest(task), labels_of(task))
 
 
-# A kernel is a matrix to those that were written for matrices.
+# A kernel is a matrix to those that were written for matrices. Exponents are spelled out, whatever
+# the default becomes.
 METHODS: dict[str, Entry] = {
     "SGD, Nesterov": Entry(everywhere(fs.sgd, momentum=0.9, nesterov=True)),
     "AdamW": Entry(everywhere(fs.adamw)),
@@ -97,12 +100,15 @@ METHODS: dict[str, Entry] = {
     "Schedule-Free AdamW": Entry(schedule_free, averages=True),
     "Lion": Entry(everywhere(fs.lion)),
     "sign descent": Entry(everywhere(fs.sign_descent)),
-    "Shampoo": Entry(everywhere(fs.shampoo)),
+    "Shampoo, 1/4": Entry(everywhere(fs.shampoo, exponents="shampoo")),
+    "Shampoo, 1/3": Entry(everywhere(fs.shampoo, exponents=1 / 3)),
     "SOAP": Entry(everywhere(fs.soap)),
     "AdamW, hidden": Entry(on_hidden(fs.adamw)),
-    "Shampoo, hidden": Entry(on_hidden(fs.shampoo)),
+    "Shampoo, 1/4, hidden": Entry(on_hidden(fs.shampoo, exponents="shampoo")),
+    "Shampoo, 1/3, hidden": Entry(on_hidden(fs.shampoo, exponents=1 / 3)),
     "eigenvalue-corrected, hidden": Entry(on_hidden(fs.eigenvalue_shampoo)),
     "KL-Shampoo, hidden": Entry(on_hidden(fs.kl_shampoo)),
+    "KL-Shampoo from 0.001, hidden": Entry(on_hidden(fs.kl_shampoo, initial_eigenvalue=0.001)),
     "SOAP, hidden": Entry(on_hidden(fs.soap)),
     "KL-SOAP, hidden": Entry(on_hidden(fs.kl_soap)),
     "SPlus, hidden": Entry(on_hidden(fs.splus, average=0.9, merge="matrix"), averages=True),
@@ -112,12 +118,12 @@ METHODS: dict[str, Entry] = {
     "SOAP-Muon, hidden": Entry(on_hidden(fs.soap_muon, merge="matrix")),
     "the record's stack, hidden": Entry(the_record, averages=True),
 }
-QUICK = ("AdamW", "Shampoo, hidden", "the record's stack, hidden")
+QUICK = ("AdamW", "Shampoo, 1/4, hidden", "the record's stack, hidden")
 
 
 def table(task: Task, results: Mapping[str, Result], spent: Mapping[str, Any]) -> str:
     """A line for each method, the least loss first."""
-    goal = f"{task.goal:.0%}" if task.measure == "accuracy" else f"{task.goal:g}"
+    goal = f"{100 * task.goal:g} %" if task.measure == "accuracy" else f"{task.goal:g}"
     header = [
         "method",
         "best rate",
@@ -143,24 +149,37 @@ def table(task: Task, results: Mapping[str, Result], spent: Mapping[str, Any]) -
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def section(task: Task, results: Mapping[str, Result], store: Store) -> str:
+    """What docs/family.md has of a task: the table, and where its milliseconds were measured."""
+    spent = store.costs(task.name)
+    gradient = spent[""]
+    took = f"The gradient takes {gradient['ms']:.2f} ms"
+    where = f"{gradient['where']}; meanwhile others kept {gradient['others']:.1f} cores busy"
+    return f"{table(task, results, spent)}\n\n{took} ({where})."
+
+
 def picture(found: Mapping[str, Mapping[str, Result]], path: Path) -> None:
     """Final loss and its standard error, a panel for each task, the least on top."""
     plt = importlib.import_module("matplotlib.pyplot")
+    colors = {"on everything": "#0072b2", "on what is hidden": "#d55e00"}
     figure, panels = plt.subplots(1, len(found), figsize=(12, 5), squeeze=False)
     for axes, (task, results) in zip(panels[0], found.items()):
         ordered = sorted(results, key=lambda name: mean(results[name].losses))
         for row, name in enumerate(ordered):
             losses = results[name].losses
-            kind = "#d55e00" if "hidden" in name else "#0072b2"
-            axes.plot(losses, [row] * len(losses), "o", ms=3, color=kind, alpha=0.4)
+            color = colors["on what is hidden" if "hidden" in name else "on everything"]
+            axes.plot(losses, [row] * len(losses), "o", ms=3, color=color, alpha=0.4)
             error = standard_error(losses)
-            axes.errorbar(mean(losses), row, xerr=error, fmt="s", ms=5, capsize=3, color=kind)
-        labels = [f"{name}  {results[name].rate:g}" for name in ordered]
+            axes.errorbar(mean(losses), row, xerr=error, fmt="s", ms=5, capsize=3, color=color)
+        labels = [f"{name}  at {results[name].rate:g}" for name in ordered]
         axes.set_yticks(range(len(ordered)), labels, fontsize=8)
         axes.invert_yaxis()
         axes.set_title(task)
         axes.set_xlabel("test loss at the end, at the best rate")
         axes.spines[["top", "right"]].set_visible(False)
+    for label, color in colors.items():
+        panels[0][0].plot([], [], "s", color=color, label=label)
+    panels[0][0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -181,20 +200,21 @@ def study(store: Store, chosen: str, quick: bool) -> tuple[Task, dict[str, Resul
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="All recipes, each at its best rate of one grid.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tasks", nargs="+", choices=ensemble.TASKS, default=list(ensemble.TASKS))
     parser.add_argument("--quick", action="store_true", help="seconds: three methods, four steps")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     store = Store(options.out / f"family{'-quick' if options.quick else ''}.jsonl")
-    print(f"{processor(torch.device('cpu'))}, torch {torch.__version__}, one thread")
-    found = {}
+    found, sections = {}, {}
     for chosen in options.tasks:
         task, found[chosen] = study(store, chosen, options.quick)
-        spent = store.costs(chosen)
-        print(f"\n{chosen}: the gradient takes {spent['']['ms']:.2f} ms\n")
-        print(table(task, found[chosen], spent))
-    picture(found, options.out / "family.png")
+        sections[chosen] = section(task, found[chosen], store)
+        print(f"\n{chosen}\n\n{sections[chosen]}")
+    published = options.out == RESULTS and not options.quick and len(found) == len(ensemble.TASKS)
+    if published:
+        PAGE.write_text(filled(PAGE.read_text(), sections))
+    picture(found, (PAGE.parent if published else options.out) / "family.png")
 
 
 if __name__ == "__main__":

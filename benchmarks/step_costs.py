@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.func import grad
 
 import funshampoo as fs
 from benchmarks.ensemble import Task, loss_of
-from benchmarks.run import Others
+from benchmarks.run import Others, processor
 from benchmarks.study import Entry, Store
 
 RATE = 0.001
@@ -20,13 +21,20 @@ STEPS, ROUNDS = 100, 3
 
 
 def measure(store: Store, task: Task, entries: Mapping[str, Entry], quick: bool) -> None:
-    """Add to the file what it lacks, and how many cores were others' meanwhile."""
-    there = store.costs(task.name)
-    missing = {name: entry for name, entry in entries.items() if name not in there}
-    if missing:
+    """Add them to the file, with where that was, and how many cores were others' meanwhile.
+
+    All of them where one is missing, since only what took turns can be compared.
+    """
+    if not entries.keys() <= store.costs(task.name).keys():
         others = Others()
-        lines = list(costs(task, missing, *((2, 1) if quick else (STEPS, ROUNDS))))
-        store.add({"task": task.name, **line, "others": others.cores()} for line in lines)
+        lines = list(costs(task, entries, *((2, 1) if quick else (STEPS, ROUNDS))))
+        where = {"where": machine(), "others": others.cores()}
+        store.add({"task": task.name, **line, **where} for line in lines)
+
+
+def machine() -> str:
+    """What the numbers depend on besides the code."""
+    return f"{processor(torch.device('cpu'))}, torch {torch.__version__}"
 
 
 def costs(

@@ -45,7 +45,7 @@ class Store:
         return [Run(**{field: line[field] for field in Run._fields}) for line in mine]
 
     def costs(self, task: str) -> dict[str, dict[str, Any]]:
-        """{method: what a step takes}, the latest."""
+        """{method: what a step takes}, the latest; "" is the gradient."""
         return {x["method"]: x for x in self.lines if x["task"] == task and "ms" in x}
 
 

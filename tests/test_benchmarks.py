@@ -290,7 +290,7 @@ def test_a_member_of_an_ensemble_trains_as_if_alone() -> None:
     from benchmarks.family import METHODS
 
     task = ensemble.characters(steps=6, width=16, batch=2)._replace(evaluate_every=6)
-    entry = METHODS["Shampoo, hidden"]
+    entry = METHODS["Shampoo, 1/4, hidden"]
     members = [(0.01, 0), (0.03, 1), (1e30, 1)]  # the last diverges, and the others go on
     runs = ensemble.train(task, entry.method, members)
     loss = ensemble.loss_of(task, task.build())
