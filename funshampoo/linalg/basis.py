@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import is_traced
+from funshampoo.linalg.cholesky_qr import cholesky_qr
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, is_plain_memory, multiply
 from funshampoo.linalg.spectral import decompose
@@ -145,7 +146,7 @@ def power_step(A: Tensor, Q: Tensor) -> Tensor:
     """qr(A Q), the columns in their places, (..., d, d)."""
     image = multiply(aligned(A), aligned(Q))
     order = rank_by_size(image, Q)[..., None, :]
-    new = orthogonal(image.take_along_dim(order, -1))
+    new = orthogonal(image.take_along_dim(order, -1), Q.take_along_dim(order, -1))
     return new.take_along_dim(order.argsort(-1), -1)
 
 
@@ -154,8 +155,14 @@ def rank_by_size(image: Tensor, Q: Tensor) -> Tensor:
     return (image * Q).sum(-2).argsort(dim=-1, descending=True, stable=True)
 
 
-def orthogonal(Y: Tensor) -> Tensor:
-    """The Q of a QR. On a CPU one by one: LAPACK rounds by where a matrix lies in memory."""
+def orthogonal(Y: Tensor, old: Tensor) -> Tensor:
+    """The Q of a QR of Y = A^k Q, with Q the old basis (..., d, d).
+
+    By `cholesky_qr` on a GPU; elsewhere by reflections, on a CPU one by one: LAPACK rounds by where
+    a matrix lies in memory.
+    """
+    if Y.is_cuda:
+        return cholesky_qr(Y, old)
     if Y.ndim != 3 or not is_plain_memory(Y):
         whole: Tensor = torch.linalg.qr(Y)[0]
         return whole

@@ -28,7 +28,7 @@ class OrthogonalIteration(Basis):
         A, image = aligned(A), old
         for _ in range(self.steps):
             image = multiply(A, aligned(image))
-        new = orthogonal(image)
+        new = orthogonal(image, old)
         if not self.sort:
             return new
         order = rank_by_size(multiply(A, aligned(new)), new)

@@ -1,0 +1,74 @@
+"""The Q of a QR decomposition by products, for devices that multiply faster than they reflect."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.modes import full_precision
+
+MARGIN = 8
+"""Machine epsilons of the largest column that the smallest one is lifted to."""
+
+
+def cholesky_qr(Y: Tensor, spare: Tensor) -> Tensor:
+    """An orthonormal basis of Y's columns, each in the space of those up to it, (..., d, d).
+
+        Y ← Y + 8 ε ‖Y‖ S
+        three times:  Y ← Y D⁻¹,   RᵀR = YᵀY + 2 d ε I,   Y ← Y R⁻¹,   the last time without 2 d ε
+
+    with D the lengths of the columns, ‖·‖ the Frobenius norm and ε the machine epsilon. The factor R
+    of YᵀY loses what is below √ε of the longest column; the shift keeps it positive definite, and
+    the next round makes up for it. S keeps the first round from a matrix without full rank. Columns
+    have the sign that they come with, R's diagonal being positive; Householder's may be the other.
+
+    A GPU decomposes 64 matrices of 1,024 rows by reflections in 300 ms (torch 2.11, H100): one by
+    one. These are products and triangular solves of the whole stack, and nothing is read by the
+    host. Orthonormal to some ε at any condition of Y; of what is not finite, not finite.
+
+    Args:
+        Y: (..., d, d), floating point.
+        spare: S (..., d, d), columns of length 1 for directions that Y may lack: for Y = A Q that
+            is Q, so that Y's columns are those of (A + 8 ε ‖Y‖ I) Q. A column of zeros is replaced
+            by one of a cosine transform, which is in no few coordinates.
+
+    Reference: Fukaya et al., arXiv 1809.11085 (shifted Cholesky QR).
+
+    >>> A = torch.diag(torch.tensor([4.0, 1.0]))
+    >>> cholesky_qr(A @ torch.tensor([[0.6, -0.8], [0.8, 0.6]]), torch.eye(2)).round(decimals=4)
+    tensor([[ 0.9487, -0.3162],
+            [ 0.3162,  0.9487]])
+    """
+    d, epsilon = Y.shape[-1], torch.finfo(Y.dtype).eps
+    eye = torch.eye(d, dtype=Y.dtype, device=Y.device)
+    with full_precision():
+        Y = Y / _largest(Y)  # squares stay in the range of the dtype
+        size = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
+        Y = Y + MARGIN * epsilon * torch.where(size > 0, size, 1.0) * _completed(spare)
+        for last in (False, False, True):
+            Y = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True)
+            gram = Y.mT @ Y
+            shifted = gram if last else gram + 2 * d * epsilon * eye
+            R, _ = torch.linalg.cholesky_ex(shifted, upper=True)
+            Y = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
+    found: Tensor = Y
+    return found
+
+
+def _largest(Y: Tensor) -> Tensor:
+    """The largest entry's size (..., 1, 1), and 1 for a matrix of zeros."""
+    size = Y.detach().abs().amax((-2, -1), keepdim=True)
+    return torch.where(size > 0, size, 1.0)
+
+
+def _completed(spare: Tensor) -> Tensor:
+    missing = (spare == 0).all(-2, keepdim=True)
+    return torch.where(missing, _cosines(spare.shape[-1], spare), spare)
+
+
+def _cosines(d: int, like: Tensor) -> Tensor:
+    """The columns of the orthogonal cosine transform but for their lengths, (d, d)."""
+    k = torch.arange(d, dtype=like.dtype, device=like.device)
+    return torch.cos(math.pi / d * torch.outer(k + 0.5, k)) * (2 / d) ** 0.5
