@@ -19,6 +19,7 @@ from funshampoo.combinators.failures import FailureLimitError
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import masked, partition
+from funshampoo.combinators.tensor_float import in_tf32
 from funshampoo.combinators.wrapping import every_k, wrapping
 from funshampoo.core.applying import apply_updates, update_in_place
 from funshampoo.core.clock import refresh_due
@@ -134,6 +135,7 @@ __all__ = [
     "hyperball",
     "identity",
     "in_eigenbasis",
+    "in_tf32",
     "inject_hyperparams",
     "kl_shampoo",
     "kl_soap",

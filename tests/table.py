@@ -93,6 +93,10 @@ CASES = [
     ),
     Case("inject_hyperparams", lambda: fs.inject_hyperparams(fs.shampoo)(_schedule(), every=2)),
     Case(
+        "in_tf32",
+        lambda: fs.in_tf32(fs.chain(fs.ema(0.9), fs.soap(0.1, every=2, max_size=4))),
+    ),
+    Case(
         "compiled",
         lambda: fs.compiled(fs.chain(fs.ema(0.9), fs.trace(0.5)), backend="eager"),
         options=AROUND_BLOCKS,

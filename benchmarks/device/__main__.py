@@ -28,7 +28,7 @@ LIMITS = {
     "steps": 90,
     "family": 60,
     "training": 90,
-    "compiled": 90,
+    "compiled": 150,
 }
 """Seconds from the start of a group's process to its end by force; the last has what is left."""
 MODULES = {"tests": "suite"}

@@ -15,6 +15,7 @@ from benchmarks.device.group import Cell, Row, Setting, in_a_line
 from benchmarks.device.products import tf32
 from benchmarks.factors import Stack, stack
 from funshampoo import linalg
+from funshampoo.linalg.cholesky_qr import cholesky_qr
 
 SIDES = (256, 1024, 512, 128, 2048, 64)
 COUNTS = (8, 64, 1)
@@ -166,7 +167,7 @@ def answers_for(case: Case) -> dict[str, Answer]:
         "newton_schulz": lambda: schulz(A, POWER),
         "coupled_newton": lambda: newton(A, POWER),
         "QR of the old basis": lambda: in_basis(D, torch.linalg.qr(D @ Q).Q),
-        "Cholesky-QR of the old basis": lambda: in_basis(D, cholesky_qr(D @ Q)),
+        "Cholesky-QR of the old basis": lambda: in_basis(D, cholesky_qr(D @ Q, Q)),
         "torch.linalg.eigh alone": lambda: alone(torch.linalg.eigh),
         "torch.linalg.qr alone": lambda: alone(torch.linalg.qr),
         "torch.linalg.cholesky_ex alone": lambda: alone(torch.linalg.cholesky_ex),
@@ -180,25 +181,6 @@ def in_basis(D: Tensor, Q: Tensor) -> Tensor:
     """D^(-1/p), were Q its eigenvectors: Q diag(QᵀDQ)^(-1/p) Qᵀ."""
     values = (Q * (D @ Q)).sum(-2)
     return (Q * values.clamp(min=EPSILON)[..., None, :] ** (-1 / POWER)) @ Q.mT
-
-
-def cholesky_qr(Y: Tensor, rounds: int = 2) -> Tensor:
-    """An orthonormal basis of Y's columns, in their order, by products and triangular solves.
-
-    Each round: columns of length 1, then Q = Y R⁻¹ with RᵀR = YᵀY + shift·I. Of D Q with Q close to
-    D's eigenvectors the columns are nearly orthogonal, however large D's condition is, so that YᵀY
-    is close to I; the second round takes away what rounding and the shift have left (Fukaya et al.,
-    arXiv 1809.11085). Nothing is read by the host. A matrix that has no Cholesky factor is not
-    finite afterwards.
-    """
-    eye = torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device)
-    shift = 2 * Y.shape[-1] * torch.finfo(Y.dtype).eps
-    for _ in range(rounds):
-        Y = Y / Y.norm(dim=-2, keepdim=True)
-        R, _ = torch.linalg.cholesky_ex(Y.mT @ Y + shift * eye, upper=True)
-        Y = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
-        shift = 0.0
-    return Y
 
 
 def _errors(found: Tensor | linalg.InverseRoot | None, case: Case) -> Row:

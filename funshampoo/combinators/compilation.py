@@ -14,6 +14,7 @@ from funshampoo.core.applying import applied
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import (
+    REFRESH,
     THREADS,
     GradientTransformation,
     Phase,
@@ -23,7 +24,7 @@ from funshampoo.core.contract import (
     steps_of,
 )
 from funshampoo.core.live import Numbers
-from funshampoo.core.modes import is_traced
+from funshampoo.core.modes import full_precision, is_traced, product_precision
 from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import MultiStepsState, ShardedState
@@ -125,8 +126,11 @@ class _ByGraph:
         )
         if phase not in self._graphs:
             self._graphs[phase] = _compiled(_step_of(self._step), self._options)
+        # A graph can't choose it. Its kernels go by what they find.
+        rare = any([label.startswith(REFRESH) for label in phase])
         try:
-            return self._graphs[phase](updates, state, params, plain)
+            with full_precision() if rare else product_precision():
+                return self._graphs[phase](updates, state, params, plain)
         except torch._dynamo.exc.TorchDynamoException:
             # Raises what the tracer has hidden, if the caller did something wrong.
             self._inner.run(updates, state, params, changed(context, donate=False))

@@ -12,9 +12,9 @@ from funshampoo.combinators.spikes import above, any_held, held, learned
 from funshampoo.core.context import Context
 from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.modes import is_traced, unwrapped
-from funshampoo.core.placed import any_in_parts, whole_numbers
+from funshampoo.core.placed import any_in_parts
 from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
-from funshampoo.linalg.norms import block_norm
+from funshampoo.linalg.norms import block_norms
 from funshampoo.state.stages import SpikeState
 
 Verdicts = tuple[Tree, Tree]
@@ -82,13 +82,12 @@ def _judged(norms: Tree, together: bool) -> Verdicts:
 def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
     """A tree of ‖G‖, (N,) or (). None where there is no gradient."""
 
-    def norm(g: Tensor | None, u: Tensor | None) -> Tensor | None:
-        if g is None or u is None:
-            return None
-        return block_norm(cast(g, compute_dtype(g)), block_ndim)
+    def wide(g: Tensor | None, u: Tensor | None) -> Tensor | None:
+        return None if g is None or u is None else cast(g, compute_dtype(g))
 
-    found, spec = flatten(map_leaves(norm, source, updates))
-    return spec.unflatten(whole_numbers(found))
+    leaves, spec = flatten(map_leaves(wide, source, updates))
+    norms = iter(block_norms([g for g in leaves if g is not None], block_ndim))
+    return spec.unflatten([None if g is None else next(norms) for g in leaves])
 
 
 def with_spikes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from funshampoo.core.placed import are_alike, local_part, were_seen
-from funshampoo.core.precision import FullProducts
+from funshampoo.core.precision import FullProducts, RoundedProducts
 
 
 def unwrapped(tensor: Tensor) -> Tensor | None:
@@ -129,6 +130,39 @@ def full_precision() -> contextlib.AbstractContextManager[Any]:
     if not contexts:
         return contextlib.nullcontext()
     return contexts[0] if len(contexts) == 1 else _all_of(contexts)
+
+
+def product_precision() -> contextlib.AbstractContextManager[Any]:
+    """`full_precision` for what is multiplied on every step; inside of `in_tf32` rounded to TF32.
+
+    Of statistics and directions a rounding is an error of its size. What is computed now and then
+    from statistics, an inverse root say, is in `full_precision`: there it grows with the condition.
+    """
+    if torch.compiler.is_dynamo_compiling() or not _ASKED.tf32:
+        return full_precision()
+    return _all_of([full_precision(), RoundedProducts()])
+
+
+@contextlib.contextmanager
+def asking_for_tf32() -> Iterator[None]:
+    """What `in_tf32` runs its chain in: `product_precision` rounds, in this thread."""
+    if torch.compiler.is_dynamo_compiling():  # what it asks for is not to be had
+        yield
+        return
+    before, _ASKED.tf32 = _ASKED.tf32, True
+    try:
+        yield
+    finally:
+        _ASKED.tf32 = before
+
+
+class _Asked(threading.local):
+    """Whether this thread is inside of `in_tf32`."""
+
+    tf32 = False
+
+
+_ASKED = _Asked()
 
 
 @contextlib.contextmanager

@@ -77,6 +77,31 @@ class FullProducts:
         self._turn += 1
 
 
+class RoundedProducts:
+    """In this context a GPU rounds the operands of float32 products to TF32's 10 bits.
+
+    A setting of the process, as above, put back at the end. A CPU goes on as it was.
+    """
+
+    def __init__(self) -> None:
+        self._before: Setting | None = None
+
+    def __enter__(self) -> None:
+        if not _is_rounded_on_cuda():
+            self._before = Setting()
+            self._before.round_on_cuda()
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            self._before.put_back()
+
+
+def _is_rounded_on_cuda() -> bool:
+    if not _HAS_PLACES:
+        return torch.get_float32_matmul_precision() != "highest"
+    return _read(*_ON_CUDA) not in _FULL
+
+
 def products_are_rounded() -> bool:
     """Whether float32 products have operands of fewer bits on some device."""
     if not _HAS_PLACES:
@@ -89,19 +114,27 @@ class Setting:
 
     def __init__(self) -> None:
         self._places = {place: _own(place) for place in _PRODUCTS} if _HAS_PLACES else {}
-        self._overall = "highest"
+        self._overall: str | None = None
 
     def fill(self) -> None:
         """Full precision."""
         for place in self._places:
             _write(*place, "ieee")
-        self._overall = torch.get_float32_matmul_precision()  # which could have raised before
-        if self._overall != "highest":
+        overall = torch.get_float32_matmul_precision()  # which could have raised before
+        if overall != "highest":
+            self._overall = overall
             torch.set_float32_matmul_precision("highest")
 
+    def round_on_cuda(self) -> None:
+        """TF32 on a GPU, by both interfaces: its products raise where they contradict."""
+        self._overall = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        if _ON_CPU in self._places:
+            _write(*_ON_CPU, self._places[_ON_CPU])
+
     def put_back(self) -> None:
-        """As it was, after `fill`."""
-        if self._overall != "highest":
+        """As it was, after either."""
+        if self._overall is not None:
             torch.set_float32_matmul_precision(self._overall)
         for place, value in self._places.items():
             _write(*place, value)

@@ -19,10 +19,11 @@ def cholesky_qr(Y: Tensor, spare: Tensor) -> Tensor:
         Y ← Y + 8 ε ‖Y‖ S
         three times:  Y ← Y D⁻¹,   RᵀR = YᵀY + 2 d ε I,   Y ← Y R⁻¹,   the last time without 2 d ε
 
-    with D the lengths of the columns, ‖·‖ the Frobenius norm and ε the machine epsilon. The factor R
-    of YᵀY loses what is below √ε of the longest column; the shift keeps it positive definite, and
-    the next round makes up for it. S keeps the first round from a matrix without full rank. Columns
-    have the sign that they come with, R's diagonal being positive; Householder's may be the other.
+    with D the lengths of the columns, ‖·‖ the Frobenius norm and ε the machine epsilon. The factor
+    R of YᵀY loses what is below √ε of the longest column; the shift keeps it positive definite,
+    and the next round makes up for it. S keeps the first round from a matrix without full rank.
+    Columns have the sign that they come with, R's diagonal being positive; Householder's may be the
+    other.
 
     A GPU decomposes 64 matrices of 1,024 rows by reflections in 300 ms (torch 2.11, H100): one by
     one. These are products and triangular solves of the whole stack, and nothing is read by the
@@ -60,7 +61,8 @@ def cholesky_qr(Y: Tensor, spare: Tensor) -> Tensor:
 def _largest(Y: Tensor) -> Tensor:
     """The largest entry's size (..., 1, 1), and 1 for a matrix of zeros."""
     size = Y.detach().abs().amax((-2, -1), keepdim=True)
-    return torch.where(size > 0, size, 1.0)
+    found: Tensor = torch.where(size > 0, size, 1.0)
+    return found
 
 
 def _completed(spare: Tensor) -> Tensor:
@@ -71,4 +73,5 @@ def _completed(spare: Tensor) -> Tensor:
 def _cosines(d: int, like: Tensor) -> Tensor:
     """The columns of the orthogonal cosine transform but for their lengths, (d, d)."""
     k = torch.arange(d, dtype=like.dtype, device=like.device)
-    return torch.cos(math.pi / d * torch.outer(k + 0.5, k)) * (2 / d) ** 0.5
+    found: Tensor = torch.cos(math.pi / d * torch.outer(k + 0.5, k)) * (2 / d) ** 0.5
+    return found

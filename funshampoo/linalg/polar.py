@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import full_precision, is_traced
+from funshampoo.core.modes import is_traced, product_precision
 from funshampoo.core.tree import cast
 from funshampoo.linalg.polynomials import Polynomial
 from funshampoo.linalg.products import is_plain_memory, matmul
@@ -55,7 +55,7 @@ def polar_factor(
     tensor([[1.0000, 0.0000],
             [0.0000, 1.0000]])
     """
-    with full_precision():
+    with product_precision():
         tall = X.shape[-2] > X.shape[-1]
         inner = dtype or X.dtype
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import product_precision
 from funshampoo.core.tree import cast, compute_dtype, update_leaves
 from funshampoo.linalg.products import matmul
 from funshampoo.linalg.products import power as raised
@@ -137,7 +137,7 @@ def _size(x: Tensor, block_ndim: int) -> Tensor:
     """The Schatten norm of order 4 of every block, (N, 1, ...)."""
     rows = as_rows(x, block_ndim)
     rows = rows if rows.shape[-2] <= rows.shape[-1] else rows.mT
-    with full_precision():
+    with product_precision():
         gram = matmul(rows, rows.mT)
     norm = norm_over(gram, block_ndim).reshape(x.shape[:block_ndim])
     return per_block(torch.where(norm > 0, sqrt(norm), 0.0), x)

@@ -14,7 +14,7 @@ from funshampoo.core.checks import check_choice, check_flag
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import full_precision, product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
     cast,
@@ -195,13 +195,13 @@ def _stepped(
 ) -> tuple[Tree, Any]:
     """A step of `inner` in these bases; zeros go in and come out where `fine` is 0."""
     ndim = context.block_ndim
-    with full_precision():
+    with product_precision():
         turned = gradient = _held(_turned(updates, kept, ndim), fine)
         if context.gradient is not None and context.gradient is not updates:
             gradient = _held(_turned(context.gradient, kept, ndim), fine)
     inside = changed(context, gradient=gradient, alive=fine, usable=False)
     out, own = run_alive(inner, turned, own, params, inside)
-    with full_precision():
+    with product_precision():
         return _turned(_held(out, fine), kept, ndim, back=True), own
 
 

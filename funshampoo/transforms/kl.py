@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_choice, check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
     cast,
@@ -178,7 +178,7 @@ def kl_statistics(
 
         inputs = (updates if gradient is None else gradient, kept, seen, *known)
         weights = weights_over(weight, updates)
-        with full_precision():
+        with product_precision():
             _, factors, eigenvalues = update_leaves(
                 accumulate, updates, (factors, eigenvalues), (*inputs, weights)
             )

@@ -14,7 +14,7 @@ from funshampoo.core.clock import advanced, refresh_due, running, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Phase, Tree
 from funshampoo.core.live import is_exactly, number
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_columns, update_leaves
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
@@ -133,7 +133,7 @@ def kronecker_statistics(
         known = () if context.alive is None else (context.alive,)
         by_row = len(known) > 0 and not by_weight and not is_exactly(beta, 1)
         share = _Share(beta, 1.0 if plain_sum else _share_of_new(beta), by_row)
-        with full_precision():
+        with product_precision():
             accumulate = functools.partial(_accumulate, share, product_dtype, context)
             _, factors = update_leaves(accumulate, updates, (state.factors,), (source, *known))
         weight = state.weight

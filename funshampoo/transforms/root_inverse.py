@@ -13,7 +13,7 @@ from funshampoo.core.checks import check_flag, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import cast, compute_dtype, update_leaves
 from funshampoo.linalg import Solver
@@ -182,7 +182,7 @@ def root_inverse(
         weight = weights_over(statistics.weight, updates)
         inputs = (statistics.factors, weight)
         state = roots_with(context.hyper).update(updates, state, inputs, _factor, context)
-        with full_precision():
+        with product_precision():
             return _directions(updates, state.kept, context.block_ndim, product_dtype), state
 
     looked_up = [epsilon, trace_scaling, basis_tolerance, solve]
