@@ -230,6 +230,8 @@ def test_a_step_stays_on_its_device_and_reads_nothing(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
     """Eigenvectors are the same where they are unique: of statistics of full rank."""
+    if case.name in OF_RANK_1:
+        pytest.skip("all but one of its eigenvectors are anybody's")
     by_basis = any(word in case.name for word in OF_A_BASIS)
     params, *grads = map(squares, range(6)) if by_basis else (problem(), *gradients(5))
     cpu, _, _ = train(case.make(), params, grads, fs.apply_updates)
@@ -238,7 +240,8 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
     assert_close(to(cuda, "cpu"), cpu, 1e-6 if by_basis else 1e-8)
 
 
-OF_A_BASIS = ("basis", "adaptive", "soap", "kl", "eigenvalue", "gate", "spectral_steps")
+OF_A_BASIS = ("basis", "adaptive", "soap", "kl", "eigenvalue", "gate", "tf32")
+OF_RANK_1 = ("from_reference:eigenvalue_corrected",)  # it merges a small matrix to a vector
 
 
 def squares(seed: int) -> dict[str, Tensor]:

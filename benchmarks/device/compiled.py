@@ -17,7 +17,7 @@ from benchmarks.device.group import Cell, Row, Setting
 from benchmarks.device.steps import Ours, tensors_of
 
 COMPILING = 25.0  # seconds to be left before a graph is begun: it can't be interrupted
-NAMES = ("shampoo", "adamw", "muon, bfloat16", "soap")
+NAMES = ("adamw", "shampoo", "soap", "muon, bfloat16")
 REPLAYED = ("shampoo", "adamw")  # once more, with torch.compile's CUDA graphs
 
 

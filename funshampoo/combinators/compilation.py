@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import MultiStepsState, ShardedState
 
+FOR_ALL = "refresh for all"  # by the caller's word
+
 
 def compiled(inner: GradientTransformation, **options: Any) -> GradientTransformation:
     """The same transformation, its steps compiled by torch.compile.
@@ -37,8 +39,8 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
     memory, without Python in between. Every phase of the schedule (`GradientTransformation.phase`:
     a plain step, a refresh, every k-th step) has a graph of its own, made when it first comes,
     which takes from seconds to a minute, and again for other shapes. Refreshes by
-    eigendecomposition on a CPU are left to the threads that are there for them. Numbers differ from
-    those of `inner` by rounding.
+    eigendecomposition on a CPU are left to the threads that are there for them, and refreshes of
+    everything on a GPU run as they are. Numbers differ from those of `inner` by rounding.
 
     A step runs as it is, not compiled, too where a gradient is None or is not finite (as far as
     that can be read without waiting, on a CPU; elsewhere `guarded` decides in the graph), where the
@@ -112,7 +114,7 @@ class _ByGraph:
         usable = surely_usable(gradients)
         if (
             phase is None
-            or (_in_threads(phase) and all([g is None or g.is_cpu for g in gradients]))
+            or _is_left(phase, gradients)
             or _has_numbers(context.extra)
             or usable is False
             or any([g is None for g in gradients])
@@ -145,7 +147,7 @@ class _ByGraph:
         if context.refresh is None:
             return self._inner.phase(t)
         others = [label for label in self._inner.phase(t) if not label.startswith("refresh")]
-        return (*others, "refresh for all") if context.refresh else tuple(others)
+        return (*others, FOR_ALL) if context.refresh else tuple(others)
 
 
 def _step_of(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,8 +159,15 @@ def _step_of(step: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _in_threads(phase: Phase) -> bool:
-    return any([label.startswith(THREADS) for label in phase])
+def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:
+    """Whether a step is a refresh that a graph would only delay.
+
+    A CPU's threads share eigendecompositions. On a GPU a refresh of everything is thousands of
+    operators, long ones, whose graph takes minutes to make.
+    """
+    if all([g is None or g.is_cpu for g in gradients]):
+        return any([label.startswith(THREADS) for label in phase])
+    return any([label in (REFRESH, THREADS, FOR_ALL) for label in phase])
 
 
 def _as_tensors(hyper: Numbers) -> dict[str, Tensor]:

@@ -57,6 +57,12 @@ def parts(rank: int) -> dict[str, Tensor]:
     return {n: (x.to_local() if isinstance(x, DTensor) else x).cpu() for n, x in params.items()}
 
 
+def assert_near(found: Tensor, expected: Tensor, name: str) -> None:
+    """Ill-conditioned roots make more of a rounding; a wrong row is another number altogether."""
+    way = (expected - tree(0)[name]).norm()
+    assert (found - expected).norm() <= 0.02 * way, name
+
+
 @pytest.fixture
 def expected(ranks: Ranks) -> dict[str, Tensor]:
     return ranks(1, one_process)[0]
@@ -65,14 +71,14 @@ def expected(ranks: Ranks) -> dict[str, Tensor]:
 def test_data_parallel_ranks(ranks: Ranks, expected: dict[str, Tensor]) -> None:
     for found in ranks(2, data_parallel):
         for name, x in expected.items():
-            torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-4)
+            assert_near(found[name], x, name)
 
 
 def test_parts_of_parameters(ranks: Ranks, expected: dict[str, Tensor]) -> None:
     first, second = ranks(2, parts)
     for name, x in expected.items():
         found = torch.cat([first[name], second[name]]) if x.ndim else first[name]
-        torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-4)
+        assert_near(found, x, name)
 
 
 def over_nccl(rank: int, store: str) -> dict[str, dict[str, Tensor]]:
