@@ -133,7 +133,9 @@ def filled(old: Tensor, new: Sequence[tuple[range, Tensor]]) -> Tensor:
 
 def _cut(x: Tensor, rows: range | None) -> Tensor:
     # What is not by rows is copied: a portion may write into it, and the next starts from the same.
-    return x.clone() if rows is None else x.narrow(0, rows.start, len(rows))
+    if rows is None:
+        return x.clone()
+    return x if len(rows) == x.shape[0] else x.narrow(0, rows.start, len(rows))
 
 
 def _write(old: Tensor, new: Tensor) -> None:

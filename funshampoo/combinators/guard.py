@@ -23,7 +23,7 @@ from funshampoo.core.live import number
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import flatten, map_leaves, update_columns
 from funshampoo.operators.columns import Column, add, multiply, product_in
-from funshampoo.operators.leaf_ops import per_block
+from funshampoo.operators.leaf_ops import per_block, zeroed
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import GuardedState
 
@@ -207,7 +207,7 @@ def _streaks(updates: Tree, streak: Tree, dead: Tree, donate: bool) -> Tree:
 def _zeroed(x: Tensor | None, dead: Tensor | None) -> Tensor | None:
     if x is None or dead is None:
         return x
-    return x.masked_fill(per_block(dead, x), 0.0)
+    return zeroed(x, per_block(dead, x))
 
 
 def _merged(new: Any, old: Any, alive: Tree, block_ndim: int) -> Any:

@@ -179,7 +179,7 @@ def only_alive(xs: Column, alive: Sequence[Column], others: Column | None = None
         return xs
     dead = per_block([fine == 0 for fine in alive[0]], xs)
     if others is None:
-        return [x.masked_fill(mask, 0.0) for mask, x in zip(dead, xs)]
+        return [leaf_ops.zeroed(x, mask) for mask, x in zip(dead, xs)]
     return [torch.where(mask, y, x) for mask, x, y in zip(dead, xs, others)]
 
 

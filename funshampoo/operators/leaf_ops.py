@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._C import _functorch
 
 from funshampoo.core.contract import Hyper
-from funshampoo.core.modes import is_traced, may_reuse
+from funshampoo.core.modes import constant, is_traced, may_reuse
+from funshampoo.core.placed import is_in_parts
 from funshampoo.core.tree import cast
 from funshampoo.linalg.products import aligned, gram, is_plain_gram, is_plain_memory
 from funshampoo.operators.graph_ops import accumulate_gram_, implement
@@ -138,6 +139,21 @@ def per_block(values: Tensor, like: Tensor) -> Tensor:
     if values.ndim == 0:  # which may be on the CPU wherever the blocks are
         return values
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def zeroed(x: Tensor, dead: Tensor) -> Tensor:
+    """x with zeros where `dead`, which broadcasts over it, is True.
+
+    In one pass, and one kernel: masked_fill copies x first.
+    """
+    if is_in_parts(x) or dead.device != x.device:
+        return x.masked_fill(dead, 0.0)
+    return torch.where(dead, _zero(x.dtype, x.device), x)
+
+
+@constant
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def sqrt(x: Tensor) -> Tensor:
