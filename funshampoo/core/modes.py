@@ -120,13 +120,9 @@ def full_precision() -> contextlib.AbstractContextManager[Any]:
     alone, since a graph can't change what its kernels are chosen by. Enter it around the call of
     what is compiled, as the graph's products then go by the setting that they find.
     """
-    contexts: list[Any] = [
-        torch.autocast(kind, enabled=False)
-        for kind in _AUTOCASTED
-        if torch.is_autocast_enabled(kind)
-    ]
-    if not torch.compiler.is_dynamo_compiling() and _FULL_PRODUCTS.needed():
-        contexts.append(_FULL_PRODUCTS)
+    contexts = _without_autocast()
+    if not torch.compiler.is_dynamo_compiling() and _ASKED.full.needed():
+        contexts.append(_ASKED.full)
     if not contexts:
         return contextlib.nullcontext()
     return contexts[0] if len(contexts) == 1 else _all_of(contexts)
@@ -140,7 +136,15 @@ def product_precision() -> contextlib.AbstractContextManager[Any]:
     """
     if torch.compiler.is_dynamo_compiling() or not _ASKED.tf32:
         return full_precision()
-    return _all_of([full_precision(), RoundedProducts()])
+    return _all_of([*_without_autocast(), _rounded()])
+
+
+def _without_autocast() -> list[Any]:
+    return [
+        torch.autocast(kind, enabled=False)
+        for kind in _AUTOCASTED
+        if torch.is_autocast_enabled(kind)
+    ]
 
 
 @contextlib.contextmanager
@@ -156,10 +160,22 @@ def asking_for_tf32() -> Iterator[None]:
         _ASKED.tf32 = before
 
 
+@contextlib.contextmanager
+def _rounded() -> Iterator[None]:
+    """Who asks for full precision inside gets it, and afterwards it is rounded again."""
+    before, _ASKED.full = _ASKED.full, FullProducts()
+    try:
+        with RoundedProducts():
+            yield
+    finally:
+        _ASKED.full = before
+
+
 class _Asked(threading.local):
-    """Whether this thread is inside of `in_tf32`."""
+    """Of this thread: whether it is inside of `in_tf32`, and who counts those inside."""
 
     tf32 = False
+    full = _FULL_PRODUCTS
 
 
 _ASKED = _Asked()

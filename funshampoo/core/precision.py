@@ -118,19 +118,23 @@ class Setting:
 
     def fill(self) -> None:
         """Full precision."""
-        for place in self._places:
-            _write(*place, "ieee")
-        overall = torch.get_float32_matmul_precision()  # which could have raised before
+        overall = self._agreed()
         if overall != "highest":
             self._overall = overall
             torch.set_float32_matmul_precision("highest")
 
     def round_on_cuda(self) -> None:
         """TF32 on a GPU, by both interfaces: its products raise where they contradict."""
-        self._overall = torch.get_float32_matmul_precision()
+        self._overall = self._agreed()
         torch.set_float32_matmul_precision("high")
         if _ON_CPU in self._places:
             _write(*_ON_CPU, self._places[_ON_CPU])
+
+    def _agreed(self) -> str:
+        """The older setting, which could have raised before the places are full."""
+        for place in self._places:
+            _write(*place, "ieee")
+        return torch.get_float32_matmul_precision()
 
     def put_back(self) -> None:
         """As it was, after either."""

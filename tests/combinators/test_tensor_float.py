@@ -11,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
 from funshampoo.core.modes import asking_for_tf32, full_precision, product_precision
+from tests.core.test_precision import as_before
+
+__all__ = ["as_before"]  # the process' setting is put back after each test
 
 SHAPES = {"w": (40, 24), "b": (24,)}
 

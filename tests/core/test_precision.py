@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import asking_for_tf32, full_precision, product_precision
 from funshampoo.core.precision import products_are_rounded
 
 NEW = hasattr(torch._C, "_get_fp32_precision_getter")
@@ -109,6 +109,20 @@ def test_full_inside_and_the_same_afterwards(name: str) -> None:
         with full_precision():
             assert not products_are_rounded()
         assert not products_are_rounded()
+    assert readings() == before
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "nothing"])
+def test_rounded_where_that_is_asked_for_and_the_same_afterwards(name: str) -> None:
+    """On a GPU, and nowhere else; inside of it what must be full is full."""
+    SETTINGS.get(name, lambda: None)()
+    before = readings()
+    with asking_for_tf32(), product_precision():
+        inside = readings()
+        assert inside[1] is True or inside == before  # it was rounded, and this does not touch it
+        with full_precision():
+            assert not products_are_rounded()
+        assert readings() == inside
     assert readings() == before
 
 
