@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 
 import funshampoo as fs
 from benchmarks import ensemble, family, step_costs
+from benchmarks.device import page
 from benchmarks.page import filled
 from benchmarks.study import Entry, Store, sweep, with_error
 from funshampoo.recipes import RECIPES
@@ -40,16 +41,16 @@ def test_the_tables_of_the_family_are_made_from_its_lines() -> None:
         task, results = family.study(store, name, quick=False)
         assert all(len(result.runs) == family.SEEDS for result in results.values())
         sections[name] = family.section(task, results, store)
-    page = family.PAGE.read_text()
-    assert filled(page, sections) == page
+    text = family.PAGE.read_text()
+    assert filled(text, sections) == text
     assert {line["method"] for line in store.lines} == {*family.METHODS, ""}
 
 
 @pytest.mark.usefixtures("only_lines")
 def test_the_losses_of_the_defaults_page_are_those_of_its_lines() -> None:
     store = Store(family.RESULTS / "defaults.jsonl")
-    page = family.PAGE.with_name("defaults.md").read_text()
-    rows = re.findall(r"^\| (1/\d), (\d+)(.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    text = family.PAGE.with_name("defaults.md").read_text()
+    rows = re.findall(r"^\| (1/\d), (\d+)(.*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
     assert len(rows) == 10
     tasks = [make() for make in ensemble.TASKS.values()]
     for exponent, every, rest, *cells in rows:
@@ -86,3 +87,8 @@ def test_a_row_is_what_the_code_does_today(name: str) -> None:
     now = ensemble.train(short, entry.method, members, entry.averages)
     gaps = [abs(run.final - float(then[run.seed].losses[points - 1] or "inf")) for run in now]
     assert median(gaps) < 0.01
+
+
+def test_the_tables_of_a_gpu_are_made_from_its_lines() -> None:
+    text = page.PAGE.read_text()
+    assert filled(text, page.sections(page.lines())) == text
