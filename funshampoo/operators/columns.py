@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import constant, is_plain
-from funshampoo.core.placed import count_writes
+from funshampoo.core.placed import count_writes, is_in_parts, were_seen
 from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
 from funshampoo.operators import leaf_ops
 
@@ -27,9 +27,17 @@ Column: TypeAlias = list[Tensor]
 _WIDE = (torch.float32, torch.float64)
 
 
+_OLDER = torch.__version__ < "2.13"
+
+
+def _one_by_one(xs: Column) -> bool:
+    """Whether they are DTensors, for which older releases lack some foreach operators."""
+    return _OLDER and were_seen() and any(map(is_in_parts, xs))
+
+
 def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
     """(1 - weight) old + weight new. The results have old's dtypes."""
-    if isinstance(weight, Tensor) or not is_plain(old, new):
+    if isinstance(weight, Tensor) or not is_plain(old, new) or _one_by_one(old):
         return [leaf_ops.lerp(x, y, weight, donate) for x, y in zip(old, new)]
     if not donate:
         return list(torch._foreach_lerp(old, new, weight))
@@ -155,7 +163,7 @@ def seen(weight: Column, alive: Sequence[Column]) -> Column:
     if not alive:
         return weight
     least = [torch.finfo(w.dtype).tiny for w in weight]
-    if is_plain(weight):
+    if is_plain(weight) and not _one_by_one(weight):
         return list(torch._foreach_clamp_min(weight, least))
     return [torch.clamp(w, min=tiny) for w, tiny in zip(weight, least)]
 
@@ -222,7 +230,12 @@ def shared_product(xs: Column, factor: Tensor) -> Column:
 
 def clamp(xs: Column, limit: Hyper) -> Column:
     """Entries between -limit and limit, new tensors; NaN stays."""
-    if isinstance(limit, Tensor) or not is_plain(xs) or all([x.is_cpu for x in xs]):
+    if (
+        isinstance(limit, Tensor)
+        or not is_plain(xs)
+        or all([x.is_cpu for x in xs])
+        or _one_by_one(xs)
+    ):
         return [leaf_ops.clamp(x, limit) for x in xs]  # both ends in one pass
     limits = [leaf_ops.in_range(limit, x.dtype) for x in xs]
     clamped = list(torch._foreach_clamp_min(xs, [-most for most in limits]))
