@@ -60,6 +60,7 @@ def place_of(state: Any, owned: bool) -> tuple[int, int]:
     return next(p for p in places if (f"block_{p[0]}_{p[1]}" in mine) == owned)
 
 
+@functools.cache
 def clean_run() -> list[Any]:
     """Parameters after every step without a fault, on one rank."""
     tx, params = fs.shampoo(0.1, **OPTIONS), tree(0, SHAPES)

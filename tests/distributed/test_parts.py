@@ -39,11 +39,12 @@ def placements_of(sharding: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...
 
 
 def placed(values: dict[str, Tensor], sharding: str) -> dict[str, DTensor]:
-    found = {}
-    for name, x in values.items():
-        mesh, placements = placements_of(sharding, tuple(x.shape))
-        found[name] = distribute_tensor(x, init_device_mesh("cpu", mesh), placements)
-    return found
+    sides, _ = placements_of(sharding, ())
+    mesh = init_device_mesh("cpu", sides)  # one for all: each makes process groups
+    return {
+        name: distribute_tensor(x, mesh, placements_of(sharding, tuple(x.shape))[1])
+        for name, x in values.items()
+    }
 
 
 def whole(tree: dict[str, Any]) -> dict[str, Tensor]:
