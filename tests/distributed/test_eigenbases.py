@@ -13,8 +13,6 @@ from tests.distributed.problems import train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 METHODS: dict[str, Callable[..., fs.GradientTransformation]] = {
     "soap": lambda **options: fs.soap(0.01, every=3, max_size=16, **options),
     "soap_staggered": lambda **options: fs.soap(

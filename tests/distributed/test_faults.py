@@ -23,8 +23,6 @@ from tests.distributed.problems import Shapes, block_state, held_here, report_of
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_close, assert_equal, meaning, tensors
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 SHAPES: Shapes = {"w": (16, 16), "kernel": (6, 3, 2), "bias": (9,), "scale": ()}
 OPTIONS = {"max_size": 8, "every": 3, "momentum": 0.9, "weight_decay": 0.1}
 STEPS = 8

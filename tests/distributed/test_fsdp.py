@@ -27,8 +27,6 @@ import funshampoo as fs
 from funshampoo.core.wholes import placed_as
 from tests.distributed.ranks import Ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 STEPS = 4  # refreshed at the first and the third
 SLOW = [pytest.mark.slow]
 NORMS = ("clip", "grafted")  # of whole parameters: sums over ranks, in another order

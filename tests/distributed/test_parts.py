@@ -18,8 +18,6 @@ from tests.distributed.problems import Shapes, block_state, held_here, optimizer
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 STEPS = range(1, 10)
 
 

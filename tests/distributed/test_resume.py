@@ -19,8 +19,6 @@ from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal, assert_unchanged, snapshot
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 DCP = ("dcp", "bare dcp")
 OPTIONS = {"max_size": 8, "stagger": True}
 FIRST, SECOND = range(1, 8), range(8, 14)  # in the middle of a round of refreshes

@@ -16,8 +16,6 @@ from tests.distributed.problems import SHAPES, SMALL, Shapes, optimizer, train, 
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal, assert_unchanged, snapshot, tensors
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 STEPS = 14  # the fourth refresh of every=4 is the last but two
 
 

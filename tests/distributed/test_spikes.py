@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -12,8 +11,6 @@ from funshampoo.state import SpikeState, find_state, merged, state_dict
 from tests.distributed.problems import held_here, optimizer, report_of, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
-
-pytestmark = pytest.mark.xdist_group("ranks")
 
 STEPS = range(1, 31)
 

@@ -6,7 +6,6 @@ import io
 import math
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,8 +18,6 @@ from funshampoo.state import merged
 from tests.distributed.problems import Shapes, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_close, assert_equal
-
-pytestmark = pytest.mark.xdist_group("ranks")
 
 OPTIONS: dict[str, Any] = {"max_size": 8, "every": 3, "momentum": 0.9, "weight_decay": 0.01}
 BATCH = 16
