@@ -211,15 +211,21 @@ def test_the_wrapper_resumes_on_the_gpu() -> None:
     assert_near(others, leaves, 1e-4)
 
 
+def few(tree: Any) -> Any:
+    """Of `problem` one leaf of each order up to 3: operators on meta tensors are slow."""
+    first, second = tree["layers"]
+    return {"w": tree["w"], "layers": [first, {"scale": second["scale"]}]}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_step_stays_on_its_device_and_reads_nothing(case: Case) -> None:
     """Refreshes by coupled Newton alone ask the device whether they are done."""
-    tx, params = case.make(), to(problem(), "meta")
+    tx, params = case.make(), to(few(problem()), "meta")
     state = tx.init(params)
     by_newton = case.name == "root_inverse:newton"
     refresh = {"refresh": False} if by_newton else {}
     for g in gradients(3):
-        updates, state = tx.update(to(g, "meta"), state, params, donate=True, **refresh)
+        updates, state = tx.update(to(few(g), "meta"), state, params, donate=True, **refresh)
         params = fs.apply_updates(params, updates)
         assert all(u.device.type == "meta" for u in tensors(updates))
     on_the_host = [x for x in tensors(state) if x.device.type == "cpu"]
@@ -267,8 +273,8 @@ def test_an_ensemble_on_a_gpu_with_a_schedule() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_default_device_changes_nothing(case: Case) -> None:
     """Tensors are made where the parameters are, counters on the CPU."""
-    expected = train(case.make(), problem(), gradients(5), fs.apply_updates)
-    params, grads = problem(), gradients(5)
+    expected = train(case.make(), problem(), gradients(3), fs.apply_updates)
+    params, grads = problem(), gradients(3)
     torch.set_default_device("meta")
     try:
         found = train(case.make(), params, grads, fs.apply_updates)
