@@ -12,7 +12,8 @@ train: $(VENV)/ready
 train-text: $(VENV)/ready
 	$(BIN)/python examples/train.py --task text
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+# With bytecode whatever the shell says: ranks and programs would compile every module again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"

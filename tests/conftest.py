@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -18,6 +20,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests with the marker `gpu` need one."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no GPU")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now (torch, its compiler, all tests) stays: to look it over takes a fifth."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
