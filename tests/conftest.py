@@ -23,7 +23,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now (torch, its compiler, all tests) stays: to look it over takes a fifth."""
+    """What is there by now stays, all of torch: to look it over again takes a fifth of the time."""
     gc.collect()
     gc.freeze()
 

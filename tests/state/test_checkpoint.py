@@ -32,6 +32,7 @@ def through_a_file(saved: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow  # check_stage resumes each of them from a file, and goes on
 @every_case
 def test_a_saved_state_comes_back_bit_for_bit(case: Case) -> None:
     tx, params = case.make(), problem()
