@@ -13,7 +13,7 @@ train-text: $(VENV)/ready
 	$(BIN)/python examples/train.py --task text
 
 # With bytecode whatever the shell says: ranks and programs would compile every module again.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -28,13 +29,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Where pytest-xdist has several workers, a file's tests stay together, and all of ranks.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """All tests of ranks go to one worker: each that has one starts processes for them.
 
-    Each worker that has a test of ranks starts processes for them. And what a file remembers is
-    computed once, while workers that ask for one test at a time spend a tenth of theirs on asking.
+    For the rest `--dist loadfile` keeps a file's tests together, so that what it remembers is
+    computed once, and `--dist loadgroup` none. Not by the marker `xdist_group`: pytest-xdist 3.8
+    writes it to where pytest 9 does not read it, and says nothing.
     """
-    if item.path.parent.name == "distributed":
-        item.add_marker(pytest.mark.xdist_group("ranks"))
-    elif not item.get_closest_marker("gpu"):  # of those `make device` has most in one file
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+    if config.getvalue("dist") not in ("loadfile", "loadgroup"):
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            if file.startswith("tests/distributed/"):
+                return "ranks"
+            return file if config.getvalue("dist") == "loadfile" else nodeid
+
+    return Scheduling(config, log)
