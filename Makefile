@@ -18,7 +18,8 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --n
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 
-# What `make test` leaves out: graphs of torch.compile, trainings, whole programs.
+# What `make test` leaves out: graphs of torch.compile, trainings, whole programs, and further
+# cases of what others show.
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow
 

@@ -121,6 +121,7 @@ def test_the_clocked_chain_steps_as_the_recipe() -> None:
     assert set(clock.spent) == set(STAGES)
 
 
+@pytest.mark.slow  # a whole program; a group's lines are tested below
 def test_a_rehearsal_for_a_gpu_prints_a_line_a_measurement(tmp_path: Path) -> None:
     options = ["--rehearse", "--groups", "products", "--out", tmp_path / "new" / "lines.jsonl"]
     done = subprocess.run(
