@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import vmap
 
 import funshampoo as fs
-from tests.table import CASES, Case
+from tests.table import Case, every_case
 from tests.trees import assert_close, assert_equal, clone, gradients, problem, tensors, train
 
 GPU = "cuda"
@@ -217,7 +217,7 @@ def few(tree: Any) -> Any:
     return {"w": tree["w"], "layers": [first, {"scale": second["scale"]}]}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_a_step_stays_on_its_device_and_reads_nothing(case: Case) -> None:
     """Refreshes by coupled Newton alone ask the device whether they are done."""
     tx, params = case.make(), to(few(problem()), "meta")
@@ -233,7 +233,7 @@ def test_a_step_stays_on_its_device_and_reads_nothing(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
     cpu, _, _ = train(case.make(), problem(), gradients(5), fs.apply_updates)
     grads = [to(g, GPU) for g in gradients(5)]
@@ -242,7 +242,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_a_plain_step_on_a_gpu_does_not_wait_for_it(case: Case) -> None:
     tx, params = case.make(), to(problem(), GPU)
     state = tx.init(params)
@@ -270,7 +270,7 @@ def test_an_ensemble_on_a_gpu_with_a_schedule() -> None:
     assert_close(optree.tree_map(lambda x: x[0].cpu(), params), first, 1e-8)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_a_default_device_changes_nothing(case: Case) -> None:
     """Tensors are made where the parameters are, counters on the CPU."""
     expected = train(case.make(), problem(), gradients(3), fs.apply_updates)

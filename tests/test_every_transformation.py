@@ -10,7 +10,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo.testing import check_stage
-from tests.table import CASES, NOT_TRANSFORMATIONS, Case
+from tests.table import CASES, NOT_TRANSFORMATIONS, Case, every_case
 from tests.trees import (
     assert_close,
     assert_equal,
@@ -21,7 +21,6 @@ from tests.trees import (
 )
 
 STEPS = 5
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def test_the_table_is_complete() -> None:

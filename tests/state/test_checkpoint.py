@@ -19,10 +19,8 @@ from funshampoo.state import (
 )
 from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
-from tests.table import CASES, Case
+from tests.table import Case, every_case
 from tests.trees import assert_equal, gradients, problem, tensors, train
-
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def through_a_file(saved: Any) -> Any:
