@@ -12,12 +12,14 @@ train: $(VENV)/ready
 train-text: $(VENV)/ready
 	$(BIN)/python examples/train.py --task text
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+# With bytecode whatever the shell says: ranks and programs would compile every module again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 
-# What `make test` leaves out: graphs of torch.compile, trainings, whole programs.
+# What `make test` leaves out: graphs of torch.compile, trainings, whole programs, and further
+# cases of what others show.
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow
 

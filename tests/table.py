@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 import funshampoo as fs
 from funshampoo import linalg
 from funshampoo.core.tree import map_leaves, update_leaves
+from funshampoo.recipes import RECIPES
 
 
 class Case(NamedTuple):
@@ -27,6 +29,17 @@ class Case(NamedTuple):
     @property
     def public(self) -> str:
         return self.name.split(":")[0]
+
+    @property
+    def further(self) -> bool:
+        """Whether it is a recipe once more, by other options, whose stages have cases of their own.
+
+        `make test` leaves these out, but for those with many options at once.
+        """
+        around = {"every_k", "inject_hyperparams", "multi_steps", "wrapping"}
+        made_of_others = {*RECIPES, *around, "from_published", "from_reference"}
+        again = ":" in self.name and not self.name.endswith(":everything")
+        return again and self.public in made_of_others
 
 
 def _statistics_and(*stages: fs.GradientTransformation) -> fs.GradientTransformation:
@@ -495,6 +508,14 @@ CASES = [
         ),
     ),
 ]
+
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.further else [])
+        for case in CASES
+    ],
+)
 
 # Public names that are no transformation, so that a test can tell whether the table is complete.
 NOT_TRANSFORMATIONS = {

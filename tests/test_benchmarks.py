@@ -37,11 +37,17 @@ def run_quickly(section: str, folder: Path) -> str:
 
 
 def test_a_quick_run_writes_table_numbers_and_picture(tmp_path: Path) -> None:
+    """Of one section, and leaves the others."""
     pytest.importorskip("matplotlib")
+    cell = {"when": "", "others": 0.0, "rows": []}
+    other = {"title": "Memory", "about": "", "where": "", "quick": True, "columns": []}
+    other |= {"cells": {"MLP": cell}}
+    path = tmp_path / "cpu-1-thread.json"
+    path.write_text(json.dumps({"device": "cpu-1-thread", "sections": {"memory": other}}))
     printed = run_quickly("roots", tmp_path)
 
-    results = json.loads((tmp_path / "cpu-1-thread.json").read_text())
-    assert list(results["sections"]) == ["roots"]
+    results = json.loads(path.read_text())
+    assert list(results["sections"]) == ["memory", "roots"]
     cells = results["sections"]["roots"]["cells"]
     rows = [row for cell in cells.values() for row in cell["rows"]]
     assert len(rows) == 10
@@ -50,21 +56,12 @@ def test_a_quick_run_writes_table_numbers_and_picture(tmp_path: Path) -> None:
 
     written = (tmp_path / "cpu-1-thread.md").read_text()
     lines = [line for line in written.splitlines() if line.startswith("|")]
+    lines = lines[lines.index(next(x for x in lines if x.startswith("| stack"))) :]
     assert lines[0].startswith("| stack | solver | ms | error | converged |")
     assert len(lines) == 2 + len(rows)
     assert lines[2].startswith("| 8 of 64×64 | eigh | ")
     assert all(line in printed for line in lines)
     assert (tmp_path / "cpu-1-thread.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_section_that_is_run_again_leaves_the_others(tmp_path: Path) -> None:
-    cell = {"when": "", "others": 0.0, "rows": []}
-    other = {"title": "Memory", "about": "", "where": "", "quick": True, "columns": []}
-    other |= {"cells": {"MLP": cell}}
-    path = tmp_path / "cpu-1-thread.json"
-    path.write_text(json.dumps({"device": "cpu-1-thread", "sections": {"memory": other}}))
-    run_quickly("roots", tmp_path)
-    assert list(json.loads(path.read_text())["sections"]) == ["memory", "roots"]
 
 
 def test_interleaving_takes_turns_and_leaves_the_warm_up_out() -> None:
@@ -124,6 +121,7 @@ def test_the_clocked_chain_steps_as_the_recipe() -> None:
     assert set(clock.spent) == set(STAGES)
 
 
+@pytest.mark.slow  # a whole program; a group's lines are tested below
 def test_a_rehearsal_for_a_gpu_prints_a_line_a_measurement(tmp_path: Path) -> None:
     options = ["--rehearse", "--groups", "products", "--out", tmp_path / "new" / "lines.jsonl"]
     done = subprocess.run(
@@ -197,6 +195,7 @@ def test_cholesky_qr_gives_the_basis_of_qr() -> None:
     assert (cosines - 1).abs().max() < 1e-3
 
 
+@pytest.mark.slow  # whole programs; what they are made of is tested below
 @pytest.mark.parametrize("study", ["family", "defaults"])
 def test_a_quick_study_prints_a_table_and_goes_on_where_it_was(study: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -266,6 +265,14 @@ def test_a_sweep_goes_on_beyond_an_edge(
     tuned = sorted({rate for rate, _ in asked})
     assert tuned[0] < found < tuned[-1]
     assert {seed for rate, seed in asked if rate != found} == {0, 1}
+
+    path, done = tmp_path / "runs.jsonl", list(asked)
+    assert study.sweep(study.Store(path), task, "a", entry, tuning=2, seeds=3) == result
+    assert asked == done  # all is there
+    kept = path.read_text().splitlines(keepends=True)[:-2]
+    path.write_text("".join(kept))
+    assert study.sweep(study.Store(path), task, "a", entry, tuning=2, seeds=3) == result
+    assert sorted(asked[len(done) :]) == sorted(done[-2:])  # it goes on where it was
 
 
 def test_a_sweep_that_never_turns_says_that_it_is_at_an_edge(

@@ -10,7 +10,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo.testing import check_stage
-from tests.table import CASES, NOT_TRANSFORMATIONS, Case
+from tests.table import CASES, NOT_TRANSFORMATIONS, Case, every_case
 from tests.trees import (
     assert_close,
     assert_equal,
@@ -21,7 +21,6 @@ from tests.trees import (
 )
 
 STEPS = 5
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def test_the_table_is_complete() -> None:
@@ -41,7 +40,7 @@ def test_a_case_builds_what_it_is_named_after(case: Case) -> None:
 
 @every_case
 def test_it_passes_the_checks_of_every_stage(case: Case) -> None:
-    check_stage(case.make, params=problem(), **{**case.options, "compile": False})
+    check_stage(case.make, params=problem(), steps=5, **{**case.options, "compile": False})
 
 
 @pytest.mark.slow
@@ -51,11 +50,14 @@ def test_it_compiles_as_every_stage_does(case: Case) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+# Donated products are written where they go, which autocast never casts: pure ones matter most.
+@pytest.mark.parametrize(
+    "donate", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pure", "donated"]
+)
 def test_autocast_changes_nothing(case: Case, donate: bool) -> None:
     """A step may stand inside the model's autocast: factor matrices and roots stay float32."""
     f32 = torch.float32
-    tx, params, grads = case.make(), problem(dtype=f32), gradients(STEPS, f32)
+    tx, params, grads = case.make(), problem(dtype=f32), gradients(3, f32)
     plain = train(tx, params, grads, fs.apply_updates, donate=donate)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
@@ -76,7 +78,16 @@ def test_it_does_something(case: Case) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        # The same casts; check_stage trains in float16 too, and looks at the state's dtypes.
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_half_precision_computes_in_float32(case: Case, dtype: torch.dtype) -> None:
     tx, params, grads = case.make(), problem(dtype=dtype), gradients(STEPS, dtype)
     state = tx.init(params)

@@ -86,7 +86,6 @@ def test_same_command_gives_the_same_numbers(tmp_path: Path) -> None:
     assert [point["step"] for point in curves[0]] == [5, 10, 12]
 
 
-@pytest.mark.xdist_group("ranks")
 def test_the_wrapper_and_several_ranks_train_the_same_network(tmp_path: Path) -> None:
     """Both loops, alone and under torchrun with two processes: the same losses, up to rounding."""
     options = ["--quick", "--steps", "12", "--learning-rates", "0.03"]

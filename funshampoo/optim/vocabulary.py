@@ -61,7 +61,8 @@ class Vocabulary:
         if self.fixed:
             as_transformation(method)  # raises, where it is none
         else:
-            parameters = inspect.signature(method).parameters.values()
+            self._signature = inspect.signature(method)
+            parameters = self._signature.parameters.values()
             variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
             self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
             self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -99,7 +100,7 @@ class Vocabulary:
             return True  # the wrapper's own stage
         if self.fixed or not takes_live(self.method):
             return False
-        parameter = inspect.signature(self.method).parameters.get(name)
+        parameter = self._signature.parameters.get(name)
         return parameter is not None and is_live_argument(self.method, parameter)
 
     def with_live(self, arguments: Mapping[str, Any], live: Mapping[str, Live]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -45,9 +46,15 @@ def applies(trial: Trial) -> bool:
     return find_state(trial.tx.init(trial.params), BlockedState) is None
 
 
+def _stacks_of(trial: Trial) -> _Stacks:
+    """One for all checks of a trial: they have a run in common."""
+    found: _Stacks = trial.found.setdefault("stacks", _Stacks(trial))
+    return found
+
+
 def rows_lead(trial: Trial) -> None:
     """A tensor of the state leads with the rows of its stack, or has no dimension."""
-    stacks = _Stacks(trial)
+    stacks = _stacks_of(trial)
 
     def look(place: Place, x: Tensor) -> Tensor:
         name = "/".join(place.path)
@@ -67,8 +74,7 @@ def rows_lead(trial: Trial) -> None:
             )
         return x
 
-    run = stacks.run(trial.tx)
-    for state in (run.states[0], run.states[-1]):
+    for state in (stacks.whole.states[0], stacks.whole.states[-1]):
         map_tensors(look, state, stacks=stacks.names)
 
 
@@ -83,8 +89,8 @@ def rows_in_two_parts(trial: Trial) -> None:
 
 
 def _rows_alone(trial: Trial, parts: list[list[int]], how: str) -> None:
-    stacks = _Stacks(trial)
-    whole = stacks.run(trial.tx)
+    stacks = _stacks_of(trial)
+    whole = stacks.whole
     for rows in parts:
         part = stacks.run(trial.tx, rows=rows)
         for t, (found, together) in enumerate(zip(part.updates, whole.updates), start=1):
@@ -101,7 +107,7 @@ def _rows_alone(trial: Trial, parts: list[list[int]], how: str) -> None:
 
 def faulty_blocks_are_held(trial: Trial) -> None:
     """A gradient of NaN in one row, with `guarded` around the stage."""
-    stacks = _Stacks(trial)
+    stacks = _stacks_of(trial)
     grads = stacks.with_fault(math.nan)
     held = guarded(trial.tx, max_failures=None)
     clean, faulty = stacks.run(held), stacks.run(held, grads)
@@ -190,6 +196,11 @@ class _Stacks:
             run.updates.append(updates)
             run.states.append(state)
         return run
+
+    @functools.cached_property
+    def whole(self) -> Run:
+        """All steps of the stage on all rows. Nobody may write to it."""
+        return self.run(self.trial.tx)
 
     def with_fault(self, value: float) -> list[Tree]:
         """The gradients, with one block of each stack that is this on one step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from funshampoo.core.applying import update_in_place
-from funshampoo.core.tree import compute_dtype, flatten, map_leaves
+from funshampoo.core.tree import compute_dtype, flatten, leaf_names, map_leaves
 from funshampoo.testing.trial import Snapshot, Trial, common_memory, difference, named
 
 _NEVER_WRITE = (
@@ -56,31 +56,30 @@ def arguments_are_untouched(trial: Trial) -> None:
 
 def twice_is_the_same(trial: Trial) -> None:
     """The same call gives the same result: nothing is remembered beside the state."""
-    state, params = trial.tx.init(trial.params), trial.params
-    for g in trial.grads:
-        once, again = [trial.step(g, state, params) for _ in range(2)]
-        if seen := difference(again, once):
+    run = trial.still
+    for t, g in enumerate(trial.grads):
+        again = trial.step(g, run.states[t], trial.params)
+        if seen := difference(again, (run.updates[t], run.states[t + 1])):
             trial.fail(
                 f"update called twice with the same arguments gave two results, {seen}",
                 "Keep everything that is remembered in the state, and draw random numbers from a "
                 "generator seeded by what is there.",
             )
-        state = once[1]
 
 
 def shapes_are_stable(trial: Trial) -> None:
     """The state keeps structure, shapes, dtypes and devices; updates have the parameters'."""
-    state = first = trial.tx.init(trial.params)
-    for t, g in enumerate(trial.grads, start=1):
-        updates, state = trial.step(g, state, trial.params)
+    first, *later = trial.still.states
+    for t, (updates, state) in enumerate(zip(trial.still.updates, later), start=1):
         if flatten(state)[1] != flatten(first)[1]:
             trial.fail(
                 f"the state of step {t} has another structure than that of init",
                 "Return the same named tuple with the same keys on every step: what comes later "
                 "begins as zeros, or is left out, as (), on all steps.",
             )
-        for (name, a), b in zip(named(state).items(), flatten(first)[0]):
+        for i, (a, b) in enumerate(zip(flatten(state)[0], flatten(first)[0])):
             if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+                name = leaf_names(state)[i]
                 trial.fail(
                     f"'{name}' of the state is {a.dtype} {tuple(a.shape)} on {a.device} after step "
                     f"{t}, and {b.dtype} {tuple(b.shape)} on {b.device} after init",

@@ -75,7 +75,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 # Less than a block, some blocks, and "auto", which takes all of these.
-TILED = [(40, "pure"), (40, "donated"), (40, "in place"), (300, "in place"), ("auto", "donated")]
+TILED = [(40, "in place"), ("auto", "donated"), (40, "pure"), (40, "donated"), (300, "in place")]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "default")
@@ -86,7 +86,7 @@ def test_tiles_give_the_bits_of_the_whole(options: dict[str, Any]) -> None:
     expected = train(make(None), "pure")
     assert all(x.isfinite().all() for x in tensors(expected))
     assert not torch.equal(expected[0]["wide"], tree(0)["wide"])
-    for tile, mode in TILED:
+    for tile, mode in TILED[: 2 if options else None]:
         assert_equal(train(make(tile), mode), expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from typing import Any, NamedTuple
 
@@ -15,7 +16,16 @@ from funshampoo import linalg
 from funshampoo.combinators.guard import guarded
 from funshampoo.state import health
 from funshampoo.state.places import Place, map_tensors
-from tests.trees import assert_close, assert_equal, clone, gradients, meaning, problem, tensors
+from tests.trees import (
+    assert_close,
+    assert_equal,
+    clone,
+    gradients,
+    meaning,
+    problem,
+    tensors,
+    train,
+)
 
 # One value, put in one place of one block of "w", whose blocks at 4 are rows of several stacks.
 POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "huge": 1e200}
@@ -92,29 +102,34 @@ def rows_of_block(state: Any) -> dict[str, torch.Tensor]:
     return meaning(saved)
 
 
+@functools.cache
+def trained(name: str) -> Any:
+    """The parameters at the end, without a fault."""
+    return train(optimizer(**CHAINS[name]), problem(), gradients(STEPS), fs.apply_updates)[0]
+
+
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("bad", [2, 3], ids=["between_refreshes", "at_a_refresh"])
 @pytest.mark.parametrize("value", POISONS.values(), ids=POISONS)
-@pytest.mark.parametrize("options", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("name", CHAINS)
 def test_one_block_is_held_and_the_others_go_on(
-    options: dict[str, Any], value: float, bad: int, donate: bool
+    name: str, value: float, bad: int, donate: bool
 ) -> None:
-    tx, params, grads = optimizer(**options), problem(), gradients(STEPS)
-    state, clean_state, clean = tx.init(params), tx.init(params), params
-    now = params
+    tx, params, grads = optimizer(**CHAINS[name]), problem(), gradients(STEPS)
+    state, now = tx.init(params), params
     for t, g in enumerate(grads, start=1):
         given = poisoned(g, value) if t == bad else g
-        before, block = rows_of_block(state), now["w"][:4, :4].clone()
+        if t == bad:
+            before, block = rows_of_block(state), now["w"][:4, :4].clone()
         updates, state = tx.update(given, state, now, donate=donate)
         now = fs.apply_updates(now, updates)
         if t == bad:
             assert torch.equal(now["w"][:4, :4], block)
             assert rows_of_block(state).keys() == before.keys()
-            for name, x in rows_of_block(state).items():
-                assert_close(x, before[name], 1e-12)
-        updates, clean_state = tx.update(g, clean_state, clean, donate=donate)
-        clean = fs.apply_updates(clean, updates)
+            for field, x in rows_of_block(state).items():
+                assert_close(x, before[field], 1e-12)
         assert all(torch.isfinite(x).all() for x in tensors((now, state)))
+    clean = trained(name)
     assert_equal(now["layers"], clean["layers"])  # bitwise as without the fault
     assert torch.equal(now["w"][4:], clean["w"][4:])
     assert torch.equal(now["w"][:, 4:], clean["w"][:, 4:])

@@ -7,6 +7,7 @@ it needs. What runs there is a module-level function of a test module: f(rank, *
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import os
 import pickle
@@ -46,6 +47,7 @@ def _disconnect(rank: int) -> None:
 
 
 def _serve(rank: int, channel: Connection) -> None:
+    gc.freeze()  # torch stays
     while True:
         try:
             function, arguments = pickle.loads(channel.recv_bytes())

@@ -17,8 +17,6 @@ from tests.distributed.problems import SMALL, optimizer, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 GUILTY = 2  # of three
 
 

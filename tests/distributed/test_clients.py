@@ -25,8 +25,6 @@ from funshampoo.state import merged
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 MISSING = "needs the extra: pip install 'funshampoo[integrations]'"
 OPTIONS: dict[str, Any] = {"lr": 0.02, "max_size": 8, "every": 2, "momentum": 0.9, "stagger": True}
 SAVED_AT, STEPS = 5, 9

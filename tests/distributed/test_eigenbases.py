@@ -13,8 +13,6 @@ from tests.distributed.problems import train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 METHODS: dict[str, Callable[..., fs.GradientTransformation]] = {
     "soap": lambda **options: fs.soap(0.01, every=3, max_size=16, **options),
     "soap_staggered": lambda **options: fs.soap(
@@ -55,7 +53,7 @@ def trained(rank: int, name: str, sharding: bool) -> Any:
 def test_any_number_of_ranks_the_same_bits(ranks: Ranks, name: str) -> None:
     expected, state = trained(0, name, False)
     assert all((expected[k] - x).abs().max() > 0 for k, x in tree(0).items())
-    for size in (1, 2, 3):
+    for size in (1, 2, 3) if name == "soap" else (3,):
         found = ranks(size, trained, name, True)
         for params, _ in found:
             assert_equal(params, expected)

@@ -15,8 +15,6 @@ from tests.distributed.problems import SHAPES, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal, tensors
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 DECAYS = {name: len(shape) > 1 for name, shape in SHAPES.items()}
 RECIPES: dict[str, Any] = {
     "muon": fs.muon,

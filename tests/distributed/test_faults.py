@@ -23,8 +23,6 @@ from tests.distributed.problems import Shapes, block_state, held_here, report_of
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_close, assert_equal, meaning, tensors
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 SHAPES: Shapes = {"w": (16, 16), "kernel": (6, 3, 2), "bias": (9,), "scale": ()}
 OPTIONS = {"max_size": 8, "every": 3, "momentum": 0.9, "weight_decay": 0.1}
 STEPS = 8
@@ -60,6 +58,7 @@ def place_of(state: Any, owned: bool) -> tuple[int, int]:
     return next(p for p in places if (f"block_{p[0]}_{p[1]}" in mine) == owned)
 
 
+@functools.cache
 def clean_run() -> list[Any]:
     """Parameters after every step without a fault, on one rank."""
     tx, params = fs.shampoo(0.1, **OPTIONS), tree(0, SHAPES)

@@ -27,9 +27,8 @@ import funshampoo as fs
 from funshampoo.core.wholes import placed_as
 from tests.distributed.ranks import Ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
-STEPS = 6
+STEPS = 4  # refreshed at the first and the third
+SLOW = [pytest.mark.slow]
 NORMS = ("clip", "grafted")  # of whole parameters: sums over ranks, in another order
 
 
@@ -142,9 +141,23 @@ def train(rank: int, size: int, way: str, method: str) -> list[str]:
     return differing
 
 
-@pytest.mark.parametrize("method", METHODS)
+PLACES = [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp2 x tp", 4)]
+# By `make test`: every method where both ways meet, and in all places one whose state lies with
+# blocks, one that takes whole matrices, and one whose norm is summed over ranks.
+SOONER = {("fsdp2 x tp", 4): METHODS.keys()}
+
+
 @pytest.mark.parametrize(
-    ("way", "size"), [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp2 x tp", 4)]
+    ("way", "size", "method"),
+    [
+        pytest.param(
+            *place,
+            method,
+            marks=[] if method in SOONER.get(place, ("shampoo", "muon", "clip")) else SLOW,
+        )
+        for place in PLACES
+        for method in METHODS
+    ],
 )
 def test_a_sharded_model_trains_as_in_one_process(
     ranks: Ranks, way: str, size: int, method: str

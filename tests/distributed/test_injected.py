@@ -16,8 +16,6 @@ from tests.distributed.problems import SMALL, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 GUILTY = 1
 OPTIONS: dict[str, Any] = {"max_size": 8, "every": 3, "momentum": 0.9}
 

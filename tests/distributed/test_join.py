@@ -18,8 +18,6 @@ from funshampoo.distributed.join import group_of
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_close, assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 STEPS = (3, 6, 4)  # of each rank
 
 

@@ -18,7 +18,7 @@ from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks, connect
 from tests.trees import assert_equal
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]  # three more processes
+pytestmark = pytest.mark.slow  # three more processes
 
 SIZE, STEPS, KILLED_AFTER = 3, 40, 12
 OPTIONS = {"max_size": 8}

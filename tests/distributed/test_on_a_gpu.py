@@ -23,7 +23,7 @@ from funshampoo.distributed.collectives import all_gather_into, all_to_all_into,
 from tests.distributed.problems import optimizer, train, tree
 from tests.distributed.ranks import Ranks
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.gpu
 
 STEPS = range(1, 10)
 

@@ -18,8 +18,6 @@ from tests.distributed.problems import Shapes, block_state, held_here, optimizer
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 STEPS = range(1, 10)
 
 
@@ -39,11 +37,12 @@ def placements_of(sharding: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...
 
 
 def placed(values: dict[str, Tensor], sharding: str) -> dict[str, DTensor]:
-    found = {}
-    for name, x in values.items():
-        mesh, placements = placements_of(sharding, tuple(x.shape))
-        found[name] = distribute_tensor(x, init_device_mesh("cpu", mesh), placements)
-    return found
+    sides, _ = placements_of(sharding, ())
+    mesh = init_device_mesh("cpu", sides)  # one for all: each makes process groups
+    return {
+        name: distribute_tensor(x, mesh, placements_of(sharding, tuple(x.shape))[1])
+        for name, x in values.items()
+    }
 
 
 def whole(tree: dict[str, Any]) -> dict[str, Tensor]:

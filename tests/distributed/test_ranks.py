@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.distributed.ranks import Ranks
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.slow]  # each test starts processes
+pytestmark = pytest.mark.slow  # each test starts processes
 
 
 @pytest.fixture

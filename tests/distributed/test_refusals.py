@@ -17,8 +17,6 @@ from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 def message_of(act: Callable[[], Any]) -> tuple[str, str]:
     """(type, message) of what it raised."""

@@ -16,9 +16,7 @@ from tests.distributed.problems import SHAPES, SMALL, Shapes, optimizer, train, 
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal, assert_unchanged, snapshot, tensors
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
-STEPS = 50
+STEPS = 14  # the fourth refresh of every=4 is the last but two
 
 
 def run(rank: int, options: dict[str, Any], sharding: dict[str, Any] | None) -> Any:
@@ -32,9 +30,9 @@ CHAINS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
     ({"grafting": "adagrad", "beta2": 1.0}, (4,)),
     ({"grafting": "sgd", "start": 3}, (2,)),
     ({"grafting": None, "stagger": True}, (3,)),
-    ({"tile": 600, "grafting": "adam"}, (1, 2, 3)),  # several tiles on each rank
-    ({"packed": True, "stagger": True}, (2, 3)),
-    ({"statistics_every": 2, "sides": "smaller", "exponents": "shampoo_squared"}, (2, 3)),
+    ({"tile": 600, "grafting": "adam"}, (1, 3)),  # several tiles on each rank
+    ({"packed": True, "stagger": True}, (3,)),
+    ({"statistics_every": 2, "sides": "smaller", "exponents": "shampoo_squared"}, (2,)),
     ({"statistics_every": 3, "exponents": 1 / 3, "own_steps": False}, (3,)),
     ({"packed": True, "product_dtype": torch.bfloat16, "max_size": 32}, (3,)),
 ]

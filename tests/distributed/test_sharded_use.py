@@ -31,8 +31,6 @@ from funshampoo.state import Checkpoint, health, load_state_dict, merged, state_
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_fsdp import METHODS, Model, full, model, rows, whole
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 Pair = tuple[nn.Module, nn.Module]  # a sharded model, and a plain one
 
 

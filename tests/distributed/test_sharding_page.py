@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +12,6 @@ import funshampoo as fs
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_fsdp import full
 from tests.test_docs import python_blocks
-
-pytestmark = pytest.mark.xdist_group("ranks")
 
 
 class Block(nn.Module):

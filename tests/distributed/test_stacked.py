@@ -16,8 +16,6 @@ from tests.distributed.ranks import Ranks
 from tests.models.zoo import Experts
 from tests.trees import assert_equal, tensors
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 SHAPES = {"down": (5, 9, 13), "up": (5, 21, 9)}
 FUSED = {"attention": (11, 27), "other": (9, 27)}
 

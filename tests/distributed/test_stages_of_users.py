@@ -20,9 +20,7 @@ from tests.distributed.ranks import Ranks
 from tests.refresh.clients import in_eigenbasis, kl_shampoo
 from tests.trees import assert_close, assert_equal, tensors
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
-STEPS = 30
+STEPS = 15
 EVEN = {"w": (20, 12), "kernel": (6, 4, 2), "bias": (10,), "scale": (), "wide": (16, 24)}
 ODD = {**SMALL, "wide": (16, 24), "deep": (7, 5, 3)}
 

@@ -6,7 +6,6 @@ import io
 import math
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,8 +18,6 @@ from funshampoo.state import merged
 from tests.distributed.problems import Shapes, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_close, assert_equal
-
-pytestmark = pytest.mark.xdist_group("ranks")
 
 OPTIONS: dict[str, Any] = {"max_size": 8, "every": 3, "momentum": 0.9, "weight_decay": 0.01}
 BATCH = 16
@@ -160,7 +157,7 @@ def test_a_step_without_any_gradient(ranks: Ranks) -> None:
 
 # Staggered refreshes.
 
-MANY: Shapes = {"w": (64, 48), "v": (40, 8)}
+MANY: Shapes = {"w": (32, 48), "v": (40, 8)}
 
 
 def roots_per_step(rank: int, stagger: bool) -> list[int]:
@@ -178,7 +175,7 @@ def roots_per_step(rank: int, stagger: bool) -> list[int]:
     tx = fs.shampoo(0.01, distribute=fs.sharded if several else None, **options)
     params = tree(0, MANY)
     state, counts = tx.init(params), []
-    for t in range(1, 21):
+    for t in range(1, 16):
         solved = 0
         _, state = tx.update(tree(t, MANY), state, params)
         counts.append(solved)
@@ -187,17 +184,16 @@ def roots_per_step(rank: int, stagger: bool) -> list[int]:
 
 def test_staggered_refreshes_are_even_on_every_rank(ranks: Ranks) -> None:
     """No step after the first carries them all; together each block has its turn once."""
-    blocks = 48 + 5
+    blocks = 24 + 5
     for size in (1, 2, 3):
         found = ranks(size, roots_per_step, True)
         together = [sum(step) for step in zip(*found)]
         assert together[0] == 2 * blocks
-        for first in range(1, 16):
+        for first in range(1, 11):
             assert sum(together[first : first + 5]) == 2 * blocks
         for counts in found:
             owned = counts[0] // 2
             assert max(counts[1:]) <= 2 * (math.ceil(owned / 5) + 2)
             assert min(counts[1:]) > 0
-        unstaggered = [sum(step) for step in zip(*ranks(size, roots_per_step, False))]
-        due = {1, 5, 10, 15, 20}
-        assert unstaggered == [2 * blocks * (t in due) for t in range(1, 21)]
+    unstaggered = [sum(step) for step in zip(*ranks(2, roots_per_step, False))]
+    assert unstaggered == [2 * blocks * (t in {1, 5, 10, 15}) for t in range(1, 16)]

@@ -121,8 +121,15 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("block", "product_dtype"),
+    [
+        pytest.param(block, dtype, marks=[pytest.mark.slow] if dtype and max(block) > 1000 else [])
+        for dtype in (None, torch.bfloat16)
+        for block in BLOCKS
+    ],
+    ids=str,
+)
 def test_a_rows_bits_do_not_depend_on_its_place(
     block: tuple[int, ...], product_dtype: torch.dtype | None
 ) -> None:

@@ -200,7 +200,9 @@ def shampoo(groups: Any) -> fs.Optimizer:
     return fs.Shampoo(groups, lr=0.01, every=1, max_size=2, momentum=0.9)
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
+@pytest.mark.parametrize(
+    "named", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unnamed", "named"]
+)
 @pytest.mark.parametrize("edit", EDITS)
 def test_shampoo_moves_as_one_for_every_tensor(edit: str, named: bool) -> None:
     ours = trained(shampoo, EDITS[edit], named)

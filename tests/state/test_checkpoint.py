@@ -19,10 +19,8 @@ from funshampoo.state import (
 )
 from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
-from tests.table import CASES, Case
+from tests.table import Case, every_case
 from tests.trees import assert_equal, gradients, problem, tensors, train
-
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def through_a_file(saved: Any) -> Any:
@@ -32,6 +30,7 @@ def through_a_file(saved: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow  # check_stage resumes each of them from a file, and goes on
 @every_case
 def test_a_saved_state_comes_back_bit_for_bit(case: Case) -> None:
     tx, params = case.make(), problem()

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 import funshampoo as fs
 from funshampoo.state import health, load_state_dict, state_dict, summary
-from tests.table import CASES, Case
+from tests.table import Case, every_case
 from tests.trees import assert_equal, gradients, problem, tensors, train
 
 
@@ -19,7 +19,7 @@ def size(tree: object) -> int:
     return sum(x.numel() * x.element_size() for x in tensors(tree))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_every_byte_is_counted_by_stage_and_by_parameter(case: Case) -> None:
     state = case.make().init(problem())
     memory = summary(state, file=io.StringIO())

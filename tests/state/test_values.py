@@ -16,7 +16,7 @@ import funshampoo as fs
 from funshampoo.core.tree import map_leaves
 from funshampoo.state import check, load_state_dict, meaning, state_dict
 from funshampoo.state.checkpoint import carried_over
-from tests.table import CASES, Case
+from tests.table import Case, every_case
 from tests.trees import assert_equal, gradients, problem, train
 
 TX = fs.shampoo(0.1, every=3, max_size=4, momentum=0.9, spike_factor=1e3)
@@ -27,7 +27,7 @@ def saved(tx: Any = TX, steps: int = 4) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in state_dict(state).items()}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@every_case
 def test_what_a_run_leaves_is_never_refused(case: Case) -> None:
     """Also after gradients that are None, zero, huge or tiny, and, under a guard, not finite."""
     tx, params = case.make(), problem()
