@@ -193,7 +193,7 @@ def test_cholesky_qr_gives_the_basis_of_qr() -> None:
     assert (Q.mT @ Q - torch.eye(64)).abs().max() < 1e-5
     cosines = (Q * expected).sum(-2).abs()
     assert (cosines - 1).abs().max() < 5e-3  # the smallest are lifted by 1e-6 of the largest
-    assert (cosines - 1).abs()[:, :32].max() < 1e-5
+    assert (cosines - 1).abs()[:, :8].max() < 1e-5
 
 
 @pytest.mark.slow  # whole programs; what they are made of is tested below
