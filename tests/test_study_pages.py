@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
@@ -18,6 +19,7 @@ from benchmarks.device import page
 from benchmarks.page import filled
 from benchmarks.study import Entry, Store, sweep, with_error
 from funshampoo.recipes import RECIPES
+from tests.test_docs import python_blocks
 
 LINES = family.RESULTS / "family.jsonl"
 
@@ -92,3 +94,17 @@ def test_a_row_is_what_the_code_does_today(name: str) -> None:
 def test_the_tables_of_a_gpu_are_made_from_its_lines() -> None:
     text = page.PAGE.read_text()
     assert filled(text, page.sections(page.lines())) == text
+
+
+def test_the_code_of_the_gpu_page_trains() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(9, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 9)
+    )
+    place: dict[str, Any] = {"model": model}
+    for block in python_blocks("docs/gpu.md"):
+        exec(block, place)
+    before = layers[1].weight.detach().clone()
+    for _ in range(2):
+        model(torch.arange(4)).square().sum().backward()
+        place["optimizer"].step()
+    assert not torch.equal(layers[1].weight, before)
