@@ -97,9 +97,8 @@ def test_the_tables_of_a_gpu_are_made_from_its_lines() -> None:
 
 
 def test_the_code_of_the_gpu_page_trains() -> None:
-    model = torch.nn.Sequential(
-        torch.nn.Embedding(9, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 9)
-    )
+    layers = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 9)
+    model = torch.nn.Sequential(*layers)
     place: dict[str, Any] = {"model": model}
     for block in python_blocks("docs/gpu.md"):
         exec(block, place)

@@ -77,6 +77,11 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
             "not say on which: give its GradientTransformation a phase=, see docs/stages.md."
         )
 
+    if _rounds(inner):
+        raise ValueError(
+            "compiled: in_tf32 does nothing in a graph; put it outside, in_tf32(compiled(tx))."
+        )
+
     def in_place(updates: Tree, state: State, params: Tree, context: Context) -> State:
         return applied(inner, updates, state, params, context)
 
@@ -157,6 +162,10 @@ def _step_of(step: Callable[..., Any]) -> Callable[..., Any]:
         return step(updates, state, params, context)
 
     return run
+
+
+def _rounds(transformation: GradientTransformation) -> bool:
+    return transformation.in_tf32 or any(map(_rounds, transformation.parts.values()))
 
 
 def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:

@@ -22,8 +22,12 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
     for the model's sake.
 
     Args:
-        inner: a chain or stage; with `compiled`, `in_tf32(compiled(tx))`, for a graph can't change
-            what its kernels are chosen by.
+        inner: a chain or stage. With `compiled`, `in_tf32(compiled(tx))`: a graph can't change what
+            its kernels are chosen by. Graphs of steps with a refresh are float32 as a whole, which
+            with stagger=True or every=1 are all.
+
+    The setting is the process': while a step runs, float32 products of other threads on a GPU are
+    rounded as well.
 
     State: of `inner`.
 
@@ -44,7 +48,7 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
         with asking_for_tf32():
             return applied(inner, updates, state, params, context)
 
-    return GradientTransformation(
+    found = GradientTransformation(
         inner.init,
         update,
         inner.name,
@@ -52,3 +56,5 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
         parts={"inner": inner},
         state_of=lambda state, name: state,
     )
+    found.in_tf32 = True
+    return found

@@ -163,7 +163,7 @@ def asking_for_tf32() -> Iterator[None]:
 @contextlib.contextmanager
 def _rounded() -> Iterator[None]:
     """Who asks for full precision inside gets it, and afterwards it is rounded again."""
-    before, _ASKED.full = _ASKED.full, FullProducts()
+    before, _ASKED.full = _ASKED.full, FullProducts(own=True)
     try:
         with RoundedProducts():
             yield

@@ -34,10 +34,14 @@ class FullProducts:
 
     Other threads see the change for as long. If somebody sets another precision meanwhile, theirs
     stays.
+
+    Args:
+        own: of a thread that is in `RoundedProducts`, which goes on afterwards.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own: bool = False) -> None:
         self._lock = threading.Lock()
+        self._own = own
         self._inside = 0
         self._before: Setting | None = None
         self._turn = 0  # odd while anybody is inside
@@ -57,8 +61,10 @@ class FullProducts:
             self._inside += 1
             try:
                 if products_are_rounded():
-                    self._before = Setting()
-                    self._before.fill()
+                    now = Setting()
+                    now.fill()
+                    # Another thread's rounding ends without us.
+                    self._before = now if self._own or not _ROUNDING else _ROUNDING[0]
             except BaseException:
                 self._leave()
                 raise
@@ -77,29 +83,37 @@ class FullProducts:
         self._turn += 1
 
 
+_ROUNDING: list[Setting] = []
+"""What was before the first `RoundedProducts` that somebody is in, and so on."""
+
+
 class RoundedProducts:
     """In this context a GPU rounds the operands of float32 products to TF32's 10 bits.
 
-    A setting of the process, as above, put back at the end. A CPU goes on as it was.
+    A setting of the process, as above, and put back at the end unless somebody has set another one
+    meanwhile. A CPU's products are full.
     """
 
     def __init__(self) -> None:
-        self._before: Setting | None = None
+        self._before = Setting()
 
     def __enter__(self) -> None:
-        if not _is_rounded_on_cuda():
-            self._before = Setting()
+        _ROUNDING.append(self._before)
+        try:
             self._before.round_on_cuda()
+        except BaseException:
+            self._leave()
+            raise
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            self._before.put_back()
+        if torch.get_float32_matmul_precision() == "high":
+            self._leave()
+        else:
+            _ROUNDING.remove(self._before)
 
-
-def _is_rounded_on_cuda() -> bool:
-    if not _HAS_PLACES:
-        return torch.get_float32_matmul_precision() != "highest"
-    return _read(*_ON_CUDA) not in _FULL
+    def _leave(self) -> None:
+        _ROUNDING.remove(self._before)
+        self._before.put_back()
 
 
 def products_are_rounded() -> bool:
@@ -128,7 +142,7 @@ class Setting:
         self._overall = self._agreed()
         torch.set_float32_matmul_precision("high")
         if _ON_CPU in self._places:
-            _write(*_ON_CPU, self._places[_ON_CPU])
+            _write(*_ON_CPU, "ieee")
 
     def _agreed(self) -> str:
         """The older setting, which could have raised before the places are full."""

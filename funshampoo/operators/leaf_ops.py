@@ -25,7 +25,8 @@ from funshampoo.operators.graph_ops import accumulate_gram_, implement
 def lerp(old: Tensor, new: Tensor, weight: Hyper, donate: bool) -> Tensor:
     """(1 - weight) old + weight new, in one pass. The result has old's dtype."""
     if isinstance(weight, Tensor):
-        weight = weight.to(old, non_blocking=True)  # a number: it is read before this returns
+        # From a CPU a number is read before this returns, so that nobody has to wait.
+        weight = weight.to(old, non_blocking=weight.is_cpu)
     if _may_write(old, donate, new, weight):
         return old.lerp_(new, weight)
     return torch.lerp(old, new, weight)
@@ -188,4 +189,4 @@ def on_device(factor: Hyper, like: Tensor) -> Hyper:
     if not isinstance(factor, Tensor) or factor.device == like.device:
         return factor
     moves = factor.ndim > 0 or _functorch.is_functorch_wrapped_tensor(factor)
-    return factor.to(like.device, non_blocking=True) if moves else factor
+    return factor.to(like.device, non_blocking=factor.is_cpu) if moves else factor

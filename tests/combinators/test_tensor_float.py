@@ -86,6 +86,12 @@ def test_contexts_inside_of_each_other() -> None:
         assert not is_rounded()
 
 
+def test_inside_of_compiled_it_is_an_error() -> None:
+    inside = fs.chain(fs.in_tf32(fs.scale_by_adam()), fs.scale(-0.1))
+    with pytest.raises(ValueError, match="put it outside"):
+        fs.compiled(inside)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CHAINS)
 def test_on_a_gpu_it_is_near(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,53 @@ def test_rounded_where_that_is_asked_for_and_the_same_afterwards(name: str) -> N
         with full_precision():
             assert not products_are_rounded()
         assert readings() == inside
+    assert readings() == before
+
+
+@pytest.mark.skipif(not NEW, reason="one setting for all devices")
+def test_a_cpu_is_full_where_a_gpu_is_rounded() -> None:
+    torch.set_float32_matmul_precision("medium")
+    with asking_for_tf32(), product_precision():
+        assert torch._C._get_fp32_precision_getter("mkldnn", "matmul") == "ieee"
+        assert torch.backends.cuda.matmul.allow_tf32
+
+
+def test_who_sets_another_precision_meanwhile_keeps_it() -> None:
+    with asking_for_tf32(), product_precision():
+        torch.set_float32_matmul_precision("medium")
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.parametrize("first_out", ["rounded", "full"])
+def test_a_thread_that_rounds_and_one_that_must_not(first_out: str) -> None:
+    """Whoever leaves last, the setting is what it was before both."""
+    before = readings()
+    with asking_for_tf32():
+        rounded = product_precision()
+    full = full_precision
+    rounded.__enter__()
+    other: list[Any] = []
+
+    def enter() -> None:
+        other.append(full())
+        other[0].__enter__()
+
+    def leave() -> None:
+        other[0].__exit__(None, None, None)
+
+    def in_a_thread(function: Callable[[], None]) -> None:
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
+    in_a_thread(enter)
+    assert not products_are_rounded()
+    if first_out == "rounded":
+        rounded.__exit__(None, None, None)
+        in_a_thread(leave)
+    else:
+        in_a_thread(leave)
+        rounded.__exit__(None, None, None)
     assert readings() == before
 
 

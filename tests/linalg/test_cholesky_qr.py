@@ -74,6 +74,27 @@ def test_a_basis_that_lacks_columns_is_completed(dtype: torch.dtype) -> None:
     assert error_of(cholesky_qr(*largest_first(A, old))) < 20 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [64, 20])
+@pytest.mark.parametrize("dead", [[63], [0, 1, 2, 3, 4, 5, 6, 7], [3, 17, 40], list(range(40))])
+def test_coordinates_that_no_gradient_touches(
+    dead: list[int], rank: int, dtype: torch.dtype
+) -> None:
+    """Their rows are zeros again after each step, as `in_eigenbasis` has it: the others go on."""
+    d = 64
+    live = torch.ones(d, dtype=dtype)
+    live[dead] = 0
+    G = randn(d, rank).to(dtype) * live[:, None]
+    A = G @ G.mT / rank
+    Q = torch.linalg.eigh(A)[1] * live[:, None]
+    for t in range(8):
+        order = (A @ Q * Q).sum(-2).argsort(descending=True)
+        drift = randn(d, rank, seed=t).to(dtype) * live[:, None]
+        A = 0.9 * A + 0.1 * drift @ drift.mT / rank
+        Q = cholesky_qr((A @ Q)[:, order], Q[:, order]) * live[:, None]
+        assert (Q @ Q.mT - live.diag()).abs().max() < 100 * torch.finfo(dtype).eps
+
+
 def test_zeros_and_what_is_not_finite() -> None:
     Q = basis(5)
     assert torch.allclose(cholesky_qr(torch.zeros(5, 5).double(), Q), Q, atol=1e-12)
