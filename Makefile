@@ -19,9 +19,9 @@ test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 
 # What `make test` leaves out: graphs of torch.compile, trainings, whole programs, and further
-# cases of what others show.
+# cases of what others show. Test by test: two thirds are of one file, which one process would run.
 test-slow: $(VENV)/ready
-	$(PYTEST) -m slow
+	$(subst loadfile,loadgroup,$(PYTEST)) -m slow
 
 test-all: test test-slow
 
