@@ -13,6 +13,7 @@ from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import update_leaves
+from funshampoo.operators.leaf_ops import sent
 from funshampoo.recipes.routing import decay
 from funshampoo.transforms import scale_by_adam, schedule_free
 
@@ -108,8 +109,7 @@ def once_known(inner: GradientTransformation, beta2: float) -> GradientTransform
         known = _degrees(clock, beta2)[0] > 4
 
         def leaf(u: Tensor, g: Tensor) -> tuple[Tensor]:
-            chosen = known.to(u.device, non_blocking=True)  # a flag: read before this returns
-            return (torch.where(chosen, u, g.to(u.dtype)),)
+            return (torch.where(sent(known, u, torch.bool), u, g.to(u.dtype)),)
 
         return update_leaves(leaf, run(updates), (), (updates,))[0], own
 

@@ -25,8 +25,7 @@ from funshampoo.operators.graph_ops import accumulate_gram_, implement
 def lerp(old: Tensor, new: Tensor, weight: Hyper, donate: bool) -> Tensor:
     """(1 - weight) old + weight new, in one pass. The result has old's dtype."""
     if isinstance(weight, Tensor):
-        # From a CPU a number is read before this returns, so that nobody has to wait.
-        weight = weight.to(old, non_blocking=weight.is_cpu)
+        weight = sent(weight, old)
     if _may_write(old, donate, new, weight):
         return old.lerp_(new, weight)
     return torch.lerp(old, new, weight)
@@ -169,7 +168,7 @@ def sqrt(x: Tensor) -> Tensor:
 def clamp(x: Tensor, limit: Hyper) -> Tensor:
     """Entries between -limit and limit; NaN stays."""
     if isinstance(limit, Tensor):
-        limit = limit.to(x)
+        limit = sent(limit, x)
         return torch.clamp(x, -limit, limit)
     limit = in_range(limit, x.dtype)
     return torch.clamp(x, -limit, limit)
@@ -189,4 +188,12 @@ def on_device(factor: Hyper, like: Tensor) -> Hyper:
     if not isinstance(factor, Tensor) or factor.device == like.device:
         return factor
     moves = factor.ndim > 0 or _functorch.is_functorch_wrapped_tensor(factor)
-    return factor.to(like.device, non_blocking=factor.is_cpu) if moves else factor
+    return sent(factor, like, factor.dtype) if moves else factor
+
+
+def sent(number: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The number where `like` is, in its dtype or another.
+
+    From a CPU it is read before this returns, so that nobody has to wait for a GPU's stream.
+    """
+    return number.to(like.device, dtype or like.dtype, non_blocking=number.is_cpu)

@@ -15,7 +15,7 @@ from funshampoo.core.placed import whole_numbers
 from funshampoo.core.tree import cast, compute_dtype, flatten, update_columns
 from funshampoo.linalg.norms import is_readable, range_limits, range_scale, range_shift
 from funshampoo.operators.columns import Column, clamp, in_compute_dtype, shared_product
-from funshampoo.operators.leaf_ops import in_range
+from funshampoo.operators.leaf_ops import in_range, sent
 
 
 def clip(max_value: Hyper) -> GradientTransformation:
@@ -105,7 +105,7 @@ _FACTOR = 2.0**-60
 def _limit(value: Hyper, like: Tensor) -> Tensor:
     """(), filled on its device: a GPU's stream would be waited for with a copy from the host."""
     if isinstance(value, Tensor):
-        return value.to(like)
+        return sent(value, like)
     return like.new_full((), in_range(value, like.dtype))
 
 

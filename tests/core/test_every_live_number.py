@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import optree
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
 from funshampoo import linalg
@@ -394,6 +396,44 @@ def test_what_hyper_says_is_used_bit_for_bit(entry: Numbers) -> None:
         assert differ(found, unedited), f"{name} makes no difference, so this shows nothing"
         tensor, _, _ = run(tx, state, then, now, hyper=as_tensors({name: changed[name]}))
         assert_close(tensor, wanted, 1e-6)
+
+
+class Copies(TorchDispatchMode):
+    """From the host to the device of the parameters, for which that device would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            there = kwargs.get("device") or args[0].device
+            self.waited += there.type == "meta" and not kwargs.get("non_blocking")
+        return function(*args, **kwargs)
+
+
+@every_entry
+def test_a_number_on_the_host_is_sent_without_waiting(entry: Numbers) -> None:
+    """The meta device stands for a GPU; refreshes are left out, which may wait."""
+    if entry.name in BY_ITERATION:
+        pytest.skip("it asks the device whether it is done, and meta tensors have no answer")
+    tx = built(entry, {name: Live(name, x) for name, x in before(entry).items()})
+    params, *grads = [to_meta(tree) for tree in (problem(), *gradients(3))]
+    hyper, state = as_tensors(before(entry)), tx.init(params)
+    for g, context in zip(grads, ({}, {"refresh": False}, {"refresh": False})):
+        with Copies() as copies:
+            _, state = tx.update(g, state, params, hyper=hyper, **context)
+    assert copies.waited == 0
+
+
+BY_ITERATION = ("linalg:coupled_newton", "linalg:coupled_higher_order")
+
+
+def to_meta(tree: Any) -> Any:
+    return optree.tree_map(lambda x: x.to("meta"), tree)
 
 
 @every_entry
