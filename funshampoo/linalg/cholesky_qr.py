@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import full_precision
+from funshampoo.linalg.estimates import scattered
 
 MARGIN = 8
-"""Machine epsilons of the largest column that the smallest one is lifted to."""
+"""Machine epsilons of the whole matrix' norm that its smallest columns are lifted to."""
 
 
 def cholesky_qr(Y: Tensor, spare: Tensor) -> Tensor:
@@ -65,16 +66,8 @@ def _largest(Y: Tensor) -> Tensor:
 
 
 def _completed(spare: Tensor) -> Tensor:
-    """With rows of length 1 in the place of those that are zeros: so it has full rank again."""
+    """With rows of about length 1 in the place of those that are zeros: so it has full rank."""
+    d = spare.shape[-1]
     missing = (spare == 0).all(-1, keepdim=True)
-    return torch.where(missing, _scattered(spare.shape[-1], spare), spare)
-
-
-def _scattered(d: int, like: Tensor) -> Tensor:
-    """Fixed pseudo-random numbers (d, d), rows about 1 long: counters through an integer hash."""
-    bits = torch.arange(1, d * d + 1, device=like.device)
-    for multiplier, shift in ((0x5BD1E995, 13), (0x6B43A9B5, 15)):  # < 2**31: 32-bit products fit
-        bits = bits * multiplier & 0xFFFFFFFF
-        bits = bits ^ (bits >> shift)
-    found: Tensor = (bits.to(like.dtype) / 2**31 - 1) * (3 / d) ** 0.5
-    return found.reshape(d, d)
+    filling = (3 / d) ** 0.5 * scattered(d * d, spare.dtype, spare.device).reshape(d, d)
+    return torch.where(missing, filling, spare)

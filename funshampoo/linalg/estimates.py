@@ -57,9 +57,14 @@ def probe_vectors(like: Tensor) -> Tensor:
 
 @constant
 def _probes(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    bits = torch.arange(1, d * PROBES + 1, device=device)
+    return scattered(d * PROBES, dtype, device).reshape(PROBES, d)
+
+
+def scattered(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(count,) fixed pseudo-random numbers in [-1, 1], as of `probe_vectors`."""
+    bits = torch.arange(1, count + 1, device=device)
     for multiplier, shift in ((0x5BD1E995, 13), (0x6B43A9B5, 15)):  # < 2**31: 32-bit products fit
         bits = bits * multiplier & 0xFFFFFFFF
         bits = bits ^ (bits >> shift)
-    probes: Tensor = bits.to(dtype) / 2**31 - 1
-    return probes.reshape(PROBES, d)
+    found: Tensor = bits.to(dtype) / 2**31 - 1
+    return found
