@@ -10,13 +10,12 @@ import optree
 import torch
 
 import funshampoo as fs
-from benchmarks.device.clock import read, summary, turns, working
+from benchmarks.device.clock import summary, turns, working
 from benchmarks.device.counts import demands, held_mib
 from benchmarks.device.group import Cell, Row, Setting, in_a_line
-from benchmarks.device.steps import LR, Ours, Tensors, tensors_of
+from benchmarks.device.steps import LR, Ours, Tensors, refreshed, tensors_of
 
 MODEL, SIZE = "gpt2", 1024
-REFRESHES = 3
 GRAPHS = ("adamw", "shampoo, TF32", "soap, TF32", "muon, TF32")
 ROUNDED = ("shampoo", "soap", "kl_shampoo", "eigenvalue_shampoo", "muon")
 
@@ -85,21 +84,11 @@ def _refresh(size: int, setting: Setting) -> Iterator[Row]:
     params, grads = tensors_of(MODEL, setting)
     for name in REFRESHING:
         tx = chains(size)[name]
-        ours = Ours(tx, params, grads)
         try:
-            readings = []
-            for _ in range(REFRESHES + 1):
-                readings.append(read(partial(ours.refresh, tx), setting.device)[0])
-                if readings[-1].device > 0.2 * setting.left():
-                    break
-            later = readings[1:]
-            row = summary(later or readings) | ({} if later else {"cold": True})
-            yield {"of": name, "kind": "refresh"} | row
-            if readings[-1].device < 0.05 * setting.left():
-                head = {"of": name, "kind": "demands of a refresh"}
-                yield head | demands(partial(ours.refresh, tx), setting.device)
+            row = refreshed(Ours(tx, params, grads), tx, setting, share=0.2)
         except Exception as error:
-            yield {"of": name, "error": in_a_line(error)}
+            row = {"error": in_a_line(error)}
+        yield {"of": name, "kind": "refresh"} | row
 
 
 def _graphs(size: int, setting: Setting) -> Iterator[Row]:

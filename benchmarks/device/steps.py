@@ -96,26 +96,32 @@ def _refreshes(ours: Ours, size: int, setting: Setting) -> Iterator[Row]:
         tx = fs.shampoo(LR, max_size=size, solver=solver)
         context = tf32() if name.endswith("TF32") else contextlib.nullcontext()
         with context:
-            row = _refreshed(ours, tx, setting)
+            row = refreshed(ours, tx, setting)
         yield {"of": f"shampoo, {name}", "kind": "refresh"} | row
     expected = expected_refresh(ours.params, size, setting.device)
     head: Row = {"of": "shampoo, eigh", "kind": "refresh", "one_by_one_s": expected}
     if expected > 0.6 * setting.left():
         yield head | {"skipped": f"{setting.left():.0f} s left"}
     else:
-        yield head | _refreshed(ours, ours.tx, setting)
+        yield head | refreshed(ours, ours.tx, setting)
 
 
-def _refreshed(ours: Ours, tx: fs.GradientTransformation, setting: Setting) -> Row:
-    """The first is marked as cold where it is the only one that there was time for."""
+def refreshed(
+    ours: Ours, tx: fs.GradientTransformation, setting: Setting, share: float = 0.05
+) -> Row:
+    """Steps with a refresh. The first is cold where it is the only one that there was time for.
+
+    Args:
+        share: of the time that is left, which one may take for there to be another.
+    """
     readings = []
     for _ in range(REFRESHES + 1):
         readings.append(read(lambda: ours.refresh(tx), setting.device)[0])
-        if readings[-1].device > 0.05 * setting.left():
+        if readings[-1].device > share * setting.left():
             break
     later = readings[1:]
     row = summary(later or readings) | ({} if later else {"cold": True})
-    if readings[-1].device < 0.02 * setting.left():
+    if readings[-1].device < 0.4 * share * setting.left():
         row |= demands(lambda: ours.refresh(tx), setting.device)
     return row
 
