@@ -94,7 +94,7 @@ def chain(
         return _with_clock(state, states, context.donate)
 
     def check(updates: Tree, state: State, params: Tree) -> None:
-        if {key for key in state if key != CLOCK} != set(named):  # torch 2.11 traces no less plain
+        if {key for key in state if key != CLOCK} != set(named):  # not by views: torch 2.11
             raise ValueError(_other_chain(set(named), set(state) - {CLOCK}))
         if params is not None:
             check_same_structure(params, updates, "params", "gradients")

@@ -14,9 +14,10 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
     Operands of float32 keep 10 bits of their fractions, sums stay float32. So are rounded what
     statistics are made of, and the products of gradients with roots, bases and orthogonalizing
     polynomials; what is computed now and then (roots, eigenvectors) stays in float32, whatever the
-    process has asked for, and so do float64 and other devices. An H100 multiplies several times
-    faster that way; see benchmarks/results. A direction errs by some 2⁻¹¹ of itself times the
-    square root of the condition number that its roots keep.
+    process has asked for, and so do float64 and other devices. See docs/gpu.md for the time. Where
+    the rounding was imitated in float64, blocks of 64 to 1,024 a side times two roots of the power
+    -1/4 erred by 0.04 to 0.05 % for a white gradient, and for one drawn from the statistics by
+    0.05 % at a condition of 1e2 and 0.3 % at 1e6 (bfloat16: 0.4 and 2 %).
 
     Without it products are float32 even where torch.set_float32_matmul_precision("high") was called
     for the model's sake.
