@@ -123,7 +123,7 @@ class GradientTransformation:
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
-        self.in_tf32 = False
+        self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
         self._phase, self._check, self._flops = phase, check, flops
         children = list(self.parts.values())
         if counts is None:

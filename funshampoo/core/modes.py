@@ -131,8 +131,8 @@ def full_precision() -> contextlib.AbstractContextManager[Any]:
 def product_precision() -> contextlib.AbstractContextManager[Any]:
     """`full_precision` for what is multiplied on every step; inside of `in_tf32` rounded to TF32.
 
-    Of statistics and directions a rounding is an error of its size. What is computed now and then
-    from statistics, an inverse root say, is in `full_precision`: there it grows with the condition.
+    What is computed now and then from statistics, an inverse root say, is in `full_precision`: a
+    rounding there grows with the condition number, or keeps an iteration from its tolerance.
     """
     if torch.compiler.is_dynamo_compiling() or not _ASKED.tf32:
         return full_precision()
