@@ -24,6 +24,7 @@ def wrapping(
     update: Callable[..., tuple[Tree, Any]],
     init: Callable[..., Any] | None = None,
     name: str = "",
+    flops: Callable[[tuple[int, ...], tuple[int, ...]], float] | None = None,
 ) -> GradientTransformation:
     """A combinator from a function that runs `inner` when it likes, with what it likes.
 
@@ -35,6 +36,7 @@ def wrapping(
             if what decides that is a Python value, and then give a `phase` by hand.
         init: `init(params, **context) -> own`; by default there is no state of its own.
         name: by default that of the function that `update` was defined in.
+        flops: of its own products, see `GradientTransformation`.
 
     State: `WrappedState`.
 
@@ -89,6 +91,7 @@ def wrapping(
         counts=counts,
         minds_alive=step.minds_alive or init is None,
         accepts=step.accepts,
+        flops=flops,
     )
     if step.reads_hyper:
         found.live = None  # who knows which
@@ -157,6 +160,10 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
     def phase(step: int) -> Phase:
         return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()
 
+    def saved(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
+        """What a step does not multiply, on average, of what `inner` states."""
+        return (1 / k - 1) * inner.flops(block, kept)
+
     return GradientTransformation(
-        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True
+        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True, flops=saved
     )

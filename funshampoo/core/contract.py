@@ -76,7 +76,8 @@ class GradientTransformation:
             stage that declares `hyper`, or takes the `Context`, perhaps any.
         flops: `flops(block, kept)`: floating-point operations a step of its own matrix products on
             a block of this shape, on average; `kept` are the lengths of the sides for which
-            something is refreshed. By it ranks are balanced and plans made. By default none.
+            something is refreshed. By it ranks are balanced and plans made. By default none. Those
+            of parts are added to it; what a combinator saves of them is negative.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -137,6 +138,9 @@ class GradientTransformation:
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
         may_read_any = numbers is None and adapted.reads_hyper and not children
+        self.reads_gradient: bool = adapted.reads_gradient or any(
+            [part.reads_gradient for part in children]
+        )
         own = None if may_read_any else live_names(numbers or ())
         self.live: frozenset[str] | None = _united(own, *[part.live for part in children])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg.products import aligned, multiply
 from funshampoo.operators.leaf_ops import lerp, on_device, per_block
-from funshampoo.operators.mode_products import bias_corrected, precondition, rotate
+from funshampoo.operators.mode_products import bias_corrected, mode_flops, precondition, rotate
 
 Least: TypeAlias = float | Callable[[int], float]
 
@@ -229,3 +229,28 @@ WHITENED: dict[str, Callable[..., Whitened]] = {
     "eigenvalues": _by_eigenvalues,
 }
 """{`through` of `kl_statistics`: numbers of it, by keyword -> how G_i are made}."""
+
+
+def kl_flops(
+    block: Sequence[int], kept: Sequence[int], wanted: Sequence[bool], through: str
+) -> float:
+    """Operations of the products of `kl_statistics` on a block of this shape.
+
+    Each side is seen through all others, and enters its factor matrix; of R one more side is
+    turned, and Ritz values take a product with the factor matrix.
+
+    Args:
+        kept: lengths of the sides that have a root or a basis.
+        wanted: which sides have a factor matrix.
+        through: of `kl_statistics`.
+
+    >>> kl_flops((2, 3), (2, 3), (True, True), "roots")
+    120.0
+    """
+    own = [d for d, w in zip(block, wanted) if w]
+    through_others = (len(block) - 1) * mode_flops(block, kept)
+    turned = (
+        mode_flops(block, block[:1]) if through == "eigenvalues" and wanted[:1] == [True] else 0.0
+    )
+    ritz = sum([2.0 * d**3 for d in kept]) if through == "ritz" else 0.0
+    return mode_flops(block, own) + through_others + turned + ritz

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import is_exactly
 from funshampoo.core.modes import product_precision
 from funshampoo.core.tree import cast, compute_dtype, update_leaves
 from funshampoo.linalg.products import matmul
@@ -130,7 +132,12 @@ def blend_towards(
         source = updates if gradient is None else gradient
         return update_leaves(leaf, updates, (), (found, source))[0], own
 
-    return wrapping(inner, update, name="blend_towards")
+    def flops(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
+        """Of the norms: those of U and W, and of V where it is another."""
+        r, c = (*block[:1], math.prod(block[1:])) if len(block) > 1 else (1, math.prod(block))
+        return (2 if is_exactly(gate, 1) else 3) * 2.0 * min(r, c) ** 2 * max(r, c)
+
+    return wrapping(inner, update, name="blend_towards", flops=flops)
 
 
 def _size(x: Tensor, block_ndim: int) -> Tensor:

@@ -175,7 +175,8 @@ def in_eigenbasis(
         parts={"inner": inner},
         counts=True,
         minds_alive=True,
-        flops=lambda block, kept: 2 * mode_flops(block, kept),  # into the bases and back
+        # Into the bases and back; a `gradient` that is not the updates comes on top, unseen here.
+        flops=lambda block, kept: 2 * mode_flops(block, kept),
     )
 
 
@@ -197,7 +198,8 @@ def _stepped(
     ndim = context.block_ndim
     with product_precision():
         turned = gradient = _held(_turned(updates, kept, ndim), fine)
-        if context.gradient is not None and context.gradient is not updates:
+        is_other = context.gradient is not None and context.gradient is not updates
+        if is_other and inner.reads_gradient:
             gradient = _held(_turned(context.gradient, kept, ndim), fine)
     inside = changed(context, gradient=gradient, alive=fine, usable=False)
     out, own = run_alive(inner, turned, own, params, inside)

@@ -29,7 +29,7 @@ from funshampoo.operators.columns import (
     weights_over,
 )
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
-from funshampoo.operators.kl import WHITENED, Block, Least
+from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
 from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
@@ -188,7 +188,10 @@ def kl_statistics(
             weight = count_everyone(weight, beta, donate)
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
 
-    return GradientTransformation(init, update, numbers=[beta2, damping])
+    def flops(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
+        return kl_flops(block, kept, wanted_sides(block, sides), through)
+
+    return GradientTransformation(init, update, numbers=[beta2, damping], flops=flops)
 
 
 def _check_kind(through: str, least: Least, starts_whole: bool, bias_correction: bool) -> None:
