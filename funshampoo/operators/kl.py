@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg.products import aligned, multiply
+from funshampoo.operators.exponents import Sides, wanted_sides
 from funshampoo.operators.leaf_ops import lerp, on_device, per_block
 from funshampoo.operators.mode_products import bias_corrected, mode_flops, precondition, rotate
 
@@ -232,7 +233,7 @@ WHITENED: dict[str, Callable[..., Whitened]] = {
 
 
 def kl_flops(
-    block: Sequence[int], kept: Sequence[int], wanted: Sequence[bool], through: str
+    through: str, sides: Sides | None, block: tuple[int, ...], kept: tuple[int, ...]
 ) -> float:
     """Operations of the products of `kl_statistics` on a block of this shape.
 
@@ -240,17 +241,15 @@ def kl_flops(
     turned, and Ritz values take a product with the factor matrix.
 
     Args:
+        through, sides: of `kl_statistics`.
         kept: lengths of the sides that have a root or a basis.
-        wanted: which sides have a factor matrix.
-        through: of `kl_statistics`.
 
-    >>> kl_flops((2, 3), (2, 3), (True, True), "roots")
+    >>> kl_flops("roots", None, (2, 3), (2, 3))
     120.0
     """
+    wanted = wanted_sides(block, sides)
     own = [d for d, w in zip(block, wanted) if w]
-    through_others = (len(block) - 1) * mode_flops(block, kept)
-    turned = (
-        mode_flops(block, block[:1]) if through == "eigenvalues" and wanted[:1] == [True] else 0.0
-    )
+    if through == "eigenvalues" and wanted[:1] == [True]:
+        own.append(block[0])  # R
     ritz = sum([2.0 * d**3 for d in kept]) if through == "ritz" else 0.0
-    return mode_flops(block, own) + through_others + turned + ritz
+    return mode_flops(block, own) + (len(block) - 1) * mode_flops(block, kept) + ritz
