@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -164,6 +165,125 @@ def test_a_sharded_model_trains_as_in_one_process(
 ) -> None:
     """Bitwise, on the gradients that there are."""
     assert ranks(size, train, size, way, method) == [[]] * size
+
+
+LONG = METHODS | {
+    "shampoo": lambda p: fs.Shampoo(p, lr=0.01, every=3, max_size=8, momentum=0.9, stagger=True),
+    "leaf by leaf": lambda p: fs.Optimizer(p, fs.guarded(fs.adamw(0.01), by_leaf=True)),
+}
+
+
+def train_long(
+    rank: int, size: int, way: str, method: str, steps: int, dtypes: dict[str, torch.dtype]
+) -> list[str]:
+    """As `train`, with gradients that are missing or not finite, and parts in other dtypes."""
+    plain, sharded = model(), model()
+    for network in (plain, sharded):
+        for name, dtype in dtypes.items():
+            network.get_submodule(name).to(dtype)
+    if dtypes:  # FSDP2 shards together what is alike
+        for child in sharded.children():
+            fully_shard(child, mesh=init_device_mesh("cpu", (size,)))
+    else:
+        WAYS[way](sharded, size)
+    ours, theirs = LONG[method](sharded.parameters()), LONG[method](plain.parameters())
+    for step in range(steps):
+        for i, (p, q, g) in enumerate(
+            zip(plain.parameters(), sharded.parameters(), gradients(step))
+        ):
+            g = g.to(p.dtype)
+            if i == 1 and step in (4, 7):
+                g[-1, -1] = torch.nan
+            if i == 3 and step == 9:
+                g[0, 0] = torch.inf
+            missing = i == 2 and step % 5 == 1
+            p.grad, q.grad = (None, None) if missing else (g, placed_as(q, g))
+        ours.step()
+        theirs.step()
+    expected = dict(plain.named_parameters())
+    return [name for name, x in whole(sharded).items() if not torch.equal(x, expected[name])]
+
+
+@pytest.mark.parametrize(
+    ("way", "size", "method", "steps"),
+    [
+        # Counters on two meshes are looked at on the tenth step.
+        ("fsdp2 x tp", 4, "leaf by leaf", 12),
+        *[
+            pytest.param(*place, method, 20, marks=SLOW)
+            for place in [*PLACES, ("fsdp2", 4)]
+            for method in ("shampoo", "soap", "muon")
+        ],
+    ],
+)
+def test_twenty_steps_with_bad_gradients(
+    ranks: Ranks, way: str, size: int, method: str, steps: int
+) -> None:
+    """Bitwise, staggered, with gradients of None, NaN and inf."""
+    assert ranks(size, train_long, size, way, method, steps, {}) == [[]] * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["shampoo", "soap", "muon"])
+def test_dtypes_side_by_side(ranks: Ranks, method: str) -> None:
+    """Of three dtypes, in one exchange."""
+    dtypes = {"up": torch.bfloat16, "head": torch.float64}
+    assert ranks(2, train_long, 2, "fsdp2", method, 12, dtypes) == [[]] * 2
+
+
+def limited(rank: int, size: int, method: str) -> str:
+    """The gradient of a parameter on one of two meshes is NaN until it is too much."""
+    network = model()
+    WAYS["fsdp2 x tp"](network, size)
+    optimizer = fs.Optimizer(network.named_parameters(), LIMITED[method], lr=0.01)
+    for step in range(12):
+        for i, (p, g) in enumerate(zip(network.parameters(), gradients(step))):
+            p.grad = placed_as(p, g * torch.nan if i == 1 else g)
+        try:
+            optimizer.step()
+        except fs.FailureLimitError as error:
+            return str(error)[:160]
+    return "no error"
+
+
+LIMITED: dict[str, Any] = {
+    "by leaf": lambda learning_rate: fs.guarded(
+        fs.adamw(learning_rate), by_leaf=True, max_failures=3
+    ),
+    "muon": lambda learning_rate: fs.muon(learning_rate, max_failures=3),
+}
+
+
+@pytest.mark.parametrize("method", LIMITED)
+def test_too_many_failures_on_two_meshes(ranks: Ranks, method: str) -> None:
+    found = ranks(4, limited, 4, method)
+    assert len(set(found)) == 1
+    assert "up.weight" in found[0]
+    assert "gradient not finite" in found[0]
+
+
+def on_two_meshes(rank: int, size: int) -> list[str]:
+    """One transformation, and then the same shapes and placements on a mesh turned over."""
+    tx, differing = fs.shampoo(0.1, max_size=8), []
+    for order in ([[0, 1], [2, 3]], [[0, 2], [1, 3]]):
+        mesh, places = DeviceMesh("cpu", order), [Shard(0), Replicate()]
+        params = {"w": torch.ones(13, 10), "b": torch.ones(7)}
+        sharded = {n: distribute_tensor(p, mesh, places) for n, p in params.items()}
+        alone, state = fs.shampoo(0.1, max_size=8), tx.init(sharded)
+        expected = alone.init(params)
+        for step in range(3):
+            grads = {n: torch.full_like(p, step + 1.0).cumsum(0) for n, p in params.items()}
+            parts = {n: distribute_tensor(g, mesh, places) for n, g in grads.items()}
+            updates, state = tx.update(parts, state, sharded)
+            sharded = fs.apply_updates(sharded, updates)
+            updates, expected = alone.update(grads, expected, params)
+            params = fs.apply_updates(params, updates)
+        differing += [f"{n} {order}" for n in params if not full(sharded[n]).equal(params[n])]
+    return differing
+
+
+def test_one_transformation_on_two_meshes(ranks: Ranks) -> None:
+    assert ranks(4, on_two_meshes, 4) == [[]] * 4
 
 
 def gradients(step: int) -> list[Tensor]:
