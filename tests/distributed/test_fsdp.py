@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -94,12 +96,12 @@ WAYS: dict[str, Callable[[nn.Module, int], None]] = {
 }
 
 METHODS: dict[str, Callable[..., Any]] = {
-    "shampoo": lambda p: fs.Shampoo(
-        p, lr=0.01, every=3, max_size=8, momentum=0.9, weight_decay=0.1
+    "shampoo": lambda p, **options: fs.Shampoo(
+        p, lr=0.01, every=3, max_size=8, momentum=0.9, weight_decay=0.1, **options
     ),
-    "soap": lambda p: fs.Optimizer(p, fs.soap, lr=0.01, every=3, max_size=8),
+    "soap": lambda p, **options: fs.Optimizer(p, fs.soap, lr=0.01, every=3, max_size=8, **options),
     "muon": lambda p: fs.Optimizer(p, fs.muon, lr=0.01),
-    "adamw": lambda p: fs.Optimizer(p, fs.adamw, lr=0.01),
+    "adamw": lambda p, **options: fs.Optimizer(p, fs.adamw, lr=0.01, **options),
     "clip": lambda p: fs.Optimizer(p, fs.chain(fs.clip_by_global_norm(0.1), fs.adamw(0.01))),
     "grafted": lambda p: fs.Optimizer(p, fs.graft(fs.scale_by_adam(), fs.scale_by_sgd()), lr=0.01),
 }
@@ -316,6 +318,40 @@ def resumed(
     weights, state = get_state_dict(network, optimizer, options=options)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{ts.stop}")
     return whole(network)
+
+
+def gathered(rank: int, size: int, method: str, offload: bool) -> list[str]:
+    """A checkpoint of whole tensors, given to a new run by all ranks or by rank 0."""
+    saving = StateDictOptions(full_state_dict=True, cpu_offload=offload)
+    loading = StateDictOptions(full_state_dict=True, broadcast_from_rank0=offload)
+    networks = [model() for _ in range(3)]
+    plain, before, after = networks
+    for network in (before, after):
+        WAYS["fsdp2"](network, size)
+    alone, first, second = [METHODS[method](m.parameters(), consolidate=True) for m in networks]
+
+    def go(network: nn.Module, optimizer: Any, ts: range) -> None:
+        for t in ts:
+            for p, g in zip(network.parameters(), gradients(t)):
+                p.grad = placed_as(p, g)
+            optimizer.step()
+
+    go(plain, alone, range(4))
+    go(before, first, range(2))
+    weights, state = get_state_dict(before, first, options=saving)
+    set_model_state_dict(after, weights, options=loading)
+    set_optimizer_state_dict(after, second, state, options=loading)
+    go(after, second, range(2, 4))
+    expected = dict(plain.named_parameters())
+    return [name for name, x in whole(after).items() if not torch.equal(x, expected[name])]
+
+
+@pytest.mark.parametrize("method", ["shampoo", "soap", "adamw"])
+@pytest.mark.parametrize("offload", [False, True], ids=["on all", "from rank 0"])
+def test_a_full_state_dict_is_whole_if_consolidated(
+    ranks: Ranks, method: str, offload: bool
+) -> None:
+    assert ranks(2, gathered, 2, method, offload) == [[], []]
 
 
 LEGS = [("fsdp2", 4), ("plain", 1), ("fsdp2 x tp", 4), ("data parallel", 2), ("hsdp", 4)]
