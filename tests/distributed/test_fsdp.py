@@ -89,6 +89,7 @@ def as_it_is(model: nn.Module, size: int) -> None:
 WAYS: dict[str, Callable[[nn.Module, int], None]] = {
     "plain": as_it_is,
     "data parallel": as_it_is,
+    "owners": as_it_is,  # data parallel, with blocks shared out
     "fsdp2": rows,
     "hsdp": hybrid,
     "tp": tensor,
@@ -300,7 +301,8 @@ def resumed(
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     network = model()
     WAYS[way](network, size)
-    optimizer = METHODS[method](network.parameters())
+    options_of_way = {"distribute": fs.sharded} if way == "owners" else {}
+    optimizer = METHODS[method](network.parameters(), **options_of_way)
     if ts.start:
         weights, state = get_state_dict(network, optimizer, options=options)
         dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{ts.start}")
@@ -389,3 +391,17 @@ def test_a_checkpoint_outlives_every_sharding(
     ranks: Ranks, tmp_path: Path, method: str, flat: bool
 ) -> None:
     through(ranks, str(tmp_path), method, flat, LEGS)
+
+
+PLACES_OF_STATE = [("fsdp2", 4), ("hsdp", 4), ("owners", 2), ("plain", 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["shampoo", "soap"])
+@pytest.mark.parametrize("after", PLACES_OF_STATE, ids=lambda place: place[0])
+@pytest.mark.parametrize("before", PLACES_OF_STATE, ids=lambda place: place[0])
+def test_saved_here_and_resumed_there(
+    ranks: Ranks, tmp_path: Path, before: tuple[str, int], after: tuple[str, int], method: str
+) -> None:
+    through(ranks, str(tmp_path), method, False, [before, after])
