@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import optree
 import torch
 from torch import Tensor
 
@@ -117,7 +116,8 @@ def plan_sharded(
     place = placements or _placements(sharding)
     known = dict(zip(leaf_names(params), flatten(params)[0]))
     ways = {name: place(name, tuple(x.shape)) for name, x in known.items()}
-    inside = _in_blocks(find_state((state,), BlockedState), params, known)
+    cut = find_state((state,), BlockedState)  # a `partition` around it hides the others
+    inside = {name: x for name, x in known.items() if cut is not None and name in cut.layout}
     layout = layout_in(tx, inside)  # raises where there is no `blocked`, or several
     scope = next(s for s in scopes_of(tx, state, params) if s.in_blocks)
     costs = {
@@ -132,20 +132,6 @@ def plan_sharded(
     return _counted(
         layout, held, costs, scope.state_bytes, others, columns, ranks_per_node, mesh, since
     )
-
-
-def _in_blocks(
-    state: BlockedState | None, params: Any, known: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Those of the known that `blocked` is shown; a `partition` around it hides the others."""
-    found = {}
-    for path, (name, x) in zip(optree.tree_paths(params), known.items()):
-        node: Any = {} if state is None else state.layout
-        for key in path:
-            node = node.get(key, {})
-        if node:
-            found[name] = x
-    return found
 
 
 def _of_others(
