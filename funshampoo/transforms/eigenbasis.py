@@ -14,6 +14,7 @@ from funshampoo.core.checks import check_choice, check_flag
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
+from funshampoo.core.live import NO_NUMBERS, Numbers, resolved
 from funshampoo.core.modes import full_precision, product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
@@ -119,8 +120,8 @@ def in_eigenbasis(
     check_flag("renew_before_use", renew_before_use)
     renew = _basis_of(basis)
 
-    def refreshing(begins: bool) -> Refreshing:
-        return Refreshing(lambda block: [BasisRule(d, renew, begins) for d in block], schedule)
+    def refreshing(new: bool, live: Numbers = NO_NUMBERS) -> Refreshing:
+        return Refreshing(lambda b: [BasisRule(d, resolved(renew, live), new) for d in b], schedule)
 
     def init(
         params: Tree,
@@ -145,7 +146,7 @@ def in_eigenbasis(
         if renews and context.donate:  # a refresh writes to what it is given
             kept = map_leaves(torch.clone, kept)
         begins = context.step == start
-        bases = refreshing(begins).update(updates, bases, inputs, _factor, context)
+        bases = refreshing(begins, context.hyper).update(updates, bases, inputs, _factor, context)
         if renews:
             own = _carried(own, updates, kept, bases.kept, context.block_ndim)
         return own, bases
@@ -175,6 +176,7 @@ def in_eigenbasis(
         parts={"inner": inner},
         counts=True,
         minds_alive=True,
+        numbers=[renew],
         flops=lambda block, kept: 2 * mode_flops(block, kept),  # into the bases and back
     )
 
