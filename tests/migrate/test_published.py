@@ -229,9 +229,9 @@ def _normuon_of_stack(grads: list[torch.Tensor], flat: bool) -> list[torch.Tenso
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     found = []
-    for O in (X.mT if tall else X).reshape(shape):
-        N = O / ((0.05 * O.square().mean(-1, keepdim=True)).sqrt() + 1e-8)
-        found.append(-((shape[1] / shape[2]) ** 0.5) * N * O.norm() / N.norm())
+    for polar in (X.mT if tall else X).reshape(shape):
+        N = polar / ((0.05 * polar.square().mean(-1, keepdim=True)).sqrt() + 1e-8)
+        found.append(-((shape[1] / shape[2]) ** 0.5) * N * polar.norm() / N.norm())
     return found
 
 
