@@ -53,8 +53,6 @@ def soap(
     permutes = chosen("data_format", data_format, formats)
     beta1, beta2 = betas
     check_range("shampoo_beta", shampoo_beta, float("-inf"), 1.0)
-    if shampoo_beta == 0:
-        raise ValueError("shampoo_beta is 0; give it above 0, or below for that of betas.")
 
     def directions(wanted: bool) -> GradientTransformation:
         def sides(block: tuple[int, ...]) -> list[bool]:

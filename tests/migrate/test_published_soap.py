@@ -60,6 +60,7 @@ def largest_error(args: dict[str, Any], model: dict[str, Any] | None = None) -> 
         {"merge_dims": True},
         LAST,
         {**LAST, "max_precond_dim": 6, "precondition_1d": True},
+        {"shampoo_beta": 0.0},
         {**LAST, "normalize_grads": True, "correct_bias": False, "precondition_frequency": 1},
     ],
 )
@@ -91,3 +92,24 @@ def test_its_state_has_the_names_of_the_merged_kernel() -> None:
     assert [tuple(x.shape) for x in factors] == [(4, 4)] * 3
     plain = fs.from_published("SOAP", **{**SOAP, "max_precond_dim": 4})
     assert set(saved) == set(fs.state.state_dict(plain.init({"kernel": torch.ones(4, 4, 4)})))
+
+
+def test_a_held_block_keeps_the_statistics_of_its_last_gradient() -> None:
+    """With shampoo_beta=0 nothing else is in them."""
+    tx = fs.from_published("SOAP", **{**SOAP, "shampoo_beta": 0.0})
+    good, *later = [{"w": g} for g in gradients((7, 8))]
+    params = {"w": torch.ones(7, 8).double()}
+    _, state = tx.update(good, tx.init(params), params)
+    bad = {"w": torch.full((7, 8), torch.nan).double()}
+    updates, held = tx.update(bad, state, params)
+    assert not updates["w"].any()
+    before, after = [fs.state.state_dict(x) for x in (state, held)]
+    factors = [name for name in before if "factors" in name]
+    assert len(factors) == 2
+    for name in factors:
+        assert torch.equal(before[name], after[name])
+        assert before[name].any()
+    for g in later[:3]:
+        updates, held = tx.update(g, held, params)
+        assert updates["w"].isfinite().all()
+        assert updates["w"].any()
