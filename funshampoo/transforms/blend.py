@@ -31,8 +31,8 @@ class AgreementGate:
         γ = (a b)^power,   a and b in [0, 1], γ in [floor, cap]
 
     Attributes:
-        agreement: cosine with U from which on γ is above 0, in [0, 1).
-        alignment: cosine with the gradient, likewise; in [-1, 1).
+        agreement: cosine with U from which on γ is above 0; below 1, and below -1 it always is.
+        alignment: cosine with the gradient, likewise.
         power: above 0.
         floor, cap: numbers, or schedules of the old step count, in [0, 1].
 
@@ -49,8 +49,8 @@ class AgreementGate:
     cap: Hyper | Schedule = 1.0
 
     def __post_init__(self) -> None:
-        check_range("agreement", self.agreement, 0.0, 1.0, high_open=True)
-        check_range("alignment", self.alignment, -1.0, 1.0, high_open=True)
+        for name, least in (("agreement", self.agreement), ("alignment", self.alignment)):
+            check_range(name, least, float("-inf"), 1.0, low_open=True, high_open=True)
         check_range("power", self.power, 0.0, low_open=True)
         check_range("floor", self.floor, 0.0, 1.0, schedule=True)
         check_range("cap", self.cap, 0.0, 1.0, schedule=True)

@@ -99,7 +99,8 @@ def test_a_run_goes_on_in_the_bases_it_has(
         updates, state = tx.update(grads, state, params)
         assert all(u.isfinite().all() and u.abs().max() < 1 for u in updates.values())
     failures = [int(x.sum()) for name, x in state_dict(state).items() if name.endswith("failures")]
-    assert sum(failures) == 2, "the refreshes of steps 3 and 5, of one side"
+    refreshes = [t for t in (3, 4, 5) if "refresh" in tx.phase(t)]
+    assert sum(failures) == len(refreshes) > 0, "of one side"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), TypeError("of the call")])
