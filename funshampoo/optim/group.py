@@ -13,6 +13,7 @@ from funshampoo.core.applying import unwatched
 from funshampoo.core.checks import check_flag
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
+from funshampoo.core.modes import for_keeps
 from funshampoo.optim.building import Builder, Built, other_structure
 from funshampoo.optim.carrying import carried
 from funshampoo.optim.entries import SHARED, is_note, is_shared
@@ -140,6 +141,7 @@ class GroupRun:
                 built.transformation, gradients, self._state, params, hyper=built.numbers()
             )
 
+    @for_keeps()
     def released(self, tensors: Collection[Tensor]) -> dict[Tensor, Left]:
         """Copies of what is remembered of these."""
         if not self.has_state or not tensors:

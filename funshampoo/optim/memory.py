@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from funshampoo.core.modes import for_keeps
 from funshampoo.optim.entries import SHARED, check_entry, is_note, is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Left, Ready
@@ -143,7 +143,7 @@ class Memory:
             own, shared = _parted({**known, **chain})
             self._left[p] = Left(own, shared)
         elif run is not None and chain:
-            with torch.inference_mode(False), torch.no_grad():
+            with for_keeps():
                 for name, x in chain.items():
                     known[name].copy_(x)
             run.written_to()
@@ -153,6 +153,7 @@ class Memory:
         if notes:
             self.notes.setdefault(p, {}).update(notes)
 
+    @for_keeps()
     def assign(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Let these be the entries of a parameter, from the next step on.
 
