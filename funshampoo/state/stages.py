@@ -43,7 +43,12 @@ class KroneckerState(NamedTuple):
 
 
 @meaning(
-    residual="any", condition="any", failures="count", streak="count <= failures", rounds="count"
+    value="finite",
+    residual="any",  # what a refresh reports may be infinite
+    condition="any",
+    failures="count",
+    streak="count <= failures",
+    rounds="count",
 )
 class Kept(NamedTuple):
     """What is computed now and then from one matrix a block, and what the last refresh found.
@@ -141,6 +146,7 @@ class AdagradState(NamedTuple):
     second: Tree
 
 
+@meaning(second="nonnegative")
 class RowsState(NamedTuple):
     """Of `normalize_rows`: the mean square v of every row, a tree of (N, r)."""
 
@@ -174,7 +180,7 @@ class HyperparamsState(NamedTuple):
     inner: Any
 
 
-@meaning(seen="count", used="count", skipped="count")
+@meaning(total="finite", seen="count", used="count", skipped="count")
 class MultiStepsState(NamedTuple):
     """Of `multi_steps`.
 
@@ -276,6 +282,7 @@ class GuardedState(NamedTuple):
     spikes: SpikeState | tuple[()] = ()
 
 
+@meaning(report="nonnegative")
 class ShardedState(NamedTuple):
     """Of `sharded`: the inner state of the blocks that this rank owns.
 

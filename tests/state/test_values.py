@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,8 @@ import funshampoo as fs
 from funshampoo.core.tree import map_leaves
 from funshampoo.state import check, load_state_dict, meaning, state_dict
 from funshampoo.state.checkpoint import carried_over
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import Kept
 from tests.table import Case, every_case
 from tests.trees import assert_equal, gradients, problem, train
 
@@ -45,6 +50,9 @@ def test_what_a_run_leaves_is_never_refused(case: Case) -> None:
         check(state)
     loaded = load_state_dict(tx.init(params), state_dict(state)).state
     assert_equal(loaded, state)
+    for _, node in walk(state):
+        ours = type(node).__module__.startswith("funshampoo.") and node._fields
+        assert not ours or type(node) in state_classes().values()
 
 
 def at_first(value: float) -> Callable[[Tensor], Tensor]:
@@ -294,3 +302,50 @@ class TestFiles:
         found = self.flipped(content, tmp_path, 40)
         assert not torch.equal(found[self.name], content[self.name])
         load_state_dict(TX.init(problem()), found)
+
+
+STATES = {"inner", "direction", "onto", "own", "statistics", "bases", "rate", "spikes", "kept"}
+NO_NUMBERS = {"layout", "owned", "ranks", "steps"}  # keys that say what is where; the clock
+
+
+@functools.cache
+def state_classes() -> dict[str, type]:
+    """Every named tuple of the package that is a state, by name."""
+    found: dict[str, type] = {"Kept": Kept}
+    for module in pkgutil.walk_packages(fs.__path__, "funshampoo."):
+        if not module.name.endswith("__main__"):
+            for name, x in vars(importlib.import_module(module.name)).items():
+                if name.endswith("State") and name[0] != "_" and hasattr(x, "_fields"):
+                    found[name] = x
+    return found
+
+
+@pytest.mark.parametrize("state", state_classes().values(), ids=state_classes())
+def test_every_field_of_every_state_says_what_it_means(state: Any) -> None:
+    """So that none is left to "finite" because nobody thought of it."""
+    declared = getattr(state, "_meaning", {})
+    assert set(state._fields) - STATES - NO_NUMBERS == set(declared), state.__name__
+
+
+def _averages(recipe: Any) -> tuple[Any, dict[str, Tensor]]:
+    tx = fs.chain(fs.scale_by_adam(), recipe)
+    return tx, saved(tx)
+
+
+NEGATIVE = {
+    "schedule_free/total": lambda: fs.schedule_free(0.1),
+    "schedule_free/largest": lambda: fs.schedule_free(0.1),
+    "schedule_free/seen": lambda: fs.schedule_free(0.1),
+    "tail_average/weight": lambda: fs.tail_average(beta=0.9),
+    "normalize_rows/second": lambda: fs.normalize_rows(0.9),
+}
+
+
+@pytest.mark.parametrize("field", NEGATIVE)
+def test_a_negative_sum_is_refused(field: str) -> None:
+    tx, found = _averages(NEGATIVE[field]())
+    load_state_dict(tx.init(problem()), found)
+    name = next(name for name in found if name.endswith(field))
+    found[name] = -found[name] - 1
+    with pytest.raises(ValueError, match=f"'{name}' is negative"):
+        load_state_dict(tx.init(problem()), found)
