@@ -19,7 +19,7 @@ from torch import Tensor
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
-from funshampoo.state.stages import BlockedState, ShardedState
+from funshampoo.state.stages import BlockedState, HyperparamsState, ShardedState
 
 
 class Named(NamedTuple):
@@ -58,9 +58,11 @@ def named(state: Any) -> list[Named]:
     """
     found: dict[tuple[str, str], Named] = {}
     names = Names()
+    in_range = _hyperparams(state)
 
     def collect(place: Place, x: Tensor) -> Tensor:
         path, kind = path_of(place), kind_of(place.kind, place.field)
+        kind = " ".join([kind, *in_range.get(id(x), ())])
         for owner, rest, part in names.parts(place, x):
             if (owner, rest) in found:
                 raise _two_of(owner, rest)
@@ -69,6 +71,16 @@ def named(state: Any) -> list[Named]:
 
     map_tensors(collect, state)
     return list(found.values())
+
+
+def _hyperparams(state: Any) -> dict[int, list[str]]:
+    """{id of a tensor: the ranges that it has to lie in}."""
+    found: dict[int, list[str]] = {}
+    for _, node in walk(state):
+        if isinstance(node, HyperparamsState):
+            for name, x in node.hyperparams.items():
+                found.setdefault(id(x), []).extend(node.ranges.get(name, ()))
+    return found
 
 
 def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:

@@ -173,11 +173,15 @@ class HyperparamsState(NamedTuple):
         hyperparams: {name: 0-dimensional tensor}, float32 unless given as a tensor. Replace an
             entry between steps and the next step uses it.
         inner: the state of the transformation that the factory makes.
+        ranges: {name: {"[0.0, 1.0)": ()}}: what the stages that read a number take, so that
+            `load_state_dict` refuses others; {} where a factory of a user's does not say it. It is
+            written in keys, as `BlockedState.layout` is.
     """
 
     steps: Counter
     hyperparams: dict[str, Tensor]
     inner: Any
+    ranges: dict[str, dict[str, tuple[()]]] = {}  # noqa: RUF012, never written to
 
 
 @meaning(total="finite", seen="count", used="count", skipped="count")

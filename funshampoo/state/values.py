@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from funshampoo.operators.packed import unpack
 
 _AT_A_TIME = 2**24  # numbers that are looked at together
+_RANGE = re.compile(r"([\[(])([^\s,]+), ([^\s,\])]+)([\])])")  # as in "number [0.0, 1.0)"
 _ABOVE_ONE = 1.01  # of a weight: a long average's rounds to a little above 1
 
 
@@ -61,8 +63,12 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
     def rows(bad: Tensor) -> Tensor:
         return bad.reshape(len(x), -1).any(1)
 
-    if kind == "number":
+    if kind.startswith("number"):
         yield rows(x.isnan()), "is NaN"
+        for left, low, high, right in _RANGE.findall(kind):
+            above = x > float(low) if left == "(" else x >= float(low)
+            below = x < float(high) if right == ")" else x <= float(high)
+            yield rows(~(above & below)), f"is not in {left}{low}, {high}{right}, as it has to be"
         return
     if x.is_floating_point() or x.is_complex():
         yield rows(~torch.isfinite(x)), "is not finite"

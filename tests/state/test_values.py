@@ -305,7 +305,7 @@ class TestFiles:
 
 
 STATES = {"inner", "direction", "onto", "own", "statistics", "bases", "rate", "spikes", "kept"}
-NO_NUMBERS = {"layout", "owned", "ranks", "steps"}  # keys that say what is where; the clock
+NO_NUMBERS = {"layout", "owned", "ranks", "ranges", "steps"}  # what is where; the clock
 
 
 @functools.cache
@@ -349,3 +349,39 @@ def test_a_negative_sum_is_refused(field: str) -> None:
     found[name] = -found[name] - 1
     with pytest.raises(ValueError, match=f"'{name}' is negative"):
         load_state_dict(tx.init(problem()), found)
+
+
+INJECTED: dict[str, tuple[Any, list[float], list[float]]] = {
+    "learning_rate": (fs.adamw, [-1e-3, math.inf, math.nan], [0.0, 10.0]),
+    "beta1": (fs.adamw, [9e5, 1.1, -0.1], [0.0, 0.5]),
+    "epsilon": (fs.adamw, [-1e-8], [0.0, 1e-3]),
+    "weight_decay": (fs.shampoo, [-1.0], [0.0, 1.0]),
+    "beta2": (fs.shampoo, [1.5, -0.5], [0.5, 1.0]),
+    "momentum": (fs.sgd, [-0.9], [0.5]),
+    "max_norm": (fs.clip_by_global_norm, [-1.0], [1.0, math.inf]),  # where infinite is no limit
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_hyperparameters_in_a_state_are_held_to_the_ranges_of_their_arguments(name: str) -> None:
+    recipe, refused, taken = INJECTED[name]
+    arguments = {} if recipe is fs.clip_by_global_norm else {"learning_rate": 0.1}
+    tx = fs.inject_hyperparams(recipe)(**{**arguments, name: 0.5})
+    found = saved(tx)
+    entry = next(n for n in found if n.endswith(f"hyperparams/{name}"))
+    for value in taken:
+        recipe(**{**arguments, name: value})
+        load_state_dict(tx.init(problem()), found | {entry: torch.tensor(value)})
+    for value in refused:
+        with pytest.raises(ValueError, match=name):
+            recipe(**{**arguments, name: value})
+        with pytest.raises(ValueError, match=f"'{entry}' is") as error:
+            load_state_dict(tx.init(problem()), found | {entry: torch.tensor(value)})
+        assert "no run can have left" in str(error.value)
+
+
+def test_every_number_of_a_recipe_has_its_range_in_the_state() -> None:
+    """But one that is looked at through a function of it."""
+    for recipe in (fs.shampoo, fs.soap, fs.muon, fs.adamw, fs.sgd, fs.lion, fs.splus):
+        state = fs.inject_hyperparams(recipe)(0.1).init(problem())
+        assert {name for name in state.hyperparams if not state.ranges[name]} == set(), recipe
