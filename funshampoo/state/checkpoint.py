@@ -268,7 +268,8 @@ def _limit(state: Any, entries: Sequence[Entry]) -> int | None:
     """
     for _, node in walk(state):
         ours = type(node).__module__.startswith("funshampoo.")
-        if isinstance(node, WrappedState) or (hasattr(node, "_fields") and not ours):
+        faster = isinstance(node, WrappedState) and "once" not in node.pace
+        if faster or (hasattr(node, "_fields") and not ours):
             return None
     clocks = [entry.x for entry in entries if entry.kind == "steps" and not entry.x.is_meta]
     steps = max((int(x.max()) for x in clocks), default=-1)

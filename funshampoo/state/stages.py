@@ -28,7 +28,7 @@ Tree = Any
 Counter = Tensor | tuple[()]
 
 
-@meaning(factors="factor", weight="weight")
+@meaning(factors="factor", weight="weight of factors")
 class KroneckerState(NamedTuple):
     """Of `kronecker_statistics`: L_i, one factor matrix a side.
 
@@ -99,7 +99,7 @@ class GraftState(NamedTuple):
     steps: Counter = ()
 
 
-@meaning(average="linear", weight="weight")
+@meaning(average="linear", weight="weight of average")
 class EmaState(NamedTuple):
     """Of `ema`: the filtered gradient M (a tree like the updates) and its weight (tree of (N,))."""
 
@@ -107,7 +107,7 @@ class EmaState(NamedTuple):
     weight: Tree
 
 
-@meaning(buffer="linear", seen="weight")
+@meaning(buffer="linear", seen="weight of buffer")
 class TraceState(NamedTuple):
     """Of `trace`: the momentum buffer B (a tree like the updates), and `seen`, a tree of (N,).
 
@@ -119,7 +119,12 @@ class TraceState(NamedTuple):
     seen: Tree
 
 
-@meaning(first="linear", first_weight="weight", second="nonnegative", second_weight="weight")
+@meaning(
+    first="linear",
+    first_weight="weight of first",
+    second="nonnegative",
+    second_weight="weight of second",
+)
 class AdamState(NamedTuple):
     """Of `scale_by_adam`: first moment M and second moment V with their weights, trees.
 
@@ -212,11 +217,17 @@ class MaskedState(NamedTuple):
 
 
 class WrappedState(NamedTuple):
-    """Of a combinator made by `wrapping`: its own state, and that of what it wraps."""
+    """Of a combinator made by `wrapping`: its own state, and that of what it wraps.
+
+    Attributes:
+        pace: {"once": ()} where it steps `inner` once a step at most, as those of funshampoo do, so
+            that no count in it can be above the clock; else {}. In keys, as a layout is.
+    """
 
     own: Any
     inner: Any
     steps: Counter = ()
+    pace: dict[str, tuple[()]] = {}  # noqa: RUF012, never written to
 
 
 class EveryKState(NamedTuple):

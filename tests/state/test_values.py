@@ -17,6 +17,7 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo.core.tree import map_leaves
+from funshampoo.recipes import RECIPES
 from funshampoo.state import check, load_state_dict, meaning, state_dict
 from funshampoo.state.checkpoint import carried_over
 from funshampoo.state.nodes import walk
@@ -45,6 +46,7 @@ def test_what_a_run_leaves_is_never_refused(case: Case) -> None:
     if "guarded" in case.name or case.name.startswith(("shampoo", "multi_steps:shampoo")):
         grads[5] = {**grads[5], "w": grads[5]["w"] * math.nan}
     state = tx.init(params)
+    check(state)
     for g in grads:
         _, state = tx.update(g, state, params)
         check(state)
@@ -96,6 +98,21 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "held_streak": (f"{BLOCK}guarded/streak", lambda x: x + 1, "above its 'held'"),
     "spikes_pending": (f"{BLOCK}guarded/spikes/pending", lambda x: x + 1, "above its 'held'"),
     "spike_average": (f"{BLOCK}guarded/spikes/average", lambda x: -x, "negative"),
+    "weight_of_nothing": (
+        f"{BLOCK}ema/weight",
+        lambda x: x * 0,
+        "is 0, while its 'average' is not",
+    ),
+    "factors_of_nothing": (
+        f"{BLOCK}kronecker_statistics/weight",
+        lambda x: x * 0,
+        "is 0, while its 'factors' is not",
+    ),
+    "squares_of_nothing": (
+        f"{BLOCK}graft/onto/second_weight",
+        lambda x: x * 0,
+        "is 0, while its 'second' is not",
+    ),
     "root_streak": (f"{BLOCK}graft/direction/kept/0/streak", lambda x: x + 1, "its 'failures'"),
     "rounds_ahead": (f"{BLOCK}graft/direction/kept/0/rounds", lambda x: x + 99, "the clock"),
 }
@@ -304,8 +321,8 @@ class TestFiles:
         load_state_dict(TX.init(problem()), found)
 
 
-STATES = {"inner", "direction", "onto", "own", "statistics", "bases", "rate", "spikes", "kept"}
-NO_NUMBERS = {"layout", "owned", "ranks", "ranges", "steps"}  # what is where; the clock
+STATES = {"inner", "direction", "onto", "own", "statistics", "rate", "spikes", "kept"}
+NO_NUMBERS = {"layout", "owned", "ranks", "ranges", "pace", "steps"}  # what is where; the clock
 
 
 @functools.cache
@@ -385,3 +402,30 @@ def test_every_number_of_a_recipe_has_its_range_in_the_state() -> None:
     for recipe in (fs.shampoo, fs.soap, fs.muon, fs.adamw, fs.sgd, fs.lion, fs.splus):
         state = fs.inject_hyperparams(recipe)(0.1).init(problem())
         assert {name for name in state.hyperparams if not state.ranges[name]} == set(), recipe
+
+
+WITH_BASES = [fs.soap, fs.splus, fs.kl_shampoo, fs.eigenvalue_shampoo, fs.soap_muon, fs.kl_soap]
+
+
+@pytest.mark.parametrize("recipe", WITH_BASES, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("change", [lambda Q: 3 * Q, lambda Q: 0 * Q, lambda Q: Q[:, :1] + 0 * Q])
+def test_a_basis_is_orthonormal(recipe: Any, change: Callable[[Tensor], Tensor]) -> None:
+    tx = recipe(0.1)
+    found = saved(tx)
+    name = next(n for n in found if "bases/kept" in n and n.endswith("value/0"))
+    assert found[name].shape[-1] > 1
+    with pytest.raises(ValueError, match=f"'{name}' has columns that are not orthonormal"):
+        load_state_dict(tx.init(problem()), found | {name: change(found[name])})
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_counts_are_held_to_the_clock_in_every_recipe(recipe: Any) -> None:
+    """Also where parts of the parameters have methods of their own."""
+    tx = recipe(0.1)
+    found = saved(tx)
+    fields = ("held", "seen", "rounds", "failures")
+    counts = [name for name in found if name.endswith(tuple(f"/{f}" for f in fields))]
+    assert counts or recipe in (fs.adamw, fs.sgd, fs.lion, fs.sign_descent)
+    for name in counts:
+        with pytest.raises(ValueError, match=f"'{name}' is above the clock, which is at 4"):
+            load_state_dict(tx.init(problem()), found | {name: found[name] * 0 + 10**6})
