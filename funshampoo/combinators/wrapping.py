@@ -16,6 +16,7 @@ from funshampoo.core.contract import (
     as_transformation,
     checked_pair,
 )
+from funshampoo.core.live import is_ours
 from funshampoo.state.stages import EveryKState, WrappedState
 
 
@@ -59,11 +60,12 @@ def wrapping(
     name = name or name_of(update)
     first, step = adapted_init(init or (lambda params: ())), adapted_wrapping(update)
     counts = step.counts or inner.counts
+    pace: dict[str, tuple[()]] = {"once": ()} if is_ours(update) else {}
 
     def init_both(params: Tree, *, clock: bool = False, **context: Any) -> WrappedState:
         context["clock"] = clock or counts
         own = first(params, context)
-        return WrappedState(own, inner.init(params, **context), started(counts, clock))
+        return WrappedState(own, inner.init(params, **context), started(counts, clock), pace)
 
     def update_both(
         updates: Tree, state: WrappedState, params: Tree, context: Context
@@ -81,7 +83,7 @@ def wrapping(
             return out
 
         out, own = checked_pair(step.call(updates, state.own, params, inside, run), name)
-        return out, WrappedState(own, stepped, advanced(state.steps, context.donate))
+        return out, WrappedState(own, stepped, advanced(state.steps, context.donate), pace)
 
     found = GradientTransformation(
         init_both,

@@ -22,6 +22,7 @@ from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import Context, context_of
 from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.live import live_names
+from funshampoo.core.modes import for_keeps
 from funshampoo.core.placed import is_in_parts, placed_like, were_seen
 from funshampoo.core.tree import flatten
 
@@ -151,7 +152,11 @@ class GradientTransformation:
             TypeError: something in it is no tensor (names the stage).
         """
         any(map(is_in_parts, flatten(params)[0]))  # noted, for the steps
-        state = self._init(params, context)
+        if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+            state = self._init(params, context)
+        else:  # a later step may come outside of it, and write to the state
+            with for_keeps():
+                state = self._init(params, context)
         _check_state(state, self.name)
         return state
 

@@ -40,7 +40,7 @@ from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
 
 
-@meaning(seen="count")
+@meaning(seen="count", bases="orthonormal")
 class EigenbasisState(NamedTuple):
     """State of `in_eigenbasis`.
 
