@@ -107,7 +107,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 raise TypeError(f"{name} is {flag!r}; give True or False.")
         self._compile = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
-        self._memory = Memory()
+        flags = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
+        self._memory = Memory(flags)
         self._whole: Whole | None = None
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
