@@ -29,7 +29,7 @@ from torch import Tensor
 from funshampoo.blocks.executor import Leaves
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.core.placed import is_in_parts
+from funshampoo.core.placed import is_in_parts, local_part
 from funshampoo.distributed.changes import Last, Says, announce
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.described import Line, described
@@ -79,6 +79,15 @@ def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
     found = [sum_of_bits(x) for x in leaves if x is not None and not is_in_parts(x)]
     numbers = iter(torch.stack(found).tolist() if found else [])
     return [-1 if x is None else 0 if is_in_parts(x) else next(numbers) for x in leaves]
+
+
+def content_of(leaves: Leaves) -> int:
+    """Of the bits of gradients and parameters that are here; from 1, below 2^24, so that float32
+    holds it. Waits for the device.
+    """
+    here = [x for x in (*leaves.gradients, *(leaves.parameters or ())) if x is not None]
+    found = [sum_of_bits(local_part(x)) for x in here]
+    return print_of(torch.stack(found).tolist() if found else [], 24) | 1
 
 
 class Around(Protocol):
@@ -179,16 +188,23 @@ class Agreement:
         self._last = shards, leaves.where, leaves.names, plan
         return plan
 
-    def says(self, plan: int, leaves: Leaves, context: Context) -> Says:
-        """What this rank says of a step on which the ranks agree."""
+    def says(self, plan: int, leaves: Leaves, context: Context, run: int) -> Says:
+        """What this rank says of a step on which the ranks agree.
+
+        Args:
+            run: the number of the run that the state is of; 0 on its first step.
+        """
 
         def lines() -> list[Line]:
-            return [*self._lines, *self._around_lines(), *said(context)]
+            of_run = ("the run that the state is of", f"{run:x}" if run else "new")
+            return [*self._lines, of_run, *self._around_lines(), *said(context)]
 
         def words() -> list[Line]:
             return self._words(self._of_plan(leaves), context)
 
-        return Says(self._fingerprint(plan, context), context.step or 0, lines, words)
+        fingerprint = self._fingerprint(plan ^ run, context)
+        content = 0 if run else content_of(leaves)
+        return Says(fingerprint, context.step or 0, content, lines, words)
 
     def _fingerprint(self, plan: int, context: Context) -> int:
         """Of a plan, of what is around, and of what is `said` of this step; below 2^24."""

@@ -31,12 +31,14 @@ class Says(NamedTuple):
     Attributes:
         fingerprint: below 2^24, so that float32 holds it.
         number: of the step; 0 where it is not known.
+        content: of a run's first step: below 2^24, of the bits that this rank has for it.
         lines: what the fingerprint is of.
         words: what is stepped, for ranks that do not step the same.
     """
 
     fingerprint: int = 0
     number: int = 0
+    content: int = 0
     lines: Callable[[], list[Line]] = list
     words: Callable[[], list[Line]] = list
 

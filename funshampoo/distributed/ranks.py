@@ -32,6 +32,7 @@ from funshampoo.distributed.parts import Parts, Transfer
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import described
 from funshampoo.distributed.whole import Whole
+from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
 
 
@@ -118,7 +119,8 @@ class Ranks:
         rank, size = rank_and_size(self.group)
         names: dict[str, tuple[()]] = {f"{rank} of {size}": ()}
         report = failure_report(inner, device)
-        return ShardedState(inner, owned, names, report, started(self.counts, clock))
+        run = torch.zeros((), dtype=torch.int64, device="cpu")
+        return ShardedState(inner, owned, names, report, started(self.counts, clock), run)
 
     def exchange(
         self,
@@ -152,9 +154,9 @@ class Ranks:
             new = step(state.inner, put)
             report = failure_report(new, blocks.device) if self._is_due(context) else state.report
             steps = advanced(state.steps, context.donate)
-            return ShardedState(new, state.owned, state.ranks, report, steps)
+            return ShardedState(new, state.owned, state.ranks, report, steps, state.run)
         shards, dtype = self.shards(blocks), self._dtype(blocks)
-        says = self._says(shards, leaves, context, blocks.device)
+        says = self._says(shards, leaves, state, context, blocks.device)
         key = blocks.device, dtype, shards.length * size
         memory = self.memory if context.donate else {}
         transport = Whole(shards, rank, self.group, key, memory)
@@ -180,7 +182,7 @@ class Ranks:
         parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
         says = Says()
         if parts.size > 1:
-            says = self._says(parts.shards, leaves, context, blocks.device)
+            says = self._says(parts.shards, leaves, state, context, blocks.device)
         memory = self.memory.setdefault((id(parts), dtype), {}) if context.donate else {}
         transfer = Transfer(parts, leaves, dtype, blocks.device, self.group, memory)
 
@@ -218,8 +220,10 @@ class Ranks:
             lambda put: step(state.inner, put), self._is_due(context), look, says
         )
         self.agreement.stepped(Last(transport.form(), 1 if always else self.every))
-        report = state.report if seen is None else seen
-        return ShardedState(new, state.owned, state.ranks, report, steps)
+        report, run = state.report if seen is None else seen, state.run
+        if says.content:
+            run = torch.tensor(exchange.run_number(), device="cpu")
+        return ShardedState(new, state.owned, state.ranks, report, steps, run)
 
     def _is_due(self, context: Context) -> bool:
         """Streaks are looked at before the steps that are multiples of `every`."""
@@ -245,10 +249,17 @@ class Ranks:
             found = self.known_parts[id(layout)] = layout, placed, parts
         return found[2]
 
-    def _says(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> Says:
+    def _says(
+        self,
+        shards: Shards,
+        leaves: Leaves,
+        state: ShardedState,
+        context: Context,
+        device: torch.device,
+    ) -> Says:
         """What has to be the same on all ranks. On their first step they agree on it here."""
         plan = self.agreement.on(shards, leaves, context, self.group, device)
-        return self.agreement.says(plan, leaves, context)
+        return self.agreement.says(plan, leaves, context, run_of(state))
 
     def everywhere(self, blocks: list[str]) -> list[str]:
         """What all ranks say: all of them are here, since what they gathered is the same."""

@@ -7,9 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.distributed.collectives import gathered_objects
+from funshampoo.distributed.gathering import sharing_groups
+from funshampoo.optim.entries import is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Ready
 from funshampoo.optim.saved import check_ours, indices_of, loaded_group
+from funshampoo.state.parts import parts_in
 
 
 class Loading(NamedTuple):
@@ -24,6 +28,60 @@ class Loading(NamedTuple):
     ready: list[Ready]
     groups: list[dict[str, Any]]
     notes: dict[Tensor, dict[str, Any]]
+
+
+def loaded_together(
+    runs: Sequence[GroupRun],
+    groups: Sequence[dict[str, Any]],
+    given: Mapping[str, Any],
+    *,
+    strict: bool,
+    cast: bool,
+) -> Loading:
+    """`loaded`, and where the checkpoint is the part of one of several ranks, for all or for none.
+
+    A collective then: on every rank that shares the blocks, each with a part.
+
+    Raises:
+        ValueError: see `loaded`; or another rank's part does not fit there, or is of another step
+            or run. On every rank.
+    """
+    parts = list(parts_in(given["state"]))
+    shared = [group for run in runs for group in sharing_groups(run.transformation)]
+    if not shared or not any([part.size > 1 for part in parts]):
+        return loaded(runs, groups, given, strict=strict, cast=cast)
+    failure: BaseException | None = None
+    try:
+        found = loaded(runs, groups, given, strict=strict, cast=cast)
+    except BaseException as error:  # whatever it is: the others are waiting
+        failure = error
+    common = sorted({part.run for part in parts if part.run is not None}), _clocks(given["state"])
+    everyone = gathered_objects((failure is None, common), shared[0])
+    if failure is not None:
+        raise failure
+    for rank, (well, theirs) in enumerate(everyone):
+        if not well:
+            raise ValueError(
+                f"rank {rank} of {len(everyone)} could not load what it was given; its own error "
+                "says why. Nothing was changed on any rank. Give each rank the part that it saved, "
+                "or all of them the union, funshampoo.state.merged(parts)."
+            )
+        if theirs != everyone[0][1]:
+            raise ValueError(
+                f"the parts that ranks 0 and {rank} were given are of different steps or runs: "
+                "give those of one save. Nothing was changed on any rank."
+            )
+    return found
+
+
+def _clocks(state: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """The counters of steps, which all ranks have."""
+    return {
+        f"{index}/{name}": x.tolist()
+        for index, entries in state.items()
+        for name, x in entries.items()
+        if is_shared(name) and name.endswith("/steps") and isinstance(x, Tensor)
+    }
 
 
 def loaded(

@@ -15,7 +15,7 @@ from funshampoo.migrate.reference import from_reference
 from funshampoo.optim.entries import States
 from funshampoo.optim.from_adamw import rates_of, seeded
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.loading import loaded
+from funshampoo.optim.loading import loaded_together
 from funshampoo.optim.memory import Memory
 from funshampoo.optim.saved import (
     check_fits,
@@ -294,7 +294,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
             state_dict: of an optimizer with as many groups and parameters; where both have names,
                 in any order. Where blocks were sharded: the whole, of `consolidate_state_dict` or
                 `funshampoo.state.merged`, on any number of ranks; or, on as many ranks, the part
-                that this rank saved.
+                that this rank saved: a collective, so that all ranks load, or none.
             strict, cast: see `funshampoo.state.load_state_dict`.
 
         The hyperparameters become the saved ones, as in torch.optim; a function or solver given at
@@ -317,7 +317,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 group.update(own)
         else:
             memory = self._match()
-            found = loaded(memory.runs, self.param_groups, given, strict=strict, cast=cast)
+            groups = self.param_groups
+            found = loaded_together(memory.runs, groups, given, strict=strict, cast=cast)
             for group, entries in zip(self.param_groups, found.groups):
                 group.update(entries)
             memory.replace(found.ready, found.notes)

@@ -107,7 +107,7 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
             )
         found = merged(parts)
     for run in memory.runs:
-        _label(run, found, index, Part(0, 1))
+        _label(run, found, index, Part(0, 1, run=part_of(run.state()).run))
     return found
 
 

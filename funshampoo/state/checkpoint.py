@@ -25,7 +25,7 @@ from funshampoo.state.naming import (
     owned_elsewhere,
 )
 from funshampoo.state.nodes import check_is_state, walk
-from funshampoo.state.parts import PART_KEY, Part, bits_of, is_note, merged, part_of
+from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, merged, part_of
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import WrappedState
 from funshampoo.state.values import Entry, problems
@@ -71,8 +71,9 @@ def state_dict(state: Any) -> dict[str, Tensor]:
 
     Returns:
         Views of the state's tensors, not copies. Beside them, int64 on the CPU: the version of this
-        format, 0-dimensional, under "funshampoo/format"; [rank, ranks, a sum of all bits] under
-        "funshampoo/part", by which `merged` knows what belongs together. The sum reads all of it.
+        format, 0-dimensional, under "funshampoo/format"; [rank, ranks, a sum of all bits], and
+        where ranks share the number of their run, under "funshampoo/part", by which `merged` knows
+        what belongs together. The sum reads all of it.
 
     Raises:
         TypeError: it is no state.
@@ -134,10 +135,22 @@ def load_state_dict(
             f"{listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
             "it was saved: load an earlier one."
         )
-    new = _filled(state, fit.saved)
+    new = _of_run(_filled(state, fit.saved), saved)
     if fit.missing:  # the clock among them, perhaps
         new = _cut(new)
     return Loaded(new, fit.missing, fit.unknown)
+
+
+def _of_run(state: Any, saved: Mapping[str, Tensor]) -> Any:
+    """A state of the run that the checkpoint is of, where it says so."""
+    run = Part.read(saved[PART_KEY]).run if PART_KEY in saved else None
+    if run is None:
+        return state
+
+    def adopted(place: Place, x: Tensor) -> Tensor:
+        return torch.full_like(x, run) if place.path[-2:] == RUN else x
+
+    return map_tensors(adopted, state)
 
 
 def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
