@@ -34,7 +34,7 @@ from funshampoo.state.checkpoint import (
     load_state_dict,
     named_tensors,
 )
-from funshampoo.state.parts import PART_KEY, Part, part_of
+from funshampoo.state.parts import PART_KEY, part_of
 
 _LAZY = UninitializedParameter  # which has no shape
 
@@ -282,8 +282,7 @@ class GroupRun:
         if not known:  # all are frozen, so that even what is shared had no place to be saved in
             return Ready(built, known, state), notes
         if own_part:
-            said = Part.read(flat[PART_KEY]).run if PART_KEY in flat else None
-            flat[PART_KEY] = part_of(state)._replace(run=said).entry()
+            flat[PART_KEY] = part_of(state).entry()
         found = load_state_dict(state, flat, strict=strict, cast=cast)
         return Ready(built, known, found.state), notes
 

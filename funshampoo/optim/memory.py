@@ -56,6 +56,10 @@ class Memory:
             self._left |= run.released(run.parameters())
         self.runs = runs
 
+    def meet(self, call: str) -> None:
+        """Before a collective that is none of a step's; see `Others.meet`."""
+        self._others.meet(call)
+
     def prepare(self) -> None:
         """Make every run ready for a step of its group as it is now, or none of them.
 

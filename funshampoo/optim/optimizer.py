@@ -17,11 +17,7 @@ from funshampoo.optim.from_adamw import rates_of, seeded
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.loading import loaded_together
 from funshampoo.optim.memory import Memory
-from funshampoo.optim.saved import (
-    check_fits,
-    is_adamws,
-    saved_group,
-)
+from funshampoo.optim.saved import has_adamws, saved_group
 from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.optim.whole import Whole, numbers_of, part_of_this_rank, united
 
@@ -294,9 +290,10 @@ class Optimizer(torch.optim.Optimizer, Joining):
             state_dict: of an optimizer with as many groups and parameters; where both have names,
                 in any order. Where blocks were sharded: the whole, of `consolidate_state_dict` or
                 `funshampoo.state.merged`, on any number of ranks; or, on as many ranks, the part
-                that this rank saved: a collective, so that all ranks load, or none.
+                that this rank saved.
             strict, cast: see `funshampoo.state.load_state_dict`.
 
+        Where blocks are sharded it is a collective: all ranks load, or none does.
         The hyperparameters become the saved ones, as in torch.optim; a function or solver given at
         construction stays. Names that only the checkpoint has are adopted. A checkpoint by full
         names, as torch.distributed.checkpoint.state_dict has it, may lack parameters: torch checks
@@ -309,16 +306,14 @@ class Optimizer(torch.optim.Optimizer, Joining):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, given)
             given = given if replaced is None else replaced
-        check_fits(given, self.param_groups, strict)
-        if self._accept_adamw and any(map(is_adamws, given["state"].values())):
+        if self._accept_adamw and has_adamws(given, self.param_groups, strict):
             rates = [rates_of(saved) for saved in given["param_groups"]]
             self.seed_from_adamw(given)
             for group, own in zip(self.param_groups, rates):
                 group.update(own)
         else:
             memory = self._match()
-            groups = self.param_groups
-            found = loaded_together(memory.runs, groups, given, strict=strict, cast=cast)
+            found = loaded_together(memory, self.param_groups, given, strict=strict, cast=cast)
             for group, entries in zip(self.param_groups, found.groups):
                 group.update(entries)
             memory.replace(found.ready, found.notes)

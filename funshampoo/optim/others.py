@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.distributed.agreement import print_of
-from funshampoo.distributed.changes import announce
-from funshampoo.distributed.collectives import gathered_objects, rank_and_size
+from funshampoo.distributed.changes import Last, announce
+from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line, described_value
 from funshampoo.distributed.disagreement import difference
 from funshampoo.distributed.gathering import spreads
@@ -33,7 +33,21 @@ class Others:
         self._places: dict[Tensor, tuple[int, int]] = {}  # (group, number in it)
         self._plans: Sequence[Plan] = ()
         self._ascends: list[bool] = []
+        self._call = "step"
         self.fingerprint = 0
+
+    def meet(self, call: str) -> None:
+        """Before this, which is no step, see to it that all ranks are in it. A collective.
+
+        Raises:
+            RuntimeError: some are in a step; on every rank.
+        """
+        self._call = call
+        try:
+            for group, steps in self._steps():
+                announce(steps, self.words, group)
+        finally:
+            self._call = "step"
 
     def hear(self, runs: list[GroupRun], plans: Sequence[Plan]) -> None:
         """Before the groups are stepped, or saved, see to it that all ranks made the same edits.
@@ -49,11 +63,7 @@ class Others:
         same = len(runs) == len(self._runs) and all([a is b for a, b in zip(runs, self._runs)])
         if same and not any([plan.is_edited for plan in plans]):
             return
-        for group in _distinct([spread.group for spread in self._spreads]):
-            mine = [spread for spread in self._spreads if spread.group is group]
-            steps = [last for s in mine if (last := s.agreement.last(group)) is not None]
-            if not steps:
-                continue
+        for group, steps in self._steps():
             announce(steps, self.words, group)
             everyone = gathered_objects((self._edited(), self.words()), group)
             for rank, (edited, words) in enumerate(everyone):
@@ -61,6 +71,14 @@ class Others:
                     raise RuntimeError(difference(everyone[0][1], words, rank))
         for spread in self._spreads:
             spread.agreement.begin_anew()
+
+    def _steps(self) -> Iterator[tuple[ProcessGroup | None, list[Last]]]:
+        """For every group of ranks, the parts that the last step had there."""
+        for group in _distinct([spread.group for spread in self._spreads]):
+            mine = [spread for spread in self._spreads if spread.group is group]
+            steps = [last for s in mine if (last := s.agreement.last(group)) is not None]
+            if steps:
+                yield group, steps
 
     def follow(self, runs: list[GroupRun]) -> None:
         """The states are for the groups as they are now."""
@@ -94,7 +112,7 @@ class Others:
 
     def words(self) -> list[Line]:
         """See `Around`."""
-        found = [*self.lines(), *self._numbers()]
+        found = [("the call", self._call), *self.lines(), *self._numbers()]
         for i, plan in enumerate(self._plans):
             found.append((f"group {i}: the number of parameters", str(len(plan.known))))
             for k, text in enumerate(self._parameters(i, plan)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
 
 PART_KEY = "funshampoo/part"
+RUN_KEY = "funshampoo/run"
 RUN = ("sharded", "run")  # how the path of `ShardedState.run` ends
 
 
@@ -25,19 +26,15 @@ class Part(NamedTuple):
         rank: who saved it, of `size` that share; 0 of 1 where nobody does.
         bits: a sum over all bits of its tensors, by which what is not of the same save is told;
             None where nobody took it.
-        run: the number of the run, `ShardedState.run`; None where nobody shares, or before the
-            first step.
     """
 
     rank: int
     size: int
     bits: int | None = None
-    run: int | None = None
 
     def entry(self) -> Tensor:
-        """(4,) int64 on the CPU, (3,) without `run`, (2,) without `bits` either."""
-        known = self if self.run is None else self._replace(bits=self.bits or 0)
-        return torch.tensor([x for x in known if x is not None], dtype=torch.int64, device="cpu")
+        """(3,) int64 on the CPU, (2,) without `bits`."""
+        return torch.tensor([x for x in self if x is not None], dtype=torch.int64, device="cpu")
 
     @classmethod
     def read(cls, entry: Any) -> Part:
@@ -47,32 +44,49 @@ class Part(NamedTuple):
             ValueError: it is none.
         """
         fits = isinstance(entry, Tensor) and entry.dtype == torch.int64
-        if fits and entry.ndim == 1 and len(entry) in (2, 3, 4):
+        if fits and entry.ndim == 1 and len(entry) in (2, 3):
             part = cls(*entry.tolist())
             if 0 <= part.rank < part.size:
                 return part
-        raise ValueError(f"'{PART_KEY}' is no [rank, ranks, bits, run]: the checkpoint is damaged.")
+        raise ValueError(f"'{PART_KEY}' is no [rank, ranks, bits]: the checkpoint is damaged.")
 
 
 def part_of(state: Any) -> Part:
     """Which part a state is, by the largest group of ranks, or mesh, that shares any of it."""
     found = [Part(0, 1)]
-    run = 0
     for _, node in walk(state):
         if isinstance(node, ShardedState):
             rank, size = next(iter(node.ranks)).split(" of ")
             found.append(Part(int(rank), int(size)))
-            run = max(run, run_of(node))
     for x in flatten(state)[0]:
         if is_in_parts(x) and x.device_mesh.get_coordinate() is not None:
             ranks = x.device_mesh.mesh.flatten().tolist()
             found.append(Part(ranks.index(x.device_mesh.get_rank()), len(ranks)))
-    return max(found, key=lambda part: part.size)._replace(run=run or None)
+    return max(found, key=lambda part: part.size)
 
 
 def run_of(state: ShardedState) -> int:
     """The number of its run; 0 where there is none yet."""
     return int(state.run) if isinstance(state.run, Tensor) and not state.run.is_meta else 0
+
+
+def run_entry(state: Any) -> dict[str, Tensor]:
+    """{"funshampoo/run": () int64 on the CPU}; {} where nobody shares, or before the first step."""
+    runs = [run_of(node) for _, node in walk(state) if isinstance(node, ShardedState)]
+    run = max(runs, default=0)
+    return {RUN_KEY: torch.tensor(run, device="cpu")} if run else {}
+
+
+def saved_run(saved: Mapping[str, Any]) -> int:
+    """The number of the run that a checkpoint of `state_dict` is of; 0 where it says none.
+
+    Raises:
+        ValueError: the entry is damaged.
+    """
+    entry = saved.get(RUN_KEY, 0)
+    if isinstance(entry, Tensor) and (entry.ndim or entry.dtype != torch.int64):
+        raise ValueError(f"'{RUN_KEY}' is no int64 of shape (): the checkpoint is damaged.")
+    return int(entry)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -114,21 +128,18 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     ['a', 'n']
     """
     given = list(parts)
-    _check_complete([{part.size: part.rank for part in parts_in(each)} for each in given])
+    _check_complete([dict(_said(part)) for part in given])
     return _united(given, "")
 
 
-def parts_in(tree: Mapping[Any, Any]) -> Iterator[Part]:
-    """What every group of ranks that shares something of a checkpoint says of it, at any depth.
-
-    Raises:
-        ValueError: an entry is damaged.
-    """
+def _said(tree: Mapping[Any, Any]) -> Iterable[tuple[int, int]]:
+    """(ranks, rank) of every group that shares something of a part, at any depth."""
     for name, x in tree.items():
         if isinstance(x, Mapping):
-            yield from parts_in(x)
+            yield from _said(x)
         elif _says_part(name):
-            yield Part.read(x)
+            part = Part.read(x)
+            yield part.size, part.rank
 
 
 def _says_part(name: Any) -> bool:
@@ -156,42 +167,35 @@ def _check_complete(said: Sequence[Mapping[int, int]]) -> None:
 def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
     together: dict[Any, Any] = {}
     said: list[Part] = []
-    entries: list[str] = []
     for name in dict.fromkeys(name for part in parts for name in part):
         found = [part[name] for part in parts if name in part]
         if _says_part(name):
             said = [Part.read(x) for x in found]
-            entries.append(name)
         elif all(isinstance(x, Mapping) for x in found):
             together[name] = _united(found, f"{path}{name}/")
         elif any(map(is_in_parts, found)):
             together[name] = whole_of(found, f"{path}{name}")
         elif all(_identical(found[0], x) for x in found[1:]):
             together[name] = found[0]
+        elif isinstance(name, str) and name.endswith(RUN_KEY):
+            raise ValueError(
+                f"the parts are of different runs ({', '.join(f'{int(x):x}' for x in found)}): "
+                "give those of one save."
+            )
         else:
             raise ValueError(
                 f"'{path}{name}' differs between the parts: they were not saved at the same step "
                 "of the same training."
             )
-    run = _check_one_save(said)
-    for name in entries:
-        if name == PART_KEY:
-            own = (x for n, x in together.items() if isinstance(x, Tensor) and not is_note(n))
-            together[name] = Part(0, 1, bits_of(own), run).entry()
-        elif run is not None:
-            together[name] = Part(0, 1, run=run).entry()
+    _check_one_save(said)
+    if any(PART_KEY in part for part in parts):
+        own = (x for name, x in together.items() if isinstance(x, Tensor) and not is_note(name))
+        together[PART_KEY] = Part(0, 1, bits_of(own)).entry()
     return together
 
 
-def _check_one_save(parts: Sequence[Part]) -> int | None:
-    """The pieces of one rank's part were cut from the same state, all are of the run returned."""
-    runs = list(dict.fromkeys(part.run for part in parts))
-    if len(runs) > 1:
-        found = ", ".join("unknown" if run is None else f"{run:x}" for run in runs)
-        raise ValueError(
-            f"the parts are of different runs ({found}): they were not saved at the same step of "
-            "the same training. Give those of one save."
-        )
+def _check_one_save(parts: Sequence[Part]) -> None:
+    """The pieces that one rank's part comes in were cut from the same state."""
     bits: dict[int, int | None] = {}
     for part in parts:
         if bits.setdefault(part.rank, part.bits) != part.bits:
@@ -199,7 +203,6 @@ def _check_one_save(parts: Sequence[Part]) -> int | None:
                 f"of rank {part.rank} there are pieces of different states: they were not saved at "
                 "the same step of the same training."
             )
-    return runs[0] if runs else None
 
 
 def is_note(name: str) -> bool:
