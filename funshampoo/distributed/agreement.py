@@ -8,7 +8,9 @@ same order. That is checked where it costs next to nothing on an ordinary step:
 - on every step, in the status that travels with the updates: all that stays, live numbers, the
   number of the step (`print_of`, `said`).
 
-Where they differ every rank knows it, and a second gather brings what each has, for the message.
+Where they differ every rank knows it, and a second gather brings what each has, for the message. A
+rank that is to compare anew, since it steps something else than before, says so in the others' step
+first (`changes`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import hashlib
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,27 +29,13 @@ from torch import Tensor
 from funshampoo.blocks.executor import Leaves
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.core.placed import is_in_parts
-from funshampoo.distributed.collectives import ProcessGroup, all_gather_into, gathered_objects
+from funshampoo.core.placed import is_in_parts, local_part
+from funshampoo.distributed.changes import Last, Says, announce
+from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.described import Line, described
+from funshampoo.distributed.disagreement import Bits, disagreement
 from funshampoo.distributed.shards import Shards
 from funshampoo.state.parts import sum_of_bits
-
-_REMEDY = (
-    "Give all of them the same parameters in the same order, as DistributedDataParallel has them, "
-    "and the same hyperparameters. This step moved no parameter; after the first one, a donated "
-    "state is spent: go on from a checkpoint."
-)
-
-
-class Bits(NamedTuple):
-    """One number a leaf, `bits_of`: of the parameters ([] where there are none) and gradients."""
-
-    value: list[int]
-    gradient: list[int]
-
-
-_NO_BITS = Bits([], [])
 
 
 def lines_of(leaves: Leaves) -> list[Line]:
@@ -93,12 +81,40 @@ def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
     return [-1 if x is None else 0 if is_in_parts(x) else next(numbers) for x in leaves]
 
 
+def content_of(leaves: Leaves) -> int:
+    """Of the bits of gradients and parameters that are here; from 1, below 2^24, so that float32
+    holds it. Waits for the device.
+    """
+    here = [x for x in (*leaves.gradients, *(leaves.parameters or ())) if x is not None]
+    found = [sum_of_bits(local_part(x)) for x in here]
+    return print_of(torch.stack(found).tolist() if found else [], 24) | 1
+
+
+class Around(Protocol):
+    """What is applied around a chain, as by the wrapper, which the chain knows nothing of.
+
+    Attributes:
+        fingerprint: of `lines`.
+    """
+
+    fingerprint: int
+
+    def lines(self) -> list[Line]:
+        """What has to be the same on all ranks, besides the chain and its numbers."""
+
+    def words(self) -> list[Line]:
+        """All that is stepped, by the caller's names, as it is now."""
+
+
 class Agreement:
     """The plans on which all ranks of a group have agreed, for one `sharded`.
 
     Args:
         inner: what it runs.
         options: its own, {name: value}.
+
+    Attributes:
+        around: the caller around the chain; None for functions.
     """
 
     def __init__(self, inner: GradientTransformation, options: Mapping[str, Any]) -> None:
@@ -107,7 +123,35 @@ class Agreement:
         self._agreed: set[int] = set()
         self._last: tuple[Any, ...] = (None, None, None, 0)
         self._now: tuple[Any, set[str], int] = ((), set(), 0)
-        self.lines: list[Line] = []
+        self._lines: list[Line] = []
+        self._stepped: Last | None = None
+        self.around: Around | None = None
+
+    def last(self, group: ProcessGroup | None) -> Last | None:
+        """The step before in this group, which other ranks may be about to repeat."""
+        return self._stepped if self._group() is (group or dist.group.WORLD) else None
+
+    def stepped(self, last: Last) -> None:
+        """Remember how the ranks met."""
+        self._stepped = last
+
+    def begin_anew(self) -> None:
+        """Have the ranks agree on the next step. All of them have to know of it."""
+        self._stepped = None
+        self._agreed.clear()
+        self._last = (None, None, None, 0)
+
+    def announce(self, leaves: Leaves, context: Context | None, group: ProcessGroup | None) -> None:
+        """Tell the ranks, where there was a step before, that this one steps other leaves now.
+
+        Raises:
+            RuntimeError: not all of them do; on every rank.
+        """
+        last = self.last(group)
+        if last is not None:
+            lines = self._of_plan(leaves)
+            announce([last], lambda: self._words(lines, context), group)
+            self._stepped = None
 
     def on(
         self,
@@ -119,9 +163,9 @@ class Agreement:
     ) -> int:
         """The fingerprint of all that stays, `lines`, on which the ranks agree.
 
-        The first time for these leaves it is a collective. Ranks of which some have agreed and some
-        have not, since only some were given other parameters, meet in two collectives that do not
-        fit: torch.distributed's error, or its timeout.
+        The first time for these leaves it is a collective. Of ranks that go back and forth between
+        leaves on which they have agreed, as with two models, nobody says so: if only some do, they
+        meet in two collectives that do not fit, with torch.distributed's error, or its timeout.
 
         Raises:
             RuntimeError: something differs, or another rank failed here; on every rank.
@@ -134,23 +178,55 @@ class Agreement:
         if not known:
             self._group = weakref.ref(now)
             self._agreed.clear()
-        self.lines = [*lines_of(leaves), *self._own, *_owners(shards)]
-        plan = print_of(self.lines)
+        lines = [*self._of_plan(leaves), *_owners(shards)]
+        plan = print_of(lines)
         if plan not in self._agreed:
-            agree(self.lines, leaves, context, group, device)
+            self.announce(leaves, context, group)
+            agree([*lines, *self._around_lines()], leaves, context, group, device)
             self._agreed.add(plan)
+        self._lines = lines
         self._last = shards, leaves.where, leaves.names, plan
         return plan
 
-    def now(self, plan: int, context: Context) -> int:
-        """The fingerprint of a plan and of what is `said` of this step, below 2^24."""
-        values = (plan, context.refresh, *context.hyper.values())
+    def says(self, plan: int, leaves: Leaves, context: Context, run: int) -> Says:
+        """What this rank says of a step on which the ranks agree.
+
+        Args:
+            run: the number of the run that the state is of; 0 on its first step.
+        """
+
+        def lines() -> list[Line]:
+            of_run = ("the run that the state is of", f"{run:x}" if run else "new")
+            return [*self._lines, of_run, *self._around_lines(), *said(context)]
+
+        def words() -> list[Line]:
+            return self._words(self._of_plan(leaves), context)
+
+        fingerprint = self._fingerprint(plan ^ run, context)
+        content = 0 if run else content_of(leaves)
+        return Says(fingerprint, context.step or 0, content, lines, words)
+
+    def _fingerprint(self, plan: int, context: Context) -> int:
+        """Of a plan, of what is around, and of what is `said` of this step; below 2^24."""
+        around = 0 if self.around is None else self.around.fingerprint
+        values = (plan, around, context.refresh, *context.hyper.values())
         if any([isinstance(x, Tensor) for x in values]):
-            return print_of((plan, said(context)), 24)
+            return print_of((plan, around, said(context)), 24)
         if self._now[0] != values or self._now[1] != context.hyper.keys():
             keys = set(context.hyper)
-            self._now = values, keys, print_of((plan, said(context)), 24)
+            self._now = values, keys, print_of((plan, around, said(context)), 24)
         return self._now[2]
+
+    def _words(self, lines: list[Line], context: Context | None) -> list[Line]:
+        if self.around is not None:
+            return self.around.words()
+        return lines if context is None else [*lines, *said(context)]
+
+    def _around_lines(self) -> list[Line]:
+        return [] if self.around is None else self.around.lines()
+
+    def _of_plan(self, leaves: Leaves) -> list[Line]:
+        return [*lines_of(leaves), *self._own]
 
     @functools.cached_property
     def _own(self) -> list[Line]:
@@ -211,47 +287,6 @@ def _gathered(row: list[int], group: ProcessGroup | None, device: torch.device) 
     table = torch.empty(size * len(row), dtype=torch.int64, device=device)
     all_gather_into(table, mine, group)
     return [tuple(found) for found in table.view(size, -1).tolist()]
-
-
-def disagreement(
-    lines: list[Line],
-    group: ProcessGroup | None,
-    bits: Bits = _NO_BITS,
-    names: Sequence[str] = (),
-) -> RuntimeError:
-    """The error that says on which rank what differs. Every rank has to ask for it."""
-    found = gathered_objects((lines, bits, list(names)), group)
-    (first, orders, ours), others = found[0], found[1:]
-    for rank, (theirs, its_orders, _) in enumerate(others, start=1):
-        if theirs != first:
-            return RuntimeError(difference(first, theirs, rank))
-        for what, order, other in zip(Bits._fields, orders, its_orders):
-            if other != order and sorted(other) == sorted(order):
-                i = next(i for i, (a, b) in enumerate(zip(order, other)) if a != b)
-                j = other.index(order[i])
-                return RuntimeError(f"{_moved(ours[i], ours[j], rank, what)} {_REMEDY}")
-    return RuntimeError(f"sharded: the ranks do not agree. {_REMEDY}")
-
-
-def difference(first: list[Line], other: list[Line], rank: int) -> str:
-    """What the first difference between rank 0 and another is, in words, and the remedy."""
-    return f"{_difference(first, other, rank)} {_REMEDY}"
-
-
-def _difference(first: list[Line], other: list[Line], rank: int) -> str:
-    pairs = zip([*first, ("", "nothing more")], [*other, ("", "nothing more")])
-    (label, ours), (their_label, theirs) = next((a, b) for a, b in pairs if a != b)
-    if label != their_label:
-        ours, theirs = f"{label}: {ours}", f"{their_label}: {theirs}"
-        return f"sharded: the ranks do not agree: rank 0 has {ours}; rank {rank} {theirs}."
-    return f"sharded: the ranks do not agree: {label} is {ours} on rank 0, {theirs} on rank {rank}."
-
-
-def _moved(name: str, other: str, rank: int, what: str) -> str:
-    return (
-        "sharded: the ranks do not agree on the order of the parameters: by its "
-        f"{what}, '{name}' of rank 0 is '{other}' of rank {rank}."
-    )
 
 
 def _owners(shards: Shards) -> list[Line]:

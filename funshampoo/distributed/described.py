@@ -38,6 +38,15 @@ def described(transformation: GradientTransformation) -> list[Line]:
     return list(_of_stage(transformation, {}))
 
 
+def described_value(value: Any, label: str) -> list[Line]:
+    """What a hyperparameter is, function or number.
+
+    >>> described_value((0.9, 0.99), "betas")[1:]
+    [('betas: [0]', '0.9'), ('betas: [1]', '0.99')]
+    """
+    return list(_of(value, label, "", {}))
+
+
 def _of_stage(stage: GradientTransformation, seen: dict[int, Any]) -> Iterator[Line]:
     if id(stage) in seen:
         return

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Put
 from funshampoo.combinators.failures import failure_report
-from funshampoo.distributed.agreement import disagreement
+from funshampoo.distributed.agreement import print_of
+from funshampoo.distributed.changes import Form, Says, check
 from funshampoo.distributed.collectives import LostRanksError, ProcessGroup
-from funshampoo.distributed.described import Line
 from funshampoo.distributed.shards import FAILED, INTERRUPTED
-
-
-class Says(NamedTuple):
-    """What a rank says of its step, to be compared with what the others do.
-
-    Attributes:
-        fingerprint: below 2^24, so that float32 holds it.
-        number: of the step; 0 where it is not known.
-        lines: what the fingerprint is of.
-    """
-
-    fingerprint: int = 0
-    number: int = 0
-    lines: Callable[[], list[Line]] = list
-
 
 _NOTHING = Says()
 
@@ -52,6 +37,9 @@ class Transport(Protocol):
     def meet(self) -> Tensor:
         """The collective that ends the step: the statuses of all ranks, (ranks, STATUS)."""
 
+    def form(self) -> Form:
+        """These collectives, to be met once more without the numbers."""
+
 
 class Exchange:
     """One step of one rank: compute, meet the others, and tell them if that failed.
@@ -65,6 +53,11 @@ class Exchange:
         self, transport: Transport, rows: Mapping[str, range], group: ProcessGroup | None
     ) -> None:
         self.transport, self.rows, self.group = transport, rows, group
+        self._contents = torch.empty(0)
+
+    def run_number(self) -> int:
+        """A number for a run, after its first step: the same on all ranks. Waits for the device."""
+        return print_of(self._contents.tolist()) | 1
 
     def run(
         self, step: Callable[[Put], Any], due: bool, look: bool, says: Says = _NOTHING
@@ -73,7 +66,7 @@ class Exchange:
 
         Args:
             due: whether the failures of this step are to be reported.
-            look: whether to raise what other ranks have to say.
+            look: whether to raise what other ranks have to say. Waits for the device.
             says: what has to be the same on all ranks.
 
         Raises:
@@ -85,6 +78,7 @@ class Exchange:
         try:
             status.zero_()
             status[5], status[6] = says.fingerprint, says.number % 2**24
+            status[7] = says.content
             transport.gather()
             new = step(self.put)
             if due:
@@ -100,8 +94,9 @@ class Exchange:
         finally:
             if failure is not None:  # more to the point than what the collective may say
                 raise failure
+        self._contents = statuses[:, 7]
         if look:
-            self._check(statuses, says)
+            check(statuses.tolist(), says, self.group)
         if not due:
             return new, None
         totals, longest = statuses[:, (1, 3)].sum(0), statuses[:, (2, 4)].amax(0)
@@ -122,24 +117,3 @@ class Exchange:
         if len(rows) < len(place):
             place = place.narrow(0, rows.start - self.rows[stack].start, len(rows))
         place.copy_(updates.view(place.shape))
-
-    def _check(self, statuses: Tensor, says: Says) -> None:
-        """Raise what another rank has to say. Waits for the device."""
-        failed, *_, prints, numbers, _ = statuses.T.tolist()
-        for rank, what in enumerate(failed):
-            if what:
-                happened = "was interrupted" if what == INTERRUPTED else "failed"
-                raise RuntimeError(
-                    f"sharded: the optimizer step {happened} on rank {rank} of {len(failed)}; its "
-                    "own error says why. None of its updates has been applied. A donated state is "
-                    "spent: go on from a checkpoint."
-                )
-        for rank, number in enumerate(numbers):
-            if number != numbers[0]:
-                raise RuntimeError(
-                    f"sharded: the ranks are at different steps, rank 0 at {numbers[0]:.0f} and "
-                    f"rank {rank} at {number:.0f}: give all of them a state of the same step, and "
-                    "the same step= if you pass one. None of this step's updates has been applied."
-                )
-        if len(set(prints)) > 1:  # the numbers are equal, so that every rank looks, and comes
-            raise disagreement(says.lines(), self.group)

@@ -8,7 +8,7 @@ owned, before its step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
 from funshampoo.core.placed import local_part
-from funshampoo.distributed.agreement import difference, lines_of, print_of
+from funshampoo.distributed.agreement import lines_of, print_of
 from funshampoo.distributed.collectives import (
     ProcessGroup,
     all_to_all_into,
@@ -26,6 +26,7 @@ from funshampoo.distributed.collectives import (
     rank_and_size,
 )
 from funshampoo.distributed.described import Line
+from funshampoo.distributed.disagreement import difference
 from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.pieces import as_view
 from funshampoo.distributed.routes import (
@@ -135,6 +136,26 @@ def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shard
     return shards_of(stacks, found, held.size, torch.float32)
 
 
+class TransferForm(NamedTuple):
+    """The collectives of a `Transfer`, each as the messages out and those in; a `Form`."""
+
+    gather: tuple[Messages, Messages]
+    scatter: tuple[Messages, Messages]
+    device: torch.device
+    group: ProcessGroup | None
+
+    def met(self, word: float) -> Tensor:
+        """See `Form`."""
+        status = torch.zeros(STATUS, dtype=torch.float32, device=self.device)
+        status[0] = word
+        for out, into in (self.gather, self.scatter):
+            sending, arriving = out.buffer(self.device), into.buffer(self.device)
+            if out is self.scatter[0]:
+                out.put_head(sending, status)
+            all_to_all_into(arriving, into.splits, sending, out.splits, self.group)
+        return into.heads(arriving)
+
+
 class Transfer:
     """One step's way: two all_to_all_single, of the bytes that have to move; a `Transport`.
 
@@ -170,6 +191,7 @@ class Transfer:
         self.places = {s: x.view(shape) for (s, shape), x in zip(shapes.items(), split)}
         self._gradients: dict[str, Tensor] = {}
         self._parameters: dict[str, Tensor] | None = None
+        self._ways: list[tuple[Messages, Messages]] = []  # of the collectives that were met
         self.updates: list[Tensor] = []
 
     def gather(self) -> None:
@@ -189,6 +211,7 @@ class Transfer:
             return None if x is None else as_view(x, slot.piece.shape, slot.piece.local)
 
         out, into = self._parts.messages(route, way, 0)
+        self._ways = [(out, into)]
         sending, views = self._buffer("gather out", out)
         try:
             for column, tensors in columns.items():
@@ -222,6 +245,7 @@ class Transfer:
         route, layout = self._routes.scatter, self._parts.layout
         way = {(GRADIENTS, i): self._dtype for i in range(len(layout.parameters))}
         out, into = self._parts.messages(route, way, HEAD)
+        self._ways = [*self._ways, (out, into)]
         sending, views = self._buffer("scatter out", out)
 
         def find(slot: Slot) -> Tensor:
@@ -242,6 +266,11 @@ class Transfer:
         if self._parts.size == 1:
             return self.status.unsqueeze(0)
         return into.heads(self._buffer("scatter in", into)[0])
+
+    def form(self) -> TransferForm:
+        """See `Transport`."""
+        gather, scatter = self._ways
+        return TransferForm(gather, scatter, self._device, self._group)
 
     def _rows(self) -> dict[str, Tensor]:
         stacks = self._parts.layout.stacks

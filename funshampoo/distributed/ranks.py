@@ -17,7 +17,8 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import place_of
-from funshampoo.distributed.agreement import Agreement, said
+from funshampoo.distributed.agreement import Agreement
+from funshampoo.distributed.changes import Last, Says
 from funshampoo.distributed.collectives import (
     ProcessGroup,
     check_outside_transforms,
@@ -25,13 +26,14 @@ from funshampoo.distributed.collectives import (
     rank_and_size,
 )
 from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
-from funshampoo.distributed.exchange import Exchange, Says, Transport
+from funshampoo.distributed.exchange import Exchange, Transport
 from funshampoo.distributed.overflow import holding
 from funshampoo.distributed.ownership import Works, works_of
 from funshampoo.distributed.parts import Parts, Transfer
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import described
 from funshampoo.distributed.whole import Whole
+from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
 
 
@@ -103,7 +105,7 @@ class Ranks:
     def begin(self, leaves: Leaves, **context: Any) -> ShardedState:
         """See `Spread`. A collective: stages may begin with the parameters."""
         blocks = Blocks.of(leaves.where)
-        parts = self._parts(leaves, blocks)
+        parts = self._parts(leaves, blocks, None)
         transfer = Transfer(parts, leaves, blocks.dtype, blocks.device, self.group, {})
         transfer.gather()
         whole = {stack: range(rows) for stack, rows in parts.rows.items()}
@@ -118,7 +120,8 @@ class Ranks:
         rank, size = rank_and_size(self.group)
         names: dict[str, tuple[()]] = {f"{rank} of {size}": ()}
         report = failure_report(inner, device)
-        return ShardedState(inner, owned, names, report, started(self.counts, clock))
+        run = torch.zeros((), dtype=torch.int64, device="cpu")
+        return ShardedState(inner, owned, names, report, started(self.counts, clock), run)
 
     def exchange(
         self,
@@ -152,9 +155,9 @@ class Ranks:
             new = step(state.inner, put)
             report = failure_report(new, blocks.device) if self._is_due(context) else state.report
             steps = advanced(state.steps, context.donate)
-            return ShardedState(new, state.owned, state.ranks, report, steps)
+            return ShardedState(new, state.owned, state.ranks, report, steps, state.run)
         shards, dtype = self.shards(blocks), self._dtype(blocks)
-        says = self._says(shards, leaves, context, blocks.device)
+        says = self._says(shards, leaves, state, context, blocks.device)
         key = blocks.device, dtype, shards.length * size
         memory = self.memory if context.donate else {}
         transport = Whole(shards, rank, self.group, key, memory)
@@ -177,10 +180,10 @@ class Ranks:
     ) -> tuple[ShardedState, list[Tensor]]:
         """See `Spread`."""
         blocks = Blocks.of(layout)
-        parts, dtype = self._parts(leaves, blocks), self._dtype(blocks)
+        parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
         says = Says()
         if parts.size > 1:
-            says = self._says(parts.shards, leaves, context, blocks.device)
+            says = self._says(parts.shards, leaves, state, context, blocks.device)
         memory = self.memory.setdefault((id(parts), dtype), {}) if context.donate else {}
         transfer = Transfer(parts, leaves, dtype, blocks.device, self.group, memory)
 
@@ -211,25 +214,30 @@ class Ranks:
         if transport.sent.dtype != blocks.dtype:
             step = holding(step, transport.sent, transport.places)
 
-        look = blocks.device.type == "cpu" or number is None or number % self.every == 0
+        always = blocks.device.type == "cpu"
+        look = always or number is None or number % self.every == 0
         exchange = Exchange(transport, rows, self.group)
         new, seen = exchange.run(
             lambda put: step(state.inner, put), self._is_due(context), look, says
         )
-        report = state.report if seen is None else seen
-        return ShardedState(new, state.owned, state.ranks, report, steps)
+        self.agreement.stepped(Last(transport.form(), 1 if always else self.every))
+        report, run = state.report if seen is None else seen, state.run
+        if says.content:
+            run = torch.tensor(exchange.run_number(), device="cpu")
+        return ShardedState(new, state.owned, state.ranks, report, steps, run)
 
     def _is_due(self, context: Context) -> bool:
         """Streaks are looked at before the steps that are multiples of `every`."""
         return context.step is None or (context.step + 1) % self.every == 0
 
-    def _parts(self, leaves: Leaves, blocks: Blocks) -> Parts:
+    def _parts(self, leaves: Leaves, blocks: Blocks, context: Context | None) -> Parts:
         """Who has which part. The first time for these parameters it is a collective."""
         layout: Layout = leaves.where
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
         placed = list(map(place_of, known))
         found = self.known_parts.get(id(layout))
         if found is None or found[0] is not layout or found[1] != placed:
+            self.agreement.announce(leaves, context, self.group)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
                 self.memory.clear()
@@ -242,15 +250,17 @@ class Ranks:
             found = self.known_parts[id(layout)] = layout, placed, parts
         return found[2]
 
-    def _says(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> Says:
+    def _says(
+        self,
+        shards: Shards,
+        leaves: Leaves,
+        state: ShardedState,
+        context: Context,
+        device: torch.device,
+    ) -> Says:
         """What has to be the same on all ranks. On their first step they agree on it here."""
-        agreement = self.agreement
-        plan = agreement.on(shards, leaves, context, self.group, device)
-        return Says(
-            agreement.now(plan, context),
-            context.step or 0,
-            lambda: [*agreement.lines, *said(context)],
-        )
+        plan = self.agreement.on(shards, leaves, context, self.group, device)
+        return self.agreement.says(plan, leaves, context, run_of(state))
 
     def everywhere(self, blocks: list[str]) -> list[str]:
         """What all ranks say: all of them are here, since what they gathered is the same."""

@@ -16,11 +16,12 @@ from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import Work, Works, owners_of
 
 STATUS = 8
-"""Numbers of float32 at the end of each shard: FAILED, INTERRUPTED or 0, the four of the failure
-report, a fingerprint of what all ranks have in common, the number of the step, and one that keeps
-the length whole in float64."""
+"""Numbers of float32 at the end of each shard: FAILED, INTERRUPTED, CHANGED or 0, the
+four of the failure report, a fingerprint of what all ranks have in common, the number of the step,
+and on a run's first step a sum of the bits that the rank has for it; they are eight, so that the
+length is whole in float64."""
 
-FAILED, INTERRUPTED = 1.0, 2.0
+FAILED, INTERRUPTED, CHANGED = 1.0, 2.0, 3.0
 
 
 class Equal(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,24 @@ from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.shards import Shards, places_in_shard, status_of, unpack
 
 Memory = dict[Any, tuple[Tensor, Tensor]]
+Key = tuple[torch.device, torch.dtype, int]
+
+
+class WholeForm(NamedTuple):
+    """The collective of a `Whole`; a `Form`."""
+
+    shards: Shards
+    key: Key
+    group: ProcessGroup | None
+
+    def met(self, word: float) -> Tensor:
+        """See `Form`."""
+        device, dtype, length = self.key
+        shard = torch.zeros(self.shards.length, dtype=dtype, device=device)
+        status_of(shard, self.shards)[0] = word
+        buffer = torch.empty(length, dtype=dtype, device=device)
+        all_gather_into(buffer, shard, self.group)
+        return unpack(buffer, self.shards)[1]
 
 
 class Whole:
@@ -29,10 +47,10 @@ class Whole:
         shards: Shards,
         rank: int,
         group: ProcessGroup | None,
-        key: tuple[torch.device, torch.dtype, int],
+        key: Key,
         memory: Memory,
     ) -> None:
-        self._shards, self._group = shards, group
+        self._shards, self._group, self._key = shards, group, key
         device, dtype, length = key
         if key not in memory:
             shard = torch.zeros(shards.length, dtype=dtype, device=device)
@@ -51,3 +69,7 @@ class Whole:
         all_gather_into(self._buffer, self._shard, self._group)
         self.pieces, statuses = unpack(self._buffer, self._shards)
         return statuses
+
+    def form(self) -> WholeForm:
+        """See `Transport`."""
+        return WholeForm(self._shards, self._key, self._group)

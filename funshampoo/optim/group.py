@@ -15,11 +15,20 @@ from funshampoo.core.context import EMPTY
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
-from funshampoo.optim.building import Builder, Built, other_structure
+from funshampoo.optim.building import Builder, other_structure
 from funshampoo.optim.carrying import carried
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.names import Names
-from funshampoo.optim.ready import ByParameter, Known, Left, Look, Ready, fresh, same_parameters
+from funshampoo.optim.ready import (
+    ByParameter,
+    Known,
+    Left,
+    Look,
+    Plan,
+    Ready,
+    fresh,
+    same_parameters,
+)
 from funshampoo.optim.saved import flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import (
@@ -85,42 +94,49 @@ class GroupRun:
         """Whether the state was made for the parameters as they are."""
         return self.has_state and look == self._looked_at
 
-    def prepared(self, left: Mapping[Tensor, Left], look: Look) -> Ready:
-        """The state for a step of the group as it is now; the run itself goes on as it was.
-
-        Where parameters came or went, were moved, converted or unfrozen, or a part was switched on
-        or off, what still has a place is carried over, by parameter.
+    def planned(self, left: Mapping[Tensor, Left], look: Look) -> Plan:
+        """What a step of the group as it is now is of.
 
         Args:
             left: of parameters that come from elsewhere.
             look: as the group looks.
 
         Raises:
-            ValueError: what was edited changes the blocks. The state stays as it was.
+            TypeError, ValueError: what was edited is out of range.
         """
-        self._settle()
         check_flag("maximize", self.group.get("maximize", False))
-        built = self._builder.edited(self.group, self._built)
-        same_chain = not other_structure(built, self._built)
+        before = self._built
+        built = self._builder.edited(self.group, before)
+        edited = len(self._anew) > 0 or built.transformation is not before.transformation
+        same_chain = not other_structure(built, before)
         if self.is_as(look) and same_chain and not (left and left.keys() & set(self.parameters())):
-            return Ready(built, self._known, self._state, look)
-        known, state = self._followed(built, same_chain, left)
-        fresh = not self.has_state and not any([k.parameter in left for k in known])
-        return Ready(built, known, state, look, fresh)
-
-    def _followed(
-        self, built: Built, same_chain: bool, left: Mapping[Tensor, Left]
-    ) -> tuple[list[Known], Any]:
+            return Plan(built, self._known, look, True, edited, self._anew)
         with_state = set(self.parameters()) if self.has_state else set()
         known = self._trainable(self.group, with_state | left.keys())
-        arrived = [left[k.parameter] for k in known if k.parameter in left]
-        if not self.has_state and not arrived:
-            return known, fresh(built, known)
-        same = same_chain and not arrived and same_parameters(known, self._known)
-        if self.has_state and same:
-            return known, self._state
+        goes_on = self.has_state and same_chain and same_parameters(known, self._known)
+        goes_on = goes_on and not any([k.parameter in left for k in known])
+        new = {k.parameter for k in known if k.parameter not in with_state | left.keys()}
+        return Plan(built, known, look, goes_on, edited or not goes_on, self._anew | new)
+
+    def prepared(self, plan: Plan, left: Mapping[Tensor, Left]) -> Ready:
+        """The state for a step as planned; the run itself goes on as it was.
+
+        Where parameters came or went, were moved, converted or unfrozen, or a part was switched on
+        or off, what still has a place is carried over, by parameter.
+
+        Raises:
+            ValueError: what was edited changes the blocks. The state stays as it was.
+        """
+        if self._anew:
+            self._settle()
+            plan = self.planned(left, plan.look)
+        built, known, look = plan[:3]
+        if plan.goes_on:
+            return Ready(built, known, self._state, look)
+        if not self.has_state and not any([k.parameter in left for k in known]):
+            return Ready(built, known, fresh(built, known), look, fresh=True)
         entries = self.entries() if self.has_state else ({}, {})
-        return known, carried(built, known, *entries, left)
+        return Ready(built, known, carried(built, known, *entries, left), look)
 
     def adopt(self, ready: Ready) -> None:
         """Go on from here."""
@@ -173,6 +189,11 @@ class GroupRun:
             for p in tensors
             if p in entries and p not in self._anew
         }
+
+    @property
+    def known(self) -> list[Known]:
+        """Them, as the state was made for them; the same list until that changes."""
+        return self._known
 
     def parameters(self) -> list[Tensor]:
         """Those that the state was made for."""

@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.distributed.collectives import gathered_objects
+from funshampoo.distributed.gathering import sharing_groups
+from funshampoo.optim.entries import is_shared
 from funshampoo.optim.group import GroupRun
+from funshampoo.optim.memory import Memory
 from funshampoo.optim.ready import Ready
-from funshampoo.optim.saved import check_ours, indices_of, loaded_group
+from funshampoo.optim.saved import check_fits, check_ours, indices_of, loaded_group
+from funshampoo.state.parts import RUN_KEY
 
 
 class Loading(NamedTuple):
@@ -26,6 +31,64 @@ class Loading(NamedTuple):
     notes: dict[Tensor, dict[str, Any]]
 
 
+def loaded_together(
+    memory: Memory,
+    groups: Sequence[dict[str, Any]],
+    given: Mapping[str, Any],
+    *,
+    strict: bool,
+    cast: bool,
+) -> Loading:
+    """`loaded`, and where ranks share the blocks, on all of them or on none: a collective then.
+
+    Raises:
+        ValueError: see `loaded`; or another rank could not load what it was given, or was given a
+            part of another step or run. On every rank.
+        RuntimeError: other ranks step.
+    """
+    runs = memory.runs
+    shared = [group for run in runs for group in sharing_groups(run.transformation)]
+    if not shared:
+        return loaded(runs, groups, given, strict=strict, cast=cast)
+    memory.meet("load_state_dict")
+    failure: BaseException | None = None
+    try:
+        found = loaded(runs, groups, given, strict=strict, cast=cast)
+    except BaseException as error:  # whatever it is: the others are waiting
+        failure = error
+    common = set() if failure is not None else _common(given["state"])
+    everyone = gathered_objects((failure is None, common), shared[0])
+    if failure is not None:
+        raise failure
+    for rank, (well, common) in enumerate(everyone):
+        if not well:
+            raise ValueError(
+                f"rank {rank} of {len(everyone)} could not load what it was given; its own error "
+                "says why. Nothing was changed on any rank. Give each rank the part that it saved, "
+                "or all of them the union, funshampoo.state.merged(parts)."
+            )
+        if common != everyone[0][1]:
+            raise ValueError(
+                f"the checkpoints that ranks 0 and {rank} were given are of different steps or "
+                "runs: give those of one save. Nothing was changed on any rank."
+            )
+    return found
+
+
+def _common(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
+    """The counters of steps and the numbers of runs: equal in the whole and in all its parts."""
+    return {
+        (name, x.item())
+        for entries in state.values()
+        for name, x in entries.items()
+        if isinstance(x, Tensor) and not x.ndim and _is_common(name)
+    }
+
+
+def _is_common(name: str) -> bool:
+    return is_shared(name) and name.endswith(("/steps", "/" + RUN_KEY))
+
+
 def loaded(
     runs: Sequence[GroupRun],
     groups: Sequence[dict[str, Any]],
@@ -34,7 +97,7 @@ def loaded(
     strict: bool,
     cast: bool,
 ) -> Loading:
-    """The states and groups of a checkpoint that has passed `check_fits`.
+    """The states and groups of a checkpoint.
 
     Args:
         runs, groups: of the optimizer.
@@ -42,8 +105,9 @@ def loaded(
         strict, cast: see `funshampoo.state.load_state_dict`.
 
     Raises:
-        ValueError: names missing or unknown, other shapes or dtypes, AdamW's entries.
+        ValueError: other groups, names missing or unknown, other shapes or dtypes, AdamW's entries.
     """
+    check_fits(given, groups, strict)
     by_name = any(isinstance(index, str) for index in given["state"])
     found = Loading([], [], {})
     all_indices = indices_of(given["param_groups"], groups)

@@ -11,10 +11,12 @@ from torch import Tensor
 from funshampoo.core.modes import for_keeps
 from funshampoo.optim.entries import SHARED, check_entry, is_note, is_shared
 from funshampoo.optim.group import GroupRun
+from funshampoo.optim.others import Others
 from funshampoo.optim.ready import Left, Ready
 from funshampoo.optim.undoing import all_or_nothing
 
 Group = dict[str, Any]
+NO_OPTIONS: Mapping[str, Any] = {}  # to be read alone
 
 
 class Memory:
@@ -22,9 +24,13 @@ class Memory:
 
     A run belongs to the dict of its group, an entry to its tensor: groups may be edited, moved,
     replaced, and the next step finds what still counts.
+
+    Args:
+        options: of the optimizer, {name: value}, that have to be the same on all ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, Any] = NO_OPTIONS) -> None:
+        self._others = Others(options)
         self.runs: list[GroupRun] = []
         self._left: dict[Tensor, Left] = {}
         self.notes: dict[Tensor, dict[str, Any]] = {}
@@ -51,6 +57,10 @@ class Memory:
         for run in known.values():
             self._left |= run.released(run.parameters())
         self.runs = runs
+
+    def meet(self, call: str) -> None:
+        """Before a collective that is none of a step's; see `Others.meet`."""
+        self._others.meet(call)
 
     def prepare(self) -> None:
         """Make every run ready for a step of its group as it is now, or none of them.
@@ -88,17 +98,21 @@ class Memory:
         self._follow(check=False)
 
     def _follow(self, *, check: bool) -> None:
+        """A collective, where blocks are shared out and anything was edited."""
         looks = [run.look() for run in self.runs]
         left = self._left
         if not all([run.is_as(look) for run, look in zip(self.runs, looks)]):
             _check_apart(self.runs)
             for run in self.runs:
                 left = left | run.released(run.gone())
-        ready = [run.prepared(left, look) for run, look in zip(self.runs, looks)]
+        plans = [run.planned(left, look) for run, look in zip(self.runs, looks)]
+        self._others.hear(self.runs, plans)
+        ready = [run.prepared(plan, left) for run, plan in zip(self.runs, plans)]
         if check:
             for one in ready:
                 one.check_gradients()
         self.adopt(ready)
+        self._others.follow(self.runs)
         if left:
             here = {known.parameter for one in ready for known in one.known}
             self._left = {p: entries for p, entries in left.items() if p not in here}

@@ -15,13 +15,9 @@ from funshampoo.migrate.reference import from_reference
 from funshampoo.optim.entries import States
 from funshampoo.optim.from_adamw import rates_of, seeded
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.loading import loaded
+from funshampoo.optim.loading import loaded_together
 from funshampoo.optim.memory import Memory
-from funshampoo.optim.saved import (
-    check_fits,
-    is_adamws,
-    saved_group,
-)
+from funshampoo.optim.saved import has_adamws, saved_group
 from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.optim.whole import Whole, numbers_of, part_of_this_rank, united
 
@@ -107,7 +103,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 raise TypeError(f"{name} is {flag!r}; give True or False.")
         self._compile = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
-        self._memory = Memory()
+        flags = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
+        self._memory = Memory(flags)
         self._whole: Whole | None = None
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
@@ -285,6 +282,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 that this rank saved.
             strict, cast: see `funshampoo.state.load_state_dict`.
 
+        Where blocks are sharded it is a collective: all ranks load, or none does.
         The hyperparameters become the saved ones, as in torch.optim; a function or solver given at
         construction stays. Names that only the checkpoint has are adopted. A checkpoint by full
         names, as torch.distributed.checkpoint.state_dict has it, may lack parameters: torch checks
@@ -297,8 +295,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, given)
             given = given if replaced is None else replaced
-        check_fits(given, self.param_groups, strict)
-        if self._accept_adamw and any(map(is_adamws, given["state"].values())):
+        if self._accept_adamw and has_adamws(given, self.param_groups, strict):
             rates = [rates_of(saved) for saved in given["param_groups"]]
             memory = self._match()
             with memory.all_or_nothing(self.param_groups):
@@ -307,7 +304,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
                     group.update(own)
         else:
             memory = self._match()
-            found = loaded(memory.runs, self.param_groups, given, strict=strict, cast=cast)
+            found = loaded_together(memory, self.param_groups, given, strict=strict, cast=cast)
             with memory.all_or_nothing(self.param_groups):
                 for group, entries in zip(self.param_groups, found.groups):
                     group.update(entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,24 @@ class Known(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     shape: torch.Size
+
+
+class Plan(NamedTuple):
+    """What the next step of a group is of; nothing has been made for it yet.
+
+    Attributes:
+        look: how the group looks.
+        goes_on: whether the state of the last step is one for this.
+        is_edited: whether it takes anything else than going on: another chain, state, reset.
+        anew: the parameters that start from nothing.
+    """
+
+    built: Built
+    known: list[Known]
+    look: Look
+    goes_on: bool
+    is_edited: bool
+    anew: Set[Tensor] = frozenset()
 
 
 class Ready(NamedTuple):

@@ -13,7 +13,7 @@ from funshampoo.distributed.gathering import are_well, collected, sharing_groups
 from funshampoo.optim.entries import SHARED
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
-from funshampoo.state.parts import PART_KEY, Part, merged, part_of
+from funshampoo.state.parts import PART_KEY, Part, merged, part_of, run_entry
 
 Entries = dict[Any, dict[str, Any]]  # {number of a parameter: what is remembered of it}
 
@@ -76,6 +76,7 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
         NotImplementedError: the groups share with different ranks.
         RuntimeError: another rank could not say what it has.
     """
+    memory.meet("consolidate_state_dict")
     groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
     if any(group is not groups[0] for group in groups):
         raise NotImplementedError(
@@ -120,4 +121,5 @@ def _label(run: GroupRun, found: Entries, index: Mapping[Tensor, int], part: Par
     """Say with the first parameter of a group which part of its state this is."""
     first = next((i for i in map(index.get, run.group["params"]) if i in found), None)
     if first is not None:
-        found[first] = {**found[first], SHARED + PART_KEY: part.entry()}
+        notes = {PART_KEY: part.entry(), **run_entry(run.state())}
+        found[first] = found[first] | {SHARED + name: x for name, x in notes.items()}

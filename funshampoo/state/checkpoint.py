@@ -26,7 +26,17 @@ from funshampoo.state.naming import (
     owned_elsewhere,
 )
 from funshampoo.state.nodes import check_is_state, walk
-from funshampoo.state.parts import PART_KEY, Part, bits_of, is_note, merged, part_of
+from funshampoo.state.parts import (
+    PART_KEY,
+    RUN,
+    Part,
+    bits_of,
+    is_note,
+    merged,
+    part_of,
+    run_entry,
+    saved_run,
+)
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import WrappedState
 from funshampoo.state.values import Entry, problems
@@ -73,7 +83,8 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     Returns:
         Views of the state's tensors, not copies. Beside them, int64 on the CPU: the version of this
         format, 0-dimensional, under "funshampoo/format"; [rank, ranks, a sum of all bits] under
-        "funshampoo/part", by which `merged` knows what belongs together. The sum reads all of it.
+        "funshampoo/part", and where ranks share a number of their run under "funshampoo/run", by
+        which `merged` knows what belongs together. The sum reads all of it.
 
     Raises:
         TypeError: it is no state.
@@ -91,7 +102,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     entries = named(state)
     part = part_of(state)._replace(bits=bits_of(entry.x for entry in entries))
     notes = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu"), PART_KEY: part.entry()}
-    return notes | {entry.name: entry.x for entry in entries}
+    return {**notes, **run_entry(state), **{entry.name: entry.x for entry in entries}}
 
 
 @for_keeps()
@@ -128,7 +139,7 @@ def load_state_dict(
     >>> load_state_dict(tx.init(params), state_dict(state)).state
     TraceState(buffer={'w': tensor([1., 1.])}, seen=())
     """
-    fit = _fit(state, saved, strict, cast)
+    fit, run = _fit(state, saved, strict, cast), saved_run(saved)
     wrong = problems(fit.entries, _limit(state, fit.entries))
     if wrong:
         raise ValueError(
@@ -136,10 +147,21 @@ def load_state_dict(
             f"{listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
             "it was saved: load an earlier one."
         )
-    new = _filled(state, fit.saved)
+    new = _of_run(_filled(state, fit.saved), run)
     if fit.missing:  # the clock among them, perhaps
         new = _cut(new)
     return Loaded(new, fit.missing, fit.unknown)
+
+
+def _of_run(state: Any, run: int) -> Any:
+    """The state, as one of this run."""
+    if not run:
+        return state
+
+    def adopted(place: Place, x: Tensor) -> Tensor:
+        return torch.full_like(x, run) if place.path[-2:] == RUN else x
+
+    return map_tensors(adopted, state)
 
 
 @for_keeps()

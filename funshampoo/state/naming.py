@@ -18,6 +18,7 @@ from torch import Tensor
 
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.nodes import walk
+from funshampoo.state.parts import RUN
 from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
 from funshampoo.state.stages import BlockedState, HyperparamsState, Kept, ShardedState
 
@@ -121,6 +122,12 @@ def path_of(place: Place) -> str:
     return "/".join(place.path) or "state"
 
 
+_UNNAMED = (
+    ("sharded", "report"),  # which steps derive anew
+    RUN,  # which part of a checkpoint says it: "funshampoo/part"
+)
+
+
 class Names:
     """The names of a state's tensors. Remembers what it has read from a layout."""
 
@@ -129,7 +136,7 @@ class Names:
 
     def parts(self, place: Place, x: Tensor) -> list[tuple[str, str, Tensor]]:
         """(parameter, rest of the name, view) for every block in a tensor, or for the tensor."""
-        if place.path[-2:] == ("sharded", "report"):  # which steps derive anew
+        if place.path[-2:] in _UNNAMED:
             return []
         path = path_of(place)
         if place.stack is None:

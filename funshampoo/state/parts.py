@@ -15,6 +15,8 @@ from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
 
 PART_KEY = "funshampoo/part"
+RUN_KEY = "funshampoo/run"
+RUN = ("sharded", "run")  # how the path of `ShardedState.run` ends
 
 
 class Part(NamedTuple):
@@ -63,6 +65,30 @@ def part_of(state: Any) -> Part:
     return max(found, key=lambda part: part.size)
 
 
+def run_of(state: ShardedState) -> int:
+    """The number of its run; 0 where there is none yet."""
+    return int(state.run) if isinstance(state.run, Tensor) and not state.run.is_meta else 0
+
+
+def run_entry(state: Any) -> dict[str, Tensor]:
+    """{"funshampoo/run": () int64 on the CPU}; {} where nobody shares, or before the first step."""
+    runs = [run_of(node) for _, node in walk(state) if isinstance(node, ShardedState)]
+    run = max(runs, default=0)
+    return {RUN_KEY: torch.tensor(run, device="cpu")} if run else {}
+
+
+def saved_run(saved: Mapping[str, Any]) -> int:
+    """The number of the run that a checkpoint of `state_dict` is of; 0 where it says none.
+
+    Raises:
+        ValueError: the entry is damaged.
+    """
+    entry = saved.get(RUN_KEY, 0)
+    if isinstance(entry, Tensor) and (entry.ndim or entry.dtype != torch.int64):
+        raise ValueError(f"'{RUN_KEY}' is no int64 of shape (): the checkpoint is damaged.")
+    return int(entry)
+
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -93,8 +119,9 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     the state of sharded parameters outside `blocked`, become plain tensors.
 
     Raises:
-        ValueError: the part of a rank is missing; parts are of different numbers of ranks; two have
-            different values under one name, or are pieces of different saves.
+        ValueError: the part of a rank is missing; parts are of different numbers of ranks, or of
+            different runs; two have different values under one name, or are pieces of different
+            saves.
 
     >>> import torch
     >>> sorted(merged([{"a": torch.ones(1), "n": torch.tensor(3)}, {"n": torch.tensor(3)}]))
@@ -150,6 +177,11 @@ def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
             together[name] = whole_of(found, f"{path}{name}")
         elif all(_identical(found[0], x) for x in found[1:]):
             together[name] = found[0]
+        elif isinstance(name, str) and name.endswith(RUN_KEY):
+            raise ValueError(
+                f"the parts are of different runs ({', '.join(f'{int(x):x}' for x in found)}): "
+                "give those of one save."
+            )
         else:
             raise ValueError(
                 f"'{path}{name}' differs between the parts: they were not saved at the same step "

@@ -309,6 +309,8 @@ class ShardedState(NamedTuple):
         ranks: {"0 of 4": ()}, this rank and how many share.
         report: (4,) float32, over the blocks of all ranks: how often one was held, the longest
             streak of that, how many roots failed, the longest streak of that.
+        run: () int64 on the CPU, the same on all ranks: the number of the run that it is of, found
+            at its first step from what all ranks had for it; 0 before, and on one rank.
     """
 
     inner: Any
@@ -316,3 +318,4 @@ class ShardedState(NamedTuple):
     ranks: dict[str, tuple[()]]
     report: Tensor
     steps: Counter = ()
+    run: Counter = ()

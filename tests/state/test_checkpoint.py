@@ -49,10 +49,11 @@ def test_every_tensor_is_saved_once(case: Case) -> None:
     saved = state_dict(state)
     numbers = sum(x.numel() for name, x in saved.items() if "funshampoo/" not in name)
     shared = [x for x in tensors(state) if x.ndim == 0]
-    report = 4 * sum(isinstance(node, ShardedState) for _, node in walk(state))  # derived anew
-    assert numbers + report >= sum(x.numel() for x in tensors(state))
+    # A report, which is derived anew, and the number of the run, which the part's entry has.
+    others = 5 * sum(isinstance(node, ShardedState) for _, node in walk(state))
+    assert numbers + others >= sum(x.numel() for x in tensors(state))
     if len({id(x) for x in shared}) == len(shared) and case.name != "from_reference":
-        assert numbers + report == sum(x.numel() for x in tensors(state))
+        assert numbers + others == sum(x.numel() for x in tensors(state))
 
 
 def test_names_say_what_a_tensor_is() -> None:

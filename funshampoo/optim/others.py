@@ -1,0 +1,154 @@
+"""What the ranks that share blocks have to know of an optimizer: all that it steps, and edits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from funshampoo.distributed.agreement import print_of
+from funshampoo.distributed.changes import Last, announce
+from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
+from funshampoo.distributed.described import Line, described_value
+from funshampoo.distributed.disagreement import difference
+from funshampoo.distributed.gathering import spreads
+from funshampoo.optim.group import GroupRun
+from funshampoo.optim.ready import Plan
+
+
+class Others:
+    """This rank's optimizer among those of the others; an `Around` of all its chains.
+
+    Args:
+        options: of the optimizer, {name: value}.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
+        self._runs: list[GroupRun] = []  # as of the last step, or save
+        self._seen: list[Any] = []
+        self._spreads: list[Any] = []  # that other ranks have a part in
+        self._places: dict[Tensor, tuple[int, int]] = {}  # (group, number in it)
+        self._plans: Sequence[Plan] = ()
+        self._ascends: list[bool] = []
+        self._call = "step"
+        self.fingerprint = 0
+
+    def meet(self, call: str) -> None:
+        """Before this, which is no step, see to it that all ranks are in it. A collective.
+
+        Raises:
+            RuntimeError: some are in a step; on every rank.
+        """
+        self._call = call
+        try:
+            for group, steps in self._steps():
+                announce(steps, self.words, group)
+        finally:
+            self._call = "step"
+
+    def hear(self, runs: list[GroupRun], plans: Sequence[Plan]) -> None:
+        """Before the groups are stepped, or saved, see to it that all ranks made the same edits.
+
+        A collective, where blocks are shared out and anything was edited.
+
+        Raises:
+            RuntimeError: they did not; on every rank.
+        """
+        self._plans, self._ascends = plans, [run.group.get("maximize", False) for run in runs]
+        if not self._spreads:
+            return
+        same = len(runs) == len(self._runs) and all([a is b for a, b in zip(runs, self._runs)])
+        if same and not any([plan.is_edited for plan in plans]):
+            return
+        for group, steps in self._steps():
+            announce(steps, self.words, group)
+            everyone = gathered_objects((self._edited(), self.words()), group)
+            for rank, (edited, words) in enumerate(everyone):
+                if edited != everyone[0][0]:
+                    raise RuntimeError(difference(everyone[0][1], words, rank))
+        for spread in self._spreads:
+            spread.agreement.begin_anew()
+
+    def _steps(self) -> Iterator[tuple[ProcessGroup | None, list[Last]]]:
+        """For every group of ranks, the parts that the last step had there."""
+        for group in _distinct([spread.group for spread in self._spreads]):
+            mine = [spread for spread in self._spreads if spread.group is group]
+            steps = [last for s in mine if (last := s.agreement.last(group)) is not None]
+            if steps:
+                yield group, steps
+
+    def follow(self, runs: list[GroupRun]) -> None:
+        """The states are for the groups as they are now."""
+        each = zip(runs, self._ascends)
+        seen = [x for run, up in each for x in (run, run.transformation, run.known, up)]
+        if len(seen) != len(self._seen) or not all(map(is_, seen, self._seen)):
+            self._seen, self._runs = seen, list(runs)
+            stepped = [run.transformation for run in runs if run.known]
+            found = _distinct([spread for tx in stepped for spread in spreads(tx)])
+            self._spreads = [s for s in found if rank_and_size(s.group)[1] > 1]
+            if self._spreads:
+                self.fingerprint = print_of(self.lines(), 24)
+                self._places = {
+                    known.parameter: (i, k)
+                    for i, run in enumerate(runs)
+                    for k, known in enumerate(run.known)
+                }
+        for spread in self._spreads:  # another optimizer may step the same transformation
+            spread.agreement.around = self
+
+    def lines(self) -> list[Line]:
+        """See `Around`."""
+        found = [(name, repr(value)) for name, value in self._options.items()]
+        found.append(("the number of groups", str(len(self._plans))))
+        for i, (plan, ascends) in enumerate(zip(self._plans, self._ascends)):
+            method = plan.built.words.method
+            called = getattr(method, "__name__", None) or getattr(method, "name", "a method")
+            found.append((f"group {i}: method", str(called)))
+            found.append((f"group {i}: maximize", str(ascends)))
+        return found
+
+    def words(self) -> list[Line]:
+        """See `Around`."""
+        found = [("the call", self._call), *self.lines(), *self._numbers()]
+        for i, plan in enumerate(self._plans):
+            found.append((f"group {i}: the number of parameters", str(len(plan.known))))
+            for k, text in enumerate(self._parameters(i, plan)):
+                found.append((f"group {i}: parameter {k}", text))
+        return found
+
+    def _edited(self) -> list[Any]:
+        """What ranks that made the same edits have in common: not the order of names."""
+        texts = [sorted(self._parameters(i, plan)) for i, plan in enumerate(self._plans)]
+        return [self.lines(), self._numbers(), texts]
+
+    def _numbers(self) -> list[Line]:
+        return [
+            line
+            for i, plan in enumerate(self._plans)
+            for name, value in plan.built.arguments.items()
+            for line in described_value(value, f"group {i}: {name}")
+        ]
+
+    def _parameters(self, group: int, plan: Plan) -> Iterator[str]:
+        for known in plan.known:
+            before = self._places.get(known.parameter, (group, 0))[0]
+            yield (
+                f"'{known.name}', {tuple(known.shape)}, {known.dtype}"
+                + (f", that was in group {before}" if before != group else "")
+                + (", that starts from nothing" if known.parameter in plan.anew else "")
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: a copy has not met anybody."""
+        return {"options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["options"])  # type: ignore[misc]
+
+
+def _distinct(found: Sequence[Any]) -> list[Any]:
+    """Each once, by identity."""
+    return [x for i, x in enumerate(found) if not any([x is other for other in found[:i]])]
