@@ -178,6 +178,7 @@ class Agreement:
         if not known:
             self._group = weakref.ref(now)
             self._agreed.clear()
+            self._stepped = None
         lines = [*self._of_plan(leaves), *_owners(shards)]
         plan = print_of(lines)
         if plan not in self._agreed:

@@ -57,7 +57,7 @@ class Exchange:
 
     def run_number(self) -> int:
         """A number for a run, after its first step: the same on all ranks. Waits for the device."""
-        return print_of(self._contents.tolist()) | 1
+        return print_of(self._contents.tolist(), 40) | 1
 
     def run(
         self, step: Callable[[Put], Any], due: bool, look: bool, says: Says = _NOTHING

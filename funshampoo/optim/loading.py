@@ -14,7 +14,7 @@ from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
 from funshampoo.optim.ready import Ready
 from funshampoo.optim.saved import check_fits, check_ours, indices_of, loaded_group
-from funshampoo.state.parts import RUN_KEY
+from funshampoo.state.parts import PART_KEY, Part
 
 
 class Loading(NamedTuple):
@@ -77,16 +77,14 @@ def loaded_together(
 
 def _common(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
     """The counters of steps and the numbers of runs: equal in the whole and in all its parts."""
-    return {
-        (name, x.item())
+    shared = [
+        (name, x)
         for entries in state.values()
         for name, x in entries.items()
-        if isinstance(x, Tensor) and not x.ndim and _is_common(name)
-    }
-
-
-def _is_common(name: str) -> bool:
-    return is_shared(name) and name.endswith(("/steps", "/" + RUN_KEY))
+        if isinstance(x, Tensor) and is_shared(name)
+    ]
+    steps = {(n, x.item()) for n, x in shared if not x.ndim and n.endswith("/steps")}
+    return steps | {(n, Part.read(x).run) for n, x in shared if n.endswith("/" + PART_KEY)}
 
 
 def loaded(

@@ -13,7 +13,7 @@ from funshampoo.distributed.gathering import are_well, collected, sharing_groups
 from funshampoo.optim.entries import SHARED
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
-from funshampoo.state.parts import PART_KEY, Part, merged, part_of, run_entry
+from funshampoo.state.parts import PART_KEY, Part, merged, part_of
 
 Entries = dict[Any, dict[str, Any]]  # {number of a parameter: what is remembered of it}
 
@@ -108,7 +108,8 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
             )
         found = merged(parts)
     for run in memory.runs:
-        _label(run, found, index, Part(0, 1))
+        # Other ranks may go on from their parts of the same run.
+        _label(run, found, index, Part(0, 1, run=part_of(run.state()).run))
     return found
 
 
@@ -121,5 +122,4 @@ def _label(run: GroupRun, found: Entries, index: Mapping[Tensor, int], part: Par
     """Say with the first parameter of a group which part of its state this is."""
     first = next((i for i in map(index.get, run.group["params"]) if i in found), None)
     if first is not None:
-        notes = {PART_KEY: part.entry(), **run_entry(run.state())}
-        found[first] = found[first] | {SHARED + name: x for name, x in notes.items()}
+        found[first] = {**found[first], SHARED + PART_KEY: part.entry()}

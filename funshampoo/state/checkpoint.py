@@ -34,7 +34,6 @@ from funshampoo.state.parts import (
     is_note,
     merged,
     part_of,
-    run_entry,
     saved_run,
 )
 from funshampoo.state.places import Place, map_tensors
@@ -82,9 +81,9 @@ def state_dict(state: Any) -> dict[str, Tensor]:
 
     Returns:
         Views of the state's tensors, not copies. Beside them, int64 on the CPU: the version of this
-        format, 0-dimensional, under "funshampoo/format"; [rank, ranks, a sum of all bits] under
-        "funshampoo/part", and where ranks share a number of their run under "funshampoo/run", by
-        which `merged` knows what belongs together. The sum reads all of it.
+        format, 0-dimensional, under "funshampoo/format"; and under "funshampoo/part" [rank, ranks,
+        a sum of all bits], by which `merged` knows what belongs together; where ranks share, the
+        second has 2^20 times the number of their run, too. The sum reads all of it.
 
     Raises:
         TypeError: it is no state.
@@ -102,7 +101,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     entries = named(state)
     part = part_of(state)._replace(bits=bits_of(entry.x for entry in entries))
     notes = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu"), PART_KEY: part.entry()}
-    return {**notes, **run_entry(state), **{entry.name: entry.x for entry in entries}}
+    return {**notes, **{entry.name: entry.x for entry in entries}}
 
 
 @for_keeps()

@@ -15,8 +15,10 @@ from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
 
 PART_KEY = "funshampoo/part"
-RUN_KEY = "funshampoo/run"
 RUN = ("sharded", "run")  # how the path of `ShardedState.run` ends
+
+
+_SIZES = 2**20  # ranks that can share
 
 
 class Part(NamedTuple):
@@ -26,15 +28,23 @@ class Part(NamedTuple):
         rank: who saved it, of `size` that share; 0 of 1 where nobody does.
         bits: a sum over all bits of its tensors, by which what is not of the same save is told;
             None where nobody took it.
+        run: the number of the run, below 2^43; 0 where there is none: of what is whole, or has not
+            stepped.
     """
 
     rank: int
     size: int
     bits: int | None = None
+    run: int = 0
 
     def entry(self) -> Tensor:
-        """(3,) int64 on the CPU, (2,) without `bits`."""
-        return torch.tensor([x for x in self if x is not None], dtype=torch.int64, device="cpu")
+        """[rank, size + 2^20 run, bits] (3,) int64 on the CPU, without `bits` (2,).
+
+        With or without a run it has one shape, into which torch.distributed.checkpoint reads.
+        """
+        numbers = [self.rank, self.size + _SIZES * self.run, self.bits]
+        found = [x for x in numbers if x is not None]
+        return torch.tensor(found, dtype=torch.int64, device="cpu")
 
     @classmethod
     def read(cls, entry: Any) -> Part:
@@ -45,36 +55,31 @@ class Part(NamedTuple):
         """
         fits = isinstance(entry, Tensor) and entry.dtype == torch.int64
         if fits and entry.ndim == 1 and len(entry) in (2, 3):
-            part = cls(*entry.tolist())
-            if 0 <= part.rank < part.size:
+            rank, of, *bits = entry.tolist()
+            part = cls(rank, of % _SIZES, bits[0] if bits else None, of // _SIZES)
+            if 0 <= part.rank < part.size and part.run >= 0:
                 return part
         raise ValueError(f"'{PART_KEY}' is no [rank, ranks, bits]: the checkpoint is damaged.")
 
 
 def part_of(state: Any) -> Part:
     """Which part a state is, by the largest group of ranks, or mesh, that shares any of it."""
-    found = [Part(0, 1)]
+    found, run = [Part(0, 1)], 0
     for _, node in walk(state):
         if isinstance(node, ShardedState):
             rank, size = next(iter(node.ranks)).split(" of ")
             found.append(Part(int(rank), int(size)))
+            run = max(run, run_of(node))
     for x in flatten(state)[0]:
         if is_in_parts(x) and x.device_mesh.get_coordinate() is not None:
             ranks = x.device_mesh.mesh.flatten().tolist()
             found.append(Part(ranks.index(x.device_mesh.get_rank()), len(ranks)))
-    return max(found, key=lambda part: part.size)
+    return max(found, key=lambda part: part.size)._replace(run=run)
 
 
 def run_of(state: ShardedState) -> int:
     """The number of its run; 0 where there is none yet."""
     return int(state.run) if isinstance(state.run, Tensor) and not state.run.is_meta else 0
-
-
-def run_entry(state: Any) -> dict[str, Tensor]:
-    """{"funshampoo/run": () int64 on the CPU}; {} where nobody shares, or before the first step."""
-    runs = [run_of(node) for _, node in walk(state) if isinstance(node, ShardedState)]
-    run = max(runs, default=0)
-    return {RUN_KEY: torch.tensor(run, device="cpu")} if run else {}
 
 
 def saved_run(saved: Mapping[str, Any]) -> int:
@@ -83,10 +88,7 @@ def saved_run(saved: Mapping[str, Any]) -> int:
     Raises:
         ValueError: the entry is damaged.
     """
-    entry = saved.get(RUN_KEY, 0)
-    if isinstance(entry, Tensor) and (entry.ndim or entry.dtype != torch.int64):
-        raise ValueError(f"'{RUN_KEY}' is no int64 of shape (): the checkpoint is damaged.")
-    return int(entry)
+    return Part.read(saved[PART_KEY]).run if PART_KEY in saved else 0
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -177,11 +179,6 @@ def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
             together[name] = whole_of(found, f"{path}{name}")
         elif all(_identical(found[0], x) for x in found[1:]):
             together[name] = found[0]
-        elif isinstance(name, str) and name.endswith(RUN_KEY):
-            raise ValueError(
-                f"the parts are of different runs ({', '.join(f'{int(x):x}' for x in found)}): "
-                "give those of one save."
-            )
         else:
             raise ValueError(
                 f"'{path}{name}' differs between the parts: they were not saved at the same step "
@@ -196,6 +193,12 @@ def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
 
 def _check_one_save(parts: Sequence[Part]) -> None:
     """The pieces that one rank's part comes in were cut from the same state."""
+    runs = list(dict.fromkeys(part.run for part in parts))
+    if len(runs) > 1:
+        raise ValueError(
+            f"the parts are of different runs ({', '.join(f'{run:x}' for run in runs)}): "
+            "give those of one save."
+        )
     bits: dict[int, int | None] = {}
     for part in parts:
         if bits.setdefault(part.rank, part.bits) != part.bits:

@@ -297,7 +297,7 @@ class GuardedState(NamedTuple):
     spikes: SpikeState | tuple[()] = ()
 
 
-@meaning(report="nonnegative")
+@meaning(report="nonnegative", run="any")
 class ShardedState(NamedTuple):
     """Of `sharded`: the inner state of the blocks that this rank owns.
 

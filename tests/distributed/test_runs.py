@@ -14,12 +14,13 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo.state import load_state_dict, merged, state_dict
+from funshampoo.state.parts import Part
 from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_edits import begun, give_gradients, local, parameters, shampoo
 from tests.trees import assert_equal
 
-KEY = "funshampoo/run"
+KEY = "funshampoo/part"
 MAKERS: dict[str, Callable[[], fs.GradientTransformation]] = {
     "shampoo": lambda: optimizer({}),
     "leaves": lambda: fs.sharded(fs.scale_by_adam()),
@@ -44,34 +45,39 @@ def functional(rank: int, name: str) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("name", MAKERS)
 def test_parts_of_two_runs_do_not_merge(ranks: Ranks, name: str) -> None:
     first, second = ranks(2, functional, name)
-    assert first[0][KEY] == second[0][KEY] == first[1][KEY]  # a function: the same once more
-    assert merged([first[0], second[1]])[KEY] == first[0][KEY]
-    for other in (second[2], {**second[0], KEY: second[2][KEY]}):
-        with pytest.raises(ValueError, match="different runs .* give those of one save"):
-            merged([first[0], other])
-    old = [{n: x for n, x in part.items() if n != KEY} for part in (first[0], second[0])]
-    assert merged(old).keys() == merged([first[0], second[0]]).keys() - {KEY}
+    runs = [Part.read(found[KEY]).run for found in (first[0], second[0], first[1], first[2])]
+    assert runs[0] == runs[1] == runs[2] != 0  # a function: the same once more
+    assert runs[3] not in (0, runs[0])
+    whole = merged([first[0], second[1]])
+    assert Part.read(whole[KEY])[:2] == (0, 1)
+    assert Part.read(whole[KEY]).run == 0  # there are no others that it has to fit
+    with pytest.raises(ValueError, match="different runs .* give those of one save"):
+        merged([first[0], {**second[0], KEY: second[2][KEY]}])
+    with pytest.raises(ValueError, match="give those of one save|not saved at the same step"):
+        merged([first[0], second[2]])
+    old = [without_run(part) for part in (first[0], second[0])]
+    assert merged(old).keys() == whole.keys()
+    with pytest.raises(ValueError, match="different runs"):
+        merged([old[0], second[0]])
+
+
+def without_run(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As releases before this one saved it."""
+    return {**part, KEY: Part.read(part[KEY])._replace(run=0).entry()}
 
 
 def test_a_process_of_its_own_has_no_number() -> None:
     state = train(optimizer({}), tree(0, SMALL), range(1, 3), lambda t: tree(t, SMALL))[1]
-    assert KEY not in state_dict(state)
-
-
-@pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.tensor([1, 2])])
-def test_a_damaged_number_is_named(bad: Tensor) -> None:
-    state = optimizer({}).init(tree(0, SMALL))
-    with pytest.raises(ValueError, match=f"'{KEY}' is no int64"):
-        load_state_dict(state, {**state_dict(state), KEY: bad})
+    assert Part.read(state_dict(state)[KEY]).run == 0
 
 
 def resumed(rank: int, saved: Any, way: str) -> Any:
     """The number after a save, a load and a step; by functions, or the wrapper."""
     if way == "functions":
         tx, params = optimizer({}), tree(0, SMALL)
-        state = load_state_dict(tx.init(params), merged(saved)).state
+        state = load_state_dict(tx.init(params), saved[rank]).state
         state = train(tx, params, range(4, 6), lambda t: tree(t, SMALL), state)[1]
-        return state_dict(state)[KEY].item()
+        return Part.read(state_dict(state)[KEY]).run
     params, opt = begun(way)
     mine = copy.deepcopy(opt.state_dict())
     params = parameters(way)
@@ -84,13 +90,12 @@ def resumed(rank: int, saved: Any, way: str) -> Any:
 
 def number(saved: Any) -> int:
     (found,) = (e[f"shared/{KEY}"] for e in saved["state"].values() if f"shared/{KEY}" in e)
-    return int(found)
+    return Part.read(found).run
 
 
 def test_the_number_outlives_a_resume(ranks: Ranks) -> None:
     parts = [found[0] for found in ranks(2, functional, "shampoo")]
-    for size in (2, 3):
-        assert set(ranks(size, resumed, parts, "functions")) == {parts[0][KEY].item()}
+    assert set(ranks(2, resumed, parts, "functions")) == {Part.read(parts[0][KEY]).run}
     for way in ("whole", "parts"):
         first, second = ranks(2, resumed, None, way)
         assert first == second

@@ -69,7 +69,7 @@ def test_all_state_is_on_its_owner_alone(ranks: Ranks) -> None:
         holders = sum(name in part for part in parts)
         assert holders == (3 if name in counters else 1), name
     counter_bytes = 8 * (len(counters) - 2)  # without the format's version, and which part it is
-    report_bytes = 16
+    report_bytes = 16 + 8  # with the number of the run
     expected = single_bytes + 2 * counter_bytes + 3 * report_bytes
     assert sum(size for _, _, size in found) == expected
     assert max(size for _, _, size in found) < 0.45 * single_bytes  # and it is shared evenly
