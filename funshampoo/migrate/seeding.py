@@ -50,7 +50,7 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
 
     Raises:
         ValueError: another number of parameters, other shapes, amsgrad or no moments in `saved`,
-            or a state in which there is nothing to fill.
+            a number of steps that can be none, or a state in which there is nothing to fill.
 
     >>> import torch
     >>> from funshampoo import adamw
@@ -116,11 +116,28 @@ def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
                 continue
             if not {"step", "exp_avg", "exp_avg_sq"} <= entry.keys():
                 raise ValueError("this is no state_dict of torch.optim.AdamW or Adam.")
-            step = float(entry["step"])
+            step = _step_of(entry, name_of[index])
             first, second = (1 - float(beta) ** step for beta in group["betas"])
             moments = {key: entry[key] for key in ("exp_avg", "exp_avg_sq")}
             adams[name_of[index]] = _Adam(moments, (first, second))
     return adams
+
+
+def _step_of(entry: Mapping[str, Any], name: str) -> float:
+    """How many steps it has made.
+
+    Raises:
+        ValueError: no run can have counted so far; or none yet, while the moments are not zero.
+    """
+    step = float(entry["step"])
+    if not (step >= 0 and step.is_integer()):  # inf and NaN are no integers
+        raise ValueError(f"the AdamW has made {step} steps of '{name}': the checkpoint is damaged.")
+    if step == 0 and any(bool((entry[key] != 0).any()) for key in ("exp_avg", "exp_avg_sq")):
+        raise ValueError(
+            f"the AdamW has made no step of '{name}', but has moments of it: the checkpoint is "
+            "damaged."
+        )
+    return step
 
 
 def _targets(place: Place, x: Tensor) -> Iterator[tuple[str, tuple[int, ...] | None, Tensor]]:

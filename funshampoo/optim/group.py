@@ -66,6 +66,7 @@ class GroupRun:
         self._known: list[Known] = []
         self._state: Any = None
         self._untouched = False  # made for a reader, and neither stepped nor written to
+        self._handed_out: Watched | None = None  # by which a write to a reader's views is seen
         self._anew: set[Tensor] = set()  # what starts from nothing, as soon as anybody looks
         self._looked_at: Look = ()
         self._read: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
@@ -78,7 +79,9 @@ class GroupRun:
 
     @property
     def has_state(self) -> bool:
-        """Whether there is one that has been stepped, loaded or written to."""
+        """Whether there is one that has been stepped, loaded or written to, in place too."""
+        if self._untouched and self._handed_out is not None and self._handed_out.was_written():
+            self._untouched = False
         return self._state is not None and not self._untouched
 
     def look(self) -> Look:
@@ -141,6 +144,7 @@ class GroupRun:
     def adopt(self, ready: Ready) -> None:
         """Go on from here."""
         self._built, self._known, self._state, self._looked_at, self._untouched = ready
+        self._handed_out = None
         self._anew = set()  # not cleared: `all_or_nothing` puts the old one back
 
     def step(self) -> None:
@@ -216,6 +220,7 @@ class GroupRun:
         if self._read is None or self._read[0] is not self._state:
             check_whole(self._state)
             self._read = self._state, *self._by_parameter()
+            self._handed_out = Watched(self._state).begin() if self._untouched else None
         return self._read[1:]
 
     def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
@@ -333,7 +338,12 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is made anew."""
-        changed = {"_built": self._built.for_a_copy(), "_looked_at": (), "_read": None}
+        changed: dict[str, Any] = {
+            "_built": self._built.for_a_copy(),
+            "_looked_at": (),
+            "_read": None,
+        }
+        changed |= {"_untouched": self._untouched and not self.has_state, "_handed_out": None}
         return {**self.__dict__, **changed}
 
 

@@ -56,7 +56,11 @@ def report(misfits: list[str], missing: list[str], unknown: list[str], part: Par
             "chain with those of the checkpoint."
         )
     if missing or unknown:
-        lines.append("strict=False loads what fits and reports the rest.")
+        # Not "strict=False" alone: torch's flattened helpers have one that does not get here.
+        lines.append(
+            "load_state_dict(saved, strict=False), called by yourself, loads what fits and leaves "
+            "out the rest."
+        )
     return "\n".join(lines)
 
 

@@ -172,6 +172,22 @@ def test_what_does_not_fit_is_an_error_that_changes_nothing(kind: str, message: 
     assert not moved(params, before)
 
 
+@pytest.mark.parametrize("step", [-1.0, 1.5, float("inf"), float("nan"), 0.0])
+@pytest.mark.parametrize("method", [fs.adamw, fs.shampoo, fs.soap])
+def test_steps_that_no_run_has_made_are_refused(method: Any, step: float) -> None:
+    params = parameters()
+    saved = adamw_run(parameters(), 2).state_dict()
+    saved["state"][1]["step"] = torch.tensor(step)
+    optimizer = fs.Optimizer(params.items(), method, lr=0.1)
+    match = "no step of 'p4', but has moments" if step == 0 else "steps of 'p4'"
+    with pytest.raises(ValueError, match=match):
+        optimizer.seed_from_adamw(saved)
+    for x in (saved["state"][1]["exp_avg"], saved["state"][1]["exp_avg_sq"]):
+        x.zero_()
+    if step == 0:
+        optimizer.seed_from_adamw(saved)  # it has not been moved yet
+
+
 def test_a_method_without_moments_is_an_error() -> None:
     params = parameters()
     adamw = adamw_run(params, 2)

@@ -527,3 +527,46 @@ def test_seeded_moments_are_there_after_a_reset() -> None:
     bad["param_groups"][0]["lr"] = "x"
     with pytest.raises(TypeError, match="lr is 'x'"):
         optimizer.load_state_dict(bad)
+
+
+def _copied(optimizer: Any) -> Any:
+    return copy.deepcopy(optimizer)
+
+
+def _saved(optimizer: Any) -> Any:
+    optimizer.state_dict()
+    return optimizer
+
+
+def _read(optimizer: Any) -> Any:
+    optimizer.chain_states()
+    len(optimizer.state)
+    return optimizer
+
+
+@pytest.mark.parametrize("after", [lambda o: o, _copied, _saved, _read])
+@pytest.mark.parametrize("before", [lambda o: o, _copied, _saved, _read])
+@pytest.mark.parametrize("method", [SHAMPOO, ADAMW, EVERYTHING], ids=name_of)
+def test_a_write_in_place_before_the_first_step_counts(
+    method: Method, before: Any, after: Any
+) -> None:
+    """As an assignment does. Whatever is done before it and between it and the step."""
+    found = []
+    for in_place in (True, False):
+        optimizer = before(method.optimizer(parameters().values()))
+        p = optimizer.param_groups[0]["params"][1]
+        entries = optimizer.state[p]
+        name = next(n for n, x in entries.items() if n.endswith("second"))
+        if in_place:
+            entries[name].fill_(7.0)
+        else:
+            entries[name] = torch.full_like(entries[name], 7.0)
+        optimizer = after(optimizer)
+        params = optimizer.param_groups[0]["params"]
+        assert float(optimizer.state[params[1]][name].min()) == 7.0
+        for q in params:
+            q.grad = torch.ones_like(q)
+        optimizer.step()
+        assert float(optimizer.state[params[1]][name].min()) > 1.0
+        found.append([q.detach() for q in params])
+    assert all(map(torch.equal, *found))
