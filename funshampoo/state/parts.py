@@ -118,7 +118,8 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What several ranks saved, as one checkpoint: of `state_dict`, or of the wrapper's.
 
     The parts of all ranks are needed. One rank's may come in pieces, and more than once. DTensors,
-    the state of sharded parameters outside `blocked`, become plain tensors.
+    the state of sharded parameters outside `blocked`, become plain tensors. The number of the run
+    is left out: the whole is the same on any number of ranks.
 
     Raises:
         ValueError: the part of a rank is missing; parts are of different numbers of ranks, or of
