@@ -177,7 +177,7 @@ class Agreement:
             return int(plan)
         if not known:
             self._group = weakref.ref(now)
-            self._agreed.clear()
+            self.begin_anew()
         lines = [*self._of_plan(leaves), *_owners(shards)]
         plan = print_of(lines)
         if plan not in self._agreed:

@@ -116,7 +116,8 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What several ranks saved, as one checkpoint: of `state_dict`, or of the wrapper's.
 
     The parts of all ranks are needed. One rank's may come in pieces, and more than once. DTensors,
-    the state of sharded parameters outside `blocked`, become plain tensors.
+    the state of sharded parameters outside `blocked`, become plain tensors. The number of the run
+    is left out: the whole is the same on any number of ranks.
 
     Raises:
         ValueError: the part of a rank is missing; parts are of different numbers of ranks, or of
@@ -171,17 +172,14 @@ def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
         found = [part[name] for part in parts if name in part]
         if _says_part(name):
             said = [Part.read(x) for x in found]
+        elif isinstance(name, str) and name.endswith(RUN_KEY):
+            _check_one_run([int(x) for x in found])
         elif all(isinstance(x, Mapping) for x in found):
             together[name] = _united(found, f"{path}{name}/")
         elif any(map(is_in_parts, found)):
             together[name] = whole_of(found, f"{path}{name}")
         elif all(_identical(found[0], x) for x in found[1:]):
             together[name] = found[0]
-        elif isinstance(name, str) and name.endswith(RUN_KEY):
-            raise ValueError(
-                f"the parts are of different runs ({', '.join(f'{int(x):x}' for x in found)}): "
-                "give those of one save."
-            )
         else:
             raise ValueError(
                 f"'{path}{name}' differs between the parts: they were not saved at the same step "
@@ -203,6 +201,12 @@ def _check_one_save(parts: Sequence[Part]) -> None:
                 f"of rank {part.rank} there are pieces of different states: they were not saved at "
                 "the same step of the same training."
             )
+
+
+def _check_one_run(runs: Sequence[int]) -> None:
+    if len(set(runs)) > 1:
+        found = ", ".join(f"{run:x}" for run in dict.fromkeys(runs))
+        raise ValueError(f"the parts are of different runs ({found}): give those of one save.")
 
 
 def is_note(name: str) -> bool:

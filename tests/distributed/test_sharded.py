@@ -69,8 +69,8 @@ def test_all_state_is_on_its_owner_alone(ranks: Ranks) -> None:
         holders = sum(name in part for part in parts)
         assert holders == (3 if name in counters else 1), name
     counter_bytes = 8 * (len(counters) - 2)  # without the format's version, and which part it is
-    report_bytes = 16
-    expected = single_bytes + 2 * counter_bytes + 3 * report_bytes
+    report_bytes, run_bytes = 16, 8
+    expected = single_bytes + 2 * counter_bytes + 3 * (report_bytes + run_bytes)
     assert sum(size for _, _, size in found) == expected
     assert max(size for _, _, size in found) < 0.45 * single_bytes  # and it is shared evenly
 
@@ -164,7 +164,8 @@ def test_leaf_by_leaf_it_is_zero_1(ranks: Ranks) -> None:
         found = ranks(size, zero, True)
         for got, _ in found:
             assert_equal(got, expected)
-        shared = ("funshampoo/format", "funshampoo/part", "clock/steps")
+        notes = ("funshampoo/format", "funshampoo/part", "funshampoo/run")
+        shared = (*notes, "clock/steps")
         held = [name for _, mine in found for name in mine if name not in shared]
         assert sorted(held) == [name for name in names if name not in shared]
 
