@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import funshampoo
 from benchmarks.timing import Contender
+from funshampoo.recipes import RECIPES
 
 LR = 1e-4
 BETAS = (0.9, 0.99)
@@ -131,17 +133,35 @@ def _muon(params: Params, size: int) -> Any:
     return torch.optim.Muon(params.values(), LR, weight_decay=0.0)
 
 
-def _own_muon(dtype: torch.dtype | None) -> Callable[[Params, int], Any]:
+def recipe(name: str, **options: Any) -> Method:
+    """One of ours by its name, without decay, and otherwise with its own defaults.
+
+    It is refreshed when its chain says so, and cut into blocks if it can be. Muon and its kin get
+    the matrices alone: the rest would be AdamW's.
+    """
+    make = RECIPES[name]
+    takes = inspect.signature(make).parameters
+    own = {k: x for k, x in {"weight_decay": 0.0, "every": EVERY}.items() if k in takes} | options
+    blocks = "max_size" in takes
+
     def build(params: Params, size: int) -> Any:
-        own = {"weight_decay": 0.0, "dtype": dtype}
-        return funshampoo.Optimizer(params.items(), funshampoo.muon, lr=LR, **own)
+        sized = {**own, "max_size": size} if blocks else own
+        return funshampoo.Optimizer(params.items(), make, lr=LR, **sized)
 
-    return build
+    def refreshes(t: int) -> bool:
+        return any(part.startswith("refresh") for part in phase(t))
 
-
-def _own_soap(params: Params, size: int) -> Any:
-    own = {"weight_decay": 0.0, "every": EVERY, "max_size": size}
-    return funshampoo.Optimizer(params.items(), funshampoo.soap, lr=LR, betas=BETAS, **own)
+    phase = make(LR, **own).phase
+    what = ", ".join(str(x).removeprefix("torch.") for x in options.values())
+    matrices = "matrices" in takes
+    return Method(
+        f"funshampoo.{name}" + (f", {what}" if what else "") + " (matrices: {share})" * matrices,
+        build,
+        refreshes if "every" in takes else None,
+        blocks=blocks,
+        matrices_only=matrices,
+        most=1e8,
+    )
 
 
 def _reference(packed: bool) -> Callable[[Params, int], Any]:
@@ -226,21 +246,6 @@ COMPILED = f"{OURS}, compiled"
 METHODS = (
     Method(BASELINE, _adamw_foreach, blocks=False),
     Method("AdamW, fused", _adamw_fused, blocks=False),
-    Method("Muon (torch; matrices: {share})", _muon, blocks=False, matrices_only=True, most=1e8),
-    Method(
-        "funshampoo.muon, float32 (matrices: {share})",
-        _own_muon(None),
-        blocks=False,
-        matrices_only=True,
-        most=1e8,
-    ),
-    Method(
-        "funshampoo.muon, bfloat16 (matrices: {share})",
-        _own_muon(torch.bfloat16),
-        blocks=False,
-        matrices_only=True,
-        most=1e8,
-    ),
     Method(OURS, _wrapper, _first_and_multiples),
     Method(DIAGONAL, _diagonal, _first_and_multiples, most=1e8),
     Method(LOW_PRECISION, _low_precision, _first_and_multiples, most=1e8),
@@ -251,9 +256,25 @@ METHODS = (
     Method("reference, unpacked", _reference(packed=False), _multiples, ready=EVERY + 1),
     Method("reference, packed", _reference(packed=True), _multiples, ready=EVERY + 1),
     Method("DASH (pytorch_optimizer)", _dash, _first_and_multiples, most=1e8),
-    Method("funshampoo.soap", _own_soap, _after_multiples, most=1e8),
+)
+
+FAMILY = (
+    Method(BASELINE, _adamw_foreach, blocks=False),
+    recipe("shampoo"),
+    recipe("soap"),
     Method("SOAP (pytorch_optimizer)", _soap, _after_multiples, blocks=False, most=1e7),
     Method("SOAP (HeavyBall, not compiled)", _heavyball, _multiples, blocks=False, most=1e8),
+    recipe("kl_shampoo"),
+    recipe("kl_soap"),
+    recipe("eigenvalue_shampoo"),
+    Method("Muon (torch; matrices: {share})", _muon, blocks=False, matrices_only=True, most=1e8),
+    recipe("muon", dtype=torch.bfloat16),
+    recipe("muon"),
+    recipe("normuon"),
+    recipe("spectral_descent"),
+    recipe("soap_muon"),
+    recipe("splus"),
+    recipe("lion"),
 )
 """Muon orthogonalizes on every step, torch's in bfloat16. The other SOAPs do not cut into blocks:
 sides above 1,024 are left, and in pytorch_optimizer's a kernel is a tensor of four sides (its

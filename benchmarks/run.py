@@ -24,6 +24,7 @@ from benchmarks.table import report, section_table
 HERE = Path(__file__).parent
 SECTIONS = {
     "steps": steps.section,
+    "family": steps.family,
     "whole": whole.section,
     "floor": floor.section,
     "memory": memory.section,

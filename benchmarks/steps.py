@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from benchmarks.methods import BASELINE, EVERY, METHODS, Method
+from benchmarks.methods import BASELINE, EVERY, FAMILY, METHODS, Method
 from benchmarks.section import Cell, Column, Rows, Section, Settings
 from benchmarks.timing import Contender, interleave, times_of
 from benchmarks.works import CONVNET, GPT2, MLP, RESNET, SMALL, TRANSFORMER, WORKS, Work
@@ -31,6 +31,12 @@ index: it is timed where its source is on the path. The committed tables have th
 put there without its distributed parts and checked against tests/reference."""
 
 
+ABOUT_FAMILY = f"""Every recipe beside Shampoo, with its own defaults but for decay, refreshed
+{EVERY} steps apart, measured as the steps above: Muon and its kin on the matrices alone. What
+`soap` has to be held against is SOAP of pytorch_optimizer at the same block size, 1,024, and what
+`muon` has, torch's; each cell's methods took turns."""
+
+
 def section(settings: Settings) -> Section:
     """A cell for every work and block size."""
     works = (MLP, CONVNET, SMALL) if settings.quick else WORKS
@@ -40,11 +46,25 @@ def section(settings: Settings) -> Section:
     if not settings.quick:
         other |= {work.name: (*sizes, 128) for work in (MLP, TRANSFORMER, CONVNET)}
     cells = [
-        Cell(f"{work.name}, blocks of {size}", _cell(work, size, size == sizes[0], settings))
+        Cell(
+            f"{work.name}, blocks of {size}",
+            _cell(METHODS, work, size, size == sizes[0], settings),
+        )
         for work in works
         for size in other.get(work.name, sizes)
     ]
-    columns = [
+    return Section("steps", "The optimizer's step", ABOUT, _columns(), cells)
+
+
+def family(settings: Settings) -> Section:
+    """A cell for every work, of the methods that are no Shampoo."""
+    works = (MLP,) if settings.quick else (MLP, TRANSFORMER, CONVNET)
+    cells = [Cell(work.name, _cell(FAMILY, work, 1024, True, settings)) for work in works]
+    return Section("family", "The family's steps", ABOUT_FAMILY, _columns(), cells)
+
+
+def _columns() -> list[Column]:
+    return [
         Column("work", "work"),
         Column("size", "block size"),
         Column("method", "method"),
@@ -54,17 +74,18 @@ def section(settings: Settings) -> Section:
         Column("ratio", "plain / AdamW", "number"),
         Column("note", ""),
     ]
-    return Section("steps", "The optimizer's step", ABOUT, columns, cells)
 
 
-def _cell(work: Work, size: int, first: bool, settings: Settings) -> Callable[[], Rows]:
+def _cell(
+    methods: Sequence[Method], work: Work, size: int, first: bool, settings: Settings
+) -> Callable[[], Rows]:
     def run() -> Rows:
         device = settings.device
         params = work.parameters(device)
         gradients = work.gradients(device, 2 if work.heavy else 8)
         contenders: list[Contender] = []
         rows: Rows = []
-        for method in METHODS:
+        for method in methods:
             if not _is_timed(method, work, first) or (method.compiles and settings.quick):
                 continue
             row = {"work": work.name, "cell": size, "size": size if method.blocks else None}

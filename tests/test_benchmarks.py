@@ -313,3 +313,24 @@ def test_a_member_of_an_ensemble_trains_as_if_alone() -> None:
     assert runs[0].final != runs[1].final
     assert runs[2].losses == [None]
     assert math.isinf(runs[2].final)
+
+
+def test_every_recipe_is_timed_and_refreshed_when_it_says_so() -> None:
+    """But for those that are a sum of two tensors; what a step does is told by what it takes."""
+    from benchmarks.methods import EVERY, FAMILY
+    from funshampoo.recipes import RECIPES
+
+    ours = {m.name.split()[0].strip(","): m for m in FAMILY if m.name.startswith("funshampoo.")}
+    left_out = {"adamw", "sgd", "sign_descent"}
+    assert {name.removeprefix("funshampoo.") for name in ours} == set(RECIPES) - left_out
+    params = {"w": torch.nn.Parameter(torch.randn(6, 5))}
+    for method in ours.values():
+        contender = method.contender(params, 4, [[torch.randn(6, 5)]])
+        before = params["w"].detach().clone()
+        for step in range(1, EVERY + 2):
+            contender.prepare()
+            contender.step()
+            assert contender.kind(step) == "plain" or method.refreshes is not None
+        kinds = {contender.kind(t) for t in range(2, EVERY + 2)}
+        assert kinds == set(contender.kinds), method.name
+        assert not params["w"].equal(before), method.name

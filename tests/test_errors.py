@@ -143,7 +143,7 @@ def test_apply_updates_checks_too() -> None:
         (lambda: fs.eigenvalue_shampoo(0.1, basis=0), "basis is 0; give"),
         (lambda: fs.soap_muon(0.1, momentum=1.0), "momentum is 1.0"),
         (lambda: fs.muon(0.1, momentum=1.0), "momentum is 1.0"),
-        (lambda: fs.from_published("SOAP", shampoo_beta=0.0), "shampoo_beta is 0"),
+        (lambda: fs.from_published("SOAP", shampoo_beta=1.5), "shampoo_beta is 1.5"),
     ],
     ids=lambda value: "",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from statistics import median
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-import funshampoo as fs
-from benchmarks import ensemble, family, step_costs
+from benchmarks import defaults, ensemble, family, step_costs
 from benchmarks.device import page
 from benchmarks.page import filled
-from benchmarks.study import Entry, Store, sweep, with_error
+from benchmarks.study import Store
 from funshampoo.recipes import RECIPES
 from tests.test_docs import python_blocks
 
@@ -49,18 +47,11 @@ def test_the_tables_of_the_family_are_made_from_its_lines() -> None:
 
 
 @pytest.mark.usefixtures("only_lines")
-def test_the_losses_of_the_defaults_page_are_those_of_its_lines() -> None:
-    store = Store(family.RESULTS / "defaults.jsonl")
-    text = family.PAGE.with_name("defaults.md").read_text()
-    rows = re.findall(r"^\| (1/\d), (\d+)(.*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
-    assert len(rows) == 10
-    tasks = [make() for make in ensemble.TASKS.values()]
-    for exponent, every, rest, *cells in rows:
-        name = f"{exponent}, every {every}{rest.removesuffix(' (the default)')}"
-        entry = Entry(family.everywhere(fs.shampoo))  # nothing is run by it
-        for task, cell in zip(tasks, cells):
-            result = sweep(store, task, name, entry, family.TUNING[task.name], family.SEEDS)
-            assert cell == with_error(result.losses, 4)
+def test_the_table_of_the_defaults_is_made_from_its_lines() -> None:
+    store = Store(defaults.RESULTS / "defaults.jsonl")
+    found = defaults.study(store, defaults.entries_of(defaults.VARIANTS), quick=False)
+    text = defaults.PAGE.read_text("utf-8")
+    assert filled(text, {"defaults": defaults.table(found, store)}) == text
 
 
 def test_every_recipe_has_a_row() -> None:

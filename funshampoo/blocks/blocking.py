@@ -282,6 +282,11 @@ def layout_in(transformation: GradientTransformation, params: Tree) -> Layout:
     return found[0].layout(flatten(params)[0])
 
 
+def shows_parameters(transformation: GradientTransformation) -> bool:
+    """Whether a `blocked` in it hands parameters to the stages inside."""
+    return any(found.with_params is not False for found in _blocked_in(transformation))
+
+
 def _blocked_in(transformation: GradientTransformation) -> Iterator[_Blocked]:
     own = getattr(transformation._given["init"], "__self__", None)
     if isinstance(own, _Blocked):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import unwrapped
+from funshampoo.core.placed import local_part, whole_numbers
 from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_names, map_tensors
@@ -60,8 +61,11 @@ def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
 
 
 def _reduced(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum or the maximum over several tensors; 0 without any."""
-    parts = [reduce(x) for x in tensors if x.numel()]
+    """The sum or the maximum over several tensors; 0 without any.
+
+    Counters of DTensors are DTensors, whose meshes may differ; every rank has all of them.
+    """
+    parts = whole_numbers([reduce(x) for x in tensors if x.numel()])
     if not parts:
         return torch.zeros((), device="cpu")
     return reduce(torch.stack([x.to(parts[0].device) for x in parts]))
@@ -86,7 +90,7 @@ def failing_blocks(state: Any, max_failures: int) -> list[str]:
     bad = "gradient not finite, or a spike" if judged else "gradient not finite"
 
     def look(place: Place, x: Tensor) -> Tensor:
-        plain = unwrapped(x)
+        plain = unwrapped(local_part(x))
         if place.path[-1:] != ("streak",) or plain is None:
             return x
         cause = "refresh of its statistics failed" if place.kind is Kept else bad

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.applying import applied
+from funshampoo.core.checks import interval_of
 from funshampoo.core.clock import advanced, new_counter, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
@@ -144,13 +145,15 @@ def _recipe(
 def _injected(recipe: _Recipe) -> GradientTransformation:
     # What is a tensor in the state switches nothing on or off, whatever its value.
     first, live = recipe.first(), recipe.live
-    inner = recipe.build({name: Live(name, v) for name, v in first.items()} if live else first)
+    looked_up = {name: Live(name, v) for name, v in first.items()} if live else {}
+    inner = recipe.build(looked_up or first)
+    ranges = {name: _ranges(x) for name, x in looked_up.items()}
     counts = inner.counts or bool(recipe.schedules)
 
     def init(params: Tree, *, clock: bool = False, **context: Any) -> HyperparamsState:
         device = next((x.device for x in flatten(params)[0] if isinstance(x, Tensor)), None)
         state = inner.init(params, clock=clock or counts, **context)
-        return HyperparamsState(started(counts, clock), recipe.first(device), state)
+        return HyperparamsState(started(counts, clock), recipe.first(device), state, ranges)
 
     def now(
         state: HyperparamsState, context: Context
@@ -173,12 +176,16 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
     ) -> tuple[Tree, State]:
         tx, inside, values = now(state, context)
         out, new = tx.run(updates, state.inner, params, inside)
-        return out, HyperparamsState(advanced(state.steps, context.donate), values, new)
+        return out, state._replace(
+            steps=advanced(state.steps, context.donate), hyperparams=values, inner=new
+        )
 
     def apply(updates: Tree, state: HyperparamsState, params: Tree, context: Context) -> State:
         tx, inside, values = now(state, context)
         new = applied(tx, updates, state.inner, params, inside)
-        return HyperparamsState(advanced(state.steps, context.donate), values, new)
+        return state._replace(
+            steps=advanced(state.steps, context.donate), hyperparams=values, inner=new
+        )
 
     found = GradientTransformation(
         init,
@@ -191,6 +198,12 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
     if found.live is not None:  # those of the state are not the caller's to give
         found.live -= first.keys()
     return found
+
+
+def _ranges(live: Live) -> dict[str, tuple[()]]:
+    """What the stages that read it say of its values, in keys."""
+    found = dict.fromkeys([interval_of(check) for check in live.checks])
+    return {range_: () for range_ in found if range_ is not None}
 
 
 def _takes_number(bound: inspect.BoundArguments, name: str) -> bool:

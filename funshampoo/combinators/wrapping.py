@@ -16,6 +16,7 @@ from funshampoo.core.contract import (
     as_transformation,
     checked_pair,
 )
+from funshampoo.core.live import is_ours
 from funshampoo.state.stages import EveryKState, WrappedState
 
 
@@ -24,6 +25,7 @@ def wrapping(
     update: Callable[..., tuple[Tree, Any]],
     init: Callable[..., Any] | None = None,
     name: str = "",
+    flops: Callable[[tuple[int, ...], tuple[int, ...]], float] | None = None,
 ) -> GradientTransformation:
     """A combinator from a function that runs `inner` when it likes, with what it likes.
 
@@ -35,6 +37,7 @@ def wrapping(
             if what decides that is a Python value, and then give a `phase` by hand.
         init: `init(params, **context) -> own`; by default there is no state of its own.
         name: by default that of the function that `update` was defined in.
+        flops: of its own products, see `GradientTransformation`.
 
     State: `WrappedState`.
 
@@ -57,11 +60,12 @@ def wrapping(
     name = name or name_of(update)
     first, step = adapted_init(init or (lambda params: ())), adapted_wrapping(update)
     counts = step.counts or inner.counts
+    pace: dict[str, tuple[()]] = {"once": ()} if is_ours(update) else {}
 
     def init_both(params: Tree, *, clock: bool = False, **context: Any) -> WrappedState:
         context["clock"] = clock or counts
         own = first(params, context)
-        return WrappedState(own, inner.init(params, **context), started(counts, clock))
+        return WrappedState(own, inner.init(params, **context), started(counts, clock), pace)
 
     def update_both(
         updates: Tree, state: WrappedState, params: Tree, context: Context
@@ -79,7 +83,7 @@ def wrapping(
             return out
 
         out, own = checked_pair(step.call(updates, state.own, params, inside, run), name)
-        return out, WrappedState(own, stepped, advanced(state.steps, context.donate))
+        return out, WrappedState(own, stepped, advanced(state.steps, context.donate), pace)
 
     found = GradientTransformation(
         init_both,
@@ -89,6 +93,7 @@ def wrapping(
         counts=counts,
         minds_alive=step.minds_alive or init is None,
         accepts=step.accepts,
+        flops=flops,
     )
     if step.reads_hyper:
         found.live = None  # who knows which
@@ -157,6 +162,10 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
     def phase(step: int) -> Phase:
         return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()
 
+    def saved(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
+        """What a step does not multiply, on average, of what `inner` states."""
+        return (1 / k - 1) * inner.flops(block, kept)
+
     return GradientTransformation(
-        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True
+        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True, flops=saved
     )

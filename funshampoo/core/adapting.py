@@ -23,6 +23,7 @@ class Adapted(NamedTuple):
             declares `alive`, has no state to spoil, or hands on its context.
         accepts: the names that are the caller's own; None: any.
         reads_hyper: whether it may read live numbers that nobody has named.
+        reads_gradient: whether it may read the context's.
     """
 
     call: Callable[..., Any]
@@ -31,6 +32,7 @@ class Adapted(NamedTuple):
     minds_alive: bool
     accepts: frozenset[str] | None
     reads_hyper: bool
+    reads_gradient: bool
 
 
 class _Signature(NamedTuple):
@@ -47,7 +49,7 @@ def adapted_update(function: Callable[..., Any]) -> Adapted:
         return _adapted(function.function, 1)
     signature = _signature(function)
     if signature.positional == 4 and signature.names[3] == "context":
-        return Adapted(function, False, False, True, frozenset(), True)
+        return Adapted(function, False, False, True, frozenset(), True, True)
     return _adapted(function, 2)
 
 
@@ -84,6 +86,7 @@ def _adapted(function: Callable[..., Any], required: int) -> Adapted:
         minds_alive=required == 1 or "alive" in declared,
         accepts=None if any_keyword else frozenset(own),
         reads_hyper=any_keyword or "hyper" in declared,
+        reads_gradient=any_keyword or "gradient" in declared,
     )
 
 

@@ -28,6 +28,8 @@ def check_range(
         ValueError: it does not. Names the parameter and the range.
         TypeError: it is neither a number nor a tensor (nor a function, where one may stand).
     """
+    if name == "learning_rate":  # an infinite limit is none, an infinite rate makes zeros NaN
+        high_open = True
     if isinstance(value, Live):
         value.note(
             functools.partial(
@@ -46,8 +48,29 @@ def check_range(
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
     if not (above and below):
-        left, right = "(" if low_open else "[", ")" if high_open or high == float("inf") else "]"
-        raise ValueError(f"{name} is {value}; it must lie in {left}{low}, {high}{right}.")
+        range_ = _interval(low, high, low_open, high_open or high == float("inf"))
+        raise ValueError(f"{name} is {value}; it must lie in {range_}.")
+
+
+def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
+    left, right = "(" if low_open else "[", ")" if high_open else "]"
+    return f"{left}{low}, {high}{right}"
+
+
+def interval_of(check: Any) -> str | None:
+    """What a check that a `Live` has noted lets pass: "[0.0, 1.0)"; None where it can't be said.
+
+    >>> beta = Live("beta", 0.9)
+    >>> check_range("beta2", beta, 0.0, 1.0, high_open=True)
+    >>> interval_of(beta.checks[0])
+    '[0.0, 1.0)'
+    """
+    known = check.keywords if isinstance(check, functools.partial) else {}
+    low = known.get("low", known.get("least"))
+    if low is None:
+        return None
+    opened = known.get("low_open", False), known.get("high_open", False)
+    return _interval(low, known.get("high", float("inf")), *opened)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

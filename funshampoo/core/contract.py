@@ -22,6 +22,7 @@ from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import Context, context_of
 from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.live import live_names
+from funshampoo.core.modes import for_keeps
 from funshampoo.core.placed import is_in_parts, placed_like, were_seen
 from funshampoo.core.tree import flatten
 
@@ -76,7 +77,8 @@ class GradientTransformation:
             stage that declares `hyper`, or takes the `Context`, perhaps any.
         flops: `flops(block, kept)`: floating-point operations a step of its own matrix products on
             a block of this shape, on average; `kept` are the lengths of the sides for which
-            something is refreshed. By it ranks are balanced and plans made. By default none.
+            something is refreshed. By it ranks are balanced and plans made. By default none. Those
+            of parts are added to it; what a combinator saves of them is negative.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -137,6 +139,9 @@ class GradientTransformation:
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
         may_read_any = numbers is None and adapted.reads_hyper and not children
+        self.reads_gradient: bool = adapted.reads_gradient or any(
+            [part.reads_gradient for part in children]
+        )
         own = None if may_read_any else live_names(numbers or ())
         self.live: frozenset[str] | None = _united(own, *[part.live for part in children])
 
@@ -147,7 +152,11 @@ class GradientTransformation:
             TypeError: something in it is no tensor (names the stage).
         """
         any(map(is_in_parts, flatten(params)[0]))  # noted, for the steps
-        state = self._init(params, context)
+        if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+            state = self._init(params, context)
+        else:  # a later step may come outside of it, and write to the state
+            with for_keeps():
+                state = self._init(params, context)
         _check_state(state, self.name)
         return state
 

@@ -39,12 +39,21 @@ class Watched:
         self._state = _tensors(state)
         self._tensors = self._state + _tensors(params)
 
-    def __enter__(self) -> None:
+    def begin(self) -> Watched:
+        """From now on; as `with` does, for who marks by himself."""
         _check(self._state)
         self._before = _versions(self._tensors)
+        return self
+
+    def was_written(self) -> bool:
+        """Whether something has been written to since."""
+        return self._before is None or _versions(self._tensors) != self._before
+
+    def __enter__(self) -> None:
+        self.begin()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is not None and (not self._before or _versions(self._tensors) != self._before):
+        if kind is not None and self.was_written():
             mark(self._state)
 
 

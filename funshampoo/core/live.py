@@ -158,7 +158,7 @@ def takes_live(recipe: Any) -> bool:
     """
     while isinstance(recipe, functools.partial):
         recipe = recipe.func
-    return _is_ours(recipe) or bool(getattr(recipe, "takes_live", False))
+    return is_ours(recipe) or bool(getattr(recipe, "takes_live", False))
 
 
 def is_live_argument(recipe: Any, parameter: inspect.Parameter) -> bool:
@@ -168,9 +168,10 @@ def is_live_argument(recipe: Any, parameter: inspect.Parameter) -> bool:
     """
     while isinstance(recipe, functools.partial):
         recipe = recipe.func
-    words = ("Hyper",) if _is_ours(recipe) else ("Hyper", "float")
+    words = ("Hyper",) if is_ours(recipe) else ("Hyper", "float")
     return any(word in str(parameter.annotation) for word in words)
 
 
-def _is_ours(recipe: Any) -> bool:
+def is_ours(recipe: Any) -> bool:
+    """Whether a function is one of funshampoo."""
     return str(getattr(recipe, "__module__", "")).split(".")[0] == __name__.split(".")[0]

@@ -189,6 +189,15 @@ def _all_of(contexts: Iterable[contextlib.AbstractContextManager[Any]]) -> Itera
         yield
 
 
+@contextlib.contextmanager
+def for_keeps() -> Iterator[None]:
+    """What is made inside can be written to by every later step: a state's tensors, whose makers
+    may be called in inference mode or where autograd records.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function that makes small tensors from static arguments, which are then kept.
 

@@ -27,6 +27,11 @@ def were_seen() -> bool:
     return _SEEN["any"]
 
 
+def place_of(x: Any) -> Any:
+    """(mesh, placements) of a DTensor, which two that lie alike share; None of anything else."""
+    return (x.device_mesh, tuple(x.placements)) if is_in_parts(x) else None
+
+
 def any_in_parts(tensors: Iterable[Any]) -> bool:
     """Whether there is a DTensor among these. Asked for every leaf of a step, so without a call."""
     odd = [x for x in tensors if type(x) is not Tensor and type(x) is not Parameter]
@@ -106,9 +111,8 @@ def whole_numbers(numbers: Sequence[Any]) -> list[Tensor]:
     kinds: dict[Any, list[int]] = {}
     for i, x in enumerate(found):
         if is_in_parts(x):
-            key = x.device_mesh, tuple(x.placements), x.dtype
-            kinds.setdefault(key, []).append(i)
-    for (mesh, placements, _), places in kinds.items():
+            kinds.setdefault((place_of(x), x.dtype), []).append(i)
+    for ((mesh, placements), _), places in kinds.items():
         mine = torch.stack([found[i].to_local() for i in places])
         together = type(found[places[0]]).from_local(mine, mesh, placements, run_check=False)
         for i, x in zip(places, together.full_tensor().unbind(0)):

@@ -36,7 +36,7 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: float | Tensor) -> tuple[Spec
     flat, finite = replace_nonfinite(A.reshape(-1, d, d))
     # One memory layout, whatever Q comes from: products round by it.
     Q = Q.detach().reshape(-1, d, d).contiguous()
-    values, off = _ritz_values(flat, Q)
+    values, off = ritz_values(flat, Q)
     good = off <= tolerance
     old = Spectrum(values, Q, torch.ones_like(finite))
     verdicts = unwrapped(good)
@@ -68,7 +68,7 @@ def _chosen(good: Tensor, old: Spectrum, new: Spectrum) -> Spectrum:
     )
 
 
-def _ritz_values(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+def ritz_values(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     """diag(QᵀAQ) (..., d), and ‖offdiag(QᵀAQ)‖_F / ‖A‖_F (...), 0 where A is 0.
 
     The norm is that of the off-diagonal entries themselves. As √(‖B‖² - ‖diag B‖²) it would be

@@ -14,6 +14,8 @@ from funshampoo.linalg.cholesky_qr import cholesky_qr
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, is_plain_memory, multiply
 from funshampoo.linalg.spectral import decompose
+from funshampoo.linalg.stacked_eigh import is_of_the_matrix
+from funshampoo.linalg.verification import is_orthogonal
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def after_the_first(
     if begins:
         return beginning(A)
     new = renewed(A)
-    found = is_finite(new)
+    found = is_orthogonal(new)
     if not late:
         return new, found
     vectors, known = beginning(A)
@@ -159,8 +161,23 @@ def orthogonal(Y: Tensor, old: Tensor) -> Tensor:
     """The Q of a QR of Y = A^k Q, with Q the old basis (..., d, d).
 
     By `cholesky_qr` on a GPU; elsewhere by reflections, on a CPU one by one: LAPACK rounds by where
-    a matrix lies in memory.
+    a matrix lies in memory. A matrix that the library fails on, by whatever error that is not of
+    the call (`stacked_eigh`), gets NaN, and the others of its stack theirs.
     """
+    if torch.compiler.is_dynamo_compiling():  # whose graphs can't catch
+        return _q_factors(Y, old)
+    try:
+        return _q_factors(Y, old)
+    except Exception as error:
+        if not is_of_the_matrix(error):
+            raise
+        if Y.ndim < 3:
+            return torch.full_like(Y, torch.nan)
+        flat, olds = Y.reshape(-1, *Y.shape[-2:]), old.expand_as(Y).reshape(-1, *Y.shape[-2:])
+        return torch.stack([orthogonal(*pair) for pair in zip(flat, olds)]).reshape(Y.shape)
+
+
+def _q_factors(Y: Tensor, old: Tensor) -> Tensor:
     if Y.is_cuda:
         return cholesky_qr(Y, old)
     if Y.ndim != 3 or not is_plain_memory(Y):
@@ -168,8 +185,3 @@ def orthogonal(Y: Tensor, old: Tensor) -> Tensor:
         return whole
     found: Tensor = torch.stack([torch.linalg.qr(y.clone())[0] for y in Y])
     return found
-
-
-def is_finite(Q: Tensor) -> Tensor:
-    """(...), bool: whether all of a matrix is."""
-    return Q.isfinite().all(-1).all(-1)

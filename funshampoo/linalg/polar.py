@@ -73,16 +73,17 @@ def polar_factor(
         return P
 
 
-def polar_flops(r: int, c: int, steps: int, gram: bool = False) -> float:
+def polar_flops(r: int, c: int, steps: int, gram: bool = False, norm: Norm = "clamped") -> float:
     """Operations of the products of `polar_factor` on one r×c matrix.
 
     >>> polar_flops(2, 3, steps=5)
     320.0
     """
     r, c = min(r, c), max(r, c)
+    own = 2.0 * r**2 * c if norm == "schatten4" else 0.0
     if gram:  # the last step makes no G, the first no product P Q
-        return 4.0 * r**2 * c + (8.0 * steps - 6.0) * r**3
-    return steps * (4.0 * r**2 * c + 2.0 * r**3)
+        return own + 4.0 * r**2 * c + (8.0 * steps - 6.0) * r**3
+    return own + steps * (4.0 * r**2 * c + 2.0 * r**3)
 
 
 _SMALL = 64**2

@@ -32,11 +32,27 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     is_normal = size >= torch.finfo(A.dtype).tiny
     scale = torch.where(is_normal, size, 1.0)[..., None, None]  # no square leaves the range
     v = probe_vectors(A)
-    sizes = torch.linalg.vector_norm(v, dim=-1)
     turned = v @ Q
-    apart = turned @ Q.mT - v
     off = (turned * (values[..., None, :] / scale)) @ Q.mT - (v / scale) @ A
-    apart, off = [torch.linalg.vector_norm(x, dim=-1) / sizes for x in (apart, off)]
-    right = (apart.amax(-1) <= limit) & ((off.amax(-1) <= limit) | ~is_normal)
-    found: Tensor = right & values.isfinite().all(-1)
+    fits = (_relative(off, v) <= limit) | ~is_normal
+    found: Tensor = (_relative(turned @ Q.mT - v, v) <= limit) & fits & values.isfinite().all(-1)
     return found
+
+
+def is_orthogonal(Q: Tensor) -> Tensor:
+    """Whether (...) Q (..., d, d) is orthogonal: ‖v Q Qᵀ - v‖ ≤ 8 √ε ‖v‖, as of `is_decomposition`.
+
+    >>> is_orthogonal(torch.tensor([[0.6, -0.8], [0.8, 0.6]]))
+    tensor(True)
+    >>> is_orthogonal(torch.full((2, 2), torch.nan))
+    tensor(False)
+    """
+    v = probe_vectors(Q)
+    found: Tensor = _relative(v @ Q @ Q.mT - v, v) <= 8 * torch.finfo(Q.dtype).eps ** 0.5
+    return found
+
+
+def _relative(x: Tensor, v: Tensor) -> Tensor:
+    """The largest ‖x‖ / ‖v‖ (...) of the rows of x (..., n, d) and v (n, d)."""
+    ratios: Tensor = torch.linalg.vector_norm(x, dim=-1) / torch.linalg.vector_norm(v, dim=-1)
+    return ratios.amax(-1)

@@ -65,7 +65,8 @@ def soap(
     statistics = (
         kl_statistics(shampoo_beta, through="ritz", least_eigenvalue=eps, bias_correction=corrects)
         if use_kl_shampoo
-        else kronecker_statistics(shampoo_beta, bias_correction=corrects)
+        # Of the last gradient alone there is no bias.
+        else kronecker_statistics(shampoo_beta, bias_correction=corrects and shampoo_beta != 0)
     )
     turned = in_eigenbasis(
         _adam(betas, eps, correct_bias, nesterov),

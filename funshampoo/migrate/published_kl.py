@@ -44,12 +44,14 @@ def kl_methods(
     """KLOpt of yorkerlin/KL-Methods.
 
     Sides of one entry are dropped, as there; vectors and four sides or more, on which it fails, are
-    blocks like all others.
+    blocks like all others. cast_dtype, bfloat16 by default there, is that of gradients, moments,
+    statistics and bases, each rounded at every step by the kernels that torch.compile makes of
+    them: no numbers that another implementation has again. None here is float32 at least.
     """
     if cast_dtype in (torch.bfloat16, torch.float16):
         raise NotImplementedError(
-            f"cast_dtype {cast_dtype}: statistics and moments are in float32 at least here; leave "
-            "it out."
+            f"cast_dtype {cast_dtype}: what is kept is in float32 at least here, since an average "
+            "in half precision loses gradients that are small beside it; leave it out."
         )
     check_flag("using_klsoap", using_klsoap)
     check_count("max_clamp_value", max_clamp_value)

@@ -177,7 +177,8 @@ def dion(
     """NorMuon of microsoft/dion, on one device.
 
     betas are those of its AdamW for other parameters; use_triton has nothing to do here. With
-    flatten, two or more parameters of one shape are orthogonalized together there, by mistake.
+    flatten, two or more parameters of one shape are orthogonalized together there, by mistake, as
+    the rows of one matrix; here each is a matrix of its own, whoever else has its shape.
     """
     if newton_schulz_func is not None:
         raise NotImplementedError(

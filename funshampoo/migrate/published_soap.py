@@ -15,6 +15,8 @@ from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.tree import map_leaves, update_leaves
+from funshampoo.migrate.channels_last import channels_second
+from funshampoo.migrate.words import chosen
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.nodes import find_state
 from funshampoo.transforms import (
@@ -43,13 +45,14 @@ def soap(
     data_format: str = "channels_first",
     correct_bias: bool = True,
 ) -> GradientTransformation:
-    """SOAP of nikhilvyas/SOAP: a whole parameter is a block, large sides are left alone."""
-    if data_format != "channels_first":
-        raise NotImplementedError(f"data_format {data_format!r}: parameters are taken as they are.")
+    """SOAP of nikhilvyas/SOAP: a whole parameter is a block, large sides are left alone.
+
+    `data_format` says in which order `merge_dims` walks the sides of a kernel, and nothing without.
+    """
+    formats = {"channels_first": False, "channels_last": merge_dims}
+    permutes = chosen("data_format", data_format, formats)
     beta1, beta2 = betas
     check_range("shampoo_beta", shampoo_beta, float("-inf"), 1.0)
-    if shampoo_beta == 0:
-        raise ValueError("shampoo_beta is 0; give it above 0, or below for that of betas.")
 
     def directions(wanted: bool) -> GradientTransformation:
         def sides(block: tuple[int, ...]) -> list[bool]:
@@ -64,7 +67,8 @@ def soap(
         corrected = [_corrected(betas)] if correct_bias else []
         merge: Any = _merged(max_precond_dim) if merge_dims and wanted else "none"
         inner = chain(*stages, *corrected, *decayed_steps(lr, weight_decay))
-        return blocked(guarded(inner), None, merge=merge, with_params=True)
+        blocks = blocked(guarded(inner), None, merge=merge, with_params=True)
+        return channels_second(blocks) if permutes and wanted else blocks
 
     def labels(tree: Tree) -> Tree:
         return map_leaves(lambda p: "vectors" if p.ndim == 1 else "others", tree)

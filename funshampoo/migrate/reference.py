@@ -69,8 +69,12 @@ def from_reference(
         preconditioner_config: RootInvShampoo-, EigendecomposedShampoo-, RootInvKLShampoo- or
             EigendecomposedKLShampooPreconditionerConfig, with amortized_computation_config
             EigenConfig, EighEigendecompositionConfig, CoupledNewtonConfig or
-            CoupledHigherOrderConfig; EigenvalueCorrectedShampoo- with EighEigendecompositionConfig;
-            SpectralDescent-, SignDescent-, and those that may be grafted onto.
+            CoupledHigherOrderConfig, and for the eigendecomposed ones a tolerance, or
+            QREigendecompositionConfig; EigenvalueCorrectedShampoo- with one of these two
+            decompositions (QREigen: the reference's SOAP); SpectralDescent-, whose
+            orthogonalization_config is NewtonSchulz- or SVDOrthogonalizationConfig; SignDescent-,
+            and those that may be grafted onto. A function that scales is called with what it is
+            there: scale_by_dims_fn(d_in, d_out), scale_fn(block), this one under torch.func.vmap.
         peak_lr: what "CORRECTED" and "INDEPENDENT" decay divide by: the constructor's lr there.
             Needed here only with a schedule whose largest value in its first 10,000 steps is not
             it.
@@ -86,12 +90,12 @@ def from_reference(
             coefficients are not rounded to float32.
 
     Where we differ on purpose: an iteration that did not converge is not used; a root of zero
-    statistics is the identity; Adam and RMSprop grafting with beta2 = 1, whose second moment stays
-    0 there, are an error.
+    statistics is the identity, and a gradient of zeros has no polar factor; Adam and RMSprop
+    grafting with beta2 = 1, whose second moment stays 0 there, are an error.
 
     Raises:
-        ValueError: an argument out of the reference's range.
-        NotImplementedError: a method that is not built here yet, named.
+        ValueError: an argument out of the reference's range, or a config that means nothing there.
+        NotImplementedError: a config of a type that is not known here, named.
         TypeError: an unknown argument or field.
 
     >>> tx = from_reference(lr=1e-3, betas=(0.9, 0.99), precondition_frequency=10,

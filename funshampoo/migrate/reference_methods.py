@@ -8,9 +8,9 @@ from typing import Any
 
 from funshampoo.core.contract import GradientTransformation, Hyper
 from funshampoo.core.live import initial
-from funshampoo.linalg import by_rank
 from funshampoo.migrate.reference_config import GRAFTED, Config, Fields, diagonal
-from funshampoo.migrate.reference_solver import drop_of_eigen, initial_eigenvalue, solver_of
+from funshampoo.migrate.reference_solver import basis_of, initial_eigenvalue, solver_of
+from funshampoo.migrate.reference_spectral import signs, spectral
 from funshampoo.operators.exponents import Exponents, side_exponents
 from funshampoo.transforms import (
     ema,
@@ -18,10 +18,8 @@ from funshampoo.transforms import (
     in_eigenbasis,
     kl_statistics,
     kronecker_statistics,
-    orthogonalize,
     root_inverse,
     scale_by_second_moment,
-    sign,
 )
 
 # What the reference accepts and a chain has no use for: dtypes follow the parameters here, failed
@@ -104,14 +102,16 @@ def _shampoo(fields: Fields, setting: Setting) -> Found:
         statistics = _kl_statistics(setting.beta2, exponents, averaged)
     else:
         statistics = kronecker_statistics(setting.beta2, exponents=exponents, **averaged)
+    solver, basis_tolerance = solver_of(amortized, epsilon, setting.floor, stores_spectrum)
     roots = root_inverse(
         setting.every,
         start=setting.start,
         epsilon=setting.epsilon,
-        solver=solver_of(amortized, epsilon, setting.floor),
+        solver=solver,
         exponents=exponents,
         trace_scaling=power if scaled else None,
         initial_eigenvalue=initial_eigenvalue(amortized, epsilon) if stores_spectrum else 1.0,
+        basis_tolerance=basis_tolerance,
     )
     return [statistics], roots
 
@@ -131,7 +131,7 @@ def _kl_statistics(
 
 
 def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:
-    _check_eigh(fields.take("amortized_computation_config", None))
+    basis = basis_of(fields.take("amortized_computation_config", None), setting.epsilon)
     ignored = _by_order(fields.take("ignored_basis_change_dims", {}))
     weighted = not fields.take("drop_weighting_factor_on_gsquare", False)
 
@@ -154,23 +154,11 @@ def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:
         corrected,
         setting.every,
         start=setting.start,
-        basis=by_rank(),
+        basis=basis,
         first="identity",
         renew_before_use=True,
     )
     return [kronecker_statistics(setting.beta2, sides=sides, **averaged)], direction
-
-
-def _check_eigh(config: Config | None) -> None:
-    kind = "EighEigendecompositionConfig"
-    fields = Fields(config or {"type": kind}, "amortized_computation_config", (kind,))
-    drop_of_eigen(fields)
-    stability = fields.take("rank_deficient_stability_config", None)  # of eigenvalues, unused
-    if stability is not None:
-        nested = Fields(stability, "rank_deficient_stability_config", ("PerturbationConfig",))
-        nested.drop("perturb_before_computation")
-        nested.finish()
-    fields.finish()
 
 
 def _by_order(given: Mapping[int, Collection[int]]) -> Mapping[int, Collection[int]]:
@@ -185,31 +173,15 @@ def _by_order(given: Mapping[int, Collection[int]]) -> Mapping[int, Collection[i
 
 
 def _spectral(fields: Fields, setting: Setting) -> Found:
-    kind = "NewtonSchulzOrthogonalizationConfig"
-    config = fields.take("orthogonalization_config", None) or {"type": kind}
-    nested = Fields(config, "orthogonalization_config", (kind,))
-    _refuse_function(nested, "scale_by_dims_fn")
-    a, b, c = nested.take("coefficients", (3.4445, -4.7750, 2.0315))
-    direction = orthogonalize([(a, b, c)], nested.take("num_iterations", 5), scale=None)
-    nested.finish()
-    return [], direction
+    return [], spectral(fields)
 
 
 def _sign(fields: Fields, setting: Setting) -> Found:
-    _refuse_function(fields, "scale_fn")
-    return [], sign()
+    return [], signs(fields)
 
 
 def _diagonal(fields: Fields, setting: Setting) -> Found:
     return [], diagonal(fields, setting.own_steps)
-
-
-def _refuse_function(fields: Fields, name: str) -> None:
-    if fields.take(name, None) is not None:
-        raise NotImplementedError(
-            f"{fields.argument}: {name} is a function of the reference's tensors; build the chain "
-            "yourself, with orthogonalize(scale=...) or sign(scale=...)."
-        )
 
 
 BUILT: Mapping[str, Callable[[Fields, Setting], Found]] = {

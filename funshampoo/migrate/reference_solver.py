@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from funshampoo.core.contract import Hyper
 from funshampoo.linalg import (
+    Basis,
     Solver,
+    by_rank,
     coupled_higher_order,
     coupled_newton,
     eigh,
     pseudo_inverse,
 )
+from funshampoo.linalg.eigensolver import EigenSolver
+from funshampoo.migrate.reference_bases import QR, RenewedBasis, RenewedSolver, renewal_of
 from funshampoo.migrate.reference_config import Config, Fields
+
+EIGEN = ("EigenConfig", "EighEigendecompositionConfig")
 
 
 def initial_eigenvalue(config: Config | None, epsilon: float) -> float:
@@ -22,15 +29,23 @@ def initial_eigenvalue(config: Config | None, epsilon: float) -> float:
     return 1.0 + epsilon
 
 
-def solver_of(config: Config | None, epsilon: float, floor: bool) -> Solver:
-    """Of an amortized_computation_config; epsilon is the optimizer's, floor that of `eigh`."""
-    built = (
-        "EigenConfig",
-        "EighEigendecompositionConfig",
-        "CoupledNewtonConfig",
-        "CoupledHigherOrderConfig",
-    )
+def solver_of(
+    config: Config | None, epsilon: float, floor: bool, stores_spectrum: bool
+) -> tuple[Solver, float | None]:
+    """(solver, basis_tolerance) of `root_inverse`, from an amortized_computation_config.
+
+    Args:
+        epsilon: the optimizer's.
+        floor: that of `eigh`.
+        stores_spectrum: whether there is an old eigenbasis to go on from, in the reference.
+
+    Raises:
+        ValueError: the config, or a field of it, does not go with the others.
+        NotImplementedError: a config that is not built here.
+    """
+    built = (*EIGEN, QR, "CoupledNewtonConfig", "CoupledHigherOrderConfig")
     fields = Fields(config or {"type": "EigenConfig"}, "amortized_computation_config", built)
+    tolerance = None
     if fields.type == "CoupledNewtonConfig":
         solver = coupled_newton(
             relative_epsilon=0.0,
@@ -51,38 +66,68 @@ def solver_of(config: Config | None, epsilon: float, floor: bool) -> Solver:
         # TF32 is off unless the process has asked for it: see docs/design.md, "Autocast".
         fields.drop("disable_tf32", "rank_deficient_stability_config")
     else:
-        solver = _eigen(fields, epsilon, floor)
+        solver, tolerance = _eigen(fields, epsilon, floor, stores_spectrum)
     fields.finish()
-    return solver
+    return solver, tolerance
 
 
-def _eigen(fields: Fields, epsilon: float, floor: bool) -> Solver:
-    drop_of_eigen(fields)
+def _eigen(
+    fields: Fields, epsilon: float, floor: bool, stores_spectrum: bool
+) -> tuple[Solver, float | None]:
+    solver, damps = _stable(fields, epsilon, floor)
+    renewal = renewal_of(fields, damps)
+    if renewal.is_plain:
+        return solver, None
+    if not stores_spectrum:
+        raise ValueError(
+            f"{fields.argument}: {fields.type} goes on in an old eigenbasis, which a root that is "
+            "kept does not have, there too; give EigendecomposedShampooPreconditionerConfig."
+        )
+    assert isinstance(solver, EigenSolver)
+    return RenewedSolver(solver, renewal), renewal.tolerance
+
+
+def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[Solver, bool]:
+    """The solver, and whether the reference decomposes what is damped already."""
     stability = Fields(
         fields.take("rank_deficient_stability_config", None) or {"type": "PerturbationConfig"},
         "rank_deficient_stability_config",
         ("PerturbationConfig", "PseudoInverseConfig"),
     )
     if stability.type == "PerturbationConfig":
-        # Before or after eigh is the same sum: the eigenvalues of A + εI are those of A, plus ε.
-        stability.drop("perturb_before_computation")
+        # For a decomposition it is the same sum: the eigenvalues of A + εI are those of A, plus ε.
+        before = stability.take("perturb_before_computation", True)
         stability.finish()
         if not epsilon > 0:
             raise ValueError(
                 f"epsilon is {epsilon}; without PseudoInverseConfig it must be above 0."
             )
-        return eigh(floor=floor)
+        return eigh(floor=floor), before
     if epsilon != 0:
         raise ValueError(f"epsilon is {epsilon}; PseudoInverseConfig wants 0.")
     rtol, atol = stability.take("rank_rtol", 0.0), stability.take("rank_atol", 0.0)
     stability.finish()
-    return pseudo_inverse(rtol=rtol, atol=atol)
+    return pseudo_inverse(rtol=rtol, atol=atol), False
 
 
-def drop_of_eigen(fields: Fields) -> None:
-    """What an eigendecomposition has no use for here; raises for what it can't do."""
-    fields.drop("retry_double_precision", "eigendecomposition_offload_device")
-    if fields.take("tolerance", 0.0) != 0.0:
-        raise NotImplementedError(
-            "amortized_computation_config: tolerance (adaptive refresh) is not built here yet."
+def basis_of(config: Config | None, epsilon: Hyper) -> Basis:
+    """Of `in_eigenbasis`, from the amortized_computation_config of eigenvalue correction.
+
+    Raises:
+        ValueError: a tolerance outside of [0, 1], or PseudoInverseConfig.
+        NotImplementedError: a config that is no eigendecomposition.
+    """
+    default = {"type": "EighEigendecompositionConfig"}
+    fields = Fields(config or default, "amortized_computation_config", (*EIGEN, QR))
+    stability = fields.take("rank_deficient_stability_config", None) or {}
+    if stability.get("type") == "PseudoInverseConfig":
+        raise ValueError(
+            "rank_deficient_stability_config: PseudoInverseConfig is none for eigenvalue-corrected "
+            "Shampoo, there too; leave it out, or give PerturbationConfig."
         )
+    kind = "PerturbationConfig"
+    nested = Fields(stability or {"type": kind}, "rank_deficient_stability_config", (kind,))
+    renewal = renewal_of(fields, nested.take("perturb_before_computation", True))
+    nested.finish()
+    fields.finish()
+    return by_rank() if renewal.is_plain else RenewedBasis(renewal, epsilon)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.core.modes import for_keeps
 from funshampoo.state.places import Place, Span, block_of, map_tensors, spans_of
 from funshampoo.state.stages import AdamState, EmaState, RmsState
 
@@ -32,6 +33,7 @@ class _Adam(NamedTuple):
     weights: tuple[float, float]
 
 
+@for_keeps()
 def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) -> Any:
     """A fresh state with the moments and the bias correction of a torch.optim.AdamW or Adam.
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg.products import aligned, multiply
+from funshampoo.operators.exponents import Sides, wanted_sides
 from funshampoo.operators.leaf_ops import lerp, on_device, per_block
-from funshampoo.operators.mode_products import bias_corrected, precondition, rotate
+from funshampoo.operators.mode_products import bias_corrected, mode_flops, precondition, rotate
 
 Least: TypeAlias = float | Callable[[int], float]
 
@@ -229,3 +230,26 @@ WHITENED: dict[str, Callable[..., Whitened]] = {
     "eigenvalues": _by_eigenvalues,
 }
 """{`through` of `kl_statistics`: numbers of it, by keyword -> how G_i are made}."""
+
+
+def kl_flops(
+    through: str, sides: Sides | None, block: tuple[int, ...], kept: tuple[int, ...]
+) -> float:
+    """Operations of the products of `kl_statistics` on a block of this shape.
+
+    Each side is seen through all others, and enters its factor matrix; of R one more side is
+    turned, and Ritz values take a product with the factor matrix.
+
+    Args:
+        through, sides: of `kl_statistics`.
+        kept: lengths of the sides that have a root or a basis.
+
+    >>> kl_flops("roots", None, (2, 3), (2, 3))
+    120.0
+    """
+    wanted = wanted_sides(block, sides)
+    own = [d for d, w in zip(block, wanted) if w]
+    if through == "eigenvalues" and wanted[:1] == [True]:
+        own.append(block[0])  # R
+    ritz = sum([2.0 * d**3 for d in kept]) if through == "ritz" else 0.0
+    return mode_flops(block, own) + (len(block) - 1) * mode_flops(block, kept) + ritz

@@ -12,6 +12,7 @@ from torch import Tensor
 from funshampoo.combinators.compilation import compiled
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.live import Live
+from funshampoo.core.modes import in_a_mode, unwrapped
 from funshampoo.optim.values import untouched
 from funshampoo.optim.vocabulary import Method, Vocabulary
 
@@ -72,6 +73,9 @@ class Builder:
         live = words.live(arguments)
         transformation = _by_torchs_names(words.build, words.with_live(arguments, live))
         hyper = words.hyper(arguments, live)
+        for name, x in hyper.items():
+            if isinstance(x, Tensor):  # numbers were looked at when the chain was built
+                _check_value(live[name], x)
         inputs: dict[str, Tensor] = {}
         if self._options is not None:
             _check_compilable(words, arguments, live)
@@ -102,8 +106,7 @@ class Builder:
         hyper = words.hyper(arguments, before.live)
         for name, live in before.live.items():
             if hyper[name] is not before.hyper[name]:
-                for check in live.checks:
-                    _by_torchs_names(check, hyper[name])
+                _check_value(live, hyper[name])
         return before._replace(raw=raw, arguments=arguments, hyper=hyper)
 
     def _count_graph(self) -> None:
@@ -125,6 +128,16 @@ def other_structure(now: Built, before: Built) -> bool:
     if now.words.method is not before.words.method:
         return True
     return bool(now.structure != before.structure)
+
+
+def _check_value(live: Live, value: Any) -> None:
+    """Raise where a live number is out of range; a tensor is read where nobody waits for it."""
+    readable = isinstance(value, Tensor) and value.device.type == "cpu" and not in_a_mode()
+    plain = unwrapped(value) if readable else None
+    if plain is not None and plain.numel() == 1:
+        value = plain.item()
+    for check in live.checks:
+        _by_torchs_names(check, value)
 
 
 def _by_torchs_names(function: Callable[..., Any], *arguments: Any) -> Any:

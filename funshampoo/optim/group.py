@@ -11,8 +11,10 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from funshampoo.core.applying import unwatched
 from funshampoo.core.checks import check_flag
+from funshampoo.core.context import EMPTY
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
+from funshampoo.core.modes import for_keeps
 from funshampoo.optim.building import Builder, other_structure
 from funshampoo.optim.carrying import carried
 from funshampoo.optim.entries import SHARED, is_note, is_shared
@@ -139,7 +141,7 @@ class GroupRun:
     def adopt(self, ready: Ready) -> None:
         """Go on from here."""
         self._built, self._known, self._state, self._looked_at, self._untouched = ready
-        self._anew.clear()
+        self._anew = set()  # not cleared: `all_or_nothing` puts the old one back
 
     def step(self) -> None:
         """Read the gradients, and step, as prepared. What has no gradient is left alone."""
@@ -151,11 +153,29 @@ class GroupRun:
         ascends = self.group.get("maximize", False)
         gradients = {k.name: _gradient(k.parameter, ascends) for k in self._known}
         params = {k.name: k.parameter.detach() for k in self._known}
-        with Watched(self._state, params):
-            self._state = unwatched(
-                built.transformation, gradients, self._state, params, hyper=built.numbers()
-            )
+        self._state = unwatched(
+            built.transformation, gradients, self._state, params, hyper=built.numbers()
+        )
 
+    def watched(self) -> Watched:
+        """By it is known whether a step has written to anything.
+
+        Raises:
+            InterruptedStepError: the state is half done.
+        """
+        return Watched(self._state, self.parameters()).begin()
+
+    def check_failures(self) -> None:
+        """Raise what the step of this group would raise before it changes anything.
+
+        Raises:
+            FailureLimitError: gradients or roots failed too often in a row.
+        """
+        transformation = self._built.transformation
+        if self._known and transformation is not None and transformation.checks:
+            transformation.check(self._state, EMPTY)
+
+    @for_keeps()
     def released(self, tensors: Collection[Tensor]) -> dict[Tensor, Left]:
         """Copies of what is remembered of these."""
         if not self.has_state or not tensors:

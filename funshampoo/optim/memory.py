@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from funshampoo.core.modes import for_keeps
 from funshampoo.optim.entries import SHARED, check_entry, is_note, is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.others import Others
 from funshampoo.optim.ready import Left, Ready
+from funshampoo.optim.undoing import all_or_nothing
 
 Group = dict[str, Any]
 NO_OPTIONS: Mapping[str, Any] = {}  # to be read alone
@@ -68,7 +70,28 @@ class Memory:
             RuntimeError: a sparse gradient.
         """
         self._follow(check=True)
-        self._forgotten.clear()
+        self._forgotten = set()
+
+    def step(self) -> None:
+        """Step all groups, as prepared; whatever ends it after something was written marks all.
+
+        Raises:
+            FailureLimitError: from whichever group, before the first of them moves.
+            InterruptedStepError: a state is half done.
+        """
+        runs = self.runs
+        if len(runs) > 1:
+            for run in runs:
+                run.check_failures()
+        watched = [run.watched() for run in runs]
+        try:
+            for run in runs:
+                run.step()
+        except BaseException:  # Ctrl-C between two groups, too
+            if any([watch.was_written() for watch in watched]):
+                for run in runs:
+                    run.mark_interrupted()
+            raise
 
     def follow(self) -> None:
         """Have every state follow the edits of its group, before it is saved."""
@@ -99,11 +122,15 @@ class Memory:
         for run, one in zip(self.runs, ready):
             run.adopt(one)
 
+    def all_or_nothing(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
+        """A block that Ctrl-C can't leave with some groups or runs changed and others not."""
+        return all_or_nothing([*groups, *[vars(run) for run in self.runs], vars(self)])
+
     def replace(self, ready: Sequence[Ready], notes: dict[Tensor, dict[str, Any]]) -> None:
         """Go on from these states and notes, and remember nothing else."""
         self.adopt(ready)
         self._left, self.notes = {}, notes
-        self._forgotten.clear()
+        self._forgotten = set()
 
     def entries_of(self, p: Tensor) -> dict[str, Any]:
         """Everything that is remembered of a parameter; {} of one that is not known."""
@@ -157,7 +184,7 @@ class Memory:
             own, shared = _parted({**known, **chain})
             self._left[p] = Left(own, shared)
         elif run is not None and chain:
-            with torch.inference_mode(False), torch.no_grad():
+            with for_keeps():
                 for name, x in chain.items():
                     known[name].copy_(x)
             run.written_to()
@@ -167,6 +194,7 @@ class Memory:
         if notes:
             self.notes.setdefault(p, {}).update(notes)
 
+    @for_keeps()
     def assign(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Let these be the entries of a parameter, from the next step on.
 
@@ -215,7 +243,7 @@ class Memory:
         """Go on from these states, of which nothing is to start from nothing."""
         self.writes += 1
         self.adopt(ready)
-        self._forgotten.clear()
+        self._forgotten = set()
 
     def forget_all(self) -> None:
         """Let everything start from nothing, notes and counters too."""

@@ -165,8 +165,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
             RuntimeError: a sparse gradient (names the parameter).
             TypeError, ValueError: what was edited in param_groups is out of range, or changes the
                 blocks. As with a sparse gradient, nothing has moved then.
-            FailureLimitError: gradients or roots that failed too often in a row. Groups before the
-                one that it comes from have stepped then.
+            FailureLimitError: gradients or roots that failed too often in a row, in whichever
+                group. Nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -180,18 +180,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
         memory.prepare()
         self._whole = None
-        begun = 0
-        try:
-            for run in memory.runs:
-                begun += 1
-                run.step()
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C between two groups, too
-            if begun > 1:
-                for run in memory.runs:
-                    run.mark_interrupted()
-            raise
+        memory.step()
 
     def _chains(self) -> list[GradientTransformation]:
         chains = [run.transformation for run in self._match().runs]
@@ -308,15 +297,18 @@ class Optimizer(torch.optim.Optimizer, Joining):
             given = given if replaced is None else replaced
         if self._accept_adamw and has_adamws(given, self.param_groups, strict):
             rates = [rates_of(saved) for saved in given["param_groups"]]
-            self.seed_from_adamw(given)
-            for group, own in zip(self.param_groups, rates):
-                group.update(own)
+            memory = self._match()
+            with memory.all_or_nothing(self.param_groups):
+                self.seed_from_adamw(given)
+                for group, own in zip(self.param_groups, rates):
+                    group.update(own)
         else:
             memory = self._match()
             found = loaded_together(memory, self.param_groups, given, strict=strict, cast=cast)
-            for group, entries in zip(self.param_groups, found.groups):
-                group.update(entries)
-            memory.replace(found.ready, found.notes)
+            with memory.all_or_nothing(self.param_groups):
+                for group, entries in zip(self.param_groups, found.groups):
+                    group.update(entries)
+                memory.replace(found.ready, found.notes)
         self._whole = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -335,7 +327,9 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """
         memory = self._match()
         memory.follow()
-        memory.seeded(seeded(memory.runs, saved))
+        found = seeded(memory.runs, saved)
+        with memory.all_or_nothing(self.param_groups):
+            memory.seeded(found)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Built chains are left out: they are made anew."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.core.modes import for_keeps
 from funshampoo.core.parameters import detached, problem_of_gradient
 from funshampoo.optim.building import Built
 from funshampoo.state.nodes import walk
@@ -87,7 +88,7 @@ def same_parameters(a: list[Known], b: list[Known]) -> bool:
 def fresh(built: Built, known: list[Known]) -> Any:
     """A state that can be stepped, whatever mode the caller is in."""
     assert built.transformation is not None
-    with torch.inference_mode(False), torch.no_grad():
+    with for_keeps():
         state = built.transformation.init({k.name: detached(k.parameter) for k in known})
     if not built.words.takes_rate:
         _check_scaled_once(built, state)

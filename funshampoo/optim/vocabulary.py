@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funshampoo.combinators.chaining import chain
@@ -284,6 +285,8 @@ def check_rate(lr: Any) -> None:
         )
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; give one number.")
+    if isinstance(lr, Tensor) and (lr.is_complex() or lr.dtype == torch.bool):
+        raise TypeError(f"lr is a tensor of {lr.dtype}; give one real number.")
     if lr is not None and not isinstance(lr, (Tensor, numbers.Real)):
         raise TypeError(f"lr is {lr!r}; give one number.")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.blocks.blocking import layout_in
+from funshampoo.blocks.blocking import layout_in, shows_parameters
 from funshampoo.blocks.layout import Layout
 from funshampoo.core.boxes import Holding, holding_at
 from funshampoo.core.checks import check_choice
@@ -24,6 +24,10 @@ from funshampoo.plan.planner import meta_parameters
 from funshampoo.plan.scopes import scopes_of
 from funshampoo.recipes.shampoo import shampoo
 from funshampoo.state.memory import readable
+from funshampoo.state.nodes import find_state
+from funshampoo.state.places import Place as StatePlace
+from funshampoo.state.places import map_tensors
+from funshampoo.state.stages import BlockedState
 
 Sharding: TypeAlias = Literal["fsdp", "hsdp", "tp", "fsdp+tp"]
 Place: TypeAlias = Callable[[str, tuple[int, ...]], Sequence[Any]]
@@ -37,7 +41,7 @@ class ShardingPlan(NamedTuple):
         mesh: its shape.
         blocks: how many a rank owns.
         seconds: modelled seconds of a step's work on them.
-        state_bytes: of its state.
+        state_bytes: of its state, outside blocks too.
         gathered: bytes of gradients (and parameters, if they are read) that come in.
         gathered_across: of them, from other nodes.
         scattered: bytes of updates that come in.
@@ -75,7 +79,7 @@ def plan_sharded(
     every: int = 10,
     dtype: torch.dtype = torch.float32,
     ranks_per_node: int = 8,
-    reads_parameters: bool = False,
+    reads_parameters: bool | None = None,
     placements: Place | None = None,
     cost: CostModel = DEFAULT_COST,
 ) -> ShardingPlan:
@@ -89,8 +93,8 @@ def plan_sharded(
         mesh: its shape.
         transformation: by default `shampoo` with its defaults and this `every`.
         ranks_per_node: consecutive ranks that share a node.
-        reads_parameters: whether a stage reads parameters, as decay does: they travel with the
-            gradients.
+        reads_parameters: whether parameters travel with the gradients, as they do where a stage in
+            blocks reads them; by default what the transformation's `blocked` says.
         placements: by name and shape; by default the first side for FSDP, and for tensor
             parallelism the longer side of a matrix, whatever its name.
 
@@ -108,21 +112,52 @@ def plan_sharded(
         raise ValueError(f"mesh is {mesh}; {sharding!r} takes a mesh of {sides} sides.")
     tx = as_transformation(transformation or shampoo(1e-3, every=every))
     params = meta_parameters(model, dtype)
-    leaves: list[Tensor] = flatten(params)[0]
-    layout, state = layout_in(tx, params), tx.init(params)
-    (scope,) = scopes_of(tx, state, params)
+    state = tx.init(params)
+    place = placements or _placements(sharding)
+    known = dict(zip(leaf_names(params), flatten(params)[0]))
+    ways = {name: place(name, tuple(x.shape)) for name, x in known.items()}
+    cut = find_state((state,), BlockedState)  # a `partition` around it hides the others
+    inside = {name: x for name, x in known.items() if cut is not None and name in cut.layout}
+    layout = layout_in(tx, inside)  # raises where there is no `blocked`, or several
+    scope = next(s for s in scopes_of(tx, state, params) if s.in_blocks)
     costs = {
         name: cost.block(stack.block, every, *scope.works[name])
         for name, stack in layout.stacks.items()
     }
-    per_block = scope.state_bytes
-    of_blocks = sum(stack.rows * per_block[name] for name, stack in layout.stacks.items())
-    shared = sum(x.nbytes for x in flatten(state)[0]) - of_blocks
-    place = placements or _placements(sharding)
-    ways = [place(name, tuple(x.shape)) for name, x in zip(leaf_names(params), leaves)]
-    held = _held(layout, [tuple(x.shape) for x in leaves], ways, mesh)
-    columns = 2 if reads_parameters else 1
-    return _counted(layout, held, costs, per_block, shared, columns, ranks_per_node, mesh, since)
+    shapes = [tuple(x.shape) for x in inside.values()]
+    held = _held(layout, shapes, [ways[name] for name in inside], mesh)
+    others = _of_others(state, {n: x for n, x in known.items() if n not in inside}, ways, mesh)
+    reads = shows_parameters(tx) if reads_parameters is None else reads_parameters
+    columns = 2 if reads else 1
+    return _counted(
+        layout, held, costs, scope.state_bytes, others, columns, ranks_per_node, mesh, since
+    )
+
+
+def _of_others(
+    state: Any, leaves: Mapping[str, Tensor], ways: Mapping[str, Any], mesh: tuple[int, ...]
+) -> list[int]:
+    """Bytes of state on every rank outside blocks: placed as its parameter is, or nobody's."""
+    coordinates = list(itertools.product(*map(range, mesh)))
+    shares = {
+        name: [
+            math.prod(holding_at(tuple(x.shape), ways[name], mesh, at, tuple(x.shape)).shape)
+            for at in coordinates
+        ]
+        for name, x in leaves.items()
+    }
+    found = [0] * len(coordinates)
+
+    def add(place: StatePlace, x: Tensor) -> None:
+        name = ".".join(place.leaf)
+        if place.stack is not None and x.ndim:
+            return  # a block's
+        sharded = name in leaves and x.shape == leaves[name].shape
+        for rank in range(len(found)):
+            found[rank] += shares[name][rank] * x.itemsize if sharded else x.nbytes
+
+    map_tensors(add, state)
+    return found
 
 
 def _placements(sharding: Sharding) -> Place:
@@ -168,14 +203,14 @@ def _counted(
     held: Held,
     costs: Mapping[str, float],
     per_block: Mapping[str, int],
-    shared: int,
+    others: Sequence[int],
     columns: int,
     node: int,
     mesh: tuple[int, ...],
     since: float,
 ) -> ShardingPlan:
     size = held.size
-    blocks, seconds, state = [0] * size, [0.0] * size, [shared] * size
+    blocks, seconds, state = [0] * size, [0.0] * size, list(others)
     gathered, across, scattered, back_across = ([0] * size for _ in range(4))
     peers: list[set[int]] = [set() for _ in range(size)]
     shards = near_shards(layout, costs, held)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from funshampoo.state.meaning import meaning
 from funshampoo.state.stages import Counter, LearningRateState, Tree
 
 
+@meaning(
+    evaluated="finite", fast="finite", total="nonnegative", largest="nonnegative", seen="count"
+)
 class ScheduleFreeState(NamedTuple):
     """Of `schedule_free`: trees like the parameters, and of a number a block, float32 at least.
 
@@ -26,6 +30,7 @@ class ScheduleFreeState(NamedTuple):
     rate: LearningRateState
 
 
+@meaning(evaluated="finite", fast="finite")
 class PrimalAverageState(NamedTuple):
     """Of `primal_average`: x and z as of `schedule_free`."""
 
@@ -34,6 +39,7 @@ class PrimalAverageState(NamedTuple):
     rate: LearningRateState
 
 
+@meaning(evaluated="finite", buffer="finite")
 class EmaNesterovState(NamedTuple):
     """Of `ema_nesterov`: the weights without the look-ahead, and the average of their changes."""
 
@@ -42,6 +48,7 @@ class EmaNesterovState(NamedTuple):
     steps: Counter
 
 
+@meaning(evaluated="finite", weight="nonnegative")  # without beta it counts steps
 class TailAverageState(NamedTuple):
     """Of `tail_average`: the average, and (N,), the total weight of what is in it."""
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.core.modes import for_keeps
 from funshampoo.core.wholes import placed_as
 from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
@@ -104,6 +105,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     return {**notes, **run_entry(state), **{entry.name: entry.x for entry in entries}}
 
 
+@for_keeps()
 def load_state_dict(
     state: Any, saved: Mapping[str, Tensor], *, strict: bool = True, cast: bool = False
 ) -> Loaded:
@@ -162,6 +164,7 @@ def _of_run(state: Any, run: int) -> Any:
     return map_tensors(adopted, state)
 
 
+@for_keeps()
 def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
     """A state like `state` with what fits of these entries, from states of this process.
 
@@ -287,7 +290,8 @@ def _limit(state: Any, entries: Sequence[Entry]) -> int | None:
     """
     for _, node in walk(state):
         ours = type(node).__module__.startswith("funshampoo.")
-        if isinstance(node, WrappedState) or (hasattr(node, "_fields") and not ours):
+        faster = isinstance(node, WrappedState) and "once" not in node.pace
+        if faster or (hasattr(node, "_fields") and not ours):
             return None
     clocks = [entry.x for entry in entries if entry.kind == "steps" and not entry.x.is_meta]
     steps = max((int(x.max()) for x in clocks), default=-1)

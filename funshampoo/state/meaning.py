@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+_RELATED = {"count": " <= ", "weight": " of "}  # kinds that may name another field
+
 StateClass = TypeVar("StateClass", bound=type)
 
 KINDS = {
@@ -13,8 +15,10 @@ KINDS = {
     "any": "whatever it likes: reports that nothing is computed from",
     "number": "not NaN: a hyperparameter, which may be infinite to switch a limit off",
     "nonnegative": "finite and ≥ 0: a sum or an average of squares",
-    "weight": "in [0, 1]: the total weight of the gradients in an average, 1 - beta^t",
+    "weight": "in [0, 1]: the total weight of the gradients in an average, 1 - beta^t; one that is "
+    "a 'weight of second' is not 0 beside a field `second` that is not",
     "factor": "a sum or an average of A Aᵀ, packed or not: |L_ij| ≤ √(L_ii L_jj)",
+    "orthonormal": "a tree of `Kept` whose first values are bases, QᵀQ = I",
     "count": "≥ 0 and not above the clock; 'count <= held' is not above the field `held` either",
     "steps": "the clock, ≥ 0; every field of this name is one",
 }
@@ -42,8 +46,8 @@ def meaning(**fields: str) -> Callable[[StateClass], StateClass]:
     def declared(state: StateClass) -> StateClass:
         known = getattr(state, "_fields", ())
         for field, kind in fields.items():
-            base, _, other = kind.partition(" <= ")
-            if base not in KINDS or (other and base != "count"):
+            base, relation, other = parts_of(kind)
+            if base not in KINDS or relation not in ("", _RELATED.get(base)):
                 raise ValueError(f"meaning: {field} is {kind!r}; known kinds: {', '.join(KINDS)}.")
             for name in filter(None, (field, other)):
                 if name not in known:
@@ -52,6 +56,17 @@ def meaning(**fields: str) -> Callable[[StateClass], StateClass]:
         return state
 
     return declared
+
+
+def parts_of(kind: str) -> tuple[str, str, str]:
+    """The base of a kind, how it is related to another field, and that field.
+
+    >>> parts_of("count <= held"), parts_of("weight of average"), parts_of("finite")
+    (('count', ' <= ', 'held'), ('weight', ' of ', 'average'), ('finite', '', ''))
+    """
+    relation = next((word for word in _RELATED.values() if word in kind), "")
+    base, _, other = kind.partition(relation) if relation else (kind, "", "")
+    return base, relation, other
 
 
 def is_declared(state: type) -> bool:

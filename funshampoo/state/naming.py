@@ -20,7 +20,7 @@ from funshampoo.state.meaning import kind_of
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import RUN
 from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
-from funshampoo.state.stages import BlockedState, ShardedState
+from funshampoo.state.stages import BlockedState, HyperparamsState, Kept, ShardedState
 
 
 class Named(NamedTuple):
@@ -59,9 +59,11 @@ def named(state: Any) -> list[Named]:
     """
     found: dict[tuple[str, str], Named] = {}
     names = Names()
+    more = _said_above(state)
 
     def collect(place: Place, x: Tensor) -> Tensor:
         path, kind = path_of(place), kind_of(place.kind, place.field)
+        kind = more.get(id(x), kind)
         for owner, rest, part in names.parts(place, x):
             if (owner, rest) in found:
                 raise _two_of(owner, rest)
@@ -70,6 +72,21 @@ def named(state: Any) -> list[Named]:
 
     map_tensors(collect, state)
     return list(found.values())
+
+
+def _said_above(state: Any) -> dict[int, str]:
+    """{id of a tensor: its kind}, where that is said by a node above the one that it is in."""
+    found: dict[int, str] = {}
+    for _, node in walk(state):
+        if isinstance(node, HyperparamsState):
+            for name, x in node.hyperparams.items():
+                before = found.get(id(x), kind_of(HyperparamsState, "hyperparams"))
+                found[id(x)] = " ".join([before, *node.ranges.get(name, ())])
+        for field in getattr(node, "_fields", ()):
+            if kind_of(type(node), field) == "orthonormal":
+                kept = [x for _, x in walk(getattr(node, field)) if isinstance(x, Kept)]
+                found.update({id(x.value[0]): "orthonormal" for x in kept})
+    return found
 
 
 def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:

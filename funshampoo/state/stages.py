@@ -28,7 +28,7 @@ Tree = Any
 Counter = Tensor | tuple[()]
 
 
-@meaning(factors="factor", weight="weight")
+@meaning(factors="factor", weight="weight of factors")
 class KroneckerState(NamedTuple):
     """Of `kronecker_statistics`: L_i, one factor matrix a side.
 
@@ -43,7 +43,12 @@ class KroneckerState(NamedTuple):
 
 
 @meaning(
-    residual="any", condition="any", failures="count", streak="count <= failures", rounds="count"
+    value="finite",
+    residual="any",  # what a refresh reports may be infinite
+    condition="any",
+    failures="count",
+    streak="count <= failures",
+    rounds="count",
 )
 class Kept(NamedTuple):
     """What is computed now and then from one matrix a block, and what the last refresh found.
@@ -94,7 +99,7 @@ class GraftState(NamedTuple):
     steps: Counter = ()
 
 
-@meaning(average="linear", weight="weight")
+@meaning(average="linear", weight="weight of average")
 class EmaState(NamedTuple):
     """Of `ema`: the filtered gradient M (a tree like the updates) and its weight (tree of (N,))."""
 
@@ -102,7 +107,7 @@ class EmaState(NamedTuple):
     weight: Tree
 
 
-@meaning(buffer="linear", seen="weight")
+@meaning(buffer="linear", seen="weight of buffer")
 class TraceState(NamedTuple):
     """Of `trace`: the momentum buffer B (a tree like the updates), and `seen`, a tree of (N,).
 
@@ -114,7 +119,12 @@ class TraceState(NamedTuple):
     seen: Tree
 
 
-@meaning(first="linear", first_weight="weight", second="nonnegative", second_weight="weight")
+@meaning(
+    first="linear",
+    first_weight="weight of first",
+    second="nonnegative",
+    second_weight="weight of second",
+)
 class AdamState(NamedTuple):
     """Of `scale_by_adam`: first moment M and second moment V with their weights, trees.
 
@@ -141,6 +151,7 @@ class AdagradState(NamedTuple):
     second: Tree
 
 
+@meaning(second="nonnegative")
 class RowsState(NamedTuple):
     """Of `normalize_rows`: the mean square v of every row, a tree of (N, r)."""
 
@@ -167,14 +178,18 @@ class HyperparamsState(NamedTuple):
         hyperparams: {name: 0-dimensional tensor}, float32 unless given as a tensor. Replace an
             entry between steps and the next step uses it.
         inner: the state of the transformation that the factory makes.
+        ranges: {name: {"[0.0, 1.0)": ()}}: what the stages that read a number take, so that
+            `load_state_dict` refuses others; {} where a factory of a user's does not say it. It is
+            written in keys, as `BlockedState.layout` is.
     """
 
     steps: Counter
     hyperparams: dict[str, Tensor]
     inner: Any
+    ranges: dict[str, dict[str, tuple[()]]] = {}  # noqa: RUF012, never written to
 
 
-@meaning(seen="count", used="count", skipped="count")
+@meaning(total="finite", seen="count", used="count", skipped="count")
 class MultiStepsState(NamedTuple):
     """Of `multi_steps`.
 
@@ -202,11 +217,17 @@ class MaskedState(NamedTuple):
 
 
 class WrappedState(NamedTuple):
-    """Of a combinator made by `wrapping`: its own state, and that of what it wraps."""
+    """Of a combinator made by `wrapping`: its own state, and that of what it wraps.
+
+    Attributes:
+        pace: {"once": ()} where it steps `inner` once a step at most, as those of funshampoo do, so
+            that no count in it can be above the clock; else {}. In keys, as a layout is.
+    """
 
     own: Any
     inner: Any
     steps: Counter = ()
+    pace: dict[str, tuple[()]] = {}  # noqa: RUF012, never written to
 
 
 class EveryKState(NamedTuple):
@@ -276,6 +297,7 @@ class GuardedState(NamedTuple):
     spikes: SpikeState | tuple[()] = ()
 
 
+@meaning(report="nonnegative")
 class ShardedState(NamedTuple):
     """Of `sharded`: the inner state of the blocks that this rank owns.
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from funshampoo.core.modes import full_precision
 from funshampoo.operators.packed import unpack
+from funshampoo.state.meaning import parts_of
 
 _AT_A_TIME = 2**24  # numbers that are looked at together
+_RANGE = re.compile(r"([\[(])([^\s,]+), ([^\s,\])]+)([\])])")  # as in "number [0.0, 1.0)"
+_OFF_ORTHONORMAL = 0.1  # an entry of QᵀQ - I: rounding leaves a hundredth of it, in bfloat16 too
 _ABOVE_ONE = 1.01  # of a weight: a long average's rounds to a little above 1
 
 
@@ -48,10 +53,12 @@ def problems(entries: Sequence[Entry], limit: int | None) -> list[str]:
         for first in range(0, len(group), size):
             some = group[first : first + size]
             values = torch.stack([_local(entry.x) for entry in some]).to(some[0].dtype)
-            for bad, reason in _faults(some[0].kind.partition(" <= ")[0], values, limit):
+            for bad, reason in _faults(parts_of(some[0].kind)[0], values, limit):
                 for i in torch.nonzero(bad).flatten().tolist():
                     found.setdefault(some[i].name, reason)
-    found.update(_in_excess({entry.name: entry for entry in entries}))
+    pairs = list(_related(entries))
+    found.update(_in_excess([pair for pair in pairs if pair.relation == " <= "]))
+    found.update(_without_weight([pair for pair in pairs if pair.relation == " of "]))
     return [f"'{name}' {reason}" for name, reason in found.items()]
 
 
@@ -61,8 +68,12 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
     def rows(bad: Tensor) -> Tensor:
         return bad.reshape(len(x), -1).any(1)
 
-    if kind == "number":
+    if kind.startswith("number"):
         yield rows(x.isnan()), "is NaN"
+        for left, low, high, right in _RANGE.findall(kind):
+            above = x > float(low) if left == "(" else x >= float(low)
+            below = x < float(high) if right == ")" else x <= float(high)
+            yield rows(~(above & below)), f"is not in {left}{low}, {high}{right}, as it has to be"
         return
     if x.is_floating_point() or x.is_complex():
         yield rows(~torch.isfinite(x)), "is not finite"
@@ -72,6 +83,12 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
         yield rows(x > _ABOVE_ONE), "is above 1, as no weight of an average is"
     if kind == "count" and limit is not None:
         yield rows(x > limit), f"is above the clock, which is at {limit}"
+    if kind == "orthonormal":
+        Q = x if x.dtype == torch.float64 else x.float()
+        with full_precision():
+            gram = Q.mT @ Q
+        eye = torch.eye(gram.shape[-1], dtype=Q.dtype, device=Q.device)
+        yield rows((gram - eye).abs() > _OFF_ORTHONORMAL), "has columns that are not orthonormal"
     if kind == "factor":
         L = unpack(x)
         diagonal = L.diagonal(dim1=-2, dim2=-1)
@@ -82,21 +99,64 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
         yield rows(beyond), "has an entry above √(L_ii L_jj), as no sum of A Aᵀ has"
 
 
-def _in_excess(entries: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
+class _Pair(NamedTuple):
+    """An entry and one of the field that its kind names; see `meaning`."""
+
+    entry: Entry
+    relation: str
+    other: Entry
+    field: str
+
+
+def _related(entries: Sequence[Entry]) -> Iterator[_Pair]:
+    of_field: dict[str, list[Entry]] = {}
+    for entry in entries:
+        path = entry.name.split("/")
+        if len(path) > 1 and path[-1].isdigit():  # of a side
+            path = path[:-1]
+        of_field.setdefault("/".join(path), []).append(entry)
+    for entry in entries:
+        _, relation, field = parts_of(entry.kind)
+        if relation and not entry.x.is_meta:
+            beside = "/".join([*entry.name.split("/")[:-1], field])
+            for other in of_field.get(beside, ()):
+                yield _Pair(entry, relation, other, field)
+
+
+def _alike(pairs: Sequence[_Pair]) -> Iterator[tuple[list[_Pair], Tensor, Tensor]]:
+    """Pairs of entries that can be looked at together, and the two stacks of their values."""
+    groups: dict[tuple[object, ...], list[_Pair]] = {}
+    for pair in pairs:
+        x, y = pair.entry.x, pair.other.x
+        key = (x.shape, x.dtype, x.device, y.shape, y.dtype, y.device)
+        groups.setdefault(key, []).append(pair)
+    for group in groups.values():
+        size = max(1, _AT_A_TIME // max(1, group[0].other.x.numel()))
+        for first in range(0, len(group), size):
+            some = group[first : first + size]
+            yield (
+                some,
+                torch.stack([_local(pair.entry.x) for pair in some]),
+                torch.stack([_local(pair.other.x) for pair in some]),
+            )
+
+
+def _in_excess(pairs: Sequence[_Pair]) -> Iterator[tuple[str, str]]:
     """Counts that are above the field beside them that bounds them."""
-    pairs: dict[tuple[object, ...], list[tuple[Entry, Entry, str]]] = {}
-    for entry in entries.values():
-        _, _, field = entry.kind.partition(" <= ")
-        other = entries.get("/".join([*entry.name.split("/")[:-1], field])) if field else None
-        if other is not None and other.x.shape == entry.x.shape and not entry.x.is_meta:
-            key = (entry.x.shape, entry.x.device, other.x.device)
-            pairs.setdefault(key, []).append((entry, other, field))
-    for group in pairs.values():
-        small = torch.stack([_local(entry.x) for entry, _, _ in group])
-        large = torch.stack([_local(other.x) for _, other, _ in group]).to(small.device)
-        bad = (small > large).reshape(len(group), -1).any(1)
+    same = [pair for pair in pairs if pair.entry.x.shape == pair.other.x.shape]
+    for group, small, large in _alike(same):
+        bad = (small > large.to(small.device)).reshape(len(group), -1).any(1)
         for i in torch.nonzero(bad).flatten().tolist():
-            yield group[i][0].name, f"is above its '{group[i][2]}'"
+            yield group[i].entry.name, f"is above its '{group[i].field}'"
+
+
+def _without_weight(pairs: Sequence[_Pair]) -> Iterator[tuple[str, str]]:
+    """Weights of 0 beside averages in which something is."""
+    for group, weight, average in _alike(pairs):
+        full = (average != 0).reshape(len(group), -1).any(1)
+        bad = (weight == 0).reshape(len(group), -1).any(1) & full.to(weight.device)
+        for i in torch.nonzero(bad).flatten().tolist():
+            yield group[i].entry.name, f"is 0, while its '{group[i].field}' is not"
 
 
 def _local(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import is_exactly
 from funshampoo.core.modes import product_precision
 from funshampoo.core.tree import cast, compute_dtype, update_leaves
 from funshampoo.linalg.products import matmul
@@ -29,8 +31,8 @@ class AgreementGate:
         γ = (a b)^power,   a and b in [0, 1], γ in [floor, cap]
 
     Attributes:
-        agreement: cosine with U from which on γ is above 0, in [0, 1).
-        alignment: cosine with the gradient, likewise; in [-1, 1).
+        agreement: cosine with U from which on γ is above 0; below 1, and below -1 it always is.
+        alignment: cosine with the gradient, likewise.
         power: above 0.
         floor, cap: numbers, or schedules of the old step count, in [0, 1].
 
@@ -47,8 +49,8 @@ class AgreementGate:
     cap: Hyper | Schedule = 1.0
 
     def __post_init__(self) -> None:
-        check_range("agreement", self.agreement, 0.0, 1.0, high_open=True)
-        check_range("alignment", self.alignment, -1.0, 1.0, high_open=True)
+        for name, least in (("agreement", self.agreement), ("alignment", self.alignment)):
+            check_range(name, least, float("-inf"), 1.0, low_open=True, high_open=True)
         check_range("power", self.power, 0.0, low_open=True)
         check_range("floor", self.floor, 0.0, 1.0, schedule=True)
         check_range("cap", self.cap, 0.0, 1.0, schedule=True)
@@ -130,7 +132,12 @@ def blend_towards(
         source = updates if gradient is None else gradient
         return update_leaves(leaf, updates, (), (found, source))[0], own
 
-    return wrapping(inner, update, name="blend_towards")
+    def flops(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
+        """Of the norms: those of U and W, and of V where it is another."""
+        r, c = (*block[:1], math.prod(block[1:])) if len(block) > 1 else (1, math.prod(block))
+        return (2 if is_exactly(gate, 1) else 3) * 2.0 * min(r, c) ** 2 * max(r, c)
+
+    return wrapping(inner, update, name="blend_towards", flops=flops)
 
 
 def _size(x: Tensor, block_ndim: int) -> Tensor:

@@ -14,10 +14,10 @@ from funshampoo.core.checks import check_choice, check_flag
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
-from funshampoo.core.modes import full_precision, product_precision
+from funshampoo.core.live import NO_NUMBERS, Numbers, resolved
+from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
-    cast,
     compute_dtype,
     flatten,
     map_leaves,
@@ -29,17 +29,18 @@ from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.norms import is_readable
 from funshampoo.operators.columns import Column, add, weights_over
 from funshampoo.operators.leaf_ops import per_block
-from funshampoo.operators.mode_products import bias_corrected, mode_flops, rotate
+from funshampoo.operators.mode_products import bias_corrected, mode_flops
+from funshampoo.operators.turning import carried, turned
 from funshampoo.refresh.jobs import Reading
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
-from funshampoo.state.meaning import kind_of, meaning
+from funshampoo.state.meaning import meaning
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
 
 
-@meaning(seen="count")
+@meaning(seen="count", bases="orthonormal")
 class EigenbasisState(NamedTuple):
     """State of `in_eigenbasis`.
 
@@ -119,8 +120,8 @@ def in_eigenbasis(
     check_flag("renew_before_use", renew_before_use)
     renew = _basis_of(basis)
 
-    def refreshing(begins: bool) -> Refreshing:
-        return Refreshing(lambda block: [BasisRule(d, renew, begins) for d in block], schedule)
+    def refreshing(new: bool, live: Numbers = NO_NUMBERS) -> Refreshing:
+        return Refreshing(lambda b: [BasisRule(d, resolved(renew, live), new) for d in b], schedule)
 
     def init(
         params: Tree,
@@ -145,9 +146,9 @@ def in_eigenbasis(
         if renews and context.donate:  # a refresh writes to what it is given
             kept = map_leaves(torch.clone, kept)
         begins = context.step == start
-        bases = refreshing(begins).update(updates, bases, inputs, _factor, context)
+        bases = refreshing(begins, context.hyper).update(updates, bases, inputs, _factor, context)
         if renews:
-            own = _carried(own, updates, kept, bases.kept, context.block_ndim)
+            own = carried(own, updates, kept, bases.kept, context.block_ndim)
         return own, bases
 
     def update(
@@ -175,7 +176,9 @@ def in_eigenbasis(
         parts={"inner": inner},
         counts=True,
         minds_alive=True,
-        flops=lambda block, kept: 2 * mode_flops(block, kept),  # into the bases and back
+        numbers=[renew],
+        # Into the bases and back; a `gradient` that is not the updates comes on top, unseen here.
+        flops=lambda block, kept: 2 * mode_flops(block, kept),
     )
 
 
@@ -196,13 +199,14 @@ def _stepped(
     """A step of `inner` in these bases; zeros go in and come out where `fine` is 0."""
     ndim = context.block_ndim
     with product_precision():
-        turned = gradient = _held(_turned(updates, kept, ndim), fine)
-        if context.gradient is not None and context.gradient is not updates:
-            gradient = _held(_turned(context.gradient, kept, ndim), fine)
+        coordinates = gradient = _held(turned(updates, kept, ndim), fine)
+        is_other = context.gradient is not None and context.gradient is not updates
+        if is_other and inner.reads_gradient:
+            gradient = _held(turned(context.gradient, kept, ndim), fine)
     inside = changed(context, gradient=gradient, alive=fine, usable=False)
-    out, own = run_alive(inner, turned, own, params, inside)
+    out, own = run_alive(inner, coordinates, own, params, inside)
     with product_precision():
-        return _turned(_held(out, fine), kept, ndim, back=True), own
+        return turned(_held(out, fine), kept, ndim, back=True), own
 
 
 def _basis_of(basis: Any) -> Basis:
@@ -300,48 +304,3 @@ def _counted(updates: Tree, seen: Tree, context: Context) -> Tree:
 
     known = () if context.alive is None else (context.alive,)
     return update_columns(more, updates, (seen,), known)[1]
-
-
-def _turned(tree: Tree, kept: Tree, block_ndim: int, back: bool = False) -> Tree:
-    """Coordinates in the bases, or back."""
-
-    def leaf(u: Tensor, units: Any) -> tuple[Tensor]:
-        return (rotate(cast(u, compute_dtype(u)), _matrices(units), block_ndim, back),)
-
-    return update_leaves(leaf, tree, (), (kept,))[0]
-
-
-def _carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: int) -> Any:
-    """A state with its linear fields in the new bases, in the rows whose bases are new."""
-
-    def leaf(u: Tensor, old: Any, new: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        renewed = [unit.rounds != was.rounds for was, unit in zip(old, new) if unit]
-        if not renewed:
-            return u, x
-        whole = rotate(x, _matrices(old), block_ndim, back=True)
-        turned = rotate(whole, _matrices(new), block_ndim)
-        some = functools.reduce(torch.logical_or, renewed)
-        return u, torch.where(per_block(some, x), turned, x)
-
-    def visit(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: visit(child) for key, child in node.items()}
-        fields = getattr(type(node), "_fields", None)
-        if fields is None:
-            return type(node)(map(visit, node)) if isinstance(node, (tuple, list)) else node
-        return type(node)(*[visited(node, field) for field in fields])
-
-    def visited(node: Any, field: str) -> Any:
-        child = getattr(node, field)
-        if kind_of(type(node), field) != "linear":
-            return visit(child)
-        if isinstance(child, tuple) and not child:  # a part that is off
-            return child
-        return update_leaves(leaf, updates, (child,), (before, after))[1]
-
-    with full_precision():
-        return visit(state)
-
-
-def _matrices(units: Any) -> list[Tensor | None]:
-    return [unit.value[0] if unit else None for unit in units]

@@ -29,7 +29,7 @@ from funshampoo.operators.columns import (
     weights_over,
 )
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
-from funshampoo.operators.kl import WHITENED, Block, Least
+from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
 from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
@@ -124,8 +124,7 @@ def kl_statistics(
     >>> state["kl_statistics"].eigenvalues["w"][0]  # in a basis: largest last
     tensor([ 2.5500, 10.0500])
     """
-    check_range("beta2", beta2, 0.0, 1.0, high_open=through != "roots")
-    check_range("damping", damping, 0.0)
+    _check_decay(beta2, damping, through)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     check_flags(bias_correction=bias_correction, weighted=weighted, normalized=normalized)
     check_flags(own_steps=own_steps, starts_whole=starts_whole, in_turn=in_turn)
@@ -188,7 +187,13 @@ def kl_statistics(
             weight = count_everyone(weight, beta, donate)
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
 
-    return GradientTransformation(init, update, numbers=[beta2, damping])
+    flops = functools.partial(kl_flops, through, sides)
+    return GradientTransformation(init, update, numbers=[beta2, damping], flops=flops)
+
+
+def _check_decay(beta2: Hyper, damping: Hyper, through: str) -> None:
+    check_range("beta2", beta2, 0.0, 1.0, high_open=through != "roots")
+    check_range("damping", damping, 0.0)
 
 
 def _check_kind(through: str, least: Least, starts_whole: bool, bias_correction: bool) -> None:

@@ -59,7 +59,9 @@ def kronecker_statistics(
     stored L_i is never corrected and never damped.
 
     Args:
-        beta2: decay of the average, in (0, 1]; 1 means a plain sum (AdaGrad).
+        beta2: decay of the average, in (0, 1]; 1 means a plain sum (AdaGrad). 0, the last gradient
+            alone, is for averages whose weight is not each block's own: of a block that was held
+            nothing would be left to divide by.
         every: accumulate at step 1 and on multiples of this; on other steps nothing is multiplied
             and L_i stays. beta2 is the decay from one accumulated gradient to the next, and the
             weight counts these alone, so the average reaches 1 / (1 - beta2) accumulations back,
@@ -98,7 +100,6 @@ def kronecker_statistics(
     tensor([[3., 3.],
             [3., 3.]])
     """
-    check_range("beta2", beta2, 0.0, 1.0, low_open=True)
     check_count("every", every)
     check_exponents(exponents)
     check_sides(sides)
@@ -108,6 +109,7 @@ def kronecker_statistics(
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
     by_weight = corrected and own_steps  # an average and its weight decay alike
+    check_range("beta2", beta2, 0.0, 1.0, low_open=by_weight)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> _State:
         check_local(params, "kronecker_statistics")

@@ -101,7 +101,7 @@ def orthogonalize(
         if len(block) < 2 or not math.prod(block):
             return 0.0
         r, c = (block[0], math.prod(block[1:])) if flatten_sides else block[-2:]
-        return math.prod(block) // (r * c) * polar_flops(r, c, len(chosen), gram)
+        return math.prod(block) // (r * c) * polar_flops(r, c, len(chosen), gram, norm)
 
     return GradientTransformation(init, update, minds_alive=True, flops=flops)
 

@@ -35,7 +35,7 @@ from funshampoo.transforms.momentum import zeros_like
 Damping = Literal["added", "floor"]
 
 
-@meaning(second="nonnegative", weight="weight")
+@meaning(second="nonnegative", weight="weight of second")
 class SecondMomentState(NamedTuple):
     """Of `scale_by_second_moment`: V, a tree like the updates, and its weight, a tree of (N,).
 

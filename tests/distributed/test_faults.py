@@ -21,6 +21,7 @@ from funshampoo.distributed.whole import Whole
 from funshampoo.state import health, state_dict
 from tests.distributed.problems import Shapes, block_state, held_here, report_of, tree
 from tests.distributed.ranks import Ranks
+from tests.distributed.test_parts import placed, whole
 from tests.trees import assert_close, assert_equal, meaning, tensors
 
 SHAPES: Shapes = {"w": (16, 16), "kernel": (6, 3, 2), "bias": (9,), "scale": ()}
@@ -135,9 +136,15 @@ def test_a_fault_on_one_rank_stays_in_its_block(ranks: Ranks, fault: str) -> Non
 # Solvers and stages that fail on one rank.
 
 
-def failing_eigh(rank: int, at: int) -> Any:
+def given(seed: int, parts: bool) -> Any:
+    """A tree; of which each rank has a half of the rows, if `parts`."""
+    whole = tree(seed, SHAPES)
+    return placed(whole, "rows of 2") if parts else whole
+
+
+def failing_eigh(rank: int, at: int, parts: bool) -> Any:
     """LAPACK converges on nothing on rank 1 at step `at`, a refresh."""
-    tx, params = fs.shampoo(0.1, distribute=fs.sharded, **OPTIONS), tree(0, SHAPES)
+    tx, params = fs.shampoo(0.1, distribute=fs.sharded, **OPTIONS), given(0, parts)
     state, original = tx.init(params), torch.linalg.eigh
 
     def broken(*arguments: Any, **keywords: Any) -> Any:
@@ -148,7 +155,7 @@ def failing_eigh(rank: int, at: int) -> Any:
         before = {name: x.clone() for name, x in block_state(state).items()}
         torch.linalg.eigh = broken if t == at and rank == 1 else original
         try:
-            updates, state = tx.update(tree(t, SHAPES), state, params, donate=True)
+            updates, state = tx.update(given(t, parts), state, params, donate=True)
         finally:
             torch.linalg.eigh = original
         params = fs.apply_updates(params, updates)
@@ -164,11 +171,12 @@ def failing_eigh(rank: int, at: int) -> Any:
     assert set(counts) == {rank}
     assert sum(f.failures for f in health(state, file=io.StringIO()).factors) == sum(counts)
     owned = [name for name in before if name.endswith("/value/0")]
-    return params, reports, len(owned)
+    return whole(params) if parts else params, reports, len(owned)
 
 
-def test_a_solver_that_fails_on_one_rank_keeps_old_roots_there(ranks: Ranks) -> None:
-    first, second = ranks(2, failing_eigh, 3)
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_solver_that_fails_on_one_rank_keeps_old_roots_there(ranks: Ranks, parts: bool) -> None:
+    first, second = ranks(2, failing_eigh, 3, parts)
     assert_equal(first[0], second[0])
     assert first[1] == second[1]  # both know of the failures of rank 1, in a row until step 6
     failed = second[2]
@@ -290,6 +298,31 @@ def test_the_limit_stops_all_ranks_at_one_step_and_names_the_block(
         assert named in message
         assert "failed 4 times in a row (max_failures=4)" in message
         assert_equal(params, found[0][3])
+
+
+def until_the_limit_in_parts(rank: int) -> Any:
+    """The gradient of the rows that rank 1 has is NaN, from step 3 on."""
+    tx = fs.shampoo(0.1, distribute=fs.sharded, **(OPTIONS | {"max_failures": 4}))
+    params = given(0, parts=True)
+    state = tx.init(params)
+    try:
+        for t in range(1, 20):
+            g = given(t, parts=True)
+            if rank == 1 and t > 2:
+                g["w"].to_local()[0, 0] = torch.nan
+            updates, state = tx.update(g, state, params, donate=True)
+            params = fs.apply_updates(params, updates)
+    except fs.FailureLimitError as error:
+        return t, str(error), whole(params)
+    return None
+
+
+def test_the_limit_of_a_part_stops_all(ranks: Ranks) -> None:
+    first, second = ranks(2, until_the_limit_in_parts)
+    assert first[:2] == second[:2]
+    assert first[0] in range(7, 7 + 2 * OPTIONS["every"])
+    assert "w block_1_0: gradient not finite" in first[1]
+    assert all(torch.isfinite(x).all() for x in tensors(first[2]))
 
 
 def roots_until_the_limit(rank: int) -> Any:

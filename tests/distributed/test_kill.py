@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.core.wholes import placed_as
 from funshampoo.state import load_state_dict, merged, state_dict
 from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks, connect
+from tests.distributed.test_parts import placed, whole
 from tests.trees import assert_equal
 
 pytestmark = pytest.mark.slow  # three more processes
@@ -36,18 +38,27 @@ def write_whole(content: Any, path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def job(rank: int, folder: str) -> None:
-    """Train, and save every five steps. Says what it is doing, and how it ended, in files."""
+def job(rank: int, folder: str, parts: bool) -> None:
+    """Train, and save every five steps. Says what it is doing, and how it ended, in files.
+
+    Args:
+        parts: each rank has a third of the rows of every parameter.
+    """
     here = Path(folder)
     connect(rank, SIZE, str(here / "store"), COLLECTIVE_TIMEOUT)
     tx, params = optimizer({}, **OPTIONS), tree(0, SMALL)
+    if parts:
+        params = placed(params, "rows of 3")
     state = tx.init(params)
     try:
         for t in range(1, STEPS + 1):
-            updates, state = tx.update(gradient(t), state, params, donate=True)
+            g = gradient(t)
+            if parts:
+                g = {name: placed_as(params[name], x) for name, x in g.items()}
+            updates, state = tx.update(g, state, params, donate=True)
             params = fs.apply_updates(params, updates)
             if t % 5 == 0:
-                saved = {"state": state_dict(state), "params": params}
+                saved = {"state": state_dict(state), "params": whole(params) if parts else params}
                 write_whole(saved, here / f"step{t}-rank{rank}of{SIZE}.pt")
             (here / f"progress{rank}").write_text(str(t))
             if t >= KILLED_AFTER and rank == 1:
@@ -72,9 +83,15 @@ def wait_for(path: Path, text: str, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_rank_ends_the_others_and_training_resumes(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_killed_rank_ends_the_others_and_training_resumes(
+    ranks: Ranks, tmp_path: Path, parts: bool
+) -> None:
     context = multiprocessing.get_context("spawn")
-    jobs = [context.Process(target=job, args=(r, str(tmp_path)), daemon=True) for r in range(SIZE)]
+    jobs = [
+        context.Process(target=job, args=(r, str(tmp_path), parts), daemon=True)
+        for r in range(SIZE)
+    ]
     try:
         for process in jobs:
             process.start()

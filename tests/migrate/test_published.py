@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.linalg.polynomials import polynomials_of
 from funshampoo.migrate import published_soap_muon
 from funshampoo.migrate.published import METHODS
 
@@ -210,6 +211,53 @@ def test_a_flattened_kernel_is_one_matrix_for_normuon() -> None:
         assert float(updates["w"].norm()) == pytest.approx(
             0.1 * (6**0.5 if flat else 3**0.5 * 12**0.5), rel=0.1
         )
+
+
+def _normuon_of_stack(grads: list[torch.Tensor], flat: bool) -> list[torch.Tensor]:
+    """The first step of dion's NorMuon for parameters of one shape, without decay, lr 1.
+
+    `flat`: as its `flatten` does it, which is asked for the stack (N, r, c) and so makes N rows of
+    whole parameters of it, where it is meant for the sides of a kernel.
+    """
+    X = torch.stack(grads)
+    shape = X.shape
+    X = X.flatten(1) if flat else X
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X
+    X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-8)
+    for a, b, c in polynomials_of("polar_express", None):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    found = []
+    for polar in (X.mT if tall else X).reshape(shape):
+        N = polar / ((0.05 * polar.square().mean(-1, keepdim=True)).sqrt() + 1e-8)
+        found.append(-((shape[1] / shape[2]) ** 0.5) * N * polar.norm() / N.norm())
+    return found
+
+
+def test_flatten_does_not_mix_parameters_of_one_shape_as_the_source_does() -> None:
+    """A bug of the source, not matched: what it makes depends on who has the same shape.
+
+    Of two 6x9 matrices it orthogonalizes the 2x54 matrix of both, so that a parameter's step is
+    about its gradient, with that of the other one taken out, and none of its singular values are
+    alike. Here `flatten` does to several matrices what it does to one alone: nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(2)]
+    tx = fs.from_published("NorMuon", lr=1.0, weight_decay=0.0, flatten=True)
+    ours, _ = tx.update(grads, tx.init(grads), grads)
+    for u, right, mixed in zip(
+        ours, _normuon_of_stack(grads, flat=False), _normuon_of_stack(grads, flat=True)
+    ):
+        torch.testing.assert_close(u, right, rtol=1e-10, atol=1e-10)
+        values, theirs = [torch.linalg.svdvals(x) for x in (u, mixed)]
+        assert values[0] < 1.5 * values[-1]
+        assert theirs[0] > 3 * theirs[-1]
+    twins = [grads[0], grads[0] + 0.1 * grads[1]]
+    with_twin, _ = tx.update(twins, tx.init(twins), twins)
+    torch.testing.assert_close(with_twin[0], ours[0], rtol=1e-12, atol=1e-12)
+    mixed = [_normuon_of_stack(pair, flat=True)[0].flatten() for pair in (grads, twins)]
+    assert torch.cosine_similarity(*mixed, dim=0) < 0.9  # the twin's step is another
 
 
 @pytest.mark.parametrize(

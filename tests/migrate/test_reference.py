@@ -401,7 +401,42 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
             ValueError,
             "AdaGradPreconditionerConfig is the plain sum",
         ),
-        (_root({"type": "QREigendecompositionConfig"}), NotImplementedError, "QREigen"),
+        # What the reference has no meaning for
+        (
+            _root({"type": "QREigendecompositionConfig"}),
+            ValueError,
+            "QREigen.* which a root that is kept does not have.* give Eigendecomposed",
+        ),
+        (
+            _root({"type": "EighEigendecompositionConfig", "tolerance": 0.1}),
+            ValueError,
+            "EighEigen.* which a root that is kept does not have",
+        ),
+        (
+            _root({"type": "EigenConfig", "tolerance": 0.1}),
+            ValueError,
+            "tolerance is 0.1; EigenConfig wants 0",
+        ),
+        (
+            _corrected(
+                amortized_computation_config={
+                    "type": "QREigendecompositionConfig",
+                    "tolerance": 1.5,
+                }
+            ),
+            ValueError,
+            "tolerance is 1.5",
+        ),
+        (
+            _corrected(
+                amortized_computation_config={
+                    "type": "EighEigendecompositionConfig",
+                    "rank_deficient_stability_config": {"type": "PseudoInverseConfig"},
+                }
+            ),
+            ValueError,
+            "PseudoInverseConfig is none for eigenvalue-corrected",
+        ),
         (
             _root(
                 {
@@ -423,9 +458,9 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
         ),
         (_root({"type": "CoupledHigherOrderConfig"}), TypeError, "needs rel_epsilon"),
         (
-            _corrected(amortized_computation_config={"type": "QREigendecompositionConfig"}),
+            _corrected(amortized_computation_config={"type": "CoupledNewtonConfig"}),
             NotImplementedError,
-            "QREigen",
+            "CoupledNewtonConfig is not built here",
         ),
         (
             _corrected(ignored_basis_change_dims={2: [2]}),
@@ -434,16 +469,6 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
         ),
         (_corrected(inverse_exponent_override={2: 0.0}), ValueError, "exponent is 0.0"),
         (_corrected(ignored=1), TypeError, "has no field 'ignored'"),
-        (
-            _orthogonalized(scale_by_dims_fn=max),
-            NotImplementedError,
-            "scale_by_dims_fn is a function",
-        ),
-        (
-            {"preconditioner_config": {"type": "SignDescentPreconditionerConfig", "scale_fn": abs}},
-            NotImplementedError,
-            "scale_fn is a function",
-        ),
         (_averaged("ScheduleFree", train_interp_coeff=0.0), ValueError, "interp_coeff is 0.0"),
         (_averaged("ScheduleFree", eval_interp_coeff=0.5), TypeError, "no field 'eval_interp"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -418,3 +419,60 @@ def test_maximize_is_a_bool() -> None:
     with pytest.raises(TypeError, match="maximize is 'no'"):
         run(optimizer, params, grads_of(1))
     assert not moved(params, before)
+
+
+NUMBERS: list[tuple[dict[str, Any], type[Exception]]] = [
+    ({"lr": math.nan}, ValueError),
+    ({"lr": math.inf}, ValueError),
+    ({"lr": -1.0}, ValueError),
+    ({"lr": True}, TypeError),
+    ({"lr": 1j}, TypeError),
+    ({"weight_decay": -1.0}, ValueError),
+    ({"betas": (2.0, 0.9)}, ValueError),
+    ({"betas": (0.9, math.nan)}, ValueError),
+]
+METHODS_OF_NUMBERS = [fs.shampoo, fs.adamw, fs.soap]
+
+
+def _as_tensors(options: dict[str, Any]) -> dict[str, Any]:
+    def made(value: Any) -> Any:
+        return tuple(map(torch.tensor, value)) if type(value) is tuple else torch.tensor(value)
+
+    return {name: made(value) for name, value in options.items()}
+
+
+@pytest.mark.parametrize(("options", "kind"), NUMBERS, ids=str)
+@pytest.mark.parametrize("method", METHODS_OF_NUMBERS, ids=lambda method: method.__name__)
+@pytest.mark.parametrize("given", ["number", "tensor"])
+@pytest.mark.parametrize("where", ["argument", "group", "added", "edited"])
+def test_a_tensor_is_refused_as_its_number_is(
+    method: Any, where: str, given: str, options: dict[str, Any], kind: type[Exception]
+) -> None:
+    """On a CPU, where nobody waits for it."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    options = _as_tensors(options) if given == "tensor" else options
+    name = next(iter(options)).replace("betas", "beta")
+    if where == "argument":
+        with pytest.raises(kind, match=name):
+            fs.Optimizer([p], method, **{"lr": 0.1, **options})
+        return
+    optimizer = fs.Optimizer([torch.nn.Parameter(torch.zeros(2))], method, lr=0.1)
+    if where == "group":
+        with pytest.raises(kind, match=name):
+            fs.Optimizer([{"params": [p], **options}], method, lr=0.1)
+    elif where == "added":
+        with pytest.raises(kind, match=name):
+            optimizer.add_param_group({"params": [p], **options})
+        assert len(optimizer.param_groups) == 1
+    else:
+        optimizer.param_groups[0].update(options)
+        with pytest.raises(kind, match=name):
+            optimizer.step()
+
+
+def test_the_lr_of_a_bare_chain_too() -> None:
+    for lr in (torch.tensor(math.nan), torch.tensor(1j), torch.tensor(True), math.inf):
+        with pytest.raises((TypeError, ValueError), match="lr is"):
+            fs.Optimizer([torch.nn.Parameter(torch.zeros(2))], fs.scale_by_adam(), lr=lr)
+    meta = torch.tensor(0.1, device="meta")  # as one on a GPU: not read
+    fs.Optimizer([torch.nn.Parameter(torch.zeros(2))], fs.adamw, lr=meta)

@@ -26,6 +26,11 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "s": (),
 }
 
+
+def of_matrices(block: tuple[int, ...]) -> list[bool]:
+    return [len(block) > 1] * len(block)
+
+
 STEP = 5  # which refreshes nothing, and is no multiple of 2 or 3
 TRANSFORMATIONS: dict[str, Callable[[], fs.GradientTransformation]] = {
     "shampoo": lambda: fs.shampoo(0.1, every=100),
@@ -41,6 +46,24 @@ TRANSFORMATIONS: dict[str, Callable[[], fs.GradientTransformation]] = {
     ),
     "normuon": lambda: fs.normuon(0.1),
     "spectral_descent": lambda: fs.spectral_descent(0.1, polynomials="polar_express", steps=3),
+    "kl_shampoo": lambda: fs.kl_shampoo(0.1, every=100),
+    "kl_soap": lambda: fs.kl_soap(0.1, every=100),
+    "kl_roots": lambda: fs.blocked(
+        fs.chain(
+            fs.kl_statistics(0.9, through="roots", sides=of_matrices),
+            fs.root_inverse(100, sides=of_matrices),
+        ),
+        64,
+    ),
+    "kl_ritz": lambda: fs.blocked(
+        fs.chain(
+            fs.kl_statistics(0.9, through="ritz", least_eigenvalue=1e-6, sides=of_matrices),
+            fs.in_eigenbasis(fs.scale_by_adam(), 100),
+        ),
+        64,
+    ),
+    "splus": lambda: fs.splus(0.1, every=100),
+    "soap_muon": lambda: fs.soap_muon(0.1, every=100),
     "lion": lambda: fs.blocked(fs.lion(0.1), None),
 }
 
@@ -67,9 +90,16 @@ def test_a_plain_step_multiplies_as_much_as_its_stages_state(name: str) -> None:
     assert (found > 0) == (name != "lion")
 
 
-def test_statistics_on_some_steps_are_spread_over_all() -> None:
+@pytest.mark.parametrize(
+    "stage",
+    [
+        fs.kronecker_statistics(every=4, exponents={0: 0.0, 1: 0.0}),
+        fs.every_k(fs.orthogonalize(vectors="pass"), 4),
+    ],
+)
+def test_what_happens_on_some_steps_is_spread_over_all(stage: fs.GradientTransformation) -> None:
     """The mean of an interval."""
-    tx = fs.blocked(fs.kronecker_statistics(every=4, exponents={0: 0.0, 1: 0.0}), None)
+    tx = fs.blocked(stage, None)
     pairs = [counted(tx, step) for step in (4, 5, 6, 7)]
     assert [found > 0 for found, _ in pairs] == [True, False, False, False]
     assert sum(found for found, _ in pairs) / 4 == pairs[0][1]

@@ -11,6 +11,7 @@ import torch
 import funshampoo as fs
 from funshampoo.blocks.blocking import layout_in
 from funshampoo.core.boxes import holding_at
+from funshampoo.core.tree import flatten
 from funshampoo.distributed.cost import DEFAULT_COST
 from funshampoo.distributed.ownership import works_of
 from funshampoo.distributed.parts import near_shards
@@ -19,6 +20,7 @@ from funshampoo.plan.__main__ import main
 from funshampoo.plan.planner import meta_parameters
 from funshampoo.plan.sharding import plan_sharded
 
+F32 = torch.float32
 SHAPES = {"bias": (200,), "down": (200, 64), "embedding": (300, 64), "n": (64,), "up": (64, 200)}
 
 
@@ -55,6 +57,26 @@ def test_the_plan_counts_the_bytes_of_all_messages(sharding: Any, mesh: tuple[in
     (whole,) = plan_sharded(SHAPES, "fsdp", (1,), transformation=tx).state_bytes
     assert sum(found.state_bytes) == whole + 8 * (held.size - 1)  # all have the counter
     assert 1.0 <= found.balance < 1.5
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_outside_blocks_is_counted_where_its_parameters_are(nested: bool) -> None:
+    """Muon's matrices are blocks, and its AdamW has moments of every rank's part of the rest."""
+    shapes: Any = {"a": (12, 8), "b": (10,), "c": (8, 6)}
+    tx = fs.muon(0.1)
+    tree = {"m": shapes} if nested else shapes
+    (alone,) = plan_sharded(tree, "fsdp", (1,), transformation=tx).state_bytes
+    assert alone == sum(x.nbytes for x in flatten(tx.init(meta_parameters(tree, F32)))[0])
+    found = plan_sharded(tree, "fsdp", (4,), transformation=tx)
+    assert found.blocks == [1, 1, 0, 0]
+    of_all = 8 + 2 * 8 + 2 * 4  # the clock; of b, the guard's counters and the moments' weights
+    moments = [2 * 4 * n for n in (3, 3, 3, 1)]  # of b
+    of_blocks = [4 * 12 * 8 + 20, 4 * 8 * 6 + 20, 0, 0]  # averages, weights, counters
+    assert found.state_bytes == [of_all + m + b for m, b in zip(moments, of_blocks)]
+    # Three quarters of a gradient come from others, and of the parameter, which decay reads.
+    assert found.gathered == [2 * 4 * 72, 2 * 4 * 36, 0, 0]
+    alike = plan_sharded(tree, "fsdp", (4,), transformation=tx, reads_parameters=False)
+    assert [2 * n for n in alike.gathered] == found.gathered
 
 
 def placed(sharding: str, shape: tuple[int, ...]) -> Any:

@@ -112,6 +112,7 @@ def test_a_state_dict_is_views_and_loading_copies() -> None:
     saved = state_dict(state)
     name = "w/block_0_0/blocked/ema/average"
     saved[name].fill_(7.0)
+    saved["w/block_0_0/blocked/ema/weight"].fill_(1.0)
     assert float(state["blocked"].inner.inner["ema"].average["4x4"].max()) == 7.0
     loaded = load_state_dict(tx.init(params), saved).state
     saved[name].fill_(8.0)

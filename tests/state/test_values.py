@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +17,11 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo.core.tree import map_leaves
+from funshampoo.recipes import RECIPES
 from funshampoo.state import check, load_state_dict, meaning, state_dict
 from funshampoo.state.checkpoint import carried_over
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import Kept
 from tests.table import Case, every_case
 from tests.trees import assert_equal, gradients, problem, train
 
@@ -40,11 +46,15 @@ def test_what_a_run_leaves_is_never_refused(case: Case) -> None:
     if "guarded" in case.name or case.name.startswith(("shampoo", "multi_steps:shampoo")):
         grads[5] = {**grads[5], "w": grads[5]["w"] * math.nan}
     state = tx.init(params)
+    check(state)
     for g in grads:
         _, state = tx.update(g, state, params)
         check(state)
     loaded = load_state_dict(tx.init(params), state_dict(state)).state
     assert_equal(loaded, state)
+    for _, node in walk(state):
+        ours = type(node).__module__.startswith("funshampoo.") and node._fields
+        assert not ours or type(node) in state_classes().values()
 
 
 def at_first(value: float) -> Callable[[Tensor], Tensor]:
@@ -88,6 +98,21 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "held_streak": (f"{BLOCK}guarded/streak", lambda x: x + 1, "above its 'held'"),
     "spikes_pending": (f"{BLOCK}guarded/spikes/pending", lambda x: x + 1, "above its 'held'"),
     "spike_average": (f"{BLOCK}guarded/spikes/average", lambda x: -x, "negative"),
+    "weight_of_nothing": (
+        f"{BLOCK}ema/weight",
+        lambda x: x * 0,
+        "is 0, while its 'average' is not",
+    ),
+    "factors_of_nothing": (
+        f"{BLOCK}kronecker_statistics/weight",
+        lambda x: x * 0,
+        "is 0, while its 'factors' is not",
+    ),
+    "squares_of_nothing": (
+        f"{BLOCK}graft/onto/second_weight",
+        lambda x: x * 0,
+        "is 0, while its 'second' is not",
+    ),
     "root_streak": (f"{BLOCK}graft/direction/kept/0/streak", lambda x: x + 1, "its 'failures'"),
     "rounds_ahead": (f"{BLOCK}graft/direction/kept/0/rounds", lambda x: x + 99, "the clock"),
 }
@@ -294,3 +319,113 @@ class TestFiles:
         found = self.flipped(content, tmp_path, 40)
         assert not torch.equal(found[self.name], content[self.name])
         load_state_dict(TX.init(problem()), found)
+
+
+STATES = {"inner", "direction", "onto", "own", "statistics", "rate", "spikes", "kept"}
+NO_NUMBERS = {"layout", "owned", "ranks", "ranges", "pace", "steps"}  # what is where; the clock
+
+
+@functools.cache
+def state_classes() -> dict[str, type]:
+    """Every named tuple of the package that is a state, by name."""
+    found: dict[str, type] = {"Kept": Kept}
+    for module in pkgutil.walk_packages(fs.__path__, "funshampoo."):
+        if not module.name.endswith("__main__"):
+            for name, x in vars(importlib.import_module(module.name)).items():
+                if name.endswith("State") and name[0] != "_" and hasattr(x, "_fields"):
+                    found[name] = x
+    return found
+
+
+@pytest.mark.parametrize("state", state_classes().values(), ids=state_classes())
+def test_every_field_of_every_state_says_what_it_means(state: Any) -> None:
+    """So that none is left to "finite" because nobody thought of it."""
+    declared = getattr(state, "_meaning", {})
+    assert set(state._fields) - STATES - NO_NUMBERS == set(declared), state.__name__
+
+
+def _averages(recipe: Any) -> tuple[Any, dict[str, Tensor]]:
+    tx = fs.chain(fs.scale_by_adam(), recipe)
+    return tx, saved(tx)
+
+
+NEGATIVE = {
+    "schedule_free/total": lambda: fs.schedule_free(0.1),
+    "schedule_free/largest": lambda: fs.schedule_free(0.1),
+    "schedule_free/seen": lambda: fs.schedule_free(0.1),
+    "tail_average/weight": lambda: fs.tail_average(beta=0.9),
+    "normalize_rows/second": lambda: fs.normalize_rows(0.9),
+}
+
+
+@pytest.mark.parametrize("field", NEGATIVE)
+def test_a_negative_sum_is_refused(field: str) -> None:
+    tx, found = _averages(NEGATIVE[field]())
+    load_state_dict(tx.init(problem()), found)
+    name = next(name for name in found if name.endswith(field))
+    found[name] = -found[name] - 1
+    with pytest.raises(ValueError, match=f"'{name}' is negative"):
+        load_state_dict(tx.init(problem()), found)
+
+
+INJECTED: dict[str, tuple[Any, list[float], list[float]]] = {
+    "learning_rate": (fs.adamw, [-1e-3, math.inf, math.nan], [0.0, 10.0]),
+    "beta1": (fs.adamw, [9e5, 1.1, -0.1], [0.0, 0.5]),
+    "epsilon": (fs.adamw, [-1e-8], [0.0, 1e-3]),
+    "weight_decay": (fs.shampoo, [-1.0], [0.0, 1.0]),
+    "beta2": (fs.shampoo, [1.5, -0.5], [0.5, 1.0]),
+    "momentum": (fs.sgd, [-0.9], [0.5]),
+    "max_norm": (fs.clip_by_global_norm, [-1.0], [1.0, math.inf]),  # where infinite is no limit
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_hyperparameters_in_a_state_are_held_to_the_ranges_of_their_arguments(name: str) -> None:
+    recipe, refused, taken = INJECTED[name]
+    arguments = {} if recipe is fs.clip_by_global_norm else {"learning_rate": 0.1}
+    tx = fs.inject_hyperparams(recipe)(**{**arguments, name: 0.5})
+    found = saved(tx)
+    entry = next(n for n in found if n.endswith(f"hyperparams/{name}"))
+    for value in taken:
+        recipe(**{**arguments, name: value})
+        load_state_dict(tx.init(problem()), found | {entry: torch.tensor(value)})
+    for value in refused:
+        with pytest.raises(ValueError, match=name):
+            recipe(**{**arguments, name: value})
+        with pytest.raises(ValueError, match=f"'{entry}' is") as error:
+            load_state_dict(tx.init(problem()), found | {entry: torch.tensor(value)})
+        assert "no run can have left" in str(error.value)
+
+
+def test_every_number_of_a_recipe_has_its_range_in_the_state() -> None:
+    """But one that is looked at through a function of it."""
+    for recipe in (fs.shampoo, fs.soap, fs.muon, fs.adamw, fs.sgd, fs.lion, fs.splus):
+        state = fs.inject_hyperparams(recipe)(0.1).init(problem())
+        assert {name for name in state.hyperparams if not state.ranges[name]} == set(), recipe
+
+
+WITH_BASES = [fs.soap, fs.splus, fs.kl_shampoo, fs.eigenvalue_shampoo, fs.soap_muon, fs.kl_soap]
+
+
+@pytest.mark.parametrize("recipe", WITH_BASES, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("change", [lambda Q: 3 * Q, lambda Q: 0 * Q, lambda Q: Q[:, :1] + 0 * Q])
+def test_a_basis_is_orthonormal(recipe: Any, change: Callable[[Tensor], Tensor]) -> None:
+    tx = recipe(0.1)
+    found = saved(tx)
+    name = next(n for n in found if "bases/kept" in n and n.endswith("value/0"))
+    assert found[name].shape[-1] > 1
+    with pytest.raises(ValueError, match=f"'{name}' has columns that are not orthonormal"):
+        load_state_dict(tx.init(problem()), found | {name: change(found[name])})
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_counts_are_held_to_the_clock_in_every_recipe(recipe: Any) -> None:
+    """Also where parts of the parameters have methods of their own."""
+    tx = recipe(0.1)
+    found = saved(tx)
+    fields = ("held", "seen", "rounds", "failures")
+    counts = [name for name in found if name.endswith(tuple(f"/{f}" for f in fields))]
+    assert counts or recipe in (fs.adamw, fs.sgd, fs.lion, fs.sign_descent)
+    for name in counts:
+        with pytest.raises(ValueError, match=f"'{name}' is above the clock, which is at 4"):
+            load_state_dict(tx.init(problem()), found | {name: found[name] * 0 + 10**6})

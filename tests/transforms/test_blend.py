@@ -56,17 +56,20 @@ def test_where_there_is_no_other_direction_the_updates_stay() -> None:
         assert not found["b"].any()
 
 
+@pytest.mark.parametrize("least", [(0.1, 0.05), (-0.5, 0.05), (0.1, -0.5), (-1.5, -1.5)])
 @pytest.mark.parametrize("floor_and_cap", [(0.0, 1.0), (0.9, 1.0), (0.0, 0.05)])
-def test_the_gate_opens_with_the_agreement(floor_and_cap: tuple[float, float]) -> None:
-    floor, cap = floor_and_cap
+def test_the_gate_opens_with_the_agreement(
+    floor_and_cap: tuple[float, float], least: tuple[float, float]
+) -> None:
+    (floor, cap), (agreement, alignment) = floor_and_cap, least
     shares = []
     for seed in range(6):
         u, g = randn(4, 5, seed=seed), randn(4, 5, seed=seed) + 0.8 * randn(4, 5, seed=seed + 50)
-        gate = fs.AgreementGate(0.1, 0.05, 1.5, floor, cap)
+        gate = fs.AgreementGate(agreement, alignment, 1.5, floor, cap)
         W = turned(u)
         W = W * schatten4(u) / schatten4(W)
-        a = (cosine(W, u) - 0.1) / 0.9
-        b = (cosine(W, g) - 0.05) / max(cosine(u, g) - 0.05, 1e-8)
+        a = (cosine(W, u) - agreement) / (1 - agreement)
+        b = (cosine(W, g) - alignment) / max(cosine(u, g) - alignment, 1e-8)
         share = (min(max(a, 0), 1) * min(max(b, 0), 1)) ** 1.5
         shares.append(share)
         share = min(max(share, floor), cap)
@@ -74,7 +77,10 @@ def test_the_gate_opens_with_the_agreement(floor_and_cap: tuple[float, float]) -
         tx = fs.blocked(fs.chain(replaced(u), fs.blend_towards(other(), gate)))
         found, _ = tx.update({"w": g}, tx.init({"w": g}))
         assert torch.allclose(found["w"], V * schatten4(u) / schatten4(V), rtol=1e-10)
-    assert min(shares) < 0.05 < max(shares)  # or the bounds would show nothing
+    if least == (0.1, 0.05):
+        assert min(shares) < 0.05 < max(shares)  # or the bounds would show nothing
+    else:
+        assert len({round(share, 3) for share in shares}) > 2
 
 
 def replaced(u: torch.Tensor) -> fs.GradientTransformation:
@@ -191,7 +197,8 @@ def test_a_decay_after_the_step_shrinks_what_it_made() -> None:
     [
         (lambda: fs.blend_towards(fs.sign(), 1.5), "gate is 1.5"),
         (lambda: fs.AgreementGate(agreement=1.0), "agreement is 1.0"),
-        (lambda: fs.AgreementGate(alignment=-2.0), "alignment is -2.0"),
+        (lambda: fs.AgreementGate(agreement=float("-inf")), "agreement is -inf"),
+        (lambda: fs.AgreementGate(alignment=1.0), "alignment is 1.0"),
         (lambda: fs.AgreementGate(power=0.0), "power is 0.0"),
         (lambda: fs.AgreementGate(floor=-0.1), "floor is -0.1"),
         (lambda: fs.AgreementGate(cap=1.1), "cap is 1.1"),

@@ -1,0 +1,61 @@
+"""Trees of blocks, and states of elementwise stages, from one basis of each side into another."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.contract import Tree
+from funshampoo.core.modes import full_precision
+from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.operators.leaf_ops import per_block
+from funshampoo.operators.mode_products import rotate
+from funshampoo.state.meaning import kind_of
+
+
+def turned(tree: Tree, kept: Tree, block_ndim: int, back: bool = False) -> Tree:
+    """Coordinates in the bases, or back."""
+
+    def leaf(u: Tensor, units: Any) -> tuple[Tensor]:
+        return (rotate(cast(u, compute_dtype(u)), _matrices(units), block_ndim, back),)
+
+    return update_leaves(leaf, tree, (), (kept,))[0]
+
+
+def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: int) -> Any:
+    """A state with its linear fields in the new bases, in the rows whose bases are new."""
+
+    def leaf(u: Tensor, old: Any, new: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        renewed = [unit.rounds != was.rounds for was, unit in zip(old, new) if unit]
+        if not renewed:
+            return u, x
+        whole = rotate(x, _matrices(old), block_ndim, back=True)
+        turned = rotate(whole, _matrices(new), block_ndim)
+        some = functools.reduce(torch.logical_or, renewed)
+        return u, torch.where(per_block(some, x), turned, x)
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: visit(child) for key, child in node.items()}
+        fields = getattr(type(node), "_fields", None)
+        if fields is None:
+            return type(node)(map(visit, node)) if isinstance(node, (tuple, list)) else node
+        return type(node)(*[visited(node, field) for field in fields])
+
+    def visited(node: Any, field: str) -> Any:
+        child = getattr(node, field)
+        if kind_of(type(node), field) != "linear":
+            return visit(child)
+        if isinstance(child, tuple) and not child:  # a part that is off
+            return child
+        return update_leaves(leaf, updates, (child,), (before, after))[1]
+
+    with full_precision():
+        return visit(state)
+
+
+def _matrices(units: Any) -> list[Tensor | None]:
+    return [unit.value[0] if unit else None for unit in units]
