@@ -11,6 +11,7 @@ from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg.polynomials import Polynomials
 from funshampoo.operators.shape_scale import Scale
+from funshampoo.recipes.diagonal import is_zero
 from funshampoo.recipes.in_blocks import Distribute
 from funshampoo.recipes.routing import decay, routed
 from funshampoo.transforms import (
@@ -86,7 +87,10 @@ def muon(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
+    reads = not is_zero(weight_decay)
+    return routed(
+        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
+    )
 
 
 def normuon(
@@ -155,7 +159,10 @@ def normuon(
         *decays,
         scale_by_learning_rate(learning_rate),
     )
-    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
+    reads = cautious_decay or not is_zero(weight_decay)
+    return routed(
+        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
+    )
 
 
 def spectral_descent(
@@ -215,4 +222,7 @@ def spectral_descent(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
+    reads = not is_zero(weight_decay)
+    return routed(
+        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
+    )
