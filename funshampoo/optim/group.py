@@ -27,6 +27,7 @@ from funshampoo.optim.ready import (
     Plan,
     Ready,
     fresh,
+    gradient_of,
     same_parameters,
 )
 from funshampoo.optim.saved import flattened
@@ -155,7 +156,7 @@ class GroupRun:
         built = self._built
         assert built.transformation is not None
         ascends = self.group.get("maximize", False)
-        gradients = {k.name: _gradient(k.parameter, ascends) for k in self._known}
+        gradients = {k.name: gradient_of(k.parameter, ascends) for k in self._known}
         params = {k.name: k.parameter.detach() for k in self._known}
         self._state = unwatched(
             built.transformation, gradients, self._state, params, hyper=built.numbers()
@@ -345,9 +346,3 @@ class GroupRun:
         }
         changed |= {"_untouched": self._untouched and not self.has_state, "_handed_out": None}
         return {**self.__dict__, **changed}
-
-
-def _gradient(p: Tensor, ascends: bool) -> Tensor | None:
-    """None where a frozen parameter still has an old gradient."""
-    g = p.grad if p.requires_grad else None
-    return -g if ascends and g is not None else g

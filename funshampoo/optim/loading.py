@@ -14,7 +14,8 @@ from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
 from funshampoo.optim.ready import Ready
 from funshampoo.optim.saved import check_fits, check_ours, indices_of, loaded_group
-from funshampoo.state.parts import PART_KEY, Part
+from funshampoo.state.checkpoint import of_run
+from funshampoo.state.parts import part_of
 
 
 class Loading(NamedTuple):
@@ -56,35 +57,37 @@ def loaded_together(
         found = loaded(runs, groups, given, strict=strict, cast=cast)
     except BaseException as error:  # whatever it is: the others are waiting
         failure = error
-    common = set() if failure is not None else _common(given["state"])
-    everyone = gathered_objects((failure is None, common), shared[0])
+    steps = set() if failure is not None else _clocks(given["state"])
+    numbers = [] if failure is not None else [part_of(one.state).run for one in found.ready]
+    everyone = gathered_objects((failure is None, steps, numbers), shared[0])
     if failure is not None:
         raise failure
-    for rank, (well, common) in enumerate(everyone):
+    known = [max(each) for each in zip(*[numbers for _, _, numbers in everyone])]
+    for rank, (well, steps, numbers) in enumerate(everyone):
         if not well:
             raise ValueError(
                 f"rank {rank} of {len(everyone)} could not load what it was given; its own error "
                 "says why. Nothing was changed on any rank. Give each rank the part that it saved, "
                 "or all of them the union, funshampoo.state.merged(parts)."
             )
-        if common != everyone[0][1]:
+        # A whole is of no run in particular, and one rank may have it where others have parts.
+        if steps != everyone[0][1] or any(n not in (0, m) for n, m in zip(numbers, known)):
             raise ValueError(
-                f"the checkpoints that ranks 0 and {rank} were given are of different steps or "
-                "runs: give those of one save. Nothing was changed on any rank."
+                f"the checkpoint that rank {rank} was given is of another step or run than those "
+                "of other ranks: give those of one save. Nothing was changed on any rank."
             )
-    return found
+    ready = [one._replace(state=of_run(one.state, n)) for one, n in zip(found.ready, known)]
+    return found._replace(ready=ready)
 
 
-def _common(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
-    """The counters of steps and the numbers of runs: equal in the whole and in all its parts."""
-    shared = [
-        (name, x)
+def _clocks(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
+    """The counters of steps: equal in the whole and in all its parts."""
+    return {
+        (name, x.item())
         for entries in state.values()
         for name, x in entries.items()
-        if isinstance(x, Tensor) and is_shared(name)
-    ]
-    steps = {(n, x.item()) for n, x in shared if not x.ndim and n.endswith("/steps")}
-    return steps | {(n, Part.read(x).run) for n, x in shared if n.endswith("/" + PART_KEY)}
+        if isinstance(x, Tensor) and not x.ndim and is_shared(name) and name.endswith("/steps")
+    }
 
 
 def loaded(

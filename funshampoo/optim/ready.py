@@ -109,3 +109,9 @@ def _check_scaled_once(built: Built, state: Any) -> None:
             "the transformation scales by a learning rate already, and lr= would do it again: give "
             "it without scale_by_learning_rate, or give its recipe."
         )
+
+
+def gradient_of(p: Tensor, ascends: bool) -> Tensor | None:
+    """None where a frozen parameter still has an old gradient."""
+    g = p.grad if p.requires_grad else None
+    return -g if ascends and g is not None else g

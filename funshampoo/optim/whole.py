@@ -108,8 +108,7 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
             )
         found = merged(parts)
     for run in memory.runs:
-        # Other ranks may go on from their parts of the same run.
-        _label(run, found, index, Part(0, 1, run=part_of(run.state()).run))
+        _label(run, found, index, Part(0, 1))
     return found
 
 

@@ -146,13 +146,13 @@ def load_state_dict(
             f"{listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
             "it was saved: load an earlier one."
         )
-    new = _of_run(_filled(state, fit.saved), run)
+    new = of_run(_filled(state, fit.saved), run)
     if fit.missing:  # the clock among them, perhaps
         new = _cut(new)
     return Loaded(new, fit.missing, fit.unknown)
 
 
-def _of_run(state: Any, run: int) -> Any:
+def of_run(state: Any, run: int) -> Any:
     """The state, as one of this run."""
     if not run:
         return state

@@ -152,7 +152,7 @@ def loads(rank: int, case: str) -> Any:
     ("case", "messages"),
     [
         ("rank 0's alone", ("rank 1 of 2 could not load", "the part of rank 0 of 2: save every")),
-        ("another step", ("of different steps or runs: give those of one save",) * 2),
+        ("another step", ("is of another step or run than those of other ranks",) * 2),
         ("no checkpoint", ("rank 1 of 2 could not load", "this is no state_dict of an optimizer")),
         ("own", ("", "")),
     ],
