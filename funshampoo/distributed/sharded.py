@@ -54,17 +54,23 @@ def sharded(
     names, shapes and dtypes of the parameters, their order and that of the gradients (by their
     values; parameters of other values are only warned of), the step, live numbers, the chain and
     its numbers, and the arguments here, by one more collective of six integers; on every step, in
-    the status that travels with the updates, live numbers and the step. Where something differs
-    every rank's error says what, and on which rank. A live number that is a tensor on a device is
-    not read, and of a function of yours only the name is compared.
+    the status that travels with the updates, live numbers, the step, the run that the state is of,
+    and what the wrapper applies around the chain. Where something differs every rank's error says
+    what, and on which rank. A live number that is a tensor on a device is not read, and of a
+    function of yours only the name is compared.
+
+    A rank that is given other parameters later, or another chain by an edit of the wrapper's
+    groups, takes part in a step as the one before once more, to say so: if all do, they compare
+    anew; if not, the error comes on all of them, on the CPU before anything moves.
 
     An exception in `inner` on one rank, Ctrl-C too, is raised there after the collective, and an
     error that names the rank on the others. On the CPU that is at once. Elsewhere looking waits for
     the device, so they look on multiples of `every` only; in between they apply zeros for the rank
     that failed and meet the group's timeout in their next collective. Errors of the caller on one
     rank alone (other trees, a sparse gradient) are raised there before the collective: the others
-    meet the timeout. So they do where only some of the ranks step other parameters than before, or
-    end earlier (`distributed.join` is for uneven inputs); the error then lists what it may be. A
+    meet the timeout. So they do where some of the ranks end earlier (`distributed.join` is for
+    uneven inputs), or go back to parameters on which all had agreed, as of a second model; the
+    error then lists what it may be. A
     state that was donated to a failed step is spent: go on from a checkpoint.
 
     Args:
