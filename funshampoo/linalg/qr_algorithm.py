@@ -26,7 +26,7 @@ def qr_algorithm(A: Tensor, Q: Tensor, tolerance: float | Tensor, steps: int) ->
 
     Args:
         A: (..., d, d), symmetric; what is not finite counts as not decomposed.
-        Q: (..., d, d), orthogonal.
+        Q: (..., d, d), orthogonal but for rows of zeros, those of coordinates where A has them too.
         tolerance: a number or (...); below 0 no basis is good enough.
         steps: 0 or more.
 
@@ -41,15 +41,17 @@ def qr_algorithm(A: Tensor, Q: Tensor, tolerance: float | Tensor, steps: int) ->
     >>> qr_algorithm(A, torch.eye(2), 0.0, 30).values.round(decimals=4)
     tensor([1., 3.])
     """
-    A, finite = replace_nonfinite(A)
+    A, found = replace_nonfinite(A)
     A, Q = aligned(A), aligned(Q)
     with full_precision():
         for _ in range(steps):
             stale = ritz_values(A, Q)[1] > tolerance
             if is_readable([stale]) and not bool(stale.any()):
                 break
-            Q = where(stale, orthogonal(multiply(A, Q), Q), Q)
+            new = orthogonal(multiply(A, Q), Q)
+            found = found & (is_orthogonal(new) | ~stale)
+            Q = where(stale, new, Q)
         values = ritz_values(A, Q)[0]
     order = values.argsort(dim=-1, stable=True)
     vectors = Q.take_along_dim(order[..., None, :], -1).contiguous()
-    return Spectrum(values.take_along_dim(order, -1), vectors, finite & is_orthogonal(Q))
+    return Spectrum(values.take_along_dim(order, -1), vectors, found)

@@ -18,7 +18,8 @@ KINDS = {
     "weight": "in [0, 1]: the total weight of the gradients in an average, 1 - beta^t; one that is "
     "a 'weight of second' is not 0 beside a field `second` that is not",
     "factor": "a sum or an average of A Aᵀ, packed or not: |L_ij| ≤ √(L_ii L_jj)",
-    "orthonormal": "a tree of `Kept` whose first values are bases, QᵀQ = I",
+    "orthonormal": "a tree of `Kept` whose first values are bases, QQᵀ = I but for rows of zeros, "
+    "those of coordinates that no gradient has touched",
     "count": "≥ 0 and not above the clock; 'count <= held' is not above the field `held` either",
     "steps": "the clock, ≥ 0; every field of this name is one",
 }

@@ -15,7 +15,7 @@ from funshampoo.state.meaning import parts_of
 
 _AT_A_TIME = 2**24  # numbers that are looked at together
 _RANGE = re.compile(r"([\[(])([^\s,]+), ([^\s,\])]+)([\])])")  # as in "number [0.0, 1.0)"
-_OFF_ORTHONORMAL = 0.1  # an entry of QᵀQ - I: rounding leaves a hundredth of it, in bfloat16 too
+_OFF_ORTHONORMAL = 0.1  # an entry of QQᵀ - I: rounding leaves a hundredth of it, in bfloat16 too
 _ABOVE_ONE = 1.01  # of a weight: a long average's rounds to a little above 1
 
 
@@ -86,9 +86,10 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
     if kind == "orthonormal":
         Q = x if x.dtype == torch.float64 else x.float()
         with full_precision():
-            gram = Q.mT @ Q
-        eye = torch.eye(gram.shape[-1], dtype=Q.dtype, device=Q.device)
-        yield rows((gram - eye).abs() > _OFF_ORTHONORMAL), "has columns that are not orthonormal"
+            gram = Q @ Q.mT
+        there = (Q != 0).any(-1)  # a coordinate that no gradient has touched has a row of zeros
+        off = (gram - there.to(Q.dtype).diag_embed()).abs() > _OFF_ORTHONORMAL
+        yield rows(off) | rows(~there.any(-1)), "has rows that are not orthonormal"
     if kind == "factor":
         L = unpack(x)
         diagonal = L.diagonal(dim1=-2, dim2=-1)

@@ -175,6 +175,18 @@ def test_each_matrix_ends_for_itself() -> None:
     assert torch.equal(alone.vectors[0], vectors[0])
 
 
+def test_a_basis_that_lacks_an_untouched_coordinate_goes_on() -> None:
+    """It is no failure to keep it; a QR that is not orthogonal is one."""
+    A = torch.diag(torch.tensor([3.0, 2.0, 0.0]).double())
+    Q = torch.eye(3).double()
+    Q[2] = 0
+    found = qr_algorithm(A, Q, 0.1, 3)
+    assert found.decomposed
+    assert torch.equal(found.values, torch.tensor([0.0, 2.0, 3.0]).double())
+    assert torch.equal(found.vectors.abs().sum(1), torch.tensor([1.0, 1.0, 0.0]).double())
+    assert not qr_algorithm(A + torch.ones(3, 3), torch.full_like(Q, torch.nan), -1.0, 1).decomposed
+
+
 def svd_arguments(**fields: Any) -> dict[str, Any]:
     config = {"type": "SVDOrthogonalizationConfig", **fields}
     kind = "SpectralDescentPreconditionerConfig"
