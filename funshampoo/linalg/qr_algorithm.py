@@ -45,7 +45,7 @@ def qr_algorithm(A: Tensor, Q: Tensor, tolerance: float | Tensor, steps: int) ->
     A, Q = aligned(A), aligned(Q)
     with full_precision():
         for _ in range(steps):
-            stale = ritz_values(A, Q)[1] > tolerance
+            stale = ~(ritz_values(A, Q)[1] <= tolerance)  # one that is not finite, too
             if is_readable([stale]) and not bool(stale.any()):
                 break
             new = orthogonal(multiply(A, Q), Q)
