@@ -28,8 +28,6 @@ def check_range(
         ValueError: it does not. Names the parameter and the range.
         TypeError: it is neither a number nor a tensor (nor a function, where one may stand).
     """
-    if name == "learning_rate":  # an infinite limit is none, an infinite rate makes zeros NaN
-        high_open = True
     if isinstance(value, Live):
         value.note(
             functools.partial(
@@ -50,6 +48,11 @@ def check_range(
     if not (above and below):
         range_ = _interval(low, high, low_open, high_open or high == float("inf"))
         raise ValueError(f"{name} is {value}; it must lie in {range_}.")
+
+
+def check_rate(value: Any) -> None:
+    """A learning rate, or a schedule of one, is at least 0 and finite: infinity times 0 is NaN."""
+    check_range("learning_rate", value, 0.0, high_open=True, schedule=True)
 
 
 def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_choice, check_flag, check_range
+from funshampoo.core.checks import check_choice, check_flag, check_rate
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers
@@ -52,7 +52,7 @@ def hyperball(
     >>> tx.update({"w": torch.tensor([0.0, -5.0])}, tx.init(w), w)[0]
     {'w': tensor([-0.4000,  1.2000])}
     """
-    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_rate(learning_rate)
     check_flag("relative", relative)
     check_choice("radius", radius, ("kept", "first_order"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from funshampoo.core.checks import check_range
+from funshampoo.core.checks import check_range, check_rate
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
@@ -43,7 +43,7 @@ def decay_after_step(
     {'w': tensor([-0.4000])}
     """
     check_range("weight_decay", weight_decay, 0.0)
-    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_rate(learning_rate)
     check_scale(scale)
 
     def init(params: Tree, *, clock: bool = False) -> LearningRateState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from funshampoo.core.checks import check_flags, check_range
+from funshampoo.core.checks import check_flags, check_range, check_rate
 from funshampoo.core.clock import advanced, count_of, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
@@ -53,7 +53,7 @@ def scale_by_learning_rate(
     tensor([-0.0500])
     tensor([-0.0250])
     """
-    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_rate(learning_rate)
     check_flags(flip_sign=flip_sign)
     sign = -1 if flip_sign else 1
 

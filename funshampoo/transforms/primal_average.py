@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from funshampoo.core.checks import check_range
+from funshampoo.core.checks import check_range, check_rate
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
@@ -47,7 +47,7 @@ def primal_average(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.3125])}
     """
-    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_rate(learning_rate)
     check_range("average", average, 0.0, 1.0, high_open=True)
     check_range("interpolation", interpolation, 0.0, 1.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_range
+from funshampoo.core.checks import check_range, check_rate
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
@@ -55,7 +55,7 @@ def schedule_free(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.5000])}
     """
-    check_range("learning_rate", learning_rate, 0.0, schedule=True)
+    check_rate(learning_rate)
     check_range("beta", beta, 0.0, 1.0)
     check_range("r", r, 0.0)
     check_range("weight_lr_power", weight_lr_power, 0.0)

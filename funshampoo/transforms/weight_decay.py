@@ -72,7 +72,7 @@ def add_decayed_weights(
     if kind in ("corrected", "independent"):
         if peak_learning_rate is None:
             raise ValueError(f"kind={kind!r} needs peak_learning_rate, the largest learning rate.")
-        check_range("peak_learning_rate", peak_learning_rate, 0.0, low_open=True)
+        check_range("peak_learning_rate", peak_learning_rate, 0.0, low_open=True, high_open=True)
     if kind == "corrected" and learning_rate is None:
         raise ValueError("kind='corrected' needs learning_rate, as scale_by_learning_rate gets it.")
     scheduled = callable(weight_decay) or (kind == "corrected" and callable(learning_rate))
