@@ -25,10 +25,8 @@ def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tenso
     return {name: _joined(parts, layout.stacks[name]) for name, parts in pieces.items()}
 
 
-def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor] | None:
-    """{stack: (rows,)} of one number a leaf, (), 0 or 1; None means that all are 1."""
-    if alive is None:
-        return None
+def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor]:
+    """{stack: (rows,)} of one number a leaf, (), 0 or 1."""
     flags, _ = flatten(alive)
     pieces: dict[str, list[Tensor]] = {name: [] for name in layout.stacks}
     for i, where in enumerate(layout.parameters):

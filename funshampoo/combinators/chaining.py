@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,7 @@ def chain(
         update,
         apply=apply if ends_in_place else None,
         parts=named,
-        state_of=lambda state, name: state[name],
+        state_of=operator.getitem,
     )
 
 
@@ -118,13 +119,12 @@ def _run(
 ) -> tuple[Tree, dict[str, State]]:
     states: dict[str, State] = {}
     previous = (*context.previous, *[x for name, x in state.items() if name != CLOCK])
-    inside = changed(context, previous=previous)
+    inside = Context(context.upstream, previous, *context[2:])
     for name, stage in stages.items():
+        if states:  # what somebody has looked at is what the first stage gets
+            inside = Context((*context.upstream, *states.values()), *inside[1:-1], False)
         found = stage.run(updates, state[name], params, inside)
         updates, states[name] = checked_pair(found, name)
-        upstream = (*context.upstream, *states.values())
-        # What somebody has looked at is what the first stage gets.
-        inside = Context(upstream, *inside[1:-1], False)
     return updates, states
 
 

@@ -101,9 +101,10 @@ def look_due(steps: Tensor | tuple[()], context: Context, every: int) -> bool:
 
     It does before multiples of `every`, as refreshes do, and not before the first step.
     """
-    clock = steps if isinstance(steps, Tensor) else context.clock
-    done = None if clock is None else read_counter(clock)
-    return done is not None and done > 0 and (done + 1) % every == 0
+    if torch.compiler.is_dynamo_compiling():
+        return False  # where counters of failures can't be read either
+    step = running(steps, context).step
+    return step is not None and step > 1 and step % every == 0
 
 
 def advanced(steps: Tensor | tuple[()], donate: bool) -> Tensor | tuple[()]:

@@ -68,7 +68,7 @@ def update_leaves(
         TypeError: it returned no tuple of an update and as many states.
     """
     leaves, spec = flatten(updates)
-    columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
+    columns = columns_of((*inputs, *states), spec, updates)
     if not leaves:
         return (updates, *states)
     rows = []
@@ -77,7 +77,7 @@ def update_leaves(
         if type(found) is not tuple or len(found) != 1 + len(states):
             raise TypeError(_no_row(found, len(states)))
         rows.append(found)
-    return tuple([spec.unflatten(column) for column in zip(*rows)])
+    return tuple(map(spec.unflatten, zip(*rows)))
 
 
 def _no_row(found: Any, states: int) -> str:
@@ -102,7 +102,7 @@ def update_columns(
             the leaf.
     """
     leaves, spec = flatten(updates)
-    columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
+    columns = columns_of((*inputs, *states), spec, updates)
     for column in columns:
         for u, part in zip(leaves, column):
             if u is not None and (own := part.shape) != u.shape and own != u.shape[: len(own)]:
@@ -150,15 +150,15 @@ def _shapes_differ(updates: Any, leaves: list[Any], parts: list[Any]) -> str:
     )
 
 
-def _parts_of(tree: Any, spec: Any, updates: Any) -> list[Any]:
+def columns_of(trees: Sequence[Any], spec: Any, updates: Any) -> list[list[Any]]:
+    """Of each tree what it has where the updates have leaves."""
     try:
-        parts: list[Any] = spec.flatten_up_to(tree)
+        return list(map(spec.flatten_up_to, trees))
     except ValueError as error:
         raise ValueError(
             f"the gradients {leaf_names(updates)} do not fit the state: it was made by init for "
             "parameters in another tree."
         ) from error
-    return parts
 
 
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
@@ -206,16 +206,26 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in its compute dtype."""
+    return x.to(torch.float32) if x.dtype in HALF else x
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which statistics and updates of `x` live: float32 at least."""
-    return torch.float32 if x.dtype in _HALF else x.dtype
+    return torch.float32 if x.dtype in HALF else x.dtype
 
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
-def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> None:
+def check_same_structure(
+    tree: Any, other: Any, name: str, other_name: str
+) -> tuple[tuple[list[Any], Any], tuple[list[Any], Any]]:
     """The two trees have the same leaves in the same places, of the same shapes.
+
+    Returns:
+        Of each what `flatten` says of it.
 
     Raises:
         ValueError: names the first leaf that differs.
@@ -235,6 +245,7 @@ def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> N
                 f"leaf '{leaf_names(tree)[i]}' has shape {tuple(a.shape)} in {name} "
                 f"and {tuple(b.shape)} in {other_name}."
             )
+    return (leaves, spec), (others, other_spec)
 
 
 def _difference(tree: Any, other: Any, name: str, other_name: str) -> str:

@@ -90,10 +90,11 @@ def precondition(
     >>> precondition(torch.ones(2), [torch.tensor([[2.0, 0.0], [0.0, 3.0]])])
     tensor([2., 3.])
     """
-    matrices = [None if root is None else unpack(root) for root in roots]
-    return _mode_products(
-        x, [m if m is None else (m, m) for m in matrices], block_ndim, product_dtype
-    )
+    pairs: list[tuple[Tensor, Tensor] | None] = []
+    for root in roots:
+        X = None if root is None else unpack(root)
+        pairs.append(None if X is None else (X, X))
+    return _mode_products(x, pairs, block_ndim, product_dtype)
 
 
 def rotate(
@@ -131,7 +132,7 @@ def _mode_products(
         left, right = pairs
         x = x if left is None else rounded_matmul(left[0], x, product_dtype)
         x = x if right is None else rounded_matmul(x, right[1], product_dtype)
-        return cast(x, dtype)
+        return x if x.dtype == dtype else x.to(dtype)
     for d, pair in zip(sides, pairs):
         # The axis of every side is the first in its turn, and goes to the end: without a copy,
         # since a product reads its transposed operand as it lies. With few columns it is so slow
