@@ -163,7 +163,7 @@ def _piece(view: Tensor, region: Region) -> Piece:
 
 def _views(x: Tensor, region: Region, first: int, last: int) -> Iterator[Tensor]:
     """Views (*grid, *block) of a merged parameter that hold these rows of the region in order."""
-    grid = x if region.block == x.shape else _grid_of_blocks(x, region)
+    grid = x if region.block == x.shape else grid_of_blocks(x, region)
     return _rows_of_grid(grid, len(region.block), first, last)
 
 
@@ -172,7 +172,7 @@ def viewed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x if x.shape == shape else x.reshape(shape)
 
 
-def _grid_of_blocks(x: Tensor, region: Region) -> Tensor:
+def grid_of_blocks(x: Tensor, region: Region) -> Tensor:
     """The region of a merged parameter as (*grid, *block); a view."""
     split: list[int] = []
     for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
