@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from funshampoo.core.contract import GradientTransformation, Tree, as_transforma
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
 from funshampoo.core.parameters import check_local, problem_of_gradients
 from funshampoo.core.placed import any_in_parts, part_like, placed_like
-from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
+from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names, names_in
 from funshampoo.state.stages import BlockedState
 
 
@@ -99,7 +99,7 @@ def blocked(
     def layout(leaves: list[Tensor]) -> Layout:  # a closure: to torch.compile its numbers are fixed
         return layout_of(leaf_keys(leaves), max_size, merge, keep)
 
-    blocks = _Blocked(inner, layout, with_params, tile, Executors(tile), _Names())
+    blocks = _Blocked(inner, layout, with_params, Executors(tile))
     return GradientTransformation(
         blocks.init,
         blocks.update,
@@ -117,9 +117,7 @@ class _Blocked:
     inner: GradientTransformation
     layout: Callable[[list[Tensor]], Layout]
     with_params: bool | Mask
-    tile: TileSize
     executors: Executors = field(repr=False)
-    names: _Names = field(repr=False)
 
     def init(
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -156,7 +154,7 @@ class _Blocked:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = self.layout(known)
-        called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
+        called = () if torch.compiler.is_dynamo_compiling() else names_in(spec)
         _check_layout(layout, state.layout, called)
         shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
@@ -221,21 +219,7 @@ class _Blocked:
             raise failure_limit_error(blocks, error.max_failures) from None
 
 
-class _Names:
-    """The names of the leaves of a tree. Those of the last tree are remembered."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, list[str]] = (None, [])
-
-    def of(self, tree: Tree, spec: Any) -> list[str]:
-        seen, names = self._last
-        if seen is None or seen != spec:
-            names = leaf_names(tree)
-            self._last = spec, names
-        return names
-
-
-def _check_layout(layout: Layout, expected: Mapping[str, Any], names: list[str]) -> None:
+def _check_layout(layout: Layout, expected: Mapping[str, Any], names: Sequence[str]) -> None:
     """The gradients fall into the rows that init laid out for the parameters of their names."""
     if not names:  # in torch.compile
         if list(expected.values()) == layout.described:

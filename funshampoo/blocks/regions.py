@@ -142,7 +142,8 @@ class Parts(dict[tuple[str, range], Rows]):
         found = self[stack, rows]
         if found.whole:
             block = self.layout.stacks[stack].block
-            own = [viewed(leaves[i], block) for i in found.whole]
+            whole = map(leaves.__getitem__, found.whole)
+            own = [x if x.shape == block else x.reshape(block) for x in whole]
             return own, list(values.unbind(0))
         return self._views(found, leaves), _split(values, found)
 

@@ -271,17 +271,11 @@ def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     return GradientTransformation(name=name, **stage._given)
 
 
-def refreshes(
-    transformation: GradientTransformation, context: Context, step: int | None = None
-) -> bool:
-    """Whether a step in this context computes anew what is kept, as far as the host knows.
-
-    Args:
-        step: its number; by default the context's.
-    """
+def refreshes(transformation: GradientTransformation, context: Context) -> bool:
+    """Whether a step in this context computes anew what is kept, as far as the host knows."""
     if context.refresh is not None:
         return context.refresh
-    t = context.step if step is None else step
+    t = context.step
     return t is not None and any([p.startswith("refresh") for p in transformation.phase(t)])
 
 

@@ -165,7 +165,7 @@ def root_inverse(
                 RootRule(d, e, initial_eigenvalue**-e, *numbers) if e else None for d, e in powers
             ]
 
-        return Refreshing(rules, schedule, packed, threads)
+        return Refreshing(rules, schedule, packed)
 
     def init(
         params: Tree, *, upstream: Any = None, block_ndim: int = 0, clock: bool = False
