@@ -88,17 +88,19 @@ def _tensors(state: Any, only_one: bool = False) -> list[Tensor]:
 
     Several times faster than `flatten`, which looks into layouts too.
     """
-    found, todo = [], [state]
+    found: list[Tensor] = []
+    todo: list[Any] = [(state,)]
     while todo:
-        node: Any = todo.pop()
-        if isinstance(node, Tensor):
-            found.append(node)
-            if only_one:
-                break
-        elif isinstance(node, dict):
-            todo.extend(node.values())
-        elif isinstance(node, (tuple, list)):
-            todo.extend(node._replace(layout=()) if hasattr(node, "layout") else node)
+        node = todo.pop()
+        if hasattr(node, "layout"):
+            node = node._replace(layout=())
+        for child in node.values() if isinstance(node, dict) else node:
+            if isinstance(child, Tensor):
+                found.append(child)
+                if only_one:
+                    return found
+            elif isinstance(child, (dict, tuple, list)):
+                todo.append(child)
     return found
 
 
