@@ -89,6 +89,13 @@ def running(steps: Tensor | tuple[()], context: Context) -> Context:
     return changed(context, clock=steps, step=step)
 
 
+def slowed(context: Context, k: int) -> Context:
+    """The context for what runs on every k-th step alone, with the steps that it makes itself."""
+    step = None if context.step is None else context.step // k
+    clock = None if context.clock is None else context.clock // k
+    return changed(context, step=step, clock=clock)
+
+
 def count_of(steps: Tensor | tuple[()], context: Context) -> Tensor:
     """The steps so far, by this counter or by who counts around."""
     count = steps if isinstance(steps, Tensor) else context.clock

@@ -142,6 +142,13 @@ def first_weights(params: Any, block_ndim: int, *, corrects: bool, own_steps: bo
     return torch.full((), start, dtype=dtype, device="cpu")
 
 
+def none_yet(params: Any, block_ndim: int, dtype: torch.dtype | None = None) -> Any:
+    """A zero a block, (N,), or a leaf, (): in this dtype, or the compute dtype of each."""
+    return map_leaves(
+        lambda x: x.new_zeros(x.shape[:block_ndim], dtype=dtype or compute_dtype(x)), params
+    )
+
+
 def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:
     """Everyone's weight after a step; () where there is none."""
     return leaf_ops.add_weight(weight, beta, donate) if isinstance(weight, Tensor) else weight
