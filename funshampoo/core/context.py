@@ -85,8 +85,6 @@ def context_of(
     >>> context_of({"step": 3}, set()).step
     3
     """
-    if not names:
-        return EMPTY
     own = {name: value for name, value in names.items() if name not in PLACES}
     for name in own:
         if accepted is None or name not in accepted:

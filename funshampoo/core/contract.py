@@ -19,7 +19,7 @@ from torch import Tensor
 
 from funshampoo.core.adapting import adapted_init, adapted_update, name_of, without_state
 from funshampoo.core.clock import CLOCK, running
-from funshampoo.core.context import Context, context_of
+from funshampoo.core.context import EMPTY, Context, context_of
 from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.live import live_names
 from funshampoo.core.modes import for_keeps
@@ -177,7 +177,7 @@ class GradientTransformation:
             TypeError: no stage knows a name.
             ValueError: no stage reads the live numbers that `hyper` names.
         """
-        given = context_of(context, self.accepts, self.live)
+        given = context_of(context, self.accepts, self.live) if context else EMPTY
         check_whole(state)
         updates = placed_as(updates, params)
         if self.checks:

@@ -89,9 +89,8 @@ def _tensors(state: Any, only_one: bool = False) -> list[Tensor]:
     Several times faster than `flatten`, which looks into layouts too.
     """
     found: list[Tensor] = []
-    todo: list[Any] = [(state,)]
-    while todo:
-        node = todo.pop()
+    nodes: list[Any] = [(state,)]
+    for node in nodes:  # which grows meanwhile: level by level, so that a clock comes first
         if hasattr(node, "layout"):
             node = node._replace(layout=())
         for child in node.values() if isinstance(node, dict) else node:
@@ -100,7 +99,7 @@ def _tensors(state: Any, only_one: bool = False) -> list[Tensor]:
                 if only_one:
                     return found
             elif isinstance(child, (dict, tuple, list)):
-                todo.append(child)
+                nodes.append(child)
     return found
 
 

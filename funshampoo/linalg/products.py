@@ -35,7 +35,10 @@ _BLOCK_UNIT = 16  # numbers: so that blocks are aligned where the matrix is, and
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, matrix by matrix."""
+    """a @ b, matrix by matrix; of two dtypes, in the wider one."""
+    if a.dtype != b.dtype:
+        wider = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(wider), b.to(wider)
     shape, other = a.shape, b.shape  # asked for once: torch makes a new object each time
     if len(shape) == len(other) == 2 or not is_plain_memory(a, b):
         return a @ b
