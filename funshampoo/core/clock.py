@@ -106,12 +106,15 @@ def count_of(steps: Tensor | tuple[()], context: Context) -> Tensor:
 def look_due(steps: Tensor | tuple[()], context: Context, every: int) -> bool:
     """Whether a look at the counters of failures falls before this step.
 
-    It does before multiples of `every`, as refreshes do, and not before the first step.
+    It does before multiples of `every`, as refreshes do, and not before the first step; and before
+    every step of an ensemble whose members are at different ones.
     """
     if torch.compiler.is_dynamo_compiling():
         return False  # where counters of failures can't be read either
-    step = running(steps, context).step
-    return step is not None and step > 1 and step % every == 0
+    inside = running(steps, context)
+    if inside.step is None:
+        return inside.clock is not None
+    return inside.step > 1 and inside.step % every == 0
 
 
 def advanced(steps: Tensor | tuple[()], donate: bool) -> Tensor | tuple[()]:

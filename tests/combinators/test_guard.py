@@ -307,6 +307,22 @@ def test_it_stops_after_max_failures_in_a_row_and_names_the_block() -> None:
         _, state = never.update(nan, state, params)
 
 
+def test_an_ensemble_at_different_steps_goes_on_by_refresh_and_stops_at_the_limit() -> None:
+    """Where nobody can say which step this is, every step is one before which somebody looks."""
+    tx, params = fs.shampoo(0.1, every=100, max_failures=2), {"w": torch.ones(2, 3, 4)}
+    state = vmap(tx.init)(params)
+    state["clock"] = state["clock"]._replace(steps=torch.tensor([0, 3]))
+    step = vmap(functools.partial(tx.update, refresh=False))
+    good, bad = {"w": torch.ones(2, 3, 4)}, {"w": torch.ones(2, 3, 4)}
+    bad["w"][1, 0, 0] = float("nan")
+    for g in (good, bad, good, bad, bad):
+        updates, state = step(g, state, params)
+        assert updates["w"].isfinite().all()
+    assert state["clock"].steps.tolist() == [5, 8]
+    with pytest.raises(fs.FailureLimitError, match="w block_0_0: gradient not finite"):
+        step(good, state, params)
+
+
 def test_it_stops_where_roots_fail_in_a_row() -> None:
     def failing(A: torch.Tensor, p: float, epsilon: Any = 0.0) -> linalg.InverseRoot:
         found = linalg.eigh(relative_epsilon=1e-6)(A, p, epsilon)
