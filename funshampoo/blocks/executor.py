@@ -161,7 +161,9 @@ class Executor:
                 s: [k for k, r in enumerate(rows[s]) if r in missing.get(s, ())] for s in rows
             }
             alive = context.alive and {
-                s: _picked(context.alive[s], mine) for s, mine in rows.items()
+                stack: x.index_select(0, row_index(tuple(rows[stack]), x.device))
+                for stack, x in context.alive.items()
+                if stack in rows
             }
             here = changed(context, alive=alive)
             lacking = {s: gone for s, gone in absent.items() if gone}
@@ -243,10 +245,6 @@ class Executor:
         if key not in self._rows:
             self._rows[key] = StateRows({name: rows.start for name, rows in own.items()})
         return self._rows[key]
-
-
-def _picked(x: Tensor, rows: Sequence[int]) -> Tensor:
-    return x.index_select(0, row_index(tuple(rows), x.device))
 
 
 class Executors:

@@ -125,10 +125,6 @@ def _of_masks(dead: Tree, norms: Tree, together: bool) -> Verdicts:
     return dead, alive
 
 
-def _usable(norm: Tensor) -> Tensor:
-    return norm * norm <= _limit(norm.dtype)
-
-
 def _limit(dtype: torch.dtype) -> float:
     """Of ‖G‖²."""
     return torch.finfo(dtype).max * 2.0**-20
@@ -137,7 +133,9 @@ def _limit(dtype: torch.dtype) -> float:
 def _all_usable(norms: Sequence[Tensor | None]) -> bool:
     """Whether all can be used, as far as that can be read without waiting for a device."""
     found = [unwrapped(norm) for norm in norms if norm is not None]
-    return all([norm is not None and norm.is_cpu and bool(_usable(norm).all()) for norm in found])
+    if not all([norm is not None and norm.is_cpu for norm in found]):
+        return False
+    return all([bool((n * n <= _limit(n.dtype)).all()) for n in found if n is not None])
 
 
 def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:

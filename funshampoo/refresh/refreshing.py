@@ -56,12 +56,6 @@ class Refreshing:
 
         return RefreshedState(map_leaves(initial, params), started(True, clock))
 
-    def cost(self, block: tuple[int, ...]) -> float:
-        """Modelled seconds a step of one block of this shape."""
-        return (
-            sum([rule.cost for rule in self.rules(block) if rule is not None]) / self.schedule.every
-        )
-
     def update(
         self,
         updates: Tree,

@@ -127,9 +127,7 @@ def test_rules_are_the_same_where_their_numbers_are() -> None:
 def test_costs_are_those_that_balance_ranks() -> None:
     for d in (1, 10, 256, 1024):
         assert eigh_seconds(d) == DEFAULT_COST.root(d)
-    rules: Any = lambda block: [Root(d) if d > 1 else None for d in block]  # noqa: E731
-    refreshing = Refreshing(rules, RefreshSchedule(every=5))
-    assert refreshing.cost((8, 1, 16)) == (eigh_seconds(8) + eigh_seconds(16)) / 5
+    assert Root(8).cost == eigh_seconds(8)
 
 
 @pytest.mark.parametrize(
