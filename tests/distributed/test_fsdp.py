@@ -147,7 +147,7 @@ def train(rank: int, size: int, way: str, method: str) -> list[str]:
 
 PLACES = [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp2 x tp", 4)]
 # By `make test`: every method where both ways meet, and in all places one whose state lies with
-# blocks, one that takes whole matrices, and one whose norm is summed over ranks.
+# blocks, and one whose norm is summed over ranks.
 SOONER = {("fsdp2 x tp", 4): METHODS.keys()}
 
 
@@ -157,7 +157,7 @@ SOONER = {("fsdp2 x tp", 4): METHODS.keys()}
         pytest.param(
             *place,
             method,
-            marks=[] if method in SOONER.get(place, ("shampoo", "muon", "clip")) else SLOW,
+            marks=[] if method in SOONER.get(place, ("shampoo", "clip")) else SLOW,
         )
         for place in PLACES
         for method in METHODS
