@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -103,10 +102,3 @@ def klsoap_h(
 
 def _squeezed(shape: tuple[int, ...]) -> Sequence[int]:
     return [d for d in shape if d != 1]
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "KL-Shampoo": kl_methods,
-    "KL-SOAP": functools.partial(kl_methods, using_klsoap=True),
-    "KL-SOAP-H (hyperball)": klsoap_h,
-}

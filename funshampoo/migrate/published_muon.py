@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -145,15 +145,23 @@ def emerging_optimizers(
             dtype=dtype,
         ),
     ]
-    kinds = {"decoupled": "decoupled", "independent": "independent", "l2": "l2"}
+    before, after = decayed(weight_decay_method, weight_decay, lr)
+    return on_matrices(*before, *direction, *after)
+
+
+def decayed(
+    weight_decay_method: str, weight_decay: Hyper, lr: Hyper | Schedule
+) -> tuple[list[GradientTransformation], list[GradientTransformation]]:
+    """What of NVIDIA's weight decay comes before the direction, and after it, with the step."""
+    kinds = {kind: kind for kind in ("decoupled", "independent", "l2")}
     kind = chosen("weight_decay_method", weight_decay_method, kinds)
+    step = scale_by_learning_rate(lr)
     if kind == "l2":
-        coupled = add_decayed_weights(weight_decay, kind="coupled")
-        return on_matrices(coupled, *direction, scale_by_learning_rate(lr))
+        return [add_decayed_weights(weight_decay, kind="coupled")], [step]
     if kind == "decoupled":
-        return on_matrices(*direction, *decay(weight_decay), scale_by_learning_rate(lr))
-    step = scale_by_learning_rate(lr, flip_sign=False)
-    return on_matrices(*direction, step, *decay(weight_decay), scale(-1.0))
+        return [], [*decay(weight_decay), step]
+    up = scale_by_learning_rate(lr, flip_sign=False)
+    return [], [up, *decay(weight_decay), scale(-1.0)]
 
 
 def dion(
@@ -210,11 +218,3 @@ def dion(
         *decays,
         scale_by_learning_rate(lr),
     )
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "Muon": keller_jordan,
-    "Muon (torch.optim)": torch_optim,
-    "Muon (Emerging-Optimizers)": emerging_optimizers,
-    "NorMuon": dion,
-}

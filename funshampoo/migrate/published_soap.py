@@ -157,6 +157,3 @@ def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:
         return [*found, now] if now > 1 or not found else found
 
     return merge
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {"SOAP": soap}
