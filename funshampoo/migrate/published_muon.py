@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from funshampoo.blocks.blocking import blocked
 from funshampoo.combinators.chaining import chain
-from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import partition
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import map_leaves
 from funshampoo.migrate.words import chosen
 from funshampoo.operators.shape_scale import SCALES, Scale
-from funshampoo.recipes.routing import decay
+from funshampoo.recipes.routing import decay, whole
 from funshampoo.transforms import (
     add_cautious_decay,
     add_decayed_weights,
@@ -31,7 +29,7 @@ from funshampoo.transforms import (
 
 def on_matrices(*stages: GradientTransformation) -> GradientTransformation:
     """The stages on stacks of whole, equal matrices, those with bad gradients held."""
-    return blocked(guarded(chain(*stages)), None, merge="none", with_params=True)
+    return whole(chain(*stages), 20, None)
 
 
 def keller_jordan(
