@@ -9,14 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import funshampoo as fs
-from tests.optim.runs import (
-    assert_same,
-    copies,
-    grads_of,
-    moved,
-    parameters,
-    run,
-)
+from tests.optim.runs import assert_same, copies, grads_of, moved, parameters, run
 from tests.optim.test_groups import two_groups
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}
