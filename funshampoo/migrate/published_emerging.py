@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,22 +13,18 @@ from funshampoo.core.checks import check_flag, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg import by_rank, orthogonal_iteration
-from funshampoo.migrate.published_muon import on_matrices
+from funshampoo.migrate.published_muon import decayed, on_matrices
 from funshampoo.migrate.published_soap import bounded_rms
-from funshampoo.migrate.words import chosen
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.matrices import safe
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import EmaState
 from funshampoo.transforms import (
-    add_decayed_weights,
     ema,
     in_eigenbasis,
     kl_statistics,
     kronecker_statistics,
-    scale,
     scale_by_adam,
-    scale_by_learning_rate,
     scale_by_rms,
 )
 
@@ -76,17 +72,9 @@ def soap(
         renew_before_use=True,
     )
     clipped = [bounded_rms(max_update_rms)] if max_update_rms else []
-    step = scale_by_learning_rate(lr)
-    decay = add_decayed_weights(weight_decay)
-    kinds = {kind: kind for kind in ("decoupled", "independent", "l2")}
-    kind = chosen("weight_decay_method", weight_decay_method, kinds)
-    if kind == "l2":
-        coupled = add_decayed_weights(weight_decay, kind="coupled")
-        return on_matrices(statistics, coupled, _of_updates(turned), *clipped, step)
-    if kind == "decoupled":
-        return on_matrices(statistics, turned, *clipped, decay, step)
-    up = scale_by_learning_rate(lr, flip_sign=False)
-    return on_matrices(statistics, turned, *clipped, up, decay, scale(-1.0))
+    before, after = decayed(weight_decay_method, weight_decay, lr)
+    direction = _of_updates(turned) if before else turned
+    return on_matrices(statistics, *before, direction, *clipped, *after)
 
 
 def rekls(
@@ -169,10 +157,3 @@ def _of_updates(inner: GradientTransformation) -> GradientTransformation:
         return run(updates, gradient=updates), own
 
     return wrapping(inner, update, name="of_updates")
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "SOAP (Emerging-Optimizers)": soap,
-    "REKLS": rekls,
-    "KL-SOAP (Emerging-Optimizers)": kl_soap,
-}

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from funshampoo.blocks.blocking import blocked
 from funshampoo.combinators.chaining import chain
-from funshampoo.combinators.guard import guarded
 from funshampoo.core.checks import check_count, check_flag
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import orthogonal_iteration
+from funshampoo.migrate.published_muon import on_matrices
 from funshampoo.migrate.published_soap import decayed_steps, unit_rms
 from funshampoo.operators.kl import clamped_at
+from funshampoo.recipes.routing import whole
 from funshampoo.transforms import (
     ema,
     hyperball,
@@ -72,7 +71,7 @@ def kl_methods(
     )
     normalized = [unit_rms()] if normalize_grads else []
     inner = chain(statistics, turned, *normalized, *decayed_steps(lr, weight_decay))
-    return blocked(guarded(inner), None, merge=_squeezed, with_params=True)
+    return whole(inner, 20, None, merge=_squeezed)
 
 
 def klsoap_h(
@@ -97,16 +96,8 @@ def klsoap_h(
         offset=1,
         basis=orthogonal_iteration(),
     )
-    inner = chain(statistics, turned, hyperball(lr))
-    return blocked(guarded(inner), None, merge="none", with_params=True)
+    return on_matrices(statistics, turned, hyperball(lr))
 
 
 def _squeezed(shape: tuple[int, ...]) -> Sequence[int]:
     return [d for d in shape if d != 1]
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "KL-Shampoo": kl_methods,
-    "KL-SOAP": functools.partial(kl_methods, using_klsoap=True),
-    "KL-SOAP-H (hyperball)": klsoap_h,
-}

@@ -123,11 +123,8 @@ class Builder:
 
 def other_structure(now: Built, before: Built) -> bool:
     """Whether a state of the one chain can be none of the other's."""
-    if now is before:
-        return False
-    if now.words.method is not before.words.method:
-        return True
-    return bool(now.structure != before.structure)
+    same_method = now.words.method is before.words.method
+    return now is not before and not (same_method and now.structure == before.structure)
 
 
 def _check_value(live: Live, value: Any) -> None:

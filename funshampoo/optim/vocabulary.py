@@ -76,6 +76,12 @@ class Vocabulary:
             self._names["lr"] = inspect.Parameter.empty
 
     @property
+    def called(self) -> str:
+        """The name of the method, as far as it has one."""
+        name = getattr(self.method, "__name__", None) or getattr(self.method, "name", None)
+        return str(name or "a method")
+
+    @property
     def rate(self) -> str:
         """What the learning rate is called among the arguments."""
         return "learning_rate" if "learning_rate" in self._arguments else "lr"

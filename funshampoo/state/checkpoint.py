@@ -17,25 +17,9 @@ from funshampoo.core.wholes import placed_as
 from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.misfits import listed, misfit, report
-from funshampoo.state.naming import (
-    Named,
-    Names,
-    full_name,
-    named,
-    named_tensors,
-    owned_elsewhere,
-)
+from funshampoo.state.naming import Named, Names, full_name, named, named_tensors, owned_elsewhere
 from funshampoo.state.nodes import check_is_state, walk
-from funshampoo.state.parts import (
-    PART_KEY,
-    RUN,
-    Part,
-    bits_of,
-    is_note,
-    merged,
-    part_of,
-    saved_run,
-)
+from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, merged, part_of, saved_run
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import WrappedState
 from funshampoo.state.values import Entry, problems

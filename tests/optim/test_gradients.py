@@ -342,7 +342,7 @@ def test_moved_to_another_device() -> None:
     run(optimizer, params, grads[:3])
     (group_run,) = optimizer._memory.runs
     elsewhere = torch.device("cuda", 0)
-    group_run._known = [known._replace(device=elsewhere) for known in group_run._known]
+    group_run.known = [known._replace(device=elsewhere) for known in group_run.known]
     group_run._looked_at = ()
     before = {x.untyped_storage().data_ptr() for x in tensors(group_run._state) if x.ndim}
     optimizer._memory.follow()
