@@ -141,20 +141,27 @@ class Names:
         path = path_of(place)
         if place.stack is None:
             return [(".".join(place.leaf), path, x)]
-        if id(place.layout) not in self._blocks:
-            self._blocks[id(place.layout)] = block_names(place.layout)
-        blocks = self._blocks[id(place.layout)][place.stack]
-        rows = place.rows or ()
-        if x.ndim and x.shape[0] != len(rows):
+        owners = self.owners(place)
+        if x.ndim and x.shape[0] != len(owners):
             raise ValueError(
-                f"'{path}' has shape {tuple(x.shape)} for the {len(rows)} blocks of stack "
+                f"'{path}' has shape {tuple(x.shape)} for the {len(owners)} blocks of stack "
                 f"'{place.stack}': in block space the first axis counts blocks. The members of an "
                 "ensemble (vmap) are saved one by one, or all together by torch.save."
             )
-        values = x.unbind(0) if x.ndim else [x] * len(rows)
+        values = x.unbind(0) if x.ndim else [x] * len(owners)
         return [
-            (blocks[row][0], f"{blocks[row][1]}/{path}", value) for row, value in zip(rows, values)
+            (parameter, f"{block}/{path}", value)
+            for (parameter, block), value in zip(owners, values)
         ]
+
+    def owners(self, place: Place) -> list[tuple[str, str]]:
+        """(parameter, block) of every row that is held there; none outside block space."""
+        if place.stack is None:
+            return []
+        if id(place.layout) not in self._blocks:
+            self._blocks[id(place.layout)] = block_names(place.layout)
+        blocks = self._blocks[id(place.layout)][place.stack]
+        return [blocks[row] for row in place.rows or ()]
 
 
 def owned_elsewhere(state: Any) -> list[str]:
