@@ -85,14 +85,6 @@ def test_a_late_parameter_moves_as_one_that_starts_fresh(method: Method) -> None
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
-def test_always_none_never_moves(method: Method) -> None:
-    params = parameters()
-    before = copies(params)
-    run(method.optimizer(params.items()), params, without(grads_of(5), "p1", range(5)))
-    assert moved(params, before) == params.keys() - {"p1"}
-
-
-@pytest.mark.parametrize("method", METHODS, ids=name_of)
 def test_steps_without_any_gradient_count_as_they_do_elsewhere(method: Method) -> None:
     """As many steps as calls: a rank can't know whether another one has a gradient."""
     params, grads = parameters(), grads_of(4)
