@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -77,46 +78,25 @@ def soap(
     return on_matrices(statistics, *before, direction, *clipped, *after)
 
 
-def rekls(
-    *,
-    lr: Hyper | Schedule = 3e-4,
-    betas: Sequence[float] = (0.9, 0.95),
-    shampoo_beta: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    weight_decay_method: str = "decoupled",
-) -> GradientTransformation:
-    """Class REKLS: SOAP with KL-Shampoo's statistics and a decomposition on every step."""
-    return soap(
-        lr=lr,
-        betas=betas,
-        shampoo_beta=shampoo_beta,
-        eps=eps,
-        weight_decay=weight_decay,
-        weight_decay_method=weight_decay_method,
-        use_eigh=True,
-        use_kl_shampoo=True,
-    )
+def _subset(names: Sequence[str], **fixed: Any) -> Callable[..., GradientTransformation]:
+    """A class whose constructor takes these arguments of `soap`, and says the others itself."""
+
+    def built(**given: Any) -> GradientTransformation:
+        return soap(**given, **fixed)
+
+    known = inspect.signature(soap)
+    own = known.replace(parameters=[known.parameters[name] for name in names])
+    built.__signature__ = own  # type: ignore[attr-defined]
+    return built
 
 
-def kl_soap(
-    *,
-    lr: Hyper | Schedule = 3e-4,
-    betas: Sequence[float] = (0.9, 0.95),
-    shampoo_beta: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    stream_list: Any = None,
-) -> GradientTransformation:
-    """Class KlSoapV3: SOAP with KL-Shampoo's statistics. stream_list has nothing to do here."""
-    return soap(
-        lr=lr,
-        betas=betas,
-        shampoo_beta=shampoo_beta,
-        eps=eps,
-        weight_decay=weight_decay,
-        use_kl_shampoo=True,
-    )
+_COMMON = ("lr", "betas", "shampoo_beta", "eps", "weight_decay")
+
+# Class REKLS: SOAP with KL-Shampoo's statistics and a decomposition on every step.
+rekls = _subset((*_COMMON, "weight_decay_method"), use_eigh=True, use_kl_shampoo=True)
+
+# Class KlSoapV3: SOAP with KL-Shampoo's statistics.
+kl_soap = _subset((*_COMMON, "stream_list"), use_kl_shampoo=True)
 
 
 def _adam(

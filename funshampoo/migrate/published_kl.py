@@ -63,12 +63,7 @@ def kl_methods(
         damping=eps if using_damping else 0.0,
         in_turn=True,
     )
-    turned = in_eigenbasis(
-        chain(ema(beta1, bias_correction=False), ratio),
-        precondition_frequency,
-        offset=1,
-        basis=orthogonal_iteration(),
-    )
+    turned = _turned(beta1, ratio, precondition_frequency)
     normalized = [unit_rms()] if normalize_grads else []
     inner = chain(statistics, turned, *normalized, *decayed_steps(lr, weight_decay))
     return whole(inner, 20, None, merge=_squeezed)
@@ -90,13 +85,13 @@ def klsoap_h(
         bias_correction=False,
         starts_whole=True,
     )
-    turned = in_eigenbasis(
-        chain(ema(beta1, bias_correction=False), scale_by_rms(beta2, eps)),
-        precondition_frequency,
-        offset=1,
-        basis=orthogonal_iteration(),
-    )
+    turned = _turned(beta1, scale_by_rms(beta2, eps), precondition_frequency)
     return on_matrices(statistics, turned, hyperball(lr))
+
+
+def _turned(beta1: float, ratio: GradientTransformation, every: int) -> GradientTransformation:
+    momentum = ema(beta1, bias_correction=False)
+    return in_eigenbasis(chain(momentum, ratio), every, offset=1, basis=orthogonal_iteration())
 
 
 def _squeezed(shape: tuple[int, ...]) -> Sequence[int]:
