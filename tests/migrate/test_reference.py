@@ -130,12 +130,6 @@ def test_every_argument_reaches_the_chain(name: str, change: dict[str, Any]) -> 
     assert largest_deviation(config, make(config, **change), 1e-6) > 1e-6
 
 
-def test_a_method_that_is_not_built_says_so() -> None:
-    config = {"preconditioner_config": {"type": "UnheardOfPreconditionerConfig"}}
-    with pytest.raises(NotImplementedError, match="UnheardOfPreconditionerConfig is not built"):
-        make(DATA["configs"]["kl_root"], **config)
-
-
 @pytest.mark.parametrize("name", ["gpa", "schedule_free"])
 def test_the_weights_to_evaluate_with(name: str) -> None:
     """The reference finds them from y and z with coefficients in float32, so 1e-6 and no less."""

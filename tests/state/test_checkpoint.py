@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -15,25 +14,6 @@ from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
 from tests.table import Case, every_case
 from tests.trees import assert_equal, gradients, problem, tensors, train
-
-
-def through_a_file(saved: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.slow  # check_stage resumes each of them from a file, and goes on
-@every_case
-def test_a_saved_state_comes_back_bit_for_bit(case: Case) -> None:
-    tx, params = case.make(), problem()
-    _, _, state = train(tx, params, gradients(3), fs.apply_updates)
-    saved = state_dict(state)
-    assert all(isinstance(x, torch.Tensor) for x in saved.values())
-    loaded = load_state_dict(case.make().init(params), through_a_file(saved))
-    assert_equal(loaded.state, state)
-    assert loaded.missing == loaded.unknown == []
 
 
 @every_case
