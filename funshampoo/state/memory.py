@@ -70,7 +70,7 @@ def summary(state: Any, *, file: TextIO | None = None) -> Memory:
     parameters: dict[str, int] = defaultdict(int)
     names = Names()
 
-    def collect(place: Place, x: Tensor) -> Tensor:
+    def collect(place: Place, x: Tensor) -> None:
         size = local_part(x).nbytes
         stages["/".join(place.stage) or type(state).__name__] += size
         owners = [parameter for parameter, _ in names.owners(place)]
@@ -78,7 +78,6 @@ def summary(state: Any, *, file: TextIO | None = None) -> Memory:
             owners = [".".join(place.leaf) or "(shared)"]
         for parameter, count in Counter(owners).items():
             parameters[parameter] += round(size * count / len(owners))
-        return x
 
     map_tensors(collect, state)
     memory = Memory(sum(stages.values()), dict(stages), dict(parameters))

@@ -57,21 +57,19 @@ def named(state: Any) -> list[Named]:
     Raises:
         ValueError: two of them have one name.
     """
-    found: dict[tuple[str, str], Named] = {}
+    found: list[Named] = []
     names = Names()
     more = _said_above(state)
 
-    def collect(place: Place, x: Tensor) -> Tensor:
+    def collect(place: Place, x: Tensor) -> None:
         path, kind = path_of(place), kind_of(place.kind, place.field)
         kind = more.get(id(x), kind)
         for owner, rest, part in names.parts(place, x):
-            if (owner, rest) in found:
-                raise _two_of(owner, rest)
-            found[owner, rest] = Named(owner, rest, path, kind, part)
-        return x
+            found.append(Named(owner, rest, path, kind, part))
 
     map_tensors(collect, state)
-    return list(found.values())
+    _check_apart([(entry.owner, entry.rest) for entry in found])
+    return found
 
 
 def _said_above(state: Any) -> dict[int, str]:
@@ -95,26 +93,20 @@ def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
     Raises:
         ValueError: two of them have one name.
     """
-    found: dict[tuple[str, str], Tensor] = {}
+    found: list[tuple[str, str, Tensor]] = []
     names = Names()
-
-    def collect(place: Place, x: Tensor) -> Tensor:
-        parts = names.parts(place, x)
-        before = len(found)
-        found.update([((owner, rest), part) for owner, rest, part in parts])
-        if len(found) < before + len(parts):
-            named(state)  # says which
-        return x
-
-    map_tensors(collect, state)
-    return [(owner, rest, x) for (owner, rest), x in found.items()]
+    map_tensors(lambda place, x: found.extend(names.parts(place, x)), state)
+    _check_apart([entry[:2] for entry in found])
+    return found
 
 
-def _two_of(owner: str, rest: str) -> ValueError:
-    return ValueError(
-        f"two tensors of the state would be saved as '{owner}/{rest}': give the two stages "
-        "different names, as in chain(('slow', trace(0.9)), ...)."
-    )
+def _check_apart(names: list[tuple[str, str]]) -> None:
+    if len(set(names)) < len(names):
+        owner, rest = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(
+            f"two tensors of the state would be saved as '{owner}/{rest}': give the two stages "
+            "different names, as in chain(('slow', trace(0.9)), ...)."
+        )
 
 
 def path_of(place: Place) -> str:

@@ -55,7 +55,7 @@ def rows_lead(trial: Trial) -> None:
     """A tensor of the state leads with the rows of its stack, or has no dimension."""
     stacks = _stacks_of(trial)
 
-    def look(place: Place, x: Tensor) -> Tensor:
+    def look(place: Place, x: Tensor) -> None:
         name = "/".join(place.path)
         if x.ndim and place.stack is None:
             trial.fail(
@@ -71,7 +71,6 @@ def rows_lead(trial: Trial) -> None:
                 "Declare block_ndim in init, and give per-block numbers the shape "
                 "p.shape[:block_ndim].",
             )
-        return x
 
     for state in (stacks.whole.states[0], stacks.whole.states[-1]):
         map_tensors(look, state, stacks=stacks.names)
