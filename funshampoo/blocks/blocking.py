@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funshampoo.blocks.copies import Given, Traced, Views
 from funshampoo.blocks.executor import Executors, Leaves
-from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_key
+from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_keys
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
 from funshampoo.combinators.failures import (
@@ -27,9 +27,9 @@ from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
-from funshampoo.core.parameters import check_local, problem_of_gradient
+from funshampoo.core.parameters import check_local, problem_of_gradients
 from funshampoo.core.placed import any_in_parts, part_like, placed_like
-from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
+from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names, names_in
 from funshampoo.state.stages import BlockedState
 
 
@@ -97,9 +97,9 @@ def blocked(
         check_count("tile", tile)
 
     def layout(leaves: list[Tensor]) -> Layout:  # a closure: to torch.compile its numbers are fixed
-        return layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
+        return layout_of(leaf_keys(leaves), max_size, merge, keep)
 
-    blocks = _Blocked(inner, layout, with_params, tile, Executors(tile), _Names())
+    blocks = _Blocked(inner, layout, with_params, Executors(tile))
     return GradientTransformation(
         blocks.init,
         blocks.update,
@@ -117,9 +117,7 @@ class _Blocked:
     inner: GradientTransformation
     layout: Callable[[list[Tensor]], Layout]
     with_params: bool | Mask
-    tile: TileSize
     executors: Executors = field(repr=False)
-    names: _Names = field(repr=False)
 
     def init(
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -140,26 +138,32 @@ class _Blocked:
         return BlockedState(state, dict(zip(names, described)), started(inner.counts, clock))
 
     def _read(self, updates: Tree, state: BlockedState, params: Tree) -> Given:
-        if params is not None:
-            check_same_structure(params, updates, "params", "gradients")
-        leaves, spec = flatten(updates)
+        if params is None:
+            leaves, spec = flatten(updates)
+            known = leaves
+        else:
+            (known, _), (leaves, spec) = check_same_structure(
+                params, updates, "params", "gradients"
+            )
+        if problem := problem_of_gradients(leaves, known):
+            raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
-        known = leaves if params is None else flatten(params)[0]
-        _check_gradients(leaves, known, updates)
         if self.with_params is not False and params is None:
             raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = self.layout(known)
-        called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
+        called = () if torch.compiler.is_dynamo_compiling() else names_in(spec)
         _check_layout(layout, state.layout, called)
         shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
 
     def _inside(self, given: Given, state: BlockedState, context: Context) -> Context:
-        alive = rows_alive(context.alive, given.layout)
-        return changed(running(state.steps, context), block_ndim=1, alive=alive)
+        inside = running(state.steps, context)
+        if inside.alive is None:
+            return inside
+        return changed(inside, alive=rows_alive(inside.alive, given.layout))
 
     def update(
         self, updates: Tree, state: BlockedState, params: Tree, context: Context
@@ -167,16 +171,18 @@ class _Blocked:
         given, inner = self._read(updates, state, params), self.inner
         here = self._inside(given, state, context)
         run = self.executors.of(given.layout)
-        missing, leaves = given.missing_rows(), given.described()
+        missing = given.missing_rows()
         if any_in_parts(given.known):
-            leaves = leaves._replace(gradients=list(map(placed_like, given.leaves, given.known)))
+            placed = list(map(placed_like, given.leaves, given.known))
+            leaves = given.described()._replace(gradients=placed)
             new, parts = run.run_parts(inner.spread, state.inner, missing, here, leaves)
             found = list(map(part_like, given.known, parts))
         else:
             shared = inner.spread is not None and inner.spread.is_shared()
             plain = is_plain([g for g in given.leaves if g is not None], given.known)
             copies = Views(run.parts, given, copies=shared) if plain else Traced(given)
-            new = run.run(inner, state.inner, copies.gather, copies.put, missing, here, leaves)
+            gather, put, said = copies.gather, copies.put, given.described
+            new = run.run(inner, state.inner, gather, put, missing, here, said)
             found = copies.updates(shared)
         steps = advanced(state.steps, context.donate)
         return given.spec.unflatten(found), BlockedState(new, state.layout, steps)
@@ -200,8 +206,8 @@ class _Blocked:
             run.parts.scatter_add(stack, rows, values, own)
 
         gather = Views(run.parts, given).gather
-        missing, leaves = given.missing_rows(), given.described()
-        new = run.run(inner, state.inner, gather, put, missing, here, leaves)
+        missing = given.missing_rows()
+        new = run.run(inner, state.inner, gather, put, missing, here, given.described)
         return BlockedState(new, state.layout, advanced(state.steps, context.donate))
 
     def check(self, state: BlockedState, context: Context) -> None:
@@ -213,29 +219,9 @@ class _Blocked:
             raise failure_limit_error(blocks, error.max_failures) from None
 
 
-def _check_gradients(leaves: list[Any], others: list[Tensor], updates: Tree) -> None:
-    for i, (g, p) in enumerate(zip(leaves, others)):
-        if problem := problem_of_gradient(g, p):
-            raise TypeError(f"the gradient of '{leaf_names(updates)[i]}' {problem}.")
-
-
-class _Names:
-    """The names of the leaves of a tree. Those of the last tree are remembered."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, list[str]] = (None, [])
-
-    def of(self, tree: Tree, spec: Any) -> list[str]:
-        seen, names = self._last
-        if seen is None or seen != spec:
-            names = leaf_names(tree)
-            self._last = spec, names
-        return names
-
-
-def _check_layout(layout: Layout, expected: Mapping[str, Any], names: list[str]) -> None:
+def _check_layout(layout: Layout, expected: Mapping[str, Any], names: Sequence[str]) -> None:
     """The gradients fall into the rows that init laid out for the parameters of their names."""
-    if torch.compiler.is_dynamo_compiling():
+    if not names:  # in torch.compile
         if list(expected.values()) == layout.described:
             return
         raise ValueError("the gradients do not fit the state: init saw other parameters.")

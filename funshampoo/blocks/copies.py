@@ -86,12 +86,12 @@ class Views:
 
     def put(self, stack: str, rows: range, values: Tensor) -> None:
         """Store some rows."""
-        found = self._parts.of(stack, rows)
+        found = self._parts[stack, rows]
         if not self._copies and found.whole:
             updates, parameters = self._found, self._given.layout.parameters
-            for part, own in zip(found.parts, values.unbind(0)):
-                shape = parameters[part.parameter].shape
-                updates[part.parameter] = own if own.shape == shape else own.reshape(shape)
+            for i, own in zip(found.whole, values.unbind(0)):
+                shape = parameters[i].shape
+                updates[i] = own if own.shape == shape else own.reshape(shape)
             return
         for i in {part.parameter for part in found.parts}:
             self._found[i] = self._empty(i) if self._found[i] is None else self._found[i]

@@ -123,6 +123,7 @@ class Executor:
         self._device = next((s.device for s in layout.stacks.values()), torch.device("cpu"))
         self._size = size
         self._ids = block_ids(layout)
+        self._whole = {name: range(stack.rows) for name, stack in layout.stacks.items()}
         self._rows: dict[Any, StateRows] = {}
         self._portions: dict[Any, list[Portion]] = {}
 
@@ -134,19 +135,18 @@ class Executor:
         put: Put,
         missing: Missing,
         context: Context,
-        leaves: Leaves,
+        leaves: Callable[[], Leaves],
     ) -> Any:
         """Step `inner` on the rows that have a gradient. Returns the new state."""
         spread: Spread | None = inner.spread
         if spread is None or not spread.whole:
-            whole = {name: range(stack.rows) for name, stack in self.layout.stacks.items()}
-            return self._step(inner, whole, state, gather, put, missing, context)
+            return self._step(inner, self._whole, state, gather, put, missing, context)
         own, owner = spread.owned(self.layout), spread.inner
 
         def step(state: Any, put: Put) -> Any:
             return self._step(owner, own, state, gather, put, missing, context)
 
-        return spread.exchange(step, put, state, self.layout, context, leaves, len(missing) > 0)
+        return spread.exchange(step, put, state, self.layout, context, leaves(), len(missing) > 0)
 
     def run_parts(
         self, spread: Spread, state: Any, missing: Missing, context: Context, leaves: Leaves
@@ -189,17 +189,20 @@ class Executor:
         portions = self._portions_of(own, missing, in_place, refresh)
         portions = portions or [{}]  # nobody has a gradient: what is everybody's goes on
         whole = len(portions) == 1 and portions[0] == own
-        rows = self._state_rows(own)
+        alive: Mapping[str, Tensor] | None = context.alive
         parts: list[tuple[Part, Any]] = []
         shared: dict[int, Tensor] = {}
         for portion in portions:
-            before, part = (state, None) if whole else rows.part(state, portion)
+            before, part = state, None
+            if not whole:
+                before, part = self._state_rows(own).part(state, portion)
             stacks, params = gather(portion)
             here = changed(
                 context,
+                block_ndim=1,
                 gradient=stacks,
                 rows={n: ids[n][r.start : r.stop] for n, r in portion.items()},
-                alive=_of_rows(context.alive, portion),
+                alive=alive and {n: alive[n][r.start : r.stop] for n, r in portion.items()},
             )
             updates, after = inner.run(stacks, before, params, here)
             for name, span in portion.items():
@@ -244,13 +247,6 @@ class Executor:
 
 def _picked(x: Tensor, rows: Sequence[int]) -> Tensor:
     return x.index_select(0, row_index(tuple(rows), x.device))
-
-
-def _of_rows(alive: Mapping[str, Tensor] | None, portion: Portion) -> dict[str, Tensor] | None:
-    """Of the rows of a portion, {stack: (rows,) bool}."""
-    if alive is None:
-        return None
-    return {name: alive[name].narrow(0, r.start, len(r)) for name, r in portion.items()}
 
 
 class Executors:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.stacked import Stacked
-from funshampoo.core.tree import compute_dtype
 from funshampoo.state.places import Span
 
 Merge: TypeAlias = Literal["none", "small", "matrix"] | Callable[[tuple[int, ...]], Sequence[int]]
@@ -120,9 +119,9 @@ def merged_shape(
     return tuple(reversed(groups))
 
 
-def leaf_key(x: Tensor) -> LeafKey:
-    """What the layout needs to know of a leaf; half precision is stacked in its compute dtype."""
-    return tuple(x.shape), compute_dtype(x), x.device
+def leaf_keys(leaves: Sequence[Tensor]) -> tuple[LeafKey, ...]:
+    """What the layout needs to know of the leaves."""
+    return tuple([(x.shape, x.dtype, x.device) for x in leaves])
 
 
 def layout_of(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
@@ -132,11 +131,14 @@ def layout_of(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, k
 
 
 def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
-    several_dtypes = len({dtype for _, dtype, _ in leaves}) > 1
+    # Half precision is stacked in its compute dtype.
+    wide = [torch.promote_types(dtype, torch.float32) for _, dtype, _ in leaves]
+    several_dtypes = len(set(wide)) > 1
     several_devices = len({device for _, _, device in leaves}) > 1
     stacks: dict[str, Stack] = {}
     parameters = []
-    for shape, dtype, device in leaves:
+    for (given, _, device), dtype in zip(leaves, wide):
+        shape = tuple(given)
         if 0 in shape:
             parameters.append(ParameterLayout(shape, shape, (), ()))
             continue

@@ -51,38 +51,36 @@ class Rows(NamedTuple):
     """What some rows of a stack consist of.
 
     Attributes:
-        whole: each is a whole parameter.
+        whole: the parameters, where each row is one; else empty.
         counts: rows of all pieces, in order.
         shapes: and their shapes.
     """
 
     parts: list[Part]
-    whole: bool
+    whole: list[int]
     counts: list[int]
     shapes: list[tuple[int, ...]]
 
 
-class Parts:
-    """Which parameters the rows of a stack belong to. Looked up once for each span of rows."""
+class Parts(dict[tuple[str, range], Rows]):
+    """{(stack, some of its rows): what they consist of}, each looked up when first asked for."""
 
     def __init__(self, layout: Layout) -> None:
+        super().__init__()
         self.layout = layout
         self._regions: dict[str, list[tuple[int, Region]]] = {s: [] for s in layout.stacks}
         for i, where in enumerate(layout.parameters):
             for region in where.regions:
                 self._regions[region.stack].append((i, region))
-        self._found: dict[tuple[str, int, int], Rows] = {}
 
-    def of(self, stack: str, rows: range) -> Rows:
-        """What these rows consist of."""
-        key = stack, rows.start, rows.stop
-        if key not in self._found:
-            parts = list(self._look_up(stack, rows))
-            pieces = [piece for part in parts for piece in part.pieces]
-            whole = all(part.region.block == self._merged(part) for part in parts)
-            shapes = [piece.shape for piece in pieces]
-            self._found[key] = Rows(parts, whole, [piece.rows for piece in pieces], shapes)
-        return self._found[key]
+    def __missing__(self, key: tuple[str, range]) -> Rows:
+        parts = list(self._look_up(*key))
+        pieces = [piece for part in parts for piece in part.pieces]
+        uncut = all(part.region.block == self._merged(part) for part in parts)
+        whole = [part.parameter for part in parts] if uncut else []
+        shapes = [piece.shape for piece in pieces]
+        found = self[key] = Rows(parts, whole, [piece.rows for piece in pieces], shapes)
+        return found
 
     def _merged(self, part: Part) -> tuple[int, ...]:
         return self.layout.parameters[part.parameter].merged
@@ -98,11 +96,13 @@ class Parts:
 
     def gather(self, stack: str, rows: range, leaves: Sequence[Any]) -> Tensor:
         """These rows, (rows, *block), of the leaves. A view where it can be."""
-        found = self.of(stack, rows)
+        found = self[stack, rows]
         block, dtype = self.layout.stacks[stack].block, self.layout.stacks[stack].dtype
         if found.whole:
-            whole = _all_viewed([leaves[part.parameter] for part in found.parts], block)
-            blocks = [x if x.dtype == dtype else x.to(dtype) for x in whole]
+            blocks = [
+                x if x.shape == block and x.dtype == dtype else x.reshape(block).to(dtype)
+                for x in map(leaves.__getitem__, found.whole)
+            ]
             return torch.stack(blocks) if len(blocks) > 1 else blocks[0].contiguous().unsqueeze(0)
         views = self._views(found, leaves)
         if len(views) == 1:
@@ -139,10 +139,11 @@ class Parts:
         self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Views of the leaves, and the values for them."""
-        found = self.of(stack, rows)
+        found = self[stack, rows]
         if found.whole:
             block = self.layout.stacks[stack].block
-            own = _all_viewed([leaves[part.parameter] for part in found.parts], block)
+            whole = map(leaves.__getitem__, found.whole)
+            own = [x if x.shape == block else x.reshape(block) for x in whole]
             return own, list(values.unbind(0))
         return self._views(found, leaves), _split(values, found)
 
@@ -163,7 +164,7 @@ def _piece(view: Tensor, region: Region) -> Piece:
 
 def _views(x: Tensor, region: Region, first: int, last: int) -> Iterator[Tensor]:
     """Views (*grid, *block) of a merged parameter that hold these rows of the region in order."""
-    grid = x if region.block == x.shape else _grid_of_blocks(x, region)
+    grid = x if region.block == x.shape else grid_of_blocks(x, region)
     return _rows_of_grid(grid, len(region.block), first, last)
 
 
@@ -172,12 +173,7 @@ def viewed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x if x.shape == shape else x.reshape(shape)
 
 
-def _all_viewed(tensors: Sequence[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
-    """`viewed`, without a call for each of many small leaves."""
-    return [x if x.shape == shape else x.reshape(shape) for x in tensors]
-
-
-def _grid_of_blocks(x: Tensor, region: Region) -> Tensor:
+def grid_of_blocks(x: Tensor, region: Region) -> Tensor:
     """The region of a merged parameter as (*grid, *block); a view."""
     split: list[int] = []
     for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Layout, ParameterLayout, Region, Stack
-from funshampoo.blocks.regions import viewed
+from funshampoo.blocks.regions import grid_of_blocks, viewed
 from funshampoo.core.tree import compute_dtype, flatten
 
 
@@ -25,10 +25,8 @@ def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tenso
     return {name: _joined(parts, layout.stacks[name]) for name, parts in pieces.items()}
 
 
-def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor] | None:
-    """{stack: (rows,)} of one number a leaf, (), 0 or 1; None means that all are 1."""
-    if alive is None:
-        return None
+def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor]:
+    """{stack: (rows,)} of one number a leaf, (), 0 or 1."""
     flags, _ = flatten(alive)
     pieces: dict[str, list[Tensor]] = {name: [] for name in layout.stacks}
     for i, where in enumerate(layout.parameters):
@@ -84,14 +82,8 @@ def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout
         return torch.zeros(region.rows, *stack.block, dtype=stack.dtype, device=stack.device)
     if region.block == where.merged:
         return viewed(leaf, stack.block).to(stack.dtype)
-    x = leaf.reshape(where.merged)
-    split: list[int] = []
-    for axis, (count, size, start) in enumerate(zip(region.grid, region.block, region.offset)):
-        x = x.narrow(axis, start, count * size)
-        split += (count, size)
-    order = len(region.block)
-    axes = [*range(0, 2 * order, 2), *range(1, 2 * order, 2)]
-    return x.reshape(split).permute(axes).reshape((region.rows, *stack.block)).to(stack.dtype)
+    grid = grid_of_blocks(leaf.reshape(where.merged), region)
+    return grid.reshape((region.rows, *stack.block)).to(stack.dtype)
 
 
 def _paste(rows: Tensor, region: Region) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_count
-from funshampoo.core.clock import advanced, new_counter, read_counter, running, started
+from funshampoo.core.clock import advanced, new_counter, read_counter, running, slowed, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import (
     GradientTransformation,
@@ -94,15 +94,14 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         if t % every:
             return map_leaves(_zeros, new.total), new
         # `inner` may not consume its state: a step without one finite gradient falls back to it.
-        inside = changed(here, step=t // every, clock=_done(here, every), donate=False)
+        inside = changed(slowed(here, every), donate=False)
         out, after = _real_step(inner, new, params, inside)
         return out, _emptied(new, after)
 
     def check(state: MultiStepsState, context: Context) -> None:
         here = running(state.steps, context)
         if inner.checks and here.step is not None and here.step % every == 0:
-            real = changed(here, step=here.step // every, clock=_done(here, every))
-            inner.check(state.inner, real)
+            inner.check(state.inner, slowed(here, every))
 
     def phase(step: int) -> Phase:
         return (f"real step of {every}", *inner.phase(step // every)) if step % every == 0 else ()
@@ -144,11 +143,6 @@ def _emptied(state: MultiStepsState, inner: State) -> MultiStepsState:
     total, seen = [map_leaves(torch.zeros_like, tree) for tree in (state.total, state.seen)]
     used = torch.zeros_like(state.used)
     return MultiStepsState(state.steps, total, seen, used, state.skipped, inner)
-
-
-def _done(context: Context, every: int) -> Tensor | None:
-    """The real steps so far."""
-    return None if context.clock is None else context.clock // every
 
 
 def _mean(state: MultiStepsState, some: Tensor, shared: bool) -> Tree:

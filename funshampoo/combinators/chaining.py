@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import CLOCK, advanced, running, started
-from funshampoo.core.context import Context, changed
+from funshampoo.core.context import Context
 from funshampoo.core.contract import (
     GradientTransformation,
     State,
@@ -73,25 +74,21 @@ def chain(
         return states if steps == () else {CLOCK: ClockState(steps), **states}
 
     def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
-        check(updates, state, params)
-        inside = running(steps_of(state), context)
-        updates, states = _run(named, updates, state, params, inside)
-        return updates, _with_clock(state, states, context.donate)
+        return step(updates, state, params, context, in_place=False)
 
     def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
+        return step(updates, state, params, context, in_place=True)[1]
+
+    def step(
+        updates: Tree, state: State, params: Tree, context: Context, in_place: bool
+    ) -> tuple[Tree, State]:
         check(updates, state, params)
         inside = running(steps_of(state), context)
-        last, stage = list(named.items())[-1]
-        first = {name: tx for name, tx in named.items() if name != last}
-        updates, states = _run(first, updates, state, params, inside)
-        inside = changed(
-            inside,
-            upstream=(*inside.upstream, *states.values()),
-            previous=(*inside.previous, *[state[name] for name in named]),
-            usable=inside.usable and not first,
-        )
-        states[last] = applied(stage, updates, state[last], params, inside)
-        return _with_clock(state, states, context.donate)
+        updates, states = _run(named, updates, state, params, inside, in_place)
+        if CLOCK in state:
+            steps = advanced(state[CLOCK].steps, context.donate)
+            states = {CLOCK: ClockState(steps), **states}
+        return updates, states
 
     def check(updates: Tree, state: State, params: Tree) -> None:
         if {key for key in state if key != CLOCK} != set(named):  # not by views: torch 2.11
@@ -105,7 +102,7 @@ def chain(
         update,
         apply=apply if ends_in_place else None,
         parts=named,
-        state_of=lambda state, name: state[name],
+        state_of=operator.getitem,
     )
 
 
@@ -115,23 +112,22 @@ def _run(
     state: State,
     params: Tree,
     context: Context,
+    in_place: bool,
 ) -> tuple[Tree, dict[str, State]]:
+    """(updates, states) of the stages; `in_place` the last one adds to the parameters."""
+    last = len(stages) - 1 if in_place else None
     states: dict[str, State] = {}
     previous = (*context.previous, *[x for name, x in state.items() if name != CLOCK])
-    inside = changed(context, previous=previous)
+    inside = Context(context.upstream, previous, *context[2:])
     for name, stage in stages.items():
-        found = stage.run(updates, state[name], params, inside)
-        updates, states[name] = checked_pair(found, name)
-        upstream = (*context.upstream, *states.values())
-        # What somebody has looked at is what the first stage gets.
-        inside = Context(upstream, *inside[1:-1], False)
+        if states:  # what somebody has looked at is what the first stage gets
+            inside = Context((*context.upstream, *states.values()), *inside[1:-1], False)
+        if len(states) == last:
+            states[name] = applied(stage, updates, state[name], params, inside)
+        else:
+            found = stage.run(updates, state[name], params, inside)
+            updates, states[name] = checked_pair(found, name)
     return updates, states
-
-
-def _with_clock(old: State, states: dict[str, State], donate: bool) -> State:
-    if CLOCK not in old:
-        return states
-    return {CLOCK: ClockState(advanced(old[CLOCK].steps, donate)), **states}
 
 
 def _named(stages: tuple[Any, ...]) -> dict[str, GradientTransformation]:

@@ -132,7 +132,7 @@ class _ByGraph:
             usable=bool(usable),
         )
         if phase not in self._graphs:
-            self._graphs[phase] = _compiled(_step_of(self._step), self._options)
+            self._graphs[phase] = _compiled(self._step, self._options)
         # A graph can't choose it. Its kernels go by what they find.
         rare = any([label.startswith(REFRESH) for label in phase])
         try:
@@ -153,15 +153,6 @@ class _ByGraph:
             return self._inner.phase(t)
         others = [label for label in self._inner.phase(t) if not label.startswith("refresh")]
         return (*others, FOR_ALL) if context.refresh else tuple(others)
-
-
-def _step_of(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of its own: Dynamo counts graphs by function."""
-
-    def run(updates: Tree, state: State, params: Tree, context: Context) -> Any:
-        return step(updates, state, params, context)
-
-    return run
 
 
 def _rounds(transformation: GradientTransformation) -> bool:
@@ -202,19 +193,18 @@ def _check_compilable(state: State) -> None:
         )
 
 
-def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """torch.compile of a function with a code object of its own.
+def _compiled(step: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """torch.compile of a step, as a function with a code object of its own.
 
     Dynamo counts graphs by code object: all chains of a process would share its limit of eight.
     """
-    assert isinstance(function, types.FunctionType)
-    own = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+
+    def run(updates: Tree, state: State, params: Tree, context: Context) -> Any:
+        return step(updates, state, params, context)
+
+    assert isinstance(run, types.FunctionType)
+    code, scope = run.__code__.replace(), run.__globals__
+    own = types.FunctionType(code, scope, run.__name__, None, run.__closure__)
     compile_: Callable[..., Any] = torch.compile
     found: Callable[..., Any] = compile_(own, **{"fullgraph": True, "dynamic": False} | options)
     return found

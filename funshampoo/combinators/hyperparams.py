@@ -176,16 +176,16 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
     ) -> tuple[Tree, State]:
         tx, inside, values = now(state, context)
         out, new = tx.run(updates, state.inner, params, inside)
-        return out, state._replace(
-            steps=advanced(state.steps, context.donate), hyperparams=values, inner=new
-        )
+        return out, after(state, new, values, context)
 
     def apply(updates: Tree, state: HyperparamsState, params: Tree, context: Context) -> State:
         tx, inside, values = now(state, context)
         new = applied(tx, updates, state.inner, params, inside)
-        return state._replace(
-            steps=advanced(state.steps, context.donate), hyperparams=values, inner=new
-        )
+        return after(state, new, values, context)
+
+    def after(state: HyperparamsState, new: State, values: Any, context: Context) -> State:
+        steps = advanced(state.steps, context.donate)
+        return state._replace(steps=steps, hyperparams=values, inner=new)
 
     found = GradientTransformation(
         init,

@@ -13,8 +13,9 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.modes import is_traced, unwrapped
 from funshampoo.core.placed import any_in_parts
-from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
+from funshampoo.core.tree import flatten, map_leaves, wide
 from funshampoo.linalg.norms import block_norms
+from funshampoo.operators.columns import in_compute_dtype
 from funshampoo.state.stages import SpikeState
 
 Verdicts = tuple[Tree, Tree]
@@ -82,10 +83,10 @@ def _judged(norms: Tree, together: bool) -> Verdicts:
 def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
     """A tree of ‖G‖, (N,) or (). None where there is no gradient."""
 
-    def wide(g: Tensor | None, u: Tensor | None) -> Tensor | None:
-        return None if g is None or u is None else cast(g, compute_dtype(g))
+    def seen(g: Tensor | None, u: Tensor | None) -> Tensor | None:
+        return None if g is None or u is None else wide(g)
 
-    leaves, spec = flatten(map_leaves(wide, source, updates))
+    leaves, spec = flatten(map_leaves(seen, source, updates))
     norms = iter(block_norms([g for g in leaves if g is not None], block_ndim))
     return spec.unflatten([None if g is None else next(norms) for g in leaves])
 
@@ -150,7 +151,7 @@ def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
         return None
     # The norm of a whole leaf is that of its blocks at least.
     squares: dict[torch.dtype, list[Tensor]] = {}
-    for g in found:
-        flat = cast(g, compute_dtype(g)).reshape(-1)
+    for g in in_compute_dtype(found):
+        flat = g.reshape(-1)
         squares.setdefault(flat.dtype, []).append(torch.dot(flat, flat))
     return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])

@@ -7,7 +7,7 @@ from typing import Any
 
 from funshampoo.core.adapting import adapted_init, adapted_wrapping, name_of
 from funshampoo.core.checks import check_count
-from funshampoo.core.clock import advanced, count_of, running, started
+from funshampoo.core.clock import advanced, running, slowed, started
 from funshampoo.core.context import PLACES, Context, changed
 from funshampoo.core.contract import (
     GradientTransformation,
@@ -135,11 +135,6 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
     def init(params: Tree, *, clock: bool = False, **context: Any) -> EveryKState:
         return EveryKState(inner.init(params, clock=True, **context), started(True, clock))
 
-    def own_clock(state: EveryKState, here: Context) -> Context:
-        """The context with the steps of `inner`."""
-        step = None if here.step is None else here.step // k
-        return changed(here, step=step, clock=count_of(state.steps, here) // k)
-
     def update(
         updates: Tree, state: EveryKState, params: Tree, context: Context
     ) -> tuple[Tree, EveryKState]:
@@ -150,14 +145,14 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
             )
         new = state.inner
         if here.step % k == 0:
-            found = inner.run(updates, state.inner, params, own_clock(state, here))
+            found = inner.run(updates, state.inner, params, slowed(here, k))
             updates, new = checked_pair(found, inner.name)
         return updates, EveryKState(new, advanced(state.steps, context.donate))
 
     def check(state: EveryKState, context: Context) -> None:
         here = running(state.steps, context)
         if inner.checks and here.step is not None and here.step % k == 0:
-            inner.check(state.inner, own_clock(state, here))
+            inner.check(state.inner, slowed(here, k))
 
     def phase(step: int) -> Phase:
         return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()

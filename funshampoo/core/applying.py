@@ -19,7 +19,7 @@ from funshampoo.core.contract import (
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.placed import any_in_parts, local_part, placed_like
-from funshampoo.core.tree import check_same_structure, compute_dtype, flatten, leaf_names
+from funshampoo.core.tree import check_same_structure, flatten, leaf_names, wide
 
 
 def apply_updates(params: TreeT, updates: Tree) -> TreeT:
@@ -42,16 +42,14 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
     >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -1.0])})
     {'w': tensor([1.5000, 0.0000])}
     """
-    check_same_structure(params, updates, "params", "updates")
-    leaves, spec = flatten(params)
+    (leaves, spec), (steps, _) = check_same_structure(params, updates, "params", "updates")
 
     def add(p: Tensor, u: Tensor | None) -> Tensor:
         if u is None:
             return p
-        return torch.add(p.to(compute_dtype(p)), u).to(p.dtype)
+        return torch.add(wide(p), u).to(p.dtype)
 
-    pairs = zip(leaves, spec.flatten_up_to(updates))
-    found: TreeT = spec.unflatten([add(p, u) for p, u in pairs])
+    found: TreeT = spec.unflatten([add(p, u) for p, u in zip(leaves, steps)])
     return found
 
 
@@ -67,9 +65,8 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     >>> params
     {'w': tensor([1.5000, 0.0000])}
     """
-    check_same_structure(params, updates, "params", "updates")
-    leaves, spec = flatten(params)
-    pairs = [(p, u) for p, u in zip(leaves, spec.flatten_up_to(updates)) if u is not None]
+    (leaves, _), (steps, _) = check_same_structure(params, updates, "params", "updates")
+    pairs = [(p, u) for p, u in zip(leaves, steps) if u is not None]
     if any_in_parts(leaves):
         pairs = [(local_part(p), local_part(placed_like(u, p))) for p, u in pairs]
     if torch.compiler.is_dynamo_compiling():
@@ -84,7 +81,7 @@ def add_in_place(params: Tree, updates: Tree) -> None:
             p.add_(u)
     for p, u in pairs:
         if p.dtype != u.dtype:
-            p.copy_(torch.add(p.to(compute_dtype(p)), u))
+            p.copy_(torch.add(wide(p), u))
 
 
 def update_in_place(

@@ -89,6 +89,13 @@ def running(steps: Tensor | tuple[()], context: Context) -> Context:
     return changed(context, clock=steps, step=step)
 
 
+def slowed(context: Context, k: int) -> Context:
+    """The context for what runs on every k-th step alone, with the steps that it makes itself."""
+    step = None if context.step is None else context.step // k
+    clock = None if context.clock is None else context.clock // k
+    return changed(context, step=step, clock=clock)
+
+
 def count_of(steps: Tensor | tuple[()], context: Context) -> Tensor:
     """The steps so far, by this counter or by who counts around."""
     count = steps if isinstance(steps, Tensor) else context.clock
@@ -101,9 +108,10 @@ def look_due(steps: Tensor | tuple[()], context: Context, every: int) -> bool:
 
     It does before multiples of `every`, as refreshes do, and not before the first step.
     """
-    clock = steps if isinstance(steps, Tensor) else context.clock
-    done = None if clock is None else read_counter(clock)
-    return done is not None and done > 0 and (done + 1) % every == 0
+    if torch.compiler.is_dynamo_compiling():
+        return False  # where counters of failures can't be read either
+    step = running(steps, context).step
+    return step is not None and step > 1 and step % every == 0
 
 
 def advanced(steps: Tensor | tuple[()], donate: bool) -> Tensor | tuple[()]:

@@ -61,7 +61,8 @@ PLACES = {n: i for i, n in enumerate(Context._fields) if n not in ("extra", "usa
 
 def changed(context: Context, **changes: Any) -> Context:
     """`context._replace(...)`, which torch.compile can't trace before torch 2.9."""
-    return Context(*[changes.get(f, x) for f, x in zip(Context._fields, context)])
+    fields: Any = map(changes.get, Context._fields, context)
+    return Context(*fields)
 
 
 def context_of(
@@ -84,8 +85,6 @@ def context_of(
     >>> context_of({"step": 3}, set()).step
     3
     """
-    if not names:
-        return EMPTY
     own = {name: value for name, value in names.items() if name not in PLACES}
     for name in own:
         if accepted is None or name not in accepted:

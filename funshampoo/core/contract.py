@@ -19,11 +19,11 @@ from torch import Tensor
 
 from funshampoo.core.adapting import adapted_init, adapted_update, name_of, without_state
 from funshampoo.core.clock import CLOCK, running
-from funshampoo.core.context import Context, context_of
+from funshampoo.core.context import EMPTY, Context, context_of
 from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.live import live_names
 from funshampoo.core.modes import for_keeps
-from funshampoo.core.placed import is_in_parts, placed_like, were_seen
+from funshampoo.core.placed import SEEN, is_in_parts, placed_like
 from funshampoo.core.tree import flatten
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
@@ -126,7 +126,8 @@ class GradientTransformation:
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
         self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
-        self._phase, self._check, self._flops = phase, check, flops
+        self._phase, self._flops = phase, flops
+        self.check: Callable[[State, Context], None] = check or _checks_of(self.parts, state_of)
         children = list(self.parts.values())
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])
@@ -176,7 +177,7 @@ class GradientTransformation:
             TypeError: no stage knows a name.
             ValueError: no stage reads the live numbers that `hyper` names.
         """
-        given = context_of(context, self.accepts, self.live)
+        given = context_of(context, self.accepts, self.live) if context else EMPTY
         check_whole(state)
         updates = placed_as(updates, params)
         if self.checks:
@@ -191,16 +192,6 @@ class GradientTransformation:
         if self._phase is not None:
             return self._phase(step)
         return tuple([label for part in self.parts.values() for label in part.phase(step)])
-
-    def check(self, state: State, context: Context) -> None:
-        """Raise what has to be raised before a step changes anything."""
-        if self._check is not None:
-            self._check(state, context)
-            return
-        inside = running(steps_of(state), context)
-        for name, part in self.parts.items():
-            if part.checks:
-                part.check(self.state_of(state, name), inside)
 
     def flops(self, block: tuple[int, ...], kept: tuple[int, ...] = ()) -> float:
         """Operations a step of the matrix products of all stages in it, on a block of this shape.
@@ -232,6 +223,20 @@ class GradientTransformation:
 def _united(*names: Collection[str] | None) -> frozenset[str] | None:
     known = [own for own in names if own is not None]
     return frozenset().union(*known) if len(known) == len(names) else None
+
+
+def _checks_of(
+    parts: Mapping[str, GradientTransformation], state_of: Callable[[State, str], State]
+) -> Callable[[State, Context], None]:
+    """The checks of all parts that have some."""
+    own = {name: part for name, part in parts.items() if part.checks}
+
+    def check(state: State, context: Context) -> None:
+        inside = running(steps_of(state), context)
+        for name, part in own.items():
+            part.check(state_of(state, name), inside)
+
+    return check
 
 
 def steps_of(state: State) -> Any:
@@ -266,17 +271,11 @@ def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     return GradientTransformation(name=name, **stage._given)
 
 
-def refreshes(
-    transformation: GradientTransformation, context: Context, step: int | None = None
-) -> bool:
-    """Whether a step in this context computes anew what is kept, as far as the host knows.
-
-    Args:
-        step: its number; by default the context's.
-    """
+def refreshes(transformation: GradientTransformation, context: Context) -> bool:
+    """Whether a step in this context computes anew what is kept, as far as the host knows."""
     if context.refresh is not None:
         return context.refresh
-    t = context.step if step is None else step
+    t = context.step
     return t is not None and any([p.startswith("refresh") for p in transformation.phase(t)])
 
 
@@ -314,7 +313,7 @@ def checked_pair(result: Any, stage: str) -> tuple[Tree, State]:
 
 def placed_as(updates: TreeT, params: Tree) -> TreeT:
     """The gradients of sharded parameters, placed as these are: partial sums are added up."""
-    if params is None or not were_seen():
+    if params is None or not SEEN["any"]:
         return updates
     (leaves, spec), (known, other) = flatten(updates), flatten(params)
     if spec != other:  # which is for the stages to say

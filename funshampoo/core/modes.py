@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from funshampoo.core.placed import are_alike, local_part, were_seen
+from funshampoo.core.placed import SEEN, are_alike, local_part
 from funshampoo.core.precision import FullProducts, RoundedProducts
 
 
@@ -35,7 +35,8 @@ def is_traced() -> bool:
 
     Then results can't be written into memory that was there before.
     """
-    # One call of Python where is_compiling() is two; a step asks in some seventy places.
+    # One call of Python where is_compiling() is two. Those that a step asks for every product and
+    # every column (`is_plain`, `products.is_plain_memory`) say it in these words, without this one.
     return torch.compiler.is_dynamo_compiling() or _functorch.peek_interpreter_stack() is not None
 
 
@@ -44,7 +45,9 @@ def is_plain(*columns: Iterable[Tensor]) -> bool:
 
     Nobody traces, batches or differentiates them, and DTensors are of one mesh.
     """
-    if is_traced() or (were_seen() and not are_alike(itertools.chain(*columns))):
+    if torch.compiler.is_dynamo_compiling() or _functorch.peek_interpreter_stack() is not None:
+        return False
+    if SEEN["any"] and not are_alike(itertools.chain(*columns)):
         return False
     if not torch.is_grad_enabled():
         return True
@@ -66,7 +69,7 @@ def are_apart(tensors: Sequence[Tensor]) -> bool:
 
 def begin_apart(tensors: Sequence[Tensor]) -> bool:
     """Whether no two of these, but for empty ones, begin at one place."""
-    own = map(local_part, tensors) if were_seen() else tensors  # a DTensor itself is nowhere
+    own = map(local_part, tensors) if SEEN["any"] else tensors  # a DTensor itself is nowhere
     places = [x.data_ptr() for x in own if x.numel()]
     return len(set(places)) == len(places)
 
@@ -120,12 +123,7 @@ def full_precision() -> contextlib.AbstractContextManager[Any]:
     alone, since a graph can't change what its kernels are chosen by. Enter it around the call of
     what is compiled, as the graph's products then go by the setting that they find.
     """
-    contexts = _without_autocast()
-    if not torch.compiler.is_dynamo_compiling() and _ASKED.full.needed():
-        contexts.append(_ASKED.full)
-    if not contexts:
-        return contextlib.nullcontext()
-    return contexts[0] if len(contexts) == 1 else _all_of(contexts)
+    return _products(every_step=False)
 
 
 def product_precision() -> contextlib.AbstractContextManager[Any]:
@@ -134,17 +132,23 @@ def product_precision() -> contextlib.AbstractContextManager[Any]:
     What is computed now and then from statistics, an inverse root say, is in `full_precision`: a
     rounding there grows with the condition number, or keeps an iteration from its tolerance.
     """
-    if torch.compiler.is_dynamo_compiling() or not _ASKED.tf32:
-        return full_precision()
-    return _all_of([*_without_autocast(), _rounded()])
+    return _products(every_step=True)
 
 
-def _without_autocast() -> list[Any]:
-    return [
+def _products(every_step: bool) -> contextlib.AbstractContextManager[Any]:
+    contexts: list[Any] = [
         torch.autocast(kind, enabled=False)
         for kind in _AUTOCASTED
         if torch.is_autocast_enabled(kind)
     ]
+    if not torch.compiler.is_dynamo_compiling():
+        if every_step and _ASKED.tf32:
+            contexts.append(_rounded())
+        elif _ASKED.full.needed():
+            contexts.append(_ASKED.full)
+    if not contexts:
+        return contextlib.nullcontext()
+    return contexts[0] if len(contexts) == 1 else _all_of(contexts)
 
 
 @contextlib.contextmanager
@@ -212,7 +216,9 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(make)
     def find(*arguments: Any) -> Tensor:
-        return make(*arguments) if is_traced() or in_a_mode() else kept(*arguments)
+        if torch.compiler.is_dynamo_compiling() or _functorch.peek_interpreter_stack() is not None:
+            return make(*arguments)
+        return make(*arguments) if in_a_mode() else kept(*arguments)
 
     return find
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,10 +102,18 @@ def _problem_of(leaf: Any) -> str:
     return ""
 
 
-def problem_of_gradient(g: Any, p: Tensor) -> str:
-    """Why this can't be the gradient of a dense parameter; "" if it can, None included."""
-    if g is None:
-        return ""
+def problem_of_gradients(
+    gradients: Sequence[Any], parameters: Sequence[Tensor]
+) -> tuple[int, str] | None:
+    """(which, why) of the first that can't be its dense parameter's; one may be None."""
+    for i, (g, p) in enumerate(zip(gradients, parameters)):
+        fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
+        if not fits and g is not None:
+            return i, _problem_of_gradient(g, p)
+    return None
+
+
+def _problem_of_gradient(g: Any, p: Tensor) -> str:
     if not isinstance(g, Tensor):
         return "is no tensor"
     if g.layout is not torch.strided:
@@ -112,4 +121,4 @@ def problem_of_gradient(g: Any, p: Tensor) -> str:
             f"is sparse ({g.layout}): build its layer with sparse=False, or give this parameter to "
             "torch.optim.SparseAdam"
         )
-    return f"is on {g.device}, the parameter on {p.device}" if g.device != p.device else ""
+    return f"is on {g.device}, the parameter on {p.device}"

@@ -15,16 +15,12 @@ def is_in_parts(x: Any) -> bool:
     if type(x) is Tensor or type(x) is Parameter:
         return False
     found = hasattr(x, "device_mesh") and hasattr(x, "placements")
-    _SEEN["any"] = _SEEN["any"] or found
+    SEEN["any"] = SEEN["any"] or found
     return found
 
 
-_SEEN = {"any": False}  # whether there was one in this process, without which nobody has to look
-
-
-def were_seen() -> bool:
-    """Whether this process has had a DTensor among its parameters."""
-    return _SEEN["any"]
+SEEN = {"any": False}
+"""Whether this process has had a DTensor among its parameters; if not, nobody has to look."""
 
 
 def place_of(x: Any) -> Any:
@@ -46,12 +42,12 @@ def are_alike(tensors: Iterable[Any]) -> bool:
 
 def parts_among(tensors: Iterable[Any]) -> list[Tensor]:
     """What this rank has of the DTensors among these, in the same memory."""
-    return [x.to_local() for x in tensors if is_in_parts(x)] if _SEEN["any"] else []
+    return [x.to_local() for x in tensors if is_in_parts(x)] if SEEN["any"] else []
 
 
 def count_writes(tensors: Iterable[Any]) -> None:
     """Say that a foreach operator has written to these: of DTensors torch counts no such write."""
-    if _SEEN["any"]:
+    if SEEN["any"]:
         for x in tensors:
             if is_in_parts(x) and not x.is_inference():
                 torch.autograd.graph.increment_version(x)

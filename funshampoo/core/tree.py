@@ -6,6 +6,7 @@ optree's default, and stages leave the state and the update of such a leaf as th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,13 +30,18 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 def leaf_names(tree: Any) -> list[str]:
     """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
-    accessors = optree.tree_accessors(tree, none_is_leaf=True)
+    return list(names_in(optree.tree_structure(tree, none_is_leaf=True)))
+
+
+@functools.lru_cache(maxsize=64)
+def names_in(structure: optree.PyTreeSpec) -> tuple[str, ...]:
+    """`leaf_names` of the trees of a structure. Remembered: a step asks for them every time."""
     # of a named tuple the field, where `entry` is an index
-    paths = [[getattr(step, "field", step.entry) for step in way] for way in accessors]
+    paths = [[getattr(step, "field", step.entry) for step in way] for way in structure.accessors()]
     names = [".".join(map(str, path)) or "(the tree itself)" for path in paths]
     if len(set(names)) < len(names):  # {"a": {"b": ...}, "a.b": ...}
         names = [".".join(repr(key) if "." in str(key) else str(key) for key in p) for p in paths]
-    return names
+    return tuple(names)
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -68,7 +74,7 @@ def update_leaves(
         TypeError: it returned no tuple of an update and as many states.
     """
     leaves, spec = flatten(updates)
-    columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
+    columns = columns_of((*inputs, *states), spec, updates)
     if not leaves:
         return (updates, *states)
     rows = []
@@ -77,7 +83,7 @@ def update_leaves(
         if type(found) is not tuple or len(found) != 1 + len(states):
             raise TypeError(_no_row(found, len(states)))
         rows.append(found)
-    return tuple([spec.unflatten(column) for column in zip(*rows)])
+    return tuple(map(spec.unflatten, zip(*rows)))
 
 
 def _no_row(found: Any, states: int) -> str:
@@ -102,7 +108,7 @@ def update_columns(
             the leaf.
     """
     leaves, spec = flatten(updates)
-    columns = [_parts_of(tree, spec, updates) for tree in (*inputs, *states)]
+    columns = columns_of((*inputs, *states), spec, updates)
     for column in columns:
         for u, part in zip(leaves, column):
             if u is not None and (own := part.shape) != u.shape and own != u.shape[: len(own)]:
@@ -150,15 +156,15 @@ def _shapes_differ(updates: Any, leaves: list[Any], parts: list[Any]) -> str:
     )
 
 
-def _parts_of(tree: Any, spec: Any, updates: Any) -> list[Any]:
+def columns_of(trees: Sequence[Any], spec: Any, updates: Any) -> list[list[Any]]:
+    """Of each tree what it has where the updates have leaves."""
     try:
-        parts: list[Any] = spec.flatten_up_to(tree)
+        return list(map(spec.flatten_up_to, trees))
     except ValueError as error:
         raise ValueError(
             f"the gradients {leaf_names(updates)} do not fit the state: it was made by init for "
             "parameters in another tree."
         ) from error
-    return parts
 
 
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
@@ -206,16 +212,26 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in its compute dtype."""
+    return x.to(torch.float32) if x.dtype in HALF else x
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which statistics and updates of `x` live: float32 at least."""
-    return torch.float32 if x.dtype in _HALF else x.dtype
+    return torch.float32 if x.dtype in HALF else x.dtype
 
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
-def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> None:
+def check_same_structure(
+    tree: Any, other: Any, name: str, other_name: str
+) -> tuple[tuple[list[Any], Any], tuple[list[Any], Any]]:
     """The two trees have the same leaves in the same places, of the same shapes.
+
+    Returns:
+        Of each what `flatten` says of it.
 
     Raises:
         ValueError: names the first leaf that differs.
@@ -235,6 +251,7 @@ def check_same_structure(tree: Any, other: Any, name: str, other_name: str) -> N
                 f"leaf '{leaf_names(tree)[i]}' has shape {tuple(a.shape)} in {name} "
                 f"and {tuple(b.shape)} in {other_name}."
             )
+    return (leaves, spec), (others, other_spec)
 
 
 def _difference(tree: Any, other: Any, name: str, other_name: str) -> str:

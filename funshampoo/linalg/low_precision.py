@@ -32,7 +32,7 @@ def check_product_dtype(dtype: torch.dtype | None) -> None:
     check_choice("product_dtype", dtype, (None, torch.bfloat16))
 
 
-def rounded_matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
+def rounded_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b of operands rounded to `dtype`, where it is large enough; in that dtype or in theirs.
 
     In a product of several, what stands between two factors is thus rounded once, and would be as
@@ -42,12 +42,7 @@ def rounded_matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     >>> rounded_matmul(a, a, torch.bfloat16).dtype, rounded_matmul(a[:1], a, torch.bfloat16).dtype
     (torch.bfloat16, torch.float32)
     """
-    if dtype is not None and _is_large(a, b):
-        return a.to(dtype) @ b.to(dtype)
-    if a.dtype == b.dtype:
-        return matmul(a, b)
-    wide = torch.promote_types(a.dtype, b.dtype)
-    return matmul(a.to(wide), b.to(wide))
+    return a.to(dtype) @ b.to(dtype) if _is_large(a, b) else matmul(a, b)
 
 
 def rounded_gram(x: Tensor, dtype: torch.dtype | None) -> Tensor | None:

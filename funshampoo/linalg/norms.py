@@ -30,7 +30,7 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
     >>> block_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 1)
     tensor([5., 1.])
     """
-    if is_in_parts(x):  # which could not be made flat
+    if type(x) is not Tensor and is_in_parts(x):  # which could not be made flat
         of_parts: Tensor = torch.linalg.vector_norm(x)
         return of_parts
     flat = x.reshape(*x.shape[:block_ndim], -1)
@@ -78,21 +78,18 @@ def is_readable(tensors: Sequence[Tensor]) -> bool:
     return not is_traced() and all([type(x) is Tensor and x.is_cpu for x in tensors])
 
 
-def is_out_of_sight(tensors: Sequence[Tensor]) -> bool:
-    """Whether the host would have to wait for the values of these: another device, no transform."""
-    return not is_traced() and not all([x.is_cpu for x in tensors])
+def stand(norms: Sequence[Tensor], xs: Sequence[Tensor]) -> bool:
+    """Whether the plain norms of these, (N,) or (), are taken as they are: none has to be mended.
 
-
-def surely_in_range(norms: Sequence[Tensor], xs: Sequence[Tensor] | None = None) -> bool:
-    """Whether all plain norms, (N,) or (), can be read here and now, and none has to be mended.
-
-    A norm of 0 has not, where its block of `xs` holds zeros alone, or without `xs`.
+    Or the host would have to wait to know. A norm of 0 is right where its block is zeros alone.
     """
     if not is_readable(norms):
-        return False
+        return not is_traced() and not all([norm.is_cpu for norm in norms])
     found_zero = False
-    for dtype in {norm.dtype for norm in norms}:
-        alike = [norm for norm in norms if norm.dtype == dtype]
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for norm in norms:
+        kinds.setdefault(norm.dtype, []).append(norm)
+    for dtype, alike in kinds.items():
         together = torch.cat(alike) if alike[0].ndim else torch.stack(alike)
         if not together.numel():
             continue
@@ -106,7 +103,7 @@ def surely_in_range(norms: Sequence[Tensor], xs: Sequence[Tensor] | None = None)
         if not bool((inside | zero).all()):
             return False
         found_zero = True
-    if xs is None or not found_zero:
+    if not found_zero:
         return True
     return not any([_hides_something(x, norm) for x, norm in zip(xs, norms)])
 

@@ -24,8 +24,6 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.nn.functional import pad
 
-from funshampoo.core.modes import is_traced
-
 ALIGNMENT = 16
 """Bytes."""
 
@@ -37,7 +35,10 @@ _BLOCK_UNIT = 16  # numbers: so that blocks are aligned where the matrix is, and
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, matrix by matrix."""
+    """a @ b, matrix by matrix; of two dtypes, in the wider one."""
+    if a.dtype != b.dtype:
+        wider = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(wider), b.to(wider)
     shape, other = a.shape, b.shape  # asked for once: torch makes a new object each time
     if len(shape) == len(other) == 2 or not is_plain_memory(a, b):
         return a @ b
@@ -97,26 +98,31 @@ def _write_square(X: Tensor, b: Tensor) -> None:
 
 def gram(x: Tensor) -> Tensor:
     """x xᵀ, matrix by matrix; perhaps a view."""
+    plain = operand_of_gram(x)
+    if plain is not None:
+        return plain @ plain.mT
     rows = x.shape[-2]
-    if is_plain_gram(x):
-        x = aligned(x)
-        return x @ x.mT
     if x.shape[-1] == 1:
         return x * x.mT
     x = _aligned(pad(x, (0, 0, 0, -rows % (ALIGNMENT // x.itemsize))))
     return (x @ x.mT)[..., :rows, :rows]
 
 
-def is_plain_gram(x: Tensor) -> bool:
-    """Whether x xᵀ is the plain product of aligned(x): then it may be part of a fused kernel.
+def operand_of_gram(x: Tensor) -> Tensor | None:
+    """aligned(x), if x xᵀ is its plain product, which may then be part of a fused kernel; or None.
 
     With an odd number of rows it is if all of them begin aligned.
     """
     shape = x.shape
     if len(shape) < 3 or not is_plain_memory(x):
-        return True
-    rows_aligned = x.stride(-1) == 1 and x.stride(-2) % (ALIGNMENT // x.itemsize) == 0
-    return shape[-1] != 1 and (shape[-2] % 2 == 0 or rows_aligned)
+        return x
+    if shape[-1] == 1:
+        return None
+    if shape[-2] % 2:
+        stride = x.stride()
+        if stride[-1] != 1 or stride[-2] % (ALIGNMENT // x.itemsize):
+            return None
+    return _aligned(x)
 
 
 def matrix_power(A: Tensor, p: int) -> Tensor:
@@ -160,11 +166,11 @@ def power(x: Tensor, exponent: float | Tensor) -> Tensor:
 
 def is_plain_memory(*tensors: Tensor) -> bool:
     """Whether these lie in a CPU's memory, and are not seen through a transform."""
-    if not is_traced():
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    if _functorch.peek_interpreter_stack() is None:
         for x in tensors:  # noqa: SIM110 (a generator is a call of Python for each)
             if not x.is_cpu:
                 return False
         return True
-    if torch.compiler.is_dynamo_compiling():
-        return False
     return all([x.is_cpu and not _functorch.is_functorch_wrapped_tensor(x) for x in tensors])

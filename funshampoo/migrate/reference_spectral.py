@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_flag
 from funshampoo.core.contract import GradientTransformation, Tree, stateless
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import update_leaves, wide
 from funshampoo.migrate.reference_config import Fields
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.transforms import orthogonalize, sign
@@ -55,7 +55,7 @@ def by_svd(
 
     def update(updates: Tree, state: Any, *, block_ndim: int = 0) -> tuple[Tree, Any]:
         def leaf(u: Tensor) -> tuple[Tensor]:
-            x = cast(u, compute_dtype(u)).flatten(block_ndim + 1)
+            x = wide(u).flatten(block_ndim + 1)
             P, sizes, Q = torch.linalg.svd(x, full_matrices=False)
             found = (P * (sizes > 0)[..., None, :]) @ Q
             if by_nuclear_norm:
@@ -92,7 +92,7 @@ def signs_scaled_by(scale_fn: Callable[[Tensor], Any]) -> GradientTransformation
 
     def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
         def leaf(u: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             each: Any = torch.func.vmap(one) if block_ndim else one
             return (u.sign() * per_block(each(u), u),)
 

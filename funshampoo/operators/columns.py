@@ -10,7 +10,7 @@ As in `leaf_ops`, only state tensors, `old`, are ever written to, and only where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -18,26 +18,24 @@ from torch import Tensor
 
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import constant, is_plain
-from funshampoo.core.placed import count_writes, is_in_parts, were_seen
-from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves
+from funshampoo.core.placed import SEEN, count_writes, is_in_parts
+from funshampoo.core.tree import HALF, compute_dtype, flatten, map_leaves
 from funshampoo.operators import leaf_ops
 
 Column: TypeAlias = list[Tensor]
 
-_WIDE = (torch.float32, torch.float64)
-
-
-_OLDER = torch.__version__ < "2.13"
+_LACKS = torch.__version__ < "2.13"
+"""Whether this release lacks some foreach operators for DTensors."""
 
 
 def _one_by_one(xs: Column) -> bool:
-    """Whether they are DTensors, for which older releases lack some foreach operators."""
-    return _OLDER and were_seen() and any(map(is_in_parts, xs))
+    """Whether they are DTensors, for a release that lacks an operator."""
+    return SEEN["any"] and any(map(is_in_parts, xs))
 
 
 def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
     """(1 - weight) old + weight new. The results have old's dtypes."""
-    if isinstance(weight, Tensor) or not is_plain(old, new) or _one_by_one(old):
+    if isinstance(weight, Tensor) or not is_plain(old, new) or (_LACKS and _one_by_one(old)):
         return [leaf_ops.lerp(x, y, weight, donate) for x, y in zip(old, new)]
     if not donate:
         return list(torch._foreach_lerp(old, new, weight))
@@ -78,8 +76,6 @@ def add_weight(total: Column, beta: Hyper, alive: Sequence[Column], donate: bool
     """
     if alive:
         return lerp(total, cast_like(alive[0], total), 1 - beta, donate)
-    if isinstance(beta, Tensor) or not is_plain(total):
-        return [leaf_ops.add_weight(w, beta, donate) for w in total]
     ones, one = [], None
     for w in total:
         if one is None or one.dtype != w.dtype or one.device != w.device:
@@ -146,6 +142,13 @@ def first_weights(params: Any, block_ndim: int, *, corrects: bool, own_steps: bo
     return torch.full((), start, dtype=dtype, device="cpu")
 
 
+def none_yet(params: Any, block_ndim: int, dtype: torch.dtype | None = None) -> Any:
+    """A zero a block, (N,), or a leaf, (): in this dtype, or the compute dtype of each."""
+    return map_leaves(
+        lambda x: x.new_zeros(x.shape[:block_ndim], dtype=dtype or compute_dtype(x)), params
+    )
+
+
 def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:
     """Everyone's weight after a step; () where there is none."""
     return leaf_ops.add_weight(weight, beta, donate) if isinstance(weight, Tensor) else weight
@@ -163,7 +166,7 @@ def seen(weight: Column, alive: Sequence[Column]) -> Column:
     if not alive:
         return weight
     least = [torch.finfo(w.dtype).tiny for w in weight]
-    if is_plain(weight) and not _one_by_one(weight):
+    if is_plain(weight) and not (_LACKS and _one_by_one(weight)):
         return list(torch._foreach_clamp_min(weight, least))
     return [torch.clamp(w, min=tiny) for w, tiny in zip(weight, least)]
 
@@ -234,7 +237,7 @@ def clamp(xs: Column, limit: Hyper) -> Column:
         isinstance(limit, Tensor)
         or not is_plain(xs)
         or all([x.is_cpu for x in xs])
-        or _one_by_one(xs)
+        or (_LACKS and _one_by_one(xs))
     ):
         return [leaf_ops.clamp(x, limit) for x in xs]  # both ends in one pass
     limits = [leaf_ops.in_range(limit, x.dtype) for x in xs]
@@ -253,11 +256,14 @@ def cast_like(xs: Column, others: Column) -> Column:
     return [x if x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(xs, others)]
 
 
-def in_compute_dtype(xs: Column) -> Column:
+def in_compute_dtype(xs: Iterable[Tensor]) -> Column:
     """xs in float32 at least."""
-    return [x if x.dtype in _WIDE else cast(x, compute_dtype(x)) for x in xs]
+    return [x.to(torch.float32) if x.dtype in HALF else x for x in xs]
 
 
 def per_block(values: Column, others: Column) -> Column:
     """Views of one value a block, (N,) or (), that broadcast over the others' blocks (N, ...)."""
-    return [leaf_ops.per_block(x, other) for x, other in zip(values, others)]
+    return [
+        x.reshape(x.shape + (1,) * (other.ndim - x.ndim)) if x.ndim else x
+        for x, other in zip(values, others)
+    ]

@@ -18,7 +18,7 @@ from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import constant, is_traced, may_reuse
 from funshampoo.core.placed import is_in_parts
 from funshampoo.core.tree import cast
-from funshampoo.linalg.products import aligned, gram, is_plain_gram, is_plain_memory
+from funshampoo.linalg.products import gram, is_plain_memory, operand_of_gram
 from funshampoo.operators.graph_ops import accumulate_gram_, implement
 
 
@@ -26,20 +26,20 @@ def lerp(old: Tensor, new: Tensor, weight: Hyper, donate: bool) -> Tensor:
     """(1 - weight) old + weight new, in one pass. The result has old's dtype."""
     if isinstance(weight, Tensor):
         weight = sent(weight, old)
-    if _may_write(old, donate, new, weight):
+    if donate and _may_write(old, new, weight):
         return old.lerp_(new, weight)
     return torch.lerp(old, new, weight)
 
 
 def add(old: Tensor, new: Tensor, donate: bool) -> Tensor:
     """old + new."""
-    return old.add_(new) if _may_write(old, donate, new) else torch.add(old, new)
+    return old.add_(new) if donate and _may_write(old, new) else torch.add(old, new)
 
 
 def multiply(old: Tensor, factor: Hyper, donate: bool) -> Tensor:
     """factor old, in old's dtype whatever the factor's."""
     factor = on_device(factor, old)
-    if _may_write(old, donate, factor):
+    if donate and _may_write(old, factor):
         return old.mul_(factor)
     return cast(torch.mul(old, factor), old.dtype)
 
@@ -53,17 +53,21 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
     if n == 1:  # a vector: elementwise, for which the one new tensor is as small as x
         y = x * (weight.sqrt() if isinstance(weight, Tensor) else math.sqrt(weight))
         return add_product(multiply(old, beta, donate), y.to(old.dtype), y.mT.to(old.dtype))
-    if isinstance(beta, Tensor) or isinstance(weight, Tensor) or not is_plain_gram(x):
+    live = isinstance(beta, Tensor) or isinstance(weight, Tensor)
+    operand = None if live else operand_of_gram(x)
+    if operand is None:
         added = multiply(gram(x), weight, donate=False)
         return add(multiply(old, beta, donate), added, donate)
-    x = aligned(x)
+    assert not isinstance(beta, Tensor)
+    assert not isinstance(weight, Tensor)
+    x = operand
     stacked = old.ndim == 3
     if donate and stacked and torch.compiler.is_dynamo_compiling() and old.numel() >= _WORTH_A_NODE:
         return accumulate_gram_(old, x, beta, weight)
     if stacked and d >= LARGE and n >= LONG and is_plain_memory(old, x):
         return _add_triangle(old if donate else old.clone(), x, beta, weight)
     fused: Any
-    if _may_write(old, donate, x):
+    if donate and _may_write(old, x):
         fused = old.baddbmm_ if stacked else old.addmm_
     else:
         fused = functools.partial(torch.baddbmm if stacked else torch.addmm, old)
@@ -101,14 +105,14 @@ def _add_triangle(old: Tensor, x: Tensor, beta: float, weight: float) -> Tensor:
     return old
 
 
-def _may_write(old: Tensor, donate: bool, *operands: Hyper) -> bool:
-    """Whether the state tensor is donated, and no operand is wrapped by a torch.func transform.
+def _may_write(old: Tensor, *operands: Hyper) -> bool:
+    """Whether a state tensor that is donated can be written to: torch.func has wrapped no operand.
 
     Under vmap a batched operand does not fit into unbatched memory, and most operations in place
     have no batching rule; under grad the old value is still needed.
     """
-    if not donate or torch.compiler.is_dynamo_compiling() or not is_traced():
-        return donate
+    if torch.compiler.is_dynamo_compiling() or not is_traced():
+        return True
     tensors = [t for t in (old, *operands) if isinstance(t, Tensor)]
     return not any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 

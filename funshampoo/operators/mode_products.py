@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.tree import cast
 from funshampoo.linalg.low_precision import rounded_matmul
+from funshampoo.linalg.products import matmul
 from funshampoo.operators.packed import unpack
 
 
@@ -90,10 +92,11 @@ def precondition(
     >>> precondition(torch.ones(2), [torch.tensor([[2.0, 0.0], [0.0, 3.0]])])
     tensor([2., 3.])
     """
-    matrices = [None if root is None else unpack(root) for root in roots]
-    return _mode_products(
-        x, [m if m is None else (m, m) for m in matrices], block_ndim, product_dtype
-    )
+    pairs: list[tuple[Tensor, Tensor] | None] = []
+    for root in roots:
+        X = None if root is None else unpack(root)
+        pairs.append(None if X is None else (X, X))
+    return _mode_products(x, pairs, block_ndim, product_dtype)
 
 
 def rotate(
@@ -127,11 +130,14 @@ def _mode_products(
     lead, sides = shape[:block_ndim], shape[block_ndim:]
     if not x.numel():
         return x
+    times: Callable[[Tensor, Tensor], Tensor] = matmul
+    if product_dtype is not None:
+        times = functools.partial(rounded_matmul, dtype=product_dtype)
     if len(sides) == 2:  # each from its side: a transposed operand takes a little longer
         left, right = pairs
-        x = x if left is None else rounded_matmul(left[0], x, product_dtype)
-        x = x if right is None else rounded_matmul(x, right[1], product_dtype)
-        return cast(x, dtype)
+        x = x if left is None else times(left[0], x)
+        x = x if right is None else times(x, right[1])
+        return x if x.dtype == dtype else x.to(dtype)
     for d, pair in zip(sides, pairs):
         # The axis of every side is the first in its turn, and goes to the end: without a copy,
         # since a product reads its transposed operand as it lies. With few columns it is so slow
@@ -140,7 +146,7 @@ def _mode_products(
         if pair is None:
             x = x.mT
         elif d <= _FEW_COLUMNS < x.shape[-1]:
-            x = rounded_matmul(pair[0], x, product_dtype).mT
+            x = times(pair[0], x).mT
         else:
-            x = rounded_matmul(x.mT, pair[1], product_dtype)
+            x = times(x.mT, pair[1])
     return cast(x.reshape(shape), dtype).contiguous()  # what follows is elementwise

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.core.contract import Tree
 from funshampoo.core.modes import full_precision
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import update_leaves, wide
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.mode_products import rotate
 from funshampoo.state.meaning import kind_of
@@ -20,7 +20,7 @@ def turned(tree: Tree, kept: Tree, block_ndim: int, back: bool = False) -> Tree:
     """Coordinates in the bases, or back."""
 
     def leaf(u: Tensor, units: Any) -> tuple[Tensor]:
-        return (rotate(cast(u, compute_dtype(u)), _matrices(units), block_ndim, back),)
+        return (rotate(wide(u), _matrices(units), block_ndim, back),)
 
     return update_leaves(leaf, tree, (), (kept,))[0]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import for_keeps
-from funshampoo.core.parameters import detached, problem_of_gradient
+from funshampoo.core.parameters import detached, problem_of_gradients
 from funshampoo.optim.building import Built
 from funshampoo.state.nodes import walk
 from funshampoo.state.stages import LearningRateState
@@ -73,9 +73,9 @@ class Ready(NamedTuple):
         Raises:
             RuntimeError: a sparse one.
         """
-        for k in self.known:
-            if problem := problem_of_gradient(k.parameter.grad, k.parameter):
-                raise RuntimeError(f"the gradient of '{k.name}' {problem}.")
+        parameters = [k.parameter for k in self.known]
+        if problem := problem_of_gradients([p.grad for p in parameters], parameters):
+            raise RuntimeError(f"the gradient of '{self.known[problem[0]].name}' {problem[1]}.")
 
 
 def same_parameters(a: list[Known], b: list[Known]) -> bool:

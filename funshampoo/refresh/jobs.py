@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from funshampoo.core.tree import map_leaves
 from funshampoo.linalg.solver import chooser
 from funshampoo.operators.packed import pack, unpack
 from funshampoo.refresh.rows import Rows, taken, written
@@ -39,6 +40,9 @@ class Asked(NamedTuple):
     A: Tensor
     old: tuple[Tensor, ...]
     rounds: Tensor
+
+
+RowsT = TypeVar("RowsT", Asked, Found, Outcome)
 
 
 class Job:
@@ -95,7 +99,7 @@ class Job:
                 found = found._replace(known=found.known & (taken(self._alive, rows) > 0))
             take = functools.partial(taken, rows=rows)
             write = functools.partial(written, rows=rows, donate=donate)
-            kept = map_kept(write, kept, renewed(found, map_kept(take, kept), self.rule))
+            kept = map_leaves(write, kept, renewed(found, map_leaves(take, kept), self.rule))
         return kept
 
     def _results(self) -> Iterator[tuple[Rows, Outcome]]:
@@ -113,9 +117,7 @@ class Job:
     def _joined(self) -> Outcome:
         """What was found for all the rows, in memory of its own."""
         found = [part() for part in self.parts]
-        if len(found) == 1 and not self.shares:
-            return found[0]
-        return _mapped(lambda *xs: torch.cat(xs), *found)
+        return found[0] if len(found) == 1 and not self.shares else joined(found)
 
 
 def outcome(rule: Rule, asked: Asked) -> Outcome:
@@ -137,27 +139,23 @@ def _answer(rule: Rule, asked: Asked) -> Found:
         return rule(*asked)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if asked.rounds.ndim and len(asked.rounds) > 1:
-            rows = [_answer(rule, _narrowed(asked, i)) for i in range(len(asked.rounds))]
-            value = tuple([torch.cat(column) for column in zip(*[row.value for row in rows])])
-            return Found(value, *[torch.cat(column) for column in zip(*[row[1:] for row in rows])])
+            rows = range(len(asked.rounds))
+            return joined([_answer(rule, row_slice(asked, i, 1)) for i in rows])
     size = asked.A.detach().abs().sum((-2, -1))
     unknown = torch.full_like(size, torch.inf)
     return Found(rule.initial(asked.A), unknown, unknown, torch.zeros_like(size, dtype=torch.bool))
 
 
-def _narrowed(asked: Asked, row: int) -> Asked:
-    old = tuple([x.narrow(0, row, 1) for x in asked.old])
-    return Asked(asked.A.narrow(0, row, 1), old, asked.rounds.narrow(0, row, 1))
+def row_slice(rows: RowsT, first: int, count: int) -> RowsT:
+    """Some of the rows of what is asked or found."""
+    part: RowsT = map_leaves(lambda x: x.narrow(0, first, count), rows)
+    return part
 
 
-def row_slice(found: Outcome, first: int, count: int) -> Outcome:
-    """Some rows of what was found for several jobs."""
-    return _mapped(lambda x: x.narrow(0, first, count), found)
-
-
-def _mapped(function: Callable[..., Tensor], *given: Outcome) -> Outcome:
-    value = tuple([function(*xs) for xs in zip(*[found.value for found in given])])
-    return Outcome(value, *[function(*xs) for xs in zip(*[found[1:] for found in given])])
+def joined(parts: Sequence[RowsT]) -> RowsT:
+    """All rows of what is asked or found in parts, in memory of their own."""
+    whole: RowsT = map_leaves(lambda *xs: torch.cat(xs), *parts)
+    return whole
 
 
 def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
@@ -178,12 +176,6 @@ def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
         streak=torch.where(failed, old.streak + 1, 0),
         rounds=old.rounds + accepted,
     )
-
-
-def map_kept(function: Callable[..., Tensor], *given: Kept) -> Kept:
-    """A `Kept` of `function(x, ...)` for its tensors."""
-    value = tuple([function(*xs) for xs in zip(*[kept.value for kept in given])])
-    return Kept(value, *[function(*xs) for xs in zip(*[kept[1:] for kept in given])])
 
 
 def _whole(x: Tensor, symmetric: bool) -> Tensor:

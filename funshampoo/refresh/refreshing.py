@@ -38,13 +38,11 @@ class Refreshing:
             so that rules with other numbers take over at the next one.
         schedule: when.
         packed: keep one triangle of each of a value's symmetric tensors of side 64 or more.
-        threads: whether its rules are `threaded`, for `compiled`.
     """
 
     rules: Callable[[tuple[int, ...]], Sequence[Rule | None]]
     schedule: RefreshSchedule
     packed: bool = False
-    threads: bool = False
 
     def init(self, params: Tree, block_ndim: int = 0, clock: bool = False) -> RefreshedState:
         """Initial values for every leaf; `block_ndim` and `clock` are those that init gets."""

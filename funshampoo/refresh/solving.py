@@ -21,7 +21,7 @@ from concurrent.futures import Future
 
 import torch
 
-from funshampoo.refresh.jobs import Asked, Job, Outcome, outcome, row_slice
+from funshampoo.refresh.jobs import Job, Outcome, joined, outcome, row_slice
 from funshampoo.refresh.rows import Rows
 from funshampoo.refresh.rule import is_same
 from funshampoo.refresh.workers import Workers, workers
@@ -112,9 +112,7 @@ def _solve(batch: Batch) -> None:
         found = outcome(rule, asked[0])
         batch[0][0].parts.append(lambda: found)
         return
-    A, old, rounds = zip(*asked)
-    together = Asked(torch.cat(A), tuple([torch.cat(x) for x in zip(*old)]), torch.cat(rounds))
-    found, first = outcome(rule, together), 0
+    found, first = outcome(rule, joined(asked)), 0
     for (job, _), own in zip(batch, asked):
         job.parts.append(functools.partial(row_slice, found, first, len(own.rounds)))
         job.shares = True

@@ -9,7 +9,7 @@ from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import required
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.matrices import norm_over, safe
 
@@ -43,7 +43,7 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
         ratio, least = number(max_ratio, hyper), number(epsilon, hyper)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             first = block_ndim + (u.ndim >= block_ndim + 2)
             size = norm_over(u, first)
             weight = norm_over(cast(w, u.dtype), first)

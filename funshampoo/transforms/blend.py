@@ -15,7 +15,7 @@ from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import is_exactly
 from funshampoo.core.modes import product_precision
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.linalg.products import matmul
 from funshampoo.linalg.products import power as raised
 from funshampoo.operators.leaf_ops import on_device, per_block, sqrt
@@ -115,7 +115,7 @@ def blend_towards(
         clock: Tensor | None = None,
     ) -> tuple[Tree, Any]:
         def leaf(u: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             w, size = cast(w, u.dtype), _size(u, block_ndim)
             known = _size(w, block_ndim)
             w = torch.where(known == 0, u, w * (size / safe(known)))

@@ -8,7 +8,7 @@ from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import required
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 
 
@@ -38,7 +38,7 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
         decay = number(weight_decay, hyper)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             w = cast(w, u.dtype)
             return (u + multiply(w * cast(w * u >= 0, u.dtype), decay, donate=False),)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation, Tree, stateless
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import update_leaves, wide
 
 
 def centralize() -> GradientTransformation:
@@ -24,7 +24,7 @@ def centralize() -> GradientTransformation:
 
     def centred(updates: Tree, *, block_ndim: int = 0) -> Tree:
         def leaf(u: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             if u.ndim < block_ndim + 2 or not u.numel():
                 return (u,)
             return (u - u.mean(tuple(range(block_ndim + 1, u.ndim)), keepdim=True),)

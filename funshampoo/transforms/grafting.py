@@ -17,13 +17,12 @@ from funshampoo.core.contract import (
     as_transformation,
     checked_pair,
 )
-from funshampoo.core.tree import flatten, map_leaves, update_columns
+from funshampoo.core.tree import columns_of, flatten
 from funshampoo.linalg.norms import (
     block_norms,
-    is_out_of_sight,
     range_limits,
     range_scale,
-    surely_in_range,
+    stand,
 )
 from funshampoo.operators.columns import (
     Column,
@@ -91,35 +90,36 @@ def graft(
         updates: Tree, state: GraftState, params: Tree, context: Context
     ) -> tuple[Tree, GraftState]:
         inside = running(state.steps, context)
-        p, direction_state = _run(direction, updates, state.direction, params, inside)
-        p_g, onto_state = _run(onto, updates, state.onto, params, inside)
+        found = direction.run(updates, state.direction, params, inside)
+        p, direction_state = checked_pair(found, direction.name)
+        found = onto.run(updates, state.onto, params, inside)
+        p_g, onto_state = checked_pair(found, onto.name)
+        del found
         block_ndim, t = context.block_ndim, inside.step if start > 1 else 1
         begun_now = None if t is not None else count_of(state.steps, context) + 1 >= start
         new = GraftState(direction_state, onto_state, advanced(state.steps, context.donate))
         if t is not None and t < start:
             return p_g, new
-
-        def norms(p_g: Column) -> tuple[Column]:
-            return (_step_lengths(in_compute_dtype(p_g), block_ndim),)
-
-        def rescale(p: Column, norm: Column) -> tuple[Column]:
-            return (_rescaled(in_compute_dtype(p), norm, block_ndim),)
-
-        def begun(grafted: Column, p_g: Column) -> tuple[Column]:
-            assert begun_now is not None
-            return ([torch.where(begun_now.to(x.device), x, y) for x, y in zip(grafted, p_g)],)
-
-        own: Tree = None
-        if least_order:
-            own, p_g = _by_order(p_g, least_order, block_ndim)
-            _, p = _by_order(p, least_order, block_ndim)
-        (norm,) = update_columns(norms, p_g, ())
-        partner = p_g if t is None else None
-        del p_g  # as large as p, and no longer needed
-        (grafted,) = update_columns(rescale, p, (), (norm,))
-        if t is None:  # in torch.compile the counter is a tensor without a value
-            (grafted,) = update_columns(begun, grafted, (), (partner,))
-        return grafted if own is None else map_leaves(_present, own, grafted), new
+        leaves, spec = flatten(p_g)
+        (directions,) = columns_of((p,), spec, p_g)
+        sides = [-1 if x is None else x.ndim - block_ndim for x in leaves]
+        places = [i for i, order in enumerate(sides) if order >= least_order]
+        if not places:
+            return p_g, new
+        partners = in_compute_dtype(map(leaves.__getitem__, places))
+        lengths, plain = _step_lengths(partners, block_ndim)
+        if begun_now is None:  # they are as large as p, and no longer needed
+            del partners, p_g
+            for i in places:
+                leaves[i] = None
+        column = in_compute_dtype(map(directions.__getitem__, places))
+        grafted = _rescaled(column, lengths, plain, block_ndim)
+        for i, x in zip(places, grafted):
+            if begun_now is None:
+                leaves[i] = x
+            else:  # in torch.compile the counter is a tensor without a value
+                leaves[i] = torch.where(begun_now.to(x.device), x, leaves[i])
+        return spec.unflatten(leaves), new
 
     def phase(step: int) -> Phase:
         inside = (*direction.phase(step), *onto.phase(step))
@@ -129,49 +129,33 @@ def graft(
     return GradientTransformation(init, update, phase=phase, parts=parts, counts=counts)
 
 
-def _run(
-    tx: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
-) -> tuple[Tree, Any]:
-    return checked_pair(tx.run(updates, state, params, context), tx.name)
-
-
-def _by_order(tree: Tree, least: int, block_ndim: int) -> tuple[Tree, Tree]:
-    """The leaves of fewer sides, and the others: two trees, each with None for what it lacks."""
-    leaves, spec = flatten(tree)
-    few = [x is not None and x.ndim - block_ndim < least for x in leaves]
-    own = [x if is_few else None for x, is_few in zip(leaves, few)]
-    others = [None if is_few else x for x, is_few in zip(leaves, few)]
-    return spec.unflatten(own), spec.unflatten(others)
-
-
-def _present(x: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if x is None else x
-
-
 _SMALL = 1e-16  # beside ‖P‖, as in the Distributed Shampoo reference
 
 
-def _step_lengths(p_g: Column, block_ndim: int) -> Column:
-    """‖P_g‖, at most the largest number; NaN where there is an infinite entry."""
+def _step_lengths(p_g: Column, block_ndim: int) -> tuple[Column, bool]:
+    """‖P_g‖, at most the largest number; NaN where there is an infinite entry.
+
+    And whether these are plain norms, none of which is out of range.
+    """
     norms = block_norms(p_g, block_ndim)
-    if is_out_of_sight(norms) or surely_in_range(norms, p_g):
-        return norms
+    if stand(norms, p_g):
+        return norms, True
     if not _alike(norms):
-        return [length for x in p_g for length in _step_lengths([x], block_ndim)]
+        return [_step_lengths([x], block_ndim)[0][0] for x in p_g], False
     scale = range_scale(_joined(norms))
     scaled = product(p_g, per_block(_parted(scale, norms), p_g))
     length = _nan_if_infinite(_joined(block_norms(scaled, block_ndim))) / scale
-    return _parted(torch.clamp(length, max=torch.finfo(length.dtype).max), norms)
+    return _parted(torch.clamp(length, max=torch.finfo(length.dtype).max), norms), False
 
 
-def _rescaled(p: Column, lengths: Column, block_ndim: int) -> Column:
-    """P length / (‖P‖ + 1e-16)."""
+def _rescaled(p: Column, lengths: Column, plain: bool, block_ndim: int) -> Column:
+    """P length / (‖P‖ + 1e-16); `plain` as of `_step_lengths`."""
     norms = block_norms(p, block_ndim)
-    if is_out_of_sight(norms) or (surely_in_range(lengths) and surely_in_range(norms, p)):
+    if plain and stand(norms, p):
         ratio = quotient(lengths, plus(norms, _SMALL))
         return product(p, per_block(ratio, p))
     if not (_alike(norms) and _alike(lengths)):
-        return [y for x, n in zip(p, lengths) for y in _rescaled([x], [n], block_ndim)]
+        return [_rescaled([x], [n], False, block_ndim)[0] for x, n in zip(p, lengths)]
     length, scale = _joined(lengths), range_scale(_joined(norms))
     p = product(p, per_block(_parted(scale, norms), p))
     divisor = _nan_if_infinite(_joined(block_norms(p, block_ndim))) + _SMALL * scale

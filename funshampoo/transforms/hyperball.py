@@ -12,7 +12,7 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers
 from funshampoo.core.needs import rate_of, required
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.matrices import inner_product, norm_over, safe
 from funshampoo.state.stages import LearningRateState
@@ -72,7 +72,7 @@ def hyperball(
         rate = rate_of(learning_rate, state.steps, clock, hyper)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             w = cast(w, u.dtype)
             size = norm_over(w, block_ndim)
             if relative:

@@ -16,7 +16,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Phase, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_columns, update_leaves
+from funshampoo.core.tree import compute_dtype, map_leaves, update_columns, update_leaves, wide
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
 from funshampoo.operators.columns import (
     Column,
@@ -209,16 +209,17 @@ def _accumulate(
 ) -> tuple[Any, ...]:
     """(u, the factors of one leaf after its gradient)."""
     *fine, factors = rest
-    g = cast(g, compute_dtype(g))
-    beta = kept_share(share.beta, fine[0], g) if share.by_row else share.beta
     wanted = [isinstance(factor, Tensor) for factor in factors]
-    unfolded = unfoldings(g, context.block_ndim, wanted)
-    return u, tuple(
-        ()
-        if x is None
-        else _accumulated(factor, x, beta, share.added, product_dtype, context.donate)
-        for factor, x in zip(factors, unfolded)
-    )
+    if not any(wanted):
+        return u, factors
+    g = wide(g)
+    beta = kept_share(share.beta, fine[0], g) if share.by_row else share.beta
+    found: list[Any] = []
+    for factor, x in zip(factors, unfoldings(g, context.block_ndim, wanted)):
+        if x is not None:
+            factor = _accumulated(factor, x, beta, share.added, product_dtype, context.donate)
+        found.append(factor)
+    return u, tuple(found)
 
 
 def _counted(
@@ -251,7 +252,7 @@ def _accumulated(
     """beta L_i + weight x xᵀ, of x = mat_i(G); beta may be one a row, (N,)."""
     if isinstance(beta, Tensor) and beta.ndim:
         factor, beta = multiply(factor, per_block(beta, factor), donate), 1.0
-    product = rounded_gram(x, product_dtype)
+    product = None if product_dtype is None else rounded_gram(x, product_dtype)
     if product is None:
         is_packed = factor.shape[-2] != factor.shape[-1]
         add_product = add_packed_gram if is_packed else add_gram

@@ -9,7 +9,7 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import rate_of, required
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.shape_scale import Scale, check_scale
 from funshampoo.state.stages import LearningRateState
@@ -63,7 +63,7 @@ def decay_after_step(
         share = number(weight_decay, hyper) * rate
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             shrunk = (cast(w, u.dtype) + u) * factor_of(scale, tuple(u.shape[block_ndim:]))
             return (u - multiply(shrunk, share, donate=False),)
 

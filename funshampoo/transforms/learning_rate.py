@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from funshampoo.core.checks import check_flags, check_range, check_rate
-from funshampoo.core.clock import advanced, count_of, started
+from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, in_compute_dtype, multiply
 from funshampoo.state.stages import LearningRateState
@@ -63,10 +64,7 @@ def scale_by_learning_rate(
     def update(
         updates: Tree, state: LearningRateState, params: Tree, context: Context
     ) -> tuple[Tree, LearningRateState]:
-        if callable(learning_rate):
-            rate = learning_rate(count_of(state.steps, context))
-        else:
-            rate = number(learning_rate, context.hyper)
+        rate = rate_of(learning_rate, state.steps, context.clock, context.hyper)
         new = LearningRateState(advanced(state.steps, context.donate))
         return _times(updates, sign * rate), new
 

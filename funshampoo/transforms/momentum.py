@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
@@ -23,6 +22,7 @@ from funshampoo.operators.columns import (
     first_weights,
     lerp,
     multiply,
+    none_yet,
     only_alive,
     per_block,
     product,
@@ -166,11 +166,7 @@ def trace(
 
     def init(params: Tree, *, block_ndim: int = 0) -> TraceState:
         check_parameters(params, "trace")
-
-        def unseen(x: Tensor) -> Tensor:
-            return x.new_zeros(x.shape[:block_ndim], dtype=compute_dtype(x))
-
-        seen = map_leaves(unseen, params) if needs_seen else ()
+        seen = none_yet(params, block_ndim) if needs_seen else ()
         return TraceState(zeros_like(params), seen)
 
     def update(

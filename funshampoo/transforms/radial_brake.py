@@ -8,7 +8,7 @@ from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import required
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import on_device
 from funshampoo.operators.matrices import inner_product, safe
 
@@ -43,7 +43,7 @@ def radial_brake(outward: Hyper = 0.5, inward: Hyper = 1.0) -> GradientTransform
         out, into = number(outward, hyper), number(inward, hyper)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             w = cast(w, u.dtype)
             part = inner_product(u, w, block_ndim) / safe(inner_product(w, w, block_ndim))
             goes_out = cast(part < 0, u.dtype)

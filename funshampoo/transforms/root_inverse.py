@@ -15,7 +15,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import update_leaves, wide
 from funshampoo.linalg import Solver
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype
@@ -154,18 +154,18 @@ def root_inverse(
     threads = bool(getattr(solve, "threaded", False))
 
     def roots_with(hyper: Numbers) -> Refreshing:
-        damping, scaling, tolerance = [
-            number(x, hyper) for x in (epsilon, trace_scaling, basis_tolerance)
-        ]
-        numbers = resolved(solve, hyper), damping, scaling, tolerance
+        numbers: list[Any] = []  # looked up on a refresh alone; for all blocks, which share batches
 
         def rules(block: tuple[int, ...]) -> list[Rule | None]:
+            if not numbers:
+                own = [number(x, hyper) for x in (epsilon, trace_scaling, basis_tolerance)]
+                numbers.extend([resolved(solve, hyper), *own])
             powers = zip(block, side_exponents(block, exponents, sides))
             return [
                 RootRule(d, e, initial_eigenvalue**-e, *numbers) if e else None for d, e in powers
             ]
 
-        return Refreshing(rules, schedule, packed, threads)
+        return Refreshing(rules, schedule, packed)
 
     def init(
         params: Tree, *, upstream: Any = None, block_ndim: int = 0, clock: bool = False
@@ -277,8 +277,10 @@ def _directions(
     updates: Tree, roots: Tree, block_ndim: int, product_dtype: torch.dtype | None
 ) -> Tree:
     def direction(u: Tensor, sides: Any) -> tuple[Tensor]:
+        if not any(sides):
+            return (wide(u),)
         matrices = [side.value[0] if side else None for side in sides]
-        return (precondition(cast(u, compute_dtype(u)), matrices, block_ndim, product_dtype),)
+        return (precondition(wide(u), matrices, block_ndim, product_dtype),)
 
     return update_leaves(direction, updates, (), (roots,))[0]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.tree import cast, compute_dtype, flatten, update_leaves
+from funshampoo.core.tree import flatten, update_leaves, wide
 from funshampoo.operators.kl import inverse_root, outer
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.state.nodes import find_state
@@ -51,7 +51,7 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         damping = number(epsilon, hyper)
 
         def leaf(u: Tensor, eigenvalues: Any) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             h = outer([inverse_root(x) for x in eigenvalues]).reshape(u.shape)
             return (u * (h / (1 + multiply(h, damping, donate=False))),)
 

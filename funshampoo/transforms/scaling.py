@@ -265,12 +265,12 @@ def _scaled(
     small ones, foreach operators take one launch, or one loop in C++, for all leaves.
     """
     u = cast_like(u, v)
-    if isinstance(epsilon, Tensor) or not is_plain(u, v):
+    if isinstance(epsilon, Tensor) or not is_plain(u, v, weight or ()):
         corrected = v if weight is None else quotient(v, weight)
         return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
     in_scratch = any([x.is_cpu and x.numel() > _SMALL for x in scratch])
     if not in_scratch:
-        root = quotient(v, weight) if weight is not None else list(torch._foreach_sqrt(v))
+        root = list(torch._foreach_sqrt(v) if weight is None else torch._foreach_div(v, weight))
     elif weight is not None:
         root = [torch.div(x, w, out=y) for x, w, y in zip(v, weight, scratch)]
     else:
@@ -284,7 +284,7 @@ def _scaled(
         torch._foreach_add_(root, epsilon)
     if in_scratch:
         return [torch.div(x, y, out=y) for x, y in zip(u, root)]
-    return quotient(u, root)
+    return list(torch._foreach_div(u, root))
 
 
 _SMALL = 2**14  # numbers

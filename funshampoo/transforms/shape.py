@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation, Tree, stateless
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import update_leaves, wide
 from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
 
 
@@ -31,7 +31,7 @@ def scale_by_shape(scale: Scale) -> GradientTransformation:
 
     def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
         def leaf(u: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             return (u * factor_of(scale, tuple(u.shape[block_ndim:])),)
 
         return update_leaves(leaf, updates, ())[0]

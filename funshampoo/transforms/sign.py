@@ -9,7 +9,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_choice, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply, per_block
 
 
@@ -39,7 +39,7 @@ def sign(scale: Hyper | Literal["mean", "sum"] | None = None) -> GradientTransfo
 
     def signs(updates: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS) -> Tree:
         def leaf(u: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             if scale is None:
                 return (u.sign(),)
             if not isinstance(scale, str):

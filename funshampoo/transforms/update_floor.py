@@ -11,7 +11,7 @@ from funshampoo.core.checks import check_choice, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import required
-from funshampoo.core.tree import cast, compute_dtype, update_leaves
+from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.matrices import norm_over, safe
 
@@ -47,7 +47,7 @@ def update_floor(
         ratio = number(min_ratio, hyper)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = cast(u, compute_dtype(u))
+            u = wide(u)
             first = block_ndim + (per == "row" and u.ndim >= block_ndim + 2)
             size = norm_over(u, first)
             wanted = multiply(norm_over(cast(w, u.dtype), first), ratio, donate=False)

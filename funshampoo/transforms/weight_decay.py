@@ -17,6 +17,7 @@ from funshampoo.core.contract import (
     renamed,
 )
 from funshampoo.core.live import Numbers, number
+from funshampoo.core.needs import required
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, add, cast_like, in_compute_dtype, multiply
 from funshampoo.state.stages import ScheduleState
@@ -89,10 +90,7 @@ def add_decayed_weights(
         return ScheduleState(started(True, clock)) if scheduled else EmptyState()
 
     def update(updates: Tree, state: Any, params: Tree, context: Context) -> tuple[Tree, Any]:
-        if params is None:
-            inside = context.block_ndim > 0
-            remedy = "blocked(..., with_params=True)" if inside else "pass params to update"
-            raise ValueError(f"add_decayed_weights needs the parameters: {remedy}.")
+        params = required(params, "add_decayed_weights", context.block_ndim)
         count = count_of(state.steps, context) if scheduled else None
         decay = coefficient(count, context.hyper)
 

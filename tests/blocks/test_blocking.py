@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funshampoo as fs
-from funshampoo.blocks.layout import layout_of, leaf_key, merged_shape
+from funshampoo.blocks.layout import layout_of, leaf_keys, merged_shape
 from funshampoo.blocks.stacks import stack_blocks, unstack_blocks
 from tests.trees import gradients, problem, tensors, train
 
@@ -35,7 +35,7 @@ def test_blocks_cover_every_parameter_once(
         size = math.prod(shape)
         leaves.append(torch.arange(start, start + size, dtype=torch.float64).reshape(shape))
         start += size
-    layout = layout_of(tuple(map(leaf_key, leaves)), max_size, merge, keep)
+    layout = layout_of(leaf_keys(leaves), max_size, merge, keep)
     stacks = stack_blocks(list(leaves), layout)
     everything = torch.cat([torch.empty(0), *(s.flatten() for s in stacks.values())])
     assert sorted(everything.tolist()) == list(range(start))
@@ -54,7 +54,7 @@ def test_rows_are_the_blocks_in_row_major_order_of_the_grid(
 ) -> None:
     """Every block is the slice that a plain loop cuts; full blocks come before ragged ones."""
     x = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
-    layout = layout_of((leaf_key(x),), max_size, "none", 1)
+    layout = layout_of(leaf_keys([x]), max_size, "none", 1)
     stacks = stack_blocks([x], layout)
     rows: dict[str, list[torch.Tensor]] = {}
     for cut in itertools.product(*[range(0, d, max_size) for d in shape]):

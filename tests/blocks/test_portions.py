@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
-from funshampoo.blocks.layout import layout_of, leaf_key
+from funshampoo.blocks.layout import layout_of, leaf_keys
 from funshampoo.blocks.portions import tiles_for, tiles_of
 from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.stacks import stack_blocks
@@ -267,7 +267,7 @@ def test_any_rows_are_gathered_and_put_back(
     shapes: list[list[int]], max_size: int, data: st.DataObject
 ) -> None:
     leaves = [torch.randn(shape) for shape in shapes]
-    layout = layout_of(tuple(map(leaf_key, leaves)), max_size, "none", 2)
+    layout = layout_of(leaf_keys(leaves), max_size, "none", 2)
     stacks, parts = stack_blocks(list(leaves), layout), Parts(layout)
     back, sums = [torch.full_like(x, math.nan) for x in leaves], [x.clone() for x in leaves]
     for name, stack in stacks.items():

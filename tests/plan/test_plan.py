@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import funshampoo as fs
-from funshampoo.blocks.layout import layout_of, leaf_key
+from funshampoo.blocks.layout import layout_of, leaf_keys
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import owners_of, works_of
 from funshampoo.plan.planner import Plan, plan
@@ -119,7 +119,7 @@ def test_owners_are_those_that_the_layout_of_a_job_gets() -> None:
     """Order, shapes and rows of the stacks, read back from a state, are the layout's own."""
     for shapes in (problem(), model_shapes("resnet-50")):
         params = optree.tree_map(lambda x: x.to("meta"), concrete(shapes))
-        layout = layout_of(tuple(map(leaf_key, tensors(params))), 64, "small", 2)
+        layout = layout_of(leaf_keys(tensors(params)), 64, "small", 2)
         found = plan(shapes, 3, max_size=64)
         assert list(found.stacks) == list(layout.stacks)
         assert {n: s.block for n, s in found.stacks.items()} == {
