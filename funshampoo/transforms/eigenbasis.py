@@ -177,9 +177,15 @@ def in_eigenbasis(
         counts=True,
         minds_alive=True,
         numbers=[renew],
-        # Into the bases and back; a `gradient` that is not the updates comes on top, unseen here.
-        flops=lambda block, kept: 2 * mode_flops(block, kept),
+        flops=functools.partial(_flops, inner.reads_gradient),
     )
+
+
+def _flops(
+    reads_gradient: bool, block: tuple[int, ...], kept: tuple[int, ...], apart: bool
+) -> float:
+    """Into the bases and back, and into them with a `gradient` that is not the updates."""
+    return (3 if apart and reads_gradient else 2) * mode_flops(block, kept)
 
 
 def _phase(schedule: RefreshSchedule, inner: GradientTransformation, step: int) -> Phase:

@@ -188,7 +188,7 @@ def kl_statistics(
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
 
     flops = functools.partial(kl_flops, through, sides)
-    return GradientTransformation(init, update, numbers=[beta2, damping], flops=flops)
+    return GradientTransformation(init, update, numbers=[beta2, damping], flops=flops, passes=True)
 
 
 def _check_decay(beta2: Hyper, damping: Hyper, through: str) -> None:

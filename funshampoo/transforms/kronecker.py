@@ -152,6 +152,7 @@ def kronecker_statistics(
         counts=every > 1,
         numbers=[beta2],
         flops=lambda block, kept: _flops(block, side_exponents(block, exponents, sides)) / every,
+        passes=True,
     )
 
 
