@@ -24,6 +24,7 @@ from funshampoo.core.adapting import (
     name_of,
     without_state,
 )
+from funshampoo.core.checks import check_state
 from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import Context, context_of
 from funshampoo.core.interrupted import Watched, check_whole
@@ -88,6 +89,8 @@ class GradientTransformation:
             updates, so that they are not the `gradient`. By it ranks are balanced and plans made.
             None: none. Parts' are added to it; what a combinator saves of them is negative.
         passes: whether it never changes the updates.
+        refresh_cost: of the refresh of one matrix, in the time that the default solver takes: a
+            rule's `relative_cost`. By default that of the part where it is largest; None: 1.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -122,6 +125,7 @@ class GradientTransformation:
         numbers: Iterable[Any] | None = None,
         flops: Callable[..., float] | None = None,
         passes: bool = False,
+        refresh_cost: float | None = None,
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
@@ -131,6 +135,7 @@ class GradientTransformation:
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
         self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
+        self._given |= {"refresh_cost": refresh_cost}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
@@ -142,6 +147,9 @@ class GradientTransformation:
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counts
+        costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
+        largest = max(costs, default=None)
+        self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
         self._knows_when = phase is not None or not adapted.branches
         minds = adapted.minds_alive if minds_alive is None else minds_alive
         self.minds_alive: bool = minds and all([part.minds_alive for part in children])
@@ -168,7 +176,7 @@ class GradientTransformation:
         else:  # a later step may come outside of it, and write to the state
             with for_keeps():
                 state = self._init(params, context)
-        _check_state(state, self.name)
+        check_state(state, self.name)
         return state
 
     def update(
@@ -322,17 +330,6 @@ def checked_pair(result: Any, stage: str) -> tuple[Tree, State]:
         f"the update of stage '{stage}' returned a {type(result).__name__}; it has to return a "
         "pair, (updates, state). A stage without a state returns the one that it was given."
     )
-
-
-def _check_state(state: State, name: str) -> None:
-    leaves, _ = flatten(state)
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"the state of '{name}' holds {leaf!r}, a {type(leaf).__name__}: checkpoints and "
-                "vmap know tensors alone. Make it one, torch.tensor(...), and write () for what is "
-                "not there."
-            )
 
 
 def identity() -> GradientTransformation:

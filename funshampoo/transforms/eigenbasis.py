@@ -27,6 +27,7 @@ from funshampoo.core.tree import (
 from funshampoo.linalg.basis import Basis, Decomposition, qr
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.norms import is_readable
+from funshampoo.linalg.solver import relative_cost
 from funshampoo.operators.columns import Column, add, weights_over
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.mode_products import bias_corrected, mode_flops
@@ -171,13 +172,13 @@ def in_eigenbasis(
     return GradientTransformation(
         init,
         update,
-        "in_eigenbasis",
         phase=functools.partial(_phase, schedule, inner),
         parts={"inner": inner},
         counts=True,
         minds_alive=True,
         numbers=[renew],
         flops=functools.partial(_flops, inner.reads_gradient),
+        refresh_cost=relative_cost(renew),
     )
 
 
@@ -240,6 +241,11 @@ class BasisRule(Rule):
     def initial(self, like: Tensor) -> tuple[Tensor, ...]:
         """The identity."""
         return (torch.eye(self.side, dtype=like.dtype, device=like.device).expand(like.shape),)
+
+    @property
+    def relative_cost(self) -> float:
+        """As the basis says."""
+        return relative_cost(self.basis)
 
     def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
         """The next basis, by a decomposition where there is none yet.

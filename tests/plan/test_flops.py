@@ -143,4 +143,4 @@ def test_a_stage_of_your_own_states_its_products() -> None:
     tx = fs.blocked(fs.wrapping(inner, lambda run, updates, own: (run(updates), own)), None)
     state = tx.init({"w": torch.zeros(3, 2)})
     work = works_of(tx, {"3x2": (3, 2)}, state)["3x2"]
-    assert work == ((3, 2), 2 * 2 * 6 * (3 + 2) + 20 + 2)
+    assert work == ((3, 2), 2 * 2 * 6 * (3 + 2) + 20 + 2, 1.0)
