@@ -20,7 +20,8 @@ from torch import Tensor
 
 from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.modes import unwrapped
-from funshampoo.core.tree import compute_dtype, flatten, map_leaves, update_leaves
+from funshampoo.core.tree import flatten, map_leaves, update_leaves
+from funshampoo.operators.columns import zeros_a_block
 from funshampoo.operators.leaf_ops import add, lerp, multiply
 from funshampoo.state.stages import SpikeState
 
@@ -36,13 +37,8 @@ DECAY = 0.98
 
 def no_spikes_yet(params: Tree, block_ndim: int) -> SpikeState:
     """Before the first gradient."""
-
-    def zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.new_zeros(x.shape[:block_ndim], dtype=dtype)
-
-    average = map_leaves(lambda x: zeros(x, compute_dtype(x)), params)
-    counters = [map_leaves(lambda x: zeros(x, torch.int64), params) for _ in range(3)]
-    return SpikeState(average, *counters)
+    counters = [zeros_a_block(params, block_ndim, torch.int64) for _ in range(3)]
+    return SpikeState(zeros_a_block(params, block_ndim), *counters)
 
 
 def above(norms: Tree, state: SpikeState, factor: Hyper) -> Tree:

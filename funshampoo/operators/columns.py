@@ -151,6 +151,13 @@ def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:
     return leaf_ops.add_weight(weight, beta, donate) if isinstance(weight, Tensor) else weight
 
 
+def zeros_a_block(params: Any, block_ndim: int, dtype: torch.dtype | None = None) -> Any:
+    """A tree of (N,) zeros, one a block, in its compute dtype or another."""
+    return map_leaves(
+        lambda x: x.new_zeros(x.shape[:block_ndim], dtype=dtype or compute_dtype(x)), params
+    )
+
+
 def counted(
     updates: Any, weight: Any, beta: Hyper, known: Sequence[Any], donate: bool, own_steps: bool
 ) -> Any:

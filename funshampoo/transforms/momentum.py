@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
@@ -27,6 +26,7 @@ from funshampoo.operators.columns import (
     per_block,
     product,
     weights_over,
+    zeros_a_block,
 )
 from funshampoo.state.stages import EmaState, TraceState
 
@@ -168,11 +168,7 @@ def trace(
 
     def init(params: Tree, *, block_ndim: int = 0) -> TraceState:
         check_parameters(params, "trace")
-
-        def unseen(x: Tensor) -> Tensor:
-            return x.new_zeros(x.shape[:block_ndim], dtype=compute_dtype(x))
-
-        seen = map_leaves(unseen, params) if needs_seen else ()
+        seen = zeros_a_block(params, block_ndim) if needs_seen else ()
         return TraceState(zeros_like(params), seen)
 
     def update(

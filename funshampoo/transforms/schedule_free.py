@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,10 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tr
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import rate_of, required
 from funshampoo.core.parameters import check_parameters
-from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves
+from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
+from funshampoo.operators.columns import zeros_a_block
 from funshampoo.operators.leaf_ops import add, on_device
 from funshampoo.state.averages import ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
@@ -62,13 +65,8 @@ def schedule_free(
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> ScheduleFreeState:
         check_parameters(params, "schedule_free")
-
-        def zeros() -> Tree:
-            return map_leaves(
-                lambda p: p.new_zeros(p.shape[:block_ndim], dtype=compute_dtype(p)), params
-            )
-
         rate = LearningRateState(started(callable(learning_rate), clock))
+        zeros = functools.partial(zeros_a_block, params, block_ndim)
         return ScheduleFreeState(copies(params), copies(params), zeros(), zeros(), zeros(), rate)
 
     def update(
