@@ -37,10 +37,12 @@ class Work(NamedTuple):
     Attributes:
         sides: lengths of those for which something is refreshed.
         flops: operations of the products, as the stages state them.
+        refresh_cost: of one matrix, in the time of the default solver, as the stages state it.
     """
 
     sides: tuple[int, ...]
     flops: float
+    refresh_cost: float = 1.0
 
 
 Works: TypeAlias = Mapping[str, Work]
@@ -193,13 +195,14 @@ def works_of(
     >>> from funshampoo import muon
     >>> tx = muon(0.1, steps=5)
     >>> works_of(tx, {"2x3": (2, 3)}, tx.init({"w": torch.zeros(2, 3)}))
-    {'2x3': Work(sides=(), flops=320.0)}
+    {'2x3': Work(sides=(), flops=320.0, refresh_cost=1.0)}
     """
-    kept = factor_sides(state)
-    found = {}
+    kept, found = factor_sides(state), {}
+    stated = transformation.refresh_cost
     for name, block in blocks.items():
         sides = kept.get(name, ())
-        found[name] = Work(sides, transformation.flops(tuple(block), sides))
+        flops = transformation.flops(tuple(block), sides)
+        found[name] = Work(sides, flops, 1.0 if stated is None else stated)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import subprocess
@@ -184,6 +185,32 @@ def test_matrices_of_muon_cost_what_their_products_cost() -> None:
     flops = 5 * (2 * 20 * 20 * 30 + 2 * 20**3 + 2 * 20 * 20 * 30)
     assert found.stacks["30x20"].seconds == (600 * cost.per_element, cost.per_flop * flops, 0.0)
     assert found.stacks["b"].seconds == (30 * cost.per_element, 0.0, 0.0)
+
+
+REFRESHES: dict[str, tuple[Any, float]] = {
+    "eigh": (fs.shampoo, 1.0),
+    "qr": (fs.soap, 0.8),
+    "by_rank": (fs.eigenvalue_shampoo, 0.85),
+    "coupled_newton": (functools.partial(fs.shampoo, solver=fs.linalg.coupled_newton()), 9.0),
+    "newton_schulz": (functools.partial(fs.shampoo, solver=fs.linalg.newton_schulz()), 7.0),
+    "function": (functools.partial(fs.shampoo, solver=lambda *args: fs.linalg.eigh()(*args)), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", REFRESHES)
+def test_a_refresh_costs_what_its_solver_or_basis_states(name: str) -> None:
+    """And it weighs so in the balance; everything else of the model is as it was."""
+    recipe, relative = REFRESHES[name]
+    shapes, cost = {"w": (96, 32), "small": (24, 24), "b": (64,)}, CostModel()
+    for tx in (recipe(0.1), recipe(0.1, distribute=functools.partial(fs.sharded, every=10))):
+        found = plan(shapes, 2, transformation=tx).stacks
+        for stack in (found["96x32"], found["24x24"]):
+            assert stack.seconds.roots == relative * cost.roots(stack.block) / 10
+            assert stack.seconds.memory == cost.memory(stack.block)
+    state = tx.init({n: torch.zeros(shape) for n, shape in shapes.items()})
+    works = works_of(tx, {"96x32": (96, 32), "64": (64,)}, state)
+    assert [works[n].refresh_cost for n in ("96x32", "64")] == [relative, relative]
+    assert works["64"].sides == ()
 
 
 def test_what_the_parts_of_a_partition_gather() -> None:
