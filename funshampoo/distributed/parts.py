@@ -7,6 +7,7 @@ owned, before its step.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from funshampoo.distributed.collectives import (
 )
 from funshampoo.distributed.described import Line
 from funshampoo.distributed.disagreement import difference
-from funshampoo.distributed.ownership import nearest
+from funshampoo.distributed.nearest import nearest
 from funshampoo.distributed.pieces import as_view
 from funshampoo.distributed.routes import (
     GRADIENTS,
@@ -54,7 +55,7 @@ class Parts:
 
     Attributes:
         held: what this rank holds of every parameter.
-        shards: the owners of all rows: those who hold much of them, within a balance.
+        shards: the owners of all rows: near to those who hold them, within a balance.
         rows: {stack: how many rows this rank owns}.
         ids: {stack: which of the full stack they are}.
         owned: the same, as `ShardedState` has it.
@@ -71,7 +72,7 @@ class Parts:
         self.rank, self.size = rank_and_size(group)
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
-        self._held = Held(_gathered(lines_of(leaves), self.held, self.size, group))
+        self._held = _gathered(lines_of(leaves), self.held, self.size, group)
         self.shards = near_shards(self.layout, costs, self._held)
         own = [piece for piece in self.shards.pieces if piece.owner == self.rank]
         self.owned: dict[str, dict[str, tuple[()]]] = {}
@@ -105,21 +106,32 @@ class Parts:
 
 def _gathered(
     lines: list[Line], held: list[Holding], size: int, group: ProcessGroup | None
-) -> list[list[Holding]]:
-    """What every rank holds of every parameter. A collective.
+) -> Held:
+    """What every rank holds of every parameter, and on which node. A collective.
 
     Equal holdings are sent once: a model has few shapes. So are the lines, if ranks disagree.
     """
     if size == 1:
-        return [held]
+        return Held([held])
     numbers = {own: i for i, own in enumerate(dict.fromkeys(held))}
-    said = print_of(lines), list(numbers), [numbers[own] for own in held]
+    said = print_of(lines), socket.gethostname(), list(numbers), [numbers[own] for own in held]
     everyone = gathered_objects(said, group)
     if any(of_rank[0] != said[0] for of_rank in everyone):  # so every rank comes
         for rank, theirs in enumerate(everyone_lines := gathered_objects(lines, group)):
             if theirs != everyone_lines[0]:
                 raise RuntimeError(difference(everyone_lines[0], theirs, rank))
-    return [[kinds[i] for i in indices] for _, kinds, indices in everyone]
+    holdings = [[kinds[i] for i in indices] for *_, kinds, indices in everyone]
+    return Held(holdings, nodes_of([host for _, host, *_ in everyone]))
+
+
+def nodes_of(hosts: Sequence[str]) -> list[int]:
+    """The node of every rank: equal hosts are one node, in the order of their first ranks.
+
+    >>> nodes_of(["b", "b", "a", "b"])
+    [0, 0, 1, 0]
+    """
+    numbers = {host: node for node, host in enumerate(dict.fromkeys(hosts))}
+    return [numbers[host] for host in hosts]
 
 
 def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shards:
@@ -127,7 +139,7 @@ def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shard
     of_rows = held.of_blocks(layout)
     each = [costs[stack] for stack, rows in of_rows.items() for _ in rows]
     shares = [own.of_rank for rows in of_rows.values() for own in rows]
-    owners = nearest(each, shares, held.size)
+    owners = nearest(each, shares, held.nodes)
     stacks = {name: Equal(stack.block, stack.rows) for name, stack in layout.stacks.items()}
     found, at = {}, 0
     for stack, rows in of_rows.items():

@@ -92,14 +92,18 @@ class Held:
 
     Args:
         everyone: for every rank, what it holds of every parameter.
+        nodes: the node of every rank; by default all are on one.
 
     Attributes:
         boxes: for every parameter {(offset, shape): the ranks that hold this box}, in one order on
             all ranks.
     """
 
-    def __init__(self, everyone: Sequence[Sequence[Holding]]) -> None:
+    def __init__(
+        self, everyone: Sequence[Sequence[Holding]], nodes: Sequence[int] | None = None
+    ) -> None:
         self.everyone, self.size = everyone, len(everyone)
+        self.nodes = [0] * self.size if nodes is None else nodes
         known: dict[tuple[Holding, ...], Boxes] = {}
         self.boxes: list[Boxes] = []
         for of_parameter in zip(*everyone):
@@ -160,7 +164,7 @@ def find_routes(
     runs = _runs(shards)
     starts = {stack: [run.rows.start for run in found] for stack, found in runs.items()}
     for i, where in enumerate(layout.parameters):
-        boxes = held.boxes[i], held.everyone[rank][i]
+        boxes = held.boxes[i], held.everyone[rank][i], held.nodes
         columns = (GRADIENTS, PARAMETERS) if shown[i] else (GRADIENTS,)
         for region in where.regions:
             first = bisect.bisect_right(starts[region.stack], region.first) - 1
@@ -198,13 +202,14 @@ def _add_pieces(
     columns: Sequence[Column],
     boxes: Boxes,
     mine: Holding,
+    nodes: Sequence[int],
 ) -> None:
     """What one rank has to do with a run's rows of a region, as their owner or as a holder."""
     own = {(box.offset, box.shape): box for box in mine.boxes}
     found = 0
     for key in boxes if run.owner == rank else sorted(own):
         box = own.get(key, Box(*key, (0,) * len(key[0])))
-        source = source_of(boxes[key], run.owner)
+        source = source_of(boxes[key], run.owner, nodes)
         for piece in pieces(region, run.rows, run.at, box, mine.shape):
             found += piece.numel
             for column in columns:
@@ -226,12 +231,15 @@ def _holders(held: Sequence[Holding]) -> Boxes:
     return dict(sorted(found.items()))
 
 
-def source_of(ranks: Sequence[int], owner: int) -> int:
-    """Which of several holders sends its gradient: the nearest by number, so one of the same node.
+def source_of(ranks: Sequence[int], owner: int, nodes: Sequence[int]) -> int:
+    """Which of several holders sends its gradient: one of the owner's node, the nearest by number.
 
     All of them have the same numbers there.
+
+    >>> source_of([1, 3, 9], owner=4, nodes=[0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    9
     """
-    return min(ranks, key=lambda rank: (abs(rank - owner), rank))
+    return min(ranks, key=lambda r: (nodes[r] != nodes[owner], abs(r - owner), r))
 
 
 def _check_complete(found: int, region: Region, rows: range) -> None:
