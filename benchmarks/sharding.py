@@ -29,7 +29,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import funshampoo as fs
 from benchmarks.ranks import transformer
-from funshampoo.distributed import parts
+from funshampoo.distributed import transfer
 from funshampoo.distributed.gathering import spreads
 
 WAYS = ("whole", "sharded")
@@ -60,9 +60,9 @@ class Clocks:
     def __init__(self) -> None:
         self.ways, self.collective = 0.0, 0.0
         self.calls: list[tuple[Any, ...]] = []
-        parts.all_to_all_into = self._timed(parts.all_to_all_into, "collective", True)
-        parts.Transfer.gather = self._timed(parts.Transfer.gather, "ways")  # type: ignore
-        parts.Transfer.meet = self._timed(parts.Transfer.meet, "ways")  # type: ignore
+        transfer.all_to_all_into = self._timed(transfer.all_to_all_into, "collective", True)
+        transfer.Transfer.gather = self._timed(transfer.Transfer.gather, "ways")  # type: ignore
+        transfer.Transfer.meet = self._timed(transfer.Transfer.meet, "ways")  # type: ignore
 
     def _timed(self, function: Any, clock: str, notes: bool = False) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -123,7 +123,7 @@ class Job:
         dist.barrier()
         since = time.perf_counter()
         for call in calls:
-            parts.all_to_all_into.__wrapped__(*call)  # type: ignore[attr-defined]
+            transfer.all_to_all_into.__wrapped__(*call)  # type: ignore[attr-defined]
         alone = time.perf_counter() - since
         rank, sent = dist.get_rank(), 0
         for _, _, _, splits, _ in calls:

@@ -29,9 +29,10 @@ from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.exchange import Exchange, Transport
 from funshampoo.distributed.overflow import holding
 from funshampoo.distributed.ownership import Works, works_of
-from funshampoo.distributed.parts import Parts, Transfer
+from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import described
+from funshampoo.distributed.transfer import Transfer
 from funshampoo.distributed.whole import Whole
 from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
