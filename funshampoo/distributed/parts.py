@@ -7,14 +7,16 @@ owned, before its step (`transfer.py`).
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
+from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
 from funshampoo.distributed.agreement import lines_of, print_of
 from funshampoo.distributed.collectives import (
@@ -32,7 +34,19 @@ from funshampoo.distributed.routes import (
     Routes,
     find_routes,
 )
-from funshampoo.distributed.shards import Equal, Shards, shards_of
+from funshampoo.distributed.shards import Equal, Piece, Shards, shards_of
+
+
+class Incoming(NamedTuple):
+    """Some of a rank's rows, and how their gradients come.
+
+    Attributes:
+        rows: of those that it owns, counted from 0.
+        route: to the rank, in whose pieces the first of these rows has number 0.
+    """
+
+    rows: Portion
+    route: Route
 
 
 class Parts:
@@ -71,16 +85,39 @@ class Parts:
             spans = self.owned.setdefault(piece.stack, {})
             spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
         self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
+        self._costs = costs
         self._routes: dict[tuple[bool, ...], Routes] = {}
+        self._incoming: dict[Any, list[Incoming]] = {}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
 
     def routes(self, shown: Sequence[bool] | None) -> Routes:
         """Of this rank; `shown` parameters travel with their gradients."""
         key = tuple(shown or [False] * len(self.held))
         if key not in self._routes:
-            found = find_routes(self.layout, self.shards, self._held, key, self.rank)
+            found = find_routes(self.layout, self.shards.pieces, self._held, key, self.rank)
             self._routes[key] = found
         return self._routes[key]
+
+    def incoming(self, shown: Sequence[bool] | None, portions: int) -> list[Incoming]:
+        """The gradients of this rank's rows, in as many portions as on every other rank."""
+        whole = self.routes(shown).gather
+        if portions == 1:
+            return [Incoming({s: range(rows) for s, rows in self.rows.items()}, whole)]
+        key = tuple(shown or [False] * len(self.held))
+        if (key, portions) not in self._incoming:
+            self._incoming[key, portions] = found = []
+            done: dict[str, int] = {}
+            for owned in divided(self.shards.pieces, self._costs, portions):
+                rows: Portion = {}
+                for piece in owned:
+                    if piece.owner == self.rank:
+                        first = done.get(piece.stack, 0)
+                        done[piece.stack] = last = first + piece.rows
+                        start = rows[piece.stack].start if piece.stack in rows else first
+                        rows[piece.stack] = range(start, last)
+                route = find_routes(self.layout, owned, self._held, key, self.rank).gather
+                found.append(Incoming(rows, route))
+        return self._incoming[key, portions]
 
     def messages(
         self, route: Route, dtypes: Mapping[tuple[int, int], torch.dtype], head: int
@@ -121,6 +158,34 @@ def nodes_of(hosts: Sequence[str]) -> list[int]:
     """
     numbers = {host: node for node, host in enumerate(dict.fromkeys(hosts))}
     return [numbers[host] for host in hosts]
+
+
+def divided(owned: Sequence[Piece], costs: Mapping[str, float], portions: int) -> list[list[Piece]]:
+    """The rows of all ranks in portions, of each owner's about equally much work; some are empty.
+
+    Args:
+        owned: by owner, as in `Shards`.
+        costs: {stack: what a block of it costs}.
+
+    >>> owned = [Piece("8", 0, 3, owner=0), Piece("4", 0, 2, owner=0)]
+    >>> for portion in divided(owned, {"8": 2.0, "4": 1.0}, 2):
+    ...     print([(piece.stack, piece.all_rows) for piece in portion])
+    [('8', range(0, 2))]
+    [('8', range(2, 3)), ('4', range(0, 2))]
+    """
+    found: list[list[Piece]] = [[] for _ in range(portions)]
+    for _, own in itertools.groupby(owned, key=lambda piece: piece.owner):
+        pieces, done = list(own), 0.0
+        total = sum(piece.rows * costs[piece.stack] for piece in pieces) or 1.0
+        for piece in pieces:
+            cost, first = costs[piece.stack], piece.first
+            middles = [(done + (row + 0.5) * cost) / total for row in range(piece.rows)]
+            done += piece.rows * cost
+            for k, run in itertools.groupby(min(int(portions * m), portions - 1) for m in middles):
+                rows = len(list(run))
+                found[k].append(piece._replace(first=first, rows=rows))
+                first += rows
+    return found
 
 
 def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shards:

@@ -22,7 +22,8 @@ from torch import Tensor
 from funshampoo.blocks.layout import Layout, Region
 from funshampoo.core.boxes import Box, Holding, Shape
 from funshampoo.distributed.pieces import Piece, pieces, strides
-from funshampoo.distributed.shards import STATUS, Shards
+from funshampoo.distributed.shards import STATUS
+from funshampoo.distributed.shards import Piece as Owned
 
 ALIGNMENT = 16  # bytes, where a piece in a message begins
 HEAD = STATUS * 4  # bytes: the status of whoever sends, in float32
@@ -150,26 +151,31 @@ def _common(offset: Shape, shape: Shape, other: Shape, other_shape: Shape) -> in
 
 
 def find_routes(
-    layout: Layout, shards: Shards, held: Held, shown: Sequence[bool], rank: int
+    layout: Layout, owned: Sequence[Owned], held: Held, shown: Sequence[bool], rank: int
 ) -> Routes:
     """The routes of one rank.
 
     Args:
+        owned: the rows that are on their way, all or some, and their owners, as in `Shards`; an
+            owner's are counted among those that are here.
         shown: which parameters travel with their gradients.
 
     Raises:
         RuntimeError: nobody holds some of a block that this rank owns.
     """
     routes = Routes(Route(held.size), Route(held.size))
-    runs = _runs(shards)
+    runs = _runs(owned)
     starts = {stack: [run.rows.start for run in found] for stack, found in runs.items()}
     for i, where in enumerate(layout.parameters):
         boxes = held.boxes[i], held.everyone[rank][i], held.nodes
         columns = (GRADIENTS, PARAMETERS) if shown[i] else (GRADIENTS,)
         for region in where.regions:
-            first = bisect.bisect_right(starts[region.stack], region.first) - 1
-            last = bisect.bisect_left(starts[region.stack], region.first + region.rows)
-            for run in runs[region.stack][first:last]:
+            known = starts.get(region.stack, [])
+            first = max(bisect.bisect_right(known, region.first) - 1, 0)
+            last = bisect.bisect_left(known, region.first + region.rows)
+            for run in runs.get(region.stack, [])[first:last]:
+                if run.rows.stop <= region.first:
+                    continue
                 _add_pieces(routes, rank, i, region, run, columns, *boxes)
     return routes
 
@@ -182,13 +188,13 @@ class _Run(NamedTuple):
     at: int
 
 
-def _runs(shards: Shards) -> dict[str, list[_Run]]:
+def _runs(owned: Sequence[Owned]) -> dict[str, list[_Run]]:
     """{stack: its runs, in the order of the rows}."""
-    found: dict[str, list[_Run]] = {stack: [] for stack in shards.blocks}
+    found: dict[str, list[_Run]] = {}
     before: dict[tuple[str, int], int] = {}
-    for piece in shards.pieces:  # those of an owner in the order of the rows
+    for piece in owned:  # those of an owner in the order of the rows
         at = before.get((piece.stack, piece.owner), 0)
-        found[piece.stack].append(_Run(piece.owner, piece.all_rows, at))
+        found.setdefault(piece.stack, []).append(_Run(piece.owner, piece.all_rows, at))
         before[piece.stack, piece.owner] = at + piece.rows
     return {stack: sorted(own, key=lambda run: run.rows.start) for stack, own in found.items()}
 

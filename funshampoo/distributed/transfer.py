@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ Memory = dict[Any, tuple[Tensor, list[Tensor]]]
 class TransferForm(NamedTuple):
     """The collectives of a `Transfer`, each as the messages out and those in; a `Form`."""
 
-    gather: tuple[Messages, Messages]
+    gathers: Sequence[tuple[Messages, Messages]]
     scatter: tuple[Messages, Messages]
     device: torch.device
     group: ProcessGroup | None
@@ -32,7 +32,7 @@ class TransferForm(NamedTuple):
         """See `Form`."""
         status = torch.zeros(STATUS, dtype=torch.float32, device=self.device)
         status[0] = word
-        for out, into in (self.gather, self.scatter):
+        for out, into in (*self.gathers, self.scatter):
             sending, arriving = out.buffer(self.device), into.buffer(self.device)
             if out is self.scatter[0]:
                 out.put_head(sending, status)
@@ -41,14 +41,20 @@ class TransferForm(NamedTuple):
 
 
 class Transfer:
-    """One step's way: two all_to_all_single, of the bytes that have to move; a `Transport`.
+    """One step's way: all_to_all_single of the bytes that have to move; a `Transport`.
+
+    There is one back, and one to the owners for every portion of the rows. Those begin all at once;
+    each is waited for when its portion is to be stepped, so that the others come meanwhile. On CUDA
+    NCCL runs them on a stream of its own, and it is the stream of the step that waits.
 
     Args:
         leaves: gradients, and parameters where some are shown.
+        portions: how many; as on every other rank.
         dtype: of the updates on the way.
         memory: of earlier steps, used again.
 
     Attributes:
+        cuts: the rows of this rank in each portion.
         updates: after `meet`, the updates of this rank's parts in their merged shapes; new tensors.
     """
 
@@ -56,13 +62,16 @@ class Transfer:
         self,
         parts: Parts,
         leaves: Leaves,
+        portions: int,
         dtype: torch.dtype,
         device: torch.device,
         group: ProcessGroup | None,
         memory: Memory,
     ) -> None:
         self._parts, self._leaves, self._group = parts, leaves, group
-        self._routes = parts.routes(leaves.shown)
+        self._incoming = parts.incoming(leaves.shown, portions)
+        self._scatter = parts.routes(leaves.shown).scatter
+        self.cuts = [incoming.rows for incoming in self._incoming]
         self._device, self._dtype, self._memory = device, dtype, memory
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
         stacks = parts.layout.stacks
@@ -73,14 +82,15 @@ class Transfer:
         self.sent = memory["sent"][0]
         split = torch.split(self.sent, numel)
         self.places = {s: x.view(shape) for (s, shape), x in zip(shapes.items(), split)}
-        self._gradients: dict[str, Tensor] = {}
-        self._parameters: dict[str, Tensor] | None = None
+        self._flat: dict[tuple[int, int], Tensor | None] = {}
         self._ways: list[tuple[Messages, Messages]] = []  # of the collectives that were met
+        self._coming: list[Callable[[], list[Tensor]]] = []
+        self._come: dict[int, dict[int, dict[str, Tensor]]] = {}  # {portion: {column: stacks}}
         self.updates: list[Tensor] = []
 
     def gather(self) -> None:
-        """Put the rows of this rank together. All ranks have to come."""
-        route, leaves = self._routes.gather, self._leaves
+        """Send what this rank has of all rows. All ranks have to come."""
+        leaves = self._leaves
         columns = {GRADIENTS: leaves.gradients, PARAMETERS: leaves.parameters or ()}
         way = {
             (column, i): _dtype_on_the_way(x, leaves, i)
@@ -88,48 +98,67 @@ class Transfer:
             for i, x in enumerate(tensors)
         }
         failure: BaseException | None = None
-        flat: dict[tuple[int, int], Tensor | None] = {}
-
-        def find(slot: Slot) -> Tensor | None:
-            x = flat[slot.column, slot.parameter]
-            return None if x is None else as_view(x, slot.piece.shape, slot.piece.local)
-
-        out, into = self._parts.messages(route, way, 0)
-        self._ways = [(out, into)]
-        sending, views = self._buffer("gather out", out)
-        try:
-            for column, tensors in columns.items():
-                flat |= {(column, i): _contiguous(x) for i, x in enumerate(tensors)}
-            _fill(views, [find(slot) for slot in out.slots])
-        except BaseException as error:  # whatever it is: the others are waiting
-            failure = error
-        came = self._meet("gather in", sending, out, into)
+        for incoming in self._incoming:
+            out, into = self._parts.messages(incoming.route, way, 0)
+            self._ways.append((out, into))
+            sending, views = self._buffer("gather out", out)
+            try:
+                for column, tensors in columns.items() if not self._flat else ():
+                    self._flat |= {(column, i): _contiguous(x) for i, x in enumerate(tensors)}
+                _fill(views, [self._find(slot) for slot in out.slots])
+            except BaseException as error:  # whatever it is: the others are waiting
+                failure = failure or error
+            self._coming.append(self._meet("gather in", sending, out, into, len(self.cuts) == 1))
         if failure is not None:
             raise failure
-        slots = [*route.stay, *into.slots]
-        self._gradients = self._rows()
-        self._parameters = None if leaves.shown is None else self._rows()
-        found = {GRADIENTS: self._gradients, PARAMETERS: self._parameters or {}}
-        targets = [
-            as_view(found[slot.column][slot.stack], slot.piece.shape, slot.piece.rows)
-            for slot in slots
-        ]
-        _fill(targets, [*[find(slot) for slot in route.stay], *came])
+
+    def _find(self, slot: Slot) -> Tensor | None:
+        """What is here of a piece, of this rank's part; None where there is no gradient."""
+        x = self._flat[slot.column, slot.parameter]
+        return None if x is None else as_view(x, slot.piece.shape, slot.piece.local)
 
     def rows_of(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """The gradients of these rows of this rank, and their parameters, if any are shown."""
+        """The gradients of these rows of this rank, and their parameters, if any are shown.
 
-        def part(stacks: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {s: stacks[s].narrow(0, r.start, len(r)) for s, r in portion.items()}
+        Args:
+            portion: of one of the `cuts`, or a part of one.
+        """
+        at = next(
+            i
+            for i, cut in enumerate(self.cuts)
+            if all(s in cut and cut[s].start <= r.start < cut[s].stop for s, r in portion.items())
+        )
+        if at not in self._come:
+            self._come.clear()  # the one before is not needed any more
+            self._come[at] = self._put_together(at)
+        cut = self.cuts[at]
+        parts = {
+            column: {s: x[s].narrow(0, r.start - cut[s].start, len(r)) for s, r in portion.items()}
+            for column, x in self._come[at].items()
+        }
+        return parts[GRADIENTS], parts.get(PARAMETERS)
 
-        return part(self._gradients), self._parameters and part(self._parameters)
+    def _put_together(self, at: int) -> dict[int, dict[str, Tensor]]:
+        """{column: {stack: the rows of a portion}}, when it has come."""
+        came = self._coming[at]()
+        route, (_, into) = self._incoming[at].route, self._ways[at]
+        columns = (GRADIENTS,) if self._leaves.shown is None else (GRADIENTS, PARAMETERS)
+        found = {column: self._zeros(self.cuts[at]) for column in columns}
+        targets = [
+            as_view(found[slot.column][slot.stack], slot.piece.shape, slot.piece.rows)
+            for slot in [*route.stay, *into.slots]
+        ]
+        _fill(targets, [*[self._find(slot) for slot in route.stay], *came])
+        return found
 
     def meet(self) -> Tensor:
         """See `Transport`. All ranks have to come."""
-        route, layout = self._routes.scatter, self._parts.layout
+        route, layout = self._scatter, self._parts.layout
+        for come in self._coming:  # also of rows that were not stepped: buffers are used again
+            come()
         way = {(GRADIENTS, i): self._dtype for i in range(len(layout.parameters))}
         out, into = self._parts.messages(route, way, HEAD)
-        self._ways = [*self._ways, (out, into)]
+        self._ways.append((out, into))
         sending, views = self._buffer("scatter out", out)
 
         def find(slot: Slot) -> Tensor:
@@ -137,7 +166,7 @@ class Transfer:
 
         _fill(views, [find(slot) for slot in out.slots])
         out.put_head(sending, self.status)
-        came = self._meet("scatter in", sending, out, into)
+        came = self._meet("scatter in", sending, out, into)()
         self.updates = [
             torch.empty(held.shape, dtype=self._dtype_of(i), device=self._device)
             for i, held in enumerate(self._parts.held)
@@ -153,14 +182,14 @@ class Transfer:
 
     def form(self) -> TransferForm:
         """See `Transport`."""
-        gather, scatter = self._ways
-        return TransferForm(gather, scatter, self._device, self._group)
+        *gathers, scatter = self._ways
+        return TransferForm(gathers, scatter, self._device, self._group)
 
-    def _rows(self) -> dict[str, Tensor]:
+    def _zeros(self, cut: Portion) -> dict[str, Tensor]:
         stacks = self._parts.layout.stacks
         return {
-            s: torch.zeros(rows, *stacks[s].block, dtype=stacks[s].dtype, device=self._device)
-            for s, rows in self._parts.rows.items()
+            s: torch.zeros(len(rows), *stacks[s].block, dtype=stacks[s].dtype, device=self._device)
+            for s, rows in cut.items()
         }
 
     def _dtype_of(self, parameter: int) -> torch.dtype:
@@ -174,13 +203,21 @@ class Transfer:
             self._memory[key] = buffer, messages.views(buffer)
         return self._memory[key]
 
-    def _meet(self, name: str, sending: Tensor, out: Messages, into: Messages) -> list[Tensor]:
-        """What the others sent; views."""
+    def _meet(
+        self, name: str, sending: Tensor, out: Messages, into: Messages, wait: bool = True
+    ) -> Callable[[], list[Tensor]]:
+        """A function that waits, and returns what the others sent; views."""
         if self._parts.size == 1:
-            return []
+            return list
         arriving, views = self._buffer(name, into)
-        all_to_all_into(arriving, into.splits, sending, out.splits, self._group)
-        return views
+        args = arriving, into.splits, sending, out.splits, self._group
+        arrived = all_to_all_into(*args, wait=wait)
+
+        def came() -> list[Tensor]:
+            arrived()
+            return views
+
+        return came
 
 
 def _contiguous(x: Any) -> Tensor | None:

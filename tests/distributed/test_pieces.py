@@ -99,7 +99,8 @@ def test_gradients_reach_their_owners_and_updates_their_holders(
     costs = {name: float(math.prod(s.block)) + 1 for name, s in layout.stacks.items()}
     shards = near_shards(layout, costs, held)
     routes = [
-        find_routes(layout, shards, held, [True] * len(shapes), rank) for rank in range(len(ranks))
+        find_routes(layout, shards.pieces, held, [True] * len(shapes), rank)
+        for rank in range(len(ranks))
     ]
     expected = stack_blocks(leaves, layout)
     rows: list[dict[str, list[int]]] = [{} for _ in ranks]

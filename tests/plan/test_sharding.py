@@ -46,7 +46,7 @@ def test_the_plan_counts_the_bytes_of_all_messages(sharding: Any, mesh: tuple[in
     costs = {n: DEFAULT_COST.block(block, 10, *works[n]) for n, block in blocks.items()}
     shards = near_shards(layout, costs, held)
     for rank in range(held.size):
-        routes = find_routes(layout, shards, held, [False] * len(SHAPES), rank)
+        routes = find_routes(layout, shards.pieces, held, [False] * len(SHAPES), rank)
         for moved, across, route in (
             (found.gathered, found.gathered_across, routes.gather),
             (found.scattered, found.scattered_across, routes.scatter),
