@@ -1,4 +1,4 @@
-"""Who sends which piece to whom: two all-to-alls a step, one to the owners and one back.
+"""Who sends which piece to whom: an all-to-all to the owners, or one a portion, and one back.
 
     gather     the pieces of gradients (and of the parameters that a stage reads), to the owner
     scatter    the pieces of updates, from the owner to all that hold them
