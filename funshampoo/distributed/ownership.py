@@ -84,44 +84,6 @@ def longest_processing_time(costs: Sequence[float], world_size: int) -> list[int
     return owners
 
 
-def nearest(
-    costs: Sequence[float],
-    held: Sequence[Mapping[int, int]],
-    world_size: int,
-    slack: float = 0.05,
-) -> list[int]:
-    """The rank of every block: one that holds much of it, as long as the ranks stay balanced.
-
-    Dearest block first, each to the rank that holds the most of it among those whose load stays
-    below (1 + slack) max(Σ costs / world_size, max costs); where there is none, to the rank with
-    the least to do so far. What a rank holds of its own blocks need not be sent.
-
-    Args:
-        costs: of every block, in any one unit.
-        held: for every block {rank: how many of its numbers it holds}, without those who hold
-            nothing; {} where all hold the same.
-        slack: how much more than its share a rank may have to do.
-
-    >>> nearest([1.0, 1.0, 1.0, 1.0], [{1: 5}, {1: 5, 0: 1}, {1: 9}, {}], world_size=2)
-    [1, 1, 0, 0]
-    """
-    limit = (1 + slack) * max(sum(costs) / world_size, max(costs, default=0.0))
-    loads, owners = [0.0] * world_size, [0] * len(costs)
-    heap = [(0.0, rank) for rank in range(world_size)]
-    for block in sorted(range(len(costs)), key=lambda block: -costs[block]):
-        cost = costs[block]
-        fits = [r for r in held[block] if loads[r] + cost <= limit]
-        if fits:
-            owner = min(fits, key=lambda r: (-held[block][r], loads[r], r))
-        else:
-            while heap[0][0] != loads[heap[0][1]]:  # that rank has got something since
-                heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
-            owner = heap[0][1]
-        owners[block] = owner
-        loads[owner] += cost
-    return owners
-
-
 def owners_of(
     stacks: Mapping[str, BlockStack],
     world_size: int,
