@@ -7,7 +7,8 @@ and for refreshes, the median of the slowest rank's time; of a sharded step the 
 pieces into messages and taking them out, and in the two all-to-alls, also as shares; the bytes that
 leave a rank; and how long the two all-to-alls take if nothing but them is done, from buffers of
 those lengths: what bytes over the loopback's bandwidth come to. Time in a collective is also time
-that a rank waits for others: with fewer idle cores than ranks that is most of it.
+that a rank waits for others: with fewer idle cores than ranks that is most of it. With --overlap
+the sharded step is also done with gradients that come in so many portions.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import funshampoo as fs
 from benchmarks.ranks import transformer
-from funshampoo.distributed import parts
+from funshampoo.distributed import transfer
 from funshampoo.distributed.gathering import spreads
 
-WAYS = ("whole", "sharded")
+WAYS = ("whole", "sharded", "overlap")
 
 
 class Step(NamedTuple):
@@ -60,18 +61,20 @@ class Clocks:
     def __init__(self) -> None:
         self.ways, self.collective = 0.0, 0.0
         self.calls: list[tuple[Any, ...]] = []
-        parts.all_to_all_into = self._timed(parts.all_to_all_into, "collective", True)
-        parts.Transfer.gather = self._timed(parts.Transfer.gather, "ways")  # type: ignore
-        parts.Transfer.meet = self._timed(parts.Transfer.meet, "ways")  # type: ignore
+        transfer.all_to_all_into = self._timed(transfer.all_to_all_into, "collective", True)
+        transfer.Transfer.gather = self._timed(transfer.Transfer.gather, "ways")  # type: ignore
+        put = transfer.Transfer._put_together
+        transfer.Transfer._put_together = self._timed(put, "ways")  # type: ignore
+        transfer.Transfer.meet = self._timed(transfer.Transfer.meet, "ways")  # type: ignore
 
     def _timed(self, function: Any, clock: str, notes: bool = False) -> Callable[..., Any]:
         @functools.wraps(function)
-        def timed(*arguments: Any) -> Any:
+        def timed(*arguments: Any, **options: Any) -> Any:
             if notes:
                 self.calls.append(arguments)
             since = time.perf_counter()
             try:
-                return function(*arguments)
+                return function(*arguments, **options)
             finally:
                 setattr(self, clock, getattr(self, clock) + time.perf_counter() - since)
 
@@ -88,12 +91,14 @@ class Job:
     def __init__(self, way: str, options: argparse.Namespace) -> None:
         self.way = way
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        portions = options.overlap if way == "overlap" else 1
+        in_portions = functools.partial(fs.sharded, whole=False, overlap=portions)
         self.tx = fs.shampoo(
             1e-3,
             every=options.every,
             max_size=options.max_size,
             weight_decay=0.1 if options.decay else 0.0,
-            distribute=fs.sharded if way == "whole" else None,
+            distribute=fs.sharded if way == "whole" else in_portions,
         )
         generator = torch.Generator().manual_seed(0)
 
@@ -116,14 +121,14 @@ class Job:
         self.state = fs.update_in_place(self.tx, g, self.state, self.params)
         total = time.perf_counter() - since
         self.done += 1
-        if self.way == "whole":
+        if self.way != "sharded":
             return Step(total)
         packing, collective = clocks.ways - clocks.collective, clocks.collective
         calls = clocks.calls
         dist.barrier()
         since = time.perf_counter()
         for call in calls:
-            parts.all_to_all_into.__wrapped__(*call)  # type: ignore[attr-defined]
+            transfer.all_to_all_into.__wrapped__(*call)  # type: ignore[attr-defined]
         alone = time.perf_counter() - since
         rank, sent = dist.get_rank(), 0
         for _, _, _, splits, _ in calls:
@@ -134,8 +139,8 @@ class Job:
         """How many pieces go through this rank's messages, both ways."""
         (spread,) = spreads(self.tx)
         *_, (_, _, known) = spread.known_parts.values()
-        routes = known.routes.gather, known.routes.scatter
-        return sum(len(slots) for route in routes for slots in (*route.out, *route.into))
+        *_, both = known._routes.values()  # of steps, after those of `init`
+        return sum(len(slots) for route in both for slots in (*route.out, *route.into))
 
 
 def work(rank: int, size: int, folder: str, options: argparse.Namespace) -> None:
@@ -144,7 +149,7 @@ def work(rank: int, size: int, folder: str, options: argparse.Namespace) -> None
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     clocks, results = Clocks(), []
-    jobs = [Job(way, options) for way in WAYS]
+    jobs = [Job(way, options) for way in options.ways]
     for t in range(1, options.rounds * options.every + 1):
         for job in jobs if t % 2 else reversed(jobs):
             found = job.step(clocks)
@@ -160,7 +165,7 @@ def measured(size: int, options: argparse.Namespace) -> None:
         mp.spawn(work, (size, folder, options), nprocs=size)
         found = [r for rank in range(size) for r in torch.load(f"{folder}/{rank}.pt")]
     for kind in ("plain", "refresh"):
-        for way in WAYS:
+        for way in options.ways:
             print(row(size, kind, way, [r for r in found if r[:2] == (way, kind)]))
 
 
@@ -171,7 +176,7 @@ def row(size: int, kind: str, way: str, results: list[Any]) -> str:
         steps.setdefault(t, []).append(Step(*found))
     total = statistics.median(max(s.total for s in ranks) for ranks in steps.values())
     line = f"{size:<6}{kind:<9}{way:<9}{1e3 * total:>8.1f} ms"
-    if way == "whole":
+    if way != "sharded":
         return line
 
     def mean(field: str) -> float:
@@ -193,7 +198,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=10, help="steps between refreshes")
     parser.add_argument("--max-size", type=int, default=256, help="longest side of a block")
     parser.add_argument("--decay", action="store_true", help="decay: parameters travel, too")
-    return parser.parse_args()
+    parser.add_argument("--overlap", type=int, default=1, help="portions, beside one")
+    options = parser.parse_args()
+    options.ways = WAYS if options.overlap > 1 else WAYS[:2]
+    return options
 
 
 def main() -> None:

@@ -32,14 +32,31 @@ class Case(NamedTuple):
 
     @property
     def further(self) -> bool:
-        """Whether it is a recipe once more, by other options, whose stages have cases of their own.
-
-        `make test` leaves these out, but for those with many options at once.
+        """Whether `make test` leaves it out: a recipe once more, with other options, whose stages
+        have cases of their own; or one of `FURTHER`.
         """
         around = {"every_k", "inject_hyperparams", "multi_steps", "wrapping"}
         made_of_others = {*RECIPES, *around, "from_published", "from_reference"}
         again = ":" in self.name and not self.name.endswith(":everything")
-        return again and self.public in made_of_others
+        return (again and self.public in made_of_others) or self.name in FURTHER
+
+
+# A graph of torch.compile, and stages once more with options that other cases have among theirs.
+FURTHER = {
+    "compiled",
+    "graft:from_3",
+    "in_eigenbasis:from_the_identity",
+    "in_eigenbasis:momentum",
+    "in_eigenbasis:renewed_first",
+    "kl_statistics:ritz",
+    "kl_statistics:roots",
+    "root_inverse:adaptive",
+    "root_inverse:adaptive_unblocked",
+    "root_inverse:low_precision",
+    "root_inverse:pseudo_inverse",
+    "root_inverse:staggered",
+    "root_inverse:trace_scaled",
+}
 
 
 def _statistics_and(*stages: fs.GradientTransformation) -> fs.GradientTransformation:

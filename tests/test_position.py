@@ -154,7 +154,10 @@ def test_products(rows: int, inner: int, columns: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("side", [7, 64, 65, 129, 256, 512, 550, 1023])
+@pytest.mark.parametrize(
+    "side",
+    [7, 64, 65, 129, 256, 512, 550, pytest.param(1023, marks=pytest.mark.slow)],
+)
 def test_squares(side: int, dtype: torch.dtype) -> None:
     """B Bᵀ, of a large one from the upper blocks; also of matrices laid out by columns."""
     B = randn(N, side, side, dtype=dtype)

@@ -43,7 +43,7 @@ def to_parameters(stacks: Mapping[str, Tensor], state: BlockedState, params: Tre
     names = leaf_names(params)
     if set(names) != set(state.layout):
         raise ValueError("the parameters are not those that the state was made for.")
-    parameters = [_layout_of(state.layout[n], tuple(p.shape)) for n, p in zip(names, leaves)]
+    parameters = [layout_of_spans(state.layout[n], tuple(p.shape)) for n, p in zip(names, leaves)]
     rows: dict[str, int] = {}
     for region in (region for where in parameters for region in where.regions):
         rows[region.stack] = max(rows.get(region.stack, 0), region.first + region.rows)
@@ -57,7 +57,7 @@ def to_parameters(stacks: Mapping[str, Tensor], state: BlockedState, params: Tre
     return spec.unflatten(unstack_blocks(stacks, layout, leaves))
 
 
-def _layout_of(
+def layout_of_spans(
     spans: Mapping[str, Mapping[str, object]], shape: tuple[int, ...]
 ) -> ParameterLayout:
     """How a parameter is cut, read from the spans of `BlockedState.layout`."""

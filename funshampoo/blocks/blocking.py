@@ -107,6 +107,8 @@ def blocked(
         apply=blocks.apply,
         check=blocks.check if inner.checks else None,
         parts={"inner": inner},
+        # It opens a scope, whose gradient are the updates that come in.
+        flops=lambda block, kept, apart: inner.flops(block, kept) - inner.flops(block, kept, apart),
     )
 
 

@@ -31,6 +31,11 @@ Put: TypeAlias = Callable[[str, range, Any], None]
 Gather: TypeAlias = Callable[[Portion], tuple[dict[str, Tensor], dict[str, Tensor] | None]]
 """The gradients of a portion, and the parameters that `inner` may see."""
 
+StepOnRows: TypeAlias = Callable[
+    [Any, Mapping[str, Sequence[int]], Sequence[Portion], Gather, Put], Any
+]
+"""(inner state, rows of the full stacks, what of them comes together, gather, put) -> new state"""
+
 Missing: TypeAlias = Mapping[str, Collection[int]]
 """{stack: the rows without a gradient}"""
 
@@ -94,7 +99,7 @@ class Spread(Protocol):
 
     def exchange_parts(
         self,
-        step: Callable[[Any, Mapping[str, Sequence[int]], Gather, Put], Any],
+        step: StepOnRows,
         state: Any,
         layout: Layout,
         context: Context,
@@ -103,8 +108,8 @@ class Spread(Protocol):
     ) -> tuple[Any, list[Tensor]]:
         """`exchange` for parameters of which ranks have parts.
 
-        Runs `step(inner state, rows of the full stacks, gather, put)`, whose portions count the
-        rows of this rank from 0.
+        Runs `step(inner state, rows of the full stacks, cuts, gather, put)`, whose portions count
+        the rows of this rank from 0, and are each in one of the cuts.
 
         Returns:
             The new state, and for every leaf the update of what this rank has of it, in any shape.
@@ -154,7 +159,13 @@ class Executor:
         """`run` for leaves of which ranks have parts. Returns their updates, too."""
         owner = spread.inner
 
-        def step(state: Any, rows: Mapping[str, Sequence[int]], gather: Gather, put: Put) -> Any:
+        def step(
+            state: Any,
+            rows: Mapping[str, Sequence[int]],
+            cuts: Sequence[Portion],
+            gather: Gather,
+            put: Put,
+        ) -> Any:
             own = {stack: range(len(mine)) for stack, mine in rows.items()}
             ids = {stack: [self._ids[stack][r] for r in mine] for stack, mine in rows.items()}
             absent = {
@@ -167,7 +178,7 @@ class Executor:
             }
             here = changed(context, alive=alive)
             lacking = {s: gone for s, gone in absent.items() if gone}
-            return self._step(owner, own, state, gather, put, lacking, here, ids)
+            return self._step(owner, own, state, gather, put, lacking, here, ids, cuts)
 
         absent = len(missing) > 0
         return spread.exchange_parts(step, state, self.layout, context, leaves, absent)
@@ -182,13 +193,14 @@ class Executor:
         missing: Missing,
         context: Context,
         ids: Mapping[str, Sequence[int]] | None = None,
+        cuts: Sequence[Portion] | None = None,
     ) -> Any:
         ids = self._ids if ids is None else ids
         in_place = context.donate and not is_traced()
         if in_place and self._device.type == "cpu":
             keep_freed_memory()
         refresh = in_place and refreshes(inner, context)
-        portions = self._portions_of(own, missing, in_place, refresh)
+        portions = self._portions_of(cuts or [own], missing, in_place, refresh)
         portions = portions or [{}]  # nobody has a gradient: what is everybody's goes on
         whole = len(portions) == 1 and portions[0] == own
         alive: Mapping[str, Tensor] | None = context.alive
@@ -221,20 +233,23 @@ class Executor:
 
     def _portions_of(
         self,
-        own: dict[str, range],
+        cuts: Sequence[Portion],
         missing: Missing,
         donate: bool,
         refresh: bool,
     ) -> list[Portion]:
-        key = tuple(own.items()), donate, refresh
+        """The tiles of each cut, without what is missing."""
+        key = tuple([tuple(cut.items()) for cut in cuts]), donate, refresh
         if key not in self._portions:
-            stacks = self.layout.stacks
-            blocks = {name: (stacks[name].block, len(rows)) for name, rows in own.items()}
-            tiles = tiles_for(blocks, self._size if donate else None, self._device, refresh=refresh)
-            self._portions[key] = [
-                {n: range(own[n].start + r.start, own[n].start + r.stop) for n, r in tile.items()}
-                for tile in tiles
-            ]
+            size = self._size if donate else None
+            self._portions[key] = []
+            for cut in cuts:
+                blocks = {n: (self.layout.stacks[n].block, len(rows)) for n, rows in cut.items()}
+                self._portions[key] += [
+                    {n: range(cut[n].start + r.start, cut[n].start + r.stop) for n, r in t.items()}
+                    for t in tiles_for(blocks, size, self._device, refresh=refresh)
+                    if t or len(cuts) == 1
+                ]
         found = self._portions[key]
         return (
             [part for portion in found for part in without(portion, missing)] if missing else found

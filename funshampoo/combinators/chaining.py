@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from funshampoo.core.applying import applied
@@ -103,7 +104,24 @@ def chain(
         apply=apply if ends_in_place else None,
         parts=named,
         state_of=operator.getitem,
+        flops=functools.partial(_flops_on_top, list(named.values())),
+        passes=all([stage.passes for stage in named.values()]),
     )
+
+
+def _flops_on_top(
+    stages: Sequence[GradientTransformation],
+    block: tuple[int, ...],
+    kept: tuple[int, ...],
+    apart: bool,
+) -> float:
+    """What stages multiply besides, because one before them has changed the updates."""
+    found, changed_by_now = 0.0, apart
+    for stage in stages:
+        if changed_by_now and not apart:
+            found += stage.flops(block, kept, True) - stage.flops(block, kept, False)
+        changed_by_now = changed_by_now or not stage.passes
+    return found
 
 
 def _run(

@@ -22,7 +22,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_tra
 from funshampoo.core.live import number
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import flatten, map_leaves, update_columns
-from funshampoo.operators.columns import Column, add, multiply, none_yet, product_in
+from funshampoo.operators.columns import Column, add, multiply, product_in, zeros_a_block
 from funshampoo.operators.leaf_ops import per_block, zeroed
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import GuardedState
@@ -110,7 +110,7 @@ def guarded(
         params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
     ) -> GuardedState:
         check_parameters(params, "guarded")
-        held, streak = [none_yet(params, block_ndim, torch.int64) for _ in range(2)]
+        held, streak = [zeros_a_block(params, block_ndim, torch.int64) for _ in range(2)]
         counts = inner.counts or max_failures is not None
         state = inner.init(params, block_ndim=block_ndim, clock=clock or counts, **context)
         spikes = () if spike_factor is None else no_spikes_yet(params, block_ndim)

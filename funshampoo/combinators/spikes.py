@@ -21,7 +21,7 @@ from torch import Tensor
 from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.modes import unwrapped
 from funshampoo.core.tree import flatten, map_leaves, update_leaves
-from funshampoo.operators.columns import none_yet
+from funshampoo.operators.columns import zeros_a_block
 from funshampoo.operators.leaf_ops import add, lerp, multiply
 from funshampoo.state.stages import SpikeState
 
@@ -37,8 +37,8 @@ DECAY = 0.98
 
 def no_spikes_yet(params: Tree, block_ndim: int) -> SpikeState:
     """Before the first gradient."""
-    counters = [none_yet(params, block_ndim, torch.int64) for _ in range(3)]
-    return SpikeState(none_yet(params, block_ndim), *counters)
+    counters = [zeros_a_block(params, block_ndim, torch.int64) for _ in range(3)]
+    return SpikeState(zeros_a_block(params, block_ndim), *counters)
 
 
 def above(norms: Tree, state: SpikeState, factor: Hyper) -> Tree:

@@ -25,7 +25,7 @@ def wrapping(
     update: Callable[..., tuple[Tree, Any]],
     init: Callable[..., Any] | None = None,
     name: str = "",
-    flops: Callable[[tuple[int, ...], tuple[int, ...]], float] | None = None,
+    flops: Callable[..., float] | None = None,
 ) -> GradientTransformation:
     """A combinator from a function that runs `inner` when it likes, with what it likes.
 
@@ -157,9 +157,9 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
     def phase(step: int) -> Phase:
         return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()
 
-    def saved(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
+    def saved(block: tuple[int, ...], kept: tuple[int, ...], apart: bool) -> float:
         """What a step does not multiply, on average, of what `inner` states."""
-        return (1 / k - 1) * inner.flops(block, kept)
+        return (1 / k - 1) * inner.flops(block, kept, apart)
 
     return GradientTransformation(
         init, update, phase=phase, check=check, parts={"inner": inner}, counts=True, flops=saved

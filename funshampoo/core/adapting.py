@@ -99,6 +99,15 @@ def without_state(function: Callable[..., Any]) -> Any:
     return _WithoutState(function)
 
 
+def adapted_flops(function: Callable[..., float] | None) -> Callable[..., float]:
+    """`call(block, kept, apart)` of a function that may leave out the last, or of None."""
+    if function is None:
+        return lambda block, kept, apart: 0.0
+    if "apart" in inspect.signature(function).parameters:
+        return function
+    return lambda block, kept, apart: function(block, kept)
+
+
 def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, Any]], Any]:
     """`call(params, context)` of a function that declares what it wants of the context."""
     _, _, keywords, _, any_keyword = _signature(function)

@@ -14,11 +14,10 @@ from funshampoo.core.contract import (
     Tree,
     TreeT,
     checked_pair,
-    placed_as,
 )
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.modes import are_apart, is_plain
-from funshampoo.core.placed import any_in_parts, local_part, placed_like
+from funshampoo.core.placed import any_in_parts, local_part, placed_as, placed_like
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names, wide
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.core.live import Live, initial
+from funshampoo.core.tree import flatten
 
 
 def check_range(
@@ -116,3 +117,15 @@ def check_flags(**flags: Any) -> None:
     """
     for name, value in flags.items():
         check_flag(name, value)
+
+
+def check_state(state: Any, name: str) -> None:
+    """Raise TypeError, which names the stage, for what is in its state and no tensor."""
+    leaves, _ = flatten(state)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"the state of '{name}' holds {leaf!r}, a {type(leaf).__name__}: checkpoints and "
+                "vmap know tensors alone. Make it one, torch.tensor(...), and write () for what is "
+                "not there."
+            )

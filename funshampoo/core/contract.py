@@ -17,13 +17,20 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from funshampoo.core.adapting import adapted_init, adapted_update, name_of, without_state
+from funshampoo.core.adapting import (
+    adapted_flops,
+    adapted_init,
+    adapted_update,
+    name_of,
+    without_state,
+)
+from funshampoo.core.checks import check_state
 from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import EMPTY, Context, context_of
 from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.live import live_names
 from funshampoo.core.modes import for_keeps
-from funshampoo.core.placed import SEEN, is_in_parts, placed_like
+from funshampoo.core.placed import is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
@@ -32,6 +39,7 @@ State: TypeAlias = Any
 Hyper: TypeAlias = float | Tensor
 Schedule: TypeAlias = Callable[[Tensor], Hyper]
 Phase: TypeAlias = tuple[str, ...]
+Block: TypeAlias = tuple[int, ...]  # its shape, or lengths of some of its sides
 
 REFRESH = "refresh"
 """How a label of a phase begins on whose steps there is more work than on a plain one."""
@@ -77,8 +85,12 @@ class GradientTransformation:
             stage that declares `hyper`, or takes the `Context`, perhaps any.
         flops: `flops(block, kept)`: floating-point operations a step of its own matrix products on
             a block of this shape, on average; `kept` are the lengths of the sides for which
-            something is refreshed. By it ranks are balanced and plans made. By default none. Those
-            of parts are added to it; what a combinator saves of them is negative.
+            something is refreshed; it may declare `apart`, whether a stage before has changed the
+            updates, so that they are not the `gradient`. By it ranks are balanced and plans made.
+            None: none. Parts' are added to it; what a combinator saves of them is negative.
+        passes: whether it never changes the updates.
+        refresh_cost: of the refresh of one matrix, in the time that the default solver takes: a
+            rule's `relative_cost`. By default that of the part where it is largest; None: 1.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -111,7 +123,9 @@ class GradientTransformation:
         accepts: Collection[str] | None = (),
         spread: Any = None,
         numbers: Iterable[Any] | None = None,
-        flops: Callable[[tuple[int, ...], tuple[int, ...]], float] | None = None,
+        flops: Callable[..., float] | None = None,
+        passes: bool = False,
+        refresh_cost: float | None = None,
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
@@ -120,18 +134,23 @@ class GradientTransformation:
         self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
-        self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops}
+        self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
+        self._given |= {"refresh_cost": refresh_cost}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
         self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
-        self._phase, self._flops = phase, flops
+        self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or _checks_of(self.parts, state_of)
+        self.passes = passes
         children = list(self.parts.values())
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counts
+        costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
+        largest = max(costs, default=None)
+        self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
         self._knows_when = phase is not None or not adapted.branches
         minds = adapted.minds_alive if minds_alive is None else minds_alive
         self.minds_alive: bool = minds and all([part.minds_alive for part in children])
@@ -158,7 +177,7 @@ class GradientTransformation:
         else:  # a later step may come outside of it, and write to the state
             with for_keeps():
                 state = self._init(params, context)
-        _check_state(state, self.name)
+        check_state(state, self.name)
         return state
 
     def update(
@@ -193,18 +212,19 @@ class GradientTransformation:
             return self._phase(step)
         return tuple([label for part in self.parts.values() for label in part.phase(step)])
 
-    def flops(self, block: tuple[int, ...], kept: tuple[int, ...] = ()) -> float:
+    def flops(self, block: Block, kept: Block = (), apart: bool = False) -> float:
         """Operations a step of the matrix products of all stages in it, on a block of this shape.
 
         Args:
             kept: lengths of the sides for which something is refreshed, as the state has it.
+            apart: whether a stage before it in the same scope changes the updates.
 
         >>> from funshampoo import kronecker_statistics, orthogonalize
         >>> kronecker_statistics().flops((2, 3)), orthogonalize(steps=5).flops((2, 3))
         (60.0, 320.0)
         """
-        own = 0.0 if self._flops is None else self._flops(block, kept)
-        return own + sum([part.flops(block, kept) for part in self.parts.values()])
+        parts = [part.flops(block, kept, apart) for part in self.parts.values()]
+        return self._flops(block, kept, apart) + sum(parts)
 
     def without_phase(self) -> list[str]:
         """The names of the stages, at any depth, whose schedule can't be known."""
@@ -311,32 +331,11 @@ def checked_pair(result: Any, stage: str) -> tuple[Tree, State]:
     )
 
 
-def placed_as(updates: TreeT, params: Tree) -> TreeT:
-    """The gradients of sharded parameters, placed as these are: partial sums are added up."""
-    if params is None or not SEEN["any"]:
-        return updates
-    (leaves, spec), (known, other) = flatten(updates), flatten(params)
-    if spec != other:  # which is for the stages to say
-        return updates
-    placed: TreeT = spec.unflatten(list(map(placed_like, leaves, known)))
-    return placed
-
-
-def _check_state(state: State, name: str) -> None:
-    leaves, _ = flatten(state)
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"the state of '{name}' holds {leaf!r}, a {type(leaf).__name__}: checkpoints and "
-                "vmap know tensors alone. Make it one, torch.tensor(...), and write () for what is "
-                "not there."
-            )
-
-
 def identity() -> GradientTransformation:
     """The transformation that changes nothing.
 
     >>> identity().update({"w": 1.0}, EmptyState())
     ({'w': 1.0}, EmptyState())
     """
-    return stateless(lambda updates: updates, "identity")
+    same = without_state(lambda updates: updates)
+    return GradientTransformation(lambda params: EmptyState(), same, "identity", passes=True)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from funshampoo.core.tree import flatten
+
 
 def is_in_parts(x: Any) -> bool:
     """Whether this is a DTensor, of which a rank may have a part only."""
@@ -114,3 +116,13 @@ def whole_numbers(numbers: Sequence[Any]) -> list[Tensor]:
         for i, x in zip(places, together.full_tensor().unbind(0)):
             found[i] = x
     return found
+
+
+def placed_as(updates: Any, params: Any) -> Any:
+    """The gradients of sharded parameters, placed as these are: partial sums are added up."""
+    if params is None or not SEEN["any"]:
+        return updates
+    (leaves, spec), (known, other) = flatten(updates), flatten(params)
+    if spec != other:  # which is for the stages to say
+        return updates
+    return spec.unflatten(list(map(placed_like, leaves, known)))

@@ -64,16 +64,33 @@ def all_to_all_into(
     mine: Tensor,
     splits: list[int],
     group: ProcessGroup | None,
-) -> None:
+    wait: bool = True,
+) -> Callable[[], None]:
     """Send each rank its part of `mine`, cut at `splits`, and fill `output` with what they send.
 
+    Args:
+        wait: until `output` is filled; on CUDA the stream does. If not, neither tensor may be
+            touched before what is returned was called.
+
+    Returns:
+        A function that waits.
+
     Raises:
-        LostRanksError: not all ranks came; from torch.distributed's error.
+        LostRanksError: not all ranks came; from torch.distributed's error. The function, too.
     """
     try:
-        dist.all_to_all_single(output, mine, lengths, splits, group=group)
+        work = dist.all_to_all_single(output, mine, lengths, splits, group=group, async_op=not wait)
     except RuntimeError as error:
         raise LostRanksError(_LOST) from error
+
+    def arrived() -> None:
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise LostRanksError(_LOST) from error
+
+    return arrived
 
 
 def gathered_objects(mine: Any, group: ProcessGroup | None) -> list[Any]:

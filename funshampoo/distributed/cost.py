@@ -37,12 +37,14 @@ class CostModel:
 
         memory   = per_element·n + per_factor_element·Σ d_i²
         products = per_flop·flops
-        roots    = Σ (root_cubic·d_i³ + root_quadratic·d_i² + root_constant) / f
+        roots    = c·Σ (root_cubic·d_i³ + root_quadratic·d_i² + root_constant) / f
 
     Sums are over the sides for which something is refreshed: `sides`, by default all. `flops` are
     what the stages of a method state (`GradientTransformation.flops`), by default Shampoo's: 4n·Σ
-    d_i, half of them for statistics and half for applying the roots. Every term is a sum of
-    products of Python floats, so that the same model gives the same bits on every rank.
+    d_i, half of them for statistics and half for applying the roots. c is what they state of a
+    refresh (`GradientTransformation.refresh_cost`): 1 for the default solver, 0.8 for a QR. Every
+    term is a sum of products of Python floats, so that the same model gives the same bits on every
+    rank.
 
     Attributes:
         per_element: seconds per element of the block.
@@ -53,8 +55,7 @@ class CostModel:
 
     The default weights were measured by benchmarks/cost_model.py: float32, one CPU thread, torch
     2.13, the default solver. Whole steps took 0.85 to 1.5 times what they say. Only ratios matter
-    for balance. Those of a GPU differ: measure them with `--device cuda`. Another solver is
-    modelled as the default.
+    for balance. Those of a GPU differ: measure them with `--device cuda`.
 
     Raises:
         ValueError, TypeError: a weight is negative or no number.
@@ -108,6 +109,7 @@ class CostModel:
         every: int,
         sides: Sequence[int] | None = None,
         flops: float | None = None,
+        refresh_cost: float = 1.0,
     ) -> Seconds:
         """Seconds per step by what they go into.
 
@@ -116,13 +118,14 @@ class CostModel:
             every: steps between two refreshes.
             sides: lengths of those for which something is refreshed; by default all.
             flops: operations of a step's products; by default Shampoo's with these sides.
+            refresh_cost: of one matrix, in that of the default solver.
 
         Raises:
             ValueError, TypeError: every is not an int of at least 1.
         """
         check_count("every", every)
         sides = block if sides is None else sides
-        roots = self.roots(sides) / every
+        roots = refresh_cost * self.roots(sides) / every
         return Seconds(self.memory(block, sides), self.products(block, sides, flops), roots)
 
     def block(
@@ -131,9 +134,10 @@ class CostModel:
         every: int,
         sides: Sequence[int] | None = None,
         flops: float | None = None,
+        refresh_cost: float = 1.0,
     ) -> float:
-        """Seconds per step, all in all: `parts(block, every, sides, flops).total`."""
-        return self.parts(block, every, sides, flops).total
+        """Seconds per step, all in all: the total of `parts` of the same."""
+        return self.parts(block, every, sides, flops, refresh_cost).total
 
 
 DEFAULT_COST = CostModel()

@@ -37,10 +37,12 @@ class Work(NamedTuple):
     Attributes:
         sides: lengths of those for which something is refreshed.
         flops: operations of the products, as the stages state them.
+        refresh_cost: of one matrix, in the time of the default solver, as the stages state it.
     """
 
     sides: tuple[int, ...]
     flops: float
+    refresh_cost: float = 1.0
 
 
 Works: TypeAlias = Mapping[str, Work]
@@ -79,44 +81,6 @@ def longest_processing_time(costs: Sequence[float], world_size: int) -> list[int
         load, rank = ranks[0]
         owners[job] = rank
         heapq.heapreplace(ranks, (load + costs[job], rank))
-    return owners
-
-
-def nearest(
-    costs: Sequence[float],
-    held: Sequence[Mapping[int, int]],
-    world_size: int,
-    slack: float = 0.05,
-) -> list[int]:
-    """The rank of every block: one that holds much of it, as long as the ranks stay balanced.
-
-    Dearest block first, each to the rank that holds the most of it among those whose load stays
-    below (1 + slack) max(Σ costs / world_size, max costs); where there is none, to the rank with
-    the least to do so far. What a rank holds of its own blocks need not be sent.
-
-    Args:
-        costs: of every block, in any one unit.
-        held: for every block {rank: how many of its numbers it holds}, without those who hold
-            nothing; {} where all hold the same.
-        slack: how much more than its share a rank may have to do.
-
-    >>> nearest([1.0, 1.0, 1.0, 1.0], [{1: 5}, {1: 5, 0: 1}, {1: 9}, {}], world_size=2)
-    [1, 1, 0, 0]
-    """
-    limit = (1 + slack) * max(sum(costs) / world_size, max(costs, default=0.0))
-    loads, owners = [0.0] * world_size, [0] * len(costs)
-    heap = [(0.0, rank) for rank in range(world_size)]
-    for block in sorted(range(len(costs)), key=lambda block: -costs[block]):
-        cost = costs[block]
-        fits = [r for r in held[block] if loads[r] + cost <= limit]
-        if fits:
-            owner = min(fits, key=lambda r: (-held[block][r], loads[r], r))
-        else:
-            while heap[0][0] != loads[heap[0][1]]:  # that rank has got something since
-                heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
-            owner = heap[0][1]
-        owners[block] = owner
-        loads[owner] += cost
     return owners
 
 
@@ -193,13 +157,14 @@ def works_of(
     >>> from funshampoo import muon
     >>> tx = muon(0.1, steps=5)
     >>> works_of(tx, {"2x3": (2, 3)}, tx.init({"w": torch.zeros(2, 3)}))
-    {'2x3': Work(sides=(), flops=320.0)}
+    {'2x3': Work(sides=(), flops=320.0, refresh_cost=1.0)}
     """
-    kept = factor_sides(state)
-    found = {}
+    kept, found = factor_sides(state), {}
+    stated = transformation.refresh_cost
     for name, block in blocks.items():
         sides = kept.get(name, ())
-        found[name] = Work(sides, transformation.flops(tuple(block), sides))
+        flops = transformation.flops(tuple(block), sides)
+        found[name] = Work(sides, flops, 1.0 if stated is None else stated)
     return found
 
 

@@ -1,48 +1,52 @@
-"""The transport of sharded parameters: gradients to the owners of blocks, updates to the holders.
+"""Where the parts of sharded parameters are, who owns which block, and who sends what to whom.
 
 FSDP2, HSDP, tensor and expert parallelism make DTensors, of which a rank has a part. Owners, state
 and steps are those of whole parameters, and so are the numbers: a block is put together where it is
-owned, before its step.
+owned, before its step (`transfer.py`).
 """
 
 from __future__ import annotations
 
+import itertools
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
-from funshampoo.core.placed import local_part
 from funshampoo.distributed.agreement import lines_of, print_of
 from funshampoo.distributed.collectives import (
     ProcessGroup,
-    all_to_all_into,
     gathered_objects,
     rank_and_size,
 )
 from funshampoo.distributed.described import Line
 from funshampoo.distributed.disagreement import difference
-from funshampoo.distributed.ownership import nearest
-from funshampoo.distributed.pieces import as_view
+from funshampoo.distributed.nearest import nearest
 from funshampoo.distributed.routes import (
-    GRADIENTS,
-    HEAD,
-    PARAMETERS,
     Held,
     Messages,
     Route,
     Routes,
-    Slot,
     find_routes,
 )
-from funshampoo.distributed.shards import STATUS, Equal, Shards, shards_of
+from funshampoo.distributed.shards import Equal, Piece, Shards, shards_of
 
-Memory = dict[Any, tuple[Tensor, list[Tensor]]]
+
+class Incoming(NamedTuple):
+    """Some of a rank's rows, and how their gradients come.
+
+    Attributes:
+        rows: of those that it owns, counted from 0.
+        route: to the rank, in whose pieces the first of these rows has number 0.
+    """
+
+    rows: Portion
+    route: Route
 
 
 class Parts:
@@ -54,7 +58,7 @@ class Parts:
 
     Attributes:
         held: what this rank holds of every parameter.
-        shards: the owners of all rows: those who hold much of them, within a balance.
+        shards: the owners of all rows: near to those who hold them, within a balance.
         rows: {stack: how many rows this rank owns}.
         ids: {stack: which of the full stack they are}.
         owned: the same, as `ShardedState` has it.
@@ -71,7 +75,7 @@ class Parts:
         self.rank, self.size = rank_and_size(group)
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
-        self._held = Held(_gathered(lines_of(leaves), self.held, self.size, group))
+        self._held = _gathered(lines_of(leaves), self.held, self.size, group)
         self.shards = near_shards(self.layout, costs, self._held)
         own = [piece for piece in self.shards.pieces if piece.owner == self.rank]
         self.owned: dict[str, dict[str, tuple[()]]] = {}
@@ -81,16 +85,39 @@ class Parts:
             spans = self.owned.setdefault(piece.stack, {})
             spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
         self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
+        self._costs = costs
         self._routes: dict[tuple[bool, ...], Routes] = {}
+        self._incoming: dict[Any, list[Incoming]] = {}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
 
     def routes(self, shown: Sequence[bool] | None) -> Routes:
         """Of this rank; `shown` parameters travel with their gradients."""
         key = tuple(shown or [False] * len(self.held))
         if key not in self._routes:
-            found = find_routes(self.layout, self.shards, self._held, key, self.rank)
+            found = find_routes(self.layout, self.shards.pieces, self._held, key, self.rank)
             self._routes[key] = found
         return self._routes[key]
+
+    def incoming(self, shown: Sequence[bool] | None, portions: int) -> list[Incoming]:
+        """The gradients of this rank's rows, in as many portions as on every other rank."""
+        whole = self.routes(shown).gather
+        if portions == 1:
+            return [Incoming({s: range(rows) for s, rows in self.rows.items()}, whole)]
+        key = tuple(shown or [False] * len(self.held))
+        if (key, portions) not in self._incoming:
+            self._incoming[key, portions] = found = []
+            done: dict[str, int] = {}
+            for owned in divided(self.shards.pieces, self._costs, portions):
+                rows: Portion = {}
+                for piece in owned:
+                    if piece.owner == self.rank:
+                        first = done.get(piece.stack, 0)
+                        done[piece.stack] = last = first + piece.rows
+                        start = rows[piece.stack].start if piece.stack in rows else first
+                        rows[piece.stack] = range(start, last)
+                route = find_routes(self.layout, owned, self._held, key, self.rank).gather
+                found.append(Incoming(rows, route))
+        return self._incoming[key, portions]
 
     def messages(
         self, route: Route, dtypes: Mapping[tuple[int, int], torch.dtype], head: int
@@ -105,21 +132,60 @@ class Parts:
 
 def _gathered(
     lines: list[Line], held: list[Holding], size: int, group: ProcessGroup | None
-) -> list[list[Holding]]:
-    """What every rank holds of every parameter. A collective.
+) -> Held:
+    """What every rank holds of every parameter, and on which node. A collective.
 
     Equal holdings are sent once: a model has few shapes. So are the lines, if ranks disagree.
     """
     if size == 1:
-        return [held]
+        return Held([held])
     numbers = {own: i for i, own in enumerate(dict.fromkeys(held))}
-    said = print_of(lines), list(numbers), [numbers[own] for own in held]
+    said = print_of(lines), socket.gethostname(), list(numbers), [numbers[own] for own in held]
     everyone = gathered_objects(said, group)
     if any(of_rank[0] != said[0] for of_rank in everyone):  # so every rank comes
         for rank, theirs in enumerate(everyone_lines := gathered_objects(lines, group)):
             if theirs != everyone_lines[0]:
                 raise RuntimeError(difference(everyone_lines[0], theirs, rank))
-    return [[kinds[i] for i in indices] for _, kinds, indices in everyone]
+    holdings = [[kinds[i] for i in indices] for *_, kinds, indices in everyone]
+    return Held(holdings, nodes_of([host for _, host, *_ in everyone]))
+
+
+def nodes_of(hosts: Sequence[str]) -> list[int]:
+    """The node of every rank: equal hosts are one node, in the order of their first ranks.
+
+    >>> nodes_of(["b", "b", "a", "b"])
+    [0, 0, 1, 0]
+    """
+    numbers = {host: node for node, host in enumerate(dict.fromkeys(hosts))}
+    return [numbers[host] for host in hosts]
+
+
+def divided(owned: Sequence[Piece], costs: Mapping[str, float], portions: int) -> list[list[Piece]]:
+    """The rows of all ranks in portions, of each owner's about equally much work; some are empty.
+
+    Args:
+        owned: by owner, as in `Shards`.
+        costs: {stack: what a block of it costs}.
+
+    >>> owned = [Piece("8", 0, 3, owner=0), Piece("4", 0, 2, owner=0)]
+    >>> for portion in divided(owned, {"8": 2.0, "4": 1.0}, 2):
+    ...     print([(piece.stack, piece.all_rows) for piece in portion])
+    [('8', range(0, 2))]
+    [('8', range(2, 3)), ('4', range(0, 2))]
+    """
+    found: list[list[Piece]] = [[] for _ in range(portions)]
+    for _, own in itertools.groupby(owned, key=lambda piece: piece.owner):
+        pieces, done = list(own), 0.0
+        total = sum(piece.rows * costs[piece.stack] for piece in pieces) or 1.0
+        for piece in pieces:
+            cost, first = costs[piece.stack], piece.first
+            middles = [(done + (row + 0.5) * cost) / total for row in range(piece.rows)]
+            done += piece.rows * cost
+            for k, run in itertools.groupby(min(int(portions * m), portions - 1) for m in middles):
+                rows = len(list(run))
+                found[k].append(piece._replace(first=first, rows=rows))
+                first += rows
+    return found
 
 
 def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shards:
@@ -127,193 +193,10 @@ def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shard
     of_rows = held.of_blocks(layout)
     each = [costs[stack] for stack, rows in of_rows.items() for _ in rows]
     shares = [own.of_rank for rows in of_rows.values() for own in rows]
-    owners = nearest(each, shares, held.size)
+    owners = nearest(each, shares, held.nodes)
     stacks = {name: Equal(stack.block, stack.rows) for name, stack in layout.stacks.items()}
     found, at = {}, 0
     for stack, rows in of_rows.items():
         found[stack] = owners[at : at + len(rows)]
         at += len(rows)
     return shards_of(stacks, found, held.size, torch.float32)
-
-
-class TransferForm(NamedTuple):
-    """The collectives of a `Transfer`, each as the messages out and those in; a `Form`."""
-
-    gather: tuple[Messages, Messages]
-    scatter: tuple[Messages, Messages]
-    device: torch.device
-    group: ProcessGroup | None
-
-    def met(self, word: float) -> Tensor:
-        """See `Form`."""
-        status = torch.zeros(STATUS, dtype=torch.float32, device=self.device)
-        status[0] = word
-        for out, into in (self.gather, self.scatter):
-            sending, arriving = out.buffer(self.device), into.buffer(self.device)
-            if out is self.scatter[0]:
-                out.put_head(sending, status)
-            all_to_all_into(arriving, into.splits, sending, out.splits, self.group)
-        return into.heads(arriving)
-
-
-class Transfer:
-    """One step's way: two all_to_all_single, of the bytes that have to move; a `Transport`.
-
-    Args:
-        leaves: gradients, and parameters where some are shown.
-        dtype: of the updates on the way.
-        memory: of earlier steps, used again.
-
-    Attributes:
-        updates: after `meet`, the updates of this rank's parts in their merged shapes; new tensors.
-    """
-
-    def __init__(
-        self,
-        parts: Parts,
-        leaves: Leaves,
-        dtype: torch.dtype,
-        device: torch.device,
-        group: ProcessGroup | None,
-        memory: Memory,
-    ) -> None:
-        self._parts, self._leaves, self._group = parts, leaves, group
-        self._routes = parts.routes(leaves.shown)
-        self._device, self._dtype, self._memory = device, dtype, memory
-        self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
-        stacks = parts.layout.stacks
-        shapes = {s: (rows, *stacks[s].block) for s, rows in parts.rows.items()}
-        numel = [torch.Size(shape).numel() for shape in shapes.values()]
-        if "sent" not in memory:
-            memory["sent"] = torch.zeros(sum(numel), dtype=dtype, device=device), []
-        self.sent = memory["sent"][0]
-        split = torch.split(self.sent, numel)
-        self.places = {s: x.view(shape) for (s, shape), x in zip(shapes.items(), split)}
-        self._gradients: dict[str, Tensor] = {}
-        self._parameters: dict[str, Tensor] | None = None
-        self._ways: list[tuple[Messages, Messages]] = []  # of the collectives that were met
-        self.updates: list[Tensor] = []
-
-    def gather(self) -> None:
-        """Put the rows of this rank together. All ranks have to come."""
-        route, leaves = self._routes.gather, self._leaves
-        columns = {GRADIENTS: leaves.gradients, PARAMETERS: leaves.parameters or ()}
-        way = {
-            (column, i): _dtype_on_the_way(x, leaves, i)
-            for column, tensors in columns.items()
-            for i, x in enumerate(tensors)
-        }
-        failure: BaseException | None = None
-        flat: dict[tuple[int, int], Tensor | None] = {}
-
-        def find(slot: Slot) -> Tensor | None:
-            x = flat[slot.column, slot.parameter]
-            return None if x is None else as_view(x, slot.piece.shape, slot.piece.local)
-
-        out, into = self._parts.messages(route, way, 0)
-        self._ways = [(out, into)]
-        sending, views = self._buffer("gather out", out)
-        try:
-            for column, tensors in columns.items():
-                flat |= {(column, i): _contiguous(x) for i, x in enumerate(tensors)}
-            _fill(views, [find(slot) for slot in out.slots])
-        except BaseException as error:  # whatever it is: the others are waiting
-            failure = error
-        came = self._meet("gather in", sending, out, into)
-        if failure is not None:
-            raise failure
-        slots = [*route.stay, *into.slots]
-        self._gradients = self._rows()
-        self._parameters = None if leaves.shown is None else self._rows()
-        found = {GRADIENTS: self._gradients, PARAMETERS: self._parameters or {}}
-        targets = [
-            as_view(found[slot.column][slot.stack], slot.piece.shape, slot.piece.rows)
-            for slot in slots
-        ]
-        _fill(targets, [*[find(slot) for slot in route.stay], *came])
-
-    def rows_of(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """The gradients of these rows of this rank, and their parameters, if any are shown."""
-
-        def part(stacks: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {s: stacks[s].narrow(0, r.start, len(r)) for s, r in portion.items()}
-
-        return part(self._gradients), self._parameters and part(self._parameters)
-
-    def meet(self) -> Tensor:
-        """See `Transport`. All ranks have to come."""
-        route, layout = self._routes.scatter, self._parts.layout
-        way = {(GRADIENTS, i): self._dtype for i in range(len(layout.parameters))}
-        out, into = self._parts.messages(route, way, HEAD)
-        self._ways = [*self._ways, (out, into)]
-        sending, views = self._buffer("scatter out", out)
-
-        def find(slot: Slot) -> Tensor:
-            return as_view(self.places[slot.stack], slot.piece.shape, slot.piece.rows)
-
-        _fill(views, [find(slot) for slot in out.slots])
-        out.put_head(sending, self.status)
-        came = self._meet("scatter in", sending, out, into)
-        self.updates = [
-            torch.empty(held.shape, dtype=self._dtype_of(i), device=self._device)
-            for i, held in enumerate(self._parts.held)
-        ]
-        targets = [
-            as_view(self.updates[slot.parameter], slot.piece.shape, slot.piece.local)
-            for slot in [*route.stay, *into.slots]
-        ]
-        _fill(targets, [*[find(slot) for slot in route.stay], *came])
-        if self._parts.size == 1:
-            return self.status.unsqueeze(0)
-        return into.heads(self._buffer("scatter in", into)[0])
-
-    def form(self) -> TransferForm:
-        """See `Transport`."""
-        gather, scatter = self._ways
-        return TransferForm(gather, scatter, self._device, self._group)
-
-    def _rows(self) -> dict[str, Tensor]:
-        stacks = self._parts.layout.stacks
-        return {
-            s: torch.zeros(rows, *stacks[s].block, dtype=stacks[s].dtype, device=self._device)
-            for s, rows in self._parts.rows.items()
-        }
-
-    def _dtype_of(self, parameter: int) -> torch.dtype:
-        regions = self._parts.layout.parameters[parameter].regions
-        return self._parts.layout.stacks[regions[0].stack].dtype if regions else torch.float32
-
-    def _buffer(self, name: str, messages: Messages) -> tuple[Tensor, list[Tensor]]:
-        key = name, id(messages)
-        if key not in self._memory:
-            buffer = messages.buffer(self._device)
-            self._memory[key] = buffer, messages.views(buffer)
-        return self._memory[key]
-
-    def _meet(self, name: str, sending: Tensor, out: Messages, into: Messages) -> list[Tensor]:
-        """What the others sent; views."""
-        if self._parts.size == 1:
-            return []
-        arriving, views = self._buffer(name, into)
-        all_to_all_into(arriving, into.splits, sending, out.splits, self._group)
-        return views
-
-
-def _contiguous(x: Any) -> Tensor | None:
-    return None if x is None else local_part(x).detach().contiguous()
-
-
-def _dtype_on_the_way(x: Any, leaves: Leaves, i: int) -> torch.dtype:
-    """A tensor's own; of a missing gradient the parameter's, which the other ranks' has."""
-    dtype: torch.dtype = (leaves.parameters[i] if x is None and leaves.parameters else x).dtype
-    return dtype
-
-
-def _fill(targets: list[Tensor], sources: Sequence[Tensor | None]) -> None:
-    """Copy what is there, cast; zeros for what is not."""
-    pairs = [(a, b) for a, b in zip(targets, sources) if b is not None]
-    if pairs:
-        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
-    for target, source in zip(targets, sources):
-        if source is None:
-            target.zero_()

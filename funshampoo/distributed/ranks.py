@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funshampoo.blocks.executor import Gather, Leaves, Put
+from funshampoo.blocks.executor import Leaves, Put, StepOnRows
 from funshampoo.blocks.layout import Layout
 from funshampoo.combinators.failures import failure_report
 from funshampoo.core.clock import advanced, started
@@ -29,9 +29,10 @@ from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.exchange import Exchange, Transport
 from funshampoo.distributed.overflow import holding
 from funshampoo.distributed.ownership import Works, works_of
-from funshampoo.distributed.parts import Parts, Transfer
+from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
 from funshampoo.distributed.space import described
+from funshampoo.distributed.transfer import Transfer
 from funshampoo.distributed.whole import Whole
 from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
@@ -53,6 +54,7 @@ class Ranks:
     agreement: Agreement
     whole: bool
     counts: bool
+    overlap: int
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of donated steps
     known_works: dict[Any, Works] = field(default_factory=dict, repr=False)
     known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
@@ -106,7 +108,7 @@ class Ranks:
         """See `Spread`. A collective: stages may begin with the parameters."""
         blocks = Blocks.of(leaves.where)
         parts = self._parts(leaves, blocks, None)
-        transfer = Transfer(parts, leaves, blocks.dtype, blocks.device, self.group, {})
+        transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, self.group, {})
         transfer.gather()
         whole = {stack: range(rows) for stack, rows in parts.rows.items()}
         context["clock"] = clock = context["clock"] or self.counts
@@ -171,7 +173,7 @@ class Ranks:
 
     def exchange_parts(
         self,
-        step: Callable[[Any, Mapping[str, Sequence[int]], Gather, Put], Any],
+        step: StepOnRows,
         state: ShardedState,
         layout: Layout,
         context: Context,
@@ -185,10 +187,10 @@ class Ranks:
         if parts.size > 1:
             says = self._says(parts.shards, leaves, state, context, blocks.device)
         memory = self.memory.setdefault((id(parts), dtype), {}) if context.donate else {}
-        transfer = Transfer(parts, leaves, dtype, blocks.device, self.group, memory)
+        transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
 
         def own_step(inner: Any, place: Put) -> Any:
-            return step(inner, parts.ids, transfer.rows_of, place)
+            return step(inner, parts.ids, transfer.cuts, transfer.rows_of, place)
 
         rows = {stack: range(n) for stack, n in parts.rows.items()}
         checked = self._checked(own_step, parts.owned, state)

@@ -1,4 +1,4 @@
-"""Who sends which piece to whom: two all-to-alls a step, one to the owners and one back.
+"""Who sends which piece to whom: an all-to-all to the owners, or one a portion, and one back.
 
     gather     the pieces of gradients (and of the parameters that a stage reads), to the owner
     scatter    the pieces of updates, from the owner to all that hold them
@@ -22,7 +22,8 @@ from torch import Tensor
 from funshampoo.blocks.layout import Layout, Region
 from funshampoo.core.boxes import Box, Holding, Shape
 from funshampoo.distributed.pieces import Piece, pieces, strides
-from funshampoo.distributed.shards import STATUS, Shards
+from funshampoo.distributed.shards import STATUS
+from funshampoo.distributed.shards import Piece as Owned
 
 ALIGNMENT = 16  # bytes, where a piece in a message begins
 HEAD = STATUS * 4  # bytes: the status of whoever sends, in float32
@@ -92,14 +93,18 @@ class Held:
 
     Args:
         everyone: for every rank, what it holds of every parameter.
+        nodes: the node of every rank; by default all are on one.
 
     Attributes:
         boxes: for every parameter {(offset, shape): the ranks that hold this box}, in one order on
             all ranks.
     """
 
-    def __init__(self, everyone: Sequence[Sequence[Holding]]) -> None:
+    def __init__(
+        self, everyone: Sequence[Sequence[Holding]], nodes: Sequence[int] | None = None
+    ) -> None:
         self.everyone, self.size = everyone, len(everyone)
+        self.nodes = [0] * self.size if nodes is None else nodes
         known: dict[tuple[Holding, ...], Boxes] = {}
         self.boxes: list[Boxes] = []
         for of_parameter in zip(*everyone):
@@ -146,26 +151,31 @@ def _common(offset: Shape, shape: Shape, other: Shape, other_shape: Shape) -> in
 
 
 def find_routes(
-    layout: Layout, shards: Shards, held: Held, shown: Sequence[bool], rank: int
+    layout: Layout, owned: Sequence[Owned], held: Held, shown: Sequence[bool], rank: int
 ) -> Routes:
     """The routes of one rank.
 
     Args:
+        owned: the rows that are on their way, all or some, and their owners, as in `Shards`; an
+            owner's are counted among those that are here.
         shown: which parameters travel with their gradients.
 
     Raises:
         RuntimeError: nobody holds some of a block that this rank owns.
     """
     routes = Routes(Route(held.size), Route(held.size))
-    runs = _runs(shards)
+    runs = _runs(owned)
     starts = {stack: [run.rows.start for run in found] for stack, found in runs.items()}
     for i, where in enumerate(layout.parameters):
-        boxes = held.boxes[i], held.everyone[rank][i]
+        boxes = held.boxes[i], held.everyone[rank][i], held.nodes
         columns = (GRADIENTS, PARAMETERS) if shown[i] else (GRADIENTS,)
         for region in where.regions:
-            first = bisect.bisect_right(starts[region.stack], region.first) - 1
-            last = bisect.bisect_left(starts[region.stack], region.first + region.rows)
-            for run in runs[region.stack][first:last]:
+            known = starts.get(region.stack, [])
+            first = max(bisect.bisect_right(known, region.first) - 1, 0)
+            last = bisect.bisect_left(known, region.first + region.rows)
+            for run in runs.get(region.stack, [])[first:last]:
+                if run.rows.stop <= region.first:
+                    continue
                 _add_pieces(routes, rank, i, region, run, columns, *boxes)
     return routes
 
@@ -178,13 +188,13 @@ class _Run(NamedTuple):
     at: int
 
 
-def _runs(shards: Shards) -> dict[str, list[_Run]]:
+def _runs(owned: Sequence[Owned]) -> dict[str, list[_Run]]:
     """{stack: its runs, in the order of the rows}."""
-    found: dict[str, list[_Run]] = {stack: [] for stack in shards.blocks}
+    found: dict[str, list[_Run]] = {}
     before: dict[tuple[str, int], int] = {}
-    for piece in shards.pieces:  # those of an owner in the order of the rows
+    for piece in owned:  # those of an owner in the order of the rows
         at = before.get((piece.stack, piece.owner), 0)
-        found[piece.stack].append(_Run(piece.owner, piece.all_rows, at))
+        found.setdefault(piece.stack, []).append(_Run(piece.owner, piece.all_rows, at))
         before[piece.stack, piece.owner] = at + piece.rows
     return {stack: sorted(own, key=lambda run: run.rows.start) for stack, own in found.items()}
 
@@ -198,13 +208,14 @@ def _add_pieces(
     columns: Sequence[Column],
     boxes: Boxes,
     mine: Holding,
+    nodes: Sequence[int],
 ) -> None:
     """What one rank has to do with a run's rows of a region, as their owner or as a holder."""
     own = {(box.offset, box.shape): box for box in mine.boxes}
     found = 0
     for key in boxes if run.owner == rank else sorted(own):
         box = own.get(key, Box(*key, (0,) * len(key[0])))
-        source = source_of(boxes[key], run.owner)
+        source = source_of(boxes[key], run.owner, nodes)
         for piece in pieces(region, run.rows, run.at, box, mine.shape):
             found += piece.numel
             for column in columns:
@@ -226,12 +237,15 @@ def _holders(held: Sequence[Holding]) -> Boxes:
     return dict(sorted(found.items()))
 
 
-def source_of(ranks: Sequence[int], owner: int) -> int:
-    """Which of several holders sends its gradient: the nearest by number, so one of the same node.
+def source_of(ranks: Sequence[int], owner: int, nodes: Sequence[int]) -> int:
+    """Which of several holders sends its gradient: one of the owner's node, the nearest by number.
 
     All of them have the same numbers there.
+
+    >>> source_of([1, 3, 9], owner=4, nodes=[0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    9
     """
-    return min(ranks, key=lambda rank: (abs(rank - owner), rank))
+    return min(ranks, key=lambda r: (nodes[r] != nodes[owner], abs(r - owner), r))
 
 
 def _check_complete(found: int, region: Region, rows: range) -> None:

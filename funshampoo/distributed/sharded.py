@@ -38,6 +38,7 @@ def sharded(
     communication_dtype: torch.dtype | None = None,
     cost: CostModel | None = None,
     whole: bool = True,
+    overlap: int = 1,
 ) -> GradientTransformation:
     """Run `inner` on the blocks that this rank owns, and bring the updates of all ranks together.
 
@@ -92,6 +93,10 @@ def sharded(
         whole: False: only the blocks of DTensors are shared out, inside `blocked`; on parameters
             that every rank has whole, `inner` runs on every rank, as if it stood here alone.
 
+        overlap: in how many portions, of about equal modelled work, the gradients of DTensors come
+            to the owners of their blocks: all but the first come while another one is computed. The
+            numbers are the same with any. Each is one more collective, and cuts the stacks.
+
     State: `ShardedState`; with whole=False, and no DTensors, that of `inner`.
 
     Raises:
@@ -112,6 +117,7 @@ def sharded(
     """
     inner = as_transformation(inner)
     check_count("every", every)
+    check_count("overlap", overlap)
     if max_failures is not None:
         check_count("max_failures", max_failures)
     check_choice(
@@ -119,10 +125,13 @@ def sharded(
         communication_dtype,
         (None, torch.float32, torch.bfloat16, torch.float16),
     )
-    options = {"every": every, "max_failures": max_failures, "cost": cost, "whole": whole}
-    agreement = Agreement(inner, {**options, "communication_dtype": communication_dtype})
+    options: dict[str, Any] = {"every": every, "max_failures": max_failures, "cost": cost}
+    options |= {"communication_dtype": communication_dtype, "whole": whole, "overlap": overlap}
+    agreement = Agreement(inner, options)
     counts = inner.counts or max_failures is not None
-    ranks = Ranks(inner, process_group, every, communication_dtype, cost, agreement, whole, counts)
+    ranks = Ranks(
+        inner, process_group, every, communication_dtype, cost, agreement, whole, counts, overlap
+    )
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any) -> Any:
         check_local(params, "sharded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ from funshampoo.linalg.verification import is_orthogonal
 
 @dataclass(frozen=True)
 class Basis(ABC):
-    """How a basis of eigenvectors, as columns, is found again for a matrix that has changed."""
+    """How a basis of eigenvectors, as columns, is found again for a matrix that has changed.
+
+    Attributes:
+        relative_cost: as of `RootSolver`.
+    """
+
+    relative_cost: ClassVar[float] = 1.0
 
     @abstractmethod
     def __call__(
@@ -79,6 +86,8 @@ def after_the_first(
 class PowerStep(Basis):
     """See `qr`."""
 
+    relative_cost = 0.8
+
     def __call__(
         self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -104,6 +113,8 @@ class Decomposition(Basis):
 @dataclass(frozen=True)
 class ByRank(Basis):
     """See `by_rank`."""
+
+    relative_cost = 0.85
 
     def __call__(
         self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False

@@ -67,6 +67,8 @@ def coupled_higher_order(
 
 @dataclass(frozen=True, eq=False)
 class _CoupledHigherOrder(RootSolver):
+    relative_cost = 60.0
+
     relative_epsilon: float
     absolute_epsilon: float
     max_iterations: int

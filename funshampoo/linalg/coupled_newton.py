@@ -85,6 +85,8 @@ def coupled_newton(
 
 @dataclass(frozen=True, eq=False)
 class _CoupledNewton(RootSolver):
+    relative_cost = 9.0
+
     relative_epsilon: float | Tensor
     max_iterations: int
     tolerance: float

@@ -80,6 +80,8 @@ def newton_schulz(
 
 @dataclass(frozen=True, eq=False)
 class _NewtonSchulz(RootSolver):
+    relative_cost = 7.0
+
     relative_epsilon: float | Tensor
     condition: float
     tolerance: float

@@ -15,6 +15,8 @@ from funshampoo.linalg.products import aligned, multiply
 class OrthogonalIteration(Basis):
     """See `orthogonal_iteration`."""
 
+    relative_cost = 0.75
+
     sort: bool
     steps: int
 

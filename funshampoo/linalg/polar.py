@@ -110,8 +110,9 @@ def _factor(
     X = X / _scale(X, epsilon, norm, slack)
     if gram:
         return _on_the_gram_matrix(X, polynomials)
+    product = torch.mm if X.ndim == 2 else matmul  # that asks for no shapes
     for a, b, c in polynomials:
-        A = matmul(X, X.mT)
+        A = product(X, X.mT)
         X = _combined(X, a, _combined(A, b, A, A, c), X, 1.0)
     return X
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,9 +63,12 @@ class RootSolver(ABC):
         threaded: whether a stack of matrices on a CPU is done sooner by several Python threads with
             one kernel thread each than by one with several. LAPACK gains little from a second
             kernel thread, products almost all there is.
+        relative_cost: time of one matrix on one CPU thread, in that of `linalg.eigh`; see
+            `benchmarks.roots`. Ranks are balanced by it.
     """
 
     threaded: ClassVar[bool] = False
+    relative_cost: ClassVar[float] = 1.0
 
     @abstractmethod
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
@@ -79,6 +82,11 @@ class RootSolver(ABC):
 
     def __hash__(self) -> int:
         return hash((type(self), *vars(self).values()))
+
+
+def relative_cost(solver: Any) -> float:
+    """That of a solver or basis; 1 for a function that does not say it."""
+    return float(getattr(solver, "relative_cost", 1.0))
 
 
 def check_matrix(A: Tensor) -> None:

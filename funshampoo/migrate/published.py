@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,13 +22,23 @@ from funshampoo.migrate import (
 Builder = Callable[..., GradientTransformation]
 
 METHODS: Mapping[str, Builder] = {
-    **published_emerging.METHODS,
-    **published_kl.METHODS,
-    **published_muon.METHODS,
-    **published_schedule_free.METHODS,
-    **published_soap.METHODS,
-    **published_soap_muon.METHODS,
-    **published_splus.METHODS,
+    "SOAP (Emerging-Optimizers)": published_emerging.soap,
+    "REKLS": published_emerging.rekls,
+    "KL-SOAP (Emerging-Optimizers)": published_emerging.kl_soap,
+    "KL-Shampoo": published_kl.kl_methods,
+    "KL-SOAP": functools.partial(published_kl.kl_methods, using_klsoap=True),
+    "KL-SOAP-H (hyperball)": published_kl.klsoap_h,
+    "Muon": published_muon.keller_jordan,
+    "Muon (torch.optim)": published_muon.torch_optim,
+    "Muon (Emerging-Optimizers)": published_muon.emerging_optimizers,
+    "NorMuon": published_muon.dion,
+    "AdamWScheduleFree": published_schedule_free.adamw,
+    "SGDScheduleFree": published_schedule_free.sgd,
+    "RAdamScheduleFree": published_schedule_free.radam,
+    "SOAP": published_soap.soap,
+    "SOAP-Muon": published_soap_muon.soap_muon,
+    "SOAP-Muon + EMA-Nesterov": functools.partial(published_soap_muon.soap_muon, lookahead={}),
+    "SPlus": published_splus.splus,
 }
 """{name: function of the constructor's arguments, by keyword, with its defaults}."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,22 +14,18 @@ from funshampoo.core.checks import check_flag, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg import by_rank, orthogonal_iteration
-from funshampoo.migrate.published_muon import on_matrices
+from funshampoo.migrate.published_muon import decayed, on_matrices
 from funshampoo.migrate.published_soap import bounded_rms
-from funshampoo.migrate.words import chosen
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.matrices import safe
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import EmaState
 from funshampoo.transforms import (
-    add_decayed_weights,
     ema,
     in_eigenbasis,
     kl_statistics,
     kronecker_statistics,
-    scale,
     scale_by_adam,
-    scale_by_learning_rate,
     scale_by_rms,
 )
 
@@ -76,59 +73,30 @@ def soap(
         renew_before_use=True,
     )
     clipped = [bounded_rms(max_update_rms)] if max_update_rms else []
-    step = scale_by_learning_rate(lr)
-    decay = add_decayed_weights(weight_decay)
-    kinds = {kind: kind for kind in ("decoupled", "independent", "l2")}
-    kind = chosen("weight_decay_method", weight_decay_method, kinds)
-    if kind == "l2":
-        coupled = add_decayed_weights(weight_decay, kind="coupled")
-        return on_matrices(statistics, coupled, _of_updates(turned), *clipped, step)
-    if kind == "decoupled":
-        return on_matrices(statistics, turned, *clipped, decay, step)
-    up = scale_by_learning_rate(lr, flip_sign=False)
-    return on_matrices(statistics, turned, *clipped, up, decay, scale(-1.0))
+    before, after = decayed(weight_decay_method, weight_decay, lr)
+    direction = _of_updates(turned) if before else turned
+    return on_matrices(statistics, *before, direction, *clipped, *after)
 
 
-def rekls(
-    *,
-    lr: Hyper | Schedule = 3e-4,
-    betas: Sequence[float] = (0.9, 0.95),
-    shampoo_beta: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    weight_decay_method: str = "decoupled",
-) -> GradientTransformation:
-    """Class REKLS: SOAP with KL-Shampoo's statistics and a decomposition on every step."""
-    return soap(
-        lr=lr,
-        betas=betas,
-        shampoo_beta=shampoo_beta,
-        eps=eps,
-        weight_decay=weight_decay,
-        weight_decay_method=weight_decay_method,
-        use_eigh=True,
-        use_kl_shampoo=True,
-    )
+def _subset(names: Sequence[str], **fixed: Any) -> Callable[..., GradientTransformation]:
+    """A class whose constructor takes these arguments of `soap`, and says the others itself."""
+
+    def built(**given: Any) -> GradientTransformation:
+        return soap(**given, **fixed)
+
+    known = inspect.signature(soap)
+    own = known.replace(parameters=[known.parameters[name] for name in names])
+    built.__signature__ = own  # type: ignore[attr-defined]
+    return built
 
 
-def kl_soap(
-    *,
-    lr: Hyper | Schedule = 3e-4,
-    betas: Sequence[float] = (0.9, 0.95),
-    shampoo_beta: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
-    stream_list: Any = None,
-) -> GradientTransformation:
-    """Class KlSoapV3: SOAP with KL-Shampoo's statistics. stream_list has nothing to do here."""
-    return soap(
-        lr=lr,
-        betas=betas,
-        shampoo_beta=shampoo_beta,
-        eps=eps,
-        weight_decay=weight_decay,
-        use_kl_shampoo=True,
-    )
+_COMMON = ("lr", "betas", "shampoo_beta", "eps", "weight_decay")
+
+# Class REKLS: SOAP with KL-Shampoo's statistics and a decomposition on every step.
+rekls = _subset((*_COMMON, "weight_decay_method"), use_eigh=True, use_kl_shampoo=True)
+
+# Class KlSoapV3: SOAP with KL-Shampoo's statistics.
+kl_soap = _subset((*_COMMON, "stream_list"), use_kl_shampoo=True)
 
 
 def _adam(
@@ -169,10 +137,3 @@ def _of_updates(inner: GradientTransformation) -> GradientTransformation:
         return run(updates, gradient=updates), own
 
     return wrapping(inner, update, name="of_updates")
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "SOAP (Emerging-Optimizers)": soap,
-    "REKLS": rekls,
-    "KL-SOAP (Emerging-Optimizers)": kl_soap,
-}

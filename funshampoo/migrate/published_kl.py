@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from funshampoo.blocks.blocking import blocked
 from funshampoo.combinators.chaining import chain
-from funshampoo.combinators.guard import guarded
 from funshampoo.core.checks import check_count, check_flag
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import orthogonal_iteration
+from funshampoo.migrate.published_muon import on_matrices
 from funshampoo.migrate.published_soap import decayed_steps, unit_rms
 from funshampoo.operators.kl import clamped_at
+from funshampoo.recipes.routing import whole
 from funshampoo.transforms import (
     ema,
     hyperball,
@@ -64,15 +63,10 @@ def kl_methods(
         damping=eps if using_damping else 0.0,
         in_turn=True,
     )
-    turned = in_eigenbasis(
-        chain(ema(beta1, bias_correction=False), ratio),
-        precondition_frequency,
-        offset=1,
-        basis=orthogonal_iteration(),
-    )
+    turned = _turned(beta1, ratio, precondition_frequency)
     normalized = [unit_rms()] if normalize_grads else []
     inner = chain(statistics, turned, *normalized, *decayed_steps(lr, weight_decay))
-    return blocked(guarded(inner), None, merge=_squeezed, with_params=True)
+    return whole(inner, 20, None, merge=_squeezed)
 
 
 def klsoap_h(
@@ -91,22 +85,14 @@ def klsoap_h(
         bias_correction=False,
         starts_whole=True,
     )
-    turned = in_eigenbasis(
-        chain(ema(beta1, bias_correction=False), scale_by_rms(beta2, eps)),
-        precondition_frequency,
-        offset=1,
-        basis=orthogonal_iteration(),
-    )
-    inner = chain(statistics, turned, hyperball(lr))
-    return blocked(guarded(inner), None, merge="none", with_params=True)
+    turned = _turned(beta1, scale_by_rms(beta2, eps), precondition_frequency)
+    return on_matrices(statistics, turned, hyperball(lr))
+
+
+def _turned(beta1: float, ratio: GradientTransformation, every: int) -> GradientTransformation:
+    momentum = ema(beta1, bias_correction=False)
+    return in_eigenbasis(chain(momentum, ratio), every, offset=1, basis=orthogonal_iteration())
 
 
 def _squeezed(shape: tuple[int, ...]) -> Sequence[int]:
     return [d for d in shape if d != 1]
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "KL-Shampoo": kl_methods,
-    "KL-SOAP": functools.partial(kl_methods, using_klsoap=True),
-    "KL-SOAP-H (hyperball)": klsoap_h,
-}

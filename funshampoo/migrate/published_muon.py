@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from funshampoo.blocks.blocking import blocked
 from funshampoo.combinators.chaining import chain
-from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import partition
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import map_leaves
 from funshampoo.migrate.words import chosen
 from funshampoo.operators.shape_scale import SCALES, Scale
-from funshampoo.recipes.routing import decay
+from funshampoo.recipes.routing import decay, whole
 from funshampoo.transforms import (
     add_cautious_decay,
     add_decayed_weights,
@@ -31,7 +29,7 @@ from funshampoo.transforms import (
 
 def on_matrices(*stages: GradientTransformation) -> GradientTransformation:
     """The stages on stacks of whole, equal matrices, those with bad gradients held."""
-    return blocked(guarded(chain(*stages)), None, merge="none", with_params=True)
+    return whole(chain(*stages), 20, None)
 
 
 def keller_jordan(
@@ -145,15 +143,23 @@ def emerging_optimizers(
             dtype=dtype,
         ),
     ]
-    kinds = {"decoupled": "decoupled", "independent": "independent", "l2": "l2"}
+    before, after = decayed(weight_decay_method, weight_decay, lr)
+    return on_matrices(*before, *direction, *after)
+
+
+def decayed(
+    weight_decay_method: str, weight_decay: Hyper, lr: Hyper | Schedule
+) -> tuple[list[GradientTransformation], list[GradientTransformation]]:
+    """What of NVIDIA's weight decay comes before the direction, and after it, with the step."""
+    kinds = {kind: kind for kind in ("decoupled", "independent", "l2")}
     kind = chosen("weight_decay_method", weight_decay_method, kinds)
+    step = scale_by_learning_rate(lr)
     if kind == "l2":
-        coupled = add_decayed_weights(weight_decay, kind="coupled")
-        return on_matrices(coupled, *direction, scale_by_learning_rate(lr))
+        return [add_decayed_weights(weight_decay, kind="coupled")], [step]
     if kind == "decoupled":
-        return on_matrices(*direction, *decay(weight_decay), scale_by_learning_rate(lr))
-    step = scale_by_learning_rate(lr, flip_sign=False)
-    return on_matrices(*direction, step, *decay(weight_decay), scale(-1.0))
+        return [], [*decay(weight_decay), step]
+    up = scale_by_learning_rate(lr, flip_sign=False)
+    return [], [up, *decay(weight_decay), scale(-1.0)]
 
 
 def dion(
@@ -210,11 +216,3 @@ def dion(
         *decays,
         scale_by_learning_rate(lr),
     )
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "Muon": keller_jordan,
-    "Muon (torch.optim)": torch_optim,
-    "Muon (Emerging-Optimizers)": emerging_optimizers,
-    "NorMuon": dion,
-}

@@ -122,10 +122,3 @@ def _degrees(count: Tensor, beta2: float) -> tuple[Tensor, float]:
     most = 2 / (1 - beta2) - 1
     power = beta2**k
     return most - 2 * k * power / (1 - power), most
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "AdamWScheduleFree": adamw,
-    "SGDScheduleFree": sgd,
-    "RAdamScheduleFree": radam,
-}

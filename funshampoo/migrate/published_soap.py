@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.blocks.blocking import blocked
 from funshampoo.combinators.chaining import chain
-from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
@@ -18,6 +16,7 @@ from funshampoo.core.tree import map_leaves, update_leaves
 from funshampoo.migrate.channels_last import channels_second
 from funshampoo.migrate.words import chosen
 from funshampoo.operators.leaf_ops import per_block
+from funshampoo.recipes.routing import whole
 from funshampoo.state.nodes import find_state
 from funshampoo.transforms import (
     add_decayed_weights,
@@ -67,7 +66,7 @@ def soap(
         corrected = [_corrected(betas)] if correct_bias else []
         merge: Any = _merged(max_precond_dim) if merge_dims and wanted else "none"
         inner = chain(*stages, *corrected, *decayed_steps(lr, weight_decay))
-        blocks = blocked(guarded(inner), None, merge=merge, with_params=True)
+        blocks = whole(inner, 20, None, merge=merge)
         return channels_second(blocks) if permutes and wanted else blocks
 
     def labels(tree: Tree) -> Tree:
@@ -157,6 +156,3 @@ def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:
         return [*found, now] if now > 1 or not found else found
 
     return merge
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {"SOAP": soap}

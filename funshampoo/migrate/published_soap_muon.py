@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,9 +167,3 @@ def _labels(roles: Any) -> Any:
         return spec.unflatten([alike.get(role, role) for role in given])
 
     return labels
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {
-    "SOAP-Muon": soap_muon,
-    "SOAP-Muon + EMA-Nesterov": functools.partial(soap_muon, lookahead={}),
-}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.recipes.routing import whole
@@ -44,6 +42,3 @@ def splus(
         scale=scale,
     )
     return whole(chain(*stages), 20, None)
-
-
-METHODS: dict[str, Callable[..., GradientTransformation]] = {"SPlus": splus}

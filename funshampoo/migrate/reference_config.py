@@ -85,18 +85,12 @@ def diagonal(fields: Fields, own_steps: bool) -> GradientTransformation:
         return scale_by_adagrad(epsilon)
     beta2 = fields.take("beta2", 0.999 if method == "Adam" else 0.99)
     weighted = not fields.take("drop_weighting_factor_on_gsquare", False)
-    return _exponential(fields.argument, method, beta2, epsilon, weighted, own_steps)
-
-
-def _exponential(
-    argument: str, method: str, beta2: float, epsilon: float, weighted: bool, own_steps: bool
-) -> GradientTransformation:
     if beta2 == 1 and not weighted:
         return scale_by_adagrad(epsilon)  # V ← V + G²
     if beta2 == 1:
         raise ValueError(
-            f"{argument}: {method} with beta2=1 weighs every G² by 1 - beta2 = 0, so that its "
-            "second moment stays 0; AdaGradPreconditionerConfig is the plain sum."
+            f"{fields.argument}: {method} with beta2=1 weighs every G² by 1 - beta2 = 0, so that "
+            "its second moment stays 0; AdaGradPreconditionerConfig is the plain sum."
         )
     if method == "Adam":
         return scale_by_adam(0.0, beta2, epsilon, weighted=weighted, own_steps=own_steps)

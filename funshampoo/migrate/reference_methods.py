@@ -55,6 +55,14 @@ class Setting:
     onto: GradientTransformation | None
     floor: bool
 
+    def averaged(self, fields: Fields) -> dict[str, Any]:
+        """How squares are averaged: arguments of the stages that do."""
+        return {
+            "bias_correction": self.bias_correction,
+            "weighted": not fields.take("drop_weighting_factor_on_gsquare", False),
+            "own_steps": self.own_steps,
+        }
+
 
 Stages = list[GradientTransformation]
 
@@ -93,11 +101,7 @@ def _shampoo(fields: Fields, setting: Setting) -> Found:
     power = fields.take("trace_scaling_exponent", 0.5)
     epsilon = initial(setting.epsilon)
     stores_spectrum = fields.type.startswith("Eigendecomposed")
-    averaged: dict[str, Any] = {
-        "bias_correction": setting.bias_correction,
-        "weighted": not fields.take("drop_weighting_factor_on_gsquare", False),
-        "own_steps": setting.own_steps,
-    }
+    averaged = setting.averaged(fields)
     if "KL" in fields.type:
         statistics = _kl_statistics(setting.beta2, exponents, averaged)
     else:
@@ -133,17 +137,12 @@ def _kl_statistics(
 def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:
     basis = basis_of(fields.take("amortized_computation_config", None), setting.epsilon)
     ignored = _by_order(fields.take("ignored_basis_change_dims", {}))
-    weighted = not fields.take("drop_weighting_factor_on_gsquare", False)
+    averaged = setting.averaged(fields)
 
     def sides(block: tuple[int, ...]) -> list[bool]:
         left_alone = ignored.get(len(block), ())
         return [side not in left_alone for side in range(len(block))]
 
-    averaged: dict[str, Any] = {
-        "bias_correction": setting.bias_correction,
-        "weighted": weighted,
-        "own_steps": setting.own_steps,
-    }
     corrected = scale_by_second_moment(
         setting.beta2,
         setting.epsilon,
@@ -172,14 +171,6 @@ def _by_order(given: Mapping[int, Collection[int]]) -> Mapping[int, Collection[i
     return given
 
 
-def _spectral(fields: Fields, setting: Setting) -> Found:
-    return [], spectral(fields)
-
-
-def _sign(fields: Fields, setting: Setting) -> Found:
-    return [], signs(fields)
-
-
 def _diagonal(fields: Fields, setting: Setting) -> Found:
     return [], diagonal(fields, setting.own_steps)
 
@@ -190,8 +181,8 @@ BUILT: Mapping[str, Callable[[Fields, Setting], Found]] = {
     "RootInvKLShampooPreconditionerConfig": _shampoo,
     "EigendecomposedKLShampooPreconditionerConfig": _shampoo,
     "EigenvalueCorrectedShampooPreconditionerConfig": _eigenvalue_corrected,
-    "SpectralDescentPreconditionerConfig": _spectral,
-    "SignDescentPreconditionerConfig": _sign,
+    "SpectralDescentPreconditionerConfig": lambda fields, _: ([], spectral(fields)),
+    "SignDescentPreconditionerConfig": lambda fields, _: ([], signs(fields)),
     **{f"{name}PreconditionerConfig": _diagonal for name in GRAFTED},
 }
 """{class of the config: what makes its direction}; the first one is the default."""

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.blocks.assembled import layout_of_spans
 from funshampoo.core.modes import for_keeps
-from funshampoo.state.places import Place, Span, block_of, map_tensors, spans_of
+from funshampoo.state.places import Place, block_of, map_tensors, spans_of
 from funshampoo.state.stages import AdamState, EmaState, RmsState
 
 # Which moment a field holds, and which is its weight, 1 - betas[i]^step.
@@ -82,13 +83,12 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
             moment = adam.moments[_MOMENTS[field]]
             if place.kind is RmsState:  # which does not correct
                 moment = moment / adam.weights[1]
-            if block is not None:
-                moment = _cut(moment, block, place, parameter)
-            if moment.shape != target.shape:
+            part = moment if block is None else _cut(moment, block, place, parameter)
+            if part is None or part.shape != target.shape:
                 raise ValueError(
                     f"'{parameter}' has other shapes in the AdamW: are `names` in its order?"
                 )
-            target.copy_(moment)
+            target.copy_(part)
         return new
 
     seeded = map_tensors(fill, state)
@@ -153,22 +153,18 @@ def _targets(place: Place, x: Tensor) -> Iterator[tuple[str, tuple[int, ...] | N
                     yield parameter, at, x[held[row]] if x.ndim else x
 
 
-def _cut(whole: Tensor, block: tuple[int, ...], place: Place, parameter: str) -> Tensor:
-    """One block of a tensor of the parameter's shape."""
-    regions = [
-        (span, span.block(stack))
-        for stack, spans in place.layout[parameter].items()
-        for span in map(Span.parse, spans)
-    ]
-    # Along every side the first region has the full size, at multiples of which the others begin.
-    order = range(len(block))
-    full = [max(shape[k] for span, shape in regions if span.origin[k] == 0) for k in order]
-    merged = [
-        max(span.origin[k] * full[k] + span.grid[k] * shape[k] for span, shape in regions)
-        for k in order
-    ]
-    part = whole.reshape(merged)
-    own = block_of(str(place.stack))
-    for k, size in enumerate(regions[0][0].block(str(place.stack))):
-        part = part.narrow(k, block[k] * full[k], size)
-    return part.reshape(own)
+def _cut(whole: Tensor, block: tuple[int, ...], place: Place, parameter: str) -> Tensor | None:
+    """One block of a tensor of the parameter's shape; None where it has another number of entries.
+
+    Args:
+        block: its coordinates, by which the blocks before it are as large as the first one.
+    """
+    try:
+        where = layout_of_spans(place.layout[parameter], tuple(whole.shape))
+    except ValueError:
+        return None
+    part = whole.reshape(where.merged)
+    sizes = next(region.block for region in where.regions if region.stack == place.stack)
+    for k, (i, first, size) in enumerate(zip(block, where.regions[0].block, sizes)):
+        part = part.narrow(k, i * first, size)
+    return part.reshape(block_of(str(place.stack)))

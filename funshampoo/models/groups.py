@@ -47,7 +47,9 @@ class Routes(NamedTuple):
             chosen = recipe_of("the method in overrides", extra.get("method", method))
             if chosen is not method:
                 known = {self.others: self.other_options, self.method: self.options}
-                options = known.get(chosen) or _own_rate(chosen, extra)
+                options = known.get(chosen) or (
+                    {} if "lr" in extra else {"lr": default_rate(chosen)}
+                )
             method = chosen
             own = {key: value for key, value in extra.items() if key != "method"}
             Vocabulary(method, own).defaults(own)  # raises for one that it does not take
@@ -79,10 +81,6 @@ def recipe_of(argument: str, given: Any) -> Recipe:
             "of a learning rate: groups have rates of their own."
         )
     return given  # type: ignore[no-any-return]
-
-
-def _own_rate(recipe: Recipe, extra: Mapping[str, Any]) -> dict[str, Any]:
-    return {} if "lr" in extra else {"lr": default_rate(recipe)}
 
 
 def default_rate(recipe: Recipe) -> Any:

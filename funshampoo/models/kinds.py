@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -18,15 +18,7 @@ Role: TypeAlias = Literal[
 ]
 Heads: TypeAlias = Literal["fused", "each", "whole"]
 
-ROLES: tuple[Role, ...] = (
-    "matrix",
-    "convolution",
-    "embedding",
-    "head",
-    "experts",
-    "heads",
-    "vector",
-)
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class Kind(NamedTuple):

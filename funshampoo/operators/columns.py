@@ -19,7 +19,7 @@ from torch import Tensor
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import constant, is_plain
 from funshampoo.core.placed import SEEN, count_writes, is_in_parts
-from funshampoo.core.tree import HALF, compute_dtype, flatten, map_leaves
+from funshampoo.core.tree import HALF, compute_dtype, flatten, map_leaves, update_columns
 from funshampoo.operators import leaf_ops
 
 Column: TypeAlias = list[Tensor]
@@ -142,16 +142,34 @@ def first_weights(params: Any, block_ndim: int, *, corrects: bool, own_steps: bo
     return torch.full((), start, dtype=dtype, device="cpu")
 
 
-def none_yet(params: Any, block_ndim: int, dtype: torch.dtype | None = None) -> Any:
-    """A zero a block, (N,), or a leaf, (): in this dtype, or the compute dtype of each."""
+def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:
+    """Everyone's weight after a step; () where there is none."""
+    return leaf_ops.add_weight(weight, beta, donate) if isinstance(weight, Tensor) else weight
+
+
+def zeros_a_block(params: Any, block_ndim: int, dtype: torch.dtype | None = None) -> Any:
+    """A tree of (N,) zeros, one a block, in its compute dtype or another."""
     return map_leaves(
         lambda x: x.new_zeros(x.shape[:block_ndim], dtype=dtype or compute_dtype(x)), params
     )
 
 
-def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:
-    """Everyone's weight after a step; () where there is none."""
-    return leaf_ops.add_weight(weight, beta, donate) if isinstance(weight, Tensor) else weight
+def counted(
+    updates: Any, weight: Any, beta: Hyper, known: Sequence[Any], donate: bool, own_steps: bool
+) -> Any:
+    """The weights of averages after a step: each block's own, or everyone's.
+
+    Args:
+        known: the tree of what is alive, or nothing.
+    """
+    if not own_steps:
+        return count_everyone(weight, beta, donate)
+
+    def count(u: Column, *rest: Column) -> tuple[Column, Column]:
+        *fine, w = rest
+        return u, add_weight(w, beta, fine, donate)
+
+    return update_columns(count, updates, (weight,), known)[1]
 
 
 def weights_over(weight: Any, tree: Any) -> Any:

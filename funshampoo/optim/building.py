@@ -79,7 +79,11 @@ class Builder:
         inputs: dict[str, Tensor] = {}
         if self._options is not None:
             _check_compilable(words, arguments, live)
-            inputs = {n: _input(x) for n, x in hyper.items() if not isinstance(x, Tensor)}
+            inputs = {
+                name: torch.tensor(float(x), dtype=torch.float64, device="cpu")
+                for name, x in hyper.items()
+                if not isinstance(x, Tensor)
+            }
             transformation = compiled(transformation, **self._options)
             self._count_graph()
         structure = words.structure(arguments, live)
@@ -123,11 +127,8 @@ class Builder:
 
 def other_structure(now: Built, before: Built) -> bool:
     """Whether a state of the one chain can be none of the other's."""
-    if now is before:
-        return False
-    if now.words.method is not before.words.method:
-        return True
-    return bool(now.structure != before.structure)
+    same_method = now.words.method is before.words.method
+    return now is not before and not (same_method and now.structure == before.structure)
 
 
 def _check_value(live: Live, value: Any) -> None:
@@ -162,7 +163,3 @@ def _check_compilable(
                 f"{name} is a tensor, which may have been written to, so that every step would be "
                 "compiled anew: give a number, or leave out compile."
             )
-
-
-def _input(value: float) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64, device="cpu")

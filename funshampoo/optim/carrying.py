@@ -10,9 +10,7 @@ from torch import Tensor
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
 from funshampoo.optim.ready import ByParameter, Known, Left, fresh
-from funshampoo.state.checkpoint import (
-    carried_over,
-)
+from funshampoo.state.checkpoint import carried_over
 from funshampoo.state.nodes import walk
 from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState

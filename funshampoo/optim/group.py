@@ -32,11 +32,7 @@ from funshampoo.optim.ready import (
 )
 from funshampoo.optim.saved import flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
-from funshampoo.state.checkpoint import (
-    carried_over,
-    load_state_dict,
-    named_tensors,
-)
+from funshampoo.state.checkpoint import carried_over, load_state_dict, named_tensors
 from funshampoo.state.parts import PART_KEY, part_of
 
 _LAZY = UninitializedParameter  # which has no shape
@@ -64,7 +60,7 @@ class GroupRun:
         self.group = group
         self._names = Names(first)
         self._builder = Builder(method, options)
-        self._known: list[Known] = []
+        self.known: list[Known] = []  # the same list until what the state was made for changes
         self._state: Any = None
         self._untouched = False  # made for a reader, and neither stepped nor written to
         self._handed_out: Watched | None = None  # by which a write to a reader's views is seen
@@ -77,6 +73,10 @@ class GroupRun:
     def names(self) -> list[str]:
         """The names of all its parameters; see `Names`."""
         return self._names.of(self.group)
+
+    def words(self) -> Vocabulary:
+        """Of the method that the group has now."""
+        return self._builder.edited(self.group, self._built).words
 
     @property
     def has_state(self) -> bool:
@@ -114,10 +114,10 @@ class GroupRun:
         edited = len(self._anew) > 0 or built.transformation is not before.transformation
         same_chain = not other_structure(built, before)
         if self.is_as(look) and same_chain and not (left and left.keys() & set(self.parameters())):
-            return Plan(built, self._known, look, True, edited, self._anew)
+            return Plan(built, self.known, look, True, edited, self._anew)
         with_state = set(self.parameters()) if self.has_state else set()
         known = self._trainable(self.group, with_state | left.keys())
-        goes_on = self.has_state and same_chain and same_parameters(known, self._known)
+        goes_on = self.has_state and same_chain and same_parameters(known, self.known)
         goes_on = goes_on and not any([k.parameter in left for k in known])
         new = {k.parameter for k in known if k.parameter not in with_state | left.keys()}
         return Plan(built, known, look, goes_on, edited or not goes_on, self._anew | new)
@@ -132,7 +132,7 @@ class GroupRun:
             ValueError: what was edited changes the blocks. The state stays as it was.
         """
         if self._anew:
-            self._settle()
+            self.settle()
             plan = self.planned(left, plan.look)
         built, known, look = plan[:3]
         if plan.goes_on:
@@ -144,20 +144,20 @@ class GroupRun:
 
     def adopt(self, ready: Ready) -> None:
         """Go on from here."""
-        self._built, self._known, self._state, self._looked_at, self._untouched = ready
+        self._built, self.known, self._state, self._looked_at, self._untouched = ready
         self._handed_out = None
         self._anew = set()  # not cleared: `all_or_nothing` puts the old one back
 
     def step(self) -> None:
         """Read the gradients, and step, as prepared. What has no gradient is left alone."""
-        if not self._known:
+        if not self.known:
             return
         self._untouched, self._read = False, None
         built = self._built
         assert built.transformation is not None
         ascends = self.group.get("maximize", False)
-        gradients = {k.name: gradient_of(k.parameter, ascends) for k in self._known}
-        params = {k.name: k.parameter.detach() for k in self._known}
+        gradients = {k.name: gradient_of(k.parameter, ascends) for k in self.known}
+        params = {k.name: k.parameter.detach() for k in self.known}
         self._state = unwatched(
             built.transformation, gradients, self._state, params, hyper=built.numbers()
         )
@@ -177,7 +177,7 @@ class GroupRun:
             FailureLimitError: gradients or roots failed too often in a row.
         """
         transformation = self._built.transformation
-        if self._known and transformation is not None and transformation.checks:
+        if self.known and transformation is not None and transformation.checks:
             transformation.check(self._state, EMPTY)
 
     @for_keeps()
@@ -195,14 +195,9 @@ class GroupRun:
             if p in entries and p not in self._anew
         }
 
-    @property
-    def known(self) -> list[Known]:
-        """Them, as the state was made for them; the same list until that changes."""
-        return self._known
-
     def parameters(self) -> list[Tensor]:
         """Those that the state was made for."""
-        return [k.parameter for k in self._known]
+        return [k.parameter for k in self.known]
 
     def gone(self) -> list[Tensor]:
         """Those of them that are in the group no more."""
@@ -225,8 +220,8 @@ class GroupRun:
         return self._read[1:]
 
     def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
-        owners = {k.name: k.parameter for k in self._known}
-        own: dict[str, dict[str, Tensor]] = {k.name: {} for k in self._known}
+        owners = {k.name: k.parameter for k in self.known}
+        own: dict[str, dict[str, Tensor]] = {k.name: {} for k in self.known}
         shared: dict[str, Tensor] = {}
         for owner, rest, x in named_tensors(self._state):
             if owner in own:
@@ -255,12 +250,7 @@ class GroupRun:
         self._state = self._refilled({**entries, p: kept}, rest)
         self.written_to()
 
-    def settle(self, p: Tensor) -> None:
-        """Reset this parameter now, if it was deleted."""
-        if p in self._anew:
-            self._settle()
-
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Reset the parameters whose state was deleted."""
         anew = self._anew.intersection(self.parameters())
         if anew and self._state is not None:
@@ -272,13 +262,13 @@ class GroupRun:
     def _refilled(self, entries: ByParameter, shared: Mapping[str, Tensor]) -> Any:
         """A fresh state with these entries."""
         self._built = self._builder.edited(self.group, self._built)  # a copy has none
-        names = {k.parameter: k.name for k in self._known}
+        names = {k.parameter: k.name for k in self.known}
         flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
-        return carried_over(fresh(self._built, self._known), {**flat, **shared})
+        return carried_over(fresh(self._built, self.known), {**flat, **shared})
 
     def forget(self) -> None:
         """Let everything start from nothing."""
-        self._known, self._state, self._untouched, self._read = [], None, False, None
+        self.known, self._state, self._untouched, self._read = [], None, False, None
         self._anew.clear()
 
     def loaded(
@@ -314,11 +304,11 @@ class GroupRun:
 
     def with_state(self, state: Any) -> Ready:
         """Another state in the place of the current one."""
-        return Ready(self._built, self._known, state, self._looked_at)
+        return Ready(self._built, self.known, state, self._looked_at)
 
     def state(self) -> Any:
         """The chain's state; where there is none yet, one to be read."""
-        self._settle()
+        self.settle()
         self.entries()
         return self._state
 

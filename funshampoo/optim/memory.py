@@ -145,10 +145,6 @@ class Memory:
         """The parameters of which something is remembered, in the order of the groups."""
         return [p for p in self._known() if self.entries_of(p)]
 
-    def remembers(self) -> bool:
-        """Whether there is one."""
-        return any(self.entries_of(p) for p in self._known())
-
     def _known(self) -> list[Tensor]:
         found = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
         return list(dict.fromkeys([*found, *self._left, *self.notes]))
@@ -177,7 +173,7 @@ class Memory:
         self.writes += 1
         run = self._run_with(p)
         if run is not None:
-            run.settle(p)  # a reset that is pending would take this back
+            run.settle()  # a reset that is pending would take this back
         known = self._chain_entries(p)
         chain = self._of_chain(entries, known)
         if run is None and chain:

@@ -12,12 +12,12 @@ from torch import Tensor
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.join import Joining
 from funshampoo.migrate.reference import from_reference
-from funshampoo.optim.entries import States
 from funshampoo.optim.from_adamw import rates_of, seeded
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.loading import loaded_together
 from funshampoo.optim.memory import Memory
 from funshampoo.optim.saved import has_adamws, saved_group
+from funshampoo.optim.states import States
 from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.optim.whole import Whole, numbers_of, part_of_this_rank, united
 
@@ -188,7 +188,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
 
     @property
     def state(self) -> Any:
-        """{parameter: {name: value}}, as torch.optim has it; see `optim.entries.States`.
+        """{parameter: {name: value}}, as torch.optim has it; see `optim.states.States`.
 
         What is written to it counts: an entry of the chain's changes, one of your own stays with
         the parameter, is saved and loaded. A parameter that is deleted, or assigned {}, starts from

@@ -104,9 +104,7 @@ class Others:
         found = [(name, repr(value)) for name, value in self._options.items()]
         found.append(("the number of groups", str(len(self._plans))))
         for i, (plan, ascends) in enumerate(zip(self._plans, self._ascends)):
-            method = plan.built.words.method
-            called = getattr(method, "__name__", None) or getattr(method, "name", "a method")
-            found.append((f"group {i}: method", str(called)))
+            found.append((f"group {i}: method", plan.built.words.called))
             found.append((f"group {i}: maximize", str(ascends)))
         return found
 

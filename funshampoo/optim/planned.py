@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from funshampoo.optim.optimizer import Optimizer
-from funshampoo.optim.vocabulary import Vocabulary
 
 
 class Planned(NamedTuple):
@@ -27,28 +27,19 @@ class Planned(NamedTuple):
     state: Any
 
 
-def planned(optimizer: Optimizer) -> list[Planned]:
+def planned(optimizer: Optimizer) -> Iterator[Planned]:
     """What the groups of an optimizer have, or will have at the next step; nothing is allocated.
 
     Raises:
         TypeError, ValueError: an entry of a group is missing or out of range.
     """
-    found = []
-    first = 0
-    for group in optimizer.param_groups:
-        method = group.get("method", optimizer._method)
-        names = group.get("param_names")
-        if names is None:
-            names = [f"param_{first + i}" for i in range(len(group["params"]))]
-        first += len(group["params"])
-        parameters = {n: p for n, p in zip(names, group["params"]) if not is_lazy(p)}
-        words = Vocabulary(method)
-        tx = words.build(words.arguments(group))
+    for run in optimizer._match().runs:
+        group, words = run.group, run.words()
+        parameters = {n: p for n, p in zip(run.names(), group["params"]) if not is_lazy(p)}
         on_meta = {
             name: torch.empty(p.shape, dtype=p.dtype, device="meta")
             for name, p in parameters.items()
             if p.requires_grad
         }
-        called = getattr(method, "__name__", None) or getattr(method, "name", None) or "a chain"
-        found.append(Planned(group, parameters, str(called), tx.init(on_meta)))
-    return found
+        state = words.build(words.arguments(group)).init(on_meta)
+        yield Planned(group, parameters, words.called, state)

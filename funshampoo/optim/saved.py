@@ -36,7 +36,8 @@ def loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str
     """
     found = dict(group)
     for name, value in saved.items():
-        replaced = is_plain(group.get(name)) and not _is_object(value)
+        was_an_object = isinstance(value, str) and value.startswith(_OBJECT)
+        replaced = is_plain(group.get(name)) and not was_an_object
         if name == "param_names":
             replaced = bool(value) and not group.get(name)
         if name != "params" and replaced:
@@ -180,7 +181,3 @@ def check_ours(entries: Mapping[str, Any]) -> None:
             "this is the state of an AdamW of torch.optim: seed_from_adamw(state_dict) takes its "
             "moments over, and load_state_dict does with accept_adamw=True at construction."
         )
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith(_OBJECT)

@@ -21,7 +21,6 @@ from funshampoo.transforms import scale_by_learning_rate
 Method = Any  # a recipe, or a transformation
 _RENAMED = {"learning_rate": "lr"}
 _OURS = {"params", "param_names", "method", "maximize"}
-# What schedulers keep in a group; constructors of Optimizer take none of them.
 _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"}
 # What schedulers and other libraries keep in a group beside hyperparameters.
 _NOTES = {
@@ -68,12 +67,21 @@ class Vocabulary:
             self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
             self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._paired = {"beta1", "beta2"} <= self._arguments.keys()
-        self._names = self._named()
+        # {torch's name: default, or inspect.Parameter.empty}
+        self._names = {_RENAMED.get(name, name): x for name, x in self._arguments.items()}
+        if self._paired:
+            self._names["betas"] = (self._names.pop("beta1"), self._names.pop("beta2"))
         if not self.fixed and self._open:
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - _SYNONYMS.keys()
         self.takes_rate = "lr" in self._names or "lr" in self.extras  # as an argument of its own
         if not self.takes_rate:
             self._names["lr"] = inspect.Parameter.empty
+
+    @property
+    def called(self) -> str:
+        """The name of the method, as far as it has one."""
+        name = getattr(self.method, "__name__", None) or getattr(self.method, "name", None)
+        return str(name or "a method")
 
     @property
     def rate(self) -> str:
@@ -176,20 +184,21 @@ class Vocabulary:
             return "a number"
         return structural({name: value if isinstance(value, Tensor) else float(value)})
 
-    def _named(self) -> dict[str, Any]:
-        """{torch's name: default, or inspect.Parameter.empty}."""
-        named = {_RENAMED.get(name, name): value for name, value in self._arguments.items()}
-        if self._paired:
-            named["betas"] = (named.pop("beta1"), named.pop("beta2"))
-        return named
-
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All hyperparameters: those given, the method's defaults for the rest.
 
         Raises:
             TypeError: one is unknown.
         """
-        self._check_known(given, {"maximize"})
+        known = self._names.keys()
+        unknown = sorted(set(given) - known - {"maximize"} - self.extras)
+        if unknown:
+            meant = self._meant(unknown[0])
+            raise TypeError(
+                f"{self._who()} has no hyperparameter '{unknown[0]}'"
+                + (f"; did you mean '{meant}'?" if meant else ".")
+                + f" It takes {', '.join(sorted(known))}."
+            )
         found = {**self._names, **given}
         return {name: v for name, v in found.items() if v is not inspect.Parameter.empty}
 
@@ -251,19 +260,6 @@ class Vocabulary:
         if self.takes_rate or arguments.get("lr") is None:
             return built
         return chain(built, scale_by_learning_rate(arguments["lr"]))
-
-    def _check_known(self, given: Iterable[str], others: set[str]) -> None:
-        known = self._names.keys()
-        unknown = sorted(set(given) - known - others - self.extras)
-        if not unknown:
-            return
-        name = unknown[0]
-        meant = self._meant(name)
-        raise TypeError(
-            f"{self._who()} has no hyperparameter '{name}'"
-            + (f"; did you mean '{meant}'?" if meant else ".")
-            + f" It takes {', '.join(sorted(known))}."
-        )
 
     def _meant(self, name: str) -> str:
         """The hyperparameter that a misspelt name stands for, perhaps; "" for none."""

@@ -83,7 +83,8 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
             "the parameter groups share out their blocks over different process groups: save "
             "every rank's state_dict and merge them (funshampoo.state.merged)."
         )
-    meshes = [x.device_mesh for x in _sharded(index)]
+    sharded: list[Any] = [p for p in index if is_in_parts(p)]
+    meshes = [p.device_mesh for p in sharded]
     try:
         found = part_of_this_rank(memory, index)
     except Exception:
@@ -110,11 +111,6 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
     for run in memory.runs:
         _label(run, found, index, Part(0, 1))
     return found
-
-
-def _sharded(index: Mapping[Tensor, int]) -> list[Any]:
-    """The parameters that are DTensors."""
-    return [p for p in index if is_in_parts(p)]
 
 
 def _label(run: GroupRun, found: Entries, index: Mapping[Tensor, int], part: Part) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -30,33 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.sharding is None and options.ranks is None:
         parser.error("the following arguments are required: --ranks")
     try:
-        found = _sharded(parser, options) if options.sharding else _whole(parser, options)
+        given = {
+            "transformation": _transformation(parser, options),
+            "every": getattr(options, "every", 10),
+            "dtype": DTYPES[options.dtype],
+        }
+        found = _sharded(options, given) if options.sharding else _whole(options, given)
     except ValueError as error:
         parser.error(str(error))
     print(f"{options.model}\n{found}")
 
 
-def _whole(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Plan:
-    return plan(
-        options.model,
-        options.ranks,
-        every=getattr(options, "every", 10),
-        transformation=_transformation(parser, options),
-        dtype=DTYPES[options.dtype],
-        communication_dtype=DTYPES.get(options.communication_dtype),
-    )
+def _whole(options: argparse.Namespace, given: dict[str, Any]) -> Plan:
+    dtype = DTYPES.get(options.communication_dtype)
+    return plan(options.model, options.ranks, communication_dtype=dtype, **given)
 
 
-def _sharded(parser: argparse.ArgumentParser, options: argparse.Namespace) -> ShardingPlan:
-    return plan_sharded(
-        options.model,
-        options.sharding,
-        options.mesh,
-        transformation=_transformation(parser, options),
-        every=getattr(options, "every", 10),
-        dtype=DTYPES[options.dtype],
-        ranks_per_node=options.ranks_per_node,
-    )
+def _sharded(options: argparse.Namespace, given: dict[str, Any]) -> ShardingPlan:
+    job = options.model, options.sharding, options.mesh
+    return plan_sharded(*job, ranks_per_node=options.ranks_per_node, **given)
 
 
 def _transformation(
@@ -126,30 +120,22 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"one of {', '.join(recipes.__all__)}; default: shampoo",
     )
-    parser.add_argument(
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add(
         "--block-size",
         type=_size,
-        default=argparse.SUPPRESS,
         metavar="N",
         help="longest side of a block, or none to cut nothing; default: 1024",
     )
-    parser.add_argument(
-        "--every",
-        type=_count,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="steps between two refreshes; default: 10",
-    )
-    parser.add_argument(
+    add("--every", type=_count, metavar="N", help="steps between two refreshes; default: 10")
+    add(
         "--merge",
         choices=("none", "small", "matrix"),
-        default=argparse.SUPPRESS,
         help="how sides are merged before the cut; default: small",
     )
-    parser.add_argument(
+    add(
         "--keep",
         type=_count,
-        default=argparse.SUPPRESS,
         metavar="N",
         help="with --merge small, the sides at which merging stops; default: 2",
     )

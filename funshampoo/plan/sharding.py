@@ -125,13 +125,11 @@ def plan_sharded(
         for name, stack in layout.stacks.items()
     }
     shapes = [tuple(x.shape) for x in inside.values()]
-    held = _held(layout, shapes, [ways[name] for name in inside], mesh)
+    held = _held(layout, shapes, [ways[name] for name in inside], mesh, ranks_per_node)
     others = _of_others(state, {n: x for n, x in known.items() if n not in inside}, ways, mesh)
     reads = shows_parameters(tx) if reads_parameters is None else reads_parameters
     columns = 2 if reads else 1
-    return _counted(
-        layout, held, costs, scope.state_bytes, others, columns, ranks_per_node, mesh, since
-    )
+    return _counted(layout, held, costs, scope.state_bytes, others, columns, mesh, since)
 
 
 def _of_others(
@@ -186,6 +184,7 @@ def _held(
     shapes: Sequence[tuple[int, ...]],
     ways: Sequence[Sequence[Any]],
     mesh: tuple[int, ...],
+    ranks_per_node: int,
 ) -> Held:
     known: dict[Any, list[Holding]] = {}
     columns = []
@@ -195,7 +194,7 @@ def _held(
         if key not in known:
             known[key] = [holding_at(shape, way, mesh, at, where.merged) for at in coordinates]
         columns.append(known[key])
-    return Held(list(zip(*columns)))
+    return Held(list(zip(*columns)), [rank // ranks_per_node for rank in range(len(coordinates))])
 
 
 def _counted(
@@ -205,11 +204,10 @@ def _counted(
     per_block: Mapping[str, int],
     others: Sequence[int],
     columns: int,
-    node: int,
     mesh: tuple[int, ...],
     since: float,
 ) -> ShardingPlan:
-    size = held.size
+    size, node = held.size, held.nodes
     blocks, seconds, state = [0] * size, [0.0] * size, list(others)
     gathered, across, scattered, back_across = ([0] * size for _ in range(4))
     peers: list[set[int]] = [set() for _ in range(size)]
@@ -230,15 +228,15 @@ def _counted(
         itemsize = layout.stacks[stack].dtype.itemsize
         for ranks, common in known[share].boxes:
             size_of = rows * common * itemsize
-            source = source_of(ranks, owner)
+            source = source_of(ranks, owner, node)
             if source != owner:
                 gathered[owner] += size_of * columns
-                across[owner] += size_of * columns * (source // node != owner // node)
+                across[owner] += size_of * columns * (node[source] != node[owner])
                 peers[source].add(owner)
             for rank in ranks:
                 if rank != owner:
                     scattered[rank] += size_of
-                    back_across[rank] += size_of * (rank // node != owner // node)
+                    back_across[rank] += size_of * (node[rank] != node[owner])
             peers[owner].update(ranks)
     count = [len(found - {rank}) for rank, found in enumerate(peers)]
     took = time.perf_counter() - since

@@ -60,9 +60,14 @@ class Rule(ABC):
         return True
 
     @property
+    def relative_cost(self) -> float:
+        """Time for one matrix on one CPU thread, in that of an inverse root by `linalg.eigh`."""
+        return 1.0
+
+    @property
     def cost(self) -> float:
         """Modelled seconds for one matrix."""
-        return eigh_seconds(self.side)
+        return self.relative_cost * eigh_seconds(self.side)
 
     @abstractmethod
     def initial(self, like: Tensor) -> tuple[Tensor, ...]:

@@ -17,25 +17,9 @@ from funshampoo.core.wholes import placed_as
 from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.misfits import listed, misfit, report
-from funshampoo.state.naming import (
-    Named,
-    Names,
-    full_name,
-    named,
-    named_tensors,
-    owned_elsewhere,
-)
+from funshampoo.state.naming import Named, Names, full_name, named, named_tensors, owned_elsewhere
 from funshampoo.state.nodes import check_is_state, walk
-from funshampoo.state.parts import (
-    PART_KEY,
-    RUN,
-    Part,
-    bits_of,
-    is_note,
-    merged,
-    part_of,
-    saved_run,
-)
+from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, merged, part_of
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import WrappedState
 from funshampoo.state.values import Entry, problems
@@ -138,7 +122,7 @@ def load_state_dict(
     >>> load_state_dict(tx.init(params), state_dict(state)).state
     TraceState(buffer={'w': tensor([1., 1.])}, seen=())
     """
-    fit, run = _fit(state, saved, strict, cast), saved_run(saved)
+    fit = _fit(state, saved, strict, cast)
     wrong = problems(fit.entries, _limit(state, fit.entries))
     if wrong:
         raise ValueError(
@@ -146,7 +130,7 @@ def load_state_dict(
             f"{listed(wrong)}\nThe file is damaged, or the run had gone wrong before "
             "it was saved: load an earlier one."
         )
-    new = of_run(_filled(state, fit.saved), run)
+    new = of_run(_filled(state, fit.saved), fit.run)
     if fit.missing:  # the clock among them, perhaps
         new = _cut(new)
     return Loaded(new, fit.missing, fit.unknown)
@@ -182,8 +166,7 @@ def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
 
 def _cut(new: Any) -> Any:
     """A state whose counts are at most its clock."""
-    found = [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(new)]
-    limit = _limit(new, found)
+    limit = _limit(new, _entries(new))
 
     def cut(place: Place, x: Tensor) -> Tensor:
         is_count = kind_of(place.kind, place.field).startswith("count")
@@ -209,10 +192,14 @@ def check(state: Any) -> None:
     >>> check(trace(0.9).init({"w": torch.tensor([1.0])}))
     """
     check_is_state(state)
-    entries = [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(state)]
+    entries = _entries(state)
     wrong = problems(entries, _limit(state, entries))
     if wrong:
         raise ValueError(f"the state has values that no run can have left.\n{listed(wrong)}")
+
+
+def _entries(state: Any) -> list[Entry]:
+    return [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(state)]
 
 
 class _Fit(NamedTuple):
@@ -221,12 +208,14 @@ class _Fit(NamedTuple):
     Attributes:
         saved: in the state's forms.
         entries: what of it has a place here or on another rank.
+        run: the number of the run that it is of; 0 where it says none.
     """
 
     saved: Mapping[str, Tensor]
     entries: list[Entry]
     missing: list[str]
     unknown: list[str]
+    run: int
 
 
 def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _Fit:
@@ -260,7 +249,7 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
         x, path = saved[name], name[len(owner) + 1 :]
         if owner and path in kinds and isinstance(x, Tensor):
             entries.append(Entry(name, kinds[path], x, x.dtype))
-    return _Fit(saved, entries, missing, unknown)
+    return _Fit(saved, entries, missing, unknown, 0 if part is None else part.run)
 
 
 def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:

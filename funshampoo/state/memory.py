@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TextIO
 from torch import Tensor
 
 from funshampoo.core.placed import local_part
+from funshampoo.state.naming import Names
 from funshampoo.state.nodes import check_is_state
-from funshampoo.state.places import Place, block_names, map_tensors
+from funshampoo.state.places import Place, map_tensors
 
 
 class Memory(NamedTuple):
@@ -67,44 +68,21 @@ def summary(state: Any, *, file: TextIO | None = None) -> Memory:
     check_is_state(state)
     stages: dict[str, int] = defaultdict(int)
     parameters: dict[str, int] = defaultdict(int)
-    for leaf in _leaves(state):
-        size = local_part(leaf.tensor).nbytes
-        stages[leaf.stage] += size
-        for parameter, share in leaf.shares:
-            parameters[parameter] += round(size * share)
+    names = Names()
+
+    def collect(place: Place, x: Tensor) -> None:
+        size = local_part(x).nbytes
+        stages["/".join(place.stage) or type(state).__name__] += size
+        owners = [parameter for parameter, _ in names.owners(place)]
+        if place.stack is None:
+            owners = [".".join(place.leaf) or "(shared)"]
+        for parameter, count in Counter(owners).items():
+            parameters[parameter] += round(size * count / len(owners))
+
+    map_tensors(collect, state)
     memory = Memory(sum(stages.values()), dict(stages), dict(parameters))
     print(memory, file=file or sys.stdout)
     return memory
-
-
-class _Leaf(NamedTuple):
-    tensor: Tensor
-    stage: str
-    shares: list[tuple[str, float]]
-
-
-_SHARED = [("(shared)", 1.0)]
-
-
-def _leaves(state: Any) -> list[_Leaf]:
-    """Every tensor of a state with the stage it belongs to and the parameters it is for."""
-    leaves: list[_Leaf] = []
-    names: dict[int, Any] = {}  # of every layout, by identity
-
-    def collect(place: Place, x: Tensor) -> Tensor:
-        stage = "/".join(place.stage) or type(state).__name__
-        shares = [(".".join(place.leaf), 1.0)] if place.leaf else _SHARED
-        if place.stack is not None:
-            if id(place.layout) not in names:
-                names[id(place.layout)] = block_names(place.layout)
-            owners = names[id(place.layout)][place.stack]
-            mine = [owners[row][0] for row in place.rows or ()]
-            shares = [(owner, n / len(mine)) for owner, n in Counter(mine).items()]
-        leaves.append(_Leaf(x, stage, shares))
-        return x
-
-    map_tensors(collect, state)
-    return leaves
 
 
 def _table(title: str, rows: dict[str, int], total: int) -> list[str]:

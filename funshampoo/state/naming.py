@@ -57,21 +57,19 @@ def named(state: Any) -> list[Named]:
     Raises:
         ValueError: two of them have one name.
     """
-    found: dict[tuple[str, str], Named] = {}
+    found: list[Named] = []
     names = Names()
     more = _said_above(state)
 
-    def collect(place: Place, x: Tensor) -> Tensor:
+    def collect(place: Place, x: Tensor) -> None:
         path, kind = path_of(place), kind_of(place.kind, place.field)
         kind = more.get(id(x), kind)
         for owner, rest, part in names.parts(place, x):
-            if (owner, rest) in found:
-                raise _two_of(owner, rest)
-            found[owner, rest] = Named(owner, rest, path, kind, part)
-        return x
+            found.append(Named(owner, rest, path, kind, part))
 
     map_tensors(collect, state)
-    return list(found.values())
+    _check_apart([(entry.owner, entry.rest) for entry in found])
+    return found
 
 
 def _said_above(state: Any) -> dict[int, str]:
@@ -95,26 +93,20 @@ def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
     Raises:
         ValueError: two of them have one name.
     """
-    found: dict[tuple[str, str], Tensor] = {}
+    found: list[tuple[str, str, Tensor]] = []
     names = Names()
-
-    def collect(place: Place, x: Tensor) -> Tensor:
-        parts = names.parts(place, x)
-        before = len(found)
-        found.update([((owner, rest), part) for owner, rest, part in parts])
-        if len(found) < before + len(parts):
-            named(state)  # says which
-        return x
-
-    map_tensors(collect, state)
-    return [(owner, rest, x) for (owner, rest), x in found.items()]
+    map_tensors(lambda place, x: found.extend(names.parts(place, x)), state)
+    _check_apart([entry[:2] for entry in found])
+    return found
 
 
-def _two_of(owner: str, rest: str) -> ValueError:
-    return ValueError(
-        f"two tensors of the state would be saved as '{owner}/{rest}': give the two stages "
-        "different names, as in chain(('slow', trace(0.9)), ...)."
-    )
+def _check_apart(names: list[tuple[str, str]]) -> None:
+    if len(set(names)) < len(names):
+        owner, rest = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(
+            f"two tensors of the state would be saved as '{owner}/{rest}': give the two stages "
+            "different names, as in chain(('slow', trace(0.9)), ...)."
+        )
 
 
 def path_of(place: Place) -> str:
@@ -141,20 +133,27 @@ class Names:
         path = path_of(place)
         if place.stack is None:
             return [(".".join(place.leaf), path, x)]
-        if id(place.layout) not in self._blocks:
-            self._blocks[id(place.layout)] = block_names(place.layout)
-        blocks = self._blocks[id(place.layout)][place.stack]
-        rows = place.rows or ()
-        if x.ndim and x.shape[0] != len(rows):
+        owners = self.owners(place)
+        if x.ndim and x.shape[0] != len(owners):
             raise ValueError(
-                f"'{path}' has shape {tuple(x.shape)} for the {len(rows)} blocks of stack "
+                f"'{path}' has shape {tuple(x.shape)} for the {len(owners)} blocks of stack "
                 f"'{place.stack}': in block space the first axis counts blocks. The members of an "
                 "ensemble (vmap) are saved one by one, or all together by torch.save."
             )
-        values = x.unbind(0) if x.ndim else [x] * len(rows)
+        values = x.unbind(0) if x.ndim else [x] * len(owners)
         return [
-            (blocks[row][0], f"{blocks[row][1]}/{path}", value) for row, value in zip(rows, values)
+            (parameter, f"{block}/{path}", value)
+            for (parameter, block), value in zip(owners, values)
         ]
+
+    def owners(self, place: Place) -> list[tuple[str, str]]:
+        """(parameter, block) of every row that is held there; none outside block space."""
+        if place.stack is None:
+            return []
+        if id(place.layout) not in self._blocks:
+            self._blocks[id(place.layout)] = block_names(place.layout)
+        blocks = self._blocks[id(place.layout)][place.stack]
+        return [blocks[row] for row in place.rows or ()]
 
 
 def owned_elsewhere(state: Any) -> list[str]:

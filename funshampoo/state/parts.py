@@ -82,15 +82,6 @@ def run_of(state: ShardedState) -> int:
     return int(state.run) if isinstance(state.run, Tensor) and not state.run.is_meta else 0
 
 
-def saved_run(saved: Mapping[str, Any]) -> int:
-    """The number of the run that a checkpoint of `state_dict` is of; 0 where it says none.
-
-    Raises:
-        ValueError: the entry is damaged.
-    """
-    return Part.read(saved[PART_KEY]).run if PART_KEY in saved else 0
-
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -50,7 +50,7 @@ class Checkpoint:
         version = torch.tensor(FORMAT, device="cpu")
         entries = [(FORMAT_KEY, version), *[(entry.name, entry.x) for entry in named(self.state)]]
         for name, x in entries:  # no part: dcp knows who saved what
-            found.setdefault(_name_of(x), {})[name] = x.detach().clone()
+            found.setdefault(str(x.dtype).removeprefix("torch."), {})[name] = x.detach().clone()
         return found
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -63,7 +63,3 @@ class Checkpoint:
         flat = {name: x for entries in saved.values() for name, x in entries.items()}
         own = {PART_KEY: part_of(self.state).entry()}  # dcp reads what this rank owns
         self.state = load_state_dict(self.state, {**flat, **own}).state
-
-
-def _name_of(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

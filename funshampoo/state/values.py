@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,63 +41,49 @@ def problems(entries: Sequence[Entry], limit: int | None) -> list[str]:
     Args:
         limit: what no count can be above; None where that is not known.
     """
-    alike: dict[tuple[object, ...], list[Entry]] = {}
-    for entry in entries:
-        x = entry.x
-        if entry.kind != "any" and x.numel() and not x.is_meta:
-            key = (entry.kind, x.shape, x.dtype, x.device, entry.dtype)
-            alike.setdefault(key, []).append(entry)
     found: dict[str, str] = {}
-    for group in alike.values():
-        size = max(1, _AT_A_TIME // group[0].x.numel())
-        for first in range(0, len(group), size):
-            some = group[first : first + size]
-            values = torch.stack([_local(entry.x) for entry in some]).to(some[0].dtype)
-            for bad, reason in _faults(parts_of(some[0].kind)[0], values, limit):
-                for i in torch.nonzero(bad).flatten().tolist():
-                    found.setdefault(some[i].name, reason)
-    pairs = list(_related(entries))
-    found.update(_in_excess([pair for pair in pairs if pair.relation == " <= "]))
-    found.update(_without_weight([pair for pair in pairs if pair.relation == " of "]))
+    looked_at = [e for e in entries if e.kind != "any" and e.x.numel() and not e.x.is_meta]
+    for some in _alike(looked_at, lambda e: (e.kind, e.dtype), lambda e: [e.x]):
+        values = _stacked([entry.x for entry in some]).to(some[0].dtype)
+        for bad, reason in _faults(parts_of(some[0].kind)[0], values, limit):
+            for i in torch.nonzero(bad).flatten().tolist():
+                found.setdefault(some[i].name, reason)
+    found.update(_beside(list(_related(entries))))
     return [f"'{name}' {reason}" for name, reason in found.items()]
 
 
 def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, str]]:
     """((n,) bool, what is wrong there) of n entries of one kind, (n, ...)."""
-
-    def rows(bad: Tensor) -> Tensor:
-        return bad.reshape(len(x), -1).any(1)
-
     if kind.startswith("number"):
-        yield rows(x.isnan()), "is NaN"
+        yield _rows(x.isnan()), "is NaN"
         for left, low, high, right in _RANGE.findall(kind):
             above = x > float(low) if left == "(" else x >= float(low)
             below = x < float(high) if right == ")" else x <= float(high)
-            yield rows(~(above & below)), f"is not in {left}{low}, {high}{right}, as it has to be"
+            yield _rows(~(above & below)), f"is not in {left}{low}, {high}{right}, as it has to be"
         return
     if x.is_floating_point() or x.is_complex():
-        yield rows(~torch.isfinite(x)), "is not finite"
+        yield _rows(~torch.isfinite(x)), "is not finite"
     if kind in ("steps", "count", "weight", "nonnegative"):
-        yield rows(x < 0), "is negative"
+        yield _rows(x < 0), "is negative"
     if kind == "weight":
-        yield rows(x > _ABOVE_ONE), "is above 1, as no weight of an average is"
+        yield _rows(x > _ABOVE_ONE), "is above 1, as no weight of an average is"
     if kind == "count" and limit is not None:
-        yield rows(x > limit), f"is above the clock, which is at {limit}"
+        yield _rows(x > limit), f"is above the clock, which is at {limit}"
     if kind == "orthonormal":
         Q = x if x.dtype == torch.float64 else x.float()
         with full_precision():
             gram = Q @ Q.mT
         there = (Q != 0).any(-1)  # a coordinate that no gradient has touched has a row of zeros
         off = (gram - there.to(Q.dtype).diag_embed()).abs() > _OFF_ORTHONORMAL
-        yield rows(off) | rows(~there.any(-1)), "has rows that are not orthonormal"
+        yield _rows(off) | _rows(~there.any(-1)), "has rows that are not orthonormal"
     if kind == "factor":
         L = unpack(x)
         diagonal = L.diagonal(dim1=-2, dim2=-1)
-        yield rows(diagonal < 0), "is negative on the diagonal, as no sum of squares is"
+        yield _rows(diagonal < 0), "is negative on the diagonal, as no sum of squares is"
         root = (diagonal.clamp(min=0) + torch.finfo(L.dtype).tiny).sqrt()
         # Twice the bound: the average is rounded on every step.
         beyond = L.abs() > 2 * root.unsqueeze(-1) * root.unsqueeze(-2)
-        yield rows(beyond), "has an entry above √(L_ii L_jj), as no sum of A Aᵀ has"
+        yield _rows(beyond), "has an entry above √(L_ii L_jj), as no sum of A Aᵀ has"
 
 
 class _Pair(NamedTuple):
@@ -124,42 +110,47 @@ def _related(entries: Sequence[Entry]) -> Iterator[_Pair]:
                 yield _Pair(entry, relation, other, field)
 
 
-def _alike(pairs: Sequence[_Pair]) -> Iterator[tuple[list[_Pair], Tensor, Tensor]]:
-    """Pairs of entries that can be looked at together, and the two stacks of their values."""
-    groups: dict[tuple[object, ...], list[_Pair]] = {}
-    for pair in pairs:
-        x, y = pair.entry.x, pair.other.x
-        key = (x.shape, x.dtype, x.device, y.shape, y.dtype, y.device)
-        groups.setdefault(key, []).append(pair)
+def _beside(pairs: Sequence[_Pair]) -> Iterator[tuple[str, str]]:
+    """Counts above the field that bounds them, and weights of 0 of averages in which something is.
+
+    A bound of another shape, which is not the same blocks', says nothing.
+    """
+    same = [p for p in pairs if p.relation == " of " or p.entry.x.shape == p.other.x.shape]
+    for some in _alike(same, lambda p: (p.relation,), lambda p: [p.entry.x, p.other.x]):
+        x, y = _stacked([p.entry.x for p in some]), _stacked([p.other.x for p in some])
+        if some[0].relation == " <= ":
+            bad, reason = _rows(x > y.to(x.device)), "is above its '{}'"
+        else:
+            bad, reason = _rows(x == 0) & _rows(y != 0).to(x.device), "is 0, while its '{}' is not"
+        for i in torch.nonzero(bad).flatten().tolist():
+            yield some[i].entry.name, reason.format(some[i].field)
+
+
+_Item = TypeVar("_Item")
+
+
+def _alike(
+    items: Sequence[_Item],
+    key: Callable[[_Item], tuple[object, ...]],
+    tensors: Callable[[_Item], list[Tensor]],
+) -> Iterator[list[_Item]]:
+    """What can be looked at together: of one key, tensors of one kind, not too much at once."""
+    groups: dict[tuple[object, ...], list[_Item]] = {}
+    for item in items:
+        kinds = [(x.shape, x.dtype, x.device) for x in tensors(item)]
+        groups.setdefault((*key(item), *kinds), []).append(item)
     for group in groups.values():
-        size = max(1, _AT_A_TIME // max(1, group[0].other.x.numel()))
-        for first in range(0, len(group), size):
-            some = group[first : first + size]
-            yield (
-                some,
-                torch.stack([_local(pair.entry.x) for pair in some]),
-                torch.stack([_local(pair.other.x) for pair in some]),
-            )
+        size = max(1, _AT_A_TIME // max(1, tensors(group[0])[-1].numel()))
+        yield from [group[first : first + size] for first in range(0, len(group), size)]
 
 
-def _in_excess(pairs: Sequence[_Pair]) -> Iterator[tuple[str, str]]:
-    """Counts that are above the field beside them that bounds them."""
-    same = [pair for pair in pairs if pair.entry.x.shape == pair.other.x.shape]
-    for group, small, large in _alike(same):
-        bad = (small > large.to(small.device)).reshape(len(group), -1).any(1)
-        for i in torch.nonzero(bad).flatten().tolist():
-            yield group[i].entry.name, f"is above its '{group[i].field}'"
+def _rows(bad: Tensor) -> Tensor:
+    """(n,): whether anything is, in each of n entries."""
+    return bad.reshape(len(bad), -1).any(1)
 
 
-def _without_weight(pairs: Sequence[_Pair]) -> Iterator[tuple[str, str]]:
-    """Weights of 0 beside averages in which something is."""
-    for group, weight, average in _alike(pairs):
-        full = (average != 0).reshape(len(group), -1).any(1)
-        bad = (weight == 0).reshape(len(group), -1).any(1) & full.to(weight.device)
-        for i in torch.nonzero(bad).flatten().tolist():
-            yield group[i].entry.name, f"is 0, while its '{group[i].field}' is not"
-
-
-def _local(x: Tensor) -> Tensor:
-    """Of a DTensor what this rank has."""
-    return x.to_local().detach() if hasattr(x, "to_local") else x.detach()
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Of DTensors what this rank has."""
+    return torch.stack(
+        [x.to_local().detach() if hasattr(x, "to_local") else x.detach() for x in tensors]
+    )

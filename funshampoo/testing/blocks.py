@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from funshampoo.combinators.guard import guarded
-from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, State, Tree
 from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import find_state
@@ -56,7 +55,7 @@ def rows_lead(trial: Trial) -> None:
     """A tensor of the state leads with the rows of its stack, or has no dimension."""
     stacks = _stacks_of(trial)
 
-    def look(place: Place, x: Tensor) -> Tensor:
+    def look(place: Place, x: Tensor) -> None:
         name = "/".join(place.path)
         if x.ndim and place.stack is None:
             trial.fail(
@@ -72,7 +71,6 @@ def rows_lead(trial: Trial) -> None:
                 "Declare block_ndim in init, and give per-block numbers the shape "
                 "p.shape[:block_ndim].",
             )
-        return x
 
     for state in (stacks.whole.states[0], stacks.whole.states[-1]):
         map_tensors(look, state, stacks=stacks.names)
@@ -137,8 +135,9 @@ def _check_no_zero_was_averaged(trial: Trial, stacks: _Stacks, faulty: Run) -> N
     another one in the chain does not.
     """
     zeros = stacks.run(trial.tx, stacks.with_fault(0.0))
-    unaware = guarded(_that_knows_of_nothing(trial.tx), max_failures=None)
-    put_back = stacks.run(unaware, stacks.with_fault(math.nan))
+    # The same stage, of which `guarded` puts back the rows that are not alive by itself.
+    unaware = GradientTransformation(**{**trial.tx._given, "minds_alive": False})
+    put_back = stacks.run(guarded(unaware, max_failures=None), stacks.with_fault(math.nan))
     found, as_zero, unmoved = (
         stacks.without_estimates(stacks.chosen(state, [FAULTY]))
         for state in (faulty.states[-1].inner, zeros.states[-1], put_back.states[-1].inner)
@@ -151,20 +150,6 @@ def _check_no_zero_was_averaged(trial: Trial, stacks: _Stacks, faulty: Run) -> N
             f"zeros, {seen}",
             _LEAVE_OUT,
         )
-
-
-def _that_knows_of_nothing(tx: GradientTransformation) -> GradientTransformation:
-    """The same, but `guarded` puts back the state of rows that are not alive by itself."""
-
-    def init(params: Tree, **context: Any) -> State:
-        return tx.init(params, **context)
-
-    def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
-        return tx.run(updates, state, params, context)
-
-    return GradientTransformation(
-        init, update, tx.name, phase=tx.phase, counts=tx.counts, minds_alive=False, accepts=None
-    )
 
 
 class _Stacks:

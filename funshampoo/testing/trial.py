@@ -70,26 +70,31 @@ class Trial:
         updates, new = self.tx.update(g, state, params, **{**self.context, **context})
         return updates, new
 
-    def run(self, grads: list[Tree] | None = None, params: Tree = None, **context: Any) -> Run:
-        """All steps, with new parameters after each; by default with the trial's own trees."""
+    def run(
+        self,
+        grads: list[Tree] | None = None,
+        params: Tree = None,
+        moves: bool = True,
+        **context: Any,
+    ) -> Run:
+        """All steps, with new parameters after each; by default with the trial's own trees.
+
+        Args:
+            moves: False keeps the parameters: updates need not fit them.
+        """
         params = self.params if params is None else params
         run = Run([], [params], [self.tx.init(params)])
         for g in self.grads if grads is None else grads:
             updates, state = self.step(g, run.states[-1], run.params[-1], **context)
             run.updates.append(updates)
-            run.params.append(apply_updates(run.params[-1], updates))
+            run.params.append(apply_updates(run.params[-1], updates) if moves else params)
             run.states.append(state)
         return run
 
     @functools.cached_property
     def still(self) -> Run:
-        """All steps at the first parameters: updates need not fit them. Nobody may write to it."""
-        run = Run([], [self.params], [self.tx.init(self.params)])
-        for g in self.grads:
-            updates, state = self.step(g, run.states[-1], self.params)
-            run.updates.append(updates)
-            run.states.append(state)
-        return run
+        """`run(moves=False)`, which several checks look at. Nobody may write to it."""
+        return self.run(moves=False)
 
     @functools.cached_property
     def pure(self) -> Run:

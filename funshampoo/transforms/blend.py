@@ -132,10 +132,11 @@ def blend_towards(
         source = updates if gradient is None else gradient
         return update_leaves(leaf, updates, (), (found, source))[0], own
 
-    def flops(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
-        """Of the norms: those of U and W, and of V where it is another."""
+    def flops(block: tuple[int, ...], kept: tuple[int, ...], apart: bool) -> float:
+        """Of the norms: those of U and W, and of V where it is another; `inner`'s gradient is U."""
+        own = inner.flops(block, kept) - inner.flops(block, kept, apart)
         r, c = (*block[:1], math.prod(block[1:])) if len(block) > 1 else (1, math.prod(block))
-        return (2 if is_exactly(gate, 1) else 3) * 2.0 * min(r, c) ** 2 * max(r, c)
+        return own + (2 if is_exactly(gate, 1) else 3) * 2.0 * min(r, c) ** 2 * max(r, c)
 
     return wrapping(inner, update, name="blend_towards", flops=flops)
 

@@ -27,7 +27,8 @@ from funshampoo.core.tree import (
 from funshampoo.linalg.basis import Basis, Decomposition, qr
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.norms import is_readable
-from funshampoo.operators.columns import Column, add, weights_over
+from funshampoo.linalg.solver import relative_cost
+from funshampoo.operators.columns import Column, add, weights_over, zeros_a_block
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.mode_products import bias_corrected, mode_flops
 from funshampoo.operators.turning import carried, turned
@@ -123,20 +124,14 @@ def in_eigenbasis(
     def refreshing(new: bool, live: Numbers = NO_NUMBERS) -> Refreshing:
         return Refreshing(lambda b: [BasisRule(d, resolved(renew, live), new) for d in b], schedule)
 
-    def init(
-        params: Tree,
-        *,
-        upstream: Any = (),
-        block_ndim: int = 0,
-        clock: bool = False,
-        **context: Any,
-    ) -> EigenbasisState:
+    def init(params: Tree, **context: Any) -> EigenbasisState:
         check_local(params, "in_eigenbasis")
-        factors = statistics_of(upstream, "in_eigenbasis", params).factors
-        inside = {**context, "upstream": upstream, "block_ndim": block_ndim, "clock": clock}
-        bases = _with_factors(refreshing(True).init(params, block_ndim, clock), factors, params)
-        seen = _none_seen(params, block_ndim) if first == "skip" else ()
-        return EigenbasisState(inner.init(params, **inside), seen, bases)
+        factors = statistics_of(context.get("upstream", ()), "in_eigenbasis", params).factors
+        ndim = context.get("block_ndim", 0)
+        bases = refreshing(True).init(params, ndim, context.get("clock", False))
+        bases = _with_factors(bases, factors, params)
+        seen = zeros_a_block(params, ndim, torch.int64) if first == "skip" else ()
+        return EigenbasisState(inner.init(params, **context), seen, bases)
 
     def renewed(
         updates: Tree, own: Any, bases: RefreshedState, context: Context
@@ -171,15 +166,21 @@ def in_eigenbasis(
     return GradientTransformation(
         init,
         update,
-        "in_eigenbasis",
         phase=functools.partial(_phase, schedule, inner),
         parts={"inner": inner},
         counts=True,
         minds_alive=True,
         numbers=[renew],
-        # Into the bases and back; a `gradient` that is not the updates comes on top, unseen here.
-        flops=lambda block, kept: 2 * mode_flops(block, kept),
+        flops=functools.partial(_flops, inner.reads_gradient),
+        refresh_cost=relative_cost(renew),
     )
+
+
+def _flops(
+    reads_gradient: bool, block: tuple[int, ...], kept: tuple[int, ...], apart: bool
+) -> float:
+    """Into the bases and back, and into them with a `gradient` that is not the updates."""
+    return (3 if apart and reads_gradient else 2) * mode_flops(block, kept)
 
 
 def _phase(schedule: RefreshSchedule, inner: GradientTransformation, step: int) -> Phase:
@@ -235,6 +236,11 @@ class BasisRule(Rule):
         """The identity."""
         return (torch.eye(self.side, dtype=like.dtype, device=like.device).expand(like.shape),)
 
+    @property
+    def relative_cost(self) -> float:
+        """As the basis says."""
+        return relative_cost(self.basis)
+
     def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
         """The next basis, by a decomposition where there is none yet.
 
@@ -265,10 +271,6 @@ def _with_factors(bases: RefreshedState, factors: Tree, params: Tree) -> Refresh
         return p, tuple([unit if isinstance(side, Tensor) else () for unit, side in pairs])
 
     return bases._replace(kept=update_leaves(leaf, params, (bases.kept,), (factors,))[1])
-
-
-def _none_seen(params: Tree, block_ndim: int) -> Tree:
-    return map_leaves(lambda p: p.new_zeros(p.shape[:block_ndim], dtype=torch.int64), params)
 
 
 def _with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:

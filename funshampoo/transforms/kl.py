@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flags, check_range
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
+from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import (
-    cast,
-    compute_dtype,
-    flatten,
-    map_leaves,
-    update_columns,
-    update_leaves,
-)
-from funshampoo.operators.columns import (
-    Column,
-    add_weight,
-    count_everyone,
-    first_weights,
-    weights_over,
-)
+from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves, update_leaves
+from funshampoo.operators.columns import counted, first_weights, weights_over
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
 from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
-from funshampoo.operators.leaf_ops import add_gram, kept_share, multiply, per_block
+from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import KroneckerState, RefreshedState
 from funshampoo.transforms.eigenbasis import EigenbasisState
+from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
 
 Through: TypeAlias = Literal["eigenvalues", "ritz", "roots"]
 
@@ -143,52 +131,45 @@ def kl_statistics(
         return KlState(KroneckerState(factors, weights), eigenvalues)
 
     def update(
-        updates: Tree,
-        state: KlState,
-        params: Tree = None,
-        *,
-        gradient: Tree = None,
-        previous: tuple[Any, ...] = (),
-        block_ndim: int = 0,
-        donate: bool = False,
-        alive: Tree = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: KlState, params: Tree, context: Context
     ) -> tuple[Tree, KlState]:
-        beta = number(beta2, hyper)
-        whitened = WHITENED[through](beta=beta, damping=number(damping, hyper), **options)
+        beta, ndim, donate = number(beta2, context.hyper), context.block_ndim, context.donate
+        numbers = {"beta": beta, "damping": number(damping, context.hyper)}
+        whitened = WHITENED[through](**numbers, **options)
         (factors, weight), eigenvalues = state
-        kept, seen = _of_later_stage(previous, through, updates)
-        known = () if alive is None else (alive,)
+        kept, seen = _of_later_stage(context.previous, through, updates)
+        known = () if context.alive is None else (context.alive,)
         share = 1.0 if plain_sum else 1 - beta
-        add_to = functools.partial(
-            _accumulated, beta=beta, share=share, normalized=normalized, donate=donate
-        )
 
         def accumulate(u: Tensor, g: Tensor, units: Any, n: Any, *rest: Any) -> tuple[Any, ...]:
             *fine, w, old, values = rest
-            block = Block(cast(g, compute_dtype(g)), block_ndim, units, n, fine, w, old, values)
-            parts, values = whitened(block)
-            rows = [] if by_weight or is_exactly(beta, 1) else fine
-            new = [
-                L if isinstance(L, tuple) else add_to(L, unfold(x, i, block_ndim), rows)
-                for i, (L, x) in enumerate(zip(old, parts))
-            ]
+            g = cast(g, compute_dtype(g))
+            parts, values = whitened(Block(g, ndim, units, n, fine, w, old, values))
+            by_row = bool(fine) and not by_weight and not is_exactly(beta, 1)
+            decay = kept_share(beta, fine[0], g) if by_row else beta
+
+            def added(L: Any, x: Tensor) -> Any:
+                if isinstance(L, tuple):
+                    return L
+                own = share / max(x.shape[-1], 1) if normalized else share
+                return accumulated_factor(L, x, decay, own, donate)
+
+            new = [added(L, unfold(x, i, ndim)) for i, (L, x) in enumerate(zip(old, parts))]
             return u, tuple(new), values
 
-        inputs = (updates if gradient is None else gradient, kept, seen, *known)
+        source = updates if context.gradient is None else context.gradient
+        inputs = (source, kept, seen, *known)
         weights = weights_over(weight, updates)
         with product_precision():
             _, factors, eigenvalues = update_leaves(
                 accumulate, updates, (factors, eigenvalues), (*inputs, weights)
             )
-        if by_weight:
-            weight = _counted(updates, weight, beta, known, donate)
-        elif corrected:
-            weight = count_everyone(weight, beta, donate)
+        if corrected:
+            weight = counted(updates, weight, beta, known, donate, own_steps)
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
 
     flops = functools.partial(kl_flops, through, sides)
-    return GradientTransformation(init, update, numbers=[beta2, damping], flops=flops)
+    return GradientTransformation(init, update, numbers=[beta2, damping], flops=flops, passes=True)
 
 
 def _check_decay(beta2: Hyper, damping: Hyper, through: str) -> None:
@@ -212,12 +193,7 @@ def _first(
     """Factors of zeros, and eigenvalues, if there are to be any."""
 
     def factors(x: Tensor) -> tuple[Any, ...]:
-        lead, block = x.shape[:block_ndim], tuple(x.shape[block_ndim:])
-        wanted = wanted_sides(block, sides)
-        return tuple(
-            x.new_zeros(*lead, d, d, dtype=compute_dtype(x)) if w and x.numel() else ()
-            for d, w in zip(block, wanted, strict=True)
-        )
+        return zero_factors_of(x, block_ndim, wanted_sides(tuple(x.shape[block_ndim:]), sides))
 
     def eigenvalues(x: Tensor) -> tuple[Tensor, ...]:
         if eigenvalue is None:
@@ -228,33 +204,6 @@ def _first(
         )
 
     return map_leaves(factors, params), map_leaves(eigenvalues, params)
-
-
-def _counted(updates: Tree, weight: Tree, beta: Hyper, known: Sequence[Tree], donate: bool) -> Tree:
-    """The total weights, one a block, after a step."""
-
-    def count(u: Column, *rest: Column) -> tuple[Column, Column]:
-        *fine, w = rest
-        return u, add_weight(w, beta, fine, donate)
-
-    return update_columns(count, updates, (weight,), known)[1]
-
-
-def _accumulated(
-    factor: Tensor,
-    columns: Tensor,
-    rows: list[Tensor],
-    beta: Hyper,
-    share: Hyper,
-    normalized: bool,
-    donate: bool,
-) -> Tensor:
-    """beta L + share x xᵀ, of columns x, their mean if `normalized`; beta is 1 where a row is 0."""
-    if rows:
-        kept = kept_share(beta, rows[0], factor)
-        factor, beta = multiply(factor, per_block(kept, factor), donate), 1.0
-    weight = share / max(columns.shape[-1], 1) if normalized else share
-    return add_gram(factor, columns, beta, weight, donate)
 
 
 def _of_later_stage(previous: tuple[Any, ...], through: Through, updates: Tree) -> tuple[Tree, Any]:

@@ -16,14 +16,9 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Phase, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import compute_dtype, map_leaves, update_columns, update_leaves, wide
+from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves, wide
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
-from funshampoo.operators.columns import (
-    Column,
-    add_weight,
-    count_everyone,
-    first_weights,
-)
+from funshampoo.operators.columns import counted, first_weights
 from funshampoo.operators.exponents import (
     Exponents,
     Sides,
@@ -116,7 +111,7 @@ def kronecker_statistics(
 
         def zero_factors(x: Tensor) -> tuple[Any, ...]:
             powers = side_exponents(tuple(x.shape[block_ndim:]), exponents, sides)
-            return _zero_factors(x, block_ndim, powers, packed)
+            return zero_factors_of(x, block_ndim, powers, packed)
 
         weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
         found = KroneckerState(map_leaves(zero_factors, params), weights)
@@ -139,10 +134,8 @@ def kronecker_statistics(
             accumulate = functools.partial(_accumulate, share, product_dtype, context)
             _, factors = update_leaves(accumulate, updates, (state.factors,), (source, *known))
         weight = state.weight
-        if by_weight:
-            weight = _counted(updates, weight, beta, known, context.donate)
-        elif corrected:
-            weight = count_everyone(weight, beta, context.donate)
+        if corrected:
+            weight = counted(updates, weight, beta, known, context.donate, own_steps)
         return KroneckerState(factors, weight)
 
     return GradientTransformation(
@@ -152,6 +145,7 @@ def kronecker_statistics(
         counts=every > 1,
         numbers=[beta2],
         flops=lambda block, kept: _flops(block, side_exponents(block, exponents, sides)) / every,
+        passes=True,
     )
 
 
@@ -186,10 +180,10 @@ def _is_due(every: int, context: Context) -> bool:
     return refresh_due(context.step, every)
 
 
-def _zero_factors(
-    x: Tensor, block_ndim: int, powers: Sequence[float], packed: bool
+def zero_factors_of(
+    x: Tensor, block_ndim: int, powers: Sequence[float], packed: bool = False
 ) -> tuple[Any, ...]:
-    """Zeros for every side with an exponent, () for the others."""
+    """Factors of a leaf before its first gradient: zeros for every side with an exponent, or ()."""
 
     def zeros(d: int) -> Tensor:
         shape = packed_shape(d) if packs(d, packed) else (d, d)
@@ -217,21 +211,9 @@ def _accumulate(
     found: list[Any] = []
     for factor, x in zip(factors, unfoldings(g, context.block_ndim, wanted)):
         if x is not None:
-            factor = _accumulated(factor, x, beta, share.added, product_dtype, context.donate)
+            factor = accumulated_factor(factor, x, beta, share.added, context.donate, product_dtype)
         found.append(factor)
     return u, tuple(found)
-
-
-def _counted(
-    updates: Tree, weight: Tree, beta: Hyper, known: tuple[Tree, ...], donate: bool
-) -> Tree:
-    """The weight of every block after its gradient."""
-
-    def count(u: Column, *rest: Column) -> tuple[Column, Column]:
-        *fine, w = rest
-        return u, add_weight(w, beta, fine, donate)
-
-    return update_columns(count, updates, (weight,), known)[1]
 
 
 def _share_of_new(beta: Hyper) -> Hyper:
@@ -241,13 +223,13 @@ def _share_of_new(beta: Hyper) -> Hyper:
     return 1.0 if beta == 1 else 1 - beta
 
 
-def _accumulated(
+def accumulated_factor(
     factor: Tensor,
     x: Tensor,
     beta: Hyper,
     weight: Hyper,
-    product_dtype: torch.dtype | None,
     donate: bool,
+    product_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """beta L_i + weight x xᵀ, of x = mat_i(G); beta may be one a row, (N,)."""
     if isinstance(beta, Tensor) and beta.ndim:

@@ -22,11 +22,11 @@ from funshampoo.operators.columns import (
     first_weights,
     lerp,
     multiply,
-    none_yet,
     only_alive,
     per_block,
     product,
     weights_over,
+    zeros_a_block,
 )
 from funshampoo.state.stages import EmaState, TraceState
 
@@ -108,11 +108,13 @@ def ema(
                 ahead = average_of(m, w, u, ahead_decay, fine, False, by_weight=by_weight)
             m, w = average_of(m, w, u, decay, fine, donate, by_weight=by_weight)
             if nesterov:
-                ahead = lerp(u, m, decay, False), add_weight(w, decay, fine, False)
+                next_weight = add_weight(w, decay, fine, False) if bias_correction else w
+                ahead = lerp(u, m, decay, False), next_weight
             value, total = ahead or (m, w)
             if bias_correction:
                 return corrected(value, total, fine), m, w
-            return copied(value), m, w  # copies: a later donated step writes into the state
+            # The average itself as a copy: a later donated step writes into the state.
+            return value if ahead else copied(value), m, w
 
         inputs = () if alive is None else (alive,)
         weights = state.weight if own_steps else weights_over(state.weight, updates)
@@ -166,7 +168,7 @@ def trace(
 
     def init(params: Tree, *, block_ndim: int = 0) -> TraceState:
         check_parameters(params, "trace")
-        seen = none_yet(params, block_ndim) if needs_seen else ()
+        seen = zeros_a_block(params, block_ndim) if needs_seen else ()
         return TraceState(zeros_like(params), seen)
 
     def update(

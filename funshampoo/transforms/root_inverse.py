@@ -20,6 +20,7 @@ from funshampoo.linalg import Solver
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype
 from funshampoo.linalg.products import power
+from funshampoo.linalg.solver import relative_cost
 from funshampoo.linalg.support import on_support
 from funshampoo.operators.columns import weights_over
 from funshampoo.operators.exponents import (
@@ -193,6 +194,7 @@ def root_inverse(
         counts=True,
         numbers=looked_up,
         flops=mode_flops,
+        refresh_cost=relative_cost(solve),
     )
 
 
@@ -227,6 +229,11 @@ class RootRule(Rule):
     def threaded(self) -> bool:
         """As the solver says."""
         return bool(getattr(self.solver, "threaded", False))
+
+    @property
+    def relative_cost(self) -> float:
+        """As the solver says."""
+        return relative_cost(self.solver)
 
     @property
     def reads_old(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
-from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
+from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import is_plain
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_columns
@@ -166,28 +166,21 @@ def scale_by_rms(
         return RmsState(zeros_like(params))
 
     def update(
-        updates: Tree,
-        state: RmsState,
-        params: Tree = None,
-        *,
-        gradient: Tree = None,
-        donate: bool = False,
-        alive: Tree = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: RmsState, params: Tree, context: Context
     ) -> tuple[Tree, RmsState]:
-        decay, damping = number(beta2, hyper), number(epsilon, hyper)
+        decay, damping = number(beta2, context.hyper), number(epsilon, context.hyper)
 
         def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, Column]:
             *fine, v = rest
             squares = _squares(g, v)
             if weighted:
-                v = average(v, squares, decay, fine, donate)
+                v = average(v, squares, decay, fine, context.donate)
             else:
-                v = add(decayed(v, decay, fine, donate), squares, donate)
+                v = add(decayed(v, decay, fine, context.donate), squares, context.donate)
             return _scaled(u, v, damping, squares), v
 
-        source = updates if gradient is None else gradient
-        known = () if alive is None else (alive,)
+        source = updates if context.gradient is None else context.gradient
+        known = () if context.alive is None else (context.alive,)
         out, second = update_columns(rescale, updates, (state.second,), (source, *known))
         return out, RmsState(second)
 
@@ -227,23 +220,16 @@ def scale_by_adagrad(
         return AdagradState(map_leaves(full, params))
 
     def update(
-        updates: Tree,
-        state: AdagradState,
-        params: Tree = None,
-        *,
-        gradient: Tree = None,
-        donate: bool = False,
-        alive: Tree = None,  # what is not enters as zeros, which change no sum
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: AdagradState, params: Tree, context: Context
     ) -> tuple[Tree, AdagradState]:
-        damping = number(epsilon, hyper)
+        damping = number(epsilon, context.hyper)
 
         def rescale(u: Column, g: Column, v: Column) -> tuple[Column, Column]:
-            squares = _squares(g, v)
-            v = add(v, squares, donate)
+            squares = _squares(g, v)  # of what is not alive, zeros, which change no sum
+            v = add(v, squares, context.donate)
             return _scaled(u, v, damping, squares), v
 
-        source = updates if gradient is None else gradient
+        source = updates if context.gradient is None else context.gradient
         out, second = update_columns(rescale, updates, (state.second,), (source,))
         return out, AdagradState(second)
 

@@ -16,7 +16,7 @@ from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
-from funshampoo.operators.columns import none_yet
+from funshampoo.operators.columns import zeros_a_block
 from funshampoo.operators.leaf_ops import add, on_device
 from funshampoo.state.averages import ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
@@ -66,7 +66,7 @@ def schedule_free(
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> ScheduleFreeState:
         check_parameters(params, "schedule_free")
         rate = LearningRateState(started(callable(learning_rate), clock))
-        zeros = functools.partial(none_yet, params, block_ndim)
+        zeros = functools.partial(zeros_a_block, params, block_ndim)
         return ScheduleFreeState(copies(params), copies(params), zeros(), zeros(), zeros(), rate)
 
     def update(

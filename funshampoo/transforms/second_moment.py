@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flags, check_range
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
+from funshampoo.core.live import is_exactly, number
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, update_columns
 from funshampoo.linalg.products import power as raised
@@ -107,17 +108,10 @@ def scale_by_second_moment(
         return SecondMomentState(zeros_like(params), weights)
 
     def update(
-        updates: Tree,
-        state: SecondMomentState,
-        params: Tree = None,
-        *,
-        gradient: Tree = None,
-        block_ndim: int = 0,
-        donate: bool = False,
-        alive: Tree = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: SecondMomentState, params: Tree, context: Context
     ) -> tuple[Tree, SecondMomentState]:
-        decay, least = number(beta2, hyper), number(epsilon, hyper)
+        decay, least = number(beta2, context.hyper), number(epsilon, context.hyper)
+        donate = context.donate
 
         def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, Column, Column]:
             *fine, v, w = rest
@@ -128,11 +122,11 @@ def scale_by_second_moment(
             else:
                 v, w = average_of(v, w, squares, decay, fine, donate, by_weight=own_steps)
             total = quotient(v, per_block(seen(w, fine), v)) if corrects else v
-            powers = [exponent_of(x.ndim - block_ndim) for x in total]
+            powers = [exponent_of(x.ndim - context.block_ndim) for x in total]
             return quotient(cast_like(u, v), _power(total, least, powers, damping)), v, w
 
-        known = () if alive is None else (alive,)
-        source = updates if gradient is None else gradient
+        known = () if context.alive is None else (context.alive,)
+        source = updates if context.gradient is None else context.gradient
         weight = state.weight if own_steps else weights_over(state.weight, updates)
         out, second, weight = update_columns(
             rescale, updates, (state.second, weight), (source, *known)

@@ -13,7 +13,7 @@ from funshampoo.core.needs import rate_of, required
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
-from funshampoo.operators.columns import none_yet
+from funshampoo.operators.columns import zeros_a_block
 from funshampoo.operators.leaf_ops import add, lerp, multiply, on_device, per_block
 from funshampoo.state.averages import TailAverageState
 
@@ -55,7 +55,7 @@ def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransform
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> TailAverageState:
         check_parameters(params, "tail_average")
-        weights = none_yet(params, block_ndim)
+        weights = zeros_a_block(params, block_ndim)
         return TailAverageState(copies(params), weights, started(waits, clock))
 
     def update(

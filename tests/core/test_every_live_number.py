@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funshampoo as fs
 from funshampoo import linalg
 from funshampoo.core.live import Live, is_live_argument, takes_live
+from funshampoo.recipes import RECIPES
 from funshampoo.state.stages import HyperparamsState
 from tests.trees import assert_close, assert_equal, gradients, problem
 
@@ -379,7 +380,15 @@ def test_injected_is_the_same_bit_for_bit_and_edits_reach_it(entry: Numbers) -> 
         assert_equal(floats, wanted)
 
 
-@every_entry
+# Of the recipes `make test` takes three here: the test above goes through all of them.
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.name, marks=[] if sooner else [pytest.mark.slow])
+        for entry in TABLE
+        for sooner in [entry.name not in RECIPES or entry.name in ("shampoo", "adamw", "muon")]
+    ],
+)
 def test_what_hyper_says_is_used_bit_for_bit(entry: Numbers) -> None:
     plain, params = built(entry, before(entry)), problem()
     first, then = steps_of(entry)

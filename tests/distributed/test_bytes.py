@@ -40,7 +40,7 @@ def test_a_step_moves_at_most_a_twentieth_more_than_its_pieces(ranks: int, sampl
     dtypes = {(0, i): torch.float32 for i in range(len(shapes))}
     moved = pieces = 0
     for rank in sample:
-        routes = find_routes(layout, shards, held, [False] * len(shapes), rank)
+        routes = find_routes(layout, shards.pieces, held, [False] * len(shapes), rank)
         for into, head in ((routes.gather.into, 0), (routes.scatter.into, HEAD)):
             moved += Messages(into, dtypes, head).bytes
             pieces += sum(4 * slot.piece.numel for peer in into for slot in peer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def train(rank: int, size: int, way: str, method: str) -> list[str]:
 
 PLACES = [("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp2 x tp", 4)]
 # By `make test`: every method where both ways meet, and in all places one whose state lies with
-# blocks, one that takes whole matrices, and one whose norm is summed over ranks.
+# blocks, and one whose norm is summed over ranks.
 SOONER = {("fsdp2 x tp", 4): METHODS.keys()}
 
 
@@ -157,7 +158,7 @@ SOONER = {("fsdp2 x tp", 4): METHODS.keys()}
         pytest.param(
             *place,
             method,
-            marks=[] if method in SOONER.get(place, ("shampoo", "muon", "clip")) else SLOW,
+            marks=[] if method in SOONER.get(place, ("shampoo", "clip")) else SLOW,
         )
         for place in PLACES
         for method in METHODS
@@ -209,6 +210,9 @@ def test_a_training_is_that_of_one_process(ranks: Ranks, way: str, size: int, me
 LONG = METHODS | {
     "shampoo": lambda p: fs.Shampoo(p, lr=0.01, every=3, max_size=8, momentum=0.9, stagger=True),
     "leaf by leaf": lambda p: fs.Optimizer(p, fs.guarded(fs.adamw(0.01), by_leaf=True)),
+    "in portions": lambda p: fs.Shampoo(
+        p, lr=0.01, every=3, max_size=8, distribute=functools.partial(fs.sharded, overlap=3)
+    ),
 }
 
 
@@ -248,6 +252,8 @@ def train_long(
     [
         # Counters on two meshes are looked at on the tenth step.
         ("fsdp2 x tp", 4, "leaf by leaf", 12),
+        ("fsdp2", 3, "in portions", 10),
+        pytest.param("hsdp", 4, "in portions", 20, marks=SLOW),
         *[
             pytest.param(*place, method, 20, marks=SLOW)
             for place in [*PLACES, ("fsdp2", 4)]

@@ -169,6 +169,7 @@ def all_recipes(rank: int) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
 def test_every_recipe_by_the_front_door(ranks: Ranks) -> None:
     for found in ranks(2, all_recipes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -100,6 +101,7 @@ def the_page(rank: int, folder: str) -> dict[str, bool]:
     return found
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page(ranks: Ranks, tmp_path: Path) -> None:
     for found in ranks(4, the_page, str(tmp_path)):
         assert found == dict.fromkeys(found, True)

@@ -152,6 +152,7 @@ def test_second_derivatives_of_iterations_are_right(make: str) -> None:
     torch.testing.assert_close((grad(slope)(A) * E).sum(), numerical, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["eigh", "eigh-shift", "newton_schulz", "pseudo_inverse"])
 def test_compiles_without_graph_breaks(make: str) -> None:
     solve = pseudo_inverse() if make == "pseudo_inverse" else MAKERS[make](1e-3)
@@ -161,6 +162,7 @@ def test_compiles_without_graph_breaks(make: str) -> None:
         torch.testing.assert_close(eager, graph)
 
 
+@pytest.mark.slow
 def test_coupled_newton_compiles_by_running_masked() -> None:
     solve = coupled_newton(relative_epsilon=0.0, max_iterations=8, retries=0)
     A = with_spectrum(orthogonal(3), log_spaced(3, 2), torch.float32)

@@ -107,14 +107,6 @@ def test_emerging_optimizers_are_their_equations(changes: dict[str, Any]) -> Non
         assert largest_difference(expected, plain_kl.emerging(w, grads, EMERGING)) > 1e-6
 
 
-def test_rekls_and_kl_soap_are_soap_with_options() -> None:
-    w, grads = start((6, 6)), gradients((6, 6))
-    for method, eigh in {"REKLS": True, "KL-SOAP (Emerging-Optimizers)": False}.items():
-        args = {**EMERGING, "use_kl_shampoo": True, "use_eigh": eigh}
-        found = trajectory(fs.from_published(method, **EMERGING), w, grads)
-        assert largest_difference(found, plain_kl.emerging(w, grads, args)) < 1e-9
-
-
 def test_either_name_takes_using_klsoap() -> None:
     w, grads = start((5, 4)), gradients((5, 4))
     found = trajectory(fs.from_published("KL-Shampoo", using_klsoap=True, **KL), w, grads)

@@ -9,14 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import funshampoo as fs
-from tests.optim.runs import (
-    assert_same,
-    copies,
-    grads_of,
-    moved,
-    parameters,
-    run,
-)
+from tests.optim.runs import assert_same, copies, grads_of, moved, parameters, run
 from tests.optim.test_groups import two_groups
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -158,10 +151,14 @@ def _wrong(kind: str, params: Any) -> Any:
         ("sgd", "no state_dict of torch.optim.AdamW"),
     ],
 )
-def test_what_does_not_fit_is_an_error_that_changes_nothing(kind: str, message: str) -> None:
+@pytest.mark.parametrize("method", [fs.adamw, fs.shampoo])
+def test_what_does_not_fit_is_an_error_that_changes_nothing(
+    method: Any, kind: str, message: str
+) -> None:
+    """As it is, and in blocks, which are cut from the moments."""
     params = parameters()
     wrong = _wrong(kind, parameters())
-    optimizer = fs.Optimizer(params.items(), fs.adamw, **OPTIONS)
+    optimizer = fs.Optimizer(params.items(), method, **OPTIONS)
     run(optimizer, params, grads_of(2))
     state = {n: x.clone() for p in params.values() for n, x in optimizer.state[p].items()}
     before = copies(params)

@@ -261,6 +261,12 @@ def test_the_table_says_what_the_state_holds() -> None:
     assert text.splitlines()[-1].startswith("7 parameters, ")
     plain = fs.Shampoo([nn.Parameter(torch.zeros(2, 2))])
     assert fs.routing_table(plain).rows[0][:4] == ("param_0", (2, 2), "", "shampoo")
+
+    def mine(learning_rate: float, **more: Any) -> fs.GradientTransformation:
+        return fs.shampoo(learning_rate, **more)
+
+    keywords = fs.Optimizer([torch.nn.Parameter(torch.ones(8, 8))], mine, lr=0.1, max_size=2)
+    assert fs.routing_table(keywords).rows[0][3:6] == ("mine", 0.1, 16)
     with pytest.raises(TypeError, match="a SGD is no funshampoo.Optimizer"):
         fs.routing_table(torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
 

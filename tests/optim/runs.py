@@ -75,7 +75,7 @@ REFERENCE = Method(
 )
 BARE = Method("bare", fs.chain(fs.scale_by_adam(0.8, 0.95), fs.trace(0.5)), {"lr": 0.05})
 CLASS = Method("Shampoo", None, {"lr": 0.05, "every": 3, "max_size": 4, "weight_decay": 0.1})
-METHODS = [SHAMPOO, EVERYTHING, SGD, ADAMW, REFERENCE, BARE, CLASS]
+METHODS = [EVERYTHING, SGD, ADAMW, REFERENCE, BARE, CLASS]
 
 Named = dict[str, Parameter]
 Grads = list[dict[str, Tensor]]

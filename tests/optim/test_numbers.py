@@ -1,8 +1,6 @@
-"""The wrapper computes what the functional loop computes, and what torch.optim does."""
+"""The wrapper computes what the functional loop does, which tests/test_torch_optim.py knows."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -21,43 +19,6 @@ from tests.optim.runs import (
     parameters,
     run,
 )
-
-optim = torch.optim
-PAIRS: list[tuple[str, Any, Any, dict[str, Any]]] = [
-    ("adamw", fs.adamw, optim.AdamW, {"lr": 1e-2}),
-    (
-        "adamw_options",
-        fs.adamw,
-        optim.AdamW,
-        {"lr": 1e-2, "betas": (0.8, 0.95), "epsilon": 1e-3, "weight_decay": 0.3},
-    ),
-    ("adamw_maximize", fs.adamw, optim.AdamW, {"lr": 1e-2, "maximize": True}),
-    ("sgd", fs.sgd, optim.SGD, {"lr": 0.1}),
-    (
-        "sgd_nesterov",
-        fs.sgd,
-        optim.SGD,
-        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    ),
-    (
-        "sgd_maximize",
-        fs.sgd,
-        optim.SGD,
-        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": True},
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("method", "theirs", "options"), [p[1:] for p in PAIRS], ids=[p[0] for p in PAIRS]
-)
-def test_agrees_with_torch_optim(method: Any, theirs: Any, options: dict[str, Any]) -> None:
-    ours, other = parameters(), parameters()
-    their_names = {"epsilon": "eps"}
-    twin = theirs(other.values(), **{their_names.get(k, k): v for k, v in options.items()})
-    run(fs.Optimizer(ours.values(), method, **options), ours, grads_of(20))
-    run(twin, other, grads_of(20))
-    assert_same(ours, other, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funshampoo as fs
 from funshampoo.distributed.ownership import works_of
+from funshampoo.operators.exponents import without_vectors
 from funshampoo.plan.scopes import scopes_of
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -31,6 +32,13 @@ def of_matrices(block: tuple[int, ...]) -> list[bool]:
     return [len(block) > 1] * len(block)
 
 
+def in_bases(
+    inner: fs.GradientTransformation, sides: Any = of_matrices
+) -> list[fs.GradientTransformation]:
+    statistics = fs.kronecker_statistics(sides=without_vectors(sides))
+    return [statistics, fs.in_eigenbasis(inner, 100)]
+
+
 STEP = 5  # which refreshes nothing, and is no multiple of 2 or 3
 TRANSFORMATIONS: dict[str, Callable[[], fs.GradientTransformation]] = {
     "shampoo": lambda: fs.shampoo(0.1, every=100),
@@ -38,6 +46,21 @@ TRANSFORMATIONS: dict[str, Callable[[], fs.GradientTransformation]] = {
     "one_sided": lambda: fs.shampoo(0.1, every=100, sides="smaller"),
     "one_exponent": lambda: fs.shampoo(0.1, every=100, exponents={2: {0: 0.0}}),
     "soap": lambda: fs.soap(0.1, every=100),
+    "eigenvalue_shampoo": lambda: fs.eigenvalue_shampoo(0.1, every=100),
+    "first_moment_off": lambda: fs.eigenvalue_shampoo(0.1, beta1=0.0, every=100),
+    "third_turn_one_sided": lambda: fs.blocked(
+        fs.chain(fs.ema(), *in_bases(fs.scale_by_adam(), sides="smaller")), 64
+    ),
+    "gradient_unread": lambda: fs.blocked(fs.chain(fs.ema(), *in_bases(fs.trace())), 64),
+    "changed_in_a_chain": lambda: fs.blocked(
+        fs.chain(fs.chain(fs.trace()), fs.chain(*in_bases(fs.scale_by_adam()))), 64
+    ),
+    "changed_outside": lambda: fs.chain(
+        fs.ema(), fs.blocked(fs.chain(*in_bases(fs.scale_by_adam())), 64)
+    ),
+    "every_step": lambda: fs.blocked(
+        fs.chain(fs.ema(), fs.every_k(fs.chain(*in_bases(fs.scale_by_adam())), 1)), 64
+    ),
     "soap_one_sided": lambda: fs.soap(0.1, every=100, sides="smaller"),
     "muon": lambda: fs.muon(0.1),
     "muon_gram": lambda: fs.blocked(fs.orthogonalize(gram=True, vectors="pass"), None),
@@ -120,4 +143,4 @@ def test_a_stage_of_your_own_states_its_products() -> None:
     tx = fs.blocked(fs.wrapping(inner, lambda run, updates, own: (run(updates), own)), None)
     state = tx.init({"w": torch.zeros(3, 2)})
     work = works_of(tx, {"3x2": (3, 2)}, state)["3x2"]
-    assert work == ((3, 2), 2 * 2 * 6 * (3 + 2) + 20 + 2)
+    assert work == ((3, 2), 2 * 2 * 6 * (3 + 2) + 20 + 2, 1.0)

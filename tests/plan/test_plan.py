@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import subprocess
@@ -186,6 +187,32 @@ def test_matrices_of_muon_cost_what_their_products_cost() -> None:
     assert found.stacks["b"].seconds == (30 * cost.per_element, 0.0, 0.0)
 
 
+REFRESHES: dict[str, tuple[Any, float]] = {
+    "eigh": (fs.shampoo, 1.0),
+    "qr": (fs.soap, 0.8),
+    "by_rank": (fs.eigenvalue_shampoo, 0.85),
+    "coupled_newton": (functools.partial(fs.shampoo, solver=fs.linalg.coupled_newton()), 9.0),
+    "newton_schulz": (functools.partial(fs.shampoo, solver=fs.linalg.newton_schulz()), 7.0),
+    "function": (functools.partial(fs.shampoo, solver=lambda *args: fs.linalg.eigh()(*args)), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", REFRESHES)
+def test_a_refresh_costs_what_its_solver_or_basis_states(name: str) -> None:
+    """And it weighs so in the balance; everything else of the model is as it was."""
+    recipe, relative = REFRESHES[name]
+    shapes, cost = {"w": (96, 32), "small": (24, 24), "b": (64,)}, CostModel()
+    for tx in (recipe(0.1), recipe(0.1, distribute=functools.partial(fs.sharded, every=10))):
+        found = plan(shapes, 2, transformation=tx).stacks
+        for stack in (found["96x32"], found["24x24"]):
+            assert stack.seconds.roots == relative * cost.roots(stack.block) / 10
+            assert stack.seconds.memory == cost.memory(stack.block)
+    state = tx.init({n: torch.zeros(shape) for n, shape in shapes.items()})
+    works = works_of(tx, {"96x32": (96, 32), "64": (64,)}, state)
+    assert [works[n].refresh_cost for n in ("96x32", "64")] == [relative, relative]
+    assert works["64"].sides == ()
+
+
 def test_what_the_parts_of_a_partition_gather() -> None:
     """Two collectives, each of shards as long as its largest."""
     tx = fs.muon(0.1, distribute=fs.sharded)
@@ -317,20 +344,6 @@ def test_bad_weights() -> None:
         CostModel(root_cubic=-1.0)
 
 
-def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The program as a user runs it; a warning is an error."""
-    command = [sys.executable, "-W", "error", "-m", "funshampoo.plan", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT
-    )
-
-
-def test_the_program_prints_the_plan() -> None:
-    done = program("--model", "gpt2", "--ranks", "8", "--block-size", "512", "--every", "5")
-    assert not done.stderr
-    assert done.stdout == f"gpt2\n{plan('gpt2', 8, max_size=512, every=5)}\n"
-
-
 @pytest.mark.parametrize("method", fs.recipes.__all__)
 def test_the_program_plans_every_recipe(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     from funshampoo.plan.__main__ import main
@@ -365,14 +378,17 @@ def test_the_program_names_a_bad_option(
     assert message in capsys.readouterr().err
 
 
-def test_another_process_finds_the_same_owners_and_plan_is_a_function_there() -> None:
+def test_another_process_finds_the_same_owners_and_plan_is_a_function_and_a_program() -> None:
     """Whatever has been imported, and under another hash seed."""
     script = (
-        "import funshampoo, funshampoo.plan, importlib;"
-        "importlib.import_module('funshampoo.plan');"
+        "import runpy, sys;"
+        "sys.argv[1:] = '--model gpt2 --ranks 8 --block-size 512 --every 5'.split();"
+        "runpy.run_module('funshampoo.plan', run_name='__main__');"
+        "import funshampoo, importlib;"
         "importlib.import_module('funshampoo.plan.__main__');"
         "print(funshampoo.plan('resnet-50', 8).stacks)"
     )
     command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.stdout, done.stderr) == (f"{plan('resnet-50', 8).stacks}\n", "")
+    program = f"gpt2\n{plan('gpt2', 8, max_size=512, every=5)}\n"
+    assert (done.stdout, done.stderr) == (f"{program}{plan('resnet-50', 8).stacks}\n", "")

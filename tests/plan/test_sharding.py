@@ -40,12 +40,13 @@ def test_the_plan_counts_the_bytes_of_all_messages(sharding: Any, mesh: tuple[in
         ]
         for at in itertools.product(*map(range, mesh))
     ]
-    held, blocks = Held(everyone), {n: s.block for n, s in layout.stacks.items()}
+    nodes = [rank // 2 for rank in range(len(everyone))]
+    held, blocks = Held(everyone, nodes), {n: s.block for n, s in layout.stacks.items()}
     works = works_of(tx, blocks, tx.init(params))
     costs = {n: DEFAULT_COST.block(block, 10, *works[n]) for n, block in blocks.items()}
     shards = near_shards(layout, costs, held)
     for rank in range(held.size):
-        routes = find_routes(layout, shards, held, [False] * len(SHAPES), rank)
+        routes = find_routes(layout, shards.pieces, held, [False] * len(SHAPES), rank)
         for moved, across, route in (
             (found.gathered, found.gathered_across, routes.gather),
             (found.scattered, found.scattered_across, routes.scatter),

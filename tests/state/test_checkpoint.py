@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
 
 import funshampoo as fs
-from funshampoo.state import (
-    KroneckerState,
-    find_state,
-    load_state_dict,
-    seed_from_adamw,
-    state_dict,
-)
+from funshampoo.state import KroneckerState, find_state, load_state_dict, state_dict
 from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
 from tests.table import Case, every_case
 from tests.trees import assert_equal, gradients, problem, tensors, train
-
-
-def through_a_file(saved: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.slow  # check_stage resumes each of them from a file, and goes on
-@every_case
-def test_a_saved_state_comes_back_bit_for_bit(case: Case) -> None:
-    tx, params = case.make(), problem()
-    _, _, state = train(tx, params, gradients(3), fs.apply_updates)
-    saved = state_dict(state)
-    assert all(isinstance(x, torch.Tensor) for x in saved.values())
-    loaded = load_state_dict(case.make().init(params), through_a_file(saved))
-    assert_equal(loaded.state, state)
-    assert loaded.missing == loaded.unknown == []
 
 
 @every_case
@@ -197,78 +171,6 @@ def test_another_solver_takes_over_at_the_next_refresh() -> None:
         _, state = other.update(g, state, params)
         root = state["blocked"].inner.inner["graft"].direction.kept["6x5"][0].value[0]
         assert torch.equal(root, old) == (step < 3)
-
-
-@pytest.mark.parametrize("max_size", [3, 4, None])
-def test_adamw_seeds_the_moments_of_every_block(max_size: int | None) -> None:
-    """Against direct slicing: the second moment of grafting, the filter, and their corrections."""
-    params = {"b": torch.randn(5, dtype=torch.float64), "w": torch.randn(7, 8, dtype=torch.float64)}
-    leaves = [p.clone().requires_grad_() for p in (params["w"], params["b"])]  # another order
-    adamw = torch.optim.AdamW(leaves, betas=(0.8, 0.95))
-    for seed in range(3):
-        for leaf in leaves:
-            leaf.grad = torch.randn(
-                leaf.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-            )
-        adamw.step()
-    tx = fs.shampoo(0.1, max_size=max_size)
-    state = seed_from_adamw(tx.init(params), adamw.state_dict(), ["w", "b"])
-    saved = state_dict(state)
-    size = max_size or 8
-    for name, index in (("w", 0), ("b", 1)):
-        entry = adamw.state_dict()["state"][index]
-        for field, moment in (("graft/onto/second", "exp_avg_sq"), ("ema/average", "exp_avg")):
-            blocks = [n for n in saved if n.startswith(f"{name}/") and n.endswith(field)]
-            assert blocks
-            for block in blocks:
-                at = [int(i) for i in block.split("/")[1].split("_")[1:]]
-                part = entry[moment][tuple(slice(i * size, (i + 1) * size) for i in at)]
-                assert torch.equal(saved[block], part), block
-        for field, beta in (("graft/onto/second_weight", 0.95), ("ema/weight", 0.8)):
-            weights = [x for n, x in saved.items() if n.startswith(name) and n.endswith(field)]
-            assert weights
-            assert all(float(w) == pytest.approx(1 - beta**3, abs=1e-15) for w in weights)
-    _, new = tx.update(params, state, params)
-    assert all(torch.isfinite(x).all() for x in tensors(new))
-
-
-def test_an_adamw_run_goes_on_as_if_nothing_had_happened() -> None:
-    params = {k: v for k, v in problem().items() if k == "w"}
-    leaf = params["w"].clone().requires_grad_()
-    theirs = torch.optim.AdamW([leaf], lr=0.1)
-    grads = gradients(6)
-    for g in grads[:3]:
-        leaf.grad = g["w"].clone()
-        theirs.step()
-    tx = fs.adamw(0.1)
-    now = {"w": leaf.detach().clone()}
-    state = seed_from_adamw(tx.init(now), theirs.state_dict(), ["w"])
-    for g in grads[3:]:
-        leaf.grad = g["w"].clone()
-        theirs.step()
-        updates, state = tx.update({"w": g["w"]}, state, now)
-        now = fs.apply_updates(now, updates)
-    assert torch.allclose(now["w"], leaf, rtol=1e-12, atol=0)
-
-
-def test_seeds_that_do_not_fit_are_errors() -> None:
-    leaf = torch.ones(3, requires_grad=True)
-    adamw = torch.optim.AdamW([leaf])
-    leaf.grad = torch.ones(3)
-    adamw.step()
-    saved, state = adamw.state_dict(), fs.adamw().init({"w": torch.zeros(3)})
-    with pytest.raises(ValueError, match="has 1 parameters, `names` 2"):
-        seed_from_adamw(state, saved, ["w", "b"])
-    with pytest.raises(ValueError, match="names"):
-        seed_from_adamw(state, saved, ["v"])
-    with pytest.raises(ValueError, match="'w' has other shapes"):
-        seed_from_adamw(fs.adamw().init({"w": torch.zeros(4)}), saved, ["w"])
-    with pytest.raises(ValueError, match="no moments"):
-        seed_from_adamw(fs.sgd(0.1).init({"w": torch.zeros(3)}), saved, ["w"])
-    sgd = torch.optim.SGD([leaf], momentum=0.9)
-    sgd.step()
-    with pytest.raises(ValueError, match=r"no state_dict of torch\.optim\.AdamW"):
-        seed_from_adamw(state, sgd.state_dict(), ["w"])
 
 
 def test_a_number_of_all_blocks_is_kept_where_a_parameter_is_new() -> None:

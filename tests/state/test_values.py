@@ -28,9 +28,14 @@ from tests.trees import assert_equal, gradients, problem, train
 TX = fs.shampoo(0.1, every=3, max_size=4, momentum=0.9, spike_factor=1e3)
 
 
-def saved(tx: Any = TX, steps: int = 4) -> dict[str, Tensor]:
+@functools.cache
+def _saved(tx: Any, steps: int) -> dict[str, Tensor]:
     _, _, state = train(tx, problem(), gradients(steps), fs.apply_updates)
-    return {name: x.clone() for name, x in state_dict(state).items()}
+    return state_dict(state)
+
+
+def saved(tx: Any = TX, steps: int = 4) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in _saved(tx, steps).items()}
 
 
 def without_the_last(g: Tensor) -> Tensor:
@@ -42,14 +47,13 @@ def without_the_last(g: Tensor) -> Tensor:
     return g
 
 
-@pytest.mark.parametrize("untouched", [False, True])
 @every_case
-def test_what_a_run_leaves_is_never_refused(case: Case, untouched: bool) -> None:
-    """Also after gradients that are None, zero, huge or tiny, and, under a guard, not finite."""
+def test_what_a_run_leaves_is_never_refused(case: Case) -> None:
+    """Also after gradients that are None, zero, huge or tiny, and, under a guard, not finite; also
+    while some coordinates have not had any."""
     tx, params = case.make(), problem()
     grads = gradients(6)
-    if untouched:
-        grads = [map_leaves(without_the_last, g) for g in grads]
+    grads[:3] = [map_leaves(without_the_last, g) for g in grads[:3]]
     grads[1] = map_leaves(torch.zeros_like, grads[1])
     grads[2] = map_leaves(lambda g: g * 1e-160, grads[2])
     grads[3] = map_leaves(lambda g: g * 1e6, grads[3])
@@ -131,9 +135,9 @@ FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-@pytest.mark.parametrize("strict", [True, False])
-def test_impossible_values_are_refused_by_name(fault: Any, strict: bool) -> None:
+def test_impossible_values_are_refused_by_name(fault: Any) -> None:
     name, change, reason = fault
+    strict = fault != FAULTS["held_ahead"]
     found = saved()
     found[name] = change(found[name])
     state = TX.init(problem())

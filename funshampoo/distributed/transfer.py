@@ -1,0 +1,240 @@
+"""The transport of sharded parameters: gradients to the owners, and updates to the holders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.blocks.executor import Leaves
+from funshampoo.blocks.portions import Portion
+from funshampoo.core.placed import local_part
+from funshampoo.distributed.collectives import ProcessGroup, all_to_all_into
+from funshampoo.distributed.parts import Parts
+from funshampoo.distributed.pieces import as_view
+from funshampoo.distributed.routes import GRADIENTS, HEAD, PARAMETERS, Messages, Slot
+from funshampoo.distributed.shards import STATUS
+
+Memory = dict[Any, tuple[Tensor, list[Tensor]]]
+
+
+class TransferForm(NamedTuple):
+    """The collectives of a `Transfer`, each as the messages out and those in; a `Form`."""
+
+    gathers: Sequence[tuple[Messages, Messages]]
+    scatter: tuple[Messages, Messages]
+    device: torch.device
+    group: ProcessGroup | None
+
+    def met(self, word: float) -> Tensor:
+        """See `Form`."""
+        status = torch.zeros(STATUS, dtype=torch.float32, device=self.device)
+        status[0] = word
+        for out, into in (*self.gathers, self.scatter):
+            sending, arriving = out.buffer(self.device), into.buffer(self.device)
+            if out is self.scatter[0]:
+                out.put_head(sending, status)
+            all_to_all_into(arriving, into.splits, sending, out.splits, self.group)
+        return into.heads(arriving)
+
+
+class Transfer:
+    """One step's way: all_to_all_single of the bytes that have to move; a `Transport`.
+
+    There is one back, and one to the owners for every portion of the rows. Those begin all at once;
+    each is waited for when its portion is to be stepped, so that the others come meanwhile. On CUDA
+    NCCL runs them on a stream of its own, and it is the stream of the step that waits.
+
+    Args:
+        leaves: gradients, and parameters where some are shown.
+        portions: how many; as on every other rank.
+        dtype: of the updates on the way.
+        memory: of earlier steps, used again.
+
+    Attributes:
+        cuts: the rows of this rank in each portion.
+        updates: after `meet`, the updates of this rank's parts in their merged shapes; new tensors.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        leaves: Leaves,
+        portions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: ProcessGroup | None,
+        memory: Memory,
+    ) -> None:
+        self._parts, self._leaves, self._group = parts, leaves, group
+        self._incoming = parts.incoming(leaves.shown, portions)
+        self._scatter = parts.routes(leaves.shown).scatter
+        self.cuts = [incoming.rows for incoming in self._incoming]
+        self._device, self._dtype, self._memory = device, dtype, memory
+        self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
+        stacks = parts.layout.stacks
+        shapes = {s: (rows, *stacks[s].block) for s, rows in parts.rows.items()}
+        numel = [torch.Size(shape).numel() for shape in shapes.values()]
+        if "sent" not in memory:
+            memory["sent"] = torch.zeros(sum(numel), dtype=dtype, device=device), []
+        self.sent = memory["sent"][0]
+        split = torch.split(self.sent, numel)
+        self.places = {s: x.view(shape) for (s, shape), x in zip(shapes.items(), split)}
+        self._flat: dict[tuple[int, int], Tensor | None] = {}
+        self._ways: list[tuple[Messages, Messages]] = []  # of the collectives that were met
+        self._coming: list[Callable[[], list[Tensor]]] = []
+        self._come: dict[int, dict[int, dict[str, Tensor]]] = {}  # {portion: {column: stacks}}
+        self.updates: list[Tensor] = []
+
+    def gather(self) -> None:
+        """Send what this rank has of all rows. All ranks have to come."""
+        leaves = self._leaves
+        columns = {GRADIENTS: leaves.gradients, PARAMETERS: leaves.parameters or ()}
+        way = {
+            (column, i): _dtype_on_the_way(x, leaves, i)
+            for column, tensors in columns.items()
+            for i, x in enumerate(tensors)
+        }
+        failure: BaseException | None = None
+        for incoming in self._incoming:
+            out, into = self._parts.messages(incoming.route, way, 0)
+            self._ways.append((out, into))
+            sending, views = self._buffer("gather out", out)
+            try:
+                for column, tensors in columns.items() if not self._flat else ():
+                    self._flat |= {(column, i): _contiguous(x) for i, x in enumerate(tensors)}
+                _fill(views, [self._find(slot) for slot in out.slots])
+            except BaseException as error:  # whatever it is: the others are waiting
+                failure = failure or error
+            self._coming.append(self._meet("gather in", sending, out, into, len(self.cuts) == 1))
+        if failure is not None:
+            raise failure
+
+    def _find(self, slot: Slot) -> Tensor | None:
+        """What is here of a piece, of this rank's part; None where there is no gradient."""
+        x = self._flat[slot.column, slot.parameter]
+        return None if x is None else as_view(x, slot.piece.shape, slot.piece.local)
+
+    def rows_of(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """The gradients of these rows of this rank, and their parameters, if any are shown.
+
+        Args:
+            portion: of one of the `cuts`, or a part of one.
+        """
+        at = next(
+            i
+            for i, cut in enumerate(self.cuts)
+            if all(s in cut and cut[s].start <= r.start < cut[s].stop for s, r in portion.items())
+        )
+        if at not in self._come:
+            self._come.clear()  # the one before is not needed any more
+            self._come[at] = self._put_together(at)
+        cut = self.cuts[at]
+        parts = {
+            column: {s: x[s].narrow(0, r.start - cut[s].start, len(r)) for s, r in portion.items()}
+            for column, x in self._come[at].items()
+        }
+        return parts[GRADIENTS], parts.get(PARAMETERS)
+
+    def _put_together(self, at: int) -> dict[int, dict[str, Tensor]]:
+        """{column: {stack: the rows of a portion}}, when it has come."""
+        came = self._coming[at]()
+        route, (_, into) = self._incoming[at].route, self._ways[at]
+        columns = (GRADIENTS,) if self._leaves.shown is None else (GRADIENTS, PARAMETERS)
+        found = {column: self._zeros(self.cuts[at]) for column in columns}
+        targets = [
+            as_view(found[slot.column][slot.stack], slot.piece.shape, slot.piece.rows)
+            for slot in [*route.stay, *into.slots]
+        ]
+        _fill(targets, [*[self._find(slot) for slot in route.stay], *came])
+        return found
+
+    def meet(self) -> Tensor:
+        """See `Transport`. All ranks have to come."""
+        route, layout = self._scatter, self._parts.layout
+        for come in self._coming:  # also of rows that were not stepped: buffers are used again
+            come()
+        way = {(GRADIENTS, i): self._dtype for i in range(len(layout.parameters))}
+        out, into = self._parts.messages(route, way, HEAD)
+        self._ways.append((out, into))
+        sending, views = self._buffer("scatter out", out)
+
+        def find(slot: Slot) -> Tensor:
+            return as_view(self.places[slot.stack], slot.piece.shape, slot.piece.rows)
+
+        _fill(views, [find(slot) for slot in out.slots])
+        out.put_head(sending, self.status)
+        came = self._meet("scatter in", sending, out, into)()
+        self.updates = [
+            torch.empty(held.shape, dtype=self._dtype_of(i), device=self._device)
+            for i, held in enumerate(self._parts.held)
+        ]
+        targets = [
+            as_view(self.updates[slot.parameter], slot.piece.shape, slot.piece.local)
+            for slot in [*route.stay, *into.slots]
+        ]
+        _fill(targets, [*[find(slot) for slot in route.stay], *came])
+        if self._parts.size == 1:
+            return self.status.unsqueeze(0)
+        return into.heads(self._buffer("scatter in", into)[0])
+
+    def form(self) -> TransferForm:
+        """See `Transport`."""
+        *gathers, scatter = self._ways
+        return TransferForm(gathers, scatter, self._device, self._group)
+
+    def _zeros(self, cut: Portion) -> dict[str, Tensor]:
+        stacks = self._parts.layout.stacks
+        return {
+            s: torch.zeros(len(rows), *stacks[s].block, dtype=stacks[s].dtype, device=self._device)
+            for s, rows in cut.items()
+        }
+
+    def _dtype_of(self, parameter: int) -> torch.dtype:
+        regions = self._parts.layout.parameters[parameter].regions
+        return self._parts.layout.stacks[regions[0].stack].dtype if regions else torch.float32
+
+    def _buffer(self, name: str, messages: Messages) -> tuple[Tensor, list[Tensor]]:
+        key = name, id(messages)
+        if key not in self._memory:
+            buffer = messages.buffer(self._device)
+            self._memory[key] = buffer, messages.views(buffer)
+        return self._memory[key]
+
+    def _meet(
+        self, name: str, sending: Tensor, out: Messages, into: Messages, wait: bool = True
+    ) -> Callable[[], list[Tensor]]:
+        """A function that waits, and returns what the others sent; views."""
+        if self._parts.size == 1:
+            return list
+        arriving, views = self._buffer(name, into)
+        args = arriving, into.splits, sending, out.splits, self._group
+        arrived = all_to_all_into(*args, wait=wait)
+
+        def came() -> list[Tensor]:
+            arrived()
+            return views
+
+        return came
+
+
+def _contiguous(x: Any) -> Tensor | None:
+    return None if x is None else local_part(x).detach().contiguous()
+
+
+def _dtype_on_the_way(x: Any, leaves: Leaves, i: int) -> torch.dtype:
+    """A tensor's own; of a missing gradient the parameter's, which the other ranks' has."""
+    dtype: torch.dtype = (leaves.parameters[i] if x is None and leaves.parameters else x).dtype
+    return dtype
+
+
+def _fill(targets: list[Tensor], sources: Sequence[Tensor | None]) -> None:
+    """Copy what is there, cast; zeros for what is not."""
+    pairs = [(a, b) for a, b in zip(targets, sources) if b is not None]
+    if pairs:
+        torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
+    for target, source in zip(targets, sources):
+        if source is None:
+            target.zero_()
