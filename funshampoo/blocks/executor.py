@@ -125,7 +125,8 @@ class Executor:
 
     def __init__(self, layout: Layout, size: TileSize) -> None:
         self.layout, self.parts = layout, Parts(layout)
-        self._device = next((s.device for s in layout.stacks.values()), torch.device("cpu"))
+        devices = [stack.device for stack in layout.stacks.values()]
+        self._device = devices[0] if devices else torch.device("cpu")
         self._size = size
         self._ids = block_ids(layout)
         self._whole = {name: range(stack.rows) for name, stack in layout.stacks.items()}
@@ -239,21 +240,23 @@ class Executor:
         refresh: bool,
     ) -> list[Portion]:
         """The tiles of each cut, without what is missing."""
-        key = tuple([tuple(cut.items()) for cut in cuts]), donate, refresh
-        if key not in self._portions:
-            size = self._size if donate else None
-            self._portions[key] = []
-            for cut in cuts:
-                blocks = {n: (self.layout.stacks[n].block, len(rows)) for n, rows in cut.items()}
-                self._portions[key] += [
+        found = [cut for cut in cuts if cut or len(cuts) == 1]
+        if donate:
+            key = tuple([tuple(cut.items()) for cut in found]), refresh
+            if key not in self._portions:
+                self._portions[key] = [
                     {n: range(cut[n].start + r.start, cut[n].start + r.stop) for n, r in t.items()}
-                    for t in tiles_for(blocks, size, self._device, refresh=refresh)
-                    if t or len(cuts) == 1
+                    for cut in found
+                    for t in self._tiles(cut, refresh)
                 ]
-        found = self._portions[key]
+            found = self._portions[key]
         return (
             [part for portion in found for part in without(portion, missing)] if missing else found
         )
+
+    def _tiles(self, cut: Portion, refresh: bool) -> list[Portion]:
+        blocks = {n: (self.layout.stacks[n].block, len(rows)) for n, rows in cut.items()}
+        return tiles_for(blocks, self._size, self._device, refresh=refresh)
 
     def _state_rows(self, own: dict[str, range]) -> StateRows:
         key = tuple(own.items())

@@ -166,8 +166,12 @@ def _zeros(x: Tensor) -> Tensor:
 def _all_finite(tree: Tree, like: Tensor) -> Tensor:
     """() bool on the device of `like`, without a sync."""
     leaves = [x for x in flatten(tree)[0] if x is not None]
-    flags = [x.to(like.device) for x in whole_numbers([torch.isfinite(x).all() for x in leaves])]
-    return torch.stack(flags).all() if flags else torch.ones_like(like, dtype=torch.bool)
+    flags = whole_numbers(
+        [(~torch.isfinite(x)).any() for x in leaves]
+    )  # 2.8 adds up all() of parts
+    if not flags:
+        return torch.ones_like(like, dtype=torch.bool)
+    return ~torch.stack([x.to(like.device) for x in flags]).any()
 
 
 def _add_if(finite: Tensor, u: Tensor | None, total: Tensor) -> Tensor:

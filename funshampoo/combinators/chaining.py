@@ -135,11 +135,14 @@ def _run(
     """(updates, states) of the stages; `in_place` the last one adds to the parameters."""
     last = len(stages) - 1 if in_place else None
     states: dict[str, State] = {}
-    previous = (*context.previous, *[x for name, x in state.items() if name != CLOCK])
-    inside = Context(context.upstream, previous, *context[2:])
+    others: list[Any]
+    upstream, previous, *others = context
+    previous = (*previous, *[x for name, x in state.items() if name != CLOCK])
+    inside = Context(upstream, previous, *others)
     for name, stage in stages.items():
         if states:  # what somebody has looked at is what the first stage gets
-            inside = Context((*context.upstream, *states.values()), *inside[1:-1], False)
+            known = [(*upstream, *states.values()), previous, *others[:-1], False]
+            inside = Context(*known)
         if len(states) == last:
             states[name] = applied(stage, updates, state[name], params, inside)
         else:

@@ -96,7 +96,8 @@ class Job:
         kept = self.kept
         for rows, found in self._results() if donate else [(self.rows, self._joined())]:
             if self._alive is not None:
-                found = found._replace(known=found.known & (taken(self._alive, rows) > 0))
+                alive = found.known & (taken(self._alive, rows) > 0)
+                found = Outcome(*found[:-1], alive)  # torch 2.8 can't trace _replace
             take = functools.partial(taken, rows=rows)
             write = functools.partial(written, rows=rows, donate=donate)
             kept = map_leaves(write, kept, renewed(found, map_leaves(take, kept), self.rule))

@@ -331,6 +331,29 @@ def test_one_transformation_on_two_meshes(ranks: Ranks) -> None:
     assert ranks(4, on_two_meshes, 4) == [[]] * 4
 
 
+PUBLISHED = ("Muon", "NorMuon", "SOAP", "KL-SOAP", "KL-SOAP-H (hyperball)", "REKLS", "SPlus")
+
+
+def published(rank: int, size: int) -> list[str]:
+    """Methods of others, on half of a matrix and on all of it."""
+    mesh, differing = init_device_mesh("cpu", (size,)), []
+    for method in PUBLISHED:
+        tx, generator = fs.from_published(method), torch.Generator().manual_seed(0)
+        w, *grads = torch.randn(4, 6, 4, generator=generator)
+        sharded, state = distribute_tensor(w, mesh, [Shard(0)]), tx.init([w])
+        parts = tx.init([sharded])
+        for g in grads:
+            (u,), parts = tx.update([distribute_tensor(g, mesh, [Shard(0)])], parts, [sharded])
+            (v,), state = tx.update([g], state, [w])
+            sharded, w = fs.apply_updates([sharded, w], [u, v])
+        differing += [] if full(sharded).equal(w) else [method]
+    return differing
+
+
+def test_published_methods_take_sharded_parameters(ranks: Ranks) -> None:
+    assert ranks(2, published, 2) == [[]] * 2
+
+
 def gradients(step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     return [torch.randn(p.shape, generator=generator) for p in model().parameters()]
