@@ -29,7 +29,7 @@ from funshampoo.core.contract import GradientTransformation, Tree, as_transforma
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
 from funshampoo.core.parameters import check_local, problem_of_gradients
 from funshampoo.core.placed import any_in_parts, part_like, placed_like
-from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names, names_in
+from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
 from funshampoo.state.stages import BlockedState
 
 
@@ -99,7 +99,7 @@ def blocked(
     def layout(leaves: list[Tensor]) -> Layout:  # a closure: to torch.compile its numbers are fixed
         return layout_of(leaf_keys(leaves), max_size, merge, keep)
 
-    blocks = _Blocked(inner, layout, with_params, Executors(tile))
+    blocks = _Blocked(inner, layout, with_params, Executors(tile), _Names())
     return GradientTransformation(
         blocks.init,
         blocks.update,
@@ -120,6 +120,7 @@ class _Blocked:
     layout: Callable[[list[Tensor]], Layout]
     with_params: bool | Mask
     executors: Executors = field(repr=False)
+    names: _Names = field(repr=False)
 
     def init(
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -156,7 +157,7 @@ class _Blocked:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = self.layout(known)
-        called = () if torch.compiler.is_dynamo_compiling() else names_in(spec)
+        called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
         _check_layout(layout, state.layout, called)
         shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
@@ -219,6 +220,20 @@ class _Blocked:
         except FailureLimitError as error:  # only here the blocks have names
             blocks = error.everywhere(failing_blocks(state, error.max_failures))
             raise failure_limit_error(blocks, error.max_failures) from None
+
+
+class _Names:
+    """The names of the leaves of a tree. Those of the last tree are remembered."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, list[str]] = (None, [])
+
+    def of(self, tree: Tree, spec: Any) -> list[str]:
+        seen, names = self._last
+        if seen is None or seen != spec:
+            names = leaf_names(tree)
+            self._last = spec, names
+        return names
 
 
 def _check_layout(layout: Layout, expected: Mapping[str, Any], names: Sequence[str]) -> None:

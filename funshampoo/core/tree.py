@@ -6,7 +6,6 @@ optree's default, and stages leave the state and the update of such a leaf as th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,18 +29,13 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 def leaf_names(tree: Any) -> list[str]:
     """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
-    return list(names_in(optree.tree_structure(tree, none_is_leaf=True)))
-
-
-@functools.lru_cache(maxsize=64)
-def names_in(structure: optree.PyTreeSpec) -> tuple[str, ...]:
-    """`leaf_names` of the trees of a structure. Remembered: a step asks for them every time."""
+    accessors = optree.tree_accessors(tree, none_is_leaf=True)
     # of a named tuple the field, where `entry` is an index
-    paths = [[getattr(step, "field", step.entry) for step in way] for way in structure.accessors()]
+    paths = [[getattr(step, "field", step.entry) for step in way] for way in accessors]
     names = [".".join(map(str, path)) or "(the tree itself)" for path in paths]
     if len(set(names)) < len(names):  # {"a": {"b": ...}, "a.b": ...}
         names = [".".join(repr(key) if "." in str(key) else str(key) for key in p) for p in paths]
-    return tuple(names)
+    return names
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
