@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import constant, is_plain
-from funshampoo.core.placed import SEEN, count_writes, is_in_parts
+from funshampoo.core.placed import SEEN, any_in_parts, count_writes
 from funshampoo.core.tree import HALF, compute_dtype, flatten, map_leaves, update_columns
 from funshampoo.operators import leaf_ops
 
@@ -28,14 +28,13 @@ _LACKS = torch.__version__ < "2.13"
 """Whether this release lacks some foreach operators for DTensors."""
 
 
-def _one_by_one(xs: Column) -> bool:
-    """Whether they are DTensors, for a release that lacks an operator."""
-    return SEEN["any"] and any(map(is_in_parts, xs))
-
-
 def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
     """(1 - weight) old + weight new. The results have old's dtypes."""
-    if isinstance(weight, Tensor) or not is_plain(old, new) or (_LACKS and _one_by_one(old)):
+    if (
+        isinstance(weight, Tensor)
+        or not is_plain(old, new)
+        or (_LACKS and SEEN["any"] and any_in_parts(old))
+    ):
         return [leaf_ops.lerp(x, y, weight, donate) for x, y in zip(old, new)]
     if not donate:
         return list(torch._foreach_lerp(old, new, weight))
@@ -184,7 +183,7 @@ def seen(weight: Column, alive: Sequence[Column]) -> Column:
     if not alive:
         return weight
     least = [torch.finfo(w.dtype).tiny for w in weight]
-    if is_plain(weight) and not (_LACKS and _one_by_one(weight)):
+    if is_plain(weight) and not (_LACKS and SEEN["any"] and any_in_parts(weight)):
         return list(torch._foreach_clamp_min(weight, least))
     return [torch.clamp(w, min=tiny) for w, tiny in zip(weight, least)]
 
@@ -255,7 +254,7 @@ def clamp(xs: Column, limit: Hyper) -> Column:
         isinstance(limit, Tensor)
         or not is_plain(xs)
         or all([x.is_cpu for x in xs])
-        or (_LACKS and _one_by_one(xs))
+        or (_LACKS and SEEN["any"] and any_in_parts(xs))
     ):
         return [leaf_ops.clamp(x, limit) for x in xs]  # both ends in one pass
     limits = [leaf_ops.in_range(limit, x.dtype) for x in xs]
