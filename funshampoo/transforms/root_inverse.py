@@ -22,7 +22,6 @@ from funshampoo.linalg.low_precision import check_product_dtype
 from funshampoo.linalg.products import power
 from funshampoo.linalg.solver import relative_cost
 from funshampoo.linalg.support import on_support
-from funshampoo.operators.columns import weights_over
 from funshampoo.operators.exponents import (
     Exponents,
     Sides,
@@ -37,6 +36,7 @@ from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
+from funshampoo.transforms.kronecker import factors_and_weights
 
 _FACTORIES: tuple[Any, ...] = (
     linalg.by_device,
@@ -155,15 +155,13 @@ def root_inverse(
     threads = bool(getattr(solve, "threaded", False))
 
     def roots_with(hyper: Numbers) -> Refreshing:
-        damping, scaling, tolerance = [
-            number(x, hyper) for x in (epsilon, trace_scaling, basis_tolerance)
-        ]
-        numbers = resolved(solve, hyper), damping, scaling, tolerance
+        numbers: list[Any] = [number(x, hyper) for x in (epsilon, trace_scaling, basis_tolerance)]
+        live_solve = resolved(solve, hyper)
 
         def rules(block: tuple[int, ...]) -> list[Rule | None]:
-            powers = zip(block, side_exponents(block, exponents, sides))
             return [
-                RootRule(d, e, initial_eigenvalue**-e, *numbers) if e else None for d, e in powers
+                RootRule(d, e, initial_eigenvalue**-e, live_solve, *numbers) if e else None
+                for d, e in zip(block, side_exponents(block, exponents, sides))
             ]
 
         return Refreshing(rules, schedule, packed, threads)
@@ -179,9 +177,7 @@ def root_inverse(
     def update(
         updates: Tree, state: RefreshedState, params: Tree, context: Context
     ) -> tuple[Tree, RefreshedState]:
-        statistics = statistics_of(context.upstream, "root_inverse", updates)
-        weight = weights_over(statistics.weight, updates)
-        inputs = (statistics.factors, weight)
+        inputs = factors_and_weights(updates, context, "root_inverse")
         state = roots_with(context.hyper).update(updates, state, inputs, _factor, context)
         with product_precision():
             return _directions(updates, state.kept, context.block_ndim, product_dtype), state
