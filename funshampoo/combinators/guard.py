@@ -105,13 +105,13 @@ def guarded(
     if spike_factor is not None:
         check_range("spike_factor", spike_factor, 1.0, low_open=True)
     _check_by_leaf(by_leaf, inner)
+    counts = inner.counts or max_failures is not None
 
     def init(
         params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
     ) -> GuardedState:
         check_parameters(params, "guarded")
         held, streak = [zeros_a_block(params, block_ndim, torch.int64) for _ in range(2)]
-        counts = inner.counts or max_failures is not None
         state = inner.init(params, block_ndim=block_ndim, clock=clock or counts, **context)
         spikes = () if spike_factor is None else no_spikes_yet(params, block_ndim)
         return GuardedState(held, streak, state, started(counts, clock), spikes)
@@ -153,7 +153,7 @@ def guarded(
         inner.name,
         check=check,
         parts={"inner": inner},
-        counts=inner.counts or max_failures is not None,
+        counts=counts,
         numbers=[spike_factor],
     )
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import is_traced, product_precision
+from funshampoo.core.modes import is_traced, may_reuse, product_precision
 from funshampoo.core.tree import cast
 from funshampoo.linalg.polynomials import Polynomial
 from funshampoo.linalg.products import is_plain_memory, matmul
@@ -60,8 +60,11 @@ def polar_factor(
         inner = dtype or X.dtype
 
         def factor(x: Tensor) -> Tensor:
-            x = cast(x.mT if tall else x, inner)
-            P = _factor(x, polynomials, epsilon, norm, slack, gram)
+            own = cast(x.mT if tall else x, inner)
+            scale = _scale(own, epsilon, norm, slack)
+            # A copy in another dtype is nobody else's.
+            in_place = inner != X.dtype and may_reuse(own, scale)
+            P = _factor(own.div_(scale) if in_place else own / scale, polynomials, gram)
             return P.mT if tall else P
 
         if X.ndim == 2 or not _one_by_one(X, inner):
@@ -99,15 +102,7 @@ def _one_by_one(X: Tensor, dtype: torch.dtype) -> bool:
     return is_plain_memory(X) and (half or X.shape[-1] * X.shape[-2] >= _SMALL)
 
 
-def _factor(
-    X: Tensor,
-    polynomials: Sequence[Polynomial],
-    epsilon: float,
-    norm: Norm,
-    slack: float,
-    gram: bool,
-) -> Tensor:
-    X = X / _scale(X, epsilon, norm, slack)
+def _factor(X: Tensor, polynomials: Sequence[Polynomial], gram: bool) -> Tensor:
     if gram:
         return _on_the_gram_matrix(X, polynomials)
     product = torch.mm if X.ndim == 2 else matmul  # that asks for no shapes

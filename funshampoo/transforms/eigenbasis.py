@@ -28,7 +28,7 @@ from funshampoo.linalg.basis import Basis, Decomposition, qr
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.solver import relative_cost
-from funshampoo.operators.columns import Column, add, weights_over, zeros_a_block
+from funshampoo.operators.columns import Column, add, zeros_a_block
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.mode_products import bias_corrected, mode_flops
 from funshampoo.operators.turning import carried, turned
@@ -39,6 +39,7 @@ from funshampoo.refresh.turns import RefreshSchedule
 from funshampoo.state.meaning import meaning
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
+from funshampoo.transforms.kronecker import factors_and_weights
 
 
 @meaning(seen="count", bases="orthonormal")
@@ -136,7 +137,7 @@ def in_eigenbasis(
     def renewed(
         updates: Tree, own: Any, bases: RefreshedState, context: Context
     ) -> tuple[Any, RefreshedState]:
-        inputs = _factors_and_weights(updates, context)
+        inputs = factors_and_weights(updates, context, "in_eigenbasis")
         kept, renews = bases.kept, schedule.renews(context)
         if renews and context.donate:  # a refresh writes to what it is given
             kept = map_leaves(torch.clone, kept)
@@ -251,11 +252,6 @@ class BasisRule(Rule):
         Q = Q * (A.diagonal(dim1=-2, dim2=-1) != 0)[..., None]
         unknown = torch.zeros_like(A[..., 0, 0])
         return Found((Q,), unknown, unknown + 1, found)
-
-
-def _factors_and_weights(updates: Tree, context: Context) -> tuple[Tree, Tree]:
-    statistics = statistics_of(context.upstream, "in_eigenbasis", updates)
-    return statistics.factors, weights_over(statistics.weight, updates)
 
 
 def _factor(side: int, factors: Any, weight: Tensor) -> Reading:

@@ -18,7 +18,7 @@ from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves, wide
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
-from funshampoo.operators.columns import counted, first_weights
+from funshampoo.operators.columns import counted, first_weights, weights_over
 from funshampoo.operators.exponents import (
     Exponents,
     Sides,
@@ -31,6 +31,7 @@ from funshampoo.operators.mode_products import mode_flops, unfoldings
 from funshampoo.operators.packed import like, packed_shape, packs
 from funshampoo.operators.packed_statistics import add_packed_gram
 from funshampoo.state.stages import EveryKState, KroneckerState
+from funshampoo.state.upstream import statistics_of
 
 
 def kronecker_statistics(
@@ -214,6 +215,12 @@ def _accumulate(
             factor = accumulated_factor(factor, x, beta, share.added, context.donate, product_dtype)
         found.append(factor)
     return u, tuple(found)
+
+
+def factors_and_weights(updates: Tree, context: Context, stage: str) -> tuple[Tree, Tree]:
+    """The factor matrices upstream of this stage, and a tree of their weights."""
+    statistics = statistics_of(context.upstream, stage, updates)
+    return statistics.factors, weights_over(statistics.weight, updates)
 
 
 def _share_of_new(beta: Hyper) -> Hyper:

@@ -194,7 +194,7 @@ def trace(
             now = [[torch.ones_like(s) for s in column] for column in seen]
             now = [only_alive(ones, fine, s) for ones, s in zip(now, seen)]
             if nesterov:
-                return add(damped(u), multiply(b, mu)), b, *now
+                return add(multiply(b, mu), damped(u), donate=True), b, *now
             return copied(b), b, *now  # copies: a later donated step writes into the state
 
         def damped(u: Column) -> Column:

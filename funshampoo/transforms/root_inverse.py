@@ -22,7 +22,6 @@ from funshampoo.linalg.low_precision import check_product_dtype
 from funshampoo.linalg.products import power
 from funshampoo.linalg.solver import relative_cost
 from funshampoo.linalg.support import on_support
-from funshampoo.operators.columns import weights_over
 from funshampoo.operators.exponents import (
     Exponents,
     Sides,
@@ -37,6 +36,7 @@ from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
+from funshampoo.transforms.kronecker import factors_and_weights
 
 _FACTORIES: tuple[Any, ...] = (
     linalg.by_device,
@@ -179,9 +179,7 @@ def root_inverse(
     def update(
         updates: Tree, state: RefreshedState, params: Tree, context: Context
     ) -> tuple[Tree, RefreshedState]:
-        statistics = statistics_of(context.upstream, "root_inverse", updates)
-        weight = weights_over(statistics.weight, updates)
-        inputs = (statistics.factors, weight)
+        inputs = factors_and_weights(updates, context, "root_inverse")
         state = roots_with(context.hyper).update(updates, state, inputs, _factor, context)
         with product_precision():
             return _directions(updates, state.kept, context.block_ndim, product_dtype), state

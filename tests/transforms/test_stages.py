@@ -248,6 +248,27 @@ def test_the_second_moment_of_a_partner_is_of_the_gradient() -> None:
     assert u["w"].tolist() == [1.0, -1.0]  # 0.5 g / (0.5 |g|)
 
 
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("ahead", [{}, {"beta3": 0.5}, {"nesterov": True}], ids=str)
+def test_updates_of_averages_are_in_memory_of_their_own(
+    ahead: dict[str, Any], bias_correction: bool
+) -> None:
+    """Nor do they change when the next donated step writes to the state, and never the gradient."""
+    stages = [fs.ema(0.9, bias_correction=bias_correction, **ahead)]
+    stages += [fs.trace(0.9, nesterov=True), fs.trace(0.9)] if not ahead else []
+    for stage in stages:
+        g = {"w": torch.arange(6.0).reshape(2, 3)}
+        given, state = g["w"].clone(), stage.init(g)
+        for _ in range(2):
+            updates, state = stage.update(g, state, donate=True)
+            kept = updates["w"].clone()
+            mine = {x.untyped_storage().data_ptr() for x in (*tensors(state), g["w"])}
+            assert updates["w"].untyped_storage().data_ptr() not in mine
+            _, state = stage.update(g, state, donate=True)
+            assert torch.equal(updates["w"], kept)
+            assert torch.equal(g["w"], given)
+
+
 def test_ema_follows_changing_betas_and_stays_a_weighted_mean() -> None:
     """A constant gradient comes out unchanged whatever the decays have been."""
     params = {"w": torch.tensor([3.0], dtype=D)}
