@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -128,6 +129,20 @@ def test_missing_gradients_in_place() -> None:
         updates, other = tx.update(g, other, pure)
         pure = fs.apply_updates(pure, updates)
     assert_equal((params, state), (pure, other))
+
+
+def test_what_is_remembered_of_spans_does_not_grow() -> None:
+    """Other gradients are None on each step: n rows have n² / 2 spans, of n / 3 rows each."""
+    count = 24
+    leaves = [torch.full((2, 3), float(i)) for i in range(count)]
+    parts = Parts(layout_of(leaf_keys(leaves), None, "none", 2))
+    for first, last in itertools.combinations(range(count + 1), 2):
+        rows = parts.gather("2x3", range(first, last), leaves)
+        assert rows[:, 0, 0].tolist() == list(range(first, last))
+        assert sum([len(found.parts) for found in parts.values()]) <= 8 * count
+    kept = len(parts)
+    parts.gather("2x3", range(last - 1, last), leaves)
+    assert len(parts) == kept  # and what was there is found again
 
 
 def donated(tx: fs.GradientTransformation, g: Any, state: Any, params: Any) -> None:
