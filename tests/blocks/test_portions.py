@@ -19,6 +19,7 @@ from funshampoo.blocks.layout import layout_of, leaf_keys
 from funshampoo.blocks.portions import tiles_for, tiles_of
 from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.stacks import stack_blocks
+from funshampoo.blocks.state_rows import StateRows
 from tests.trees import assert_equal, assert_unchanged, clone, snapshot, tensors
 
 # Ragged at 8 in one side and in both, odd and even sides, orders 0 to 4, nothing at all.
@@ -143,6 +144,22 @@ def test_what_is_remembered_of_spans_does_not_grow() -> None:
     kept = len(parts)
     parts.gather("2x3", range(last - 1, last), leaves)
     assert len(parts) == kept  # and what was there is found again
+
+
+def test_a_step_of_many_tiles_remembers_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What of a state belongs to a tile is looked up once, however many tiles there are."""
+    looked_up = []
+
+    def found(self: StateRows, *given: Any, real: Any = StateRows._found) -> Any:
+        looked_up.append(1)
+        return real(self, *given)
+
+    monkeypatch.setattr(StateRows, "_found", found)
+    tx, params = fs.blocked(fs.trace(0.9), max_size=2, tile=8), {"w": torch.zeros(2, 1200)}
+    state = tx.init(params)
+    for _ in range(3):
+        state = fs.update_in_place(tx, {"w": torch.ones(2, 1200)}, state, params)
+    assert len(looked_up) == 300
 
 
 def donated(tx: fs.GradientTransformation, g: Any, state: Any, params: Any) -> None:
