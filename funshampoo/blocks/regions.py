@@ -16,6 +16,10 @@ from torch import Tensor
 from funshampoo.blocks.layout import Layout, Region
 from funshampoo.core.modes import are_apart, is_traced
 
+MOST = 2**14
+"""How many parts are remembered beside those that any two ways to cut a whole step into tiles need;
+15 MB. Where gradients are missing now here, now there, each step may have spans of its own."""
+
 
 class Piece(NamedTuple):
     """A view of a contiguous parameter, (*grid, *block), whose blocks are rows in their order."""
@@ -63,11 +67,16 @@ class Rows(NamedTuple):
 
 
 class Parts(dict[tuple[str, range], Rows]):
-    """{(stack, some of its rows): what they consist of}, each looked up when first asked for."""
+    """{(stack, some of its rows): what they consist of}, each looked up when first asked for.
+
+    Those that were asked for last are remembered, up to about `MOST` parts.
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self._count = layout, 0
+        # A tile or a region begins a part, and neither is without a row.
+        self._most = MOST + 4 * sum(stack.rows for stack in layout.stacks.values())
         self._regions: dict[str, list[tuple[int, Region]]] = {s: [] for s in layout.stacks}
         for i, where in enumerate(layout.parameters):
             for region in where.regions:
@@ -79,6 +88,10 @@ class Parts(dict[tuple[str, range], Rows]):
         uncut = all(part.region.block == self._merged(part) for part in parts)
         whole = [part.parameter for part in parts] if uncut else []
         shapes = [piece.shape for piece in pieces]
+        self._count += len(parts)
+        if self._count > self._most:
+            self.clear()
+            self._count = len(parts)
         found = self[key] = Rows(parts, whole, [piece.rows for piece in pieces], shapes)
         return found
 

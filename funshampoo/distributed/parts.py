@@ -62,6 +62,7 @@ class Parts:
         rows: {stack: how many rows this rank owns}.
         ids: {stack: which of the full stack they are}.
         owned: the same, as `ShardedState` has it.
+        memory: {dtype of the updates on the way: buffers of donated steps}; theirs end with it.
 
     Raises:
         RuntimeError: the ranks have other parameters; or their parts are not all there is.
@@ -85,6 +86,7 @@ class Parts:
             spans = self.owned.setdefault(piece.stack, {})
             spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
         self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
+        self.memory: dict[torch.dtype, dict[Any, Any]] = {}
         self._costs = costs
         self._routes: dict[tuple[bool, ...], Routes] = {}
         self._incoming: dict[Any, list[Incoming]] = {}

@@ -55,7 +55,7 @@ class Ranks:
     whole: bool
     counts: bool
     overlap: int
-    memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of donated steps
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of `Whole`
     known_works: dict[Any, Works] = field(default_factory=dict, repr=False)
     known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
         default_factory=dict, repr=False
@@ -186,7 +186,7 @@ class Ranks:
         says = Says()
         if parts.size > 1:
             says = self._says(parts.shards, leaves, state, context, blocks.device)
-        memory = self.memory.setdefault((id(parts), dtype), {}) if context.donate else {}
+        memory = parts.memory.setdefault(dtype, {}) if context.donate else {}
         transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
 
         def own_step(inner: Any, place: Put) -> Any:
@@ -242,7 +242,6 @@ class Ranks:
             self.agreement.announce(leaves, context, self.group)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
-                self.memory.clear()
             model, works = self._model(blocks), self._works(blocks)
             costs = {
                 name: model.block(s.block, self.every, *works[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
+from funshampoo.blocks import regions
 from funshampoo.blocks.layout import layout_of, leaf_keys
 from funshampoo.blocks.portions import tiles_for, tiles_of
 from funshampoo.blocks.regions import Parts
@@ -280,6 +282,22 @@ def test_any_rows_are_gathered_and_put_back(
                 parts.scatter_add(name, rows, values, sums)
     assert_equal(back, leaves)
     assert_equal(sums, [2 * x for x in leaves])
+
+
+def test_rows_are_remembered_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where gradients are missing now here, now there, steps have ever new spans of rows."""
+    monkeypatch.setattr(regions, "MOST", 100)
+    leaves = [torch.randn(4, 4) for _ in range(20)]
+    parts = Parts(layout_of(leaf_keys(leaves), 4, "none", 2))
+    tiles = [range(first, first + 5) for first in range(0, 20, 5)]
+    for span in itertools.combinations(range(21), 2):
+        assert torch.equal(
+            parts.gather("4x4", range(*span), leaves), torch.stack(leaves[slice(*span)])
+        )
+        assert sum(len(found.parts) for found in parts.values()) <= 100 + 4 * 20
+    seen = [parts["4x4", rows] for rows in tiles]
+    for _ in range(50):  # an ordinary step's stay
+        assert all(parts["4x4", rows] is found for rows, found in zip(tiles, seen))
 
 
 def test_every_case_is_alike_in_place() -> None:

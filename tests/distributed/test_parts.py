@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import funshampoo as fs
+from funshampoo.distributed.gathering import spreads
 from tests.distributed.problems import Shapes, block_state, held_here, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
@@ -235,3 +238,25 @@ def test_owners_may_stay_within_the_ranks_that_shard(ranks: Ranks) -> None:
         assert_equal(params, expected)
     everything = sum(x.numel() for x in block_state(state).values())
     assert sum(n for _, n in found) == 2 * everything
+
+
+def trained_again(rank: int) -> Any:
+    """One chain for other placements of the same parameters, and for whole ones that grow."""
+    tx, gone = optimizer({}, max_size=8), []
+    (spread,) = spreads(tx)
+    for sharding in ("rows of 2", "columns of 2", "replicated", "rows of 2"):
+        values, gradients = (placed(tree(t, SOME), sharding) for t in (0, 1))
+        train(tx, values, range(1, 3), lambda t: gradients)  # noqa: B023
+        (known,) = spread.known_parts.values()
+        gone += [weakref.ref(memory["sent"][0]) for memory in known[2].memory.values()]
+    gc.collect()
+    for rows in range(8, 88, 8):
+        shapes = {"w": (rows, 8)}
+        train(tx, tree(0, shapes), range(1, 3), lambda t: tree(t, shapes))  # noqa: B023
+    return [ref() is None for ref in gone], len(spread.memory)
+
+
+def test_buffers_of_parameters_that_are_gone_are_let_go(ranks: Ranks) -> None:
+    for gone, lengths in ranks(2, trained_again):
+        assert gone == [True, True, True, False]
+        assert lengths <= 4
