@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from funshampoo.combinators.failures import failure_report
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.core.placed import place_of
+from funshampoo.core.placed import is_in_parts, place_of
 from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.changes import Last, Says
 from funshampoo.distributed.collectives import (
@@ -185,7 +185,9 @@ class Ranks:
         parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
         says = Says()
         if parts.size > 1:
-            says = self._says(parts.shards, leaves, state, context, blocks.device)
+            known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
+            missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
+            says = self._says(parts.shards, leaves, state, context, blocks.device, missing)
         memory = parts.memory.setdefault(dtype, {}) if context.donate else {}
         transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
 
@@ -258,10 +260,11 @@ class Ranks:
         state: ShardedState,
         context: Context,
         device: torch.device,
+        missing: Sequence[str] = (),
     ) -> Says:
         """What has to be the same on all ranks. On their first step they agree on it here."""
         plan = self.agreement.on(shards, leaves, context, self.group, device)
-        return self.agreement.says(plan, leaves, context, run_of(state))
+        return self.agreement.says(plan, leaves, context, run_of(state), missing)
 
     def everywhere(self, blocks: list[str]) -> list[str]:
         """What all ranks say: all of them are here, since what they gathered is the same."""
