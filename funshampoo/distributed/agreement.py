@@ -188,21 +188,26 @@ class Agreement:
         self._last = shards, leaves.where, leaves.names, plan
         return plan
 
-    def says(self, plan: int, leaves: Leaves, context: Context, run: int) -> Says:
+    def says(
+        self, plan: int, leaves: Leaves, context: Context, run: int, missing: Sequence[str] = ()
+    ) -> Says:
         """What this rank says of a step on which the ranks agree.
 
         Args:
             run: the number of the run that the state is of; 0 on its first step.
+            missing: gradients that are to be missing on all ranks.
         """
 
         def lines() -> list[Line]:
             of_run = ("the run that the state is of", f"{run:x}" if run else "new")
-            return [*self._lines, of_run, *self._around_lines(), *said(context)]
+            gone = ("the gradients that are missing", ", ".join(missing) or "none")
+            return [*self._lines, of_run, *self._around_lines(), *said(context), gone]
 
         def words() -> list[Line]:
             return self._words(self._of_plan(leaves), context)
 
-        fingerprint = self._fingerprint(plan ^ run, context)
+        gone = print_of(missing) if missing else 0
+        fingerprint = self._fingerprint(plan ^ run ^ gone, context)
         content = 0 if run else content_of(leaves)
         return Says(fingerprint, context.step or 0, content, lines, words)
 

@@ -62,6 +62,9 @@ class Parts:
         rows: {stack: how many rows this rank owns}.
         ids: {stack: which of the full stack they are}.
         owned: the same, as `ShardedState` has it.
+        dtypes: of the gradients as they came last, at first the parameters'. Messages have room for
+            those that are missing, so that they are the same, and as long as others expect.
+        memory: {dtype of the updates on the way: buffers of donated steps}; theirs end with it.
 
     Raises:
         RuntimeError: the ranks have other parameters; or their parts are not all there is.
@@ -73,7 +76,7 @@ class Parts:
     ) -> None:
         self.layout: Layout = leaves.where
         self.rank, self.size = rank_and_size(group)
-        known = leaves.gradients if leaves.parameters is None else leaves.parameters
+        known: Any = leaves.gradients if leaves.parameters is None else leaves.parameters
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
         self._held = _gathered(lines_of(leaves), self.held, self.size, group)
         self.shards = near_shards(self.layout, costs, self._held)
@@ -85,6 +88,8 @@ class Parts:
             spans = self.owned.setdefault(piece.stack, {})
             spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
         self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
+        self.dtypes: list[torch.dtype] = [x.dtype for x in known]
+        self.memory: dict[torch.dtype, dict[Any, Any]] = {}
         self._costs = costs
         self._routes: dict[tuple[bool, ...], Routes] = {}
         self._incoming: dict[Any, list[Incoming]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from funshampoo.combinators.failures import failure_report
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.core.placed import place_of
+from funshampoo.core.placed import is_in_parts, place_of
 from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.changes import Last, Says
 from funshampoo.distributed.collectives import (
@@ -55,7 +55,7 @@ class Ranks:
     whole: bool
     counts: bool
     overlap: int
-    memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of donated steps
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of `Whole`
     known_works: dict[Any, Works] = field(default_factory=dict, repr=False)
     known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
         default_factory=dict, repr=False
@@ -185,8 +185,10 @@ class Ranks:
         parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
         says = Says()
         if parts.size > 1:
-            says = self._says(parts.shards, leaves, state, context, blocks.device)
-        memory = self.memory.setdefault((id(parts), dtype), {}) if context.donate else {}
+            known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
+            missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
+            says = self._says(parts.shards, leaves, state, context, blocks.device, missing)
+        memory = parts.memory.setdefault(dtype, {}) if context.donate else {}
         transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
 
         def own_step(inner: Any, place: Put) -> Any:
@@ -242,7 +244,6 @@ class Ranks:
             self.agreement.announce(leaves, context, self.group)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
-                self.memory.clear()
             model, works = self._model(blocks), self._works(blocks)
             costs = {
                 name: model.block(s.block, self.every, *works[name])
@@ -259,10 +260,11 @@ class Ranks:
         state: ShardedState,
         context: Context,
         device: torch.device,
+        missing: Sequence[str] = (),
     ) -> Says:
         """What has to be the same on all ranks. On their first step they agree on it here."""
         plan = self.agreement.on(shards, leaves, context, self.group, device)
-        return self.agreement.says(plan, leaves, context, run_of(state))
+        return self.agreement.says(plan, leaves, context, run_of(state), missing)
 
     def everywhere(self, blocks: list[str]) -> list[str]:
         """What all ranks say: all of them are here, since what they gathered is the same."""

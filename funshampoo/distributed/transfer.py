@@ -14,7 +14,7 @@ from funshampoo.core.placed import local_part
 from funshampoo.distributed.collectives import ProcessGroup, all_to_all_into
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.pieces import as_view
-from funshampoo.distributed.routes import GRADIENTS, HEAD, PARAMETERS, Messages, Slot
+from funshampoo.distributed.routes import GRADIENTS, HEAD, PARAMETERS, Column, Messages, Slot
 from funshampoo.distributed.shards import STATUS
 
 Memory = dict[Any, tuple[Tensor, list[Tensor]]]
@@ -90,13 +90,13 @@ class Transfer:
 
     def gather(self) -> None:
         """Send what this rank has of all rows. All ranks have to come."""
-        leaves = self._leaves
-        columns = {GRADIENTS: leaves.gradients, PARAMETERS: leaves.parameters or ()}
-        way = {
-            (column, i): _dtype_on_the_way(x, leaves, i)
-            for column, tensors in columns.items()
-            for i, x in enumerate(tensors)
-        }
+        leaves, dtypes = self._leaves, self._parts.dtypes
+        dtypes[:] = [d if x is None else x.dtype for d, x in zip(dtypes, leaves.gradients)]
+        columns: dict[Column, Sequence[Any]] = {GRADIENTS: leaves.gradients}
+        way = {(GRADIENTS, i): dtype for i, dtype in enumerate(dtypes)}
+        if leaves.shown is not None and leaves.parameters is not None:
+            columns[PARAMETERS] = leaves.parameters
+            way |= {(PARAMETERS, i): x.dtype for i, x in enumerate(leaves.parameters)}
         failure: BaseException | None = None
         for incoming in self._incoming:
             out, into = self._parts.messages(incoming.route, way, 0)
@@ -222,12 +222,6 @@ class Transfer:
 
 def _contiguous(x: Any) -> Tensor | None:
     return None if x is None else local_part(x).detach().contiguous()
-
-
-def _dtype_on_the_way(x: Any, leaves: Leaves, i: int) -> torch.dtype:
-    """A tensor's own; of a missing gradient the parameter's, which the other ranks' has."""
-    dtype: torch.dtype = (leaves.parameters[i] if x is None and leaves.parameters else x).dtype
-    return dtype
 
 
 def _fill(targets: list[Tensor], sources: Sequence[Tensor | None]) -> None:

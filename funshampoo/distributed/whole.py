@@ -36,7 +36,7 @@ class Whole:
 
     Args:
         key: device, dtype and length of the gathered buffer.
-        memory: {key: (shard, buffer)} of earlier steps, used again.
+        memory: {key: (shard, buffer)} of earlier donated steps, used again.
 
     Attributes:
         pieces: after `meet`, the updates of all ranks: {stack: [(first row, updates)]}, views.
@@ -53,6 +53,8 @@ class Whole:
         self._shards, self._group, self._key = shards, group, key
         device, dtype, length = key
         if key not in memory:
+            if len(memory) > 3:  # groups were edited, and buffers are large
+                memory.clear()
             shard = torch.zeros(shards.length, dtype=dtype, device=device)
             memory[key] = shard, torch.empty(length, dtype=dtype, device=device)
         self._shard, self._buffer = memory[key]

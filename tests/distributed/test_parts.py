@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import funshampoo as fs
+from funshampoo.distributed.gathering import spreads
 from tests.distributed.problems import Shapes, block_state, held_here, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
@@ -235,3 +238,57 @@ def test_owners_may_stay_within_the_ranks_that_shard(ranks: Ranks) -> None:
         assert_equal(params, expected)
     everything = sum(x.numel() for x in block_state(state).values())
     assert sum(n for _, n in found) == 2 * everything
+
+
+def trained_again(rank: int) -> Any:
+    """One chain for other placements of the same parameters, and for whole ones that grow."""
+    tx, gone = optimizer({}, max_size=8), []
+    (spread,) = spreads(tx)
+    for sharding in ("rows of 2", "columns of 2", "replicated", "rows of 2"):
+        values, gradients = (placed(tree(t, SOME), sharding) for t in (0, 1))
+        train(tx, values, range(1, 3), lambda t: gradients)  # noqa: B023
+        (known,) = spread.known_parts.values()
+        gone += [weakref.ref(memory["sent"][0]) for memory in known[2].memory.values()]
+    gc.collect()
+    for rows in range(8, 88, 8):
+        shapes = {"w": (rows, 8)}
+        train(tx, tree(0, shapes), range(1, 3), lambda t: tree(t, shapes))  # noqa: B023
+    return [ref() is None for ref in gone], len(spread.memory)
+
+
+def test_buffers_of_parameters_that_are_gone_are_let_go(ranks: Ranks) -> None:
+    for gone, lengths in ranks(2, trained_again):
+        assert gone == [True, True, True, False]
+        assert lengths <= 4
+
+
+def of_another_dtype(rank: int) -> Any:
+    """Gradients in float32 of parameters in bfloat16, of which some are missing now and then."""
+    tx = optimizer({}, max_size=8)
+    params = placed({n: x.bfloat16() for n, x in tree(0, SOME).items()}, "rows of 2")
+
+    def some(t: int) -> dict[str, Any]:
+        found = placed(tree(t, SOME), "rows of 2")
+        return {n: None if t > 1 and t >> i & 1 else x for i, (n, x) in enumerate(found.items())}
+
+    params, state = train(tx, params, range(1, 17), some)
+    (spread,) = spreads(tx)
+    ((*_, known),) = spread.known_parts.values()
+    before, said = whole(params), "went on"
+    alone = some(1)
+    if rank == 1:
+        alone["u"] = None
+    try:
+        tx.update(alone, state, params)
+    except RuntimeError as error:
+        said = str(error)
+    return len(known._messages), said, all(x.isfinite().all() for x in before.values())
+
+
+def test_messages_are_the_same_whatever_gradient_is_missing(ranks: Ranks) -> None:
+    """Those of `init`, of gradients, and of updates. So one that is missing on a rank alone, whose
+    part would count as zeros, is an error on all, and not messages of other lengths."""
+    for messages, said, finite in ranks(2, of_another_dtype):
+        assert messages == 3
+        assert "the gradients that are missing is none on rank 0, u on rank 1" in said
+        assert finite
