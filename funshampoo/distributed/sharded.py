@@ -49,8 +49,8 @@ def sharded(
 
     The gradients have to be the same on all ranks: average them first, as DistributedDataParallel
     does. Whether a block's gradient is finite, or there at all, is its owner's verdict for all:
-    where it has none (None), every rank's update is zero. A DTensor's is missing on all ranks, or on
-    none.
+    where it has none (None), every rank's update is zero. A DTensor's is missing on all ranks or
+    on none.
 
     All else has to be the same too. Before their first step with these parameters the ranks compare
     names, shapes and dtypes of the parameters, their order and that of the gradients (by their
