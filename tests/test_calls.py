@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.core.placed import SEEN
 
 MOST = 450
 """Of a pure plain step of Shampoo on two matrices and two vectors, which are four stacks."""
@@ -22,6 +23,12 @@ pytestmark = pytest.mark.skipif(
     sys.getprofile() is not None or sys.gettrace() is not None,
     reason="somebody else looks at the calls",
 )
+
+
+@pytest.fixture(autouse=True)
+def without_dtensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a process has had one, every leaf is asked whether it is one."""
+    monkeypatch.setitem(SEEN, "any", False)
 
 
 def calls(function: Callable[[], Any]) -> int:

@@ -261,7 +261,7 @@ class Executor:
     def _state_rows(self, own: dict[str, range]) -> StateRows:
         key = tuple(own.items())
         if key not in self._rows:
-            self._rows[key] = StateRows({name: rows.start for name, rows in own.items()})
+            self._rows[key] = StateRows(own)
         return self._rows[key]
 
 

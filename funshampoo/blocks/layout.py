@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.stacked import Stacked
+from funshampoo.core.tree import HALF
 from funshampoo.state.places import Span
 
 Merge: TypeAlias = Literal["none", "small", "matrix"] | Callable[[tuple[int, ...]], Sequence[int]]
@@ -131,8 +132,8 @@ def layout_of(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, k
 
 
 def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
-    # Half precision is stacked in its compute dtype.
-    wide = [torch.promote_types(dtype, torch.float32) for _, dtype, _ in leaves]
+    # Half precision alone is stacked in a wider dtype: a gradient of integers has to differ here.
+    wide = [torch.float32 if dtype in HALF else dtype for _, dtype, _ in leaves]
     several_dtypes = len(set(wide)) > 1
     several_devices = len({device for _, _, device in leaves}) > 1
     stacks: dict[str, Stack] = {}

@@ -16,10 +16,6 @@ from torch import Tensor
 from funshampoo.blocks.layout import Layout, Region
 from funshampoo.core.modes import are_apart, is_traced
 
-MOST = 2**14
-"""How many parts are remembered beside those that any two ways to cut a whole step into tiles need;
-15 MB. Where gradients are missing now here, now there, each step may have spans of its own."""
-
 
 class Piece(NamedTuple):
     """A view of a contiguous parameter, (*grid, *block), whose blocks are rows in their order."""
@@ -66,17 +62,21 @@ class Rows(NamedTuple):
     shapes: list[tuple[int, ...]]
 
 
+_WAYS = 8  # of cutting all rows: as one, in tiles, in those of a refresh, and between some gaps
+
+
 class Parts(dict[tuple[str, range], Rows]):
     """{(stack, some of its rows): what they consist of}, each looked up when first asked for.
 
-    Those that were asked for last are remembered, up to about `MOST` parts.
+    All begins anew where it holds more than a few ways to cut all rows: gradients that are None now
+    here, now there ask for ever other spans, n² / 2 of a stack of n rows.
     """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layout, self._count = layout, 0
-        # A tile or a region begins a part, and neither is without a row.
-        self._most = MOST + 4 * sum(stack.rows for stack in layout.stacks.values())
+        self.layout = layout
+        self._held = 0
+        self._most = _WAYS * sum([stack.rows for stack in layout.stacks.values()])
         self._regions: dict[str, list[tuple[int, Region]]] = {s: [] for s in layout.stacks}
         for i, where in enumerate(layout.parameters):
             for region in where.regions:
@@ -88,10 +88,10 @@ class Parts(dict[tuple[str, range], Rows]):
         uncut = all(part.region.block == self._merged(part) for part in parts)
         whole = [part.parameter for part in parts] if uncut else []
         shapes = [piece.shape for piece in pieces]
-        self._count += len(parts)
-        if self._count > self._most:
+        self._held += len(parts)
+        if self._held > self._most:
             self.clear()
-            self._count = len(parts)
+            self._held = len(parts)
         found = self[key] = Rows(parts, whole, [piece.rows for piece in pieces], shapes)
         return found
 

@@ -27,11 +27,13 @@ class StateRows:
     A tensor leads with the rows of its stack, or has no dimension and is everybody's.
 
     Args:
-        first: {stack: the row of the full stack that the state's first row is}.
+        own: {stack: the rows of the full stack that the state has}.
     """
 
-    def __init__(self, first: Mapping[str, int]) -> None:
-        self._first = first
+    def __init__(self, own: Mapping[str, range]) -> None:
+        self._first = {stack: rows.start for stack, rows in own.items()}
+        # Tiles are of two rows at least: this holds those of plain steps and those of refreshes.
+        self._most = max(256, sum(map(len, own.values())))
         self._known: dict[Any, Part] = {}
 
     def part(self, state: Any, portion: Portion) -> tuple[Any, Part]:
@@ -41,7 +43,7 @@ class StateRows:
             return self._cut(leaves, self._found(state, structure, len(leaves), portion))
         key = structure, tuple([(stack, rows.start, rows.stop) for stack, rows in portion.items()])
         if key not in self._known:
-            if len(self._known) > 256:
+            if len(self._known) >= self._most:
                 self._known.clear()
             self._known[key] = self._found(state, structure, len(leaves), portion)
         return self._cut(leaves, self._known[key])

@@ -92,6 +92,11 @@ def chain(
         return updates, states
 
     def check(updates: Tree, state: State, params: Tree) -> None:
+        if not isinstance(state, dict):
+            raise ValueError(
+                f"the state is not this chain's, which is a dict of its stages', but a "
+                f"{type(state).__name__}. Build the transformation that made it, or call init."
+            )
         if {key for key in state if key != CLOCK} != set(named):  # not by views: torch 2.11
             raise ValueError(_other_chain(set(named), set(state) - {CLOCK}))
         if params is not None:

@@ -254,7 +254,14 @@ def _checks_of(
     def check(state: State, context: Context) -> None:
         inside = running(steps_of(state), context)
         for name, part in own.items():
-            part.check(state_of(state, name), inside)
+            try:
+                kept = state_of(state, name)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"the state is another transformation's: it has nothing for '{name}'. Build "
+                    "the one that made it, or call init."
+                ) from error
+            part.check(kept, inside)
 
     return check
 

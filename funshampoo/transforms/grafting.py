@@ -102,10 +102,15 @@ def graft(
             return p_g, new
         leaves, spec = flatten(p_g)
         (directions,) = columns_of((p,), spec, p_g)
-        sides = [-1 if x is None else x.ndim - block_ndim for x in leaves]
-        places = [i for i, order in enumerate(sides) if order >= least_order]
+        places = []
+        for i, (x, goes) in enumerate(zip(leaves, directions)):
+            if x is not None and x.ndim - block_ndim >= least_order:
+                if goes is None:  # a length without a direction is no step
+                    leaves[i] = None
+                else:
+                    places.append(i)
         if not places:
-            return p_g, new
+            return spec.unflatten(leaves), new
         partners = in_compute_dtype(map(leaves.__getitem__, places))
         lengths, plain = _step_lengths(partners, block_ndim)
         if begun_now is None:  # they are as large as p, and no longer needed

@@ -200,6 +200,8 @@ def test_gradients_of_another_model() -> None:
         tx.update({"a": torch.ones(2), "b": torch.ones(4)}, state)
     with pytest.raises(ValueError, match="lack 'b'"):
         tx.update({"a": torch.ones(2)}, state)
+    with pytest.raises(ValueError, match="lack 'a'"):
+        tx.update({}, state)
     with pytest.raises(ValueError, match="'c'"):
         tx.update({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)}, state)
 
@@ -208,6 +210,19 @@ def test_gradients_that_differ_from_the_parameters() -> None:
     tx, params = fs.blocked(fs.trace(0.9)), {"a": torch.ones(2, 3)}
     with pytest.raises(ValueError, match=r"leaf 'a' has shape \(2, 3\) in params and \(3, 2\)"):
         tx.update({"a": torch.ones(3, 2)}, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.float64, torch.float8_e4m3fn], ids=str
+)
+def test_gradients_of_a_dtype_that_init_has_not_seen(dtype: torch.dtype) -> None:
+    """Without parameters, whose dtype would rule. Half precision is stacked as float32 is."""
+    tx, params = fs.blocked(fs.trace(0.9)), {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    state = tx.init(params)
+    for half in (torch.bfloat16, torch.float16):
+        tx.update(params | {"a": torch.ones(2, 3, dtype=half)}, state)
+    with pytest.raises(ValueError, match="gradient of 'a', .* saw another shape or dtype"):
+        tx.update(params | {"a": torch.ones(2, 3).to(dtype)}, state)
 
 
 def test_a_state_whose_keys_were_sorted_still_fits() -> None:

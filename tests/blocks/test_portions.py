@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
-from funshampoo.blocks import regions
 from funshampoo.blocks.layout import layout_of, leaf_keys
 from funshampoo.blocks.portions import tiles_for, tiles_of
 from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.stacks import stack_blocks
+from funshampoo.blocks.state_rows import StateRows
 from tests.trees import assert_equal, assert_unchanged, clone, snapshot, tensors
 
 # Ragged at 8 in one side and in both, odd and even sides, orders 0 to 4, nothing at all.
@@ -130,6 +130,36 @@ def test_missing_gradients_in_place() -> None:
         updates, other = tx.update(g, other, pure)
         pure = fs.apply_updates(pure, updates)
     assert_equal((params, state), (pure, other))
+
+
+def test_what_is_remembered_of_spans_does_not_grow() -> None:
+    """Other gradients are None on each step: n rows have n² / 2 spans, of n / 3 rows each."""
+    count = 24
+    leaves = [torch.full((2, 3), float(i)) for i in range(count)]
+    parts = Parts(layout_of(leaf_keys(leaves), None, "none", 2))
+    for first, last in itertools.combinations(range(count + 1), 2):
+        rows = parts.gather("2x3", range(first, last), leaves)
+        assert rows[:, 0, 0].tolist() == list(range(first, last))
+        assert sum([len(found.parts) for found in parts.values()]) <= 8 * count
+    kept = len(parts)
+    parts.gather("2x3", range(last - 1, last), leaves)
+    assert len(parts) == kept  # and what was there is found again
+
+
+def test_a_step_of_many_tiles_remembers_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What of a state belongs to a tile is looked up once, however many tiles there are."""
+    looked_up = []
+
+    def found(self: StateRows, *given: Any, real: Any = StateRows._found) -> Any:
+        looked_up.append(1)
+        return real(self, *given)
+
+    monkeypatch.setattr(StateRows, "_found", found)
+    tx, params = fs.blocked(fs.trace(0.9), max_size=2, tile=8), {"w": torch.zeros(2, 1200)}
+    state = tx.init(params)
+    for _ in range(3):
+        state = fs.update_in_place(tx, {"w": torch.ones(2, 1200)}, state, params)
+    assert len(looked_up) == 300
 
 
 def donated(tx: fs.GradientTransformation, g: Any, state: Any, params: Any) -> None:
@@ -282,22 +312,6 @@ def test_any_rows_are_gathered_and_put_back(
                 parts.scatter_add(name, rows, values, sums)
     assert_equal(back, leaves)
     assert_equal(sums, [2 * x for x in leaves])
-
-
-def test_rows_are_remembered_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where gradients are missing now here, now there, steps have ever new spans of rows."""
-    monkeypatch.setattr(regions, "MOST", 100)
-    leaves = [torch.randn(4, 4) for _ in range(20)]
-    parts = Parts(layout_of(leaf_keys(leaves), 4, "none", 2))
-    tiles = [range(first, first + 5) for first in range(0, 20, 5)]
-    for span in itertools.combinations(range(21), 2):
-        assert torch.equal(
-            parts.gather("4x4", range(*span), leaves), torch.stack(leaves[slice(*span)])
-        )
-        assert sum(len(found.parts) for found in parts.values()) <= 100 + 4 * 20
-    seen = [parts["4x4", rows] for rows in tiles]
-    for _ in range(50):  # an ordinary step's stay
-        assert all(parts["4x4", rows] is found for rows, found in zip(tiles, seen))
 
 
 def test_every_case_is_alike_in_place() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import funshampoo as fs
-from tests.trees import assert_equal, gradients, problem, train
+from funshampoo.recipes import RECIPES
+from tests.trees import assert_equal, gradients, problem, tensors, train
 
 
 def recorder(seen: list[dict[str, Any]]) -> fs.GradientTransformation:
@@ -71,6 +72,25 @@ def test_states_are_found_by_name_so_an_inserted_stage_moves_none() -> None:
     _, new = after.update(h, grown, params)
     assert list(new) == ["ema", "clip", "trace", "momentum"]
     assert_equal(new["ema"], before.update(h, state, params)[1]["ema"])
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "shampoo", "soap", "muon", "kl_shampoo"])
+@pytest.mark.parametrize(
+    "other", [lambda: fs.sgd(0.1), lambda: fs.blocked(fs.trace(0.9)), lambda: fs.trace(0.9)]
+)
+def test_a_state_of_another_transformation_is_refused(recipe: str, other: Any) -> None:
+    """Also where a look at failures comes first; and nothing is changed by a donated step."""
+    tx, params = RECIPES[recipe](0.1), {"w": torch.ones(2, 3)}
+    state = other().init(params)
+    before = [x.clone() for x in tensors((state, params))]
+    for step in (lambda: tx.update(params, state, params), lambda: in_place(tx, state, params)):
+        with pytest.raises(ValueError, match="the state is (not|another)"):
+            step()
+    assert_equal(tensors((state, params)), before)
+
+
+def in_place(tx: fs.GradientTransformation, state: Any, params: Any) -> None:
+    fs.update_in_place(tx, {"w": torch.ones(2, 3)}, state, params)
 
 
 def test_a_second_stage_of_a_name_is_numbered_and_given_names_are_kept() -> None:

@@ -121,7 +121,9 @@ class Ranks:
         return results, problems
 
     def _start(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported all this, and done nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "tests.distributed.ranks"])
         for rank in range(len(self.servers), size):
             ours, theirs = context.Pipe()
             server = context.Process(target=_serve, args=(rank, theirs), daemon=True)

@@ -234,6 +234,20 @@ def test_graft_is_the_other_method_before_its_start() -> None:
         fs.graft(fs.scale(1.0), fs.scale(1.0), start=0)
 
 
+@pytest.mark.parametrize("silent", ["direction", "onto"])
+def test_graft_of_what_has_no_update_has_none(silent: str) -> None:
+    """A stage may answer None where there is a gradient; of fewer sides `onto` decides alone."""
+    quiet = fs.stateless(lambda u: u | {"w": None, "v": None})
+    make = {"direction": fs.scale(2.0), "onto": fs.scale(3.0)} | {silent: quiet}
+    tx = fs.graft(**make, least_order=2)
+    g = {"w": torch.ones(2, 2), "v": torch.ones(2), "other": torch.ones(2, 2)}
+    updates, _ = tx.update(g, tx.init(g))
+    assert updates["w"] is None
+    assert (updates["v"] is None) == (silent == "onto")
+    length = 1.0 if silent == "onto" else 3.0
+    torch.testing.assert_close(updates["other"], torch.full((2, 2), length))
+
+
 def test_grafting_a_zero_gradient_is_zero_not_nan() -> None:
     tx = fs.shampoo(0.1)
     zero = {"w": torch.zeros(3, 2)}
