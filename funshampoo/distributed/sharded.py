@@ -49,7 +49,8 @@ def sharded(
 
     The gradients have to be the same on all ranks: average them first, as DistributedDataParallel
     does. Whether a block's gradient is finite, or there at all, is its owner's verdict for all:
-    where it has none (None), every rank's update is zero.
+    where it has none (None), every rank's update is zero. A DTensor's is missing on all ranks or
+    on none.
 
     All else has to be the same too. Before their first step with these parameters the ranks compare
     names, shapes and dtypes of the parameters, their order and that of the gradients (by their
@@ -92,7 +93,6 @@ def sharded(
             `GradientTransformation`).
         whole: False: only the blocks of DTensors are shared out, inside `blocked`; on parameters
             that every rank has whole, `inner` runs on every rank, as if it stood here alone.
-
         overlap: in how many portions, of about equal modelled work, the gradients of DTensors come
             to the owners of their blocks: all but the first come while another one is computed. The
             numbers are the same with any. Each is one more collective, and cuts the stacks.
