@@ -10,8 +10,8 @@ from funshampoo.distributed.described import Line
 
 _REMEDY = (
     "Give all of them the same parameters in the same order, as DistributedDataParallel has them, "
-    "and the same hyperparameters. This step moved no parameter; after the first one, a donated "
-    "state is spent: go on from a checkpoint."
+    "the same hyperparameters, and zeros where others have a gradient. This step moved no "
+    "parameter; after the first one, a donated state is spent: go on from a checkpoint."
 )
 
 

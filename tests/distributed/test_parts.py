@@ -291,4 +291,5 @@ def test_messages_are_the_same_whatever_gradient_is_missing(ranks: Ranks) -> Non
     for messages, said, finite in ranks(2, of_another_dtype):
         assert messages == 3
         assert "the gradients that are missing is none on rank 0, u on rank 1" in said
+        assert "zeros where others have a gradient" in said
         assert finite
