@@ -150,6 +150,7 @@ def all_pairs(rank: int) -> dict[tuple[str, str], list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_models_as_people_shard_them(ranks: Ranks) -> None:
     for found in ranks(2, all_pairs):
         assert found == {key: [] for key in found}

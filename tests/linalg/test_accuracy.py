@@ -22,7 +22,9 @@ from .spectra import (
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 5, 6, 8, 12])
+@pytest.mark.parametrize(
+    "p", [1, 2, 4, *[pytest.param(p, marks=pytest.mark.slow) for p in (3, 5, 6, 8, 12)]]
+)
 def test_every_size(name: str, p: int, dtype: torch.dtype) -> None:
     for d in (1, 2, 3, 5, 8, 17, 32, 64, 128):
         Q, values = orthogonal(d), log_spaced(d, 1e4)

@@ -82,6 +82,7 @@ def chain_of(method: str, options: dict[str, Any]) -> fs.GradientTransformation:
     return RECIPES[method](1.0, **({"weight_decay": 0.0} if decays else {}), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_is_as_long_at_every_width(case: str) -> None:
     """Both sides by themselves, and together: the rule's rate times the update stays."""
