@@ -166,9 +166,8 @@ def _zeros(x: Tensor) -> Tensor:
 def _all_finite(tree: Tree, like: Tensor) -> Tensor:
     """() bool on the device of `like`, without a sync."""
     leaves = [x for x in flatten(tree)[0] if x is not None]
-    flags = whole_numbers(
-        [(~torch.isfinite(x)).any() for x in leaves]
-    )  # 2.8 adds up all() of parts
+    # Not all() of what is finite: torch 2.8 adds that up over the parts of a DTensor.
+    flags = whole_numbers([(~torch.isfinite(x)).any() for x in leaves])
     if not flags:
         return torch.ones_like(like, dtype=torch.bool)
     return ~torch.stack([x.to(like.device) for x in flags]).any()
