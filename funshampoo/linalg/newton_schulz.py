@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from funshampoo.core.modes import full_precision
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
+from funshampoo.linalg.root_steps import Step, square_root_steps
 from funshampoo.linalg.solver import (
     InverseRoot,
     RootSolver,
@@ -27,6 +27,9 @@ from funshampoo.linalg.solver import (
     where,
 )
 
+_LARGEST = 2.0
+"""Entries of Z Y end up below that: its eigenvalues are below 1.07, unless one is negative."""
+
 
 def newton_schulz(
     *,
@@ -40,11 +43,14 @@ def newton_schulz(
     Square root and inverse square root together (Higham, Functions of Matrices, 2008, chapter 6),
     with Ã = A + damping·I and c = ‖Ã‖_∞ ≥ λmax:
         Y = Ã / c,   Z = I
-        E = β I - γ Z Y,   Y ← Y E,   Z ← E Z     for each step's β, γ
+        E = e(Z Y),   Y ← Y E,   Z ← E Z     for each step's polynomial e
         Ã^(1/2) = √c Y,   Ã^(-1/2) = Z / √c
-    In exact arithmetic each step maps x = √(eigenvalue of Z Y) to βx - γx³. β and γ are the best
-    ones for the interval that holds all x by then (Grishina, Smirnov and Rakhuba, arXiv
-    2506.10935): 12 steps at the defaults and d = 128, where β = 3/2, γ = 1/2 take 24.
+    In exact arithmetic each step maps x = √(eigenvalue of Z Y) to x e(x²). Up to 4096 a side there
+    are four polynomials of degree 4 (of 9 in x) by which the least x grows sevenfold, one that is
+    the best for the interval that then holds them all, and the binomial series of (Z Y)^(-1/2): 27
+    products at the defaults, and 17 for the second of two roots, whose range is the root of the
+    first's. The best odd polynomials of an interval are those of the matrix sign (Amsel et al.,
+    arXiv 2505.16932; Grishina et al., arXiv 2506.10935).
 
     For p = 2^a·m with m odd: a square roots, the last of which yields the inverse, or if m > 1 the
     inverse m-th root by as many steps of inverse Newton (`coupled_newton`) as it needs. p = 1 is
@@ -106,32 +112,56 @@ class _NewtonSchulz(RootSolver):
 
 def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:
     """B^(-1/p) for p > 1, finite whatever B's eigenvalues are."""
-    while p % 2 == 0:
-        B, X = _square_roots(B, condition, tolerance)
-        p, condition = p // 2, math.sqrt(condition)
-    return X if p == 1 else _odd_inverse_root(B, p, condition, tolerance)
+    scale = _row_sum_norm(B)
+    Y, lower, m = B / scale, 1 / (condition * math.sqrt(B.shape[-1])), p
+    while m % 2 == 0:
+        lower, m = math.sqrt(lower), m // 2
+        Y = _square_root(Y, lower, tolerance, inverse=m == 1)
+    if m > 1:
+        Y = _odd_inverse_root(Y, m, lower, tolerance)
+    return Y * power(scale, -1 / p)
 
 
-def _square_roots(B: Tensor, condition: float, tolerance: float) -> tuple[Tensor, Tensor]:
-    """B^(1/2) and B^(-1/2)."""
-    identity = identity_like(B)
-    c = _row_sum_norm(B)
-    Y, Z = B / c, identity.expand_as(B)
-    for beta, gamma in _cubics(1 / math.sqrt(condition * _slack(B)), tolerance):
-        P = matmul(Z, Y)
-        E = beta * identity - gamma * P
-        # Eigenvalues of P end up below 4, unless rounding has made one negative.
-        bounded = _bounded(P, 16.0)
-        Y, Z = where(bounded, matmul(Y, E), Y), where(bounded, matmul(E, Z), Z)
-    return Y * c.sqrt(), Z / c.sqrt()
+def _square_root(Y: Tensor, lower: float, tolerance: float, inverse: bool) -> Tensor:
+    """Y^(1/2), or Y^(-1/2), of eigenvalues in [lower², 1]."""
+    identity = identity_like(Y)
+    Z = None
+    left = square_root_steps(lower, tolerance)
+    while left:
+        step, *left = left
+        P = Y if Z is None else matmul(Z, Y)
+        E = _polynomial(step, P, identity)
+        bounded = _bounded(P, _LARGEST)
+        if left or not inverse:
+            Y = where(bounded, matmul(Y, E), Y)
+        if left or inverse:
+            Z = E if Z is None else where(bounded, matmul(E, Z), Z)
+    if not inverse:
+        return Y
+    return identity.expand_as(Y) if Z is None else Z
 
 
-def _odd_inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:
-    """B^(-1/p) by inverse Newton: N = ((p + 1) I - M)/p, X ← X N, M ← N^p M."""
-    identity = identity_like(B)
-    z = (p + 1) / (2 * _row_sum_norm(B))
-    X, M = power(z, 1 / p) * identity, z * B
-    for _ in range(_newton_steps(p, condition * _slack(B), tolerance)):
+def _polynomial(step: Step, P: Tensor, identity: Tensor) -> Tensor:
+    """a I + b M + c M² + d M³ + e M⁴ with M = P, or I - P; by one product up to c, else by two."""
+    M = identity - P if step.around_one else P
+    a, b, *rest = step.coefficients
+    E = a * identity + b * M
+    if not rest:
+        return E
+    square = matmul(M, M)
+    if len(rest) == 1:
+        return E + rest[0] * square
+    c, d, e = rest
+    return E + matmul(square, c * identity + d * M + e * square)
+
+
+def _odd_inverse_root(Y: Tensor, p: int, lower: float, tolerance: float) -> Tensor:
+    """Y^(-1/p) by inverse Newton: N = ((p + 1) I - M)/p, X ← X N, M ← N^p M."""
+    identity = identity_like(Y)
+    z = (p + 1) / 2
+    X: Tensor = z ** (1 / p) * identity.expand_as(Y)
+    M = z * Y
+    for _ in range(_newton_steps(p, 1 / lower, tolerance)):
         N = ((p + 1) * identity - M) / p
         bounded = _bounded(M, 8.0 * p)  # eigenvalues start below (p + 1)/2 and end below 1
         X = where(bounded, matmul(X, N), X)
@@ -140,13 +170,11 @@ def _odd_inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> 
 
 
 def _row_sum_norm(B: Tensor) -> Tensor:
-    """‖B‖_∞ (..., 1, 1). It bounds λmax; as the root does not depend on it, it has no gradient."""
+    """‖B‖_∞ (..., 1, 1): λmax at least, and √d of it at most.
+
+    As the root does not depend on it, it has no gradient.
+    """
     return B.detach().abs().sum(-1).amax(-1)[..., None, None]
-
-
-def _slack(B: Tensor) -> float:
-    """How far ‖B‖_∞ can be above λmax: √d."""
-    return math.sqrt(B.shape[-1])
 
 
 def _bounded(M: Tensor, limit: float) -> Tensor:
@@ -155,21 +183,6 @@ def _bounded(M: Tensor, limit: float) -> Tensor:
     The others are frozen: they would overflow, and 0·inf is NaN in the backward pass.
     """
     return M.detach().abs().amax((-2, -1)) < limit
-
-
-def _cubics(lower: float, tolerance: float) -> Iterator[tuple[float, float]]:
-    """β, γ of the steps x ← βx - γx³ that bring all x in [lower, 1] within `tolerance` of 1.
-
-    On [l, u] the best such cubic takes its smallest value, 1 - e, at both ends and its largest,
-    1 + e, in between, at x² = (l² + lu + u²)/3. The next interval is [1 - e, 1 + e].
-    """
-    upper = 1.0
-    while max(1 - lower, upper - 1) > tolerance:
-        peak = math.sqrt((lower * lower + lower * upper + upper * upper) / 3)
-        low, high = lower * upper * (lower + upper), 2 * peak**3
-        gamma = 2 / (low + high)
-        yield 3 * gamma * peak**2, gamma
-        lower, upper = gamma * low, gamma * high
 
 
 def _newton_steps(p: int, condition: float, tolerance: float) -> int:

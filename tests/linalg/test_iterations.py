@@ -5,13 +5,23 @@ take.
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from funshampoo.linalg import coupled_higher_order, coupled_newton, eigh, newton_schulz
-from funshampoo.linalg.newton_schulz import _cubics, _newton_steps
+from funshampoo.linalg.newton_schulz import _newton_steps
+from funshampoo.linalg.root_steps import (
+    _GROW,
+    _GROWN,
+    _GROWS_FROM,
+    _SETTLE,
+    _SETTLED,
+    Step,
+    square_root_steps,
+)
 
 from .spectra import DTYPES, log_spaced, low_rank, orthogonal, relative_error, with_spectrum
 
@@ -87,38 +97,71 @@ def test_no_retries_for_what_can_not_be_solved(monkeypatch: pytest.MonkeyPatch) 
     assert not products
 
 
-@pytest.mark.parametrize("condition", [1.0, 10.0, 1e3, 1e6, 1e8])
-def test_cubics_bring_every_value_within_the_tolerance(condition: float) -> None:
+def taken(x: Tensor, step: Step) -> Tensor:
+    """x E(x²)."""
+    t = 1 - x**2 if step.around_one else x**2
+    return x * sum(c * t**j for j, c in enumerate(step.coefficients))
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-6, 1e-12])
+@pytest.mark.parametrize("condition", [1.0, 3.0, 10.0, 1e3, 1e6, 1e8])
+def test_steps_bring_every_value_within_the_tolerance(condition: float, tolerance: float) -> None:
     lower = 1 / condition
-    x = torch.logspace(math.log10(lower), 0, 1000, dtype=torch.float64)
-    for beta, gamma in _cubics(lower, 1e-12):
-        x = beta * x - gamma * x**3
+    x = torch.logspace(math.log10(lower), 0, 10_000, dtype=torch.float64)
+    for step in square_root_steps(lower, tolerance):
+        x = taken(x, step)
         assert x.min() > 0
-        assert x.max() < 2
-    assert (x - 1).abs().max() < 2e-12
+        assert x.max() < 1.035
+    assert (x - 1).abs().max() < tolerance + 1e-14
 
 
-def test_cubics_are_those_of_the_paper() -> None:
-    """The table of arXiv 2506.10935 starts from the interval that its first entry implies.
-
-    Later entries differ by its safety margin.
+@pytest.mark.parametrize(
+    ("coefficients", "lower", "least", "most"),
+    [(_GROW, _GROWS_FROM, _GROWN, 0.99), (_SETTLE, _GROWN, 1 - _SETTLED, 1 + _SETTLED)],
+)
+def test_no_odd_polynomial_of_their_degree_is_better(
+    coefficients: tuple[float, ...], lower: float, least: float, most: float
+) -> None:
+    """Chebyshev: the best of five coefficients is the one that touches its bounds in turn, six
+    times.
     """
-    lower = (math.sqrt(1 - 4 * (1 - 5.182504 / 5.126830)) - 1) / 2
-    beta, gamma = next(_cubics(lower, 1e-6))
-    assert math.isclose(beta / gamma, 5.182504 / 5.126830, rel_tol=1e-6)
-    assert math.isclose(beta, 5.182504, rel_tol=0.05)
+    x = torch.linspace(lower, 1, 100_000, dtype=torch.float64)
+    y = taken(x, Step(coefficients))
+    assert least <= y.min() < y.max() <= most
+    touches = [(y - y.min()) < 1e-6, (y.max() - y) < 1e-6]
+    ends = (touches[1].double() - touches[0].double())[touches[0] | touches[1]]
+    assert 1 + (ends.diff() != 0).sum() == 6
+    assert ends[0] == -1
 
 
 def test_fixed_step_counts() -> None:
     """At the default condition 1e6 and tolerance 1e-6, side 1: what a root costs."""
-    assert len(list(_cubics(1e-3, 1e-6))) == 11
-    assert len(list(_cubics(1e-3, 1e-12))) == 12
+    assert len(square_root_steps(1e-3, 1e-6)) == 5
+    assert len(square_root_steps(1e-3, 1e-12)) == 6
+    for d in (64, 4096):
+        lower = (1e6 * d**0.5) ** -0.5
+        steps = [square_root_steps(lower, 1e-6), square_root_steps(lower**0.5, 1e-6)]
+        assert [len(x) for x in steps] == [6, 4]
     assert _newton_steps(3, 1e6, 1e-6) == 19
     for p in (1, 3, 5, 7):
         m = torch.logspace(-6, 0, 1000, dtype=torch.float64) * (p + 1) / 2
         for _ in range(_newton_steps(p, 1e6, 1e-10)):
             m = m * ((p + 1 - m) / p) ** p
         assert (m - 1).abs().max() < 1e-10
+
+
+def test_products_of_a_root_of_shampoo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a refresh takes on a GPU: of the two square roots' six and four steps."""
+    module = sys.modules["funshampoo.linalg.newton_schulz"]
+    products = []
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        products.append(a.shape)
+        return a @ b
+
+    monkeypatch.setattr(module, "matmul", counted)
+    newton_schulz()(with_spectrum(orthogonal(64), low_rank(64, 16)), 4, 1e-6)
+    assert len(products) == 44
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
