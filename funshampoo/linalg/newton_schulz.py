@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from funshampoo.core.modes import full_precision
@@ -130,12 +131,11 @@ def _square_root(Y: Tensor, lower: float, tolerance: float, inverse: bool) -> Te
     while left:
         step, *left = left
         P = Y if Z is None else matmul(Z, Y)
-        E = _polynomial(step, P, identity)
-        bounded = _bounded(P, _LARGEST)
+        E = where(_bounded(P, _LARGEST), _polynomial(step, P, identity), identity)
         if left or not inverse:
-            Y = where(bounded, matmul(Y, E), Y)
+            Y = matmul(Y, E)
         if left or inverse:
-            Z = E if Z is None else where(bounded, matmul(E, Z), Z)
+            Z = E if Z is None else matmul(E, Z)
     if not inverse:
         return Y
     return identity.expand_as(Y) if Z is None else Z
@@ -182,7 +182,8 @@ def _bounded(M: Tensor, limit: float) -> Tensor:
 
     The others are frozen: they would overflow, and 0·inf is NaN in the backward pass.
     """
-    return M.detach().abs().amax((-2, -1)) < limit
+    largest: Tensor = torch.linalg.vector_norm(M.detach(), math.inf, dim=(-2, -1))
+    return largest < limit
 
 
 def _newton_steps(p: int, condition: float, tolerance: float) -> int:
