@@ -244,3 +244,32 @@ def test_state_is_read_as_torchs() -> None:
     assert all(optimizer.state[p] for p in others)
     assert optimizer.state.keys() == set(others)
     assert all(type(x) is dict for x in copy.deepcopy(optimizer.state).values())
+
+
+@pytest.mark.parametrize("method", [fs.shampoo, fs.soap, fs.muon])
+def test_a_training_step_that_is_compiled_whole_leaves_the_step_out(method: Any) -> None:
+    """Traced, it would meet a counter that can't be read, and make a graph a step until then."""
+
+    def trained(compiles: bool) -> list[torch.Tensor]:
+        model = model_of()
+        optimizer = fs.Optimizer(model.parameters(), method, lr=0.1)
+
+        def training_step(x: torch.Tensor) -> None:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        run = torch.compile(training_step, backend="eager") if compiles else training_step
+        for step in range(11):  # a refresh at 10
+            run(batch(step))
+        return [p.detach() for p in model.parameters()]
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        found = trained(compiles=True)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    finally:
+        torch._dynamo.reset()
+    assert all(x.equal(y) for x, y in zip(found, trained(compiles=False), strict=True))
+    assert 1 <= graphs <= 3
