@@ -42,11 +42,17 @@ def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
     """
     guards: list[GuardedState] = []
     refreshed: list[Kept] = []
-    for _, node in walk(state):
-        if isinstance(node, GuardedState):
-            guards.append(node)
-        elif isinstance(node, Kept):
+    left: list[Any] = [state]
+    while left:  # without the paths and the generators of `walk`: it is on the way of many a step
+        node = left.pop()
+        if isinstance(node, Kept):
             refreshed.append(node)
+        elif isinstance(node, (tuple, list)):
+            left.extend(node)
+            if isinstance(node, GuardedState):
+                guards.append(node)
+        elif isinstance(node, dict):
+            left.extend(node.values())
     held = [x for guard in guards for x in flatten(guard.held)[0]]
     streak = [x for guard in guards for x in flatten(guard.streak)[0]]
     numbers = [

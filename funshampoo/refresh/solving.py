@@ -81,8 +81,9 @@ def batches(jobs: Iterable[Job]) -> list[Batch]:
 
 def _is_alike(job: Job, other: Job) -> bool:
     mine, theirs = job.kept.residual, other.kept.residual
-    alike = mine.dtype == theirs.dtype and mine.device == theirs.device
-    return alike and is_same(job.rule, other.rule)
+    if job.rule.side != other.rule.side or mine.dtype != theirs.dtype:
+        return False
+    return mine.device == theirs.device and is_same(job.rule, other.rule)
 
 
 def _cut(jobs: Sequence[Job]) -> list[Batch]:
