@@ -10,13 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funshampoo.core.checks import check_count, check_flag
 from funshampoo.core.modes import is_traced
 from funshampoo.linalg.cholesky_qr import cholesky_qr
+from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, is_plain_memory, multiply
 from funshampoo.linalg.spectral import decompose
 from funshampoo.linalg.stacked_eigh import is_of_the_matrix
-from funshampoo.linalg.verification import is_orthogonal
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,22 @@ def after_the_first(
 
 
 @dataclass(frozen=True)
-class PowerStep(Basis):
-    """See `qr`."""
+class qr(Basis):
+    """A basis by one step of power iteration from the one before, made orthogonal by QR.
+
+        Q ← qr(A Q)
+
+    The columns are ordered by diag(Qᵀ A Q), largest first, for the QR alone, which keeps the first
+    one as it is and corrects the others by it; each then goes back to its place. So what is
+    remembered in the coordinates of the old basis goes on in those of the new. The first time,
+    where there is nothing to go on from, by eigendecomposition; of a block whose first gradient
+    comes late, on another device than a CPU, by a step from the identity, since the host would have
+    to wait to hear of it.
+
+    Right where A changes little between two refreshes, as an average does.
+
+    Reference: Vyas et al., arXiv 2409.11321 (SOAP).
+    """
 
     relative_cost = 0.8
 
@@ -111,8 +126,16 @@ class Decomposition(Basis):
 
 
 @dataclass(frozen=True)
-class ByRank(Basis):
-    """See `by_rank`."""
+class by_rank(Basis):
+    """All eigenvectors, every time, in the order of their eigenvalues, the smallest first.
+
+    What is remembered column by column then belongs to a rank, and not to a direction: the second
+    moments of the third largest eigenvalue go on in the vector that is now third. Where two
+    eigenvalues change ranks that is not the same; `linalg.eigh()` has columns continue one another.
+    As in the eigenvalue-corrected Shampoo of facebookresearch/optimizers.
+
+    Reference: Eschenhagen et al., arXiv 2506.03595.
+    """
 
     relative_cost = 0.85
 
@@ -123,36 +146,65 @@ class ByRank(Basis):
         return decomposed(A)
 
 
-def by_rank() -> Basis:
-    """All eigenvectors, every time, in the order of their eigenvalues, the smallest first.
+@dataclass(frozen=True)
+class orthogonal_iteration(Basis):
+    """A basis by powers of A on the one before, made orthogonal by QR, as several sources have it.
 
-    What is remembered column by column then belongs to a rank, and not to a direction: the second
-    moments of the third largest eigenvalue go on in the vector that is now third. Where two
-    eigenvalues change ranks that is not the same; `linalg.eigh()` has columns continue one another.
-    As in the eigenvalue-corrected Shampoo of facebookresearch/optimizers.
+        Q ← qr(Aⁿ Q),   n = steps
 
-    Reference: Eschenhagen et al., arXiv 2506.03595.
+    The first columns converge to the eigenvectors of the largest eigenvalues. Unlike with `qr()`
+    nothing is ordered before the QR, which keeps the first column as it is and corrects the others
+    by it, whichever eigenvalues they have come to belong to. The first time by eigendecomposition,
+    largest first.
+
+    Args:
+        sort: order the columns by diag(Qᵀ A Q) afterwards, largest first. What is remembered column
+            by column then belongs to a rank, and not to a direction.
+        steps: products with A before the QR.
+
+    Raises:
+        ValueError, TypeError: steps is no int of at least 1, or sort no bool.
+
+    Reference: Golub and Van Loan, Matrix Computations, 8.2; Lin et al., arXiv 2509.03378; with sort
+    NVIDIA-NeMo/Emerging-Optimizers.
+
+    >>> import torch
+    >>> A = torch.diag(torch.tensor([1.0, 4.0]))
+    >>> Q, found = orthogonal_iteration()(A, torch.eye(2), torch.tensor(True))
+    >>> Q.abs(), found
+    (tensor([[0., 1.],
+            [1., 0.]]), tensor(True))
     """
-    return ByRank()
+
+    relative_cost = 0.75
+
+    sort: bool = False
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_flag("sort", self.sort)
+        check_count("steps", self.steps)
+
+    def __call__(
+        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `Basis`, but for the places of the columns."""
+        return after_the_first(lambda A: self._renewed(A, old), A, first, begins, _largest_first)
+
+    def _renewed(self, A: Tensor, old: Tensor) -> Tensor:
+        A, image = aligned(A), old
+        for _ in range(self.steps):
+            image = multiply(A, aligned(image))
+        new = orthogonal(image, old)
+        if not self.sort:
+            return new
+        order = rank_by_size(multiply(A, aligned(new)), new)
+        return new.take_along_dim(order[..., None, :], -1)
 
 
-def qr() -> Basis:
-    """A basis by one step of power iteration from the one before, made orthogonal by QR.
-
-        Q ← qr(A Q)
-
-    The columns are ordered by diag(Qᵀ A Q), largest first, for the QR alone, which keeps the first
-    one as it is and corrects the others by it; each then goes back to its place. So what is
-    remembered in the coordinates of the old basis goes on in those of the new. The first time,
-    where there is nothing to go on from, by eigendecomposition; of a block whose first gradient
-    comes late, on another device than a CPU, by a step from the identity, since the host would have
-    to wait to hear of it.
-
-    Right where A changes little between two refreshes, as an average does.
-
-    Reference: Vyas et al., arXiv 2409.11321 (SOAP).
-    """
-    return PowerStep()
+def _largest_first(A: Tensor) -> tuple[Tensor, Tensor]:
+    vectors, found = decomposed(A)
+    return vectors.flip(-1), found
 
 
 def power_step(A: Tensor, Q: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from funshampoo.linalg.eigh import eigh
+from funshampoo.linalg.eigensolver import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
 from funshampoo.linalg.solver import (
     InverseRoot,
     RootSolver,
-    Solver,
-    check_at_least,
     check_exponent,
     check_matrix,
 )
@@ -30,7 +28,8 @@ LEAST_RELATIVE_EPSILON = 1e-6
 """With less, a matrix may have a larger condition than `newton_schulz` is prepared for."""
 
 
-def by_device(*, relative_epsilon: float | Tensor = 1e-6) -> Solver:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class by_device(RootSolver):
     """Inverse root by products on a GPU, by eigendecomposition elsewhere, for any p > 0.
 
         newton_schulz(relative_epsilon=...):  A on CUDA, of a side above 32, p an integer
@@ -53,18 +52,14 @@ def by_device(*, relative_epsilon: float | Tensor = 1e-6) -> Solver:
     tensor([[1.0000, 0.0000],
             [0.0000, 0.5000]])
     """
-    check_at_least("relative_epsilon", relative_epsilon, 0)
 
-    return _ByDevice(relative_epsilon)
-
-
-@dataclass(frozen=True, eq=False)
-class _ByDevice(RootSolver):
-    relative_epsilon: float | Tensor
-
+    least: ClassVar = {"relative_epsilon": 0}
     threaded: ClassVar[bool] = True  # on a CPU it is eigh
 
+    relative_epsilon: float | Tensor = 1e-6
+
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+        """See `RootSolver`."""
         check_matrix(A)
         check_exponent(p)
         by_products = float(p).is_integer() and self._is_conditioned() and self._by_products(A)

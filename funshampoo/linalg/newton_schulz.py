@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,9 +16,7 @@ from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.solver import (
     InverseRoot,
     RootSolver,
-    Solver,
     add_to_diagonal,
-    check_at_least,
     check_matrix,
     identity_like,
     integer_exponent,
@@ -28,13 +27,8 @@ from funshampoo.linalg.solver import (
 )
 
 
-def newton_schulz(
-    *,
-    relative_epsilon: float | Tensor = 1e-6,
-    condition: float = 1e6,
-    tolerance: float = 1e-6,
-    max_residual: float = 0.5,
-) -> Solver:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class newton_schulz(RootSolver):
     """Inverse root by a fixed number of coupled Newton-Schulz steps, for integer p: no host reads.
 
     Square root and inverse square root together (Higham, Functions of Matrices, 2008, chapter 6),
@@ -70,24 +64,17 @@ def newton_schulz(
     tensor([[1.0000, 0.0000],
             [0.0000, 0.5000]])
     """
-    check_at_least("relative_epsilon", relative_epsilon, 0)
-    check_at_least("condition", condition, 1)
-    check_at_least("tolerance", tolerance, 1e-14)
-    check_at_least("max_residual", max_residual, 0)
 
-    return _NewtonSchulz(relative_epsilon, condition, tolerance, max_residual)
-
-
-@dataclass(frozen=True, eq=False)
-class _NewtonSchulz(RootSolver):
+    least: ClassVar = {"relative_epsilon": 0, "condition": 1, "tolerance": 1e-14, "max_residual": 0}
     relative_cost = 7.0
 
-    relative_epsilon: float | Tensor
-    condition: float
-    tolerance: float
-    max_residual: float
+    relative_epsilon: float | Tensor = 1e-6
+    condition: float = 1e6
+    tolerance: float = 1e-6
+    max_residual: float = 0.5
 
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+        """See `RootSolver`."""
         check_matrix(A)
         with full_precision():
             return self._solve(A, integer_exponent(p, "newton_schulz"), epsilon)

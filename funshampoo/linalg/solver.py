@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ class RootSolver(ABC):
     equal where their numbers are; a tensor equals itself alone.
 
     Attributes:
+        least: {field: the smallest number that it may be}, which is looked at when one is made.
         threaded: whether a stack of matrices on a CPU is done sooner by several Python threads with
             one kernel thread each than by one with several. LAPACK gains little from a second
             kernel thread, products almost all there is.
@@ -67,8 +68,14 @@ class RootSolver(ABC):
             `benchmarks.roots`. Ranks are balanced by it.
     """
 
+    least: ClassVar[Mapping[str, float]] = {}
     threaded: ClassVar[bool] = False
     relative_cost: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in self.least.items():
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), least)
 
     @abstractmethod
     def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:

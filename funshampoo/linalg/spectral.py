@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from funshampoo.core.modes import full_precision, is_traced
-from funshampoo.linalg.estimates import spectral_norm
+from funshampoo.linalg.estimates import is_decomposition, spectral_norm
 from funshampoo.linalg.products import (
     aligned,
     is_plain_memory,
@@ -27,7 +27,6 @@ from funshampoo.linalg.solver import (
     symmetrize,
 )
 from funshampoo.linalg.stacked_eigh import stacked_eigh
-from funshampoo.linalg.verification import is_decomposition
 
 _RESIDUAL_ITERATIONS = 2
 """Within a factor of 3 at sides up to 1,024. LAPACK converges or says so: this is only a report."""

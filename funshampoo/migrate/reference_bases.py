@@ -9,11 +9,9 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.contract import Hyper
-from funshampoo.core.modes import full_precision
 from funshampoo.linalg import Basis, InverseRoot
-from funshampoo.linalg.adaptive import spectrum_near
+from funshampoo.linalg.adaptive import qr_algorithm, spectrum_near
 from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.linalg.qr_algorithm import qr_algorithm
 from funshampoo.linalg.solver import add_to_diagonal, total_damping
 from funshampoo.linalg.spectral import Spectrum
 from funshampoo.migrate.reference_config import Fields
@@ -105,19 +103,11 @@ class RenewedSolver(EigenSolver):
     inner: EigenSolver
     renewal: Renewal
 
-    def near_basis(
-        self,
-        A: Tensor,
-        p: float,
-        epsilon: float | Tensor,
-        basis: Tensor,
-        tolerance: float | Tensor,
-    ) -> tuple[InverseRoot, Tensor]:
+    def renewed(
+        self, A: Tensor, epsilon: float | Tensor, basis: Tensor, tolerance: float | Tensor
+    ) -> tuple[Spectrum, Tensor]:
         """See `EigenSolver`."""
-        self._check(A, p, epsilon)
-        spectrum, basis = self.renewal.spectrum(A, basis, epsilon, tolerance)
-        with full_precision():
-            return self.from_spectrum(A, spectrum, p, epsilon), basis
+        return self.renewal.spectrum(A, basis, epsilon, tolerance)
 
     def from_spectrum(
         self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor

@@ -46,6 +46,7 @@ def solver_of(
     built = (*EIGEN, QR, "CoupledNewtonConfig", "CoupledHigherOrderConfig")
     fields = Fields(config or {"type": "EigenConfig"}, "amortized_computation_config", built)
     tolerance = None
+    solver: Solver
     if fields.type == "CoupledNewtonConfig":
         solver = coupled_newton(
             relative_epsilon=0.0,
