@@ -20,10 +20,9 @@ from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.parts import near_shards
 from funshampoo.distributed.routes import Held, Shares, source_of
-from funshampoo.plan.planner import meta_parameters
+from funshampoo.plan.planner import Row, meta_parameters, spread_table
 from funshampoo.plan.scopes import scopes_of
 from funshampoo.recipes.shampoo import shampoo
-from funshampoo.state.memory import readable
 from funshampoo.state.nodes import find_state
 from funshampoo.state.places import Place as StatePlace
 from funshampoo.state.places import map_tensors
@@ -247,24 +246,20 @@ def _counted(
 def _table(found: ShardingPlan) -> list[str]:
     size = math.prod(found.mesh)
     shape = " x ".join(map(str, found.mesh))
-    rows: list[tuple[str, Sequence[float], Callable[[float], str]]] = [
-        ("blocks", found.blocks, lambda x: f"{x:,.0f}"),
-        ("state", found.state_bytes, lambda x: readable(round(x))),
-        ("gathered", found.gathered, lambda x: readable(round(x))),
-        ("  across nodes", found.gathered_across, lambda x: readable(round(x))),
-        ("scattered", found.scattered, lambda x: readable(round(x))),
-        ("  across nodes", found.scattered_across, lambda x: readable(round(x))),
-        ("peers", found.peers, lambda x: f"{x:,.0f}"),
-        ("time per step", found.seconds, lambda x: f"{1e3 * x:,.4g} ms"),
+    rows: list[Row] = [
+        ("blocks", found.blocks, "count"),
+        ("state", found.state_bytes, "bytes"),
+        ("gathered", found.gathered, "bytes"),
+        ("  across nodes", found.gathered_across, "bytes"),
+        ("scattered", found.scattered, "bytes"),
+        ("  across nodes", found.scattered_across, "bytes"),
+        ("peers", found.peers, "count"),
+        ("time per step", found.seconds, "ms"),
     ]
-    lines = [
+    return [
         f"{sum(found.blocks):,} blocks over {size:,} ranks, a mesh of {shape}.",
         f"Balance (largest / mean modelled time): {found.balance:.3f}. "
         f"Planned in {found.planning:.1f} s.",
         "",
-        f"{'per rank':<20} {'smallest':>12} {'mean':>12} {'largest':>12}",
+        *spread_table(rows),
     ]
-    for title, values, cell in rows:
-        cells = [min(values), sum(values) / len(values), max(values)]
-        lines.append(f"{title:<20} " + " ".join(f"{cell(x):>12}" for x in cells))
-    return lines
