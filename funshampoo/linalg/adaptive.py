@@ -10,11 +10,11 @@ from funshampoo.linalg.basis import orthogonal
 from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, matmul, multiply
-from funshampoo.linalg.solver import identity_like, replace_nonfinite, where
+from funshampoo.linalg.solver import Number, identity_like, replace_nonfinite, where
 from funshampoo.linalg.spectral import Spectrum, decompose
 
 
-def spectrum_near(A: Tensor, Q: Tensor, tolerance: float | Tensor) -> tuple[Spectrum, Tensor]:
+def spectrum_near(A: Tensor, Q: Tensor, tolerance: Number) -> tuple[Spectrum, Tensor]:
     """The spectrum of each matrix in its old basis where that will do, else a new one.
 
         B = Qᵀ A Q
@@ -71,7 +71,7 @@ def _chosen(good: Tensor, old: Spectrum, new: Spectrum) -> Spectrum:
     )
 
 
-def qr_algorithm(A: Tensor, Q: Tensor, tolerance: float | Tensor, steps: int) -> Spectrum:
+def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Number, steps: int) -> Spectrum:
     """Approximate eigenvalues, the smallest first, and the basis that they were found in.
 
         at most `steps` times, while ‖offdiag(QᵀAQ)‖_F > tolerance ‖A‖_F:   Q ← qr(A Q)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from funshampoo.linalg.products import aligned, is_plain_memory, multiply
 from funshampoo.linalg.spectral import decompose
 from funshampoo.linalg.stacked_eigh import is_of_the_matrix
 
+Renewed: TypeAlias = tuple[Tensor, Tensor]
+"""The basis (..., d, d), and whether (...) it was found."""
+
 
 @dataclass(frozen=True)
 class Basis(ABC):
@@ -31,9 +34,7 @@ class Basis(ABC):
     relative_cost: ClassVar[float] = 1.0
 
     @abstractmethod
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """(the basis (..., d, d), whether (...) it was found).
 
         Each column stands where the old one lay that it continues.
@@ -46,7 +47,7 @@ class Basis(ABC):
         """
 
 
-def decomposed(A: Tensor) -> tuple[Tensor, Tensor]:
+def decomposed(A: Tensor) -> Renewed:
     """(all eigenvectors by their eigenvalues, the smallest first; whether they were found)."""
     spectrum = decompose(A)
     return spectrum.vectors, spectrum.decomposed
@@ -57,8 +58,8 @@ def after_the_first(
     A: Tensor,
     first: Tensor,
     begins: bool,
-    beginning: Callable[[Tensor], tuple[Tensor, Tensor]] = decomposed,
-) -> tuple[Tensor, Tensor]:
+    beginning: Callable[[Tensor], Renewed] = decomposed,
+) -> Renewed:
     """(basis, whether it was found): `renewed(A)`, or `beginning(A)` where there is none before.
 
     On another device than a CPU nobody waits to hear of a late first one.
@@ -103,9 +104,7 @@ class qr(Basis):
 
     relative_cost = 0.8
 
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """See `Basis`."""
         return after_the_first(lambda A: power_step(A, old), A, first, begins)
 
@@ -114,9 +113,7 @@ class qr(Basis):
 class Decomposition(Basis):
     """All eigenvectors, every time; those with the largest eigenvalues continue one another."""
 
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """See `Basis`."""
         spectrum = decompose(A)
         rank = rank_by_size(multiply(aligned(A), aligned(old)), old).argsort(-1)
@@ -139,9 +136,7 @@ class by_rank(Basis):
 
     relative_cost = 0.85
 
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """See `Basis`, but for the places of the columns."""
         return decomposed(A)
 
@@ -185,9 +180,7 @@ class orthogonal_iteration(Basis):
         check_flag("sort", self.sort)
         check_count("steps", self.steps)
 
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """See `Basis`, but for the places of the columns."""
         return after_the_first(lambda A: self._renewed(A, old), A, first, begins, _largest_first)
 
@@ -202,7 +195,7 @@ class orthogonal_iteration(Basis):
         return new.take_along_dim(order[..., None, :], -1)
 
 
-def _largest_first(A: Tensor) -> tuple[Tensor, Tensor]:
+def _largest_first(A: Tensor) -> Renewed:
     vectors, found = decomposed(A)
     return vectors.flip(-1), found
 

@@ -11,6 +11,7 @@ from funshampoo.linalg.eigensolver import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
 from funshampoo.linalg.solver import (
     InverseRoot,
+    Number,
     RootSolver,
     check_exponent,
     check_matrix,
@@ -56,9 +57,9 @@ class by_device(RootSolver):
     least: ClassVar = {"relative_epsilon": 0}
     threaded: ClassVar[bool] = True  # on a CPU it is eigh
 
-    relative_epsilon: float | Tensor = 1e-6
+    relative_epsilon: Number = 1e-6
 
-    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
         """See `RootSolver`."""
         check_matrix(A)
         check_exponent(p)

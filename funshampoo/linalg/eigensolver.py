@@ -13,6 +13,7 @@ from funshampoo.core.modes import full_precision
 from funshampoo.linalg.adaptive import spectrum_near
 from funshampoo.linalg.solver import (
     InverseRoot,
+    Number,
     RootSolver,
     add_to_diagonal,
     check_exponent,
@@ -27,7 +28,7 @@ class EigenSolver(RootSolver):
 
     threaded: ClassVar[bool] = True
 
-    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
         """A^(-1/p), with a new eigendecomposition."""
         self._check(A, p, epsilon)
         spectrum = decompose(A)  # no products, and perhaps long: other threads need not wait
@@ -35,12 +36,7 @@ class EigenSolver(RootSolver):
             return self.from_spectrum(A, spectrum, p, epsilon)
 
     def near_basis(
-        self,
-        A: Tensor,
-        p: float,
-        epsilon: float | Tensor,
-        basis: Tensor,
-        tolerance: float | Tensor,
+        self, A: Tensor, p: float, epsilon: Number, basis: Tensor, tolerance: Number
     ) -> tuple[InverseRoot, Tensor]:
         """A^(-1/p), and the basis it is computed in: the one given, where that is good enough.
 
@@ -56,21 +52,21 @@ class EigenSolver(RootSolver):
             return self.from_spectrum(A, spectrum, p, epsilon), basis
 
     def renewed(
-        self, A: Tensor, epsilon: float | Tensor, basis: Tensor, tolerance: float | Tensor
+        self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number
     ) -> tuple[Spectrum, Tensor]:
         """(a spectrum of A, the basis that it is in), of `near_basis`."""
         return spectrum_near(A, basis, tolerance)
 
     @abstractmethod
     def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
     ) -> InverseRoot:
         """A^(-1/p) by a spectrum of A, exact or approximate, in any order."""
 
-    def check_epsilon(self, epsilon: float | Tensor) -> None:
+    def check_epsilon(self, epsilon: Number) -> None:
         """Raise for an epsilon that this solver can't take."""
 
-    def _check(self, A: Tensor, p: float, epsilon: float | Tensor) -> None:
+    def _check(self, A: Tensor, p: float, epsilon: Number) -> None:
         check_matrix(A)
         check_exponent(p)
         self.check_epsilon(epsilon)
@@ -110,11 +106,11 @@ class eigh(EigenSolver):
 
     least: ClassVar = {"relative_epsilon": 0}
 
-    relative_epsilon: float | Tensor = 0.0
+    relative_epsilon: Number = 0.0
     floor: bool = True
 
     def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
     ) -> InverseRoot:
         """See `EigenSolver`."""
         values = spectrum.values
@@ -147,10 +143,10 @@ class pseudo_inverse(EigenSolver):
 
     least: ClassVar = {"rtol": 0, "atol": 0}
 
-    rtol: float | Tensor | None = None
+    rtol: Number | None = None
     atol: float = 0.0
 
-    def check_epsilon(self, epsilon: float | Tensor) -> None:
+    def check_epsilon(self, epsilon: Number) -> None:
         """See `EigenSolver`."""
         if isinstance(epsilon, Tensor) or epsilon != 0:
             raise ValueError(
@@ -159,7 +155,7 @@ class pseudo_inverse(EigenSolver):
             )
 
     def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
     ) -> InverseRoot:
         """See `EigenSolver`."""
         relative = A.shape[-1] * torch.finfo(A.dtype).eps if self.rtol is None else self.rtol

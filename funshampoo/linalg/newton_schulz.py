@@ -15,6 +15,7 @@ from funshampoo.linalg.normalized import certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.solver import (
     InverseRoot,
+    Number,
     RootSolver,
     add_to_diagonal,
     check_matrix,
@@ -68,18 +69,18 @@ class newton_schulz(RootSolver):
     least: ClassVar = {"relative_epsilon": 0, "condition": 1, "tolerance": 1e-14, "max_residual": 0}
     relative_cost = 7.0
 
-    relative_epsilon: float | Tensor = 1e-6
+    relative_epsilon: Number = 1e-6
     condition: float = 1e6
     tolerance: float = 1e-6
     max_residual: float = 0.5
 
-    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
         """See `RootSolver`."""
         check_matrix(A)
         with full_precision():
             return self._solve(A, integer_exponent(p, "newton_schulz"), epsilon)
 
-    def _solve(self, A: Tensor, p: int, epsilon: float | Tensor) -> InverseRoot:
+    def _solve(self, A: Tensor, p: int, epsilon: Number) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         system = normalize(add_to_diagonal(A, damping), finite)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.live import Live
 from funshampoo.core.modes import all_true, may_reuse
+
+Number: TypeAlias = float | Tensor
+"""A tensor broadcasts to the stack: to A.shape[:-2]."""
 
 
 class InverseRoot(NamedTuple):
@@ -43,7 +46,7 @@ class InverseRoot(NamedTuple):
     converged: Tensor
 
 
-Solver = Callable[[Tensor, float, float | Tensor], InverseRoot]
+Solver = Callable[[Tensor, float, Number], InverseRoot]
 """solver(A, p, epsilon) = (A + damping·I)^(-1/p), damping = epsilon + relative_epsilon·λmax(A).
 
 A (..., d, d) is float32 or float64, symmetric and positive semidefinite up to rounding; epsilon is
@@ -78,7 +81,7 @@ class RootSolver(ABC):
                 check_at_least(name, getattr(self, name), least)
 
     @abstractmethod
-    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
         """(A + damping·I)^(-1/p), as `Solver` has it."""
 
     def __eq__(self, other: object) -> bool:
@@ -118,7 +121,7 @@ def integer_exponent(p: float, solver: str) -> int:
     return int(p)
 
 
-def check_at_least(name: str, value: float | Tensor, least: float) -> None:
+def check_at_least(name: str, value: Number, least: float) -> None:
     """Raise if `value` is a number below `least`. Reading a tensor would wait for its device."""
     if isinstance(value, Live):
         value.checks.append(functools.partial(check_at_least, name, least=least))
@@ -128,10 +131,7 @@ def check_at_least(name: str, value: float | Tensor, least: float) -> None:
 
 
 def total_damping(
-    A: Tensor,
-    epsilon: float | Tensor,
-    relative_epsilon: float | Tensor,
-    largest: Callable[[], Tensor],
+    A: Tensor, epsilon: Number, relative_epsilon: Number, largest: Callable[[], Tensor]
 ) -> Tensor:
     """Damping = epsilon + relative_epsilon·λmax(A), of shape A.shape[:-2] and A's dtype.
 
@@ -145,7 +145,7 @@ def total_damping(
     return damping
 
 
-def _like(value: float | Tensor, A: Tensor, name: str) -> float | Tensor:
+def _like(value: Number, A: Tensor, name: str) -> Number:
     """`value` in A's dtype, so that a float32 hyperparameter does not lower float64 matrices."""
     if not isinstance(value, Tensor):
         return value
@@ -185,12 +185,12 @@ def where(condition: Tensor, matrix: Tensor, other: Tensor) -> Tensor:
     return chooser(condition)(matrix, other)
 
 
-def chooser(condition: Tensor) -> Callable[[Tensor, Tensor | float], Tensor]:
+def chooser(condition: Tensor) -> Callable[[Tensor, Number], Tensor]:
     """`where` for several choices by one condition (...), of tensors that lead with its axes."""
     if condition.device.type == "cpu" and all_true(condition):
         return lambda x, other: x
 
-    def choose(x: Tensor, other: Tensor | float) -> Tensor:
+    def choose(x: Tensor, other: Number) -> Tensor:
         return torch.where(
             condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, other
         )

@@ -77,12 +77,8 @@ def inverse_root(
     residual = where_solvable(_residual(A.detach(), kept, Q, keep), torch.inf)
     converged = solvable & (residual < torch.inf)
     X = _applied(_InversePower, A, kept, values, Q, keep, exponent)
-    return InverseRoot(
-        root=or_identity(converged, X),
-        residual=residual,
-        condition=where_solvable(largest / smallest, torch.inf),
-        converged=converged,
-    )
+    condition = where_solvable(largest / smallest, torch.inf)
+    return InverseRoot(or_identity(converged, X), residual, condition, converged)
 
 
 def _extremes(kept: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:

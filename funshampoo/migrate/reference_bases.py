@@ -11,8 +11,9 @@ from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg import Basis, InverseRoot
 from funshampoo.linalg.adaptive import qr_algorithm, spectrum_near
+from funshampoo.linalg.basis import Renewed
 from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.linalg.solver import add_to_diagonal, total_damping
+from funshampoo.linalg.solver import Number, add_to_diagonal, total_damping
 from funshampoo.linalg.spectral import Spectrum
 from funshampoo.migrate.reference_config import Fields
 
@@ -84,9 +85,7 @@ class RenewedBasis(Basis):
     renewal: Renewal
     damping: Hyper
 
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """See `Basis`."""
         # A coordinate that had no gradient until now is in no vector of the old basis.
         lacks = ((old == 0).all(-1) & (A.diagonal(dim1=-2, dim2=-1) != 0)).any(-1)
@@ -104,17 +103,17 @@ class RenewedSolver(EigenSolver):
     renewal: Renewal
 
     def renewed(
-        self, A: Tensor, epsilon: float | Tensor, basis: Tensor, tolerance: float | Tensor
+        self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number
     ) -> tuple[Spectrum, Tensor]:
         """See `EigenSolver`."""
         return self.renewal.spectrum(A, basis, epsilon, tolerance)
 
     def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
     ) -> InverseRoot:
         """As `inner` does."""
         return self.inner.from_spectrum(A, spectrum, p, epsilon)
 
-    def check_epsilon(self, epsilon: float | Tensor) -> None:
+    def check_epsilon(self, epsilon: Number) -> None:
         """As `inner` does."""
         self.inner.check_epsilon(epsilon)
