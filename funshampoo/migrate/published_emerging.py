@@ -14,8 +14,8 @@ from funshampoo.core.checks import check_flag, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg import by_rank, orthogonal_iteration
+from funshampoo.migrate.published_eigenbases import bounded_rms
 from funshampoo.migrate.published_muon import decayed, on_matrices
-from funshampoo.migrate.published_soap import bounded_rms
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.matrices import safe
 from funshampoo.state.nodes import find_state
