@@ -30,6 +30,17 @@ def is_shared(name: str) -> bool:
     return name.startswith(SHARED)
 
 
+def together(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a parameter with those that stand with every one."""
+    return {**{SHARED + name: x for name, x in shared.items()}, **own}
+
+
+def parted(entries: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(its own, those that are shared, by the names that the chain has for them)."""
+    own = {name: x for name, x in entries.items() if not is_shared(name)}
+    return own, {n.removeprefix(SHARED): x for n, x in entries.items() if n not in own}
+
+
 def check_entry(name: str, value: Any, known: Mapping[str, Any]) -> None:
     """The value can stand in the place of this entry of the chain's.
 
