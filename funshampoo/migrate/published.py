@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from funshampoo.core.checks import hint
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.migrate import (
     published_eigenbases,
@@ -85,9 +85,8 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
     tensor(True)
     """
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"method is {method!r}; known are {', '.join(map(repr, METHODS))}{hint}")
+        near = hint(str(method), METHODS)
+        raise ValueError(f"method is {method!r}; known are {', '.join(map(repr, METHODS))}{near}")
     builder = METHODS[method]
     known = inspect.signature(builder).parameters
     unknown = sorted(args.keys() - known.keys())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from funshampoo.core.checks import check_choice
+
 
 def chosen(argument: str, value: Any, table: Mapping[Any, Any]) -> Any:
     """What the value of an argument is called here.
@@ -15,7 +17,5 @@ def chosen(argument: str, value: Any, table: Mapping[Any, Any]) -> Any:
     >>> chosen("adjust_lr", "rms_norm", {"rms_norm": "adam"})
     'adam'
     """
-    if value not in table:
-        words = ", ".join(map(repr, table))
-        raise ValueError(f"{argument} is {value!r}; choose one of {words}.")
+    check_choice(argument, value, tuple(table))
     return table[value]

@@ -83,21 +83,11 @@ def routing_table(optimizer: Optimizer) -> RoutingTable:
         raise TypeError(f"a {type(optimizer).__name__} is no funshampoo.Optimizer.")
     rows = []
     for group, parameters, method, state in planned(optimizer):
-        sizes = summary(state, file=io.StringIO()).parameters
-        counts = _blocks(state)
+        of_group = str(group.get("role", "")), method, group.get("lr")
+        counts, sizes = _blocks(state), summary(state, file=io.StringIO()).parameters
         for name, p in parameters.items():
-            rows.append(
-                Row(
-                    name,
-                    tuple(p.shape),
-                    str(group.get("role", "")),
-                    method,
-                    group.get("lr"),
-                    counts.get(name, 0),
-                    sizes.get(name, 0),
-                    not p.requires_grad,
-                )
-            )
+            own = counts.get(name, 0), sizes.get(name, 0), not p.requires_grad
+            rows.append(Row(name, tuple(p.shape), *of_group, *own))
     return RoutingTable(tuple(rows))
 
 

@@ -7,11 +7,12 @@ others are notes of whoever uses the optimizer, kept, saved and loaded with the 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from funshampoo.core.checks import hint
 
 SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
 
@@ -50,11 +51,9 @@ def check_entry(name: str, value: Any, known: Mapping[str, Any]) -> None:
         ValueError: it has another shape or dtype.
     """
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise KeyError(
-            f"the optimizer has no entry '{name}' for this parameter{hint} Names of your own have "
-            "no '/' in them."
+            f"the optimizer has no entry '{name}' for this parameter{hint(name, known)} Names of "
+            "your own have no '/' in them."
         )
     place = known[name]
     if not isinstance(value, Tensor):

@@ -30,7 +30,7 @@ from funshampoo.optim.ready import (
     gradient_of,
     same_parameters,
 )
-from funshampoo.optim.saved import flattened
+from funshampoo.optim.saved import Saved, flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import carried_over, load_state_dict, named_tensors
 from funshampoo.state.parts import PART_KEY, part_of
@@ -270,13 +270,7 @@ class GroupRun:
         self._anew.clear()
 
     def loaded(
-        self,
-        group: dict[str, Any],
-        saved: Mapping[Tensor, Mapping[str, Any]],
-        own_part: bool,
-        *,
-        strict: bool,
-        cast: bool,
+        self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
     ) -> tuple[Ready, dict[Tensor, dict[str, Any]]]:
         """A fresh state with saved values, and the notes among them; the run goes on as it was.
 
@@ -327,10 +321,6 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is made anew."""
-        changed: dict[str, Any] = {
-            "_built": self._built.for_a_copy(),
-            "_looked_at": (),
-            "_read": None,
-        }
-        changed |= {"_untouched": self._untouched and not self.has_state, "_handed_out": None}
-        return {**self.__dict__, **changed}
+        untouched = self._untouched and not self.has_state
+        changed = {"_looked_at": (), "_read": None, "_untouched": untouched, "_handed_out": None}
+        return {**self.__dict__, **changed, "_built": self._built.for_a_copy()}

@@ -48,11 +48,11 @@ def loaded_together(
     runs = memory.runs
     shared = [group for run in runs for group in sharing_groups(run.transformation)]
     if not shared:
-        return loaded(runs, groups, given, strict=strict, cast=cast)
+        return loaded(memory, groups, given, strict=strict, cast=cast)
     memory.meet("load_state_dict")
     failure: BaseException | None = None
     try:
-        found = loaded(runs, groups, given, strict=strict, cast=cast)
+        found = loaded(memory, groups, given, strict=strict, cast=cast)
     except BaseException as error:  # whatever it is: the others are waiting
         failure = error
     steps = set() if failure is not None else _clocks(given["state"])
@@ -89,17 +89,12 @@ def _clocks(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
 
 
 def loaded(
-    runs: Sequence[GroupRun],
-    groups: Sequence[Group],
-    given: Mapping[str, Any],
-    *,
-    strict: bool,
-    cast: bool,
+    memory: Memory, groups: Sequence[Group], given: Mapping[str, Any], *, strict: bool, cast: bool
 ) -> Loading:
     """The states and groups of a checkpoint.
 
     Args:
-        runs, groups: of the optimizer.
+        memory, groups: of the optimizer.
         given: its state_dict; by number or, as torch.distributed.checkpoint has it, by full name.
         strict, cast: see `funshampoo.state.load_state_dict`.
 
@@ -110,7 +105,7 @@ def loaded(
     by_name = any(isinstance(index, str) for index in given["state"])
     found = Loading([], [], {})
     all_indices = indices_of(given["param_groups"], groups)
-    for run, group, saved, indices in zip(runs, groups, given["param_groups"], all_indices):
+    for run, group, saved, indices in zip(memory.runs, groups, given["param_groups"], all_indices):
         found.groups.append(loaded_group(saved, group))
         entries = {}
         for p, index in zip(group["params"], indices):

@@ -126,9 +126,8 @@ class Memory:
 
     def replace(self, ready: Sequence[Ready], notes: dict[Tensor, dict[str, Any]]) -> None:
         """Go on from these states and notes, and remember nothing else."""
-        self.adopt(ready)
+        self.seeded(ready)
         self._left, self.notes = {}, notes
-        self._forgotten = set()
 
     def entries_of(self, p: Tensor) -> dict[str, Any]:
         """Everything that is remembered of a parameter; {} of one that is not known."""
