@@ -58,22 +58,19 @@ class Vocabulary:
     def __init__(self, method: Method, given: Iterable[str] = ()) -> None:
         self.method = method
         self.fixed = not callable(method)
-        self.extras: set[str] = set()
-        self._arguments: dict[str, Any] = {}
         if self.fixed:
             as_transformation(method)  # raises, where it is none
-        else:
-            self._signature = inspect.signature(method)
-            parameters = self._signature.parameters.values()
-            variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-            self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
-            self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._signature = inspect.Signature() if self.fixed else inspect.signature(method)
+        parameters = self._signature.parameters.values()
+        variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
         self._paired = {"beta1", "beta2"} <= self._arguments.keys()
         # {torch's name: default, or inspect.Parameter.empty}
         self._names = {_RENAMED.get(name, name): x for name, x in self._arguments.items()}
         if self._paired:
             self._names["betas"] = (self._names.pop("beta1"), self._names.pop("beta2"))
-        if not self.fixed and self._open:
+        self.extras: set[str] = set()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - _SYNONYMS.keys()
         self.takes_rate = "lr" in self._names or "lr" in self.extras  # as an argument of its own
         if not self.takes_rate:

@@ -153,7 +153,7 @@ class _Stacks:
         shapes = {"x".join(map(str, x.shape)) or "scalar": x for x in leaves}
         self.names = list(shapes)
         self.params = like({n: x.expand(ROWS, *x.shape) for n, x in shapes.items()}, seed=1)
-        self.grads = [like(self.params, seed=200 + t) for t in range(trial.options.steps)]
+        self.grads = [like(self.params, seed=200 + t) for t in range(len(trial.grads))]
 
     def run(
         self,

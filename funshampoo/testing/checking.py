@@ -9,7 +9,7 @@ from funshampoo.core.contract import Tree
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import BlockedState
 from funshampoo.testing import blocks, contract, numbers, transformed
-from funshampoo.testing.trial import Options, StageError, Trial
+from funshampoo.testing.trial import StageError, Trial
 
 
 class _Check(NamedTuple):
@@ -25,9 +25,8 @@ class _Check(NamedTuple):
 
     def applies(self, trial: Trial) -> bool:
         """Whether it is wanted, and in blocks: whether the stage makes none by itself."""
-        wanted = not self.option or bool(getattr(trial.options, self.option))
-        if not wanted or self.option != "blocks":
-            return wanted
+        if self.option != "blocks" or not trial.options["blocks"]:
+            return not self.option or bool(trial.options[self.option])
         return find_state(trial.tx.init(trial.params), BlockedState) is None
 
 
@@ -146,8 +145,8 @@ def check_stage(
     >>> from funshampoo import ema
     >>> check_stage(lambda: ema(0.9), compile=False)
     """
-    options = Options(steps, dict(context or {}), none, blocks, vmap, compile, differentiable)
-    trial = Trial(stage, params, options)
+    options = {"none": none, "blocks": blocks, "vmap": vmap, "differentiable": differentiable}
+    trial = Trial(stage, params, steps, dict(context or {}), compile=compile, **options)
     for check in _CHECKS:
         try:
             if check.applies(trial):
