@@ -9,13 +9,7 @@ from torch import Tensor
 
 from funshampoo.linalg.eigensolver import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
-from funshampoo.linalg.solver import (
-    InverseRoot,
-    Number,
-    RootSolver,
-    check_exponent,
-    check_matrix,
-)
+from funshampoo.linalg.solver import InverseRoot, Number, RootSolver, check_exponent, check_matrix
 
 LARGEST_SIDE_OF_EIGH = 32
 """On a GPU.

@@ -11,13 +11,7 @@ from torch.nn.functional import pad
 
 from funshampoo.core.modes import full_precision, is_traced
 from funshampoo.linalg.estimates import is_decomposition, spectral_norm
-from funshampoo.linalg.products import (
-    aligned,
-    is_plain_memory,
-    multiply,
-    power,
-    square,
-)
+from funshampoo.linalg.products import aligned, is_plain_memory, multiply, power, square
 from funshampoo.linalg.solver import (
     InverseRoot,
     chooser,

@@ -221,10 +221,7 @@ def klsoap_h(
 ) -> GradientTransformation:
     """KLSOAPH of modded-nanogpt's track 3: KL-SOAP with steps on the sphere, without decay."""
     statistics = kl_statistics(
-        shampoo_beta,
-        least_eigenvalue=1 / 4000**2,
-        bias_correction=False,
-        starts_whole=True,
+        shampoo_beta, least_eigenvalue=1 / 4000**2, bias_correction=False, starts_whole=True
     )
     turned = _turned(beta1, scale_by_rms(beta2, eps), precondition_frequency)
     return on_matrices(statistics, turned, hyperball(lr))
