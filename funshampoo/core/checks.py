@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -99,6 +99,19 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+
+def chosen(argument: str, value: Any, table: Mapping[Any, Any]) -> Any:
+    """What the table has for the value of an argument: what a word of another library is here.
+
+    Raises:
+        ValueError: the table does not have it. Names the argument and what it may be.
+
+    >>> chosen("adjust_lr", "rms_norm", {"rms_norm": "adam"})
+    'adam'
+    """
+    check_choice(argument, value, tuple(table))
+    return table[value]
 
 
 def hint(name: str, known: Iterable[str]) -> str:

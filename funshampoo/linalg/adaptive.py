@@ -10,11 +10,11 @@ from funshampoo.linalg.basis import orthogonal
 from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, matmul, multiply
-from funshampoo.linalg.solver import Number, identity_like, replace_nonfinite, where
+from funshampoo.linalg.solver import Number, chooser, identity_like, replace_nonfinite, where
 from funshampoo.linalg.spectral import Spectrum, decompose
 
 
-def spectrum_near(A: Tensor, Q: Tensor, tolerance: Number) -> tuple[Spectrum, Tensor]:
+def spectrum_near(A: Tensor, Q: Tensor, tolerance: Number) -> Spectrum:
     """The spectrum of each matrix in its old basis where that will do, else a new one.
 
         B = Qᵀ A Q
@@ -31,7 +31,7 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: Number) -> tuple[Spectrum, Te
         tolerance: ≥ 0. Rounding alone leaves about √d·(machine epsilon).
 
     Returns:
-        The spectrum, and the basis as it is to be kept. Eigenvalues stay in the basis' order.
+        The spectrum; its vectors are the basis as it is to be kept, the eigenvalues in its order.
 
     Reference: Eschenhagen et al., arXiv 2506.03595.
     """
@@ -44,31 +44,15 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: Number) -> tuple[Spectrum, Te
     old = Spectrum(values, Q, torch.ones_like(finite))
     verdicts = unwrapped(good)
     if verdicts is None or verdicts.is_meta or verdicts is not good:
-        new = decompose(flat)
-        spectrum, basis = _chosen(good, old, new), where(good, Q, new.vectors).contiguous()
+        choose, new = chooser(good), decompose(flat)
+        values, vectors, decomposed = [choose(x, y) for x, y in zip(old, new)]
+    elif (stale := (~good).nonzero()[:, 0]).numel():
+        new = decompose(flat.index_select(0, stale))
+        values, vectors, decomposed = [x.index_copy(0, stale, y) for x, y in zip(old, new)]
     else:
-        stale = (~good).nonzero()[:, 0]
-        if not stale.numel():
-            spectrum, basis = old, Q
-        else:
-            new = decompose(flat.index_select(0, stale))
-            spectrum = Spectrum(*[x.index_copy(0, stale, y) for x, y in zip(old, new)])
-            basis = Q.index_copy(0, stale, new.vectors)
-    shape, lead = A.shape, A.shape[:-2]
-    spectrum = Spectrum(
-        spectrum.values.reshape(shape[:-1]),
-        spectrum.vectors.reshape(shape),
-        (spectrum.decomposed & finite).reshape(lead),
-    )
-    return spectrum, basis.reshape(shape)
-
-
-def _chosen(good: Tensor, old: Spectrum, new: Spectrum) -> Spectrum:
-    return Spectrum(
-        torch.where(good[..., None], old.values, new.values),
-        where(good, old.vectors, new.vectors).contiguous(),
-        torch.where(good, old.decomposed, new.decomposed),
-    )
+        values, vectors, decomposed = old
+    found = values, vectors.contiguous(), decomposed & finite
+    return Spectrum(*[x.reshape(A.shape[:-2] + x.shape[1:]) for x in found])
 
 
 def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Number, steps: int) -> Spectrum:

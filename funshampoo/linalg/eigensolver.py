@@ -47,14 +47,12 @@ class EigenSolver(RootSolver):
             tolerance: see `spectrum_near`.
         """
         self._check(A, p, epsilon)
-        spectrum, basis = self.renewed(A, epsilon, basis, tolerance)
+        spectrum = self.renewed(A, epsilon, basis, tolerance)
         with full_precision():
-            return self.from_spectrum(A, spectrum, p, epsilon), basis
+            return self.from_spectrum(A, spectrum, p, epsilon), spectrum.vectors
 
-    def renewed(
-        self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number
-    ) -> tuple[Spectrum, Tensor]:
-        """(a spectrum of A, the basis that it is in), of `near_basis`."""
+    def renewed(self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number) -> Spectrum:
+        """The spectrum of A that `near_basis` goes by."""
         return spectrum_near(A, basis, tolerance)
 
     @abstractmethod

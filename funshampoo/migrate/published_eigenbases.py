@@ -10,13 +10,12 @@ from torch import Tensor
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import check_count, check_flag, check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
+from funshampoo.core.checks import check_count, check_flag, check_range, chosen
+from funshampoo.core.context import Context
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, State, Tree, stateless
 from funshampoo.core.tree import map_leaves, update_leaves
 from funshampoo.linalg import orthogonal_iteration
-from funshampoo.migrate.channels_last import channels_second
 from funshampoo.migrate.published_muon import on_matrices
-from funshampoo.migrate.words import chosen
 from funshampoo.operators.kl import clamped_at
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.recipes.routing import whole
@@ -80,6 +79,39 @@ def soap(
         return map_leaves(lambda p: "vectors" if p.ndim == 1 else "others", tree)
 
     return partition({"vectors": directions(precondition_1d), "others": directions(True)}, labels)
+
+
+_CHANNELS_SECOND = (0, 3, 1, 2)
+_CHANNELS_LAST = (0, 2, 3, 1)
+
+
+def channels_second(inner: GradientTransformation) -> GradientTransformation:
+    """`inner` on kernels (out, height, width, in) as (out, in, height, width); others as they are.
+
+    Which sides a `merge` of `blocked` brings together depends on their order. The state is that of
+    `inner`, whose blocks are cut from the permuted kernel: `to_parameters` needs its shape.
+
+    Args:
+        inner: a transformation that takes nothing from around it but what goes with the leaves, as
+            `blocked` is.
+    """
+
+    def init(params: Tree, **context: Any) -> State:
+        return inner.init(_permuted(params, _CHANNELS_SECOND), **context)
+
+    def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
+        seen = None if params is None else _permuted(params, _CHANNELS_SECOND)
+        found, state = inner.run(_permuted(updates, _CHANNELS_SECOND), state, seen, context)
+        return _permuted(found, _CHANNELS_LAST), state
+
+    return GradientTransformation(
+        init, update, parts={"inner": inner}, state_of=lambda state, name: state
+    )
+
+
+def _permuted(tree: Tree, order: tuple[int, ...]) -> Tree:
+    """Leaves of four sides in this order; None, and what is no such leaf, as it is."""
+    return map_leaves(lambda x: x if x is None or x.ndim != 4 else x.permute(order), tree)
 
 
 def decayed_steps(lr: Hyper | Schedule, weight_decay: float) -> tuple[GradientTransformation, ...]:

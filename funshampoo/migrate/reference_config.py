@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Merge
+from funshampoo.core.checks import chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import initial
-from funshampoo.migrate.words import chosen
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
 from funshampoo.transforms.weight_decay import DecayKind
 

@@ -164,18 +164,15 @@ class Renewal:
         """Whether it is a decomposition every time."""
         return self.steps is None and self.tolerance == 0
 
-    def spectrum(
-        self, A: Tensor, old: Tensor, damping: Hyper, tolerance: Hyper
-    ) -> tuple[Spectrum, Tensor]:
-        """(the spectrum of A itself, perhaps approximate; the basis that it is in)."""
+    def spectrum(self, A: Tensor, old: Tensor, damping: Hyper, tolerance: Hyper) -> Spectrum:
+        """Of A itself, perhaps approximate, in the basis that was found."""
         added = total_damping(A, damping if self.damps else 0.0, 0.0, lambda: A[..., 0, 0])
         damped = add_to_diagonal(A, added) if self.damps else A
         if self.steps is None:
-            spectrum, basis = spectrum_near(damped, old, tolerance)
+            found = spectrum_near(damped, old, tolerance)
         else:
-            spectrum = qr_algorithm(damped, old, tolerance, self.steps)
-            basis = spectrum.vectors
-        return spectrum._replace(values=spectrum.values - added[..., None]), basis
+            found = qr_algorithm(damped, old, tolerance, self.steps)
+        return found._replace(values=found.values - added[..., None])
 
 
 def renewal_of(fields: Fields, damps: bool) -> Renewal:
@@ -216,8 +213,8 @@ class RenewedBasis(Basis):
         lacks = ((old == 0).all(-1) & (A.diagonal(dim1=-2, dim2=-1) != 0)).any(-1)
         tolerance = torch.where(lacks, -1.0, self.renewal.tolerance)
         tolerance = tolerance.reshape(-1) if self.renewal.steps is None else tolerance
-        spectrum, basis = self.renewal.spectrum(A, old, self.damping, tolerance)
-        return basis, spectrum.decomposed
+        spectrum = self.renewal.spectrum(A, old, self.damping, tolerance)
+        return spectrum.vectors, spectrum.decomposed
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,9 +224,7 @@ class RenewedSolver(EigenSolver):
     inner: EigenSolver
     renewal: Renewal
 
-    def renewed(
-        self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number
-    ) -> tuple[Spectrum, Tensor]:
+    def renewed(self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number) -> Spectrum:
         """See `EigenSolver`."""
         return self.renewal.spectrum(A, basis, epsilon, tolerance)
 
