@@ -57,13 +57,10 @@ class by_device(RootSolver):
         """See `RootSolver`."""
         check_matrix(A)
         check_exponent(p)
-        by_products = float(p).is_integer() and self._is_conditioned() and self._by_products(A)
-        make = newton_schulz if by_products else eigh
-        return make(relative_epsilon=self.relative_epsilon)(A, p, epsilon)
+        relative = self.relative_epsilon
+        is_conditioned = isinstance(relative, Tensor) or relative >= LEAST_RELATIVE_EPSILON
+        by_products = float(p).is_integer() and is_conditioned and self._by_products(A)
+        return (newton_schulz if by_products else eigh)(relative_epsilon=relative)(A, p, epsilon)
 
     def _by_products(self, A: Tensor) -> bool:
         return A.is_cuda and A.shape[-1] > LARGEST_SIDE_OF_EIGH
-
-    def _is_conditioned(self) -> bool:
-        epsilon = self.relative_epsilon
-        return isinstance(epsilon, Tensor) or epsilon >= LEAST_RELATIVE_EPSILON

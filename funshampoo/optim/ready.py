@@ -126,7 +126,7 @@ def carried(
     flat: dict[str, Tensor] = {}
     try:
         state = fresh(built, known)
-        blocks = _blocks(state)
+        blocks = blocks_of(state)
         for k in known:
             entries = mine.get(k.parameter, {})
             if k.parameter in left:
@@ -154,7 +154,7 @@ def _check_same_blocks(
         raise ValueError(f"'{name}' falls into other blocks than before.")
 
 
-def _blocks(state: Any) -> dict[str, set[str]]:
+def blocks_of(state: Any) -> dict[str, set[str]]:
     """{parameter: the names of its blocks}."""
     found: dict[str, set[str]] = {}
     for _, node in walk(state):
