@@ -190,16 +190,14 @@ class Snapshot:
 
 def common_memory(tree: Tree, other: Tree) -> tuple[str, str] | None:
     """The names of two tensors that lie in one piece of memory, the first one's first."""
-    places = {_place(x): i for i, x in enumerate(flatten(other)[0]) if _lies_somewhere(x)}
+    places = {_place(x): i for i, x in enumerate(flatten(other)[0])}
     for i, x in enumerate(flatten(tree)[0]):
-        if _lies_somewhere(x) and _place(x) in places:
-            return leaf_names(tree)[i], leaf_names(other)[places[_place(x)]]
+        if (place := _place(x)) is not None and place in places:
+            return leaf_names(tree)[i], leaf_names(other)[places[place]]
     return None
 
 
-def _lies_somewhere(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.numel() > 0
-
-
-def _place(x: Tensor) -> tuple[torch.device, int]:
-    return x.device, x.untyped_storage().data_ptr()
+def _place(x: Any) -> tuple[torch.device, int] | None:
+    """The memory that a tensor lies in; None for what lies nowhere."""
+    lies = isinstance(x, Tensor) and x.numel() > 0
+    return (x.device, x.untyped_storage().data_ptr()) if lies else None
