@@ -82,8 +82,7 @@ def stages_of(config: Config | None, setting: Setting) -> Stages:
         NotImplementedError: of this type there is none, or a field asks for what is not built.
         TypeError: the config has no such field.
     """
-    first = next(iter(BUILT))
-    fields = Fields(config or {"type": first}, "preconditioner_config", tuple(BUILT))
+    fields = Fields(config or None, "preconditioner_config", tuple(BUILT))
     fields.drop(*_WITHOUT_EFFECT)
     statistics, direction = BUILT[fields.type](fields, setting)
     fields.finish()
@@ -191,18 +190,14 @@ _SVD = "SVDOrthogonalizationConfig"
 
 def spectral(fields: Fields) -> GradientTransformation:
     """Of a SpectralDescentPreconditionerConfig."""
-    config = fields.take("orthogonalization_config", None) or {"type": _NEWTON_SCHULZ}
-    nested = Fields(config, "orthogonalization_config", (_NEWTON_SCHULZ, _SVD))
+    nested = fields.nested("orthogonalization_config", _NEWTON_SCHULZ, _SVD)
     nested.drop("rank_deficient_stability_config")  # a field of the base class, unread there too
     by_dimensions = nested.take("scale_by_dims_fn", None)
     scale = None if by_dimensions is None else _of_shape(by_dimensions)
     if nested.type == _SVD:
-        direction = by_svd(scale, nested.take("scale_by_nuclear_norm", False))
-    else:
-        a, b, c = nested.take("coefficients", (3.4445, -4.7750, 2.0315))
-        direction = orthogonalize([(a, b, c)], nested.take("num_iterations", 5), scale=scale)
-    nested.finish()
-    return direction
+        return by_svd(scale, nested.take("scale_by_nuclear_norm", False))
+    a, b, c = nested.take("coefficients", (3.4445, -4.7750, 2.0315))
+    return orthogonalize([(a, b, c)], nested.take("num_iterations", 5), scale=scale)
 
 
 def by_svd(

@@ -55,7 +55,7 @@ def solver_of(
         NotImplementedError: a config that is not built here.
     """
     built = (*EIGEN, QR, "CoupledNewtonConfig", "CoupledHigherOrderConfig")
-    fields = Fields(config or {"type": "EigenConfig"}, "amortized_computation_config", built)
+    fields = Fields(config or None, "amortized_computation_config", built)
     tolerance = None
     solver: Solver
     if fields.type == "CoupledNewtonConfig":
@@ -101,15 +101,11 @@ def _eigen(
 
 def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[Solver, bool]:
     """The solver, and whether the reference decomposes what is damped already."""
-    stability = Fields(
-        fields.take("rank_deficient_stability_config", None) or {"type": "PerturbationConfig"},
-        "rank_deficient_stability_config",
-        ("PerturbationConfig", "PseudoInverseConfig"),
-    )
+    kinds = "PerturbationConfig", "PseudoInverseConfig"
+    stability = fields.nested("rank_deficient_stability_config", *kinds)
     if stability.type == "PerturbationConfig":
         # For a decomposition it is the same sum: the eigenvalues of A + εI are those of A, plus ε.
         before = stability.take("perturb_before_computation", True)
-        stability.finish()
         if not epsilon > 0:
             raise ValueError(
                 f"epsilon is {epsilon}; without PseudoInverseConfig it must be above 0."
@@ -118,7 +114,6 @@ def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[Solver, bool]:
     if epsilon != 0:
         raise ValueError(f"epsilon is {epsilon}; PseudoInverseConfig wants 0.")
     rtol, atol = stability.take("rank_rtol", 0.0), stability.take("rank_atol", 0.0)
-    stability.finish()
     return pseudo_inverse(rtol=rtol, atol=atol), False
 
 
@@ -129,18 +124,15 @@ def basis_of(config: Config | None, epsilon: Hyper) -> Basis:
         ValueError: a tolerance outside of [0, 1], or PseudoInverseConfig.
         NotImplementedError: a config that is no eigendecomposition.
     """
-    default = {"type": "EighEigendecompositionConfig"}
-    fields = Fields(config or default, "amortized_computation_config", (*EIGEN, QR))
-    stability = fields.take("rank_deficient_stability_config", None) or {}
+    fields = Fields(config or None, "amortized_computation_config", (*EIGEN, QR))
+    stability = fields.left.get("rank_deficient_stability_config") or {}
     if stability.get("type") == "PseudoInverseConfig":
         raise ValueError(
             "rank_deficient_stability_config: PseudoInverseConfig is none for eigenvalue-corrected "
             "Shampoo, there too; leave it out, or give PerturbationConfig."
         )
-    kind = "PerturbationConfig"
-    nested = Fields(stability or {"type": kind}, "rank_deficient_stability_config", (kind,))
+    nested = fields.nested("rank_deficient_stability_config", "PerturbationConfig")
     renewal = renewal_of(fields, nested.take("perturb_before_computation", True))
-    nested.finish()
     fields.finish()
     return by_rank() if renewal.is_plain else RenewedBasis(renewal, epsilon)
 
