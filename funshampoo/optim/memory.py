@@ -67,7 +67,7 @@ class Memory:
             ValueError: an edit that a state can't follow; a parameter in two groups.
             RuntimeError: a sparse gradient.
         """
-        self._follow(check=True)
+        self.follow(check=True)
         self._forgotten = set()
 
     def step(self) -> None:
@@ -91,12 +91,14 @@ class Memory:
                     run.mark_interrupted()
             raise
 
-    def follow(self) -> None:
-        """Have every state follow the edits of its group, before it is saved."""
-        self._follow(check=False)
+    def follow(self, *, check: bool = False) -> None:
+        """Have every state follow the edits of its group, before it is stepped or saved.
 
-    def _follow(self, *, check: bool) -> None:
-        """A collective, where blocks are shared out and anything was edited."""
+        A collective, where blocks are shared out and anything was edited.
+
+        Args:
+            check: whether gradients are to be looked at, for a step.
+        """
         looks = [run.look() for run in self.runs]
         left = self._left
         if not all([run.is_as(look) for run, look in zip(self.runs, looks)]):
