@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -97,6 +99,29 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+
+def chosen(argument: str, value: Any, table: Mapping[Any, Any]) -> Any:
+    """What the table has for the value of an argument: what a word of another library is here.
+
+    Raises:
+        ValueError: the table does not have it. Names the argument and what it may be.
+
+    >>> chosen("adjust_lr", "rms_norm", {"rms_norm": "adam"})
+    'adam'
+    """
+    check_choice(argument, value, tuple(table))
+    return table[value]
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """What to say after a name that nobody knows: the nearest one, if there is one.
+
+    >>> hint("shampo", ["shampoo", "soap"]), hint("x", ["soap"])
+    ("; did you mean 'shampoo'?", '.')
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else "."
 
 
 def check_flag(name: str, value: Any) -> None:

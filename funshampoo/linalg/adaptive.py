@@ -1,4 +1,4 @@
-"""An old eigenbasis, used again for as long as it diagonalizes the matrix well enough."""
+"""Old eigenbases, used again for as long as they diagonalize the matrix well enough, or renewed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import full_precision, unwrapped
-from funshampoo.linalg.products import matmul
-from funshampoo.linalg.solver import identity_like, replace_nonfinite, where
+from funshampoo.linalg.basis import orthogonal
+from funshampoo.linalg.estimates import is_orthogonal
+from funshampoo.linalg.norms import is_readable
+from funshampoo.linalg.products import aligned, matmul, multiply
+from funshampoo.linalg.solver import Number, chooser, identity_like, replace_nonfinite, where
 from funshampoo.linalg.spectral import Spectrum, decompose
 
 
-def spectrum_near(A: Tensor, Q: Tensor, tolerance: float | Tensor) -> tuple[Spectrum, Tensor]:
+def spectrum_near(A: Tensor, Q: Tensor, tolerance: Number) -> Spectrum:
     """The spectrum of each matrix in its old basis where that will do, else a new one.
 
         B = Qᵀ A Q
@@ -28,7 +31,7 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: float | Tensor) -> tuple[Spec
         tolerance: ≥ 0. Rounding alone leaves about √d·(machine epsilon).
 
     Returns:
-        The spectrum, and the basis as it is to be kept. Eigenvalues stay in the basis' order.
+        The spectrum; its vectors are the basis as it is to be kept, the eigenvalues in its order.
 
     Reference: Eschenhagen et al., arXiv 2506.03595.
     """
@@ -41,31 +44,58 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: float | Tensor) -> tuple[Spec
     old = Spectrum(values, Q, torch.ones_like(finite))
     verdicts = unwrapped(good)
     if verdicts is None or verdicts.is_meta or verdicts is not good:
-        new = decompose(flat)
-        spectrum, basis = _chosen(good, old, new), where(good, Q, new.vectors).contiguous()
+        choose, new = chooser(good), decompose(flat)
+        values, vectors, decomposed = [choose(x, y) for x, y in zip(old, new)]
+    elif (stale := (~good).nonzero()[:, 0]).numel():
+        new = decompose(flat.index_select(0, stale))
+        values, vectors, decomposed = [x.index_copy(0, stale, y) for x, y in zip(old, new)]
     else:
-        stale = (~good).nonzero()[:, 0]
-        if not stale.numel():
-            spectrum, basis = old, Q
-        else:
-            new = decompose(flat.index_select(0, stale))
-            spectrum = Spectrum(*[x.index_copy(0, stale, y) for x, y in zip(old, new)])
-            basis = Q.index_copy(0, stale, new.vectors)
-    shape, lead = A.shape, A.shape[:-2]
-    spectrum = Spectrum(
-        spectrum.values.reshape(shape[:-1]),
-        spectrum.vectors.reshape(shape),
-        (spectrum.decomposed & finite).reshape(lead),
-    )
-    return spectrum, basis.reshape(shape)
+        values, vectors, decomposed = old
+    found = values, vectors.contiguous(), decomposed & finite
+    return Spectrum(*[x.reshape(A.shape[:-2] + x.shape[1:]) for x in found])
 
 
-def _chosen(good: Tensor, old: Spectrum, new: Spectrum) -> Spectrum:
-    return Spectrum(
-        torch.where(good[..., None], old.values, new.values),
-        where(good, old.vectors, new.vectors).contiguous(),
-        torch.where(good, old.decomposed, new.decomposed),
-    )
+def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Number, steps: int) -> Spectrum:
+    """Approximate eigenvalues, the smallest first, and the basis that they were found in.
+
+        at most `steps` times, while ‖offdiag(QᵀAQ)‖_F > tolerance ‖A‖_F:   Q ← qr(A Q)
+        λ = diag(QᵀAQ), and the columns of Q, ordered by λ
+
+    qr(A Q) is Q qr(QᵀAQ), so that these are the steps of the QR algorithm without shifts on QᵀAQ.
+    Each matrix ends for itself. Under torch.compile, torch.func and on a GPU all of them make all
+    steps, and take those that are theirs.
+
+    Args:
+        A: (..., d, d), symmetric; what is not finite counts as not decomposed.
+        Q: (..., d, d), orthogonal but for rows of zeros, those of coordinates where A has them too.
+        tolerance: a number or (...); below 0 no basis is good enough.
+        steps: 0 or more.
+
+    Returns:
+        `Spectrum`, whose eigenvalues are those of QᵀAQ's diagonal, no better than the basis is.
+
+    Reference: Golub and Van Loan, Matrix Computations, 8.2 (orthogonal iteration); Eschenhagen et
+    al., arXiv 2506.03595.
+
+    >>> import torch
+    >>> A = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    >>> qr_algorithm(A, torch.eye(2), 0.0, 30).values.round(decimals=4)
+    tensor([1., 3.])
+    """
+    A, found = replace_nonfinite(A)
+    A, Q = aligned(A), aligned(Q)
+    with full_precision():
+        for _ in range(steps):
+            stale = ~(ritz_values(A, Q)[1] <= tolerance)  # one that is not finite, too
+            if is_readable([stale]) and not bool(stale.any()):
+                break
+            new = orthogonal(multiply(A, Q), Q)
+            found = found & (is_orthogonal(new) | ~stale)
+            Q = where(stale, new, Q)
+        values = ritz_values(A, Q)[0]
+    order = values.argsort(dim=-1, stable=True)
+    vectors = Q.take_along_dim(order[..., None, :], -1).contiguous()
+    return Spectrum(values.take_along_dim(order, -1), vectors, found)
 
 
 def ritz_values(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:

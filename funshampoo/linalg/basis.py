@@ -5,18 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from funshampoo.core.checks import check_count, check_flag
 from funshampoo.core.modes import is_traced
 from funshampoo.linalg.cholesky_qr import cholesky_qr
+from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, is_plain_memory, multiply
 from funshampoo.linalg.spectral import decompose
 from funshampoo.linalg.stacked_eigh import is_of_the_matrix
-from funshampoo.linalg.verification import is_orthogonal
+
+Renewed: TypeAlias = tuple[Tensor, Tensor]
+"""The basis (..., d, d), and whether (...) it was found."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,7 @@ class Basis(ABC):
     relative_cost: ClassVar[float] = 1.0
 
     @abstractmethod
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """(the basis (..., d, d), whether (...) it was found).
 
         Each column stands where the old one lay that it continues.
@@ -45,7 +47,7 @@ class Basis(ABC):
         """
 
 
-def decomposed(A: Tensor) -> tuple[Tensor, Tensor]:
+def decomposed(A: Tensor) -> Renewed:
     """(all eigenvectors by their eigenvalues, the smallest first; whether they were found)."""
     spectrum = decompose(A)
     return spectrum.vectors, spectrum.decomposed
@@ -56,8 +58,8 @@ def after_the_first(
     A: Tensor,
     first: Tensor,
     begins: bool,
-    beginning: Callable[[Tensor], tuple[Tensor, Tensor]] = decomposed,
-) -> tuple[Tensor, Tensor]:
+    beginning: Callable[[Tensor], Renewed] = decomposed,
+) -> Renewed:
     """(basis, whether it was found): `renewed(A)`, or `beginning(A)` where there is none before.
 
     On another device than a CPU nobody waits to hear of a late first one.
@@ -83,60 +85,7 @@ def after_the_first(
 
 
 @dataclass(frozen=True)
-class PowerStep(Basis):
-    """See `qr`."""
-
-    relative_cost = 0.8
-
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """See `Basis`."""
-        return after_the_first(lambda A: power_step(A, old), A, first, begins)
-
-
-@dataclass(frozen=True)
-class Decomposition(Basis):
-    """All eigenvectors, every time; those with the largest eigenvalues continue one another."""
-
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """See `Basis`."""
-        spectrum = decompose(A)
-        rank = rank_by_size(multiply(aligned(A), aligned(old)), old).argsort(-1)
-        place = A.shape[-1] - 1 - rank  # eigenvalues ascend
-        placed = spectrum.vectors.take_along_dim(place[..., None, :], -1)
-        return torch.where(first[..., None, None], spectrum.vectors, placed), spectrum.decomposed
-
-
-@dataclass(frozen=True)
-class ByRank(Basis):
-    """See `by_rank`."""
-
-    relative_cost = 0.85
-
-    def __call__(
-        self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """See `Basis`, but for the places of the columns."""
-        return decomposed(A)
-
-
-def by_rank() -> Basis:
-    """All eigenvectors, every time, in the order of their eigenvalues, the smallest first.
-
-    What is remembered column by column then belongs to a rank, and not to a direction: the second
-    moments of the third largest eigenvalue go on in the vector that is now third. Where two
-    eigenvalues change ranks that is not the same; `linalg.eigh()` has columns continue one another.
-    As in the eigenvalue-corrected Shampoo of facebookresearch/optimizers.
-
-    Reference: Eschenhagen et al., arXiv 2506.03595.
-    """
-    return ByRank()
-
-
-def qr() -> Basis:
+class qr(Basis):
     """A basis by one step of power iteration from the one before, made orthogonal by QR.
 
         Q ← qr(A Q)
@@ -152,7 +101,103 @@ def qr() -> Basis:
 
     Reference: Vyas et al., arXiv 2409.11321 (SOAP).
     """
-    return PowerStep()
+
+    relative_cost = 0.8
+
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
+        """See `Basis`."""
+        return after_the_first(lambda A: power_step(A, old), A, first, begins)
+
+
+@dataclass(frozen=True)
+class Decomposition(Basis):
+    """All eigenvectors, every time; those with the largest eigenvalues continue one another."""
+
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
+        """See `Basis`."""
+        spectrum = decompose(A)
+        rank = rank_by_size(multiply(aligned(A), aligned(old)), old).argsort(-1)
+        place = A.shape[-1] - 1 - rank  # eigenvalues ascend
+        placed = spectrum.vectors.take_along_dim(place[..., None, :], -1)
+        return torch.where(first[..., None, None], spectrum.vectors, placed), spectrum.decomposed
+
+
+@dataclass(frozen=True)
+class by_rank(Basis):
+    """All eigenvectors, every time, in the order of their eigenvalues, the smallest first.
+
+    What is remembered column by column then belongs to a rank, and not to a direction: the second
+    moments of the third largest eigenvalue go on in the vector that is now third. Where two
+    eigenvalues change ranks that is not the same; `linalg.eigh()` has columns continue one another.
+    As in the eigenvalue-corrected Shampoo of facebookresearch/optimizers.
+
+    Reference: Eschenhagen et al., arXiv 2506.03595.
+    """
+
+    relative_cost = 0.85
+
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
+        """See `Basis`, but for the places of the columns."""
+        return decomposed(A)
+
+
+@dataclass(frozen=True)
+class orthogonal_iteration(Basis):
+    """A basis by powers of A on the one before, made orthogonal by QR, as several sources have it.
+
+        Q ← qr(Aⁿ Q),   n = steps
+
+    The first columns converge to the eigenvectors of the largest eigenvalues. Unlike with `qr()`
+    nothing is ordered before the QR, which keeps the first column as it is and corrects the others
+    by it, whichever eigenvalues they have come to belong to. The first time by eigendecomposition,
+    largest first.
+
+    Args:
+        sort: order the columns by diag(Qᵀ A Q) afterwards, largest first. What is remembered column
+            by column then belongs to a rank, and not to a direction.
+        steps: products with A before the QR.
+
+    Raises:
+        ValueError, TypeError: steps is no int of at least 1, or sort no bool.
+
+    Reference: Golub and Van Loan, Matrix Computations, 8.2; Lin et al., arXiv 2509.03378; with sort
+    NVIDIA-NeMo/Emerging-Optimizers.
+
+    >>> import torch
+    >>> A = torch.diag(torch.tensor([1.0, 4.0]))
+    >>> Q, found = orthogonal_iteration()(A, torch.eye(2), torch.tensor(True))
+    >>> Q.abs(), found
+    (tensor([[0., 1.],
+            [1., 0.]]), tensor(True))
+    """
+
+    relative_cost = 0.75
+
+    sort: bool = False
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_flag("sort", self.sort)
+        check_count("steps", self.steps)
+
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
+        """See `Basis`, but for the places of the columns."""
+        return after_the_first(lambda A: self._renewed(A, old), A, first, begins, _largest_first)
+
+    def _renewed(self, A: Tensor, old: Tensor) -> Tensor:
+        A, image = aligned(A), old
+        for _ in range(self.steps):
+            image = multiply(A, aligned(image))
+        new = orthogonal(image, old)
+        if not self.sort:
+            return new
+        order = rank_by_size(multiply(A, aligned(new)), new)
+        return new.take_along_dim(order[..., None, :], -1)
+
+
+def _largest_first(A: Tensor) -> Renewed:
+    vectors, found = decomposed(A)
+    return vectors.flip(-1), found
 
 
 def power_step(A: Tensor, Q: Tensor) -> Tensor:

@@ -7,16 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from funshampoo.linalg.eigh import eigh
+from funshampoo.linalg.eigensolver import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
-from funshampoo.linalg.solver import (
-    InverseRoot,
-    RootSolver,
-    Solver,
-    check_at_least,
-    check_exponent,
-    check_matrix,
-)
+from funshampoo.linalg.solver import InverseRoot, Number, RootSolver, check_exponent, check_matrix
 
 LARGEST_SIDE_OF_EIGH = 32
 """On a GPU.
@@ -30,7 +23,8 @@ LEAST_RELATIVE_EPSILON = 1e-6
 """With less, a matrix may have a larger condition than `newton_schulz` is prepared for."""
 
 
-def by_device(*, relative_epsilon: float | Tensor = 1e-6) -> Solver:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class by_device(RootSolver):
     """Inverse root by products on a GPU, by eigendecomposition elsewhere, for any p > 0.
 
         newton_schulz(relative_epsilon=...):  A on CUDA, of a side above 32, p an integer
@@ -53,27 +47,20 @@ def by_device(*, relative_epsilon: float | Tensor = 1e-6) -> Solver:
     tensor([[1.0000, 0.0000],
             [0.0000, 0.5000]])
     """
-    check_at_least("relative_epsilon", relative_epsilon, 0)
 
-    return _ByDevice(relative_epsilon)
-
-
-@dataclass(frozen=True, eq=False)
-class _ByDevice(RootSolver):
-    relative_epsilon: float | Tensor
-
+    least: ClassVar = {"relative_epsilon": 0}
     threaded: ClassVar[bool] = True  # on a CPU it is eigh
 
-    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    relative_epsilon: Number = 1e-6
+
+    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
+        """See `RootSolver`."""
         check_matrix(A)
         check_exponent(p)
-        by_products = float(p).is_integer() and self._is_conditioned() and self._by_products(A)
-        make = newton_schulz if by_products else eigh
-        return make(relative_epsilon=self.relative_epsilon)(A, p, epsilon)
+        relative = self.relative_epsilon
+        is_conditioned = isinstance(relative, Tensor) or relative >= LEAST_RELATIVE_EPSILON
+        by_products = float(p).is_integer() and is_conditioned and self._by_products(A)
+        return (newton_schulz if by_products else eigh)(relative_epsilon=relative)(A, p, epsilon)
 
     def _by_products(self, A: Tensor) -> bool:
         return A.is_cuda and A.shape[-1] > LARGEST_SIDE_OF_EIGH
-
-    def _is_conditioned(self) -> bool:
-        epsilon = self.relative_epsilon
-        return isinstance(epsilon, Tensor) or epsilon >= LEAST_RELATIVE_EPSILON

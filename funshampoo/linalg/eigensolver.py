@@ -1,16 +1,26 @@
-"""Solvers that need an eigendecomposition and nothing else of a matrix."""
+"""Inverse roots by eigendecomposition: of damped matrices, and of rank-deficient ones."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from funshampoo.core.modes import full_precision
 from funshampoo.linalg.adaptive import spectrum_near
-from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
-from funshampoo.linalg.spectral import Spectrum, decompose
+from funshampoo.linalg.solver import (
+    InverseRoot,
+    Number,
+    RootSolver,
+    add_to_diagonal,
+    check_exponent,
+    check_matrix,
+    total_damping,
+)
+from funshampoo.linalg.spectral import Spectrum, decompose, inverse_root
 
 
 class EigenSolver(RootSolver):
@@ -18,7 +28,7 @@ class EigenSolver(RootSolver):
 
     threaded: ClassVar[bool] = True
 
-    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
         """A^(-1/p), with a new eigendecomposition."""
         self._check(A, p, epsilon)
         spectrum = decompose(A)  # no products, and perhaps long: other threads need not wait
@@ -26,12 +36,7 @@ class EigenSolver(RootSolver):
             return self.from_spectrum(A, spectrum, p, epsilon)
 
     def near_basis(
-        self,
-        A: Tensor,
-        p: float,
-        epsilon: float | Tensor,
-        basis: Tensor,
-        tolerance: float | Tensor,
+        self, A: Tensor, p: float, epsilon: Number, basis: Tensor, tolerance: Number
     ) -> tuple[InverseRoot, Tensor]:
         """A^(-1/p), and the basis it is computed in: the one given, where that is good enough.
 
@@ -42,20 +47,119 @@ class EigenSolver(RootSolver):
             tolerance: see `spectrum_near`.
         """
         self._check(A, p, epsilon)
-        spectrum, basis = spectrum_near(A, basis, tolerance)
+        spectrum = self.renewed(A, epsilon, basis, tolerance)
         with full_precision():
-            return self.from_spectrum(A, spectrum, p, epsilon), basis
+            return self.from_spectrum(A, spectrum, p, epsilon), spectrum.vectors
+
+    def renewed(self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number) -> Spectrum:
+        """The spectrum of A that `near_basis` goes by."""
+        return spectrum_near(A, basis, tolerance)
 
     @abstractmethod
     def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: float | Tensor
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
     ) -> InverseRoot:
         """A^(-1/p) by a spectrum of A, exact or approximate, in any order."""
 
-    def check_epsilon(self, epsilon: float | Tensor) -> None:
+    def check_epsilon(self, epsilon: Number) -> None:
         """Raise for an epsilon that this solver can't take."""
 
-    def _check(self, A: Tensor, p: float, epsilon: float | Tensor) -> None:
+    def _check(self, A: Tensor, p: float, epsilon: Number) -> None:
         check_matrix(A)
         check_exponent(p)
         self.check_epsilon(epsilon)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class eigh(EigenSolver):
+    """Inverse root by eigendecomposition (Shampoo, arXiv 1802.09568), for any p > 0.
+
+        A = Q diag(λ) Qᵀ,   X = Q diag(λ̃^(-1/p)) Qᵀ
+        damping = epsilon + relative_epsilon·λmax
+        floor=True:   λ̃ = max(λ, 0) + damping
+        floor=False:  λ̃ = λ - min(λmin, 0) + damping
+
+    Where A is positive semidefinite the two agree; they differ in how they repair eigenvalues that
+    rounding has made negative. The floor moves those alone; floor=False moves the whole spectrum,
+    as the reference implementation of Distributed Shampoo (arXiv 2309.06497) does. In float32,
+    eigenvalues below about 1e-7·λmax are rounding errors: keep the damping above that, or use
+    `pseudo_inverse`.
+
+    A matrix that LAPACK fails on is decomposed again in float64, by itself (not inside
+    torch.compile, where its error is raised). A root fails when λ̃ is not positive, or when what
+    came back is no decomposition (`estimates.is_decomposition`). Gradients flow to A, epsilon
+    and relative_epsilon, are finite at tied eigenvalues, and treat the repair as a constant;
+    second derivatives are a NotImplementedError.
+
+    relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2].
+    Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for
+    a dtype other than float32 and float64.
+
+    >>> import torch
+    >>> A = torch.diag(torch.tensor([1.0, 16.0]))
+    >>> eigh()(A, 4, 0.0).root
+    tensor([[1.0000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+
+    least: ClassVar = {"relative_epsilon": 0}
+
+    relative_epsilon: Number = 0.0
+    floor: bool = True
+
+    def from_spectrum(
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
+    ) -> InverseRoot:
+        """See `EigenSolver`."""
+        values = spectrum.values
+        damping = total_damping(A, epsilon, self.relative_epsilon, lambda: values.amax(-1))
+        repair = (-values if self.floor else -values.amin(-1, keepdim=True)).clamp(min=0)
+        repaired = values + repair + damping[..., None]
+        return inverse_root(add_to_diagonal(A, damping), spectrum, repaired, None, p)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class pseudo_inverse(EigenSolver):
+    """Inverse root of the kind of Moore and Penrose (1955): zero along directions never seen.
+
+        A = Q diag(λ) Qᵀ,   X = Q diag(f(λ)) Qᵀ
+        f(λ) = λ^(-1/p) if λ > max(rtol·λmax, atol), else 0
+
+    For any p > 0. Residual, condition and gradient are those of the kept eigenspace (the gradient
+    at constant rank). A matrix with no eigenvalue to keep, such as zero, has the root zero.
+    Failures of LAPACK, ties and second derivatives are as for `eigh`.
+
+    rtol: None means d times the machine epsilon of A's dtype, the size of eigh's rounding errors.
+    epsilon of the solver must be the number 0. Raises ValueError for another epsilon, a negative
+    rtol or atol, or p ≤ 0; TypeError for a dtype other than float32 and float64.
+
+    >>> A = torch.diag(torch.tensor([0.0, 16.0]))
+    >>> pseudo_inverse()(A, 4, 0.0).root
+    tensor([[0.0000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+
+    least: ClassVar = {"rtol": 0, "atol": 0}
+
+    rtol: Number | None = None
+    atol: float = 0.0
+
+    def check_epsilon(self, epsilon: Number) -> None:
+        """See `EigenSolver`."""
+        if isinstance(epsilon, Tensor) or epsilon != 0:
+            raise ValueError(
+                f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would "
+                "fill the null space that it leaves out; use eigh() for a damped root"
+            )
+
+    def from_spectrum(
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
+    ) -> InverseRoot:
+        """See `EigenSolver`."""
+        relative = A.shape[-1] * torch.finfo(A.dtype).eps if self.rtol is None else self.rtol
+        if isinstance(relative, Tensor):
+            relative = relative.to(A)
+        values = spectrum.values
+        # Zero is never kept, whatever the tolerances: it has no inverse.
+        keep = values > (relative * values.amax(-1, keepdim=True)).clamp(min=self.atol)
+        return inverse_root(A, spectrum, values, keep, p)

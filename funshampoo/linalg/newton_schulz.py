@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,10 +16,9 @@ from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.root_steps import Step, square_root_steps
 from funshampoo.linalg.solver import (
     InverseRoot,
+    Number,
     RootSolver,
-    Solver,
     add_to_diagonal,
-    check_at_least,
     check_matrix,
     identity_like,
     integer_exponent,
@@ -32,13 +32,8 @@ _LARGEST = 2.0
 """Entries of Z Y end up below that: its eigenvalues are below 1.07, unless one is negative."""
 
 
-def newton_schulz(
-    *,
-    relative_epsilon: float | Tensor = 1e-6,
-    condition: float = 1e6,
-    tolerance: float = 1e-6,
-    max_residual: float = 0.5,
-) -> Solver:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class newton_schulz(RootSolver):
     """Inverse root by a fixed number of coupled Newton-Schulz steps, for integer p: no host reads.
 
     Square root and inverse square root together (Higham, Functions of Matrices, 2008, chapter 6),
@@ -77,29 +72,22 @@ def newton_schulz(
     tensor([[1.0000, 0.0000],
             [0.0000, 0.5000]])
     """
-    check_at_least("relative_epsilon", relative_epsilon, 0)
-    check_at_least("condition", condition, 1)
-    check_at_least("tolerance", tolerance, 1e-14)
-    check_at_least("max_residual", max_residual, 0)
 
-    return _NewtonSchulz(relative_epsilon, condition, tolerance, max_residual)
-
-
-@dataclass(frozen=True, eq=False)
-class _NewtonSchulz(RootSolver):
+    least: ClassVar = {"relative_epsilon": 0, "condition": 1, "tolerance": 1e-14, "max_residual": 0}
     relative_cost = 7.0
 
-    relative_epsilon: float | Tensor
-    condition: float
-    tolerance: float
-    max_residual: float
+    relative_epsilon: Number = 1e-6
+    condition: float = 1e6
+    tolerance: float = 1e-6
+    max_residual: float = 0.5
 
-    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
+        """See `RootSolver`."""
         check_matrix(A)
         with full_precision():
             return self._solve(A, integer_exponent(p, "newton_schulz"), epsilon)
 
-    def _solve(self, A: Tensor, p: int, epsilon: float | Tensor) -> InverseRoot:
+    def _solve(self, A: Tensor, p: int, epsilon: Number) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         system = normalize(add_to_diagonal(A, damping), finite)

@@ -56,12 +56,8 @@ def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> Inver
     condition = largest_eigenvalue(B.detach()) * power(largest_eigenvalue(X.detach()), p)
     root = X * power(scale, -1 / p)[..., None, None]
     converged = residual <= max_residual
-    return InverseRoot(
-        root=or_identity(converged, root),
-        residual=residual,
-        condition=torch.where(solvable, condition, torch.inf),
-        converged=converged,
-    )
+    condition = torch.where(solvable, condition, torch.inf)
+    return InverseRoot(or_identity(converged, root), residual, condition, converged)
 
 
 def _residual(X: Tensor, p: int, B: Tensor) -> Tensor:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.live import Live
 from funshampoo.core.modes import all_true, may_reuse
+
+Number: TypeAlias = float | Tensor
+"""A tensor broadcasts to the stack: to A.shape[:-2]."""
 
 
 class InverseRoot(NamedTuple):
@@ -43,7 +46,7 @@ class InverseRoot(NamedTuple):
     converged: Tensor
 
 
-Solver = Callable[[Tensor, float, float | Tensor], InverseRoot]
+Solver = Callable[[Tensor, float, Number], InverseRoot]
 """solver(A, p, epsilon) = (A + damping·I)^(-1/p), damping = epsilon + relative_epsilon·λmax(A).
 
 A (..., d, d) is float32 or float64, symmetric and positive semidefinite up to rounding; epsilon is
@@ -60,6 +63,7 @@ class RootSolver(ABC):
     equal where their numbers are; a tensor equals itself alone.
 
     Attributes:
+        least: {field: the smallest number that it may be}, which is looked at when one is made.
         threaded: whether a stack of matrices on a CPU is done sooner by several Python threads with
             one kernel thread each than by one with several. LAPACK gains little from a second
             kernel thread, products almost all there is.
@@ -67,11 +71,17 @@ class RootSolver(ABC):
             `benchmarks.roots`. Ranks are balanced by it.
     """
 
+    least: ClassVar[Mapping[str, float]] = {}
     threaded: ClassVar[bool] = False
     relative_cost: ClassVar[float] = 1.0
 
+    def __post_init__(self) -> None:
+        for name, least in self.least.items():
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), least)
+
     @abstractmethod
-    def __call__(self, A: Tensor, p: float, epsilon: float | Tensor = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
         """(A + damping·I)^(-1/p), as `Solver` has it."""
 
     def __eq__(self, other: object) -> bool:
@@ -111,7 +121,7 @@ def integer_exponent(p: float, solver: str) -> int:
     return int(p)
 
 
-def check_at_least(name: str, value: float | Tensor, least: float) -> None:
+def check_at_least(name: str, value: Number, least: float) -> None:
     """Raise if `value` is a number below `least`. Reading a tensor would wait for its device."""
     if isinstance(value, Live):
         value.checks.append(functools.partial(check_at_least, name, least=least))
@@ -121,10 +131,7 @@ def check_at_least(name: str, value: float | Tensor, least: float) -> None:
 
 
 def total_damping(
-    A: Tensor,
-    epsilon: float | Tensor,
-    relative_epsilon: float | Tensor,
-    largest: Callable[[], Tensor],
+    A: Tensor, epsilon: Number, relative_epsilon: Number, largest: Callable[[], Tensor]
 ) -> Tensor:
     """Damping = epsilon + relative_epsilon·λmax(A), of shape A.shape[:-2] and A's dtype.
 
@@ -138,7 +145,7 @@ def total_damping(
     return damping
 
 
-def _like(value: float | Tensor, A: Tensor, name: str) -> float | Tensor:
+def _like(value: Number, A: Tensor, name: str) -> Number:
     """`value` in A's dtype, so that a float32 hyperparameter does not lower float64 matrices."""
     if not isinstance(value, Tensor):
         return value
@@ -178,12 +185,12 @@ def where(condition: Tensor, matrix: Tensor, other: Tensor) -> Tensor:
     return chooser(condition)(matrix, other)
 
 
-def chooser(condition: Tensor) -> Callable[[Tensor, Tensor | float], Tensor]:
+def chooser(condition: Tensor) -> Callable[[Tensor, Number], Tensor]:
     """`where` for several choices by one condition (...), of tensors that lead with its axes."""
     if condition.device.type == "cpu" and all_true(condition):
         return lambda x, other: x
 
-    def choose(x: Tensor, other: Tensor | float) -> Tensor:
+    def choose(x: Tensor, other: Number) -> Tensor:
         return torch.where(
             condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, other
         )

@@ -10,14 +10,8 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from funshampoo.core.modes import full_precision, is_traced
-from funshampoo.linalg.estimates import spectral_norm
-from funshampoo.linalg.products import (
-    aligned,
-    is_plain_memory,
-    multiply,
-    power,
-    square,
-)
+from funshampoo.linalg.estimates import is_decomposition, spectral_norm
+from funshampoo.linalg.products import aligned, is_plain_memory, multiply, power, square
 from funshampoo.linalg.solver import (
     InverseRoot,
     chooser,
@@ -27,7 +21,6 @@ from funshampoo.linalg.solver import (
     symmetrize,
 )
 from funshampoo.linalg.stacked_eigh import stacked_eigh
-from funshampoo.linalg.verification import is_decomposition
 
 _RESIDUAL_ITERATIONS = 2
 """Within a factor of 3 at sides up to 1,024. LAPACK converges or says so: this is only a report."""
@@ -78,12 +71,8 @@ def inverse_root(
     residual = where_solvable(_residual(A.detach(), kept, Q, keep), torch.inf)
     converged = solvable & (residual < torch.inf)
     X = _applied(_InversePower, A, kept, values, Q, keep, exponent)
-    return InverseRoot(
-        root=or_identity(converged, X),
-        residual=residual,
-        condition=where_solvable(largest / smallest, torch.inf),
-        converged=converged,
-    )
+    condition = where_solvable(largest / smallest, torch.inf)
+    return InverseRoot(or_identity(converged, X), residual, condition, converged)
 
 
 def _extremes(kept: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from funshampoo.core.checks import hint
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.migrate import (
+    published_eigenbases,
     published_emerging,
-    published_kl,
     published_muon,
     published_schedule_free,
-    published_soap,
     published_soap_muon,
-    published_splus,
 )
 
 Builder = Callable[..., GradientTransformation]
@@ -25,9 +23,9 @@ METHODS: Mapping[str, Builder] = {
     "SOAP (Emerging-Optimizers)": published_emerging.soap,
     "REKLS": published_emerging.rekls,
     "KL-SOAP (Emerging-Optimizers)": published_emerging.kl_soap,
-    "KL-Shampoo": published_kl.kl_methods,
-    "KL-SOAP": functools.partial(published_kl.kl_methods, using_klsoap=True),
-    "KL-SOAP-H (hyperball)": published_kl.klsoap_h,
+    "KL-Shampoo": published_eigenbases.kl_methods,
+    "KL-SOAP": functools.partial(published_eigenbases.kl_methods, using_klsoap=True),
+    "KL-SOAP-H (hyperball)": published_eigenbases.klsoap_h,
     "Muon": published_muon.keller_jordan,
     "Muon (torch.optim)": published_muon.torch_optim,
     "Muon (Emerging-Optimizers)": published_muon.emerging_optimizers,
@@ -35,10 +33,10 @@ METHODS: Mapping[str, Builder] = {
     "AdamWScheduleFree": published_schedule_free.adamw,
     "SGDScheduleFree": published_schedule_free.sgd,
     "RAdamScheduleFree": published_schedule_free.radam,
-    "SOAP": published_soap.soap,
+    "SOAP": published_eigenbases.soap,
     "SOAP-Muon": published_soap_muon.soap_muon,
     "SOAP-Muon + EMA-Nesterov": functools.partial(published_soap_muon.soap_muon, lookahead={}),
-    "SPlus": published_splus.splus,
+    "SPlus": published_eigenbases.splus,
 }
 """{name: function of the constructor's arguments, by keyword, with its defaults}."""
 
@@ -87,9 +85,8 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
     tensor(True)
     """
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"method is {method!r}; known are {', '.join(map(repr, METHODS))}{hint}")
+        near = hint(str(method), METHODS)
+        raise ValueError(f"method is {method!r}; known are {', '.join(map(repr, METHODS))}{near}")
     builder = METHODS[method]
     known = inspect.signature(builder).parameters
     unknown = sorted(args.keys() - known.keys())

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.wrapping import wrapping
-from funshampoo.core.checks import check_flag, check_range
+from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg import by_rank, orthogonal_iteration
+from funshampoo.migrate.published_eigenbases import bounded_rms
 from funshampoo.migrate.published_muon import decayed, on_matrices
-from funshampoo.migrate.published_soap import bounded_rms
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.matrices import safe
 from funshampoo.state.nodes import find_state
@@ -54,8 +54,7 @@ def soap(
     fp32_matmul_prec, qr_fp32_matmul_prec and stream_list have nothing to do here. lr has no default
     there.
     """
-    for name, flag in {"nesterov": nesterov, "use_eigh": use_eigh}.items():
-        check_flag(name, flag)
+    check_flags(nesterov=nesterov, use_eigh=use_eigh)
     check_range("max_update_rms", max_update_rms, 0.0)
     check_range("eps", eps, 0.0, low_open=use_kl_shampoo)
     corrects = correct_bias if correct_shampoo_beta_bias is None else correct_shampoo_beta_bias

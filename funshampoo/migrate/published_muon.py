@@ -10,9 +10,9 @@ import torch
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import partition
+from funshampoo.core.checks import chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import map_leaves
-from funshampoo.migrate.words import chosen
 from funshampoo.operators.shape_scale import SCALES, Scale
 from funshampoo.recipes.routing import decay, whole
 from funshampoo.transforms import (

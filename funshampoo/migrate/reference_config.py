@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Merge
+from funshampoo.core.checks import chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import initial
-from funshampoo.migrate.words import chosen
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
 from funshampoo.transforms.weight_decay import DecayKind
 
@@ -38,11 +38,18 @@ def decay_kind(weight_decay_type: Any) -> DecayKind:
 
 
 class Fields:
-    """The fields of one config, taken one by one; what is left over is an error."""
+    """The fields of one config, taken one by one; what is left over is an error.
 
-    def __init__(self, config: Config, argument: str, built: tuple[str, ...]) -> None:
+    Args:
+        config: None: of the first type that is built, and empty.
+        argument: where it was given.
+        built: the types that are known.
+    """
+
+    def __init__(self, config: Config | None, argument: str, built: Sequence[str]) -> None:
         self.argument = argument
-        self.left = dict(config)
+        self.left: dict[str, Any] = {"type": built[0]} if config is None else dict(config)
+        self._inside: list[Fields] = []
         self.type = str(self.left.pop("type", ""))
         if self.type not in built:
             raise NotImplementedError(
@@ -54,6 +61,11 @@ class Fields:
         """The field, which then counts as read."""
         return self.left.pop(field, default)
 
+    def nested(self, field: str, *built: str) -> Fields:
+        """Those of the config in a field, which `finish` looks at too."""
+        self._inside.append(Fields(self.take(field, None) or None, field, built))
+        return self._inside[-1]
+
     def drop(self, *fields: str) -> None:
         """Fields that have nothing to do here."""
         for field in fields:
@@ -61,6 +73,8 @@ class Fields:
 
     def finish(self) -> None:
         """Raises TypeError where a field has not been read: the type has none of this name."""
+        for inside in self._inside:
+            inside.finish()
         if self.left:
             raise TypeError(f"{self.argument}: {self.type} has no field {sorted(self.left)[0]!r}.")
 

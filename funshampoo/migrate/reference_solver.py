@@ -1,10 +1,17 @@
-"""The root solvers of the Distributed Shampoo reference, from its configs."""
+"""The root solvers and eigenbases of the Distributed Shampoo reference, from its configs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg import (
     Basis,
+    InverseRoot,
     Solver,
     by_rank,
     coupled_higher_order,
@@ -12,11 +19,15 @@ from funshampoo.linalg import (
     eigh,
     pseudo_inverse,
 )
+from funshampoo.linalg.adaptive import qr_algorithm, spectrum_near
+from funshampoo.linalg.basis import Renewed
 from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.migrate.reference_bases import QR, RenewedBasis, RenewedSolver, renewal_of
+from funshampoo.linalg.solver import Number, add_to_diagonal, total_damping
+from funshampoo.linalg.spectral import Spectrum
 from funshampoo.migrate.reference_config import Config, Fields
 
 EIGEN = ("EigenConfig", "EighEigendecompositionConfig")
+QR = "QREigendecompositionConfig"
 
 
 def initial_eigenvalue(config: Config | None, epsilon: float) -> float:
@@ -44,8 +55,9 @@ def solver_of(
         NotImplementedError: a config that is not built here.
     """
     built = (*EIGEN, QR, "CoupledNewtonConfig", "CoupledHigherOrderConfig")
-    fields = Fields(config or {"type": "EigenConfig"}, "amortized_computation_config", built)
+    fields = Fields(config or None, "amortized_computation_config", built)
     tolerance = None
+    solver: Solver
     if fields.type == "CoupledNewtonConfig":
         solver = coupled_newton(
             relative_epsilon=0.0,
@@ -89,15 +101,11 @@ def _eigen(
 
 def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[Solver, bool]:
     """The solver, and whether the reference decomposes what is damped already."""
-    stability = Fields(
-        fields.take("rank_deficient_stability_config", None) or {"type": "PerturbationConfig"},
-        "rank_deficient_stability_config",
-        ("PerturbationConfig", "PseudoInverseConfig"),
-    )
+    kinds = "PerturbationConfig", "PseudoInverseConfig"
+    stability = fields.nested("rank_deficient_stability_config", *kinds)
     if stability.type == "PerturbationConfig":
         # For a decomposition it is the same sum: the eigenvalues of A + εI are those of A, plus ε.
         before = stability.take("perturb_before_computation", True)
-        stability.finish()
         if not epsilon > 0:
             raise ValueError(
                 f"epsilon is {epsilon}; without PseudoInverseConfig it must be above 0."
@@ -106,7 +114,6 @@ def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[Solver, bool]:
     if epsilon != 0:
         raise ValueError(f"epsilon is {epsilon}; PseudoInverseConfig wants 0.")
     rtol, atol = stability.take("rank_rtol", 0.0), stability.take("rank_atol", 0.0)
-    stability.finish()
     return pseudo_inverse(rtol=rtol, atol=atol), False
 
 
@@ -117,17 +124,108 @@ def basis_of(config: Config | None, epsilon: Hyper) -> Basis:
         ValueError: a tolerance outside of [0, 1], or PseudoInverseConfig.
         NotImplementedError: a config that is no eigendecomposition.
     """
-    default = {"type": "EighEigendecompositionConfig"}
-    fields = Fields(config or default, "amortized_computation_config", (*EIGEN, QR))
-    stability = fields.take("rank_deficient_stability_config", None) or {}
+    fields = Fields(config or None, "amortized_computation_config", (*EIGEN, QR))
+    stability = fields.left.get("rank_deficient_stability_config") or {}
     if stability.get("type") == "PseudoInverseConfig":
         raise ValueError(
             "rank_deficient_stability_config: PseudoInverseConfig is none for eigenvalue-corrected "
             "Shampoo, there too; leave it out, or give PerturbationConfig."
         )
-    kind = "PerturbationConfig"
-    nested = Fields(stability or {"type": kind}, "rank_deficient_stability_config", (kind,))
+    nested = fields.nested("rank_deficient_stability_config", "PerturbationConfig")
     renewal = renewal_of(fields, nested.take("perturb_before_computation", True))
-    nested.finish()
     fields.finish()
     return by_rank() if renewal.is_plain else RenewedBasis(renewal, epsilon)
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """An old basis will do while it diagonalizes A + damping I well enough; see `spectrum_near`.
+
+    Attributes:
+        tolerance: what is well enough.
+        steps: of the QR algorithm from the old basis, where it does not; None: a decomposition.
+        damps: whether the damping is added before.
+    """
+
+    tolerance: float
+    steps: int | None
+    damps: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a decomposition every time."""
+        return self.steps is None and self.tolerance == 0
+
+    def spectrum(self, A: Tensor, old: Tensor, damping: Hyper, tolerance: Hyper) -> Spectrum:
+        """Of A itself, perhaps approximate, in the basis that was found."""
+        added = total_damping(A, damping if self.damps else 0.0, 0.0, lambda: A[..., 0, 0])
+        damped = add_to_diagonal(A, added) if self.damps else A
+        if self.steps is None:
+            found = spectrum_near(damped, old, tolerance)
+        else:
+            found = qr_algorithm(damped, old, tolerance, self.steps)
+        return found._replace(values=found.values - added[..., None])
+
+
+def renewal_of(fields: Fields, damps: bool) -> Renewal:
+    """Of an amortized_computation_config by an eigendecomposition.
+
+    Raises:
+        ValueError: a tolerance outside of [0, 1], or with a type whose roots have no basis.
+    """
+    tolerance = fields.take("tolerance", 0.0)
+    check_range("tolerance", tolerance, 0.0, 1.0)
+    if tolerance and fields.type == "EigenConfig":
+        raise ValueError(
+            f"{fields.argument}: tolerance is {tolerance}; EigenConfig wants 0, there too, since "
+            "a root that is kept has no eigenbasis. Give EigendecomposedShampooPreconditionerConfig"
+            " with EighEigendecompositionConfig."
+        )
+    if fields.type != QR:
+        fields.drop("retry_double_precision", "eigendecomposition_offload_device")
+        return Renewal(tolerance, None, damps)
+    steps = fields.take("max_iterations", 1)
+    check_count("max_iterations", steps, least=0)
+    return Renewal(tolerance, steps, damps)
+
+
+@dataclass(frozen=True)
+class RenewedBasis(Basis):
+    """A `Basis` for `in_eigenbasis`, whose columns stand where the reference leaves them.
+
+    It begins in the identity, and decomposes nothing for the first time alone.
+    """
+
+    renewal: Renewal
+    damping: Hyper
+
+    def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
+        """See `Basis`."""
+        # A coordinate that had no gradient until now is in no vector of the old basis.
+        lacks = ((old == 0).all(-1) & (A.diagonal(dim1=-2, dim2=-1) != 0)).any(-1)
+        tolerance = torch.where(lacks, -1.0, self.renewal.tolerance)
+        tolerance = tolerance.reshape(-1) if self.renewal.steps is None else tolerance
+        spectrum = self.renewal.spectrum(A, old, self.damping, tolerance)
+        return spectrum.vectors, spectrum.decomposed
+
+
+@dataclass(frozen=True, eq=False)
+class RenewedSolver(EigenSolver):
+    """A solver by eigendecomposition that goes on in the old basis, for `root_inverse`."""
+
+    inner: EigenSolver
+    renewal: Renewal
+
+    def renewed(self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number) -> Spectrum:
+        """See `EigenSolver`."""
+        return self.renewal.spectrum(A, basis, epsilon, tolerance)
+
+    def from_spectrum(
+        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
+    ) -> InverseRoot:
+        """As `inner` does."""
+        return self.inner.from_spectrum(A, spectrum, p, epsilon)
+
+    def check_epsilon(self, epsilon: Number) -> None:
+        """As `inner` does."""
+        self.inner.check_epsilon(epsilon)

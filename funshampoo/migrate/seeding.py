@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,25 +13,18 @@ from funshampoo.core.modes import for_keeps
 from funshampoo.state.places import Place, block_of, map_tensors, spans_of
 from funshampoo.state.stages import AdamState, EmaState, RmsState
 
-# Which moment a field holds, and which is its weight, 1 - betas[i]^step.
-_MOMENTS: dict[tuple[Any, str], str] = {
+_FIELDS: dict[tuple[Any, str], str] = {
     (AdamState, "first"): "exp_avg",
+    (AdamState, "first_weight"): "weight",
     (AdamState, "second"): "exp_avg_sq",
+    (AdamState, "second_weight"): "weight_sq",
     (EmaState, "average"): "exp_avg",
+    (EmaState, "weight"): "weight",
     (RmsState, "second"): "exp_avg_sq",
 }
-_WEIGHTS: dict[tuple[Any, str], int] = {
-    (AdamState, "first_weight"): 0,
-    (AdamState, "second_weight"): 1,
-    (EmaState, "weight"): 0,
-}
+"""Which moment a field holds; or which one's weight, 1 - beta1^t or 1 - beta2^t."""
 
-
-class _Adam(NamedTuple):
-    """What AdamW knows of one parameter; `weights` are 1 - beta1^t and 1 - beta2^t."""
-
-    moments: dict[str, Tensor]
-    weights: tuple[float, float]
+_Adam = dict[str, Any]  # what AdamW knows of one parameter, by the names above
 
 
 @for_keeps()
@@ -67,22 +60,20 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
     filled: set[str] = set()
 
     def fill(place: Place, x: Tensor) -> Tensor:
-        field = (place.kind, place.path[-1] if place.path else "")
-        if field not in _MOMENTS and field not in _WEIGHTS:
+        field = _FIELDS.get((place.kind, place.path[-1] if place.path else ""))
+        if field is None:
             return x
         new = x.clone()
         for parameter, block, target in _targets(place, new):
-            adam = adams.get(parameter)
-            if adam is None:
+            if parameter not in adams:
                 continue
             filled.add(parameter)
-            if field in _WEIGHTS:  # a weight of 1 says that nothing is corrected
-                weight = torch.full_like(target, adam.weights[_WEIGHTS[field]])
-                target.copy_(torch.where(target == 1, target, weight))
+            moment = adams[parameter][field]
+            if isinstance(moment, float):  # a weight of 1 says that nothing is corrected
+                target.copy_(torch.where(target == 1, target, moment))
                 continue
-            moment = adam.moments[_MOMENTS[field]]
             if place.kind is RmsState:  # which does not correct
-                moment = moment / adam.weights[1]
+                moment = moment / adams[parameter]["weight_sq"]
             part = moment if block is None else _cut(moment, block, place, parameter)
             if part is None or part.shape != target.shape:
                 raise ValueError(
@@ -119,7 +110,7 @@ def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
             step = _step_of(entry, name_of[index])
             first, second = (1 - float(beta) ** step for beta in group["betas"])
             moments = {key: entry[key] for key in ("exp_avg", "exp_avg_sq")}
-            adams[name_of[index]] = _Adam(moments, (first, second))
+            adams[name_of[index]] = {**moments, "weight": first, "weight_sq": second}
     return adams
 
 

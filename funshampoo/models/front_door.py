@@ -110,15 +110,8 @@ def for_model(
         factors = rate_factors_of(parameters, found, base, settings)
         settings = {n: scaled(s, factors[n]) for n, s in settings.items()}
     warn_of_routes(routes, settings, stacklevel=2)
-    optimizer = Optimizer(
-        grouped(parameters, settings),
-        main,
-        compile=compile,
-        consolidate=consolidate,
-        accept_adamw=accept_adamw,
-        lr=lr,
-        **options,
-    )
+    flags: Any = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
+    optimizer = Optimizer(grouped(parameters, settings), main, lr=lr, **flags, **options)
     warn_of_costs(optimizer, stacklevel=2)
     return optimizer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from funshampoo.core.checks import hint
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.models.kinds import ROLES, Kind
 from funshampoo.optim.vocabulary import Vocabulary
@@ -71,9 +71,8 @@ def recipe_of(argument: str, given: Any) -> Recipe:
     """
     if isinstance(given, str):
         if given not in RECIPES:
-            nearest = difflib.get_close_matches(given, RECIPES, n=1)
-            hint = f"; did you mean '{nearest[0]}'?" if nearest else "."
-            raise ValueError(f"{argument} is '{given}'{hint} Known are {', '.join(RECIPES)}.")
+            near = hint(given, RECIPES)
+            raise ValueError(f"{argument} is '{given}'{near} Known are {', '.join(RECIPES)}.")
         return RECIPES[given]
     if isinstance(given, GradientTransformation) or not callable(given):
         raise TypeError(

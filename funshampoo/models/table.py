@@ -9,10 +9,8 @@ from torch import Tensor
 
 from funshampoo.optim import Optimizer
 from funshampoo.optim.planned import planned
+from funshampoo.optim.ready import blocks_of
 from funshampoo.state.memory import readable, summary
-from funshampoo.state.nodes import walk
-from funshampoo.state.places import spans_of
-from funshampoo.state.stages import BlockedState
 
 
 class Row(NamedTuple):
@@ -83,21 +81,11 @@ def routing_table(optimizer: Optimizer) -> RoutingTable:
         raise TypeError(f"a {type(optimizer).__name__} is no funshampoo.Optimizer.")
     rows = []
     for group, parameters, method, state in planned(optimizer):
-        sizes = summary(state, file=io.StringIO()).parameters
-        counts = _blocks(state)
+        of_group = str(group.get("role", "")), method, group.get("lr")
+        sizes, blocks = summary(state, file=io.StringIO()).parameters, blocks_of(state)
         for name, p in parameters.items():
-            rows.append(
-                Row(
-                    name,
-                    tuple(p.shape),
-                    str(group.get("role", "")),
-                    method,
-                    group.get("lr"),
-                    counts.get(name, 0),
-                    sizes.get(name, 0),
-                    not p.requires_grad,
-                )
-            )
+            own = len(blocks.get(name, ())), sizes.get(name, 0), not p.requires_grad
+            rows.append(Row(name, tuple(p.shape), *of_group, *own))
     return RoutingTable(tuple(rows))
 
 
@@ -105,13 +93,3 @@ def _rate(lr: Any) -> str:
     if isinstance(lr, Tensor):
         return "a tensor" if lr.device.type != "cpu" else f"{lr.item():.4g}"
     return f"{lr:.4g}" if isinstance(lr, float | int) else "-"
-
-
-def _blocks(state: Any) -> dict[str, int]:
-    """{parameter: how many blocks it has}."""
-    counts: dict[str, int] = {}
-    for _, node in walk(state):
-        if isinstance(node, BlockedState):
-            for name, _, span in spans_of(node.layout):
-                counts[name] = counts.get(name, 0) + span.last - span.first
-    return counts

@@ -14,7 +14,7 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.live import Live
 from funshampoo.core.modes import in_a_mode, unwrapped
 from funshampoo.optim.values import untouched
-from funshampoo.optim.vocabulary import Method, Vocabulary
+from funshampoo.optim.vocabulary import Arguments, Lives, Method, Vocabulary
 
 _MANY = 4  # graphs of one group, from which on an edit on every step is likely
 
@@ -151,9 +151,7 @@ def _by_torchs_names(function: Callable[..., Any], *arguments: Any) -> Any:
         raise type(error)(str(error).replace("learning_rate", "lr", 1)) from error
 
 
-def _check_compilable(
-    words: Vocabulary, arguments: Mapping[str, Any], live: Mapping[str, Live]
-) -> None:
+def _check_compilable(words: Vocabulary, arguments: Arguments, live: Lives) -> None:
     for other in ("distribute", "stagger"):
         if arguments.get(other):
             raise ValueError(f"compile and {other} do not go together: leave out one of them.")

@@ -7,11 +7,12 @@ others are notes of whoever uses the optimizer, kept, saved and loaded with the 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from funshampoo.core.checks import hint
 
 SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
 
@@ -30,6 +31,17 @@ def is_shared(name: str) -> bool:
     return name.startswith(SHARED)
 
 
+def together(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a parameter with those that stand with every one."""
+    return {**{SHARED + name: x for name, x in shared.items()}, **own}
+
+
+def parted(entries: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(its own, those that are shared, by the names that the chain has for them)."""
+    own = {name: x for name, x in entries.items() if not is_shared(name)}
+    return own, {n.removeprefix(SHARED): x for n, x in entries.items() if n not in own}
+
+
 def check_entry(name: str, value: Any, known: Mapping[str, Any]) -> None:
     """The value can stand in the place of this entry of the chain's.
 
@@ -39,11 +51,9 @@ def check_entry(name: str, value: Any, known: Mapping[str, Any]) -> None:
         ValueError: it has another shape or dtype.
     """
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise KeyError(
-            f"the optimizer has no entry '{name}' for this parameter{hint} Names of your own have "
-            "no '/' in them."
+            f"the optimizer has no entry '{name}' for this parameter{hint(name, known)} Names of "
+            "your own have no '/' in them."
         )
     place = known[name]
     if not isinstance(value, Tensor):

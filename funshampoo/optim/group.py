@@ -16,8 +16,7 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
 from funshampoo.optim.building import Builder, other_structure
-from funshampoo.optim.carrying import carried
-from funshampoo.optim.entries import SHARED, is_note, is_shared
+from funshampoo.optim.entries import SHARED, is_note, is_shared, together
 from funshampoo.optim.names import Names
 from funshampoo.optim.ready import (
     ByParameter,
@@ -26,11 +25,12 @@ from funshampoo.optim.ready import (
     Look,
     Plan,
     Ready,
+    carried,
     fresh,
     gradient_of,
     same_parameters,
 )
-from funshampoo.optim.saved import flattened
+from funshampoo.optim.saved import Saved, flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import carried_over, load_state_dict, named_tensors
 from funshampoo.state.parts import PART_KEY, part_of
@@ -98,7 +98,7 @@ class GroupRun:
         """Whether the state was made for the parameters as they are."""
         return self.has_state and look == self._looked_at
 
-    def planned(self, left: Mapping[Tensor, Left], look: Look) -> Plan:
+    def planned(self, left: Left, look: Look) -> Plan:
         """What a step of the group as it is now is of.
 
         Args:
@@ -122,7 +122,7 @@ class GroupRun:
         new = {k.parameter for k in known if k.parameter not in with_state | left.keys()}
         return Plan(built, known, look, goes_on, edited or not goes_on, self._anew | new)
 
-    def prepared(self, plan: Plan, left: Mapping[Tensor, Left]) -> Ready:
+    def prepared(self, plan: Plan, left: Left) -> Ready:
         """The state for a step as planned; the run itself goes on as it was.
 
         Where parameters came or went, were moved, converted or unfrozen, or a part was switched on
@@ -181,19 +181,12 @@ class GroupRun:
             transformation.check(self._state, EMPTY)
 
     @for_keeps()
-    def released(self, tensors: Collection[Tensor]) -> dict[Tensor, Left]:
+    def released(self, tensors: Collection[Tensor]) -> Left:
         """Copies of what is remembered of these."""
         if not self.has_state or not tensors:
             return {}
-        entries, shared = self.entries()
-        return {
-            p: Left(
-                {name: x.detach().clone() for name, x in entries[p].items()},
-                {name: x.detach().clone() for name, x in shared.items()},
-            )
-            for p in tensors
-            if p in entries and p not in self._anew
-        }
+        kept = [p for p in tensors if p in self.entries()[0] and p not in self._anew]
+        return {p: {n: x.detach().clone() for n, x in self.entries_of(p).items()} for p in kept}
 
     def parameters(self) -> list[Tensor]:
         """Those that the state was made for."""
@@ -218,6 +211,11 @@ class GroupRun:
             self._read = self._state, *self._by_parameter()
             self._handed_out = Watched(self._state).begin() if self._untouched else None
         return self._read[1:]
+
+    def entries_of(self, p: Tensor) -> dict[str, Tensor]:
+        """Those of one parameter that the state has, with what is shared."""
+        entries, shared = self.entries()
+        return together(entries[p], shared)
 
     def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
         owners = {k.name: k.parameter for k in self.known}
@@ -272,13 +270,7 @@ class GroupRun:
         self._anew.clear()
 
     def loaded(
-        self,
-        group: dict[str, Any],
-        saved: Mapping[Tensor, Mapping[str, Any]],
-        own_part: bool,
-        *,
-        strict: bool,
-        cast: bool,
+        self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
     ) -> tuple[Ready, dict[Tensor, dict[str, Any]]]:
         """A fresh state with saved values, and the notes among them; the run goes on as it was.
 
@@ -329,10 +321,6 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is made anew."""
-        changed: dict[str, Any] = {
-            "_built": self._built.for_a_copy(),
-            "_looked_at": (),
-            "_read": None,
-        }
-        changed |= {"_untouched": self._untouched and not self.has_state, "_handed_out": None}
-        return {**self.__dict__, **changed}
+        untouched = self._untouched and not self.has_state
+        changed = {"_looked_at": (), "_read": None, "_untouched": untouched, "_handed_out": None}
+        return {**self.__dict__, **changed, "_built": self._built.for_a_copy()}

@@ -1,7 +1,8 @@
-"""Load a saved state_dict into the runs of all groups, or find out that it does not fit."""
+"""Load a state_dict, or AdamW's, into the runs of all groups, or find that it does not fit."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ from torch import Tensor
 
 from funshampoo.distributed.collectives import gathered_objects
 from funshampoo.distributed.gathering import sharing_groups
+from funshampoo.migrate.seeding import seed_from_adamw
 from funshampoo.optim.entries import is_shared
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.memory import Memory
+from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.ready import Ready
 from funshampoo.optim.saved import check_fits, check_ours, indices_of, loaded_group
-from funshampoo.state.checkpoint import of_run
+from funshampoo.optim.vocabulary import check_rate
+from funshampoo.state.checkpoint import check, of_run
 from funshampoo.state.parts import part_of
 
 
@@ -33,12 +36,7 @@ class Loading(NamedTuple):
 
 
 def loaded_together(
-    memory: Memory,
-    groups: Sequence[dict[str, Any]],
-    given: Mapping[str, Any],
-    *,
-    strict: bool,
-    cast: bool,
+    memory: Memory, groups: Sequence[Group], given: Mapping[str, Any], *, strict: bool, cast: bool
 ) -> Loading:
     """`loaded`, and where ranks share the blocks, on all of them or on none: a collective then.
 
@@ -50,11 +48,11 @@ def loaded_together(
     runs = memory.runs
     shared = [group for run in runs for group in sharing_groups(run.transformation)]
     if not shared:
-        return loaded(runs, groups, given, strict=strict, cast=cast)
+        return loaded(memory, groups, given, strict=strict, cast=cast)
     memory.meet("load_state_dict")
     failure: BaseException | None = None
     try:
-        found = loaded(runs, groups, given, strict=strict, cast=cast)
+        found = loaded(memory, groups, given, strict=strict, cast=cast)
     except BaseException as error:  # whatever it is: the others are waiting
         failure = error
     steps = set() if failure is not None else _clocks(given["state"])
@@ -91,17 +89,12 @@ def _clocks(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
 
 
 def loaded(
-    runs: Sequence[GroupRun],
-    groups: Sequence[dict[str, Any]],
-    given: Mapping[str, Any],
-    *,
-    strict: bool,
-    cast: bool,
+    memory: Memory, groups: Sequence[Group], given: Mapping[str, Any], *, strict: bool, cast: bool
 ) -> Loading:
     """The states and groups of a checkpoint.
 
     Args:
-        runs, groups: of the optimizer.
+        memory, groups: of the optimizer.
         given: its state_dict; by number or, as torch.distributed.checkpoint has it, by full name.
         strict, cast: see `funshampoo.state.load_state_dict`.
 
@@ -112,7 +105,7 @@ def loaded(
     by_name = any(isinstance(index, str) for index in given["state"])
     found = Loading([], [], {})
     all_indices = indices_of(given["param_groups"], groups)
-    for run, group, saved, indices in zip(runs, groups, given["param_groups"], all_indices):
+    for run, group, saved, indices in zip(memory.runs, groups, given["param_groups"], all_indices):
         found.groups.append(loaded_group(saved, group))
         entries = {}
         for p, index in zip(group["params"], indices):
@@ -123,3 +116,49 @@ def loaded(
         found.ready.append(one)
         found.notes.update(notes)
     return found
+
+
+def seeded(runs: Sequence[GroupRun], saved: Mapping[str, Any]) -> list[Ready]:
+    """The states of all groups with AdamW's moments in them.
+
+    Args:
+        runs: of the optimizer.
+        saved: AdamW's state_dict(), for the same parameters in the same order.
+
+    Raises:
+        ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,
+            and they differ.
+    """
+    names = [run.names() for run in runs]
+    if all(run.group.get("param_names") for run in runs):
+        _check_names(saved, [name for group in names for name in group])
+    ready = []
+    for i, run in enumerate(runs):
+        # Two groups may use the same name: only this one's are its own.
+        own = [n if i == j else f"group {j}/{n}" for j, g in enumerate(names) for n in g]
+        ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
+    for one in ready:
+        check(one.state)
+    return ready
+
+
+def rates_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler has written to a saved group.
+
+    Raises:
+        TypeError, ValueError: a rate that is no single number.
+    """
+    found = {name: copy.deepcopy(saved[name]) for name in ("lr", "initial_lr") if name in saved}
+    for rate in found.values():
+        check_rate(rate)
+    return found
+
+
+def _check_names(saved: Mapping[str, Any], ours: Sequence[str]) -> None:
+    groups = saved["param_groups"]
+    if not all("param_names" in group for group in groups):
+        return
+    theirs = [name for group in groups for name in group["param_names"]]
+    for a, b in zip(theirs, ours):
+        if a != b:
+            raise ValueError(f"the AdamW has '{a}' where this optimizer has '{b}'.")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 from funshampoo.core.modes import for_keeps
-from funshampoo.optim.entries import SHARED, check_entry, is_note, is_shared
+from funshampoo.optim.entries import check_entry, is_note, is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.others import Others
 from funshampoo.optim.ready import Left, Ready
-from funshampoo.optim.undoing import all_or_nothing
 
 Group = dict[str, Any]
-NO_OPTIONS: Mapping[str, Any] = {}  # to be read alone
+MakeRun = Callable[[Group, Sequence[Group]], GroupRun]
 
 
 class Memory:
@@ -29,17 +29,15 @@ class Memory:
         options: of the optimizer, {name: value}, that have to be the same on all ranks.
     """
 
-    def __init__(self, options: Mapping[str, Any] = NO_OPTIONS) -> None:
+    def __init__(self, options: Mapping[str, Any]) -> None:
         self._others = Others(options)
         self.runs: list[GroupRun] = []
-        self._left: dict[Tensor, Left] = {}
+        self._left: Left = {}
         self.notes: dict[Tensor, dict[str, Any]] = {}
         self.writes = 0  # how often somebody has changed something between steps
         self._forgotten: set[Tensor] = set()  # which start from nothing at the next step
 
-    def match(
-        self, groups: Sequence[Group], make: Callable[[Group, Sequence[Group]], GroupRun]
-    ) -> None:
+    def match(self, groups: Sequence[Group], make: MakeRun) -> None:
         """Have one run a group; what those of groups that are gone remember stays.
 
         Args:
@@ -69,7 +67,7 @@ class Memory:
             ValueError: an edit that a state can't follow; a parameter in two groups.
             RuntimeError: a sparse gradient.
         """
-        self._follow(check=True)
+        self.follow(check=True)
         self._forgotten = set()
 
     def step(self) -> None:
@@ -93,12 +91,14 @@ class Memory:
                     run.mark_interrupted()
             raise
 
-    def follow(self) -> None:
-        """Have every state follow the edits of its group, before it is saved."""
-        self._follow(check=False)
+    def follow(self, *, check: bool = False) -> None:
+        """Have every state follow the edits of its group, before it is stepped or saved.
 
-    def _follow(self, *, check: bool) -> None:
-        """A collective, where blocks are shared out and anything was edited."""
+        A collective, where blocks are shared out and anything was edited.
+
+        Args:
+            check: whether gradients are to be looked at, for a step.
+        """
         looks = [run.look() for run in self.runs]
         left = self._left
         if not all([run.is_as(look) for run, look in zip(self.runs, looks)]):
@@ -128,9 +128,8 @@ class Memory:
 
     def replace(self, ready: Sequence[Ready], notes: dict[Tensor, dict[str, Any]]) -> None:
         """Go on from these states and notes, and remember nothing else."""
-        self.adopt(ready)
+        self.seeded(ready)
         self._left, self.notes = {}, notes
-        self._forgotten = set()
 
     def entries_of(self, p: Tensor) -> dict[str, Any]:
         """Everything that is remembered of a parameter; {} of one that is not known."""
@@ -156,7 +155,7 @@ class Memory:
             KeyError, TypeError, ValueError: an entry of the chain's that does not fit.
         """
         run = self._run_with(p, despite_left=True)
-        known = {} if run is None else _of_run(run, p)
+        known = {} if run is None else run.entries_of(p)
         for name, x in self._of_chain(entries, known).items():
             if run is not None:
                 check_entry(name, x, known)
@@ -177,8 +176,7 @@ class Memory:
         known = self._chain_entries(p)
         chain = self._of_chain(entries, known)
         if run is None and chain:
-            own, shared = _parted({**known, **chain})
-            self._left[p] = Left(own, shared)
+            self._left[p] = {**known, **chain}
         elif run is not None and chain:
             with for_keeps():
                 for name, x in chain.items():
@@ -209,8 +207,8 @@ class Memory:
         self.write(p, {name: x for name, x in entries.items() if name not in own})
         notes = self.notes.get(p, {})
         self.notes[p] = {name: x for name, x in notes.items() if name in entries}
-        shared = _parted(known)[1]
-        self._left[p] = Left({name: x.detach().clone() for name, x in own.items()}, shared)
+        shared = {name: x for name, x in known.items() if is_shared(name)}
+        self._left[p] = shared | {name: x.detach().clone() for name, x in own.items()}
         self._forgotten.discard(p)
 
     @staticmethod
@@ -223,11 +221,9 @@ class Memory:
         notes = self.notes.pop(p, {})
         if names is not None and (kept := {n: x for n, x in notes.items() if n not in names}):
             self.notes[p] = kept
-        if p in self._left:
-            left = _together(*self._left.pop(p))
-            kept = {} if names is None else {n: x for n, x in left.items() if n not in names}
-            if kept:
-                self._left[p] = Left(*_parted(kept))
+        left = self._left.pop(p, {})
+        if names is not None and (kept := {n: x for n, x in left.items() if n not in names}):
+            self._left[p] = kept
         run = self._run_with(p)
         gone = None if names is None else names - notes.keys()
         if run is not None and (gone is None or gone):
@@ -265,13 +261,8 @@ class Memory:
     def _chain_entries(self, p: Tensor) -> dict[str, Tensor]:
         run = self._run_with(p)
         if run is not None:
-            return _of_run(run, p)
-        return _together(*self._left[p]) if p in self._left else {}
-
-
-def _of_run(run: GroupRun, p: Tensor) -> dict[str, Tensor]:
-    entries, shared = run.entries()
-    return _together(entries[p], shared)
+            return run.entries_of(p)
+        return dict(self._left.get(p, {}))
 
 
 def _are_the_same(entries: Mapping[str, Any], known: Mapping[str, Tensor]) -> bool:
@@ -280,15 +271,6 @@ def _are_the_same(entries: Mapping[str, Any], known: Mapping[str, Tensor]) -> bo
         isinstance(x, Tensor) and x.data_ptr() == known[name].data_ptr()
         for name, x in entries.items()
     )
-
-
-def _together(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {**{SHARED + name: x for name, x in shared.items()}, **own}
-
-
-def _parted(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    own = {name: x for name, x in entries.items() if not is_shared(name)}
-    return own, {n.removeprefix(SHARED): x for n, x in entries.items() if n not in own}
 
 
 def _check_apart(runs: Sequence[GroupRun]) -> None:
@@ -300,3 +282,29 @@ def _check_apart(runs: Sequence[GroupRun]) -> None:
                 raise ValueError(
                     f"parameter '{name}' is in the groups {seen[p]} and {i}: take it out of one."
                 )
+
+
+@contextlib.contextmanager
+def all_or_nothing(parts: Sequence[MutableMapping[str, Any]]) -> Iterator[None]:
+    """Put back what these hold if an exception, Ctrl-C too, ends the block.
+
+    Args:
+        parts: dicts whose entries are replaced in the block; nothing is written to the values.
+
+    >>> part = {"lr": 1}
+    >>> try:
+    ...     with all_or_nothing([part]):
+    ...         part["lr"] = 2
+    ...         raise KeyboardInterrupt
+    ... except KeyboardInterrupt:
+    ...     part
+    {'lr': 1}
+    """
+    before = [dict(part) for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, entries in zip(parts, before):
+            part.clear()
+            part.update(entries)
+        raise

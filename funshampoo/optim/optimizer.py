@@ -13,10 +13,9 @@ from torch._compile import _disable_dynamo
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.join import Joining
 from funshampoo.migrate.reference import from_reference
-from funshampoo.optim.from_adamw import rates_of, seeded
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.loading import loaded_together
-from funshampoo.optim.memory import Memory
+from funshampoo.optim.loading import loaded_together, rates_of, seeded
+from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.saved import has_adamws, saved_group
 from funshampoo.optim.states import States
 from funshampoo.optim.vocabulary import Vocabulary
@@ -136,10 +135,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
             raise
 
     def _run_of(
-        self,
-        group: dict[str, Any],
-        before: Sequence[dict[str, Any]],
-        words: Vocabulary | None = None,
+        self, group: Group, before: Sequence[Group], words: Vocabulary | None = None
     ) -> GroupRun:
         """The run of a new group, one that was put into `param_groups` by hand perhaps."""
         if not isinstance(group.get("params"), list):

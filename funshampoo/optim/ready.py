@@ -1,8 +1,8 @@
-"""A state for a parameter group, with the parameters that it was made for."""
+"""A state for a parameter group, fresh or carried over, with the parameters it was made for."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -10,19 +10,17 @@ from torch import Tensor
 
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.parameters import detached, problem_of_gradients
+from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
+from funshampoo.optim.entries import parted
+from funshampoo.state.checkpoint import carried_over
 from funshampoo.state.nodes import walk
-from funshampoo.state.stages import LearningRateState
+from funshampoo.state.places import block_names
+from funshampoo.state.stages import BlockedState, LearningRateState
 
 ByParameter = dict[Tensor, dict[str, Tensor]]  # without what is shared
+Left = dict[Tensor, dict[str, Tensor]]  # of those in no group yet or any more, with what is shared
 Look = tuple[Any, ...]
-
-
-class Left(NamedTuple):
-    """What is remembered of a parameter that is in no group, or not yet in its new one."""
-
-    entries: dict[str, Tensor]
-    shared: dict[str, Tensor]
 
 
 class Known(NamedTuple):
@@ -109,6 +107,62 @@ def _check_scaled_once(built: Built, state: Any) -> None:
             "the transformation scales by a learning rate already, and lr= would do it again: give "
             "it without scale_by_learning_rate, or give its recipe."
         )
+
+
+def carried(
+    built: Built, known: list[Known], mine: ByParameter, shared: Mapping[str, Tensor], left: Left
+) -> Any:
+    """A state for these parameters as they are now, with what is remembered of them.
+
+    Args:
+        built: the chain that the state is for.
+        known: the parameters as they are now.
+        mine, shared: what the group remembers, see `GroupRun.entries`.
+        left: of parameters that come from elsewhere.
+
+    Raises:
+        ValueError: it is of other blocks, or of other shapes.
+    """
+    flat: dict[str, Tensor] = {}
+    try:
+        state = fresh(built, known)
+        blocks = blocks_of(state)
+        for k in known:
+            entries = mine.get(k.parameter, {})
+            if k.parameter in left:
+                entries, others = parted(left[k.parameter])
+                shared = shared or others
+            _check_same_blocks(k.name, entries, blocks)
+            flat |= {f"{k.name}/{entry}": x for entry, x in entries.items()}
+        return carried_over(state, gathered(built.transformation, {**flat, **shared}))
+    except ValueError as error:
+        raise ValueError(
+            "the parameter group was edited in a way that its state can't follow; nothing was "
+            "changed. Undo it (max_size, merge, keep, or a parameter's shape), let the "
+            "parameter start anew (del optimizer.state[parameter]), or go on with a new "
+            f"optimizer. {error}"
+        ) from error
+
+
+def _check_same_blocks(
+    name: str, entries: Mapping[str, Tensor], blocks: Mapping[str, set[str]]
+) -> None:
+    """What is remembered of a parameter is of blocks that it has."""
+    ours = blocks.get(name, set())
+    theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
+    if ours and not theirs <= ours:
+        raise ValueError(f"'{name}' falls into other blocks than before.")
+
+
+def blocks_of(state: Any) -> dict[str, set[str]]:
+    """{parameter: the names of its blocks}."""
+    found: dict[str, set[str]] = {}
+    for _, node in walk(state):
+        if isinstance(node, BlockedState):
+            for rows in block_names(node.layout).values():
+                for parameter, block in rows.values():
+                    found.setdefault(parameter, set()).add(block)
+    return found
 
 
 def gradient_of(p: Tensor, ascends: bool) -> Tensor | None:

@@ -14,6 +14,7 @@ from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.values import copied, is_plain
 from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, named_tensors
 
+Saved = Mapping[Tensor, Mapping[str, Any]]  # {parameter: its entries, what is shared among them}
 _OBJECT = "funshampoo: not saved: "  # how the place of a function or a solver begins
 
 
@@ -115,10 +116,7 @@ def _names_of(group: Mapping[str, Any]) -> list[str] | None:
 
 
 def flattened(
-    saved: Mapping[Tensor, Mapping[str, Any]],
-    named: Sequence[tuple[str, Tensor]],
-    known: Set[str],
-    state: Any,
+    saved: Saved, named: Sequence[tuple[str, Tensor]], known: Set[str], state: Any
 ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
     """({full name: value}, {parameter: notes of clients}) of what was saved of one group.
 

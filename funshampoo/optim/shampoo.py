@@ -1,13 +1,71 @@
-"""Shampoo for code that was written for torch.optim."""
+"""Shampoo for code that was written for torch.optim, and what it takes, for type checkers."""
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from collections.abc import Mapping
+from typing import Any, TypedDict, Unpack
 
+import torch
+
+from funshampoo.blocks.layout import Merge
+from funshampoo.blocks.portions import TileSize
+from funshampoo.combinators.masks import Mask
 from funshampoo.core.contract import Hyper
+from funshampoo.linalg import Solver
+from funshampoo.operators.exponents import Exponents, Sides
 from funshampoo.optim.optimizer import Optimizer
-from funshampoo.optim.options import ShampooOptions
-from funshampoo.recipes.shampoo import shampoo
+from funshampoo.recipes.in_blocks import Distribute
+from funshampoo.recipes.shampoo import Grafting, Vectors, shampoo
+from funshampoo.transforms.weight_decay import DecayKind
+
+
+class WrapperOptions(TypedDict, total=False):
+    """What every `Optimizer` takes."""
+
+    compile: bool | Mapping[str, Any]
+    maximize: bool
+    consolidate: bool
+    accept_adamw: bool
+
+
+class ShampooOptions(WrapperOptions, total=False):
+    """And what `funshampoo.shampoo` takes beside the arguments of `Shampoo`; see there.
+
+    So checkers find `momentun=0.9`, or a string for a number, before anything runs. A test compares
+    this with the recipe, name by name.
+    """
+
+    beta3: Hyper | None
+    relative_epsilon: Hyper
+    start: int
+    statistics_every: int
+    merge: Merge
+    keep: int
+    grafting: Grafting
+    grafting_beta2: Hyper | None
+    grafting_epsilon: Hyper
+    vectors: Vectors
+    dampening: Hyper
+    weight_decay_kind: DecayKind
+    decay_through_momentum: bool
+    peak_learning_rate: Hyper | None
+    mask: Mask | None
+    bias_correction: bool
+    weighted: bool
+    solver: Solver | None
+    exponents: Exponents | None
+    sides: Sides | None
+    trace_scaling: Hyper | None
+    initial_eigenvalue: float
+    own_steps: bool
+    stagger: bool
+    basis_tolerance: Hyper | None
+    product_dtype: torch.dtype | None
+    packed: bool
+    max_failures: int | None
+    spike_factor: Hyper | None
+    distribute: Distribute | None
+    tile: TileSize
 
 
 class Shampoo(Optimizer):

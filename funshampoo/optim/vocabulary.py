@@ -19,6 +19,8 @@ from funshampoo.optim.values import copied, is_fixed, is_number, same_arguments,
 from funshampoo.transforms import scale_by_learning_rate
 
 Method = Any  # a recipe, or a transformation
+Arguments = Mapping[str, Any]
+Lives = Mapping[str, Live]  # the numbers that a chain looks up, by argument
 _RENAMED = {"learning_rate": "lr"}
 _OURS = {"params", "param_names", "method", "maximize"}
 _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"}
@@ -56,22 +58,19 @@ class Vocabulary:
     def __init__(self, method: Method, given: Iterable[str] = ()) -> None:
         self.method = method
         self.fixed = not callable(method)
-        self.extras: set[str] = set()
-        self._arguments: dict[str, Any] = {}
         if self.fixed:
             as_transformation(method)  # raises, where it is none
-        else:
-            self._signature = inspect.signature(method)
-            parameters = self._signature.parameters.values()
-            variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-            self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
-            self._open = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._signature = inspect.Signature() if self.fixed else inspect.signature(method)
+        parameters = self._signature.parameters.values()
+        variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
         self._paired = {"beta1", "beta2"} <= self._arguments.keys()
         # {torch's name: default, or inspect.Parameter.empty}
         self._names = {_RENAMED.get(name, name): x for name, x in self._arguments.items()}
         if self._paired:
             self._names["betas"] = (self._names.pop("beta1"), self._names.pop("beta2"))
-        if not self.fixed and self._open:
+        self.extras: set[str] = set()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - _SYNONYMS.keys()
         self.takes_rate = "lr" in self._names or "lr" in self.extras  # as an argument of its own
         if not self.takes_rate:
@@ -88,7 +87,7 @@ class Vocabulary:
         """What the learning rate is called among the arguments."""
         return "learning_rate" if "learning_rate" in self._arguments else "lr"
 
-    def live(self, arguments: Mapping[str, Any]) -> dict[str, Live]:
+    def live(self, arguments: Arguments) -> dict[str, Live]:
         """{argument: the number that the chain looks up}, for those that can be edited freely.
 
         Of a pair, (beta1, beta2), there are two, "betas[0]" and "betas[1]".
@@ -112,7 +111,7 @@ class Vocabulary:
         parameter = self._signature.parameters.get(name)
         return parameter is not None and is_live_argument(self.method, parameter)
 
-    def with_live(self, arguments: Mapping[str, Any], live: Mapping[str, Live]) -> dict[str, Any]:
+    def with_live(self, arguments: Arguments, live: Lives) -> dict[str, Any]:
         """The arguments with live numbers in their places."""
 
         def replaced(name: str, value: Any) -> Any:
@@ -122,16 +121,12 @@ class Vocabulary:
 
         return {name: replaced(name, value) for name, value in arguments.items()}
 
-    def hyper(self, arguments: Mapping[str, Any], live: Mapping[str, Live]) -> dict[str, Any]:
+    def hyper(self, arguments: Arguments, live: Lives) -> dict[str, Any]:
         """The values of live numbers."""
         return {name: _entry(arguments, name) for name in live}
 
     def edited(
-        self,
-        raw: list[Any],
-        before: list[Any],
-        arguments: Mapping[str, Any],
-        live: Mapping[str, Live],
+        self, raw: list[Any], before: list[Any], arguments: Arguments, live: Lives
     ) -> dict[str, Any] | None:
         """The arguments, where nothing but floats in the place of live numbers has changed.
 
@@ -151,13 +146,7 @@ class Vocabulary:
                 return None
         return found
 
-    def same_chain(
-        self,
-        now: Mapping[str, Any],
-        before: Mapping[str, Any],
-        live: Mapping[str, Live],
-        in_graph: bool,
-    ) -> bool:
+    def same_chain(self, now: Arguments, before: Arguments, live: Lives, in_graph: bool) -> bool:
         """Whether a chain goes on with these arguments: live numbers may differ in their values.
 
         So does one that is in a graph where the rate is the same tensor: a graph reads it.
@@ -170,12 +159,12 @@ class Vocabulary:
             [self._kind(name, now) == self._kind(name, before) for name in live]
         )
 
-    def structure(self, arguments: Mapping[str, Any], live: Mapping[str, Live]) -> Any:
+    def structure(self, arguments: Arguments, live: Lives) -> Any:
         """What of the arguments can change the structure of the state."""
         kinds = {name: self._kind(name, arguments) for name in live}
         return structural(_without(arguments, live)), kinds
 
-    def _kind(self, name: str, arguments: Mapping[str, Any]) -> Any:
+    def _kind(self, name: str, arguments: Arguments) -> Any:
         """What a number switches on or off."""
         value = _entry(arguments, name)
         if not is_number(value):
@@ -244,7 +233,7 @@ class Vocabulary:
             arguments["lr"] = values["lr"]
         return arguments
 
-    def build(self, arguments: Mapping[str, Any]) -> GradientTransformation:
+    def build(self, arguments: Arguments) -> GradientTransformation:
         """The transformation with these arguments.
 
         Raises:
@@ -287,7 +276,7 @@ def check_rate(lr: Any) -> None:
         raise TypeError(f"lr is {lr!r}; give one number.")
 
 
-def _entry(arguments: Mapping[str, Any], name: str) -> Any:
+def _entry(arguments: Arguments, name: str) -> Any:
     """The value of "beta2", or of "betas[1]"; None where there is none any more."""
     whole, _, index = name.removesuffix("]").partition("[")
     value = arguments.get(whole)
@@ -296,6 +285,6 @@ def _entry(arguments: Mapping[str, Any], name: str) -> Any:
     return value[int(index)] if type(value) is tuple and len(value) > int(index) else None
 
 
-def _without(arguments: Mapping[str, Any], live: Mapping[str, Live]) -> dict[str, Any]:
+def _without(arguments: Arguments, live: Lives) -> dict[str, Any]:
     names = {name.partition("[")[0] for name in live}
     return {name: value for name, value in arguments.items() if name not in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -308,7 +308,7 @@ def _stack_table(found: Plan) -> list[str]:
 def _rank_table(found: Plan) -> list[str]:
     """Smallest, mean and largest over the ranks, of everything that a rank has."""
     seconds = [rank.seconds for rank in found.ranks]
-    rows: list[tuple[str, list[float], str]] = [
+    rows: list[Row] = [
         ("blocks", [rank.blocks for rank in found.ranks], "count"),
         ("elements sent", [rank.elements for rank in found.ranks], "count"),
         ("state", [rank.state_bytes for rank in found.ranks], "bytes"),
@@ -320,6 +320,15 @@ def _rank_table(found: Plan) -> list[str]:
         (f"  roots / {found.every}", [s.roots for s in seconds], "ms"),
         ("  memory traffic", [s.memory for s in seconds], "ms"),
     ]
+    return spread_table(rows)
+
+
+Row: TypeAlias = tuple[str, Sequence[float], Literal["count", "bytes", "ms"]]
+"""(title, a number a rank, its unit)"""
+
+
+def spread_table(rows: Sequence[Row]) -> list[str]:
+    """Smallest, mean and largest over the ranks; of "ms" the numbers are seconds."""
     lines = [f"{'per rank':<20} {'smallest':>12} {'mean':>12} {'largest':>12}"]
     for title, values, unit in rows:
         cells = [min(values), sum(values) / len(values), max(values)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -20,17 +21,17 @@ from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.parts import near_shards
 from funshampoo.distributed.routes import Held, Shares, source_of
-from funshampoo.plan.planner import meta_parameters
+from funshampoo.plan.planner import Row, meta_parameters, spread_table
 from funshampoo.plan.scopes import scopes_of
 from funshampoo.recipes.shampoo import shampoo
-from funshampoo.state.memory import readable
 from funshampoo.state.nodes import find_state
 from funshampoo.state.places import Place as StatePlace
 from funshampoo.state.places import map_tensors
 from funshampoo.state.stages import BlockedState
 
 Sharding: TypeAlias = Literal["fsdp", "hsdp", "tp", "fsdp+tp"]
-Place: TypeAlias = Callable[[str, tuple[int, ...]], Sequence[Any]]
+Shape: TypeAlias = tuple[int, ...]
+Place: TypeAlias = Callable[[str, Shape], Sequence[Any]]
 """Placements by name and shape of a parameter, one a side of the mesh."""
 
 
@@ -115,7 +116,8 @@ def plan_sharded(
     state = tx.init(params)
     place = placements or _placements(sharding)
     known = dict(zip(leaf_names(params), flatten(params)[0]))
-    ways = {name: place(name, tuple(x.shape)) for name, x in known.items()}
+    shapes = {name: tuple(x.shape) for name, x in known.items()}
+    ways = {name: tuple(place(name, shape)) for name, shape in shapes.items()}
     cut = find_state((state,), BlockedState)  # a `partition` around it hides the others
     inside = {name: x for name, x in known.items() if cut is not None and name in cut.layout}
     layout = layout_in(tx, inside)  # raises where there is no `blocked`, or several
@@ -124,34 +126,40 @@ def plan_sharded(
         name: cost.block(stack.block, every, *scope.works[name])
         for name, stack in layout.stacks.items()
     }
-    shapes = [tuple(x.shape) for x in inside.values()]
-    held = _held(layout, shapes, [ways[name] for name in inside], mesh, ranks_per_node)
-    others = _of_others(state, {n: x for n, x in known.items() if n not in inside}, ways, mesh)
+
+    @functools.cache
+    def holdings(shape: Shape, way: Any, merged: Shape) -> list[Holding]:
+        """What every rank of the mesh has of a parameter; one list for all that are alike."""
+        each = itertools.product(*map(range, mesh))
+        return [holding_at(shape, way, mesh, at, merged) for at in each]
+
+    where = zip(inside, layout.parameters)
+    of_blocks = [holdings(shapes[name], ways[name], at.merged) for name, at in where]
+    nodes = [rank // ranks_per_node for rank in range(math.prod(mesh))]
+    held = Held(list(zip(*of_blocks)), nodes)
+    shares = {
+        name: [math.prod(h.shape) for h in holdings(shape, ways[name], shape)]
+        for name, shape in shapes.items()
+        if name not in inside
+    }
+    others = _of_others(state, shapes, shares, len(nodes))
     reads = shows_parameters(tx) if reads_parameters is None else reads_parameters
     columns = 2 if reads else 1
     return _counted(layout, held, costs, scope.state_bytes, others, columns, mesh, since)
 
 
 def _of_others(
-    state: Any, leaves: Mapping[str, Tensor], ways: Mapping[str, Any], mesh: tuple[int, ...]
+    state: Any, shapes: Mapping[str, Shape], shares: Mapping[str, Sequence[int]], ranks: int
 ) -> list[int]:
     """Bytes of state on every rank outside blocks: placed as its parameter is, or nobody's."""
-    coordinates = list(itertools.product(*map(range, mesh)))
-    shares = {
-        name: [
-            math.prod(holding_at(tuple(x.shape), ways[name], mesh, at, tuple(x.shape)).shape)
-            for at in coordinates
-        ]
-        for name, x in leaves.items()
-    }
-    found = [0] * len(coordinates)
+    found = [0] * ranks
 
     def add(place: StatePlace, x: Tensor) -> None:
         name = ".".join(place.leaf)
         if place.stack is not None and x.ndim:
             return  # a block's
-        sharded = name in leaves and x.shape == leaves[name].shape
-        for rank in range(len(found)):
+        sharded = name in shares and tuple(x.shape) == shapes[name]
+        for rank in range(ranks):
             found[rank] += shares[name][rank] * x.itemsize if sharded else x.nbytes
 
     map_tensors(add, state)
@@ -164,10 +172,10 @@ def _placements(sharding: Sharding) -> Place:
 
     rows = Shard(0)
 
-    def tensor(shape: tuple[int, ...]) -> Any:
+    def tensor(shape: Shape) -> Any:
         return Replicate() if len(shape) != 2 else Shard(0 if shape[0] >= shape[1] else 1)
 
-    def place(name: str, shape: tuple[int, ...]) -> Sequence[Any]:
+    def place(name: str, shape: Shape) -> Sequence[Any]:
         first = rows if shape else Replicate()
         return {
             "fsdp": [first],
@@ -177,24 +185,6 @@ def _placements(sharding: Sharding) -> Place:
         }[sharding]
 
     return place
-
-
-def _held(
-    layout: Layout,
-    shapes: Sequence[tuple[int, ...]],
-    ways: Sequence[Sequence[Any]],
-    mesh: tuple[int, ...],
-    ranks_per_node: int,
-) -> Held:
-    known: dict[Any, list[Holding]] = {}
-    columns = []
-    coordinates = list(itertools.product(*map(range, mesh)))
-    for where, shape, way in zip(layout.parameters, shapes, ways):
-        key = shape, where.merged, tuple(way)
-        if key not in known:
-            known[key] = [holding_at(shape, way, mesh, at, where.merged) for at in coordinates]
-        columns.append(known[key])
-    return Held(list(zip(*columns)), [rank // ranks_per_node for rank in range(len(coordinates))])
 
 
 def _counted(
@@ -247,24 +237,20 @@ def _counted(
 def _table(found: ShardingPlan) -> list[str]:
     size = math.prod(found.mesh)
     shape = " x ".join(map(str, found.mesh))
-    rows: list[tuple[str, Sequence[float], Callable[[float], str]]] = [
-        ("blocks", found.blocks, lambda x: f"{x:,.0f}"),
-        ("state", found.state_bytes, lambda x: readable(round(x))),
-        ("gathered", found.gathered, lambda x: readable(round(x))),
-        ("  across nodes", found.gathered_across, lambda x: readable(round(x))),
-        ("scattered", found.scattered, lambda x: readable(round(x))),
-        ("  across nodes", found.scattered_across, lambda x: readable(round(x))),
-        ("peers", found.peers, lambda x: f"{x:,.0f}"),
-        ("time per step", found.seconds, lambda x: f"{1e3 * x:,.4g} ms"),
+    rows: list[Row] = [
+        ("blocks", found.blocks, "count"),
+        ("state", found.state_bytes, "bytes"),
+        ("gathered", found.gathered, "bytes"),
+        ("  across nodes", found.gathered_across, "bytes"),
+        ("scattered", found.scattered, "bytes"),
+        ("  across nodes", found.scattered_across, "bytes"),
+        ("peers", found.peers, "count"),
+        ("time per step", found.seconds, "ms"),
     ]
-    lines = [
+    return [
         f"{sum(found.blocks):,} blocks over {size:,} ranks, a mesh of {shape}.",
         f"Balance (largest / mean modelled time): {found.balance:.3f}. "
         f"Planned in {found.planning:.1f} s.",
         "",
-        f"{'per rank':<20} {'smallest':>12} {'mean':>12} {'largest':>12}",
+        *spread_table(rows),
     ]
-    for title, values, cell in rows:
-        cells = [min(values), sum(values) / len(values), max(values)]
-        lines.append(f"{title:<20} " + " ".join(f"{cell(x):>12}" for x in cells))
-    return lines

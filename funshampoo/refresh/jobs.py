@@ -9,16 +9,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from funshampoo.core.modes import row_index
 from funshampoo.core.tree import map_leaves
 from funshampoo.linalg.solver import chooser
 from funshampoo.operators.packed import pack, unpack
-from funshampoo.refresh.rows import Rows, taken, written
 from funshampoo.refresh.rule import Found, Rule, tensors_of
 from funshampoo.refresh.workers import can_run_in_a_thread
 from funshampoo.state.stages import Kept
 
 Reading = tuple[Any, ...]
 """(function, *tensors): a unit's matrices are function(*tensors), for some rows of all tensors."""
+
+
+Rows = Sequence[int] | None
+"""Rows of a stack; None: all, or the one matrix of a leaf."""
 
 
 class Outcome(NamedTuple):
@@ -80,10 +84,10 @@ class Job:
     def asked(self, rows: Rows) -> Asked:
         """What the rule is asked, of some of the rows."""
         old, rule = self.kept, self.rule
-        values = enumerate(old.value if rule.reads_old else ())
+        values = [taken(x, rows) for x in (old.value if rule.reads_old else ())]
         return Asked(
             self._matrices(*[taken(x, rows) for x in self._inputs]),
-            tuple([_whole(taken(x, rows), i in rule.symmetric) for i, x in values]),
+            tuple([unpack(x) if i in rule.symmetric else x for i, x in enumerate(values)]),
             taken(old.rounds, rows),
         )
 
@@ -179,5 +183,24 @@ def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
     )
 
 
-def _whole(x: Tensor, symmetric: bool) -> Tensor:
-    return unpack(x) if symmetric else x
+def taken(x: Tensor, rows: Rows) -> Tensor:
+    """Rows of a tensor: a view where they follow each other; what has no rows as it is."""
+    if rows is None or x.ndim == 0:
+        return x
+    if isinstance(rows, range):
+        return x.narrow(0, rows.start, len(rows))
+    return x.index_select(0, row_index(tuple(rows), x.device))
+
+
+def written(x: Tensor, new: Tensor, rows: Rows, donate: bool) -> Tensor:
+    """x with new values in these rows; in its own memory where that is donated.
+
+    Not where a derivative is wanted, which may need the old values.
+    """
+    if not donate or x.requires_grad or new.requires_grad:
+        return new if rows is None else x.index_copy(0, row_index(tuple(rows), x.device), new)
+    if rows is None or isinstance(rows, range):
+        taken(x, rows).copy_(new)
+    else:
+        x.index_copy_(0, row_index(tuple(rows), x.device), new)
+    return x

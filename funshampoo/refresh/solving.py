@@ -18,13 +18,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
-from funshampoo.refresh.jobs import Job, Outcome, joined, outcome, row_slice
-from funshampoo.refresh.rows import Rows
+from funshampoo.refresh.jobs import Job, Outcome, Rows, joined, outcome, row_slice
 from funshampoo.refresh.rule import is_same
-from funshampoo.refresh.workers import Workers, workers
+from funshampoo.refresh.workers import workers
 
 LARGEST_SIDE = 256
 """Up to this side a matrix has one kernel thread, and some share a task."""
@@ -120,45 +120,29 @@ def _solve(batch: Batch) -> None:
         first += len(own.rounds)
 
 
+@dataclass(eq=False)
 class Task:
     """Some rows of a job, for a thread.
 
     Attributes:
         seconds: about what one kernel thread needs.
         divisible: whether several kernel threads may take part.
+        future: what it finds, once somebody is at it.
     """
 
-    def __init__(
-        self, compute: Callable[[], Outcome], seconds: float, divisible: bool = False
-    ) -> None:
-        self.seconds = seconds
-        self.divisible = divisible
-        self._compute = compute
-        self._future: Future[Outcome] | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether somebody is at it, or through."""
-        return self._future is not None
-
-    def begin(self, pool: Workers) -> None:
-        """In one of these threads, when it has time."""
-        self._future = pool.submit(self._compute)
-
-    def carry_out(self) -> None:
-        """Here and now."""
-        found = self._compute()
-        self._future = Future()
-        self._future.set_result(found)
+    compute: Callable[[], Outcome]
+    seconds: float
+    divisible: bool = False
+    future: Future[Outcome] | None = None
 
     def wait(self) -> Outcome:
-        """What it finds; `begin` or `carry_out` has been called."""
-        assert self._future is not None
-        return self._future.result()
+        """What it finds."""
+        assert self.future is not None
+        return self.future.result()
 
     def __call__(self) -> Outcome:
         """What it found, for the last time: it is not kept here."""
-        found, self._future = self.wait(), None
+        found, self.future = self.wait(), None
         return found
 
 
@@ -203,10 +187,11 @@ def begin(tasks: Iterable[Task]) -> None:
         return
     threads = torch.get_num_threads()
     for task in _best_here(waiting, threads):
-        task.carry_out()
+        task.future = Future()
+        task.future.set_result(task.compute())
     for task in waiting:
-        if not task.begun:
-            task.begin(workers(threads))
+        if task.future is None:
+            task.future = workers(threads).submit(task.compute)
 
 
 def _best_here(waiting: Sequence[Task], threads: int) -> list[Task]:

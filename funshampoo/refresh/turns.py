@@ -98,9 +98,18 @@ class RefreshSchedule:
         """
         if not self.happens_at(step):
             return None
-        if self.stagger and step > self.start:
-            return turns_at(step, self.every, updates, block_ids)
-        return everybody(updates)
+        if not self.stagger or step <= self.start:
+            return everybody(updates)
+        every, now = self.every, step % self.every
+        if block_ids is not None:
+            turns = {
+                stack: _turn([i for i, n in enumerate(ids) if phase(n, every) == now], len(ids))
+                for stack, ids in block_ids.items()
+            }
+            hidden = [stack for stack, u in updates.items() if isinstance(u, MaskedNode)]
+            return {stack: turns[stack] for stack in updates} | dict.fromkeys(hidden, MaskedNode())
+        leaves, spec = flatten(updates)
+        return spec.unflatten([Turn(phase(n, every) == now, None) for n in range(len(leaves))])
 
 
 def phase(number: int, every: int) -> int:
@@ -118,20 +127,6 @@ def phase(number: int, every: int) -> int:
 def everybody(updates: Tree) -> Tree:
     """All of every leaf."""
     return map_leaves(lambda u: EVERYBODY, updates)
-
-
-def turns_at(step: int, every: int, updates: Tree, block_ids: BlockIds) -> Tree:
-    """A tree of `Turn`s: whose phase it is at this step."""
-    now = step % every
-    if block_ids is not None:
-        turns = {
-            stack: _turn([i for i, n in enumerate(ids) if phase(n, every) == now], len(ids))
-            for stack, ids in block_ids.items()
-        }
-        hidden = [stack for stack, u in updates.items() if isinstance(u, MaskedNode)]
-        return {stack: turns[stack] for stack in updates} | dict.fromkeys(hidden, MaskedNode())
-    leaves, spec = flatten(updates)
-    return spec.unflatten([Turn(phase(n, every) == now, None) for n in range(len(leaves))])
 
 
 def _turn(rows: list[int], blocks: int) -> Turn:

@@ -8,6 +8,7 @@ Python's lock, so threads of Python can take different matrices.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import queue
 import threading
@@ -70,13 +71,10 @@ class Workers:
         """Cancel what is queued, wait for what is running."""
         self._closed = True
         atexit.unregister(self.close)
-        while True:
-            try:
-                task = self._tasks.get_nowait()
-            except queue.Empty:
-                break
-            if task is not None:
-                task[0].cancel()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if task := self._tasks.get_nowait():
+                    task[0].cancel()
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:

@@ -13,9 +13,8 @@ from torch import Tensor
 from funshampoo.combinators.guard import guarded
 from funshampoo.core.contract import GradientTransformation, State, Tree
 from funshampoo.core.tree import flatten
-from funshampoo.state.nodes import find_state
 from funshampoo.state.places import Place, map_tensors
-from funshampoo.state.stages import BlockedState, Kept
+from funshampoo.state.stages import Kept
 from funshampoo.testing.trial import Run, Trial, difference, like, not_finite
 
 ROWS = 5
@@ -36,13 +35,6 @@ _LEAVE_OUT = (
     "it would have had; or do not declare `alive` (nor take the whole context), and guarded puts "
     "its state back."
 )
-
-
-def applies(trial: Trial) -> bool:
-    """Whether it is wanted, and the stage makes no blocks by itself."""
-    if not trial.options.blocks:
-        return False
-    return find_state(trial.tx.init(trial.params), BlockedState) is None
 
 
 def _stacks_of(trial: Trial) -> _Stacks:
@@ -161,7 +153,7 @@ class _Stacks:
         shapes = {"x".join(map(str, x.shape)) or "scalar": x for x in leaves}
         self.names = list(shapes)
         self.params = like({n: x.expand(ROWS, *x.shape) for n, x in shapes.items()}, seed=1)
-        self.grads = [like(self.params, seed=200 + t) for t in range(trial.options.steps)]
+        self.grads = [like(self.params, seed=200 + t) for t in range(len(trial.grads))]
 
     def run(
         self,

@@ -6,17 +6,28 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from funshampoo.core.contract import Tree
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import BlockedState
 from funshampoo.testing import blocks, contract, numbers, transformed
-from funshampoo.testing.trial import Options, StageError, Trial
+from funshampoo.testing.trial import StageError, Trial
 
 
 class _Check(NamedTuple):
-    """One check: what it tries, and what to do where the stage raises an error meanwhile."""
+    """One check: what it tries, and what to do where the stage raises an error meanwhile.
+
+    option: the argument of check_stage that switches it off; "" for none.
+    """
 
     run: Callable[[Trial], None]
     tries: str
     remedy: str
-    applies: Callable[[Trial], bool] = lambda trial: True
+    option: str = ""
+
+    def applies(self, trial: Trial) -> bool:
+        """Whether it is wanted, and in blocks: whether the stage makes none by itself."""
+        if self.option != "blocks" or not trial.options["blocks"]:
+            return not self.option or bool(trial.options[self.option])
+        return find_state(trial.tx.init(trial.params), BlockedState) is None
 
 
 _PLAIN = "A stage has to take any tree of dense floating-point tensors."
@@ -43,7 +54,7 @@ _CHECKS = (
         "a gradient of None",
         "Go over the leaves by update_leaves of funshampoo.core.tree, which leaves such a one "
         "alone; for a stage that needs all gradients by nature, pass none=False.",
-        lambda trial: trial.options.none,
+        "none",
     ),
     _Check(
         numbers.resumes_from_a_pickle,
@@ -65,28 +76,18 @@ _CHECKS = (
         "a tree of several dtypes",
         "Take dtypes from the leaf that is worked on.",
     ),
-    _Check(blocks.rows_lead, "block space", _INSIDE, blocks.applies),
-    _Check(blocks.rows_in_another_order, "block space", _INSIDE, blocks.applies),
-    _Check(blocks.rows_in_two_parts, "block space", _INSIDE, blocks.applies),
-    _Check(blocks.faulty_blocks_are_held, "guarded around it", _INSIDE, blocks.applies),
-    _Check(
-        transformed.ensembles_are_loops,
-        "torch.func.vmap",
-        _ON_HOST,
-        lambda trial: trial.options.vmap,
-    ),
-    _Check(
-        transformed.compiles_to_one_graph,
-        "torch.compile",
-        _ON_HOST,
-        lambda trial: bool(trial.options.compile),
-    ),
+    _Check(blocks.rows_lead, "block space", _INSIDE, "blocks"),
+    _Check(blocks.rows_in_another_order, "block space", _INSIDE, "blocks"),
+    _Check(blocks.rows_in_two_parts, "block space", _INSIDE, "blocks"),
+    _Check(blocks.faulty_blocks_are_held, "guarded around it", _INSIDE, "blocks"),
+    _Check(transformed.ensembles_are_loops, "torch.func.vmap", _ON_HOST, "vmap"),
+    _Check(transformed.compiles_to_one_graph, "torch.compile", _ON_HOST, "compile"),
     _Check(
         transformed.gradients_flow,
         "torch.func.grad",
         "Do with torch operators whatever depends on the gradient, and detach nothing; for a stage "
         "without a derivative, pass differentiable=False.",
-        lambda trial: trial.options.differentiable,
+        "differentiable",
     ),
 )
 
@@ -144,8 +145,8 @@ def check_stage(
     >>> from funshampoo import ema
     >>> check_stage(lambda: ema(0.9), compile=False)
     """
-    options = Options(steps, dict(context or {}), none, blocks, vmap, compile, differentiable)
-    trial = Trial(stage, params, options)
+    options = {"none": none, "blocks": blocks, "vmap": vmap, "differentiable": differentiable}
+    trial = Trial(stage, params, steps, dict(context or {}), compile=compile, **options)
     for check in _CHECKS:
         try:
             if check.applies(trial):

@@ -136,8 +136,7 @@ def donation_changes_no_number(trial: Trial) -> None:
     donated = trial.run(donate=True)
     if name := before.written():
         trial.fail(
-            f"a donated step wrote to {name}",
-            "Only the state is donated: write to nothing else.",
+            f"a donated step wrote to {name}", "Only the state is donated: write to nothing else."
         )
     for t, (found, expected) in enumerate(zip(donated.updates, trial.pure.updates), start=1):
         if seen := difference(found, expected):

@@ -43,7 +43,7 @@ def _stacked(trees: list[Tree]) -> Any:
 
 def compiles_to_one_graph(trial: Trial) -> None:
     """torch.compile(fullgraph=True), for steps that do not refresh: the same, and one graph."""
-    backend = "eager" if trial.options.compile is True else str(trial.options.compile)
+    backend = "eager" if trial.options["compile"] is True else str(trial.options["compile"])
     graphs = 0
 
     def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,18 +16,6 @@ from funshampoo.core.tree import compute_dtype, flatten, leaf_names, map_leaves
 
 class StageError(AssertionError):
     """A stage does not do what every stage has to. Says which, what was seen, and the remedy."""
-
-
-class Options(NamedTuple):
-    """Of `check_stage`, which says what they mean."""
-
-    steps: int = 6
-    context: Mapping[str, Any] = {}
-    none: bool = True
-    blocks: bool = True
-    vmap: bool = True
-    compile: bool | str = True
-    differentiable: bool = True
 
 
 class Run(NamedTuple):
@@ -46,18 +34,21 @@ class Trial:
         make: makes another one, where check_stage was given a function; else gives the same.
         params: the parameters before the first step.
         grads: a tree for each step, of order 1 and nowhere zero.
+        options: those of check_stage that switch a check off, by name.
         found: what one check has made and others look at too, by name.
         tolerance: by which two results may differ, relative to the largest entry of a tensor.
     """
 
-    def __init__(self, stage: Any, params: Tree, options: Options) -> None:
+    def __init__(
+        self, stage: Any, params: Tree, steps: int, context: dict[str, Any], **options: bool | str
+    ) -> None:
         self.make = _maker(stage)
         self.tx = self.make()
         self.params = default_parameters() if params is None else params
         self.options = options
         self.found: dict[str, Any] = {}
-        self.context = dict(options.context)
-        self.grads = [like(self.params, seed=100 + t) for t in range(options.steps)]
+        self.context = context
+        self.grads = [like(self.params, seed=100 + t) for t in range(steps)]
         dtypes = [compute_dtype(x) for x in flatten(self.params)[0]]
         self.tolerance = max([torch.finfo(dtype).eps ** 0.5 for dtype in dtypes])
 
@@ -199,16 +190,14 @@ class Snapshot:
 
 def common_memory(tree: Tree, other: Tree) -> tuple[str, str] | None:
     """The names of two tensors that lie in one piece of memory, the first one's first."""
-    places = {_place(x): i for i, x in enumerate(flatten(other)[0]) if _lies_somewhere(x)}
+    places = {_place(x): i for i, x in enumerate(flatten(other)[0])}
     for i, x in enumerate(flatten(tree)[0]):
-        if _lies_somewhere(x) and _place(x) in places:
-            return leaf_names(tree)[i], leaf_names(other)[places[_place(x)]]
+        if (place := _place(x)) is not None and place in places:
+            return leaf_names(tree)[i], leaf_names(other)[places[place]]
     return None
 
 
-def _lies_somewhere(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.numel() > 0
-
-
-def _place(x: Tensor) -> tuple[torch.device, int]:
-    return x.device, x.untyped_storage().data_ptr()
+def _place(x: Any) -> tuple[torch.device, int] | None:
+    """The memory that a tensor lies in; None for what lies nowhere."""
+    lies = isinstance(x, Tensor) and x.numel() > 0
+    return (x.device, x.untyped_storage().data_ptr()) if lies else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funshampoo import eigenvalue_shampoo, kl_shampoo, kl_soap, soap, soap_muon
 from funshampoo.linalg import orthogonal_iteration, qr
-from funshampoo.linalg.verification import is_orthogonal
+from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.state import state_dict
 
 from .spectra import DTYPES, log_spaced, orthogonal, with_spectrum

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo import root_inverse
 from funshampoo.linalg import InverseRoot, Solver, by_device, eigh, newton_schulz
-from funshampoo.linalg.by_device import LARGEST_SIDE_OF_EIGH, _ByDevice
+from funshampoo.linalg.by_device import LARGEST_SIDE_OF_EIGH
 
 from .spectra import log_spaced, orthogonal, with_spectrum
 
@@ -28,10 +28,10 @@ def assert_same(found: InverseRoot, expected: InverseRoot) -> None:
 def large_ones_by_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every matrix were on a GPU."""
 
-    def by_products(self: _ByDevice, A: Tensor) -> bool:
+    def by_products(self: by_device, A: Tensor) -> bool:
         return A.shape[-1] > LARGEST_SIDE_OF_EIGH
 
-    monkeypatch.setattr(_ByDevice, "_by_products", by_products)
+    monkeypatch.setattr(by_device, "_by_products", by_products)
 
 
 @pytest.mark.parametrize("d", [8, 33])
@@ -67,7 +67,7 @@ def test_products_on_a_gpu(
 
 def test_which_matrices_go_by_products() -> None:
     solver = by_device()
-    assert isinstance(solver, _ByDevice)
+    assert isinstance(solver, by_device)
     assert not solver._by_products(torch.empty(2, 33, 33))
     assert not solver._by_products(torch.empty(2, 33, 33, device="meta"))
 

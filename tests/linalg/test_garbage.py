@@ -13,9 +13,9 @@ from torch import Tensor
 
 from funshampoo import blocked, chain, kronecker_statistics, root_inverse
 from funshampoo.linalg import by_device, eigh, pseudo_inverse
+from funshampoo.linalg.estimates import is_decomposition
 from funshampoo.linalg.spectral import decompose
 from funshampoo.linalg.stacked_eigh import stacked_eigh
-from funshampoo.linalg.verification import is_decomposition
 from tests.trees import assert_equal
 
 from .spectra import DTYPES, log_spaced, orthogonal, with_spectrum

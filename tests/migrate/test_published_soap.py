@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import funshampoo as fs
-from funshampoo.migrate.channels_last import channels_second
+from funshampoo.migrate.published_eigenbases import channels_second
 from funshampoo.testing import check_stage
 from tests.migrate import plain_soap
 

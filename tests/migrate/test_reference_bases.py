@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import funshampoo as fs
-from funshampoo.linalg.qr_algorithm import qr_algorithm
-from funshampoo.migrate.reference_spectral import signs_scaled_by
+from funshampoo.linalg.adaptive import qr_algorithm
+from funshampoo.migrate.reference_methods import signs_scaled_by
 from funshampoo.state import find_state
 from funshampoo.testing import check_stage
 from funshampoo.transforms.eigenbasis import EigenbasisState

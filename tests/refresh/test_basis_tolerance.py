@@ -103,7 +103,7 @@ def test_a_failed_root_keeps_its_basis_too() -> None:
             found = super().from_spectrum(A, *args)
             return found._replace(converged=found.converged & (torch.arange(N) != 2))
 
-    solver = Failing(1e-6, True)
+    solver = Failing(relative_epsilon=1e-6)
     tx = fs.chain(
         fs.kronecker_statistics(0.9), fs.root_inverse(1, solver=solver, basis_tolerance=0.0)
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import funshampoo as fs
-from funshampoo.optim.options import ShampooOptions, WrapperOptions
+from funshampoo.optim.shampoo import ShampooOptions, WrapperOptions
 
 ROOT = Path(__file__).parents[2]
 USERS = Path(__file__).with_name("users.py")
