@@ -70,14 +70,19 @@ def _judged(norms: Tree, together: bool) -> Verdicts:
         for i, mask, fine in zip(places, torch.split(dead, sizes), torch.split(alive, sizes)):
             found[i] = mask.reshape(leaves[i].shape), fine.reshape(leaves[i].shape)
     if together and kinds:
-        first = next(x[0] for x in found if x[0] is not None)
-        masks = [x[0].to(first.device) for x in found if x[0] is not None]
-        dead = torch.stack(masks).any()
-        found = [
-            (None, None) if x[1] is None else (dead.to(x[1].device), (~dead).to(x[1]))
-            for x in found
-        ]
+        found = _all_as_the_worst(found)
     return tuple([spec.unflatten(column) for column in zip(*found)]) if leaves else (norms, norms)
+
+
+def _all_as_the_worst(found: Sequence[Any]) -> list[Any]:
+    """One verdict for all, a pair of tensors for each dtype and device."""
+    first = next(x[0] for x in found if x[0] is not None)
+    dead = torch.stack([x[0].to(first.device) for x in found if x[0] is not None]).any()
+    shared: dict[Any, tuple[Tensor, Tensor]] = {}
+    for _, fine in found:
+        if fine is not None and (fine.dtype, fine.device) not in shared:
+            shared[fine.dtype, fine.device] = dead.to(fine.device), (~dead).to(fine)
+    return [x if x[1] is None else shared[x[1].dtype, x[1].device] for x in found]
 
 
 def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
