@@ -47,8 +47,10 @@ class Traffic(TorchDispatchMode):
         name = str(function).split(".")[1]
         foreach = name.startswith("_foreach")
         written = args[0] if foreach and name.endswith("_") else []
-        touched = [x for x in tensors([list(args), kwargs or {}, out, written]) if x.is_meta]
-        made_once = name == "zeros" and out.ndim == 0  # a constant, made anew in a mode alone
+        given = {n: x for n, x in (kwargs or {}).items() if n != "out"}  # which is the result
+        touched = [x for x in tensors([list(args), given, out, written]) if x.is_meta]
+        # A constant; it is made anew in a mode alone.
+        made_once = name in ("zeros", "ones", "full") and out.numel() == 1
         if touched and not made_once and not any(n in str(function) for n in NOT_LAUNCHED):
             self.launches[name] += _launches(args) if foreach else 1
             self.moved[name] += sum(x.nbytes for x in touched)

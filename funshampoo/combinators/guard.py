@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,13 +134,33 @@ def guarded(
     def update(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
+        def run(*given: Any) -> tuple[Tree, float, Any]:
+            found, new = run_alive(inner, *given)
+            return found, 1.0, new
+
+        found, _, after = step(run, updates, state, params, context)
+        return found, after
+
+    def unscaled(
+        updates: Tree, state: GuardedState, params: Tree, context: Context
+    ) -> tuple[Tree, float, GuardedState]:
+        assert inner.unscaled is not None
+        return step(inner.unscaled, updates, state, params, context)
+
+    def step(
+        run: Callable[..., tuple[Tree, float, Any]],
+        updates: Tree,
+        state: GuardedState,
+        params: Tree,
+        context: Context,
+    ) -> tuple[Tree, float, GuardedState]:
         inside = running(state.steps, context)
         verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
         if spike_factor is not None:
-            factor = number(spike_factor, context.hyper)
-            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+            most = number(spike_factor, context.hyper)
+            verdicts, spikes = with_spikes(verdicts, updates, spikes, most, context, by_leaf)
         if verdicts is None:
-            out, new = inner.run(updates, state.inner, params, inside)
+            out, factor, new = run(updates, state.inner, params, inside)
             held, more = state.held, None
         else:
             dead, alive = verdicts
@@ -148,17 +169,18 @@ def guarded(
                 inside = changed(inside, gradient=safe)
             elif context.gradient is not None:
                 inside = changed(inside, gradient=_zeroed(context.gradient, dead))
-            out, new = run_alive(inner, safe, state.inner, params, changed(inside, alive=alive))
+            out, factor, new = run(safe, state.inner, params, changed(inside, alive=alive))
             out, more = _zeroed(out, dead), _as_counts(dead)
             held = _added(state.held, more, context.donate)
         streak = _streaks(updates, state.streak, more, context.donate)
         steps = advanced(state.steps, context.donate)
-        return out, GuardedState(held, streak, new, steps, spikes)
+        return out, factor, GuardedState(held, streak, new, steps, spikes)
 
     return GradientTransformation(
         init,
         update,
         inner.name,
+        unscaled=unscaled if inner.unscaled and inner.minds_alive else None,
         check=check,
         parts={"inner": inner},
         counts=counts,
@@ -179,7 +201,7 @@ def run_alive(
     inner: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
 ) -> tuple[Tree, Any]:
     """Step `inner`; what would have spoiled a state that does not know of it is taken back."""
-    if inner.minds_alive:
+    if inner.minds_alive or context.alive is None:
         return inner.run(updates, state, params, context)
     out, new = inner.run(updates, state, params, changed(context, donate=False))
     return out, _merged(new, state, context.alive, context.block_ndim)

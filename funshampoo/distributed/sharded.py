@@ -165,6 +165,7 @@ def sharded(
         init,
         update,
         inner.name,
+        unscaled=None if whole else inner.unscaled,
         check=check,
         parts={"inner": inner},
         counts=counts if whole else inner.counts,

@@ -41,27 +41,34 @@ def by_number(
         New tensors of the shapes of `xs`: bit for bit those of `each`, as an elementwise operation
         on a device does not ask where an entry lies.
     """
-    rows = [] if not xs or xs[0].is_cpu else _rows(xs, numbers)
+    rows = _rows(xs, numbers)
     if not rows:
         return each(xs, numbers)
+    in_rows = {i for places in rows for i in places}
+    others = [i for i in range(len(xs)) if i not in in_rows]
     found: list[Any] = [None] * len(xs)
-    for places in rows:
-        sizes = tuple([xs[i].numel() for i in places])
-        flat = torch.cat([xs[i].reshape(-1) for i in places])
-        index = _leaf_of_entry(sizes, flat.device)
-        spread = torch.stack([numbers[i] for i in places]).index_select(0, index)
-        for i, own in zip(places, torch.split(function(flat, spread), list(sizes))):
-            found[i] = own if xs[i].ndim == 1 else own.view(xs[i].shape)
-    others = [i for i, x in enumerate(found) if x is None]
-    if others:
-        rest = each([xs[i] for i in others], [numbers[i] for i in others])
-        for i, x in zip(others, rest):
+    for places in [*rows, others] if others else rows:
+        own, their = [xs[i] for i in places], [numbers[i] for i in places]
+        new = each(own, their) if places is others else _in_a_row(function, own, their)
+        for i, x in zip(places, new):
             found[i] = x
     return found
 
 
+def _in_a_row(
+    function: Callable[[Tensor, Tensor], Tensor], xs: list[Tensor], numbers: list[Tensor]
+) -> list[Tensor]:
+    sizes = tuple([x.numel() for x in xs])
+    flat = torch.cat([x.reshape(-1) for x in xs])
+    spread = torch.stack(numbers).index_select(0, _leaf_of_entry(sizes, flat.device))
+    parts = torch.split(function(flat, spread), list(sizes))
+    return [part if x.ndim == 1 else part.view(x.shape) for part, x in zip(parts, xs)]
+
+
 def _rows(xs: Sequence[Tensor], numbers: Sequence[Tensor]) -> list[list[int]]:
     """Which leaves, by index, are put in a row together."""
+    if not xs or xs[0].is_cpu:  # where the rest need not be looked at
+        return []
     kinds: dict[Any, list[int]] = {}
     for i, (x, number) in enumerate(zip(xs, numbers)):
         own = type(x) is type(number) is Tensor and number.ndim == 0 and x.device == number.device
@@ -72,9 +79,10 @@ def _rows(xs: Sequence[Tensor], numbers: Sequence[Tensor]) -> list[list[int]]:
 
 @constant
 def _leaf_of_entry(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(sum of sizes,) int64: which leaf an entry is of. Made once, by a copy from the host."""
-    leaves = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    return leaves.to(device)
+    """(sum of sizes,) int64: which leaf an entry is of. Nobody waits for its way to a device."""
+    counts = torch.tensor(sizes, device="cpu")
+    leaves = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
+    return leaves.to(device, non_blocking=True)
 
 
 def all_at_once(function: Callable[[Tensor], Tensor], xs: list[Tensor]) -> list[Tensor]:

@@ -55,6 +55,14 @@ def add(old: Column, new: Column, donate: bool = False) -> Column:
     return old
 
 
+def add_scaled(xs: Column, ys: Column, factor: Hyper) -> Column:
+    """xs + factor ys, new tensors: on a device in one pass, and rounded as it rounds that."""
+    if isinstance(factor, Tensor) or not is_plain(xs, ys) or any([x.is_cpu for x in xs]):
+        # A CPU's kernel rounds the product or not by where in the tensor an entry lies.
+        return add(xs, multiply(ys, factor), donate=False)
+    return list(torch._foreach_add(xs, ys, alpha=factor))
+
+
 def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
     """factor old, in old's dtypes whatever the factor's."""
     if isinstance(factor, Tensor) or not is_plain(old):
