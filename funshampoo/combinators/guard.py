@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from funshampoo.combinators.failures import (
     limit_reached,
 )
 from funshampoo.combinators.spikes import no_spikes_yet
-from funshampoo.combinators.verdicts import verdicts_on, with_spikes
+from funshampoo.combinators.verdicts import Verdicts, verdicts_on, with_spikes
 from funshampoo.core.checks import check_count, check_flag, check_range
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
@@ -148,33 +148,13 @@ def guarded(
         return step(inner.unscaled, updates, state, params, context)
 
     def step(
-        run: Callable[..., tuple[Tree, float, Any]],
-        updates: Tree,
-        state: GuardedState,
-        params: Tree,
-        context: Context,
+        run: _Run, updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, float, GuardedState]:
-        inside = running(state.steps, context)
         verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
         if spike_factor is not None:
             most = number(spike_factor, context.hyper)
             verdicts, spikes = with_spikes(verdicts, updates, spikes, most, context, by_leaf)
-        if verdicts is None:
-            out, factor, new = run(updates, state.inner, params, inside)
-            held, more = state.held, None
-        else:
-            dead, alive = verdicts
-            safe = _zeroed(updates, dead)
-            if context.gradient is updates:
-                inside = changed(inside, gradient=safe)
-            elif context.gradient is not None:
-                inside = changed(inside, gradient=_zeroed(context.gradient, dead))
-            out, factor, new = run(safe, state.inner, params, changed(inside, alive=alive))
-            out, more = _zeroed(out, dead), _as_counts(dead)
-            held = _added(state.held, more, context.donate)
-        streak = _streaks(updates, state.streak, more, context.donate)
-        steps = advanced(state.steps, context.donate)
-        return out, factor, GuardedState(held, streak, new, steps, spikes)
+        return _step(run, updates, state, params, context, verdicts, spikes)
 
     return GradientTransformation(
         init,
@@ -186,6 +166,34 @@ def guarded(
         counts=counts,
         numbers=[spike_factor],
     )
+
+
+_Run: TypeAlias = Callable[..., tuple[Tree, float, Any]]
+
+
+def _step(
+    run: _Run,
+    updates: Tree,
+    state: GuardedState,
+    params: Tree,
+    context: Context,
+    verdicts: Verdicts | None,
+    spikes: Any,
+) -> tuple[Tree, float, GuardedState]:
+    """What `run` makes of the gradients that can be used; zeros for the others, counted."""
+    inside = running(state.steps, context)
+    if verdicts is None:
+        out, factor, new = run(updates, state.inner, params, inside)
+    else:
+        dead, alive = verdicts
+        safe = _zeroed(updates, dead)
+        gradient = safe if context.gradient is updates else _zeroed(context.gradient, dead)
+        inside = changed(inside, gradient=gradient, alive=alive)
+        out, factor, new = run(safe, state.inner, params, inside)
+        out = _zeroed(out, dead)
+    held, streak = _counted(updates, state, verdicts and verdicts[0], context.donate)
+    steps = advanced(state.steps, context.donate)
+    return out, factor, GuardedState(held, streak, new, steps, spikes)
 
 
 def _check_by_leaf(by_leaf: bool, inner: GradientTransformation) -> None:
@@ -205,6 +213,14 @@ def run_alive(
         return inner.run(updates, state, params, context)
     out, new = inner.run(updates, state, params, changed(context, donate=False))
     return out, _merged(new, state, context.alive, context.block_ndim)
+
+
+def _counted(updates: Tree, state: GuardedState, dead: Tree, donate: bool) -> tuple[Tree, Tree]:
+    """How often each was held, and how often in a row by now; dead is None where all are fine."""
+    if dead is None:
+        return state.held, _streaks(updates, state.streak, None, donate)
+    more = _as_counts(dead)
+    return _added(state.held, more, donate), _streaks(updates, state.streak, more, donate)
 
 
 def _as_counts(dead: Tree) -> Tree:
@@ -247,6 +263,8 @@ def _streaks(updates: Tree, streak: Tree, more: Tree, donate: bool) -> Tree:
 
 def _zeroed(tree: Tree, dead: Tree) -> Tree:
     """The tree with zeros where its leaf, or block, is dead. Leaves without a verdict stay."""
+    if tree is None:
+        return None
     leaves, spec = flatten(tree)
     masks = columns_of([dead], spec, tree)[0]
     judged = [i for i, x in enumerate(leaves) if x is not None and masks[i] is not None]

@@ -66,9 +66,8 @@ class GradientTransformation:
         apply: `apply(updates, state, params, context) -> state`, for callers who own both state
             and parameters: as `update` with donate=True, followed by W ← W + U in the parameters'
             own memory. None where nothing is won by that; see `update_in_place`.
-        unscaled: `unscaled(updates, state, params, context) -> (updates, factor, state)`: as `run`,
-            but for a number by which the caller multiplies as it adds, a pass less on a device.
-            None where a product with a number is not the last thing that is done to updates.
+        unscaled: as `run`, to (updates, factor, state): the caller multiplies by the number as it
+            adds, a pass less on a device. None where updates do not end in such a product.
         phase: `phase(step) -> tuple of strings`: what happens on step number `step`, from 1, that
             does not happen on all; () on a plain one. "refresh" and what begins with it is work
             that others make room for. By default what the parts say.
@@ -133,8 +132,7 @@ class GradientTransformation:
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
-        self.state_of = state_of
-        self.spread = spread
+        self.state_of, self.spread = state_of, spread
         self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
