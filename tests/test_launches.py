@@ -73,3 +73,10 @@ def test_a_whole_model_under_muon() -> None:
     mask = {name: name in names for name in params}
     seen = counted(fs.muon(0.02, dtype=torch.bfloat16, matrices=mask), params)
     assert seen.operators <= 170
+
+
+def test_normuon_keeps_its_state_without_a_copy() -> None:
+    """Whose rows' second moments leave out what is not alive, so that nothing is put back."""
+    params = matrices(1)
+    seen = counted(fs.normuon(0.02, dtype=torch.bfloat16), params)
+    assert seen.beside_products() <= 37.7 * sum([p.nbytes for p in params.values()]), seen.moved

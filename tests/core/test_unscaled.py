@@ -18,7 +18,7 @@ from tests.trees import assert_close, assert_equal, gradients, problem, train
 
 WITH_A_FACTOR = [case for case in CASES if case.make().unscaled is not None]
 NAMES = {"adamw", "sgd", "guarded:by_leaf", "scale_by_learning_rate"}
-BLOCKED = ("shampoo", "soap", "muon", "signum", "kl_shampoo")
+BLOCKED = ("shampoo", "soap", "muon", "normuon", "signum", "kl_shampoo")
 IN_BLOCKS = [case for case in CASES if case.name in BLOCKED]
 
 
