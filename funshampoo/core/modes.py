@@ -201,14 +201,14 @@ def for_keeps() -> Iterator[None]:
         yield
 
 
-def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that makes small tensors from static arguments, which are then kept.
+def constant(make: Callable[..., Tensor], most: int = 256) -> Callable[..., Tensor]:
+    """A function that makes small tensors from static arguments, of which `most` are then kept.
 
     Not where something looks at what is done here: a tensor of its own would be found later by
     others. One made in inference mode could not enter autograd's graphs.
     """
 
-    @functools.lru_cache(maxsize=256)
+    @functools.lru_cache(maxsize=most)
     def kept(*arguments: Any) -> Tensor:
         with torch.inference_mode(False):
             return make(*arguments)

@@ -7,6 +7,7 @@ in which every number stands as often as its leaf has entries: one operator for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,11 +78,11 @@ def _rows(xs: Sequence[Tensor], numbers: Sequence[Tensor]) -> list[list[int]]:
     return [places for places in kinds.values() if len(places) > _FEW]
 
 
-@constant
+@functools.partial(constant, most=8)  # one for each pattern of missing gradients
 def _leaf_of_entry(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(sum of sizes,) int64: which leaf an entry is of. Nobody waits for its way to a device."""
+    """(sum of sizes,) int32: which leaf an entry is of. Nobody waits for its way to a device."""
     counts = torch.tensor(sizes, device="cpu")
-    leaves = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
+    leaves = torch.arange(len(sizes), dtype=torch.int32, device="cpu").repeat_interleave(counts)
     return leaves.to(device, non_blocking=True)
 
 
