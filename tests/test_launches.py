@@ -27,18 +27,18 @@ def matrices(layers: int) -> dict[str, Tensor]:
     return {f"w{i}": torch.empty(shape, device="meta") for i, shape in enumerate(shapes)}
 
 
-@pytest.mark.parametrize(("dtype", "shares"), [(torch.bfloat16, 25.6), (None, 25.2)])
+@pytest.mark.parametrize(("dtype", "shares"), [(torch.bfloat16, 27.6), (None, 27.3)])
 def test_muon_moves_few_bytes_beside_its_products(dtype: torch.dtype | None, shares: float) -> None:
     params = matrices(2)
     seen = counted(fs.muon(0.02, dtype=dtype), params)
     assert seen.beside_products() <= shares * sum([p.nbytes for p in params.values()]), seen.moved
-    assert seen.launches["_foreach_mul"] == 0, "decay and rate are factors of a sum"
+    assert seen.launches["_foreach_mul"] == 1, "of the rate: decay is a factor of a sum"
 
 
 def test_muon_launches_as_much_for_more_layers() -> None:
     few, many = (counted(fs.muon(0.02, dtype=torch.bfloat16), matrices(n)) for n in (2, 12))
     assert few.launches == many.launches
-    assert many.operators <= 125
+    assert many.operators <= 126
 
 
 def test_small_leaves_cost_no_launches_of_their_own() -> None:
@@ -51,7 +51,7 @@ def test_small_leaves_cost_no_launches_of_their_own() -> None:
     tx = fs.guarded(fs.adamw(1e-3), by_leaf=True)
     few, many = counted(tx, leaves(20)), counted(tx, leaves(100))
     assert few.launches == many.launches
-    assert many.operators <= 40
+    assert many.operators <= 41
 
 
 def test_one_verdict_for_all_leaves_is_made_once() -> None:
@@ -79,4 +79,4 @@ def test_normuon_keeps_its_state_without_a_copy() -> None:
     """Whose rows' second moments leave out what is not alive, so that nothing is put back."""
     params = matrices(1)
     seen = counted(fs.normuon(0.02, dtype=torch.bfloat16), params)
-    assert seen.beside_products() <= 37.7 * sum([p.nbytes for p in params.values()]), seen.moved
+    assert seen.beside_products() <= 35.7 * sum([p.nbytes for p in params.values()]), seen.moved

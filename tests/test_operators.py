@@ -68,7 +68,7 @@ def test_a_plain_step_reads_nothing_but_the_guards_verdict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "bytes_of_parameters", "operators"), [("gpt2", 54, 290), ("resnet-50", 59.5, 400)]
+    ("model", "bytes_of_parameters", "operators"), [("gpt2", 56, 290), ("resnet-50", 61, 400)]
 )
 def test_traffic_and_launches_of_a_plain_step(
     model: str, bytes_of_parameters: float, operators: int

@@ -205,12 +205,12 @@ class _Blocked:
         here = self._inside(given, state, context)
         run = self.executors.of(given.layout)
 
-        def add(stack: str, rows: range, values: Tensor, factor: float = 1.0) -> None:
-            run.parts.scatter_add(stack, rows, values, own, factor)
+        def put(stack: str, rows: range, values: Tensor) -> None:
+            run.parts.scatter_add(stack, rows, values, own)
 
         gather = Views(run.parts, given).gather
         missing = given.missing_rows()
-        new = run.run(inner, state.inner, gather, add, missing, here, given.described, add)
+        new = run.run(inner, state.inner, gather, put, missing, here, given.described)
         return BlockedState(new, state.layout, advanced(state.steps, context.donate))
 
     def check(self, state: BlockedState, context: Context) -> None:

@@ -28,9 +28,6 @@ from funshampoo.core.modes import is_traced, keep_freed_memory, row_index
 Put: TypeAlias = Callable[[str, range, Any], None]
 """(stack, rows of it, their updates)"""
 
-Add: TypeAlias = Callable[[str, range, Any, float], None]
-"""(stack, rows of it, their updates, by which number to multiply them first)"""
-
 Gather: TypeAlias = Callable[[Portion], tuple[dict[str, Tensor], dict[str, Tensor] | None]]
 """The gradients of a portion, and the parameters that `inner` may see."""
 
@@ -130,7 +127,6 @@ class Executor:
         self.layout, self.parts = layout, Parts(layout)
         devices = [stack.device for stack in layout.stacks.values()]
         self._device = devices[0] if devices else torch.device("cpu")
-        self._on_cpu = any([device.type == "cpu" for device in devices])
         self._size = size
         self._ids = block_ids(layout)
         self._whole = {name: range(stack.rows) for name, stack in layout.stacks.items()}
@@ -146,18 +142,11 @@ class Executor:
         missing: Missing,
         context: Context,
         leaves: Callable[[], Leaves],
-        add: Add | None = None,
     ) -> Any:
-        """Step `inner` on the rows that have a gradient. Returns the new state.
-
-        Args:
-            add: for updates that are added to the parameters: what takes the place of `put` where
-                the last factor of them can be left to it, and that is a pass less.
-        """
+        """Step `inner` on the rows that have a gradient. Returns the new state."""
         spread: Spread | None = inner.spread
         if spread is None or not spread.whole:
-            late = add if inner.unscaled is not None and not self._on_cpu else None
-            return self._step(inner, self._whole, state, gather, put, missing, context, add=late)
+            return self._step(inner, self._whole, state, gather, put, missing, context)
         own, owner = spread.owned(self.layout), spread.inner
 
         def step(state: Any, put: Put) -> Any:
@@ -206,7 +195,6 @@ class Executor:
         context: Context,
         ids: Mapping[str, Sequence[int]] | None = None,
         cuts: Sequence[Portion] | None = None,
-        add: Add | None = None,
     ) -> Any:
         ids = self._ids if ids is None else ids
         in_place = context.donate and not is_traced()
@@ -231,14 +219,9 @@ class Executor:
                 rows={n: ids[n][r.start : r.stop] for n, r in portion.items()},
                 alive=alive and {n: alive[n][r.start : r.stop] for n, r in portion.items()},
             )
-            if add is None or inner.unscaled is None:
-                updates, after = inner.run(stacks, before, params, here)
-                for name, span in portion.items():
-                    put(name, span, updates[name])
-            else:
-                updates, factor, after = inner.unscaled(stacks, before, params, here)
-                for name, span in portion.items():
-                    add(name, span, updates[name], factor)
+            updates, after = inner.run(stacks, before, params, here)
+            for name, span in portion.items():
+                put(name, span, updates[name])
             del stacks, params, here, updates  # or they would be there during the next portion
             if part is None:
                 return after

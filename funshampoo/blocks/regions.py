@@ -134,25 +134,19 @@ class Parts(dict[tuple[str, range], Rows]):
         for view, own in zip(*self._targets(stack, rows, values, leaves)):
             view.copy_(own)
 
-    def scatter_add(
-        self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any], factor: float = 1.0
-    ) -> None:
-        """Add rows to where they belong in contiguous leaves, rounded once to the leaf's dtype.
-
-        Args:
-            factor: what the rows are multiplied by; 1 on a CPU, see `columns.add_scaled`.
-        """
+    def scatter_add(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:
+        """Add rows to where they belong in contiguous leaves, rounded once to the leaf's dtype."""
         dtype = self.layout.stacks[stack].dtype
         views, own = self._targets(stack, rows, values, leaves)
         alike = values.dtype == dtype and all([view.dtype == dtype for view in views])
         if alike and are_apart(views):
-            torch._foreach_add_(views, own, alpha=factor)
+            torch._foreach_add_(views, own)
             return
         for view, new in zip(views, own):
             if view.dtype == dtype:
-                view.add_(new, alpha=factor)
+                view.add_(new)
             else:
-                view.copy_(torch.add(view.to(dtype), new, alpha=factor))
+                view.copy_(torch.add(view.to(dtype), new))
 
     def _targets(
         self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import CLOCK, advanced, running, started
@@ -75,23 +75,17 @@ def chain(
         return states if steps == () else {CLOCK: ClockState(steps), **states}
 
     def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
-        return step(updates, state, params, context)
+        return step(updates, state, params, context, in_place=False)
 
     def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
-        return step(updates, state, params, context, _in_place)[1]
-
-    def unscaled(
-        updates: Tree, state: State, params: Tree, context: Context
-    ) -> tuple[Tree, float, State]:
-        (found, factor), new = step(updates, state, params, context, _unscaled)
-        return found, factor, new
+        return step(updates, state, params, context, in_place=True)[1]
 
     def step(
-        updates: Tree, state: State, params: Tree, context: Context, last: _Last | None = None
-    ) -> tuple[Any, State]:
+        updates: Tree, state: State, params: Tree, context: Context, in_place: bool
+    ) -> tuple[Tree, State]:
         check(updates, state, params)
         inside = running(steps_of(state), context)
-        updates, states = _run(named, updates, state, params, inside, last)
+        updates, states = _run(named, updates, state, params, inside, in_place)
         if CLOCK in state:
             steps = advanced(state[CLOCK].steps, context.donate)
             states = {CLOCK: ClockState(steps), **states}
@@ -108,12 +102,11 @@ def chain(
         if params is not None:
             check_same_structure(params, updates, "params", "gradients")
 
-    end = list(named.values())[-1] if named else None
+    ends_in_place = bool(named) and list(named.values())[-1].apply is not None
     return GradientTransformation(
         init,
         update,
-        apply=apply if end and end.apply else None,
-        unscaled=unscaled if end and end.unscaled else None,
+        apply=apply if ends_in_place else None,
         parts=named,
         state_of=operator.getitem,
         flops=functools.partial(_flops_on_top, list(named.values())),
@@ -142,10 +135,10 @@ def _run(
     state: State,
     params: Tree,
     context: Context,
-    last: _Last | None,
-) -> tuple[Any, dict[str, State]]:
-    """(updates, states) of the stages; `last` steps the last one, by default as the others."""
-    end = len(stages) - 1 if last else None
+    in_place: bool,
+) -> tuple[Tree, dict[str, State]]:
+    """(updates, states) of the stages; `in_place` the last one adds to the parameters."""
+    last = len(stages) - 1 if in_place else None
     states: dict[str, State] = {}
     others: list[Any]
     upstream, previous, *others = context
@@ -155,27 +148,12 @@ def _run(
         if states:  # what somebody has looked at is what the first stage gets
             known = [(*upstream, *states.values()), previous, *others[:-1], False]
             inside = Context(*known)
-        if last and len(states) == end:
-            updates, states[name] = last(stage, updates, state[name], params, inside)
+        if len(states) == last:
+            states[name] = applied(stage, updates, state[name], params, inside)
         else:
             found = stage.run(updates, state[name], params, inside)
             updates, states[name] = checked_pair(found, name)
     return updates, states
-
-
-def _in_place(stage: GradientTransformation, *given: Any) -> tuple[Any, State]:
-    """Nothing: it is added to the parameters."""
-    return None, applied(stage, *given)
-
-
-def _unscaled(stage: GradientTransformation, *given: Any) -> tuple[Any, State]:
-    """The updates and their factor."""
-    assert stage.unscaled is not None
-    updates, factor, state = stage.unscaled(*given)
-    return (updates, factor), state
-
-
-_Last: TypeAlias = Callable[..., tuple[Any, State]]
 
 
 def _named(stages: tuple[Any, ...]) -> dict[str, GradientTransformation]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,33 +133,16 @@ def guarded(
     def update(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
-        def run(*given: Any) -> tuple[Tree, float, Any]:
-            found, new = run_alive(inner, *given)
-            return found, 1.0, new
-
-        found, _, after = step(run, updates, state, params, context)
-        return found, after
-
-    def unscaled(
-        updates: Tree, state: GuardedState, params: Tree, context: Context
-    ) -> tuple[Tree, float, GuardedState]:
-        assert inner.unscaled is not None
-        return step(inner.unscaled, updates, state, params, context)
-
-    def step(
-        run: _Run, updates: Tree, state: GuardedState, params: Tree, context: Context
-    ) -> tuple[Tree, float, GuardedState]:
         verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
         if spike_factor is not None:
-            most = number(spike_factor, context.hyper)
-            verdicts, spikes = with_spikes(verdicts, updates, spikes, most, context, by_leaf)
-        return _step(run, updates, state, params, context, verdicts, spikes)
+            factor = number(spike_factor, context.hyper)
+            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+        return _step(inner, updates, state, params, context, verdicts, spikes)
 
     return GradientTransformation(
         init,
         update,
         inner.name,
-        unscaled=unscaled if inner.unscaled and inner.minds_alive else None,
         check=check,
         parts={"inner": inner},
         counts=counts,
@@ -168,32 +150,28 @@ def guarded(
     )
 
 
-_Run: TypeAlias = Callable[..., tuple[Tree, float, Any]]
-
-
 def _step(
-    run: _Run,
+    inner: GradientTransformation,
     updates: Tree,
     state: GuardedState,
     params: Tree,
     context: Context,
     verdicts: Verdicts | None,
     spikes: Any,
-) -> tuple[Tree, float, GuardedState]:
-    """What `run` makes of the gradients that can be used; zeros for the others, counted."""
+) -> tuple[Tree, GuardedState]:
+    """What `inner` makes of the gradients that can be used; zeros for the others, counted."""
     inside = running(state.steps, context)
     if verdicts is None:
-        out, factor, new = run(updates, state.inner, params, inside)
+        out, new = inner.run(updates, state.inner, params, inside)
     else:
         dead, alive = verdicts
         safe = _zeroed(updates, dead)
         gradient = safe if context.gradient is updates else _zeroed(context.gradient, dead)
         inside = changed(inside, gradient=gradient, alive=alive)
-        out, factor, new = run(safe, state.inner, params, inside)
+        out, new = run_alive(inner, safe, state.inner, params, inside)
         out = _zeroed(out, dead)
     held, streak = _counted(updates, state, verdicts and verdicts[0], context.donate)
-    steps = advanced(state.steps, context.donate)
-    return out, factor, GuardedState(held, streak, new, steps, spikes)
+    return out, GuardedState(held, streak, new, advanced(state.steps, context.donate), spikes)
 
 
 def _check_by_leaf(by_leaf: bool, inner: GradientTransformation) -> None:

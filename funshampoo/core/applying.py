@@ -64,11 +64,6 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     >>> params
     {'w': tensor([1.5000, 0.0000])}
     """
-    _add(params, updates, 1.0)
-
-
-def _add(params: Tree, updates: Tree, factor: float) -> None:
-    """W ← W + factor U."""
     (leaves, _), (steps, _) = check_same_structure(params, updates, "params", "updates")
     pairs = [(p, u) for p, u in zip(leaves, steps) if u is not None]
     if any_in_parts(leaves):
@@ -79,13 +74,13 @@ def _add(params: Tree, updates: Tree, factor: float) -> None:
     alike = [(p, u) for p, u in pairs if p.dtype == u.dtype]
     targets = [p for p, _ in alike]
     if alike and is_plain(*zip(*alike)) and are_apart(targets):
-        torch._foreach_add_(targets, [u for _, u in alike], alpha=factor)
+        torch._foreach_add_(targets, [u for _, u in alike])
     else:
         for p, u in alike:
-            p.add_(u, alpha=factor)
+            p.add_(u)
     for p, u in pairs:
         if p.dtype != u.dtype:
-            p.copy_(torch.add(wide(p), u, alpha=factor))
+            p.copy_(torch.add(wide(p), u))
 
 
 def update_in_place(
@@ -154,21 +149,11 @@ def applied(
     """`update_in_place` of a part, in a donated context."""
     if transformation.apply is not None:
         return transformation.apply(updates, state, params, context)
-    if transformation.unscaled is not None and _in_one_pass(params):
-        found, factor, state = transformation.unscaled(updates, state, params, context)
-        _add(params, found, factor)
-        return state
     found, state = checked_pair(
         transformation.run(updates, state, params, context), transformation.name
     )
     add_in_place(params, found)
     return state
-
-
-def _in_one_pass(params: Tree) -> bool:
-    """Whether to multiply and add is one pass, of one rounding for all entries; not on a CPU."""
-    leaves = flatten(params)[0]
-    return is_plain(leaves) and not any([p.is_cpu for p in leaves if p is not None])
 
 
 def _check_writable(params: Tree) -> None:

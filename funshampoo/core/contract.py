@@ -66,8 +66,6 @@ class GradientTransformation:
         apply: `apply(updates, state, params, context) -> state`, for callers who own both state
             and parameters: as `update` with donate=True, followed by W ← W + U in the parameters'
             own memory. None where nothing is won by that; see `update_in_place`.
-        unscaled: as `run`, to (updates, factor, state): the caller multiplies by the number as it
-            adds, a pass less on a device. None where updates do not end in such a product.
         phase: `phase(step) -> tuple of strings`: what happens on step number `step`, from 1, that
             does not happen on all; () on a plain one. "refresh" and what begins with it is work
             that others make room for. By default what the parts say.
@@ -116,7 +114,6 @@ class GradientTransformation:
         name: str = "",
         *,
         apply: Callable[..., State] | None = None,
-        unscaled: Callable[..., tuple[Tree, float, State]] | None = None,
         phase: Callable[[int], Phase] | None = None,
         check: Callable[[State, Context], None] | None = None,
         parts: Mapping[str, GradientTransformation] | None = None,
@@ -132,16 +129,17 @@ class GradientTransformation:
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
-        self.state_of, self.spread = state_of, spread
+        self.state_of = state_of
+        self.spread = spread
         self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
         self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
-        self._given |= {"refresh_cost": refresh_cost, "unscaled": unscaled}
+        self._given |= {"refresh_cost": refresh_cost}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
-        self.apply, self.unscaled = apply, unscaled
+        self.apply = apply
         self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or _checks_of(self.parts, state_of)

@@ -165,7 +165,6 @@ def sharded(
         init,
         update,
         inner.name,
-        unscaled=None if whole else inner.unscaled,
         check=check,
         parts={"inner": inner},
         counts=counts if whole else inner.counts,

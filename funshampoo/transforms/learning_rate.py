@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from funshampoo.core.checks import check_flags, check_range, check_rate
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
@@ -70,23 +68,8 @@ def scale_by_learning_rate(
         new = LearningRateState(advanced(state.steps, context.donate))
         return _times(updates, sign * rate), new
 
-    def unscaled(
-        updates: Tree, state: LearningRateState, params: Tree, context: Context
-    ) -> tuple[Tree, float, LearningRateState]:
-        rate = rate_of(learning_rate, state.steps, context.clock, context.hyper)
-        new = LearningRateState(advanced(state.steps, context.donate))
-        if isinstance(rate, Tensor):
-            if not rate.is_cpu or rate.requires_grad:  # to read it would be to wait for it
-                return _times(updates, sign * rate), 1.0, new
-            rate = rate.item()
-        return update_columns(lambda u: (in_compute_dtype(u),), updates, ())[0], sign * rate, new
-
     return GradientTransformation(
-        init,
-        update,
-        unscaled=unscaled,
-        counts=callable(learning_rate),
-        numbers=[learning_rate],
+        init, update, counts=callable(learning_rate), numbers=[learning_rate]
     )
 
 

@@ -315,8 +315,8 @@ def test_parameters_that_moved_count_as_a_step_begun(monkeypatch: pytest.MonkeyP
     params = {name: torch.ones(2) for name in "ab"}
     state = tx.init(params)
 
-    def interrupted(targets: Any, others: Any, alpha: float) -> None:
-        targets[0].add_(others[0], alpha=alpha)
+    def interrupted(targets: Any, others: Any) -> None:
+        targets[0].add_(others[0])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "_foreach_add_", interrupted)
