@@ -14,16 +14,24 @@ from funshampoo.combinators.failures import (
     limit_reached,
 )
 from funshampoo.combinators.spikes import no_spikes_yet
-from funshampoo.combinators.verdicts import verdicts_on, with_spikes
+from funshampoo.combinators.verdicts import Verdicts, verdicts_on, with_spikes
 from funshampoo.core.checks import check_count, check_flag, check_range
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_transformation
 from funshampoo.core.live import number
 from funshampoo.core.parameters import check_parameters
-from funshampoo.core.tree import flatten, map_leaves, update_columns
-from funshampoo.operators.columns import Column, add, multiply, product_in, zeros_a_block
-from funshampoo.operators.leaf_ops import per_block, zeroed
+from funshampoo.core.tree import columns_of, flatten, update_columns
+from funshampoo.operators.by_number import all_at_once
+from funshampoo.operators.columns import (
+    Column,
+    add,
+    multiply,
+    product_in,
+    zeroed,
+    zeros_a_block,
+)
+from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import GuardedState
 
@@ -125,27 +133,11 @@ def guarded(
     def update(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
-        inside = running(state.steps, context)
         verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
         if spike_factor is not None:
             factor = number(spike_factor, context.hyper)
             verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
-        if verdicts is None:
-            out, new = inner.run(updates, state.inner, params, inside)
-            held = state.held
-        else:
-            dead, alive = verdicts
-            safe = map_leaves(_zeroed, updates, dead)
-            if context.gradient is updates:
-                inside = changed(inside, gradient=safe)
-            elif context.gradient is not None:
-                inside = changed(inside, gradient=map_leaves(_zeroed, context.gradient, dead))
-            out, new = run_alive(inner, safe, state.inner, params, changed(inside, alive=alive))
-            out = map_leaves(_zeroed, out, dead)
-            held = _added(state.held, dead, context.donate)
-        streak = _streaks(updates, state.streak, verdicts and verdicts[0], context.donate)
-        steps = advanced(state.steps, context.donate)
-        return out, GuardedState(held, streak, new, steps, spikes)
+        return _step(inner, updates, state, params, context, verdicts, spikes)
 
     return GradientTransformation(
         init,
@@ -156,6 +148,30 @@ def guarded(
         counts=counts,
         numbers=[spike_factor],
     )
+
+
+def _step(
+    inner: GradientTransformation,
+    updates: Tree,
+    state: GuardedState,
+    params: Tree,
+    context: Context,
+    verdicts: Verdicts | None,
+    spikes: Any,
+) -> tuple[Tree, GuardedState]:
+    """What `inner` makes of the gradients that can be used; zeros for the others, counted."""
+    inside = running(state.steps, context)
+    if verdicts is None:
+        out, new = inner.run(updates, state.inner, params, inside)
+    else:
+        dead, alive = verdicts
+        safe = _zeroed(updates, dead)
+        gradient = safe if context.gradient is updates else _zeroed(context.gradient, dead)
+        inside = changed(inside, gradient=gradient, alive=alive)
+        out, new = run_alive(inner, safe, state.inner, params, inside)
+        out = _zeroed(out, dead)
+    held, streak = _counted(updates, state, verdicts and verdicts[0], context.donate)
+    return out, GuardedState(held, streak, new, advanced(state.steps, context.donate), spikes)
 
 
 def _check_by_leaf(by_leaf: bool, inner: GradientTransformation) -> None:
@@ -171,39 +187,69 @@ def run_alive(
     inner: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
 ) -> tuple[Tree, Any]:
     """Step `inner`; what would have spoiled a state that does not know of it is taken back."""
-    if inner.minds_alive:
+    if inner.minds_alive or context.alive is None:
         return inner.run(updates, state, params, context)
     out, new = inner.run(updates, state, params, changed(context, donate=False))
     return out, _merged(new, state, context.alive, context.block_ndim)
 
 
-def _added(counts: Tree, dead: Tree, donate: bool) -> Tree:
+def _counted(updates: Tree, state: GuardedState, dead: Tree, donate: bool) -> tuple[Tree, Tree]:
+    """How often each was held, and how often in a row by now; dead is None where all are fine."""
+    if dead is None:
+        return state.held, _streaks(updates, state.streak, None, donate)
+    more = _as_counts(dead)
+    return _added(state.held, more, donate), _streaks(updates, state.streak, more, donate)
+
+
+def _as_counts(dead: Tree) -> Tree:
+    """The masks as int64 numbers, like the counters: mixed dtypes take a launch for every pair."""
+    leaves, spec = flatten(dead)
+    found: list[Any] = list(leaves)
+    devices: dict[Any, list[int]] = {}
+    for i, mask in enumerate(leaves):
+        if mask is not None:
+            devices.setdefault(mask.device, []).append(i)
+    for places in devices.values():
+        numbers = all_at_once(lambda x: x.to(torch.int64), [leaves[i] for i in places])
+        for i, n in zip(places, numbers):
+            found[i] = n
+    return spec.unflatten(found)
+
+
+def _added(counts: Tree, more: Tree, donate: bool) -> Tree:
     """One more where the gradient was not finite."""
 
-    def leaves(mask: Column, n: Column) -> tuple[Column, Column]:
-        return mask, add(n, mask, donate)
+    def leaves(more: Column, n: Column) -> tuple[Column, Column]:
+        return more, add(n, more, donate)
 
-    return update_columns(leaves, dead, (counts,))[1]
+    return update_columns(leaves, more, (counts,))[1]
 
 
-def _streaks(updates: Tree, streak: Tree, dead: Tree, donate: bool) -> Tree:
-    """One more where the gradient was not finite, else 0; dead is None where all are."""
+def _streaks(updates: Tree, streak: Tree, more: Tree, donate: bool) -> Tree:
+    """One more where the gradient was not finite, else 0; `more` is None where all are."""
 
     def cleared(u: Column, n: Column) -> tuple[Column, Column]:
         return u, multiply(n, 0, donate)
 
-    def judged(mask: Column, n: Column) -> tuple[Column, Column]:
-        return mask, product_in(add(n, mask, donate), mask, donate)
+    def judged(more: Column, n: Column) -> tuple[Column, Column]:
+        return more, product_in(add(n, more, donate), more, donate)
 
-    if dead is None:
+    if more is None:
         return update_columns(cleared, updates, (streak,))[1]
-    return update_columns(judged, dead, (streak,))[1]
+    return update_columns(judged, more, (streak,))[1]
 
 
-def _zeroed(x: Tensor | None, dead: Tensor | None) -> Tensor | None:
-    if x is None or dead is None:
-        return x
-    return zeroed(x, per_block(dead, x))
+def _zeroed(tree: Tree, dead: Tree) -> Tree:
+    """The tree with zeros where its leaf, or block, is dead. Leaves without a verdict stay."""
+    if tree is None:
+        return None
+    leaves, spec = flatten(tree)
+    masks = columns_of([dead], spec, tree)[0]
+    judged = [i for i, x in enumerate(leaves) if x is not None and masks[i] is not None]
+    found = zeroed([leaves[i] for i in judged], [masks[i] for i in judged])
+    for i, x in zip(judged, found):
+        leaves[i] = x
+    return spec.unflatten(leaves)
 
 
 def _merged(new: Any, old: Any, alive: Tree, block_ndim: int) -> Any:

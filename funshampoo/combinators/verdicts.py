@@ -16,6 +16,7 @@ from funshampoo.core.placed import any_in_parts
 from funshampoo.core.tree import flatten, map_leaves, wide
 from funshampoo.linalg.norms import block_norms
 from funshampoo.operators.columns import in_compute_dtype
+from funshampoo.operators.joined import Joined
 from funshampoo.state.stages import SpikeState
 
 Verdicts = tuple[Tree, Tree]
@@ -70,14 +71,19 @@ def _judged(norms: Tree, together: bool) -> Verdicts:
         for i, mask, fine in zip(places, torch.split(dead, sizes), torch.split(alive, sizes)):
             found[i] = mask.reshape(leaves[i].shape), fine.reshape(leaves[i].shape)
     if together and kinds:
-        first = next(x[0] for x in found if x[0] is not None)
-        masks = [x[0].to(first.device) for x in found if x[0] is not None]
-        dead = torch.stack(masks).any()
-        found = [
-            (None, None) if x[1] is None else (dead.to(x[1].device), (~dead).to(x[1]))
-            for x in found
-        ]
+        found = _all_as_the_worst(found)
     return tuple([spec.unflatten(column) for column in zip(*found)]) if leaves else (norms, norms)
+
+
+def _all_as_the_worst(found: Sequence[Any]) -> list[Any]:
+    """One verdict for all, a pair of tensors for each dtype and device."""
+    first = next(x[0] for x in found if x[0] is not None)
+    dead = torch.stack([x[0].to(first.device) for x in found if x[0] is not None]).any()
+    shared: dict[Any, tuple[Tensor, Tensor]] = {}
+    for _, fine in found:
+        if fine is not None and (fine.dtype, fine.device) not in shared:
+            shared[fine.dtype, fine.device] = dead.to(fine.device), (~dead).to(fine)
+    return [x if x[1] is None else shared[x[1].dtype, x[1].device] for x in found]
 
 
 def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
@@ -102,13 +108,42 @@ def with_spikes(
     """The verdicts with spikes held too, and what is known of norms after this step."""
     source = updates if context.gradient is None else context.gradient
     norms = _norms(source, updates, context.block_ndim)
+    together = not (context.block_ndim or by_leaf)
+    joined = Joined(norms, *state)
+    if joined.worth_it():
+        return _with_joined_spikes(joined, norms, verdicts, state, factor, together, context.donate)
     over = above(norms, state, factor)
     spikes = held(over, state, verdicts and verdicts[1])
     if any_held(spikes):
         dead = spikes if verdicts is None else map_leaves(_either, spikes, verdicts[0])
-        verdicts = _of_masks(dead, norms, together=not (context.block_ndim or by_leaf))
+        verdicts = _of_masks(dead, norms, together)
     known = learned(norms, over, spikes, verdicts and verdicts[0], state, context.donate)
     return verdicts, known
+
+
+def _with_joined_spikes(
+    joined: Joined,
+    norms: Tree,
+    verdicts: Verdicts | None,
+    state: SpikeState,
+    factor: Hyper,
+    together: bool,
+    donate: bool,
+) -> tuple[Verdicts, SpikeState]:
+    """The same for all leaves at once, which says of every leaf what it says by itself."""
+    flat, known = joined.join(norms), SpikeState(*map(joined.join, state))
+    over = above(flat, known, factor)
+    spikes = held(over, known, verdicts and joined.join(verdicts[1]))
+    dead = spikes if verdicts is None else map_leaves(_either, spikes, joined.join(verdicts[0]))
+    found = tuple(map(joined.split, _of_masks(dead, flat, together=False)))
+    if together:
+        (masks, spec), (alive, _) = map(flatten, found)
+        found = tuple(map(spec.unflatten, zip(*_all_as_the_worst(list(zip(masks, alive))))))
+        dead = joined.join(found[0])
+    # What was joined is a copy, to be written to.
+    new = learned(flat, over, spikes, dead, known, donate=True)
+    into = joined.write if donate else joined.split
+    return (found[0], found[1]), SpikeState(*map(into, new, state))
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

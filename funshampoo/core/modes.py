@@ -61,16 +61,15 @@ def is_plain(*columns: Iterable[Tensor]) -> bool:
 def are_apart(tensors: Sequence[Tensor]) -> bool:
     """Whether a foreach operator may write to all of these at once: no two begin at one place.
 
-    On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one,
-    and what is on the meta device is nowhere.
+    On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one.
     """
-    return all([x.is_cpu or x.is_meta for x in tensors]) or begin_apart(tensors)
+    return all([x.is_cpu for x in tensors]) or begin_apart(tensors)
 
 
 def begin_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two of these, but for empty ones, begin at one place."""
+    """Whether no two of these, but for empty ones, begin at one place; on the meta device none."""
     own = map(local_part, tensors) if SEEN["any"] else tensors  # a DTensor itself is nowhere
-    places = [x.data_ptr() for x in own if x.numel()]
+    places = [x.data_ptr() for x in own if x.numel() and not x.is_meta]
     return len(set(places)) == len(places)
 
 
@@ -202,14 +201,14 @@ def for_keeps() -> Iterator[None]:
         yield
 
 
-def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that makes small tensors from static arguments, which are then kept.
+def constant(make: Callable[..., Tensor], most: int = 256) -> Callable[..., Tensor]:
+    """A function that makes small tensors from static arguments, of which `most` are then kept.
 
     Not where something looks at what is done here: a tensor of its own would be found later by
     others. One made in inference mode could not enter autograd's graphs.
     """
 
-    @functools.lru_cache(maxsize=256)
+    @functools.lru_cache(maxsize=most)
     def kept(*arguments: Any) -> Tensor:
         with torch.inference_mode(False):
             return make(*arguments)

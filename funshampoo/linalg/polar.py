@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import is_traced, may_reuse, product_precision
+from funshampoo.core.modes import constant, is_traced, may_reuse, product_precision
 from funshampoo.core.tree import cast
 from funshampoo.linalg.polynomials import Polynomial
 from funshampoo.linalg.products import is_plain_memory, matmul
@@ -25,6 +25,7 @@ def polar_factor(
     slack: float = 1.0,
     gram: bool = False,
     dtype: torch.dtype | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """U Vᵀ of X = U Σ Vᵀ, with singular values near 1 in place of Σ, for stacks (..., r, c).
 
@@ -47,6 +48,7 @@ def polar_factor(
             with eight steps of Polar Express by 4.5e-2; in float64 by 1e-10.
         dtype: of all that is between X and the result. By default X's; in bfloat16 each operation
             is rounded as in torch.optim.Muon.
+        scale: what the result is multiplied by, in X's dtype.
 
     Returns:
         A new tensor of X's shape and dtype.
@@ -61,19 +63,19 @@ def polar_factor(
 
         def factor(x: Tensor) -> Tensor:
             own = cast(x.mT if tall else x, inner)
-            scale = _scale(own, epsilon, norm, slack)
+            size = _size(own, epsilon, norm, slack)
             # A copy in another dtype is nobody else's.
-            in_place = inner != X.dtype and may_reuse(own, scale)
-            P = _factor(own.div_(scale) if in_place else own / scale, polynomials, gram)
+            in_place = inner != X.dtype and may_reuse(own, size)
+            P = _factor(own.div_(size) if in_place else own / size, polynomials, gram)
             return P.mT if tall else P
 
         if X.ndim == 2 or not _one_by_one(X, inner):
-            return cast(factor(X), X.dtype)
+            return _scaled(factor(X), scale, X.dtype)
         P = torch.empty_like(X, memory_format=torch.contiguous_format)
         for x, place in zip(X.flatten(0, -3), P.flatten(0, -3)):
             # A copy that transposes and converts at once takes twice as long as two.
             place.copy_(factor(x).contiguous())
-        return P
+        return P if scale == 1.0 else P.mul_(scale)
 
 
 def polar_flops(r: int, c: int, steps: int, gram: bool = False, norm: Norm = "clamped") -> float:
@@ -112,7 +114,7 @@ def _factor(X: Tensor, polynomials: Sequence[Polynomial], gram: bool) -> Tensor:
     return X
 
 
-def _scale(X: Tensor, epsilon: float, norm: Norm, slack: float) -> Tensor:
+def _size(X: Tensor, epsilon: float, norm: Norm, slack: float) -> Tensor:
     if norm == "schatten4":
         A = matmul(X, X.mT)
         fourth: Tensor = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
@@ -121,6 +123,34 @@ def _scale(X: Tensor, epsilon: float, norm: Norm, slack: float) -> Tensor:
     if slack != 1.0:
         frobenius = frobenius * slack
     return frobenius.clamp(min=epsilon) if norm == "clamped" else frobenius + epsilon
+
+
+def _scaled(P: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale P in this dtype, of a new tensor P.
+
+    On a device in one pass, which also puts the entries of a transposed matrix in their order: what
+    comes after it multiplies and adds by rows.
+    """
+    if P.is_cpu or is_traced() or P.requires_grad:
+        P = cast(P, dtype)
+        if scale == 1.0:
+            return P
+        return P.mul_(scale) if may_reuse(P) else P * scale
+    if scale == 1.0:
+        return P if P.dtype == dtype else P.to(dtype, memory_format=torch.contiguous_format)
+    return _times(P, scale, dtype)
+
+
+def _times(P: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale P, multiplied in the dtype of the result, which is at least P's; contiguous."""
+    found = torch.empty(P.shape, dtype=dtype, device=P.device)
+    return torch.mul(P, _one_number(scale, dtype, P.device), out=found)
+
+
+@constant
+def _one_number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1,): unlike a number, or a tensor (), it has a say in the dtype of a product."""
+    return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def _on_the_gram_matrix(X: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:

@@ -21,6 +21,7 @@ from funshampoo.core.modes import constant, is_plain
 from funshampoo.core.placed import SEEN, any_in_parts, count_writes
 from funshampoo.core.tree import HALF, compute_dtype, flatten, map_leaves, update_columns
 from funshampoo.operators import leaf_ops
+from funshampoo.operators.by_number import by_number
 
 Column: TypeAlias = list[Tensor]
 
@@ -52,6 +53,14 @@ def add(old: Column, new: Column, donate: bool = False) -> Column:
     torch._foreach_add_(old, new)
     count_writes(old)
     return old
+
+
+def add_scaled(xs: Column, ys: Column, factor: Hyper) -> Column:
+    """xs + factor ys, new tensors: on a device in one pass, and rounded as it rounds that."""
+    if isinstance(factor, Tensor) or not is_plain(xs, ys) or any([x.is_cpu for x in xs]):
+        # A CPU's kernel rounds the product or not by where in the tensor an entry lies.
+        return add(xs, multiply(ys, factor), donate=False)
+    return list(torch._foreach_add(xs, ys, alpha=factor))
 
 
 def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
@@ -201,14 +210,26 @@ def decayed(old: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> 
     return [leaf_ops.multiply(x, k, donate) for x, k in zip(old, per_block(kept, old))]
 
 
+def zeroed(xs: Column, dead: Column) -> Column:
+    """xs with zeros where `dead`, a mask a leaf or a block, is True; new tensors."""
+
+    def each(some: Column, masks: Column) -> Column:
+        return [leaf_ops.zeroed(x, mask) for x, mask in zip(some, masks)]
+
+    masks = per_block(dead, xs)
+    if not is_plain(xs, masks):
+        return each(xs, masks)
+    return by_number(leaf_ops.zeroed, xs, masks, each)
+
+
 def only_alive(xs: Column, alive: Sequence[Column], others: Column | None = None) -> Column:
     """xs, but for the rows that are not alive: the others there, or 0."""
     if not alive:
         return xs
-    dead = per_block([fine == 0 for fine in alive[0]], xs)
+    dead = [fine == 0 for fine in alive[0]]
     if others is None:
-        return [leaf_ops.zeroed(x, mask) for mask, x in zip(dead, xs)]
-    return [torch.where(mask, y, x) for mask, x, y in zip(dead, xs, others)]
+        return zeroed(xs, dead)
+    return [torch.where(mask, y, x) for mask, x, y in zip(per_block(dead, xs), xs, others)]
 
 
 def plus(xs: Column, number: float) -> Column:
@@ -236,9 +257,9 @@ def product_in(old: Column, ys: Column, donate: bool) -> Column:
 
 def quotient(xs: Column, ys: Column) -> Column:
     """Elementwise, new tensors. The divisors may be broadcast."""
-    if is_plain(xs, ys):
-        return list(torch._foreach_div(xs, ys))
-    return [x / y for x, y in zip(xs, ys)]
+    if not is_plain(xs, ys):
+        return [x / y for x, y in zip(xs, ys)]
+    return by_number(torch.div, xs, ys, lambda a, b: list(torch._foreach_div(a, b)))
 
 
 def shared_product(xs: Column, factor: Tensor) -> Column:

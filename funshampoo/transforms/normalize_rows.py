@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_leaves
-from funshampoo.operators.leaf_ops import lerp, sqrt
+from funshampoo.operators.leaf_ops import lerp, per_block, share, sqrt
 from funshampoo.operators.matrices import as_rows
 from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
 from funshampoo.state.stages import RowsState
@@ -74,19 +76,23 @@ def normalize_rows(
         *,
         block_ndim: int = 0,
         donate: bool = False,
+        alive: Tree = None,
         hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, RowsState]:
         decay, damping = number(beta2, hyper), number(epsilon, hyper)
 
-        def leaf(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def leaf(u: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            *fine, v = rest
             x = as_rows(cast(u, v.dtype), block_ndim, flatten_sides)
-            v = lerp(v, x.square().mean(-1), 1 - decay, donate)
+            weight: Any = per_block(share(1 - decay, fine[0], v), v) if fine else 1 - decay
+            v = lerp(v, x.square().mean(-1), weight, donate)
             rows = x / (sqrt(v) + damping)[..., None]
             old, new = (torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True) for y in (x, rows))
             s = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
             return (rows * (s * old / torch.clamp(new, min=1e-8))).reshape(u.shape), v
 
-        out, second = update_leaves(leaf, updates, (state.second,))
+        known = () if alive is None else (alive,)
+        out, second = update_leaves(leaf, updates, (state.second,), known)
         return out, RowsState(second)
 
     return GradientTransformation(init, update, numbers=[beta2, epsilon])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flag, check_range
 from funshampoo.core.contract import EmptyState, GradientTransformation, Tree
-from funshampoo.core.live import is_exactly
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import cast, compute_dtype, flatten, leaf_names
 from funshampoo.core.tree import update_leaves as over_leaves
@@ -75,6 +74,8 @@ def orthogonalize(
     for name, flag in (("flatten_sides", flatten_sides), ("gram", gram)):
         check_flag(name, flag)
 
+    options: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "slack": slack, "gram": gram}
+
     def init(params: Tree, *, block_ndim: int = 0) -> EmptyState:
         check_local(params, "orthogonalize")
         if vectors == "refuse":
@@ -88,11 +89,10 @@ def orthogonalize(
                 return (cast(u, wide),)
             x = u.flatten(block_ndim + 1) if flatten_sides else u
             x = cast(x, wide)
-            s = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
-            x = polar_factor(
-                x, chosen, epsilon=epsilon, norm=norm, slack=slack, gram=gram, dtype=dtype
-            )
-            x = x if is_exactly(s, 1) else multiply(x, s, donate=True)
+            s: Any = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
+            live = isinstance(s, Tensor)
+            x = polar_factor(x, chosen, dtype=dtype, scale=1.0 if live else s, **options)
+            x = multiply(x, s, donate=True) if live else x
             return (x.reshape(u.shape),)
 
         return over_leaves(leaf, updates, ())[0], state

@@ -256,7 +256,7 @@ def _scaled(
         return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
     in_scratch = any([x.is_cpu and x.numel() > _SMALL for x in scratch])
     if not in_scratch:
-        root = list(torch._foreach_sqrt(v) if weight is None else torch._foreach_div(v, weight))
+        root = list(torch._foreach_sqrt(v)) if weight is None else quotient(v, weight)
     elif weight is not None:
         root = [torch.div(x, w, out=y) for x, w, y in zip(v, weight, scratch)]
     else:

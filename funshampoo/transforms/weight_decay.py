@@ -19,7 +19,7 @@ from funshampoo.core.contract import (
 from funshampoo.core.live import Numbers, number
 from funshampoo.core.needs import required
 from funshampoo.core.tree import update_columns
-from funshampoo.operators.columns import Column, add, cast_like, in_compute_dtype, multiply
+from funshampoo.operators.columns import Column, add_scaled, cast_like, in_compute_dtype
 from funshampoo.state.stages import ScheduleState
 
 DecayKind: TypeAlias = Literal["coupled", "decoupled", "corrected", "independent"]
@@ -96,7 +96,7 @@ def add_decayed_weights(
 
         def decayed_by(u: Column, w: Column) -> tuple[Column]:
             u = in_compute_dtype(u)
-            return (add(u, multiply(cast_like(w, u), decay)),)
+            return (add_scaled(u, cast_like(w, u), decay),)
 
         (decayed,) = update_columns(decayed_by, updates, (), (params,))
         new = ScheduleState(advanced(state.steps, context.donate)) if scheduled else state

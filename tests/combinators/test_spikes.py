@@ -14,7 +14,9 @@ from torch.func import vmap
 
 import funshampoo as fs
 from funshampoo.combinators.spikes import DECAY, PATIENCE, WARM_UP
+from funshampoo.operators.joined import Joined
 from funshampoo.state import GuardedState, SpikeState, find_state, health
+from tests.traffic import Traffic
 from tests.trees import assert_close, assert_equal, tensors
 
 FACTOR = 4.0
@@ -330,3 +332,40 @@ def test_a_factor_out_of_range_is_named(value: float) -> None:
     ):
         with pytest.raises(ValueError, match=f"spike_factor is {value}"):
             make()
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("by_leaf", [False, True])
+def test_leaves_that_are_joined_on_a_device_are_judged_as_they_are(
+    by_leaf: bool, donate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of the leaves one by one, with the choice that a CPU does not make."""
+    grads = [{**g, "f": torch.ones(2, dtype=torch.float32)} for g in noise(3)]
+    params = {**PARAMS, "f": torch.zeros(2, dtype=torch.float32)}  # of another kind
+
+    def trained() -> Any:
+        tx = fs.guarded(fs.adamw(0.1), spike_factor=FACTOR, by_leaf=by_leaf, max_failures=None)
+        state, found = tx.init(params), []
+        for g in grads:
+            updates, state = tx.update(g, state, params, donate=donate)
+            found.append(updates)
+        return found, state
+
+    expected = trained()
+    monkeypatch.setattr(Joined, "worth_it", lambda self: True)
+    assert_equal(trained(), expected)
+    assert any([n.item() for n in tensors(expected[1].spikes.held)])
+
+
+def test_many_leaves_with_a_spike_factor_cost_no_more_launches() -> None:
+    tx = fs.guarded(fs.adamw(1e-3), spike_factor=10.0, by_leaf=True)
+
+    def launches(leaves: int) -> int:
+        params = {f"b{i}": torch.empty(64, device="meta") for i in range(leaves)}
+        grads = {name: torch.empty_like(p) for name, p in params.items()}
+        state = fs.update_in_place(tx, grads, tx.init(params), params)
+        with Traffic() as seen:
+            fs.update_in_place(tx, grads, state, params)
+        return seen.operators
+
+    assert launches(8) == launches(50) <= 110

@@ -1,0 +1,95 @@
+"""An elementwise operation of every leaf with a number of its own, in few launches.
+
+torch's foreach operators take a list of 0-dimensional tensors one by one. On a GPU, where a launch
+takes a host about ten microseconds, a hundred small leaves are put in a row instead, beside a row
+in which every number stands as often as its leaf has entries: one operator for all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.modes import constant
+
+SMALL = 2**14
+"""Entries of a leaf that is put in a row with others."""
+
+_FEW = 4
+"""Leaves for which it is as many launches without."""
+
+
+def by_number(
+    function: Callable[[Tensor, Tensor], Tensor],
+    xs: list[Tensor],
+    numbers: list[Tensor],
+    each: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+) -> list[Tensor]:
+    """function(x, number) of each pair, for plain tensors (see `core.modes.is_plain`).
+
+    Args:
+        function: elementwise, of two tensors of one shape.
+        xs: of any shapes and dtypes.
+        numbers: () each, or what broadcasts over its x.
+        each: the same of lists, for the leaves that are not put in a row: of one value a block, on
+            a CPU, of many entries, or few.
+
+    Returns:
+        New tensors of the shapes of `xs`: bit for bit those of `each`, as an elementwise operation
+        on a device does not ask where an entry lies.
+    """
+    rows = _rows(xs, numbers)
+    if not rows:
+        return each(xs, numbers)
+    in_rows = {i for places in rows for i in places}
+    others = [i for i in range(len(xs)) if i not in in_rows]
+    found: list[Any] = [None] * len(xs)
+    for places in [*rows, others] if others else rows:
+        own, their = [xs[i] for i in places], [numbers[i] for i in places]
+        new = each(own, their) if places is others else _in_a_row(function, own, their)
+        for i, x in zip(places, new):
+            found[i] = x
+    return found
+
+
+def _in_a_row(
+    function: Callable[[Tensor, Tensor], Tensor], xs: list[Tensor], numbers: list[Tensor]
+) -> list[Tensor]:
+    sizes = tuple([x.numel() for x in xs])
+    flat = torch.cat([x.reshape(-1) for x in xs])
+    spread = torch.stack(numbers).index_select(0, _leaf_of_entry(sizes, flat.device))
+    parts = torch.split(function(flat, spread), list(sizes))
+    return [part if x.ndim == 1 else part.view(x.shape) for part, x in zip(parts, xs)]
+
+
+def _rows(xs: Sequence[Tensor], numbers: Sequence[Tensor]) -> list[list[int]]:
+    """Which leaves, by index, are put in a row together."""
+    if not xs or xs[0].is_cpu:  # where the rest need not be looked at
+        return []
+    kinds: dict[Any, list[int]] = {}
+    for i, (x, number) in enumerate(zip(xs, numbers)):
+        own = type(x) is type(number) is Tensor and number.ndim == 0 and x.device == number.device
+        if own and not x.is_cpu and 0 < x.numel() <= SMALL:
+            kinds.setdefault((x.dtype, number.dtype, x.device), []).append(i)
+    return [places for places in kinds.values() if len(places) > _FEW]
+
+
+@functools.partial(constant, most=8)  # one for each pattern of missing gradients
+def _leaf_of_entry(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(sum of sizes,) int32: which leaf an entry is of. Nobody waits for its way to a device."""
+    counts = torch.tensor(sizes, device="cpu")
+    leaves = torch.arange(len(sizes), dtype=torch.int32, device="cpu").repeat_interleave(counts)
+    return leaves.to(device, non_blocking=True)
+
+
+def all_at_once(function: Callable[[Tensor], Tensor], xs: list[Tensor]) -> list[Tensor]:
+    """An elementwise function of each of these small tensors of one dtype and device."""
+    if len(xs) < 2:
+        return [function(x) for x in xs]
+    flat = function(torch.cat([x.reshape(-1) for x in xs]))
+    parts = torch.split(flat, [x.numel() for x in xs])
+    return [part.reshape(x.shape) for part, x in zip(parts, xs)]

@@ -1,0 +1,67 @@
+"""Small numbers of many leaves as one tensor of each kind, so that a device has few launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.contract import Tree
+from funshampoo.core.modes import is_traced
+from funshampoo.core.tree import columns_of, flatten
+
+_FEW = 4
+"""Leaves for which it is as many launches without."""
+
+
+class Joined:
+    """How the tensors of a tree, one a leaf, lie in a dict of one tensor for each kind.
+
+    Args:
+        like: a tree of tensors, such as norms () or (N,), or None: that leaf is in no dict.
+        others: trees that are joined too. Leaves whose dtypes or devices differ in one of them are
+            of different kinds.
+    """
+
+    def __init__(self, like: Tree, *others: Tree) -> None:
+        self._leaves, self._spec = flatten(like)
+        columns = [self._leaves, *columns_of(others, self._spec, like)]
+        self._kinds: dict[str, list[int]] = {}
+        for i, row in enumerate(zip(*columns)):
+            if row[0] is not None:
+                kind = ", ".join([f"{x.dtype} on {x.device}" for x in row])
+                self._kinds.setdefault(kind, []).append(i)
+
+    def worth_it(self) -> bool:
+        """Whether it saves launches: off the CPU, with more than a few leaves, untraced."""
+        found = [x for x in self._leaves if x is not None]
+        return len(found) > _FEW and not is_traced() and not any([x.is_cpu for x in found])
+
+    def join(self, tree: Tree) -> dict[str, Tensor]:
+        """{kind: the leaves of a tree like this one, flat, in a row}. New tensors."""
+        leaves = columns_of([tree], self._spec, tree)[0]
+        return {
+            kind: torch.cat([leaves[i].reshape(-1) for i in places])
+            for kind, places in self._kinds.items()
+        }
+
+    def split(self, joined: dict[str, Tensor], others: Tree = None) -> Tree:
+        """The tree that it was made of: views; where there is no leaf, the other tree's or None."""
+        found: list[Any] = [None] * len(self._leaves)
+        if others is not None:
+            found = list(columns_of([others], self._spec, others)[0])
+        for kind, places in self._kinds.items():
+            shapes = [self._leaves[i].shape for i in places]
+            parts = torch.split(joined[kind], [shape.numel() for shape in shapes])
+            for i, part, shape in zip(places, parts, shapes):
+                found[i] = part.reshape(shape)
+        return self._spec.unflatten(found)
+
+    def write(self, joined: dict[str, Tensor], tree: Tree) -> Tree:
+        """The same into the memory of the tree's own leaves."""
+        old = columns_of([tree], self._spec, tree)[0]
+        new: list[Any] = columns_of([self.split(joined)], self._spec, tree)[0]
+        pairs = [(x, y) for x, y in zip(old, new) if y is not None]
+        torch._foreach_copy_([x for x, _ in pairs], [y for _, y in pairs])
+        return tree
