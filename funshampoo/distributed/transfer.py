@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.portions import Portion
-from funshampoo.core.placed import local_part
+from funshampoo.core.placed import local_parts
 from funshampoo.distributed.collectives import ProcessGroup, all_to_all_into
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.pieces import as_view
@@ -104,7 +104,8 @@ class Transfer:
             sending, views = self._buffer("gather out", out)
             try:
                 for column, tensors in columns.items() if not self._flat else ():
-                    self._flat |= {(column, i): _contiguous(x) for i, x in enumerate(tensors)}
+                    held = enumerate(_contiguous(tensors))
+                    self._flat |= {(column, i): x for i, x in held}
                 _fill(views, [self._find(slot) for slot in out.slots])
             except BaseException as error:  # whatever it is: the others are waiting
                 failure = failure or error
@@ -220,8 +221,10 @@ class Transfer:
         return came
 
 
-def _contiguous(x: Any) -> Tensor | None:
-    return None if x is None else local_part(x).detach().contiguous()
+def _contiguous(tensors: Sequence[Any]) -> list[Tensor | None]:
+    """What this rank has of each, apart from autograd."""
+    held = local_parts(tensors)
+    return [None if x is None else x.detach().contiguous() for x in held]
 
 
 def _fill(targets: list[Tensor], sources: Sequence[Tensor | None]) -> None:
