@@ -188,7 +188,7 @@ class Ranks:
             known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
             missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
             says = self._says(parts.shards, leaves, state, context, blocks.device, missing)
-        memory = parts.memory.setdefault(dtype, {}) if context.donate else {}
+        memory = parts.memory.setdefault(dtype, {})  # which nobody else ever sees
         transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
 
         def own_step(inner: Any, place: Put) -> Any:

@@ -205,9 +205,7 @@ def trace(
         out, buffer, *seen = update_columns(accumulate, updates, states, inputs)
         return out, TraceState(buffer, seen[0] if needs_seen else ())
 
-    return GradientTransformation(
-        init, update, numbers=[momentum, dampening], elementwise=True
-    )
+    return GradientTransformation(init, update, numbers=[momentum, dampening], elementwise=True)
 
 
 def zeros_like(params: Tree) -> Tree:

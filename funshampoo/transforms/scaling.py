@@ -132,9 +132,7 @@ def scale_by_adam(
             weight2 = count_everyone(state.second_weight, decay2, donate)
         return out, AdamState(first, weight1, second, weight2)
 
-    return GradientTransformation(
-        init, update, numbers=[beta1, beta2, epsilon], elementwise=True
-    )
+    return GradientTransformation(init, update, numbers=[beta1, beta2, epsilon], elementwise=True)
 
 
 def scale_by_rms(
