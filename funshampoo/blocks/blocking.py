@@ -28,7 +28,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
 from funshampoo.core.parameters import check_local, problem_of_gradients
-from funshampoo.core.placed import any_in_parts, local_parts, parts_like, placed_like
+from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
 from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
 from funshampoo.state.stages import BlockedState
 
@@ -192,7 +192,7 @@ class _Blocked:
         self, given: Given, state: BlockedState, here: Context
     ) -> tuple[Any, list[Tensor]]:
         """(new state, what this rank has of the update of every leaf, in any shape)."""
-        placed = list(map(placed_like, given.leaves, given.known))
+        placed = all_placed_like(given.leaves, given.known)
         leaves = given.described()._replace(gradients=placed)
         run = self.executors.of(given.layout)
         return run.run_parts(self.inner.spread, state.inner, given.missing_rows(), here, leaves)

@@ -20,8 +20,8 @@ from funshampoo.core.contract import (
 )
 from funshampoo.core.elementwise import LocalStep, local_step
 from funshampoo.core.parameters import check_parameters
-from funshampoo.core.placed import SEEN
-from funshampoo.core.tree import check_same_structure
+from funshampoo.core.placed import SEEN, any_in_parts
+from funshampoo.core.tree import check_same_structure, flatten
 from funshampoo.state.stages import ClockState
 
 
@@ -147,12 +147,13 @@ def _run(
     upstream, previous, *others = context
     previous = (*previous, *[x for name, x in state.items() if name != CLOCK])
     inside = Context(upstream, previous, *others)
-    local: LocalStep | None = None  # on which elementwise stages in a row run
+    local: LocalStep | None = None  # of elementwise stages in a row
+    in_parts = SEEN["any"] and any_in_parts(flatten(updates)[0])
     for name, stage in stages.items():
         if states:  # what somebody has looked at is what the first stage gets
             known = [(*upstream, *states.values()), previous, *others[:-1], False]
             inside = Context(*known)
-        if SEEN["any"]:
+        if in_parts:
             may = stage.elementwise and len(states) != last
             if may and local is None:
                 local = local_step(updates, params, inside)

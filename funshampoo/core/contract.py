@@ -89,10 +89,8 @@ class GradientTransformation:
             updates, so that they are not the `gradient`. By it ranks are balanced and plans made.
             None: none. Parts' are added to it; what a combinator saves of them is negative.
         passes: whether it never changes the updates.
-        elementwise: whether a number of its update depends on the same number of gradient, state and
-            parameter alone, besides numbers of the caller's and what is `alive`; and its state is
-            made of trees like the parameters, of their shapes or (), whose structure stays. Of
-            DTensors it gets what this rank has then, which saves the dispatch of every operator.
+        elementwise: whether each number of an update depends on the same number of gradient, state
+            and parameter alone; so it gets a rank's parts of DTensors, see `core.elementwise`.
         refresh_cost: of the refresh of one matrix, in the time that the default solver takes: a
             rule's `relative_cost`. By default that of the part where it is largest; None: 1.
 
@@ -278,16 +276,12 @@ def steps_of(state: State) -> Any:
 
 
 def stateless(
-    function: Callable[..., Tree],
-    name: str = "",
-    *,
-    numbers: Iterable[Any] | None = None,
-    elementwise: bool = False,
+    function: Callable[..., Tree], name: str = "", **options: Any
 ) -> GradientTransformation:
     """A stage without a state from `function(updates, params=None, **context) -> updates`.
 
     Args:
-        numbers, elementwise: as of `GradientTransformation`.
+        options: `numbers`, `elementwise`, as of `GradientTransformation`.
 
     >>> import torch
     >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
@@ -298,8 +292,7 @@ def stateless(
         lambda params: EmptyState(),
         without_state(function),
         name or name_of(function),
-        numbers=numbers,
-        elementwise=elementwise,
+        **options,
     )
 
 

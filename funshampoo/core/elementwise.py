@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funshampoo.core.context import Context, changed
 from funshampoo.core.modes import is_traced
-from funshampoo.core.placed import SEEN, any_in_parts, is_in_parts, local_parts, parts_like
+from funshampoo.core.placed import (
+    SEEN,
+    any_in_parts,
+    is_in_parts,
+    local_parts,
+    parts_like,
+    places_of,
+)
 from funshampoo.core.tree import flatten
 
 Tree = Any
@@ -59,7 +65,7 @@ class LocalStep:
     """
 
     def __init__(self, leaves: list[Any], spec: Any) -> None:
-        self._leaves, self._spec = leaves, spec
+        self._leaves, self._spec, self._places = leaves, spec, places_of(leaves)
         self.updates: Tree = None
         self.params: Tree = None
         self.context = Context()
@@ -73,7 +79,19 @@ class LocalStep:
         if not any_in_parts(leaves):
             return True
         if spec == self._spec:
-            return all(map(_lie_alike, leaves, self._leaves))
+            kind = SEEN["kind"]
+            return all(
+                [
+                    (
+                        x.placements == place[1]
+                        and x.device_mesh == place[0]
+                        and x.shape == u.shape
+                        if type(x) is kind and place is not None and x.ndim
+                        else _lie_alike(x, u)
+                    )
+                    for x, u, place in zip(leaves, self._leaves, self._places)
+                ]
+            )
         if isinstance(tree, dict):
             tree = list(tree.values())
         if isinstance(tree, (tuple, list)):

@@ -35,6 +35,12 @@ def place_of(x: Any) -> Any:
     return (x.device_mesh, tuple(x.placements)) if is_in_parts(x) else None
 
 
+def places_of(tensors: Iterable[Any]) -> list[Any]:
+    """`place_of` of each."""
+    kind = SEEN["kind"]  # here and below it is asked for every leaf, so without a call
+    return [(x.device_mesh, x.placements) if type(x) is kind else place_of(x) for x in tensors]
+
+
 def any_in_parts(tensors: Iterable[Any]) -> bool:
     """Whether there is a DTensor among these. Asked for every leaf of a step, so without a call."""
     odd = [x for x in tensors if type(x) is not Tensor and type(x) is not Parameter]
@@ -71,8 +77,12 @@ def local_part(x: Any) -> Tensor:
 
 def local_parts(tensors: Iterable[Any]) -> list[Any]:
     """`local_part` of each, apart from autograd; of what is no DTensor itself."""
+    kind = SEEN["kind"]
     with torch.no_grad():  # where autograd records, to_local() takes thirty times as long
-        found = [x.to_local() if is_in_parts(x) else x for x in tensors]
+        found = [
+            x if type(x) is Tensor else x.to_local() if type(x) is kind else local_part(x)
+            for x in tensors
+        ]
     # One that a collective is still to fill is waited for here.
     return [x.wait() if hasattr(x, "wait") else x for x in found] if _odd(found) else found
 
@@ -98,6 +108,15 @@ def placed_like(gradient: Any, parameter: Any) -> Any:
     return gradient.redistribute(parameter.device_mesh, parameter.placements)
 
 
+def all_placed_like(gradients: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
+    """`placed_like` of each."""
+    kind = SEEN["kind"]
+    return [
+        g if type(g) is type(p) is kind and g.placements == p.placements else placed_like(g, p)
+        for g, p in zip(gradients, parameters)
+    ]
+
+
 def _check_both(gradient: Any, parameter: Any) -> None:
     if gradient is None:
         return
@@ -121,13 +140,20 @@ def parts_like(known: Iterable[Any], parts: Iterable[Tensor]) -> list[Any]:
     """`part_like` of each, apart from autograd."""
     with torch.no_grad():
         return [
-            _placed(x, part) if is_in_parts(x) else part.view(x.shape)
+            _placed(x, part.view(x.to_local().shape)) if is_in_parts(x) else part.view(x.shape)
             for x, part in zip(known, parts)
         ]
 
 
+def detached(tensors: Iterable[Any]) -> list[Any]:
+    """x.detach() of each; of DTensors without torch's dispatch."""
+    with torch.no_grad():
+        return [
+            _placed(x, x.to_local().detach()) if is_in_parts(x) else x.detach() for x in tensors
+        ]
+
+
 def _placed(like: Any, part: Tensor) -> Any:
-    part = part.view(like.to_local().shape)
     spec = getattr(like, "_spec", None)
     if spec is not None and part.dtype == like.dtype:  # a tenth of the time of from_local
         return type(like)(part, spec, requires_grad=False)
@@ -166,7 +192,7 @@ def placed_as(updates: Any, params: Any) -> Any:
     (leaves, spec), (known, other) = flatten(updates), flatten(params)
     if spec != other:  # which is for the stages to say
         return updates
-    placed = list(map(placed_like, leaves, known))
+    placed = all_placed_like(leaves, known)
     if all([a is b for a, b in zip(placed, leaves)]):
         return updates
     return spec.unflatten(placed)
