@@ -281,7 +281,7 @@ def stateless(
     """A stage without a state from `function(updates, params=None, **context) -> updates`.
 
     Args:
-        options: `numbers`, `elementwise`, as of `GradientTransformation`.
+        options: `numbers`, `passes`, `elementwise`, as of `GradientTransformation`.
 
     >>> import torch
     >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
@@ -347,7 +347,4 @@ def identity() -> GradientTransformation:
     >>> identity().update({"w": 1.0}, EmptyState())
     ({'w': 1.0}, EmptyState())
     """
-    same = without_state(lambda updates: updates)
-    return GradientTransformation(
-        lambda params: EmptyState(), same, "identity", passes=True, elementwise=True
-    )
+    return stateless(lambda updates: updates, "identity", passes=True, elementwise=True)
