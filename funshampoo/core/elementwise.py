@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import GradientTransformation, Tree, checked_pair
 from funshampoo.core.modes import is_traced
 from funshampoo.core.placed import (
     SEEN,
@@ -23,8 +24,6 @@ from funshampoo.core.placed import (
     places_of,
 )
 from funshampoo.core.tree import flatten
-
-Tree = Any
 
 
 def local_step(updates: Tree, params: Tree, context: Context) -> LocalStep | None:
@@ -66,6 +65,7 @@ class LocalStep:
 
     def __init__(self, leaves: list[Any], spec: Any) -> None:
         self._leaves, self._spec, self._places = leaves, spec, places_of(leaves)
+        self._everywhere: Any = ()  # placements of numbers that all ranks have
         self.updates: Tree = None
         self.params: Tree = None
         self.context = Context()
@@ -79,24 +79,31 @@ class LocalStep:
         if not any_in_parts(leaves):
             return True
         if spec == self._spec:
-            kind = SEEN["kind"]
-            return all(
-                [
-                    (
-                        x.placements == place[1]
-                        and x.device_mesh == place[0]
-                        and x.shape == u.shape
-                        if type(x) is kind and place is not None and x.ndim
-                        else _lie_alike(x, u)
-                    )
-                    for x, u, place in zip(leaves, self._leaves, self._places)
-                ]
-            )
+            return all(map(self._lies_alike, leaves, self._leaves, self._places))
         if isinstance(tree, dict):
             tree = list(tree.values())
         if isinstance(tree, (tuple, list)):
             return all(map(self.fits, tree))
         return all([_is_whole(x) for x in leaves])
+
+    def _lies_alike(self, x: Any, update: Any, place: Any) -> bool:
+        """Whether a number of x is on the ranks that have this number of the update.
+
+        Args:
+            place: of the update, by `place_of`.
+        """
+        if x is None or update is None:
+            return True
+        if not is_in_parts(x):
+            return place is None or x.ndim == 0
+        placements = x.placements
+        if x.ndim == 0:
+            if placements != self._everywhere:  # of the last one
+                self._everywhere = placements if _is_whole(x) else ()
+            return self._everywhere != ()
+        if place is None or x.shape != update.shape or tuple(placements) != tuple(place[1]):
+            return False
+        return bool(x.device_mesh == place[0])
 
     def local(self, tree: Tree) -> Tree:
         """The tree with this rank's parts in the place of DTensors."""
@@ -105,7 +112,7 @@ class LocalStep:
         leaves, spec = flatten(tree)
         return spec.unflatten(local_parts(leaves)) if any_in_parts(leaves) else tree
 
-    def run(self, stage: Any, state: Tree) -> tuple[Tree, Tree]:
+    def run(self, stage: GradientTransformation, state: Tree) -> tuple[Tree, Tree]:
         """(this rank's part of the updates, the state with DTensors where it had them).
 
         Args:
@@ -113,7 +120,8 @@ class LocalStep:
         """
         before, spec = flatten(state)
         own = local_parts(before)
-        out, new = stage.run(self.updates, spec.unflatten(own), self.params, self.context)
+        found = stage.run(self.updates, spec.unflatten(own), self.params, self.context)
+        out, new = checked_pair(found, stage.name)
         after, other = flatten(new)
         if other != spec:
             raise TypeError(f"{stage.name}: a state of another structure came out of the step.")
@@ -142,23 +150,6 @@ def _placed_again(before: Sequence[Any], own: Sequence[Any], after: list[Any]) -
         for i, x in zip(new, placed):
             found[i] = x
     return found
-
-
-def _lie_alike(x: Any, update: Any) -> bool:
-    """Whether a number of the one is on the ranks that have this number of the other."""
-    if x is None or update is None:
-        return True
-    if not is_in_parts(x):
-        return not is_in_parts(update) or x.ndim == 0
-    if x.ndim == 0:
-        return _is_whole(x)
-    if not is_in_parts(update) or x.shape != update.shape:
-        return False
-    mesh, other = x.device_mesh, update.device_mesh
-    if not (mesh is other or mesh == other):
-        return False
-    here, there = x.placements, update.placements
-    return here is there or tuple(here) == tuple(there)
 
 
 def _is_whole(x: Any) -> bool:
