@@ -100,7 +100,7 @@ class LocalStep:
         if x.ndim == 0:
             if placements != self._everywhere:  # of the last one
                 self._everywhere = placements if _is_whole(x) else ()
-            return self._everywhere != ()
+            return len(self._everywhere) > 0
         if place is None or x.shape != update.shape or tuple(placements) != tuple(place[1]):
             return False
         return bool(x.device_mesh == place[0])

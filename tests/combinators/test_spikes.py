@@ -330,3 +330,17 @@ def test_a_factor_out_of_range_is_named(value: float) -> None:
     ):
         with pytest.raises(ValueError, match=f"spike_factor is {value}"):
             make()
+
+
+@pytest.mark.parametrize("by_leaf", [False, True])
+def test_a_step_without_any_gradient(by_leaf: bool) -> None:
+    """Nothing is judged; the step counts, and the next one is as if there had been none."""
+    tx = fs.guarded(fs.scale_by_adam(), spike_factor=3.0, by_leaf=by_leaf)
+    params = {"w": torch.zeros(3), "b": torch.zeros(2)}
+    gradients = {"w": torch.tensor([1.0, -2.0, 0.5]), "b": torch.ones(2)}
+    state = tx.init(params)
+    expected, _ = tx.update(gradients, state, params)
+    updates, state = tx.update(dict.fromkeys(params), state, params)
+    assert updates == dict.fromkeys(params)
+    found, _ = tx.update(gradients, state, params)
+    assert all(torch.equal(found[n], expected[n]) for n in params)
