@@ -166,7 +166,8 @@ def pieces(region: Region, rows: range, at: int, box: Box, part: Shape) -> Itera
 def coalesced(shape: Sequence[int], *views: Sequence[int]) -> tuple[Shape, list[Shape]]:
     """Without sides of 1, and with sides as one that follow one another in all of these strides.
 
-    What is contiguous on both ends is one run of numbers then.
+    What is contiguous on both ends is one run of numbers then. The order of the numbers stays, so a
+    rank that knows one end alone, and leaves other sides apart, puts the same into a message.
 
     >>> coalesced((1, 3, 4, 5), (0, 20, 5, 1), (0, 100, 5, 1))
     ((3, 20), [(20, 1), (100, 1)])
