@@ -28,7 +28,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
 from funshampoo.core.parameters import check_local, problem_of_gradients
-from funshampoo.core.placed import any_in_parts, part_like, placed_like
+from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
 from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
 from funshampoo.state.stages import BlockedState
 
@@ -176,10 +176,8 @@ class _Blocked:
         run = self.executors.of(given.layout)
         missing = given.missing_rows()
         if any_in_parts(given.known):
-            placed = list(map(placed_like, given.leaves, given.known))
-            leaves = given.described()._replace(gradients=placed)
-            new, parts = run.run_parts(inner.spread, state.inner, missing, here, leaves)
-            found = list(map(part_like, given.known, parts))
+            new, parts = self._on_parts(given, state, here)
+            found = parts_like(given.known, parts)
         else:
             shared = inner.spread is not None and inner.spread.is_shared()
             plain = is_plain([g for g in given.leaves if g is not None], given.known)
@@ -190,13 +188,26 @@ class _Blocked:
         steps = advanced(state.steps, context.donate)
         return given.spec.unflatten(found), BlockedState(new, state.layout, steps)
 
+    def _on_parts(
+        self, given: Given, state: BlockedState, here: Context
+    ) -> tuple[Any, list[Tensor]]:
+        """(new state, what this rank has of the update of every leaf, in any shape)."""
+        placed = all_placed_like(given.leaves, given.known)
+        leaves = given.described()._replace(gradients=placed)
+        run = self.executors.of(given.layout)
+        return run.run_parts(self.inner.spread, state.inner, given.missing_rows(), here, leaves)
+
     def apply(
         self, updates: Tree, state: BlockedState, params: Tree, context: Context
     ) -> BlockedState:
         given, inner = self._read(updates, state, params), self.inner
         own = given.known
+        if any_in_parts(own):  # what comes is added where it is, without DTensors around it
+            new, parts = self._on_parts(given, state, self._inside(given, state, context))
+            held = local_parts(own)
+            add_in_place(held, [u.view(p.shape) for p, u in zip(held, parts)])
+            return BlockedState(new, state.layout, advanced(state.steps, context.donate))
         in_place = not is_traced() and all([p.is_contiguous() for p in own])
-        in_place = in_place and not any_in_parts(own)
         # Where parameters are tied, a tile would read what the one before has written.
         if not in_place or not (self.with_params is False or begin_apart(own)):
             updates, state = self.update(updates, state, params, context)

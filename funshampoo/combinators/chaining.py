@@ -18,8 +18,10 @@ from funshampoo.core.contract import (
     checked_pair,
     steps_of,
 )
+from funshampoo.core.elementwise import LocalStep, local_step
 from funshampoo.core.parameters import check_parameters
-from funshampoo.core.tree import check_same_structure
+from funshampoo.core.placed import SEEN, any_in_parts
+from funshampoo.core.tree import check_same_structure, flatten
 from funshampoo.state.stages import ClockState
 
 
@@ -111,6 +113,7 @@ def chain(
         state_of=operator.getitem,
         flops=functools.partial(_flops_on_top, list(named.values())),
         passes=all([stage.passes for stage in named.values()]),
+        elementwise=all([stage.elementwise for stage in named.values()]),
     )
 
 
@@ -144,16 +147,27 @@ def _run(
     upstream, previous, *others = context
     previous = (*previous, *[x for name, x in state.items() if name != CLOCK])
     inside = Context(upstream, previous, *others)
+    local: LocalStep | None = None  # of elementwise stages in a row
+    in_parts = SEEN["any"] and any_in_parts(flatten(updates)[0])
     for name, stage in stages.items():
         if states:  # what somebody has looked at is what the first stage gets
             known = [(*upstream, *states.values()), previous, *others[:-1], False]
             inside = Context(*known)
+        if in_parts:
+            may = stage.elementwise and len(states) != last
+            if may and local is None:
+                local = local_step(updates, params, inside)
+            if local is not None and may and local.fits(state[name]):
+                local.updates, states[name] = local.run(stage, state[name])
+                continue
+            if local is not None:
+                updates, local = local.placed(local.updates), None
         if len(states) == last:
             states[name] = applied(stage, updates, state[name], params, inside)
         else:
             found = stage.run(updates, state[name], params, inside)
             updates, states[name] = checked_pair(found, name)
-    return updates, states
+    return updates if local is None else local.placed(local.updates), states
 
 
 def _named(stages: tuple[Any, ...]) -> dict[str, GradientTransformation]:

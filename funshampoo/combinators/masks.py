@@ -55,7 +55,11 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
         add_in_place(_hide(params, rest), _hide(updates, rest))
         return MaskedState(new)
 
-    return GradientTransformation(init, update, apply=apply, parts={"inner": inner})
+    # A function may ask for shapes, which those of a rank's parts are not.
+    elementwise = inner.elementwise and not callable(mask)
+    return GradientTransformation(
+        init, update, apply=apply, parts={"inner": inner}, elementwise=elementwise
+    )
 
 
 def partition(

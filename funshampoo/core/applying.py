@@ -15,9 +15,10 @@ from funshampoo.core.contract import (
     TreeT,
     checked_pair,
 )
+from funshampoo.core.elementwise import local_step
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.modes import are_apart, is_plain
-from funshampoo.core.placed import any_in_parts, local_part, placed_as, placed_like
+from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, placed_as
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names, wide
 
 
@@ -67,7 +68,8 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     (leaves, _), (steps, _) = check_same_structure(params, updates, "params", "updates")
     pairs = [(p, u) for p, u in zip(leaves, steps) if u is not None]
     if any_in_parts(leaves):
-        pairs = [(local_part(p), local_part(placed_like(u, p))) for p, u in pairs]
+        own, found = [p for p, _ in pairs], [u for _, u in pairs]
+        pairs = list(zip(local_parts(own), local_parts(all_placed_like(found, own))))
     if torch.compiler.is_dynamo_compiling():
         # torch 2.13: a graph forgets what it writes into a 0-dimensional float64 input on a CPU.
         pairs = [(p, u) if p.ndim else (p.view(1), u.reshape(1)) for p, u in pairs]
@@ -149,6 +151,11 @@ def applied(
     """`update_in_place` of a part, in a donated context."""
     if transformation.apply is not None:
         return transformation.apply(updates, state, params, context)
+    local = local_step(updates, params, context) if transformation.elementwise else None
+    if local is not None and local.fits(state):
+        found, state = local.run(transformation, state)
+        add_in_place(local.params, found)
+        return state
     found, state = checked_pair(
         transformation.run(updates, state, params, context), transformation.name
     )

@@ -89,6 +89,8 @@ class GradientTransformation:
             updates, so that they are not the `gradient`. By it ranks are balanced and plans made.
             None: none. Parts' are added to it; what a combinator saves of them is negative.
         passes: whether it never changes the updates.
+        elementwise: whether each number of an update depends on the same number of gradient, state
+            and parameter alone; so it gets a rank's parts of DTensors, see `core.elementwise`.
         refresh_cost: of the refresh of one matrix, in the time that the default solver takes: a
             rule's `relative_cost`. By default that of the part where it is largest; None: 1.
 
@@ -125,6 +127,7 @@ class GradientTransformation:
         numbers: Iterable[Any] | None = None,
         flops: Callable[..., float] | None = None,
         passes: bool = False,
+        elementwise: bool = False,
         refresh_cost: float | None = None,
     ) -> None:
         self.name = name or name_of(update)
@@ -135,7 +138,7 @@ class GradientTransformation:
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
         self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
-        self._given |= {"refresh_cost": refresh_cost}
+        self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
@@ -143,7 +146,7 @@ class GradientTransformation:
         self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or _checks_of(self.parts, state_of)
-        self.passes = passes
+        self.passes, self.elementwise = passes, elementwise
         children = list(self.parts.values())
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])
@@ -273,12 +276,12 @@ def steps_of(state: State) -> Any:
 
 
 def stateless(
-    function: Callable[..., Tree], name: str = "", *, numbers: Iterable[Any] | None = None
+    function: Callable[..., Tree], name: str = "", **options: Any
 ) -> GradientTransformation:
     """A stage without a state from `function(updates, params=None, **context) -> updates`.
 
     Args:
-        numbers: as of `GradientTransformation`.
+        options: `numbers`, `passes`, `elementwise`, as of `GradientTransformation`.
 
     >>> import torch
     >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
@@ -289,7 +292,7 @@ def stateless(
         lambda params: EmptyState(),
         without_state(function),
         name or name_of(function),
-        numbers=numbers,
+        **options,
     )
 
 
@@ -344,5 +347,4 @@ def identity() -> GradientTransformation:
     >>> identity().update({"w": 1.0}, EmptyState())
     ({'w': 1.0}, EmptyState())
     """
-    same = without_state(lambda updates: updates)
-    return GradientTransformation(lambda params: EmptyState(), same, "identity", passes=True)
+    return stateless(lambda updates: updates, "identity", passes=True, elementwise=True)

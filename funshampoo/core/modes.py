@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from funshampoo.core.placed import SEEN, are_alike, local_part
+from funshampoo.core.placed import SEEN, are_alike, local_parts
 from funshampoo.core.precision import FullProducts, RoundedProducts
 
 
@@ -68,7 +68,7 @@ def are_apart(tensors: Sequence[Tensor]) -> bool:
 
 def begin_apart(tensors: Sequence[Tensor]) -> bool:
     """Whether no two of these, but for empty ones, begin at one place; on the meta device none."""
-    own = map(local_part, tensors) if SEEN["any"] else tensors  # a DTensor itself is nowhere
+    own = local_parts(tensors) if SEEN["any"] else tensors  # a DTensor itself is nowhere
     places = [x.data_ptr() for x in own if x.numel() and not x.is_meta]
     return len(set(places)) == len(places)
 

@@ -14,15 +14,20 @@ from funshampoo.core.tree import flatten
 
 def is_in_parts(x: Any) -> bool:
     """Whether this is a DTensor, of which a rank may have a part only."""
-    if type(x) is Tensor or type(x) is Parameter:
+    kind = type(x)
+    if kind is Tensor or kind is Parameter:
         return False
-    found = hasattr(x, "device_mesh") and hasattr(x, "placements")
-    SEEN["any"] = SEEN["any"] or found
-    return found
+    if kind is not SEEN["kind"]:
+        if not (hasattr(x, "device_mesh") and hasattr(x, "placements")):
+            return False
+        SEEN["kind"] = kind
+    SEEN["any"] = True
+    return True
 
 
-SEEN = {"any": False}
-"""Whether this process has had a DTensor among its parameters; if not, nobody has to look."""
+SEEN: dict[str, Any] = {"any": False, "kind": None}
+"""Whether this process has had a DTensor among its parameters; if not, nobody has to look. And the
+class of the last one, which is asked no questions again."""
 
 
 def place_of(x: Any) -> Any:
@@ -30,21 +35,30 @@ def place_of(x: Any) -> Any:
     return (x.device_mesh, tuple(x.placements)) if is_in_parts(x) else None
 
 
+def places_of(tensors: Iterable[Any]) -> list[Any]:
+    """`place_of` of each."""
+    kind = SEEN["kind"]  # here and below it is asked for every leaf, so without a call
+    return [(x.device_mesh, x.placements) if type(x) is kind else place_of(x) for x in tensors]
+
+
 def any_in_parts(tensors: Iterable[Any]) -> bool:
     """Whether there is a DTensor among these. Asked for every leaf of a step, so without a call."""
     odd = [x for x in tensors if type(x) is not Tensor and type(x) is not Parameter]
-    return bool(odd) and any(map(is_in_parts, odd))
+    return len(odd) > 0 and any(map(is_in_parts, odd))
 
 
 def are_alike(tensors: Iterable[Any]) -> bool:
     """Whether one operator takes all of these: no DTensors, or nothing but those of one mesh."""
-    meshes = [x.device_mesh if is_in_parts(x) else None for x in tensors]
-    return all([mesh == meshes[0] for mesh in meshes])
+    found = list(tensors)
+    if not any_in_parts(found):
+        return True
+    meshes = [x.device_mesh if is_in_parts(x) else None for x in found]
+    return all([mesh is meshes[0] or mesh == meshes[0] for mesh in meshes])
 
 
 def parts_among(tensors: Iterable[Any]) -> list[Tensor]:
     """What this rank has of the DTensors among these, in the same memory."""
-    return [x.to_local() for x in tensors if is_in_parts(x)] if SEEN["any"] else []
+    return local_parts(filter(is_in_parts, tensors)) if SEEN["any"] else []
 
 
 def count_writes(tensors: Iterable[Any]) -> None:
@@ -61,6 +75,22 @@ def local_part(x: Any) -> Tensor:
     return held
 
 
+def local_parts(tensors: Iterable[Any]) -> list[Any]:
+    """`local_part` of each, apart from autograd; of what is no DTensor itself."""
+    kind = SEEN["kind"]
+    with torch.no_grad():  # where autograd records, to_local() takes thirty times as long
+        found = [
+            x if type(x) is Tensor else x.to_local() if type(x) is kind else local_part(x)
+            for x in tensors
+        ]
+    # One that a collective is still to fill is waited for here.
+    return [x.wait() if hasattr(x, "wait") else x for x in found] if _odd(found) else found
+
+
+def _odd(tensors: Iterable[Any]) -> list[Any]:
+    return [x for x in tensors if type(x) is not Tensor and type(x) is not Parameter]
+
+
 def placed_like(gradient: Any, parameter: Any) -> Any:
     """The gradient, with the parameter's placements; a collective where it has others.
 
@@ -69,17 +99,32 @@ def placed_like(gradient: Any, parameter: Any) -> Any:
     Raises:
         TypeError: one of the two is a DTensor, the other is not.
     """
-    if gradient is None or not (is_in_parts(gradient) or is_in_parts(parameter)):
+    is_placed = is_in_parts(gradient)
+    if gradient is None or is_placed is not is_in_parts(parameter):
+        _check_both(gradient, parameter)
         return gradient
-    if not (is_in_parts(gradient) and is_in_parts(parameter)):
-        kinds = ["a DTensor" if is_in_parts(x) else "a plain tensor" for x in (gradient, parameter)]
-        raise TypeError(
-            f"a gradient of shape {tuple(gradient.shape)} is {kinds[0]}, its parameter {kinds[1]}: "
-            "give both as the model has them."
-        )
-    if tuple(gradient.placements) == tuple(parameter.placements):
+    if not is_placed or tuple(gradient.placements) == tuple(parameter.placements):
         return gradient
     return gradient.redistribute(parameter.device_mesh, parameter.placements)
+
+
+def all_placed_like(gradients: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
+    """`placed_like` of each."""
+    kind = SEEN["kind"]
+    return [
+        g if type(g) is type(p) is kind and g.placements == p.placements else placed_like(g, p)
+        for g, p in zip(gradients, parameters)
+    ]
+
+
+def _check_both(gradient: Any, parameter: Any) -> None:
+    if gradient is None:
+        return
+    kinds = ["a DTensor" if is_in_parts(x) else "a plain tensor" for x in (gradient, parameter)]
+    raise TypeError(
+        f"a gradient of shape {tuple(gradient.shape)} is {kinds[0]}, its parameter {kinds[1]}: "
+        "give both as the model has them."
+    )
 
 
 def part_like(parameter: Any, part: Tensor) -> Any:
@@ -88,15 +133,37 @@ def part_like(parameter: Any, part: Tensor) -> Any:
     Args:
         part: as many numbers as this rank has of the parameter, in any shape.
     """
-    if not is_in_parts(parameter):
-        return part.view(parameter.shape)
-    return type(parameter).from_local(
-        part.view(parameter.to_local().shape),
-        parameter.device_mesh,
-        parameter.placements,
+    return parts_like([parameter], [part])[0]
+
+
+def parts_like(known: Iterable[Any], parts: Iterable[Tensor]) -> list[Any]:
+    """`part_like` of each, apart from autograd."""
+    with torch.no_grad():
+        return [
+            _placed(x, part.view(x.to_local().shape)) if is_in_parts(x) else part.view(x.shape)
+            for x, part in zip(known, parts)
+        ]
+
+
+def detached(tensors: Iterable[Any]) -> list[Any]:
+    """x.detach() of each; of DTensors without torch's dispatch."""
+    with torch.no_grad():
+        return [
+            _placed(x, x.to_local().detach()) if is_in_parts(x) else x.detach() for x in tensors
+        ]
+
+
+def _placed(like: Any, part: Tensor) -> Any:
+    spec = getattr(like, "_spec", None)
+    if spec is not None and part.dtype == like.dtype:  # a tenth of the time of from_local
+        return type(like)(part, spec, requires_grad=False)
+    return type(like).from_local(
+        part,
+        like.device_mesh,
+        like.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=like.shape,
+        stride=like.stride(),
     )
 
 
@@ -125,4 +192,7 @@ def placed_as(updates: Any, params: Any) -> Any:
     (leaves, spec), (known, other) = flatten(updates), flatten(params)
     if spec != other:  # which is for the stages to say
         return updates
-    return spec.unflatten(list(map(placed_like, leaves, known)))
+    placed = all_placed_like(leaves, known)
+    if all([a is b for a, b in zip(placed, leaves)]):
+        return updates
+    return spec.unflatten(placed)

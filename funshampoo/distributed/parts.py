@@ -8,6 +8,7 @@ owned, before its step (`transfer.py`).
 from __future__ import annotations
 
 import itertools
+import math
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,11 +28,14 @@ from funshampoo.distributed.collectives import (
 from funshampoo.distributed.described import Line
 from funshampoo.distributed.disagreement import difference
 from funshampoo.distributed.nearest import nearest
+from funshampoo.distributed.pieces import Cuts, View
 from funshampoo.distributed.routes import (
+    Column,
     Held,
     Messages,
     Route,
     Routes,
+    Slot,
     find_routes,
 )
 from funshampoo.distributed.shards import Equal, Piece, Shards, shards_of
@@ -49,6 +53,21 @@ class Incoming(NamedTuple):
     route: Route
 
 
+class FlatUpdates(NamedTuple):
+    """The updates of a rank's parts of one dtype, one after the other in a flat tensor.
+
+    Attributes:
+        parameters, sizes: which, and how many numbers of each are here.
+        slots: which pieces come into them, to be put at the `cuts`.
+    """
+
+    dtype: torch.dtype
+    parameters: list[int]
+    sizes: list[int]
+    slots: list[int]
+    cuts: Cuts
+
+
 class Parts:
     """Where the parts of some parameters are, and who sends what to whom. Asks all ranks.
 
@@ -64,7 +83,7 @@ class Parts:
         owned: the same, as `ShardedState` has it.
         dtypes: of the gradients as they came last, at first the parameters'. Messages have room for
             those that are missing, so that they are the same, and as long as others expect.
-        memory: {dtype of the updates on the way: buffers of donated steps}; theirs end with it.
+        memory: {dtype of the updates on the way: buffers of its steps}; theirs end with it.
 
     Raises:
         RuntimeError: the ranks have other parameters; or their parts are not all there is.
@@ -94,6 +113,7 @@ class Parts:
         self._routes: dict[tuple[bool, ...], Routes] = {}
         self._incoming: dict[Any, list[Incoming]] = {}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
+        self._cuts: dict[tuple[str, int], Any] = {}
 
     def routes(self, shown: Sequence[bool] | None) -> Routes:
         """Of this rank; `shown` parameters travel with their gradients."""
@@ -123,6 +143,46 @@ class Parts:
                 route = find_routes(self.layout, owned, self._held, key, self.rank).gather
                 found.append(Incoming(rows, route))
         return self._incoming[key, portions]
+
+    def cuts_of_rows(
+        self, route: Route, slots: Sequence[Slot], rows: Portion
+    ) -> list[tuple[Column, str, list[int], Cuts]]:
+        """(column, stack, which of these pieces are in it, where in its rows) of a gather."""
+        key = "rows", id(route)
+        if key not in self._cuts:
+            groups: dict[tuple[Column, str], list[int]] = {}
+            for i, slot in enumerate(slots):
+                groups.setdefault((slot.column, slot.stack), []).append(i)
+            self._cuts[key] = [
+                (column, stack, places, Cuts([(p.shape, p.rows) for p in found], numel))
+                for (column, stack), places in groups.items()
+                for found in [[slots[i].piece for i in places]]
+                for numel in [len(rows[stack]) * math.prod(self.layout.stacks[stack].block)]
+            ]
+        found: list[tuple[Column, str, list[int], Cuts]] = self._cuts[key]
+        return found
+
+    def cuts_of_updates(self, route: Route, slots: Sequence[Slot]) -> list[FlatUpdates]:
+        """Where these pieces are in the updates of this rank's parts."""
+        key = "updates", id(route)
+        if key not in self._cuts:
+            kinds: dict[torch.dtype, list[int]] = {}
+            for i, where in enumerate(self.layout.parameters):
+                stacks = [self.layout.stacks[region.stack].dtype for region in where.regions]
+                kinds.setdefault(stacks[0] if stacks else torch.float32, []).append(i)
+            self._cuts[key] = [self._flat(d, own, slots) for d, own in kinds.items()]
+        updates: list[FlatUpdates] = self._cuts[key]
+        return updates
+
+    def _flat(self, dtype: torch.dtype, own: list[int], slots: Sequence[Slot]) -> FlatUpdates:
+        sizes = [math.prod(self.held[i].shape) for i in own]
+        starts = dict(zip(own, [0, *itertools.accumulate(sizes)]))
+        places = [k for k, slot in enumerate(slots) if slot.parameter in starts]
+        views = []
+        for k in places:
+            (shape, (stride, offset), _), parameter = slots[k].piece, slots[k].parameter
+            views.append((shape, View(stride, starts[parameter] + offset)))
+        return FlatUpdates(dtype, own, sizes, places, Cuts(views, sum(sizes)))
 
     def messages(
         self, route: Route, dtypes: Mapping[tuple[int, int], torch.dtype], head: int

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Region
@@ -32,7 +33,7 @@ class Piece(NamedTuple):
     """A grid of equal parts of blocks.
 
     Attributes:
-        shape: (*grid, *part), without sides of 1.
+        shape: (*grid, *part), without sides of 1, and coalesced.
         local: in the holder's part of the parameter.
         rows: in the owner's rows of the stack.
     """
@@ -158,9 +159,60 @@ def pieces(region: Region, rows: range, at: int, box: Box, part: Shape) -> Itera
             shape = [*map(len, grid), *[p.length for p in cut]]
             here = [b * s for b, s in zip(region.block, in_part)] + [*in_part]
             there = [t * numel for t in in_grid] + [*in_block]
-            kept = [i for i, n in enumerate(shape) if n != 1]
-            yield Piece(
-                tuple(shape[i] for i in kept),
-                View(tuple(here[i] for i in kept), local),
-                View(tuple(there[i] for i in kept), row * numel + inner),
-            )
+            found, (in_local, in_rows) = coalesced(shape, here, there)
+            yield Piece(found, View(in_local, local), View(in_rows, row * numel + inner))
+
+
+def coalesced(shape: Sequence[int], *views: Sequence[int]) -> tuple[Shape, list[Shape]]:
+    """Without sides of 1, and with sides as one that follow one another in all of these strides.
+
+    What is contiguous on both ends is one run of numbers then. The order of the numbers stays, so a
+    rank that knows one end alone, and leaves other sides apart, puts the same into a message.
+
+    >>> coalesced((1, 3, 4, 5), (0, 20, 5, 1), (0, 100, 5, 1))
+    ((3, 20), [(20, 1), (100, 1)])
+    >>> coalesced((1,), (7,))
+    ((1,), [(1,)])
+    """
+    sides: list[tuple[int, list[int]]] = []
+    for n, *steps in zip(shape, *views):
+        if n == 1:
+            continue
+        if sides and sides[-1][1] == [n * step for step in steps]:
+            sides[-1] = sides[-1][0] * n, steps
+        else:
+            sides.append((n, steps))
+    sides = sides or [(1, [1] * len(views))]
+    return tuple(n for n, _ in sides), [tuple(own) for own in zip(*[steps for _, steps in sides])]
+
+
+class Cuts:
+    """Views of a flat tensor, by one operator for all that are runs of it and apart.
+
+    Args:
+        views: their shapes, and where they are.
+        numel: of the tensor.
+    """
+
+    def __init__(self, views: Sequence[tuple[Shape, View]], numel: int) -> None:
+        runs = {(view.offset, shape[0]) for shape, view in views if view.stride == (1,)}
+        at, places = 0, dict[tuple[int, int], int]()
+        self._sizes: list[int] = []
+        for start, length in sorted(runs):
+            if start < at:  # in another one: by itself
+                continue
+            self._sizes += [start - at, length] if start > at else [length]
+            places[start, length] = len(self._sizes) - 1
+            at = start + length
+        self._sizes.append(numel - at)
+        self._views = [
+            (shape, view, places.get((view.offset, shape[0])) if view.stride == (1,) else None)
+            for shape, view in views
+        ]
+
+    def of(self, flat: Tensor) -> list[Tensor]:
+        """The views of this tensor, (numel,)."""
+        runs = torch.split(flat, self._sizes)
+        return [
+            as_view(flat, shape, view) if i is None else runs[i] for shape, view, i in self._views
+        ]

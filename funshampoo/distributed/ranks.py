@@ -16,7 +16,7 @@ from funshampoo.combinators.failures import failure_report
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.core.placed import is_in_parts, place_of
+from funshampoo.core.placed import is_in_parts, places_of
 from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.changes import Last, Says
 from funshampoo.distributed.collectives import (
@@ -188,7 +188,7 @@ class Ranks:
             known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
             missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
             says = self._says(parts.shards, leaves, state, context, blocks.device, missing)
-        memory = parts.memory.setdefault(dtype, {}) if context.donate else {}
+        memory = parts.memory.setdefault(dtype, {})  # which nobody else ever sees
         transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
 
         def own_step(inner: Any, place: Put) -> Any:
@@ -238,7 +238,7 @@ class Ranks:
         """Who has which part. The first time for these parameters it is a collective."""
         layout: Layout = leaves.where
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
-        placed = list(map(place_of, known))
+        placed = places_of(known)
         found = self.known_parts.get(id(layout))
         if found is None or found[0] is not layout or found[1] != placed:
             self.agreement.announce(leaves, context, self.group)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.portions import Portion
-from funshampoo.core.placed import local_part
+from funshampoo.core.modes import for_keeps
+from funshampoo.core.placed import local_parts
 from funshampoo.distributed.collectives import ProcessGroup, all_to_all_into
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.pieces import as_view
@@ -51,11 +52,11 @@ class Transfer:
         leaves: gradients, and parameters where some are shown.
         portions: how many; as on every other rank.
         dtype: of the updates on the way.
-        memory: of earlier steps, used again.
+        memory: of earlier steps, used again: buffers, and views of them.
 
     Attributes:
         cuts: the rows of this rank in each portion.
-        updates: after `meet`, the updates of this rank's parts in their merged shapes; new tensors.
+        updates: after `meet`, the updates of this rank's parts, each flat, in new memory.
     """
 
     def __init__(
@@ -75,14 +76,16 @@ class Transfer:
         self._device, self._dtype, self._memory = device, dtype, memory
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
         stacks = parts.layout.stacks
-        shapes = {s: (rows, *stacks[s].block) for s, rows in parts.rows.items()}
-        numel = [torch.Size(shape).numel() for shape in shapes.values()]
         if "sent" not in memory:
-            memory["sent"] = torch.zeros(sum(numel), dtype=dtype, device=device), []
+            shapes = [torch.Size((rows, *stacks[s].block)) for s, rows in parts.rows.items()]
+            numel = [shape.numel() for shape in shapes]
+            with for_keeps():
+                sent = torch.zeros(sum(numel), dtype=dtype, device=device)
+                split = [x.view(s) for x, s in zip(torch.split(sent, numel), shapes)]
+            memory["sent"] = sent, split
         self.sent = memory["sent"][0]
-        split = torch.split(self.sent, numel)
-        self.places = {s: x.view(shape) for (s, shape), x in zip(shapes.items(), split)}
-        self._flat: dict[tuple[int, int], Tensor | None] = {}
+        self.places = dict(zip(parts.rows, memory["sent"][1]))
+        self._flat: dict[Column, list[Tensor | None]] = {}
         self._ways: list[tuple[Messages, Messages]] = []  # of the collectives that were met
         self._coming: list[Callable[[], list[Tensor]]] = []
         self._come: dict[int, dict[int, dict[str, Tensor]]] = {}  # {portion: {column: stacks}}
@@ -104,18 +107,22 @@ class Transfer:
             sending, views = self._buffer("gather out", out)
             try:
                 for column, tensors in columns.items() if not self._flat else ():
-                    self._flat |= {(column, i): _contiguous(x) for i, x in enumerate(tensors)}
-                _fill(views, [self._find(slot) for slot in out.slots])
+                    self._flat[column] = _flat(tensors)
+                _fill(views, self._sources(out.slots))
             except BaseException as error:  # whatever it is: the others are waiting
                 failure = failure or error
             self._coming.append(self._meet("gather in", sending, out, into, len(self.cuts) == 1))
         if failure is not None:
             raise failure
 
-    def _find(self, slot: Slot) -> Tensor | None:
-        """What is here of a piece, of this rank's part; None where there is no gradient."""
-        x = self._flat[slot.column, slot.parameter]
-        return None if x is None else as_view(x, slot.piece.shape, slot.piece.local)
+    def _sources(self, slots: Sequence[Slot]) -> list[Tensor | None]:
+        """What this rank's parts have of these pieces; None where there is no gradient."""
+        found = []
+        for column, parameter, _, (shape, local, _) in slots:
+            x = self._flat[column][parameter]
+            whole = x is None or x.shape == shape  # as flat as it is, so all of it
+            found.append(x if x is None or whole else as_view(x, shape, local))
+        return found
 
     def rows_of(self, portion: Portion) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """The gradients of these rows of this rank, and their parameters, if any are shown.
@@ -144,11 +151,12 @@ class Transfer:
         route, (_, into) = self._incoming[at].route, self._ways[at]
         columns = (GRADIENTS,) if self._leaves.shown is None else (GRADIENTS, PARAMETERS)
         found = {column: self._zeros(self.cuts[at]) for column in columns}
-        targets = [
-            as_view(found[slot.column][slot.stack], slot.piece.shape, slot.piece.rows)
-            for slot in [*route.stay, *into.slots]
-        ]
-        _fill(targets, [*[self._find(slot) for slot in route.stay], *came])
+        slots = [*route.stay, *into.slots]
+        targets: list[Any] = [None] * len(slots)
+        for column, stack, places, cuts in self._parts.cuts_of_rows(route, slots, self.cuts[at]):
+            for i, x in zip(places, cuts.of(found[column][stack].view(-1))):
+                targets[i] = x
+        _fill(targets, [*self._sources(route.stay), *came])
         return found
 
     def meet(self) -> Tensor:
@@ -161,21 +169,17 @@ class Transfer:
         self._ways.append((out, into))
         sending, views = self._buffer("scatter out", out)
 
-        def find(slot: Slot) -> Tensor:
-            return as_view(self.places[slot.stack], slot.piece.shape, slot.piece.rows)
-
-        _fill(views, [find(slot) for slot in out.slots])
+        _fill(views, self._rows_for("scatter", out, out.slots))
         out.put_head(sending, self.status)
         came = self._meet("scatter in", sending, out, into)()
-        self.updates = [
-            torch.empty(held.shape, dtype=self._dtype_of(i), device=self._device)
-            for i, held in enumerate(self._parts.held)
-        ]
-        targets = [
-            as_view(self.updates[slot.parameter], slot.piece.shape, slot.piece.local)
-            for slot in [*route.stay, *into.slots]
-        ]
-        _fill(targets, [*[find(slot) for slot in route.stay], *came])
+        sources = [*self._rows_for("stay", out, route.stay), *came]
+        updates: list[Any] = [None] * len(layout.parameters)
+        for part in self._parts.cuts_of_updates(route, [*route.stay, *into.slots]):
+            flat = torch.empty(sum(part.sizes), dtype=part.dtype, device=self._device)
+            _fill(part.cuts.of(flat), [sources[i] for i in part.slots])
+            for i, x in zip(part.parameters, torch.split(flat, part.sizes)):
+                updates[i] = x
+        self.updates = updates
         if self._parts.size == 1:
             return self.status.unsqueeze(0)
         return into.heads(self._buffer("scatter in", into)[0])
@@ -192,15 +196,21 @@ class Transfer:
             for s, rows in cut.items()
         }
 
-    def _dtype_of(self, parameter: int) -> torch.dtype:
-        regions = self._parts.layout.parameters[parameter].regions
-        return self._parts.layout.stacks[regions[0].stack].dtype if regions else torch.float32
+    def _rows_for(self, name: str, out: Messages, slots: Sequence[Slot]) -> list[Tensor]:
+        """The updates of these pieces, where the owner has put them."""
+        key = name, id(out)
+        if key not in self._memory:
+            places = self.places
+            views = [as_view(places[s.stack], s.piece.shape, s.piece.rows) for s in slots]
+            self._memory[key] = self.sent, views
+        return self._memory[key][1]
 
     def _buffer(self, name: str, messages: Messages) -> tuple[Tensor, list[Tensor]]:
         key = name, id(messages)
         if key not in self._memory:
-            buffer = messages.buffer(self._device)
-            self._memory[key] = buffer, messages.views(buffer)
+            with for_keeps():
+                buffer = messages.buffer(self._device)
+                self._memory[key] = buffer, messages.views(buffer)
         return self._memory[key]
 
     def _meet(
@@ -220,8 +230,11 @@ class Transfer:
         return came
 
 
-def _contiguous(x: Any) -> Tensor | None:
-    return None if x is None else local_part(x).detach().contiguous()
+def _flat(tensors: Sequence[Any]) -> list[Tensor | None]:
+    """What this rank has of each, (n,), apart from autograd."""
+    held = local_parts(tensors)
+    with torch.no_grad():
+        return [None if x is None else x.contiguous().view(-1) for x in held]
 
 
 def _fill(targets: list[Tensor], sources: Sequence[Tensor | None]) -> None:

@@ -67,7 +67,7 @@ def range_scale(norm: Tensor) -> Tensor:
 
 def block_norms(xs: Sequence[Tensor], block_ndim: int) -> list[Tensor]:
     """`block_norm` of each, outside block space in one launch."""
-    if block_ndim:
+    if block_ndim or not xs:  # foreach operators take no empty list
         return [block_norm(x, block_ndim) for x in xs]
     found = torch._foreach_norm(list(xs)) if is_plain(xs) else [block_norm(x, 0) for x in xs]
     return whole_numbers(found)

@@ -34,9 +34,10 @@ class Joined:
                 self._kinds.setdefault(kind, []).append(i)
 
     def worth_it(self) -> bool:
-        """Whether it saves launches: off the CPU, with more than a few leaves, untraced."""
+        """Whether it saves launches: plain tensors off the CPU, more than a few, untraced."""
         found = [x for x in self._leaves if x is not None]
-        return len(found) > _FEW and not is_traced() and not any([x.is_cpu for x in found])
+        own = [type(x) is Tensor and not x.is_cpu for x in found]  # a DTensor goes by itself
+        return len(found) > _FEW and not is_traced() and all(own)
 
     def join(self, tree: Tree) -> dict[str, Tensor]:
         """{kind: the leaves of a tree like this one, flat, in a row}. New tensors."""

@@ -15,6 +15,7 @@ from funshampoo.core.context import EMPTY
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
+from funshampoo.core.placed import detached
 from funshampoo.optim.building import Builder, other_structure
 from funshampoo.optim.entries import SHARED, is_note, is_shared, together
 from funshampoo.optim.names import Names
@@ -157,7 +158,7 @@ class GroupRun:
         assert built.transformation is not None
         ascends = self.group.get("maximize", False)
         gradients = {k.name: gradient_of(k.parameter, ascends) for k in self.known}
-        params = {k.name: k.parameter.detach() for k in self.known}
+        params = dict(zip(gradients, detached(k.parameter for k in self.known)))
         self._state = unwatched(
             built.transformation, gradients, self._state, params, hyper=built.numbers()
         )

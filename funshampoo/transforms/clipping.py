@@ -38,7 +38,7 @@ def clip(max_value: Hyper) -> GradientTransformation:
 
         return update_columns(clamped, updates, ())[0]
 
-    return stateless(clipped, "clip", numbers=[max_value])
+    return stateless(clipped, "clip", numbers=[max_value], elementwise=True)
 
 
 def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:

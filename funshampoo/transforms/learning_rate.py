@@ -25,7 +25,7 @@ def scale(factor: Hyper) -> GradientTransformation:
     def scaled(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         return _times(updates, number(factor, hyper))
 
-    return stateless(scaled, "scale", numbers=[factor])
+    return stateless(scaled, "scale", numbers=[factor], elementwise=True)
 
 
 def scale_by_learning_rate(
@@ -69,7 +69,11 @@ def scale_by_learning_rate(
         return _times(updates, sign * rate), new
 
     return GradientTransformation(
-        init, update, counts=callable(learning_rate), numbers=[learning_rate]
+        init,
+        update,
+        counts=callable(learning_rate),
+        numbers=[learning_rate],
+        elementwise=True,
     )
 
 

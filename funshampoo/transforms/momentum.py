@@ -123,7 +123,7 @@ def ema(
             weights = count_everyone(state.weight, decay, donate)
         return out, EmaState(averages, weights)
 
-    return GradientTransformation(init, update, numbers=[beta1, beta3])
+    return GradientTransformation(init, update, numbers=[beta1, beta3], elementwise=True)
 
 
 def trace(
@@ -205,7 +205,7 @@ def trace(
         out, buffer, *seen = update_columns(accumulate, updates, states, inputs)
         return out, TraceState(buffer, seen[0] if needs_seen else ())
 
-    return GradientTransformation(init, update, numbers=[momentum, dampening])
+    return GradientTransformation(init, update, numbers=[momentum, dampening], elementwise=True)
 
 
 def zeros_like(params: Tree) -> Tree:

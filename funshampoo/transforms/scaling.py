@@ -132,7 +132,7 @@ def scale_by_adam(
             weight2 = count_everyone(state.second_weight, decay2, donate)
         return out, AdamState(first, weight1, second, weight2)
 
-    return GradientTransformation(init, update, numbers=[beta1, beta2, epsilon])
+    return GradientTransformation(init, update, numbers=[beta1, beta2, epsilon], elementwise=True)
 
 
 def scale_by_rms(
@@ -184,7 +184,7 @@ def scale_by_rms(
         out, second = update_columns(rescale, updates, (state.second,), (source, *known))
         return out, RmsState(second)
 
-    return GradientTransformation(init, update, numbers=[beta2, epsilon])
+    return GradientTransformation(init, update, numbers=[beta2, epsilon], elementwise=True)
 
 
 def scale_by_adagrad(
@@ -233,7 +233,7 @@ def scale_by_adagrad(
         out, second = update_columns(rescale, updates, (state.second,), (source,))
         return out, AdagradState(second)
 
-    return GradientTransformation(init, update, numbers=[epsilon])
+    return GradientTransformation(init, update, numbers=[epsilon], elementwise=True)
 
 
 def _squares(g: Column, v: Column) -> Column:

@@ -50,4 +50,4 @@ def sign(scale: Hyper | Literal["mean", "sum"] | None = None) -> GradientTransfo
 
         return update_leaves(leaf, updates, ())[0]
 
-    return stateless(signs, "sign", numbers=[scale])
+    return stateless(signs, "sign", numbers=[scale], elementwise=not isinstance(scale, str))

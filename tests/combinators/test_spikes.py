@@ -369,3 +369,17 @@ def test_many_leaves_with_a_spike_factor_cost_no_more_launches() -> None:
         return seen.operators
 
     assert launches(8) == launches(50) <= 110
+
+
+@pytest.mark.parametrize("by_leaf", [False, True])
+def test_a_step_without_any_gradient(by_leaf: bool) -> None:
+    """Nothing is judged; the step counts, and the next one is as if there had been none."""
+    tx = fs.guarded(fs.scale_by_adam(), spike_factor=3.0, by_leaf=by_leaf)
+    params = {"w": torch.zeros(3), "b": torch.zeros(2)}
+    gradients = {"w": torch.tensor([1.0, -2.0, 0.5]), "b": torch.ones(2)}
+    state = tx.init(params)
+    expected, _ = tx.update(gradients, state, params)
+    updates, state = tx.update(dict.fromkeys(params), state, params)
+    assert updates == dict.fromkeys(params)
+    found, _ = tx.update(gradients, state, params)
+    assert all(torch.equal(found[n], expected[n]) for n in params)

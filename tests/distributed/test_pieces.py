@@ -15,7 +15,7 @@ from funshampoo.blocks.layout import Layout, layout_of
 from funshampoo.blocks.stacks import stack_blocks
 from funshampoo.core.boxes import Holding, holding_at
 from funshampoo.distributed.parts import near_shards
-from funshampoo.distributed.pieces import as_view, grids
+from funshampoo.distributed.pieces import Cuts, View, as_view, coalesced, grids, strides
 from funshampoo.distributed.routes import Held, Messages, Routes, Slot, find_routes
 
 SHAPES = st.lists(
@@ -72,7 +72,9 @@ def moved(routes: list[Routes], direction: str, read: Any, write: Any) -> None:
             out = Messages(getattr(routes[source], direction).out, dtypes, 0)
             assert out.splits[rank] == lengths[source]
             for slot, values in zip(into[source], sent[source][rank], strict=True):
-                write(rank, slot, values)
+                # The same numbers in the same order, whose sides are one on one end perhaps.
+                assert values.numel() == slot.piece.numel
+                write(rank, slot, values.reshape(slot.piece.shape))
 
 
 @settings(deadline=None, max_examples=60)
@@ -148,3 +150,23 @@ def test_rows_of_a_grid_are_smaller_grids_in_order(grid: tuple[int, ...], data: 
         for n in numbers[tuple(slice(r.start, r.stop) for r in part)].reshape(-1).tolist()
     ]
     assert found == list(range(first, last))
+
+
+SIDES = st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=4)
+
+
+@given(SIDES, st.data())
+def test_views_of_a_flat_tensor(sides: list[tuple[int, bool]], data: Any) -> None:
+    """Coalesced, and found by `Cuts`: runs, strided ones, the same twice, and ones that overlap."""
+    shape = tuple(n for n, _ in sides)
+    wider = tuple(n + gap for n, gap in sides)  # what it is a part of
+    found, (steps,) = coalesced(shape, strides(wider))
+    numel = math.prod(wider)
+    flat = torch.arange(2.0 * numel)
+    last = 2 * numel - 1 - sum((n - 1) * s for n, s in zip(shape, strides(wider)))
+    places = data.draw(st.lists(st.integers(0, last), min_size=1, max_size=4))
+    cuts = Cuts([(found, View(steps, at)) for at in [*places, places[0]]], len(flat))
+    for at, x in zip([*places, places[0]], cuts.of(flat), strict=True):
+        expected = flat.as_strided(shape, strides(wider), at)
+        assert torch.equal(x, expected.reshape(found))
+        assert x.data_ptr() == expected.data_ptr()
