@@ -27,6 +27,7 @@ from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import begin_apart, is_plain, is_traced
+from funshampoo.core.needs import required
 from funshampoo.core.parameters import check_local, problem_of_gradients
 from funshampoo.core.placed import any_in_parts, part_like, placed_like
 from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
@@ -107,6 +108,7 @@ def blocked(
         apply=blocks.apply,
         check=blocks.check if inner.checks else None,
         parts={"inner": inner},
+        needs_params=with_params is not False,
         # It opens a scope, whose gradient are the updates that come in.
         flops=lambda block, kept, apart: inner.flops(block, kept) - inner.flops(block, kept, apart),
     )
@@ -153,6 +155,8 @@ class _Blocked:
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is not False and params is None:
             raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
+        if self.with_params is False and self.inner.needs:
+            required(None, self.inner.needs, block_ndim=1)
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.

@@ -18,7 +18,8 @@ from funshampoo.core.contract import (
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.placed import any_in_parts, local_part, placed_as, placed_like
-from funshampoo.core.tree import check_same_structure, flatten, leaf_names, wide
+from funshampoo.core.tree import check_same_structure, wide
+from funshampoo.core.writable import check_writable
 
 
 def apply_updates(params: TreeT, updates: Tree) -> TreeT:
@@ -104,7 +105,9 @@ def update_in_place(
         The new state.
 
     Raises:
-        ValueError: a parameter requires gradients, outside torch.no_grad(). Nothing is changed.
+        ValueError, TypeError: as `GradientTransformation.update`. A parameter can't be written to:
+            it, or its gradient, requires gradients, outside torch.no_grad(); several of its entries
+            are one place in memory. Nothing is changed.
         InterruptedStepError: an earlier step of this state did not come to its end. Any exception,
             KeyboardInterrupt too, that ends a step which has begun to write marks the state.
 
@@ -130,12 +133,17 @@ def unwatched(
     **context: Any,
 ) -> State:
     """`update_in_place` for a caller who watches for interruptions."""
-    if torch.is_grad_enabled():
-        _check_writable(params)
+    if params is None:
+        raise ValueError(
+            "params is None, and update_in_place changes parameters: pass them, or call update, "
+            "which returns the updates."
+        )
     given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
-    updates = placed_as(updates, params)
-    if transformation.checks:
-        transformation.check(state, given)
+    if torch.compiler.is_dynamo_compiling():
+        updates = placed_as(updates, params)
+    else:
+        updates = transformation.checked(updates, state, params, given)
+        check_writable(params, updates)
     return applied(transformation, updates, state, params, given)
 
 
@@ -154,12 +162,3 @@ def applied(
     )
     add_in_place(params, found)
     return state
-
-
-def _check_writable(params: Tree) -> None:
-    for i, p in enumerate(flatten(params)[0]):
-        if isinstance(p, Tensor) and p.requires_grad and p.is_leaf:
-            raise ValueError(
-                f"parameter '{leaf_names(params)[i]}' requires gradients, and autograd lets nobody "
-                "write to it: pass p.detach(), or step under torch.no_grad()."
-            )

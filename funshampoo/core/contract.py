@@ -11,6 +11,7 @@ unchanged.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -27,9 +28,11 @@ from funshampoo.core.adapting import (
 from funshampoo.core.checks import check_state
 from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import EMPTY, Context, context_of
+from funshampoo.core.fit import Fits
 from funshampoo.core.interrupted import Watched, check_whole
 from funshampoo.core.live import live_names
 from funshampoo.core.modes import for_keeps
+from funshampoo.core.needs import required
 from funshampoo.core.placed import is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
@@ -89,6 +92,8 @@ class GradientTransformation:
             updates, so that they are not the `gradient`. By it ranks are balanced and plans made.
             None: none. Parts' are added to it; what a combinator saves of them is negative.
         passes: whether it never changes the updates.
+        needs_params: whether no step is possible without parameters, so that a call without them is
+            an error before anything is changed. By default where a part needs them.
         refresh_cost: of the refresh of one matrix, in the time that the default solver takes: a
             rule's `relative_cost`. By default that of the part where it is largest; None: 1.
 
@@ -126,6 +131,7 @@ class GradientTransformation:
         flops: Callable[..., float] | None = None,
         passes: bool = False,
         refresh_cost: float | None = None,
+        needs_params: bool | None = None,
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
@@ -135,7 +141,7 @@ class GradientTransformation:
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
         self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
-        self._given |= {"refresh_cost": refresh_cost}
+        self._given |= {"refresh_cost": refresh_cost, "needs_params": needs_params}
         self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
@@ -144,6 +150,7 @@ class GradientTransformation:
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or _checks_of(self.parts, state_of)
         self.passes = passes
+        self._fits = Fits(functools.partial(self._init, context={}))
         children = list(self.parts.values())
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])
@@ -151,6 +158,9 @@ class GradientTransformation:
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
         largest = max(costs, default=None)
         self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
+        needing = [part.needs for part in children if part.needs]
+        own_need = bool(needing) if needs_params is None else needs_params
+        self.needs: str = (needing or [self.name])[0] if own_need else ""
         self._knows_when = phase is not None or not adapted.branches
         minds = adapted.minds_alive if minds_alive is None else minds_alive
         self.minds_alive: bool = minds and all([part.minds_alive for part in children])
@@ -178,6 +188,8 @@ class GradientTransformation:
             with for_keeps():
                 state = self._init(params, context)
         check_state(state, self.name)
+        if not context and not torch.compiler.is_dynamo_compiling():
+            self._fits.remember(params, state)
         return state
 
     def update(
@@ -193,18 +205,34 @@ class GradientTransformation:
             context: `Context`'s names, and those that a stage of yours declares.
 
         Raises:
-            TypeError: no stage knows a name.
-            ValueError: no stage reads the live numbers that `hyper` names.
+            TypeError: no stage knows a name; a gradient is no dense real floating tensor.
+            ValueError: no stage reads the live numbers that `hyper` names. Gradients, state and
+                parameters do not fit together, or a stage needs parameters and there are none.
         """
         given = context_of(context, self.accepts, self.live) if context else EMPTY
+        if torch.compiler.is_dynamo_compiling():
+            return self.run(placed_as(updates, params), state, params, given)
         check_whole(state)
-        updates = placed_as(updates, params)
-        if self.checks:
-            self.check(state, given)
-        if not given.donate or torch.compiler.is_dynamo_compiling():
+        updates = self.checked(updates, state, params, given)
+        if not given.donate:
             return self.run(updates, state, params, given)
         with Watched(state):
             return self.run(updates, state, params, given)
+
+    def checked(self, updates: TreeT, state: State, params: Tree, context: Context) -> TreeT:
+        """The gradients, as `run` takes them. Outside torch.compile.
+
+        Raises:
+            ValueError: gradients, state and parameters do not fit together; parameters are missing.
+            TypeError: a gradient is no dense tensor of a real floating dtype.
+        """
+        if self.needs and params is None:
+            required(params, self.needs, context.block_ndim)
+        placed = placed_as(updates, params)
+        fine: TreeT = self._fits.checked(placed, state, params, context)
+        if self.checks:
+            self.check(state, context)
+        return fine
 
     def phase(self, step: int) -> Phase:
         """What happens on this step, from 1, that does not happen on all; () on a plain one."""
@@ -273,12 +301,16 @@ def steps_of(state: State) -> Any:
 
 
 def stateless(
-    function: Callable[..., Tree], name: str = "", *, numbers: Iterable[Any] | None = None
+    function: Callable[..., Tree],
+    name: str = "",
+    *,
+    numbers: Iterable[Any] | None = None,
+    needs_params: bool | None = None,
 ) -> GradientTransformation:
     """A stage without a state from `function(updates, params=None, **context) -> updates`.
 
     Args:
-        numbers: as of `GradientTransformation`.
+        numbers, needs_params: as of `GradientTransformation`.
 
     >>> import torch
     >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
@@ -290,6 +322,7 @@ def stateless(
         without_state(function),
         name or name_of(function),
         numbers=numbers,
+        needs_params=needs_params,
     )
 
 
@@ -341,8 +374,9 @@ def checked_pair(result: Any, stage: str) -> tuple[Tree, State]:
 def identity() -> GradientTransformation:
     """The transformation that changes nothing.
 
-    >>> identity().update({"w": 1.0}, EmptyState())
-    ({'w': 1.0}, EmptyState())
+    >>> import torch
+    >>> identity().update({"w": torch.ones(1)}, EmptyState())
+    ({'w': tensor([1.])}, EmptyState())
     """
     same = without_state(lambda updates: updates)
     return GradientTransformation(lambda params: EmptyState(), same, "identity", passes=True)

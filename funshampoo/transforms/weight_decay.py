@@ -103,7 +103,9 @@ def add_decayed_weights(
         return decayed, new
 
     numbers = [weight_decay, learning_rate, peak_learning_rate]
-    stage = GradientTransformation(init, update, counts=scheduled, numbers=numbers)
+    stage = GradientTransformation(
+        init, update, counts=scheduled, numbers=numbers, needs_params=True
+    )
     if mask is None:
         return stage
     return renamed(masked(stage, mask), stage.name)

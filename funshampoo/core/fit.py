@@ -1,0 +1,147 @@
+"""What enters a step fits together: gradients the parameters, and the state both.
+
+It is looked at where the caller comes in, once for all stages and before the first of them runs: a
+donated step may not have written to its state when a later stage finds that something is wrong.
+Shapes, dtypes, devices and names are compared, never values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from funshampoo.core.context import Context
+from funshampoo.core.misfit import misfit
+from funshampoo.core.parameters import gradients_like, problem_of
+from funshampoo.core.placed import any_in_parts
+from funshampoo.core.tree import flatten, leaf_names, structures_differ
+
+_LOOK = attrgetter("shape", "dtype", "device", "layout")
+_STATE_LOOK = attrgetter("shape", "dtype", "device")
+_REMEMBERED = 8  # kinds of parameters and states that one transformation steps by turns
+
+
+class _Known(NamedTuple):
+    """A state that fits, and the parameters that it does fit, by their looks."""
+
+    spec: Any
+    leaves: list[Any]
+    nodes: list[Any]
+    tensors: list[Any]
+
+
+class Fits:
+    """Which states are a transformation's own, for which parameters: those that `init` makes.
+
+    Those that it has made are remembered by how they look. Of another one, which an earlier process
+    may have left, `init` is asked again, for parameters on the meta device.
+
+    Args:
+        init: (params) -> state.
+    """
+
+    def __init__(self, init: Callable[[Any], Any]) -> None:
+        self._init = init
+        self._known: list[_Known] = []
+
+    def remember(self, params: Any, state: Any) -> None:
+        """`init` has made this state for these parameters."""
+        leaves, spec = flatten(params)
+        self._remember(spec, _looks(leaves), *_look_of(state))
+
+    def checked(self, updates: Any, state: Any, params: Any, context: Context) -> Any:
+        """The gradients, those of another dtype cast to their parameters' compute dtype.
+
+        Raises:
+            ValueError: gradients, parameters and state do not fit together (names what differs).
+            TypeError: a gradient is no dense tensor of a real floating dtype, or elsewhere.
+        """
+        leaves, spec = optree.tree_flatten(updates, none_is_leaf=True)
+        looks = wanted = _looks(leaves)
+        known = leaves
+        if params is not None:
+            known, other = optree.tree_flatten(params, none_is_leaf=True)
+            if spec != other:
+                raise ValueError(structures_differ(params, updates, "params", "gradients"))
+            wanted = _looks(known)
+            if wanted != looks:
+                updates = spec.unflatten(gradients_like(leaves, known, updates))
+        nodes, tensors = _look_of(state)
+        for one in self._known:
+            same = one.tensors == tensors and one.leaves == wanted and one.nodes == nodes
+            if same and one.spec == spec:
+                return updates
+        _check_leaves(known, updates if params is None else params, params is None)
+        if not _is_nested(context) and None not in wanted and not any_in_parts(known):
+            self._check_unknown(state, known, spec, "gradients" if params is None else "parameters")
+            self._remember(spec, wanted, nodes, tensors)
+        return updates
+
+    def _remember(self, spec: Any, *looks: list[Any]) -> None:
+        self._known = [_Known(spec, *looks), *self._known[: _REMEMBERED - 1]]
+
+    def _check_unknown(self, state: Any, leaves: Sequence[Tensor], spec: Any, given: str) -> None:
+        try:
+            like = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in leaves]
+            wanted = self._init(spec.unflatten(like))
+        except Exception:  # it reads values, say: then the stages find out by themselves
+            return
+        if problem := misfit(wanted, state, {p.device for p in leaves}, given):
+            raise ValueError(problem)
+
+
+def _is_nested(context: Context) -> bool:
+    """Whether a combinator of the caller's hands on a context, with which `init` was called too."""
+    return (
+        context.block_ndim > 0
+        or context.clock is not None
+        or len(context.upstream) > 0
+        or len(context.previous) > 0
+    )
+
+
+def _looks(leaves: Sequence[Any]) -> list[Any]:
+    try:
+        return list(map(_LOOK, leaves))
+    except AttributeError:  # None, or no tensor
+        return [_LOOK(x) if isinstance(x, Tensor) else None for x in leaves]
+
+
+def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
+    """Of a state (what its nodes are, what its tensors look like), level by level."""
+    kinds: list[Any] = []
+    tensors: list[Tensor] = []
+    nodes: list[Any] = [state]
+    for node in nodes:  # which grows meanwhile
+        if isinstance(node, Tensor):
+            tensors.append(node)
+        elif isinstance(node, dict):
+            kinds.append(tuple(node))
+            nodes.extend(node.values())
+        elif isinstance(node, (tuple, list)):
+            kinds.append((type(node), len(node)))
+            if hasattr(node, "layout"):  # large, and most often the same object
+                kinds.append(node.layout)
+                node = node._replace(layout=())
+            nodes.extend(node)
+        else:
+            kinds.append(type(node))
+    return kinds, list(map(_STATE_LOOK, tensors))
+
+
+def _check_leaves(leaves: Sequence[Any], tree: Any, are_gradients: bool) -> None:
+    """Raise TypeError for a leaf that no stage can step, of a tree that is seen the first time."""
+    for i, leaf in enumerate(leaves):
+        if are_gradients and leaf is None:
+            continue
+        if problem := problem_of(leaf):
+            what = "the gradient of" if are_gradients else "parameter"
+            raise TypeError(
+                f"{what} '{leaf_names(tree)[i]}' {problem}; only dense tensors of a real floating "
+                "dtype can be optimized. Convert it, or leave it out of the tree."
+            )
