@@ -26,7 +26,7 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
-from funshampoo.core.modes import begin_apart, is_plain, is_traced
+from funshampoo.core.modes import lie_apart, is_plain, is_traced
 from funshampoo.core.needs import required
 from funshampoo.core.parameters import check_local, problem_of_gradients
 from funshampoo.core.placed import any_in_parts, part_like, placed_like
@@ -202,7 +202,7 @@ class _Blocked:
         in_place = not is_traced() and all([p.is_contiguous() for p in own])
         in_place = in_place and not any_in_parts(own)
         # Where parameters are tied, a tile would read what the one before has written.
-        if not in_place or not (self.with_params is False or begin_apart(own)):
+        if not in_place or not (self.with_params is False or lie_apart(own)):
             updates, state = self.update(updates, state, params, context)
             add_in_place(params, updates)
             return state

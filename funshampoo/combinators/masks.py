@@ -9,7 +9,7 @@ from funshampoo.core.applying import add_in_place, applied
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
-from funshampoo.core.modes import begin_apart, is_traced
+from funshampoo.core.modes import lie_apart, is_traced
 from funshampoo.core.tree import MaskedNode, flatten, labels_of
 from funshampoo.state.stages import MaskedState, PartitionState
 
@@ -115,7 +115,7 @@ def partition(
         updates: Tree, state: PartitionState, params: Tree, context: Context
     ) -> PartitionState:
         # Where parameters are tied, a part would read what another has written.
-        if is_traced() or not begin_apart(flatten(params)[0]):
+        if is_traced() or not lie_apart(flatten(params)[0]):
             updates, state = update(updates, state, params, context)
             add_in_place(params, updates)
             return state

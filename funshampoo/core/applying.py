@@ -16,6 +16,7 @@ from funshampoo.core.contract import (
     checked_pair,
 )
 from funshampoo.core.interrupted import Watched
+from funshampoo.core.live import check_values
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.placed import any_in_parts, local_part, placed_as, placed_like
 from funshampoo.core.tree import check_same_structure, wide
@@ -119,6 +120,8 @@ def update_in_place(
     >>> params
     {'w': tensor([0.9000, 0.9000])}
     """
+    if context.get("hyper"):
+        check_values(context["hyper"], transformation.lives)
     if torch.compiler.is_dynamo_compiling():
         return unwatched(transformation, updates, state, params, **context)
     with Watched(state, params):

@@ -11,7 +11,6 @@ unchanged.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -30,7 +29,7 @@ from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import EMPTY, Context, context_of
 from funshampoo.core.fit import Fits
 from funshampoo.core.interrupted import Watched, check_whole
-from funshampoo.core.live import live_names
+from funshampoo.core.live import Live, check_values, live_names, lives_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import required
 from funshampoo.core.placed import is_in_parts, placed_as
@@ -150,7 +149,7 @@ class GradientTransformation:
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or _checks_of(self.parts, state_of)
         self.passes = passes
-        self._fits = Fits(functools.partial(self._init, context={}))
+        self._fits = Fits(self._init)
         children = list(self.parts.values())
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])
@@ -172,6 +171,8 @@ class GradientTransformation:
         self.reads_gradient: bool = adapted.reads_gradient or any(
             [part.reads_gradient for part in children]
         )
+        below = [x for part in children for x in part.lives]
+        self.lives: list[Live] = [*lives_among(numbers or ()), *below]
         own = None if may_read_any else live_names(numbers or ())
         self.live: frozenset[str] | None = _united(own, *[part.live for part in children])
 
@@ -210,6 +211,8 @@ class GradientTransformation:
                 parameters do not fit together, or a stage needs parameters and there are none.
         """
         given = context_of(context, self.accepts, self.live) if context else EMPTY
+        if given.hyper:
+            check_values(given.hyper, self.lives)
         if torch.compiler.is_dynamo_compiling():
             return self.run(placed_as(updates, params), state, params, given)
         check_whole(state)

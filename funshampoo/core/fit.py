@@ -42,10 +42,10 @@ class Fits:
     may have left, `init` is asked again, for parameters on the meta device.
 
     Args:
-        init: (params) -> state.
+        init: (params, context) -> state.
     """
 
-    def __init__(self, init: Callable[[Any], Any]) -> None:
+    def __init__(self, init: Callable[[Any, Any], Any]) -> None:
         self._init = init
         self._known: list[_Known] = []
 
@@ -88,7 +88,7 @@ class Fits:
     def _check_unknown(self, state: Any, leaves: Sequence[Tensor], spec: Any, given: str) -> None:
         try:
             like = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in leaves]
-            wanted = self._init(spec.unflatten(like))
+            wanted = self._init(spec.unflatten(like), {})
         except Exception:  # it reads values, say: then the stages find out by themselves
             return
         if problem := misfit(wanted, state, {p.device for p in leaves}, given):
@@ -124,11 +124,9 @@ def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
             kinds.append(tuple(node))
             nodes.extend(node.values())
         elif isinstance(node, (tuple, list)):
-            kinds.append((type(node), len(node)))
-            if hasattr(node, "layout"):  # large, and most often the same object
-                kinds.append(node.layout)
-                node = node._replace(layout=())
-            nodes.extend(node)
+            layout = getattr(node, "layout", None)  # large, and most often the same object
+            kinds.append((type(node), len(node), layout))
+            nodes.extend([x for x in node if x is not layout] if layout else node)
         else:
             kinds.append(type(node))
     return kinds, list(map(_STATE_LOOK, tensors))

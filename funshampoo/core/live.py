@@ -88,14 +88,32 @@ def live_names(values: Iterable[Any]) -> frozenset[str]:
     >>> sorted(live_names([0.5, Live("lr", 0.1), None]))
     ['lr']
     """
-    found = set()
+    return frozenset([x.name for x in lives_among(values)])
+
+
+def lives_among(values: Iterable[Any]) -> list[Live]:
+    """The live numbers themselves."""
+    found: list[Live] = []
     for value in values:
         if isinstance(value, Live):
-            found.add(value.name)
+            found.append(value)
         elif dataclasses.is_dataclass(value):
             fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-            found |= {x.name for x in fields if isinstance(x, Live)}
-    return frozenset(found)
+            found += [x for x in fields if isinstance(x, Live)]
+    return found
+
+
+def check_values(hyper: Numbers, lives: Iterable[Live]) -> None:
+    """What a caller gives is in the range of every stage that reads it; a tensor passes unseen.
+
+    Raises:
+        ValueError, TypeError: name the stage's argument, and the range.
+    """
+    for live in lives:
+        value = hyper.get(live.name)
+        if value is not None and not isinstance(value, Tensor):
+            for check in live.checks:
+                check(value)
 
 
 def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:

@@ -59,7 +59,7 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
     elif wanted == () and found == ():  # nothing, by whatever name
         return ""
     elif type(wanted) is type(found) and isinstance(wanted, (tuple, list)):
-        if hasattr(wanted, "owned") and (wanted.owned, wanted.ranks) != (found.owned, found.ranks):
+        if any([getattr(wanted, x, ()) != getattr(found, x, ()) for x in ("owned", "ranks")]):
             return ""  # of other ranks, which `sharded` has words for
         if hasattr(wanted, "layout") and wanted.layout != found.layout:
             return f"{at} {_of_layouts(wanted.layout, found.layout)}"

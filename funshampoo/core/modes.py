@@ -64,14 +64,31 @@ def are_apart(tensors: Sequence[Tensor]) -> bool:
     On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one,
     and what is on the meta device is nowhere.
     """
-    return all([x.is_cpu or x.is_meta for x in tensors]) or begin_apart(tensors)
+    return all([x.is_cpu or x.is_meta for x in tensors]) or lie_apart(tensors)
 
 
-def begin_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two of these, but for empty ones, begin at one place."""
+def lie_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two of these, but for empty ones, begin in one place or reach into another.
+
+    Those that lie between one another without sharing an entry, as columns of a matrix do, count as
+    not apart.
+    """
     own = map(local_part, tensors) if SEEN["any"] else tensors  # a DTensor itself is nowhere
-    places = [x.data_ptr() for x in own if x.numel()]
-    return len(set(places)) == len(places)
+    spans = sorted([(x.data_ptr(), x.nbytes if x.is_contiguous() else _extent(x)) for x in own])
+    ends = 0
+    for begin, length in spans:
+        if length and begin < ends:
+            return False
+        ends = max(ends, begin + length)
+    return True
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first entry to behind the last."""
+    if not x.numel():
+        return 0
+    steps = [(n - 1) * stride for n, stride in zip(x.shape, x.stride())]
+    return (1 + sum(steps)) * x.element_size()
 
 
 def in_a_mode() -> bool:
