@@ -26,7 +26,7 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
-from funshampoo.core.modes import lie_apart, is_plain, is_traced
+from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import required
 from funshampoo.core.parameters import check_local, problem_of_gradients
 from funshampoo.core.placed import any_in_parts, part_like, placed_like

@@ -9,7 +9,7 @@ from funshampoo.core.applying import add_in_place, applied
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
-from funshampoo.core.modes import lie_apart, is_traced
+from funshampoo.core.modes import is_traced, lie_apart
 from funshampoo.core.tree import MaskedNode, flatten, labels_of
 from funshampoo.state.stages import MaskedState, PartitionState
 

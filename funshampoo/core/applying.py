@@ -143,11 +143,12 @@ def unwatched(
         )
     given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
     if torch.compiler.is_dynamo_compiling():
-        updates = placed_as(updates, params)
-    else:
-        updates = transformation.checked(updates, state, params, given)
-        check_writable(params, updates)
-    return applied(transformation, updates, state, params, given)
+        return applied(transformation, placed_as(updates, params), state, params, given)
+    updates = transformation.checked(updates, state, params, given)
+    check_writable(params, updates)
+    new = applied(transformation, updates, state, params, given)
+    transformation.made(new)
+    return new
 
 
 def applied(

@@ -28,7 +28,7 @@ from funshampoo.core.checks import check_state
 from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import EMPTY, Context, context_of
 from funshampoo.core.fit import Fits
-from funshampoo.core.interrupted import Watched, check_whole
+from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import Live, check_values, live_names, lives_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import required
@@ -215,12 +215,14 @@ class GradientTransformation:
             check_values(given.hyper, self.lives)
         if torch.compiler.is_dynamo_compiling():
             return self.run(placed_as(updates, params), state, params, given)
-        check_whole(state)
         updates = self.checked(updates, state, params, given)
-        if not given.donate:
-            return self.run(updates, state, params, given)
-        with Watched(state):
-            return self.run(updates, state, params, given)
+        if given.donate:
+            with Watched(state):
+                found = self.run(updates, state, params, given)
+        else:
+            found = self.run(updates, state, params, given)
+        self._fits.made(found)
+        return found
 
     def checked(self, updates: TreeT, state: State, params: Tree, context: Context) -> TreeT:
         """The gradients, as `run` takes them. Outside torch.compile.
@@ -236,6 +238,10 @@ class GradientTransformation:
         if self.checks:
             self.check(state, context)
         return fine
+
+    def made(self, state: State) -> None:
+        """Outside of `update` a step that `checked` has let in has come to its end, with this."""
+        self._fits.made((None, state))
 
     def phase(self, step: int) -> Phase:
         """What happens on this step, from 1, that does not happen on all; () on a plain one."""

@@ -7,6 +7,7 @@ Shapes, dtypes, devices and names are compared, never values.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.context import Context
+from funshampoo.core.interrupted import check_unmarked, first_tensor
 from funshampoo.core.misfit import misfit
 from funshampoo.core.parameters import gradients_like, problem_of
 from funshampoo.core.placed import any_in_parts
@@ -48,11 +50,13 @@ class Fits:
     def __init__(self, init: Callable[[Any, Any], Any]) -> None:
         self._init = init
         self._known: list[_Known] = []
+        self._entered: tuple[Any, list[Any]] = (None, [])
+        self._last: tuple[Any, ...] = (lambda: None, None, [])
 
     def remember(self, params: Any, state: Any) -> None:
         """`init` has made this state for these parameters."""
         leaves, spec = flatten(params)
-        self._remember(spec, _looks(leaves), *_look_of(state))
+        self._remember(spec, _looks(leaves), *_look_of(state)[:2])
 
     def checked(self, updates: Any, state: Any, params: Any, context: Context) -> Any:
         """The gradients, those of another dtype cast to their parameters' compute dtype.
@@ -60,7 +64,10 @@ class Fits:
         Raises:
             ValueError: gradients, parameters and state do not fit together (names what differs).
             TypeError: a gradient is no dense tensor of a real floating dtype, or elsewhere.
+            InterruptedStepError: the state is half done.
         """
+        nodes, tensors, first = _look_of(state)
+        check_unmarked(first)
         leaves, spec = optree.tree_flatten(updates, none_is_leaf=True)
         looks = wanted = _looks(leaves)
         known = leaves
@@ -71,16 +78,32 @@ class Fits:
             wanted = _looks(known)
             if wanted != looks:
                 updates = spec.unflatten(gradients_like(leaves, known, updates))
-        nodes, tensors = _look_of(state)
+        self._entered = spec, wanted
         for one in self._known:
             same = one.tensors == tensors and one.leaves == wanted and one.nodes == nodes
             if same and one.spec == spec:
                 return updates
         _check_leaves(known, updates if params is None else params, params is None)
         if not _is_nested(context) and None not in wanted and not any_in_parts(known):
-            self._check_unknown(state, known, spec, "gradients" if params is None else "parameters")
+            if not self._is_next(first):
+                given = "gradients" if params is None else "parameters"
+                self._check_unknown(state, known, spec, given)
             self._remember(spec, wanted, nodes, tensors)
         return updates
+
+    def made(self, result: Any) -> None:
+        """(updates, state) of the step that has entered last. What it is of goes on from there.
+
+        A stage of a user's may change its state on the way, though it should not.
+        """
+        if type(result) is tuple and len(result) == 2:
+            first = first_tensor(result[1])
+            if first is not None:
+                self._last = weakref.ref(first), *self._entered
+
+    def _is_next(self, first: Tensor | None) -> bool:
+        """Whether the last step left this state, and was of parameters or gradients like these."""
+        return first is not None and self._last[0]() is first and self._last[1:] == self._entered
 
     def _remember(self, spec: Any, *looks: list[Any]) -> None:
         self._known = [_Known(spec, *looks), *self._known[: _REMEMBERED - 1]]
@@ -112,8 +135,8 @@ def _looks(leaves: Sequence[Any]) -> list[Any]:
         return [_LOOK(x) if isinstance(x, Tensor) else None for x in leaves]
 
 
-def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
-    """Of a state (what its nodes are, what its tensors look like), level by level."""
+def _look_of(state: Any) -> tuple[list[Any], list[Any], Tensor | None]:
+    """Of a state (what its nodes are, what its tensors look like, the first), level by level."""
     kinds: list[Any] = []
     tensors: list[Tensor] = []
     nodes: list[Any] = [state]
@@ -129,7 +152,7 @@ def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
             nodes.extend([x for x in node if x is not layout] if layout else node)
         else:
             kinds.append(type(node))
-    return kinds, list(map(_STATE_LOOK, tensors))
+    return kinds, list(map(_STATE_LOOK, tensors)), tensors[0] if tensors else None
 
 
 def _check_leaves(leaves: Sequence[Any], tree: Any, are_gradients: bool) -> None:
