@@ -17,9 +17,8 @@ from funshampoo.core.contract import (
     State,
     Tree,
     as_transformation,
-    checked_pair,
-    steps_of,
 )
+from funshampoo.core.of_parts import checked_pair, steps_of
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import check_same_structure
 from funshampoo.state.stages import ClockState

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from funshampoo.core.contract import (
     State,
     Tree,
     TreeT,
-    checked_pair,
 )
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import check_values
 from funshampoo.core.modes import are_apart, is_plain
+from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.placed import any_in_parts, local_part, placed_as, placed_like
 from funshampoo.core.tree import check_same_structure, wide
 from funshampoo.core.writable import check_writable
@@ -136,19 +136,43 @@ def unwatched(
     **context: Any,
 ) -> State:
     """`update_in_place` for a caller who watches for interruptions."""
-    if params is None:
-        raise ValueError(
-            "params is None, and update_in_place changes parameters: pass them, or call update, "
-            "which returns the updates."
-        )
     given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
     if torch.compiler.is_dynamo_compiling():
         return applied(transformation, placed_as(updates, params), state, params, given)
-    updates = transformation.checked(updates, state, params, given)
-    check_writable(params, updates)
-    new = applied(transformation, updates, state, params, given)
-    transformation.made(new)
-    return new
+    entering = Entering(transformation, updates, state, params, given).checked()
+    return entering.applied()
+
+
+class Entering(NamedTuple):
+    """A step in place that nobody has begun."""
+
+    transformation: GradientTransformation
+    updates: Tree
+    state: State
+    params: Tree
+    context: Context
+
+    def checked(self) -> Entering:
+        """The same step, with the gradients as it takes them.
+
+        Raises:
+            ValueError, TypeError: as `update_in_place`; and whatever a step raises beforehand.
+        """
+        tx, updates, state, params, context = self
+        if params is None:
+            raise ValueError(
+                "params is None, and update_in_place changes parameters: pass them, or call "
+                "update, which returns the updates."
+            )
+        fine = tx.checked(updates, state, params, context)
+        check_writable(params, fine)
+        return self._replace(updates=fine)
+
+    def applied(self) -> State:
+        """The state after the step."""
+        new = applied(*self)
+        self.transformation.made(new)
+        return new
 
 
 def applied(

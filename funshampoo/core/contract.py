@@ -25,13 +25,13 @@ from funshampoo.core.adapting import (
     without_state,
 )
 from funshampoo.core.checks import check_state
-from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import EMPTY, Context, context_of
 from funshampoo.core.fit import Fits
 from funshampoo.core.interrupted import Watched
-from funshampoo.core.live import Live, check_values, live_names, lives_among
+from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import required
+from funshampoo.core.of_parts import checks_of, united
 from funshampoo.core.placed import is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
@@ -147,7 +147,7 @@ class GradientTransformation:
         self.apply = apply
         self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
         self._phase, self._flops = phase, adapted_flops(flops)
-        self.check: Callable[[State, Context], None] = check or _checks_of(self.parts, state_of)
+        self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes = passes
         self._fits = Fits(self._init)
         children = list(self.parts.values())
@@ -164,7 +164,7 @@ class GradientTransformation:
         minds = adapted.minds_alive if minds_alive is None else minds_alive
         self.minds_alive: bool = minds and all([part.minds_alive for part in children])
         self.checks: bool = check is not None or any([part.checks for part in children])
-        self.accepts: frozenset[str] | None = _united(
+        self.accepts: frozenset[str] | None = united(
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
         may_read_any = numbers is None and adapted.reads_hyper and not children
@@ -174,7 +174,7 @@ class GradientTransformation:
         below = [x for part in children for x in part.lives]
         self.lives: list[Live] = [*lives_among(numbers or ()), *below]
         own = None if may_read_any else live_names(numbers or ())
-        self.live: frozenset[str] | None = _united(own, *[part.live for part in children])
+        self.live: frozenset[str] | None = united(own, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
         """The state for these parameters.
@@ -233,6 +233,8 @@ class GradientTransformation:
         """
         if self.needs and params is None:
             required(params, self.needs, context.block_ndim)
+        if context.hyper:
+            check_placed(context.hyper, params)
         placed = placed_as(updates, params)
         fine: TreeT = self._fits.checked(placed, state, params, context)
         if self.checks:
@@ -275,38 +277,6 @@ class GradientTransformation:
     def __repr__(self) -> str:
         inside = ", ".join(self.parts)
         return f"<{self.name}({inside})>"
-
-
-def _united(*names: Collection[str] | None) -> frozenset[str] | None:
-    known = [own for own in names if own is not None]
-    return frozenset().union(*known) if len(known) == len(names) else None
-
-
-def _checks_of(
-    parts: Mapping[str, GradientTransformation], state_of: Callable[[State, str], State]
-) -> Callable[[State, Context], None]:
-    """The checks of all parts that have some."""
-    own = {name: part for name, part in parts.items() if part.checks}
-
-    def check(state: State, context: Context) -> None:
-        inside = running(steps_of(state), context)
-        for name, part in own.items():
-            try:
-                kept = state_of(state, name)
-            except (AttributeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"the state is another transformation's: it has nothing for '{name}'. Build "
-                    "the one that made it, or call init."
-                ) from error
-            part.check(kept, inside)
-
-    return check
-
-
-def steps_of(state: State) -> Any:
-    """The counter of a state that counts for itself and all in it; () where it has none."""
-    own = state.get(CLOCK) if isinstance(state, dict) else state
-    return getattr(own, "steps", ())
 
 
 def stateless(
@@ -363,20 +333,6 @@ def as_transformation(stage: Any) -> GradientTransformation:
     raise TypeError(
         f"{stage!r} is not a gradient transformation: expected an object with init and update. "
         "Did you pass the function that makes it, without calling it?"
-    )
-
-
-def checked_pair(result: Any, stage: str) -> tuple[Tree, State]:
-    """What a stage returned.
-
-    Raises:
-        TypeError: it is no pair.
-    """
-    if type(result) is tuple and len(result) == 2:
-        return result
-    raise TypeError(
-        f"the update of stage '{stage}' returned a {type(result).__name__}; it has to return a "
-        "pair, (updates, state). A stage without a state returns the one that it was given."
     )
 
 

@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from funshampoo.core.tree import flatten
+
 Numbers: TypeAlias = Mapping[str, Any]  # {name: number or tensor}
 NO_NUMBERS: Numbers = {}
 
@@ -147,6 +149,22 @@ def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
         + (f"; did you mean '{likely[name][0]}'? " if likely[name] else ". ")
         + (f"Live are {names}." if known else "None is live: build the chain with core.live.Live.")
     )
+
+
+def check_placed(hyper: Numbers, params: Any) -> None:
+    """No number is a tensor without a value, where parameters have some.
+
+    Raises:
+        ValueError: one is on the meta device.
+    """
+    for name, value in hyper.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            leaves = flatten(params)[0]
+            if not all([isinstance(p, Tensor) and p.is_meta for p in leaves]):
+                raise ValueError(
+                    f"{name} is a tensor on the meta device, where it has no value; give a number, "
+                    "or a tensor on the parameters' device or on the CPU."
+                )
 
 
 def is_exactly(value: Any, what: float) -> bool:
