@@ -51,12 +51,12 @@ class Fits:
         self._init = init
         self._known: list[_Known] = []
         self._entered: tuple[Any, list[Any]] = (None, [])
-        self._last: tuple[Any, ...] = (lambda: None, None, [])
+        self._last: tuple[int, Callable[[], Any], Any] = (0, lambda: None, None)
 
     def remember(self, params: Any, state: Any) -> None:
         """`init` has made this state for these parameters."""
         leaves, spec = flatten(params)
-        self._remember(spec, _looks(leaves), *_look_of(state)[:2])
+        self._remember(spec, _looks(leaves), *_look_of(state))
 
     def checked(self, updates: Any, state: Any, params: Any, context: Context) -> Any:
         """The gradients, those of another dtype cast to their parameters' compute dtype.
@@ -66,7 +66,7 @@ class Fits:
             TypeError: a gradient is no dense tensor of a real floating dtype, or elsewhere.
             InterruptedStepError: the state is half done.
         """
-        nodes, tensors, first = _look_of(state)
+        first = first_tensor(state)
         check_unmarked(first)
         leaves, spec = optree.tree_flatten(updates, none_is_leaf=True)
         looks = wanted = _looks(leaves)
@@ -79,31 +79,31 @@ class Fits:
             if wanted != looks:
                 updates = spec.unflatten(gradients_like(leaves, known, updates))
         self._entered = spec, wanted
+        left, its_first, entered = self._last
+        if left == id(state) and its_first() is first and entered == self._entered:
+            return updates
+        nodes, tensors = _look_of(state)
         for one in self._known:
             same = one.tensors == tensors and one.leaves == wanted and one.nodes == nodes
             if same and one.spec == spec:
                 return updates
         _check_leaves(known, updates if params is None else params, params is None)
         if not _is_nested(context) and None not in wanted and not any_in_parts(known):
-            if not self._is_next(first):
-                given = "gradients" if params is None else "parameters"
-                self._check_unknown(state, known, spec, given)
+            given = "gradients" if params is None else "parameters"
+            self._check_unknown(state, known, spec, given)
             self._remember(spec, wanted, nodes, tensors)
         return updates
 
     def made(self, result: Any) -> None:
-        """(updates, state) of the step that has entered last. What it is of goes on from there.
+        """(updates, state) of the step that has entered last.
 
-        A stage of a user's may change its state on the way, though it should not.
+        The next one goes on from this state, most often, which then is not looked at again. A stage
+        of a user's may have changed it on the way, though it should not.
         """
         if type(result) is tuple and len(result) == 2:
             first = first_tensor(result[1])
             if first is not None:
-                self._last = weakref.ref(first), *self._entered
-
-    def _is_next(self, first: Tensor | None) -> bool:
-        """Whether the last step left this state, and was of parameters or gradients like these."""
-        return first is not None and self._last[0]() is first and self._last[1:] == self._entered
+                self._last = id(result[1]), weakref.ref(first), self._entered
 
     def _remember(self, spec: Any, *looks: list[Any]) -> None:
         self._known = [_Known(spec, *looks), *self._known[: _REMEMBERED - 1]]
@@ -135,8 +135,8 @@ def _looks(leaves: Sequence[Any]) -> list[Any]:
         return [_LOOK(x) if isinstance(x, Tensor) else None for x in leaves]
 
 
-def _look_of(state: Any) -> tuple[list[Any], list[Any], Tensor | None]:
-    """Of a state (what its nodes are, what its tensors look like, the first), level by level."""
+def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
+    """Of a state (what its nodes are, what its tensors look like), level by level."""
     kinds: list[Any] = []
     tensors: list[Tensor] = []
     nodes: list[Any] = [state]
@@ -152,7 +152,7 @@ def _look_of(state: Any) -> tuple[list[Any], list[Any], Tensor | None]:
             nodes.extend([x for x in node if x is not layout] if layout else node)
         else:
             kinds.append(type(node))
-    return kinds, list(map(_STATE_LOOK, tensors)), tensors[0] if tensors else None
+    return kinds, list(map(_STATE_LOOK, tensors))
 
 
 def _check_leaves(leaves: Sequence[Any], tree: Any, are_gradients: bool) -> None:
