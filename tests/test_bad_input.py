@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import funshampoo as fs
+from funshampoo.core.live import Live
 from tests.table import Case, every_case
 from tests.trees import snapshot, tensors
 
@@ -198,3 +199,110 @@ def test_parameters_that_no_step_can_change(case: Case) -> None:
     )
     strided = with_w(lambda w: w.T.contiguous().T)(params)  # a transposed one can be written to
     in_place(tx, grads, tx.init(params), strided)
+
+
+def test_a_state_of_an_earlier_process_is_known() -> None:
+    """By `init` on the meta device, of a transformation that has made none yet."""
+    params, grads = tree(0), tree(1)
+    state = fs.shampoo(0.1).init(params)
+    asked = []
+    tx = fs.shampoo(0.1)
+    inner = tx._fits._init
+    tx._fits._init = lambda *given: asked.append(given) or inner(*given)
+    for _ in range(3):
+        _, state = tx.update(grads, optree.tree_map(torch.clone, state), params)
+    assert len(asked) == 1
+
+
+def test_a_state_whose_init_reads_values_is_left_to_its_stages() -> None:
+    def stage() -> fs.GradientTransformation:
+        def init(params: Any) -> Any:
+            return {name: x * float(x.norm()) for name, x in params.items()}
+
+        return fs.GradientTransformation(init, lambda updates, state: (updates, state))
+
+    params = {"w": torch.ones(2)}
+    stage().update(params, stage().init(params))
+    tx = fs.GradientTransformation(lambda params: params, lambda updates, state: (updates, state))
+    with pytest.raises(ValueError, match="'w' it has shape"):
+        tx.update(params, {"w": torch.ones(3)})
+
+
+def test_a_combinator_by_hand_that_hands_on_its_context() -> None:
+    """What `init` was told of (blocks, a clock) it is told of in `update` as well."""
+
+    def around(inner: fs.GradientTransformation) -> fs.GradientTransformation:
+        def update(updates: Any, state: Any, params: Any = None, **context: Any) -> Any:
+            return inner.update(updates, state, params, **context)
+
+        return fs.GradientTransformation(inner.init, update, counts=inner.counts)
+
+    params, grads = tree(0), tree(1)
+    tx = fs.blocked(fs.chain(around(fs.chain(fs.kronecker_statistics(), fs.root_inverse(2)))), 2)
+    same = fs.blocked(fs.chain(fs.chain(fs.kronecker_statistics(), fs.root_inverse(2))), 2)
+    found, wanted = tx.init(params), same.init(params)
+    for _ in range(3):
+        a, found = tx.update(grads, found, params)
+        b, wanted = same.update(grads, wanted, params)
+        assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b)))
+
+
+CONTEXTS: dict[str, tuple[dict[str, Any], str]] = {
+    "hyper, no dict": ({"hyper": 0.1}, "hyper is 0.1; give a dict"),
+    "hyper, another name": ({"hyper": {"learning_rat": 0.1}}, "did you mean 'learning_rate'"),
+    "negative": (
+        {"hyper": {"learning_rate": -0.1}},
+        r"learning_rate is -0.1; it must lie",
+    ),
+    "nan": ({"hyper": {"learning_rate": float("nan")}}, "learning_rate is nan"),
+    "no number": ({"hyper": {"learning_rate": "0.1"}}, "learning_rate is '0.1'; expected"),
+    "decay": ({"hyper": {"weight_decay": -1.0}}, "weight_decay is -1.0"),
+    "no value": (
+        {"hyper": {"learning_rate": torch.tensor(0.1, device="meta")}},
+        "learning_rate is a tensor on the meta device",
+    ),
+    "step, a word": ({"step": "3"}, "step is a str; pass a Python int"),
+    "step, a tensor": ({"step": torch.tensor(3)}, "step is a Tensor; pass a Python int"),
+    "step, a float": ({"step": 3.0}, "step is a float; pass a Python int"),
+    "step, zero": ({"step": 0}, "step is 0; it counts from 1"),
+    "refresh": ({"refresh": 1}, "refresh is 1; expected True or False"),
+    "another name": ({"refesh": True}, "did you mean 'refresh'"),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize("recipe", [fs.sgd, fs.adamw, fs.shampoo], ids=lambda f: f.__name__)
+def test_what_is_said_of_a_step(recipe: Any, name: str) -> None:
+    given, match = CONTEXTS[name]
+    tx = recipe(Live("learning_rate", 0.1), weight_decay=Live("weight_decay", 0.1))
+    params, grads = tree(0), tree(1)
+    state = tx.init(params)
+
+    def step_in_place(tx: Any, grads: Any, state: Any, params: Any) -> Any:
+        return fs.update_in_place(tx, grads, state, params, **given)
+
+    def step(tx: Any, grads: Any, state: Any, params: Any) -> Any:
+        return tx.update(grads, state, params, donate=True, **given)
+
+    for way in (step, step_in_place):
+        check_refused(way, match, tx, grads, state, params)
+
+
+@pytest.mark.parametrize("parts", [(slice(0, 4), slice(2, 6)), (slice(0, 6), slice(2, 4))])
+def test_parameters_that_share_entries_move_by_the_sum(parts: tuple[slice, slice]) -> None:
+    """Updates are of the parameters as they were, whatever part of them another step writes to."""
+    rows = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    grads = {name: torch.ones_like(rows[part]) for name, part in zip("ab", parts)}
+    for tx in (
+        fs.partition({"a": fs.adamw(0.1), "b": fs.shampoo(0.1)}, {"a": "a", "b": "b"}),
+        fs.shampoo(0.1, weight_decay=0.5, max_size=2, tile=4),
+    ):
+        memory = rows.clone()
+        params = {name: memory[part] for name, part in zip("ab", parts)}
+        apart = {name: x.clone() for name, x in params.items()}
+        updates, _ = tx.update(grads, tx.init(apart), apart)
+        expected = rows.clone()
+        for name, part in zip("ab", parts):
+            expected[part] += updates[name]
+        fs.update_in_place(tx, grads, tx.init(params), params)
+        assert torch.allclose(memory, expected, rtol=0, atol=1e-6)

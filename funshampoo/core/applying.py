@@ -120,8 +120,6 @@ def update_in_place(
     >>> params
     {'w': tensor([0.9000, 0.9000])}
     """
-    if context.get("hyper"):
-        check_values(context["hyper"], transformation.lives)
     if torch.compiler.is_dynamo_compiling():
         return unwatched(transformation, updates, state, params, **context)
     with Watched(state, params):
@@ -137,6 +135,8 @@ def unwatched(
 ) -> State:
     """`update_in_place` for a caller who watches for interruptions."""
     given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
+    if given.hyper:
+        check_values(given.hyper, transformation.lives)
     if torch.compiler.is_dynamo_compiling():
         return applied(transformation, placed_as(updates, params), state, params, given)
     entering = Entering(transformation, updates, state, params, given).checked()

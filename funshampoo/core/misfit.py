@@ -35,7 +35,8 @@ def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: st
         )
     return (
         f"the state is not one of this transformation for these parameters: {problem}. Build the "
-        "transformation that made it and give the parameters that it was made for, or call init."
+        "transformation that made it and give the parameters that it was made for, or call init. A "
+        "stage of your own has to keep what it makes in init in its shapes."
     )
 
 
