@@ -146,9 +146,9 @@ def test_gradients_without_parameters(case: Case) -> None:
     if tx.needs:
         check_refused(donated, f"{tx.needs} needs the parameters: pass", tx, grads, state, None)
         return
-    changes = [with_scale(torch.tensor(3)), with_w(lambda w: w + 0j), with_w(Tensor.to_sparse)]
+    changes = [with_w(Tensor.int), with_w(lambda w: w + 0j), with_w(Tensor.to_sparse)]
     for change in changes:
-        match = "gradient of '(w|layers.0.scale)' is .* only dense tensors of a real floating dtype"
+        match = "gradient of 'w' is .* only dense tensors of a real floating dtype"
         check_refused(donated, match, tx, change(grads), state, None)
     if tensors(state) and look(state) != look(tx.init(with_w(lambda w: w.T)(params))):
         match = "^these gradients do not fit the state: .*call init"
@@ -175,12 +175,37 @@ PARAMETERS: dict[str, tuple[Change, str]] = {
     "None": (lambda p: None, "^params is None, .*pass them"),
     "missing": (lambda p: {"w": p["w"]}, "'layers.0.bias' is missing from params"),
     "shape": (with_w(lambda w: w.T.contiguous()), r"'w' has shape \(3, 4\) in params"),
-    "int": (with_w(Tensor.int), "'w' is of torch.float32, its|parameter 'w' is an integer"),
+    "int": (with_w(Tensor.int), "parameter 'w' is an integer or bool tensor"),
     "meta": (with_w(lambda w: w.to("meta")), "gradient of 'w' is on cpu, the parameter on meta"),
     "leaf None": (with_w(lambda w: None), "parameter 'w' is None; only dense"),
-    "leaf number": (with_scale(3.0), "parameter 'layers.0.scale' is a float, not a tensor"),
+    "leaf number": (with_scale(3.0), "parameter 'layers.0.scale' is of type float, not a"),
     "recorded": (with_w(lambda w: w.clone().requires_grad_()), "'w' requires gradients.*no_grad"),
 }
+
+
+@every_case
+def test_what_no_state_can_be_made_of(case: Case) -> None:
+    tx, params = case.make(), tree(0)
+    w = params["w"]
+    for odd in (None, 3.0, "w", w.int(), w > 0, w + 0j, w.to_sparse(), w.numpy()):
+        with pytest.raises(TypeError, match="parameter 'w' is .*; only dense.*Leave it out"):
+            tx.init({**params, "w": odd})
+
+
+def test_what_masked_hides_may_be_anything() -> None:
+    """Also in a process that has not made the state."""
+    params = {"w": torch.ones(2, 3), "count": torch.tensor(3)}
+    grads = {"w": torch.ones(2, 3), "count": None}
+
+    def make() -> fs.GradientTransformation:
+        return fs.masked(fs.adamw(0.1), {"w": True, "count": False})
+
+    state = make().init(params)
+    updates, _ = make().update(grads, state, params)
+    assert updates["count"] is None
+    fs.update_in_place(make(), grads, state, params)
+    assert params["count"] == 3
+    assert (params["w"] < 1).all()
 
 
 @every_case

@@ -30,7 +30,7 @@ RECIPES = {
         (torch.ones(2, dtype=torch.complex64), "is complex"),
         (torch.eye(2).to_sparse(), "is sparse"),
         (torch.ones(2).to(torch.float8_e5m2), "not of a dtype that can be optimized"),
-        (3.0, "is a float, not a tensor"),
+        (3.0, "is of type float, not a tensor"),
         (None, "is None"),
     ],
     ids=["integer", "bool", "complex", "sparse", "float8", "float", "none"],

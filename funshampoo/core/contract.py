@@ -32,6 +32,7 @@ from funshampoo.core.live import Live, check_placed, check_values, live_names, l
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import required
 from funshampoo.core.of_parts import checks_of, united
+from funshampoo.core.parameters import of_parameters
 from funshampoo.core.placed import is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
@@ -141,7 +142,7 @@ class GradientTransformation:
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
         self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
         self._given |= {"refresh_cost": refresh_cost, "needs_params": needs_params}
-        self._init = adapted_init(init)
+        self._init = adapted_init(init) if parts else of_parameters(adapted_init(init), self.name)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply

@@ -19,9 +19,9 @@ from torch import Tensor
 from funshampoo.core.context import Context
 from funshampoo.core.interrupted import check_unmarked, first_tensor
 from funshampoo.core.misfit import misfit
-from funshampoo.core.parameters import gradients_like, problem_of
+from funshampoo.core.parameters import NotAParameterError, gradients_like
 from funshampoo.core.placed import any_in_parts
-from funshampoo.core.tree import flatten, leaf_names, structures_differ
+from funshampoo.core.tree import flatten, structures_differ
 
 _LOOK = attrgetter("shape", "dtype", "device", "layout")
 _STATE_LOOK = attrgetter("shape", "dtype", "device")
@@ -87,8 +87,8 @@ class Fits:
             same = one.tensors == tensors and one.leaves == wanted and one.nodes == nodes
             if same and one.spec == spec:
                 return updates
-        _check_leaves(known, updates if params is None else params, params is None)
-        if not _is_nested(context) and None not in wanted and not any_in_parts(known):
+        unknown = params is None and None in wanted  # without a gradient, and so without a shape
+        if not (unknown or _is_nested(context) or any_in_parts(known)):
             given = "gradients" if params is None else "parameters"
             self._check_unknown(state, known, spec, given)
             self._remember(spec, wanted, nodes, tensors)
@@ -108,14 +108,28 @@ class Fits:
     def _remember(self, spec: Any, *looks: list[Any]) -> None:
         self._known = [_Known(spec, *looks), *self._known[: _REMEMBERED - 1]]
 
-    def _check_unknown(self, state: Any, leaves: Sequence[Tensor], spec: Any, given: str) -> None:
+    def _check_unknown(self, state: Any, leaves: Sequence[Any], spec: Any, given: str) -> None:
         try:
-            like = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in leaves]
-            wanted = self._init(spec.unflatten(like), {})
+            wanted = self._init(spec.unflatten(list(map(_on_meta, leaves))), {})
+        except NotAParameterError as error:
+            if given == "parameters":
+                raise
+            raise TypeError(
+                f"the gradient of '{error.leaf}' {error.problem}; only dense tensors of a real "
+                "floating dtype can be optimized. Convert it, or leave it out of the tree."
+            ) from None
         except Exception:  # it reads values, say: then the stages find out by themselves
             return
-        if problem := misfit(wanted, state, {p.device for p in leaves}, given):
+        devices = {p.device for p in leaves if isinstance(p, Tensor)}
+        if problem := misfit(wanted, state, devices, given):
             raise ValueError(problem)
+
+
+def _on_meta(p: Any) -> Any:
+    """One like it without values; what is no parameter is itself, to be told of by `init`."""
+    if not isinstance(p, Tensor) or p.layout is not torch.strided:
+        return p
+    return torch.empty(p.shape, dtype=p.dtype, device="meta")
 
 
 def _is_nested(context: Context) -> bool:
@@ -153,16 +167,3 @@ def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
         else:
             kinds.append(type(node))
     return kinds, list(map(_STATE_LOOK, tensors))
-
-
-def _check_leaves(leaves: Sequence[Any], tree: Any, are_gradients: bool) -> None:
-    """Raise TypeError for a leaf that no stage can step, of a tree that is seen the first time."""
-    for i, leaf in enumerate(leaves):
-        if are_gradients and leaf is None:
-            continue
-        if problem := problem_of(leaf):
-            what = "the gradient of" if are_gradients else "parameter"
-            raise TypeError(
-                f"{what} '{leaf_names(tree)[i]}' {problem}; only dense tensors of a real floating "
-                "dtype can be optimized. Convert it, or leave it out of the tree."
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,22 @@ def detached(p: Tensor) -> Tensor:
     return found
 
 
+class NotAParameterError(TypeError):
+    """A leaf is no dense tensor of a real floating dtype.
+
+    Attributes:
+        leaf, problem: its name, and what it is.
+    """
+
+    def __init__(self, stage: str, leaf: str, problem: str) -> None:
+        super().__init__(
+            f"{stage}: parameter '{leaf}' {problem}; only dense tensors of a real floating dtype "
+            "can be optimized. Leave it out of the tree, or wrap the whole chain in masked(...) to "
+            "hide it."
+        )
+        self.leaf, self.problem = leaf, problem
+
+
 def check_parameters(params: Any, stage: str) -> None:
     """Every leaf is a dense tensor of a real floating dtype.
 
@@ -51,11 +67,28 @@ def check_parameters(params: Any, stage: str) -> None:
             raise TypeError(f"{stage}: parameter '{leaf_names(params)[i]}' {_LAZY}")
         problem = problem_of(leaf)
         if problem:
-            raise TypeError(
-                f"{stage}: parameter '{leaf_names(params)[i]}' {problem}; only dense tensors of a "
-                "real floating dtype can be optimized. Leave it out of the tree, or wrap the whole "
-                "chain in masked(...) to hide it."
-            )
+            raise NotAParameterError(stage, leaf_names(params)[i], problem)
+
+
+def of_parameters(init: Callable[[Any, Any], Any], stage: str) -> Callable[[Any, Any], Any]:
+    """The `init` of a stage, which looks at the parameters before it makes anything of them."""
+
+    def checked(params: Any, context: Any) -> Any:
+        check_parameters(params, stage)
+        return init(params, context)
+
+    return checked
+
+
+def check_tensors(params: Any, stage: str) -> None:
+    """Every leaf is a tensor, so that a function can say of it which part is to have it.
+
+    Raises:
+        TypeError: as `check_parameters`.
+    """
+    for i, leaf in enumerate(flatten(params)[0]):
+        if not isinstance(leaf, Tensor):
+            raise NotAParameterError(stage, leaf_names(params)[i], problem_of(leaf))
 
 
 def check_local(params: Any, stage: str, parts: bool = False) -> None:
@@ -93,7 +126,7 @@ def problem_of(leaf: Any) -> str:
     if leaf is None:
         return "is None"
     if not isinstance(leaf, Tensor):
-        return f"is a {type(leaf).__name__}, not a tensor"
+        return f"is of type {type(leaf).__name__}, not a tensor"
     if leaf.layout is not torch.strided:
         return f"is sparse ({leaf.layout})"
     if leaf.dtype not in _DTYPES:
@@ -126,7 +159,7 @@ def gradients_like(gradients: Sequence[Any], parameters: Sequence[Any], tree: An
     """
     found: list[Any] = []
     for i, (g, p) in enumerate(zip(gradients, parameters)):
-        if g is None or not isinstance(p, Tensor):  # what is no parameter is told of later
+        if g is None or not isinstance(p, Tensor) or p.dtype not in _DTYPES:  # told of later
             found.append(g)
             continue
         fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.core.parameters import NotAParameterError, problem_of
 from funshampoo.core.tree import flatten, leaf_names
 
 
@@ -17,22 +18,45 @@ def check_writable(params: Any, updates: Any) -> None:
     Raises:
         ValueError: it requires gradients, or its gradient does, and autograd records; or it is
             expanded, so that entries share memory.
+        TypeError: it is no dense tensor of a real floating dtype, and has a gradient.
     """
     leaves = flatten(params)[0]
-    if not all([p.is_contiguous() for p in leaves]):
-        _check_apart(leaves, params)
-    if torch.is_grad_enabled():
-        _check_unrecorded(leaves, updates, params)
+    gradients = flatten(updates)[0]
+    plain = all([isinstance(p, Tensor) and p.is_floating_point() for p in leaves])
+    if plain and all([p.is_contiguous() for p in leaves]):
+        every = [x for x in (*leaves, *gradients) if x is not None]
+        if not torch.is_grad_enabled() or not any([x.requires_grad for x in every]):
+            return
+    for i, (p, g) in enumerate(zip(leaves, gradients)):
+        if g is None and (not isinstance(p, Tensor) or not p.is_floating_point()):
+            continue  # what `masked` hides may be anything that has no gradient
+        if problem := problem_of(p):
+            raise NotAParameterError("update_in_place", leaf_names(params)[i], problem)
+        if problem := _problem_of_writing(p, g):
+            raise ValueError(problem.format(leaf_names(params)[i]))
 
 
-def _check_apart(leaves: Sequence[Tensor], params: Any) -> None:
-    for i, p in enumerate(leaves):
-        if p.layout is torch.strided and _repeats(p.shape, p.stride()):
-            raise ValueError(
-                f"parameter '{leaf_names(params)[i]}' has several entries in one place of memory "
-                f"(shape {tuple(p.shape)}, strides {p.stride()}), as expand() makes them, so that "
-                "it can't be written to: pass p.clone(), or what it was expanded from."
-            )
+def _problem_of_writing(p: Tensor, g: Tensor | None) -> str:
+    if not p.is_contiguous() and _repeats(p.shape, p.stride()):
+        return (
+            "parameter '{}' has several entries in one place of memory "
+            f"(shape {tuple(p.shape)}, strides {p.stride()}), as expand() makes them, so that it "
+            "can't be written to: pass p.clone(), or what it was expanded from."
+        )
+    if not torch.is_grad_enabled():
+        return ""
+    if p.requires_grad and p.is_leaf:
+        return (
+            "parameter '{}' requires gradients, and autograd lets nobody write to it: pass "
+            "p.detach(), or step under torch.no_grad()."
+        )
+    if g is not None and g.requires_grad:
+        return (
+            "the gradient of '{}' requires gradients itself, and autograd would record what is "
+            "written: pass g.detach(), or step under torch.no_grad(). To differentiate through "
+            "steps, use update and apply_updates."
+        )
+    return ""
 
 
 def _repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -45,18 +69,3 @@ def _repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return True
         extent += stride * (side - 1)
     return False
-
-
-def _check_unrecorded(leaves: Sequence[Tensor], updates: Any, params: Any) -> None:
-    for i, (p, g) in enumerate(zip(leaves, flatten(updates)[0])):
-        if p.requires_grad and p.is_leaf:
-            raise ValueError(
-                f"parameter '{leaf_names(params)[i]}' requires gradients, and autograd lets nobody "
-                "write to it: pass p.detach(), or step under torch.no_grad()."
-            )
-        if g is not None and g.requires_grad:
-            raise ValueError(
-                f"the gradient of '{leaf_names(params)[i]}' requires gradients itself, and "
-                "autograd would record what is written: pass g.detach(), or step under "
-                "torch.no_grad(). To differentiate through steps, use update and apply_updates."
-            )
