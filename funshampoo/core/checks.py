@@ -95,7 +95,7 @@ def check_step(value: Any) -> None:
     Raises:
         TypeError, ValueError: it is none.
     """
-    if isinstance(value, (bool, float, str, Tensor)) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, float, str, Tensor, list, tuple, dict)):  # not a torch.SymInt
         raise TypeError(f"step is a {type(value).__name__}; pass a Python int that counts from 1.")
     if value < 1:
         raise ValueError(f"step is {value}; it counts from 1, as t does in the equations.")
