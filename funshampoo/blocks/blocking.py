@@ -26,7 +26,8 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
-from funshampoo.core.modes import begin_apart, is_plain, is_traced
+from funshampoo.core.modes import is_plain, is_traced, lie_apart
+from funshampoo.core.needs import required
 from funshampoo.core.parameters import check_local, problem_of_gradients
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
 from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
@@ -107,6 +108,7 @@ def blocked(
         apply=blocks.apply,
         check=blocks.check if inner.checks else None,
         parts={"inner": inner},
+        needs_params=with_params is not False,
         # It opens a scope, whose gradient are the updates that come in.
         flops=lambda block, kept, apart: inner.flops(block, kept) - inner.flops(block, kept, apart),
     )
@@ -153,6 +155,8 @@ class _Blocked:
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is not False and params is None:
             raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
+        if self.with_params is False and self.inner.needs:
+            required(None, self.inner.needs, block_ndim=1)
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
@@ -209,7 +213,7 @@ class _Blocked:
             return BlockedState(new, state.layout, advanced(state.steps, context.donate))
         in_place = not is_traced() and all([p.is_contiguous() for p in own])
         # Where parameters are tied, a tile would read what the one before has written.
-        if not in_place or not (self.with_params is False or begin_apart(own)):
+        if not in_place or not (self.with_params is False or lie_apart(own)):
             updates, state = self.update(updates, state, params, context)
             add_in_place(params, updates)
             return state

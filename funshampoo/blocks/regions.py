@@ -139,7 +139,7 @@ class Parts(dict[tuple[str, range], Rows]):
         dtype = self.layout.stacks[stack].dtype
         views, own = self._targets(stack, rows, values, leaves)
         alike = values.dtype == dtype and all([view.dtype == dtype for view in views])
-        if alike and are_apart(views):
+        if alike and are_apart(views, blocks=True):
             torch._foreach_add_(views, own)
             return
         for view, new in zip(views, own):

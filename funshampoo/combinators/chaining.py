@@ -7,6 +7,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import CLOCK, advanced, running, started
 from funshampoo.core.context import Context
@@ -15,10 +17,9 @@ from funshampoo.core.contract import (
     State,
     Tree,
     as_transformation,
-    checked_pair,
-    steps_of,
 )
 from funshampoo.core.elementwise import LocalStep, local_step
+from funshampoo.core.of_parts import checked_pair, steps_of
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import SEEN, any_in_parts
 from funshampoo.core.tree import check_same_structure, flatten
@@ -101,7 +102,7 @@ def chain(
             )
         if {key for key in state if key != CLOCK} != set(named):  # not by views: torch 2.11
             raise ValueError(_other_chain(set(named), set(state) - {CLOCK}))
-        if params is not None:
+        if torch.compiler.is_dynamo_compiling() and params is not None:
             check_same_structure(params, updates, "params", "gradients")
 
     ends_in_place = bool(named) and list(named.values())[-1].apply is not None

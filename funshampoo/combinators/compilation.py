@@ -21,10 +21,10 @@ from funshampoo.core.contract import (
     State,
     Tree,
     as_transformation,
-    steps_of,
 )
 from funshampoo.core.live import Numbers
 from funshampoo.core.modes import full_precision, is_traced, product_precision
+from funshampoo.core.of_parts import steps_of
 from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import MultiStepsState, ShardedState

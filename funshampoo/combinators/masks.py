@@ -9,7 +9,8 @@ from funshampoo.core.applying import add_in_place, applied
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
-from funshampoo.core.modes import begin_apart, is_traced
+from funshampoo.core.modes import is_traced, lie_apart
+from funshampoo.core.parameters import check_tensors
 from funshampoo.core.tree import MaskedNode, flatten, labels_of
 from funshampoo.state.stages import MaskedState, PartitionState
 
@@ -39,6 +40,8 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
     inner = as_transformation(inner)
 
     def init(params: Tree, **context: Any) -> MaskedState:
+        if callable(mask):
+            check_tensors(params, "masked")
         return MaskedState(_part_state(inner, params, labels_of(mask, params, "mask"), context))
 
     def update(
@@ -97,6 +100,8 @@ def partition(
         return {label: [g == label for g in given] for label in parts}
 
     def init(params: Tree, *, clock: bool = False, **context: Any) -> PartitionState:
+        if callable(labels):
+            check_tensors(params, "partition")
         context["clock"] = clock or counts
         states = {
             label: _part_state(parts[label], params, flags, context)
@@ -119,7 +124,7 @@ def partition(
         updates: Tree, state: PartitionState, params: Tree, context: Context
     ) -> PartitionState:
         # Where parameters are tied, a part would read what another has written.
-        if is_traced() or not begin_apart(flatten(params)[0]):
+        if is_traced() or not lie_apart(flatten(params)[0]):
             updates, state = update(updates, state, params, context)
             add_in_place(params, updates)
             return state

@@ -14,9 +14,9 @@ from funshampoo.core.contract import (
     Phase,
     Tree,
     as_transformation,
-    checked_pair,
 )
 from funshampoo.core.live import is_ours
+from funshampoo.core.of_parts import checked_pair
 from funshampoo.state.stages import EveryKState, WrappedState
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from funshampoo.core.contract import (
     State,
     Tree,
     TreeT,
-    checked_pair,
 )
 from funshampoo.core.elementwise import local_step
 from funshampoo.core.interrupted import Watched
+from funshampoo.core.live import check_values
 from funshampoo.core.modes import are_apart, is_plain
+from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, placed_as
-from funshampoo.core.tree import check_same_structure, flatten, leaf_names, wide
+from funshampoo.core.tree import check_same_structure, wide
+from funshampoo.core.writable import check_writable
 
 
 def apply_updates(params: TreeT, updates: Tree) -> TreeT:
@@ -106,7 +108,9 @@ def update_in_place(
         The new state.
 
     Raises:
-        ValueError: a parameter requires gradients, outside torch.no_grad(). Nothing is changed.
+        ValueError, TypeError: as `GradientTransformation.update`. A parameter can't be written to:
+            it, or its gradient, requires gradients, outside torch.no_grad(); several of its entries
+            are one place in memory. Nothing is changed.
         InterruptedStepError: an earlier step of this state did not come to its end. Any exception,
             KeyboardInterrupt too, that ends a step which has begun to write marks the state.
 
@@ -132,13 +136,45 @@ def unwatched(
     **context: Any,
 ) -> State:
     """`update_in_place` for a caller who watches for interruptions."""
-    if torch.is_grad_enabled():
-        _check_writable(params)
     given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
-    updates = placed_as(updates, params)
-    if transformation.checks:
-        transformation.check(state, given)
-    return applied(transformation, updates, state, params, given)
+    if given.hyper:
+        check_values(given.hyper, transformation.lives)
+    if torch.compiler.is_dynamo_compiling():
+        return applied(transformation, placed_as(updates, params), state, params, given)
+    entering = Entering(transformation, updates, state, params, given).checked()
+    return entering.applied()
+
+
+class Entering(NamedTuple):
+    """A step in place that nobody has begun."""
+
+    transformation: GradientTransformation
+    updates: Tree
+    state: State
+    params: Tree
+    context: Context
+
+    def checked(self) -> Entering:
+        """The same step, with the gradients as it takes them.
+
+        Raises:
+            ValueError, TypeError: as `update_in_place`; and whatever a step raises beforehand.
+        """
+        tx, updates, state, params, context = self
+        if params is None:
+            raise ValueError(
+                "params is None, and update_in_place changes parameters: pass them, or call "
+                "update, which returns the updates."
+            )
+        fine = tx.checked(updates, state, params, context)
+        check_writable(params, fine)
+        return self._replace(updates=fine)
+
+    def applied(self) -> State:
+        """The state after the step."""
+        new = applied(*self)
+        self.transformation.made(new)
+        return new
 
 
 def applied(
@@ -161,12 +197,3 @@ def applied(
     )
     add_in_place(params, found)
     return state
-
-
-def _check_writable(params: Tree) -> None:
-    for i, p in enumerate(flatten(params)[0]):
-        if isinstance(p, Tensor) and p.requires_grad and p.is_leaf:
-            raise ValueError(
-                f"parameter '{leaf_names(params)[i]}' requires gradients, and autograd lets nobody "
-                "write to it: pass p.detach(), or step under torch.no_grad()."
-            )

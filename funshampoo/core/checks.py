@@ -91,6 +91,18 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {least}.")
 
 
+def check_step(value: Any) -> None:
+    """A number of a step, from 1.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if isinstance(value, (bool, float, str, Tensor, list, tuple, dict)):  # not a torch.SymInt
+        raise TypeError(f"step is a {type(value).__name__}; pass a Python int that counts from 1.")
+    if value < 1:
+        raise ValueError(f"step is {value}; it counts from 1, as t does in the equations.")
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """`value` is one of `choices`.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funshampoo.core.checks import check_step
 from funshampoo.core.context import Context, changed
 from funshampoo.core.modes import is_traced, unwrapped
 
@@ -59,10 +60,7 @@ def current_step(counter: Tensor, step: int | None) -> int | None:
     if step is None:
         done = read_counter(counter)
         return None if done is None else done + 1
-    if isinstance(step, (bool, float, Tensor)):
-        raise TypeError(f"step is a {type(step).__name__}; pass a Python int that counts from 1.")
-    if step < 1:
-        raise ValueError(f"step is {step}; it counts from 1, as t does in the equations.")
+    check_step(step)
     return step
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.core.checks import check_flag
+from funshampoo.core.checks import check_flag, check_step
 from funshampoo.core.live import check_heard
 
 NOTHING: Mapping[str, Any] = {}  # to be read alone
@@ -79,8 +79,8 @@ def context_of(
 
     Raises:
         TypeError: nobody knows a name, or it is nearly one of the context's; `donate` or `refresh`
-            is no bool.
-        ValueError: nobody reads what `hyper` names; see `check_heard`.
+            is no bool, `step` no int, `hyper` no dict.
+        ValueError: nobody reads what `hyper` names, see `check_heard`; `step` is below 1.
 
     >>> context_of({"step": 3}, set()).step
     3
@@ -92,7 +92,12 @@ def context_of(
     for name in ("donate", "refresh"):
         if names.get(name) is not None:
             check_flag(name, names[name])
-    if names.get("hyper"):
+    if names.get("step") is not None:
+        check_step(names["step"])
+    hyper = names.get("hyper", NOTHING)
+    if not isinstance(hyper, Mapping):
+        raise TypeError(f"hyper is {hyper!r}; give a dict, {{name: number or tensor}}.")
+    if hyper:
         check_heard(names["hyper"], live)
     return Context(**{name: value for name, value in names.items() if name in PLACES}, extra=own)
 

@@ -25,11 +25,14 @@ from funshampoo.core.adapting import (
     without_state,
 )
 from funshampoo.core.checks import check_state
-from funshampoo.core.clock import CLOCK, running
 from funshampoo.core.context import EMPTY, Context, context_of
-from funshampoo.core.interrupted import Watched, check_whole
-from funshampoo.core.live import live_names
+from funshampoo.core.fit import Fits
+from funshampoo.core.interrupted import Watched
+from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
 from funshampoo.core.modes import for_keeps
+from funshampoo.core.needs import required
+from funshampoo.core.of_parts import checks_of, united
+from funshampoo.core.parameters import of_parameters
 from funshampoo.core.placed import is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
@@ -91,6 +94,8 @@ class GradientTransformation:
         passes: whether it never changes the updates.
         elementwise: whether each number of an update depends on the same number of gradient, state
             and parameter alone; so it gets a rank's parts of DTensors, see `core.elementwise`.
+        needs_params: whether no step is possible without parameters, so that a call without them is
+            an error before anything is changed. By default where a part needs them.
         refresh_cost: of the refresh of one matrix, in the time that the default solver takes: a
             rule's `relative_cost`. By default that of the part where it is largest; None: 1.
 
@@ -129,6 +134,7 @@ class GradientTransformation:
         passes: bool = False,
         elementwise: bool = False,
         refresh_cost: float | None = None,
+        needs_params: bool | None = None,
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
@@ -139,14 +145,16 @@ class GradientTransformation:
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
         self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
         self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise}
-        self._init = adapted_init(init)
+        self._given |= {"needs_params": needs_params}
+        self._init = adapted_init(init) if parts else of_parameters(adapted_init(init), self.name)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
         self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
         self._phase, self._flops = phase, adapted_flops(flops)
-        self.check: Callable[[State, Context], None] = check or _checks_of(self.parts, state_of)
+        self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes, self.elementwise = passes, elementwise
+        self._fits = Fits(self._init)
         children = list(self.parts.values())
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])
@@ -154,19 +162,24 @@ class GradientTransformation:
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
         largest = max(costs, default=None)
         self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
+        needing = [part.needs for part in children if part.needs]
+        own_need = bool(needing) if needs_params is None else needs_params
+        self.needs: str = (needing or [self.name])[0] if own_need else ""
         self._knows_when = phase is not None or not adapted.branches
         minds = adapted.minds_alive if minds_alive is None else minds_alive
         self.minds_alive: bool = minds and all([part.minds_alive for part in children])
         self.checks: bool = check is not None or any([part.checks for part in children])
-        self.accepts: frozenset[str] | None = _united(
+        self.accepts: frozenset[str] | None = united(
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
         may_read_any = numbers is None and adapted.reads_hyper and not children
         self.reads_gradient: bool = adapted.reads_gradient or any(
             [part.reads_gradient for part in children]
         )
+        below = [x for part in children for x in part.lives]
+        self.lives: list[Live] = [*lives_among(numbers or ()), *below]
         own = None if may_read_any else live_names(numbers or ())
-        self.live: frozenset[str] | None = _united(own, *[part.live for part in children])
+        self.live: frozenset[str] | None = united(own, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
         """The state for these parameters.
@@ -181,6 +194,8 @@ class GradientTransformation:
             with for_keeps():
                 state = self._init(params, context)
         check_state(state, self.name)
+        if not context and not torch.compiler.is_dynamo_compiling():
+            self._fits.remember(params, state)
         return state
 
     def update(
@@ -196,18 +211,44 @@ class GradientTransformation:
             context: `Context`'s names, and those that a stage of yours declares.
 
         Raises:
-            TypeError: no stage knows a name.
-            ValueError: no stage reads the live numbers that `hyper` names.
+            TypeError: no stage knows a name; a gradient is no dense real floating tensor.
+            ValueError: no stage reads the live numbers that `hyper` names. Gradients, state and
+                parameters do not fit together, or a stage needs parameters and there are none.
         """
         given = context_of(context, self.accepts, self.live) if context else EMPTY
-        check_whole(state)
-        updates = placed_as(updates, params)
+        if given.hyper:
+            check_values(given.hyper, self.lives)
+        if torch.compiler.is_dynamo_compiling():
+            return self.run(placed_as(updates, params), state, params, given)
+        updates = self.checked(updates, state, params, given)
+        if given.donate:
+            with Watched(state):
+                found = self.run(updates, state, params, given)
+        else:
+            found = self.run(updates, state, params, given)
+        self._fits.made(found)
+        return found
+
+    def checked(self, updates: TreeT, state: State, params: Tree, context: Context) -> TreeT:
+        """The gradients, as `run` takes them. Outside torch.compile.
+
+        Raises:
+            ValueError: gradients, state and parameters do not fit together; parameters are missing.
+            TypeError: a gradient is no dense tensor of a real floating dtype.
+        """
+        if self.needs and params is None:
+            required(params, self.needs, context.block_ndim)
+        if context.hyper:
+            check_placed(context.hyper, params)
+        placed = placed_as(updates, params)
+        fine: TreeT = self._fits.checked(placed, state, params, context)
         if self.checks:
-            self.check(state, given)
-        if not given.donate or torch.compiler.is_dynamo_compiling():
-            return self.run(updates, state, params, given)
-        with Watched(state):
-            return self.run(updates, state, params, given)
+            self.check(state, context)
+        return fine
+
+    def made(self, state: State) -> None:
+        """Outside of `update` a step that `checked` has let in has come to its end, with this."""
+        self._fits.made((None, state))
 
     def phase(self, step: int) -> Phase:
         """What happens on this step, from 1, that does not happen on all; () on a plain one."""
@@ -243,45 +284,13 @@ class GradientTransformation:
         return f"<{self.name}({inside})>"
 
 
-def _united(*names: Collection[str] | None) -> frozenset[str] | None:
-    known = [own for own in names if own is not None]
-    return frozenset().union(*known) if len(known) == len(names) else None
-
-
-def _checks_of(
-    parts: Mapping[str, GradientTransformation], state_of: Callable[[State, str], State]
-) -> Callable[[State, Context], None]:
-    """The checks of all parts that have some."""
-    own = {name: part for name, part in parts.items() if part.checks}
-
-    def check(state: State, context: Context) -> None:
-        inside = running(steps_of(state), context)
-        for name, part in own.items():
-            try:
-                kept = state_of(state, name)
-            except (AttributeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"the state is another transformation's: it has nothing for '{name}'. Build "
-                    "the one that made it, or call init."
-                ) from error
-            part.check(kept, inside)
-
-    return check
-
-
-def steps_of(state: State) -> Any:
-    """The counter of a state that counts for itself and all in it; () where it has none."""
-    own = state.get(CLOCK) if isinstance(state, dict) else state
-    return getattr(own, "steps", ())
-
-
 def stateless(
     function: Callable[..., Tree], name: str = "", **options: Any
 ) -> GradientTransformation:
     """A stage without a state from `function(updates, params=None, **context) -> updates`.
 
     Args:
-        options: `numbers`, `passes`, `elementwise`, as of `GradientTransformation`.
+        options: `numbers`, `passes`, `elementwise`, `needs_params`, as of `GradientTransformation`.
 
     >>> import torch
     >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
@@ -327,24 +336,11 @@ def as_transformation(stage: Any) -> GradientTransformation:
     )
 
 
-def checked_pair(result: Any, stage: str) -> tuple[Tree, State]:
-    """What a stage returned.
-
-    Raises:
-        TypeError: it is no pair.
-    """
-    if type(result) is tuple and len(result) == 2:
-        return result
-    raise TypeError(
-        f"the update of stage '{stage}' returned a {type(result).__name__}; it has to return a "
-        "pair, (updates, state). A stage without a state returns the one that it was given."
-    )
-
-
 def identity() -> GradientTransformation:
     """The transformation that changes nothing.
 
-    >>> identity().update({"w": 1.0}, EmptyState())
-    ({'w': 1.0}, EmptyState())
+    >>> import torch
+    >>> identity().update({"w": torch.ones(1)}, EmptyState())
+    ({'w': tensor([1.])}, EmptyState())
     """
     return stateless(lambda updates: updates, "identity", passes=True, elementwise=True)

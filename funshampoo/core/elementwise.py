@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import GradientTransformation, Tree, checked_pair
+from funshampoo.core.contract import GradientTransformation, Tree
 from funshampoo.core.modes import is_traced
+from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.placed import (
     SEEN,
     any_in_parts,

@@ -74,7 +74,22 @@ def check_whole(state: Any) -> None:
 
 
 def _check(tensors: list[Tensor]) -> None:
-    if tensors and getattr(tensors[0], _MARK, False):  # all of a state's are marked, or none
+    check_unmarked(tensors[0] if tensors else None)
+
+
+def first_tensor(state: Any) -> Tensor | None:
+    """The first of a state, level by level."""
+    found = _tensors(state, only_one=True)
+    return found[0] if found else None
+
+
+def check_unmarked(first: Tensor | None) -> None:
+    """`check_whole` of a state whose first tensor this is.
+
+    Raises:
+        InterruptedStepError: a step was interrupted.
+    """
+    if getattr(first, _MARK, False):  # all of a state's are marked, or none
         raise InterruptedStepError(
             "a step was interrupted while it was writing to this state, which is half done: some "
             "of it, and some parameters, belong to the new step, some to the old. Go on from a "

@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from funshampoo.core.tree import flatten
+
 Numbers: TypeAlias = Mapping[str, Any]  # {name: number or tensor}
 NO_NUMBERS: Numbers = {}
 
@@ -88,14 +90,32 @@ def live_names(values: Iterable[Any]) -> frozenset[str]:
     >>> sorted(live_names([0.5, Live("lr", 0.1), None]))
     ['lr']
     """
-    found = set()
+    return frozenset([x.name for x in lives_among(values)])
+
+
+def lives_among(values: Iterable[Any]) -> list[Live]:
+    """The live numbers themselves."""
+    found: list[Live] = []
     for value in values:
         if isinstance(value, Live):
-            found.add(value.name)
+            found.append(value)
         elif dataclasses.is_dataclass(value):
             fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-            found |= {x.name for x in fields if isinstance(x, Live)}
-    return frozenset(found)
+            found += [x for x in fields if isinstance(x, Live)]
+    return found
+
+
+def check_values(hyper: Numbers, lives: Iterable[Live]) -> None:
+    """What a caller gives is in the range of every stage that reads it; a tensor passes unseen.
+
+    Raises:
+        ValueError, TypeError: name the stage's argument, and the range.
+    """
+    for live in lives:
+        value = hyper.get(live.name)
+        if value is not None and not isinstance(value, Tensor):
+            for check in live.checks:
+                check(value)
 
 
 def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
@@ -129,6 +149,22 @@ def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
         + (f"; did you mean '{likely[name][0]}'? " if likely[name] else ". ")
         + (f"Live are {names}." if known else "None is live: build the chain with core.live.Live.")
     )
+
+
+def check_placed(hyper: Numbers, params: Any) -> None:
+    """No number is a tensor without a value, where parameters have some.
+
+    Raises:
+        ValueError: one is on the meta device.
+    """
+    for name, value in hyper.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            leaves = flatten(params)[0]
+            if not all([isinstance(p, Tensor) and p.is_meta for p in leaves]):
+                raise ValueError(
+                    f"{name} is a tensor on the meta device, where it has no value; give a number, "
+                    "or a tensor on the parameters' device or on the CPU."
+                )
 
 
 def is_exactly(value: Any, what: float) -> bool:

@@ -58,19 +58,49 @@ def is_plain(*columns: Iterable[Tensor]) -> bool:
     return True
 
 
-def are_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether a foreach operator may write to all of these at once: no two begin at one place.
+def are_apart(tensors: Sequence[Tensor], blocks: bool = False) -> bool:
+    """Whether a foreach operator may write to all of these at once: no two share an entry.
 
     On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one.
+
+    Args:
+        blocks: that they are blocks of leaves, which are found to be apart by where they begin:
+            those of one leaf lie between one another.
     """
-    return all([x.is_cpu for x in tensors]) or begin_apart(tensors)
-
-
-def begin_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two of these, but for empty ones, begin at one place; on the meta device none."""
-    own = local_parts(tensors) if SEEN["any"] else tensors  # a DTensor itself is nowhere
-    places = [x.data_ptr() for x in own if x.numel() and not x.is_meta]
+    if all([x.is_cpu for x in tensors]):
+        return True
+    if not blocks:
+        return lie_apart(tensors)
+    places = [x.data_ptr() for x in _somewhere(tensors)]
     return len(set(places)) == len(places)
+
+
+def lie_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two of these, but for empty ones, begin in one place or reach into another.
+
+    Those that lie between one another without sharing an entry, as columns of a matrix do, count as
+    not apart. On the meta device all are apart.
+    """
+    spans = [(x.data_ptr(), _extent(x)) for x in _somewhere(tensors)]
+    ends = 0
+    for begin, length in sorted(spans):
+        if begin < ends:
+            return False
+        ends = begin + length
+    return True
+
+
+def _somewhere(tensors: Sequence[Tensor]) -> list[Tensor]:
+    own = local_parts(tensors) if SEEN["any"] else tensors  # a DTensor itself is nowhere
+    return [x for x in own if x.numel() and not x.is_meta]
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first entry to behind the last."""
+    if x.is_contiguous():
+        return x.nbytes
+    steps = [(n - 1) * stride for n, stride in zip(x.shape, x.stride())]
+    return (1 + sum(steps)) * x.element_size()
 
 
 def in_a_mode() -> bool:

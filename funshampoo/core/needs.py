@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from funshampoo.core.contract import Hyper, Schedule
 from funshampoo.core.live import Numbers, number
+
+if TYPE_CHECKING:
+    from funshampoo.core.contract import Hyper, Schedule
 
 
 def required(params: Any, stage: str, block_ndim: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from funshampoo.core.placed import is_in_parts
-from funshampoo.core.tree import flatten, leaf_names
+from funshampoo.core.tree import cast, compute_dtype, flatten, leaf_names
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,6 +39,22 @@ def detached(p: Tensor) -> Tensor:
     return found
 
 
+class NotAParameterError(TypeError):
+    """A leaf is no dense tensor of a real floating dtype.
+
+    Attributes:
+        leaf, problem: its name, and what it is.
+    """
+
+    def __init__(self, stage: str, leaf: str, problem: str) -> None:
+        super().__init__(
+            f"{stage}: parameter '{leaf}' {problem}; only dense tensors of a real floating dtype "
+            "can be optimized. Leave it out of the tree, or wrap the whole chain in masked(...) to "
+            "hide it."
+        )
+        self.leaf, self.problem = leaf, problem
+
+
 def check_parameters(params: Any, stage: str) -> None:
     """Every leaf is a dense tensor of a real floating dtype.
 
@@ -49,13 +65,30 @@ def check_parameters(params: Any, stage: str) -> None:
     for i, leaf in enumerate(leaves):
         if is_lazy(leaf):
             raise TypeError(f"{stage}: parameter '{leaf_names(params)[i]}' {_LAZY}")
-        problem = _problem_of(leaf)
+        problem = problem_of(leaf)
         if problem:
-            raise TypeError(
-                f"{stage}: parameter '{leaf_names(params)[i]}' {problem}; only dense tensors of a "
-                "real floating dtype can be optimized. Leave it out of the tree, or wrap the whole "
-                "chain in masked(...) to hide it."
-            )
+            raise NotAParameterError(stage, leaf_names(params)[i], problem)
+
+
+def of_parameters(init: Callable[[Any, Any], Any], stage: str) -> Callable[[Any, Any], Any]:
+    """The `init` of a stage, which looks at the parameters before it makes anything of them."""
+
+    def checked(params: Any, context: Any) -> Any:
+        check_parameters(params, stage)
+        return init(params, context)
+
+    return checked
+
+
+def check_tensors(params: Any, stage: str) -> None:
+    """Every leaf is a tensor, so that a function can say of it which part is to have it.
+
+    Raises:
+        TypeError: as `check_parameters`.
+    """
+    for i, leaf in enumerate(flatten(params)[0]):
+        if not isinstance(leaf, Tensor):
+            raise NotAParameterError(stage, leaf_names(params)[i], problem_of(leaf))
 
 
 def check_local(params: Any, stage: str, parts: bool = False) -> None:
@@ -88,11 +121,12 @@ def check_local(params: Any, stage: str, parts: bool = False) -> None:
             )
 
 
-def _problem_of(leaf: Any) -> str:
+def problem_of(leaf: Any) -> str:
+    """Why this can't be optimized; "" of a dense tensor of a real floating dtype."""
     if leaf is None:
         return "is None"
     if not isinstance(leaf, Tensor):
-        return f"is a {type(leaf).__name__}, not a tensor"
+        return f"is of type {type(leaf).__name__}, not a tensor"
     if leaf.layout is not torch.strided:
         return f"is sparse ({leaf.layout})"
     if leaf.dtype not in _DTYPES:
@@ -113,12 +147,57 @@ def problem_of_gradients(
     return None
 
 
+def gradients_like(gradients: Sequence[Any], parameters: Sequence[Any], tree: Any) -> list[Any]:
+    """The gradients; one of another real floating dtype in its parameter's compute dtype.
+
+    Args:
+        tree: of the gradients, for their names.
+
+    Raises:
+        TypeError: one is no dense real floating tensor, or on another device.
+        ValueError: one has another shape.
+    """
+    found: list[Any] = []
+    for i, (g, p) in enumerate(zip(gradients, parameters)):
+        if g is None or not isinstance(p, Tensor) or p.dtype not in _DTYPES:  # told of later
+            found.append(g)
+            continue
+        fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
+        if not fits:
+            raise TypeError(
+                f"the gradient of '{leaf_names(tree)[i]}' {_problem_of_gradient(g, p)}."
+            )
+        if g.shape != p.shape:
+            raise ValueError(
+                f"leaf '{leaf_names(tree)[i]}' has shape {tuple(p.shape)} in params and "
+                f"{tuple(g.shape)} in gradients: give the gradient in its parameter's shape."
+            )
+        if g.dtype is not p.dtype:
+            g = _cast(g, p, tree, i)
+        found.append(g)
+    return found
+
+
+def _cast(g: Tensor, p: Tensor, tree: Any, i: int) -> Tensor:
+    if g.is_complex() and not p.is_complex():
+        raise TypeError(
+            f"leaf '{leaf_names(tree)[i]}' is complex in gradients, and real in params: give the "
+            "real part, or torch.view_as_real of both."
+        )
+    if g.dtype not in _DTYPES:
+        raise TypeError(
+            f"the gradient of '{leaf_names(tree)[i]}' is of {g.dtype}, its parameter of {p.dtype}: "
+            "give it in a real floating dtype."
+        )
+    return g if is_in_parts(g) else cast(g, compute_dtype(p))
+
+
 def _problem_of_gradient(g: Any, p: Tensor) -> str:
     if not isinstance(g, Tensor):
-        return "is no tensor"
+        return f"is no tensor but of type {type(g).__name__}: make it one, torch.as_tensor(...)"
     if g.layout is not torch.strided:
         return (
             f"is sparse ({g.layout}): build its layer with sparse=False, or give this parameter to "
             "torch.optim.SparseAdam"
         )
-    return f"is on {g.device}, the parameter on {p.device}"
+    return f"is on {g.device}, the parameter on {p.device}: move it there"

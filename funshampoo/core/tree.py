@@ -234,7 +234,7 @@ def check_same_structure(
     leaves, spec = flatten(tree)
     others, other_spec = flatten(other)
     if spec != other_spec:
-        raise ValueError(_difference(tree, other, name, other_name))
+        raise ValueError(structures_differ(tree, other, name, other_name))
     for i, (a, b) in enumerate(zip(leaves, others)):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             continue
@@ -248,7 +248,8 @@ def check_same_structure(
     return (leaves, spec), (others, other_spec)
 
 
-def _difference(tree: Any, other: Any, name: str, other_name: str) -> str:
+def structures_differ(tree: Any, other: Any, name: str, other_name: str) -> str:
+    """How they do, as a sentence."""
     names, other_names = leaf_names(tree), leaf_names(other)
     for leaf in names:
         if leaf not in other_names:
@@ -258,5 +259,11 @@ def _difference(tree: Any, other: Any, name: str, other_name: str) -> str:
             )
     for leaf in other_names:
         if leaf not in names:
-            return f"{name} and {other_name} differ: leaf '{leaf}' is missing from {name}."
-    return f"{name} and {other_name} have the same leaves in containers of different types."
+            return (
+                f"{name} and {other_name} differ: leaf '{leaf}' is missing from {name}. Leave it "
+                f"out of {other_name}, or call init for {name} that have it."
+            )
+    return (
+        f"{name} and {other_name} have the same leaves in containers of different types: give both "
+        "as one kind of tree."
+    )

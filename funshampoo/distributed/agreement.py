@@ -48,6 +48,20 @@ def lines_of(leaves: Leaves) -> list[Line]:
     return found
 
 
+def dtypes_on_the_way(leaves: Leaves) -> list[Line]:
+    """Of sharded gradients: messages are as long as these say, whatever is missing.
+
+    Room for a missing one is its parameter's: where another rank has one of another dtype, the two
+    have to hear of it before they send anything.
+    """
+    known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
+    return [
+        (f"the dtype of the gradient of '{name}'", str((p if g is None else g).dtype))
+        for name, g, p in known
+        if is_in_parts(p)
+    ]
+
+
 def print_of(lines: Any, bits: int = 62) -> int:
     """A fingerprint of so many bits, the same in every process.
 
@@ -257,6 +271,7 @@ def agree(
     row = [1, 0, 0, 0, 0, 0]
     try:
         said_here = [*lines, ("the number of the step", str(context.step)), *said(context)]
+        said_here += dtypes_on_the_way(leaves)
         bits = Bits(bits_of(leaves.parameters or ()), bits_of(leaves.gradients))
         row = [0, print_of(said_here)]
         row += [print_of(x) for own in bits for x in (sorted(own), own)]

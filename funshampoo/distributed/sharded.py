@@ -16,7 +16,8 @@ from funshampoo.combinators.failures import (
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import look_due, running
 from funshampoo.core.context import Context
-from funshampoo.core.contract import GradientTransformation, Tree, as_transformation, checked_pair
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import flatten
 from funshampoo.distributed.agreement import Agreement

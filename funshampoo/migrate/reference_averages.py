@@ -92,7 +92,9 @@ def averaged_as_published(
     numbers = [learning_rate, weight_decay, peak]
     counts = callable(learning_rate)
     name = "schedule_free" if average is None else "primal_average"
-    return GradientTransformation(init, update, name, counts=counts, numbers=numbers)
+    return GradientTransformation(
+        init, update, name, counts=counts, numbers=numbers, needs_params=True
+    )
 
 
 def averaged(

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from funshampoo.core.applying import unwatched
+from funshampoo.core.applying import Entering
 from funshampoo.core.checks import check_flag
-from funshampoo.core.context import EMPTY
+from funshampoo.core.context import context_of
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
@@ -149,19 +149,29 @@ class GroupRun:
         self._handed_out = None
         self._anew = set()  # not cleared: `all_or_nothing` puts the old one back
 
-    def step(self) -> None:
-        """Read the gradients, and step, as prepared. What has no gradient is left alone."""
+    def entering(self) -> Entering | None:
+        """The step as prepared, with the gradients as they are; None where there is none to make.
+
+        Raises:
+            FailureLimitError: gradients or roots failed too often in a row.
+            ValueError, TypeError: a gradient or parameter can't be stepped, which names it.
+        """
         if not self.known:
-            return
-        self._untouched, self._read = False, None
+            return None
         built = self._built
         assert built.transformation is not None
         ascends = self.group.get("maximize", False)
         gradients = {k.name: gradient_of(k.parameter, ascends) for k in self.known}
         params = dict(zip(gradients, detached(k.parameter for k in self.known)))
-        self._state = unwatched(
-            built.transformation, gradients, self._state, params, hyper=built.numbers()
-        )
+        tx = built.transformation
+        given = context_of({"donate": True, "hyper": built.numbers()}, tx.accepts, tx.live)
+        return Entering(tx, gradients, self._state, params, given).checked()
+
+    def step(self, entering: Entering | None) -> None:
+        """Make this step. What has no gradient is left alone."""
+        if entering is not None:
+            self._untouched, self._read = False, None
+            self._state = entering.applied()
 
     def watched(self) -> Watched:
         """By it is known whether a step has written to anything.
@@ -170,16 +180,6 @@ class GroupRun:
             InterruptedStepError: the state is half done.
         """
         return Watched(self._state, self.parameters()).begin()
-
-    def check_failures(self) -> None:
-        """Raise what the step of this group would raise before it changes anything.
-
-        Raises:
-            FailureLimitError: gradients or roots failed too often in a row.
-        """
-        transformation = self._built.transformation
-        if self.known and transformation is not None and transformation.checks:
-            transformation.check(self._state, EMPTY)
 
     @for_keeps()
     def released(self, tensors: Collection[Tensor]) -> Left:

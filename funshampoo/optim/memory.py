@@ -74,17 +74,16 @@ class Memory:
         """Step all groups, as prepared; whatever ends it after something was written marks all.
 
         Raises:
-            FailureLimitError: from whichever group, before the first of them moves.
+            FailureLimitError, ValueError, TypeError: from whichever group, before the first of them
+                moves.
             InterruptedStepError: a state is half done.
         """
         runs = self.runs
-        if len(runs) > 1:
-            for run in runs:
-                run.check_failures()
         watched = [run.watched() for run in runs]
+        entering = [run.entering() for run in runs]
         try:
-            for run in runs:
-                run.step()
+            for run, step in zip(runs, entering):
+                run.step(step)
         except BaseException:  # Ctrl-C between two groups, too
             if any([watch.was_written() for watch in watched]):
                 for run in runs:

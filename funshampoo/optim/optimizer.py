@@ -18,7 +18,7 @@ from funshampoo.optim.loading import loaded_together, rates_of, seeded
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.saved import has_adamws, saved_group
 from funshampoo.optim.states import States
-from funshampoo.optim.vocabulary import Vocabulary
+from funshampoo.optim.vocabulary import Vocabulary, check_given
 from funshampoo.optim.whole import Whole, numbers_of, part_of_this_rank, united
 
 
@@ -93,6 +93,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         accept_adamw: bool = False,
         **hyperparameters: Any,
     ) -> None:
+        check_given(params)
         self._method = method
         if not isinstance(compile, (bool, Mapping)):
             raise TypeError(
@@ -117,6 +118,11 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """
         words = self._words
         if isinstance(param_group, dict):
+            if "params" not in param_group:
+                raise ValueError(
+                    f"the group has no 'params', but {sorted(map(str, param_group))}: give its "
+                    "parameters under that name."
+                )
             if "method" in param_group:
                 words = Vocabulary(param_group["method"], param_group)
             words.note_unknown(param_group)
@@ -166,6 +172,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 group. Nothing has moved then.
         """
         loss = None
+        if not (closure is None or callable(closure)):
+            raise TypeError(f"closure is {closure!r}; give a function that returns the loss.")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -290,6 +298,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         Raises:
             ValueError: other groups, names missing or unknown, other shapes or dtypes.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is {state_dict!r:.80}; give what state_dict() returned.")
         given: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, given)

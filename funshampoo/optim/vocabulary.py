@@ -288,3 +288,14 @@ def _entry(arguments: Arguments, name: str) -> Any:
 def _without(arguments: Arguments, live: Lives) -> dict[str, Any]:
     names = {name.partition("[")[0] for name in live}
     return {name: value for name, value in arguments.items() if name not in names}
+
+
+def check_given(params: Any) -> None:
+    """Raise TypeError for what is easily taken for parameters; torch sees the rest."""
+    if params is None or isinstance(params, (torch.nn.Module, Mapping)):
+        kind = "None" if params is None else f"a {type(params).__name__}"
+        remedy = ", or its items()" if isinstance(params, Mapping) else ""
+        raise TypeError(
+            f"params is {kind}; give parameters, model.parameters() or model.named_parameters()"
+            f"{remedy}. funshampoo.for_model takes a module, and a method by name."
+        )

@@ -54,4 +54,4 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
         params = required(params, "adaptive_clip", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
-    return stateless(clipped, "adaptive_clip", numbers=[max_ratio, epsilon])
+    return stateless(clipped, "adaptive_clip", numbers=[max_ratio, epsilon], needs_params=True)

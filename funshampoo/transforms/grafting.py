@@ -15,8 +15,8 @@ from funshampoo.core.contract import (
     Phase,
     Tree,
     as_transformation,
-    checked_pair,
 )
+from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.tree import columns_of, flatten
 from funshampoo.linalg.norms import (
     block_norms,

@@ -88,5 +88,5 @@ def hyperball(
         return out, LearningRateState(advanced(state.steps, donate))
 
     return GradientTransformation(
-        init, update, counts=callable(learning_rate), numbers=[learning_rate]
+        init, update, counts=callable(learning_rate), numbers=[learning_rate], needs_params=True
     )

@@ -72,5 +72,9 @@ def decay_after_step(
         return out, LearningRateState(advanced(state.steps, donate))
 
     return GradientTransformation(
-        init, update, counts=callable(learning_rate), numbers=[weight_decay, learning_rate]
+        init,
+        update,
+        counts=callable(learning_rate),
+        numbers=[weight_decay, learning_rate],
+        needs_params=True,
     )

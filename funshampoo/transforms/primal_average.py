@@ -82,4 +82,5 @@ def primal_average(
         update,
         counts=callable(learning_rate),
         numbers=[learning_rate, average, interpolation],
+        needs_params=True,
     )

@@ -53,4 +53,4 @@ def radial_brake(outward: Hyper = 0.5, inward: Hyper = 1.0) -> GradientTransform
         params = required(params, "radial_brake", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
-    return stateless(braked, "radial_brake", numbers=[outward, inward])
+    return stateless(braked, "radial_brake", numbers=[outward, inward], needs_params=True)

@@ -98,5 +98,9 @@ def schedule_free(
         return step, ScheduleFreeState(x, z, sums[0], sums[1], sums[2], now)
 
     return GradientTransformation(
-        init, update, counts=callable(learning_rate), numbers=[learning_rate, beta]
+        init,
+        update,
+        counts=callable(learning_rate),
+        numbers=[learning_rate, beta],
+        needs_params=True,
     )

@@ -56,4 +56,4 @@ def update_floor(
         params = required(params, "update_floor", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
-    return stateless(raised, "update_floor", numbers=[min_ratio])
+    return stateless(raised, "update_floor", numbers=[min_ratio], needs_params=True)

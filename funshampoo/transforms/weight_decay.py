@@ -104,7 +104,7 @@ def add_decayed_weights(
 
     numbers = [weight_decay, learning_rate, peak_learning_rate]
     stage = GradientTransformation(
-        init, update, counts=scheduled, numbers=numbers, elementwise=True
+        init, update, counts=scheduled, numbers=numbers, elementwise=True, needs_params=True
     )
     if mask is None:
         return stage

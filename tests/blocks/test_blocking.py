@@ -167,7 +167,7 @@ def test_a_late_parameter_in_a_shared_stack(own_steps: bool) -> None:
 def test_with_params_needs_them() -> None:
     params = {"w": torch.ones(2)}
     tx = fs.blocked(fs.add_decayed_weights(0.5), with_params=True)
-    with pytest.raises(ValueError, match="with_params=True.*pass params"):
+    with pytest.raises(ValueError, match="add_decayed_weights needs.*pass params"):
         tx.update(params, tx.init(params))
     tx = fs.blocked(fs.add_decayed_weights(0.5))
     with pytest.raises(ValueError, match="with_params=True"):
@@ -196,13 +196,13 @@ def test_none_needs_the_parameters_shape() -> None:
 def test_gradients_of_another_model() -> None:
     tx = fs.blocked(fs.trace(0.9))
     state = tx.init({"a": torch.ones(2), "b": torch.ones(3)})
-    with pytest.raises(ValueError, match="gradient of 'b', shape \\(4,\\), does not fit the state"):
+    with pytest.raises(ValueError, match="do not fit the state: it has other blocks for 'b'"):
         tx.update({"a": torch.ones(2), "b": torch.ones(4)}, state)
-    with pytest.raises(ValueError, match="lack 'b'"):
+    with pytest.raises(ValueError, match=r"do not fit the state: it has \['b'\] besides"):
         tx.update({"a": torch.ones(2)}, state)
-    with pytest.raises(ValueError, match="lack 'a'"):
+    with pytest.raises(ValueError, match=r"do not fit the state: it has \['a', 'b'\] besides"):
         tx.update({}, state)
-    with pytest.raises(ValueError, match="'c'"):
+    with pytest.raises(ValueError, match=r"lacks \['c'\]"):
         tx.update({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)}, state)
 
 
@@ -221,7 +221,8 @@ def test_gradients_of_a_dtype_that_init_has_not_seen(dtype: torch.dtype) -> None
     state = tx.init(params)
     for half in (torch.bfloat16, torch.float16):
         tx.update(params | {"a": torch.ones(2, 3, dtype=half)}, state)
-    with pytest.raises(ValueError, match="gradient of 'a', .* saw another shape or dtype"):
+    problem = "other blocks for 'a', of another shape, dtype|gradient of 'a' is .* only dense"
+    with pytest.raises((ValueError, TypeError), match=problem):
         tx.update(params | {"a": torch.ones(2, 3).to(dtype)}, state)
 
 
@@ -248,7 +249,7 @@ def test_a_state_of_other_names_or_another_order_is_refused(other: Any) -> None:
     params = OrderedDict(x=torch.ones(2, 2), w=torch.ones(2, 2))
     _, state = tx.update(params, tx.init(params))
     for _ in range(2):  # what is remembered of a tree doesn't let it pass
-        with pytest.raises(ValueError, match="does not fit the state"):
+        with pytest.raises(ValueError, match="do not fit the state"):
             tx.update(other, state)
         tx.update(params, state)
 

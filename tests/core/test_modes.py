@@ -50,7 +50,7 @@ def test_tied_leaves_get_both_updates(
     """Where one kernel would add both at once, they are added one by one."""
     apart: list[bool] = []
 
-    def as_on_a_gpu(tensors: list[torch.Tensor]) -> bool:
+    def as_on_a_gpu(tensors: list[torch.Tensor], blocks: bool = False) -> bool:
         apart.append(are_apart(tensors) and len({x.data_ptr() for x in tensors}) == len(tensors))
         return apart[-1]
 

@@ -293,3 +293,24 @@ def test_messages_are_the_same_whatever_gradient_is_missing(ranks: Ranks) -> Non
         assert "the gradients that are missing is none on rank 0, u on rank 1" in said
         assert "zeros where others have a gradient" in said
         assert finite
+
+
+def of_another_dtype_at_first(rank: int) -> str:
+    """Rank 1 alone has a gradient, in float32, of a parameter in bfloat16."""
+    tx = optimizer({}, max_size=8)
+    params = placed({n: x.bfloat16() for n, x in tree(0, SOME).items()}, "rows of 2")
+    grads: dict[str, Any] = dict(placed(tree(1, SOME), "rows of 2"))
+    if rank == 0:
+        grads["u"] = None
+    try:
+        tx.update(grads, tx.init(params), params)
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_first_gradient_that_is_missing_on_one_rank_and_of_another_dtype(ranks: Ranks) -> None:
+    """Messages would have other lengths, and gloo ends the process."""
+    for said in ranks(2, of_another_dtype_at_first):
+        assert "the dtype of the gradient of 'u'" in said
+        assert "torch.bfloat16 on rank 0, torch.float32 on rank 1" in said

@@ -106,7 +106,7 @@ def test_a_vector_that_is_called_a_matrix_is_refused_by_shape() -> None:
 
 
 def test_without_parameters_nobody_knows_the_sides_of_a_missing_gradient() -> None:
-    tx, params = fs.muon(0.1), problem()
+    tx, params = fs.muon(0.1, weight_decay=0.0, others=fs.lion(0.1)), problem()
     with pytest.raises(ValueError, match="pass params to update, or say which leaves are"):
         tx.update({**params, "w": None}, tx.init(params))
 

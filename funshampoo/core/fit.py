@@ -1,0 +1,169 @@
+"""What enters a step fits together: gradients the parameters, and the state both.
+
+It is looked at where the caller comes in, once for all stages and before the first of them runs: a
+donated step may not have written to its state when a later stage finds that something is wrong.
+Shapes, dtypes, devices and names are compared, never values.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from funshampoo.core.context import Context
+from funshampoo.core.interrupted import check_unmarked, first_tensor
+from funshampoo.core.misfit import misfit
+from funshampoo.core.parameters import NotAParameterError, gradients_like
+from funshampoo.core.placed import any_in_parts
+from funshampoo.core.tree import flatten, structures_differ
+
+_LOOK = attrgetter("shape", "dtype", "device", "layout")
+_STATE_LOOK = attrgetter("shape", "dtype", "device")
+_REMEMBERED = 8  # kinds of parameters and states that one transformation steps by turns
+
+
+class _Known(NamedTuple):
+    """A state that fits, and the parameters that it does fit, by their looks."""
+
+    spec: Any
+    leaves: list[Any]
+    nodes: list[Any]
+    tensors: list[Any]
+
+
+class Fits:
+    """Which states are a transformation's own, for which parameters: those that `init` makes.
+
+    Those that it has made are remembered by how they look. Of another one, which an earlier process
+    may have left, `init` is asked again, for parameters on the meta device.
+
+    Args:
+        init: (params, context) -> state.
+    """
+
+    def __init__(self, init: Callable[[Any, Any], Any]) -> None:
+        self._init = init
+        self._known: list[_Known] = []
+        self._entered: tuple[Any, list[Any]] = (None, [])
+        self._last: tuple[int, Callable[[], Any], Any] = (0, lambda: None, None)
+
+    def remember(self, params: Any, state: Any) -> None:
+        """`init` has made this state for these parameters."""
+        leaves, spec = flatten(params)
+        self._remember(spec, _looks(leaves), *_look_of(state))
+
+    def checked(self, updates: Any, state: Any, params: Any, context: Context) -> Any:
+        """The gradients, those of another dtype cast to their parameters' compute dtype.
+
+        Raises:
+            ValueError: gradients, parameters and state do not fit together (names what differs).
+            TypeError: a gradient is no dense tensor of a real floating dtype, or elsewhere.
+            InterruptedStepError: the state is half done.
+        """
+        first = first_tensor(state)
+        check_unmarked(first)
+        leaves, spec = optree.tree_flatten(updates, none_is_leaf=True)
+        looks = wanted = _looks(leaves)
+        known = leaves
+        if params is not None:
+            known, other = optree.tree_flatten(params, none_is_leaf=True)
+            if spec != other:
+                raise ValueError(structures_differ(params, updates, "params", "gradients"))
+            wanted = _looks(known)
+            if wanted != looks:
+                updates = spec.unflatten(gradients_like(leaves, known, updates))
+        self._entered = spec, wanted
+        left, its_first, entered = self._last
+        if left == id(state) and its_first() is first and entered == self._entered:
+            return updates
+        nodes, tensors = _look_of(state)
+        for one in self._known:
+            same = one.tensors == tensors and one.leaves == wanted and one.nodes == nodes
+            if same and one.spec == spec:
+                return updates
+        unknown = params is None and None in wanted  # without a gradient, and so without a shape
+        if not (unknown or _is_nested(context) or any_in_parts(known)):
+            given = "gradients" if params is None else "parameters"
+            self._check_unknown(state, known, spec, given)
+            self._remember(spec, wanted, nodes, tensors)
+        return updates
+
+    def made(self, result: Any) -> None:
+        """(updates, state) of the step that has entered last.
+
+        The next one goes on from this state, most often, which then is not looked at again. A stage
+        of a user's may have changed it on the way, though it should not.
+        """
+        if type(result) is tuple and len(result) == 2:
+            first = first_tensor(result[1])
+            if first is not None:
+                self._last = id(result[1]), weakref.ref(first), self._entered
+
+    def _remember(self, spec: Any, *looks: list[Any]) -> None:
+        self._known = [_Known(spec, *looks), *self._known[: _REMEMBERED - 1]]
+
+    def _check_unknown(self, state: Any, leaves: Sequence[Any], spec: Any, given: str) -> None:
+        try:
+            wanted = self._init(spec.unflatten(list(map(_on_meta, leaves))), {})
+        except NotAParameterError as error:
+            if given == "parameters":
+                raise
+            raise TypeError(
+                f"the gradient of '{error.leaf}' {error.problem}; only dense tensors of a real "
+                "floating dtype can be optimized. Convert it, or leave it out of the tree."
+            ) from None
+        except Exception:  # it reads values, say: then the stages find out by themselves
+            return
+        devices = {p.device for p in leaves if isinstance(p, Tensor)}
+        if problem := misfit(wanted, state, devices, given):
+            raise ValueError(problem)
+
+
+def _on_meta(p: Any) -> Any:
+    """One like it without values; what is no parameter is itself, to be told of by `init`."""
+    if not isinstance(p, Tensor) or p.layout is not torch.strided:
+        return p
+    return torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+
+def _is_nested(context: Context) -> bool:
+    """Whether a combinator of the caller's hands on a context, with which `init` was called too."""
+    return (
+        context.block_ndim > 0
+        or context.clock is not None
+        or len(context.upstream) > 0
+        or len(context.previous) > 0
+    )
+
+
+def _looks(leaves: Sequence[Any]) -> list[Any]:
+    try:
+        return list(map(_LOOK, leaves))
+    except AttributeError:  # None, or no tensor
+        return [_LOOK(x) if isinstance(x, Tensor) else None for x in leaves]
+
+
+def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
+    """Of a state (what its nodes are, what its tensors look like), level by level."""
+    kinds: list[Any] = []
+    tensors: list[Tensor] = []
+    nodes: list[Any] = [state]
+    for node in nodes:  # which grows meanwhile
+        if isinstance(node, Tensor):
+            tensors.append(node)
+        elif isinstance(node, dict):
+            kinds.append(tuple(node))
+            nodes.extend(node.values())
+        elif isinstance(node, (tuple, list)):
+            layout = getattr(node, "layout", None)  # large, and most often the same object
+            kinds.append((type(node), len(node), layout))
+            nodes.extend([x for x in node if x is not layout] if layout else node)
+        else:
+            kinds.append(type(node))
+    return kinds, list(map(_STATE_LOOK, tensors))

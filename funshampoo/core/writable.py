@@ -1,0 +1,71 @@
+"""Whether a step can write to parameters, asked before it writes to anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.parameters import NotAParameterError, problem_of
+from funshampoo.core.tree import flatten, leaf_names
+
+
+def check_writable(params: Any, updates: Any) -> None:
+    """Raise for a parameter that can't be added to in its own memory.
+
+    Raises:
+        ValueError: it requires gradients, or its gradient does, and autograd records; or it is
+            expanded, so that entries share memory.
+        TypeError: it is no dense tensor of a real floating dtype, and has a gradient.
+    """
+    leaves = flatten(params)[0]
+    gradients = flatten(updates)[0]
+    plain = all([isinstance(p, Tensor) and p.is_floating_point() for p in leaves])
+    if plain and all([p.is_contiguous() for p in leaves]):
+        every = [x for x in (*leaves, *gradients) if x is not None]
+        if not torch.is_grad_enabled() or not any([x.requires_grad for x in every]):
+            return
+    for i, (p, g) in enumerate(zip(leaves, gradients)):
+        if g is None and (not isinstance(p, Tensor) or not p.is_floating_point()):
+            continue  # what `masked` hides may be anything that has no gradient
+        if problem := problem_of(p):
+            raise NotAParameterError("update_in_place", leaf_names(params)[i], problem)
+        if problem := _problem_of_writing(p, g):
+            raise ValueError(problem.format(leaf_names(params)[i]))
+
+
+def _problem_of_writing(p: Tensor, g: Tensor | None) -> str:
+    if not p.is_contiguous() and _repeats(p.shape, p.stride()):
+        return (
+            "parameter '{}' has several entries in one place of memory "
+            f"(shape {tuple(p.shape)}, strides {p.stride()}), as expand() makes them, so that it "
+            "can't be written to: pass p.clone(), or what it was expanded from."
+        )
+    if not torch.is_grad_enabled():
+        return ""
+    if p.requires_grad and p.is_leaf:
+        return (
+            "parameter '{}' requires gradients, and autograd lets nobody write to it: pass "
+            "p.detach(), or step under torch.no_grad()."
+        )
+    if g is not None and g.requires_grad:
+        return (
+            "the gradient of '{}' requires gradients itself, and autograd would record what is "
+            "written: pass g.detach(), or step under torch.no_grad(). To differentiate through "
+            "steps, use update and apply_updates."
+        )
+    return ""
+
+
+def _repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two indices may be one place; no where each stride steps over all smaller sides."""
+    extent = 1
+    if 0 in shape:
+        return False
+    for stride, side in sorted([(abs(s), n) for s, n in zip(strides, shape) if n > 1]):
+        if stride < extent:
+            return True
+        extent += stride * (side - 1)
+    return False
