@@ -19,7 +19,7 @@ from funshampoo.core.contract import (
     as_transformation,
 )
 from funshampoo.core.elementwise import LocalStep, local_step
-from funshampoo.core.of_parts import checked_pair, steps_of
+from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import SEEN, any_in_parts
 from funshampoo.core.tree import check_same_structure, flatten
@@ -65,6 +65,7 @@ def chain(
     """
     named = _named(stages)
     counts = any([stage.counts for stage in named.values()])
+    in_order = ([*named], [CLOCK, *named])
 
     def init(
         params: Tree, *, upstream: tuple[State, ...] = (), clock: bool = False, **context: Any
@@ -87,11 +88,11 @@ def chain(
         updates: Tree, state: State, params: Tree, context: Context, in_place: bool
     ) -> tuple[Tree, State]:
         check(updates, state, params)
-        inside = running(steps_of(state), context)
+        steps = state[CLOCK].steps if CLOCK in state else ()
+        inside = running(steps, context)
         updates, states = _run(named, updates, state, params, inside, in_place)
         if CLOCK in state:
-            steps = advanced(state[CLOCK].steps, context.donate)
-            states = {CLOCK: ClockState(steps), **states}
+            states = {CLOCK: ClockState(advanced(steps, context.donate)), **states}
         return updates, states
 
     def check(updates: Tree, state: State, params: Tree) -> None:
@@ -100,7 +101,8 @@ def chain(
                 f"the state is not this chain's, which is a dict of its stages', but a "
                 f"{type(state).__name__}. Build the transformation that made it, or call init."
             )
-        if {key for key in state if key != CLOCK} != set(named):  # not by views: torch 2.11
+        keys = [*state]  # most often in order; not by views of dicts: torch 2.11
+        if keys not in in_order and {key for key in keys if key != CLOCK} != set(named):
             raise ValueError(_other_chain(set(named), set(state) - {CLOCK}))
         if torch.compiler.is_dynamo_compiling() and params is not None:
             check_same_structure(params, updates, "params", "gradients")

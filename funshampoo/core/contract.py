@@ -33,7 +33,7 @@ from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import required
 from funshampoo.core.of_parts import checks_of, united
 from funshampoo.core.parameters import of_parameters
-from funshampoo.core.placed import is_in_parts, placed_as
+from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
 Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
@@ -240,8 +240,8 @@ class GradientTransformation:
             required(params, self.needs, context.block_ndim)
         if context.hyper:
             check_placed(context.hyper, params)
-        placed = placed_as(updates, params)
-        fine: TreeT = self._fits.checked(placed, state, params, context)
+        updates = placed_as(updates, params) if SEEN["any"] else updates
+        fine: TreeT = self._fits.checked(updates, state, params, context)
         if self.checks:
             self.check(state, context)
         return fine

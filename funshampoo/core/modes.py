@@ -81,7 +81,8 @@ def lie_apart(tensors: Sequence[Tensor]) -> bool:
     Those that lie between one another without sharing an entry, as columns of a matrix do, count as
     not apart. On the meta device all are apart.
     """
-    spans = [(x.data_ptr(), _extent(x)) for x in _somewhere(tensors)]
+    own = _somewhere(tensors)
+    spans = [(x.data_ptr(), x.nbytes if x.is_contiguous() else _extent(x)) for x in own]
     ends = 0
     for begin, length in sorted(spans):
         if begin < ends:
@@ -97,8 +98,6 @@ def _somewhere(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _extent(x: Tensor) -> int:
     """Bytes from the first entry to behind the last."""
-    if x.is_contiguous():
-        return x.nbytes
     steps = [(n - 1) * stride for n, stride in zip(x.shape, x.stride())]
     return (1 + sum(steps)) * x.element_size()
 

@@ -177,13 +177,13 @@ class Optimizer(torch.optim.Optimizer, Joining):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._meet_joined()
         self._step_groups()
         return loss
 
     @_disable_dynamo  # torch.compiler.disable, without two seconds of import
     def _step_groups(self) -> None:
         """Is not traced where somebody compiles a step as a whole: `compile=True` knows how."""
-        self._meet_joined()
         memory = self._match()
         memory.prepare()
         self._whole = None
