@@ -73,15 +73,15 @@ def scattered(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     """Whether (...) λ (..., d) and Q (..., d, d) are a decomposition of A (..., d, d).
 
-    By a few vectors v, in five products of 8 rows beside a decomposition of nine whole ones:
+    By a few vectors v, in three products of 8 rows beside a decomposition of nine whole ones:
 
-        ‖v Q Qᵀ - v‖ ≤ 8 √ε ‖v‖,   ‖v Q Λ Qᵀ - v A‖ ≤ 8 √ε ‖v‖ ‖A‖,   ‖A‖ = max_i Σ_j |A_ij|
+        ‖v Q (Λ/‖A‖ + 2) Qᵀ - v (A/‖A‖ + 2)‖ ≤ 8 √ε ‖v‖,   ‖A‖ = max_i Σ_j |A_ij|
 
-    with ε the machine epsilon of the dtype. LAPACK's errors are some ε of both. What is wrong by
-    more than 8 √ε of the whole is told, at any side: one eigenvector of 1,000, for an eigenvalue
-    near the largest, leaves 0.04. Errors of small eigenvalues alone are not. Of a matrix so small
-    that rounding is absolute (‖A‖ below the smallest normal number) finite values and an orthogonal
-    Q are all that is asked.
+    with ε the machine epsilon of the dtype. The 2 has a Q told that is not orthogonal. LAPACK's
+    errors are some ε. What is wrong by more than 8 √ε of the whole is told, at any side: one
+    eigenvector of 1,000, for an eigenvalue near the largest, leaves 0.04. Errors of small
+    eigenvalues alone are not. Of a matrix so small that rounding is absolute (‖A‖ below the
+    smallest normal number) finite values and an orthogonal Q are all that is asked.
 
     >>> A = torch.diag(torch.tensor([1.0, 4.0]))
     >>> is_decomposition(A, torch.tensor([1.0, 4.0]), torch.eye(2))
@@ -89,16 +89,12 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     >>> is_decomposition(A, torch.tensor([0.0, 0.0]), torch.eye(2))
     tensor(False)
     """
-    limit = 8 * torch.finfo(A.dtype).eps ** 0.5
     size = A.abs().sum(-1).amax(-1)
-    is_normal = size >= torch.finfo(A.dtype).tiny
-    scale = torch.where(is_normal, size, 1.0)[..., None, None]  # no square leaves the range
+    # No square leaves the range.
+    scale = torch.where(size >= torch.finfo(A.dtype).tiny, size, 1.0)[..., None, None]
     v = probe_vectors(A)
-    turned = v @ Q
-    off = (turned * (values[..., None, :] / scale)) @ Q.mT - (v / scale) @ A
-    fits = (_relative(off, v) <= limit) | ~is_normal
-    found: Tensor = (_relative(turned @ Q.mT - v, v) <= limit) & fits & values.isfinite().all(-1)
-    return found
+    image = (v @ Q * (values[..., None, :] / scale + 2)) @ Q.mT
+    return _is_small(image - torch.add((v / scale) @ A, v, alpha=2), v)
 
 
 def is_orthogonal(Q: Tensor) -> Tensor:
@@ -110,11 +106,11 @@ def is_orthogonal(Q: Tensor) -> Tensor:
     tensor(False)
     """
     v = probe_vectors(Q)
-    found: Tensor = _relative(v @ Q @ Q.mT - v, v) <= 8 * torch.finfo(Q.dtype).eps ** 0.5
-    return found
+    return _is_small(v @ Q @ Q.mT - v, v)
 
 
-def _relative(x: Tensor, v: Tensor) -> Tensor:
-    """The largest ‖x‖ / ‖v‖ (...) of the rows of x (..., n, d) and v (n, d)."""
-    ratios: Tensor = torch.linalg.vector_norm(x, dim=-1) / torch.linalg.vector_norm(v, dim=-1)
-    return ratios.amax(-1)
+def _is_small(x: Tensor, v: Tensor) -> Tensor:
+    """Whether (...) ‖x‖ ≤ 8 √ε ‖v‖ for all rows of x (..., n, d) and v (n, d)."""
+    limits = 8 * torch.finfo(v.dtype).eps ** 0.5 * torch.linalg.vector_norm(v, dim=-1)
+    small: Tensor = (torch.linalg.vector_norm(x, dim=-1) <= limits).all(-1)
+    return small

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import all_true
+from funshampoo.core.modes import all_true, constant
 
 
 def on_support(X: Tensor, A: Tensor) -> Tensor:
@@ -36,5 +36,10 @@ def on_support(X: Tensor, A: Tensor) -> Tensor:
     seen = A.detach().diagonal(dim1=-2, dim2=-1) != 0
     if seen.device.type == "cpu" and all_true(seen):
         return X
-    diagonal = torch.eye(A.shape[-1], dtype=torch.bool, device=A.device)
+    diagonal = _diagonal(A.shape[-1], A.device)
     return torch.where(diagonal | (seen[..., :, None] & seen[..., None, :]), X, 0.0)
+
+
+@constant
+def _diagonal(d: int, device: torch.device) -> Tensor:
+    return torch.eye(d, dtype=torch.bool, device=device)

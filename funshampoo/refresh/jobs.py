@@ -91,10 +91,6 @@ class Job:
             taken(old.rounds, rows),
         )
 
-    def found(self, rows: Rows) -> Outcome:
-        """What the rule finds for some of the rows."""
-        return outcome(self.rule, self.asked(rows))
-
     def ended(self, donate: bool) -> Kept:
         """What is kept now; written into the old memory, part by part, if it is donated."""
         kept = self.kept

@@ -55,9 +55,10 @@ def carry_out(jobs: Sequence[Job], in_blocks: bool) -> None:
     others: list[Job] = []
     for job in jobs:
         (threaded if job.in_threads() else others).append(job)
-    for batch in batches(others) if in_blocks else [[(job, job.rows)] for job in others]:
-        _solve(batch)
-    tasks = [task for job in threaded for task in tasks_of(job)]
+    divided = batches if in_blocks else _one_by_one
+    for batch in divided(others):
+        _task(batch).carry_out()
+    tasks = [task for batch in divided(threaded) for task in tasks_of(batch)]
     begin(tasks)
     for task in tasks:
         task.wait()
@@ -77,6 +78,10 @@ def batches(jobs: Iterable[Job]) -> list[Batch]:
         else:
             kinds.append([job])
     return [batch for kind in kinds for batch in _cut(kind)]
+
+
+def _one_by_one(jobs: Iterable[Job]) -> list[Batch]:
+    return [[(job, job.rows)] for job in jobs]
 
 
 def _is_alike(job: Job, other: Job) -> bool:
@@ -105,24 +110,9 @@ def _cut(jobs: Sequence[Job]) -> list[Batch]:
     return found
 
 
-def _solve(batch: Batch) -> None:
-    """One call of the rule, whose results are shared out."""
-    asked = [job.asked(rows) for job, rows in batch]
-    rule = batch[0][0].rule
-    if len(asked) == 1:
-        found = outcome(rule, asked[0])
-        batch[0][0].parts.append(lambda: found)
-        return
-    found, first = outcome(rule, joined(asked)), 0
-    for (job, _), own in zip(batch, asked):
-        job.parts.append(functools.partial(row_slice, found, first, len(own.rounds)))
-        job.shares = True
-        first += len(own.rounds)
-
-
 @dataclass(eq=False)
 class Task:
-    """Some rows of a job, for a thread.
+    """A call of a rule, here or in a thread.
 
     Attributes:
         seconds: about what one kernel thread needs.
@@ -135,6 +125,11 @@ class Task:
     divisible: bool = False
     future: Future[Outcome] | None = None
 
+    def carry_out(self) -> None:
+        """Here and now."""
+        self.future = Future()
+        self.future.set_result(self.compute())
+
     def wait(self) -> Outcome:
         """What it finds."""
         assert self.future is not None
@@ -146,22 +141,42 @@ class Task:
         return found
 
 
-def tasks_of(job: Job) -> list[Task]:
-    """The rows of a job, piece by piece; they are its parts."""
-    rule, threads = job.rule, torch.get_num_threads()
-    stacked = job.kept.rounds.ndim > 0
-    rows = job.every_row() if stacked else ()
-    cuts: Sequence[Rows] = pieces(rows, rule.side, rule.cost, threads) if stacked else [None]
-    found = [
-        Task(
-            functools.partial(job.found, part),
-            rule.cost * (1 if part is None else len(part)),
-            divisible=rule.side > LARGEST_SIDE,
-        )
-        for part in cuts
-    ]
-    job.parts.extend(found)
-    return found
+def tasks_of(batch: Batch) -> list[Task]:
+    """A batch for threads: of several jobs as it is, but for large sides; of one piece by piece."""
+    (job, rows), *others = batch
+    if others and job.rule.side > LARGEST_SIDE:  # its numbers depend on what kernel threads share
+        return [task for one in batch for task in tasks_of([one])]
+    if others or job.kept.rounds.ndim == 0:
+        return [_task(batch)]
+    every = job.every_row() if rows is None else rows
+    cuts = pieces(every, job.rule.side, job.rule.cost, torch.get_num_threads())
+    return [_task([(job, part)]) for part in cuts]
+
+
+def _task(batch: Batch) -> Task:
+    """What is found for a batch; its jobs have their parts of it."""
+    counts = [1 if rows is None else len(rows) for _, rows in batch]
+    rule = batch[0][0].rule
+    seconds = rule.cost * sum(counts)
+    task = Task(functools.partial(_found, batch), seconds, rule.side > LARGEST_SIDE)
+    if len(batch) == 1:
+        batch[0][0].parts.append(task)
+        return task
+    first = 0
+    for (job, _), count in zip(batch, counts):
+        job.parts.append(functools.partial(_share, task, first, count))
+        job.shares = True
+        first += count
+    return task
+
+
+def _found(batch: Batch) -> Outcome:
+    asked = [job.asked(rows) for job, rows in batch]
+    return outcome(batch[0][0].rule, joined(asked) if len(asked) > 1 else asked[0])
+
+
+def _share(task: Task, first: int, count: int) -> Outcome:
+    return row_slice(task.wait(), first, count)
 
 
 def pieces(rows: Sequence[int], side: int, seconds: float, threads: int) -> list[Sequence[int]]:
@@ -187,8 +202,7 @@ def begin(tasks: Iterable[Task]) -> None:
         return
     threads = torch.get_num_threads()
     for task in _best_here(waiting, threads):
-        task.future = Future()
-        task.future.set_result(task.compute())
+        task.carry_out()
     for task in waiting:
         if task.future is None:
             task.future = workers(threads).submit(task.compute)

@@ -93,14 +93,18 @@ def test_a_batch_elsewhere_is_cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> N
     (kept,) = (
         Refreshing(lambda block: [rule], RefreshSchedule()).init({"5": stack[:, 0]}, 1).kept["5"]
     )
-    jobs = [Job(rule, (torch.clone, stack), kept, rows) for rows in ((0, 1, 3), None)]
-    batches = solving.batches(jobs)
+
+    def jobs() -> list[Job]:
+        return [Job(rule, (torch.clone, stack), kept, rows) for rows in ((0, 1, 3), None)]
+
+    batches = solving.batches(jobs())
     assert [[list(rows) for _, rows in batch] for batch in batches] == [  # type: ignore[arg-type]
         [[0, 1]], [[3], [0]], [[1, 2]], [[3]],
     ]  # fmt: skip
-    solving.carry_out(jobs, in_blocks=True)
     for donate in (False, True):
-        after = [job.ended(donate) for job in jobs]
+        begun = jobs()
+        solving.carry_out(begun, in_blocks=True)
+        after = [job.ended(donate) for job in begun]
         assert all(
             [x.shape == y.shape for new in after for x, y in zip(tensors(new), tensors(kept))]
         )
