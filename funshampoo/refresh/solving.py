@@ -18,13 +18,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 
 from funshampoo.refresh.jobs import Job, Outcome, Rows, joined, outcome, row_slice
 from funshampoo.refresh.rule import is_same
-from funshampoo.refresh.workers import workers
+from funshampoo.refresh.workers import Workers, workers
 
 LARGEST_SIDE = 256
 """Up to this side a matrix has one kernel thread, and some share a task."""
@@ -110,34 +109,45 @@ def _cut(jobs: Sequence[Job]) -> list[Batch]:
     return found
 
 
-@dataclass(eq=False)
 class Task:
     """A call of a rule, here or in a thread.
 
     Attributes:
         seconds: about what one kernel thread needs.
         divisible: whether several kernel threads may take part.
-        future: what it finds, once somebody is at it.
     """
 
-    compute: Callable[[], Outcome]
-    seconds: float
-    divisible: bool = False
-    future: Future[Outcome] | None = None
+    def __init__(
+        self, compute: Callable[[], Outcome], seconds: float, divisible: bool = False
+    ) -> None:
+        self.seconds, self.divisible = seconds, divisible
+        self._compute = compute
+        self._future: Future[Outcome] | None = None
+        self._found: Outcome | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether somebody is at it, or through."""
+        return self._future is not None or self._found is not None
+
+    def begin(self, pool: Workers) -> None:
+        """In one of these threads, when it has time."""
+        self._future = pool.submit(self._compute)
 
     def carry_out(self) -> None:
         """Here and now."""
-        self.future = Future()
-        self.future.set_result(self.compute())
+        self._found = self._compute()
 
     def wait(self) -> Outcome:
         """What it finds."""
-        assert self.future is not None
-        return self.future.result()
+        if self._found is not None:
+            return self._found
+        assert self._future is not None
+        return self._future.result()
 
-    def __call__(self) -> Outcome:
+    def taken(self) -> Outcome:
         """What it found, for the last time: it is not kept here."""
-        found, self.future = self.wait(), None
+        found, self._future, self._found = self.wait(), None, None
         return found
 
 
@@ -160,7 +170,7 @@ def _task(batch: Batch) -> Task:
     seconds = rule.cost * sum(counts)
     task = Task(functools.partial(_found, batch), seconds, rule.side > LARGEST_SIDE)
     if len(batch) == 1:
-        batch[0][0].parts.append(task)
+        batch[0][0].parts.append(task.taken)
         return task
     first = 0
     for (job, _), count in zip(batch, counts):
@@ -204,8 +214,8 @@ def begin(tasks: Iterable[Task]) -> None:
     for task in _best_here(waiting, threads):
         task.carry_out()
     for task in waiting:
-        if task.future is None:
-            task.future = workers(threads).submit(task.compute)
+        if not task.begun:
+            task.begin(workers(threads))
 
 
 def _best_here(waiting: Sequence[Task], threads: int) -> list[Task]:
