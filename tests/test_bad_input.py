@@ -6,8 +6,9 @@ neighbour, or noticed after that one has written to its state.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import pytest
@@ -331,3 +332,29 @@ def test_parameters_that_share_entries_move_by_the_sum(parts: tuple[slice, slice
             expected[part] += updates[name]
         fs.update_in_place(tx, grads, tx.init(params), params)
         assert torch.allclose(memory, expected, rtol=0, atol=1e-6)
+
+
+class Unlucky(NamedTuple):
+    """Of a stage of somebody's, whose fields have names that mean something elsewhere."""
+
+    layout: Tensor
+    owned: Tensor
+    ranks: Tensor
+    pace: Tensor
+
+
+def test_a_field_may_have_any_name() -> None:
+    def init(params: Any) -> Unlucky:
+        return Unlucky(*[torch.zeros(i + 2) for i in range(4)])
+
+    def update(updates: Any, state: Unlucky) -> Any:
+        return updates, Unlucky(*[x + 1 for x in state])
+
+    tx = fs.chain(("own", fs.GradientTransformation(init, update)), fs.scale(-1.0))
+    params, grads = tree(0), tree(1)
+    _, state = tx.update(grads, tx.init(params), params)
+    twin = fs.chain(("own", fs.GradientTransformation(init, update)), fs.scale(-1.0))
+    twin.update(grads, copy.deepcopy(state), params, hyper=None)
+    wrong = {**state, "own": state["own"]._replace(pace=torch.zeros(9))}
+    with pytest.raises(ValueError, match="'own/pace' it has shape"):
+        twin.update(grads, wrong, params)

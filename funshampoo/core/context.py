@@ -94,12 +94,13 @@ def context_of(
             check_flag(name, names[name])
     if names.get("step") is not None:
         check_step(names["step"])
-    hyper = names.get("hyper", NOTHING)
+    hyper = NOTHING if names.get("hyper") is None else names["hyper"]
     if not isinstance(hyper, Mapping):
         raise TypeError(f"hyper is {hyper!r}; give a dict, {{name: number or tensor}}.")
     if hyper:
-        check_heard(names["hyper"], live)
-    return Context(**{name: value for name, value in names.items() if name in PLACES}, extra=own)
+        check_heard(hyper, live)
+    given = {name: value for name, value in names.items() if name in PLACES}
+    return Context(**{**given, "hyper": hyper}, extra=own)
 
 
 def as_keywords(context: Context) -> dict[str, Any]:

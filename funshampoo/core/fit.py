@@ -22,6 +22,7 @@ from funshampoo.core.misfit import misfit
 from funshampoo.core.parameters import NotAParameterError, gradients_like
 from funshampoo.core.placed import any_in_parts
 from funshampoo.core.tree import flatten, structures_differ
+from funshampoo.state.stages import BlockedState
 
 _LOOK = attrgetter("shape", "dtype", "device", "layout")
 _STATE_LOOK = attrgetter("shape", "dtype", "device")
@@ -161,7 +162,8 @@ def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
             kinds.append(tuple(node))
             nodes.extend(node.values())
         elif isinstance(node, (tuple, list)):
-            layout = getattr(node, "layout", None)  # large, and most often the same object
+            # Large, and most often the same object.
+            layout = node.layout if isinstance(node, BlockedState) else None
             kinds.append((type(node), len(node), layout))
             nodes.extend([x for x in node if x is not layout] if layout else node)
         else:

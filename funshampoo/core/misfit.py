@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.state.stages import BlockedState, HyperparamsState, ShardedState, WrappedState
+
 # Not looked into: what is said of a state in keys alone, without which it is the same one; and what
 # may be edited between steps, of which `inject_hyperparams` says by itself what is wrong.
-_LEFT_OUT = ("ranges", "pace", "hyperparams", "layout")
+_LEFT_OUT: dict[type, tuple[str, ...]] = {
+    HyperparamsState: ("ranges", "hyperparams"),
+    WrappedState: ("pace",),
+    BlockedState: ("layout",),
+}
 
 
 def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: str) -> str:
@@ -60,15 +66,16 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
     elif wanted == () and found == ():  # nothing, by whatever name
         return ""
     elif type(wanted) is type(found) and isinstance(wanted, (tuple, list)):
-        if any([getattr(wanted, x, ()) != getattr(found, x, ()) for x in ("owned", "ranks")]):
-            return ""  # of other ranks, which `sharded` has words for
-        if hasattr(wanted, "layout") and wanted.layout != found.layout:
+        if isinstance(wanted, ShardedState) and _of_others(wanted, found):
+            return ""  # which `sharded` has words for
+        if isinstance(wanted, BlockedState) and wanted.layout != found.layout:
             return f"{at} {_of_layouts(wanted.layout, found.layout)}"
         if len(wanted) != len(found):
             return f"{at} has {len(found)} entries and not {len(wanted)}"
         names = getattr(wanted, "_fields", range(len(wanted)))
         triples = zip(map(str, names), wanted, found)
-        pairs = [triple for triple in triples if triple[0] not in _LEFT_OUT]
+        left_out = _LEFT_OUT.get(type(wanted), ())
+        pairs = [triple for triple in triples if triple[0] not in left_out]
     elif type(wanted) is type(found):  # of a kind that only its makers know
         return ""
     else:
@@ -77,6 +84,11 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
         if problem := _difference(child, own, f"{path}/{name}" if path else name, devices):
             return problem
     return ""
+
+
+def _of_others(wanted: ShardedState, found: ShardedState) -> bool:
+    """Whether it is the state of other ranks."""
+    return wanted.owned != found.owned or wanted.ranks != found.ranks
 
 
 def _of_tensors(wanted: Tensor, found: Any, at: str, devices: Collection[torch.device]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from funshampoo.blocks.assembled import layout_of_spans
 from funshampoo.core.modes import for_keeps
+from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_of, map_tensors, spans_of
-from funshampoo.state.stages import AdamState, EmaState, RmsState
+from funshampoo.state.stages import AdamState, BlockedState, EmaState, RmsState
+from funshampoo.transforms.eigenbasis import EigenbasisState
 
 _FIELDS: dict[tuple[Any, str], str] = {
     (AdamState, "first"): "exp_avg",
@@ -34,7 +37,9 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
     What is found in the state is filled: the second moment of `scale_by_adam` and `scale_by_rms`,
     so that of the grafting in `shampoo`; the first moment of `ema` and `scale_by_adam`. Factor
     matrices start empty: the direction of the first step is that of its own gradient's, its length
-    the one that AdamW's second moment gives it.
+    the one that AdamW's second moment gives it. Blocks that are stepped in eigenbases, as by
+    `soap`, start anew, which is warned of: AdamW's second moments are none of such coordinates,
+    and its first would be divided by those of a single gradient.
 
     Args:
         state: tx.init(params), sharded or not. It is not written to.
@@ -57,11 +62,12 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
     tensor([0.0090, 0.0090])
     """
     adams = _read(saved, names)
+    in_bases = _in_bases(state)
     filled: set[str] = set()
 
     def fill(place: Place, x: Tensor) -> Tensor:
         field = _FIELDS.get((place.kind, place.path[-1] if place.path else ""))
-        if field is None:
+        if field is None or id(x) in in_bases:
             return x
         new = x.clone()
         for parameter, block, target in _targets(place, new):
@@ -83,12 +89,27 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
         return new
 
     seeded = map_tensors(fill, state)
-    if not filled:
+    if not (filled or in_bases):
         raise ValueError(
             "the state has no moments of these names to fill: no scale_by_adam, scale_by_rms or "
             "ema in it, or `names` are not those of its leaves."
         )
     return seeded
+
+
+def _in_bases(state: Any) -> set[int]:
+    """The ids of the tensors of all blocks that are stepped in eigenbases."""
+    nodes = [node for _, node in walk(state)]
+    spaces = [node for node in nodes if isinstance(node, BlockedState)] or [state]
+    found = [[node for _, node in walk(space)] for space in spaces]
+    stepped = [inside for inside in found if any(isinstance(x, EigenbasisState) for x in inside)]
+    if stepped:
+        warnings.warn(
+            "what is stepped in eigenbases starts without AdamW's moments, which say nothing of "
+            "its coordinates.",
+            stacklevel=4,
+        )
+    return {id(x) for inside in stepped for x in inside if isinstance(x, Tensor)}
 
 
 def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:

@@ -112,6 +112,7 @@ def for_model(
     warn_of_routes(routes, settings, stacklevel=2)
     flags: Any = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
     optimizer = Optimizer(grouped(parameters, settings), main, lr=lr, **flags, **options)
+    optimizer._model_order = [name for name in parameters if name in settings]
     warn_of_costs(optimizer, stacklevel=2)
     return optimizer
 

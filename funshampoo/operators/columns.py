@@ -259,7 +259,7 @@ def quotient(xs: Column, ys: Column) -> Column:
     """Elementwise, new tensors. The divisors may be broadcast."""
     if not is_plain(xs, ys):
         return [x / y for x, y in zip(xs, ys)]
-    if not xs or xs[0].is_cpu:
+    if xs[0].is_cpu:
         return list(torch._foreach_div(xs, ys))
     return by_number(torch.div, xs, ys, lambda a, b: list(torch._foreach_div(a, b)))
 

@@ -107,6 +107,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         flags = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
         self._memory = Memory(flags)
         self._whole: Whole | None = None
+        self._model_order: Sequence[str] = ()  # `for_model` says it: its groups have another
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
 
@@ -328,20 +329,21 @@ class Optimizer(torch.optim.Optimizer, Joining):
         Hyperparameters stay as they are here.
 
         Args:
-            saved: its state_dict(), for the same parameters in the same order.
+            saved: its state_dict(), for the same parameters: by name, where both were given names,
+                else in the same order, which of `for_model` is the model's.
 
         Raises:
             ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,
-                and they differ.
+                and not the same.
         """
         memory = self._match()
         memory.follow()
-        found = seeded(memory.runs, saved)
+        found = seeded(memory.runs, saved, self._model_order)
         with memory.all_or_nothing(self.param_groups):
             memory.seeded(found)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Built chains are left out: they are made anew."""
-        copied = ("defaults", "param_groups", "_method", "_words", "_memory")
+        copied = ("defaults", "param_groups", "_method", "_words", "_memory", "_model_order")
         options = ("_compile", "_consolidate", "_accept_adamw")
         return {"_whole": None, **{name: self.__dict__[name] for name in (*copied, *options)}}

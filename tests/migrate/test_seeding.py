@@ -124,8 +124,8 @@ def _named(params: Any) -> Any:
 def _wrong(kind: str, params: Any) -> Any:
     if kind == "order":
         return adamw_run(dict(reversed(params.items())), 2)
-    if kind == "named_order":
-        other = dict(reversed(params.items()))
+    if kind == "other_names":
+        other = {f"{name}x" if name == "p5" else name: p for name, p in params.items()}
         adamw = _named(other)
         run(adamw, other, grads_of(2))
         return adamw
@@ -144,7 +144,7 @@ def _wrong(kind: str, params: Any) -> Any:
     ("kind", "message"),
     [
         ("order", "other shapes in the AdamW"),
-        ("named_order", "the AdamW has 'p0' where this optimizer has 'p5'"),
+        ("other_names", "'p5' is a parameter of this optimizer alone"),
         ("number", "the AdamW has 2 parameters"),
         ("amsgrad", "amsgrad"),
         ("no_steps", "no moments"),
@@ -169,6 +169,7 @@ def test_what_does_not_fit_is_an_error_that_changes_nothing(
     assert not moved(params, before)
 
 
+@pytest.mark.filterwarnings("ignore:what is stepped in eigenbases")
 @pytest.mark.parametrize("step", [-1.0, 1.5, float("inf"), float("nan"), 0.0])
 @pytest.mark.parametrize("method", [fs.adamw, fs.shampoo, fs.soap])
 def test_steps_that_no_run_has_made_are_refused(method: Any, step: float) -> None:
@@ -191,3 +192,37 @@ def test_a_method_without_moments_is_an_error() -> None:
     optimizer = fs.Optimizer(params.items(), fs.sgd, lr=0.1)
     with pytest.raises(ValueError, match="no moments of these names to fill"):
         optimizer.seed_from_adamw(adamw.state_dict())
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_for_model_whose_groups_have_another_order(named: bool) -> None:
+    """Of equal shapes, which would be taken for one another."""
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(6, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 6), torch.nn.ReLU()
+    )
+    given = model.named_parameters() if named else model.parameters()
+    adamw = torch.optim.AdamW(given, lr=0.1)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, 1.0 + i)
+    adamw.step()
+    optimizer = fs.for_model(model, "adamw", lr=0.1)
+    optimizer.seed_from_adamw(adamw.state_dict())
+    for p in model.parameters():
+        entries = optimizer.state[p]
+        (second,) = [x for name, x in entries.items() if name.endswith("scale_by_adam/second")]
+        assert torch.equal(second, adamw.state[p]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("method", [fs.soap, fs.kl_soap, fs.eigenvalue_shampoo])
+def test_what_is_stepped_in_eigenbases_starts_anew(method: Any) -> None:
+    """AdamW's moments would be divided by those of the first gradient, in other coordinates."""
+    params = parameters()
+    adamw = adamw_run(params, 5)
+    twins = {name: Parameter(p.detach().clone()) for name, p in params.items()}
+    seeded = fs.Optimizer(params.items(), method, lr=0.1)
+    fresh = fs.Optimizer(twins.items(), method, lr=0.1)
+    with pytest.warns(UserWarning, match="starts without AdamW's moments"):
+        seeded.seed_from_adamw(adamw.state_dict())
+    for optimizer, own in ((seeded, params), (fresh, twins)):
+        run(optimizer, own, grads_of(4, seed=7))
+    assert_same(params, twins, 0.0)
