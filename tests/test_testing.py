@@ -101,6 +101,10 @@ def grows() -> Any:
     return stage(lambda u, m: (u.clone(), torch.cat([m, u.reshape(-1)])), lambda p: p.new_zeros(0))
 
 
+def takes_means_and_says_elementwise() -> Any:
+    return stage(lambda u, m: (u - u.mean(), m.clone()), wide, elementwise=True)
+
+
 def becomes_another_dtype() -> Any:
     return stage(lambda u, m: (u.clone(), m.float()), torch.zeros_like)
 
@@ -352,6 +356,11 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (remembers_outside, "twice with the same arguments gave two results", {}),
     (draws, "twice with the same arguments gave two results", {}),
     (grows, r"is torch.float64 \(5,\) on cpu after step 1, and torch.float64 \(0,\)", {}),
+    (
+        takes_means_and_says_elementwise,
+        "step 1 on the first half of every leaf is not that half .*says elementwise=True",
+        {},
+    ),
     (becomes_another_dtype, "is torch.float32 .* after step 1, and torch.float64", {}),
     (fills_in_later, "the state of step 1 has another structure than that of init", {}),
     (update_of_another_shape, r"the update of 'layers.0.bias' is torch.float64 \(\)", {}),

@@ -76,6 +76,7 @@ _CHECKS = (
         "a tree of several dtypes",
         "Take dtypes from the leaf that is worked on.",
     ),
+    _Check(numbers.parts_are_parts_of_the_whole, "parts of the leaves", _PLAIN),
     _Check(blocks.rows_lead, "block space", _INSIDE, "blocks"),
     _Check(blocks.rows_in_another_order, "block space", _INSIDE, "blocks"),
     _Check(blocks.rows_in_two_parts, "block space", _INSIDE, "blocks"),
@@ -111,7 +112,8 @@ def check_stage(
     first failure: it returns (updates, state), its state is of tensors, arguments are not written
     to, the same call gives the same result, shapes and dtypes stay, memory is apart, donated and
     in-place steps give the same bits; a gradient of None leaves its parameter alone; a saved state
-    resumes to the last bit; half precision is kept in float32, and dtypes may mix; inside `blocked`
+    resumes to the last bit; half precision is kept in float32, and dtypes may mix; one that says
+    it is elementwise makes the same of parts of the leaves; inside `blocked`
     a block's numbers depend on no other block, and one whose gradient is NaN is held by `guarded`;
     vmap is a loop; torch.compile makes one graph; and derivatives by the gradient are finite.
 

@@ -115,6 +115,24 @@ def dtypes_may_mix(trial: Trial) -> None:
     _small_run(trial, [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32])
 
 
+def parts_are_parts_of_the_whole(trial: Trial) -> None:
+    """A stage that says it is elementwise makes the same of a part of each leaf."""
+    if not trial.tx.elementwise:
+        return
+
+    def half(tree: Tree) -> Any:
+        return map_leaves(lambda x: x[: (len(x) + 1) // 2].clone() if x.ndim else x, tree)
+
+    run = trial.run([half(g) for g in trial.grads], half(trial.params), moves=False)
+    for t, (found, whole) in enumerate(zip(run.updates, trial.still.updates), start=1):
+        if seen := difference(found, half(whole), trial.tolerance):
+            trial.fail(
+                f"step {t} on the first half of every leaf is not that half of the step: {seen}",
+                "The stage says elementwise=True, and gets a rank's parts of sharded parameters by "
+                "that: leave it out, or look at no entry but the own one.",
+            )
+
+
 def _small_run(trial: Trial, dtypes: Sequence[torch.dtype]) -> list[State]:
     """Three steps on leaves of these dtypes in turn."""
     cast = _caster(dtypes)
