@@ -330,9 +330,12 @@ def as_transformation(stage: Any) -> GradientTransformation:
         return GradientTransformation(stage.init, stage.update)
     if isinstance(stage, tuple) and len(stage) == 2 and all(map(callable, stage)):
         return GradientTransformation(*stage)
+    hint = "Did you pass the function that makes it, without calling it?"
+    if isinstance(stage, str):
+        hint = f"Give funshampoo.{stage} or another recipe; names are for `for_model`."
     raise TypeError(
         f"{stage!r} is not a gradient transformation: expected an object with init and update. "
-        "Did you pass the function that makes it, without calling it?"
+        + hint
     )
 
 

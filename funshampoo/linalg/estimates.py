@@ -77,9 +77,10 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
 
         ‖v Q (Λ/‖A‖ + 2) Qᵀ - v (A/‖A‖ + 2)‖ ≤ 8 √ε ‖v‖,   ‖A‖ = max_i Σ_j |A_ij|
 
-    with ε the machine epsilon of the dtype. The 2 has a Q told that is not orthogonal. LAPACK's
-    errors are some ε. What is wrong by more than 8 √ε of the whole is told, at any side: one
-    eigenvector of 1,000, for an eigenvalue near the largest, leaves 0.04. Errors of small
+    with ε the machine epsilon of the dtype. A Q that is not orthogonal passes only
+    where Q (Λ/‖A‖ + 2) Qᵀ happens to be A/‖A‖ + 2 all the same, which no routine that fails will
+    find. LAPACK's errors are some ε. What is wrong by more than 8 √ε of the whole is told, at any
+    side: one eigenvector of 1,000, for an eigenvalue near the largest, leaves 0.04. Errors of small
     eigenvalues alone are not. Of a matrix so small that rounding is absolute (‖A‖ below the
     smallest normal number) finite values and an orthogonal Q are all that is asked.
 
