@@ -180,9 +180,8 @@ def test_an_ensemble_is_a_loop(method: str) -> None:
         assert_close({k: x[member] for k, x in updates.items()}, alone[-1], 1e-8)
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m != "shampoo")) for m in METHODS]
-)
+@pytest.mark.slow
+@every_method
 def test_two_graphs(method: str) -> None:
     """The first refresh is one of them: `rounds` says that it is the first, not the step."""
     torch._dynamo.reset()
