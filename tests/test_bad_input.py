@@ -227,17 +227,55 @@ def test_parameters_that_no_step_can_change(case: Case) -> None:
     in_place(tx, grads, tx.init(params), strided)
 
 
-def test_a_state_of_an_earlier_process_is_known() -> None:
-    """By `init` on the meta device, of a transformation that has made none yet."""
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_state_of_an_earlier_process_is_known(
+    earlier: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `init` on the meta device; one of a like transformation's is known without."""
     params, grads = tree(0), tree(1)
     state = fs.shampoo(0.1).init(params)
+    if earlier:
+        monkeypatch.setattr("funshampoo.core.fit._ELSEWHERE", {})
     asked = []
     tx = fs.shampoo(0.1)
     inner = tx._fits._init
     tx._fits._init = lambda *given: asked.append(given) or inner(*given)
     for _ in range(3):
         _, state = tx.update(grads, optree.tree_map(torch.clone, state), params)
-    assert len(asked) == 1
+    assert len(asked) == earlier
+
+
+def test_many_kinds_by_turns_are_all_remembered() -> None:
+    tx = fs.adamw(0.1)
+    kinds = [{"w": torch.ones(n)} for n in range(1, 30)]
+    states = [tx.init(params) for params in kinds]
+    tx._fits._init = lambda *given: pytest.fail("init was asked again")
+    for _ in range(2):
+        for i, params in enumerate(kinds):
+            _, states[i] = tx.update(params, states[i], params)
+
+
+def test_a_stage_that_is_replaced_in_a_state_is_looked_at() -> None:
+    """Before the stages ahead of it have written to theirs, in the dict that the last step made."""
+    tx, params = fs.chain(fs.trace(0.9), fs.scale_by_adam(), fs.scale(-1.0)), tree(0)
+    state = fs.update_in_place(tx, tree(1), tx.init(params), params)
+    state["scale_by_adam"] = fs.scale_by_adam().init({"w": torch.ones(2)})
+    check_refused(in_place, "scale_by_adam", tx, tree(1), state, params)
+
+
+def test_a_state_that_is_asked_for_draws_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(params: Any) -> Any:
+        return {name: torch.randn(p.shape) for name, p in params.items()}
+
+    def make() -> fs.GradientTransformation:
+        return fs.GradientTransformation(init, lambda updates, state: (updates, state))
+
+    params = {"w": torch.ones(3)}
+    state = make().init(params)
+    monkeypatch.setattr("funshampoo.core.fit._ELSEWHERE", {})
+    before = torch.random.get_rng_state()
+    make().update(params, state)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_state_whose_init_reads_values_is_left_to_its_stages() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from funshampoo.core.applying import add_in_place, applied
@@ -40,9 +40,8 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
     inner = as_transformation(inner)
 
     def init(params: Tree, **context: Any) -> MaskedState:
-        if callable(mask):
-            check_tensors(params, "masked")
-        return MaskedState(_part_state(inner, params, labels_of(mask, params, "mask"), context))
+        flags = _told(lambda p: labels_of(mask, p, "mask"), params, "masked")
+        return MaskedState(_part_state(inner, params, flags, context))
 
     def update(
         updates: Tree, state: MaskedState, params: Tree, context: Context
@@ -100,12 +99,10 @@ def partition(
         return {label: [g == label for g in given] for label in parts}
 
     def init(params: Tree, *, clock: bool = False, **context: Any) -> PartitionState:
-        if callable(labels):
-            check_tensors(params, "partition")
         context["clock"] = clock or counts
         states = {
             label: _part_state(parts[label], params, flags, context)
-            for label, flags in flags_of(params).items()
+            for label, flags in _told(flags_of, params, "partition").items()
         }
         return PartitionState(states, started(counts, clock))
 
@@ -142,6 +139,15 @@ def partition(
         parts=parts,
         state_of=lambda state, label: state.inner[label],
     )
+
+
+def _told(flags_of: Callable[[Tree], Any], params: Tree, stage: str) -> Any:
+    """The flags; where a function of the caller's fails on what is no tensor, that is told."""
+    try:
+        return flags_of(params)
+    except (AttributeError, TypeError, ValueError):
+        check_tensors(params, stage)
+        raise
 
 
 def _part_state(

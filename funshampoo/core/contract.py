@@ -31,7 +31,7 @@ from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import required
-from funshampoo.core.of_parts import checks_of, united
+from funshampoo.core.of_parts import checks_of, names_of, united
 from funshampoo.core.parameters import of_parameters
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.tree import flatten
@@ -154,7 +154,7 @@ class GradientTransformation:
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes, self.elementwise = passes, elementwise
-        self._fits = Fits(self._init)
+        self._fits = Fits(self._init, lambda: names_of(self))
         children = list(self.parts.values())
         if counts is None:
             counts = adapted.counts or any([part.counts for part in children])

@@ -26,7 +26,7 @@ from funshampoo.state.stages import BlockedState
 
 _LOOK = attrgetter("shape", "dtype", "device", "layout")
 _STATE_LOOK = attrgetter("shape", "dtype", "device")
-_REMEMBERED = 8  # kinds of parameters and states that one transformation steps by turns
+_REMEMBERED = 64  # kinds of parameters and states that one transformation steps by turns
 
 
 class _Known(NamedTuple):
@@ -38,21 +38,28 @@ class _Known(NamedTuple):
     tensors: list[Any]
 
 
+_ELSEWHERE: dict[Any, list[_Known]] = {}
+"""By the names of transformations, what they have known last."""
+
+
 class Fits:
     """Which states are a transformation's own, for which parameters: those that `init` makes.
 
     Those that it has made are remembered by how they look. Of another one, which an earlier process
-    may have left, `init` is asked again, for parameters on the meta device.
+    may have left, `init` is asked again, for parameters on the meta device; but not where one of
+    the same names has known it: a loop may build its chain anew for every step.
 
     Args:
         init: (params, context) -> state.
+        names: of the transformation and its parts.
     """
 
-    def __init__(self, init: Callable[[Any, Any], Any]) -> None:
-        self._init = init
+    def __init__(self, init: Callable[[Any, Any], Any], names: Callable[[], Any]) -> None:
+        self._init, self._names = init, names
         self._known: list[_Known] = []
         self._entered: tuple[Any, list[Any]] = (None, [])
-        self._last: tuple[int, Callable[[], Any], Any] = (0, lambda: None, None)
+        self._last: tuple[Any, Callable[[], Any], Any] = (0, lambda: None, None)
+        self._stepped = False  # since something was remembered last
 
     def remember(self, params: Any, state: Any) -> None:
         """`init` has made this state for these parameters."""
@@ -81,13 +88,11 @@ class Fits:
                 updates = spec.unflatten(gradients_like(leaves, known, updates))
         self._entered = spec, wanted
         left, its_first, entered = self._last
-        if left == id(state) and its_first() is first and entered == self._entered:
+        if left == _ids(state) and its_first() is first and entered == self._entered:
             return updates
         nodes, tensors = _look_of(state)
-        for one in self._known:
-            same = one.tensors == tensors and one.leaves == wanted and one.nodes == nodes
-            if same and one.spec == spec:
-                return updates
+        if self._knows(spec, wanted, nodes, tensors):
+            return updates
         unknown = params is None and None in wanted  # without a gradient, and so without a shape
         if not (unknown or _is_nested(context) or any_in_parts(known)):
             given = "gradients" if params is None else "parameters"
@@ -99,19 +104,43 @@ class Fits:
         """(updates, state) of the step that has entered last.
 
         The next one goes on from this state, most often, which then is not looked at again. A stage
-        of a user's may have changed it on the way, though it should not.
+        of a user's may have changed it on the way, though it should not; its copies are then known.
         """
         if type(result) is tuple and len(result) == 2:
             first = first_tensor(result[1])
             if first is not None:
-                self._last = id(result[1]), weakref.ref(first), self._entered
+                self._last = _ids(result[1]), weakref.ref(first), self._entered
+            if self._known and not self._stepped:
+                look = (*self._entered, *_look_of(result[1]))
+                if not self._knows(*look):
+                    self._remember(*look)
+                self._stepped = True
+
+    def _knows(self, spec: Any, leaves: list[Any], nodes: list[Any], tensors: list[Any]) -> bool:
+        """Whether it is one of the known; that one is the last to be forgotten."""
+        if not self._known:
+            self._known = list(_ELSEWHERE.get(self._names(), ()))
+        for i, one in enumerate(self._known):
+            same = one.tensors == tensors and one.leaves == leaves and one.nodes == nodes
+            if same and one.spec == spec:
+                self._known.insert(0, self._known.pop(i))
+                return True
+        return False
 
     def _remember(self, spec: Any, *looks: list[Any]) -> None:
-        self._known = [_Known(spec, *looks), *self._known[: _REMEMBERED - 1]]
+        known = _Known(spec, *looks)
+        self._known = [known, *self._known[: _REMEMBERED - 1]]
+        self._stepped = False
+        names = self._names()
+        _ELSEWHERE[names] = [known, *_ELSEWHERE.pop(names, [])[:7]]
+        if len(_ELSEWHERE) > _REMEMBERED:
+            del _ELSEWHERE[next(iter(_ELSEWHERE))]
 
     def _check_unknown(self, state: Any, leaves: Sequence[Any], spec: Any, given: str) -> None:
         try:
-            wanted = self._init(spec.unflatten(list(map(_on_meta, leaves))), {})
+            asked = spec.unflatten(list(map(_on_meta, leaves)))
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):  # `init` may draw
+                wanted = self._init(asked, {})
         except NotAParameterError as error:
             if given == "parameters":
                 raise
@@ -124,6 +153,11 @@ class Fits:
         devices = {p.device for p in leaves if isinstance(p, Tensor)}
         if problem := misfit(wanted, state, devices, given):
             raise ValueError(problem)
+
+
+def _ids(state: Any) -> Any:
+    """By what it is known again: a chain's is a dict, in which somebody may replace a stage's."""
+    return tuple(map(id, state.values())) if isinstance(state, dict) else id(state)
 
 
 def _on_meta(p: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.core.clock import CLOCK
 from funshampoo.state.stages import BlockedState, HyperparamsState, ShardedState, WrappedState
 
 # Not looked into: what is said of a state in keys alone, without which it is the same one; and what
@@ -28,6 +29,8 @@ def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: st
         devices: the parameters', on which its tensors may lie where those of `wanted` are meta.
         given: what `init` was asked for, "parameters" or "gradients".
     """
+    if isinstance(wanted, dict) and isinstance(found, dict) and CLOCK not in wanted:
+        found = {name: own for name, own in found.items() if name != CLOCK}  # which nobody reads
     if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() != found.keys():
         return _other_stages(set(wanted), set(found))
     problem = _difference(wanted, found, "", devices)

@@ -39,6 +39,12 @@ def checks_of(
     return check
 
 
+def names_of(transformation: GradientTransformation) -> tuple[Any, ...]:
+    """Its name, and those of all in it."""
+    parts = transformation.parts.items()
+    return transformation.name, *[(label, *names_of(part)) for label, part in parts]
+
+
 def steps_of(state: Any) -> Any:
     """The counter of a state that counts for itself and all in it; () where it has none."""
     own = state.get(CLOCK) if isinstance(state, dict) else state

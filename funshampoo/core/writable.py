@@ -28,8 +28,8 @@ def check_writable(params: Any, updates: Any) -> None:
         if not torch.is_grad_enabled() or not any([x.requires_grad for x in every]):
             return
     for i, (p, g) in enumerate(zip(leaves, gradients)):
-        if g is None and (not isinstance(p, Tensor) or not p.is_floating_point()):
-            continue  # what `masked` hides may be anything that has no gradient
+        if g is None:  # nothing is written; and what `masked` hides may be anything
+            continue
         if problem := problem_of(p):
             raise NotAParameterError("update_in_place", leaf_names(params)[i], problem)
         if problem := _problem_of_writing(p, g):

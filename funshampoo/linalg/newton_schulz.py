@@ -54,7 +54,8 @@ class newton_schulz(RootSolver):
 
     The number of steps follows from condition, tolerance, p and d: it takes eigenvalues from λmax /
     condition up to within `tolerance` of their limit. So it compiles, batches, and differentiates
-    to any order (gradients are right to a few times the tolerance). A root whose residual
+    to any order: of a matrix that requires gradients the tolerance is squared, since a polynomial
+    that is close need not rise alike. A root whose residual
     is above max_residual is never returned: `converged` is False. That is where a matrix with a
     larger condition number than promised ends. In float64, tolerance=1e-12 gives errors of 1e-10.
 
@@ -92,7 +93,9 @@ class newton_schulz(RootSolver):
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         system = normalize(add_to_diagonal(A, damping), finite)
         q = max(p, 2)
-        X = _inverse_root(system.B, q, self.condition, self.tolerance)
+        # A polynomial that is close need not rise alike: its derivative takes a step more.
+        tolerance = max(self.tolerance**2, 1e-14) if A.requires_grad else self.tolerance
+        X = _inverse_root(system.B, q, self.condition, tolerance)
         result = certify(X, q, system, self.max_residual)
         if p == 1:
             return result._replace(root=symmetrize(matmul(result.root, result.root)))

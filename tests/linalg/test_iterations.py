@@ -230,3 +230,16 @@ def test_higher_order_keeps_out_what_did_not_converge() -> None:
     found = coupled_higher_order(relative_epsilon=0.0, max_iterations=2)(A, 4, 0.0)
     assert not found.converged
     assert found.root.equal(torch.eye(6, dtype=torch.float64))
+
+
+def test_derivatives_of_a_root_at_the_default_tolerance() -> None:
+    """A polynomial may be within 1e-6 everywhere and not rise at all: of s^(-1/4), two orders."""
+    A = torch.eye(3, dtype=torch.float64) + 0.1
+
+    def root(s: Tensor) -> Tensor:
+        return newton_schulz(relative_epsilon=0.0)(s * A, 4, 0.0).root.sum()
+
+    s, c = torch.tensor(2.0, dtype=torch.float64), 3 * 1.3**-0.25
+    first, second = torch.func.grad(root)(s), torch.func.grad(torch.func.grad(root))(s)
+    torch.testing.assert_close(first.item(), -0.25 * 2**-1.25 * c, rtol=1e-9, atol=0)
+    torch.testing.assert_close(second.item(), 0.3125 * 2**-2.25 * c, rtol=1e-5, atol=0)
