@@ -90,7 +90,10 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
 
 
 def _of_others(wanted: ShardedState, found: ShardedState) -> bool:
-    """Whether it is the state of other ranks."""
+    """Whether it is the state of other ranks; by leaf, where every rank has all the names."""
+    by_leaf = any([own.keys() <= {"owned", "elsewhere"} for own in wanted.owned.values()])
+    if by_leaf and wanted.owned.keys() != found.owned.keys():
+        return False
     return wanted.owned != found.owned or wanted.ranks != found.ranks
 
 
