@@ -88,7 +88,8 @@ class Fits:
                 updates = spec.unflatten(gradients_like(leaves, known, updates))
         self._entered = spec, wanted
         left, its_first, entered = self._last
-        if left == _ids(state) and its_first() is first and entered == self._entered:
+        ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
+        if left == ids and its_first() is first and entered == self._entered:
             return updates
         nodes, tensors = _look_of(state)
         if self._knows(spec, wanted, nodes, tensors):
@@ -107,9 +108,11 @@ class Fits:
         of a user's may have changed it on the way, though it should not; its copies are then known.
         """
         if type(result) is tuple and len(result) == 2:
-            first = first_tensor(result[1])
-            if first is not None:
-                self._last = _ids(result[1]), weakref.ref(first), self._entered
+            state = result[1]
+            first = first_tensor(state)
+            if first is not None:  # a chain's is a dict, in which somebody may replace a stage's
+                ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
+                self._last = ids, weakref.ref(first), self._entered
             if self._known and not self._stepped:
                 look = (*self._entered, *_look_of(result[1]))
                 if not self._knows(*look):
@@ -153,11 +156,6 @@ class Fits:
         devices = {p.device for p in leaves if isinstance(p, Tensor)}
         if problem := misfit(wanted, state, devices, given):
             raise ValueError(problem)
-
-
-def _ids(state: Any) -> Any:
-    """By what it is known again: a chain's is a dict, in which somebody may replace a stage's."""
-    return tuple(map(id, state.values())) if isinstance(state, dict) else id(state)
 
 
 def _on_meta(p: Any) -> Any:

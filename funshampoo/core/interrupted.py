@@ -41,7 +41,7 @@ class Watched:
 
     def begin(self) -> Watched:
         """From now on; as `with` does, for who marks by himself."""
-        _check(self._state)
+        check_unmarked(self._state[0] if self._state else None)
         self._before = _versions(self._tensors)
         return self
 
@@ -70,17 +70,19 @@ def check_whole(state: Any) -> None:
         InterruptedStepError: one was.
     """
     if not torch.compiler.is_dynamo_compiling():
-        _check(_tensors(state, only_one=True))
-
-
-def _check(tensors: list[Tensor]) -> None:
-    check_unmarked(tensors[0] if tensors else None)
+        check_unmarked(first_tensor(state))
 
 
 def first_tensor(state: Any) -> Tensor | None:
-    """The first of a state, level by level."""
-    found = _tensors(state, only_one=True)
-    return found[0] if found else None
+    """The first of a state, level by level, so that a clock comes first."""
+    nodes: list[Any] = [(state,)]
+    for node in nodes:  # which grows meanwhile
+        for child in node.values() if isinstance(node, dict) else node:
+            if isinstance(child, Tensor):
+                return child
+            if isinstance(child, (dict, tuple, list)):
+                nodes.append(child)
+    return None
 
 
 def check_unmarked(first: Tensor | None) -> None:
@@ -98,8 +100,8 @@ def check_unmarked(first: Tensor | None) -> None:
         )
 
 
-def _tensors(state: Any, only_one: bool = False) -> list[Tensor]:
-    """The tensors of a state, or one of them, in an order that is always the same.
+def _tensors(state: Any) -> list[Tensor]:
+    """The tensors of a state, in an order that is always the same.
 
     Several times faster than `flatten`, which looks into layouts too.
     """
@@ -111,8 +113,6 @@ def _tensors(state: Any, only_one: bool = False) -> list[Tensor]:
         for child in node.values() if isinstance(node, dict) else node:
             if isinstance(child, Tensor):
                 found.append(child)
-                if only_one:
-                    return found
             elif isinstance(child, (dict, tuple, list)):
                 nodes.append(child)
     return found
