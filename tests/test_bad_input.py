@@ -250,9 +250,12 @@ def test_many_kinds_by_turns_are_all_remembered() -> None:
     kinds = [{"w": torch.ones(n)} for n in range(1, 30)]
     states = [tx.init(params) for params in kinds]
     tx._fits._init = lambda *given: pytest.fail("init was asked again")
+    read_elsewhere = tx._fits._known  # by another thread
+    before = list(read_elsewhere)
     for _ in range(2):
         for i, params in enumerate(kinds):
             _, states[i] = tx.update(params, states[i], params)
+    assert all(a is b for a, b in zip(read_elsewhere, before, strict=True))
 
 
 def test_a_stage_that_is_replaced_in_a_state_is_looked_at() -> None:

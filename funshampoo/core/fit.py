@@ -114,7 +114,7 @@ class Fits:
                 ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
                 self._last = ids, weakref.ref(first), self._entered
             if self._known and not self._stepped:
-                look = (*self._entered, *_look_of(result[1]))
+                look = (*self._entered, *_look_of(state))
                 if not self._knows(*look):
                     self._remember(*look)
                 self._stepped = True
@@ -123,10 +123,12 @@ class Fits:
         """Whether it is one of the known; that one is the last to be forgotten."""
         if not self._known:
             self._known = list(_ELSEWHERE.get(self._names(), ()))
-        for i, one in enumerate(self._known):
+        known = self._known  # replaced and never written to: another thread may be reading it
+        for i, one in enumerate(known):
             same = one.tensors == tensors and one.leaves == leaves and one.nodes == nodes
             if same and one.spec == spec:
-                self._known.insert(0, self._known.pop(i))
+                if i:
+                    self._known = [one, *known[:i], *known[i + 1 :]]
                 return True
         return False
 
@@ -137,7 +139,7 @@ class Fits:
         names = self._names()
         _ELSEWHERE[names] = [known, *_ELSEWHERE.pop(names, [])[:7]]
         if len(_ELSEWHERE) > _REMEMBERED:
-            del _ELSEWHERE[next(iter(_ELSEWHERE))]
+            _ELSEWHERE.pop(next(iter(_ELSEWHERE)), None)
 
     def _check_unknown(self, state: Any, leaves: Sequence[Any], spec: Any, given: str) -> None:
         try:
