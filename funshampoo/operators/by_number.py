@@ -19,7 +19,7 @@ from funshampoo.core.modes import constant
 SMALL = 2**14
 """Entries of a leaf that is put in a row with others."""
 
-_FEW = 4
+FEW = 4
 """Leaves for which it is as many launches without."""
 
 
@@ -75,7 +75,7 @@ def _rows(xs: Sequence[Tensor], numbers: Sequence[Tensor]) -> list[list[int]]:
         own = type(x) is type(number) is Tensor and number.ndim == 0 and x.device == number.device
         if own and not x.is_cpu and 0 < x.numel() <= SMALL:
             kinds.setdefault((x.dtype, number.dtype, x.device), []).append(i)
-    return [places for places in kinds.values() if len(places) > _FEW]
+    return [places for places in kinds.values() if len(places) > FEW]
 
 
 @functools.partial(constant, most=8)  # one for each pattern of missing gradients

@@ -10,9 +10,7 @@ from torch import Tensor
 from funshampoo.core.contract import Tree
 from funshampoo.core.modes import is_traced
 from funshampoo.core.tree import columns_of, flatten
-
-_FEW = 4
-"""Leaves for which it is as many launches without."""
+from funshampoo.operators.by_number import FEW
 
 
 class Joined:
@@ -37,7 +35,7 @@ class Joined:
         """Whether it saves launches: plain tensors off the CPU, more than a few, untraced."""
         found = [x for x in self._leaves if x is not None]
         own = [type(x) is Tensor and not x.is_cpu for x in found]  # a DTensor goes by itself
-        return len(found) > _FEW and not is_traced() and all(own)
+        return len(found) > FEW and not is_traced() and all(own)
 
     def join(self, tree: Tree) -> dict[str, Tensor]:
         """{kind: the leaves of a tree like this one, flat, in a row}. New tensors."""
