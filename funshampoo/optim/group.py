@@ -186,8 +186,10 @@ class GroupRun:
         """Copies of what is remembered of these."""
         if not self.has_state or not tensors:
             return {}
-        kept = [p for p in tensors if p in self.entries()[0] and p not in self._anew]
-        return {p: {n: x.detach().clone() for n, x in self.entries_of(p).items()} for p in kept}
+        entries, shared = self.entries()
+        kept = [p for p in tensors if p in entries and p not in self._anew]
+        own = {p: together(entries[p], shared) for p in kept}
+        return {p: {n: x.detach().clone() for n, x in own[p].items()} for p in kept}
 
     def parameters(self) -> list[Tensor]:
         """Those that the state was made for."""
