@@ -270,7 +270,7 @@ class GroupRun:
     def forget(self) -> None:
         """Let everything start from nothing."""
         self.known, self._state, self._untouched, self._read = [], None, False, None
-        self._anew.clear()
+        self._anew = set()
 
     def loaded(
         self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
