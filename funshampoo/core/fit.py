@@ -96,9 +96,8 @@ class Fits:
             if spec != other:
                 raise ValueError(structures_differ(params, updates, "params", "gradients"))
             wanted = _looks(known)
-            if wanted != looks:
-                check_gradients(leaves, known, updates)
-        entered = Entered(spec, wanted, wanted != looks)
+        unlike = wanted != looks and check_gradients(leaves, known, updates)
+        entered = Entered(spec, wanted, unlike)
         left, its_first, before = self._last
         ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
         if left == ids and its_first() is first and before == entered:

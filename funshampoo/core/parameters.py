@@ -147,16 +147,20 @@ def problem_of_gradients(
     return None
 
 
-def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: Any) -> None:
+def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: Any) -> bool:
     """Each is a dense real floating tensor of its parameter's shape, where that is; or None.
 
     Args:
         tree: of the gradients, for their names.
 
+    Returns:
+        Whether one is of another dtype than its parameter.
+
     Raises:
         TypeError: one is no dense real floating tensor, or on another device.
         ValueError: one has another shape.
     """
+    unlike = False
     for i, (g, p) in enumerate(zip(gradients, parameters)):
         if g is None or not isinstance(p, Tensor) or p.dtype not in _DTYPES:  # told of later
             continue
@@ -180,6 +184,8 @@ def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: A
                 f"the gradient of '{leaf_names(tree)[i]}' is of {g.dtype}, its parameter of "
                 f"{p.dtype}: give it in a real floating dtype."
             )
+        unlike |= g.dtype is not p.dtype
+    return unlike
 
 
 def as_entering(updates: Any, params: Any, casts: bool, ascends: bool = False) -> Any:
