@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 import funshampoo as fs
+from funshampoo.core.applying import Entering
+from funshampoo.core.context import Context
 from funshampoo.core.live import Live
 from tests.table import Case, every_case
 from tests.trees import snapshot, tensors
@@ -170,6 +172,10 @@ def test_a_gradient_of_another_floating_dtype_is_cast(case: Case) -> None:
         assert look(found) == look(wanted)
         for a, b in zip(tensors(found), tensors(wanted)):
             assert torch.equal(a, b)
+        moved = every_tensor(Tensor.clone, params)
+        in_place(tx, cast, tx.init(moved), moved)
+        for a, b in zip(tensors(moved), tensors(fs.apply_updates(params, wanted))):
+            assert torch.equal(a, b)
 
 
 PARAMETERS: dict[str, tuple[Change, str]] = {
@@ -264,6 +270,20 @@ def test_a_stage_that_is_replaced_in_a_state_is_looked_at() -> None:
     state = fs.update_in_place(tx, tree(1), tx.init(params), params)
     state["scale_by_adam"] = fs.scale_by_adam().init({"w": torch.ones(2)})
     check_refused(in_place, "scale_by_adam", tx, tree(1), state, params)
+
+
+def test_steps_of_one_transformation_that_enter_together_are_known_apart() -> None:
+    """As of two groups of the wrapper, or of two threads: a state of the one is not the other's."""
+
+    def update(updates: Any, state: Any) -> Any:  # another state than init's, as it should not be
+        return updates, {name: (x,) for name, x in updates.items()}
+
+    tx = fs.GradientTransformation(lambda params: dict(params), update)
+    kinds: list[Any] = [{"w": torch.ones(n)} for n in (2, 3)]
+    entering = [Entering(tx, p, tx.init(p), p, Context(donate=True)).checked() for p in kinds]
+    states = [step.applied() for step in entering]
+    for i, wrong in enumerate(reversed(states)):
+        check_refused(pure, "^the state is not one of this", tx, kinds[i], wrong, kinds[i])
 
 
 def test_a_state_that_is_asked_for_draws_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,7 @@ def blocked(
         check=blocks.check if inner.checks else None,
         parts={"inner": inner},
         needs_params=with_params is not False,
+        casts=True,  # as they enter their stacks, a portion at a time
         # It opens a scope, whose gradient are the updates that come in.
         flops=lambda block, kept, apart: inner.flops(block, kept) - inner.flops(block, kept, apart),
     )

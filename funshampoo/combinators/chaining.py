@@ -117,6 +117,7 @@ def chain(
         flops=functools.partial(_flops_on_top, list(named.values())),
         passes=all([stage.passes for stage in named.values()]),
         elementwise=all([stage.elementwise for stage in named.values()]),
+        casts=any([stage.casts for stage in [*named.values()][:1]]),
     )
 
 

@@ -194,6 +194,7 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
         apply=apply if inner.apply else None,
         parts={"inner": inner},
         counts=counts,
+        casts=inner.casts,
     )
     if found.live is not None:  # those of the state are not the caller's to give
         found.live -= first.keys()

@@ -56,6 +56,7 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
         apply=apply,
         parts={"inner": inner},
         state_of=lambda state, name: state,
+        casts=inner.casts,
     )
     found.in_tf32 = True
     return found

@@ -15,10 +15,12 @@ from funshampoo.core.contract import (
     TreeT,
 )
 from funshampoo.core.elementwise import local_step
+from funshampoo.core.fit import Entered
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import check_values
 from funshampoo.core.modes import are_apart, is_plain
 from funshampoo.core.of_parts import checked_pair
+from funshampoo.core.parameters import as_entering
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, placed_as
 from funshampoo.core.tree import check_same_structure, wide
 from funshampoo.core.writable import check_writable
@@ -146,34 +148,48 @@ def unwatched(
 
 
 class Entering(NamedTuple):
-    """A step in place that nobody has begun."""
+    """A step in place that nobody has begun.
+
+    Attributes:
+        ascends: whether it goes against its updates: the gradients are negated.
+        entered: what `checked` has seen.
+    """
 
     transformation: GradientTransformation
     updates: Tree
     state: State
     params: Tree
     context: Context
+    ascends: bool = False
+    entered: Entered | None = None
 
     def checked(self) -> Entering:
-        """The same step, with the gradients as it takes them.
+        """The same step, which can be made.
+
+        Many may be waiting, as of all groups of the wrapper, so nothing of it is copied yet.
 
         Raises:
             ValueError, TypeError: as `update_in_place`; and whatever a step raises beforehand.
         """
-        tx, updates, state, params, context = self
+        tx, updates, state, params, context, *_ = self
         if params is None:
             raise ValueError(
                 "params is None, and update_in_place changes parameters: pass them, or call "
                 "update, which returns the updates."
             )
-        fine = tx.checked(updates, state, params, context)
-        check_writable(params, fine)
-        return self._replace(updates=fine)
+        updates, entered = tx.checked(updates, state, params, context)
+        check_writable(params, updates)
+        return self._replace(updates=updates, entered=entered)
 
     def applied(self) -> State:
         """The state after the step."""
-        new = applied(*self)
-        self.transformation.made(new)
+        tx, updates, state, params, context, ascends, entered = self
+        assert entered is not None, "nobody has checked it"
+        casts = entered.unlike and not tx.casts
+        if casts or ascends:
+            updates = as_entering(updates, params, casts, ascends)
+        new = applied(tx, updates, state, params, context)
+        tx._fits.made((None, new), entered)
         return new
 
 

@@ -127,13 +127,13 @@ def chosen(argument: str, value: Any, table: Mapping[Any, Any]) -> Any:
     return table[value]
 
 
-def hint(name: str, known: Iterable[str]) -> str:
-    """What to say after a name that nobody knows: the nearest one, if there is one.
+def hint(name: str, known: Iterable[str], least: float = 0.6) -> str:
+    """What to say after a name that nobody knows: the nearest one, if it is at least so near.
 
     >>> hint("shampo", ["shampoo", "soap"]), hint("x", ["soap"])
     ("; did you mean 'shampoo'?", '.')
     """
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=least)
     return f"; did you mean '{near[0]}'?" if near else "."
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.core.checks import check_flag, check_step
-from funshampoo.core.live import check_heard
+from funshampoo.core.checks import check_flag, check_step, hint
 
 NOTHING: Mapping[str, Any] = {}  # to be read alone
 
@@ -111,11 +109,41 @@ def as_keywords(context: Context) -> dict[str, Any]:
 
 def _check_known(name: str, accepted: Collection[str] | None) -> None:
     known = [*PLACES, *(accepted or ())]
-    likely = difflib.get_close_matches(name, known, n=1, cutoff=0.8 if accepted is None else 0.6)
-    if accepted is None and not likely:
+    near = hint(name, known, least=0.8 if accepted is None else 0.6)
+    if accepted is None and near == ".":
         return
     raise TypeError(
-        f"no stage here knows '{name}'"
-        + (f"; did you mean '{likely[0]}'?" if likely else ".")
-        + " A stage that wants a value of the caller's declares its name as a keyword of update."
+        f"no stage here knows '{name}'{near} A stage that wants a value of the caller's declares "
+        "its name as a keyword of update."
+    )
+
+
+def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
+    """What a caller gives in `hyper` is read by some stage.
+
+    A recipe's number whose part is switched off (dampening without momentum) is read by nobody, and
+    may stand beside others that are: the wrapper gives all that a group has.
+
+    Args:
+        given: names.
+        known: those that stages read; None: some may read any.
+
+    Raises:
+        ValueError: none of the names is read; or one is not, and nearly is one that is read and not
+            given. Names the nearest.
+    """
+    if known is None or not given or known.issuperset(given):
+        return
+    missing, some_read = known.difference(given), not known.isdisjoint(given)
+    if some_read and not missing:
+        return  # the wrapper's, on every step
+    unread = sorted(set(given) - known)
+    wrong = next((name for name in unread if hint(name, missing) != "."), None)
+    if wrong is None and some_read:
+        return
+    name = unread[0] if wrong is None else wrong
+    names = ", ".join(sorted(known))
+    raise ValueError(
+        f"hyper: no stage here reads a live number '{name}'{hint(name, missing)} "
+        + (f"Live are {names}." if known else "None is live: build the chain with core.live.Live.")
     )

@@ -26,13 +26,13 @@ from funshampoo.core.adapting import (
 )
 from funshampoo.core.checks import check_state
 from funshampoo.core.context import EMPTY, Context, context_of
-from funshampoo.core.fit import Fits
+from funshampoo.core.fit import Entered, Fits
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import required
 from funshampoo.core.of_parts import checks_of, names_of, united
-from funshampoo.core.parameters import of_parameters
+from funshampoo.core.parameters import as_entering, of_parameters
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
@@ -96,6 +96,8 @@ class GradientTransformation:
             and parameter alone; so it gets a rank's parts of DTensors, see `core.elementwise`.
         needs_params: whether no step is possible without parameters, so that a call without them is
             an error before anything is changed. By default where a part needs them.
+        casts: whether gradients may come in any real floating dtype, of which it casts what it is
+            about to step; else all are cast to their parameters' compute dtype before.
         refresh_cost: of the refresh of one matrix, in the time that the default solver takes: a
             rule's `relative_cost`. By default that of the part where it is largest; None: 1.
 
@@ -135,6 +137,7 @@ class GradientTransformation:
         elementwise: bool = False,
         refresh_cost: float | None = None,
         needs_params: bool | None = None,
+        casts: bool = False,
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
@@ -145,7 +148,7 @@ class GradientTransformation:
         self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
         self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
         self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise}
-        self._given |= {"needs_params": needs_params}
+        self._given |= {"needs_params": needs_params, "casts": casts}
         self._init = adapted_init(init) if parts else of_parameters(adapted_init(init), self.name)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
@@ -153,12 +156,11 @@ class GradientTransformation:
         self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
-        self.passes, self.elementwise = passes, elementwise
+        self.passes, self.elementwise, self.casts = passes, elementwise, casts
         self._fits = Fits(self._init, lambda: names_of(self))
         children = list(self.parts.values())
-        if counts is None:
-            counts = adapted.counts or any([part.counts for part in children])
-        self.counts: bool = counts
+        counting = adapted.counts or any([part.counts for part in children])
+        self.counts: bool = counting if counts is None else counts
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
         largest = max(costs, default=None)
         self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
@@ -173,9 +175,8 @@ class GradientTransformation:
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
         may_read_any = numbers is None and adapted.reads_hyper and not children
-        self.reads_gradient: bool = adapted.reads_gradient or any(
-            [part.reads_gradient for part in children]
-        )
+        reading = [part.reads_gradient for part in children]
+        self.reads_gradient: bool = adapted.reads_gradient or any(reading)
         below = [x for part in children for x in part.lives]
         self.lives: list[Live] = [*lives_among(numbers or ()), *below]
         own = None if may_read_any else live_names(numbers or ())
@@ -220,17 +221,21 @@ class GradientTransformation:
             check_values(given.hyper, self.lives)
         if torch.compiler.is_dynamo_compiling():
             return self.run(placed_as(updates, params), state, params, given)
-        updates = self.checked(updates, state, params, given)
+        updates, entered = self.checked(updates, state, params, given)
+        if entered.unlike and not self.casts:
+            updates = as_entering(updates, params, casts=True)
         if given.donate:
             with Watched(state):
                 found = self.run(updates, state, params, given)
         else:
             found = self.run(updates, state, params, given)
-        self._fits.made(found)
+        self._fits.made(found, entered)
         return found
 
-    def checked(self, updates: TreeT, state: State, params: Tree, context: Context) -> TreeT:
-        """The gradients, as `run` takes them. Outside torch.compile.
+    def checked(
+        self, updates: TreeT, state: State, params: Tree, context: Context
+    ) -> tuple[TreeT, Entered]:
+        """The gradients, placed as `run` takes them, and what enters. Outside torch.compile.
 
         Raises:
             ValueError: gradients, state and parameters do not fit together; parameters are missing.
@@ -241,14 +246,10 @@ class GradientTransformation:
         if context.hyper:
             check_placed(context.hyper, params)
         updates = placed_as(updates, params) if SEEN["any"] else updates
-        fine: TreeT = self._fits.checked(updates, state, params, context)
+        entered = self._fits.checked(updates, state, params, context)
         if self.checks:
             self.check(state, context)
-        return fine
-
-    def made(self, state: State) -> None:
-        """Outside of `update` a step that `checked` has let in has come to its end, with this."""
-        self._fits.made((None, state))
+        return updates, entered
 
     def phase(self, step: int) -> Phase:
         """What happens on this step, from 1, that does not happen on all; () on a plain one."""

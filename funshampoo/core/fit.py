@@ -19,7 +19,7 @@ from torch import Tensor
 from funshampoo.core.context import Context
 from funshampoo.core.interrupted import check_unmarked, first_tensor
 from funshampoo.core.misfit import misfit
-from funshampoo.core.parameters import NotAParameterError, gradients_like
+from funshampoo.core.parameters import NotAParameterError, check_gradients
 from funshampoo.core.placed import any_in_parts
 from funshampoo.core.tree import flatten, structures_differ
 from funshampoo.state.stages import BlockedState
@@ -27,6 +27,19 @@ from funshampoo.state.stages import BlockedState
 _LOOK = attrgetter("shape", "dtype", "device", "layout")
 _STATE_LOOK = attrgetter("shape", "dtype", "device")
 _REMEMBERED = 64  # kinds of parameters and states that one transformation steps by turns
+
+
+class Entered(NamedTuple):
+    """What has entered a step, by its looks.
+
+    Attributes:
+        spec, leaves: of the parameters, or of gradients in their place.
+        unlike: whether some gradients are of another dtype than their parameters'.
+    """
+
+    spec: Any
+    leaves: list[Any]
+    unlike: bool
 
 
 class _Known(NamedTuple):
@@ -57,8 +70,7 @@ class Fits:
     def __init__(self, init: Callable[[Any, Any], Any], names: Callable[[], Any]) -> None:
         self._init, self._names = init, names
         self._known: list[_Known] = []
-        self._entered: tuple[Any, list[Any]] = (None, [])
-        self._last: tuple[Any, Callable[[], Any], Any] = (0, lambda: None, None)
+        self._last: tuple[Any, Callable[[], Any], Entered | None] = (0, lambda: None, None)
         self._stepped = False  # since something was remembered last
 
     def remember(self, params: Any, state: Any) -> None:
@@ -66,8 +78,8 @@ class Fits:
         leaves, spec = flatten(params)
         self._remember(spec, _looks(leaves), *_look_of(state))
 
-    def checked(self, updates: Any, state: Any, params: Any, context: Context) -> Any:
-        """The gradients, those of another dtype cast to their parameters' compute dtype.
+    def checked(self, updates: Any, state: Any, params: Any, context: Context) -> Entered:
+        """What enters, for `made`. Nothing is remembered of it here: others may enter meanwhile.
 
         Raises:
             ValueError: gradients, parameters and state do not fit together (names what differs).
@@ -84,25 +96,24 @@ class Fits:
             if spec != other:
                 raise ValueError(structures_differ(params, updates, "params", "gradients"))
             wanted = _looks(known)
-            if wanted != looks:
-                updates = spec.unflatten(gradients_like(leaves, known, updates))
-        self._entered = spec, wanted
-        left, its_first, entered = self._last
+        unlike = wanted != looks and check_gradients(leaves, known, updates)
+        entered = Entered(spec, wanted, unlike)
+        left, its_first, before = self._last
         ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
-        if left == ids and its_first() is first and entered == self._entered:
-            return updates
+        if left == ids and its_first() is first and before == entered:
+            return entered
         nodes, tensors = _look_of(state)
         if self._knows(spec, wanted, nodes, tensors):
-            return updates
+            return entered
         unknown = params is None and None in wanted  # without a gradient, and so without a shape
         if not (unknown or _is_nested(context) or any_in_parts(known)):
             given = "gradients" if params is None else "parameters"
             self._check_unknown(state, known, spec, given)
             self._remember(spec, wanted, nodes, tensors)
-        return updates
+        return entered
 
-    def made(self, result: Any) -> None:
-        """(updates, state) of the step that has entered last.
+    def made(self, result: Any, entered: Entered) -> None:
+        """(updates, state) of a step, and what has entered it.
 
         The next one goes on from this state, most often, which then is not looked at again. A stage
         of a user's may have changed it on the way, though it should not; its copies are then known.
@@ -112,9 +123,9 @@ class Fits:
             first = first_tensor(state)
             if first is not None:  # a chain's is a dict, in which somebody may replace a stage's
                 ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
-                self._last = ids, weakref.ref(first), self._entered
+                self._last = ids, weakref.ref(first), entered
             if self._known and not self._stepped:
-                look = (*self._entered, *_look_of(state))
+                look = (*entered[:2], *_look_of(state))
                 if not self._knows(*look):
                     self._remember(*look)
                 self._stepped = True

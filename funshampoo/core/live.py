@@ -11,10 +11,9 @@ value that the number has then: `is_exactly`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -116,39 +115,6 @@ def check_values(hyper: Numbers, lives: Iterable[Live]) -> None:
         if value is not None and not isinstance(value, Tensor):
             for check in live.checks:
                 check(value)
-
-
-def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
-    """What a caller gives in `hyper` is read by some stage.
-
-    A recipe's number whose part is switched off (dampening without momentum) is read by nobody, and
-    may stand beside others that are: the wrapper gives all that a group has.
-
-    Args:
-        given: names.
-        known: those that stages read; None: some may read any.
-
-    Raises:
-        ValueError: none of the names is read; or one is not, and nearly is one that is read and not
-            given. Names the nearest.
-    """
-    if known is None or not given or known.issuperset(given):
-        return
-    missing, some_read = known.difference(given), not known.isdisjoint(given)
-    if some_read and not missing:
-        return  # the wrapper's, on every step
-    unread = sorted(set(given) - known)
-    likely = {name: difflib.get_close_matches(name, missing, n=1) for name in unread}
-    wrong = next((name for name in unread if likely[name]), None)
-    if wrong is None and some_read:
-        return
-    name = unread[0] if wrong is None else wrong
-    names = ", ".join(sorted(known))
-    raise ValueError(
-        f"hyper: no stage here reads a live number '{name}'"
-        + (f"; did you mean '{likely[name][0]}'? " if likely[name] else ". ")
-        + (f"Live are {names}." if known else "None is live: build the chain with core.live.Live.")
-    )
 
 
 def check_placed(hyper: Numbers, params: Any) -> None:

@@ -147,20 +147,22 @@ def problem_of_gradients(
     return None
 
 
-def gradients_like(gradients: Sequence[Any], parameters: Sequence[Any], tree: Any) -> list[Any]:
-    """The gradients; one of another real floating dtype in its parameter's compute dtype.
+def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: Any) -> bool:
+    """Each is a dense real floating tensor of its parameter's shape, where that is; or None.
 
     Args:
         tree: of the gradients, for their names.
+
+    Returns:
+        Whether one is of another dtype than its parameter.
 
     Raises:
         TypeError: one is no dense real floating tensor, or on another device.
         ValueError: one has another shape.
     """
-    found: list[Any] = []
+    unlike = False
     for i, (g, p) in enumerate(zip(gradients, parameters)):
         if g is None or not isinstance(p, Tensor) or p.dtype not in _DTYPES:  # told of later
-            found.append(g)
             continue
         fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
         if not fits:
@@ -172,24 +174,38 @@ def gradients_like(gradients: Sequence[Any], parameters: Sequence[Any], tree: An
                 f"leaf '{leaf_names(tree)[i]}' has shape {tuple(p.shape)} in params and "
                 f"{tuple(g.shape)} in gradients: give the gradient in its parameter's shape."
             )
-        if g.dtype is not p.dtype:
-            g = _cast(g, p, tree, i)
-        found.append(g)
-    return found
+        if g.is_complex():
+            raise TypeError(
+                f"leaf '{leaf_names(tree)[i]}' is complex in gradients, and real in params: give "
+                "the real part, or torch.view_as_real of both."
+            )
+        if g.dtype not in _DTYPES:
+            raise TypeError(
+                f"the gradient of '{leaf_names(tree)[i]}' is of {g.dtype}, its parameter of "
+                f"{p.dtype}: give it in a real floating dtype."
+            )
+        unlike |= g.dtype is not p.dtype
+    return unlike
 
 
-def _cast(g: Tensor, p: Tensor, tree: Any, i: int) -> Tensor:
-    if g.is_complex() and not p.is_complex():
-        raise TypeError(
-            f"leaf '{leaf_names(tree)[i]}' is complex in gradients, and real in params: give the "
-            "real part, or torch.view_as_real of both."
-        )
-    if g.dtype not in _DTYPES:
-        raise TypeError(
-            f"the gradient of '{leaf_names(tree)[i]}' is of {g.dtype}, its parameter of {p.dtype}: "
-            "give it in a real floating dtype."
-        )
-    return g if is_in_parts(g) else cast(g, compute_dtype(p))
+def as_entering(updates: Any, params: Any, casts: bool, ascends: bool = False) -> Any:
+    """The gradients as a step takes them, in new memory where they are not so already.
+
+    Args:
+        casts: whether those of another dtype are to be in their parameters' compute dtype. DTensors
+            are left as they are: ranks send them to each other in their own.
+        ascends: whether they are to be negated.
+    """
+    leaves, spec = flatten(updates)
+
+    def entering(g: Any, p: Any) -> Any:  # a leaf at a time, so that no two copies are held of all
+        if g is None:
+            return None
+        if casts and isinstance(p, Tensor) and p.dtype in _DTYPES and not is_in_parts(g):
+            g = cast(g, compute_dtype(p)) if g.dtype is not p.dtype else g
+        return -g if ascends else g
+
+    return spec.unflatten(map(entering, leaves, flatten(params)[0]))
 
 
 def _problem_of_gradient(g: Any, p: Tensor) -> str:

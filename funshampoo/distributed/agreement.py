@@ -163,8 +163,7 @@ class Agreement:
         """
         last = self.last(group)
         if last is not None:
-            lines = self._of_plan(leaves)
-            announce([last], lambda: self._words(lines, context), group)
+            announce([last], lambda: self._words(leaves, context), group)
             self._stepped = None
 
     def on(
@@ -218,7 +217,7 @@ class Agreement:
             return [*self._lines, of_run, *self._around_lines(), *said(context), gone]
 
         def words() -> list[Line]:
-            return self._words(self._of_plan(leaves), context)
+            return self._words(leaves, context)
 
         gone = print_of(missing) if missing else 0
         fingerprint = self._fingerprint(plan ^ run ^ gone, context)
@@ -236,10 +235,11 @@ class Agreement:
             self._now = values, keys, print_of((plan, around, said(context)), 24)
         return self._now[2]
 
-    def _words(self, lines: list[Line], context: Context | None) -> list[Line]:
+    def _words(self, leaves: Leaves, context: Context | None) -> list[Line]:
         if self.around is not None:
             return self.around.words()
-        return lines if context is None else [*lines, *said(context)]
+        found = [*self._of_plan(leaves), *dtypes_on_the_way(leaves)]
+        return found if context is None else [*found, *said(context)]
 
     def _around_lines(self) -> list[Line]:
         return [] if self.around is None else self.around.lines()

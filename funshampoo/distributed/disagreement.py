@@ -78,6 +78,7 @@ def changed(words: list[Line], those: Sequence[bool], group: ProcessGroup | None
         if theirs != everyone[0]:
             return RuntimeError(difference(everyone[0], theirs, rank))
     return RuntimeError(
-        f"sharded: the ranks do not agree: rank {those.index(True)} was given other parameters or "
-        f"another chain than at the step before, and rank {those.index(False)} was not. {_REMEDY}"
+        f"sharded: the ranks do not agree: rank {those.index(True)} was given other parameters, "
+        "gradients of another dtype or another chain than at the step before, and rank "
+        f"{those.index(False)} was not. {_REMEDY}"
     )

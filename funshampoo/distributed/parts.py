@@ -19,6 +19,7 @@ from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
+from funshampoo.core.placed import is_in_parts
 from funshampoo.distributed.agreement import lines_of, print_of
 from funshampoo.distributed.collectives import (
     ProcessGroup,
@@ -114,6 +115,19 @@ class Parts:
         self._incoming: dict[Any, list[Incoming]] = {}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
         self._cuts: dict[tuple[str, int], Any] = {}
+
+    def come_in_other_dtypes(self, leaves: Leaves) -> bool:
+        """Whether a sharded gradient has another dtype than before, so another message.
+
+        A rank where it is missing does not know, so the ranks have to compare.
+        """
+        each = zip(self.dtypes, leaves.gradients)
+        return any([g is not None and g.dtype != d and is_in_parts(g) for d, g in each])
+
+    def forget_dtypes(self, leaves: Leaves) -> None:
+        """Begin with those of the parameters, as on a first step."""
+        if leaves.parameters is not None:  # without them no gradient is missing
+            self.dtypes[:] = [p.dtype for p in leaves.parameters]
 
     def routes(self, shown: Sequence[bool] | None) -> Routes:
         """Of this rank; `shown` parameters travel with their gradients."""

@@ -185,6 +185,10 @@ class Ranks:
         parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
         says = Says()
         if parts.size > 1:
+            if parts.come_in_other_dtypes(leaves):
+                self.agreement.announce(leaves, context, self.group)
+                self.agreement.begin_anew()
+                parts.forget_dtypes(leaves)
             known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
             missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
             says = self._says(parts.shards, leaves, state, context, blocks.device, missing)

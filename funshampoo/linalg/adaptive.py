@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import full_precision, unwrapped
 from funshampoo.linalg.basis import orthogonal
 from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, matmul, multiply
-from funshampoo.linalg.solver import Number, chooser, identity_like, replace_nonfinite, where
+from funshampoo.linalg.solver import chooser, identity_like, replace_nonfinite, where
 from funshampoo.linalg.spectral import Spectrum, decompose
 
 
-def spectrum_near(A: Tensor, Q: Tensor, tolerance: Number) -> Spectrum:
+def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> Spectrum:
     """The spectrum of each matrix in its old basis where that will do, else a new one.
 
         B = Qᵀ A Q
@@ -55,7 +56,7 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: Number) -> Spectrum:
     return Spectrum(*[x.reshape(A.shape[:-2] + x.shape[1:]) for x in found])
 
 
-def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Number, steps: int) -> Spectrum:
+def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Hyper, steps: int) -> Spectrum:
     """Approximate eigenvalues, the smallest first, and the basis that they were found in.
 
         at most `steps` times, while ‖offdiag(QᵀAQ)‖_F > tolerance ‖A‖_F:   Q ← qr(A Q)

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from funshampoo.core.contract import Hyper
 from funshampoo.linalg.eigensolver import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
-from funshampoo.linalg.solver import InverseRoot, Number, RootSolver, check_exponent, check_matrix
+from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
 
 LARGEST_SIDE_OF_EIGH = 32
 """On a GPU.
@@ -51,9 +52,9 @@ class by_device(RootSolver):
     least: ClassVar = {"relative_epsilon": 0}
     threaded: ClassVar[bool] = True  # on a CPU it is eigh
 
-    relative_epsilon: Number = 1e-6
+    relative_epsilon: Hyper = 1e-6
 
-    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """See `RootSolver`."""
         check_matrix(A)
         check_exponent(p)

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import all_true, full_precision
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import Normalized, certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.solver import (
     InverseRoot,
-    Number,
     RootSolver,
     add_to_diagonal,
     check_exponent,
@@ -76,19 +76,19 @@ class coupled_newton(RootSolver):
     )
     relative_cost = 9.0
 
-    relative_epsilon: Number = 1e-6
+    relative_epsilon: Hyper = 1e-6
     max_iterations: int = 100
     tolerance: float = 1e-6
     retries: int = 3
     max_residual: float = 0.5
 
-    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """See `RootSolver`."""
         check_matrix(A)
         with full_precision():
             return self._solve(A, integer_exponent(p, "coupled_newton"), epsilon)
 
-    def _solve(self, A: Tensor, p: int, epsilon: Number) -> InverseRoot:
+    def _solve(self, A: Tensor, p: int, epsilon: Hyper) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         result = self._attempt(A, damping, p, finite)
@@ -148,7 +148,7 @@ class coupled_higher_order(RootSolver):
     order: int = 3
     max_residual: float = 0.5
 
-    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """See `RootSolver`."""
         check_matrix(A)
         check_exponent(p)

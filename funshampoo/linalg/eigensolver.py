@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import full_precision
 from funshampoo.linalg.adaptive import spectrum_near
 from funshampoo.linalg.solver import (
     InverseRoot,
-    Number,
     RootSolver,
     add_to_diagonal,
     check_exponent,
@@ -28,7 +28,7 @@ class EigenSolver(RootSolver):
 
     threaded: ClassVar[bool] = True
 
-    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """A^(-1/p), with a new eigendecomposition."""
         self._check(A, p, epsilon)
         spectrum = decompose(A)  # no products, and perhaps long: other threads need not wait
@@ -36,7 +36,7 @@ class EigenSolver(RootSolver):
             return self.from_spectrum(A, spectrum, p, epsilon)
 
     def near_basis(
-        self, A: Tensor, p: float, epsilon: Number, basis: Tensor, tolerance: Number
+        self, A: Tensor, p: float, epsilon: Hyper, basis: Tensor, tolerance: Hyper
     ) -> tuple[InverseRoot, Tensor]:
         """A^(-1/p), and the basis it is computed in: the one given, where that is good enough.
 
@@ -51,20 +51,18 @@ class EigenSolver(RootSolver):
         with full_precision():
             return self.from_spectrum(A, spectrum, p, epsilon), spectrum.vectors
 
-    def renewed(self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number) -> Spectrum:
+    def renewed(self, A: Tensor, epsilon: Hyper, basis: Tensor, tolerance: Hyper) -> Spectrum:
         """The spectrum of A that `near_basis` goes by."""
         return spectrum_near(A, basis, tolerance)
 
     @abstractmethod
-    def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
-    ) -> InverseRoot:
+    def from_spectrum(self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Hyper) -> InverseRoot:
         """A^(-1/p) by a spectrum of A, exact or approximate, in any order."""
 
-    def check_epsilon(self, epsilon: Number) -> None:
+    def check_epsilon(self, epsilon: Hyper) -> None:
         """Raise for an epsilon that this solver can't take."""
 
-    def _check(self, A: Tensor, p: float, epsilon: Number) -> None:
+    def _check(self, A: Tensor, p: float, epsilon: Hyper) -> None:
         check_matrix(A)
         check_exponent(p)
         self.check_epsilon(epsilon)
@@ -104,12 +102,10 @@ class eigh(EigenSolver):
 
     least: ClassVar = {"relative_epsilon": 0}
 
-    relative_epsilon: Number = 0.0
+    relative_epsilon: Hyper = 0.0
     floor: bool = True
 
-    def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
-    ) -> InverseRoot:
+    def from_spectrum(self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Hyper) -> InverseRoot:
         """See `EigenSolver`."""
         values = spectrum.values
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: values.amax(-1))
@@ -141,10 +137,10 @@ class pseudo_inverse(EigenSolver):
 
     least: ClassVar = {"rtol": 0, "atol": 0}
 
-    rtol: Number | None = None
+    rtol: Hyper | None = None
     atol: float = 0.0
 
-    def check_epsilon(self, epsilon: Number) -> None:
+    def check_epsilon(self, epsilon: Hyper) -> None:
         """See `EigenSolver`."""
         if isinstance(epsilon, Tensor) or epsilon != 0:
             raise ValueError(
@@ -152,9 +148,7 @@ class pseudo_inverse(EigenSolver):
                 "fill the null space that it leaves out; use eigh() for a damped root"
             )
 
-    def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
-    ) -> InverseRoot:
+    def from_spectrum(self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Hyper) -> InverseRoot:
         """See `EigenSolver`."""
         relative = A.shape[-1] * torch.finfo(A.dtype).eps if self.rtol is None else self.rtol
         if isinstance(relative, Tensor):

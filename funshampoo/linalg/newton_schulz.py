@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import full_precision
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import certify, normalize
@@ -16,7 +17,6 @@ from funshampoo.linalg.products import matmul, matrix_power, power
 from funshampoo.linalg.root_steps import Step, square_root_steps
 from funshampoo.linalg.solver import (
     InverseRoot,
-    Number,
     RootSolver,
     add_to_diagonal,
     check_matrix,
@@ -77,18 +77,18 @@ class newton_schulz(RootSolver):
     least: ClassVar = {"relative_epsilon": 0, "condition": 1, "tolerance": 1e-14, "max_residual": 0}
     relative_cost = 7.0
 
-    relative_epsilon: Number = 1e-6
+    relative_epsilon: Hyper = 1e-6
     condition: float = 1e6
     tolerance: float = 1e-6
     max_residual: float = 0.5
 
-    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """See `RootSolver`."""
         check_matrix(A)
         with full_precision():
             return self._solve(A, integer_exponent(p, "newton_schulz"), epsilon)
 
-    def _solve(self, A: Tensor, p: int, epsilon: Number) -> InverseRoot:
+    def _solve(self, A: Tensor, p: int, epsilon: Hyper) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         system = normalize(add_to_diagonal(A, damping), finite)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funshampoo.core.contract import Hyper
 from funshampoo.core.live import Live
 from funshampoo.core.modes import all_true, may_reuse
-
-Number: TypeAlias = float | Tensor
-"""A tensor broadcasts to the stack: to A.shape[:-2]."""
 
 
 class InverseRoot(NamedTuple):
@@ -46,7 +44,7 @@ class InverseRoot(NamedTuple):
     converged: Tensor
 
 
-Solver = Callable[[Tensor, float, Number], InverseRoot]
+Solver = Callable[[Tensor, float, Hyper], InverseRoot]
 """solver(A, p, epsilon) = (A + damping·I)^(-1/p), damping = epsilon + relative_epsilon·λmax(A).
 
 A (..., d, d) is float32 or float64, symmetric and positive semidefinite up to rounding; epsilon is
@@ -81,7 +79,7 @@ class RootSolver(ABC):
                 check_at_least(name, getattr(self, name), least)
 
     @abstractmethod
-    def __call__(self, A: Tensor, p: float, epsilon: Number = 0.0) -> InverseRoot:
+    def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """(A + damping·I)^(-1/p), as `Solver` has it."""
 
     def __eq__(self, other: object) -> bool:
@@ -121,7 +119,7 @@ def integer_exponent(p: float, solver: str) -> int:
     return int(p)
 
 
-def check_at_least(name: str, value: Number, least: float) -> None:
+def check_at_least(name: str, value: Hyper, least: float) -> None:
     """Raise if `value` is a number below `least`. Reading a tensor would wait for its device."""
     if isinstance(value, Live):
         value.checks.append(functools.partial(check_at_least, name, least=least))
@@ -131,7 +129,7 @@ def check_at_least(name: str, value: Number, least: float) -> None:
 
 
 def total_damping(
-    A: Tensor, epsilon: Number, relative_epsilon: Number, largest: Callable[[], Tensor]
+    A: Tensor, epsilon: Hyper, relative_epsilon: Hyper, largest: Callable[[], Tensor]
 ) -> Tensor:
     """Damping = epsilon + relative_epsilon·λmax(A), of shape A.shape[:-2] and A's dtype.
 
@@ -145,7 +143,7 @@ def total_damping(
     return damping
 
 
-def _like(value: Number, A: Tensor, name: str) -> Number:
+def _like(value: Hyper, A: Tensor, name: str) -> Hyper:
     """`value` in A's dtype, so that a float32 hyperparameter does not lower float64 matrices."""
     if not isinstance(value, Tensor):
         return value
@@ -185,12 +183,12 @@ def where(condition: Tensor, matrix: Tensor, other: Tensor) -> Tensor:
     return chooser(condition)(matrix, other)
 
 
-def chooser(condition: Tensor) -> Callable[[Tensor, Number], Tensor]:
+def chooser(condition: Tensor) -> Callable[[Tensor, Hyper], Tensor]:
     """`where` for several choices by one condition (...), of tensors that lead with its axes."""
     if condition.device.type == "cpu" and all_true(condition):
         return lambda x, other: x
 
-    def choose(x: Tensor, other: Number) -> Tensor:
+    def choose(x: Tensor, other: Hyper) -> Tensor:
         return torch.where(
             condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, other
         )

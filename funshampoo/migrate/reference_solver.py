@@ -22,7 +22,7 @@ from funshampoo.linalg import (
 from funshampoo.linalg.adaptive import qr_algorithm, spectrum_near
 from funshampoo.linalg.basis import Renewed
 from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.linalg.solver import Number, add_to_diagonal, total_damping
+from funshampoo.linalg.solver import add_to_diagonal, total_damping
 from funshampoo.linalg.spectral import Spectrum
 from funshampoo.migrate.reference_config import Config, Fields
 
@@ -216,16 +216,14 @@ class RenewedSolver(EigenSolver):
     inner: EigenSolver
     renewal: Renewal
 
-    def renewed(self, A: Tensor, epsilon: Number, basis: Tensor, tolerance: Number) -> Spectrum:
+    def renewed(self, A: Tensor, epsilon: Hyper, basis: Tensor, tolerance: Hyper) -> Spectrum:
         """See `EigenSolver`."""
         return self.renewal.spectrum(A, basis, epsilon, tolerance)
 
-    def from_spectrum(
-        self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Number
-    ) -> InverseRoot:
+    def from_spectrum(self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Hyper) -> InverseRoot:
         """As `inner` does."""
         return self.inner.from_spectrum(A, spectrum, p, epsilon)
 
-    def check_epsilon(self, epsilon: Number) -> None:
+    def check_epsilon(self, epsilon: Hyper) -> None:
         """As `inner` does."""
         self.inner.check_epsilon(epsilon)

@@ -42,14 +42,15 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
     and its first would be divided by those of a single gradient.
 
     Args:
-        state: tx.init(params), sharded or not. It is not written to.
+        state: tx.init(params), sharded or not, that nobody has stepped. It is not written to.
         saved: optimizer.state_dict() of the AdamW.
         names: of the parameters, in the order in which AdamW had them, as leaves are named:
             [name for name, _ in model.named_parameters()].
 
     Raises:
         ValueError: another number of parameters, other shapes, amsgrad or no moments in `saved`,
-            a number of steps that can be none, or a state in which there is nothing to fill.
+            a number of steps that can be none; a state in which there is nothing to fill, or that
+            has moments already, of steps or another seeding.
 
     >>> import torch
     >>> from funshampoo import adamw
@@ -64,9 +65,12 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
     adams = _read(saved, names)
     in_bases = _in_bases(state)
     filled: set[str] = set()
+    own: list[str] = []
 
     def fill(place: Place, x: Tensor) -> Tensor:
         field = _FIELDS.get((place.kind, place.path[-1] if place.path else ""))
+        if field is not None and _has_seen_gradients(x, field):
+            own.append("/".join(map(str, place.path)))
         if field is None or id(x) in in_bases:
             return x
         new = x.clone()
@@ -94,7 +98,20 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
             "the state has no moments of these names to fill: no scale_by_adam, scale_by_rms or "
             "ema in it, or `names` are not those of its leaves."
         )
+    if own:  # factor matrices, momentum and counters would stay, of other steps than the moments
+        raise ValueError(
+            f"the state has moments already ('{own[0]}'), of steps that were made with it, a "
+            "checkpoint or another seeding. Seed a fresh one: tx.init(params), or the optimizer's "
+            "after optimizer.state.clear()."
+        )
     return seeded
+
+
+def _has_seen_gradients(x: Tensor, field: str) -> bool:
+    """Whether a moment, or the weight of one, is not as `init` makes it."""
+    if field.startswith("weight"):  # of 1, where nothing is corrected
+        return bool(((x != 0) & (x != 1)).any())
+    return bool((x != 0).any())
 
 
 def _in_bases(state: Any) -> set[int]:
@@ -126,8 +143,13 @@ def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
             entry = saved["state"].get(index)
             if entry is None:
                 continue
-            if not {"step", "exp_avg", "exp_avg_sq"} <= entry.keys():
-                raise ValueError("this is no state_dict of torch.optim.AdamW or Adam.")
+            wanted = {"step", "exp_avg", "exp_avg_sq"}
+            if missing := sorted(wanted - entry.keys()) or sorted({"betas"} - group.keys()):
+                raise ValueError(
+                    f"what was saved of '{name_of[index]}' has no {', '.join(missing)}, but "
+                    f"{sorted(map(str, entry)) or 'nothing'}: this is no state_dict of "
+                    "torch.optim.AdamW or Adam."
+                )
             step = _step_of(entry, name_of[index])
             first, second = (1 - float(beta) ** step for beta in group["betas"])
             moments = {key: entry[key] for key in ("exp_avg", "exp_avg_sq")}

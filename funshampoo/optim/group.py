@@ -150,7 +150,7 @@ class GroupRun:
         self._anew = set()  # not cleared: `all_or_nothing` puts the old one back
 
     def entering(self) -> Entering | None:
-        """The step as prepared, with the gradients as they are; None where there is none to make.
+        """The step as prepared, looked at; None where there is none to make.
 
         Raises:
             FailureLimitError: gradients or roots failed too often in a row.
@@ -160,12 +160,12 @@ class GroupRun:
             return None
         built = self._built
         assert built.transformation is not None
-        ascends = self.group.get("maximize", False)
-        gradients = {k.name: gradient_of(k.parameter, ascends) for k in self.known}
+        gradients = {k.name: gradient_of(k.parameter) for k in self.known}
         params = dict(zip(gradients, detached(k.parameter for k in self.known)))
         tx = built.transformation
         given = context_of({"donate": True, "hyper": built.numbers()}, tx.accepts, tx.live)
-        return Entering(tx, gradients, self._state, params, given).checked()
+        ascends = self.group.get("maximize", False)
+        return Entering(tx, gradients, self._state, params, given, ascends).checked()
 
     def step(self, entering: Entering | None) -> None:
         """Make this step. What has no gradient is left alone."""
@@ -270,7 +270,7 @@ class GroupRun:
     def forget(self) -> None:
         """Let everything start from nothing."""
         self.known, self._state, self._untouched, self._read = [], None, False, None
-        self._anew.clear()
+        self._anew = set()
 
     def loaded(
         self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool

@@ -241,7 +241,8 @@ class Memory:
         self.writes += 1
         for run in self.runs:
             run.forget()
-            self._forgotten.update(run.group["params"])
+        params = [p for run in self.runs for p in run.group["params"]]
+        self._forgotten = self._forgotten.union(params)  # `all_or_nothing` puts the old one back
         self._left, self.notes = {}, {}
 
     def _run_with(self, p: Tensor, despite_left: bool = False) -> GroupRun | None:

@@ -309,6 +309,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
             rates = [rates_of(saved) for saved in given["param_groups"]]
             memory = self._match()
             with memory.all_or_nothing(self.param_groups):
+                memory.forget_all()  # as what is loaded takes the place of what was there
                 self.seed_from_adamw(given)
                 for group, own in zip(self.param_groups, rates):
                     group.update(own)
@@ -326,7 +327,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def seed_from_adamw(self, saved: Mapping[str, Any]) -> None:
         """Take over the moments of a torch.optim.AdamW, so that a run in progress can switch.
 
-        Hyperparameters stay as they are here.
+        Hyperparameters stay as they are here. Before the first step, or after `state.clear()`.
 
         Args:
             saved: its state_dict(), for the same parameters: by name, where both were given names,

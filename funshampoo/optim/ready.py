@@ -165,7 +165,6 @@ def blocks_of(state: Any) -> dict[str, set[str]]:
     return found
 
 
-def gradient_of(p: Tensor, ascends: bool) -> Tensor | None:
+def gradient_of(p: Tensor) -> Tensor | None:
     """None where a frozen parameter still has an old gradient."""
-    g = p.grad if p.requires_grad else None
-    return -g if ascends and g is not None else g
+    return p.grad if p.requires_grad else None

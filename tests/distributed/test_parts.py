@@ -309,6 +309,39 @@ def of_another_dtype_at_first(rank: int) -> str:
     return "went on"
 
 
+def of_another_dtype_later(rank: int, dtype: torch.dtype, together: bool) -> list[str]:
+    """Rank 1 has a gradient in it after some in float32, where rank 0 has none; or both have."""
+    tx = optimizer({}, max_size=8)
+    params = placed(tree(0, SOME), "rows of 2")
+    state, said = tx.init(params), []
+    for t in range(1, 6):
+        grads: dict[str, Any] = dict(placed(tree(t, SOME), "rows of 2"))
+        if t > 2 and (together or rank == 1):
+            grads["u"] = grads["u"].to(dtype)
+        if rank == 0 and not together and t == 3:
+            grads["u"] = None
+        try:
+            state = tx.update(grads, state, params)[1]
+            said.append("went on")
+        except RuntimeError as error:
+            return [*said, str(error)]
+    return said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_gradient_in_another_dtype_than_before(
+    ranks: Ranks, dtype: torch.dtype, together: bool
+) -> None:
+    """Where one rank alone has it, messages would have other lengths than the others expect."""
+    for said in ranks(2, of_another_dtype_later, dtype, together):
+        assert said[:2] == ["went on"] * 2
+        if together:
+            assert said[2:] == ["went on"] * 3
+        else:
+            assert f"of 'u' is torch.float32 on rank 0, {dtype} on rank 1" in said[2]
+
+
 def test_a_first_gradient_that_is_missing_on_one_rank_and_of_another_dtype(ranks: Ranks) -> None:
     """Messages would have other lengths, and gloo ends the process."""
     for said in ranks(2, of_another_dtype_at_first):

@@ -133,6 +133,8 @@ def _wrong(kind: str, params: Any) -> Any:
         return adamw_run({name: params[name] for name in ("p5", "p4")}, 2)
     if kind == "amsgrad":
         return adamw_run(params, 2, amsgrad=True)
+    if kind == "own":  # fits, but steps were made here
+        return adamw_run(params, 2)
     if kind == "no_steps":
         return adamw_run(params, 0)
     sgd = torch.optim.SGD(params.values(), lr=0.1, momentum=0.9)
@@ -148,7 +150,8 @@ def _wrong(kind: str, params: Any) -> Any:
         ("number", "the AdamW has 2 parameters"),
         ("amsgrad", "amsgrad"),
         ("no_steps", "no moments"),
-        ("sgd", "no state_dict of torch.optim.AdamW"),
+        ("sgd", r"of 'p\w' has no exp_avg, .*step, but \['momentum_buffer'\].*no state_dict of"),
+        ("own", r"has moments already \('.*tx.init\(params\), .*optimizer.state.clear\(\)"),
     ],
 )
 @pytest.mark.parametrize("method", [fs.adamw, fs.shampoo])
@@ -192,6 +195,38 @@ def test_a_method_without_moments_is_an_error() -> None:
     optimizer = fs.Optimizer(params.items(), fs.sgd, lr=0.1)
     with pytest.raises(ValueError, match="no moments of these names to fill"):
         optimizer.seed_from_adamw(adamw.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:what is stepped in eigenbases")
+@pytest.mark.parametrize("method", [fs.adamw, fs.shampoo, fs.soap])
+def test_seeding_after_steps_starts_from_nothing_else(method: Any) -> None:
+    """By an error that says how, whatever the state is of; what is loaded replaces it."""
+    params = parameters()
+    saved = adamw_run(params, 3).state_dict()
+    before = copies(params)
+    ends = []
+    for way in ("fresh", "seeded twice", "cleared", "loaded"):
+        twins = {name: Parameter(p.clone()) for name, p in before.items()}
+        optimizer = fs.Optimizer(twins.items(), method, accept_adamw=True, lr=0.05)
+        if way != "fresh":
+            run(optimizer, twins, grads_of(3, seed=50))
+            with pytest.raises(ValueError, match="has moments already"):
+                optimizer.seed_from_adamw(saved)
+            for name, p in twins.items():
+                p.data.copy_(before[name])
+        if way == "loaded":
+            optimizer.load_state_dict(saved)
+            optimizer.param_groups[0]["lr"] = 0.05
+        else:
+            optimizer.state.clear()
+            optimizer.seed_from_adamw(saved)
+        if way == "seeded twice" and method is not fs.soap:
+            with pytest.raises(ValueError, match="another seeding"):
+                optimizer.seed_from_adamw(saved)
+        run(optimizer, twins, grads_of(3, seed=60))
+        ends.append(twins)
+    for end in ends[1:]:
+        assert_same(end, ends[0], 0.0)
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -178,24 +178,35 @@ def _seeded(saved: Any) -> Callable[[fs.Optimizer], None]:
 
 @pytest.mark.parametrize(
     ("method", "what"),
-    [(ADAMW, "step"), (ADAMW, "load"), (ADAMW, "seed"), (SGD, "load"), (SHAMPOO, "step")],
+    [
+        (ADAMW, "step"),
+        (ADAMW, "load"),
+        (ADAMW, "seed"),
+        (ADAMW, "adopt"),
+        (SGD, "load"),
+        (SHAMPOO, "step"),
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_ctrl_c_before_every_line_of_the_wrapper(method: Method, what: str) -> None:
     params, grads = parameters(), grads_of(2)
     named = list(params.items())
     groups = [{"params": named[:2]}, {"params": named[2:]}]
-    optimizer = method.optimizer(groups)
+    optimizer = method.optimizer(groups, accept_adamw=True)
     run(optimizer, params, grads[:1])
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
         group["lr"] = 0.01
-    old = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in params.values()])
-    for p, q in zip(old.param_groups[0]["params"], params.values()):
-        p.grad = torch.ones_like(q)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params.values()]
+    old = torch.optim.AdamW([{"params": twins[:2]}, {"params": twins[2:]}])
+    for p in twins:
+        p.grad = torch.ones_like(p)
     old.step()
     run(optimizer, params, grads[1:])
+    if what == "seed":  # which steps would not be made with
+        optimizer.state.clear()
     acts = {"step": _stepped, "load": _loaded(saved), "seed": _seeded(old.state_dict())}
+    acts["adopt"] = _loaded(old.state_dict())
     act = acts[what]
 
     def attempt(at: int) -> tuple[fs.Optimizer, list[Any], list[str]]:
