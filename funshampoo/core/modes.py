@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from funshampoo.core.placed import SEEN, are_alike, local_parts
 from funshampoo.core.precision import FullProducts, RoundedProducts
@@ -37,7 +38,32 @@ def is_traced() -> bool:
     """
     # One call of Python where is_compiling() is two. Those that a step asks for every product and
     # every column (`is_plain`, `products.is_plain_memory`) say it in these words, without this one.
-    return torch.compiler.is_dynamo_compiling() or _functorch.peek_interpreter_stack() is not None
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_differentiated(*tensors: Any) -> bool:
+    """Whether a derivative of what is made of these may be wanted, backward or forward.
+
+    Of torch.func's transforms the innermost alone shows in `requires_grad`, so it is asked for at
+    all levels; while a forward one is under way, anything may have a tangent.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(
+        [isinstance(x, Tensor) and _requires_grad(x) for x in tensors]
+    )
+
+
+def _requires_grad(x: Tensor) -> bool:
+    while not x.requires_grad:
+        if torch.compiler.is_dynamo_compiling() or not _functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = _functorch.get_unwrapped(x)
+    return True
 
 
 def is_plain(*columns: Iterable[Tensor]) -> bool:
@@ -46,6 +72,8 @@ def is_plain(*columns: Iterable[Tensor]) -> bool:
     Nobody traces, batches or differentiates them, and DTensors are of one mesh.
     """
     if torch.compiler.is_dynamo_compiling() or _functorch.peek_interpreter_stack() is not None:
+        return False
+    if forward_ad._current_level >= 0:
         return False
     if SEEN["any"] and not are_alike(itertools.chain(*columns)):
         return False
@@ -122,7 +150,7 @@ def may_reuse(*operands: Any) -> bool:
     A new tensor of many megabytes costs a page fault every 4 KiB, on a CPU often more than the
     arithmetic does.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or forward_ad._current_level >= 0:
         return False
     tensors = [t for t in operands if isinstance(t, Tensor)]
     if not all([t.dtype == tensors[0].dtype and not t.requires_grad for t in tensors]):

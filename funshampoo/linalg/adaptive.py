@@ -12,10 +12,10 @@ from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, matmul, multiply
 from funshampoo.linalg.solver import chooser, identity_like, replace_nonfinite, where
-from funshampoo.linalg.spectral import Spectrum, decompose
+from funshampoo.linalg.spectral import NearSpectrum, decompose
 
 
-def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> Spectrum:
+def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> NearSpectrum:
     """The spectrum of each matrix in its old basis where that will do, else a new one.
 
         B = Qᵀ A Q
@@ -23,8 +23,8 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> Spectrum:
         else:                                λ, Q of a new eigendecomposition
 
     The eigenvalues λ of the old basis (its Ritz values) are off by at most ‖offdiag(B)‖_F. They
-    carry gradients, with Q a constant. Where the verdicts can be read on the host, only the
-    matrices that need it are decomposed; under torch.compile and torch.func all are.
+    carry derivatives, as Q does if it had some. Where the verdicts can be read on the host, only
+    the matrices that need it are decomposed; under torch.compile and torch.func all are.
 
     Args:
         A: (..., d, d).
@@ -39,10 +39,10 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> Spectrum:
     d = A.shape[-1]
     flat, finite = replace_nonfinite(A.reshape(-1, d, d))
     # One memory layout, whatever Q comes from: products round by it.
-    Q = Q.detach().reshape(-1, d, d).contiguous()
+    Q = Q.reshape(-1, d, d).contiguous()
     values, off = ritz_values(flat, Q)
     good = off <= tolerance
-    old = Spectrum(values, Q, torch.ones_like(finite))
+    old = values, Q, torch.ones_like(finite)
     verdicts = unwrapped(good)
     if verdicts is None or verdicts.is_meta or verdicts is not good:
         choose, new = chooser(good), decompose(flat)
@@ -52,11 +52,11 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> Spectrum:
         values, vectors, decomposed = [x.index_copy(0, stale, y) for x, y in zip(old, new)]
     else:
         values, vectors, decomposed = old
-    found = values, vectors.contiguous(), decomposed & finite
-    return Spectrum(*[x.reshape(A.shape[:-2] + x.shape[1:]) for x in found])
+    found = values, vectors.contiguous(), decomposed & finite, ~good
+    return NearSpectrum(*[x.reshape(A.shape[:-2] + x.shape[1:]) for x in found])
 
 
-def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Hyper, steps: int) -> Spectrum:
+def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Hyper, steps: int) -> NearSpectrum:
     """Approximate eigenvalues, the smallest first, and the basis that they were found in.
 
         at most `steps` times, while ‖offdiag(QᵀAQ)‖_F > tolerance ‖A‖_F:   Q ← qr(A Q)
@@ -73,7 +73,7 @@ def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Hyper, steps: int) -> Spectrum
         steps: 0 or more.
 
     Returns:
-        `Spectrum`, whose eigenvalues are those of QᵀAQ's diagonal, no better than the basis is.
+        `NearSpectrum`, whose eigenvalues are those of QᵀAQ's diagonal, no better than the basis is.
 
     Reference: Golub and Van Loan, Matrix Computations, 8.2 (orthogonal iteration); Eschenhagen et
     al., arXiv 2506.03595.
@@ -96,7 +96,7 @@ def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Hyper, steps: int) -> Spectrum
         values = ritz_values(A, Q)[0]
     order = values.argsort(dim=-1, stable=True)
     vectors = Q.take_along_dim(order[..., None, :], -1).contiguous()
-    return Spectrum(values.take_along_dim(order, -1), vectors, found)
+    return NearSpectrum(values.take_along_dim(order, -1), vectors, found, torch.zeros_like(found))
 
 
 def ritz_values(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:

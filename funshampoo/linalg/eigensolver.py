@@ -20,7 +20,7 @@ from funshampoo.linalg.solver import (
     check_matrix,
     total_damping,
 )
-from funshampoo.linalg.spectral import Spectrum, decompose, inverse_root
+from funshampoo.linalg.spectral import AnySpectrum, NearSpectrum, decompose, inverse_root
 
 
 class EigenSolver(RootSolver):
@@ -51,12 +51,14 @@ class EigenSolver(RootSolver):
         with full_precision():
             return self.from_spectrum(A, spectrum, p, epsilon), spectrum.vectors
 
-    def renewed(self, A: Tensor, epsilon: Hyper, basis: Tensor, tolerance: Hyper) -> Spectrum:
+    def renewed(self, A: Tensor, epsilon: Hyper, basis: Tensor, tolerance: Hyper) -> NearSpectrum:
         """The spectrum of A that `near_basis` goes by."""
         return spectrum_near(A, basis, tolerance)
 
     @abstractmethod
-    def from_spectrum(self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Hyper) -> InverseRoot:
+    def from_spectrum(
+        self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
+    ) -> InverseRoot:
         """A^(-1/p) by a spectrum of A, exact or approximate, in any order."""
 
     def check_epsilon(self, epsilon: Hyper) -> None:
@@ -85,9 +87,9 @@ class eigh(EigenSolver):
 
     A matrix that LAPACK fails on is decomposed again in float64, by itself (not inside
     torch.compile, where its error is raised). A root fails when λ̃ is not positive, or when what
-    came back is no decomposition (`estimates.is_decomposition`). Gradients flow to A, epsilon
-    and relative_epsilon, are finite at tied eigenvalues, and treat the repair as a constant;
-    second derivatives are a NotImplementedError.
+    came back is no decomposition (`estimates.is_decomposition`). Derivatives by A, epsilon and
+    relative_epsilon, backward and forward, are finite at tied eigenvalues, and treat the repair as
+    a constant; second ones are a NotImplementedError.
 
     relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2].
     Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for
@@ -105,7 +107,9 @@ class eigh(EigenSolver):
     relative_epsilon: Hyper = 0.0
     floor: bool = True
 
-    def from_spectrum(self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Hyper) -> InverseRoot:
+    def from_spectrum(
+        self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
+    ) -> InverseRoot:
         """See `EigenSolver`."""
         values = spectrum.values
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: values.amax(-1))
@@ -148,7 +152,9 @@ class pseudo_inverse(EigenSolver):
                 "fill the null space that it leaves out; use eigh() for a damped root"
             )
 
-    def from_spectrum(self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Hyper) -> InverseRoot:
+    def from_spectrum(
+        self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
+    ) -> InverseRoot:
         """See `EigenSolver`."""
         relative = A.shape[-1] * torch.finfo(A.dtype).eps if self.rtol is None else self.rtol
         if isinstance(relative, Tensor):

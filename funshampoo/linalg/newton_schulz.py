@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import Hyper
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import full_precision, is_differentiated
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
@@ -94,7 +94,7 @@ class newton_schulz(RootSolver):
         system = normalize(add_to_diagonal(A, damping), finite)
         q = max(p, 2)
         # A polynomial that is close need not rise alike: its derivative takes a step more.
-        tolerance = max(self.tolerance**2, 1e-14) if A.requires_grad else self.tolerance
+        tolerance = max(self.tolerance**2, 1e-14) if is_differentiated(A) else self.tolerance
         X = _inverse_root(system.B, q, self.condition, tolerance)
         result = certify(X, q, system, self.max_residual)
         if p == 1:

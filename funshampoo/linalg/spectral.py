@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.nn.functional import pad
 
-from funshampoo.core.modes import all_true, full_precision, is_traced
+from funshampoo.core.modes import all_true, full_precision, is_differentiated, is_traced
 from funshampoo.linalg.estimates import is_decomposition, spectral_norm
 from funshampoo.linalg.products import aligned, is_plain_memory, multiply, power, square
 from funshampoo.linalg.solver import (
@@ -29,12 +29,29 @@ _RESIDUAL_ITERATIONS = 2
 class Spectrum(NamedTuple):
     """A = Q diag(λ) Qᵀ: λ (..., d) ascending, Q (..., d, d), and which (...) A were decomposed.
 
-    A matrix that was not has the identity's spectrum. `values` carry gradients, `vectors` do not.
+    A matrix that was not has the identity's spectrum. `values` and `vectors` carry derivatives:
+
+        dλ = diag(C),   dQ = Q (F ∘ C),   C = Qᵀ dA Q,   F_ij = g / (g² + δ²),   g = λ_j - λ_i
+
+    with δ = d ε |λ|max and ε the machine epsilon: gaps that are rounding's count for little, and a
+    tie for nothing, where eigenvectors have no derivative.
     """
 
     values: Tensor
     vectors: Tensor
     decomposed: Tensor
+
+
+class NearSpectrum(NamedTuple):
+    """`Spectrum`, but for the matrices (...) where `exact` is False: these have an older basis."""
+
+    values: Tensor
+    vectors: Tensor
+    decomposed: Tensor
+    exact: Tensor
+
+
+AnySpectrum: TypeAlias = Spectrum | NearSpectrum
 
 
 def decompose(A: Tensor) -> Spectrum:
@@ -48,12 +65,12 @@ def decompose(A: Tensor) -> Spectrum:
 
 
 def inverse_root(
-    A: Tensor, spectrum: Spectrum, values: Tensor, keep: Tensor | None, p: float
+    A: Tensor, spectrum: AnySpectrum, values: Tensor, keep: Tensor | None, p: float
 ) -> InverseRoot:
     """X = Q diag(λ^(-1/p) where kept, else 0) Qᵀ for A = Q diag(λ) Qᵀ, with its verdict.
 
     A:        (..., d, d), the damped matrix: gradients of X flow to it alone, and through it to the
-              damping.
+              damping. Where the spectrum is not exact they flow through its values and vectors.
     spectrum: the decomposition that A's eigenvectors are those of.
     values:   λ (..., d), A's eigenvalues as they are to be used, after any repair: the repair of a
               spectrum that rounding made indefinite is a constant to autograd.
@@ -67,10 +84,14 @@ def inverse_root(
     where_solvable = chooser(solvable)
     # What is not chosen below must be finite all the same, for its gradient is 0·it.
     kept = where_solvable(kept, 1.0)
-    Q = spectrum.vectors
+    Q = spectrum.vectors.detach()
     residual = where_solvable(_residual(A.detach(), kept, Q, keep), torch.inf)
     converged = solvable & (residual < torch.inf)
     X = _applied(_InversePower, A, kept, values, Q, keep, exponent)
+    if isinstance(spectrum, NearSpectrum) and is_differentiated(A, values, spectrum.vectors):
+        used = where_solvable(values if keep is None else torch.where(keep, values, 1.0), 1.0)
+        approximate = _InversePower.forward(A, used, values, spectrum.vectors, keep, exponent)
+        X = torch.where(spectrum.exact[..., None, None], X, approximate)
     condition = where_solvable(largest / smallest, torch.inf)
     return InverseRoot(or_identity(converged, X), residual, condition, converged)
 
@@ -103,17 +124,20 @@ def _of_kept(f: Tensor, keep: Tensor | None) -> Tensor:
 
 def _applied(function: type[Function], *arguments: Any) -> Any:
     """`function.apply(...)`; its forward alone, 0.1 ms cheaper, where no derivative is wanted."""
-    wanted = torch.is_grad_enabled() and any(
-        [isinstance(x, Tensor) and x.requires_grad for x in arguments]
-    )
-    call = function.apply if wanted or is_traced() else function.forward
+    call = function.apply if is_traced() or is_differentiated(*arguments) else function.forward
     return call(*arguments)  # type: ignore[no-untyped-call]
 
 
-class _Decompose(Function):
-    """A -> λ, Q, solved, with dA = Q diag(dλ) Qᵀ.
+def _saved(ctx: Any, *tensors: Tensor | None) -> None:
+    """Kept for derivatives in both directions."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
-    Q carries no gradient, which would divide by differences of eigenvalues.
+
+class _Decompose(Function):
+    """A -> λ, Q, solved; with the derivatives that `Spectrum` has.
+
+    Backward: dA = Q (diag(dλ) + F ∘ (Qᵀ dQ)) Qᵀ.
     """
 
     @staticmethod
@@ -124,22 +148,39 @@ class _Decompose(Function):
         # MKL rounds a matrix differently where it is not aligned: in a stack of even sides all are.
         # One that is alone is treated alike, to be what it is in a stack.
         values, vectors, solved = stacked_eigh(_bordered(A))
-        return _verified(A, values[..., :d].contiguous(), vectors[..., :d, :d], solved)
+        vectors = vectors[..., :d, :d]
+        if forward_ad._current_level >= 0:  # in which torch takes no view that was made in here
+            vectors = vectors.clone()
+        return _verified(A, values[..., :d].clone(), vectors, solved)
 
     @staticmethod
     def setup_context(
         ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         values, vectors, solved = output
-        ctx.mark_non_differentiable(vectors, solved)
-        ctx.save_for_backward(values, vectors)
+        ctx.mark_non_differentiable(solved)
+        ctx.set_materialize_grads(False)  # roots have nothing to do with those of Q
+        _saved(ctx, values, vectors)
 
     @staticmethod
-    def backward(ctx: Any, d_values: Tensor, *_: Tensor) -> Tensor:
+    def backward(ctx: Any, d_values: Tensor | None, dQ: Tensor | None, _: Any) -> Tensor | None:
+        values, Q = ctx.saved_tensors
+        if d_values is None and dQ is None:
+            return None
+        with full_precision():
+            turned = 0 if d_values is None else Q * d_values[..., None, :]
+            if dQ is not None:
+                turned = turned + Q @ (_inverse_gaps(values) * (Q.mT @ dQ))
+            dA = turned @ Q.mT
+        return _first_order(symmetrize(dA), values)
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Tensor) -> tuple[Tensor, Tensor, None]:
         values, Q = ctx.saved_tensors
         with full_precision():
-            dA = (Q * d_values[..., None, :]) @ Q.mT
-        return _first_order(symmetrize(dA), values)
+            C = Q.mT @ symmetrize(dA) @ Q
+            dQ = Q @ (_inverse_gaps(values) * C)
+        return _first_order(C.diagonal(dim1=-2, dim2=-1), values), _first_order(dQ, values), None
 
     @staticmethod
     def vmap(
@@ -147,6 +188,16 @@ class _Decompose(Function):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
         # One stack more: so forward never sees a batched tensor, and can isolate failures here too.
         return _Decompose.apply(A.movedim(in_dims[0], 0)), 0  # type: ignore[no-untyped-call]
+
+
+def _inverse_gaps(values: Tensor) -> Tensor:
+    """F (..., d, d), as of `Spectrum`."""
+    gap = values[..., None, :] - values[..., :, None]
+    blur = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1)
+    # Divided by the blur first: its square may be below the smallest number.
+    blur = blur.clamp(min=torch.finfo(values.dtype).tiny)[..., None, None]
+    relative = gap / blur
+    return torch.where(gap == 0, 0.0, 1 / (relative + 1 / relative)) / blur
 
 
 def _verified(A: Tensor, values: Tensor, Q: Tensor, solved: Tensor) -> tuple[Tensor, ...]:
@@ -194,16 +245,25 @@ class _InversePower(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, kept, values, Q, keep, ctx.exponent = inputs
-        ctx.save_for_backward(kept, values, Q, keep)
+        _saved(ctx, kept, values, Q, keep)
 
     @staticmethod
     def backward(ctx: Any, dX: Tensor) -> tuple[Tensor | None, ...]:
+        return _InversePower.derivative(ctx, dX), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Tensor, *_: Tensor | None) -> Tensor:
+        return _InversePower.derivative(ctx, dA)
+
+    @staticmethod
+    def derivative(ctx: Any, change: Tensor) -> Tensor:
+        """Of X in the direction of a change of A, or the other way round: it is its own adjoint."""
         kept, values, Q, keep = ctx.saved_tensors
         keep = torch.ones_like(kept, dtype=torch.bool) if keep is None else keep
         differences = _divided_differences(kept, values, keep, ctx.exponent)
         with full_precision():
-            dA = Q @ (differences * (Q.mT @ symmetrize(dX) @ Q)) @ Q.mT
-        return _first_order(symmetrize(dA), values), None, None, None, None, None
+            found = Q @ (differences * (Q.mT @ symmetrize(change) @ Q)) @ Q.mT
+        return _first_order(symmetrize(found), values)
 
 
 def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: float) -> Tensor:
@@ -232,7 +292,7 @@ def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: f
 class _FirstOrder(Function):
     """The identity on a gradient; differentiating it again is an error.
 
-    The eigenvectors are constants to autograd, so second derivatives would silently lack terms.
+    What it is made of is saved as constants, so second derivatives would silently lack terms.
     """
 
     generate_vmap_rule = True
@@ -247,10 +307,17 @@ class _FirstOrder(Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError(
-            "roots by eigendecomposition have first derivatives only; "
-            "use newton_schulz() or coupled_newton() for second derivatives"
-        )
+        raise NotImplementedError(_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor) -> Tensor:
+        raise NotImplementedError(_SECOND)
+
+
+_SECOND = (
+    "eigendecompositions, and roots by them, have first derivatives only; "
+    "for second derivatives of roots use newton_schulz() or coupled_newton()"
+)
 
 
 def _first_order(gradient: Tensor, values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from funshampoo.linalg.adaptive import qr_algorithm, spectrum_near
 from funshampoo.linalg.basis import Renewed
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.solver import add_to_diagonal, total_damping
-from funshampoo.linalg.spectral import Spectrum
+from funshampoo.linalg.spectral import AnySpectrum, NearSpectrum
 from funshampoo.migrate.reference_config import Config, Fields
 
 EIGEN = ("EigenConfig", "EighEigendecompositionConfig")
@@ -156,7 +156,7 @@ class Renewal:
         """Whether it is a decomposition every time."""
         return self.steps is None and self.tolerance == 0
 
-    def spectrum(self, A: Tensor, old: Tensor, damping: Hyper, tolerance: Hyper) -> Spectrum:
+    def spectrum(self, A: Tensor, old: Tensor, damping: Hyper, tolerance: Hyper) -> NearSpectrum:
         """Of A itself, perhaps approximate, in the basis that was found."""
         added = total_damping(A, damping if self.damps else 0.0, 0.0, lambda: A[..., 0, 0])
         damped = add_to_diagonal(A, added) if self.damps else A
@@ -216,11 +216,13 @@ class RenewedSolver(EigenSolver):
     inner: EigenSolver
     renewal: Renewal
 
-    def renewed(self, A: Tensor, epsilon: Hyper, basis: Tensor, tolerance: Hyper) -> Spectrum:
+    def renewed(self, A: Tensor, epsilon: Hyper, basis: Tensor, tolerance: Hyper) -> NearSpectrum:
         """See `EigenSolver`."""
         return self.renewal.spectrum(A, basis, epsilon, tolerance)
 
-    def from_spectrum(self, A: Tensor, spectrum: Spectrum, p: float, epsilon: Hyper) -> InverseRoot:
+    def from_spectrum(
+        self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
+    ) -> InverseRoot:
         """As `inner` does."""
         return self.inner.from_spectrum(A, spectrum, p, epsilon)
 

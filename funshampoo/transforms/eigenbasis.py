@@ -95,6 +95,8 @@ def in_eigenbasis(
             eigenvalue-corrected Shampoo. With start=1 and first="identity" no step is made in the
             identity.
 
+    Derivatives through training take the bases with them; see `linalg.spectral.Spectrum` for ties.
+
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
 
     State: `EigenbasisState`.

@@ -130,19 +130,25 @@ def test_what_is_not_finite_or_zero() -> None:
     assert found.converged.tolist() == [True, False, False]
 
 
-def test_gradients_in_a_kept_basis() -> None:
-    """Those of the root, as if the basis were exact: here it is."""
-    A, Q = turned(0.0)
+def test_gradients_are_those_of_what_is_computed() -> None:
+    """In a kept basis through its eigenvalues and itself, elsewhere of the root: by differences."""
+    A, Q = turned(0.05)
     solver: Any = SOLVERS["eigh"]
+    kept = solver.near_basis(A, 4, 0.0, Q, 0.04)[1] == Q
+    assert kept.flatten(1).all(-1).unique().tolist() == [False, True], "some of both"
+    weights = torch.arange(A.numel(), dtype=A.dtype).reshape(A.shape) / A.numel()
+    make = torch.Generator().manual_seed(5)
+    dA, dQ = (torch.randn(A.shape, generator=make, dtype=A.dtype) for _ in range(2))
+    dA = dA + dA.mT
 
-    def gradient(function: Any) -> Tensor:
-        x = A.clone().requires_grad_()
-        (function(x).root * torch.arange(12.0)).sum().backward()
-        assert x.grad is not None
-        return x.grad
+    def scalar(t: Tensor) -> Tensor:
+        found, basis = solver.near_basis(A + t * dA, 4, 0.0, Q + t * dQ, 0.04)
+        total: Tensor = ((found.root + basis.square()) * weights).sum()  # a column has no sign
+        return total
 
-    kept = gradient(lambda x: solver.near_basis(x, 4, 0.0, Q, 1e-9)[0])
-    assert torch.allclose(kept, gradient(lambda x: solver(x, 4, 0.0)), rtol=1e-8, atol=1e-8)
+    zero, h = torch.zeros((), dtype=A.dtype), 1e-6
+    expected = (scalar(zero + h) - scalar(zero - h)) / (2 * h)
+    torch.testing.assert_close(torch.func.grad(scalar)(zero), expected, rtol=1e-6, atol=0)
 
 
 def test_solvers_with_equal_numbers_are_equal() -> None:

@@ -173,7 +173,7 @@ def test_each_matrix_ends_for_itself() -> None:
     A[1] = torch.arange(5.0, 0.0, -1).double().diag()  # needs no step, but an order
     A[2, 0, 0] = torch.nan
     Q = torch.eye(5).double().expand(3, 5, 5)
-    values, vectors, found = qr_algorithm(A, Q, 0.1, 50)
+    values, vectors, found, _ = qr_algorithm(A, Q, 0.1, 50)
     assert found.tolist() == [True, True, False]
     assert torch.equal(vectors[1], torch.eye(5).double().flip(1))
     assert torch.equal(values[1], torch.arange(1.0, 6.0).double())
