@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_the_table_says_what_the_state_holds() -> None:
     assert (rows["up"].role, rows["up"].blocks, rows["up"].shape) == ("experts", 18, (3, 10, 6))
     assert (rows["out.weight"].method, rows["out.weight"].blocks) == ("adamw", 0)
     text = str(table)
-    assert "3×10×6           experts     shampoo               0.01      18" in text
+    assert re.search(r"3×10×6 +experts +shampoo +0.01 +18 ", text)
     assert text.splitlines()[-1].startswith("7 parameters, ")
     plain = fs.Shampoo([nn.Parameter(torch.zeros(2, 2))])
     assert fs.routing_table(plain).rows[0][:4] == ("param_0", (2, 2), "", "shampoo")
