@@ -26,6 +26,7 @@ def wrapping(
     init: Callable[..., Any] | None = None,
     name: str = "",
     flops: Callable[..., float] | None = None,
+    elementwise: bool = False,
 ) -> GradientTransformation:
     """A combinator from a function that runs `inner` when it likes, with what it likes.
 
@@ -38,6 +39,7 @@ def wrapping(
         init: `init(params, **context) -> own`; by default there is no state of its own.
         name: by default that of the function that `update` was defined in.
         flops: of its own products, see `GradientTransformation`.
+        elementwise: whether what `update` does is; the whole is where `inner` is too.
 
     State: `WrappedState`.
 
@@ -94,6 +96,7 @@ def wrapping(
         minds_alive=step.minds_alive or init is None,
         accepts=step.accepts,
         flops=flops,
+        elementwise=elementwise and inner.elementwise,
     )
     if step.reads_hyper:
         found.live = None  # who knows which
@@ -162,5 +165,12 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
         return (1 / k - 1) * inner.flops(block, kept, apart)
 
     return GradientTransformation(
-        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True, flops=saved
+        init,
+        update,
+        phase=phase,
+        check=check,
+        parts={"inner": inner},
+        counts=True,
+        flops=saved,
+        elementwise=inner.elementwise,
     )
