@@ -283,6 +283,9 @@ def test_dear_choices_are_warned_of() -> None:
     matrix = functools.partial(nn.Linear, 768, 768)
     with pytest.warns(UserWarning, match=r"'0.weight', embedding of shape .50257, 768., gets soap"):
         fs.for_model(meta(table, matrix), "soap", lr=0.1, method_roles=("embedding", "matrix"))
+    two = meta(table, table, matrix)
+    with pytest.warns(UserWarning, match=r"'0.weight' and 1 more, embedding of shape"):
+        fs.for_model(two, "soap", lr=0.1, method_roles=("embedding", "matrix"))
     with pytest.warns(UserWarning, match=r"'0.weight', embedding .* gets muon"):
         fs.for_model(
             meta(table, matrix), "muon", lr=0.1, overrides={"0.weight": {"method": "muon"}}
