@@ -15,12 +15,13 @@ from funshampoo.blocks.evaluated import evaluation_parameters
 from funshampoo.combinators.accumulation import multi_steps
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
+from funshampoo.combinators.every_k import every_k
 from funshampoo.combinators.failures import FailureLimitError
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import masked, partition
 from funshampoo.combinators.tensor_float import in_tf32
-from funshampoo.combinators.wrapping import every_k, wrapping
+from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.applying import apply_updates, update_in_place
 from funshampoo.core.clock import refresh_due
 from funshampoo.core.contract import (

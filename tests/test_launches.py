@@ -27,7 +27,7 @@ def matrices(layers: int) -> dict[str, Tensor]:
     return {f"w{i}": torch.empty(shape, device="meta") for i, shape in enumerate(shapes)}
 
 
-@pytest.mark.parametrize(("dtype", "shares"), [(torch.bfloat16, 27.6), (None, 27.3)])
+@pytest.mark.parametrize(("dtype", "shares"), [(torch.bfloat16, 27.51), (None, 27.17)])
 def test_muon_moves_few_bytes_beside_its_products(dtype: torch.dtype | None, shares: float) -> None:
     params = matrices(2)
     seen = counted(fs.muon(0.02, dtype=dtype), params)
@@ -51,7 +51,7 @@ def test_small_leaves_cost_no_launches_of_their_own() -> None:
     tx = fs.guarded(fs.adamw(1e-3), by_leaf=True)
     few, many = counted(tx, leaves(20)), counted(tx, leaves(100))
     assert few.launches == many.launches
-    assert many.operators <= 41
+    assert many.operators <= 37
 
 
 def test_one_verdict_for_all_leaves_is_made_once() -> None:
@@ -66,17 +66,20 @@ def test_one_verdict_for_all_leaves_is_made_once() -> None:
 
 
 def test_a_whole_model_under_muon() -> None:
-    """Embeddings, head and vectors go to AdamW by leaf."""
+    """Embeddings, head and vectors go to AdamW by leaf. docs/gpu.md has these figures."""
     params = meta_parameters("gpt2", torch.float32)
     names = [name for name, p in params.items() if p.ndim > 1 and p.shape[0] not in (1024, 50257)]
     assert len(names) == 48
     mask = {name: name in names for name in params}
     seen = counted(fs.muon(0.02, dtype=torch.bfloat16, matrices=mask), params)
-    assert seen.operators <= 170
+    assert seen.operators <= 167
+    others = {name: p for name, p in params.items() if name not in names}
+    assert counted(fs.guarded(fs.adamw(1e-3), by_leaf=True), others).operators <= 41
+    assert counted(fs.adamw(1e-3), params).operators <= 117
 
 
 def test_normuon_keeps_its_state_without_a_copy() -> None:
     """Whose rows' second moments leave out what is not alive, so that nothing is put back."""
     params = matrices(1)
     seen = counted(fs.normuon(0.02, dtype=torch.bfloat16), params)
-    assert seen.beside_products() <= 35.7 * sum([p.nbytes for p in params.values()]), seen.moved
+    assert seen.beside_products() <= 35.51 * sum([p.nbytes for p in params.values()]), seen.moved

@@ -105,6 +105,18 @@ def takes_means_and_says_elementwise() -> Any:
     return stage(lambda u, m: (u - u.mean(), m.clone()), wide, elementwise=True)
 
 
+def takes_means_of_rows_and_says_elementwise() -> Any:
+    return stage(
+        lambda u, m: (u - u.mean(-1, keepdim=True) if u.ndim else u.clone(), m.clone()),
+        wide,
+        elementwise=True,
+    )
+
+
+def remembers_sums_and_says_elementwise() -> Any:
+    return stage(lambda u, m: (u.clone(), m + u.sum()), wide, elementwise=True)
+
+
 def becomes_another_dtype() -> Any:
     return stage(lambda u, m: (u.clone(), m.float()), torch.zeros_like)
 
@@ -358,7 +370,17 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (grows, r"is torch.float64 \(5,\) on cpu after step 1, and torch.float64 \(0,\)", {}),
     (
         takes_means_and_says_elementwise,
-        "step 1 on the first half of every leaf is not that half .*says elementwise=True",
+        "step 1 on half the first side of every leaf is not that half .*says elementwise=True",
+        {},
+    ),
+    (
+        takes_means_of_rows_and_says_elementwise,
+        "step 1 on half the (first|last) side of every leaf is not that half",
+        {},
+    ),
+    (
+        remembers_sums_and_says_elementwise,
+        "step 1 on half the first side of every leaf is not that half",
         {},
     ),
     (becomes_another_dtype, "is torch.float32 .* after step 1, and torch.float64", {}),

@@ -15,6 +15,7 @@ from funshampoo.combinators.failures import (
 )
 from funshampoo.combinators.spikes import no_spikes_yet
 from funshampoo.combinators.verdicts import Verdicts, verdicts_on, with_spikes
+from funshampoo.core.applying import add_in_place, applied
 from funshampoo.core.checks import check_count, check_flag, check_range
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
@@ -130,19 +131,33 @@ def guarded(
         if limit_reached(failure_report(state), max_failures):
             raise failure_limit_error(failing_blocks(state, max_failures), max_failures)
 
+    def judged(updates: Tree, state: GuardedState, context: Context) -> tuple[Verdicts | None, Any]:
+        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
+        if spike_factor is None:
+            return verdicts, spikes
+        factor = number(spike_factor, context.hyper)
+        return with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+
     def update(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
-        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
-        if spike_factor is not None:
-            factor = number(spike_factor, context.hyper)
-            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
-        return _step(inner, updates, state, params, context, verdicts, spikes)
+        found = judged(updates, state, context)
+        return _step(inner, updates, state, params, context, *found)
+
+    def apply(updates: Tree, state: GuardedState, params: Tree, context: Context) -> GuardedState:
+        verdicts, spikes = judged(updates, state, context)
+        if verdicts is not None:  # some of what `inner` makes of them is to be zeros
+            found, new = _step(inner, updates, state, params, context, verdicts, spikes)
+            add_in_place(params, found)
+            return new
+        own = applied(inner, updates, state.inner, params, running(state.steps, context))
+        return _stepped(updates, state, own, None, spikes, context)
 
     return GradientTransformation(
         init,
         update,
         inner.name,
+        apply=apply,
         check=check,
         parts={"inner": inner},
         counts=counts,
@@ -170,8 +185,15 @@ def _step(
         inside = changed(inside, gradient=gradient, alive=alive)
         out, new = run_alive(inner, safe, state.inner, params, inside)
         out = _zeroed(out, dead)
-    held, streak = _counted(updates, state, verdicts and verdicts[0], context.donate)
-    return out, GuardedState(held, streak, new, advanced(state.steps, context.donate), spikes)
+    return out, _stepped(updates, state, new, verdicts and verdicts[0], spikes, context)
+
+
+def _stepped(
+    updates: Tree, state: GuardedState, own: Any, dead: Tree, spikes: Any, context: Context
+) -> GuardedState:
+    """The state after a step that has left `inner` its `own`."""
+    held, streak = _counted(updates, state, dead, context.donate)
+    return GuardedState(held, streak, own, advanced(state.steps, context.donate), spikes)
 
 
 def _check_by_leaf(by_leaf: bool, inner: GradientTransformation) -> None:

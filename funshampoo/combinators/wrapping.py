@@ -1,4 +1,4 @@
-"""Combinators of one's own, and one that runs now and then."""
+"""Combinators of one's own."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from funshampoo.core.adapting import adapted_init, adapted_wrapping, name_of
-from funshampoo.core.checks import check_count
-from funshampoo.core.clock import advanced, running, slowed, started
+from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import PLACES, Context, changed
-from funshampoo.core.contract import (
-    GradientTransformation,
-    Phase,
-    Tree,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.live import is_ours
 from funshampoo.core.of_parts import checked_pair
-from funshampoo.state.stages import EveryKState, WrappedState
+from funshampoo.state.stages import WrappedState
 
 
 def wrapping(
@@ -26,6 +20,7 @@ def wrapping(
     init: Callable[..., Any] | None = None,
     name: str = "",
     flops: Callable[..., float] | None = None,
+    elementwise: bool = False,
 ) -> GradientTransformation:
     """A combinator from a function that runs `inner` when it likes, with what it likes.
 
@@ -38,6 +33,7 @@ def wrapping(
         init: `init(params, **context) -> own`; by default there is no state of its own.
         name: by default that of the function that `update` was defined in.
         flops: of its own products, see `GradientTransformation`.
+        elementwise: whether what `update` does is; the whole is where `inner` is too.
 
     State: `WrappedState`.
 
@@ -94,73 +90,8 @@ def wrapping(
         minds_alive=step.minds_alive or init is None,
         accepts=step.accepts,
         flops=flops,
+        elementwise=elementwise and inner.elementwise,
     )
     if step.reads_hyper:
         found.live = None  # who knows which
     return found
-
-
-def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
-    """Run `inner` on the steps k, 2k, 3k, ...; on the others the updates pass through unchanged.
-
-    `inner` counts its own steps: its first one is step k of this one. Its state stays as it is in
-    between.
-
-    Args:
-        inner: any transformation.
-        k: 1 or more.
-
-    Context: `step=` decides in torch.compile, where the counter can't be read.
-
-    State: `EveryKState`.
-
-    Raises:
-        ValueError, TypeError: k is no int of at least 1.
-        RuntimeError: inside torch.compile without `step=`.
-
-    >>> import torch
-    >>> from funshampoo import scale
-    >>> tx = every_k(scale(10.0), 2)
-    >>> state = tx.init({"w": torch.zeros(1)})
-    >>> for _ in range(3):
-    ...     u, state = tx.update({"w": torch.ones(1)}, state)
-    ...     print(u["w"])
-    tensor([1.])
-    tensor([10.])
-    tensor([1.])
-    """
-    inner = as_transformation(inner)
-    check_count("k", k)
-
-    def init(params: Tree, *, clock: bool = False, **context: Any) -> EveryKState:
-        return EveryKState(inner.init(params, clock=True, **context), started(True, clock))
-
-    def update(
-        updates: Tree, state: EveryKState, params: Tree, context: Context
-    ) -> tuple[Tree, EveryKState]:
-        here = running(state.steps, context)
-        if here.step is None:
-            raise RuntimeError(
-                "every_k can't read the step counter inside torch.compile: pass step= (from 1)."
-            )
-        new = state.inner
-        if here.step % k == 0:
-            found = inner.run(updates, state.inner, params, slowed(here, k))
-            updates, new = checked_pair(found, inner.name)
-        return updates, EveryKState(new, advanced(state.steps, context.donate))
-
-    def check(state: EveryKState, context: Context) -> None:
-        here = running(state.steps, context)
-        if inner.checks and here.step is not None and here.step % k == 0:
-            inner.check(state.inner, slowed(here, k))
-
-    def phase(step: int) -> Phase:
-        return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()
-
-    def saved(block: tuple[int, ...], kept: tuple[int, ...], apart: bool) -> float:
-        """What a step does not multiply, on average, of what `inner` states."""
-        return (1 / k - 1) * inner.flops(block, kept, apart)
-
-    return GradientTransformation(
-        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True, flops=saved
-    )

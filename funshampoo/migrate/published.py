@@ -93,6 +93,6 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
     if unknown:
         raise TypeError(
             f"the constructor of {method} has no argument {unknown[0]!r}; it has "
-            f"{', '.join(known)}."
+            f"{', '.join(known)}{hint(unknown[0], known)}"
         )
     return builder(**args)

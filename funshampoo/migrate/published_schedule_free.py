@@ -113,7 +113,7 @@ def once_known(inner: GradientTransformation, beta2: float) -> GradientTransform
 
         return update_leaves(leaf, run(updates), (), (updates,))[0], own
 
-    return wrapping(inner, update, name="once_known")
+    return wrapping(inner, update, name="once_known", elementwise=True)
 
 
 def _degrees(count: Tensor, beta2: float) -> tuple[Tensor, float]:

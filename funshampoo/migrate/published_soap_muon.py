@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.checks import check_choice, check_count, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.routing import whole
@@ -110,7 +110,8 @@ def _looking_ahead(
     }
     unknown = sorted(lookahead.keys() - known.keys())
     if unknown:
-        raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}.")
+        near = hint(unknown[0], known)
+        raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}{near}")
     given: dict[str, Any] = {**known, **lookahead}
     size, last = given["lookahead_stepsize"], given["rest_steps"]
 

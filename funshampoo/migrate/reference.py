@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from funshampoo.core.checks import check_flags, check_range
+from funshampoo.core.checks import check_flags, check_range, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly
 from funshampoo.migrate.reference_averages import averaged, averaged_as_published
 from funshampoo.migrate.reference_config import (
+    WITHOUT_EFFECT,
     Config,
     Fields,
     blocking,
@@ -103,8 +105,13 @@ def from_reference(
     """
     check_flags(use_bias_correction=use_bias_correction, group_steps=group_steps)
     check_flags(floor=floor, as_published=as_published)
+    for name in sorted(without_effect.keys() - set(WITHOUT_EFFECT)):
+        near = hint(name, [*inspect.signature(from_reference).parameters, *WITHOUT_EFFECT])
+        raise TypeError(f"from_reference() got an unexpected argument {name!r}{near}")
     beta1, beta2 = betas
-    target = merging_target(target_parameter_dimensionality, without_effect)
+    target = merging_target(
+        target_parameter_dimensionality, without_effect.get("distributed_config")
+    )
     start = first_step(start_preconditioning_step, precondition_frequency)
     if start < precondition_frequency:
         raise ValueError(

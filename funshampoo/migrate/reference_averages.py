@@ -93,7 +93,7 @@ def averaged_as_published(
     counts = callable(learning_rate)
     name = "schedule_free" if average is None else "primal_average"
     return GradientTransformation(
-        init, update, name, counts=counts, numbers=numbers, needs_params=True
+        init, update, name, counts=counts, numbers=numbers, elementwise=True, needs_params=True
     )
 
 

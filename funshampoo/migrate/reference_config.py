@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Merge
-from funshampoo.core.checks import chosen
+from funshampoo.core.checks import chosen, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import initial
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
@@ -48,17 +48,25 @@ class Fields:
 
     def __init__(self, config: Config | None, argument: str, built: Sequence[str]) -> None:
         self.argument = argument
+        check_config(config, argument)
         self.left: dict[str, Any] = {"type": built[0]} if config is None else dict(config)
         self._inside: list[Fields] = []
+        self._known = ["type"]
         self.type = str(self.left.pop("type", ""))
+        if not self.type:
+            raise NotImplementedError(
+                f"{argument}: a config without a type is not built here; its 'type' is one of "
+                f"{', '.join(built)}."
+            )
         if self.type not in built:
             raise NotImplementedError(
-                f"{argument}: {self.type or 'a config without a type'} is not built here yet; "
-                f"built are {', '.join(built)}."
+                f"{argument}: {self.type} is not built here yet; built are {', '.join(built)}"
+                f"{hint(self.type, built)}"
             )
 
     def take(self, field: str, default: Any) -> Any:
         """The field, which then counts as read."""
+        self._known.append(field)
         return self.left.pop(field, default)
 
     def nested(self, field: str, *built: str) -> Fields:
@@ -69,14 +77,25 @@ class Fields:
     def drop(self, *fields: str) -> None:
         """Fields that have nothing to do here."""
         for field in fields:
-            self.left.pop(field, None)
+            self.take(field, None)
 
     def finish(self) -> None:
         """Raises TypeError where a field has not been read: the type has none of this name."""
         for inside in self._inside:
             inside.finish()
         if self.left:
-            raise TypeError(f"{self.argument}: {self.type} has no field {sorted(self.left)[0]!r}.")
+            field = sorted(self.left)[0]
+            near = hint(field, self._known)
+            raise TypeError(f"{self.argument}: {self.type} has no field {field!r}{near}")
+
+
+def check_config(config: Any, argument: str) -> None:
+    """Raises TypeError for what is no mapping: an object of the reference's own class, perhaps."""
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(
+            f"{argument} is a {type(config).__name__}; write it as "
+            '{"type": its class\'s name, field: value}.'
+        )
 
 
 def grafting(config: Config | None, own_steps: bool) -> GradientTransformation | None:
@@ -118,19 +137,29 @@ def first_step(start: int | float | str, frequency: int) -> int:
     return sys.maxsize if float(start) == float("inf") else int(start)
 
 
-def merging_target(target: int | float | str, without_effect: dict[str, Any]) -> int | float | str:
-    """The merging target, which the reference keeps in its distributed_config."""
-    unknown = set(without_effect) - {
-        "distributed_config",
-        "shampoo_runtime_config",
-        "concurrency_config",
-        "shampoo_pt2_compile_config",
-        "use_pin_memory",
-    }
-    if unknown:
-        raise TypeError(f"from_reference() got an unexpected argument {sorted(unknown)[0]!r}.")
-    config = without_effect.get("distributed_config") or {}
-    found: int | float | str = config.get("target_parameter_dimensionality", target)
+WITHOUT_EFFECT = (
+    "distributed_config",  # but for one of its fields, see `merging_target`
+    "shampoo_runtime_config",
+    "concurrency_config",
+    "shampoo_pt2_compile_config",
+    "use_pin_memory",
+)
+"""Arguments of the reference that have nothing to do here."""
+
+
+def merging_target(target: int | float | str, config: Config | None) -> int | float | str:
+    """The merging target, which the reference keeps in its distributed_config.
+
+    Raises:
+        TypeError: the config is no mapping, or has a field of nearly that name; others are about
+            ranks.
+    """
+    check_config(config, "distributed_config")
+    name = "target_parameter_dimensionality"
+    for field in config or {}:
+        if field != name and hint(str(field), [name]) != ".":
+            raise TypeError(f"distributed_config has no field {field!r}{hint(field, [name])}")
+    found: int | float | str = (config or {}).get(name, target)
     return found
 
 

@@ -28,6 +28,7 @@ from funshampoo.migrate.reference_config import Config, Fields
 
 EIGEN = ("EigenConfig", "EighEigendecompositionConfig")
 QR = "QREigendecompositionConfig"
+STABILITY = "PerturbationConfig", "PseudoInverseConfig"
 
 
 def initial_eigenvalue(config: Config | None, epsilon: float) -> float:
@@ -101,8 +102,7 @@ def _eigen(
 
 def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[Solver, bool]:
     """The solver, and whether the reference decomposes what is damped already."""
-    kinds = "PerturbationConfig", "PseudoInverseConfig"
-    stability = fields.nested("rank_deficient_stability_config", *kinds)
+    stability = fields.nested("rank_deficient_stability_config", *STABILITY)
     if stability.type == "PerturbationConfig":
         # For a decomposition it is the same sum: the eigenvalues of A + εI are those of A, plus ε.
         before = stability.take("perturb_before_computation", True)
@@ -125,13 +125,12 @@ def basis_of(config: Config | None, epsilon: Hyper) -> Basis:
         NotImplementedError: a config that is no eigendecomposition.
     """
     fields = Fields(config or None, "amortized_computation_config", (*EIGEN, QR))
-    stability = fields.left.get("rank_deficient_stability_config") or {}
-    if stability.get("type") == "PseudoInverseConfig":
+    nested = fields.nested("rank_deficient_stability_config", *STABILITY)
+    if nested.type == "PseudoInverseConfig":
         raise ValueError(
             "rank_deficient_stability_config: PseudoInverseConfig is none for eigenvalue-corrected "
             "Shampoo, there too; leave it out, or give PerturbationConfig."
         )
-    nested = fields.nested("rank_deficient_stability_config", "PerturbationConfig")
     renewal = renewal_of(fields, nested.take("perturb_before_computation", True))
     fields.finish()
     return by_rank() if renewal.is_plain else RenewedBasis(renewal, epsilon)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 
+from funshampoo.core.text import readable
 from funshampoo.models.table import Row, routing_table
 from funshampoo.optim import Optimizer
 from funshampoo.recipes import ELEMENTWISE
-from funshampoo.state.memory import readable
 
 _MANY_ROWS = 8192
 """Of a table with more rows, a vocabulary, a step sees few: a factor of them is mostly noise."""

@@ -1,13 +1,11 @@
-"""Whose weight a parameter is, or is made into, and which linear layer is a model's output."""
+"""Which linear layer is a model's output."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from funshampoo.models.kinds import is_transposed_linear
+from funshampoo.models.reparametrized import inside_parametrizations, weights_of
 
 _WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -64,47 +62,3 @@ def _not_repeated(model: nn.Module) -> set[nn.Module]:
             again = [m for m in children if types.count(type(m)) > 1]
             inside |= {m for child in again for m in child.modules()}
     return set(model.modules()) - inside
-
-
-_OF_HOOKS = ("g", "v", "orig")
-"""What torch.nn.utils.weight_norm and spectral_norm add to the name of the weight."""
-
-
-def layer_of(modules: Mapping[str, nn.Module], prefix: str, attribute: str) -> tuple[str, str]:
-    """Whose weight a parameter is, or is made into: the module's name, and the weight's there.
-
-    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
-    >>> modules = dict(layer.named_modules())
-    >>> layer_of(modules, "parametrizations.weight", "original0"), layer_of(modules, "", "bias")
-    (('', 'weight'), ('', 'bias'))
-    """
-    module = modules[prefix]
-    if isinstance(module, ParametrizationList):
-        place, _, weight = prefix.rpartition(".")
-        return place.rpartition(".")[0], weight
-    weight, _, kind = attribute.rpartition("_")
-    if kind in _OF_HOOKS and weight in vars(module):
-        return prefix, weight
-    return prefix, attribute
-
-
-def weights_of(layer: nn.Module) -> list[nn.Parameter]:
-    """The weight, or the parameters of a linear layer's shape that it is made of.
-
-    The weight itself is not asked for: to make it may change the layer, as spectral_norm does.
-    """
-    own = layer._parameters.get("weight")
-    if own is not None:
-        return [own]
-    shape = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
-    parts = list(layer.parameters(recurse=False))
-    made = layer._modules.get("parametrizations")
-    if isinstance(made, nn.ModuleDict) and "weight" in made:
-        parts += made["weight"].parameters(recurse=False)
-    return [p for p in parts if tuple(p.shape) == shape]
-
-
-def inside_parametrizations(model: nn.Module) -> set[nn.Module]:
-    """The modules that make weights of other parameters."""
-    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
-    return {inner for found in lists for inner in found.modules()}

@@ -10,8 +10,9 @@ from torch.nn.parameter import is_lazy
 from funshampoo.core.checks import check_choice
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.models.kinds import Heads, Kind, is_transposed_linear, kind_of, kind_of_shape
-from funshampoo.models.output import layer_of, output_weights
+from funshampoo.models.output import output_weights
 from funshampoo.models.overrides import Overrides, overridden, settings_of
+from funshampoo.models.reparametrized import layer_of
 
 
 def roles(

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.core.text import aligned, readable
 from funshampoo.optim import Optimizer
 from funshampoo.optim.planned import planned
 from funshampoo.optim.ready import blocks_of
-from funshampoo.state.memory import readable, summary
+from funshampoo.state.memory import summary
 
 
 class Row(NamedTuple):
@@ -44,16 +45,14 @@ class RoutingTable(NamedTuple):
         return sum(row.state_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        wide = max([len(row.name) for row in self.rows] + [9])
-        head = f"{'parameter':<{wide}} {'shape':<16} {'role':<11} {'method':<16} {'lr':>9}"
-        lines = [f"{head} {'blocks':>7} {'state':>8}"]
+        lines = [("parameter", "shape", "role", "method", "lr", "blocks", "state")]
         for row in self.rows:
             shape = "×".join(map(str, row.shape)) or "()"
-            cells = f"{row.name:<{wide}} {shape:<16} {row.role:<11} {row.method:<16}"
             size = "frozen" if row.frozen else readable(row.state_bytes)
-            lines.append(f"{cells} {_rate(row.lr):>9} {row.blocks or '-':>7} {size:>8}")
-        lines.append(f"{len(self.rows)} parameters, {readable(self.state_bytes)} of state.")
-        return "\n".join(lines)
+            words = row.name, shape, row.role, row.method
+            lines.append((*words, _rate(row.lr), str(row.blocks or "-"), size))
+        total = f"{len(self.rows)} parameters, {readable(self.state_bytes)} of state."
+        return "\n".join([*aligned(lines, left=range(4)), total])
 
 
 def routing_table(optimizer: Optimizer) -> RoutingTable:
@@ -70,11 +69,11 @@ def routing_table(optimizer: Optimizer) -> RoutingTable:
     >>> import torch, funshampoo
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> print(routing_table(funshampoo.for_model(model, "muon", lr=0.02)))
-    parameter shape            role        method                  lr  blocks    state
-    0.weight  8×8              matrix      muon                  0.02       1    276 B
-    2.weight  2×8              head        adamw                0.001       -    136 B
-    0.bias    8                vector      adamw                0.001       -     72 B
-    2.bias    2                vector      adamw                0.001       -     24 B
+    parameter  shape  role    method     lr  blocks  state
+    0.weight   8×8    matrix  muon     0.02       1  276 B
+    2.weight   2×8    head    adamw   0.001       -  136 B
+    0.bias     8      vector  adamw   0.001       -   72 B
+    2.bias     2      vector  adamw   0.001       -   24 B
     4 parameters, 508 B of state.
     """
     if not isinstance(optimizer, Optimizer):

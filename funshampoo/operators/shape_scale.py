@@ -35,6 +35,11 @@ def check_scale(scale: Scale) -> None:
         check_range("scale", scale, 0.0)
 
 
+def is_of_no_shape(scale: Scale) -> bool:
+    """Whether the factor is one and the same for all shapes, so for a part of a leaf too."""
+    return not isinstance(scale, str) and not callable(scale)
+
+
 def shape_factor(scale: Scale, matrix: Sequence[int], shape: Sequence[int]) -> float:
     """The factor of a leaf of this shape, seen as this matrix (r, c).
 

@@ -14,9 +14,10 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.join import Joining
 from funshampoo.migrate.reference import from_reference
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.loading import loaded_together, rates_of, seeded
+from funshampoo.optim.loading import loaded_together
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.saved import has_adamws, saved_group
+from funshampoo.optim.seeding import rates_of, seeded
 from funshampoo.optim.states import States
 from funshampoo.optim.vocabulary import Vocabulary, check_given
 from funshampoo.optim.whole import Whole, numbers_of, part_of_this_rank, united

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from funshampoo.blocks.layout import Merge
 from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, as_transformation
+from funshampoo.core.text import aligned, counted, duration, readable
 from funshampoo.core.tree import compute_dtype, flatten
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
 from funshampoo.distributed.sharded import sharded
 from funshampoo.plan.scopes import Scope, scopes_of
 from funshampoo.plan.shapes import model_shapes
 from funshampoo.recipes.shampoo import shampoo
-from funshampoo.state.memory import readable
 
 
 class StackPlan(NamedTuple):
@@ -290,53 +290,44 @@ def _stack_table(found: Plan) -> list[str]:
 
     whole = sum(map(total, found.stacks.items())) or 1.0
     ordered = sorted(found.stacks.items(), key=total, reverse=True)
-    lines = [f"{'blocks':<20} {'number':>8} {'owners':>7} {'ms/block':>9} {'share':>6} state/block"]
+    lines = [("blocks", "number", "owners", "time/block", "share", "state/block")]
     for name, stack in ordered[:_STACKS_SHOWN]:
-        lines.append(
-            f"{name:<20} {stack.rows:>8,} {len(set(stack.owners)):>7,} "
-            f"{1e3 * stack.seconds.total:>9.3g} {total((name, stack)) / whole:>6.1%} "
-            f"{readable(stack.state_bytes):>11}"
-        )
+        owners, share = len(set(stack.owners)), total((name, stack)) / whole
+        costs = duration(stack.seconds.total), f"{share:.1%}", readable(stack.state_bytes)
+        lines.append((name, f"{stack.rows:,}", f"{owners:,}", *costs))
     rest = ordered[_STACKS_SHOWN:]
     if rest:
         rows, share = sum(s.rows for _, s in rest), sum(map(total, rest)) / whole
-        more = f"and {len(rest)} more"
-        lines.append(f"{more:<20} {rows:>8,} {'':>7} {'':>9} {share:>6.1%}")
-    return lines
+        lines.append((f"and {len(rest)} more", f"{rows:,}", "", "", f"{share:.1%}", ""))
+    return aligned(lines)
 
 
 def _rank_table(found: Plan) -> list[str]:
     """Smallest, mean and largest over the ranks, of everything that a rank has."""
     seconds = [rank.seconds for rank in found.ranks]
     rows: list[Row] = [
-        ("blocks", [rank.blocks for rank in found.ranks], "count"),
-        ("elements sent", [rank.elements for rank in found.ranks], "count"),
-        ("state", [rank.state_bytes for rank in found.ranks], "bytes"),
-        ("parameters", [found.parameter_bytes], "bytes"),
-        ("gradients", [found.parameter_bytes], "bytes"),
-        ("gathered updates", [found.gathered_bytes], "bytes"),
-        ("time per step", [s.total for s in seconds], "ms"),
-        ("  products", [s.products for s in seconds], "ms"),
-        (f"  roots / {found.every}", [s.roots for s in seconds], "ms"),
-        ("  memory traffic", [s.memory for s in seconds], "ms"),
+        ("blocks", [rank.blocks for rank in found.ranks], counted),
+        ("elements sent", [rank.elements for rank in found.ranks], counted),
+        ("state", [rank.state_bytes for rank in found.ranks], readable),
+        ("parameters", [found.parameter_bytes], readable),
+        ("gradients", [found.parameter_bytes], readable),
+        ("gathered updates", [found.gathered_bytes], readable),
+        ("time per step", [s.total for s in seconds], duration),
+        ("  products", [s.products for s in seconds], duration),
+        (f"  roots / {found.every}", [s.roots for s in seconds], duration),
+        ("  memory traffic", [s.memory for s in seconds], duration),
     ]
     return spread_table(rows)
 
 
-Row: TypeAlias = tuple[str, Sequence[float], Literal["count", "bytes", "ms"]]
-"""(title, a number a rank, its unit)"""
+Row: TypeAlias = tuple[str, Sequence[float], Callable[[float], str]]
+"""(title, a number a rank, how it is written)"""
 
 
 def spread_table(rows: Sequence[Row]) -> list[str]:
-    """Smallest, mean and largest over the ranks; of "ms" the numbers are seconds."""
-    lines = [f"{'per rank':<20} {'smallest':>12} {'mean':>12} {'largest':>12}"]
-    for title, values, unit in rows:
-        cells = [min(values), sum(values) / len(values), max(values)]
-        lines.append(f"{title:<20} " + " ".join(f"{_cell(x, unit):>12}" for x in cells))
-    return lines
-
-
-def _cell(value: float, unit: str) -> str:
-    if unit == "bytes":
-        return readable(round(value))
-    return f"{value:,.0f}" if unit == "count" else f"{1e3 * value:,.4g} ms"
+    """Smallest, mean and largest over the ranks."""
+    lines: list[Sequence[str]] = [("per rank", "smallest", "mean", "largest")]
+    for title, values, written in rows:
+        cells = min(values), sum(values) / len(values), max(values)
+        lines.append((title, *map(written, cells)))
+    return aligned(lines)

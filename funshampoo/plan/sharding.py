@@ -17,6 +17,7 @@ from funshampoo.blocks.layout import Layout
 from funshampoo.core.boxes import Holding, holding_at
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, as_transformation
+from funshampoo.core.text import counted, duration, readable
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.parts import near_shards
@@ -238,14 +239,14 @@ def _table(found: ShardingPlan) -> list[str]:
     size = math.prod(found.mesh)
     shape = " x ".join(map(str, found.mesh))
     rows: list[Row] = [
-        ("blocks", found.blocks, "count"),
-        ("state", found.state_bytes, "bytes"),
-        ("gathered", found.gathered, "bytes"),
-        ("  across nodes", found.gathered_across, "bytes"),
-        ("scattered", found.scattered, "bytes"),
-        ("  across nodes", found.scattered_across, "bytes"),
-        ("peers", found.peers, "count"),
-        ("time per step", found.seconds, "ms"),
+        ("blocks", found.blocks, counted),
+        ("state", found.state_bytes, readable),
+        ("gathered", found.gathered, readable),
+        ("  across nodes", found.gathered_across, readable),
+        ("scattered", found.scattered, readable),
+        ("  across nodes", found.scattered_across, readable),
+        ("peers", found.peers, counted),
+        ("time per step", found.seconds, duration),
     ]
     return [
         f"{sum(found.blocks):,} blocks over {size:,} ranks, a mesh of {shape}.",

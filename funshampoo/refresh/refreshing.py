@@ -122,8 +122,8 @@ class Refreshing:
         ]
         return Kept(
             value=tuple(value),
-            residual=x.new_zeros(lead, dtype=dtype),
-            condition=x.new_ones(lead, dtype=dtype),
+            residual=x.new_full(lead, -1, dtype=dtype),
+            condition=x.new_full(lead, -1, dtype=dtype),
             failures=x.new_zeros(lead, dtype=torch.int64),
             streak=x.new_zeros(lead, dtype=torch.int64),
             rounds=x.new_zeros(lead, dtype=torch.int64),

@@ -16,8 +16,8 @@ class Found(NamedTuple):
     """What a rule made of matrices, rows first.
 
     value:     a tuple of tensors, such as roots (..., d, d), shaped as `Rule.initial` shapes them.
-    residual:  (...), how far off each value is by the rule's own estimate; 0 where there is none.
-    condition: (...), condition number of what it was made from; 1 where nobody asked.
+    residual:  (...), how far off each value is by the rule's own estimate; -1 where there is none.
+    condition: (...), condition number of what it was made from; -1 where nobody asked.
     converged: (...), bool. Where it is False the old value is kept, and the failure is counted.
     """
 

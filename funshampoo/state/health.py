@@ -31,16 +31,18 @@ class FactorHealth(NamedTuple):
         matrices: how many factor matrices.
         residual: the largest residual of a root: the relative error of the eigenvalue it gets most
             wrong. In float32 rounding alone leaves up to about 1e-7 · condition, so 0.2 is usual at
-            the default damping of 1e-6, along directions that the damping dominates anyway.
-        condition: the largest condition number.
+            the default damping of 1e-6, along directions that the damping dominates anyway. None
+            where no root has been computed, or nobody measures: eigenbases have no residual.
+        condition: the largest condition number; None likewise.
         failures: how many refreshes kept an old root, over all matrices.
-        worst: the parameter whose root has the largest residual; "" outside `blocked`.
+        worst: the parameter whose root has the largest residual; "" outside `blocked`, or where
+            there is none.
     """
 
     where: str
     matrices: int
-    residual: float
-    condition: float
+    residual: float | None
+    condition: float | None
     failures: int
     worst: str
 
@@ -84,8 +86,8 @@ class Health(NamedTuple):
         ]
         for f in self.factors:
             lines.append(
-                f"{f.where:<{width}} {f.matrices:>8} {f.residual:>9.1e} {f.condition:>9.1e} "
-                f"{f.failures:>8}  {f.worst}"
+                f"{f.where:<{width}} {f.matrices:>8} {_shown(f.residual):>9} "
+                f"{_shown(f.condition):>9} {f.failures:>8}  {f.worst}"
             )
         return "\n".join(lines)
 
@@ -155,16 +157,27 @@ def _factor(
 ) -> FactorHealth:
     *inside, side = path
     leaf = ".".join(inside)
+    residual = _largest(kept.residual)
     worst = int(torch.argmax(_rows(kept.residual)))
     row = rows_of(owned[leaf])[worst] if leaf in owned else worst
     return FactorHealth(
         where=f"{leaf} side {side}",
         matrices=kept.residual.numel(),
-        residual=float(kept.residual.max()),
-        condition=float(kept.condition.max()),
+        residual=residual,
+        condition=_largest(kept.condition),
         failures=int(kept.failures.sum()),
-        worst=names[leaf][row][0] if leaf in names else "",
+        worst=names[leaf][row][0] if leaf in names and residual is not None else "",
     )
+
+
+def _largest(measured: Tensor) -> float | None:
+    """None where nothing was measured, which is -1."""
+    largest = float(measured.max())
+    return None if largest < 0 else largest
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.1e}"
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TextIO
 from torch import Tensor
 
 from funshampoo.core.placed import local_part
+from funshampoo.core.text import readable
 from funshampoo.state.naming import Names
 from funshampoo.state.nodes import check_is_state
 from funshampoo.state.places import Place, map_tensors
@@ -91,17 +92,3 @@ def _table(title: str, rows: dict[str, int], total: int) -> list[str]:
     for name, size in rows.items():
         lines.append(f"{name:<{width}} {readable(size):>7}  {size / max(total, 1):>5.0%}")
     return lines
-
-
-def readable(size: int) -> str:
-    """Bytes as people write them.
-
-    >>> readable(136), readable(3 * 2**20)
-    ('136 B', '3 MiB')
-    """
-    value, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1000:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"

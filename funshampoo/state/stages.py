@@ -59,8 +59,8 @@ class Kept(NamedTuple):
             it was computed in, as columns. Before the first refresh, what the stage begins with:
             multiples of the identity.
         residual: (N,), how far off the value is, by the estimate of what computed it (see
-            `funshampoo.linalg.InverseRoot`); 0 before.
-        condition: (N,), condition number of what it was computed from; 1 before.
+            `funshampoo.linalg.InverseRoot`); -1 before, and where nobody estimates it.
+        condition: (N,), condition number of what it was computed from; -1 likewise.
         failures: (N,) int64, how many refreshes kept the old value because the new one failed.
         streak: (N,) int64, how many of the latest in a row.
         rounds: (N,) int64, how many refreshes gave a new value.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,21 +117,35 @@ def dtypes_may_mix(trial: Trial) -> None:
 
 
 def parts_are_parts_of_the_whole(trial: Trial) -> None:
-    """A stage that says it is elementwise makes the same of a part of each leaf."""
+    """A stage that says it is elementwise makes the same of a part of each leaf: rows, columns."""
     if not trial.tx.elementwise:
         return
+    whole = trial.still
+    for axis, side in ((0, "first"), (-1, "last")):
+        half = functools.partial(_half, axis=axis)
+        part = functools.partial(_part, axis=axis)
+        grads = [map_leaves(half, g) for g in trial.grads]
+        run = trial.run(grads, map_leaves(half, trial.params), moves=False)
+        results = zip(run.updates, whole.updates, run.states[1:], whole.states[1:])
+        for t, (updates, expected, state, other) in enumerate(results, start=1):
+            seen = difference(updates, map_leaves(half, expected), trial.tolerance)
+            seen = seen or difference(state, map_leaves(part, state, other), trial.tolerance)
+            if seen:
+                trial.fail(
+                    f"step {t} on half the {side} side of every leaf is not that half of the step: "
+                    f"{seen}",
+                    "The stage says elementwise=True, and gets a rank's parts of sharded "
+                    "parameters by that: leave it out, or look at no entry but the own one.",
+                )
 
-    def half(tree: Tree) -> Any:
-        return map_leaves(lambda x: x[: (len(x) + 1) // 2].clone() if x.ndim else x, tree)
 
-    run = trial.run([half(g) for g in trial.grads], half(trial.params), moves=False)
-    for t, (found, whole) in enumerate(zip(run.updates, trial.still.updates), start=1):
-        if seen := difference(found, half(whole), trial.tolerance):
-            trial.fail(
-                f"step {t} on the first half of every leaf is not that half of the step: {seen}",
-                "The stage says elementwise=True, and gets a rank's parts of sharded parameters by "
-                "that: leave it out, or look at no entry but the own one.",
-            )
+def _half(x: Tensor, axis: int) -> Tensor:
+    return x.narrow(axis, 0, (x.shape[axis] + 1) // 2).clone() if x.ndim else x
+
+
+def _part(found: Tensor, whole: Tensor, axis: int) -> Tensor:
+    """What `found` is to be: a state also has numbers of a leaf's own, whatever its shape."""
+    return whole if found.shape == whole.shape else _half(whole, axis)
 
 
 def _small_run(trial: Trial, dtypes: Sequence[torch.dtype]) -> list[State]:

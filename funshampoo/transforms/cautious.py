@@ -57,7 +57,7 @@ def cautious(inner: GradientTransformation, *, rescale: bool = True) -> Gradient
 
         return update_leaves(leaf, run(updates), (), (updates,))[0], own
 
-    return wrapping(inner, update, name="cautious")
+    return wrapping(inner, update, name="cautious", elementwise=not rescale)
 
 
 def _has_a_rate(tx: GradientTransformation) -> bool:

@@ -45,4 +45,6 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
         params = required(params, "add_cautious_decay", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
-    return stateless(decayed, "add_cautious_decay", numbers=[weight_decay], needs_params=True)
+    return stateless(
+        decayed, "add_cautious_decay", numbers=[weight_decay], elementwise=True, needs_params=True
+    )

@@ -252,8 +252,8 @@ class BasisRule(Rule):
         """
         Q, found = self.basis(A, old[0], rounds == 0, self.begins)
         Q = Q * (A.diagonal(dim1=-2, dim2=-1) != 0)[..., None]
-        unknown = torch.zeros_like(A[..., 0, 0])
-        return Found((Q,), unknown, unknown + 1, found)
+        unknown = torch.full_like(A[..., 0, 0], -1)
+        return Found((Q,), unknown, unknown, found)
 
 
 def _factor(side: int, factors: Any, weight: Tensor) -> Reading:

@@ -77,5 +77,10 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
         return out, EmaNesterovState(w, B, advanced(state.steps, donate))
 
     return GradientTransformation(
-        init, update, counts=callable(look_ahead), numbers=[look_ahead, beta], needs_params=True
+        init,
+        update,
+        counts=callable(look_ahead),
+        numbers=[look_ahead, beta],
+        elementwise=True,
+        needs_params=True,
     )

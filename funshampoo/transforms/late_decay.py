@@ -11,7 +11,7 @@ from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import rate_of, required
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
-from funshampoo.operators.shape_scale import Scale, check_scale
+from funshampoo.operators.shape_scale import Scale, check_scale, is_of_no_shape
 from funshampoo.state.stages import LearningRateState
 from funshampoo.transforms.shape import factor_of
 
@@ -76,5 +76,6 @@ def decay_after_step(
         update,
         counts=callable(learning_rate),
         numbers=[weight_decay, learning_rate],
+        elementwise=is_of_no_shape(scale),
         needs_params=True,
     )

@@ -82,5 +82,6 @@ def primal_average(
         update,
         counts=callable(learning_rate),
         numbers=[learning_rate, average, interpolation],
+        elementwise=True,
         needs_params=True,
     )

@@ -102,5 +102,6 @@ def schedule_free(
         update,
         counts=callable(learning_rate),
         numbers=[learning_rate, beta],
+        elementwise=True,
         needs_params=True,
     )

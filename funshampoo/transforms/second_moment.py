@@ -135,7 +135,7 @@ def scale_by_second_moment(
             weight = count_everyone(state.weight, decay, donate) if corrects else state.weight
         return out, SecondMomentState(second, weight)
 
-    return GradientTransformation(init, update, numbers=[beta2, epsilon])
+    return GradientTransformation(init, update, numbers=[beta2, epsilon], elementwise=True)
 
 
 def _power(second: Column, epsilon: Hyper, exponents: Sequence[float], damping: Damping) -> Column:

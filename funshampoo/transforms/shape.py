@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation, Tree, stateless
 from funshampoo.core.tree import update_leaves, wide
-from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
+from funshampoo.operators.shape_scale import Scale, check_scale, is_of_no_shape, shape_factor
 
 
 def scale_by_shape(scale: Scale) -> GradientTransformation:
@@ -36,7 +36,7 @@ def scale_by_shape(scale: Scale) -> GradientTransformation:
 
         return update_leaves(leaf, updates, ())[0]
 
-    return stateless(scaled, "scale_by_shape")
+    return stateless(scaled, "scale_by_shape", elementwise=is_of_no_shape(scale))
 
 
 def factor_of(scale: Scale, shape: tuple[int, ...]) -> float:

@@ -86,4 +86,6 @@ def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransform
         out, x, weights = update_leaves(leaf, updates, (state.evaluated, state.weight), (params,))
         return out, TailAverageState(x, weights, advanced(state.steps, donate))
 
-    return GradientTransformation(init, update, counts=waits, numbers=[beta], needs_params=True)
+    return GradientTransformation(
+        init, update, counts=waits, numbers=[beta], elementwise=True, needs_params=True
+    )

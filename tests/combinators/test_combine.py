@@ -244,3 +244,28 @@ def test_a_partition_in_a_chain_puts_no_tensor_into_words(monkeypatch: Any) -> N
 
     monkeypatch.setattr(torch.Tensor, "__repr__", shown)
     tx.update(gradients(1)[0], state, params)
+
+
+def test_phases_are_those_of_the_steps_that_a_part_has() -> None:
+    """On which `compiled` makes another graph: real steps, refreshes among them, and no others."""
+
+    def every_other() -> fs.GradientTransformation:
+        return fs.blocked(fs.chain(fs.kronecker_statistics(), fs.root_inverse(2)))
+
+    alone = fs.scale(1.0)
+    refresh = every_other().phase(1)
+    assert refresh == ("refresh in threads",)
+    for tx, expected in (
+        (fs.every_k(alone, 2), [(), ("every 2",)] * 4),
+        (fs.multi_steps(alone, 4), [(), (), (), ("real step of 4",)] * 2),
+        (every_other(), [refresh, refresh, (), refresh, (), refresh, (), refresh]),
+        (
+            fs.multi_steps(every_other(), 2),
+            [y for t in (1, 2, 3, 4) for y in ((), ("real step of 2", *every_other().phase(t)))],
+        ),
+        (
+            fs.every_k(fs.multi_steps(alone, 2), 2),
+            [(), ("every 2",), (), ("every 2", "real step of 2")] * 2,
+        ),
+    ):
+        assert [tx.phase(t) for t in range(1, 9)] == expected

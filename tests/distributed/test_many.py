@@ -78,6 +78,7 @@ def test_calls_for_another_parameter(ranks: Ranks, method: str, wrapped: bool) -
 SHAPES: Shapes = {"w": (7, 4), "u": (4, 3), "b": (5,), "one": (1,), "scalar": ()}
 BY_NAME = ("masked", "add_decayed_weights:masked")  # of another tree
 ELEMENTWISE = [c for c in CASES if c.make().elementwise and c.name not in BY_NAME]
+ELEMENTWISE += [c for c in CASES if c.name == "guarded:by_leaf"]  # what is inside of it is
 
 
 def placements(shape: tuple[int, ...], columns: bool) -> list[Any]:

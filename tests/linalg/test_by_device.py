@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from funshampoo import root_inverse
 from funshampoo.linalg import InverseRoot, Solver, by_device, eigh, newton_schulz
@@ -66,10 +67,14 @@ def test_products_on_a_gpu(
 
 
 def test_which_matrices_go_by_products() -> None:
-    solver = by_device()
-    assert isinstance(solver, by_device)
-    assert not solver._by_products(torch.empty(2, 33, 33))
-    assert not solver._by_products(torch.empty(2, 33, 33, device="meta"))
+    """Those of a GPU, of sides above 32; a tensor may be one without its memory."""
+    with FakeTensorMode():
+        found = {
+            (device, d): by_device()._by_products(torch.empty(2, d, d, device=device))
+            for device in ("cpu", "meta", "cuda")
+            for d in (LARGEST_SIDE_OF_EIGH, LARGEST_SIDE_OF_EIGH + 1)
+        }
+    assert [case for case, products in found.items() if products] == [("cuda", 33)]
 
 
 @pytest.mark.gpu

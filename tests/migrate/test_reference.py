@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -483,3 +484,61 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
 def test_bad_arguments(args: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fs.from_reference(**args)
+
+
+def _grafted(**config: Any) -> dict[str, Any]:
+    return {"grafting_config": config}
+
+
+_EIGH = {"type": "EighEigendecompositionConfig"}
+
+
+@pytest.mark.parametrize(
+    ("call", "meant"),
+    [
+        (lambda: fs.from_reference(weight_decy=0.1), "weight_decay"),
+        (lambda: fs.from_reference(use_pinned_memory=True), "use_pin_memory"),
+        (
+            lambda: fs.from_reference(distributed_config={"target_parameter_dimensionalty": 2}),
+            "target_parameter_dimensionality",
+        ),
+        (
+            lambda: fs.from_reference(**_grafted(type="AdamPrecondtionerConfig")),
+            "AdamPreconditionerConfig",
+        ),
+        (
+            lambda: fs.from_reference(**_grafted(type="AdamPreconditionerConfig", beta=0.9)),
+            "beta2",
+        ),
+        (lambda: fs.from_reference(**_corrected(use_symmetric_packng=1)), "use_symmetric_packing"),
+        (
+            lambda: fs.from_reference(
+                **_root({**_EIGH, "rank_deficient_stability_config": {"type": "PerturbConfig"}})
+            ),
+            "PerturbationConfig",
+        ),
+        (lambda: fs.from_reference(**_averaged("ScheduleFree", train_coeff=0.5)), "train_interp"),
+        (lambda: fs.from_published("SOAPP"), "SOAP"),
+        (lambda: fs.from_published("SOAP", precond_frequency=1), "precondition_frequency"),
+        (lambda: fs.from_published("SOAP-Muon", lookahead={"rest_step": 3}), "rest_steps"),
+    ],
+)
+def test_a_misspelt_name_is_an_error_with_the_nearest_one(
+    call: Callable[[], Any], meant: str
+) -> None:
+    with pytest.raises(Exception, match=f"; did you mean '{meant}.*'\\?$"):
+        call()
+
+
+def test_a_config_is_a_mapping() -> None:
+    """Their own classes are not, on any level."""
+    for args in (
+        {"distributed_config": object()},
+        {"grafting_config": object()},
+        {"iterate_averaging_config": object()},
+        {"preconditioner_config": object()},
+        _root(object()),  # type: ignore[arg-type]
+        _corrected(amortized_computation_config={**_EIGH, "rank_deficient_stability_config": 1}),
+    ):
+        with pytest.raises(TypeError, match=r"_config is a (object|int); write it as \{\"type\""):
+            fs.from_reference(**args)

@@ -23,8 +23,8 @@ def leaves(seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, generator=make) for shape in SHAPES]
 
 
-def each_by_itself(xs: Any, numbers: Any) -> list[list[int]]:
-    """All of them in a row, on a CPU too."""
+def all_in_a_row(xs: Any, numbers: Any) -> list[list[int]]:
+    """On a CPU too; not those with a number a block."""
     return [list(range(len(xs)))] if all([n.ndim == 0 for n in numbers]) else []
 
 
@@ -44,7 +44,7 @@ def test_zeros_are_exact_whatever_stands_there() -> None:
     for found in (_in_a_row(fs.operators.leaf_ops.zeroed, xs, masks), zeroed(xs, masks)):
         for x, y in zip(found, expected):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
-    assert not any([x.signbit().any() for x, mask in zip(found, masks) if mask])
+        assert not any([x.signbit().any() for x, mask in zip(found, masks) if mask])
 
 
 def test_what_is_put_in_a_row_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +64,15 @@ def test_what_is_put_in_a_row_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_function_of_masks_at_once() -> None:
     masks = [torch.tensor([True, False]), torch.tensor(True), torch.tensor([[False]])]
-    assert_equal(all_at_once(lambda x: x.to(torch.int64), masks), [m.long() for m in masks])
-    assert all_at_once(lambda x: x, []) == []
+    asked: list[Tensor] = []
+
+    def number(x: Tensor) -> Tensor:
+        asked.append(x)
+        return x.to(torch.int64)
+
+    assert_equal(all_at_once(number, masks), [m.long() for m in masks])
+    assert [len(x) for x in asked] == [4]
+    assert all_at_once(number, []) == []
 
 
 @pytest.mark.parametrize("by_leaf", [True, False])
@@ -91,7 +98,7 @@ def test_a_trajectory_by_rows_is_that_of_the_leaves(
 
     def all_rows(xs: Any, numbers: Any) -> list[list[int]]:
         rows.append(len(xs))
-        return each_by_itself(xs, numbers)
+        return all_in_a_row(xs, numbers)
 
     monkeypatch.setattr(module, "_rows", all_rows)
     assert_equal(trained(), expected)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import re
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import owners_of, works_of
 from funshampoo.plan.planner import Plan, plan
 from funshampoo.plan.shapes import MODELS, model_shapes
+from funshampoo.plan.sharding import plan_sharded
 from funshampoo.state.nodes import walk
 from funshampoo.state.stages import ShardedState
 from tests.trees import tensors
@@ -309,6 +312,29 @@ def test_plans_are_readable() -> None:
     assert "25,557,032 elements, in 176 blocks" in text
     assert "and 13 more" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_columns_are_as_wide_as_what_is_in_them() -> None:
+    """Long names of leaves and methods, times from microseconds to days."""
+    long = "transformer.layers.10.attention.projection.weight"
+    tx = fs.adamw(0.1, distribute=fs.sharded)
+    names = plan({long: (640, 64), "b": (4,)}, 2, transformation=tx)
+    days = plan({"w": (100_000, 100_000), "b": (4,)}, 2, max_size=None, every=1)
+    sharded = plan_sharded({long: (4096, 4096)}, "fsdp", (2,))
+    layers = {"a_layer_with_a_long_name": nn.Linear(1024, 1024), "out": nn.Linear(1024, 2)}
+    model = nn.Sequential(OrderedDict(layers))
+    routed = fs.routing_table(fs.for_model(model, "eigenvalue_shampoo", lr=0.01))
+    for found in (names, days, sharded, routed):
+        text = str(found)
+        tables = [part.splitlines() for part in text.split("\n\n")]
+        assert "e+" not in text
+        for lines in tables[1:] if found is not routed else [tables[0][:-1]]:
+            # Columns are told apart, and what is in the last one ends below each other.
+            assert {len(re.split("  +", line.strip())) for line in lines} == {
+                len(re.split("  +", lines[0]))
+            }
+            assert len(set(map(len, lines))) == 1
+    assert re.search(r"time per step +\S+ ms +\S+ s +[\d,]+ s", str(days))
 
 
 @pytest.mark.parametrize(

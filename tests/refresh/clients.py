@@ -34,8 +34,8 @@ class Basis(Rule):
         new = torch.linalg.qr(A @ Q.take_along_dim(order, -1))[0]
         new = new.take_along_dim(order.argsort(-1), -1)
         new = torch.where(first, torch.linalg.eigh(A)[1].flip(-1), new)
-        one = torch.ones_like(A[..., 0, 0])
-        return Found((new,), 0 * one, one, new.isfinite().all(-1).all(-1))
+        unknown = torch.full_like(A[..., 0, 0], -1)
+        return Found((new,), unknown, unknown, new.isfinite().all(-1).all(-1))
 
 
 class InEigenbasisState(NamedTuple):

@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.func import vmap
 
 import funshampoo as fs
+from funshampoo.refresh import RefreshSchedule
 from funshampoo.refresh.rule import Found
 from funshampoo.refresh.turns import phase
 from funshampoo.state import Kept, RefreshedState, find_state
@@ -274,3 +275,17 @@ def test_a_matrix_of_zeros_keeps_the_old_value_and_is_no_round() -> None:
     for side in state["root_inverse"].kept["m"]:
         assert int(side.rounds) == int(side.failures) == int(side.streak) == 0
         assert torch.equal(side.value[0], torch.eye(len(side.value[0]), dtype=D))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (RefreshSchedule(4), [1, 4, 8, 12]),
+        (RefreshSchedule(4, start=6), [6, 8, 12]),
+        (RefreshSchedule(4, start=1, offset=1), [1, 5, 9, 13]),
+        (RefreshSchedule(4, start=3, offset=3), [3, 7, 11]),
+        (RefreshSchedule(4, start=11, stagger=True), [11, 12, 13]),
+    ],
+)
+def test_on_which_steps_there_are_refreshes(schedule: RefreshSchedule, expected: list[int]) -> None:
+    assert [t for t in range(1, 14) if schedule.happens_at(t)] == expected

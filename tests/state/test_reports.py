@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -68,6 +69,26 @@ def test_health_names_the_parameter_with_the_worst_root(capsys: pytest.CaptureFi
         assert f.failures == 0
         assert 1e8 < f.condition < 1e10
         assert 0 < f.residual < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "measures"), [(fs.shampoo, True), (fs.kl_shampoo, False), (fs.soap, False)]
+)
+def test_health_leaves_out_what_nobody_measured(
+    method: Callable[..., fs.GradientTransformation], measures: bool
+) -> None:
+    """Before the first refresh nobody has; eigenbases have neither residual nor condition."""
+    params = {"w": torch.zeros(3, 2)}
+    tx = method(0.1, every=1)
+    fresh = tx.init(params)
+    _, state = tx.update({"w": torch.eye(3, 2)}, fresh, params)
+    for now, known in ((fresh, False), (state, measures)):
+        found = health(now, file=io.StringIO())
+        assert [f.where for f in found.factors] == ["3x2 side 0", "3x2 side 1"]
+        for f, line in zip(found.factors, str(found).splitlines()[2:]):
+            assert (f.residual is not None) == (f.condition is not None) == known
+            assert f.worst == ("w" if known else "")
+            assert ("-         -" in line) == (not known)
 
 
 def test_health_counts_failures_and_skipped_micro_batches() -> None:

@@ -1,0 +1,72 @@
+"""Go on with a run of torch.optim.AdamW: its moments and rates, for all groups."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from funshampoo.migrate.seeding import seed_from_adamw
+from funshampoo.optim.group import GroupRun
+from funshampoo.optim.ready import Ready
+from funshampoo.optim.vocabulary import check_rate
+from funshampoo.state.checkpoint import check
+
+
+def seeded(
+    runs: Sequence[GroupRun], saved: Mapping[str, Any], order: Sequence[str] = ()
+) -> list[Ready]:
+    """The states of all groups with AdamW's moments in them.
+
+    Args:
+        runs: of the optimizer.
+        saved: AdamW's state_dict(), for the same parameters: by name, where both optimizers were
+            given names, else in the same order.
+        order: the names of the parameters in their model's order, which is that of an AdamW without
+            names, where groups by role have another.
+
+    Raises:
+        ValueError: see `funshampoo.state.seed_from_adamw`; or names of parameters differ.
+    """
+    known = [(i, name) for i, run in enumerate(runs) for name in run.names()]
+    if all(run.group.get("param_names") for run in runs):
+        known = _in_their_order(known, saved, order)
+    ready = []
+    for i, run in enumerate(runs):
+        # Two groups may use the same name: only this one's are its own.
+        own = [name if i == j else f"group {j}/{name}" for j, name in known]
+        ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
+    for one in ready:
+        check(one.state)
+    return ready
+
+
+def rates_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler has written to a saved group.
+
+    Raises:
+        TypeError, ValueError: a rate that is no single number.
+    """
+    found = {name: copy.deepcopy(saved[name]) for name in ("lr", "initial_lr") if name in saved}
+    for rate in found.values():
+        check_rate(rate)
+    return found
+
+
+def _in_their_order(
+    known: list[tuple[int, str]], saved: Mapping[str, Any], order: Sequence[str]
+) -> list[tuple[int, str]]:
+    """(group, name) of each parameter, as the AdamW has them."""
+    groups = saved["param_groups"]
+    theirs = list(order)
+    if all("param_names" in group for group in groups):
+        theirs = [name for group in groups for name in group["param_names"]]
+    elif len(order) != sum(len(group["params"]) for group in groups):
+        return known
+    by_name = {name: (i, name) for i, name in known}
+    if theirs == [name for _, name in known] or len(by_name) < len(known):
+        return known
+    if missing := sorted(by_name.keys() ^ set(theirs)):
+        where = "this optimizer" if missing[0] in by_name else "the AdamW"
+        raise ValueError(f"'{missing[0]}' is a parameter of {where} alone.")
+    return [by_name[name] for name in theirs]
