@@ -70,8 +70,9 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
     that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`, as with SPlus
     and EMA-Nesterov, whose parameters are the points looked ahead to.
 
-    A parameter whose gradients are None at first counts its own steps, as there. Only refreshes are
-    on the same steps for all: one that comes between two waits for the next in the identity.
+    A parameter whose gradients are None at first counts its own steps, and with Schedule-Free
+    everyone's, as there. Only refreshes are on the same steps for all: one that comes between two
+    waits for the next in the identity.
 
     Raises:
         ValueError: the method, or the value of an argument, is unknown.

@@ -105,7 +105,8 @@ def _adam(
     if not corrects:
         filtered = ema(beta1, nesterov=nesterov, bias_correction=False)
         return chain(filtered, scale_by_rms(beta2, eps))
-    ahead = [_look_ahead(beta1)] if nesterov else []
+    # Without a first moment there is nothing to look ahead in.
+    ahead = [_look_ahead(beta1)] if nesterov and beta1 != 0 else []
     return chain(ema(beta1), *ahead, scale_by_adam(0.0, beta2, eps))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,39 @@ def test_what_is_left_out_has_a_default(method: str) -> None:
     tx = fs.from_published(method)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["w"].isfinite().all()
+
+
+KNOWN = {method: inspect.signature(METHODS[method]).parameters for method in METHODS}
+FIRST_DECAYS = {
+    method: next(
+        n for n in ("inner_momentum", "betas", "beta1", "b1", "momentum", "mu") if n in known
+    )
+    for method, known in KNOWN.items()
+    if method not in ("SGDScheduleFree", "RAdamScheduleFree")  # which have no first moment
+}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("method", FIRST_DECAYS)
+def test_no_first_moment_is_the_limit_of_a_short_one(method: str, nesterov: bool) -> None:
+    known, decay = KNOWN[method], FIRST_DECAYS[method]
+    if nesterov and "nesterov" not in known:
+        pytest.skip("it has no such argument")
+    args: dict[str, Any] = {"lr": 0.02, **({"nesterov": True} if nesterov else {})}
+    if "eps" in known:
+        args["eps"] = 0.1  # what is 0 but for rounding would be scaled up, as in NVIDIA's SOAP
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(5, 1, 6, 6, generator=generator, dtype=torch.float64)
+    ends = []
+    for beta in (0.0, 1e-14):
+        tx = fs.from_published(method, **args, **{decay: (beta, 0.9) if decay == "betas" else beta})
+        params = [steps[0, 0]]
+        state = tx.init(params)
+        for g in steps:
+            updates, state = tx.update(list(g), state, params)
+            params = fs.apply_updates(params, updates)
+        ends.append(params[0])
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
