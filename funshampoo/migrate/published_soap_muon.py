@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.checks import check_choice, check_count, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.routing import whole
@@ -111,7 +111,9 @@ def _looking_ahead(
     unknown = sorted(lookahead.keys() - known.keys())
     if unknown:
         raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}.")
+    check_range("initial_lr", initial_lr, 0.0, low_open=True, high_open=True)
     given: dict[str, Any] = {**known, **lookahead}
+    check_range("lookahead_stepsize", given["lookahead_stepsize"], 0.0, high_open=True)
     size, last = given["lookahead_stepsize"], given["rest_steps"]
 
     def ahead(count: Tensor) -> Tensor:
@@ -128,6 +130,8 @@ def _looking_ahead(
 
 def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Schedule, Schedule]:
     """The least and the most of the gate: let go of between two steps, both counted from 0."""
+    check_range("trust_floor", floor, 0.0, 1.0)
+    check_range("trust_cap", cap, 0.0, 1.0)
     check_count("trust_floor_end_step", floor_end, 0)
     check_count("trust_floor_fade_end_step", fade_end, floor_end)
 

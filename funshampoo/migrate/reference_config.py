@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Merge
-from funshampoo.core.checks import chosen
+from funshampoo.core.checks import check_flag, chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import initial
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
@@ -58,8 +58,15 @@ class Fields:
             )
 
     def take(self, field: str, default: Any) -> Any:
-        """The field, which then counts as read."""
-        return self.left.pop(field, default)
+        """The field, which then counts as read.
+
+        Raises:
+            TypeError: it is a flag, and no bool: "no" would be taken for yes.
+        """
+        found = self.left.pop(field, default)
+        if isinstance(default, bool):
+            check_flag(field, found)
+        return found
 
     def nested(self, field: str, *built: str) -> Fields:
         """Those of the config in a field, which `finish` looks at too."""

@@ -400,6 +400,12 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
             ValueError,
             "AdaGradPreconditionerConfig is the plain sum",
         ),
+        (_root(_perturbation(perturb_before_computation="no")), TypeError, "computation is 'no'"),
+        (
+            {"iterate_averaging_config": {"type": "ClassicMomentumConfig", "use_nesterov": "no"}},
+            TypeError,
+            "use_nesterov is 'no'; expected True or False",
+        ),
         # What the reference has no meaning for
         (
             _root({"type": "QREigendecompositionConfig"}),
