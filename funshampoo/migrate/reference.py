@@ -92,7 +92,8 @@ def from_reference(
 
     Where we differ on purpose: an iteration that did not converge is not used; a root of zero
     statistics is the identity, and a gradient of zeros has no polar factor; Adam and RMSprop
-    grafting with beta2 = 1, whose second moment stays 0 there, are an error.
+    grafting with beta2 = 1, whose second moment stays 0 there, are an error; a call in which no
+    parameter has a gradient is a step.
 
     Raises:
         ValueError: an argument out of the reference's range, or a config that means nothing there.

@@ -44,9 +44,17 @@ class Fields:
         config: None: of the first type that is built, and empty.
         argument: where it was given.
         built: the types that are known.
+
+    Raises:
+        TypeError: it is no dict.
+        NotImplementedError: a type that is not known.
     """
 
     def __init__(self, config: Config | None, argument: str, built: Sequence[str]) -> None:
+        if not isinstance(config, Mapping | None):
+            raise TypeError(
+                f'{argument} is {config!r}; write it as {{"type": class name, field: value}}.'
+            )
         self.argument = argument
         self.left: dict[str, Any] = {"type": built[0]} if config is None else dict(config)
         self._inside: list[Fields] = []
@@ -72,6 +80,15 @@ class Fields:
         """Those of the config in a field, which `finish` looks at too."""
         self._inside.append(Fields(self.take(field, None) or None, field, built))
         return self._inside[-1]
+
+    def by_order(self, field: str, default: Any = None) -> Any:
+        """A field whose value is a dict by the number of sides."""
+        found = self.take(field, default)
+        if found is not None and not (
+            isinstance(found, Mapping) and all(isinstance(order, int) for order in found)
+        ):
+            raise TypeError(f"{field} is {found!r}; write it as {{number of sides: value}}.")
+        return found
 
     def drop(self, *fields: str) -> None:
         """Fields that have nothing to do here."""
@@ -122,7 +139,8 @@ def first_step(start: int | float | str, frequency: int) -> int:
     """The number of the step with the first refresh."""
     if start == -1:
         return frequency
-    return sys.maxsize if float(start) == float("inf") else int(start)
+    whole = _int_or_none("start_preconditioning_step", start)
+    return sys.maxsize if whole is None else whole
 
 
 def merging_target(target: int | float | str, without_effect: dict[str, Any]) -> int | float | str:
@@ -149,7 +167,7 @@ def blocking(size: int | float | str, target: int | float | str) -> tuple[int | 
 
 
 def _int_or_none(name: str, value: int | float | str) -> int | None:
-    if float(value) == float("inf"):
+    if value in ("inf", float("inf")):
         return None
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be an int of at least 1, or 'inf'.")
