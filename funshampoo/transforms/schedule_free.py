@@ -15,7 +15,7 @@ from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
 from funshampoo.operators.columns import first_weights
-from funshampoo.operators.leaf_ops import add, sent
+from funshampoo.operators.leaf_ops import add, sent, sent_once
 from funshampoo.state.averages import ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
 
@@ -83,6 +83,7 @@ def schedule_free(
         clock: Tensor | None = None,
         hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, ScheduleFreeState]:
+        params = required(params, "schedule_free", block_ndim)
         rate = rate_of(learning_rate, state.rate.steps, clock, hyper)
         between = number(beta, hyper)
 
@@ -96,13 +97,13 @@ def schedule_free(
             return share, total, largest, seen
 
         everyone = () if own_steps else weighed(*state[2:5])
+        shared = sent_once(everyone[0]) if everyone else None
 
         def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-            share, *sums = weighed(*own) if own else (sent(everyone[0], x),)
+            share, *sums = (shared(x),) if shared else weighed(*own)
             step, x, z = interpolated_step(u, y, x, z, rate, share, between, donate)
             return step, x, z, *sums
 
-        params = required(params, "schedule_free", block_ndim)
         kept = state[:5] if own_steps else state[:2]
         step, x, z, *found = update_leaves(leaf, updates, kept, (params,))
         sums = found or everyone[1:]
