@@ -12,7 +12,7 @@ from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_choice, check_count, check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, renamed
 from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.routing import whole
 from funshampoo.transforms import (
@@ -94,7 +94,9 @@ def soap_muon(
 
     momentum = mu_schedule if callable(mu_schedule) else mu_schedule and _listed(mu_schedule)
     tx = by_role(mu) if momentum is None else inject_hyperparams(by_role)(momentum)
-    return tx if lookahead is None else chain(tx, _looking_ahead(lr, initial_lr, lookahead))
+    if lookahead is not None:
+        return chain(tx, _looking_ahead(lr, initial_lr, lookahead))
+    return renamed(tx, "soap_muon")  # only mu is injected, so the wrapper may rebuild it
 
 
 def _looking_ahead(

@@ -343,7 +343,8 @@ def test_the_wrapper_takes_the_arguments_of_every_constructor(method: str) -> No
     """By their names there, such as eps, which are others' names for those of recipes here."""
     args = {name: known.default for name, known in KNOWN[method].items()}
     args.pop("initial_lr", None)  # in a group that is a note of torch's schedulers
-    args |= {"silent_sgd_phase": False} if "silent_sgd_phase" in args else {}
+    others = {"silent_sgd_phase": False, "mu_schedule": [0.8, 0.9]}
+    args |= {name: value for name, value in others.items() if name in args}
     generator = torch.Generator().manual_seed(0)
     steps = torch.randn(3, 6, 6, generator=generator, dtype=torch.float64)
     tx, params = fs.from_published(method, **args), [steps[0]]
