@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from funshampoo.core.checks import hint
+from funshampoo.core.checks import check_flag, check_range, hint
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.migrate import (
     published_eigenbases,
@@ -68,10 +68,12 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
     A Muon is for matrices, as there: give the other parameters to another method by `partition`.
     Its blocks are whole matrices, `guarded`. The parameters of the Schedule-Free methods are those
     that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`, as with SPlus
-    and EMA-Nesterov, whose parameters are the points looked ahead to.
+    and EMA-Nesterov, whose parameters are the points looked ahead to. The wrapper takes a function
+    of the other arguments: `Optimizer(params, functools.partial(from_published, "SOAP"), lr=3e-3)`.
 
-    A parameter whose gradients are None at first counts its own steps, as there. Only refreshes are
-    on the same steps for all: one that comes between two waits for the next in the identity.
+    A parameter whose gradients are None at first counts its own steps, and with Schedule-Free
+    everyone's, as there. Only refreshes are on the same steps for all: one that comes between two
+    waits for the next in the identity.
 
     Raises:
         ValueError: the method, or the value of an argument, is unknown.
@@ -95,4 +97,24 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
             f"the constructor of {method} has no argument {unknown[0]!r}; it has "
             f"{', '.join(known)}{hint(unknown[0], known)}"
         )
+    for name, value in args.items():
+        _check(name, value, str(known[name].annotation))
     return builder(**args)
+
+
+_ENTRIES = {"betas": 2, "ns_coefficients": 3}
+_STATISTICS = ("shampoo_beta", "soap_beta2", "b2")
+
+
+def _check(name: str, value: Any, annotation: str) -> None:
+    """What is the same for all constructors; ranges are looked at where an argument arrives."""
+    optional = "None" in annotation
+    if annotation.startswith("bool") and not (optional and value is None):
+        check_flag(name, value)
+    if name == "lr":
+        check_range(name, value, 0.0, high_open=True, schedule=True)
+    if name in _STATISTICS:  # at 1 there is no average: stages would sum, and the sources stay at 0
+        check_range(name, value, float("-inf"), 1.0, high_open=True)
+    wanted = _ENTRIES.get(name)
+    if wanted and value is not None and len(value) != wanted:
+        raise ValueError(f"{name} is {value!r}; it must have {wanted} entries.")

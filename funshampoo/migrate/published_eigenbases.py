@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import check_count, check_flag, check_range, chosen
+from funshampoo.core.checks import check_count, check_range, chosen
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, State, Tree, stateless
 from funshampoo.core.tree import map_leaves, update_leaves
@@ -57,7 +57,7 @@ def soap(
     formats = {"channels_first": False, "channels_last": merge_dims}
     permutes = chosen("data_format", data_format, formats)
     beta1, beta2 = betas
-    check_range("shampoo_beta", shampoo_beta, float("-inf"), 1.0)
+    check_range("max_precond_dim", max_precond_dim, 0)
 
     def directions(wanted: bool) -> GradientTransformation:
         def sides(block: tuple[int, ...]) -> list[bool]:
@@ -220,12 +220,11 @@ def kl_methods(
     statistics and bases, each rounded at every step by the kernels that torch.compile makes of
     them: no numbers that another implementation has again. None here is float32 at least.
     """
-    if cast_dtype in (torch.bfloat16, torch.float16):
+    if cast_dtype not in (None, torch.float32, torch.float64):
         raise NotImplementedError(
             f"cast_dtype {cast_dtype}: what is kept is in float32 at least here, since an average "
             "in half precision loses gradients that are small beside it; leave it out."
         )
-    check_flag("using_klsoap", using_klsoap)
     check_count("max_clamp_value", max_clamp_value)
     beta1, beta2 = betas
     ratio = scale_by_rms(beta2, eps) if using_klsoap else scale_by_eigenvalues(eps)
@@ -285,6 +284,8 @@ def splus(
     A side of max_dim itself is left alone there, by mistake, at a matrix's rate; `recipes.splus`
     keeps it.
     """
+    check_range("max_dim", max_dim, 0)
+    check_range("nonstandard_constant", nonstandard_constant, 0, high_open=True)
 
     def scale(shape: tuple[int, ...]) -> float:
         square = len(shape) == 2 and max(shape) <= max_dim

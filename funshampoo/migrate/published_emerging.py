@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.wrapping import wrapping
-from funshampoo.core.checks import check_flags, check_range
+from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg import by_rank, orthogonal_iteration
@@ -54,7 +54,6 @@ def soap(
     fp32_matmul_prec, qr_fp32_matmul_prec and stream_list have nothing to do here. lr has no default
     there.
     """
-    check_flags(nesterov=nesterov, use_eigh=use_eigh)
     check_range("max_update_rms", max_update_rms, 0.0)
     check_range("eps", eps, 0.0, low_open=use_kl_shampoo)
     corrects = correct_bias if correct_shampoo_beta_bias is None else correct_shampoo_beta_bias
@@ -105,7 +104,8 @@ def _adam(
     if not corrects:
         filtered = ema(beta1, nesterov=nesterov, bias_correction=False)
         return chain(filtered, scale_by_rms(beta2, eps))
-    ahead = [_look_ahead(beta1)] if nesterov else []
+    # Without a first moment there is nothing to look ahead in.
+    ahead = [_look_ahead(beta1)] if nesterov and beta1 != 0 else []
     return chain(ema(beta1), *ahead, scale_by_adam(0.0, beta2, eps))
 
 

@@ -1,4 +1,7 @@
-"""The Schedule-Free methods, by their constructors' arguments."""
+"""The Schedule-Free methods, by their constructors' arguments.
+
+All their counts and sums are of a group's steps, also for a parameter without a gradient.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,9 @@ def adamw(
     """AdamWScheduleFree. foreach has nothing to do here."""
     beta, beta2 = betas
     return chain(
-        scale_by_adam(inner_momentum, beta2, eps),
+        scale_by_adam(inner_momentum, beta2, eps, own_steps=False),
         *decay(weight_decay),
-        schedule_free(warmed(lr, warmup_steps), beta, r=r, weight_lr_power=weight_lr_power),
+        _free(warmed(lr, warmup_steps), beta, r, weight_lr_power),
     )
 
 
@@ -52,7 +55,7 @@ def sgd(
     """SGDScheduleFree. foreach has nothing to do here."""
     return chain(
         *decay(weight_decay),
-        schedule_free(warmed(lr, warmup_steps), momentum, r=r, weight_lr_power=weight_lr_power),
+        _free(warmed(lr, warmup_steps), momentum, r, weight_lr_power),
     )
 
 
@@ -71,10 +74,16 @@ def radam(
     beta, beta2 = betas
     rate = rectified(lr, beta2, 0.0 if silent_sgd_phase else 1.0)
     return chain(
-        once_known(scale_by_adam(0.0, beta2, eps), beta2),
+        once_known(scale_by_adam(0.0, beta2, eps, own_steps=False), beta2),
         *decay(weight_decay),
-        schedule_free(rate, beta, r=r, weight_lr_power=weight_lr_power),
+        _free(rate, beta, r, weight_lr_power),
     )
+
+
+def _free(
+    rate: Hyper | Schedule, beta: Hyper, r: float, weight_lr_power: float
+) -> GradientTransformation:
+    return schedule_free(rate, beta, r=r, weight_lr_power=weight_lr_power, own_steps=False)
 
 
 def warmed(lr: Hyper | Schedule, warmup_steps: int) -> Hyper | Schedule:

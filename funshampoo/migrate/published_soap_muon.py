@@ -11,8 +11,8 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import check_choice, check_count, hint
-from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.checks import check_choice, check_count, check_range, hint
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, renamed
 from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.routing import whole
 from funshampoo.transforms import (
@@ -94,7 +94,9 @@ def soap_muon(
 
     momentum = mu_schedule if callable(mu_schedule) else mu_schedule and _listed(mu_schedule)
     tx = by_role(mu) if momentum is None else inject_hyperparams(by_role)(momentum)
-    return tx if lookahead is None else chain(tx, _looking_ahead(lr, initial_lr, lookahead))
+    if lookahead is not None:
+        return chain(tx, _looking_ahead(lr, initial_lr, lookahead))
+    return renamed(tx, "soap_muon")  # only mu is injected, so the wrapper may rebuild it
 
 
 def _looking_ahead(
@@ -112,7 +114,9 @@ def _looking_ahead(
     if unknown:
         near = hint(unknown[0], known)
         raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}{near}")
+    check_range("initial_lr", initial_lr, 0.0, low_open=True, high_open=True)
     given: dict[str, Any] = {**known, **lookahead}
+    check_range("lookahead_stepsize", given["lookahead_stepsize"], 0.0, high_open=True)
     size, last = given["lookahead_stepsize"], given["rest_steps"]
 
     def ahead(count: Tensor) -> Tensor:
@@ -129,6 +133,8 @@ def _looking_ahead(
 
 def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Schedule, Schedule]:
     """The least and the most of the gate: let go of between two steps, both counted from 0."""
+    check_range("trust_floor", floor, 0.0, 1.0)
+    check_range("trust_cap", cap, 0.0, 1.0)
     check_count("trust_floor_end_step", floor_end, 0)
     check_count("trust_floor_fade_end_step", fade_end, floor_end)
 

@@ -80,8 +80,9 @@ def from_reference(
         peak_lr: what "CORRECTED" and "INDEPENDENT" decay divide by: the constructor's lr there.
             Needed here only with a schedule whose largest value in its first 10,000 steps is not
             it.
-        group_steps: True corrects biases by everyone's steps, as the reference does. False counts
-            each parameter's own gradients, which is right for one whose gradient is None at times.
+        group_steps: True corrects biases, and weighs Schedule-Free's averages, by everyone's steps,
+            as the reference does. False counts each parameter's own gradients, which is right for
+            one whose gradient is None at times.
         **without_effect: distributed_config (but for its target_parameter_dimensionality),
             shampoo_runtime_config, concurrency_config, shampoo_pt2_compile_config and
             use_pin_memory are accepted and have nothing to do here.
@@ -93,7 +94,8 @@ def from_reference(
 
     Where we differ on purpose: an iteration that did not converge is not used; a root of zero
     statistics is the identity, and a gradient of zeros has no polar factor; Adam and RMSprop
-    grafting with beta2 = 1, whose second moment stays 0 there, are an error.
+    grafting with beta2 = 1, whose second moment stays 0 there, are an error; a call in which no
+    parameter has a gradient is a step.
 
     Raises:
         ValueError: an argument out of the reference's range, or a config that means nothing there.
@@ -146,6 +148,7 @@ def from_reference(
             iterate_averaging_config,
             as_published,
             lr,
+            own_steps=not group_steps,
             weight_decay=weight_decay,
             weight_decay_kind=kind,
             peak_learning_rate=peak_lr,
@@ -154,7 +157,12 @@ def from_reference(
 
 
 def _last_stages(
-    config: Config | None, as_published: bool, lr: Hyper | Schedule, **decay: Any
+    config: Config | None,
+    as_published: bool,
+    lr: Hyper | Schedule,
+    *,
+    own_steps: bool,
+    **decay: Any,
 ) -> dict[str, Any]:
     """Of `in_blocks`: momentum, decay, and what takes the learning rate's place."""
     if config is None:
@@ -175,6 +183,7 @@ def _last_stages(
         "average": fields.take("eval_interp_coeff", 0.9) if fields.type == _PRIMAL else None,
         "interpolation": fields.take("train_interp_coeff", 0.8),
         "lr_power": fields.take("eval_coeff_lr_power", 2) if fields.type != _PRIMAL else 2,
+        "own_steps": own_steps,
     }
     fields.finish()
     if not as_published:

@@ -15,7 +15,7 @@ from funshampoo.core.needs import rate_of, required
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, map_leaves, update_leaves
 from funshampoo.operators.averaged import copies
-from funshampoo.operators.leaf_ops import on_device, per_block
+from funshampoo.operators.leaf_ops import on_device, per_block, sent
 from funshampoo.state.averages import PrimalAverageState, ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
 from funshampoo.transforms.primal_average import primal_average
@@ -29,6 +29,7 @@ def averaged_as_published(
     average: float | None,
     interpolation: float,
     lr_power: float = 2.0,
+    own_steps: bool = True,
     weight_decay: Hyper = 0.0,
     kind: DecayKind = "decoupled",
     peak: Hyper | None = None,
@@ -45,6 +46,7 @@ def averaged_as_published(
 
     Args:
         learning_rate: α.
+        own_steps: as in `schedule_free`.
         weight_decay, kind, peak: λ and its kind, as in `add_decayed_weights`; not "coupled".
 
     State: that of the stage whose place it takes; what `evaluation_parameters` reads is x.
@@ -58,7 +60,7 @@ def averaged_as_published(
         rate = LearningRateState(started(callable(learning_rate), clock))
         if average is not None:
             return PrimalAverageState(copies(params), copies(params), rate)
-        total, largest, seen = (_zeros(params, block_ndim) for _ in range(3))
+        total, largest, seen = (_zeros(params, block_ndim, own_steps) for _ in range(3))
         return ScheduleFreeState(copies(params), copies(params), total, largest, seen, rate)
 
     def update(
@@ -74,20 +76,28 @@ def averaged_as_published(
         rate = rate_of(learning_rate, state.rate.steps, clock, hyper)
         shrink = _shrink(rate, number(weight_decay, hyper), kind, number(peak, hyper))
 
-        def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *sums: Tensor) -> tuple[Any, ...]:
-            mu, own, sums = _shares(average, interpolation, rate, lr_power, sums)
-            mu, own = (per_block(s, x).to(x) if isinstance(s, Tensor) else s for s in (mu, own))
+        shared = average is not None or not own_steps
+        sums = () if average is not None else state[2:5]
+        everyone = _shares(average, interpolation, rate, lr_power, sums) if shared else None
+
+        def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *own: Tensor) -> tuple[Any, ...]:
+            found = everyone or _shares(average, interpolation, rate, lr_power, own)
+            mu, share = (
+                per_block(sent(s, x), x) if isinstance(s, Tensor) else s for s in found[:2]
+            )
             before = interpolation * x + (1 - interpolation) * z
             z = z - cast(z * on_device(shrink, z), z.dtype)
             step = cast(cast(u, z.dtype) * on_device(rate, z), z.dtype)
-            new = mu * before + (1 - mu) * z - own * step
+            new = mu * before + (1 - mu) * z - share * step
             z = z - step
-            return new - cast(y, z.dtype), (new - (1 - interpolation) * z) / interpolation, z, *sums
+            x = (new - (1 - interpolation) * z) / interpolation
+            return new - cast(y, z.dtype), x, z, *(() if shared else found[2])
 
         params = required(params, "averaged_as_published", block_ndim)
-        step, *found = update_leaves(leaf, updates, state[:-1], (params,))
+        step, x, z, *rest = update_leaves(leaf, updates, state[: 2 if shared else 5], (params,))
+        found = everyone[2] if everyone else rest
         now = LearningRateState(advanced(state.rate.steps, donate))
-        return step, type(state)(*found, now)
+        return step, type(state)(x, z, *found, now)
 
     numbers = [learning_rate, weight_decay, peak]
     counts = callable(learning_rate)
@@ -98,15 +108,24 @@ def averaged_as_published(
 
 
 def averaged(
-    learning_rate: Hyper | Schedule, *, average: float | None, interpolation: float, lr_power: float
+    learning_rate: Hyper | Schedule,
+    *,
+    average: float | None,
+    interpolation: float,
+    lr_power: float,
+    own_steps: bool,
 ) -> GradientTransformation:
     """The papers' stage with these coefficients."""
     if average is None:
-        return schedule_free(learning_rate, interpolation, weight_lr_power=lr_power)
+        return schedule_free(
+            learning_rate, interpolation, weight_lr_power=lr_power, own_steps=own_steps
+        )
     return primal_average(learning_rate, average=average, interpolation=interpolation)
 
 
-def _zeros(params: Tree, block_ndim: int) -> Tree:
+def _zeros(params: Tree, block_ndim: int, own_steps: bool) -> Tree:
+    if not own_steps:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     return map_leaves(lambda p: p.new_zeros(p.shape[:block_ndim], dtype=torch.float32), params)
 
 
@@ -123,7 +142,8 @@ def _shares(
     if average is not None:
         return average, 1 - average * interpolation, ()
     total, largest, seen = sums
-    largest = torch.maximum(largest, torch.zeros_like(largest) + on_device(rate, largest))
+    now = sent(rate, largest) if isinstance(rate, Tensor) else rate
+    largest = torch.maximum(largest, torch.zeros_like(largest) + now)
     weight = largest.square() if power == 2 else largest**power
     total = total + weight
     mu = 1 - torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Merge
-from funshampoo.core.checks import chosen, hint
+from funshampoo.core.checks import check_flag, chosen, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import initial
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
@@ -44,6 +44,10 @@ class Fields:
         config: None: of the first type that is built, and empty.
         argument: where it was given.
         built: the types that are known.
+
+    Raises:
+        TypeError: it is no dict.
+        NotImplementedError: a type that is not known.
     """
 
     def __init__(self, config: Config | None, argument: str, built: Sequence[str]) -> None:
@@ -65,14 +69,30 @@ class Fields:
             )
 
     def take(self, field: str, default: Any) -> Any:
-        """The field, which then counts as read."""
+        """The field, which then counts as read.
+
+        Raises:
+            TypeError: it is a flag, and no bool: "no" would be taken for yes.
+        """
         self._known.append(field)
-        return self.left.pop(field, default)
+        found = self.left.pop(field, default)
+        if isinstance(default, bool):
+            check_flag(field, found)
+        return found
 
     def nested(self, field: str, *built: str) -> Fields:
         """Those of the config in a field, which `finish` looks at too."""
         self._inside.append(Fields(self.take(field, None) or None, field, built))
         return self._inside[-1]
+
+    def by_order(self, field: str, default: Any = None) -> Any:
+        """A field whose value is a dict by the number of sides."""
+        found = self.take(field, default)
+        if found is not None and not (
+            isinstance(found, Mapping) and all(isinstance(order, int) for order in found)
+        ):
+            raise TypeError(f"{field} is {found!r}; write it as {{number of sides: value}}.")
+        return found
 
     def drop(self, *fields: str) -> None:
         """Fields that have nothing to do here."""
@@ -134,7 +154,8 @@ def first_step(start: int | float | str, frequency: int) -> int:
     """The number of the step with the first refresh."""
     if start == -1:
         return frequency
-    return sys.maxsize if float(start) == float("inf") else int(start)
+    whole = _int_or_none("start_preconditioning_step", start)
+    return sys.maxsize if whole is None else whole
 
 
 WITHOUT_EFFECT = (
@@ -171,7 +192,7 @@ def blocking(size: int | float | str, target: int | float | str) -> tuple[int | 
 
 
 def _int_or_none(name: str, value: int | float | str) -> int | None:
-    if float(value) == float("inf"):
+    if value in ("inf", float("inf")):
         return None
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be an int of at least 1, or 'inf'.")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_flag
 from funshampoo.core.contract import GradientTransformation, Tree, stateless
 from funshampoo.core.tree import update_leaves, wide
 from funshampoo.operators.leaf_ops import per_block
@@ -27,7 +26,6 @@ def by_svd(
         scale: s of the leaf's shape; None is 1.
         by_nuclear_norm: whether to multiply by the sum of the singular values.
     """
-    check_flag("scale_by_nuclear_norm", by_nuclear_norm)
     like = orthogonalize(scale=scale)  # refuses what is no matrix
 
     def update(updates: Tree, state: Any, *, block_ndim: int = 0) -> tuple[Tree, Any]:

@@ -97,7 +97,7 @@ Found = tuple[Stages, GradientTransformation]
 
 
 def _shampoo(fields: Fields, setting: Setting) -> Found:
-    exponents = fields.take("inverse_exponent_override", None)
+    exponents = fields.by_order("inverse_exponent_override")
     amortized = fields.take("amortized_computation_config", None)
     scaled = fields.take("use_trace_scaling", False)
     power = fields.take("trace_scaling_exponent", 0.5)
@@ -138,7 +138,7 @@ def _kl_statistics(
 
 def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:
     basis = basis_of(fields.take("amortized_computation_config", None), setting.epsilon)
-    ignored = _by_order(fields.take("ignored_basis_change_dims", {}))
+    ignored = _checked(fields.by_order("ignored_basis_change_dims") or {})
     averaged = setting.averaged(fields)
 
     def sides(block: tuple[int, ...]) -> list[bool]:
@@ -148,7 +148,7 @@ def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:
     corrected = scale_by_second_moment(
         setting.beta2,
         setting.epsilon,
-        exponent=fields.take("inverse_exponent_override", {}),
+        exponent=fields.by_order("inverse_exponent_override") or {},
         **averaged,
     )
     direction = in_eigenbasis(
@@ -162,7 +162,7 @@ def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:
     return [kronecker_statistics(setting.beta2, sides=sides, **averaged)], direction
 
 
-def _by_order(given: Mapping[int, Collection[int]]) -> Mapping[int, Collection[int]]:
+def _checked(given: Mapping[int, Collection[int]]) -> Mapping[int, Collection[int]]:
     for order, ignored in given.items():
         wrong = [side for side in ignored if not 0 <= side < max(order, 1)]
         if wrong:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -201,3 +202,16 @@ def sent(number: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tens
     From a CPU it is read before this returns, so that nobody has to wait for a GPU's stream.
     """
     return number.to(like.device, dtype or like.dtype, non_blocking=number.is_cpu)
+
+
+def sent_once(number: Tensor) -> Callable[[Tensor], Tensor]:
+    """`sent`, as a function of the tensor: one copy for all on a device and of a dtype."""
+    there: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def at(like: Tensor) -> Tensor:
+        place = like.device, like.dtype
+        if place not in there:
+            there[place] = sent(number, like)
+        return there[place]
+
+    return at

@@ -48,7 +48,8 @@ class Vocabulary:
 
     Args:
         method: a recipe, or a transformation.
-        given: names of arguments. A recipe with **keywords gets those that it does not declare.
+        given: names of arguments. A recipe with **keywords gets those that it does not declare,
+            but for another name of one that it does.
 
     >>> from funshampoo import adamw
     >>> Vocabulary(adamw).defaults({"lr": 0.1})["betas"]
@@ -71,7 +72,10 @@ class Vocabulary:
             self._names["betas"] = (self._names.pop("beta1"), self._names.pop("beta2"))
         self.extras: set[str] = set()
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            self.extras = set(given) - self._names.keys() - _OURS - _NOTES - _SYNONYMS.keys()
+            declared = {
+                n for n, meant in _SYNONYMS.items() if meant == "lr" or meant in self._names
+            }
+            self.extras = set(given) - self._names.keys() - _OURS - _NOTES - declared
         self.takes_rate = "lr" in self._names or "lr" in self.extras  # as an argument of its own
         if not self.takes_rate:
             self._names["lr"] = inspect.Parameter.empty

@@ -14,6 +14,8 @@ from funshampoo.state.stages import Counter, LearningRateState, Tree
 class ScheduleFreeState(NamedTuple):
     """Of `schedule_free`: trees like the parameters, and of a number a block, float32 at least.
 
+    Without own_steps the numbers are (), on the CPU, for all blocks together.
+
     Attributes:
         evaluated: x, the average, which the model is to be evaluated with.
         fast: z, which makes the steps.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_range, check_rate
+from funshampoo.core.checks import check_flag, check_range, check_rate
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
@@ -16,8 +14,8 @@ from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
-from funshampoo.operators.columns import zeros_a_block
-from funshampoo.operators.leaf_ops import add, on_device
+from funshampoo.operators.columns import first_weights
+from funshampoo.operators.leaf_ops import add, sent, sent_once
 from funshampoo.state.averages import ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
 
@@ -28,6 +26,7 @@ def schedule_free(
     *,
     r: float = 0.0,
     weight_lr_power: float = 2.0,
+    own_steps: bool = True,
 ) -> GradientTransformation:
     """Schedule-Free: the parameters are y, where gradients are taken; evaluate the model with x.
 
@@ -42,13 +41,15 @@ def schedule_free(
     Args:
         learning_rate: α: number, tensor, or schedule of the old step count, such as a warm-up.
         beta: in [0, 1].
-        r, weight_lr_power: of the weights w, ≥ 0. t counts the leaf's own gradients.
+        r, weight_lr_power: of the weights w, ≥ 0.
+        own_steps: t and Σ w are of each leaf's own gradients; False: of everyone's steps.
 
     State: `ScheduleFreeState`: x and z, where AdamW has its first moment. The published code keeps
     z alone and finds x from z and y; here parameters in half precision do not lose it.
 
     Raises:
         ValueError: an argument out of range; from update, params missing.
+        TypeError: own_steps is no bool.
 
     Reference: Defazio et al., arXiv 2405.15682.
 
@@ -62,12 +63,15 @@ def schedule_free(
     check_range("beta", beta, 0.0, 1.0)
     check_range("r", r, 0.0)
     check_range("weight_lr_power", weight_lr_power, 0.0)
+    check_flag("own_steps", own_steps)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> ScheduleFreeState:
         check_parameters(params, "schedule_free")
         rate = LearningRateState(started(callable(learning_rate), clock))
-        zeros = functools.partial(zeros_a_block, params, block_ndim)
-        return ScheduleFreeState(copies(params), copies(params), zeros(), zeros(), zeros(), rate)
+        total, largest, seen = (
+            first_weights(params, block_ndim, corrects=True, own_steps=own_steps) for _ in range(3)
+        )
+        return ScheduleFreeState(copies(params), copies(params), total, largest, seen, rate)
 
     def update(
         updates: Tree,
@@ -79,21 +83,30 @@ def schedule_free(
         clock: Tensor | None = None,
         hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, ScheduleFreeState]:
+        params = required(params, "schedule_free", block_ndim)
         rate = rate_of(learning_rate, state.rate.steps, clock, hyper)
         between = number(beta, hyper)
 
-        def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
-            total, largest, seen = sums
+        def weighed(total: Tensor, largest: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
             seen = add(seen, torch.ones_like(seen), donate)
-            largest = torch.maximum(largest, torch.zeros_like(largest) + on_device(rate, largest))
+            now = sent(rate, largest) if isinstance(rate, Tensor) else rate
+            largest = torch.maximum(largest, torch.zeros_like(largest) + now)
             weight = power(seen, r) * power(largest, weight_lr_power)
             total = add(total, weight, donate)
             share = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
-            step, x, z = interpolated_step(u, y, x, z, rate, share, between, donate)
-            return step, x, z, total, largest, seen
+            return share, total, largest, seen
 
-        params = required(params, "schedule_free", block_ndim)
-        step, x, z, *sums = update_leaves(leaf, updates, state[:5], (params,))
+        everyone = () if own_steps else weighed(*state[2:5])
+        shared = sent_once(everyone[0]) if everyone else None
+
+        def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+            share, *sums = (shared(x),) if shared else weighed(*own)
+            step, x, z = interpolated_step(u, y, x, z, rate, share, between, donate)
+            return step, x, z, *sums
+
+        kept = state[:5] if own_steps else state[:2]
+        step, x, z, *found = update_leaves(leaf, updates, kept, (params,))
+        sums = found or everyone[1:]
         now = LearningRateState(advanced(state.rate.steps, donate))
         return step, ScheduleFreeState(x, z, sums[0], sums[1], sums[2], now)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,39 @@ def test_what_is_left_out_has_a_default(method: str) -> None:
     tx = fs.from_published(method)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["w"].isfinite().all()
+
+
+KNOWN = {method: inspect.signature(METHODS[method]).parameters for method in METHODS}
+FIRST_DECAYS = {
+    method: next(
+        n for n in ("inner_momentum", "betas", "beta1", "b1", "momentum", "mu") if n in known
+    )
+    for method, known in KNOWN.items()
+    if method not in ("SGDScheduleFree", "RAdamScheduleFree")  # which have no first moment
+}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("method", FIRST_DECAYS)
+def test_no_first_moment_is_the_limit_of_a_short_one(method: str, nesterov: bool) -> None:
+    known, decay = KNOWN[method], FIRST_DECAYS[method]
+    if nesterov and "nesterov" not in known:
+        pytest.skip("it has no such argument")
+    args: dict[str, Any] = {"lr": 0.02, **({"nesterov": True} if nesterov else {})}
+    if "eps" in known:
+        args["eps"] = 0.1  # what is 0 but for rounding would be scaled up, as in NVIDIA's SOAP
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(5, 1, 6, 6, generator=generator, dtype=torch.float64)
+    ends = []
+    for beta in (0.0, 1e-14):
+        tx = fs.from_published(method, **args, **{decay: (beta, 0.9) if decay == "betas" else beta})
+        params = [steps[0, 0]]
+        state = tx.init(params)
+        for g in steps:
+            updates, state = tx.update(list(g), state, params)
+            params = fs.apply_updates(params, updates)
+        ends.append(params[0])
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -285,11 +320,66 @@ def test_flatten_does_not_mix_parameters_of_one_shape_as_the_source_does() -> No
         ),
         ("SOAP-Muon", {"trust_floor_fade_end_step": 3}, ValueError, "fade_end_step is 3"),
         ("SOAP-Muon", {"lookahead": {"rest": 3}}, TypeError, "lookahead has no field 'rest'"),
-        ("SPlus", {"b2": 1.5}, ValueError, "beta2 is 1.5"),
+        ("SPlus", {"b2": 1.5}, ValueError, "b2 is 1.5"),
         ("SGDScheduleFree", {"warmup_steps": -1}, ValueError, "warmup_steps is -1"),
-        ("AdamWScheduleFree", {"lr": -1.0}, ValueError, "learning_rate is -1.0"),
+        ("AdamWScheduleFree", {"lr": -1.0}, ValueError, "lr is -1.0"),
+        ("RAdamScheduleFree", {"lr": float("nan")}, ValueError, "lr is nan"),
+        ("SOAP", {"betas": (0.9,)}, ValueError, "betas is .* must have 2 entries"),
+        ("Muon (torch.optim)", {"ns_coefficients": (1, 2)}, ValueError, "must have 3 entries"),
+        ("SOAP", {"max_precond_dim": "a"}, TypeError, "max_precond_dim is 'a'"),
+        ("SPlus", {"nonstandard_constant": float("nan")}, ValueError, "nonstandard_constant is"),
+        ("KL-SOAP", {"cast_dtype": "bfloat16"}, NotImplementedError, "cast_dtype bfloat16"),
+        ("SOAP-Muon", {"trust_floor": -1.0}, ValueError, "trust_floor is -1.0"),
+        ("SOAP-Muon", {"lookahead": {}, "initial_lr": 0.0}, ValueError, "initial_lr is 0.0"),
     ],
 )
 def test_bad_arguments(method: str, args: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fs.from_published(method, **args)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_wrapper_takes_the_arguments_of_every_constructor(method: str) -> None:
+    """By their names there, such as eps, which are others' names for those of recipes here."""
+    args = {name: known.default for name, known in KNOWN[method].items()}
+    args.pop("initial_lr", None)  # in a group that is a note of torch's schedulers
+    others = {"silent_sgd_phase": False, "mu_schedule": [0.8, 0.9]}
+    args |= {name: value for name, value in others.items() if name in args}
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(3, 6, 6, generator=generator, dtype=torch.float64)
+    tx, params = fs.from_published(method, **args), [steps[0]]
+    state = tx.init(params)
+    w = torch.nn.Parameter(steps[0].clone())
+    optimizer = fs.Optimizer([w], functools.partial(fs.from_published, method), **args)
+    for g in steps:
+        updates, state = tx.update([g], state, params)
+        params = fs.apply_updates(params, updates)
+        w.grad = g.clone()
+        optimizer.step()
+    assert not torch.equal(w, steps[0])
+    torch.testing.assert_close(w.detach(), params[0], rtol=0, atol=1e-13)
+
+
+def test_flags_are_bools() -> None:
+    """What is no bool would be taken for yes, "no" too."""
+    flags = [(m, n) for m in METHODS for n in KNOWN[m] if "bool" in str(KNOWN[m][n].annotation)]
+    assert {method for method, _ in flags} >= {"SOAP", "KL-SOAP", "NorMuon", "Muon"}
+    for method, name in flags:
+        with pytest.raises(TypeError, match=f"{name} is 'no'; expected True or False"):
+            fs.from_published(method, **{name: "no"})
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("SOAP", "shampoo_beta"),
+        ("SOAP (Emerging-Optimizers)", "shampoo_beta"),
+        ("KL-Shampoo", "shampoo_beta"),
+        ("SOAP-Muon", "soap_beta2"),
+        ("SPlus", "b2"),
+    ],
+)
+def test_statistics_that_never_take_in_a_gradient_are_refused(method: str, name: str) -> None:
+    """With a decay of 1 they stay at 0 in the sources; the stages here would sum gradients up."""
+    with pytest.raises(ValueError, match=rf"^{name} is 1.0; it must lie in"):
+        fs.from_published(method, **{name: 1.0})

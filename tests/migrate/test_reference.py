@@ -401,6 +401,21 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
             ValueError,
             "AdaGradPreconditionerConfig is the plain sum",
         ),
+        ({"start_preconditioning_step": 2.5}, ValueError, "step is 2.5; it must be an int"),
+        ({"max_preconditioner_dim": "x"}, ValueError, "dim is 'x'; it must be an int"),
+        ({"grafting_config": "Adam"}, TypeError, "grafting_config is 'Adam'; write it as"),
+        (
+            {"preconditioner_config": {"type": EIGENDECOMPOSED, "inverse_exponent_override": 0.5}},
+            TypeError,
+            "inverse_exponent_override is 0.5; write it as",
+        ),
+        (_corrected(ignored_basis_change_dims={"2": [0]}), TypeError, "dims is .* write it as"),
+        (_root(_perturbation(perturb_before_computation="no")), TypeError, "computation is 'no'"),
+        (
+            {"iterate_averaging_config": {"type": "ClassicMomentumConfig", "use_nesterov": "no"}},
+            TypeError,
+            "use_nesterov is 'no'; expected True or False",
+        ),
         # What the reference has no meaning for
         (
             _root({"type": "QREigendecompositionConfig"}),
