@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.tree import cast, compute_dtype, map_leaves
@@ -13,8 +14,17 @@ from funshampoo.operators.leaf_ops import add, lerp, multiply, on_device, per_bl
 
 
 def copies(params: Tree) -> Tree:
-    """The parameters in memory of their own, in their compute dtype."""
-    return map_leaves(lambda p: p.detach().to(compute_dtype(p), copy=True), params)
+    """The parameters in memory of their own, in their compute dtype.
+
+    What is done to them later is a function of them, and differentiated as one; but for those of a
+    module, which require gradients whatever somebody wants.
+    """
+
+    def copied(p: Tensor) -> Tensor:
+        source = p.detach() if isinstance(p, Parameter) else p
+        return source.to(compute_dtype(p), copy=True)
+
+    return map_leaves(copied, params)
 
 
 def interpolated_step(

@@ -90,6 +90,13 @@ _CHECKS = (
         "without a derivative, pass differentiable=False.",
         "differentiable",
     ),
+    _Check(
+        transformed.derivatives_are_right,
+        "a derivative through some steps",
+        "A torch.autograd.Function needs both a backward and a jvp; for a stage without a "
+        "derivative, pass differentiable=False.",
+        "differentiable",
+    ),
 )
 
 
@@ -115,7 +122,8 @@ def check_stage(
     resumes to the last bit; half precision is kept in float32, and dtypes may mix; one that says
     it is elementwise makes the same of parts of the leaves; inside `blocked`
     a block's numbers depend on no other block, and one whose gradient is NaN is held by `guarded`;
-    vmap is a loop; torch.compile makes one graph; and derivatives by the gradient are finite.
+    vmap is a loop; torch.compile makes one graph; derivatives by the gradient are finite, and those
+    through some steps, backward and forward, what finite differences say.
 
     Where results may differ by rounding (ensembles, graphs, blocks in another place, leaves beside
     a gradient of None) it is by the root of the dtype's epsilon, relative to the largest entry of a
@@ -139,7 +147,8 @@ def check_stage(
         vmap: False where a stage reads a value on the host.
         compile: False where a stage can't be traced, or to save the time; or the name of a
             backend in the place of "eager". It empties the caches of torch.compile.
-        differentiable: False where a stage's derivative is none, or not finite.
+        differentiable: False where a stage's derivative is none, or not finite; or rounds to half
+            precision, which differences see and autograd does not.
 
     Raises:
         StageError: with the stage, what was seen, and the remedy.

@@ -1,4 +1,4 @@
-"""Of every stage: vmap, torch.compile and torch.func.grad go through it."""
+"""Of every stage: vmap, torch.compile and derivatives go through it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from funshampoo.core.tree import flatten, map_leaves
 from funshampoo.testing.trial import Trial, difference, like, not_finite
 
 MEMBERS = 3
+SOME_STEPS = 4
 
 
 def ensembles_are_loops(trial: Trial) -> None:
@@ -100,3 +101,48 @@ def gradients_flow(trial: Trial) -> None:
                 "Keep roots and quotients away from zero before they are taken, by torch.where on "
                 "their argument; for a stage without a derivative, pass differentiable=False.",
             )
+
+
+def derivatives_are_right(trial: Trial) -> None:
+    """Of the parameters after some steps, by those before and all gradients, backward and forward.
+
+    What central differences say, where two of them agree: elsewhere there is none, and in less than
+    float64 they say nothing.
+    """
+    leaves = flatten(trial.params)[0]
+    if any([x.dtype != torch.float64 for x in leaves]):
+        return
+    grads = trial.grads[:SOME_STEPS]
+    weights = flatten(like(trial.params, seed=2))[0]
+
+    def moved(tree: Tree, seed: int, by: Tensor) -> Tree:
+        return map_leaves(lambda x, d: x + by * d, tree, like(tree, seed))
+
+    def number(by: Tensor) -> Tensor:
+        params = moved(trial.params, 3, by)
+        state = trial.tx.init(params)
+        for t, g in enumerate(grads):
+            updates, state = trial.step(moved(g, 200 + t, by), state, params)
+            params = apply_updates(params, updates)
+        return torch.stack([(p * w).sum() for p, w in zip(flatten(params)[0], weights)]).sum()
+
+    def difference_quotient(h: float) -> float:
+        return ((number(zero + h) - number(zero - h)) / (2 * h)).item()
+
+    zero, one = leaves[0].new_zeros(()), leaves[0].new_ones(())
+    expected = difference_quotient(1e-5)
+    bound = 2e-3 * max(abs(expected), 1e-3)
+    for way, found in (
+        ("torch.func.grad", torch.func.grad(number)(zero).item()),
+        ("torch.func.jvp", torch.func.jvp(number, (zero,), (one,))[1].item()),
+    ):
+        if abs(found - expected) <= bound:
+            continue
+        if abs(difference_quotient(3e-6) - expected) > bound / 10:
+            return
+        trial.fail(
+            f"by {way} a derivative through {len(grads)} steps is {found:.4g}, by differences "
+            f"{expected:.4g}",
+            "Detach nothing that depends on gradients or parameters, and keep copies that autograd "
+            "can follow; for a stage without a derivative, pass differentiable=False.",
+        )
