@@ -340,9 +340,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """
         memory = self._match()
         memory.follow()
-        found = seeded(memory.runs, saved, self._model_order)
         with memory.all_or_nothing(self.param_groups):
-            memory.seeded(found)
+            memory.seeded(seeded(memory.runs, saved, self._model_order))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Built chains are left out: they are made anew."""

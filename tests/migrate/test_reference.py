@@ -403,7 +403,7 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
         ),
         ({"start_preconditioning_step": 2.5}, ValueError, "step is 2.5; it must be an int"),
         ({"max_preconditioner_dim": "x"}, ValueError, "dim is 'x'; it must be an int"),
-        ({"grafting_config": "Adam"}, TypeError, "grafting_config is 'Adam'; write it as"),
+        ({"grafting_config": "Adam"}, TypeError, "grafting_config is a str; write it as"),
         (
             {"preconditioner_config": {"type": EIGENDECOMPOSED, "inverse_exponent_override": 0.5}},
             TypeError,
