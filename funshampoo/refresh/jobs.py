@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funshampoo.core.modes import row_index
 from funshampoo.core.tree import map_leaves
+from funshampoo.linalg.norms import row_norms
 from funshampoo.linalg.solver import chooser
 from funshampoo.operators.packed import pack, unpack
 from funshampoo.refresh.rule import Found, Rule, tensors_of
@@ -123,7 +124,7 @@ class Job:
 
 def outcome(rule: Rule, asked: Asked) -> Outcome:
     """What a rule finds, and which matrices are not exactly zero."""
-    sizes = torch.linalg.vector_norm(asked.A.detach().flatten(-2), 1, dim=-1)
+    sizes = row_norms(asked.A.detach().flatten(-2), 1)
     return Outcome(*_answer(rule, asked), sizes != 0)
 
 
