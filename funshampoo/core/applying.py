@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.core.context import Context, context_of
+from funshampoo.core.context import Context, changed, context_of
 from funshampoo.core.contract import (
     GradientTransformation,
     State,
@@ -168,7 +168,7 @@ class Entering(NamedTuple):
             )
         fine = tx.checked(updates, state, params, context)
         check_writable(params, fine)
-        return self._replace(updates=fine)
+        return changed(self, updates=fine)
 
     def applied(self) -> State:
         """The state after the step."""

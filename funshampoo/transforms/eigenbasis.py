@@ -267,7 +267,7 @@ def _with_factors(bases: RefreshedState, factors: Tree, params: Tree) -> Refresh
         pairs = zip(units, sides)
         return p, tuple([unit if isinstance(side, Tensor) else () for unit, side in pairs])
 
-    return bases._replace(kept=update_leaves(leaf, params, (bases.kept,), (factors,))[1])
+    return changed(bases, kept=update_leaves(leaf, params, (bases.kept,), (factors,))[1])
 
 
 def _with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:
