@@ -22,7 +22,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_transformation
 from funshampoo.core.live import number
 from funshampoo.core.parameters import check_parameters
-from funshampoo.core.tree import columns_of, flatten, update_columns
+from funshampoo.core.tree import columns_of, flatten, is_one, update_columns
 from funshampoo.operators.by_number import all_at_once
 from funshampoo.operators.columns import (
     Column,
@@ -181,7 +181,7 @@ def _step(
     else:
         dead, alive = verdicts
         safe = _zeroed(updates, dead)
-        gradient = safe if context.gradient is updates else _zeroed(context.gradient, dead)
+        gradient = safe if is_one(context.gradient, updates) else _zeroed(context.gradient, dead)
         inside = changed(inside, gradient=gradient, alive=alive)
         out, new = run_alive(inner, safe, state.inner, params, inside)
         out = _zeroed(out, dead)

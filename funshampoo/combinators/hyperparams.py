@@ -185,7 +185,7 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
 
     def after(state: HyperparamsState, new: State, values: Any, context: Context) -> State:
         steps = advanced(state.steps, context.donate)
-        return state._replace(steps=steps, hyperparams=values, inner=new)
+        return changed(state, steps=steps, hyperparams=values, inner=new)
 
     found = GradientTransformation(
         init,

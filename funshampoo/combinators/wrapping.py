@@ -71,7 +71,7 @@ def wrapping(
 
         def run(updates: Tree, params: Tree = params, **changes: Any) -> Tree:
             nonlocal stepped
-            unknown = sorted(changes.keys() - PLACES.keys())
+            unknown = sorted([key for key in changes if key not in PLACES])
             if unknown:
                 raise TypeError(f"{name}: run knows no '{unknown[0]}'; known: {', '.join(PLACES)}.")
             found = inner.run(updates, stepped, params, changed(inside, **changes))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.core.context import Context, context_of
+from funshampoo.core.context import Context, changed, context_of
 from funshampoo.core.contract import (
     GradientTransformation,
     State,
@@ -179,7 +179,7 @@ class Entering(NamedTuple):
             )
         updates, entered = tx.checked(updates, state, params, context)
         check_writable(params, updates)
-        return self._replace(updates=updates, entered=entered)
+        return changed(self, updates=updates, entered=entered)
 
     def applied(self) -> State:
         """The state after the step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -57,10 +57,17 @@ EMPTY = Context()
 PLACES = {n: i for i, n in enumerate(Context._fields) if n not in ("extra", "usable")}
 
 
-def changed(context: Context, **changes: Any) -> Context:
-    """`context._replace(...)`, which torch.compile can't trace before torch 2.9."""
-    fields: Any = map(changes.get, Context._fields, context)
-    return Context(*fields)
+NodeT = TypeVar("NodeT", bound=tuple[Any, ...])
+
+
+def changed(node: NodeT, **changes: Any) -> NodeT:
+    """`node._replace(...)`, of a context, a state or another named tuple.
+
+    That torch 2.8 can't trace; on 2.11 a graph whose result it is returns an empty tuple.
+    """
+    kind: Any = type(node)
+    found: NodeT = kind(*map(changes.get, kind._fields, node))
+    return found
 
 
 def context_of(

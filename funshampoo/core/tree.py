@@ -27,6 +27,17 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     return optree.tree_flatten(tree, none_is_leaf=True)
 
 
+def is_one(tree: Any, other: Any) -> bool:
+    """Whether these are one object; in a graph, whether their leaves are the same ones.
+
+    Of two dicts torch 2.8 to 2.11 can't trace `is`.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return tree is other
+    ones, others = traced_flatten(tree)[0], traced_flatten(other)[0]
+    return len(ones) == len(others) and all([x is y for x, y in zip(ones, others)])
+
+
 def leaf_names(tree: Any) -> list[str]:
     """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
     accessors = optree.tree_accessors(tree, none_is_leaf=True)

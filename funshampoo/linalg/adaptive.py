@@ -9,7 +9,7 @@ from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import full_precision, unwrapped
 from funshampoo.linalg.basis import orthogonal
 from funshampoo.linalg.estimates import is_orthogonal
-from funshampoo.linalg.norms import is_readable
+from funshampoo.linalg.norms import is_readable, row_norms
 from funshampoo.linalg.products import aligned, matmul, multiply
 from funshampoo.linalg.solver import chooser, identity_like, replace_nonfinite, where
 from funshampoo.linalg.spectral import NearSpectrum, decompose
@@ -110,7 +110,7 @@ def ritz_values(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     values = B.diagonal(dim1=-2, dim2=-1)
     scale = A.detach().abs().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)  # squares stay in the range of the dtype
-    total = torch.linalg.vector_norm((A.detach() / scale).flatten(-2), dim=-1)
+    total = row_norms((A.detach() / scale).flatten(-2))
     elsewhere = (1 - identity_like(A)) / scale
-    rest = torch.linalg.vector_norm((B.detach() * elsewhere).flatten(-2), dim=-1)
+    rest = row_norms((B.detach() * elsewhere).flatten(-2))
     return values, rest / torch.where(total > 0, total, 1.0)

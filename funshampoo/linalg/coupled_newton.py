@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funshampoo.core.context import changed
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import all_true, full_precision
 from funshampoo.linalg.estimates import largest_eigenvalue
@@ -163,7 +164,7 @@ class coupled_higher_order(RootSolver):
         z = 1 / system.B.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         X = iterate(system, z, root.numerator, self.max_iterations, self.tolerance, self.order)
         result = certify(X, root.numerator, system, self.max_residual)
-        return result._replace(root=matrix_power(result.root, root.denominator))
+        return changed(result, root=matrix_power(result.root, root.denominator))
 
 
 def iterate(

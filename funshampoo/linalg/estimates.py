@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import constant
+from funshampoo.linalg.norms import row_norms
 from funshampoo.linalg.products import aligned
 
 PROBES = 8
@@ -40,9 +41,8 @@ def spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: i
     for _ in range(iterations - 1):
         w = apply(v)
         v = w / torch.linalg.vector_norm(w.detach(), dim=-1, keepdim=True).clamp(min=least)
-    w, norm = apply(v), torch.linalg.vector_norm(v, dim=-1).clamp(min=least)
-    growth: Tensor = torch.linalg.vector_norm(w, dim=-1) / norm
-    return growth.amax(-1)
+    w, norm = apply(v), row_norms(v).clamp(min=least)
+    return (row_norms(w) / norm).amax(-1)
 
 
 def probe_vectors(like: Tensor) -> Tensor:
@@ -112,7 +112,6 @@ def is_orthogonal(Q: Tensor) -> Tensor:
 
 def _is_small(x: Tensor, v: Tensor) -> Tensor:
     """Whether (...) ‖x‖ ≤ 8 √ε ‖v‖ for all rows of x (..., n, d) and v (n, d)."""
-    # No vector_norm: torch 2.11 traces that of one entry to a wrong shape.
     limits = 64 * torch.finfo(v.dtype).eps * v.square().sum(-1)
     small: Tensor = (x.square().sum(-1) <= limits).all(-1)
     return small

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funshampoo.core.context import changed
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import full_precision, is_differentiated
 from funshampoo.linalg.estimates import largest_eigenvalue
@@ -98,7 +99,7 @@ class newton_schulz(RootSolver):
         X = _inverse_root(system.B, q, self.condition, tolerance)
         result = certify(X, q, system, self.max_residual)
         if p == 1:
-            return result._replace(root=symmetrize(matmul(result.root, result.root)))
+            return changed(result, root=symmetrize(matmul(result.root, result.root)))
         return result
 
 

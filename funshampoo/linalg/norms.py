@@ -34,9 +34,21 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
         of_parts: Tensor = torch.linalg.vector_norm(x)
         return of_parts
     flat = x.reshape(*x.shape[:block_ndim], -1)
-    if flat.shape[-1] == 1:  # in a graph, torch 2.8 takes the norm of one number for (N, 1)
+    if flat.shape[-1] == 1:  # the same number, but its derivative is a sign, not a quotient
         return flat[..., 0].abs()
-    norm: Tensor = torch.linalg.vector_norm(flat, dim=-1)
+    return row_norms(flat)
+
+
+def row_norms(x: Tensor, order: float = 2.0) -> Tensor:
+    """‖x‖ (...) of x (..., n), over its last axis.
+
+    Counted from the front: over an axis -1 of length 1, torch 2.8 to 2.11 (2.13 does not) takes the
+    norm to have shape (..., 1), in a graph and on the meta device.
+
+    >>> row_norms(torch.zeros(2, 1, device="meta")).shape
+    torch.Size([2])
+    """
+    norm: Tensor = torch.linalg.vector_norm(x, order, dim=x.ndim - 1)
     return norm
 
 

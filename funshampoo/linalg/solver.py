@@ -148,8 +148,8 @@ def _like(value: Hyper, A: Tensor, name: str) -> Hyper:
     if not isinstance(value, Tensor):
         return value
     shape, batch = value.shape, A.shape[:-2]
-    pairs = zip(shape[::-1], batch[::-1], strict=False)
-    if len(shape) > len(batch) or any(size not in (1, count) for size, count in pairs):
+    last = batch[max(len(batch) - len(shape), 0) :]  # a graph of torch 2.8 zips equal lengths alone
+    if len(shape) > len(batch) or any([n not in (1, count) for n, count in zip(shape, last)]):
         raise ValueError(f"{name} of shape {(*shape,)} must broadcast to the stack's {(*batch,)}")
     return value.to(dtype=A.dtype, device=A.device)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_count, check_range
+from funshampoo.core.context import changed
 from funshampoo.core.contract import Hyper
 from funshampoo.linalg import (
     Basis,
@@ -163,7 +164,7 @@ class Renewal:
             found = spectrum_near(damped, old, tolerance)
         else:
             found = qr_algorithm(damped, old, tolerance, self.steps)
-        return found._replace(values=found.values - added[..., None])
+        return changed(found, values=found.values - added[..., None])
 
 
 def renewal_of(fields: Fields, damps: bool) -> Renewal:

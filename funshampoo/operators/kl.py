@@ -168,10 +168,10 @@ class Block(NamedTuple):
     factors: Any
     eigenvalues: Any
 
-    @property
-    def values(self) -> list[Tensor | None]:
-        """The root or the basis of each side."""
-        return [unit.value[0] if unit else None for unit in self.units]
+
+def _values(block: Block) -> list[Tensor | None]:
+    """The root or the basis of each side. No property: of a named tuple torch 2.8 traces none."""
+    return [unit.value[0] if unit else None for unit in block.units]
 
 
 Whitened: TypeAlias = Callable[[Block], tuple[list[Tensor], Any]]
@@ -180,7 +180,7 @@ Whitened: TypeAlias = Callable[[Block], tuple[list[Tensor], Any]]
 
 def _by_roots(**unused: Any) -> Whitened:
     def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        X, ndim = block.values, block.block_ndim
+        X, ndim = _values(block), block.block_ndim
         return [precondition(block.gradient, others(X, i), ndim) for i in range(len(X))], ()
 
     return whitened
@@ -188,7 +188,7 @@ def _by_roots(**unused: Any) -> Whitened:
 
 def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
     def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        Q, g = block.values, block.gradient
+        Q, g = _values(block), block.gradient
         h = []
         for i, L in enumerate(block.factors):
             d = g.shape[block.block_ndim + i]
@@ -203,7 +203,7 @@ def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
 
 def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
     def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        Q, g, ndim = block.values, block.gradient, block.block_ndim
+        Q, g, ndim = _values(block), block.gradient, block.block_ndim
         if not Q:  # without sides: one entry, as a side
             Q, g = [None], g[..., None]
         if isinstance(block.seen, Tensor):

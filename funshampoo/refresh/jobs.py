@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from funshampoo.core.context import changed
 from funshampoo.core.modes import row_index
 from funshampoo.core.tree import map_leaves
+from funshampoo.linalg.norms import row_norms
 from funshampoo.linalg.solver import chooser
 from funshampoo.operators.packed import pack, unpack
 from funshampoo.refresh.rule import Found, Rule, tensors_of
@@ -97,7 +99,7 @@ class Job:
         for rows, found in self._results() if donate else [(self.rows, self._joined())]:
             if self._alive is not None:
                 alive = found.known & (taken(self._alive, rows) > 0)
-                found = Outcome(*found[:-1], alive)  # torch 2.8 can't trace _replace
+                found = changed(found, known=alive)
             take = functools.partial(taken, rows=rows)
             write = functools.partial(written, rows=rows, donate=donate)
             kept = map_leaves(write, kept, renewed(found, map_leaves(take, kept), self.rule))
@@ -123,7 +125,7 @@ class Job:
 
 def outcome(rule: Rule, asked: Asked) -> Outcome:
     """What a rule finds, and which matrices are not exactly zero."""
-    sizes = torch.linalg.vector_norm(asked.A.detach().flatten(-2), 1, dim=-1)
+    sizes = row_norms(asked.A.detach().flatten(-2), 1)
     return Outcome(*_answer(rule, asked), sizes != 0)
 
 

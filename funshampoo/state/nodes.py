@@ -21,7 +21,8 @@ def find_state(states: Any, kind: type[StateT]) -> StateT | None:
     ScheduleState(steps=tensor(3))
     """
     if isinstance(states, tuple):
-        for state in states[::-1]:  # mostly it is one of the stages that stand before
+        # Mostly it is one of the stages that stand before. Torch 2.8 traces no slice of a state.
+        for state in reversed(states):
             if isinstance(state, kind):
                 return state
     # Without a generator, which torch.compile could not trace before torch 2.9.

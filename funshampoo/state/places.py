@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.core.context import changed
 from funshampoo.state.meaning import is_declared
 from funshampoo.state.stages import BlockedState, Kept, PartitionState, ShardedState
 
@@ -114,17 +115,6 @@ class _Scope(NamedTuple):
     only: Collection[str] | None  # stacks that are kept; None: all
 
 
-_Changed = TypeVar("_Changed", Place, _Scope)
-
-
-def _with(node: _Changed, **changes: Any) -> _Changed:
-    """`node._replace(...)`, which torch.compile can't trace before torch 2.9."""
-    kind: Any = type(node)
-    values = [changes[f] if f in changes else getattr(node, f) for f in kind._fields]
-    changed: _Changed = kind(*values)
-    return changed
-
-
 def map_tensors(
     function: Callable[..., Any],
     *states: Any,
@@ -193,11 +183,11 @@ def _entered(scope: _Scope, node: Any) -> _Scope:
     """Block space begins at a `BlockedState`; a `ShardedState` in it holds some of the rows."""
     if isinstance(node, BlockedState):
         rows = {stack: tuple(range(n)) for stack, n in stack_rows(node).items()}
-        return _with(scope, place=_with(scope.place, layout=node.layout), stacks=rows)
+        return changed(scope, place=changed(scope.place, layout=node.layout), stacks=rows)
     if isinstance(node, ShardedState) and scope.stacks is not None:
-        return _with(scope, stacks={stack: rows_of(spans) for stack, spans in node.owned.items()})
+        return changed(scope, stacks={stack: rows_of(spans) for stack, spans in node.owned.items()})
     if isinstance(node, Kept):
-        return _with(scope, place=_side_moved(scope.place))
+        return changed(scope, place=_side_moved(scope.place))
     return scope
 
 
@@ -207,12 +197,12 @@ _KEYED_BY_NAME = ("inner", "direction", "onto", "hyperparams")
 
 def _inside(scope: _Scope, node: Any, field: str) -> _Scope:
     """Below a field of a named tuple."""
-    place = _with(scope.place, kind=type(node), field=field)
+    place = changed(scope.place, kind=type(node), field=field)
     if field != "inner":
-        place = _with(place, path=(*place.path, *_combinator(node), field))
+        place = changed(place, path=(*place.path, *_combinator(node), field))
     if field in ("direction", "onto"):
-        place = _with(place, stage=(*place.stage, field))
-    return _with(scope, place=place, of_states=field in _KEYED_BY_NAME)
+        place = changed(place, stage=(*place.stage, field))
+    return changed(scope, place=place, of_states=field in _KEYED_BY_NAME)
 
 
 def _combinator(node: Any) -> Path:
@@ -227,21 +217,21 @@ def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
     over_stacks = isinstance(node, dict) and stacks is not None and node.keys() == stacks.keys()
     over_stacks = over_stacks and place.kind is not PartitionState  # whose keys are labels
     if over_stacks and stacks is not None and place.stack is None:
-        below = _with(place, stack=str(key), rows=stacks[key])
-        return _with(scope, place=below, of_states=False)
+        below = changed(place, stack=str(key), rows=stacks[key])
+        return changed(scope, place=below, of_states=False)
     if scope.of_states or stacks is not None or place.kind is Kept:
-        place = _with(place, path=(*place.path, str(key)))
+        place = changed(place, path=(*place.path, str(key)))
         if scope.of_states and place.path[-2:-1] != ("hyperparams",):
-            place = _with(place, stage=(*place.stage, str(key)))
-        return _with(scope, place=place)
-    return _with(scope, place=_with(place, leaf=(*place.leaf, str(key))))
+            place = changed(place, stage=(*place.stage, str(key)))
+        return changed(scope, place=place)
+    return changed(scope, place=changed(place, leaf=(*place.leaf, str(key))))
 
 
 def _side_moved(place: Place) -> Place:
     """The side of a factor is the last step of the way to it; it is no part of the leaf's name."""
     if not place.leaf:
         return place
-    return _with(place, path=(*place.path, place.leaf[-1]), leaf=place.leaf[:-1])
+    return changed(place, path=(*place.path, place.leaf[-1]), leaf=place.leaf[:-1])
 
 
 def rows_of(spans: Mapping[str, Any]) -> tuple[int, ...]:

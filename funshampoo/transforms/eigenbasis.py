@@ -20,6 +20,7 @@ from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import (
     compute_dtype,
     flatten,
+    is_one,
     map_leaves,
     update_columns,
     update_leaves,
@@ -204,7 +205,7 @@ def _stepped(
     ndim = context.block_ndim
     with product_precision():
         coordinates = gradient = _held(turned(updates, kept, ndim), fine)
-        is_other = context.gradient is not None and context.gradient is not updates
+        is_other = context.gradient is not None and not is_one(context.gradient, updates)
         if is_other and inner.reads_gradient:
             gradient = _held(turned(context.gradient, kept, ndim), fine)
     inside = changed(context, gradient=gradient, alive=fine, usable=False)
@@ -268,7 +269,7 @@ def _with_factors(bases: RefreshedState, factors: Tree, params: Tree) -> Refresh
         pairs = zip(units, sides)
         return p, tuple([unit if isinstance(side, Tensor) else () for unit, side in pairs])
 
-    return bases._replace(kept=update_leaves(leaf, params, (bases.kept,), (factors,))[1])
+    return changed(bases, kept=update_leaves(leaf, params, (bases.kept,), (factors,))[1])
 
 
 def _with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:

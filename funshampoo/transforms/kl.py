@@ -145,7 +145,7 @@ def kl_statistics(
             *fine, w, old, values = rest
             g = cast(g, compute_dtype(g))
             parts, values = whitened(Block(g, ndim, units, n, fine, w, old, values))
-            by_row = bool(fine) and not by_weight and not is_exactly(beta, 1)
+            by_row = len(fine) > 0 and not by_weight and not is_exactly(beta, 1)
             decay = kept_share(beta, fine[0], g) if by_row else beta
 
             def added(L: Any, x: Tensor) -> Any:

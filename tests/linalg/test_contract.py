@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from funshampoo.linalg import by_device, coupled_newton, eigh, newton_schulz, pseudo_inverse
+from funshampoo.linalg.adaptive import ritz_values
+from funshampoo.linalg.cholesky_qr import cholesky_qr
+from funshampoo.linalg.estimates import is_decomposition, is_orthogonal, largest_eigenvalue
+from funshampoo.linalg.norms import block_norm
+from funshampoo.refresh.jobs import Asked, outcome
+from tests.refresh.clients import Root
 
 SOLVERS = {
     "by_device": by_device(),
@@ -29,6 +38,29 @@ def test_any_leading_dimensions(name: str, lead: list[int], d: int) -> None:
     assert result.residual.shape == result.condition.shape == result.converged.shape == (*lead,)
     assert result.converged.dtype == torch.bool
     assert result.residual.dtype == A.dtype
+
+
+SHAPED: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
+    "block_norm": lambda A: [block_norm(A, A.ndim - 2)],
+    "cholesky_qr": lambda A: [cholesky_qr(A, A)],
+    "is_decomposition": lambda A: [is_decomposition(A, A[..., 0], A)],
+    "is_orthogonal": lambda A: [is_orthogonal(A)],
+    "largest_eigenvalue": lambda A: [largest_eigenvalue(A)],
+    "refresh": lambda A: outcome(Root(A.shape[-1]), Asked(A, (), A[..., 0, 0]))[1:],
+    "ritz_values": lambda A: ritz_values(A, A),
+    "eigh": lambda A: eigh()(A, 4),
+    "newton_schulz": lambda A: newton_schulz()(A, 4),
+    "pseudo_inverse": lambda A: pseudo_inverse()(A, 4),
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1, 1), (1, 1, 1), (2, 3, 3)])
+@pytest.mark.parametrize("name", SHAPED)
+def test_without_numbers_too_shapes_are_those(name: str, shape: tuple[int, ...]) -> None:
+    """A graph and a device that is busy go by them. Some torch had others for a side of 1."""
+    A = torch.eye(shape[-1]).expand(shape)
+    there, here = ([x.shape for x in SHAPED[name](A.to(where))] for where in ("meta", "cpu"))
+    assert there == here
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -158,7 +158,9 @@ def test_zero_grad(set_to_none: bool) -> None:
 def test_the_profiler_sees_one_step_and_one_zero_grad() -> None:
     model = model_of()
     optimizer = fs.Shampoo(model.parameters())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         train(model, optimizer, range(1))
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["Optimizer.step#Shampoo.step"] == 1

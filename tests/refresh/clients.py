@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import funshampoo as fs
+from funshampoo.core.context import changed
 from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves
 from funshampoo.linalg import eigh
 from funshampoo.operators.mode_products import bias_corrected, precondition, rotate, unfold
@@ -69,7 +70,7 @@ def in_eigenbasis(inner: Any, every: int = 10, **schedule: Any) -> fs.GradientTr
             return update_leaves(leaf, tree, (), (new.kept,))[0]
 
         gradient = turned(updates if context.gradient is None else context.gradient)
-        inside = context._replace(gradient=gradient)
+        inside = changed(context, gradient=gradient)
         out, own = inner.run(turned(updates), state.inner, params, inside)
         return turned(out, back=True), InEigenbasisState(own, new)
 
