@@ -37,7 +37,8 @@ def square_root_steps(lower: float, tolerance: float) -> list[Step]:
     error = _SETTLED
     while error > tolerance:
         reached = {k: _error_of_series(k, error) for k in (1, 2, 4)}
-        k = next((k for k in reached if reached[k] <= tolerance), 4)
+        # Not by next(), at which torch 2.8 stops tracing.
+        k = min([k for k in reached if reached[k] <= tolerance] or [4])
         steps.append(Step(_series(k), around_one=True))
         error = reached[k]
     return steps
