@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.core.bare import bare_names
 from funshampoo.distributed.collectives import gathered_objects
 from funshampoo.distributed.gathering import sharing_groups
 from funshampoo.migrate.seeding import seed_from_adamw
@@ -168,8 +169,9 @@ def _in_their_order(
         theirs = [name for group in groups for name in group["param_names"]]
     elif len(order) != sum(len(group["params"]) for group in groups):
         return known
-    by_name = {name: (i, name) for i, name in known}
-    if theirs == [name for _, name in known] or len(by_name) < len(known):
+    theirs, ours = bare_names(theirs), bare_names(name for _, name in known)
+    by_name = dict(zip(ours, known))
+    if theirs == ours or len(by_name) < len(known):
         return known
     if missing := sorted(by_name.keys() ^ set(theirs)):
         where = "this optimizer" if missing[0] in by_name else "the AdamW"
