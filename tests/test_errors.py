@@ -138,6 +138,7 @@ def test_apply_updates_checks_too() -> None:
         (lambda: fs.shampoo(0.1, weight_decay_kind="l3"), "kind is 'l3'"),
         (lambda: fs.shampoo(0.1, weight_decay_kind="corrected"), "needs peak_learning_rate"),
         (lambda: fs.root_inverse(solver=fs.linalg.eigh), "call it, as in linalg.eigh"),
+        (lambda: fs.shampoo(0.1, solver="eigh"), "solver is 'eigh'; give one of"),
         (lambda: fs.kronecker_statistics(0.0), r"beta2 is 0.0; it must lie in \(0.0, 1.0\]"),
         (lambda: fs.orthogonalize(0.5), "polynomials is 0.5; give a name"),
         (lambda: fs.orthogonalize(dtype="half"), "dtype is half; give a floating one"),
@@ -257,6 +258,19 @@ def test_a_parameter_that_autograd_guards_is_not_written_to(tx: fs.GradientTrans
     with torch.no_grad():
         fs.update_in_place(tx, gradients, state, params)
     assert (params["b"] < 1).all()
+
+
+@pytest.mark.parametrize("mask", ["all", 3, {"w": 1.0}, lambda params: {"w": "yes"}])
+def test_a_mask_of_other_things_than_bools(mask: Any) -> None:
+    """All of them are true to Python, so everything would decay."""
+    params = {"w": torch.ones(2, 2)}
+    for tx in (
+        fs.shampoo(0.1, weight_decay=0.1, mask=mask),
+        fs.adamw(0.1, weight_decay=0.1, mask=mask),
+        fs.masked(fs.trace(0.9), mask),
+    ):
+        with pytest.raises(TypeError, match="mask is .*; expected True or False"):
+            tx.update(params, tx.init(params), params)
 
 
 def test_a_mask_that_takes_a_hidden_leaf_for_a_tensor() -> None:

@@ -22,7 +22,7 @@ from funshampoo.combinators.failures import (
 )
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.applying import add_in_place
-from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.checks import check_choice, check_count, check_flag
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
@@ -283,6 +283,9 @@ def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
     """The parameters that the inner transformation may see; None hides one."""
     leaves, _ = flatten(params)
     flags = labels_of(mask, params, "with_params")
+    for flag in flags:
+        if flag is not True and flag is not False:
+            check_flag("mask", flag)
     return [p if flag else None for p, flag in zip(leaves, flags)]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from funshampoo.core.applying import add_in_place, applied
+from funshampoo.core.checks import check_flag
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
@@ -29,6 +30,7 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
 
     Raises:
         ValueError: the mask is not a prefix of the tree.
+        TypeError: at `init`: it holds something else than bools.
 
     >>> import torch
     >>> from funshampoo import scale
@@ -41,6 +43,8 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
 
     def init(params: Tree, **context: Any) -> MaskedState:
         flags = _told(lambda p: labels_of(mask, p, "mask"), params, "masked")
+        for flag in flags:
+            check_flag("mask", flag)
         return MaskedState(_part_state(inner, params, flags, context))
 
     def update(

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from funshampoo.blocks.stacked import Stacked
+from funshampoo.core.bare import bare_names
 from funshampoo.core.checks import check_choice
 from funshampoo.models.kinds import ROLES, Kind, kind_of_shape
 
@@ -24,6 +25,7 @@ def settings_of(names: Iterable[str], overrides: Overrides | None) -> dict[str, 
         ValueError: a pattern fits no name; says the nearest one.
     """
     known = list(names)
+    bare = bare_names(known)  # a pattern for the module fits one that is compiled, too
     found: dict[str, dict[str, Any]] = {name: {} for name in known}
     if overrides is not None and not isinstance(overrides, Mapping):
         raise TypeError(f"overrides is {overrides!r}; give {{pattern: role or settings}}.")
@@ -34,7 +36,11 @@ def settings_of(names: Iterable[str], overrides: Overrides | None) -> dict[str, 
             raise TypeError(
                 f"overrides['{pattern}'] is {value!r}; give a role, or a dict of settings."
             )
-        fitting = [name for name in known if fnmatchcase(name, pattern)]
+        fitting = [
+            name
+            for name, own in zip(known, bare)
+            if fnmatchcase(name, pattern) or fnmatchcase(own, pattern)
+        ]
         if not fitting:
             nearest = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
             raise ValueError(

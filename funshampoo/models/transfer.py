@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from funshampoo.blocks.layout import merged_shape
 from funshampoo.blocks.stacked import Stacked
+from funshampoo.core.bare import bare_names
 from funshampoo.models.kinds import Kind
 from funshampoo.operators.exponents import side_exponents
 from funshampoo.operators.shape_scale import shape_factor
@@ -45,13 +46,14 @@ def rate_factors_of(
             f"base is {base!r}; give the module tuned before, or {{name: shape}} of it."
         )
     narrow = meta_parameters(base, torch.float32)
+    narrow = dict(zip(bare_names(narrow), narrow.values()))
     found = {}
-    for name, p in parameters.items():
-        if name not in narrow:
+    for (name, p), bare in zip(parameters.items(), bare_names(parameters)):
+        if bare not in narrow:
             raise ValueError(
                 f"base has no '{name}': it has to be the same model, narrower, with as many layers."
             )
-        now, before = tuple(p.shape), tuple(narrow[name].shape)
+        now, before = tuple(p.shape), tuple(narrow[bare].shape)
         if len(now) != len(before):
             raise ValueError(f"'{name}' has the shape {now}, and {before} in base.")
         rule, arguments = _rule_of(name, settings[name])

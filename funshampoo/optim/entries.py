@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.core.checks import hint
+from funshampoo.state.parts import PART_KEY, Part
 
 SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
 
@@ -40,6 +41,22 @@ def parted(entries: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     """(its own, those that are shared, by the names that the chain has for them)."""
     own = {name: x for name, x in entries.items() if not is_shared(name)}
     return own, {n.removeprefix(SHARED): x for n, x in entries.items() if n not in own}
+
+
+def unlabelled(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries as `state_dict` has them, without what it says of parts of a state.
+
+    Raises:
+        ValueError: they are of a part.
+    """
+    found = dict(entries)
+    label = found.pop(SHARED + PART_KEY, None)
+    if label is not None and (part := Part.read(label)).size > 1:
+        raise ValueError(
+            f"these entries are of the part of rank {part.rank} of {part.size}: load the part by "
+            "load_state_dict, or unite them all (funshampoo.state.merged)."
+        )
+    return found
 
 
 def check_entry(name: str, value: Any, known: Mapping[str, Any]) -> None:

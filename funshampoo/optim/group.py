@@ -30,6 +30,7 @@ from funshampoo.optim.ready import (
     fresh,
     gradient_of,
     same_parameters,
+    says_nothing,
 )
 from funshampoo.optim.saved import Saved, flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
@@ -295,7 +296,7 @@ class GroupRun:
         if own_part:
             flat[PART_KEY] = part_of(state).entry()
         found = load_state_dict(state, flat, strict=strict, cast=cast)
-        return Ready(built, known, found.state), notes
+        return Ready(built, known, found.state, fresh=says_nothing(found.state, state)), notes
 
     def with_state(self, state: Any) -> Ready:
         """Another state in the place of the current one."""

@@ -129,6 +129,9 @@ class Memory:
         """Go on from these states and notes, and remember nothing else."""
         self.seeded(ready)
         self._left, self.notes = {}, notes
+        for run, one in zip(self.runs, ready):
+            if one.fresh:  # parameters replaced before the first step would stay, with their state
+                run.forget()
 
     def entries_of(self, p: Tensor) -> dict[str, Any]:
         """Everything that is remembered of a parameter; {} of one that is not known."""

@@ -13,8 +13,9 @@ from funshampoo.core.parameters import detached, problem_of_gradients
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
 from funshampoo.optim.entries import parted
-from funshampoo.state.checkpoint import carried_over
+from funshampoo.state.checkpoint import carried_over, named_tensors
 from funshampoo.state.nodes import walk
+from funshampoo.state.parts import part_of
 from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState
 
@@ -107,6 +108,17 @@ def _check_scaled_once(built: Built, state: Any) -> None:
             "the transformation scales by a learning rate already, and lr= would do it again: give "
             "it without scale_by_learning_rate, or give its recipe."
         )
+
+
+def says_nothing(loaded: Any, made: Any) -> bool:
+    """Whether a loaded state is what `init` makes, so that nothing of it has to be kept.
+
+    Not of what ranks share, who would have to agree on it.
+    """
+    if part_of(made).size > 1:
+        return False
+    pairs = zip(named_tensors(loaded), named_tensors(made))
+    return all(not x.is_meta and torch.equal(x, y) for (*_, x), (*_, y) in pairs)
 
 
 def carried(

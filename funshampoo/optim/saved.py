@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.core.bare import bare_names
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.values import copied, is_plain
 from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, named_tensors
@@ -81,6 +82,8 @@ def indices_of(
 ) -> list[list[Any]]:
     """The key in the checkpoint of every parameter of every group: by name where both have names.
 
+    A wrapped module's names are the module's own; see `bare_names`.
+
     Raises:
         ValueError: the names differ, and a name stands for another parameter there.
     """
@@ -88,6 +91,7 @@ def indices_of(
     by_order = [list(group["params"]) for group in saved]
     if None in theirs or None in ours or theirs == ours:
         return by_order
+    theirs, ours = _bare(theirs), _bare(ours)
     place: dict[str, Any] = {}
     for names, indices in zip(theirs, by_order):
         place |= zip(names or (), indices)
@@ -113,6 +117,12 @@ def indices_of(
 
 def _names_of(group: Mapping[str, Any]) -> list[str] | None:
     return list(group["param_names"]) if group.get("param_names") else None
+
+
+def _bare(names: Sequence[list[str] | None]) -> list[list[str] | None]:
+    """These of all groups without what wrappers of modules put into them."""
+    bare = iter(bare_names(name for own in names for name in own or ()))
+    return [[next(bare) for _ in own or ()] for own in names]
 
 
 def flattened(

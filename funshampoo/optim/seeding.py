@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from funshampoo.core.bare import bare_names
 from funshampoo.migrate.seeding import seed_from_adamw
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Ready
@@ -63,8 +64,9 @@ def _in_their_order(
         theirs = [name for group in groups for name in group["param_names"]]
     elif len(order) != sum(len(group["params"]) for group in groups):
         return known
-    by_name = {name: (i, name) for i, name in known}
-    if theirs == [name for _, name in known] or len(by_name) < len(known):
+    theirs, ours = bare_names(theirs), bare_names(name for _, name in known)
+    by_name = dict(zip(ours, known))
+    if theirs == ours or len(by_name) < len(known):
         return known
     if missing := sorted(by_name.keys() ^ set(theirs)):
         where = "this optimizer" if missing[0] in by_name else "the AdamW"

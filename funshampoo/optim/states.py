@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from funshampoo.optim.entries import unlabelled
 from funshampoo.optim.memory import Memory
 
 
@@ -30,7 +31,7 @@ class Entries(dict[str, Any]):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Change several, or none where one does not fit."""
-        self._memory.write(self._parameter, dict(*args, **kwargs))
+        self._memory.write(self._parameter, unlabelled(dict(*args, **kwargs)))
         self._reread()
 
     def __ior__(self, other: Any) -> Entries:  # type: ignore[override, misc]
@@ -87,7 +88,7 @@ class States(MutableMapping[Tensor, Any]):
             raise TypeError(
                 f"the state of a parameter is a mapping of names to values, not {entries!r}."
             )
-        self._memory.assign(p, dict(entries))
+        self._memory.assign(p, unlabelled(entries))
 
     def __delitem__(self, p: Tensor) -> None:
         if p not in self:
@@ -123,7 +124,7 @@ class States(MutableMapping[Tensor, Any]):
             KeyError, TypeError, ValueError: one does not.
         """
         for p, entries in given.items():
-            self._memory.check(p, entries)
+            self._memory.check(p, unlabelled(entries))
         if not given:
             self.clear()
         for p in [p for p in self if p not in given]:

@@ -146,6 +146,8 @@ def root_inverse(
     check_product_dtype(product_dtype)
     check_flag("packed", packed)
     solve = default_solver(1e-6, basis_tolerance) if solver is None else solver
+    if not callable(solve):
+        raise TypeError(f"solver is {solve!r}; give one of funshampoo.linalg, as linalg.eigh().")
     if any([solve is factory for factory in _FACTORIES]):
         raise TypeError("solver makes solvers and is none: call it, as in linalg.eigh().")
     if basis_tolerance is not None:

@@ -312,3 +312,37 @@ def written_after(rank: int) -> Any:
 
 def test_a_note_after_consolidation_is_saved(ranks: Ranks) -> None:
     assert ranks(2, written_after) == [0.5, 0.5]
+
+
+EVEN = {**OPTIONS, "stagger": False}  # the blocks of other parameters count in a staggered turn
+
+
+def in_zero(rank: int) -> Any:
+    """The end under ZeroRedundancyOptimizer, by whole parameters, and that of a resumed run."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def wrapped(network: nn.Module) -> Any:
+        return ZeroRedundancyOptimizer(list(network.parameters()), fs.Shampoo, **EVEN)
+
+    network = model()
+    opt = wrapped(network)
+    steps(network, opt, range(SAVED_AT))
+    before = weights(network)
+    opt.consolidate_state_dict()
+    saved = [copy.deepcopy(opt.state_dict()) if rank == 0 else None]
+    dist.broadcast_object_list(saved)
+    steps(network, opt, range(SAVED_AT, STEPS))
+    again = model()
+    again.load_state_dict(before)
+    opt = wrapped(again)
+    opt.load_state_dict(saved[0])
+    steps(again, opt, range(SAVED_AT, STEPS))
+    return weights(network), weights(again)
+
+
+def test_under_zero_redundancy_optimizer(ranks: Ranks) -> None:
+    network = model()
+    steps(network, fs.Shampoo(network.parameters(), **EVEN), range(STEPS))
+    for end, resumed in ranks(2, in_zero):
+        assert_equal(end, weights(network))
+        assert_equal(resumed, weights(network))

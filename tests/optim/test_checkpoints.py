@@ -370,8 +370,8 @@ def test_by_name_where_both_have_names() -> None:
 
 def test_names_that_stand_for_others_are_an_error() -> None:
     saved, params = saved_by(True)
-    renamed = {f"module.{name}": p for name, p in resumed(params).items()}
-    with pytest.warns(UserWarning, match="'p5'.*'module.p5'.*by order"):
+    renamed = {f"net.{name}": p for name, p in resumed(params).items()}
+    with pytest.warns(UserWarning, match="'p5'.*'net.p5'.*by order"):
         SHAMPOO.optimizer(renamed.items()).load_state_dict(saved)  # no name is known here
     names = list(params)
     partly = dict(zip(["other", names[0], *names[2:]], resumed(params).values()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -229,6 +231,26 @@ def test_reading_makes_nothing_that_training_keeps(method: Method, mode: Any) ->
     assert_same(params, twins)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+@pytest.mark.parametrize("loads", [False, True], ids=["saved", "saved and loaded"])
+def test_what_is_replaced_before_the_first_step_is_forgotten(method: Method, loads: bool) -> None:
+    """As Accelerate does: it saves, loads, and puts shards in the places of whole parameters."""
+    params, shards, twins, grads = parameters(), parameters(), parameters(), grads_of(4)
+    optimizer = method.optimizer(params.items())
+    saved = optimizer.state_dict()
+    if loads:
+        optimizer.load_state_dict(copy.deepcopy(saved))
+    optimizer.param_groups[0]["params"] = list(shards.values())
+    whole = [weakref.ref(p) for p in params.values()]
+    params.clear()
+    del saved
+    run(optimizer, shards, grads)
+    gc.collect()
+    assert not any(ref() is not None for ref in whole)
+    run(method.optimizer(twins.items()), twins, grads)
+    assert_same(shards, twins)
+
+
 def keeps_start() -> fs.GradientTransformation:
     """W0 - W in the update's place: a state that depends on the parameters, as averages do."""
 
@@ -355,6 +377,32 @@ def test_entries_may_be_swapped(whole: bool) -> None:
     a.grad = b.grad = None
     optimizer.step()
     assert torch.equal(moments(optimizer, a), second)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda optimizer, p, entries: optimizer.state.__setitem__(p, entries),
+        lambda optimizer, p, entries: optimizer.state[p].update(entries),
+        lambda optimizer, p, entries: setattr(optimizer, "state", {p: entries}),
+    ],
+    ids=["assigned", "updated", "all"],
+)
+def test_saved_entries_may_be_assigned(put: Callable[[Any, Tensor, Any], None]) -> None:
+    """As ZeroRedundancyOptimizer loads them: with the label that says which part they are of."""
+    params, grads = parameters(), grads_of(4)
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads)
+    saved = copy.deepcopy(optimizer.state_dict())["state"][0]
+    run(optimizer, params, grads)
+    first = next(iter(params.values()))
+    part = {**saved, "shared/funshampoo/part": torch.tensor([1, 2])}
+    with pytest.raises(ValueError, match="the part of rank 1 of 2"):
+        put(optimizer, first, part)
+    put(optimizer, first, saved)
+    found = dict(optimizer.state[first])
+    assert_same(found, {name: saved[name] for name in found})
+    assert len(found) == len(saved) - 1  # but for the label
 
 
 def test_a_write_to_a_new_group_leaves_what_the_others_bring() -> None:
