@@ -17,7 +17,7 @@ from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
 from funshampoo.operators.columns import zeros_a_block
-from funshampoo.operators.leaf_ops import add, on_device
+from funshampoo.operators.leaf_ops import add, filled
 from funshampoo.state.averages import ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
 
@@ -85,7 +85,7 @@ def schedule_free(
         def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
             total, largest, seen = sums
             seen = add(seen, torch.ones_like(seen), donate)
-            largest = torch.maximum(largest, torch.zeros_like(largest) + on_device(rate, largest))
+            largest = torch.maximum(largest, filled(largest, rate))
             weight = power(seen, r) * power(largest, weight_lr_power)
             total = add(total, weight, donate)
             share = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
