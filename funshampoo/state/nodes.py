@@ -13,25 +13,24 @@ StateT = TypeVar("StateT")
 
 
 def find_state(states: Any, kind: type[StateT]) -> StateT | None:
-    """The last state of this kind in a (nested) state, or None.
+    """The last state of this kind in a (nested) state, or None; of one in another, the outer.
 
     >>> import torch
     >>> from funshampoo.state import ScheduleState
     >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
     ScheduleState(steps=tensor(3))
     """
-    if isinstance(states, tuple):
-        for state in states[::-1]:  # mostly it is one of the stages that stand before
-            if isinstance(state, kind):
-                return state
-    # Without a generator, which torch.compile could not trace before torch 2.9.
-    found = states if isinstance(states, kind) else None
-    children: Any = states.values() if isinstance(states, dict) else states
-    if isinstance(states, (dict, tuple, list)):
-        for child in children:
-            inner = find_state(child, kind)
-            found = found if inner is None else inner
-    return found
+    if isinstance(states, kind):
+        return states
+    children: Any = list(states.values()) if isinstance(states, dict) else states
+    if not isinstance(children, (tuple, list)):
+        return None
+    for child in children[::-1]:  # mostly it is one of the stages that stand before
+        if isinstance(child, (dict, tuple, list)):
+            found = find_state(child, kind)
+            if found is not None:
+                return found
+    return None
 
 
 def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
