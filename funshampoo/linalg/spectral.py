@@ -29,7 +29,8 @@ _RESIDUAL_ITERATIONS = 2
 class Spectrum(NamedTuple):
     """A = Q diag(λ) Qᵀ: λ (..., d) ascending, Q (..., d, d), and which (...) A were decomposed.
 
-    A matrix that was not has the identity's spectrum. `values` carry gradients, `vectors` do not.
+    A matrix that was not has the identity's spectrum. Both carry gradients; those of vectors that
+    rounding can't tell from their neighbours have no part along these.
     """
 
     values: Tensor
@@ -43,7 +44,7 @@ def decompose(A: Tensor) -> Spectrum:
     What comes back without an error and is none counts as not decomposed; see `is_decomposition`.
     """
     A, finite = replace_nonfinite(A)
-    values, vectors, solved = _applied(_Decompose, A)
+    values, vectors, solved = applied(_Decompose, A)
     return Spectrum(values, vectors, finite & solved)
 
 
@@ -67,10 +68,10 @@ def inverse_root(
     where_solvable = chooser(solvable)
     # What is not chosen below must be finite all the same, for its gradient is 0·it.
     kept = where_solvable(kept, 1.0)
-    Q = spectrum.vectors
+    Q = spectrum.vectors.detach()  # the derivative below has its own formula
     residual = where_solvable(_residual(A.detach(), kept, Q, keep), torch.inf)
     converged = solvable & (residual < torch.inf)
-    X = _applied(_InversePower, A, kept, values, Q, keep, exponent)
+    X = applied(_InversePower, A, kept, values, Q, keep, exponent)
     condition = where_solvable(largest / smallest, torch.inf)
     return InverseRoot(or_identity(converged, X), residual, condition, converged)
 
@@ -101,7 +102,7 @@ def _of_kept(f: Tensor, keep: Tensor | None) -> Tensor:
     return f if keep is None else torch.where(keep, f, 0.0)
 
 
-def _applied(function: type[Function], *arguments: Any) -> Any:
+def applied(function: type[Function], *arguments: Any) -> Any:
     """`function.apply(...)`; its forward alone, 0.1 ms cheaper, where no derivative is wanted."""
     wanted = torch.is_grad_enabled() and any(
         [isinstance(x, Tensor) and x.requires_grad for x in arguments]
@@ -111,9 +112,9 @@ def _applied(function: type[Function], *arguments: Any) -> Any:
 
 
 class _Decompose(Function):
-    """A -> λ, Q, solved, with dA = Q diag(dλ) Qᵀ.
+    """A -> λ, Q, solved, with dA = Q (diag(dλ) + F ∘ (Qᵀ dQ)) Qᵀ, F_ij = 1 / (λ_j - λ_i).
 
-    Q carries no gradient, which would divide by differences of eigenvalues.
+    F_ij is 0 at a tie: no basis of the eigenspace is more A's than another.
     """
 
     @staticmethod
@@ -131,15 +132,21 @@ class _Decompose(Function):
         ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         values, vectors, solved = output
-        ctx.mark_non_differentiable(vectors, solved)
+        ctx.mark_non_differentiable(solved)
         ctx.save_for_backward(values, vectors)
 
     @staticmethod
-    def backward(ctx: Any, d_values: Tensor, *_: Tensor) -> Tensor:
+    def backward(ctx: Any, d_values: Tensor, d_vectors: Tensor, *_: Tensor) -> Tensor:
         values, Q = ctx.saved_tensors
+        gap = values[..., None, :] - values[..., :, None]
+        info = torch.finfo(gap.dtype)
+        rounding = values.shape[-1] * info.eps * values.abs().amax(-1)[..., None, None]
+        apart = gap.abs() > rounding.clamp(min=info.tiny)
+        inverse = torch.where(apart, 1 / torch.where(apart, gap, 1.0), 0.0)
         with full_precision():
-            dA = (Q * d_values[..., None, :]) @ Q.mT
-        return _first_order(symmetrize(dA), values)
+            inside = torch.diag_embed(d_values) + inverse * (Q.mT @ d_vectors)
+            dA = Q @ inside @ Q.mT
+        return first_order(symmetrize(dA), values)
 
     @staticmethod
     def vmap(
@@ -203,7 +210,7 @@ class _InversePower(Function):
         differences = _divided_differences(kept, values, keep, ctx.exponent)
         with full_precision():
             dA = Q @ (differences * (Q.mT @ symmetrize(dX) @ Q)) @ Q.mT
-        return _first_order(symmetrize(dA), values), None, None, None, None, None
+        return first_order(symmetrize(dA), values), None, None, None, None, None
 
 
 def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: float) -> Tensor:
@@ -232,7 +239,7 @@ def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: f
 class _FirstOrder(Function):
     """The identity on a gradient; differentiating it again is an error.
 
-    The eigenvectors are constants to autograd, so second derivatives would silently lack terms.
+    What is saved for it are constants to autograd, so second derivatives would silently lack terms.
     """
 
     generate_vmap_rule = True
@@ -248,12 +255,12 @@ class _FirstOrder(Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(
-            "roots by eigendecomposition have first derivatives only; "
+            "roots and bases by decompositions have first derivatives only; "
             "use newton_schulz() or coupled_newton() for second derivatives"
         )
 
 
-def _first_order(gradient: Tensor, values: Tensor) -> Tensor:
+def first_order(gradient: Tensor, values: Tensor) -> Tensor:
     """`gradient`, guarded; `values` tie it to the matrix that it is the gradient at."""
     guarded: Tensor = _FirstOrder.apply(gradient, values)  # type: ignore[no-untyped-call]
     return guarded
