@@ -96,6 +96,8 @@ def in_eigenbasis(
             identity.
 
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
+    First derivatives go through the bases, second ones are an error. Among equal eigenvalues, where
+    a basis is one of many, it is a constant.
 
     State: `EigenbasisState`.
 
