@@ -33,6 +33,21 @@ def find_state(states: Any, kind: type[StateT]) -> StateT | None:
     return None
 
 
+def parted(previous: tuple[Any, ...], own: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(states of the stages before the one whose state is `own`, of those after it).
+
+    A stage that `masked` wraps by itself is not among them: (all, all from the last to the first),
+    since those of the innermost scope are the last ones.
+
+    >>> parted(((1,), own := (2,), (3,)), own)
+    (((1,),), ((3,),))
+    """
+    places = [i for i, state in enumerate(previous) if state is own]
+    if not places:
+        return previous, previous[::-1]
+    return previous[: places[-1]], previous[places[-1] + 1 :]
+
+
 def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every node of a state with its path, parents first, in the order of the chain."""
     yield path, node

@@ -37,6 +37,7 @@ from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
 from funshampoo.state.meaning import meaning
+from funshampoo.state.nodes import parted
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
 from funshampoo.transforms.kronecker import factors_and_weights
@@ -161,7 +162,8 @@ def in_eigenbasis(
             if context.donate and context.clock is not None:  # which a refresh moves on
                 context = changed(context, clock=context.clock.clone())
             own, bases = renewed(updates, own, bases, context)
-        out, own = _stepped(inner, updates, own, params, bases.kept, fine, context)
+        inside = changed(context, previous=parted(context.previous, state)[0])
+        out, own = _stepped(inner, updates, own, params, bases.kept, fine, inside)
         if not renew_before_use:
             own, bases = renewed(updates, own, bases, context)
         return out, EigenbasisState(own, seen, bases)

@@ -20,7 +20,7 @@ from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
-from funshampoo.state.nodes import find_state
+from funshampoo.state.nodes import find_state, parted
 from funshampoo.state.stages import KroneckerState, RefreshedState
 from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
@@ -219,11 +219,8 @@ def _of_later_stage(
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
-    places = [i for i, state in enumerate(previous) if state is own]
-    # Of a stage that `masked` wraps by itself the last one, which is of the innermost scope.
-    after = previous[places[-1] + 1 :] if places else previous[::-1]
     found: Any = None
-    for state in after:
+    for state in parted(previous, own)[1]:
         if found is None and not (through == "roots" and isinstance(state, EigenbasisState)):
             found = find_state((state,), wanted)
     try:

@@ -202,19 +202,31 @@ def test_bases_that_begin_as_the_identity() -> None:
     torch.testing.assert_close(columns, 0.5 * 0.25 + 0.5 * squares.mean(0))
 
 
-def test_two_in_a_chain_each_read_the_next_stage() -> None:
-    """Another pair behind them changes nothing for the first."""
+PAIRS = {
+    "roots": lambda: ("roots", fs.root_inverse(1)),
+    "soap": lambda: ("eigenvalues", fs.in_eigenbasis(fs.scale_by_rms(0.5), 1)),
+    "shampoo": lambda: ("eigenvalues", fs.in_eigenbasis(fs.scale_by_eigenvalues(), 1)),
+}
 
-    def pair(through: Any) -> list[fs.GradientTransformation]:
-        roots = through == "roots"
-        later = fs.root_inverse(1) if roots else fs.in_eigenbasis(fs.scale_by_rms(0.5), 1)
+
+@pytest.mark.parametrize("other", PAIRS)
+@pytest.mark.parametrize("one", PAIRS)
+def test_two_in_a_chain_are_pairs_with_the_stages_behind_them(one: str, other: str) -> None:
+    """Another pair changes nothing for the first, nor for the stage that is in its bases."""
+
+    def pair(name: str) -> list[fs.GradientTransformation]:
+        through, later = PAIRS[name]()
         return [fs.kl_statistics(0.5, through=through), later]
 
+    found: list[Any] = []
+    seen = fs.stateless(lambda updates: found.append(updates["w"]) or updates, "seen")
     g = gradients((3, 4), 4)
-    for one, other in [("roots", "eigenvalues"), ("eigenvalues", "roots"), ("roots", "roots")]:
-        _, alone = stepped(fs.chain(*pair(one)), g)
-        _, both = stepped(fs.chain(*pair(one), *pair(other)), g)
-        torch.testing.assert_close(both["kl_statistics"], alone["kl_statistics"], rtol=0, atol=0)
+    for pairs in (pair(one), [*pair(one), seen, *pair(other)]):
+        updates, state = stepped(fs.chain(*pairs), g)
+        found.append((updates, state["kl_statistics"]))
+    alone, *_, first, both = found
+    torch.testing.assert_close(both[1], alone[1], rtol=0, atol=0)
+    torch.testing.assert_close(first, alone[0], rtol=0, atol=0)
 
 
 def test_the_last_state_before_a_stage_is_found_in_whatever_it_stands() -> None:
