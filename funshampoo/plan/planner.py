@@ -225,7 +225,8 @@ def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dty
         model = model_shapes(model)
     elif isinstance(model, nn.Module):
         model = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    of_tensors = any(isinstance(x, Tensor) for x in flatten(model)[0])
+    leaves = flatten(model)[0]
+    of_tensors = bool(leaves) and all(isinstance(x, Tensor) for x in leaves)
     return _on_meta(model, dtype, "model", of_tensors)
 
 
