@@ -186,8 +186,12 @@ def test_a_parameter_without_entries_beside_others(through: Any, shape: Shape) -
     later = fs.root_inverse(1) if through == "roots" else fs.in_eigenbasis(fs.scale_by_adam(), 1)
     tx = fs.chain(fs.kl_statistics(0.5, through=through, least_eigenvalue=0.1), later)
     params = {"w": torch.ones(2, 3), "nothing": torch.zeros(shape)}
-    updates, _ = tx.update(params, tx.init(params))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state)
     assert updates["nothing"].shape == shape
+    assert updates["w"].isfinite().all()
+    fs.state.check(state)
 
 
 def test_bases_that_begin_as_the_identity() -> None:
