@@ -145,9 +145,8 @@ def test_forward_mode_and_vmap_in_either_order(name: str) -> None:
         torch.testing.assert_close(slopes, expected, rtol=within, atol=0, msg=way)
 
 
-@pytest.mark.parametrize("recipe", [fs.shampoo, fs.soap])
-def test_second_derivatives_of_decompositions_are_refused(recipe: Callable[..., Any]) -> None:
-    run = by_rate(recipe, every=2)
+def test_second_derivatives_of_roots_by_decompositions_are_refused() -> None:
+    run = by_rate(fs.shampoo, every=2)
     rate, one = (torch.tensor(x, dtype=torch.float64) for x in (0.02, 1.0))
     for second in (
         lambda: grad(grad(run))(rate),
@@ -155,7 +154,7 @@ def test_second_derivatives_of_decompositions_are_refused(recipe: Callable[..., 
         lambda: grad(lambda r: jvp(run, (r,), (one,))[1])(rate),
         lambda: jacfwd(jacfwd(run))(rate),
     ):
-        with pytest.raises(NotImplementedError, match="first derivatives only"):
+        with pytest.raises(NotImplementedError, match=r"newton_schulz\(\)|hessian"):
             second()
 
 

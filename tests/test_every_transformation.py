@@ -134,3 +134,17 @@ def test_a_gradient_of_none_leaves_its_parameter_alone(case: Case) -> None:
     for_others, _, _ = train(tx, params, grads, fs.apply_updates)
     assert_equal(now["layers"], for_others["layers"])
     assert_close(now["w"], for_w["w"], 1e-12)
+
+
+@every_case
+def test_parameters_without_entries_beside_others(case: Case) -> None:
+    """Means and quotients of nothing have no value: they are in no update, and in no state."""
+    ones = torch.ones
+    params = {"w": ones(3, 0), "layers": {"none": ones(2, 0, 3), "nil": ones(0), "one": ones(3, 2)}}
+    tx = case.make()
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+    assert [u.shape for u in tensors(updates)] == [p.shape for p in tensors(params)]
+    assert all(u.isfinite().all() for u in tensors(updates))
+    fs.state.check(state)

@@ -32,9 +32,9 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     In between the updates are zeros and `inner` and its state are not touched. A micro-gradient
     with any entry that is not finite is left out of the average and counted in `skipped`. If all of
     a step's are, the step is left out too: the updates are zeros and every floating-point tensor of
-    `inner`'s state stays as it was (its counters go on). None of it waits for the device. A
-    micro-gradient that is None counts as zeros, since another micro-batch may have one for that
-    parameter; where none had, `inner` sees None.
+    `inner`'s state stays as it was (its counters go on). None of it waits for the device. What a
+    `guarded` around it holds is left out likewise. A micro-gradient that is None counts as zeros,
+    since another micro-batch may have one for that parameter; where none had, `inner` sees None.
 
     Args:
         inner: any transformation; all of `blocked`, not what is in it.
@@ -90,11 +90,12 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
             raise RuntimeError(
                 "multi_steps can't read its counter inside torch.compile: pass step= (from 1)."
             )
-        new = _with_one_more(state, updates)
+        new = _with_one_more(state, updates, context.alive)
         if t % every:
             return map_leaves(_zeros, new.total), new
         # `inner` may not consume its state: a step without one finite gradient falls back to it.
-        inside = changed(slowed(here, every), donate=False)
+        # And what is alive is asked of micro-gradients, of which the mean has those alone that are.
+        inside = changed(slowed(here, every), donate=False, alive=None)
         out, after = _real_step(inner, new, params, inside)
         return out, _emptied(new, after)
 
@@ -111,9 +112,11 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     )
 
 
-def _with_one_more(state: MultiStepsState, updates: Tree) -> MultiStepsState:
-    """The state with these micro-gradients in it."""
+def _with_one_more(state: MultiStepsState, updates: Tree, alive: Tree) -> MultiStepsState:
+    """The state with these micro-gradients in it, but for those that a guard around it holds."""
     finite = _all_finite(updates, like=state.used)
+    for fine in () if alive is None else flatten(alive)[0]:
+        finite = finite if fine is None else finite & (fine > 0).to(finite.device)
     return MultiStepsState(
         steps=advanced(state.steps, donate=False),
         total=map_leaves(lambda u, s: _add_if(finite, u, s), updates, state.total),

@@ -12,6 +12,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.modes import is_traced, lie_apart
 from funshampoo.core.parameters import check_tensors
+from funshampoo.core.traced_tree import dict_like
 from funshampoo.core.tree import MaskedNode, flatten, labels_of
 from funshampoo.state.stages import MaskedState, PartitionState
 
@@ -223,7 +224,8 @@ def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
         parts = None
     if parts is None:
         if isinstance(node, dict):
-            return {key: _hide_below(child, spec, flags) for key, child in node.items()}
+            below = {key: _hide_below(child, spec, flags) for key, child in node.items()}
+            return dict_like(node, below)
         if isinstance(node, tuple):
             children = [_hide_below(child, spec, flags) for child in node]
             return type(node)(*children) if hasattr(node, "_fields") else tuple(children)

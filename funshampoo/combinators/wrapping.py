@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from funshampoo.core.adapting import adapted_init, adapted_wrapping, name_of
+from funshampoo.core.checks import check_flag
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import PLACES, Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
@@ -52,6 +53,7 @@ def wrapping(
     >>> tx.update({"w": torch.tensor([5.0, -1.0])}, tx.init({"w": torch.zeros(2)}))[0]
     {'w': tensor([ 1., -1.])}
     """
+    check_flag("elementwise", elementwise)
     inner = as_transformation(inner)
     name = name or name_of(update)
     first, step = adapted_init(init or (lambda params: ())), adapted_wrapping(update)

@@ -69,16 +69,20 @@ def _collect(node: Any, leaves: list[Any]) -> None:
 def _rebuild(node: Any, leaves: Iterator[Any]) -> Any:
     if isinstance(node, dict):
         rebuilt = {key: _rebuild(node[key], leaves) for key in _keys(node)}
-        items = [(key, rebuilt[key]) for key in node]
-        if isinstance(node, defaultdict):
-            return defaultdict(node.default_factory, items)
-        return OrderedDict(items) if isinstance(node, OrderedDict) else dict(items)
+        return dict_like(node, {key: rebuilt[key] for key in node})
     if isinstance(node, (tuple, list)):
         children = [_rebuild(child, leaves) for child in node]
         if isinstance(node, list):
             return children
         return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
     return next(leaves)
+
+
+def dict_like(node: dict[Any, Any], children: dict[Any, Any]) -> dict[Any, Any]:
+    """The children in a dict of the node's kind: for optree trees of unlike dicts differ."""
+    if isinstance(node, defaultdict):
+        return defaultdict(node.default_factory, children)
+    return OrderedDict(children) if isinstance(node, OrderedDict) else children
 
 
 def _descend(template: Any, node: Any, found: list[Any]) -> None:

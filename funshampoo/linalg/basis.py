@@ -5,18 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from funshampoo.core.checks import check_count, check_flag
-from funshampoo.core.modes import is_traced
+from funshampoo.core.modes import full_precision, is_traced
 from funshampoo.linalg.cholesky_qr import cholesky_qr
 from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.products import aligned, is_plain_memory, multiply
-from funshampoo.linalg.spectral import decompose
+from funshampoo.linalg.solver import identity_like
+from funshampoo.linalg.spectral import applied, check_forward_once, decompose, saved
 from funshampoo.linalg.stacked_eigh import is_of_the_matrix
 
 Renewed: TypeAlias = tuple[Tensor, Tensor]
@@ -222,6 +224,59 @@ def orthogonal(Y: Tensor, old: Tensor) -> Tensor:
     """
     if torch.compiler.is_dynamo_compiling():  # whose graphs can't catch
         return _q_factors(Y, old)
+    found: Tensor = applied(_QFactor, Y, old)
+    return found
+
+
+class _QFactor(Function):
+    """Y = Q R -> Q, with dQ = Q (T - Tᵀ), T = tril(Qᵀ dY R⁻¹, -1).
+
+    Backward: dY = Q tril(K - Kᵀ, -1) R^(-ᵀ), K = Qᵀ dQ.
+
+    torch's derivative divides by every pivot R_jj. A column whose pivot is rounding alone depends
+    on those before it, which say nothing of its direction: it is a constant here.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(Y: Tensor, old: Tensor) -> Tensor:
+        return _caught(Y, old)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        saved(ctx, inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, dQ: Tensor) -> tuple[Tensor, None]:
+        with full_precision():
+            Q, R, lost = _factored(*ctx.saved_tensors)
+            K = Q.mT @ dQ
+            M = torch.where(lost, 0.0, (K - K.mT).tril(-1))
+            return Q @ torch.linalg.solve_triangular(R.mT, M, upper=False, left=False), None
+
+    @staticmethod
+    def jvp(ctx: Any, dY: Tensor, _: Tensor | None) -> Tensor:
+        check_forward_once()
+        with full_precision():
+            Q, R, lost = _factored(*ctx.saved_tensors)
+            Z = torch.linalg.solve_triangular(R, Q.mT @ dY, upper=True, left=False)
+            T = torch.where(lost, 0.0, Z.tril(-1))
+            return Q @ (T - T.mT)
+
+
+def _factored(Y: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q, R, which columns (..., 1, d) depend on others); those are the identity's in R."""
+    # Of one that failed nothing is chosen, and its gradient is 0·NaN but for this.
+    Y, Q = [torch.where(x.isfinite(), x, 0.0) for x in (Y, Q)]
+    R = Q.mT @ Y
+    pivots, info = R.detach().diagonal(dim1=-2, dim2=-1).abs(), torch.finfo(R.dtype)
+    rounding = R.shape[-1] * info.eps * R.detach().abs().amax((-2, -1))[..., None]
+    lost = (~(pivots > rounding.clamp(min=info.tiny)))[..., None, :]
+    return Q, torch.where(lost, identity_like(R), R).triu(), lost
+
+
+def _caught(Y: Tensor, old: Tensor) -> Tensor:
     try:
         return _q_factors(Y, old)
     except Exception as error:
@@ -230,7 +285,7 @@ def orthogonal(Y: Tensor, old: Tensor) -> Tensor:
         if Y.ndim < 3:
             return torch.full_like(Y, torch.nan)
         flat, olds = Y.reshape(-1, *Y.shape[-2:]), old.expand_as(Y).reshape(-1, *Y.shape[-2:])
-        return torch.stack([orthogonal(*pair) for pair in zip(flat, olds)]).reshape(Y.shape)
+        return torch.stack([_caught(*pair) for pair in zip(flat, olds)]).reshape(Y.shape)
 
 
 def _q_factors(Y: Tensor, old: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from funshampoo.core.context import changed
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import all_true, full_precision
+from funshampoo.core.tree import cast
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import Normalized, certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
@@ -160,7 +161,7 @@ class coupled_higher_order(RootSolver):
         A, finite = replace_nonfinite(A)
         largest_row_sum = A.abs().sum(-1).amax(-1)
         ridge = torch.clamp(self.relative_epsilon * largest_row_sum, min=self.absolute_epsilon)
-        system = normalize(add_to_diagonal(A, ridge), finite)
+        system = normalize(add_to_diagonal(A, cast(ridge, A.dtype)), finite)
         z = 1 / system.B.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         X = iterate(system, z, root.numerator, self.max_iterations, self.tolerance, self.order)
         result = certify(X, root.numerator, system, self.max_residual)

@@ -36,7 +36,8 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
     flat = x.reshape(*x.shape[:block_ndim], -1)
     if flat.shape[-1] == 1:  # the same number, but its derivative is a sign, not a quotient
         return flat[..., 0].abs()
-    return row_norms(flat)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=-1)  # not of length 1; see row_norms
+    return norms
 
 
 def row_norms(x: Tensor, order: float = 2.0) -> Tensor:

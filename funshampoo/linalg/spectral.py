@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import pad
 
@@ -31,10 +32,10 @@ class Spectrum(NamedTuple):
 
     A matrix that was not has the identity's spectrum. `values` and `vectors` carry derivatives:
 
-        dλ = diag(C),   dQ = Q (F ∘ C),   C = Qᵀ dA Q,   F_ij = g / (g² + δ²),   g = λ_j - λ_i
+        dλ = diag(C),   dQ = Q (F ∘ C),   C = Qᵀ dA Q,   F_ij = 1 / (λ_j - λ_i)
 
-    with δ = d ε |λ|max and ε the machine epsilon: gaps that are rounding's count for little, and a
-    tie for nothing, where eigenvectors have no derivative.
+    F_ij is 0 where the gap is rounding's, d ε |λ|max with ε the machine epsilon: eigenvectors at a
+    tie have no derivative, and no basis of the eigenspace is more A's than another.
     """
 
     values: Tensor
@@ -60,7 +61,7 @@ def decompose(A: Tensor) -> Spectrum:
     What comes back without an error and is none counts as not decomposed; see `is_decomposition`.
     """
     A, finite = replace_nonfinite(A)
-    values, vectors, solved = _applied(_Decompose, A)
+    values, vectors, solved = applied(_Decompose, A)
     return Spectrum(values, vectors, finite & solved)
 
 
@@ -87,7 +88,7 @@ def inverse_root(
     Q = spectrum.vectors.detach()
     residual = where_solvable(_residual(A.detach(), kept, Q, keep), torch.inf)
     converged = solvable & (residual < torch.inf)
-    X = _applied(_InversePower, A, kept, values, Q, keep, exponent)
+    X = applied(_InversePower, A, kept, values, Q, keep, exponent)
     if isinstance(spectrum, NearSpectrum) and is_differentiated(A, values, spectrum.vectors):
         used = where_solvable(values if keep is None else torch.where(keep, values, 1.0), 1.0)
         approximate = _InversePower.forward(A, used, values, spectrum.vectors, keep, exponent)
@@ -122,16 +123,30 @@ def _of_kept(f: Tensor, keep: Tensor | None) -> Tensor:
     return f if keep is None else torch.where(keep, f, 0.0)
 
 
-def _applied(function: type[Function], *arguments: Any) -> Any:
+def applied(function: type[Function], *arguments: Any) -> Any:
     """`function.apply(...)`; its forward alone, 0.1 ms cheaper, where no derivative is wanted."""
     call = function.apply if is_traced() or is_differentiated(*arguments) else function.forward
     return call(*arguments)  # type: ignore[no-untyped-call]
 
 
-def _saved(ctx: Any, *tensors: Tensor | None) -> None:
+def saved(ctx: Any, *tensors: Tensor | None) -> None:
     """Kept for derivatives in both directions."""
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
+
+
+def check_forward_once() -> None:
+    """Called by a `jvp`, whose saved tensors have no tangent of another forward transform.
+
+    Raises:
+        NotImplementedError: there is another one around.
+    """
+    levels = [level.key() for level in _functorch.get_interpreter_stack() or ()]
+    if levels.count(_functorch.TransformType.Jvp) > 1:
+        raise NotImplementedError(
+            "forward mode over forward mode, as jacfwd(jacfwd(...)), does not go through a "
+            "decomposition: use jacfwd(jacrev(...)), as torch.func.hessian does"
+        )
 
 
 class _Decompose(Function):
@@ -160,7 +175,7 @@ class _Decompose(Function):
         values, vectors, solved = output
         ctx.mark_non_differentiable(solved)
         ctx.set_materialize_grads(False)  # roots have nothing to do with those of Q
-        _saved(ctx, values, vectors)
+        saved(ctx, values, vectors)
 
     @staticmethod
     def backward(ctx: Any, d_values: Tensor | None, dQ: Tensor | None, _: Any) -> Tensor | None:
@@ -172,15 +187,15 @@ class _Decompose(Function):
             if dQ is not None:
                 turned = turned + Q @ (_inverse_gaps(values) * (Q.mT @ dQ))
             dA = turned @ Q.mT
-        return _first_order(symmetrize(dA), values)
+        return symmetrize(dA)
 
     @staticmethod
     def jvp(ctx: Any, dA: Tensor) -> tuple[Tensor, Tensor, None]:
+        check_forward_once()
         values, Q = ctx.saved_tensors
         with full_precision():
             C = Q.mT @ symmetrize(dA) @ Q
-            dQ = Q @ (_inverse_gaps(values) * C)
-        return _first_order(C.diagonal(dim1=-2, dim2=-1), values), _first_order(dQ, values), None
+            return C.diagonal(dim1=-2, dim2=-1), Q @ (_inverse_gaps(values) * C), None
 
     @staticmethod
     def vmap(
@@ -192,12 +207,10 @@ class _Decompose(Function):
 
 def _inverse_gaps(values: Tensor) -> Tensor:
     """F (..., d, d), as of `Spectrum`."""
-    gap = values[..., None, :] - values[..., :, None]
-    blur = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().amax(-1)
-    # Divided by the blur first: its square may be below the smallest number.
-    blur = blur.clamp(min=torch.finfo(values.dtype).tiny)[..., None, None]
-    relative = gap / blur
-    return torch.where(gap == 0, 0.0, 1 / (relative + 1 / relative)) / blur
+    gap, info = values[..., None, :] - values[..., :, None], torch.finfo(values.dtype)
+    rounding = values.shape[-1] * info.eps * values.detach().abs().amax(-1).clamp(min=info.tiny)
+    apart = gap.detach().abs() > rounding.clamp(min=info.tiny)[..., None, None]
+    return torch.where(apart, 1 / torch.where(apart, gap, 1.0), 0.0)
 
 
 def _verified(A: Tensor, values: Tensor, Q: Tensor, solved: Tensor) -> tuple[Tensor, ...]:
@@ -245,7 +258,7 @@ class _InversePower(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, kept, values, Q, keep, ctx.exponent = inputs
-        _saved(ctx, kept, values, Q, keep)
+        saved(ctx, kept, values, Q, keep)
 
     @staticmethod
     def backward(ctx: Any, dX: Tensor) -> tuple[Tensor | None, ...]:
@@ -315,8 +328,8 @@ class _FirstOrder(Function):
 
 
 _SECOND = (
-    "eigendecompositions, and roots by them, have first derivatives only; "
-    "for second derivatives of roots use newton_schulz() or coupled_newton()"
+    "roots by eigendecomposition have first derivatives only; "
+    "use newton_schulz() or coupled_newton() for second derivatives"
 )
 
 

@@ -15,7 +15,7 @@ from funshampoo.core.needs import rate_of, required
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, map_leaves, update_leaves
 from funshampoo.operators.averaged import copies
-from funshampoo.operators.leaf_ops import on_device, per_block, sent
+from funshampoo.operators.leaf_ops import filled, on_device, per_block, sent
 from funshampoo.state.averages import PrimalAverageState, ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
 from funshampoo.transforms.primal_average import primal_average
@@ -142,8 +142,7 @@ def _shares(
     if average is not None:
         return average, 1 - average * interpolation, ()
     total, largest, seen = sums
-    now = sent(rate, largest) if isinstance(rate, Tensor) else rate
-    largest = torch.maximum(largest, torch.zeros_like(largest) + now)
+    largest = torch.maximum(largest, filled(largest, rate))
     weight = largest.square() if power == 2 else largest**power
     total = total + weight
     mu = 1 - torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.tree import cast, compute_dtype, map_leaves
-from funshampoo.operators.leaf_ops import add, lerp, multiply, on_device, per_block
+from funshampoo.operators.leaf_ops import add, lerp, multiply, per_block
 
 
 def copies(params: Tree) -> Tree:
@@ -40,5 +39,5 @@ def interpolated_step(
     """
     z = add(z, multiply(cast(u, z.dtype), -rate, donate=False), donate)
     x = lerp(x, z, per_block(share, x) if isinstance(share, Tensor) else share, donate)
-    new = torch.lerp(z, x, on_device(beta, z) if isinstance(beta, Tensor) else beta)
+    new = lerp(z, x, beta, donate=False)
     return new - cast(y, z.dtype), x, z

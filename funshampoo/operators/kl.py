@@ -77,7 +77,12 @@ def mean_square(x: Tensor, side: int, block_ndim: int) -> Tensor:
     tensor([5., 4.])
     """
     axes = [k for k in range(block_ndim, x.ndim) if k != block_ndim + side]
-    return x.square().mean(axes) if axes else x.square()
+    return _mean(x.square(), axes) if axes else x.square()
+
+
+def _mean(x: Tensor, axes: list[int]) -> Tensor:
+    """The mean; 0 of nothing, of which torch's is NaN."""
+    return x.mean(axes) if x.numel() else x.sum(axes)
 
 
 def ritz_values(Q: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def renewed_eigenvalues(
     """
     order, block_ndim = len(old), known.ndim
     before = [torch.where(known[..., None], inverse_root(x), 1.0) for x in old]
-    sizes = [h.square().mean(-1) for h in before]
+    sizes = [_mean(h.square(), [-1]) for h in before]
     turns = in_turn and order in _FRESH_FOR_FACTORS
     new, after, through = list(old), list(before), [before] * order
 

@@ -196,6 +196,14 @@ def on_device(factor: Hyper, like: Tensor) -> Hyper:
     return sent(factor, like, factor.dtype) if moves else factor
 
 
+def filled(like: Tensor, number: Hyper) -> Tensor:
+    """A tensor like another, with this number in it: in its dtype, whatever the number's.
+
+    torch takes the dtype of the number where both are 0-dimensional.
+    """
+    return cast(torch.zeros_like(like) + on_device(number, like), like.dtype)
+
+
 def sent(number: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The number where `like` is, in its dtype or another.
 

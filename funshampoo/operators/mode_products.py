@@ -49,7 +49,8 @@ def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
     if x.ndim == block_ndim + 2:  # a matrix
         return x.mT if side else x
     moved = x.movedim(block_ndim + side, block_ndim) if side else x
-    return moved.reshape(*moved.shape[: block_ndim + 1], -1)
+    kept = moved.shape[: block_ndim + 1]  # -1 could be any number where there are no entries
+    return moved.reshape(*kept, math.prod(moved.shape[block_ndim + 1 :]))
 
 
 def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:

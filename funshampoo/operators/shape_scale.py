@@ -48,7 +48,7 @@ def shape_factor(scale: Scale, matrix: Sequence[int], shape: Sequence[int]) -> f
     """
     if isinstance(scale, str):
         r, c = matrix
-        return SCALES[scale](r, c)
+        return SCALES[scale](r, c) if r and c else 1.0  # of nothing, for which r/c has no value
     if scale is None:
         return 1.0
     return scale(tuple(shape)) if callable(scale) else scale

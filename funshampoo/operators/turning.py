@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funshampoo.core.contract import Tree
 from funshampoo.core.modes import full_precision
+from funshampoo.core.traced_tree import dict_like
 from funshampoo.core.tree import update_leaves, wide
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.operators.mode_products import rotate
@@ -39,7 +40,7 @@ def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: in
 
     def visit(node: Any) -> Any:
         if isinstance(node, dict):
-            return {key: visit(child) for key, child in node.items()}
+            return dict_like(node, {key: visit(child) for key, child in node.items()})
         fields = getattr(type(node), "_fields", None)
         if fields is None:
             return type(node)(map(visit, node)) if isinstance(node, (tuple, list)) else node

@@ -13,6 +13,7 @@ from funshampoo.blocks.layout import Merge
 from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.text import aligned, counted, duration, readable
+from funshampoo.core.traced_tree import dict_like
 from funshampoo.core.tree import compute_dtype, flatten
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
 from funshampoo.distributed.sharded import sharded
@@ -224,19 +225,26 @@ def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dty
         model = model_shapes(model)
     elif isinstance(model, nn.Module):
         model = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return _on_meta(model, dtype, "model")
+    leaves = flatten(model)[0]
+    of_tensors = bool(leaves) and all(isinstance(x, Tensor) for x in leaves)
+    return _on_meta(model, dtype, "model", of_tensors)
 
 
-def _on_meta(node: Any, dtype: torch.dtype, name: str) -> Any:
+def _on_meta(node: Any, dtype: torch.dtype, name: str, of_tensors: bool) -> Any:
+    """`of_tensors`: an empty list or tuple is a tree without leaves there, elsewhere a shape."""
     if isinstance(node, Tensor):
         return torch.empty(node.shape, dtype=node.dtype, device="meta")
     if isinstance(node, Mapping):
-        return {key: _on_meta(child, dtype, f"{name}[{key!r}]") for key, child in node.items()}
+        children = {
+            key: _on_meta(child, dtype, f"{name}[{key!r}]", of_tensors)
+            for key, child in node.items()
+        }
+        return dict_like(node, children) if isinstance(node, dict) else children
     if isinstance(node, list | tuple):
-        if all(isinstance(side, int) and side >= 0 for side in node):
+        if (node or not of_tensors) and all(isinstance(d, int) and d >= 0 for d in node):
             return torch.empty(tuple(node), dtype=dtype, device="meta")
-        children = [_on_meta(child, dtype, f"{name}[{i}]") for i, child in enumerate(node)]
-        return type(node)(*children) if hasattr(node, "_fields") else type(node)(children)
+        parts = [_on_meta(x, dtype, f"{name}[{i}]", of_tensors) for i, x in enumerate(node)]
+        return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
     raise TypeError(f"{name} is {node!r}; expected a tensor or a shape, such as (64, 32).")
 
 

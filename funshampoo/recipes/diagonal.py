@@ -27,7 +27,8 @@ def adamw(
 ) -> GradientTransformation:
     """AdamW: `scale_by_adam`, decoupled weight decay, learning rate.
 
-    Agrees with torch.optim.AdamW, whose defaults it has.
+    Agrees with torch.optim.AdamW, whose defaults it has. As there, a gradient
+    that is not finite enters: `guarded(..., by_leaf=True)` around it holds that leaf.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
@@ -68,7 +69,8 @@ def sgd(
 ) -> GradientTransformation:
     """SGD with momentum: coupled weight decay, `trace`, learning rate.
 
-    Agrees with torch.optim.SGD; as there, the first step is not damped.
+    Agrees with torch.optim.SGD; as there, the first step is not damped. As there, a gradient
+    that is not finite enters: `guarded(..., by_leaf=True)` around it holds that leaf.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.

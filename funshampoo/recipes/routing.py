@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from funshampoo.blocks.blocking import blocked
-from funshampoo.blocks.layout import Merge
+from funshampoo.blocks.layout import Merge, merged_shape
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask, partition
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
@@ -33,8 +35,8 @@ def routed(
         method: a chain for matrices and stacks of them, learning rate included.
         learning_rate: of the AdamW that others get if not given.
         matrices: which leaves get the method: a tree of bools, a prefix of one, or a function of
-            the parameters. By default all that have two sides or more, so embeddings and heads as
-            well, for which AdamW is mostly better: say so here.
+            the parameters. By default all that have two sides or more, by `merge`, so embeddings
+            and heads as well, for which AdamW is mostly better: say so here.
         others: what the other leaves get; by default `adamw` with its defaults. The default, like
             the method, is `guarded`, so that a gradient that is not finite is left out, and shared
             out by `distribute`, whole leaves by their size. One that is given is taken as it is,
@@ -52,7 +54,7 @@ def routed(
         others = guarded(adamw(learning_rate), max_failures=max_failures, by_leaf=True)
         if distribute is not None:
             others = distributed(others, distribute, max_failures=max_failures)
-    return partition({MATRICES: inside, OTHERS: others}, labelled(matrices))
+    return partition({MATRICES: inside, OTHERS: others}, labelled(matrices, merge))
 
 
 def whole(
@@ -68,8 +70,11 @@ def whole(
     return blocked(protected, None, merge=merge, with_params=reads)
 
 
-def labelled(matrices: Mask | None) -> Any:
-    """Labels for `partition`: which leaves are matrices, by this mask or by their sides."""
+def labelled(matrices: Mask | None, merge: Merge = "none") -> Any:
+    """Labels for `partition`: which leaves are matrices, by this mask or by their merged sides."""
+
+    def is_matrix(leaf: Tensor) -> bool:
+        return leaf.ndim > 1 and len(merged_shape(leaf.shape, None, merge)) > 1
 
     def labels(tree: Tree) -> Tree:
         leaves, spec = flatten(tree)
@@ -81,7 +86,7 @@ def labelled(matrices: Mask | None) -> Any:
                 "pass params to update, or say which leaves are, by matrices=."
             )
         else:
-            flags = [leaf.ndim > 1 for leaf in leaves]
+            flags = [is_matrix(leaf) for leaf in leaves]
         return spec.unflatten([MATRICES if flag else OTHERS for flag in flags])
 
     return labels

@@ -23,7 +23,8 @@ def lion(
         W ← W - learning_rate (sign(beta1 M + (1 - beta1) G) + weight_decay W)
         M ← beta2 M + (1 - beta2) G
 
-    Defaults are those of google/automl.
+    Defaults are those of google/automl. A gradient that is not finite enters M, as there:
+    `guarded(..., by_leaf=True)` around it holds that leaf.
 
     State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
     To be used where memory is short and batches are large; rates are three to ten times smaller
@@ -68,7 +69,8 @@ def sign_descent(
 
         M ← beta1 M + (1 - beta1) G,   W ← W - learning_rate (s sign(M) + weight_decay W)
 
-    Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers.
+    Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers. A gradient
+    that is not finite enters M: `guarded(..., by_leaf=True)` around it holds that leaf.
 
     State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
     To be used to see what is left of AdamW without its second moment.

@@ -105,7 +105,8 @@ def _check_apart(names: list[tuple[str, str]]) -> None:
         owner, rest = next(name for i, name in enumerate(names) if name in names[:i])
         raise ValueError(
             f"two tensors of the state would be saved as '{owner}/{rest}': give the two stages "
-            "different names, as in chain(('slow', trace(0.9)), ...)."
+            "different names, as in chain(('slow', trace(0.9)), ...); two combinators of a kind, "
+            "one right inside of the other, such a chain between them."
         )
 
 

@@ -13,26 +13,38 @@ StateT = TypeVar("StateT")
 
 
 def find_state(states: Any, kind: type[StateT]) -> StateT | None:
-    """The last state of this kind in a (nested) state, or None.
+    """The last state of this kind in a (nested) state, or None; of one in another, the outer.
 
     >>> import torch
     >>> from funshampoo.state import ScheduleState
     >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
     ScheduleState(steps=tensor(3))
     """
-    if isinstance(states, tuple):
-        # Mostly it is one of the stages that stand before. Torch 2.8 traces no slice of a state.
-        for state in reversed(states):
-            if isinstance(state, kind):
-                return state
-    # Without a generator, which torch.compile could not trace before torch 2.9.
-    found = states if isinstance(states, kind) else None
-    children: Any = states.values() if isinstance(states, dict) else states
-    if isinstance(states, (dict, tuple, list)):
-        for child in children:
-            inner = find_state(child, kind)
-            found = found if inner is None else inner
-    return found
+    nodes: list[Any] = [states]
+    while nodes:  # from the last: mostly it is one of the stages that stand just before
+        node = nodes.pop()
+        if isinstance(node, kind):
+            return node
+        if isinstance(node, dict):
+            nodes.extend(node.values())
+        elif isinstance(node, (tuple, list)):
+            nodes.extend(node)
+    return None
+
+
+def parted(previous: tuple[Any, ...], own: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(states of the stages before the one whose state is `own`, of those after it).
+
+    A stage that `masked` wraps by itself is not among them: (all, all from the last to the first),
+    since those of the innermost scope are the last ones.
+
+    >>> parted(((1,), own := (2,), (3,)), own)
+    (((1,),), ((3,),))
+    """
+    places = [i for i, state in enumerate(previous) if state is own]
+    if not places:
+        return previous, previous[::-1]
+    return previous[: places[-1]], previous[places[-1] + 1 :]
 
 
 def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funshampoo.core.context import changed
+from funshampoo.core.traced_tree import dict_like
 from funshampoo.state.meaning import is_declared
 from funshampoo.state.stages import BlockedState, Kept, PartitionState, ShardedState
 
@@ -141,11 +142,12 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
         return function(_side_moved(scope.place) if side else scope.place, *nodes)
     if isinstance(node, dict):
         children = [(key, _below(scope, node, key)) for key in node]
-        return {
+        mapped = {
             key: _map(function, below, tuple([n[key] for n in nodes]))
             for key, below in children
             if scope.only is None or below.place.stack is None or below.place.stack in scope.only
         }
+        return dict_like(node, mapped)
     if not isinstance(node, (tuple, list)):
         return node
     fields: tuple[str, ...] | None = getattr(type(node), "_fields", None)

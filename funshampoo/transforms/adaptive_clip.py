@@ -10,7 +10,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree, statel
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import required
 from funshampoo.core.tree import cast, update_leaves, wide
-from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.leaf_ops import filled, multiply
 from funshampoo.operators.matrices import norm_over, safe
 
 
@@ -47,8 +47,8 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
             first = block_ndim + (u.ndim >= block_ndim + 2)
             size = norm_over(u, first)
             weight = norm_over(cast(w, u.dtype), first)
-            floor = torch.zeros_like(weight) + least
-            allowed = multiply(torch.maximum(weight, floor), ratio, donate=False)
+            floored = torch.maximum(weight, filled(weight, least))
+            allowed = multiply(floored, ratio, donate=False)
             return (torch.where(size > allowed, u * (allowed / safe(size)), u),)
 
         params = required(params, "adaptive_clip", block_ndim)

@@ -18,7 +18,7 @@ from funshampoo.core.modes import product_precision
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.linalg.products import matmul
 from funshampoo.linalg.products import power as raised
-from funshampoo.operators.leaf_ops import on_device, per_block, sqrt
+from funshampoo.operators.leaf_ops import filled, per_block, sqrt
 from funshampoo.operators.matrices import as_rows, inner_product, norm_over, safe
 
 
@@ -160,4 +160,4 @@ def _at(value: Hyper | Schedule, count: Tensor | None, like: Tensor) -> Tensor:
     if callable(value):
         assert count is not None, "a stage that declares the clock was not given it"
         value = value(count)
-    return torch.zeros_like(like) + on_device(value, like)
+    return filled(like, value)

@@ -38,6 +38,7 @@ from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
 from funshampoo.state.meaning import meaning
+from funshampoo.state.nodes import parted
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
 from funshampoo.transforms.kronecker import factors_and_weights
@@ -99,6 +100,8 @@ def in_eigenbasis(
     Derivatives through training take the bases with them; see `linalg.spectral.Spectrum` for ties.
 
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
+    First derivatives go through the bases, second ones are an error. Among equal eigenvalues, where
+    a basis is one of many, it is a constant.
 
     State: `EigenbasisState`.
 
@@ -162,7 +165,8 @@ def in_eigenbasis(
             if context.donate and context.clock is not None:  # which a refresh moves on
                 context = changed(context, clock=context.clock.clone())
             own, bases = renewed(updates, own, bases, context)
-        out, own = _stepped(inner, updates, own, params, bases.kept, fine, context)
+        inside = changed(context, previous=parted(context.previous, state)[0])
+        out, own = _stepped(inner, updates, own, params, bases.kept, fine, inside)
         if not renew_before_use:
             own, bases = renewed(updates, own, bases, context)
         return out, EigenbasisState(own, seen, bases)

@@ -20,7 +20,7 @@ from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
-from funshampoo.state.nodes import find_state
+from funshampoo.state.nodes import find_state, parted
 from funshampoo.state.stages import KroneckerState, RefreshedState
 from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
@@ -137,7 +137,7 @@ def kl_statistics(
         numbers = {"beta": beta, "damping": number(damping, context.hyper)}
         whitened = WHITENED[through](**numbers, **options)
         (factors, weight), eigenvalues = state
-        kept, seen = _of_later_stage(context.previous, through, updates)
+        kept, seen = _of_later_stage(context.previous, state, through, updates)
         known = () if context.alive is None else (context.alive,)
         share = 1.0 if plain_sum else 1 - beta
 
@@ -206,22 +206,31 @@ def _first(
     return map_leaves(factors, params), map_leaves(eigenvalues, params)
 
 
-def _of_later_stage(previous: tuple[Any, ...], through: Through, updates: Tree) -> tuple[Tree, Any]:
-    """What the later stage keeps, and a tree of how many gradients each block has had, or of ().
+def _of_later_stage(
+    previous: tuple[Any, ...], own: KlState, through: Through, updates: Tree
+) -> tuple[Tree, Any]:
+    """What the next such stage keeps, and a tree of the numbers of gradients it has seen, or of ().
+
+    Args:
+        own: this stage's state, by which its place among the previous ones is known.
 
     Raises:
         ValueError: there is none.
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
-    found = find_state(previous, wanted)
+    found: Any = None
+    for state in parted(previous, own)[1]:
+        if found is None and not (through == "roots" and isinstance(state, EigenbasisState)):
+            found = find_state((state,), wanted)
     try:
-        bases = found if through == "roots" else found.bases  # type: ignore[union-attr]
-        flatten(updates)[1].flatten_up_to(bases.kept)  # type: ignore[union-attr]
+        bases = found if through == "roots" else found.bases
+        flatten(updates)[1].flatten_up_to(bases.kept)
     except (AttributeError, ValueError) as error:
         raise ValueError(
             f'kl_statistics(through="{through}") found no {stage} for its blocks: put it after it '
             f"in the same chain, as in chain(kl_statistics(...), {stage})."
         ) from error
-    nobody = map_leaves(lambda u: (), updates)
-    return bases.kept, found.seen if through == "eigenvalues" else nobody  # type: ignore[union-attr]
+    # Nobody counts for roots, for Ritz values and for bases that begin as the identity.
+    counted = through == "eigenvalues" and found.seen != ()
+    return bases.kept, found.seen if counted else map_leaves(lambda u: (), updates)

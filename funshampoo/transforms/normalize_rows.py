@@ -83,6 +83,8 @@ def normalize_rows(
 
         def leaf(u: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
             *fine, v = rest
+            if not u.numel():  # the mean of nothing is NaN
+                return cast(u, v.dtype), v
             x = as_rows(cast(u, v.dtype), block_ndim, flatten_sides)
             weight: Any = per_block(share(1 - decay, fine[0], v), v) if fine else 1 - decay
             v = lerp(v, x.square().mean(-1), weight, donate)

@@ -15,7 +15,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import update_leaves, wide
+from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.linalg import Solver
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.low_precision import check_product_dtype
@@ -267,7 +267,7 @@ def _trace_scaled(A: Tensor, exponent: Hyper, epsilon: Hyper) -> Tensor:
     floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else trace.new_tensor(epsilon)
     size = torch.maximum(trace, floor)
     scale = power(torch.where(size > 0, size, 1.0), -exponent)
-    return A * scale[..., None, None]
+    return A * cast(scale, A.dtype)[..., None, None]
 
 
 def _factor(side: int, factors: Any, weight: Tensor) -> Reading:

@@ -15,7 +15,7 @@ from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
 from funshampoo.operators.columns import first_weights
-from funshampoo.operators.leaf_ops import add, sent, sent_once
+from funshampoo.operators.leaf_ops import add, filled, sent_once
 from funshampoo.state.averages import ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
 
@@ -89,8 +89,7 @@ def schedule_free(
 
         def weighed(total: Tensor, largest: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
             seen = add(seen, torch.ones_like(seen), donate)
-            now = sent(rate, largest) if isinstance(rate, Tensor) else rate
-            largest = torch.maximum(largest, torch.zeros_like(largest) + now)
+            largest = torch.maximum(largest, filled(largest, rate))
             weight = power(seen, r) * power(largest, weight_lr_power)
             total = add(total, weight, donate)
             share = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)

@@ -29,7 +29,7 @@ from funshampoo.operators.columns import (
     seen,
     weights_over,
 )
-from funshampoo.operators.leaf_ops import on_device, sqrt
+from funshampoo.operators.leaf_ops import filled, on_device, sqrt
 from funshampoo.state.meaning import meaning
 from funshampoo.transforms.momentum import zeros_like
 
@@ -144,8 +144,7 @@ def _power(second: Column, epsilon: Hyper, exponents: Sequence[float], damping: 
     for v, exponent in zip(second, exponents):
         least = on_device(epsilon, v)
         if damping == "floor":
-            bound = torch.zeros_like(v) + least
-            v = torch.maximum(v, bound)
+            v = torch.maximum(v, filled(v, epsilon))
         tiny = torch.finfo(v.dtype).tiny
         root = sqrt(v) if exponent == 0.5 else raised(torch.clamp(v, min=tiny), exponent)
         found.append(cast(root + least if damping == "added" else root, v.dtype))

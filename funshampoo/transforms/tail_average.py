@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_count, check_range
@@ -14,7 +13,7 @@ from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.columns import zeros_a_block
-from funshampoo.operators.leaf_ops import add, lerp, multiply, on_device, per_block
+from funshampoo.operators.leaf_ops import add, filled, lerp, multiply, on_device, per_block
 from funshampoo.state.averages import TailAverageState
 
 
@@ -74,7 +73,7 @@ def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransform
 
         def leaf(u: Tensor, p: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             new = cast(p, x.dtype) + cast(u, x.dtype)
-            one = torch.zeros_like(weight) + on_device(own, weight)
+            one = filled(weight, own)
             weight = add(multiply(weight, decay, donate), one, donate)
             share = one / weight
             if isinstance(begun, Tensor):

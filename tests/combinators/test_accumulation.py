@@ -60,6 +60,25 @@ def test_one_non_finite_micro_batch_does_not_poison(bad: float, where: int) -> N
     assert int(state.skipped) == 1
 
 
+@pytest.mark.parametrize("where", [0, 1, 2])
+@pytest.mark.parametrize("by_leaf", [False, True])
+def test_what_a_guard_around_it_holds_is_left_out_too(where: int, by_leaf: bool) -> None:
+    """The mean of the others is no gradient that is held: what averages it has to weigh it."""
+    params, grads = problem(), gradients(6)
+    for t in (where, 3 + where):
+        bad = torch.full_like(grads[t]["w"], float("nan"))
+        grads[t] = {**grads[t], "w": bad}
+    plain = fs.multi_steps(fs.adamw(0.1), 3)
+    around = fs.guarded(plain, by_leaf=by_leaf)
+    alone, state = plain.init(params), around.init(params)
+    for g in grads:
+        _, alone = plain.update(g, alone, params)
+        _, state = around.update(g, state, params)
+        fs.state.check(state)
+    assert int(state.inner.skipped) == 2
+    assert_equal(state.inner.inner["scale_by_adam"], alone.inner["scale_by_adam"])
+
+
 def test_a_step_without_one_finite_micro_batch_changes_nothing() -> None:
     params, grads = problem(), gradients(4)
     nan = optree.tree_map(lambda x: x * float("nan"), grads[0])

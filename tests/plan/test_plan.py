@@ -119,6 +119,19 @@ def test_state_bytes_are_those_of_the_state(name: str) -> None:
         check_sums(found, sum(x.numel() for x in tensors(concrete(problem()))))
 
 
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_trees_of_tensors_are_planned_as_they_are(kind: Any) -> None:
+    """Empty containers hold nothing, where they would be shapes; an OrderedDict has its order."""
+    params = kind(z=torch.zeros(9, 3), a=torch.zeros(3, 9), none=[], never=(), nested=kind())
+    tx = fs.shampoo(0.1, max_size=8)
+    found = plan(params, 1, transformation=tx)
+    assert found.parameters == 2
+    assert found.elements == 54
+    assert found.ranks[0].state_bytes == sum(x.nbytes for x in tensors(tx.init(params)))
+    layout = layout_of(leaf_keys(tensors(params)), 8, "small", 2)
+    assert list(found.stacks) == list(layout.stacks)
+
+
 def test_owners_are_those_that_the_layout_of_a_job_gets() -> None:
     """Order, shapes and rows of the stacks, read back from a state, are the layout's own."""
     for shapes in (problem(), model_shapes("resnet-50")):

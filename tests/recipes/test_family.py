@@ -101,6 +101,20 @@ def test_the_routing_can_be_told() -> None:
     assert_close(found["w"], muon["w"], 1e-12)
 
 
+@pytest.mark.parametrize("merge", ["none", "small", "matrix"])
+@pytest.mark.parametrize(
+    "recipe", [fs.muon, fs.normuon, fs.spectral_descent, fs.soap_muon], ids=lambda r: r.__name__
+)
+def test_a_matrix_that_merging_makes_a_vector_is_no_matrix(recipe: Any, merge: Any) -> None:
+    """A layer with one output, say: the others' method has it, and nobody's error names a stack."""
+    shapes = {"w": (6, 5), "out": (1, 6), "conv": (1, 4, 1), "one": (1, 1)}
+    params = {name: torch.ones(shape, dtype=D) for name, shape in shapes.items()}
+    found, _, _ = train(recipe(0.1, merge=merge), params, [params], fs.apply_updates)
+    adamw, _, _ = train(fs.adamw(0.1), params, [params], fs.apply_updates)
+    same = {name for name in shapes if torch.allclose(found[name], adamw[name], rtol=1e-12)}
+    assert same == (set() if merge == "none" else {"out", "conv", "one"})
+
+
 def test_a_vector_that_is_called_a_matrix_is_refused_by_shape() -> None:
     with pytest.raises(ValueError, match=r"has the shape \(5,\) and is no matrix"):
         fs.muon(0.1, matrices=True).init({"b": torch.zeros(5)})

@@ -178,3 +178,64 @@ def test_orthogonal_iteration_begins_with_a_decomposition() -> None:
     Q, _ = linalg.orthogonal_iteration()(A, old, torch.tensor([True, False]))
     assert Q[0].abs().argmax(0).tolist() == [1, 2, 0]  # the largest first
     assert Q[1].abs().argmax(0).tolist() == [0, 1, 2]  # a step from the old one
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 0, 3), (0, 2, 2)], ids=str)
+@pytest.mark.parametrize("through", ["eigenvalues", "ritz", "roots"])
+def test_a_parameter_without_entries_beside_others(through: Any, shape: Shape) -> None:
+    later = fs.root_inverse(1) if through == "roots" else fs.in_eigenbasis(fs.scale_by_adam(), 1)
+    tx = fs.chain(fs.kl_statistics(0.5, through=through, least_eigenvalue=0.1), later)
+    params = {"w": torch.ones(2, 3), "nothing": torch.zeros(shape)}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state)
+    assert updates["nothing"].shape == shape
+    assert updates["w"].isfinite().all()
+    fs.state.check(state)
+
+
+def test_bases_that_begin_as_the_identity() -> None:
+    """What `seen` would count is not asked: λ_i is renewed from the first gradient on."""
+    bases = fs.in_eigenbasis(fs.scale_by_adam(), every=9, start=9, first="identity")
+    tx = fs.chain(fs.kl_statistics(0.5, initial_eigenvalue=0.25), bases)
+    g = gradients((3, 4), 1)
+    _, state = stepped(tx, g)
+    rows, columns = state["kl_statistics"].eigenvalues["w"]
+    squares = g[0].square() / 0.25  # seen through the other side's eigenvalues, in the identity
+    torch.testing.assert_close(rows, 0.5 * 0.25 + 0.5 * squares.mean(1))
+    torch.testing.assert_close(columns, 0.5 * 0.25 + 0.5 * squares.mean(0))
+
+
+PAIRS = {
+    "roots": lambda: ("roots", fs.root_inverse(1)),
+    "soap": lambda: ("eigenvalues", fs.in_eigenbasis(fs.scale_by_rms(0.5), 1)),
+    "shampoo": lambda: ("eigenvalues", fs.in_eigenbasis(fs.scale_by_eigenvalues(), 1)),
+}
+
+
+@pytest.mark.parametrize("other", PAIRS)
+@pytest.mark.parametrize("one", PAIRS)
+def test_two_in_a_chain_are_pairs_with_the_stages_behind_them(one: str, other: str) -> None:
+    """Another pair changes nothing for the first, nor for the stage that is in its bases."""
+
+    def pair(name: str) -> list[fs.GradientTransformation]:
+        through, later = PAIRS[name]()
+        return [fs.kl_statistics(0.5, through=through), later]
+
+    found: list[Any] = []
+    seen = fs.stateless(lambda updates: found.append(updates["w"]) or updates, "seen")
+    g = gradients((3, 4), 4)
+    for pairs in (pair(one), [*pair(one), seen, *pair(other)]):
+        updates, state = stepped(fs.chain(*pairs), g)
+        found.append((updates, state["kl_statistics"]))
+    alone, *_, first, both = found
+    torch.testing.assert_close(both[1], alone[1], rtol=0, atol=0)
+    torch.testing.assert_close(first, alone[0], rtol=0, atol=0)
+
+
+def test_the_last_state_before_a_stage_is_found_in_whatever_it_stands() -> None:
+    """Two statistics: the roots are those of the nearer, though it is part of another state."""
+    g, root = gradients((3, 4), 3), fs.root_inverse(1)
+    two = fs.chain(fs.kronecker_statistics(0.5), fs.chain(fs.kronecker_statistics(0.9)), root)
+    one = fs.chain(fs.kronecker_statistics(0.9), root)
+    torch.testing.assert_close(stepped(two, g)[0], stepped(one, g)[0], rtol=0, atol=0)

@@ -11,9 +11,11 @@ from torch.func import grad, vmap
 
 import funshampoo as fs
 from funshampoo.core.live import Live
+from funshampoo.core.tree import flatten, leaf_names, map_leaves
+from tests.core.test_every_live_number import TABLE, Numbers, built
 from tests.trees import assert_close, gradients, problem, tensors
 
-D = torch.float64
+D, D32 = torch.float64, torch.float32
 Make = Callable[[Any], fs.GradientTransformation]
 
 NUMBERS: dict[str, Make] = {
@@ -118,3 +120,50 @@ def test_a_live_number_is_looked_up_on_every_step(make: Make) -> None:
         fixed = make(x)
         expected, _ = fixed.update(g, fixed.init(params), params)
         assert_close(found, expected, 1e-12)
+
+
+def _with_scalars() -> Any:
+    """In float32 and bfloat16, with leaves of order 0: torch promotes those by any number's."""
+    torch.manual_seed(0)
+    shapes = {"w": (4, 3), "v": (5,), "s": (), "layers": (2, 3, 2)}
+    return {n: torch.randn(s).to(torch.bfloat16 if n == "v" else D32) for n, s in shapes.items()}
+
+
+def _looks(tree: Any) -> list[tuple[str, torch.dtype, torch.Size]]:
+    return [(name, x.dtype, x.shape) for name, x in zip(leaf_names(tree), flatten(tree)[0])]
+
+
+def _stepped(tx: fs.GradientTransformation) -> None:
+    """Four steps, in which neither the state nor the updates take the dtype of a number."""
+    params = _with_scalars()
+    state = tx.init(params)
+    looks = _looks(state)
+    for _ in range(4):
+        g = map_leaves(torch.randn_like, params)
+        updates, state = tx.update(g, state, params)
+        assert _looks(state) == looks
+        assert {u.dtype for u in flatten(updates)[0]} <= {D32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+def test_numbers_in_float64_change_no_dtype(entry: Numbers) -> None:
+    numbers = {name: torch.tensor(x, dtype=D) for name, (x, _) in entry.numbers.items()}
+    if "mask" in entry.options:
+        pytest.skip("its mask is for other parameters")
+    _stepped(built(entry, numbers))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: fs.schedule_free(rate),
+        lambda rate: fs.primal_average(rate, average=0.5, interpolation=0.5),
+        lambda rate: fs.scale_by_learning_rate(rate),
+        lambda rate: fs.hyperball(rate),
+        lambda rate: fs.ema_nesterov(rate),
+        lambda rate: fs.from_published("RAdamScheduleFree", lr=rate, silent_sgd_phase=False),
+        lambda rate: fs.from_published("AdamWScheduleFree", lr=rate, warmup_steps=3),
+    ],
+)
+def test_schedules_in_float64_change_no_dtype(make: Make) -> None:
+    _stepped(make(lambda count: 0.1 / (count.double() + 1)))
