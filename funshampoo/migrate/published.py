@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from funshampoo.core.checks import check_flag, check_range, hint
+from funshampoo.core.checks import check_entries, check_flag, check_range, hint
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.migrate import (
     published_eigenbases,
@@ -116,6 +116,5 @@ def _check(name: str, value: Any, known: inspect.Parameter) -> None:
         check_range(name, value, 0.0, high_open=True, schedule=True)
     if name in _STATISTICS:  # at 1 there is no average: stages would sum, and the sources stay at 0
         check_range(name, value, float("-inf"), 1.0, high_open=True)
-    wanted = _ENTRIES.get(name)
-    if wanted and not (isinstance(value, Sequence) and len(value) == wanted):
-        raise ValueError(f"{name} is {value!r}; it must have {wanted} entries.")
+    if name in _ENTRIES:
+        check_entries(name, value, _ENTRIES[name])
