@@ -262,14 +262,18 @@ def test_a_parameter_that_autograd_guards_is_not_written_to(tx: fs.GradientTrans
 
 @pytest.mark.parametrize("mask", ["all", 3, {"w": 1.0}, lambda params: {"w": "yes"}])
 def test_a_mask_of_other_things_than_bools(mask: Any) -> None:
-    """All of them are true to Python, so everything would decay."""
+    """All of them are true to Python, so everything would decay, or be a matrix."""
     params = {"w": torch.ones(2, 2)}
     for tx in (
         fs.shampoo(0.1, weight_decay=0.1, mask=mask),
         fs.adamw(0.1, weight_decay=0.1, mask=mask),
         fs.masked(fs.trace(0.9), mask),
+        fs.muon(0.1, matrices=mask),
+        fs.blocked(fs.scale_by_adam(), with_params=mask),
     ):
-        with pytest.raises(TypeError, match="mask is .*; expected True or False"):
+        with pytest.raises(
+            TypeError, match="(mask|matrices|with_params) is .*; expected True or False"
+        ):
             tx.update(params, tx.init(params), params)
 
 

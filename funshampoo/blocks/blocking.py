@@ -20,9 +20,9 @@ from funshampoo.combinators.failures import (
     failing_blocks,
     failure_limit_error,
 )
-from funshampoo.combinators.masks import Mask
+from funshampoo.combinators.masks import Mask, bools_of
 from funshampoo.core.applying import add_in_place
-from funshampoo.core.checks import check_choice, check_count, check_flag
+from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
@@ -30,7 +30,7 @@ from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import required
 from funshampoo.core.parameters import check_local, problem_of_gradients
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
-from funshampoo.core.tree import check_same_structure, flatten, labels_of, leaf_names
+from funshampoo.core.tree import check_same_structure, flatten, leaf_names
 from funshampoo.state.stages import BlockedState
 
 
@@ -282,10 +282,7 @@ def _shape_unknown(updates: Tree) -> str:
 def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
     """The parameters that the inner transformation may see; None hides one."""
     leaves, _ = flatten(params)
-    flags = labels_of(mask, params, "with_params")
-    for flag in flags:
-        if flag is not True and flag is not False:
-            check_flag("mask", flag)
+    flags = bools_of(mask, params, "with_params")
     return [p if flag else None for p, flag in zip(leaves, flags)]
 
 

@@ -43,9 +43,7 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
     inner = as_transformation(inner)
 
     def init(params: Tree, **context: Any) -> MaskedState:
-        flags = _told(lambda p: labels_of(mask, p, "mask"), params, "masked")
-        for flag in flags:
-            check_flag("mask", flag)
+        flags = _told(lambda p: bools_of(mask, p, "mask"), params, "masked")
         return MaskedState(_part_state(inner, params, flags, context))
 
     def update(
@@ -144,6 +142,18 @@ def partition(
         parts=parts,
         state_of=lambda state, label: state.inner[label],
     )
+
+
+def bools_of(mask: bool | Mask, tree: Tree, what: str) -> list[bool]:
+    """`labels_of`, where each label is a bool: "no" would be taken for yes.
+
+    Raises:
+        ValueError, TypeError: as `labels_of`; or one is no bool.
+    """
+    flags = labels_of(mask, tree, what)
+    for flag in flags:
+        check_flag(what, flag)
+    return flags
 
 
 def _told(flags_of: Callable[[Tree], Any], params: Tree, stage: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,6 +145,16 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected True or False.")
+
+
+def check_entries(name: str, value: Any, number: int) -> None:
+    """`value` is a sequence of so many, which are not looked at.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    if not (isinstance(value, Sequence) and len(value) == number):
+        raise ValueError(f"{name} is {value!r}; it must have {number} entries.")
 
 
 def check_flags(**flags: Any) -> None:

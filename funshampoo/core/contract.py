@@ -299,16 +299,15 @@ def stateless(
     {'w': tensor([ 1., -1.])}
     """
     return GradientTransformation(
-        lambda params: EmptyState(),
-        without_state(function),
-        name or name_of(function),
-        **options,
+        lambda params: EmptyState(), without_state(function), name or name_of(function), **options
     )
 
 
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     """The same functions under another name."""
-    return GradientTransformation(name=name, **stage._given)
+    found = GradientTransformation(name=name, **stage._given)
+    found.live, found.in_tf32 = stage.live, stage.in_tf32  # which combinators set afterwards
+    return found
 
 
 def refreshes(transformation: GradientTransformation, context: Context) -> bool:

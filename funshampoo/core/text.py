@@ -17,19 +17,19 @@ def counted(number: float) -> str:
 def readable(size: float) -> str:
     """Bytes as people write them.
 
-    >>> readable(136), readable(3 * 2**20)
-    ('136 B', '3 MiB')
+    >>> readable(136), readable(3 * 2**20), readable(999.7 * 2**10)
+    ('136 B', '3 MiB', '0.976 MiB')
     """
     value, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1000:
+        if value < 999.5:  # what rounds to four digits is written with an exponent
             break
         value, unit = value / 1024, larger
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """Milliseconds below a second, seconds from there on; four digits at least.
+    """Milliseconds below a second, seconds from there on, in four digits; more seconds in whole.
 
     >>> duration(0.0123456), duration(1.5), duration(123456)
     ('12.35 ms', '1.5 s', '123,456 s')

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from funshampoo.core.checks import check_flag, check_range, hint
+from funshampoo.core.checks import check_entries, check_flag, check_range, hint
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.migrate import (
     published_eigenbases,
@@ -98,7 +98,7 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
             f"{', '.join(known)}{hint(unknown[0], known)}"
         )
     for name, value in args.items():
-        _check(name, value, str(known[name].annotation))
+        _check(name, value, known[name])
     return builder(**args)
 
 
@@ -106,15 +106,15 @@ _ENTRIES = {"betas": 2, "ns_coefficients": 3}
 _STATISTICS = ("shampoo_beta", "soap_beta2", "b2")
 
 
-def _check(name: str, value: Any, annotation: str) -> None:
+def _check(name: str, value: Any, known: inspect.Parameter) -> None:
     """What is the same for all constructors; ranges are looked at where an argument arrives."""
-    optional = "None" in annotation
-    if annotation.startswith("bool") and not (optional and value is None):
+    if value is known.default:
+        return
+    if str(known.annotation).startswith("bool"):
         check_flag(name, value)
     if name == "lr":
         check_range(name, value, 0.0, high_open=True, schedule=True)
     if name in _STATISTICS:  # at 1 there is no average: stages would sum, and the sources stay at 0
         check_range(name, value, float("-inf"), 1.0, high_open=True)
-    wanted = _ENTRIES.get(name)
-    if wanted and value is not None and len(value) != wanted:
-        raise ValueError(f"{name} is {value!r}; it must have {wanted} entries.")
+    if name in _ENTRIES:
+        check_entries(name, value, _ENTRIES[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from funshampoo.core.checks import check_flags, check_range, hint
+from funshampoo.core.checks import check_entries, check_flags, check_range, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly
 from funshampoo.migrate.reference_averages import averaged, averaged_as_published
@@ -110,6 +110,7 @@ def from_reference(
     for name in sorted(without_effect.keys() - set(WITHOUT_EFFECT)):
         near = hint(name, [*inspect.signature(from_reference).parameters, *WITHOUT_EFFECT])
         raise TypeError(f"from_reference() got an unexpected argument {name!r}{near}")
+    check_entries("betas", betas, 2)
     beta1, beta2 = betas
     target = merging_target(
         target_parameter_dimensionality, without_effect.get("distributed_config")

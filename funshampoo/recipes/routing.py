@@ -9,9 +9,9 @@ from torch import Tensor
 from funshampoo.blocks.blocking import blocked
 from funshampoo.blocks.layout import Merge, merged_shape
 from funshampoo.combinators.guard import guarded
-from funshampoo.combinators.masks import Mask, partition
+from funshampoo.combinators.masks import Mask, bools_of, partition
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.tree import flatten, labels_of
+from funshampoo.core.tree import flatten
 from funshampoo.recipes.diagonal import adamw, is_zero
 from funshampoo.recipes.in_blocks import Distribute, distributed
 from funshampoo.transforms import add_decayed_weights
@@ -79,7 +79,7 @@ def labelled(matrices: Mask | None, merge: Merge = "none") -> Any:
     def labels(tree: Tree) -> Tree:
         leaves, spec = flatten(tree)
         if matrices is not None:
-            flags = labels_of(matrices, tree, MATRICES)
+            flags = bools_of(matrices, tree, MATRICES)
         elif any([leaf is None for leaf in leaves]):
             raise ValueError(
                 "a gradient is None, and without parameters nothing says whether it is a matrix's: "

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from funshampoo.core.interrupted import check_whole
+from funshampoo.core.tree import flatten
 
 StateT = TypeVar("StateT")
 
@@ -35,16 +36,33 @@ def find_state(states: Any, kind: type[StateT]) -> StateT | None:
 def parted(previous: tuple[Any, ...], own: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(states of the stages before the one whose state is `own`, of those after it).
 
-    A stage that `masked` wraps by itself is not among them: (all, all from the last to the first),
-    since those of the innermost scope are the last ones.
+    Args:
+        previous: of the context: of a chain in another one both are there, the inner stages last.
+        own: may be part of one of them, as of a combinator's. It is known by its last tensor:
+            `masked` makes other tuples of the same tensors. (all, all backwards) where it is not
+            found, or has none.
 
-    >>> parted(((1,), own := (2,), (3,)), own)
-    (((1,),), ((3,),))
+    >>> import torch
+    >>> one, own, other = [(torch.zeros(()),) for _ in range(3)]
+    >>> before, after = parted((one, {"inner": own}, other), own)
+    >>> before == (one,), after == (other,)
+    (True, True)
     """
-    places = [i for i, state in enumerate(previous) if state is own]
-    if not places:
-        return previous, previous[::-1]
-    return previous[: places[-1]], previous[places[-1] + 1 :]
+    for i, state in enumerate(previous):
+        before, rest = previous[:i], previous[i + 1 :]
+        if state is own:
+            return before, rest
+        if _holds(state, own):  # it is a chain's perhaps, whose stages are among those that follow
+            inside = [_holds(state, x) for x in rest]
+            near = parted(tuple([x for x, within in zip(rest, inside) if within]), own)
+            others = [x for x, within in zip(rest, inside) if not within]
+            return (*before, *near[0]), (*near[1], *others)
+    return previous, previous[::-1]
+
+
+def _holds(state: Any, part: Any) -> bool:
+    known = find_state(part, Tensor)
+    return known is not None and any([x is known for x in flatten(state)[0]])
 
 
 def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

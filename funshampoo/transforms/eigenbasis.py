@@ -97,11 +97,10 @@ def in_eigenbasis(
             eigenvalue-corrected Shampoo. With start=1 and first="identity" no step is made in the
             identity.
 
-    Derivatives through training take the bases with them; see `linalg.spectral.Spectrum` for ties.
-
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
-    First derivatives go through the bases, second ones are an error. Among equal eigenvalues, where
-    a basis is one of many, it is a constant.
+
+    Derivatives through training, second ones too, take the bases with them; see
+    `linalg.spectral.Spectrum` for ties.
 
     State: `EigenbasisState`.
 

@@ -10,6 +10,7 @@ from torch.func import vmap
 
 import funshampoo as fs
 from funshampoo import linalg
+from funshampoo.core.contract import renamed
 from tests.trees import assert_close, gradients, problem, tensors, train
 
 
@@ -23,6 +24,18 @@ def test_numbers_go_to_the_state_in_float32_and_the_rest_stays() -> None:
     for value in hyperparams.values():
         assert value.dtype == torch.float32
         assert value.ndim == 0
+
+
+def test_under_another_name_the_callers_numbers_are_the_same() -> None:
+    """Those of the state are not the caller's to give, and what may read any still may."""
+    own = fs.inject_hyperparams(fs.adamw)(0.1)
+    any_number = fs.wrapping(fs.scale(1.0), lambda updates, run, own, *, hyper: (run(updates), own))
+    for tx in (own, any_number, fs.in_tf32(fs.scale(1.0))):
+        found = renamed(tx, "another")
+        assert (found.live, found.in_tf32) == (tx.live, tx.in_tf32)
+    params, found = {"w": torch.ones(2)}, renamed(own, "another")
+    with pytest.raises(ValueError, match="no stage here reads a live number 'beta1'"):
+        found.update(params, found.init(params), params, hyper={"beta1": 0.5})
 
 
 def test_the_same_numbers_as_without() -> None:

@@ -325,6 +325,8 @@ def test_flatten_does_not_mix_parameters_of_one_shape_as_the_source_does() -> No
         ("AdamWScheduleFree", {"lr": -1.0}, ValueError, "lr is -1.0"),
         ("RAdamScheduleFree", {"lr": float("nan")}, ValueError, "lr is nan"),
         ("SOAP", {"betas": (0.9,)}, ValueError, "betas is .* must have 2 entries"),
+        ("SOAP", {"betas": 0.9}, ValueError, "betas is 0.9; it must have 2 entries"),
+        ("SOAP", {"betas": None}, ValueError, "betas is None; it must have 2 entries"),
         ("Muon (torch.optim)", {"ns_coefficients": (1, 2)}, ValueError, "must have 3 entries"),
         ("SOAP", {"max_precond_dim": "a"}, TypeError, "max_precond_dim is 'a'"),
         ("SPlus", {"nonstandard_constant": float("nan")}, ValueError, "nonstandard_constant is"),

@@ -493,6 +493,7 @@ def test_arguments_about_where_and_how_it_runs_are_accepted() -> None:
         ),
         ({"learning_rate": 0.1}, TypeError, "unexpected argument 'learning_rate'"),
         ({"epsilon": -1.0}, ValueError, "epsilon is -1.0"),
+        ({"betas": 0.9}, ValueError, "betas is 0.9; it must have 2 entries"),
     ],
     ids=lambda value: "",
 )

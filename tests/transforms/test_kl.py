@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -231,6 +232,35 @@ def test_two_in_a_chain_are_pairs_with_the_stages_behind_them(one: str, other: s
     alone, *_, first, both = found
     torch.testing.assert_close(both[1], alone[1], rtol=0, atol=0)
     torch.testing.assert_close(first, alone[0], rtol=0, atol=0)
+
+
+WRAPPED: dict[str, Callable[..., fs.GradientTransformation]] = {
+    "chain": fs.chain,
+    "masked": lambda stage: fs.masked(stage, True),
+    "guarded": lambda stage: fs.guarded(stage, by_leaf=True),
+    "every_k": lambda stage: fs.every_k(stage, 1),
+}
+
+
+@pytest.mark.parametrize("part", ["statistics", "bases", "pair"])
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_pair_is_one_too_where_part_of_it_is_in_a_combinator(wrap: str, part: str) -> None:
+    """With another pair behind it, whose eigenvalues are others."""
+    around = WRAPPED[wrap]
+
+    def both(first: Any, second: Any) -> fs.GradientTransformation:
+        behind = fs.kl_statistics(0.9), fs.in_eigenbasis(fs.scale_by_eigenvalues(), 1)
+        return fs.chain(*first, *second, *behind)
+
+    statistics, bases = fs.kl_statistics(0.5), fs.in_eigenbasis(fs.scale_by_eigenvalues(), 1)
+    tx = {
+        "statistics": lambda: both([around(statistics)], [bases]),
+        "bases": lambda: both([statistics], [around(bases)]),
+        "pair": lambda: both([around(fs.chain(statistics, bases))], []),
+    }[part]()
+    g = gradients((3, 4), 4)
+    expected = stepped(both([statistics], [bases]), g)[0]
+    torch.testing.assert_close(stepped(tx, g)[0], expected, rtol=0, atol=0)
 
 
 def test_the_last_state_before_a_stage_is_found_in_whatever_it_stands() -> None:
