@@ -152,7 +152,8 @@ def bools_of(mask: bool | Mask, tree: Tree, what: str) -> list[bool]:
     """
     flags = labels_of(mask, tree, what)
     for flag in flags:
-        check_flag(what, flag)
+        if flag is not True and flag is not False:  # on every step, so without a call
+            check_flag(what, flag)
     return flags
 
 
