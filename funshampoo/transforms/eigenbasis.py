@@ -100,8 +100,8 @@ def in_eigenbasis(
     Derivatives through training take the bases with them; see `linalg.spectral.Spectrum` for ties.
 
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
-    First derivatives go through the bases, second ones are an error. Among equal eigenvalues, where
-    a basis is one of many, it is a constant.
+    Derivatives go through the bases, second ones too. Among equal eigenvalues, where a basis is one
+    of many, it is a constant.
 
     State: `EigenbasisState`.
 
