@@ -184,3 +184,38 @@ def test_ties_and_null_spaces_have_finite_derivatives(dtype: torch.dtype) -> Non
     one = torch.ones((), dtype=dtype)
     assert grad(run)(one).isfinite()
     assert jvp(run, (one,), (one,))[1].isfinite()
+
+
+ON_ZEROS: dict[str, Callable[..., Any]] = {
+    **RECIPES,
+    "newton_schulz": lambda rate: fs.shampoo(rate, every=1, solver=linalg.newton_schulz()),
+    "clip_by_global_norm": lambda rate: _before_rate(fs.clip_by_global_norm(1.0), rate),
+    "adaptive_clip": lambda rate: _before_rate(fs.adaptive_clip(0.1), rate),
+    "normalize_rows": lambda rate: _before_rate(fs.normalize_rows(), rate),
+    "schatten4": lambda rate: _before_rate(fs.orthogonalize(norm="schatten4"), rate),
+    "update_floor": lambda rate: fs.chain(fs.sgd(rate), fs.update_floor(0.1)),
+    "hyperball": lambda rate: fs.chain(fs.scale_by_adam(), fs.hyperball(rate)),
+}
+
+
+def _before_rate(stage: Any, rate: Tensor) -> Any:
+    return fs.chain(stage, fs.scale_by_learning_rate(rate))
+
+
+@pytest.mark.parametrize("name", ON_ZEROS)
+def test_second_derivatives_where_a_gradient_is_zeros(name: str) -> None:
+    """Norms of zeros have none in torch, in reverse mode twice: NaN, of the whole training."""
+    w, v = (torch.full((4, 3), x, dtype=torch.float64) for x in (1.0, 0.0))
+
+    def run(rate: Tensor) -> Tensor:
+        tx, params = ON_ZEROS[name](rate), {"w": w, "v": v.mT}
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update({k: 0 * p for k, p in params.items()}, state, params)
+            params = fs.apply_updates(params, updates)
+        return torch.stack([p.square().sum() for p in params.values()]).sum()
+
+    rate, h = torch.tensor(0.05, dtype=torch.float64), 1e-5
+    expected = (grad(run)(rate + h) - grad(run)(rate - h)) / (2 * h)
+    for second in (grad(grad(run)), jacfwd(grad(run))):
+        torch.testing.assert_close(second(rate), expected, rtol=1e-5, atol=1e-8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch.func import grad, grad_and_value, vmap
@@ -260,3 +261,37 @@ def test_functional_call_with_a_module() -> None:
         params = fs.apply_updates(params, updates)
     assert objective(params) < 0.5 * first
     assert_unchanged(before, dict(module.named_parameters()))
+
+
+STAGES: dict[str, Any] = {
+    "schedule_free": lambda: fs.schedule_free(0.01),
+    "primal_average": lambda: fs.primal_average(0.01, average=0.9, interpolation=0.9),
+    "ema_nesterov": lambda: fs.chain(fs.sgd(0.01), fs.ema_nesterov(0.5)),
+    "tail_average": lambda: fs.chain(fs.sgd(0.01), fs.tail_average()),
+    "decay": lambda: fs.chain(fs.add_decayed_weights(0.1), fs.trace(0.9)),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_steps_of_a_module_outside_of_no_grad_keep_no_graph(name: str) -> None:
+    """Each step's would hang on the one before: memory grew with every step."""
+    tx, w = STAGES[name](), torch.nn.Parameter(torch.ones(3, 2))
+    state = tx.init({"w": w})
+    for _ in range(2):
+        updates, state = tx.update({"w": torch.ones(3, 2)}, state, {"w": w})
+    assert not [x for x in optree.tree_leaves((updates, state)) if x.requires_grad]
+    followed = torch.ones(3, 2, requires_grad=True)  # as create_graph=True makes a gradient
+    updates, state = tx.update({"w": followed}, state, {"w": w})
+    assert updates["w"].requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "decay"])
+def test_a_recorded_state_is_not_stepped_in_place(name: str) -> None:
+    """With detached parameters, as the error for recorded ones advises, every step was recorded."""
+    tx, w = STAGES[name](), torch.ones(3, 2, requires_grad=True)
+    grads, params = {"w": torch.ones(3, 2)}, {"w": w.detach()}
+    with pytest.raises(ValueError, match=r"the state requires gradients.*init with p\.detach"):
+        fs.update_in_place(tx, grads, tx.init({"w": w}), params)
+    assert (w == 1).all()
+    state = fs.update_in_place(tx, grads, tx.init(params), params)
+    assert not [x for x in optree.tree_leaves(state) if x.requires_grad]

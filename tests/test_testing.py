@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 import funshampoo as fs
 from funshampoo import GradientTransformation
@@ -357,7 +358,59 @@ def no_derivative() -> Any:
     return stage(lambda u, m: (((u - u) ** 2).sqrt() + u, m), wide)
 
 
+class Cube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return ctx.saved_tensors[0] ** 2 * 3 * g
+
+
+class WrongCube(Cube):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return ctx.saved_tensors[0] ** 2 * 3 * t
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return ctx.saved_tensors[0] ** 2 * 2 * g
+
+
+def without_jvp() -> Any:
+    return stage(lambda u, m: (Cube.apply(u), m), wide)
+
+
+def wrong_backward() -> Any:
+    return stage(lambda u, m: (WrongCube.apply(u), m), wide)
+
+
+def detaches() -> Any:
+    return stage(lambda u, m: (u / (1 + u.detach().abs()), m), wide)
+
+
+def detaches_in_short_steps() -> Any:
+    return stage(lambda u, m: (1e-5 * u / (1 + u.detach().abs()), m), wide)
+
+
+def detaches_first_weights() -> Any:
+    return stage(lambda u, m: (u + 0.1 * m, m.clone()), lambda p: wide(p) + p.detach())
+
+
 OUTSIDE = {"blocks": False}
+DERIVATIVES = {"blocks": False, "vmap": False, "compile": False}
 BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (bare, "update returned a dict. Return a pair", {}),
     (number_at_first, "the state of 'broken' holds 0, a int", {}),
@@ -426,6 +479,11 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (differs_in_a_graph, "step 1 in torch.compile gives other results", {}),
     (leaves_torch, "torch.func.grad raised", {"vmap": False, "compile": False}),
     (no_derivative, "the derivative of the updates of step 1 .* is not finite", {}),
+    (without_jvp, "implement the jvp .* needs both a backward and a jvp", DERIVATIVES),
+    (wrong_backward, r"torch\.func\.grad a derivative through .*gradcheck", DERIVATIVES),
+    (detaches, r"torch\.func\.grad a derivative through .*Detach nothing", DERIVATIVES),
+    (detaches_in_short_steps, r"a derivative through .*Detach nothing", DERIVATIVES),
+    (detaches_first_weights, r"a derivative through .*Detach nothing", DERIVATIVES),
 ]
 
 

@@ -111,8 +111,8 @@ def update_in_place(
 
     Raises:
         ValueError, TypeError: as `GradientTransformation.update`. A parameter can't be written to:
-            it, or its gradient, requires gradients, outside torch.no_grad(); several of its entries
-            are one place in memory. Nothing is changed.
+            it, or its gradient, requires gradients, outside torch.no_grad(), or the state does;
+            several of its entries are one place in memory. Nothing is changed.
         InterruptedStepError: an earlier step of this state did not come to its end. Any exception,
             KeyboardInterrupt too, that ends a step which has begun to write marks the state.
 
@@ -178,7 +178,7 @@ class Entering(NamedTuple):
                 "update, which returns the updates."
             )
         updates, entered = tx.checked(updates, state, params, context)
-        check_writable(params, updates)
+        check_writable(params, updates, state)
         return changed(self, updates=updates, entered=entered)
 
     def applied(self) -> State:

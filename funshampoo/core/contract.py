@@ -11,6 +11,7 @@ unchanged.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -32,7 +33,7 @@ from funshampoo.core.live import Live, check_placed, check_values, live_names, l
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import required
 from funshampoo.core.of_parts import checks_of, names_of, united
-from funshampoo.core.parameters import as_entering, of_parameters
+from funshampoo.core.parameters import as_entering, of_parameters, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
@@ -183,7 +184,7 @@ class GradientTransformation:
         self.live: frozenset[str] | None = united(own, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
-        """The state for these parameters.
+        """The state for these parameters. Autograd records what is made of those that ask for it.
 
         Raises:
             TypeError: something in it is no tensor (names the stage).
@@ -224,10 +225,8 @@ class GradientTransformation:
         updates, entered = self.checked(updates, state, params, given)
         if entered.unlike and not self.casts:
             updates = as_entering(updates, params, casts=True)
-        if given.donate:
-            with Watched(state):
-                found = self.run(updates, state, params, given)
-        else:
+        params = unrecorded(params, updates)
+        with Watched(state) if given.donate else contextlib.nullcontext():
             found = self.run(updates, state, params, given)
         self._fits.made(found, entered)
         return found

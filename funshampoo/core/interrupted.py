@@ -36,8 +36,8 @@ class Watched:
     """
 
     def __init__(self, state: Any, params: Any = ()) -> None:
-        self._state = _tensors(state)
-        self._tensors = self._state + _tensors(params)
+        self._state = tensors_of(state)
+        self._tensors = self._state + tensors_of(params)
 
     def begin(self) -> Watched:
         """From now on; as `with` does, for who marks by himself."""
@@ -59,7 +59,7 @@ class Watched:
 
 def mark(state: Any) -> None:
     """Say of a state that it is half done."""
-    for x in _tensors(state):
+    for x in tensors_of(state):
         setattr(x, _MARK, True)
 
 
@@ -100,7 +100,7 @@ def check_unmarked(first: Tensor | None) -> None:
         )
 
 
-def _tensors(state: Any) -> list[Tensor]:
+def tensors_of(state: Any) -> list[Tensor]:
     """The tensors of a state, in an order that is always the same.
 
     Several times faster than `flatten`, which looks into layouts too.

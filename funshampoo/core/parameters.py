@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
 
 from funshampoo.core.placed import is_in_parts
 from funshampoo.core.tree import cast, compute_dtype, flatten, leaf_names
@@ -37,6 +37,22 @@ def detached(p: Tensor) -> Tensor:
         if getattr(p, mark, False):
             setattr(found, mark, True)
     return found
+
+
+def unrecorded(params: Any, gradients: Any) -> Any:
+    """The parameters of a step; those of a module without autograd, where no gradient has it.
+
+    They require gradients whatever somebody wants. Of a loop that steps outside of torch.no_grad(),
+    decay and averages of weights would keep every step's graph in the state.
+    """
+    if params is None or not torch.is_grad_enabled():
+        return params
+    leaves, spec = flatten(params)
+    if not any([isinstance(p, Parameter) for p in leaves]):
+        return params
+    if any([isinstance(g, Tensor) and g.requires_grad for g in flatten(gradients)[0]]):
+        return params
+    return spec.unflatten([detached(p) if isinstance(p, Parameter) else p for p in leaves])
 
 
 class NotAParameterError(TypeError):

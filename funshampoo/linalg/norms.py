@@ -18,8 +18,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funshampoo.core.modes import is_plain, is_traced
+from funshampoo.core.modes import is_differentiated, is_plain, is_traced
 from funshampoo.core.placed import is_in_parts, whole_numbers
+
+
+def norm_over_axes(
+    x: Tensor, axes: Sequence[int], keepdim: bool = False, order: float = 2.0
+) -> Tensor:
+    """‖x‖ over these axes, whose derivatives of every order are 0 where x is zeros.
+
+    torch says so of the first derivative, and NaN of the second one by the first in reverse mode. A
+    block has no gradient where another weight is zeros yet, as LoRA's are at the start.
+
+    >>> from torch.func import grad
+    >>> grad(grad(lambda t: norm_over_axes(t * torch.zeros(2), (0,))))(torch.tensor(1.0))
+    tensor(0.)
+    """
+    axes = tuple(axes)
+    norm: Tensor = torch.linalg.vector_norm(x, order, dim=axes, keepdim=keepdim)
+    if is_differentiated(x) and not is_in_parts(x):
+        zero = torch.linalg.vector_norm(x.detach(), dim=axes, keepdim=True) == 0
+        norm = torch.linalg.vector_norm(x.masked_fill(zero, 1.0), order, dim=axes, keepdim=keepdim)
+        norm = norm.masked_fill(zero.reshape(norm.shape), 0.0)
+    return norm
 
 
 def block_norm(x: Tensor, block_ndim: int) -> Tensor:
@@ -36,8 +57,7 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
     flat = x.reshape(*x.shape[:block_ndim], -1)
     if flat.shape[-1] == 1:  # the same number, but its derivative is a sign, not a quotient
         return flat[..., 0].abs()
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=-1)  # not of length 1; see row_norms
-    return norms
+    return norm_over_axes(flat, (flat.ndim - 1,))
 
 
 def row_norms(x: Tensor, order: float = 2.0) -> Tensor:
@@ -49,8 +69,7 @@ def row_norms(x: Tensor, order: float = 2.0) -> Tensor:
     >>> row_norms(torch.zeros(2, 1, device="meta")).shape
     torch.Size([2])
     """
-    norm: Tensor = torch.linalg.vector_norm(x, order, dim=x.ndim - 1)
-    return norm
+    return norm_over_axes(x, (x.ndim - 1,), order=order)
 
 
 def range_limits(dtype: torch.dtype) -> tuple[float, float]:

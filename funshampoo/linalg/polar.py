@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funshampoo.core.modes import constant, is_traced, may_reuse, product_precision
 from funshampoo.core.tree import cast
+from funshampoo.linalg.norms import norm_over_axes
 from funshampoo.linalg.polynomials import Polynomial
 from funshampoo.linalg.products import is_plain_memory, matmul
 
@@ -117,9 +118,10 @@ def _factor(X: Tensor, polynomials: Sequence[Polynomial], gram: bool) -> Tensor:
 def _size(X: Tensor, epsilon: float, norm: Norm, slack: float) -> Tensor:
     if norm == "schatten4":
         A = matmul(X, X.mT)
-        fourth: Tensor = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
-        return fourth.sqrt() + epsilon
-    frobenius: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+        fourth = norm_over_axes(A, (-2, -1), keepdim=True)
+        # As leaf_ops.sqrt: of zeros a root has no derivative, and this one has 0.
+        return fourth.clamp(min=torch.finfo(fourth.dtype).tiny).sqrt() + epsilon
+    frobenius = norm_over_axes(X, (-2, -1), keepdim=True)
     if slack != 1.0:
         frobenius = frobenius * slack
     return frobenius.clamp(min=epsilon) if norm == "clamped" else frobenius + epsilon

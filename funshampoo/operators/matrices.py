@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funshampoo.linalg.norms import norm_over_axes
 from funshampoo.operators.leaf_ops import per_block
 
 
@@ -29,8 +30,7 @@ def norm_over(x: Tensor, first: int) -> Tensor:
     axes = tuple(range(first, x.ndim))
     if not axes:
         return x.abs()
-    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
-    return norm
+    return norm_over_axes(x, axes, keepdim=True)
 
 
 def inner_product(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:

@@ -104,10 +104,10 @@ def gradients_flow(trial: Trial) -> None:
 
 
 def derivatives_are_right(trial: Trial) -> None:
-    """Of the parameters after some steps, by those before and all gradients, backward and forward.
+    """Of the way of some steps, by the parameters before and all gradients, backward and forward.
 
     What central differences say, where two of them agree: elsewhere there is none, and in less than
-    float64 they say nothing.
+    float64 they say nothing. The way alone, since beside where it began short steps would not show.
     """
     leaves = flatten(trial.params)[0]
     if any([x.dtype != torch.float64 for x in leaves]):
@@ -120,18 +120,20 @@ def derivatives_are_right(trial: Trial) -> None:
 
     def number(by: Tensor) -> Tensor:
         params = moved(trial.params, 3, by)
-        state = trial.tx.init(params)
+        state, way = trial.tx.init(params), torch.zeros_like(by)
         for t, g in enumerate(grads):
             updates, state = trial.step(moved(g, 200 + t, by), state, params)
             params = apply_updates(params, updates)
-        return torch.stack([(p * w).sum() for p, w in zip(flatten(params)[0], weights)]).sum()
+            found = [(u * w).sum() for u, w in zip(flatten(updates)[0], weights)]
+            way = way + torch.stack(found).sum()
+        return way
 
     def difference_quotient(h: float) -> float:
         return ((number(zero + h) - number(zero - h)) / (2 * h)).item()
 
     zero, one = leaves[0].new_zeros(()), leaves[0].new_ones(())
     expected = difference_quotient(1e-5)
-    bound = 2e-3 * max(abs(expected), 1e-3)
+    bound = 2e-3 * max(abs(expected), 1e-3 * abs(number(zero).item()))
     for way, found in (
         ("torch.func.grad", torch.func.grad(number)(zero).item()),
         ("torch.func.jvp", torch.func.jvp(number, (zero,), (one,))[1].item()),
@@ -143,6 +145,7 @@ def derivatives_are_right(trial: Trial) -> None:
         trial.fail(
             f"by {way} a derivative through {len(grads)} steps is {found:.4g}, by differences "
             f"{expected:.4g}",
-            "Detach nothing that depends on gradients or parameters, and keep copies that autograd "
-            "can follow; for a stage without a derivative, pass differentiable=False.",
+            "Detach nothing that depends on gradients or parameters, keep copies that autograd can "
+            "follow, and try a torch.autograd.Function by torch.autograd.gradcheck; for a stage "
+            "without a derivative, pass differentiable=False.",
         )

@@ -13,7 +13,13 @@ from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.modes import is_plain
 from funshampoo.core.placed import whole_numbers
 from funshampoo.core.tree import cast, compute_dtype, flatten, update_columns
-from funshampoo.linalg.norms import is_readable, range_limits, range_scale, range_shift
+from funshampoo.linalg.norms import (
+    is_readable,
+    norm_over_axes,
+    range_limits,
+    range_scale,
+    range_shift,
+)
 from funshampoo.operators.columns import Column, clamp, in_compute_dtype, shared_product
 from funshampoo.operators.leaf_ops import in_range, sent
 
@@ -141,7 +147,6 @@ def _plain_norm(leaves: Column, dtype: torch.dtype) -> Tensor:
     if is_plain(leaves):
         norms = list(torch._foreach_norm(leaves, 2, dtype=dtype))
     else:
-        norms = [torch.linalg.vector_norm(x, dtype=dtype) for x in leaves]
+        norms = [norm_over_axes(cast(x, dtype), range(x.ndim)) for x in leaves]
     norms = whole_numbers(norms)
-    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    return total
+    return norm_over_axes(torch.stack([n.to(norms[0].device) for n in norms]), (0,))

@@ -12,6 +12,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_leaves
+from funshampoo.linalg.norms import norm_over_axes
 from funshampoo.operators.leaf_ops import lerp, per_block, share, sqrt
 from funshampoo.operators.matrices import as_rows
 from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
@@ -89,7 +90,7 @@ def normalize_rows(
             weight: Any = per_block(share(1 - decay, fine[0], v), v) if fine else 1 - decay
             v = lerp(v, x.square().mean(-1), weight, donate)
             rows = x / (sqrt(v) + damping)[..., None]
-            old, new = (torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True) for y in (x, rows))
+            old, new = (norm_over_axes(y, (-2, -1), keepdim=True) for y in (x, rows))
             s = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
             return (rows * (s * old / torch.clamp(new, min=1e-8))).reshape(u.shape), v
 
