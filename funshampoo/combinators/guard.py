@@ -131,21 +131,20 @@ def guarded(
         if limit_reached(failure_report(state), max_failures):
             raise failure_limit_error(failing_blocks(state, max_failures), max_failures)
 
-    def judged(updates: Tree, state: GuardedState, context: Context) -> tuple[Verdicts | None, Any]:
-        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
-        if spike_factor is None:
-            return verdicts, spikes
-        factor = number(spike_factor, context.hyper)
-        return with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
-
     def update(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
-        found = judged(updates, state, context)
-        return _step(inner, updates, state, params, context, *found)
+        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
+        if spike_factor is not None:
+            factor = number(spike_factor, context.hyper)
+            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+        return _step(inner, updates, state, params, context, verdicts, spikes)
 
     def apply(updates: Tree, state: GuardedState, params: Tree, context: Context) -> GuardedState:
-        verdicts, spikes = judged(updates, state, context)
+        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
+        if spike_factor is not None:
+            factor = number(spike_factor, context.hyper)
+            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
         if verdicts is not None:  # some of what `inner` makes of them is to be zeros
             found, new = _step(inner, updates, state, params, context, verdicts, spikes)
             add_in_place(params, found)
@@ -191,9 +190,13 @@ def _step(
 def _stepped(
     updates: Tree, state: GuardedState, own: Any, dead: Tree, spikes: Any, context: Context
 ) -> GuardedState:
-    """The state after a step that has left `inner` its `own`."""
-    held, streak = _counted(updates, state, dead, context.donate)
-    return GuardedState(held, streak, own, advanced(state.steps, context.donate), spikes)
+    """The state after a step that has left `inner` its `own`; dead is None where all are fine."""
+    more, held, donate = None, state.held, context.donate
+    if dead is not None:
+        more = _as_counts(dead)
+        held = _added(held, more, donate)
+    streak = _streaks(updates, state.streak, more, donate)
+    return GuardedState(held, streak, own, advanced(state.steps, donate), spikes)
 
 
 def _check_by_leaf(by_leaf: bool, inner: GradientTransformation) -> None:
@@ -213,14 +216,6 @@ def run_alive(
         return inner.run(updates, state, params, context)
     out, new = inner.run(updates, state, params, changed(context, donate=False))
     return out, _merged(new, state, context.alive, context.block_ndim)
-
-
-def _counted(updates: Tree, state: GuardedState, dead: Tree, donate: bool) -> tuple[Tree, Tree]:
-    """How often each was held, and how often in a row by now; dead is None where all are fine."""
-    if dead is None:
-        return state.held, _streaks(updates, state.streak, None, donate)
-    more = _as_counts(dead)
-    return _added(state.held, more, donate), _streaks(updates, state.streak, more, donate)
 
 
 def _as_counts(dead: Tree) -> Tree:

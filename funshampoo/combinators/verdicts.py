@@ -66,7 +66,7 @@ def _judged(norms: Tree, together: bool) -> Verdicts:
             kinds.setdefault((norm.dtype, norm.device), []).append(i)
     for (dtype, _), places in kinds.items():
         flat = torch.cat([leaves[i].reshape(-1) for i in places])
-        dead = ~(flat * flat <= _limit(dtype))
+        dead = ~(flat * flat <= _LIMITS[dtype])
         alive, sizes = (~dead).to(dtype), [leaves[i].numel() for i in places]
         for i, mask, fine in zip(places, torch.split(dead, sizes), torch.split(alive, sizes)):
             found[i] = mask.reshape(leaves[i].shape), fine.reshape(leaves[i].shape)
@@ -160,9 +160,9 @@ def _of_masks(dead: Tree, norms: Tree, together: bool) -> Verdicts:
     return dead, alive
 
 
-def _limit(dtype: torch.dtype) -> float:
-    """Of ‖G‖²."""
-    return torch.finfo(dtype).max * 2.0**-20
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LIMITS = {dtype: torch.finfo(dtype).max * 2.0**-20 for dtype in _DTYPES}
+"""Of ‖G‖²."""
 
 
 def _all_usable(norms: Sequence[Tensor | None]) -> bool:
@@ -170,7 +170,7 @@ def _all_usable(norms: Sequence[Tensor | None]) -> bool:
     found = [unwrapped(norm) for norm in norms if norm is not None]
     if not all([norm is not None and norm.is_cpu for norm in found]):
         return False
-    return all([bool((n * n <= _limit(n.dtype)).all()) for n in found if n is not None])
+    return all([bool((n * n <= _LIMITS[n.dtype]).all()) for n in found if n is not None])
 
 
 def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
@@ -187,4 +187,4 @@ def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
     for g in in_compute_dtype(found):
         flat = g.reshape(-1)
         squares.setdefault(flat.dtype, []).append(torch.dot(flat, flat))
-    return all([bool((torch.stack(x) <= _limit(dtype)).all()) for dtype, x in squares.items()])
+    return all([bool((torch.stack(x) <= _LIMITS[dtype]).all()) for dtype, x in squares.items()])

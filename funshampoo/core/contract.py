@@ -11,7 +11,6 @@ unchanged.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -144,12 +143,16 @@ class GradientTransformation:
         self.parts: Mapping[str, GradientTransformation] = parts or {}
         self.state_of = state_of
         self.spread = spread
-        self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
+        self._given: dict[str, Any] = {
+            "init": init,
+            "update": update,
+            "apply": apply,
+            "flops": flops,
+        }
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
-        self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
-        self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
-        self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise}
-        self._given |= {"needs_params": needs_params, "casts": casts}
+        self._given |= {"counts": counts, "minds_alive": minds_alive, "needs_params": needs_params}
+        self._given |= {"accepts": accepts, "numbers": numbers, "spread": spread, "passes": passes}
+        self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise, "casts": casts}
         self._init = adapted_init(init) if parts else of_parameters(adapted_init(init), self.name)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
@@ -225,8 +228,12 @@ class GradientTransformation:
         updates, entered = self.checked(updates, state, params, given)
         if entered.unlike and not self.casts:
             updates = as_entering(updates, params, casts=True)
-        params = unrecorded(params, updates)
-        with Watched(state) if given.donate else contextlib.nullcontext():
+        if entered.of_module:
+            params = unrecorded(params, updates)
+        if given.donate:
+            with Watched(state):
+                found = self.run(updates, state, params, given)
+        else:
             found = self.run(updates, state, params, given)
         self._fits.made(found, entered)
         return found

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from funshampoo.core.context import Context
 from funshampoo.core.interrupted import check_unmarked, first_tensor
@@ -35,11 +36,13 @@ class Entered(NamedTuple):
     Attributes:
         spec, leaves: of the parameters, or of gradients in their place.
         unlike: whether some gradients are of another dtype than their parameters'.
+        of_module: whether there are a module's among the parameters.
     """
 
     spec: Any
     leaves: list[Any]
     unlike: bool
+    of_module: bool
 
 
 class _Known(NamedTuple):
@@ -97,7 +100,7 @@ class Fits:
                 raise ValueError(structures_differ(params, updates, "params", "gradients"))
             wanted = _looks(known)
         unlike = wanted != looks and check_gradients(leaves, known, updates)
-        entered = Entered(spec, wanted, unlike)
+        entered = Entered(spec, wanted, unlike, Parameter in map(type, known))
         left, its_first, before = self._last
         ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
         if left == ids and its_first() is first and before == entered:

@@ -48,8 +48,6 @@ def unrecorded(params: Any, gradients: Any) -> Any:
     if params is None or not torch.is_grad_enabled():
         return params
     leaves, spec = flatten(params)
-    if not any([isinstance(p, Parameter) for p in leaves]):
-        return params
     if any([isinstance(g, Tensor) and g.requires_grad for g in flatten(gradients)[0]]):
         return params
     return spec.unflatten([detached(p) if isinstance(p, Parameter) else p for p in leaves])

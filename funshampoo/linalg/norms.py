@@ -43,8 +43,10 @@ def norm_over_axes(
     return norm
 
 
-def block_norm(x: Tensor, block_ndim: int) -> Tensor:
+def block_norm(x: Tensor, block_ndim: int, plain: bool = False) -> Tensor:
     """‖x‖ per block: (N,) of x (N, ...) where block_ndim is 1, () where it is 0.
+
+    plain: whether it is known that no derivative is wanted.
 
     In one pass. Squares that overflow make it inf, squares that underflow 0: see `range_scale`.
 
@@ -57,6 +59,9 @@ def block_norm(x: Tensor, block_ndim: int) -> Tensor:
     flat = x.reshape(*x.shape[:block_ndim], -1)
     if flat.shape[-1] == 1:  # the same number, but its derivative is a sign, not a quotient
         return flat[..., 0].abs()
+    if plain:
+        norms: Tensor = torch.linalg.vector_norm(flat, dim=-1)  # not of length 1; see row_norms
+        return norms
     return norm_over_axes(flat, (flat.ndim - 1,))
 
 
@@ -99,10 +104,12 @@ def range_scale(norm: Tensor) -> Tensor:
 
 def block_norms(xs: Sequence[Tensor], block_ndim: int) -> list[Tensor]:
     """`block_norm` of each, outside block space in one launch."""
-    if block_ndim or not xs:  # foreach operators take no empty list
-        return [block_norm(x, block_ndim) for x in xs]
-    found = torch._foreach_norm(list(xs)) if is_plain(xs) else [block_norm(x, 0) for x in xs]
-    return whole_numbers(found)
+    plain = is_plain(xs)
+    if block_ndim or not xs or not plain:  # foreach operators take no empty list
+        found = [block_norm(x, block_ndim, plain) for x in xs]
+    else:
+        found = list(torch._foreach_norm(list(xs)))
+    return found if block_ndim else whole_numbers(found)
 
 
 def is_readable(tensors: Sequence[Tensor]) -> bool:

@@ -98,14 +98,9 @@ def in_eigenbasis(
             identity.
 
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
-<<<<<<< HEAD
 
     Derivatives through training, second ones too, take the bases with them; see
     `linalg.spectral.Spectrum` for ties.
-=======
-    Derivatives go through the bases, second ones too. Among equal eigenvalues, where a basis is one
-    of many, it is a constant.
->>>>>>> outsider
 
     State: `EigenbasisState`.
 
