@@ -141,18 +141,13 @@ class GradientTransformation:
     ) -> None:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
-        self.state_of = state_of
-        self.spread = spread
-        self._given: dict[str, Any] = {
-            "init": init,
-            "update": update,
-            "apply": apply,
-            "flops": flops,
-        }
+        self.state_of, self.spread = state_of, spread
+        self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
         self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
-        self._given |= {"counts": counts, "minds_alive": minds_alive, "needs_params": needs_params}
-        self._given |= {"accepts": accepts, "numbers": numbers, "spread": spread, "passes": passes}
-        self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise, "casts": casts}
+        self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
+        self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
+        self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise}
+        self._given |= {"needs_params": needs_params, "casts": casts}
         self._init = adapted_init(init) if parts else of_parameters(adapted_init(init), self.name)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
