@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from benchmarks import defaults, ensemble, family, step_costs
+from benchmarks import clock, defaults, ensemble, family, step_costs
 from benchmarks.device import page
 from benchmarks.page import filled
 from benchmarks.study import Store
@@ -52,6 +52,20 @@ def test_the_table_of_the_defaults_is_made_from_its_lines() -> None:
     found = defaults.study(store, defaults.entries_of(defaults.VARIANTS), quick=False)
     text = defaults.PAGE.read_text("utf-8")
     assert filled(text, {"defaults": defaults.table(found, store)}) == text
+
+
+def test_the_table_against_the_clock_is_made_from_its_lines() -> None:
+    store = Store(clock.RESULTS / "clock.jsonl")
+    assert len(store.lines) == len(clock.METHODS) * (3 + clock.SEEDS - 1)
+    text = clock.PAGE.read_text("utf-8")
+    assert filled(text, {"clock": clock.table(store, list(clock.METHODS))}) == text
+
+
+def test_steps_to_a_loss_between_two_looks() -> None:
+    run = clock.Run("AdamW", 0.1, 0, [3.0, 2.0, 1.0], [1.0, 2.0, 4.0], 1.0)
+    assert clock.when(run, 1.5) == (2.5 * clock.LOOK, 3.0)
+    assert clock.when(run, 3.5) == (clock.LOOK, 1.0)
+    assert clock.when(run, 0.5) is None
 
 
 def test_every_recipe_has_a_row() -> None:
