@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from funshampoo.core.interrupted import check_whole
-from funshampoo.core.tree import flatten
+from funshampoo.core.interrupted import check_whole, tensors_of
 
 StateT = TypeVar("StateT")
 
@@ -60,9 +59,26 @@ def parted(previous: tuple[Any, ...], own: Any) -> tuple[tuple[Any, ...], tuple[
     return previous, previous[::-1]
 
 
+_HOLD_STATES = ("inner", "direction", "onto")
+
+
 def _holds(state: Any, part: Any) -> bool:
+    """Whether one state is the other, or has it in it. Asked on every step."""
+    nodes: list[Any] = [state]
+    while nodes:  # where combinators keep states: few, beside their tensors
+        node = nodes.pop()
+        if node is part:
+            return True
+        if isinstance(node, dict):
+            nodes.extend(node.values())
+        else:
+            fields = getattr(type(node), "_fields", ())
+            nodes.extend([getattr(node, name) for name in _HOLD_STATES if name in fields])
+    fields = getattr(type(state), "_fields", _HOLD_STATES)
+    if type(state) is not type(part) and set(_HOLD_STATES).isdisjoint(fields):
+        return False
     known = find_state(part, Tensor)
-    return known is not None and any([x is known for x in flatten(state)[0]])
+    return known is not None and any([x is known for x in tensors_of(state)])
 
 
 def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
