@@ -131,20 +131,24 @@ def guarded(
         if limit_reached(failure_report(state), max_failures):
             raise failure_limit_error(failing_blocks(state, max_failures), max_failures)
 
+    def spiked(
+        verdicts: Verdicts | None, spikes: Any, updates: Tree, context: Context
+    ) -> tuple[Verdicts | None, Any]:
+        factor = number(spike_factor, context.hyper)
+        return with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+
     def update(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
         verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
         if spike_factor is not None:
-            factor = number(spike_factor, context.hyper)
-            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+            verdicts, spikes = spiked(verdicts, spikes, updates, context)
         return _step(inner, updates, state, params, context, verdicts, spikes)
 
     def apply(updates: Tree, state: GuardedState, params: Tree, context: Context) -> GuardedState:
         verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
         if spike_factor is not None:
-            factor = number(spike_factor, context.hyper)
-            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+            verdicts, spikes = spiked(verdicts, spikes, updates, context)
         if verdicts is not None:  # some of what `inner` makes of them is to be zeros
             found, new = _step(inner, updates, state, params, context, verdicts, spikes)
             add_in_place(params, found)

@@ -34,13 +34,12 @@ def norm_over_axes(
     >>> grad(grad(lambda t: norm_over_axes(t * torch.zeros(2), (0,))))(torch.tensor(1.0))
     tensor(0.)
     """
-    axes = tuple(axes)
-    norm: Tensor = torch.linalg.vector_norm(x, order, dim=axes, keepdim=keepdim)
+    axes, zero = tuple(axes), None
     if is_differentiated(x) and not is_in_parts(x):
         zero = torch.linalg.vector_norm(x.detach(), dim=axes, keepdim=True) == 0
-        norm = torch.linalg.vector_norm(x.masked_fill(zero, 1.0), order, dim=axes, keepdim=keepdim)
-        norm = norm.masked_fill(zero.reshape(norm.shape), 0.0)
-    return norm
+        x = x.masked_fill(zero, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(x, order, dim=axes, keepdim=keepdim)
+    return norm if zero is None else norm.masked_fill(zero.reshape(norm.shape), 0.0)
 
 
 def block_norm(x: Tensor, block_ndim: int, plain: bool = False) -> Tensor:
