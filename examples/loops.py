@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 import funshampoo
-from funshampoo.core.contract import GradientTransformation, Schedule
+from funshampoo import GradientTransformation, Schedule
 from record import record
 from tasks import Examples
 

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import networks
-from funshampoo.core.contract import Schedule
+from funshampoo import Schedule
 from funshampoo.schedules import constant, warmup_cosine
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.contract import Hyper, Schedule
 
+__all__ = ["constant", "cosine", "join", "linear", "polynomial", "warmup_cosine"]
+
 
 def constant(value: Hyper) -> Schedule:
     """`value` at every step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -142,3 +143,17 @@ def test_the_clients_of_the_guide_work(tmp_path: Path, monkeypatch: pytest.Monke
     for p, q in zip(model.parameters(), other_model.parameters()):
         assert plain.state[p].keys() == other.state[q].keys()
         assert all(torch.equal(x, other.state[q][name]) for name, x in plain.state[p].items())
+
+
+def test_the_index_has_every_public_name() -> None:
+    names = runpy.run_path(str(ROOT / "docs" / "api.py"))
+    text: str = names["page"]()
+    assert (ROOT / "docs" / "api.md").read_text() == text, "run: python docs/api.py"
+    modules = [module for module, _ in names["MODULES"].values()]
+    for name in [*names["own_names"](), *(n for m in modules for n in names_with_docstrings(m))]:
+        assert f"| [{name}](" in text, name
+    assert not re.search(r"\| *\|$", text, re.MULTILINE)  # each says what it is
+
+
+def names_with_docstrings(module: types.ModuleType) -> list[str]:
+    return [n for n in module.__all__ if isinstance(getattr(module, n), type | types.FunctionType)]

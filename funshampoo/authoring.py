@@ -1,0 +1,69 @@
+"""What stages and solvers of your own are written with, in one place: the names of docs/stages.md.
+
+They stay importable from here, wherever in the package they are defined.
+"""
+
+from funshampoo.combinators.wrapping import wrapping
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import EmptyState, GradientTransformation, identity, stateless
+from funshampoo.core.live import Live, number
+from funshampoo.core.tree import compute_dtype, map_leaves, update_columns, update_leaves
+from funshampoo.linalg.basis import Basis, power_step
+from funshampoo.linalg.eigensolver import EigenSolver
+from funshampoo.linalg.norms import is_readable
+from funshampoo.linalg.products import matmul
+from funshampoo.linalg.solver import InverseRoot, RootSolver
+from funshampoo.linalg.spectral import decompose
+from funshampoo.operators import columns, leaf_ops
+from funshampoo.operators.mode_products import (
+    bias_corrected,
+    mode_flops,
+    precondition,
+    rotate,
+    unfold,
+)
+from funshampoo.operators.packed import unpack
+from funshampoo.refresh import Found, Refreshing, RefreshSchedule, Rule
+from funshampoo.state import find_state, meaning
+from funshampoo.state.nodes import parted
+from funshampoo.state.upstream import statistics_of
+
+__all__ = [
+    "Basis",
+    "Context",
+    "EigenSolver",
+    "EmptyState",
+    "Found",
+    "GradientTransformation",
+    "InverseRoot",
+    "Live",
+    "RefreshSchedule",
+    "Refreshing",
+    "RootSolver",
+    "Rule",
+    "bias_corrected",
+    "changed",
+    "columns",
+    "compute_dtype",
+    "decompose",
+    "find_state",
+    "identity",
+    "is_readable",
+    "leaf_ops",
+    "map_leaves",
+    "matmul",
+    "meaning",
+    "mode_flops",
+    "number",
+    "parted",
+    "power_step",
+    "precondition",
+    "rotate",
+    "stateless",
+    "statistics_of",
+    "unfold",
+    "unpack",
+    "update_columns",
+    "update_leaves",
+    "wrapping",
+]
