@@ -280,7 +280,7 @@ def test_steps_of_one_transformation_that_enter_together_are_known_apart() -> No
 
     tx = fs.GradientTransformation(lambda params: dict(params), update)
     kinds: list[Any] = [{"w": torch.ones(n)} for n in (2, 3)]
-    entering = [Entering(tx, p, tx.init(p), p, Context(donate=True)).checked() for p in kinds]
+    entering = [Entering(tx, p, tx.init(p), p, Context(donate=True)).checked([]) for p in kinds]
     states = [step.applied() for step in entering]
     for i, wrong in enumerate(reversed(states)):
         check_refused(pure, "^the state is not one of this", tx, kinds[i], wrong, kinds[i])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,27 +125,15 @@ def update_in_place(
     >>> params
     {'w': tensor([0.9000, 0.9000])}
     """
-    if torch.compiler.is_dynamo_compiling():
-        return unwatched(transformation, updates, state, params, **context)
-    with Watched(state, params):
-        return unwatched(transformation, updates, state, params, **context)
-
-
-def unwatched(
-    transformation: GradientTransformation,
-    updates: Tree,
-    state: State,
-    params: Tree,
-    **context: Any,
-) -> State:
-    """`update_in_place` for a caller who watches for interruptions."""
     given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
     if given.hyper:
         check_values(given.hyper, transformation.lives)
     if torch.compiler.is_dynamo_compiling():
         return applied(transformation, placed_as(updates, params), state, params, given)
-    entering = Entering(transformation, updates, state, params, given).checked()
-    return entering.applied()
+    watched = Watched(state, params)
+    with watched:
+        step = Entering(transformation, updates, state, params, given).checked(watched.state)
+        return step.applied()
 
 
 class Entering(NamedTuple):
@@ -163,10 +152,13 @@ class Entering(NamedTuple):
     ascends: bool = False
     entered: Entered | None = None
 
-    def checked(self) -> Entering:
+    def checked(self, tensors: Sequence[Tensor]) -> Entering:
         """The same step, which can be made.
 
         Many may be waiting, as of all groups of the wrapper, so nothing of it is copied yet.
+
+        Args:
+            tensors: of the state.
 
         Raises:
             ValueError, TypeError: as `update_in_place`; and whatever a step raises beforehand.
@@ -178,7 +170,7 @@ class Entering(NamedTuple):
                 "update, which returns the updates."
             )
         updates, entered = tx.checked(updates, state, params, context)
-        check_writable(params, updates, state)
+        check_writable(params, updates, tensors)
         return changed(self, updates=updates, entered=entered)
 
     def applied(self) -> State:

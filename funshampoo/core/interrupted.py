@@ -31,17 +31,20 @@ class Watched:
         state: consumed in the block.
         params: written to in it, detached ones.
 
+    Attributes:
+        state: its tensors.
+
     Raises:
         InterruptedStepError: the state is half done already.
     """
 
     def __init__(self, state: Any, params: Any = ()) -> None:
-        self._state = tensors_of(state)
-        self._tensors = self._state + tensors_of(params)
+        self.state = tensors_of(state)
+        self._tensors = self.state + tensors_of(params)
 
     def begin(self) -> Watched:
         """From now on; as `with` does, for who marks by himself."""
-        check_unmarked(self._state[0] if self._state else None)
+        check_unmarked(self.state[0] if self.state else None)
         self._before = _versions(self._tensors)
         return self
 
@@ -54,7 +57,7 @@ class Watched:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None and self.was_written():
-            mark(self._state)
+            mark(self.state)
 
 
 def mark(state: Any) -> None:

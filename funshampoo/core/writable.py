@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.core.interrupted import tensors_of
 from funshampoo.core.parameters import NotAParameterError, problem_of
 from funshampoo.core.tree import flatten, leaf_names
 
 
-def check_writable(params: Any, updates: Any, state: Any) -> None:
+def check_writable(params: Any, updates: Any, state: Sequence[Tensor]) -> None:
     """Raise for a parameter that can't be added to in its own memory.
+
+    Args:
+        state: the tensors of the state.
 
     Raises:
         ValueError: it requires gradients, or its gradient does, or the state, and autograd records;
             or it is expanded, so that entries share memory.
         TypeError: it is no dense tensor of a real floating dtype, and has a gradient.
     """
-    if torch.is_grad_enabled() and any([x.requires_grad for x in tensors_of(state)]):
+    if torch.is_grad_enabled() and any([x.requires_grad for x in state]):
         raise ValueError(
             "the state requires gradients, as init makes it of parameters that do, and autograd "
             "would record what is written to it on every step: call init with p.detach(), or under "

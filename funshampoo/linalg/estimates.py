@@ -75,13 +75,13 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
 
     By a few vectors v, in three products of 8 rows beside a decomposition of nine whole ones:
 
-        ‖v Q (Λ/‖A‖ + 2) Qᵀ - v (A/‖A‖ + 2)‖ ≤ 8 √ε ‖v‖,   ‖A‖ = max_i Σ_j |A_ij|
+        ‖v Q (Λ/s + 2) Qᵀ - v (A/s + 2)‖ ≤ 8 √ε ‖v‖,   s = max_i |λ_i|
 
     with ε the machine epsilon of the dtype. A Q that is not orthogonal passes only
-    where Q (Λ/‖A‖ + 2) Qᵀ happens to be A/‖A‖ + 2 all the same, which no routine that fails will
+    where Q (Λ/s + 2) Qᵀ happens to be A/s + 2 all the same, which no routine that fails will
     find. LAPACK's errors are some ε. What is wrong by more than 8 √ε of the whole is told, at any
     side: one eigenvector of 1,000, for an eigenvalue near the largest, leaves 0.04. Errors of small
-    eigenvalues alone are not. Of a matrix so small that rounding is absolute (‖A‖ below the
+    eigenvalues alone are not. Of a matrix so small that rounding is absolute (s below the
     smallest normal number) finite values and an orthogonal Q are all that is asked.
 
     >>> A = torch.diag(torch.tensor([1.0, 4.0]))
@@ -90,12 +90,12 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     >>> is_decomposition(A, torch.tensor([0.0, 0.0]), torch.eye(2))
     tensor(False)
     """
-    size = A.abs().sum(-1).amax(-1)
+    size = values.abs().amax(-1)
     # No square leaves the range.
     scale = torch.where(size >= torch.finfo(A.dtype).tiny, size, 1.0)[..., None, None]
     v = probe_vectors(A)
     image = (v @ Q * (values[..., None, :] / scale + 2)) @ Q.mT
-    return _is_small(image - torch.add((v / scale) @ A, v, alpha=2), v)
+    return _is_small(image - torch.add((v / scale) @ A, v, alpha=2))
 
 
 def is_orthogonal(Q: Tensor) -> Tensor:
@@ -107,11 +107,15 @@ def is_orthogonal(Q: Tensor) -> Tensor:
     tensor(False)
     """
     v = probe_vectors(Q)
-    return _is_small(v @ Q @ Q.mT - v, v)
+    return _is_small(v @ Q @ Q.mT - v)
 
 
-def _is_small(x: Tensor, v: Tensor) -> Tensor:
-    """Whether (...) ‖x‖ ≤ 8 √ε ‖v‖ for all rows of x (..., n, d) and v (n, d)."""
-    limits = 64 * torch.finfo(v.dtype).eps * v.square().sum(-1)
-    small: Tensor = (x.square().sum(-1) <= limits).all(-1)
+def _is_small(x: Tensor) -> Tensor:
+    """Whether (...) ‖x‖ ≤ 8 √ε ‖v‖ for all rows of x (..., PROBES, d), v those of the probes."""
+    small: Tensor = (x.square().sum(-1) <= _limits(x.shape[-1], x.dtype, x.device)).all(-1)
     return small
+
+
+@constant
+def _limits(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return 64 * torch.finfo(dtype).eps * _probes(d, dtype, device).square().sum(-1)

@@ -150,8 +150,11 @@ class GroupRun:
         self._handed_out = None
         self._anew = set()  # not cleared: `all_or_nothing` puts the old one back
 
-    def entering(self) -> Entering | None:
+    def entering(self, watched: Watched) -> Entering | None:
         """The step as prepared, looked at; None where there is none to make.
+
+        Args:
+            watched: of this run.
 
         Raises:
             FailureLimitError: gradients or roots failed too often in a row.
@@ -166,7 +169,7 @@ class GroupRun:
         tx = built.transformation
         given = context_of({"donate": True, "hyper": built.numbers()}, tx.accepts, tx.live)
         ascends = self.group.get("maximize", False)
-        return Entering(tx, gradients, self._state, params, given, ascends).checked()
+        return Entering(tx, gradients, self._state, params, given, ascends).checked(watched.state)
 
     def step(self, entering: Entering | None) -> None:
         """Make this step. What has no gradient is left alone."""

@@ -80,7 +80,7 @@ class Memory:
         """
         runs = self.runs
         watched = [run.watched() for run in runs]
-        entering = [run.entering() for run in runs]
+        entering = [run.entering(watch) for run, watch in zip(runs, watched)]
         try:
             for run, step in zip(runs, entering):
                 run.step(step)

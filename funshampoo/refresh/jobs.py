@@ -185,8 +185,8 @@ def taken(x: Tensor, rows: Rows) -> Tensor:
     """Rows of a tensor: a view where they follow each other; what has no rows as it is."""
     if rows is None or x.ndim == 0:
         return x
-    if isinstance(rows, range):
-        return x.narrow(0, rows.start, len(rows))
+    if isinstance(rows, range):  # most often of all: a view of it would be made six times a unit
+        return x if len(rows) == len(x) else x.narrow(0, rows.start, len(rows))
     return x.index_select(0, row_index(tuple(rows), x.device))
 
 
