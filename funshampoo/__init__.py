@@ -95,7 +95,7 @@ from funshampoo.transforms import (
     update_floor,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AgreementGate",
