@@ -264,8 +264,8 @@ class RootRule(Rule):
 def _trace_scaled(A: Tensor, exponent: Hyper, epsilon: Hyper) -> Tensor:
     """A max(tr A, epsilon)^(-exponent); A itself where that is zero, which has no derivative."""
     trace = A.diagonal(dim1=-2, dim2=-1).sum(-1)
-    floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else trace.new_tensor(epsilon)
-    size = torch.maximum(trace, floor)
+    floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else epsilon
+    size = trace.clamp(min=floor)
     scale = power(torch.where(size > 0, size, 1.0), -exponent)
     return A * cast(scale, A.dtype)[..., None, None]
 

@@ -1,0 +1,35 @@
+"""A step on a GPU neither mixes devices nor waits for one, whatever the transformation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from funshampoo.recipes import RECIPES
+
+pytest.importorskip("torch.utils.backend_registration")
+
+
+def report(*names: str) -> str:
+    """Of the cases of these names, or of all."""
+    program = [sys.executable, "-W", "ignore", "-m", "tests.fake_accelerator", *names]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=900, env=environment, cwd=root
+    )
+    assert done.returncode == 0, done.stdout or done.stderr
+    return done.stdout
+
+
+def test_recipes_step_where_their_tensors_are() -> None:
+    assert report(*RECIPES) == f"{len(RECIPES)} cases\n"
+
+
+@pytest.mark.slow
+def test_every_transformation_steps_where_its_tensors_are() -> None:
+    report()
