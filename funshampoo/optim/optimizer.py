@@ -13,7 +13,6 @@ from torch._compile import _disable_dynamo
 
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.join import Joining
-from funshampoo.migrate.reference import from_reference
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.loading import Loading, given_to, loaded, loaded_together
 from funshampoo.optim.memory import Group, Memory
@@ -134,9 +133,6 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
         super().add_param_group(param_group)
         *others, group = self.param_groups
-        reference = getattr(words.method, "func", words.method) is from_reference
-        if reference and group["peak_lr"] is None:  # the constructor's lr, whatever lr is later
-            group["peak_lr"] = copy.deepcopy(group["lr"])
         try:
             memory.runs.append(self._run_of(group, others, words))
         except Exception:
@@ -156,6 +152,9 @@ class Optimizer(torch.optim.Optimizer, Joining):
             words = self._words if method is self._method else Vocabulary(method, own)
             for name, value in {**words.defaults({}), **self.defaults}.items():
                 group.setdefault(name, value)
+        known = words.first_rate  # the constructor's lr, whatever lr is later
+        if known is not None and group.get(known) is None and "lr" in group:
+            group[known] = copy.deepcopy(group["lr"])
         return GroupRun(group, words, self._method, first, self._compile)
 
     def _match(self) -> Memory:
