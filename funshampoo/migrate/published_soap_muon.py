@@ -13,6 +13,7 @@ from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_choice, check_count, check_range, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, renamed
+from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.routing import whole
 from funshampoo.transforms import (
@@ -172,7 +173,10 @@ def _labels(roles: Any) -> Any:
         leaves, spec = flatten(tree)
         given = roles if isinstance(roles, (list, tuple)) else labels_of(roles, tree, "roles")
         if len(leaves) != len(given):
-            raise ValueError(f"roles has {len(given)} entries for {len(leaves)} parameters.")
+            raise ValueError(
+                f"roles has {plural(len(given), 'entry', 'entries')} for "
+                f"{plural(len(leaves), 'parameter')}."
+            )
         for role in given:
             check_choice("roles", role, ROLES)
         return spec.unflatten([alike.get(role, role) for role in given])

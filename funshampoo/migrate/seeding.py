@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funshampoo.blocks.assembled import layout_of_spans
 from funshampoo.core.modes import for_keeps
+from funshampoo.core.text import plural
 from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_of, map_tensors, spans_of
 from funshampoo.state.stages import AdamState, BlockedState, EmaState, RmsState, ShardedState
@@ -159,7 +160,9 @@ def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
     check_saved(saved)
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     if len(indices) != len(names):
-        raise ValueError(f"the AdamW has {len(indices)} parameters, `names` {len(names)}.")
+        raise ValueError(
+            f"the AdamW has {plural(len(indices), 'parameter')}, `names` {len(names)}."
+        )
     adams: dict[str, _Adam] = {}
     name_of = dict(zip(indices, names))
     for group in saved["param_groups"]:
