@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import optree
@@ -269,6 +270,8 @@ STAGES: dict[str, Any] = {
     "ema_nesterov": lambda: fs.chain(fs.sgd(0.01), fs.ema_nesterov(0.5)),
     "tail_average": lambda: fs.chain(fs.sgd(0.01), fs.tail_average()),
     "decay": lambda: fs.chain(fs.add_decayed_weights(0.1), fs.trace(0.9)),
+    "blocked": lambda: fs.blocked(fs.schedule_free(0.01), max_size=2, with_params=True),
+    "splus": lambda: fs.splus(0.01),
 }
 
 
@@ -280,6 +283,7 @@ def test_steps_of_a_module_outside_of_no_grad_keep_no_graph(name: str) -> None:
     for _ in range(2):
         updates, state = tx.update({"w": torch.ones(3, 2)}, state, {"w": w})
     assert not [x for x in optree.tree_leaves((updates, state)) if x.requires_grad]
+    assert not [x for x in optree.tree_leaves(tx.init({"w": w})) if x.requires_grad]
     followed = torch.ones(3, 2, requires_grad=True)  # as create_graph=True makes a gradient
     updates, state = tx.update({"w": followed}, state, {"w": w})
     assert updates["w"].requires_grad
@@ -295,3 +299,14 @@ def test_a_recorded_state_is_not_stepped_in_place(name: str) -> None:
     assert (w == 1).all()
     state = fs.update_in_place(tx, grads, tx.init(params), params)
     assert not [x for x in optree.tree_leaves(state) if x.requires_grad]
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if name != "decay"])
+def test_a_checkpoint_of_a_recorded_state_can_be_copied(name: str) -> None:
+    """A state of plain tensors that require gradients is part of a graph; what is saved is not."""
+    tx, w = STAGES[name](), torch.ones(3, 2, requires_grad=True)
+    state = tx.init({"w": w})
+    assert [x for x in optree.tree_leaves(state) if x.requires_grad]
+    saved = copy.deepcopy(fs.state.state_dict(state))
+    found = fs.state.load_state_dict(tx.init({"w": w.detach()}), saved).state
+    torch.testing.assert_close(optree.tree_leaves(found), optree.tree_leaves(state))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funshampoo.core.modes import unwrapped
 from funshampoo.core.placed import local_part, whole_numbers
+from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_names, map_tensors
@@ -120,10 +121,11 @@ def failure_limit_error(
     """The error that names the blocks."""
     listed = "; ".join(blocks[:5]) + (f"; and {len(blocks) - 5} more" if len(blocks) > 5 else "")
     return FailureLimitError(
-        f"failed {max_failures} times in a row (max_failures={max_failures}), or more until this "
-        f"look: {listed}. A gradient that is not finite has entered nothing, and where a refresh "
-        "failed the old value is in use. Look at the loss and the data of these steps, lower the "
-        "learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go on.",
+        f"failed {plural(max_failures, 'time')} in a row (max_failures={max_failures}), or more "
+        f"until this look: {listed}. A gradient that is not finite has entered nothing, and where "
+        "a refresh failed the old value is in use. Look at the loss and the data of these steps, "
+        "lower the learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go "
+        "on.",
         max_failures,
         everywhere,
     )

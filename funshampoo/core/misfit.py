@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.clock import CLOCK
+from funshampoo.core.text import plural
 from funshampoo.state.stages import BlockedState, HyperparamsState, ShardedState, WrappedState
 
 # Not looked into: what is said of a state in keys alone, without which it is the same one; and what
@@ -74,7 +75,7 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
         if isinstance(wanted, BlockedState) and wanted.layout != found.layout:
             return f"{at} {_of_layouts(wanted.layout, found.layout)}"
         if len(wanted) != len(found):
-            return f"{at} has {len(found)} entries and not {len(wanted)}"
+            return f"{at} has {plural(len(found), 'entry', 'entries')} and not {len(wanted)}"
         names = getattr(wanted, "_fields", range(len(wanted)))
         triples = zip(map(str, names), wanted, found)
         left_out = _LEFT_OUT.get(type(wanted), ())

@@ -50,7 +50,15 @@ def unrecorded(params: Any, gradients: Any) -> Any:
     leaves, spec = flatten(params)
     if any([isinstance(g, Tensor) and g.requires_grad for g in flatten(gradients)[0]]):
         return params
-    return spec.unflatten([detached(p) if isinstance(p, Parameter) else p for p in leaves])
+    return spec.unflatten(of_no_module(leaves))
+
+
+def of_no_module(tensors: Sequence[Any]) -> list[Any]:
+    """Those of a module, which require gradients whatever somebody wants, without autograd.
+
+    For `init`: what is made of them is a state, which would keep the graph of every step to come.
+    """
+    return [detached(p) if isinstance(p, Parameter) else p for p in tensors]
 
 
 class NotAParameterError(TypeError):

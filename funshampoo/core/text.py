@@ -14,6 +14,15 @@ def counted(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def plural(number: int, one: str, several: str = "") -> str:
+    """So many of what is called so, several of which are with an s where nothing else is said.
+
+    >>> plural(1, "step"), plural(1234, "step"), plural(0, "entry", "entries")
+    ('1 step', '1,234 steps', '0 entries')
+    """
+    return f"{counted(number)} {one if number == 1 else several or one + 's'}"
+
+
 def readable(size: float) -> str:
     """Bytes as people write them.
 

@@ -13,6 +13,7 @@ from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_choice, check_count, check_range, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, renamed
+from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.routing import whole
 from funshampoo.transforms import (
@@ -53,15 +54,15 @@ def soap_muon(
     roles: Any = "mlp",
     mu_schedule: Schedule | Sequence[float] | None = None,
     lookahead: Mapping[str, Any] | None = None,
-    initial_lr: float = RATE,
+    initial_lr: Hyper | None = None,
 ) -> GradientTransformation:
     """SOAP-Muon: hidden matrices whitened, gated by role, orthogonalized.
 
     roles: "mlp" or "qkv" (whitened), "attn_proj" (as far as the gate lets it) or "plain" (Muon's),
     one for all parameters, a list in the order of the leaves, or a tree. mu_schedule: of the old
     step count, or a list, whose last entry stays; it takes the place of mu. lookahead: of
-    EMA-Nesterov, see `_looking_ahead`. initial_lr is ours: what its scheduled step size divides the
-    rates of a schedule by.
+    EMA-Nesterov, see `_looking_ahead`. initial_lr is ours: what its scheduled step size divides lr
+    by, that of a group there; by default the record's for a schedule, and lr itself for a number.
     """
     floor, cap = trust(trust_floor, trust_cap, trust_floor_end_step, trust_floor_fade_end_step)
     gate = AgreementGate(trust_min_agree, trust_min_grad_align, trust_power, floor, cap)
@@ -100,7 +101,7 @@ def soap_muon(
 
 
 def _looking_ahead(
-    lr: Hyper | Schedule, initial_lr: float, lookahead: Mapping[str, Any]
+    lr: Hyper | Schedule, initial_lr: Hyper | None, lookahead: Mapping[str, Any]
 ) -> GradientTransformation:
     """Gradients ahead of the weights, in calls prefill_steps to rest_steps - 1, counted from 0."""
     known = {
@@ -114,18 +115,22 @@ def _looking_ahead(
     if unknown:
         near = hint(unknown[0], known)
         raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}{near}")
-    check_range("initial_lr", initial_lr, 0.0, low_open=True, high_open=True)
+    first = RATE if initial_lr is None else initial_lr
+    check_range("initial_lr", first, 0.0, low_open=True, high_open=True)
     given: dict[str, Any] = {**known, **lookahead}
     check_range("lookahead_stepsize", given["lookahead_stepsize"], 0.0, high_open=True)
     size, last = given["lookahead_stepsize"], given["rest_steps"]
+    scheduled = given["use_scheduled_lookahead_stepsize"] and (
+        callable(lr) or initial_lr is not None
+    )
 
     def ahead(count: Tensor) -> Tensor:
         here = count >= given["prefill_steps"]
         if last is not None:
             here = here & (count < last)
         now = size
-        if callable(lr) and given["use_scheduled_lookahead_stepsize"]:
-            now = size * lr(count - 1) / initial_lr  # which is set after the look-ahead
+        if scheduled:  # which is set after the look-ahead
+            now = size * (lr(count - 1) if callable(lr) else lr) / first
         return torch.where(here, torch.as_tensor(now, dtype=torch.float64, device=here.device), 0.0)
 
     return ema_nesterov(ahead, given["lookahead_ema"])
@@ -168,7 +173,10 @@ def _labels(roles: Any) -> Any:
         leaves, spec = flatten(tree)
         given = roles if isinstance(roles, (list, tuple)) else labels_of(roles, tree, "roles")
         if len(leaves) != len(given):
-            raise ValueError(f"roles has {len(given)} entries for {len(leaves)} parameters.")
+            raise ValueError(
+                f"roles has {plural(len(given), 'entry', 'entries')} for "
+                f"{plural(len(leaves), 'parameter')}."
+            )
         for role in given:
             check_choice("roles", role, ROLES)
         return spec.unflatten([alike.get(role, role) for role in given])

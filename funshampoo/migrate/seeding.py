@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from funshampoo.blocks.assembled import layout_of_spans
 from funshampoo.core.modes import for_keeps
+from funshampoo.core.text import plural
 from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_of, map_tensors, spans_of
-from funshampoo.state.stages import AdamState, BlockedState, EmaState, RmsState
+from funshampoo.state.stages import AdamState, BlockedState, EmaState, RmsState, ShardedState
 from funshampoo.transforms.eigenbasis import EigenbasisState
 
 _FIELDS: dict[tuple[Any, str], str] = {
@@ -51,6 +52,7 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
         ValueError: another number of parameters, other shapes, amsgrad or no moments in `saved`,
             a number of steps that can be none; a state in which there is nothing to fill, or that
             has moments already, of steps or another seeding.
+        TypeError: saved is no state_dict.
 
     >>> import torch
     >>> from funshampoo import adamw
@@ -93,7 +95,7 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
         return new
 
     seeded = map_tensors(fill, state)
-    if not (filled or in_bases):
+    if not (filled or in_bases or _is_elsewhere(state, adams)):
         raise ValueError(
             "the state has no moments of these names to fill: no scale_by_adam, scale_by_rms or "
             "ema in it, or `names` are not those of its leaves."
@@ -114,6 +116,16 @@ def _has_seen_gradients(x: Tensor, field: str) -> bool:
     return bool((x != 0).any())
 
 
+def _is_elsewhere(state: Any, adams: Collection[str]) -> bool:
+    """Whether it is a rank's, of which others may have what is to be filled of these parameters."""
+    nodes = [node for _, node in walk(state)]
+    known = {name for x in nodes if isinstance(x, BlockedState) for name in x.layout}
+    known |= {name for x in nodes if isinstance(x, ShardedState) for name in x.owned}
+    shared = any(isinstance(x, ShardedState) and "0 of 1" not in x.ranks for x in nodes)
+    kinds = tuple({kind for kind, _ in _FIELDS})
+    return shared and not known.isdisjoint(adams) and any(isinstance(x, kinds) for x in nodes)
+
+
 def _in_bases(state: Any) -> set[int]:
     """The ids of the tensors of all blocks that are stepped in eigenbases."""
     nodes = [node for _, node in walk(state)]
@@ -129,11 +141,28 @@ def _in_bases(state: Any) -> set[int]:
     return {id(x) for inside in stepped for x in inside if isinstance(x, Tensor)}
 
 
+def check_saved(saved: Any) -> None:
+    """Raise where this is no state_dict of an optimizer.
+
+    Raises:
+        TypeError: it is not.
+    """
+    wanted = {"state", "param_groups"}
+    if not isinstance(saved, Mapping) or not saved.keys() >= wanted:
+        raise TypeError(
+            f"saved is {saved!r:.80}; give the state_dict() of a torch.optim.AdamW or Adam, which "
+            "has 'state' and 'param_groups'."
+        )
+
+
 def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
     """{parameter: what AdamW knows}; one without a step yet is left out."""
+    check_saved(saved)
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     if len(indices) != len(names):
-        raise ValueError(f"the AdamW has {len(indices)} parameters, `names` {len(names)}.")
+        raise ValueError(
+            f"the AdamW has {plural(len(indices), 'parameter')}, `names` {len(names)}."
+        )
     adams: dict[str, _Adam] = {}
     name_of = dict(zip(indices, names))
     for group in saved["param_groups"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
-from funshampoo.core.text import readable
+from funshampoo.core.text import plural, readable
 from funshampoo.models.table import Row, routing_table
 from funshampoo.optim import Optimizer
 from funshampoo.recipes import ELEMENTWISE
@@ -25,9 +25,9 @@ def warn_of_costs(optimizer: Optimizer, stacklevel: int) -> None:
         first = tables[0]
         warnings.warn(
             f"{_named(tables)}, {first.role} of shape {first.shape}, gets {first.method}: "
-            f"{readable(first.state_bytes)} of state in {first.blocks} blocks, and the products "
-            "that go with them, where most rows have no gradient in a step. AdamW is likely to be "
-            "as good: leave the role out of method_roles, or the override away.",
+            f"{readable(first.state_bytes)} of state in {plural(first.blocks, 'block')}, and the "
+            "products that go with them, where most rows have no gradient in a step. AdamW is "
+            "likely to be as good: leave the role out of method_roles, or the override away.",
             stacklevel=stacklevel + 1,
         )
     large = [row for row in rows if row not in tables and _is_out_of_proportion(row)]

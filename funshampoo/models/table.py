@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.core.text import aligned, readable
+from funshampoo.core.text import aligned, plural, readable
 from funshampoo.optim import Optimizer
 from funshampoo.optim.planned import planned
 from funshampoo.optim.ready import blocks_of
@@ -51,7 +51,7 @@ class RoutingTable(NamedTuple):
             size = "frozen" if row.frozen else readable(row.state_bytes)
             words = row.name, shape, row.role, row.method
             lines.append((*words, _rate(row.lr), str(row.blocks or "-"), size))
-        total = f"{len(self.rows)} parameters, {readable(self.state_bytes)} of state."
+        total = f"{plural(len(self.rows), 'parameter')}, {readable(self.state_bytes)} of state."
         return "\n".join([*aligned(lines, left=range(4)), total])
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from funshampoo.core.contract import Hyper, Tree
+from funshampoo.core.parameters import of_no_module
 from funshampoo.core.tree import cast, compute_dtype, map_leaves
 from funshampoo.operators.leaf_ops import add, lerp, multiply, per_block
 
@@ -16,14 +16,9 @@ def copies(params: Tree) -> Tree:
     """The parameters in memory of their own, in their compute dtype.
 
     What is done to them later is a function of them, and differentiated as one; but for those of a
-    module, which require gradients whatever somebody wants.
+    module, see `of_no_module`.
     """
-
-    def copied(p: Tensor) -> Tensor:
-        source = p.detach() if isinstance(p, Parameter) else p
-        return source.to(compute_dtype(p), copy=True)
-
-    return map_leaves(copied, params)
+    return map_leaves(lambda p: of_no_module([p])[0].to(compute_dtype(p), copy=True), params)
 
 
 def interpolated_step(

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_range
+from funshampoo.core.text import plural
 
 Exponents: TypeAlias = (
     float | Literal["shampoo", "shampoo_squared"] | Mapping[int, float | Mapping[int, float]]
@@ -72,8 +73,8 @@ def wanted_sides(block: tuple[int, ...], sides: Sides | None) -> list[bool]:
         found = [bool(side) for side in sides(block)]
         if len(found) != len(block):
             raise ValueError(
-                f"sides returned {len(found)} values for a block of the shape {block}; it has to "
-                "return a bool for each of its sides."
+                f"sides returned {plural(len(found), 'value')} for a block of the shape {block}; "
+                "it has to return a bool for each of its sides."
             )
         return found
     shortest = block.index(min(block)) if block else None

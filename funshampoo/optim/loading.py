@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -24,35 +24,60 @@ class Loading(NamedTuple):
         ready: the states.
         groups: their hyperparameters.
         notes: what clients have kept with parameters.
+        steps: counters of them, each with its name: equal on all ranks that are given one save.
     """
 
     ready: list[Ready]
     groups: list[dict[str, Any]]
     notes: dict[Tensor, dict[str, Any]]
+    steps: set[tuple[str, float]]
 
 
-def loaded_together(
-    memory: Memory, groups: Sequence[Group], given: Mapping[str, Any], *, strict: bool, cast: bool
-) -> Loading:
-    """`loaded`, and where ranks share the blocks, on all of them or on none: a collective then.
+_REMEDIES = {
+    "load_state_dict": "Give each rank the part that it saved, or all of them the union, "
+    "funshampoo.state.merged(parts).",
+    "seed_from_adamw": "Give all ranks the same.",
+}
+
+
+def given_to(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state_dict as the hooks of this optimizer leave it.
 
     Raises:
-        ValueError: see `loaded`; or another rank could not load what it was given, or was given a
-            part of another step or run. On every rank.
+        TypeError: it is none.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is {state_dict!r:.80}; give what state_dict() returned.")
+    given: Any = dict(state_dict)
+    for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = before(optimizer, given)
+        given = given if replaced is None else replaced
+    return given  # type: ignore[no-any-return]
+
+
+def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> Loading:
+    """What `load` finds; where ranks share blocks, on all of them or on none: a collective then.
+
+    Args:
+        call: the method of the optimizer's that all ranks have to be in.
+
+    Raises:
+        ValueError: another rank could not load what it was given, or was given a part of another
+            step or run. On every rank; on that one, what `load` raised.
         RuntimeError: other ranks step.
     """
-    runs = memory.runs
-    shared = [group for run in runs for group in sharing_groups(run.transformation)]
+    shared = [group for run in memory.runs for group in sharing_groups(run.transformation)]
     if not shared:
-        return loaded(memory, groups, given, strict=strict, cast=cast)
-    memory.meet("load_state_dict")
+        return load()
+    memory.meet(call)
     failure: BaseException | None = None
+    steps: set[tuple[str, float]] = set()
+    numbers: list[int] = []
     try:
-        found = loaded(memory, groups, given, strict=strict, cast=cast)
+        found = load()
+        steps, numbers = found.steps, [part_of(one.state).run for one in found.ready]
     except BaseException as error:  # whatever it is: the others are waiting
         failure = error
-    steps = set() if failure is not None else _clocks(given["state"])
-    numbers = [] if failure is not None else [part_of(one.state).run for one in found.ready]
     everyone = gathered_objects((failure is None, steps, numbers), shared[0])
     if failure is not None:
         raise failure
@@ -61,8 +86,7 @@ def loaded_together(
         if not well:
             raise ValueError(
                 f"rank {rank} of {len(everyone)} could not load what it was given; its own error "
-                "says why. Nothing was changed on any rank. Give each rank the part that it saved, "
-                "or all of them the union, funshampoo.state.merged(parts)."
+                f"says why. Nothing was changed on any rank. {_REMEDIES[call]}"
             )
         # A whole is of no run in particular, and one rank may have it where others have parts.
         if steps != everyone[0][1] or any(n not in (0, m) for n, m in zip(numbers, known)):
@@ -99,7 +123,7 @@ def loaded(
     """
     check_fits(given, groups, strict)
     by_name = any(isinstance(index, str) for index in given["state"])
-    found = Loading([], [], {})
+    found = Loading([], [], {}, _clocks(given["state"]))
     all_indices = indices_of(given["param_groups"], groups)
     for run, group, saved, indices in zip(memory.runs, groups, given["param_groups"], all_indices):
         found.groups.append(loaded_group(saved, group))

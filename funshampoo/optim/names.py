@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from funshampoo.core.text import plural
+
 
 class Names:
     """The names under which a group's chain knows its parameters.
@@ -61,8 +63,8 @@ class Names:
 def _as_given(parameters: Sequence[Tensor], given: Sequence[str]) -> list[str]:
     if len(given) != len(parameters):
         raise ValueError(
-            f"the group has {len(parameters)} parameters and {len(given)} param_names: give one "
-            "name a parameter."
+            f"the group has {plural(len(parameters), 'parameter')} and {len(given)} param_names: "
+            "give one name a parameter."
         )
     names: dict[Tensor, str] = {}
     owners: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,8 @@ from torch._compile import _disable_dynamo
 
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.join import Joining
-from funshampoo.migrate.reference import from_reference
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.loading import loaded_together
+from funshampoo.optim.loading import Loading, given_to, loaded, loaded_together
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.saved import has_adamws, saved_group
 from funshampoo.optim.seeding import rates_of, seeded
@@ -133,9 +133,6 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
         super().add_param_group(param_group)
         *others, group = self.param_groups
-        reference = getattr(words.method, "func", words.method) is from_reference
-        if reference and group["peak_lr"] is None:  # the constructor's lr, whatever lr is later
-            group["peak_lr"] = copy.deepcopy(group["lr"])
         try:
             memory.runs.append(self._run_of(group, others, words))
         except Exception:
@@ -155,6 +152,9 @@ class Optimizer(torch.optim.Optimizer, Joining):
             words = self._words if method is self._method else Vocabulary(method, own)
             for name, value in {**words.defaults({}), **self.defaults}.items():
                 group.setdefault(name, value)
+        known = words.first_rate  # the constructor's lr, whatever lr is later
+        if known is not None and group.get(known) is None and "lr" in group:
+            group[known] = copy.deepcopy(group["lr"])
         return GroupRun(group, words, self._method, first, self._compile)
 
     def _match(self) -> Memory:
@@ -300,27 +300,21 @@ class Optimizer(torch.optim.Optimizer, Joining):
         Raises:
             ValueError: other groups, names missing or unknown, other shapes or dtypes.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict is {state_dict!r:.80}; give what state_dict() returned.")
-        given: Any = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = before(self, given)
-            given = given if replaced is None else replaced
-        if self._accept_adamw and has_adamws(given, self.param_groups, strict):
-            rates = [rates_of(saved) for saved in given["param_groups"]]
-            memory = self._match()
-            with memory.all_or_nothing(self.param_groups):
+        memory = self._match()
+
+        def load() -> Loading:
+            given = given_to(self, state_dict)
+            if self._accept_adamw and has_adamws(given, self.param_groups, strict):
                 memory.forget_all()  # as what is loaded takes the place of what was there
-                self.seed_from_adamw(given)
-                for group, own in zip(self.param_groups, rates):
-                    group.update(own)
-        else:
-            memory = self._match()
-            found = loaded_together(memory, self.param_groups, given, strict=strict, cast=cast)
-            with memory.all_or_nothing(self.param_groups):
-                for group, entries in zip(self.param_groups, found.groups):
-                    group.update(entries)
-                memory.replace(found.ready, found.notes)
+                found = seeded(memory.runs, given, self._model_order)
+                return found._replace(groups=[rates_of(group) for group in given["param_groups"]])
+            return loaded(memory, self.param_groups, given, strict=strict, cast=cast)
+
+        with memory.all_or_nothing(self.param_groups):
+            found = loaded_together(memory, "load_state_dict", load)
+            for group, entries in zip(self.param_groups, found.groups):
+                group.update(entries)
+            memory.replace(found.ready, found.notes)
         self._whole = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -334,6 +328,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
             saved: its state_dict(), for the same parameters: by name, where both were given names,
                 else in the same order, which of `for_model` is the model's.
 
+        Where blocks are sharded it is a collective: all ranks take them over, or none does.
+
         Raises:
             ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,
                 and not the same.
@@ -341,7 +337,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
         memory.follow()
         with memory.all_or_nothing(self.param_groups):
-            memory.seeded(seeded(memory.runs, saved, self._model_order))
+            load = functools.partial(seeded, memory.runs, saved, self._model_order)
+            memory.seeded(loaded_together(memory, "seed_from_adamw", load).ready)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Built chains are left out: they are made anew."""

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from funshampoo.core.bare import bare_names
-from funshampoo.migrate.seeding import seed_from_adamw
+from funshampoo.migrate.seeding import check_saved, seed_from_adamw
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.ready import Ready
+from funshampoo.optim.loading import Loading
 from funshampoo.optim.vocabulary import check_rate
 from funshampoo.state.checkpoint import check
 
 
 def seeded(
     runs: Sequence[GroupRun], saved: Mapping[str, Any], order: Sequence[str] = ()
-) -> list[Ready]:
+) -> Loading:
     """The states of all groups with AdamW's moments in them.
 
     Args:
@@ -28,18 +28,19 @@ def seeded(
 
     Raises:
         ValueError: see `funshampoo.state.seed_from_adamw`; or names of parameters differ.
+        TypeError: saved is no state_dict.
     """
+    check_saved(saved)
     known = [(i, name) for i, run in enumerate(runs) for name in run.names()]
     if all(run.group.get("param_names") for run in runs):
         known = _in_their_order(known, saved, order)
-    ready = []
+    found = Loading([], [], {}, _steps_of(saved))
     for i, run in enumerate(runs):
         # Two groups may use the same name: only this one's are its own.
         own = [name if i == j else f"group {j}/{name}" for j, name in known]
-        ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
-    for one in ready:
-        check(one.state)
-    return ready
+        found.ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
+        check(found.ready[-1].state)
+    return found
 
 
 def rates_of(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +53,11 @@ def rates_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     for rate in found.values():
         check_rate(rate)
     return found
+
+
+def _steps_of(saved: Mapping[str, Any]) -> set[tuple[str, float]]:
+    entries = saved["state"].items()
+    return {(f"AdamW's {i}", float(entry["step"])) for i, entry in entries if "step" in entry}
 
 
 def _in_their_order(

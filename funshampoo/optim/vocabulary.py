@@ -15,6 +15,8 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, takes_live
+from funshampoo.migrate.published import METHODS, from_published
+from funshampoo.migrate.reference import from_reference
 from funshampoo.optim.values import copied, is_fixed, is_number, same_arguments, structural
 from funshampoo.transforms import scale_by_learning_rate
 
@@ -51,6 +53,10 @@ class Vocabulary:
         given: names of arguments. A recipe with **keywords gets those that it does not declare,
             but for another name of one that it does.
 
+    Attributes:
+        extras: names of arguments that only **keywords take.
+        first_rate: the argument that is lr as the constructor got it; None where there is none.
+
     >>> from funshampoo import adamw
     >>> Vocabulary(adamw).defaults({"lr": 0.1})["betas"]
     (0.9, 0.999)
@@ -76,6 +82,9 @@ class Vocabulary:
                 n for n, meant in _SYNONYMS.items() if meant == "lr" or meant in self._names
             }
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - declared
+        self.first_rate = _first_rate(method)
+        if self.first_rate is not None and self.first_rate not in self._names:
+            self.extras.add(self.first_rate)
         self.takes_rate = "lr" in self._names or "lr" in self.extras  # as an argument of its own
         if not self.takes_rate:
             self._names["lr"] = inspect.Parameter.empty
@@ -190,7 +199,7 @@ class Vocabulary:
             raise TypeError(
                 f"{self._who()} has no hyperparameter '{unknown[0]}'"
                 + (f"; did you mean '{meant}'?" if meant else ".")
-                + f" It takes {', '.join(sorted(known))}."
+                + f" It takes {', '.join(sorted(known | self.extras))}."
             )
         found = {**self._names, **given}
         return {name: v for name, v in found.items() if v is not inspect.Parameter.empty}
@@ -263,6 +272,19 @@ class Vocabulary:
 
     def _who(self) -> str:
         return "a transformation" if self.fixed else getattr(self.method, "__name__", "the method")
+
+
+def _first_rate(method: Method) -> str | None:
+    """Of migrate's functions: what is no hyperparameter, but the first value of one."""
+    function, fixed = getattr(method, "func", method), getattr(method, "keywords", {})
+    name = "peak_lr" if function is from_reference else "initial_lr"
+    if function is from_published:
+        called = str(fixed.get("method", *getattr(method, "args", ())[:1]))
+        if called not in METHODS or name not in inspect.signature(METHODS[called]).parameters:
+            return None
+    elif function is not from_reference:
+        return None
+    return None if name in fixed else name
 
 
 def check_rate(lr: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from funshampoo.blocks.layout import Merge
 from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, as_transformation
-from funshampoo.core.text import aligned, counted, duration, readable
+from funshampoo.core.text import aligned, counted, duration, plural, readable
 from funshampoo.core.traced_tree import dict_like
 from funshampoo.core.tree import compute_dtype, flatten
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
@@ -272,8 +272,9 @@ def _over_mean(seconds: float, ranks: Sequence[RankPlan]) -> float:
 
 def _heading(found: Plan) -> list[str]:
     lines = [
-        f"{found.parameters:,} parameters, {found.elements:,} elements, in {found.blocks:,} blocks "
-        f"of {len(found.stacks)} shapes, owned by {len(found.ranks):,} ranks.",
+        f"{plural(found.parameters, 'parameter')}, {plural(found.elements, 'element')}, in "
+        f"{plural(found.blocks, 'block')} of {plural(len(found.stacks), 'shape')}, owned by "
+        f"{plural(len(found.ranks), 'rank')}.",
         f"Balance (largest / mean modelled time): {found.balance:.3f}.",
         "Times are modelled for one CPU thread: compare them with each other.",
     ]
@@ -283,7 +284,9 @@ def _heading(found: Plan) -> list[str]:
             "blocks (max_size), where the method has them, or fewer ranks would balance better."
         )
     if found.replicated_elements:
-        lines.append(f"{found.replicated_elements:,} elements are in no block: all ranks do them.")
+        lines.append(
+            f"In no block: {plural(found.replicated_elements, 'element')}, which all ranks do."
+        )
     return lines
 
 

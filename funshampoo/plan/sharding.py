@@ -17,7 +17,7 @@ from funshampoo.blocks.layout import Layout
 from funshampoo.core.boxes import Holding, holding_at
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, as_transformation
-from funshampoo.core.text import counted, duration, readable
+from funshampoo.core.text import counted, duration, plural, readable
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.parts import near_shards
@@ -111,7 +111,7 @@ def plan_sharded(
     check_choice("sharding", sharding, ("fsdp", "hsdp", "tp", "fsdp+tp"))
     sides, mesh = 2 if sharding in ("hsdp", "fsdp+tp") else 1, tuple(mesh)
     if len(mesh) != sides:
-        raise ValueError(f"mesh is {mesh}; {sharding!r} takes a mesh of {sides} sides.")
+        raise ValueError(f"mesh is {mesh}; {sharding!r} takes a mesh of {plural(sides, 'side')}.")
     tx = as_transformation(transformation or shampoo(1e-3, every=every))
     params = meta_parameters(model, dtype)
     state = tx.init(params)
@@ -249,7 +249,7 @@ def _table(found: ShardingPlan) -> list[str]:
         ("time per step", found.seconds, duration),
     ]
     return [
-        f"{sum(found.blocks):,} blocks over {size:,} ranks, a mesh of {shape}.",
+        f"{plural(sum(found.blocks), 'block')} over {plural(size, 'rank')}, a mesh of {shape}.",
         f"Balance (largest / mean modelled time): {found.balance:.3f}. "
         f"Planned in {found.planning:.1f} s.",
         "",

@@ -64,10 +64,11 @@ def state_dict(state: Any) -> dict[str, Tensor]:
             own, and `merged` unites them.
 
     Returns:
-        Views of the state's tensors, not copies. Beside them, int64 on the CPU: the version of this
-        format, 0-dimensional, under "funshampoo/format"; and under "funshampoo/part" [rank, ranks,
-        a sum of all bits], by which `merged` knows what belongs together; where ranks share, the
-        second has 2^20 times the number of their run, too. The sum reads all of it.
+        Views of the state's tensors, not copies, detached. Beside them, int64 on the CPU: the
+        version of this format, 0-dimensional, under "funshampoo/format"; and under
+        "funshampoo/part" [rank, ranks, a sum of all bits], by which `merged` knows what belongs
+        together; where ranks share, the second has 2^20 times the number of their run, too. The sum
+        reads all of it.
 
     Raises:
         TypeError: it is no state.
@@ -85,7 +86,8 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     entries = named(state)
     part = part_of(state)._replace(bits=bits_of(entry.x for entry in entries))
     notes = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu"), PART_KEY: part.entry()}
-    return {**notes, **{entry.name: entry.x for entry in entries}}
+    own = {entry.name: entry.x for entry in entries}
+    return {**notes, **{n: x.detach() if x.requires_grad else x for n, x in own.items()}}
 
 
 @for_keeps()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import check_is_state, walk
 from funshampoo.state.places import block_names, rows_of
@@ -69,18 +70,21 @@ class Health(NamedTuple):
     spikes: int | None = None
 
     def __str__(self) -> str:
-        skipped = f"{self.skipped} micro-batches skipped, {self.held} times a block held"
+        skipped = f"{plural(self.skipped, 'micro-batch', 'micro-batches')} skipped"
+        skipped += f", {plural(self.held, 'time')} a block held"
         if self.spikes is not None:
-            skipped += f" ({self.spikes} of them spikes)"
+            skipped += f" ({plural(self.spikes, 'spike')})"
         if self.ranks:
             held, streak, failed, failed_streak = zip(*self.ranks)
             skipped += f"; all ranks: {sum(held)} held (up to {max(streak)} in a row)"
-            skipped += f", {sum(failed)} roots failed (up to {max(failed_streak)} in a row)"
+            skipped += (
+                f", {plural(sum(failed), 'root')} failed (up to {max(failed_streak)} in a row)"
+            )
         if not self.factors:
             return f"nothing in this state is refreshed, so no roots to report; {skipped}"
         width = max([len("factor"), *(len(f.where) for f in self.factors)])
         lines = [
-            f"{self.steps} steps, {skipped}",
+            f"{plural(self.steps, 'step')}, {skipped}",
             f"{'factor':<{width}} {'matrices':>8} {'residual':>9} {'condition':>9} "
             f"{'failures':>8}  worst",
         ]
@@ -109,7 +113,7 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     >>> params = {"w": torch.zeros(2, 3)}
     >>> _, state = tx.update({"w": torch.eye(2, 3)}, tx.init(params), params)
     >>> found = health(state)  # doctest: +ELLIPSIS
-    1 steps, 0 micro-batches skipped, 0 times a block held
+    1 step, 0 micro-batches skipped, 0 times a block held
     factor     matrices  residual condition failures  worst
     2x3 side 0        1 ...
     2x3 side 1        1 ...

@@ -12,7 +12,7 @@ from funshampoo.core.interrupted import check_whole, tensors_of
 StateT = TypeVar("StateT")
 
 
-def find_state(states: Any, kind: type[StateT]) -> StateT | None:
+def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> StateT | None:
     """The last state of this kind in a (nested) state, or None; of one in another, the outer.
 
     >>> import torch
@@ -29,6 +29,28 @@ def find_state(states: Any, kind: type[StateT]) -> StateT | None:
             nodes.extend(node.values())
         elif isinstance(node, (tuple, list)):
             nodes.extend(node)
+    return None
+
+
+def first_state(
+    states: Any, kind: type[StateT], closed: type | tuple[type, ...] = ()
+) -> StateT | None:
+    """The first state of this kind in a (nested) state, or None; of one in another, the outer.
+
+    Args:
+        states: in the order of the chain.
+        kind: of the state.
+        closed: kinds of states that are not looked into.
+    """
+    nodes: list[Any] = [states]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, kind):
+            return node
+        if isinstance(node, dict):
+            nodes.extend([*node.values()][::-1])
+        elif isinstance(node, (tuple, list)) and not isinstance(node, closed):
+            nodes.extend(node[::-1])
     return None
 
 

@@ -100,7 +100,10 @@ def in_eigenbasis(
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
 
     Derivatives through training, second ones too, take the bases with them; see
-    `linalg.spectral.Spectrum` for ties.
+    `linalg.spectral.Spectrum` for ties. Of few gradients L_i has a null space, whose basis is
+    rounding's choice if it has two dimensions or more: what is made of new gradients in it by signs
+    or Adam, and so what follows, differs between vmap and a loop, and jumps between two rates (see
+    it in LoRA's first steps, of matrices that begin as zeros), of which no derivative tells.
 
     State: `EigenbasisState`.
 

@@ -20,7 +20,7 @@ from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
-from funshampoo.state.nodes import find_state, parted
+from funshampoo.state.nodes import first_state, parted
 from funshampoo.state.stages import KroneckerState, RefreshedState
 from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
@@ -219,10 +219,8 @@ def _of_later_stage(
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
-    found: Any = None
-    for state in parted(previous, own)[1]:
-        if found is None and not (through == "roots" and isinstance(state, EigenbasisState)):
-            found = find_state((state,), wanted)
+    after = parted(previous, own)[1]
+    found: Any = first_state(after, wanted, closed=EigenbasisState)  # whose bases are no roots
     try:
         bases = found if through == "roots" else found.bases
         flatten(updates)[1].flatten_up_to(bases.kept)

@@ -13,6 +13,7 @@ from funshampoo.core.tree import flatten, update_leaves, wide
 from funshampoo.operators.kl import inverse_root, outer
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.state.nodes import find_state
+from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kl import KlState
 
 
@@ -28,7 +29,8 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         epsilon: added to the root, ≥ 0.
 
     Raises:
-        ValueError: epsilon out of range; from update, no `kl_statistics` with eigenvalues before.
+        ValueError: epsilon out of range; from update, the nearest `kl_statistics` before has no
+            eigenvalues, or another `in_eigenbasis` stands between.
 
     Reference: Lin et al., arXiv 2509.03378.
 
@@ -62,12 +64,23 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
 
 
 def _eigenvalues(previous: tuple[Any, ...], updates: Tree) -> Tree:
-    found = find_state(previous, KlState)
-    if found is None or any(
-        [len(x) == 0 for x in flatten(updates)[1].flatten_up_to(found.eigenvalues)]
-    ):
+    """The λ_i in these bases.
+
+    Raises:
+        ValueError: the nearest statistics have none, or none in these bases.
+    """
+    found: Any = find_state(previous, (KlState, EigenbasisState))
+    needed = 'put kl_statistics(through="eigenvalues") before the in_eigenbasis(...) that it is in'
+    if found is None:
+        raise ValueError(f"scale_by_eigenvalues found no eigenvalues: {needed}.")
+    if isinstance(found, EigenbasisState):
         raise ValueError(
-            'scale_by_eigenvalues found no eigenvalues: put kl_statistics(through="eigenvalues") '
-            "before the in_eigenbasis(...) that it is in."
+            "scale_by_eigenvalues found no eigenvalues in its bases: another in_eigenbasis(...) "
+            f"stands between, which those of the kl_statistics before both belong to; {needed}."
+        )
+    if any([len(x) == 0 for x in flatten(updates)[1].flatten_up_to(found.eigenvalues)]):
+        raise ValueError(
+            "scale_by_eigenvalues found no eigenvalues in the nearest kl_statistics before it, "
+            f'whose through is "roots" or "ritz"; {needed}, with no other between.'
         )
     return found.eigenvalues

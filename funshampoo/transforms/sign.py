@@ -14,7 +14,7 @@ from funshampoo.operators.leaf_ops import multiply, per_block
 
 
 def sign(scale: Hyper | Literal["mean", "sum"] | None = None) -> GradientTransformation:
-    """U ← s sign(U), entry by entry; 0 stays 0.
+    """U ← s sign(U), entry by entry; 0 stays 0. No derivative tells of the jump at 0.
 
     Args:
         scale: s: None for 1, a number, or of the leaf (in `blocked`, the block) before: "mean", the

@@ -133,12 +133,13 @@ def loads(rank: int, case: str) -> Any:
         "rank 0's alone": gathered[0],
         "another step": dicts[rank],
         "no checkpoint": {"state": {}} if rank == 1 else dicts[0],
+        "None": None if rank == 1 else dicts[0],
         "own": dicts[0],
     }[case]
     before, since, found = local(params), time.monotonic(), ""
     try:
         opt.load_state_dict(given)
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         found = str(error)
     seconds = time.monotonic() - since
     assert_equal(local(params), before)
@@ -154,6 +155,7 @@ def loads(rank: int, case: str) -> Any:
         ("rank 0's alone", ("rank 1 of 2 could not load", "the part of rank 0 of 2: save every")),
         ("another step", ("is of another step or run than those of other ranks",) * 2),
         ("no checkpoint", ("rank 1 of 2 could not load", "this is no state_dict of an optimizer")),
+        ("None", ("rank 1 of 2 could not load", "give what state_dict() returned")),
         ("own", ("", "")),
     ],
 )
@@ -162,6 +164,53 @@ def test_all_ranks_load_or_none(ranks: Ranks, case: str, messages: tuple[str, st
         assert message in found
         assert bool(found) == bool(message)
         assert seconds < 10
+
+
+def seeds(rank: int, case: str, method: Any) -> tuple[str, Any]:
+    """(error, state) after the moments of an AdamW, of two matrices or one, are taken over."""
+    shapes = [(4, 3)] if case == "one matrix" else [(4, 3), (3, 4)]
+    there = [(4, 3), (5, 4)] if case == "other shapes" else shapes
+    old, new = [[torch.nn.Parameter(torch.ones(s)) for s in each] for each in (there, shapes)]
+    adamw = torch.optim.AdamW(old)
+    for _ in range(2 if case == "other steps" and rank == 1 else 1):
+        for p in old:
+            p.grad = torch.ones_like(p)
+        adamw.step()
+    opt = fs.Optimizer(new, method, lr=0.1, distribute=fs.sharded, accept_adamw=True)
+    saved = opt.state_dict() if case == "ours" and rank == 1 else adamw.state_dict()
+    if case == "nothing" and rank == 1:
+        saved = {}
+    act = opt.load_state_dict if case == "ours" else opt.seed_from_adamw
+    try:
+        act(saved)
+    except (TypeError, ValueError) as error:
+        assert not any(x.any() for own in opt.state.values() for n, x in own.items() if "seco" in n)
+        return str(error), None
+    for p in new:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    return "", new[0].detach()
+
+
+@pytest.mark.parametrize("method", [fs.adamw, fs.shampoo])
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [
+        ("other shapes", ("rank 1 of 2 could not load", "has other shapes in the AdamW")),
+        ("other steps", ("of another step or run than those of other ranks",) * 2),
+        ("nothing", ("Give all ranks the same", "saved is {}; give the state_dict")),
+        ("ours", ("of another step or run than those of other ranks",) * 2),
+        ("one matrix", ("", "")),  # of which rank 1 has nothing
+    ],
+)
+def test_all_ranks_go_on_from_an_adamw_or_none(
+    ranks: Ranks, case: str, messages: tuple[str, str], method: Any
+) -> None:
+    (one, x), (other, y) = ranks(2, seeds, case, method)
+    assert all(message in found for message, found in zip(messages, (one, other)))
+    assert (one == "") == (other == "") == (messages[0] == "")
+    if x is not None:
+        assert_equal(x, y)
 
 
 def alone(rank: int, call: str) -> str:

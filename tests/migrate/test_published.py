@@ -216,7 +216,7 @@ def test_roles_go_with_the_leaves_or_with_a_tree() -> None:
         found.append(updates)
     for updates in found[1:]:
         assert all(torch.equal(updates[name], found[0][name]) for name in params)
-    with pytest.raises(ValueError, match="roles has 1 entries for 2 parameters"):
+    with pytest.raises(ValueError, match="roles has 1 entry for 2 parameters"):
         fs.from_published("SOAP-Muon", roles=["mlp"]).init(params)
     with pytest.raises(ValueError, match="roles is 'mpl'; choose one of 'mlp'"):
         fs.from_published("SOAP-Muon", roles="mpl").init(params)

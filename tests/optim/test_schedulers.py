@@ -6,6 +6,7 @@ functional loop builds a new transformation with them for every step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +163,27 @@ def test_decay_of_the_reference_divides_by_the_first_rate(kind: str) -> None:
         for t, g in enumerate(grads)
     ]
     assert_same(params, _from_start(changes), 1e-14)
+
+
+@pytest.mark.parametrize("given", [{}, {"initial_lr": 0.06}, {"lr": 0.06, "initial_lr": 0.03}])
+def test_a_look_ahead_follows_the_rate_from_the_first_one_on(given: dict[str, float]) -> None:
+    """initial_lr, too, is the constructor's lr: a scheduler leaves what is there as it is."""
+    options = {"lr": 0.03, **given}
+    first = options.get("initial_lr", options["lr"])
+    grads = list(torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(0)).double())
+    w, ends = torch.nn.Parameter(grads[0].clone()), [grads[0]]
+    method = functools.partial(fs.from_published, "SOAP-Muon + EMA-Nesterov")
+    optimizer = fs.Optimizer([w], method, **options)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.7)
+    tx = method(lr=lambda count: options["lr"] * 0.7 ** count.double(), initial_lr=first)
+    state = tx.init(ends)
+    for g in grads:
+        w.grad = g.clone()
+        optimizer.step()
+        scheduler.step()
+        updates, state = tx.update([g], state, ends)
+        ends = fs.apply_updates(ends, updates)
+    torch.testing.assert_close(w.detach(), ends[0], rtol=0, atol=1e-12)
 
 
 def test_a_schedule_as_lr_is_an_error_that_names_schedulers() -> None:

@@ -301,7 +301,7 @@ def test_what_is_in_no_block_is_everybodys() -> None:
     found = plan({"a": (8, 4), "b": (5,)}, 2, transformation=tx)
     assert (found.blocks, found.replicated_elements) == (2, 5)
     assert found.replicated_bytes == 4 * (8 * 4 + 5)  # the momentum outside
-    assert "5 elements are in no block" in str(found)
+    assert "In no block: 5 elements, which all ranks do" in str(found)
 
 
 def test_one_block_too_large_is_named() -> None:

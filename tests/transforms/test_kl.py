@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -150,12 +151,33 @@ def test_it_says_which_stage_it_misses(through: Any) -> None:
         stepped(tx, gradients((2, 2), 1))
 
 
-def test_scale_by_eigenvalues_says_which_stage_it_misses() -> None:
-    statistics = [fs.kronecker_statistics(), fs.kl_statistics(through="ritz", least_eigenvalue=0.1)]
-    for stage in statistics:
-        tx = fs.chain(stage, fs.in_eigenbasis(fs.scale_by_eigenvalues()))
-        with pytest.raises(ValueError, match="scale_by_eigenvalues found no eigenvalues: put"):
-            stepped(tx, gradients((2, 2), 1))
+OTHER_EIGENVALUES = {
+    "none": (lambda: [fs.kronecker_statistics()], ": put"),
+    "ritz": (
+        lambda: [fs.kl_statistics(through="ritz", least_eigenvalue=0.1)],
+        "in the nearest kl_statistics before it, whose through",
+    ),
+    "roots between": (
+        lambda: [fs.kl_statistics(), fs.kl_statistics(through="roots"), fs.root_inverse(1)],
+        "in the nearest kl_statistics before it, whose through",
+    ),
+    "of other bases": (
+        lambda: [fs.kl_statistics(), fs.in_eigenbasis(fs.sign()), fs.kronecker_statistics()],
+        "in its bases: another in_eigenbasis",
+    ),
+    "of bases in a chain": (
+        lambda: [fs.kl_statistics(), fs.chain(fs.in_eigenbasis(fs.scale_by_eigenvalues()))],
+        "in its bases: another in_eigenbasis",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_EIGENVALUES)
+def test_scale_by_eigenvalues_says_which_stage_it_misses(name: str) -> None:
+    before, message = OTHER_EIGENVALUES[name]
+    tx = fs.chain(*before(), fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=3))
+    with pytest.raises(ValueError, match=f"scale_by_eigenvalues found no eigenvalues.*{message}"):
+        stepped(tx, gradients((2, 2), 1))
 
 
 @pytest.mark.parametrize("sort", [False, True])
@@ -261,6 +283,44 @@ def test_a_pair_is_one_too_where_part_of_it_is_in_a_combinator(wrap: str, part: 
     g = gradients((3, 4), 4)
     expected = stepped(both([statistics], [bases]), g)[0]
     torch.testing.assert_close(stepped(tx, g)[0], expected, rtol=0, atol=0)
+
+
+def bases(every: int) -> fs.GradientTransformation:
+    return fs.in_eigenbasis(fs.sign(), every)
+
+
+root = functools.partial(fs.root_inverse, exponents="shampoo_squared")
+NEXT: dict[str, tuple[str, Any, list[Any]]] = {  # through, whom it reads, what is in the chain
+    "graft": ("eigenvalues", bases, [fs.graft(bases(1), onto=bases(3))]),
+    "pairs": (
+        "eigenvalues",
+        bases,
+        [fs.chain(bases(1), fs.chain(fs.kl_statistics(0.9), bases(3)))],
+    ),
+    "roots": ("roots", root, [fs.chain(root(1), fs.kronecker_statistics(), root(3))]),
+    "beside bases": ("roots", root, [fs.graft(root(1), onto=bases(1))]),
+    **{f"behind {name}": ("roots", root, [w(bases(1)), root(1)]) for name, w in WRAPPED.items()},
+}
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_statistics_are_whitened_by_the_next_stage_in_whatever_it_stands(name: str) -> None:
+    """Bases are no roots, and a second stage of the kind has other values."""
+    through: Any
+    through, read, behind = NEXT[name]
+    g, statistics = gradients((3, 4), 4), fs.kl_statistics(0.5, through=through)
+    found, expected = [
+        stepped(fs.chain(statistics, *later), g)[1]["kl_statistics"]
+        for later in (behind, [read(1)])
+    ]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_bases_in_a_combinator_are_no_roots_either(wrap: str) -> None:
+    tx = fs.chain(fs.kl_statistics(through="roots"), WRAPPED[wrap](bases(1)))
+    with pytest.raises(ValueError, match=r"found no root_inverse\(...\)"):
+        stepped(tx, gradients((3, 4), 1))
 
 
 def test_the_last_state_before_a_stage_is_found_in_whatever_it_stands() -> None:
