@@ -76,7 +76,7 @@ def hyperball(
             w = cast(w, u.dtype)
             size = norm_over(w, block_ndim)
             if relative:
-                u = u * (size / torch.clamp(norm_over(u, block_ndim), min=1e-10))
+                u = u * (size / safe(norm_over(u, block_ndim)))
             step = multiply(u, rate, donate=False)
             moved, wanted = w - step, size
             if radius == "first_order":
