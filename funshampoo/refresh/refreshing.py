@@ -44,17 +44,28 @@ class Refreshing:
     schedule: RefreshSchedule
     packed: bool = False
 
-    def init(self, params: Tree, block_ndim: int = 0, clock: bool = False) -> RefreshedState:
-        """Initial values for every leaf; `block_ndim` and `clock` are those that init gets."""
+    def init(
+        self, params: Tree, block_ndim: int = 0, clock: bool = False, factors: Tree = None
+    ) -> RefreshedState:
+        """Initial values for every leaf.
 
-        def initial(x: Tensor) -> tuple[Kept | tuple[()], ...]:
-            rules = self.rules(tuple(x.shape[block_ndim:]))
+        Args:
+            params, block_ndim, clock: those that init gets.
+            factors: a tree of tuples, one entry a unit: there are to be values only where it is a
+                tensor. None: wherever there is a rule.
+        """
+
+        def initial(x: Tensor, *sides: Any) -> tuple[Kept | tuple[()], ...]:
+            rules = list(self.rules(tuple(x.shape[block_ndim:])))
+            if sides:
+                rules = [r if isinstance(side, Tensor) else None for r, side in zip(rules, *sides)]
             lead = x.shape[:block_ndim]
             return tuple(
                 [self._initial(x, lead, r) if r is not None and x.numel() else () for r in rules]
             )
 
-        return RefreshedState(map_leaves(initial, params), started(True, clock))
+        known = () if factors is None else (factors,)
+        return RefreshedState(map_leaves(initial, params, *known), started(True, clock))
 
     def update(
         self,

@@ -134,8 +134,8 @@ def in_eigenbasis(
         check_local(params, "in_eigenbasis")
         factors = statistics_of(context.get("upstream", ()), "in_eigenbasis", params).factors
         ndim = context.get("block_ndim", 0)
-        bases = refreshing(True).init(params, ndim, context.get("clock", False))
-        bases = _with_factors(bases, factors, params)
+        # Only of sides that have a factor: the identity of one of 50,000 would be 10 GB.
+        bases = refreshing(True).init(params, ndim, context.get("clock", False), factors)
         seen = zeros_a_block(params, ndim, torch.int64) if first == "skip" else ()
         return EigenbasisState(inner.init(params, **context), seen, bases)
 
@@ -263,16 +263,6 @@ class BasisRule(Rule):
 def _factor(side: int, factors: Any, weight: Tensor) -> Reading:
     """L_side / weight."""
     return bias_corrected, factors[side], weight
-
-
-def _with_factors(bases: RefreshedState, factors: Tree, params: Tree) -> RefreshedState:
-    """() in the place of a unit whose side has no factor matrix."""
-
-    def leaf(p: Tensor, sides: Any, units: Any) -> tuple[Tensor, Any]:
-        pairs = zip(units, sides)
-        return p, tuple([unit if isinstance(side, Tensor) else () for unit, side in pairs])
-
-    return changed(bases, kept=update_leaves(leaf, params, (bases.kept,), (factors,))[1])
 
 
 def _with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:
