@@ -31,7 +31,8 @@ class Refreshing:
     GradientTransformation has `phase=schedule.phase()` and `counts=True`.
 
     A refresh keeps the old value of a matrix for which the rule does not converge, and counts it.
-    It also keeps it, uncounted, where the matrix is exactly zero: nothing has been seen yet.
+    It also keeps it, uncounted, where the matrix is zero, since nothing has been seen yet, or has
+    no normal number, since nothing is left of what was seen.
 
     Args:
         rules: the shape of a block -> a rule or None for each unit. It is asked on every refresh,
