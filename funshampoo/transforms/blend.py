@@ -118,7 +118,7 @@ def blend_towards(
             u = wide(u)
             w, size = cast(w, u.dtype), _size(u, block_ndim)
             known = _size(w, block_ndim)
-            w = torch.where(known == 0, u, w * (size / safe(known)))
+            w = torch.where(known == 0, u, w / safe(known) * size)
             if isinstance(gate, AgreementGate):
                 share: Any = gate(w, u, cast(g, u.dtype), block_ndim, clock)
             else:
