@@ -98,6 +98,8 @@ def in_eigenbasis(
             identity.
 
     A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
+    In float32 a row that had gradients and has got zeros for 30 / (1 - beta2) steps is moved by the
+    rounding of others, as far as `inner` takes small coordinates for large ones: epsilon is for it.
 
     Derivatives through training, second ones too, take the bases with them; see
     `linalg.spectral.Spectrum` for ties.
