@@ -13,6 +13,7 @@ that gradients which are `guarded` do not reach: there the plain norm is taken a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -99,6 +100,26 @@ def range_scale(norm: Tensor) -> Tensor:
     shift, (least, _) = range_shift(norm.dtype), range_limits(norm.dtype)
     scale = torch.ones_like(norm).masked_fill(norm < least, shift)
     return scale.masked_fill(norm == float("inf"), 1 / shift)
+
+
+def unit_scale(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """s, a power of two, by which the largest entry of x s over these axes is in [1/2, 1).
+
+    For what takes more of x than its square, or has to hold on every device: it is a pass over x.
+    1 where x is zeros, or not finite. x s rounds nothing, and no derivative passes. The axes stay.
+
+    >>> unit_scale(torch.tensor([3.0, 1e-30]), (0,)), unit_scale(torch.zeros(2), (0,))
+    (tensor([0.2500]), tensor([1.]))
+    """
+    axes = tuple(axes)
+    if is_in_parts(x) or not x.numel():
+        return x.new_ones(
+            [1 if i - x.ndim in axes or i in axes else n for i, n in enumerate(x.shape)]
+        )
+    largest = x.detach().abs().amax(axes, keepdim=True)
+    # 2^-exponent has to be a number where the largest entry is no normal one.
+    least = math.frexp(torch.finfo(x.dtype).tiny)[1]
+    return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest)[1].clamp(min=least))
 
 
 def block_norms(xs: Sequence[Tensor], block_ndim: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.core.modes import constant, is_traced, may_reuse, product_precision
 from funshampoo.core.tree import cast
-from funshampoo.linalg.norms import norm_over_axes
+from funshampoo.linalg.norms import norm_over_axes, range_limits, unit_scale
 from funshampoo.linalg.polynomials import Polynomial
 from funshampoo.linalg.products import is_plain_memory, matmul
 
@@ -37,7 +37,8 @@ def polar_factor(
     Args:
         X: (..., r, c), floating point. A matrix of zeros stays one.
         polynomials: (a, b, c) of each step; see `linalg.polynomials`.
-        epsilon: keeps the norm from 0.
+        epsilon: keeps the norm from 0. A matrix much shorter than this counts as short, and what is
+            made of it is short too; with 0 only where it points matters.
         norm: "clamped": max(‖X‖, epsilon), the Frobenius norm; "added": ‖X‖ + epsilon; "schatten4":
             √‖X Xᵀ‖ + epsilon, the root of the sum of the singular values' fourth powers, which is
             closer to the largest one, so that fewer steps are spent on growing.
@@ -61,12 +62,20 @@ def polar_factor(
     with product_precision():
         tall = X.shape[-2] > X.shape[-1]
         inner = dtype or X.dtype
+        # Powers of the entries are to stay in the range of their dtype.
+        narrow = norm == "schatten4" or inner == torch.float16
+        scales = narrow or epsilon < range_limits(inner)[0]
 
         def factor(x: Tensor) -> Tensor:
-            own = cast(x.mT if tall else x, inner)
-            size = _size(own, epsilon, norm, slack)
-            # A copy in another dtype is nobody else's.
-            in_place = inner != X.dtype and may_reuse(own, size)
+            own = x.mT if tall else x
+            least: float | Tensor = epsilon
+            if scales:
+                s = unit_scale(own, (-2, -1))
+                own, least = own * s, cast(epsilon * s, inner)
+            own = cast(own, inner)
+            size = _size(own, least, norm, slack)
+            # A copy is nobody else's.
+            in_place = (scales or inner != X.dtype) and may_reuse(own, size)
             P = _factor(own.div_(size) if in_place else own / size, polynomials, gram)
             return P.mT if tall else P
 
@@ -115,16 +124,36 @@ def _factor(X: Tensor, polynomials: Sequence[Polynomial], gram: bool) -> Tensor:
     return X
 
 
-def _size(X: Tensor, epsilon: float, norm: Norm, slack: float) -> Tensor:
+def schatten4(X: Tensor) -> Tensor:
+    """√‖X Xᵀ‖ (..., 1, 1), the Schatten norm of order 4 of X (..., r, c).
+
+    Of zeros it is 0, with derivatives of 0.
+
+    >>> schatten4(1e-20 * torch.eye(16))
+    tensor([[2.0000e-20]])
+    """
+    s = unit_scale(X, (-2, -1))
+    return _schatten4(X * s) / s
+
+
+def _schatten4(X: Tensor) -> Tensor:
+    """Of X whose fourth powers are in the range of its dtype."""
+    fourth = norm_over_axes(matmul(X, X.mT), (-2, -1), keepdim=True)
+    # As leaf_ops.sqrt: of zeros a root has no derivative, and this one has 0.
+    root = fourth.clamp(min=torch.finfo(fourth.dtype).tiny).sqrt()
+    return torch.where(fourth > 0, root, 0.0)
+
+
+def _size(X: Tensor, epsilon: float | Tensor, norm: Norm, slack: float) -> Tensor:
+    """The divisor of X (..., 1, 1); of a tensor epsilon at least the smallest normal number."""
     if norm == "schatten4":
-        A = matmul(X, X.mT)
-        fourth = norm_over_axes(A, (-2, -1), keepdim=True)
-        # As leaf_ops.sqrt: of zeros a root has no derivative, and this one has 0.
-        return fourth.clamp(min=torch.finfo(fourth.dtype).tiny).sqrt() + epsilon
-    frobenius = norm_over_axes(X, (-2, -1), keepdim=True)
-    if slack != 1.0:
-        frobenius = frobenius * slack
-    return frobenius.clamp(min=epsilon) if norm == "clamped" else frobenius + epsilon
+        size = _schatten4(X) + epsilon
+    else:
+        size = norm_over_axes(X, (-2, -1), keepdim=True)
+        if slack != 1.0:
+            size = size * slack
+        size = size + epsilon if norm == "added" else size.clamp(min=epsilon)
+    return size.clamp(min=torch.finfo(size.dtype).tiny) if isinstance(epsilon, Tensor) else size
 
 
 def _scaled(P: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

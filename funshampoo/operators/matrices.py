@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.linalg.norms import norm_over_axes
+from funshampoo.core.placed import is_in_parts
+from funshampoo.linalg.norms import norm_over_axes, range_scale, stand
 from funshampoo.operators.leaf_ops import per_block
 
 
@@ -26,11 +27,23 @@ def as_rows(u: Tensor, block_ndim: int, flat: bool = True) -> Tensor:
 
 
 def norm_over(x: Tensor, first: int) -> Tensor:
-    """The Frobenius norm over all axes from `first` on, which stay with length 1."""
+    """The Frobenius norm over all axes from `first` on, which stay with length 1.
+
+    Right where squares leave the dtype's range, as far as `linalg.norms` says.
+    """
     axes = tuple(range(first, x.ndim))
     if not axes:
         return x.abs()
-    return norm_over_axes(x, axes, keepdim=True)
+    norm = norm_over_axes(x, axes, keepdim=True)
+    if is_in_parts(x):
+        return norm
+    counted, rows = norm.reshape(x.shape[:first]), x
+    if first > 1:
+        counted, rows = counted.flatten(), x.flatten(0, first - 1)
+    if stand([counted], [rows]):
+        return norm
+    scale = range_scale(norm)
+    return norm_over_axes(x * scale, axes, keepdim=True) / scale
 
 
 def inner_product(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:

@@ -31,7 +31,8 @@ class Refreshing:
     GradientTransformation has `phase=schedule.phase()` and `counts=True`.
 
     A refresh keeps the old value of a matrix for which the rule does not converge, and counts it.
-    It also keeps it, uncounted, where the matrix is exactly zero: nothing has been seen yet.
+    It also keeps it, uncounted, where the matrix is zero, since nothing has been seen yet, or has
+    no normal number, since nothing is left of what was seen.
 
     Args:
         rules: the shape of a block -> a rule or None for each unit. It is asked on every refresh,
@@ -44,17 +45,28 @@ class Refreshing:
     schedule: RefreshSchedule
     packed: bool = False
 
-    def init(self, params: Tree, block_ndim: int = 0, clock: bool = False) -> RefreshedState:
-        """Initial values for every leaf; `block_ndim` and `clock` are those that init gets."""
+    def init(
+        self, params: Tree, block_ndim: int = 0, clock: bool = False, factors: Tree = None
+    ) -> RefreshedState:
+        """Initial values for every leaf.
 
-        def initial(x: Tensor) -> tuple[Kept | tuple[()], ...]:
-            rules = self.rules(tuple(x.shape[block_ndim:]))
+        Args:
+            params, block_ndim, clock: those that init gets.
+            factors: a tree of tuples, one entry a unit: there are to be values only where it is a
+                tensor. None: wherever there is a rule.
+        """
+
+        def initial(x: Tensor, *sides: Any) -> tuple[Kept | tuple[()], ...]:
+            rules = list(self.rules(tuple(x.shape[block_ndim:])))
+            if sides:
+                rules = [r if isinstance(side, Tensor) else None for r, side in zip(rules, *sides)]
             lead = x.shape[:block_ndim]
             return tuple(
                 [self._initial(x, lead, r) if r is not None and x.numel() else () for r in rules]
             )
 
-        return RefreshedState(map_leaves(initial, params), started(True, clock))
+        known = () if factors is None else (factors,)
+        return RefreshedState(map_leaves(initial, params, *known), started(True, clock))
 
     def update(
         self,

@@ -16,9 +16,9 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tr
 from funshampoo.core.live import is_exactly
 from funshampoo.core.modes import product_precision
 from funshampoo.core.tree import cast, update_leaves, wide
-from funshampoo.linalg.products import matmul
+from funshampoo.linalg.polar import schatten4
 from funshampoo.linalg.products import power as raised
-from funshampoo.operators.leaf_ops import filled, per_block, sqrt
+from funshampoo.operators.leaf_ops import filled, per_block
 from funshampoo.operators.matrices import as_rows, inner_product, norm_over, safe
 
 
@@ -118,7 +118,7 @@ def blend_towards(
             u = wide(u)
             w, size = cast(w, u.dtype), _size(u, block_ndim)
             known = _size(w, block_ndim)
-            w = torch.where(known == 0, u, w * (size / safe(known)))
+            w = torch.where(known == 0, u, w / safe(known) * size)
             if isinstance(gate, AgreementGate):
                 share: Any = gate(w, u, cast(g, u.dtype), block_ndim, clock)
             else:
@@ -144,16 +144,14 @@ def blend_towards(
 def _size(x: Tensor, block_ndim: int) -> Tensor:
     """The Schatten norm of order 4 of every block, (N, 1, ...)."""
     rows = as_rows(x, block_ndim)
-    rows = rows if rows.shape[-2] <= rows.shape[-1] else rows.mT
     with product_precision():
-        gram = matmul(rows, rows.mT)
-    norm = norm_over(gram, block_ndim).reshape(x.shape[:block_ndim])
-    return per_block(torch.where(norm > 0, sqrt(norm), 0.0), x)
+        size = schatten4(rows if rows.shape[-2] <= rows.shape[-1] else rows.mT)
+    return per_block(size.reshape(x.shape[:block_ndim]), x)
 
 
 def _cosine(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:
-    size = norm_over(x, block_ndim) * norm_over(y, block_ndim)
-    return inner_product(x, y, block_ndim) / safe(size)
+    x, y = (z / safe(norm_over(z, block_ndim)) for z in (x, y))
+    return inner_product(x, y, block_ndim)
 
 
 def _at(value: Hyper | Schedule, count: Tensor | None, like: Tensor) -> Tensor:

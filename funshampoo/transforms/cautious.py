@@ -49,7 +49,7 @@ def cautious(inner: GradientTransformation, *, rescale: bool = True) -> Gradient
         run: Callable[..., Tree], updates: Tree, own: tuple[()], *, block_ndim: int = 0
     ) -> tuple[Tree, tuple[()]]:
         def leaf(u: Tensor, g: Tensor) -> tuple[Tensor]:
-            agrees = cast(u * cast(g, u.dtype) > 0, u.dtype)
+            agrees = cast(u.sign() * cast(g, u.dtype) > 0, u.dtype)  # no product of small numbers
             if rescale:
                 share = agrees.reshape(*u.shape[:block_ndim], -1).mean(-1)
                 agrees = agrees / per_block(torch.clamp(share, min=1e-3), u)

@@ -40,7 +40,7 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
             u = wide(u)
             w = cast(w, u.dtype)
-            return (u + multiply(w * cast(w * u >= 0, u.dtype), decay, donate=False),)
+            return (u + multiply(w * cast(w.sign() * u >= 0, u.dtype), decay, donate=False),)
 
         params = required(params, "add_cautious_decay", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]

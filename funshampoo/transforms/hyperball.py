@@ -76,7 +76,9 @@ def hyperball(
             w = cast(w, u.dtype)
             size = norm_over(w, block_ndim)
             if relative:
-                u = u * (size / torch.clamp(norm_over(u, block_ndim), min=1e-10))
+                u = (
+                    u / safe(norm_over(u, block_ndim)) * size
+                )  # no quotient of them: it may overflow
             step = multiply(u, rate, donate=False)
             moved, wanted = w - step, size
             if radius == "first_order":

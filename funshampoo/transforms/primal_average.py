@@ -29,6 +29,12 @@ def primal_average(
     `funshampoo.evaluation_parameters(state, params)`. α may follow a schedule, which x needs no
     knowledge of.
 
+    x and z are in float32 at least. So parameters in half precision, which round small steps away,
+    follow master weights with average=0 and interpolation=0: then y is z, rounded. Behind a recipe,
+    whose updates have their rate and sign:
+
+        chain(soap(1e-4), scale(-1.0), primal_average(1.0, average=0.0, interpolation=0.0))
+
     Args:
         learning_rate: α: number, tensor, or schedule of the old step count.
         average: decay of the average, in [0, 1).

@@ -51,7 +51,7 @@ def update_floor(
             first = block_ndim + (per == "row" and u.ndim >= block_ndim + 2)
             size = norm_over(u, first)
             wanted = multiply(norm_over(cast(w, u.dtype), first), ratio, donate=False)
-            return (torch.where(size < wanted, u * (wanted / safe(size)), u),)
+            return (torch.where(size < wanted, u / safe(size) * wanted, u),)
 
         params = required(params, "update_floor", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.recipes import RECIPES
 from tests.trees import assert_close, gradients, problem, tensors, train
 
 D = torch.float64
@@ -205,3 +206,13 @@ def test_the_wrapper_knows_that_averages_scale_by_their_rate() -> None:
     (state,) = optimizer.chain_states()
     params = {name: p.detach() for name, p in model.named_parameters()}
     assert fs.evaluation_parameters(state, params).keys() == params.keys()
+
+
+@pytest.mark.parametrize("shape", [(3_000_000_000,), (1_500_000, 2000)], ids=str)
+@pytest.mark.parametrize("name", RECIPES)
+def test_three_billion_numbers_on_the_meta_device(name: str, shape: tuple[int, ...]) -> None:
+    """No index of 32 bits, and nothing of d² numbers for a side that gets no matrix."""
+    params = {"w": torch.empty(shape, device="meta")}
+    tx = RECIPES[name](0.1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["w"].shape == shape

@@ -289,3 +289,34 @@ def test_a_matrix_of_zeros_keeps_the_old_value_and_is_no_round() -> None:
 )
 def test_on_which_steps_there_are_refreshes(schedule: RefreshSchedule, expected: list[int]) -> None:
     assert [t for t in range(1, 14) if schedule.happens_at(t)] == expected
+
+
+ROOTS: dict[str, fs.GradientTransformation] = {
+    "eigh": fs.root_inverse(solver=fs.linalg.eigh(relative_epsilon=1e-6)),
+    "pseudo_inverse": fs.root_inverse(solver=fs.linalg.pseudo_inverse()),
+    "newton_schulz": fs.root_inverse(solver=fs.linalg.newton_schulz()),
+    "coupled_newton": fs.root_inverse(solver=fs.linalg.coupled_newton()),
+    "in an old basis": fs.root_inverse(basis_tolerance=0.1),
+    "in_eigenbasis": fs.in_eigenbasis(fs.scale_by_adam(0.9, 0.9)),
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_gradients_that_become_zeros_fail_no_refresh(name: str) -> None:
+    """Statistics decay to denormal numbers and stay there: the last value is kept, uncounted."""
+    tx = fs.guarded(fs.chain(fs.kronecker_statistics(0.9), ROOTS[name]), max_failures=1)
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.zeros(4, 3)}
+    state = tx.init(params)
+    for t in range(1200):
+        g = torch.randn(4, 3, generator=generator) * (t < 20)
+        _, state = tx.update({"w": g}, state, params, donate=True)
+    statistics = find_state(state, fs.state.KroneckerState)
+    largest = statistics.factors["w"][0].abs().max()
+    assert 0 < largest < torch.finfo(torch.float32).tiny
+    for kept in find_state(state, RefreshedState).kept["w"]:
+        assert kept.failures == 0
+        assert kept.value[0].isfinite().all()
+    updates, state = tx.update({"w": torch.ones(4, 3)}, state, params)
+    assert updates["w"].isfinite().all()
+    tx.update({"w": torch.ones(4, 3)}, state, params, refresh=True)

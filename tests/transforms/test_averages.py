@@ -148,6 +148,32 @@ def test_the_last_of_several_averages_counts() -> None:
     assert torch.allclose(evaluated[-1], torch.stack(path).mean(0), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_master_weights_for_half_precision(dtype: torch.dtype, in_place: bool) -> None:
+    """Steps that vanish beside a weight of 1 add up to those of float32, rounded once."""
+    tx = fs.chain(
+        fs.adamw(1e-5, weight_decay=0.0),
+        fs.scale(-1.0),
+        fs.primal_average(1.0, average=0.0, interpolation=0.0),
+    )
+    params, wide = {"w": torch.ones(5, dtype=dtype)}, {"w": torch.ones(5)}
+    state, plain = tx.init(params), fs.adamw(1e-5, weight_decay=0.0)
+    plain_state = plain.init(wide)
+    for seed in range(1000):
+        g = {"w": 1 + 0.1 * randn(5, seed=seed).to(dtype)}
+        if in_place:
+            state = fs.update_in_place(tx, g, state, params)
+        else:
+            updates, state = tx.update(g, state, params)
+            params = fs.apply_updates(params, updates)
+        wide_g = {"w": g["w"].float()}
+        plain_state = fs.update_in_place(plain, wide_g, plain_state, wide)
+    assert (wide["w"] < 0.995).all()
+    error = (params["w"].float() - wide["w"]).abs().max()
+    assert error <= torch.finfo(dtype).eps / 4 + 1e-5  # below 1 half a unit is eps / 4
+
+
 def test_half_precision_loses_nothing_of_the_average() -> None:
     """Steps of 1e-3 vanish beside weights of 1 in bfloat16, and not in the average."""
     params = {"w": torch.ones(5, dtype=torch.bfloat16)}

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
 from funshampoo.linalg import norms
+from funshampoo.transforms.blend import AgreementGate
 
 D = torch.float64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, D)
@@ -247,3 +248,66 @@ def test_limits_of_the_range() -> None:
             scale = norms.range_scale(norms.block_norm(x, 0))
             found = norms.block_norm(x * scale, 0) / scale
             assert found.item() == pytest.approx(value * 3**0.5, rel=1e-6)
+
+
+_FLOORED = fs.update_floor(0.5), fs.update_floor(0.5, per="row")
+_GATED = fs.blend_towards(fs.sign(), gate=AgreementGate())
+_SMALL = 2.0**-110, 2.0**-60, 2.0**-40
+_SMALLEST = (2.0**-140, *_SMALL)  # denormal, and exact
+_LARGE = 2.0**40, 2.0**60, 2.0**90
+HOMOGENEOUS: dict[str, tuple[fs.GradientTransformation, int, tuple[float, ...]]] = {
+    "clamped": (fs.orthogonalize(epsilon=0.0), 0, _SMALLEST + _LARGE),
+    "added": (fs.orthogonalize(epsilon=0.0, norm="added", slack=1.5), 0, _SMALLEST + _LARGE),
+    "schatten4": (fs.orthogonalize(epsilon=0.0, norm="schatten4"), 0, _SMALLEST + _LARGE),
+    "gram": (fs.orthogonalize(epsilon=0.0, gram=True), 0, _SMALLEST + _LARGE),
+    "bfloat16": (fs.orthogonalize(epsilon=0.0, dtype=torch.bfloat16), 0, _SMALLEST + _LARGE),
+    "float16": (fs.orthogonalize(epsilon=0.0, dtype=torch.float16), 0, _SMALLEST + _LARGE),
+    "hyperball": (fs.hyperball(0.5), 0, _SMALL + _LARGE),
+    "blend": (fs.blend_towards(fs.sign(), gate=0.5), 1, _SMALL + _LARGE),
+    "gate": (_GATED, 1, _SMALL + _LARGE),
+    "cautious": (fs.cautious(fs.ema(0.5)), 1, _SMALLEST + _LARGE),
+    "floor": (_FLOORED[0], 0, _SMALL),
+    "floor of rows": (_FLOORED[1], 0, _SMALL),
+    "adaptive_clip": (fs.adaptive_clip(0.5), 0, _LARGE),
+}
+"""{what it is: a stage, of which degree in the updates, for which scales of them}."""
+
+
+@pytest.mark.parametrize("way", [eager, batched])
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+def test_powers_of_two_change_no_bit(name: str, way: Any) -> None:
+    """stage(c U) = c^degree stage(U): no square, or fourth power, has left the range."""
+    tx, degree, scales = HOMOGENEOUS[name]
+    u = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.5, 1.0], [0.0, 2.0, -1.0], [1.0, 1.0, -3.0]])
+    w = {"w": torch.full_like(u, 16.0 if name.startswith("floor") else 0.25)}
+
+    def step(u: Tensor) -> Tensor:
+        found: Tensor = tx.update({"w": u}, tx.init(w), w)[0]["w"]
+        return found
+
+    expected = way(step)(u)
+    assert expected.any()
+    for c in scales:
+        assert torch.equal(way(step)(c * u), c**degree * expected), c
+    for c in (0.0, 2.0**-140):
+        assert way(step)(c * u).isfinite().all()
+
+
+def test_cautious_decay_looks_at_signs() -> None:
+    w = {"w": torch.tensor([1e-20, -1e-20, 1e-20])}
+    u = {"w": torch.tensor([-1e-30, 1e-30, 1e-30])}
+    found = fs.add_cautious_decay(0.5).update(u, (), w)[0]["w"]
+    assert torch.equal(found, u["w"] + torch.tensor([0.0, 0.0, 5e-21]))
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e-6, 1e6, 1e12, 1e15])
+def test_soap_muon_at_any_scale(scale: float) -> None:
+    """Of what `guarded` lets in nothing is NaN, and nothing stands still."""
+    tx, params = fs.soap_muon(0.1), {"w": torch.eye(4, 3)}
+    state = tx.init(params)
+    for seed in range(12):
+        g = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+        updates, state = tx.update({"w": scale * g}, state, params)
+        params = fs.apply_updates(params, updates)
+        assert updates["w"].isfinite().all()
+        assert updates["w"].norm() > 0.01
