@@ -109,5 +109,5 @@ def test_an_ensemble_at_different_steps_needs_to_be_told() -> None:
 
 def test_a_function_that_chooses_sides_answers_for_each() -> None:
     tx = fs.kronecker_statistics(sides=lambda block: [True])
-    with pytest.raises(ValueError, match=r"sides returned 1 values for a block .*\(3, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"sides returned 1 value for a block .*\(3, 2, 4\)"):
         tx.init(problem())
