@@ -160,7 +160,8 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    # acc_events: there is one cycle, and torch 2.11 warns that it keeps no others.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_map_only
 
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import is_in_parts
+from funshampoo.core.tree import map_leaves
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 
 
@@ -68,12 +68,12 @@ def are_well(meshes: Iterable[Any], well: bool) -> bool:
 
 def without_parts(tree: Any) -> Any:
     """Its DTensors as whole tensors on the host. A collective over the mesh of each."""
-    return tree_map(lambda x: x.full_tensor().cpu() if is_in_parts(x) else x, tree)
+    return map_leaves(lambda x: x.full_tensor().cpu() if is_in_parts(x) else x, tree)
 
 
 def on_the_host(tree: Any) -> Any:
     """Its tensors on the CPU: a pickle of one on a device goes to the device of that number."""
-    return tree_map_only(Tensor, lambda x: x.detach().cpu(), tree)
+    return map_leaves(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, tree)
 
 
 def spreads(transformation: GradientTransformation | None) -> Iterator[Any]:

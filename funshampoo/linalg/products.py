@@ -158,8 +158,10 @@ def _aligned(x: Tensor) -> Tensor:
 
 def power(x: Tensor, exponent: float | Tensor) -> Tensor:
     """x^exponent, elementwise."""
-    if is_plain_memory(x):
-        x = torch.stack((x, x), -1)[..., 0]  # with gaps: such are never taken a vector at a time
+    if x.ndim and is_plain_memory(x):  # a scalar has none beside it
+        # With gaps: such are never taken a vector at a time. Not -1: torch 2.11 counts it from x's
+        # own dimensions, and takes a DTensor sharded on the last for one sharded on the new one.
+        x = torch.stack((x, x), x.ndim)[..., 0]
     raised: Tensor = x**exponent
     return raised
 

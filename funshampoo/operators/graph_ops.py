@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY: Any = torch.library.Library("funshampoo", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = torch.library.Library("funshampoo", "FRAGMENT")
 _LIBRARY.define("accumulate_gram_(Tensor(a!) old, Tensor x, float beta, float weight) -> ()")
 
 

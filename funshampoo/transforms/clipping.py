@@ -11,7 +11,7 @@ from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.modes import is_plain
-from funshampoo.core.placed import whole_numbers
+from funshampoo.core.placed import any_in_parts, whole_numbers
 from funshampoo.core.tree import cast, compute_dtype, flatten, update_columns
 from funshampoo.linalg.norms import (
     is_readable,
@@ -144,8 +144,10 @@ def _scaled_norm(leaves: Column) -> tuple[Tensor, Tensor | None]:
 
 
 def _plain_norm(leaves: Column, dtype: torch.dtype) -> Tensor:
-    if is_plain(leaves):
-        norms = list(torch._foreach_norm(leaves, 2, dtype=dtype))
+    given = None if all([x.dtype == dtype for x in leaves]) else dtype
+    # torch 2.14 and 2.15 take the dtype for a dimension where leaves are DTensors.
+    if is_plain(leaves) and (given is None or not any_in_parts(leaves)):
+        norms = list(torch._foreach_norm(leaves, 2, dtype=given))
     else:
         norms = [norm_over_axes(cast(x, dtype), range(x.ndim)) for x in leaves]
     norms = whole_numbers(norms)

@@ -259,6 +259,21 @@ def test_trees_of_dtensors(ranks: Ranks) -> None:
     assert ranks(2, through_a_function) == [[], []]
 
 
+def norms_by_dtype(rank: int) -> list[list[torch.dtype]]:
+    """Dtypes of leaves whose norm together is not that of whole tensors."""
+    wrong, narrow, wide = [], torch.bfloat16, torch.float32
+    for first, others in [(wide, wide), (narrow, wide), (wide, narrow), (narrow, narrow)]:
+        tree = {n: x.to(others if n != "w" else first) for n, x in random_tree(1).items()}
+        found, expected = fs.global_norm(placed(tree)), fs.global_norm(tree)
+        if found.dtype != expected.dtype or not near(found, expected):
+            wrong.append([first, others])
+    return wrong
+
+
+def test_a_norm_of_dtensors_of_every_dtype(ranks: Ranks) -> None:
+    assert ranks(2, norms_by_dtype) == [[], []]
+
+
 # What is saved, read and copied.
 
 
