@@ -62,7 +62,8 @@ def for_model(
         other_lr: of everything else; None: the default of `others`, 1e-3 for AdamW. A rate of a
             method says nothing about that of another: give the one that AdamW has had.
         others, other_options: a name or a recipe, and its arguments, such as betas. Where these do
-            not say otherwise, vectors do not decay.
+            not say otherwise, vectors do not decay. "adamw" takes in a gradient that is not finite,
+            as torch's does: a recipe that returns guarded(adamw(...), by_leaf=True) does not.
         method_roles: the roles that the method gets.
         overrides: {pattern: role, or settings}: see `roles`. Settings that are no part of a role
             go into the parameters' group: its own lr, weight_decay, max_size, or method.
