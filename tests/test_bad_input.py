@@ -112,8 +112,8 @@ def test_a_state_that_is_not_its_own(case: Case) -> None:
 GRADIENTS: dict[str, tuple[Change, str]] = {
     "missing": (lambda g: {"w": g["w"]}, r"'layers.0.bias' is missing from gradients.*as None"),
     "extra": (lambda g: {**g, "x": torch.ones(2)}, "'x' is missing from params. Leave it out"),
-    "a list": (lambda g: [g["w"]], "is missing from gradients"),
-    "None": (lambda g: None, "is missing from gradients"),
+    "a list": (lambda g: [g["w"]], "no leaf in common: .*gradients is a list of '0'. Give both as"),
+    "None": (lambda g: None, "no leaf in common: .*gradients is None. Give both as"),
     "shape": (
         with_scale(torch.ones(1)),
         r"'layers.0.scale' has shape \(\) in params",

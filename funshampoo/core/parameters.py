@@ -72,7 +72,7 @@ class NotAParameterError(TypeError):
         super().__init__(
             f"{stage}: parameter '{leaf}' {problem}; only dense tensors of a real floating dtype "
             "can be optimized. Leave it out of the tree, or wrap the whole chain in masked(...) to "
-            "hide it."
+            "hide it; of a module, give dict(module.named_parameters())."
         )
         self.leaf, self.problem = leaf, problem
 

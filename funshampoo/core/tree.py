@@ -38,12 +38,16 @@ def is_one(tree: Any, other: Any) -> bool:
     return len(ones) == len(others) and all([x is y for x, y in zip(ones, others)])
 
 
+_WHOLE = "(the tree itself)"
+_NAMED = 4  # leaves in a message: enough to know the tree by
+
+
 def leaf_names(tree: Any) -> list[str]:
     """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
     accessors = optree.tree_accessors(tree, none_is_leaf=True)
     # of a named tuple the field, where `entry` is an index
     paths = [[getattr(step, "field", step.entry) for step in way] for way in accessors]
-    names = [".".join(map(str, path)) or "(the tree itself)" for path in paths]
+    names = [".".join(map(str, path)) or _WHOLE for path in paths]
     if len(set(names)) < len(names):  # {"a": {"b": ...}, "a.b": ...}
         names = [".".join(repr(key) if "." in str(key) else str(key) for key in p) for p in paths]
     return names
@@ -79,7 +83,7 @@ def update_leaves(
         TypeError: it returned no tuple of an update and as many states.
     """
     leaves, spec = flatten(updates)
-    columns = columns_of((*inputs, *states), spec, updates)
+    columns = columns_of((*inputs, *states), spec, updates, len(inputs))
     if not leaves:
         return (updates, *states)
     rows = []
@@ -113,7 +117,7 @@ def update_columns(
             the leaf.
     """
     leaves, spec = flatten(updates)
-    columns = columns_of((*inputs, *states), spec, updates)
+    columns = columns_of((*inputs, *states), spec, updates, len(inputs))
     for column in columns:
         for u, part in zip(leaves, column):
             if u is not None and (own := part.shape) != u.shape and own != u.shape[: len(own)]:
@@ -161,15 +165,37 @@ def _shapes_differ(updates: Any, leaves: list[Any], parts: list[Any]) -> str:
     )
 
 
-def columns_of(trees: Sequence[Any], spec: Any, updates: Any) -> list[list[Any]]:
-    """Of each tree what it has where the updates have leaves."""
+def columns_of(trees: Sequence[Any], spec: Any, updates: Any, inputs: int = 0) -> list[list[Any]]:
+    """Of each tree what it has where the updates have leaves; so many of them are no states."""
+    columns: list[list[Any]] = []
     try:
-        return list(map(spec.flatten_up_to, trees))
+        for tree in trees:
+            columns.append(spec.flatten_up_to(tree))
     except ValueError as error:
+        if len(columns) < inputs:
+            raise ValueError(_input_differs(trees[len(columns)], updates)) from error
         raise ValueError(
             f"the gradients {leaf_names(updates)} do not fit the state: it was made by init for "
             "parameters in another tree."
         ) from error
+    return columns
+
+
+def _input_differs(tree: Any, updates: Any) -> str:
+    return (
+        f"a stage reads {_described(tree)} beside its updates, which are {_described(updates)}. "
+        "Inside of blocked, masked and partition updates are that part's alone, in blocked as "
+        "stacks, but a tree that the caller passes under a name of its own is whole: put the stage "
+        "that reads it outside of them."
+    )
+
+
+def _described(tree: Any) -> str:
+    names = leaf_names(tree)
+    if names == [_WHOLE]:
+        return "None" if tree is None else f"a {type(tree).__name__}"
+    more = ", ..." if len(names) > _NAMED else ""
+    return f"a {type(tree).__name__} of {', '.join(map(repr, names[:_NAMED]))}{more}"
 
 
 def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
@@ -262,6 +288,12 @@ def check_same_structure(
 def structures_differ(tree: Any, other: Any, name: str, other_name: str) -> str:
     """How they do, as a sentence."""
     names, other_names = leaf_names(tree), leaf_names(other)
+    if names and other_names and set(names).isdisjoint(other_names):
+        return (
+            f"{name} and {other_name} have no leaf in common: {name} is {_described(tree)}, "
+            f"{other_name} is {_described(other)}. Give both as one kind of tree with the same "
+            "keys, such as {name: tensor}, and the arguments in their order."
+        )
     for leaf in names:
         if leaf not in other_names:
             return (

@@ -60,9 +60,10 @@ def for_model(
             rate, and of `merge` if it is to know one matrix of a stack from another.
         lr: of the method.
         other_lr: of everything else; None: the default of `others`, 1e-3 for AdamW. A rate of a
-            method says nothing about that of another.
+            method says nothing about that of another: give the one that AdamW has had.
         others, other_options: a name or a recipe, and its arguments, such as betas. Where these do
-            not say otherwise, vectors do not decay.
+            not say otherwise, vectors do not decay. "adamw" takes in a gradient that is not finite,
+            as torch's does: a recipe that returns guarded(adamw(...), by_leaf=True) does not.
         method_roles: the roles that the method gets.
         overrides: {pattern: role, or settings}: see `roles`. Settings that are no part of a role
             go into the parameters' group: its own lr, weight_decay, max_size, or method.
@@ -71,7 +72,8 @@ def for_model(
             model of the same names, or {name: shape} of it, and each parameter's is that times a
             factor by its fans, kept in `group["rate_factor"]`; see docs/transfer.md.
         compile, consolidate, accept_adamw: see `Optimizer`.
-        options: of the method, by torch.optim's names: betas, weight_decay, every, ...
+        options: of the method, by torch.optim's names: betas, weight_decay, every, ... They don't
+            reach `others`: AdamW's weight_decay stays 0.01 if other_options does not say so.
 
     Returns:
         The `Optimizer`. A scheduler multiplies all groups' rates; of one that sets them, give a

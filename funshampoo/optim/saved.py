@@ -65,9 +65,14 @@ def check_fits(given: Any, groups: Sequence[Mapping[str, Any]], strict: bool) ->
     ours = [len(group["params"]) for group in groups]
     theirs = [len(indices) for indices in saved]
     if ours != theirs:
+        remedy = "build it with the same groups."
+        if any(map(is_adamws, given["state"].values())):  # `for_model` has groups by role
+            remedy = (
+                "it is of an AdamW of torch.optim, and seed_from_adamw(state_dict) takes its "
+                "moments over; rates are then those that you give."
+            )
         raise ValueError(
-            f"the checkpoint has groups of {theirs} parameters, this optimizer of {ours}: "
-            "build it with the same groups."
+            f"the checkpoint has groups of {theirs} parameters, this optimizer of {ours}: {remedy}"
         )
     foreign = given["state"].keys() - {index for indices in saved for index in indices}
     if strict and foreign:

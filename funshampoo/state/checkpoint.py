@@ -18,7 +18,7 @@ from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.misfits import listed, misfit, report
 from funshampoo.state.naming import Named, Names, full_name, named, named_tensors, owned_elsewhere
-from funshampoo.state.nodes import check_is_state, walk
+from funshampoo.state.nodes import check_is_state, check_kind, walk
 from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, merged, part_of
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import WrappedState
@@ -124,6 +124,7 @@ def load_state_dict(
     >>> load_state_dict(tx.init(params), state_dict(state)).state
     TraceState(buffer={'w': tensor([1., 1.])}, seen=())
     """
+    check_kind(state)
     fit = _fit(state, saved, strict, cast)
     wrong = problems(fit.entries, _limit(state, fit.entries))
     if wrong:

@@ -123,12 +123,29 @@ def check_is_state(state: Any) -> None:
     """Raise where it can't be read as the state of a chain.
 
     Raises:
-        TypeError: it is the `state` of a torch.optim.Optimizer.
+        TypeError: see `check_kind`.
         InterruptedStepError: it is half done.
+    """
+    check_kind(state)
+    check_whole(state)
+
+
+def check_kind(state: Any) -> None:
+    """Raise where this is no state, but for a half done one, into which a checkpoint may be loaded.
+
+    Raises:
+        TypeError: it is a torch.optim.Optimizer, its `state` or its `state_dict()`, or anything
+            else that no `init` returns.
     """
     if isinstance(state, Mapping) and any(isinstance(key, Tensor) for key in state):
         raise TypeError(
             "these are the tensors of an optimizer by parameter. The state of its chain, one for "
             "every parameter group, is in optimizer.chain_states()."
         )
-    check_whole(state)
+    saved = isinstance(state, Mapping) and "param_groups" in state
+    if saved or not isinstance(state, (Mapping, tuple, list, Tensor)):
+        what = "the state_dict of an optimizer" if saved else f"of type {type(state).__name__}"
+        raise TypeError(
+            f"this is {what}, and no state. Give what tx.init(params) or tx.update(...) returned; "
+            "of an optimizer, one of optimizer.chain_states()."
+        )

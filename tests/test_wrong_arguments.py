@@ -1,0 +1,100 @@
+"""What a newcomer hands over in the place of a tree or a state: refused, with what was meant."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import funshampoo as fs
+from funshampoo.state import Checkpoint, check, health, load_state_dict, state_dict, summary
+from tests.trees import assert_unchanged, snapshot
+
+NO_STATES: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "a transformation": lambda model: fs.soap(0.1),
+    "an optimizer": lambda model: fs.Shampoo(model.parameters()),
+    "an optimizer's state": lambda model: fs.Shampoo(model.parameters()).state,
+    "an optimizer's state_dict": lambda model: fs.Shampoo(model.parameters()).state_dict(),
+    "a module": lambda model: model,
+    "None": lambda model: None,
+}
+READERS: dict[str, Callable[[Any], Any]] = {
+    "state_dict": state_dict,
+    "load_state_dict": lambda state: load_state_dict(state, state_dict({})),
+    "Checkpoint": lambda state: Checkpoint(state).state_dict(),
+    "check": check,
+    "summary": lambda state: summary(state, file=io.StringIO()),
+    "health": lambda state: health(state, file=io.StringIO()),
+    "evaluation_parameters": lambda state: fs.evaluation_parameters(state, {}),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("given", NO_STATES)
+def test_what_is_no_state(given: str, reader: str) -> None:
+    """An optimizer was saved as an empty checkpoint, and reported to have nothing to report."""
+    with pytest.raises(TypeError, match=r"optimizer\.chain_states\(\)"):
+        READERS[reader](NO_STATES[given](torch.nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    "tree", [lambda m: m, lambda m: m.parameters(), lambda m: [*m.named_parameters()]]
+)
+@pytest.mark.parametrize("recipe", [fs.shampoo, fs.muon, fs.adamw])
+def test_a_module_for_its_parameters(recipe: Any, tree: Callable[[torch.nn.Module], Any]) -> None:
+    with pytest.raises(TypeError, match=r"give dict\(module.named_parameters\(\)\)"):
+        recipe(0.1).init(tree(torch.nn.Linear(3, 2)))
+
+
+SWAPPED: dict[str, Callable[[Any, Any, Any], tuple[Any, ...]]] = {
+    "state first": lambda g, s, p: (s, g, p),
+    "parameters first": lambda g, s, p: (p, g, s),
+    "of torch.autograd.grad": lambda g, s, p: (tuple(g.values()), s, p),
+    "a module": lambda g, s, p: (torch.nn.Linear(3, 2), s, p),
+}
+
+
+@pytest.mark.parametrize("arguments", SWAPPED)
+@pytest.mark.parametrize(
+    "step", [lambda tx: tx.update, lambda tx: lambda *x: fs.update_in_place(tx, *x)]
+)
+@pytest.mark.parametrize("recipe", [fs.shampoo, fs.muon, fs.adamw])
+def test_arguments_in_another_order_or_form(recipe: Any, step: Any, arguments: str) -> None:
+    tx, params = recipe(0.1), {"w": torch.ones(3, 2), "b": torch.ones(2)}
+    state, grads = tx.init(params), {"w": torch.ones(3, 2), "b": torch.ones(2)}
+    before = snapshot(params, state)
+    with pytest.raises(ValueError, match="no leaf in common: .* Give both as one kind of tree"):
+        step(tx)(*SWAPPED[arguments](grads, state, params))
+    assert_unchanged(before, params, state)
+
+
+def clipped_by() -> fs.GradientTransformation:
+    """With a tree of the caller's own, such as an estimate of the Hessian."""
+    from funshampoo.authoring import stateless, update_leaves
+
+    def clipped(updates: Any, *, hessian: Any) -> Any:
+        return update_leaves(lambda u, h: ((u / h).clamp(-1, 1),), updates, (), (hessian,))[0]
+
+    return stateless(clipped, "clipped_by")
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: fs.blocked(tx, max_size=2),
+        lambda tx: fs.masked(tx, {"w": True, "b": False}),
+        lambda tx: fs.partition({"w": tx, "b": fs.adamw(0.1)}, {"w": "w", "b": "b"}),
+    ],
+    ids=["blocked", "masked", "partition"],
+)
+def test_a_tree_of_the_callers_own_where_a_stage_sees_parts(around: Any) -> None:
+    """It was blamed on the state."""
+    params = {"w": torch.ones(3, 2), "b": torch.ones(2)}
+    tx = around(fs.chain(clipped_by()))
+    with pytest.raises(ValueError, match="reads a dict of 'b', 'w' beside its .* outside of them"):
+        tx.update(params, tx.init(params), params, hessian=params)
+    whole = fs.chain(clipped_by())
+    assert whole.update(params, whole.init(params), params, hessian=params)[0]["w"].eq(1).all()
