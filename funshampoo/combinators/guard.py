@@ -50,10 +50,9 @@ def guarded(
     And, with `spike_factor`, one whose gradient is finite and far larger than its others were.
 
     Inside `blocked` every block is judged by itself; elsewhere all leaves are held together, unless
-    `by_leaf`. A
-    gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest number of its
-    dtype (in float32, ‖G‖ above about 1.8e16), so that sums of squares do not overflow in the
-    statistics. Parameters are not looked at. What is held is counted in the state;
+    `by_leaf`. A gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest
+    number of its dtype (in float32, ‖G‖ above about 1.8e16), so that sums of squares do not
+    overflow in the statistics. Parameters are not looked at. What is held is counted in the state;
     `funshampoo.state.health` prints it. Counters of steps go on.
 
     Such a gradient enters as zeros, and the stages are told which rows count, `alive` in their
@@ -85,7 +84,6 @@ def guarded(
             average for some hundred steps. After 10 spikes held the scale has changed: the next
             gradient is accepted, and the average begins anew with it; see `combinators.spikes`.
             It costs a pass over the gradient, and nothing waits for a device.
-
         by_leaf: outside `blocked`, hold each leaf by itself: for an elementwise `inner`, of which
             `sharded` then gives the bits of one process whatever is held.
 

@@ -39,8 +39,8 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
         New parameters with the dtypes of the old. Half-precision parameters are added to in
         float32 and rounded to nearest once: a step below 2^-9 of a weight in bfloat16, 2^-12 in
         float16, leaves it as it is, however many there are; `primal_average` tells of a remedy.
-        Autograd records the sum: detach parameters that
-        require gradients first, unless gradients through training are wanted.
+        Autograd records the sum: detach parameters that require gradients first, unless gradients
+        through training are wanted.
 
     Raises:
         ValueError: the trees differ; the message names the leaf.

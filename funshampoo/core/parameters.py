@@ -50,13 +50,13 @@ def unrecorded(params: Any, gradients: Any) -> Any:
     leaves, spec = flatten(params)
     if any([isinstance(g, Tensor) and g.requires_grad for g in flatten(gradients)[0]]):
         return params
-    return spec.unflatten(of_no_module(leaves))
+    return spec.unflatten(detached_parameters(leaves))
 
 
-def of_no_module(tensors: Sequence[Any]) -> list[Any]:
-    """Those of a module, which require gradients whatever somebody wants, without autograd.
+def detached_parameters(tensors: Sequence[Any]) -> list[Any]:
+    """The same tensors, those of a module detached: they require gradients whatever somebody wants.
 
-    For `init`: what is made of them is a state, which would keep the graph of every step to come.
+    For `init`: a state that is made of them would keep the graph of every step to come.
     """
     return [detached(p) if isinstance(p, Parameter) else p for p in tensors]
 

@@ -73,8 +73,8 @@ def sharded(
     rank alone (other trees, a sparse gradient) are raised there before the collective: the others
     meet the timeout. So they do where some of the ranks end earlier (`distributed.join` is for
     uneven inputs), or go back to parameters on which all had agreed, as of a second model; the
-    error then lists what it may be. A
-    state that was donated to a failed step is spent: go on from a checkpoint.
+    error then lists what it may be. A state that was donated to a failed step is spent: go on from
+    a checkpoint.
 
     Args:
         inner: any transformation that treats blocks (leaves) one by one; in `shampoo` it is all

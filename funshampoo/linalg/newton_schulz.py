@@ -56,9 +56,9 @@ class newton_schulz(RootSolver):
     The number of steps follows from condition, tolerance, p and d: it takes eigenvalues from λmax /
     condition up to within `tolerance` of their limit. So it compiles, batches, and differentiates
     to any order: of a matrix that requires gradients the tolerance is squared, since a polynomial
-    that is close need not rise alike. A root whose residual
-    is above max_residual is never returned: `converged` is False. That is where a matrix with a
-    larger condition number than promised ends. In float64, tolerance=1e-12 gives errors of 1e-10.
+    that is close need not rise alike. A root whose residual is above max_residual is never
+    returned: `converged` is False. That is where a matrix with a larger condition number than
+    promised ends. In float64, tolerance=1e-12 gives errors of 1e-10.
 
     relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2]. λmax and the condition
     returned are estimates by power iterations.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.core.contract import Hyper, Tree
-from funshampoo.core.parameters import of_no_module
+from funshampoo.core.parameters import detached_parameters
 from funshampoo.core.tree import cast, compute_dtype, map_leaves
 from funshampoo.operators.leaf_ops import add, lerp, multiply, per_block
 
@@ -15,10 +15,10 @@ from funshampoo.operators.leaf_ops import add, lerp, multiply, per_block
 def copies(params: Tree) -> Tree:
     """The parameters in memory of their own, in their compute dtype.
 
-    What is done to them later is a function of them, and differentiated as one; but for those of a
-    module, see `of_no_module`.
+    What is done to them later is a function of them, and differentiated as one, but for those of a
+    module: see `detached_parameters`.
     """
-    return map_leaves(lambda p: of_no_module([p])[0].to(compute_dtype(p), copy=True), params)
+    return map_leaves(lambda p: detached_parameters([p])[0].to(compute_dtype(p), copy=True), params)
 
 
 def interpolated_step(

@@ -323,12 +323,11 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """Take over the moments of a torch.optim.AdamW, so that a run in progress can switch.
 
         Hyperparameters stay as they are here. Before the first step, or after `state.clear()`.
+        Where blocks are sharded it is a collective: all ranks take them over, or none does.
 
         Args:
             saved: its state_dict(), for the same parameters: by name, where both were given names,
                 else in the same order, which of `for_model` is the model's.
-
-        Where blocks are sharded it is a collective: all ranks take them over, or none does.
 
         Raises:
             ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,

@@ -15,8 +15,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, takes_live
-from funshampoo.migrate.published import METHODS, from_published
-from funshampoo.migrate.reference import from_reference
+from funshampoo.migrate.first_rate import first_rate_of
 from funshampoo.optim.values import copied, is_fixed, is_number, same_arguments, structural
 from funshampoo.transforms import scale_by_learning_rate
 
@@ -82,7 +81,7 @@ class Vocabulary:
                 n for n, meant in _SYNONYMS.items() if meant == "lr" or meant in self._names
             }
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - declared
-        self.first_rate = _first_rate(method)
+        self.first_rate = first_rate_of(method)
         if self.first_rate is not None and self.first_rate not in self._names:
             self.extras.add(self.first_rate)
         self.takes_rate = "lr" in self._names or "lr" in self.extras  # as an argument of its own
@@ -272,19 +271,6 @@ class Vocabulary:
 
     def _who(self) -> str:
         return "a transformation" if self.fixed else getattr(self.method, "__name__", "the method")
-
-
-def _first_rate(method: Method) -> str | None:
-    """Of migrate's functions: what is no hyperparameter, but the first value of one."""
-    function, fixed = getattr(method, "func", method), getattr(method, "keywords", {})
-    name = "peak_lr" if function is from_reference else "initial_lr"
-    if function is from_published:
-        called = str(fixed.get("method", *getattr(method, "args", ())[:1]))
-        if called not in METHODS or name not in inspect.signature(METHODS[called]).parameters:
-            return None
-    elif function is not from_reference:
-        return None
-    return None if name in fixed else name
 
 
 def check_rate(lr: Any) -> None:

@@ -66,11 +66,11 @@ def kl_shampoo(
     as good and better in pretraining. Eigenvalues begin at 0.1 and need some 1/(1-β2) steps to come
     down to those of small gradients; until then steps are short. `clamp` keeps 1/√λ below the
     length of a side, or 10: where the entries of gradients are smaller than that allows, about
-    1/√(mn), steps get shorter with them. Where gradients grow 10,000
-    times at once the first step is 4,400 times as long, its eigenvalues being those from before it,
-    and later ones are 1/360 as long, since those of both sides take in all of the growth, until
-    another 240 steps have brought them to a half. (Of 10 times: 4.3, and 1.8.) `spike_factor` holds
-    the first ones; `kl_soap` adapts at once.
+    1/√(mn), steps get shorter with them. Where gradients grow at once, the
+    first step is too long, its eigenvalues being those from before it, and later ones are too
+    short, since those of both sides take in all of the growth: of 10 times 4.3 times as long, and
+    no shorter than 0.9; of 10,000 times 4,400, and 1/360, which take 240 steps to be a half.
+    `spike_factor` holds the first ones; `kl_soap` adapts at once.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.

@@ -131,6 +131,7 @@ def outcome(rule: Rule, asked: Asked) -> Outcome:
     which it stays: 0.99 times 50 of them is 50 again. Nothing can be made of these.
     """
     largest = row_norms(asked.A.detach().flatten(-2), math.inf)
+    # Not >=: a NaN is not nothing, but a failure to be counted.
     return Outcome(*_answer(rule, asked), ~(largest < torch.finfo(largest.dtype).tiny))
 
 

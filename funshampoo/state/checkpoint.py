@@ -109,8 +109,7 @@ def load_state_dict(
     A checkpoint says nothing of the chain's numbers: rates, decays and intervals are what the new
     chain has. Nor does it of the solver: another one takes over at the next refresh. Factor
     matrices and roots that were saved packed are unpacked where `state` has them so, and the
-    reverse. Another block
-    size changes the blocks' shapes, which is an error that says so.
+    reverse. Another block size changes the blocks' shapes, which is an error that says so.
 
     Raises:
         ValueError: names missing or unknown (all are listed), another shape or dtype, another

@@ -75,10 +75,8 @@ def hyperball(
             u = wide(u)
             w = cast(w, u.dtype)
             size = norm_over(w, block_ndim)
-            if relative:
-                u = (
-                    u / safe(norm_over(u, block_ndim)) * size
-                )  # no quotient of them: it may overflow
+            if relative:  # divided first: the quotient of the two lengths may overflow
+                u = u / safe(norm_over(u, block_ndim)) * size
             step = multiply(u, rate, donate=False)
             moved, wanted = w - step, size
             if radius == "first_order":

@@ -148,16 +148,24 @@ def _from_start(steps: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["INDEPENDENT", "CORRECTED"])
 def test_decay_of_the_reference_divides_by_the_first_rate(kind: str) -> None:
-    """peak_lr=None means the constructor's lr, whatever a scheduler makes of lr later."""
+    """peak_lr=None means the constructor's lr, whatever a scheduler makes of lr later.
+
+    Resumed in the middle, by an optimizer that was made with another lr.
+    """
     params, grads = parameters(), grads_of(6)
     options = {"weight_decay": 0.1, "weight_decay_type": kind}
-    optimizer = REFERENCE.optimizer(params.items(), **options)
-    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.7)
-    for g in grads:
+    saved: list[dict[str, Any]] = []
+    for t, g in enumerate(grads):
+        if t in (0, 3):
+            optimizer = REFERENCE.optimizer(params.items(), **options, lr=0.05 - 0.01 * t)
+            scheduler = lr_scheduler.ExponentialLR(optimizer, 0.7)
+            for resumed, before in zip((optimizer, scheduler), saved):
+                resumed.load_state_dict(before)
         for name, p in params.items():
             p.grad = g[name].clone()
         optimizer.step()
         scheduler.step()
+        saved = [optimizer.state_dict(), scheduler.state_dict()]
     changes = [
         (REFERENCE.transformation(lr=0.05 * 0.7**t, peak_lr=0.05, **options), g)
         for t, g in enumerate(grads)

@@ -251,6 +251,7 @@ def test_limits_of_the_range() -> None:
 
 
 _FLOORED = fs.update_floor(0.5), fs.update_floor(0.5, per="row")
+_SHORT = fs.chain(fs.sign(), fs.scale(2.0**-130))
 _GATED = fs.blend_towards(fs.sign(), gate=AgreementGate())
 _SMALL = 2.0**-110, 2.0**-60, 2.0**-40
 _SMALLEST = (2.0**-140, *_SMALL)  # denormal, and exact
@@ -264,6 +265,7 @@ HOMOGENEOUS: dict[str, tuple[fs.GradientTransformation, int, tuple[float, ...]]]
     "float16": (fs.orthogonalize(epsilon=0.0, dtype=torch.float16), 0, _SMALLEST + _LARGE),
     "hyperball": (fs.hyperball(0.5), 0, _SMALL + _LARGE),
     "blend": (fs.blend_towards(fs.sign(), gate=0.5), 1, _SMALL + _LARGE),
+    "blend of short": (fs.blend_towards(_SHORT, gate=0.5), 1, _SMALL + _LARGE),
     "gate": (_GATED, 1, _SMALL + _LARGE),
     "cautious": (fs.cautious(fs.ema(0.5)), 1, _SMALLEST + _LARGE),
     "floor": (_FLOORED[0], 0, _SMALL),
