@@ -81,8 +81,8 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     where Q (Λ/s + 2) Qᵀ happens to be A/s + 2 all the same, which no routine that fails will
     find. LAPACK's errors are some ε. What is wrong by more than 8 √ε of the whole is told, at any
     side: one eigenvector of 1,000, for an eigenvalue near the largest, leaves 0.04. Errors of small
-    eigenvalues alone are not. Of a matrix so small that rounding is absolute (s below the
-    smallest normal number) finite values and an orthogonal Q are all that is asked.
+    eigenvalues alone are not. s is at least the smallest normal number, below which rounding is
+    absolute; eigenvalues of zero alone are those of no larger matrix.
 
     >>> A = torch.diag(torch.tensor([1.0, 4.0]))
     >>> is_decomposition(A, torch.tensor([1.0, 4.0]), torch.eye(2))
@@ -90,9 +90,8 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     >>> is_decomposition(A, torch.tensor([0.0, 0.0]), torch.eye(2))
     tensor(False)
     """
-    size = values.abs().amax(-1)
     # No square leaves the range.
-    scale = torch.where(size >= torch.finfo(A.dtype).tiny, size, 1.0)[..., None, None]
+    scale = values.abs().amax(-1).clamp(min=torch.finfo(A.dtype).tiny)[..., None, None]
     v = probe_vectors(A)
     image = (v @ Q * (values[..., None, :] / scale + 2)) @ Q.mT
     return _is_small(image - torch.add((v / scale) @ A, v, alpha=2))

@@ -28,6 +28,7 @@ _FIELDS: dict[tuple[Any, str], str] = {
 }
 """Which moment a field holds; or which one's weight, 1 - beta1^t or 1 - beta2^t."""
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _Adam = dict[str, Any]  # what AdamW knows of one parameter, by the names above
 
 
@@ -180,22 +181,46 @@ def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
                     "torch.optim.AdamW or Adam."
                 )
             step = _step_of(entry, name_of[index])
-            first, second = (1 - float(beta) ** step for beta in group["betas"])
-            moments = {key: entry[key] for key in ("exp_avg", "exp_avg_sq")}
+            first, second = (1 - beta**step for beta in _betas_of(group))
+            moments = {key: entry[key] for key in _MOMENTS}
             adams[name_of[index]] = {**moments, "weight": first, "weight_sq": second}
     return adams
+
+
+def _betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Raises ValueError where they are no pair of numbers."""
+    try:
+        first, second = group["betas"]
+        return float(first), float(second)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the AdamW's betas are {group['betas']!r:.80} and no pair of numbers: the checkpoint "
+            "is damaged."
+        ) from error
 
 
 def _step_of(entry: Mapping[str, Any], name: str) -> float:
     """How many steps it has made.
 
     Raises:
-        ValueError: no run can have counted so far; or none yet, while the moments are not zero.
+        ValueError: no run can have counted so far; or none yet, while the moments are not zero; or
+            an entry is of another type.
     """
-    step = float(entry["step"])
+    for key in _MOMENTS:
+        if not isinstance(entry[key], Tensor):
+            raise ValueError(
+                f"{key} of '{name}' is {entry[key]!r:.80} and no tensor: the checkpoint is damaged."
+            )
+    try:
+        step = float(entry["step"])
+    except (TypeError, ValueError, RuntimeError):
+        step = float("nan")  # which is refused with the others
     if not (step >= 0 and step.is_integer()):  # inf and NaN are no integers
-        raise ValueError(f"the AdamW has made {step} steps of '{name}': the checkpoint is damaged.")
-    if step == 0 and any(bool((entry[key] != 0).any()) for key in ("exp_avg", "exp_avg_sq")):
+        raise ValueError(
+            f"the AdamW has made {entry['step']!r:.80} steps of '{name}': the checkpoint is "
+            "damaged."
+        )
+    if step == 0 and any(bool((entry[key] != 0).any()) for key in _MOMENTS):
         raise ValueError(
             f"the AdamW has made no step of '{name}', but has moments of it: the checkpoint is "
             "damaged."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.combinators.compilation import compiled
+from funshampoo.core.checks import check_flag
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.live import Live
 from funshampoo.core.modes import in_a_mode, unwrapped
@@ -91,7 +92,12 @@ class Builder:
         return Built(words, raw, arguments, structure, transformation, live, hyper, inputs)
 
     def edited(self, group: Mapping[str, Any], before: Built) -> Built:
-        """The chain of the group as it is now: the one before, where it is still right."""
+        """The chain of the group as it is now: the one before, where it is still right.
+
+        Raises:
+            TypeError, ValueError: what was edited is out of range.
+        """
+        check_flag("maximize", group.get("maximize", False))
         method = group.get("method", self._method)
         if before.words.method is not method:
             return self.built(Vocabulary(method), group)

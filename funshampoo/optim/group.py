@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from funshampoo.core.applying import Entering
-from funshampoo.core.checks import check_flag
 from funshampoo.core.context import context_of
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
@@ -110,7 +109,6 @@ class GroupRun:
         Raises:
             TypeError, ValueError: what was edited is out of range.
         """
-        check_flag("maximize", self.group.get("maximize", False))
         before = self._built
         built = self._builder.edited(self.group, before)
         edited = len(self._anew) > 0 or built.transformation is not before.transformation
@@ -304,6 +302,14 @@ class GroupRun:
     def with_state(self, state: Any) -> Ready:
         """Another state in the place of the current one."""
         return Ready(self._built, self.known, state, self._looked_at)
+
+    def check_edit(self, entries: Mapping[str, Any]) -> None:
+        """Raise where the group could not be stepped with these entries.
+
+        Raises:
+            TypeError, ValueError: one is out of range.
+        """
+        self._builder.edited({**self.group, **entries}, self._built)
 
     def state(self) -> Any:
         """The chain's state; where there is none yet, one to be read."""

@@ -307,7 +307,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
             if self._accept_adamw and has_adamws(given, self.param_groups, strict):
                 memory.forget_all()  # as what is loaded takes the place of what was there
                 found = seeded(memory.runs, given, self._model_order)
-                return found._replace(groups=[rates_of(group) for group in given["param_groups"]])
+                rates = map(rates_of, memory.runs, given["param_groups"])
+                return found._replace(groups=list(rates))
             return loaded(memory, self.param_groups, given, strict=strict, cast=cast)
 
         with memory.all_or_nothing(self.param_groups):

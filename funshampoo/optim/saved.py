@@ -57,7 +57,8 @@ def check_fits(given: Any, groups: Sequence[Mapping[str, Any]], strict: bool) ->
         {"state", "param_groups"} <= given.keys()
         and isinstance(given["state"], Mapping)
         and isinstance(given["param_groups"], (list, tuple))
-        and all(isinstance(g, Mapping) and "params" in g for g in given["param_groups"])
+        and all(isinstance(g, Mapping) for g in given["param_groups"])
+        and all(isinstance(g.get("params"), (list, tuple)) for g in given["param_groups"])
         and all(isinstance(entries, Mapping) for entries in given["state"].values())
     ):
         raise ValueError("this is no state_dict of an optimizer: see funshampoo.state for one.")

@@ -34,24 +34,25 @@ def seeded(
     known = [(i, name) for i, run in enumerate(runs) for name in run.names()]
     if all(run.group.get("param_names") for run in runs):
         known = _in_their_order(known, saved, order)
-    found = Loading([], [], {}, _steps_of(saved))
+    found = Loading([], [], {}, set())
     for i, run in enumerate(runs):
         # Two groups may use the same name: only this one's are its own.
         own = [name if i == j else f"group {j}/{name}" for j, name in known]
         found.ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
         check(found.ready[-1].state)
-    return found
+    return found._replace(steps=_steps_of(saved))
 
 
-def rates_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler has written to a saved group.
+def rates_of(run: GroupRun, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler has written to a saved group, for this run's group.
 
     Raises:
-        TypeError, ValueError: a rate that is no single number.
+        TypeError, ValueError: a rate that is no single number, or out of range.
     """
     found = {name: copy.deepcopy(saved[name]) for name in ("lr", "initial_lr") if name in saved}
     for rate in found.values():
         check_rate(rate)
+    run.check_edit(found)
     return found
 
 

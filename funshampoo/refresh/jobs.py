@@ -131,8 +131,11 @@ def outcome(rule: Rule, asked: Asked) -> Outcome:
     which it stays: 0.99 times 50 of them is 50 again. Nothing can be made of these.
     """
     largest = row_norms(asked.A.detach().flatten(-2), math.inf)
+    found = _answer(rule, asked)
+    # A itself may be another stage's state, which later steps write to.
+    value = tuple([x.clone() if x is asked.A else x for x in found.value])
     # Not >=: a NaN is not nothing, but a failure to be counted.
-    return Outcome(*_answer(rule, asked), ~(largest < torch.finfo(largest.dtype).tiny))
+    return Outcome(value, *found[1:], ~(largest < torch.finfo(largest.dtype).tiny))
 
 
 def _answer(rule: Rule, asked: Asked) -> Found:

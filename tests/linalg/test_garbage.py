@@ -224,14 +224,18 @@ def test_a_wrong_shape_is_an_error_of_the_caller(shape: tuple[int, ...]) -> None
         stacked_eigh(torch.ones(2, 2, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("wrong", ["zeros", "nan", "one nan"])
-def test_eigenvalues_that_are_none(wrong: str) -> None:
-    """The size is A's: that of garbage would excuse it."""
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-30, 2.0**-130])
+@pytest.mark.parametrize("wrong", ["zeros", "nan", "one nan", "halves", "others' vectors"])
+def test_eigenvalues_that_are_none(wrong: str, scale: float) -> None:
+    """However small A is: what is no number of A's is told from rounding, at denormal ones too."""
     X = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
-    A = X @ X.T
+    A = X @ X.T / 128 * scale
     values, Q = torch.linalg.eigh(A)
     assert bool(is_decomposition(A, values, Q))
-    found = {"zeros": 0 * values, "nan": values * torch.nan}.get(wrong, values.clone())
+    if wrong == "zeros":
+        assert not bool(is_decomposition(A, 0 * values, torch.eye(32)))
+    found = {"zeros": 0 * values, "nan": values * torch.nan, "halves": values / 2}
+    values = found.get(wrong, values.clone())
     if wrong == "one nan":
-        found[3] = torch.nan
-    assert not bool(is_decomposition(A, found, torch.eye(32) if wrong != "one nan" else Q))
+        values[3] = torch.nan
+    assert not bool(is_decomposition(A, values, Q.roll(1, 1) if wrong[:6] == "others" else Q))

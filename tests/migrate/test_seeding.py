@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -261,3 +262,42 @@ def test_what_is_stepped_in_eigenbases_starts_anew(method: Any) -> None:
     for optimizer, own in ((seeded, params), (fresh, twins)):
         run(optimizer, own, grads_of(4, seed=7))
     assert_same(params, twins, 0.0)
+
+
+DAMAGED: dict[str, tuple[Any, str]] = {
+    "negative rate": (lambda saved: saved["param_groups"][0].update(lr=-1.0), "lr is -1.0"),
+    "no rate": (lambda saved: saved["param_groups"][0].update(lr=None), "lr is None"),
+    "no pair": (lambda saved: saved["param_groups"][0].update(betas=0.9), "betas are 0.9"),
+    "no list": (lambda saved: saved["param_groups"][0].update(params=None), "no state_dict"),
+    "no number": (lambda saved: saved["state"][1].update(step=[1]), r"made \[1\] steps of"),
+    "no moment": (lambda saved: saved["state"][1].update(exp_avg=[1]), r"exp_avg of .* is \[1\]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_adamw_is_told_before_anything_changes(damage: str) -> None:
+    """Also what the group could not be stepped with afterwards, nor the optimizer saved."""
+    params = parameters()
+    saved = adamw_run(parameters(), 2).state_dict()
+    damaged, message = DAMAGED[damage]
+    damaged(saved)
+    optimizer = fs.Optimizer(params.items(), fs.shampoo, accept_adamw=True, **OPTIONS)
+    run(optimizer, params, grads_of(2))
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()["state"]
+    assert after.keys() == before.keys()
+    for i, entries in before.items():
+        assert_same(after[i], entries)
+    run(optimizer, params, grads_of(1))
+
+
+def test_a_group_that_could_not_be_stepped_is_not_loaded() -> None:
+    params = parameters()
+    optimizer = fs.Optimizer(params.items(), fs.adamw, lr=0.1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["maximize"] = "no"
+    with pytest.raises(TypeError, match="maximize is 'no'"):
+        optimizer.load_state_dict(saved)
+    run(optimizer, params, grads_of(1))

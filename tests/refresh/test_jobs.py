@@ -11,6 +11,7 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo import linalg
+from funshampoo.core.context import Context
 from funshampoo.distributed.cost import DEFAULT_COST
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, solving
 from funshampoo.refresh.jobs import Job
@@ -182,3 +183,29 @@ def test_a_row_without_gradient_stays_where_it_is(options: Any, max_size: int | 
             assert not updates["w"][17].any()
             assert not updates["w"][:, 3].any()
         assert updates["w"].any()
+
+
+class Statistics(Basis):
+    """What is kept is the matrix itself."""
+
+    def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
+        unknown = A.new_full(A.shape[:-2], -1.0)
+        return Found((A,), unknown, unknown, unknown < 0)
+
+
+@pytest.mark.parametrize("lead", [(), (4,)])
+def test_what_a_rule_returns_shares_no_memory_with_what_it_was_made_from(lead: Any) -> None:
+    """Which is another stage's state: a later step in its memory changed what had been kept."""
+    refreshing = Refreshing(lambda block: [Statistics(d) for d in block], RefreshSchedule(10))
+    g = {"w": torch.zeros(*lead, 2, 3)}  # of one side there would be a batch, which is a copy
+    factors = {"w": tuple([torch.ones(*lead, d, d) for d in (2, 3)])}
+    state = refreshing.init(g, len(lead))
+    context = Context(step=1, block_ndim=len(lead))
+
+    def read(unit: int, sides: Any) -> Any:
+        return (lambda A: A), sides[unit]
+
+    kept = refreshing.update(g, state, (factors,), read, context).kept["w"]
+    for unit, factor in zip(kept, factors["w"]):
+        factor.zero_()
+        assert unit.value[0].all()
