@@ -23,9 +23,7 @@ from funshampoo.core.modes import is_differentiated, is_plain, is_traced
 from funshampoo.core.placed import is_in_parts, whole_numbers
 
 
-def norm_over_axes(
-    x: Tensor, axes: Sequence[int], keepdim: bool = False, order: float = 2.0
-) -> Tensor:
+def norm_over_axes(x: Tensor, axes: Sequence[int], keepdim: bool = False) -> Tensor:
     """‖x‖ over these axes, whose derivatives of every order are 0 where x is zeros.
 
     torch says so of the first derivative, and NaN of the second one by the first in reverse mode. A
@@ -39,7 +37,7 @@ def norm_over_axes(
     if is_differentiated(x) and not is_in_parts(x):
         zero = torch.linalg.vector_norm(x.detach(), dim=axes, keepdim=True) == 0
         x = x.masked_fill(zero, 1.0)
-    norm: Tensor = torch.linalg.vector_norm(x, order, dim=axes, keepdim=keepdim)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=keepdim)
     return norm if zero is None else norm.masked_fill(zero.reshape(norm.shape), 0.0)
 
 
@@ -65,7 +63,7 @@ def block_norm(x: Tensor, block_ndim: int, plain: bool = False) -> Tensor:
     return norm_over_axes(flat, (flat.ndim - 1,))
 
 
-def row_norms(x: Tensor, order: float = 2.0) -> Tensor:
+def row_norms(x: Tensor) -> Tensor:
     """‖x‖ (...) of x (..., n), over its last axis.
 
     Counted from the front: over an axis -1 of length 1, torch 2.8 to 2.11 (2.13 does not) takes the
@@ -74,7 +72,7 @@ def row_norms(x: Tensor, order: float = 2.0) -> Tensor:
     >>> row_norms(torch.zeros(2, 1, device="meta")).shape
     torch.Size([2])
     """
-    return norm_over_axes(x, (x.ndim - 1,), order=order)
+    return norm_over_axes(x, (x.ndim - 1,))
 
 
 def range_limits(dtype: torch.dtype) -> tuple[float, float]:
