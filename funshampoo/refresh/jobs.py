@@ -86,8 +86,12 @@ class Job:
         """What the rule is asked, of some of the rows."""
         old, rule = self.kept, self.rule
         values = [taken(x, rows) for x in (old.value if rule.reads_old else ())]
+        inputs = [taken(x, rows) for x in self._inputs]
+        A = self._matrices(*inputs)
+        if any([A is x for x in inputs]):  # another stage's state, which a rule may return, or keep
+            A = A.clone()
         return Asked(
-            self._matrices(*[taken(x, rows) for x in self._inputs]),
+            A,
             tuple([unpack(x) if i in rule.symmetric else x for i, x in enumerate(values)]),
             taken(old.rounds, rows),
         )
@@ -130,11 +134,8 @@ def outcome(rule: Rule, asked: Asked) -> Outcome:
     """
     # Two operators: a CPU takes a norm of order 1 or infinity one number at a time.
     largest = asked.A.detach().abs().amax((-2, -1))
-    found = _answer(rule, asked)
-    # A itself may be another stage's state, which later steps write to.
-    value = tuple([x.clone() if x is asked.A else x for x in found.value])
     # Not >=: a NaN is not nothing, but a failure to be counted.
-    return Outcome(value, *found[1:], ~(largest < torch.finfo(largest.dtype).tiny))
+    return Outcome(*_answer(rule, asked), ~(largest < torch.finfo(largest.dtype).tiny))
 
 
 def _answer(rule: Rule, asked: Asked) -> Found:
