@@ -15,6 +15,7 @@ from funshampoo.blocks.evaluated import evaluation_parameters
 from funshampoo.combinators.accumulation import multi_steps
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
+from funshampoo.combinators.cuda_graphs import cuda_graphed
 from funshampoo.combinators.every_k import every_k
 from funshampoo.combinators.failures import FailureLimitError
 from funshampoo.combinators.guard import guarded
@@ -121,6 +122,7 @@ __all__ = [
     "clip",
     "clip_by_global_norm",
     "compiled",
+    "cuda_graphed",
     "decay_after_step",
     "eigenvalue_shampoo",
     "ema",

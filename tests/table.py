@@ -131,6 +131,7 @@ CASES = [
         lambda: fs.compiled(fs.chain(fs.ema(0.9), fs.trace(0.5)), backend="eager"),
         options=AROUND_BLOCKS,
     ),
+    Case("cuda_graphed", lambda: fs.cuda_graphed(fs.soap(0.1, every=2, max_size=4))),
     Case("multi_steps", lambda: fs.multi_steps(fs.trace(0.9), 2), options=COUPLED),
     Case(
         "multi_steps:shampoo",

@@ -22,11 +22,11 @@ from benchmarks.device.machine import described
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {
-    "tests": 120,
+    "tests": 150,
     "products": 90,
     "solvers": 90,
     "steps": 90,
-    "family": 60,
+    "family": 100,
     "training": 90,
     "compiled": 150,
 }

@@ -16,7 +16,8 @@ from benchmarks.device.group import Cell, Row, Setting, in_a_line
 from benchmarks.device.steps import LR, Ours, Tensors, refreshed, tensors_of
 
 MODEL, SIZE = "gpt2", 1024
-GRAPHS = ("adamw", "shampoo, TF32", "soap, TF32", "muon, TF32")
+GRAPHED = ("shampoo, TF32", "soap, TF32", "adamw", "muon, bfloat16")
+GRAPHED_MODELS = ("text", MODEL, "resnet-50")
 ROUNDED = ("shampoo", "soap", "kl_shampoo", "eigenvalue_shampoo", "muon")
 
 
@@ -92,23 +93,31 @@ def _refresh(size: int, setting: Setting) -> Iterator[Row]:
 
 
 def _graphs(size: int, setting: Setting) -> Iterator[Row]:
-    """A donated plain step keeps every address and reads nothing, so that it can be replayed."""
-    if setting.device.type != "cuda":
-        yield {"skipped": "a CUDA graph needs a GPU"}
-        return
-    params, grads = tensors_of(MODEL, setting)
-    for name in GRAPHS:
-        ours = Ours(chains(size)[name], params, grads)
-        try:
-            for _ in range(3):
-                ours.step()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                ours.step()
-            steps = {"replayed": graph.replay, "eager": ours.step}
-            for kind, found in turns(steps, setting.device, seconds=1.0).items():
-                yield {"of": name, "kind": kind} | summary(found)
-        except Exception as error:
-            yield {"of": name, "error": in_a_line(error)}
-            torch.cuda.synchronize()
+    """The same beside what `cuda_graphed` replays, plain and with a refresh."""
+    for model in setting.pick(GRAPHED_MODELS, (MODEL,)):
+        params, grads = tensors_of(model, setting)
+        for name in GRAPHED:
+            tx = chains(size)[name]
+            try:
+                yield from _replayed(f"{model}, {name}", tx, params, grads, setting)
+            except Exception as error:
+                yield {"of": f"{model}, {name}", "error": in_a_line(error)}
+
+
+def _replayed(
+    name: str, tx: fs.GradientTransformation, params: Tensors, grads: Tensors, setting: Setting
+) -> Iterator[Row]:
+    ours = {
+        f"{name}, replayed": Ours(fs.cuda_graphed(tx), params, grads),
+        f"{name}, eager": Ours(tx, params, grads),
+    }
+    for kind in ("plain", "refresh") if tx.phase(1) else ("plain",):
+        steps: dict[str, Callable[[], Any]] = {
+            of: o.step if kind == "plain" else partial(o.refresh, o.tx) for of, o in ours.items()
+        }
+        seconds = setting.pick(0.8 if kind == "plain" else 1.2, 0.1)
+        for of, found in turns(steps, setting.device, seconds=seconds, least=3).items():
+            row = {"of": of, "kind": kind} | summary(found)
+            if setting.device.type == "cuda":
+                row["reserved_mib"] = torch.cuda.memory_reserved() / 2**20
+            yield row

@@ -17,10 +17,14 @@ from benchmarks.device.clock import read, summary, turns, working
 from benchmarks.device.counts import demands, held_mib
 from benchmarks.device.group import Cell, Row, Setting
 from benchmarks.device.products import tf32
+from benchmarks.text import CONTEXT
+from examples.networks import Transformer
 from funshampoo import linalg
 from funshampoo.plan.shapes import model_shapes
 
 PLACES = (("gpt2", 1024), ("resnet-50", 1024), ("resnet-50", 256), ("gpt2", 256))
+TEXT = (512, 2, 8)  # width, layers, heads
+TEXT_CHARACTERS = 96
 SMALL = (("gpt2", 32), ("resnet-50", 16))
 LR = 1e-4
 REFRESHES = 3
@@ -146,8 +150,11 @@ def expected_refresh(params: Tensors, size: int, device: torch.device) -> float:
 
 
 def tensors_of(model: str, setting: Setting) -> tuple[Tensors, Tensors]:
-    """Parameters and gradients of a model's shapes, at random; in a rehearsal a corner of it."""
-    shapes = model_shapes(model)
+    """Parameters and gradients of a model's shapes, at random; in a rehearsal a corner of it.
+
+    "text": of the transformer that is trained in `benchmarks.device.training`.
+    """
+    shapes = _text_shapes() if model == "text" else model_shapes(model)
     if setting.rehearse:
         first = list(shapes.items())[:12]
         shapes = {name: tuple(min(side, 48) for side in shape) for name, shape in first}
@@ -160,6 +167,12 @@ def tensors_of(model: str, setting: Setting) -> tuple[Tensors, Tensors]:
         }
 
     return drawn(0.02), drawn(1.0)
+
+
+def _text_shapes() -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = Transformer(TEXT_CHARACTERS, CONTEXT, *TEXT)
+    return {name: tuple(p.shape) for name, p in network.named_parameters()}
 
 
 def _theirs(params: Tensors, grads: Tensors) -> dict[str, torch.optim.Optimizer]:

@@ -18,7 +18,7 @@ from benchmarks.device.group import Cell, Row, Setting, emit
 TESTS = Path(__file__).parents[2] / "tests"
 MARK = "mark.gpu"
 FIRST = "test_device.py"
-WORKERS = 6  # processes, where pytest-xdist is installed
+WORKERS = 12  # processes, where pytest-xdist is installed
 TOLD = re.compile(r">|E |\S+\.py:\d+")  # of a traceback: lines that were run, messages, places
 REPORTS = 20.0  # seconds between two lines that say how far it has come
 
@@ -55,6 +55,11 @@ class Recorder:
         self.counts: Counter[str] = Counter(passed=0, failed=0, skipped=0, errors=0)
         self.spent: list[tuple[float, str]] = []
         self.reported = time.monotonic()
+        self.session: Any = None
+
+    def pytest_sessionstart(self, session: Any) -> None:
+        """To be told when to stop."""
+        self.session = session
 
     def pytest_collectreport(self, report: Any) -> None:
         """A file that can't be read."""
@@ -78,14 +83,13 @@ class Recorder:
         if report.when == "teardown" and time.monotonic() - self.reported > REPORTS:
             self.reported = time.monotonic()
             emit({"group": "tests", "cell": "so far"} | self.counts)
+        if self.setting.left() < 5:  # workers have no such plugin: who gives them work has to stop
+            others = self.session.config.pluginmanager.getplugin("dsession")
+            for who in [self.session, *([others] if others else [])]:
+                who.shouldstop = "no time is left"
+            self.counts["stopped_for_time"] = 1
         if report.when == "call":
             self.spent.append((report.duration, report.nodeid.rpartition("/")[2]))
-
-    def pytest_runtest_setup(self, item: Any) -> None:
-        """Before each: is there time?"""
-        if self.setting.left() < 5:
-            self.counts["stopped_for_time"] = 1
-            item.session.shouldstop = "no time is left"
 
     def _print(self, report: Any, when: str) -> None:
         told = [line[:200] for line in str(report.longrepr).splitlines() if TOLD.match(line)]

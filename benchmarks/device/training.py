@@ -60,11 +60,18 @@ def _cell(rates: dict[str, float], setting: Setting) -> Iterator[Row]:
     steps = setting.pick(STEPS, 20)
     milestones = setting.pick(MILESTONES, (10, 20))
     data = text(setting.device)
-    builders = {"shampoo": _shampoo, "soap": _soap, "AdamW": _adamw, "Muon and AdamW": _muon}
+    builders: dict[str, Callable[..., Step]] = {
+        "shampoo": partial(_ours, fs.shampoo),
+        "shampoo, graphs, TF32": partial(_ours, fs.shampoo, cuda_graph=True, tf32=True),
+        "soap": partial(_ours, fs.soap),
+        "soap, graphs, TF32": partial(_ours, fs.soap, cuda_graph=True, tf32=True),
+        "AdamW": _adamw,
+        "Muon and AdamW": _muon,
+    }
     if not hasattr(torch.optim, "Muon"):
         del builders["Muon and AdamW"]
     runs = {
-        name: _begun(data, partial(build, rate=rates[name]), setting)
+        name: _begun(data, partial(build, rate=rates[name.split(",")[0]]), setting)
         for name, build in builders.items()
     }
     batches = data.batches(setting.pick(BATCH, 8), seed=0)
@@ -77,7 +84,7 @@ def _cell(rates: dict[str, float], setting: Setting) -> Iterator[Row]:
             _step(run, batch, _share(t, steps), setting.device)
         if t in milestones:
             for name, run in runs.items():
-                head = {"of": name, "rate": rates[name], "steps": t}
+                head = {"of": name, "rate": rates[name.split(",")[0]], "steps": t}
                 yield head | _found(run, data, setting.pick(100, 8))
 
 
@@ -126,12 +133,8 @@ def _begun(data: Text, build: Callable[[nn.Module], Step], setting: Setting) -> 
     return Run(network, build(network), [], [])
 
 
-def _shampoo(network: nn.Module, rate: float) -> Step:
-    return _scheduled(rate, fs.Shampoo(network.named_parameters(), rate, every=EVERY))
-
-
-def _soap(network: nn.Module, rate: float) -> Step:
-    optimizer = fs.Optimizer(network.named_parameters(), fs.soap, lr=rate, every=EVERY)
+def _ours(recipe: Any, network: nn.Module, rate: float, **options: Any) -> Step:
+    optimizer = fs.Optimizer(network.named_parameters(), recipe, lr=rate, every=EVERY, **options)
     return _scheduled(rate, optimizer)
 
 

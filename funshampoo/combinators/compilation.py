@@ -115,7 +115,7 @@ class _ByGraph:
             self._checked = True
         gradients, _ = flatten(updates)
         t = running(steps_of(state), context).step
-        phase = self._phase(t, context)
+        phase = phase_of(self._inner, t, context)
         usable = surely_usable(gradients)
         if (
             phase is None
@@ -143,16 +143,17 @@ class _ByGraph:
             self._inner.run(updates, state, params, changed(context, donate=False))
             raise
 
-    def _phase(self, t: int | None, context: Context) -> Phase | None:
-        """What happens on this step; None where that can't be known."""
-        if not self._inner.counts:
-            return ()
-        if t is None:
-            return None
-        if context.refresh is None:
-            return self._inner.phase(t)
-        others = [label for label in self._inner.phase(t) if not label.startswith("refresh")]
-        return (*others, FOR_ALL) if context.refresh else tuple(others)
+
+def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> Phase | None:
+    """What happens on step t that does not happen on all; None where that can't be known."""
+    if not inner.counts:
+        return ()
+    if t is None:
+        return None
+    if context.refresh is None:
+        return inner.phase(t)
+    others = [label for label in inner.phase(t) if not label.startswith("refresh")]
+    return (*others, FOR_ALL) if context.refresh else tuple(others)
 
 
 def _rounds(transformation: GradientTransformation) -> bool:

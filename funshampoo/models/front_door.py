@@ -43,6 +43,8 @@ def for_model(
     scale_rates: Literal["mup"] | None = None,
     base: Base | None = None,
     compile: bool | Mapping[str, Any] = False,
+    cuda_graph: bool = False,
+    tf32: bool = False,
     consolidate: bool = False,
     accept_adamw: bool = False,
     **options: Any,
@@ -71,7 +73,7 @@ def for_model(
         scale_rates, base: "mup": lr and other_lr are those that were good for `base`, a narrower
             model of the same names, or {name: shape} of it, and each parameter's is that times a
             factor by its fans, kept in `group["rate_factor"]`; see docs/transfer.md.
-        compile, consolidate, accept_adamw: see `Optimizer`.
+        compile, cuda_graph, tf32, consolidate, accept_adamw: see `Optimizer`.
         options: of the method, by torch.optim's names: betas, weight_decay, every, ... They don't
             reach `others`: AdamW's weight_decay stays 0.01 if other_options does not say so.
 
@@ -113,6 +115,7 @@ def for_model(
         settings = {n: scaled(s, factors[n]) for n, s in settings.items()}
     warn_of_routes(routes, settings, stacklevel=2)
     flags: Any = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
+    flags |= {"cuda_graph": cuda_graph, "tf32": tf32}
     optimizer = Optimizer(grouped(parameters, settings), main, lr=lr, **flags, **options)
     optimizer._model_order = [name for name in parameters if name in settings]
     warn_of_costs(optimizer, stacklevel=2)

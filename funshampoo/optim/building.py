@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.combinators.compilation import compiled
 from funshampoo.core.checks import check_flag
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.live import Live
 from funshampoo.core.modes import in_a_mode, unwrapped
+from funshampoo.optim.execution import Execution
 from funshampoo.optim.values import untouched
-from funshampoo.optim.vocabulary import Arguments, Lives, Method, Vocabulary
+from funshampoo.optim.vocabulary import Method, Vocabulary
 
 _MANY = 4  # graphs of one group, from which on an edit on every step is likely
 
@@ -56,12 +56,12 @@ class Builder:
 
     Args:
         method: of groups that have none of their own.
-        options: of `compiled`; None: no graphs.
+        execution: what is put around them.
     """
 
-    def __init__(self, method: Method, options: Mapping[str, Any] | None) -> None:
+    def __init__(self, method: Method, execution: Execution) -> None:
         self._method = method
-        self._options = options
+        self._execution = execution
         self._graphs = 0
 
     def built(self, words: Vocabulary, group: Mapping[str, Any]) -> Built:
@@ -78,15 +78,16 @@ class Builder:
             if isinstance(x, Tensor):  # numbers were looked at when the chain was built
                 _check_value(live[name], x)
         inputs: dict[str, Tensor] = {}
-        if self._options is not None:
-            _check_compilable(words, arguments, live)
+        self._execution.check(arguments, frozenset([*live, *([words.rate] if words.rate else [])]))
+        if self._execution.compile is not None:
             inputs = {
                 name: torch.tensor(float(x), dtype=torch.float64, device="cpu")
                 for name, x in hyper.items()
                 if not isinstance(x, Tensor)
             }
-            transformation = compiled(transformation, **self._options)
+        if self._execution.in_graphs:
             self._count_graph()
+        transformation = self._execution.around(transformation)
         structure = words.structure(arguments, live)
         raw = words.raw(group)
         return Built(words, raw, arguments, structure, transformation, live, hyper, inputs)
@@ -110,7 +111,7 @@ class Builder:
         edited = words.edited(raw, before.raw, before.arguments, before.live)
         arguments = words.arguments(group) if edited is None else edited
         if edited is None and not words.same_chain(
-            arguments, before.arguments, before.live, in_graph=self._options is not None
+            arguments, before.arguments, before.live, in_graph=self._execution.in_graphs
         ):
             return self.built(words, group)
         hyper = words.hyper(arguments, before.live)
@@ -122,11 +123,12 @@ class Builder:
     def _count_graph(self) -> None:
         self._graphs += 1
         if self._graphs == _MANY:
+            word = "cuda_graph" if self._execution.cuda_graph else "compile"
             warnings.warn(
-                "compile: param_groups are edited again and again, and every edit is compiled "
-                "anew, which takes seconds, but for that of a number that the recipe looks up on "
+                f"{word}: param_groups are edited again and again, and every edit is compiled "
+                "anew, which takes time, but for that of a number that the recipe looks up on "
                 "every step, as those of funshampoo do. Keep the rest as it is, or leave out "
-                "compile.",
+                f"{word}.",
                 stacklevel=2,
             )
 
@@ -155,15 +157,3 @@ def _by_torchs_names(function: Callable[..., Any], *arguments: Any) -> Any:
         if not str(error).startswith("learning_rate "):
             raise
         raise type(error)(str(error).replace("learning_rate", "lr", 1)) from error
-
-
-def _check_compilable(words: Vocabulary, arguments: Arguments, live: Lives) -> None:
-    for other in ("distribute", "stagger"):
-        if arguments.get(other):
-            raise ValueError(f"compile and {other} do not go together: leave out one of them.")
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and name not in live and name != words.rate:
-            raise ValueError(
-                f"{name} is a tensor, which may have been written to, so that every step would be "
-                "compiled anew: give a number, or leave out compile."
-            )

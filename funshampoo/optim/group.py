@@ -17,6 +17,7 @@ from funshampoo.core.modes import for_keeps
 from funshampoo.core.placed import detached
 from funshampoo.optim.building import Builder, other_structure
 from funshampoo.optim.entries import SHARED, is_note, is_shared, together
+from funshampoo.optim.execution import Execution
 from funshampoo.optim.names import Names
 from funshampoo.optim.ready import (
     ByParameter,
@@ -47,7 +48,7 @@ class GroupRun:
         words: of the group's method.
         method: of the groups that have none of their own.
         first: how many parameters the groups before it have.
-        options: of `compiled`; None: as it is.
+        execution: what is put around its chain.
     """
 
     def __init__(
@@ -56,11 +57,11 @@ class GroupRun:
         words: Vocabulary,
         method: Method,
         first: int,
-        options: Mapping[str, Any] | None,
+        execution: Execution,
     ) -> None:
         self.group = group
         self._names = Names(first)
-        self._builder = Builder(method, options)
+        self._builder = Builder(method, execution)
         self.known: list[Known] = []  # the same list until what the state was made for changes
         self._state: Any = None
         self._untouched = False  # made for a reader, and neither stepped nor written to

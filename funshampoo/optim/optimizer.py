@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.join import Joining
+from funshampoo.optim.execution import execution
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.loading import Loading, given_to, loaded, loaded_together
 from funshampoo.optim.memory import Group, Memory
@@ -44,6 +45,9 @@ class Optimizer(torch.optim.Optimizer, Joining):
             True with torch.compile's options. The graph goes on for another learning rate if the
             recipe is one of funshampoo, or lr a tensor, which a recipe of your own has to read on
             every step (`scale_by_learning_rate` does). Any other edit makes a new graph.
+        cuda_graph: True records steps as CUDA graphs and replays them: see
+            `funshampoo.cuda_graphed`, and docs/gpu.md for what that is worth. Likewise.
+        tf32: True rounds a GPU's products of every step to TF32: see `funshampoo.in_tf32`.
 
     What param_groups hold is what the next step uses: a learning-rate scheduler, or you, may change
     any of it. A part that is switched on (momentum from 0) starts from nothing; one that is
@@ -68,10 +72,10 @@ class Optimizer(torch.optim.Optimizer, Joining):
     `state.clear()` is called.
 
     Raises:
-        TypeError: an argument that the method does not know, or lacks; compile is no bool and no
-            dict. At the first step: nobody scales by a learning rate, or two do.
-        ValueError: an argument out of range; compile with distribute, stagger, or a tensor that is
-            not lr.
+        TypeError: an argument that the method does not know, or lacks; a flag is no bool (compile
+            no dict either). At the first step: nobody scales by a learning rate, or two do.
+        ValueError: an argument out of range; compile or cuda_graph with distribute, with a tensor
+            that is not lr, or with one another; compile with stagger.
 
     >>> import funshampoo
     >>> model = torch.nn.Linear(3, 2)
@@ -90,22 +94,21 @@ class Optimizer(torch.optim.Optimizer, Joining):
         method: Callable[..., GradientTransformation] | GradientTransformation,
         *,
         compile: bool | Mapping[str, Any] = False,
+        cuda_graph: bool = False,
+        tf32: bool = False,
         consolidate: bool = False,
         accept_adamw: bool = False,
         **hyperparameters: Any,
     ) -> None:
         check_given(params)
         self._method = method
-        if not isinstance(compile, (bool, Mapping)):
-            raise TypeError(
-                f"compile is {compile!r}; give True, or a dict of torch.compile's options."
-            )
         for name, flag in (("consolidate", consolidate), ("accept_adamw", accept_adamw)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} is {flag!r}; give True or False.")
-        self._compile = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
+        self._execution = execution(compile, cuda_graph, tf32)
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
         flags = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
+        flags |= {"cuda_graph": cuda_graph, "tf32": tf32}
         self._memory = Memory(flags)
         self._whole: Whole | None = None
         self._model_order: Sequence[str] = ()  # `for_model` says it: its groups have another
@@ -155,7 +158,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         known = words.first_rate  # the constructor's lr, whatever lr is later
         if known is not None and group.get(known) is None and "lr" in group:
             group[known] = copy.deepcopy(group["lr"])
-        return GroupRun(group, words, self._method, first, self._compile)
+        return GroupRun(group, words, self._method, first, self._execution)
 
     def _match(self) -> Memory:
         """What is remembered, with one run a group as the groups are now."""
@@ -343,5 +346,5 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. Built chains are left out: they are made anew."""
         copied = ("defaults", "param_groups", "_method", "_words", "_memory", "_model_order")
-        options = ("_compile", "_consolidate", "_accept_adamw")
+        options = ("_execution", "_consolidate", "_accept_adamw")
         return {"_whole": None, **{name: self.__dict__[name] for name in (*copied, *options)}}

@@ -23,6 +23,8 @@ class WrapperOptions(TypedDict, total=False):
     """What every `Optimizer` takes."""
 
     compile: bool | Mapping[str, Any]
+    cuda_graph: bool
+    tf32: bool
     maximize: bool
     consolidate: bool
     accept_adamw: bool

@@ -1,0 +1,83 @@
+"""How the steps of an optimizer's chains are carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funshampoo.combinators.compilation import compiled
+from funshampoo.combinators.cuda_graphs import cuda_graphed
+from funshampoo.combinators.tensor_float import in_tf32
+from funshampoo.core.contract import GradientTransformation
+
+
+class Execution(NamedTuple):
+    """What the optimizer puts around the chain of every group.
+
+    Attributes:
+        compile: options of `compiled`; None: without.
+        cuda_graph: whether there is a `cuda_graphed`.
+        tf32: whether there is an `in_tf32`.
+    """
+
+    compile: Mapping[str, Any] | None = None
+    cuda_graph: bool = False
+    tf32: bool = False
+
+    @property
+    def in_graphs(self) -> bool:
+        """Whether numbers may stand in something that was made on an earlier step."""
+        return self.compile is not None or self.cuda_graph
+
+    def around(self, transformation: GradientTransformation) -> GradientTransformation:
+        """The chain as it is stepped."""
+        if self.compile is not None:
+            transformation = compiled(transformation, **self.compile)
+        if self.tf32:
+            transformation = in_tf32(transformation)
+        return cuda_graphed(transformation) if self.cuda_graph else transformation
+
+    def check(self, arguments: Mapping[str, Any], read: frozenset[str]) -> None:
+        """Raise where arguments of the recipe can't stand in a graph.
+
+        Args:
+            arguments: of the recipe, by name.
+            read: the names of those that are looked up on every step.
+
+        Raises:
+            ValueError: names the argument.
+        """
+        word = "cuda_graph" if self.cuda_graph else "compile"
+        others = ("distribute",) if self.cuda_graph else ("distribute", "stagger")
+        for other in others:
+            if self.in_graphs and arguments.get(other):
+                raise ValueError(f"{word} and {other} do not go together: leave out one of them.")
+        for name, value in arguments.items():
+            if self.in_graphs and isinstance(value, Tensor) and name not in read:
+                raise ValueError(
+                    f"{name} is a tensor, which may have been written to, so that every step would "
+                    f"need a new graph: give a number, or leave out {word}."
+                )
+
+
+def execution(compile: Any, cuda_graph: Any, tf32: Any) -> Execution:
+    """What these options of `Optimizer` say.
+
+    Raises:
+        TypeError: one is of another type.
+        ValueError: two do not go together.
+    """
+    if not isinstance(compile, (bool, Mapping)):
+        raise TypeError(f"compile is {compile!r}; give True, or a dict of torch.compile's options.")
+    for name, flag in (("cuda_graph", cuda_graph), ("tf32", tf32)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r}; give True or False.")
+    if cuda_graph and compile is not False:
+        raise ValueError(
+            "compile and cuda_graph do not go together: leave out one of them. "
+            "compile={'mode': 'reduce-overhead'} has torch.compile make CUDA graphs."
+        )
+    options = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
+    return Execution(options, cuda_graph, tf32)

@@ -1,0 +1,324 @@
+"""Steps that are recorded and replayed.
+
+Without a GPU a recording is the function that would be recorded, called again: it reads and writes
+what a graph would, in the same memory. With one all of it runs once more, on the GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funshampoo as fs
+from funshampoo.combinators import recording
+from funshampoo.core.live import Live
+from funshampoo.recipes import RECIPES
+from tests.trees import tensors
+
+SHAPES = {"w": (24, 40), "conv": (8, 4, 3, 3), "bias": (7,), "scale": ()}
+EVERY = 5
+BAD = 8  # the step on which a gradient is not finite
+ABSENT = 9  # and on which one is None
+# Two roundings of one step: a rate that is a tensor, sums of another order.
+TOLERANCE = {"cpu": 1e-5, "cuda": 2e-3}
+TAKE_IN = ("adamw", "lion", "sgd", "sign_descent")  # what is not finite
+
+Grads = dict[str, Tensor | None]
+
+
+class Recorder:
+    """Counts, and has something of every kind of device recorded as it would be."""
+
+    def __init__(self, record: Callable[..., Any]) -> None:
+        self.record, self.recorded, self.replayed = record, 0, 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        self.recorded += 1
+        replay = self.record(run)
+
+        def counted() -> None:
+            self.replayed += 1
+            replay()
+
+        return None if replay is None else counted
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def recorder(device: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    found = Recorder(recording.RECORDERS["cuda"] if device == "cuda" else lambda run: run)
+    monkeypatch.setitem(recording.RECORDERS, device, found)
+    return found
+
+
+def drawn(seed: int, device: str) -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(s, generator=make).to(device) for n, s in SHAPES.items()}
+
+
+def chain_of(name: str) -> fs.GradientTransformation:
+    refreshes = "every" in inspect.signature(RECIPES[name]).parameters
+    return RECIPES[name](Live("lr", 0.01), **({"every": EVERY} if refreshes else {}))
+
+
+def rate(t: int) -> float:
+    return 0.01 / t if t < 12 else 0.001
+
+
+def trained(
+    tx: fs.GradientTransformation, device: str, steps: int, spoils: bool = False
+) -> tuple[dict[str, Tensor], Any]:
+    params = drawn(0, device)
+    state = tx.init(params)
+    for t in range(1, steps + 1):
+        grads: Grads = {**drawn(t, device)}
+        if spoils and t == BAD:
+            grads["w"] = torch.full_like(params["w"], torch.nan)
+        if spoils and t == ABSENT:
+            grads["bias"] = None
+        state = fs.update_in_place(tx, grads, state, params, hyper={"lr": rate(t)})
+    return params, state
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """The way from the first parameters, relative."""
+    for name, x in expected.items():
+        way = (x - drawn(0, str(x.device))[name]).norm()
+        error = (found[name] - x).norm()
+        assert error <= tolerance * way, f"{name}: {float(error / way):.1e}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_replayed_steps_are_those_without(name: str, device: str, recorder: Recorder) -> None:
+    """Refreshes among them, a rate that moves, a gradient that is bad and one that is absent."""
+    spoils = name not in TAKE_IN
+    expected, state = trained(chain_of(name), device, 24, spoils)
+    found, graphed = trained(fs.cuda_graphed(chain_of(name)), device, 24, spoils)
+    assert recorder.replayed >= 16
+    assert_near(found, expected, TOLERANCE[device])
+    clocks = [[int(x) for x in tensors(s) if x.dtype == torch.int64] for s in (state, graphed)]
+    assert clocks[0] == clocks[1]
+    assert all(x.isfinite().all() for x in tensors(graphed) if x.is_floating_point())
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
+def test_a_refresh_is_recorded_where_its_rule_waits_for_nothing(
+    name: str, device: str, recorder: Recorder
+) -> None:
+    trained(fs.cuda_graphed(chain_of(name)), device, 24)
+    assert recorder.recorded == 2
+    assert recorder.replayed == 24 - 3  # the first two refreshes and the first plain one are not
+
+
+def test_a_refresh_that_waits_runs_as_it_is(device: str, recorder: Recorder) -> None:
+    def make() -> fs.GradientTransformation:
+        solver = fs.linalg.eigh(relative_epsilon=1e-3)
+        return fs.shampoo(Live("lr", 0.01), every=EVERY, solver=solver)
+
+    expected, _ = trained(make(), device, 24)
+    found, _ = trained(fs.cuda_graphed(make()), device, 24)
+    assert recorder.recorded == (1 if device == "cuda" else 2)
+    assert_near(found, expected, TOLERANCE[device])
+
+
+def test_in_tf32_may_stand_on_either_side(device: str, recorder: Recorder) -> None:
+    makers = [
+        lambda: fs.in_tf32(fs.cuda_graphed(chain_of("soap"))),
+        lambda: fs.cuda_graphed(fs.in_tf32(chain_of("soap"))),
+    ]
+    one, other = (trained(make(), device, 12)[0] for make in makers)
+    assert recorder.replayed > 12
+    assert_near(one, other, TOLERANCE[device])
+
+
+def test_a_state_goes_on_by_either(device: str, recorder: Recorder) -> None:
+    """It has the names of the chain's own, so that a run may switch between steps."""
+    plain, graphed = chain_of("shampoo"), fs.cuda_graphed(chain_of("shampoo"))
+    expected, _ = trained(plain, device, 20)
+    params = drawn(0, device)
+    state = plain.init(params)
+    for t in range(1, 21):
+        tx = plain if t <= 4 or 10 < t <= 14 else graphed
+        if t == 11:
+            saved = copy.deepcopy(fs.state.state_dict(state))
+            state = fs.state.load_state_dict(plain.init(params), saved).state
+        state = fs.update_in_place(tx, drawn(t, device), state, params, hyper={"lr": rate(t)})
+    assert recorder.replayed > 4
+    assert_near(params, expected, TOLERANCE[device])
+
+
+def test_one_chain_may_step_several_models_in_turn(device: str, recorder: Recorder) -> None:
+    expected, _ = trained(chain_of("soap"), device, 12)
+    tx = fs.cuda_graphed(chain_of("soap"))
+    all_params = [drawn(0, device) for _ in range(3)]
+    states = [tx.init(params) for params in all_params]
+    for t in range(1, 13):
+        for i, params in enumerate(all_params):
+            grads = drawn(t, device)
+            states[i] = fs.update_in_place(tx, grads, states[i], params, hyper={"lr": rate(t)})
+    assert recorder.replayed > 3 * 6
+    for params in all_params:
+        assert_near(params, expected, TOLERANCE[device])
+
+
+def test_parameters_that_move_are_never_recorded(device: str, recorder: Recorder) -> None:
+    """Which would take longer than the step."""
+    tx, params = fs.cuda_graphed(fs.sgd(0.1, momentum=0.9)), drawn(0, device)
+    state, before = tx.init(params), []
+    for t in range(6):
+        before.append(params)  # kept, so that nothing gets its memory
+        params = {name: x.clone() for name, x in params.items()}
+        state = fs.update_in_place(tx, drawn(t, device), state, params)
+    assert recorder.recorded == 0
+
+
+def test_gradients_and_what_a_caller_keeps_are_untouched(device: str, recorder: Recorder) -> None:
+    tx, params = fs.cuda_graphed(chain_of("shampoo")), drawn(0, device)
+    state = tx.init(params)
+    given = [drawn(t, device) for t in range(8)]
+    for grads in given:
+        state = fs.update_in_place(tx, grads, state, params)
+    assert recorder.replayed > 0
+    for t, grads in enumerate(given):
+        assert all(torch.equal(g, drawn(t, device)[name]) for name, g in grads.items())
+
+
+def test_a_write_is_noticed_by_autograd(device: str, recorder: Recorder) -> None:
+    """A graph of before the step must not be gone through backwards after it."""
+    tx, w = fs.cuda_graphed(fs.sgd(0.1)), torch.ones(3, device=device, requires_grad=True)
+    params = {"w": w.detach()}
+    state = tx.init(params)
+    for _ in range(4):
+        loss = (w * w).sum()
+        state = fs.update_in_place(tx, {"w": torch.ones(3, device=device)}, state, params)
+    assert recorder.replayed > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_counter_of_failures_is_looked_at(device: str, recorder: Recorder) -> None:
+    chain = fs.chain(fs.trace(0.9), fs.scale(-0.1))
+    tx = fs.cuda_graphed(fs.guarded(chain, max_failures=6, every=4))
+    params = drawn(0, device)
+    bad = {name: torch.full_like(x, torch.inf) for name, x in params.items()}
+    state = tx.init(params)
+    for _ in range(7):
+        state = fs.update_in_place(tx, bad, state, params)
+    with pytest.raises(fs.FailureLimitError):
+        fs.update_in_place(tx, bad, state, params)
+    assert recorder.replayed > 0
+
+
+def network(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Embedding(11, 16), nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 11)]
+    return nn.Sequential(*layers).to(device)
+
+
+@pytest.mark.parametrize("method", ["shampoo", "soap", "muon"])
+def test_the_wrapper_follows_schedulers_edits_and_checkpoints(
+    method: str, device: str, recorder: Recorder
+) -> None:
+    def run(**options: Any) -> nn.Module:
+        model = network(device)
+        optimizer = fs.for_model(model, method, lr=0.01, **options)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+        make = torch.Generator().manual_seed(1)
+        for t in range(40):
+            x = torch.randint(11, (32,), generator=make).to(device)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), (3 * x + 1) % 11).backward()
+            optimizer.step()
+            scheduler.step()
+            if t == 15:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            if t == 25:
+                optimizer.param_groups[0]["betas"] = (0.8, 0.99)
+        return model
+
+    expected, found = run(), run(cuda_graph=True)
+    assert recorder.replayed > 60  # of a step every group has one
+    begin = network(device)
+    for p, q, first in zip(found.parameters(), expected.parameters(), begin.parameters()):
+        assert (p - q).norm() <= 10 * TOLERANCE[device] * (q - first).norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"compile": True}, "compile and cuda_graph do not go together"),
+        ({"distribute": fs.sharded}, "cuda_graph and distribute"),
+        ({"max_size": torch.tensor(8)}, "max_size"),
+    ],
+)
+def test_what_does_not_go_together(options: dict[str, Any], says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=says):
+        fs.Shampoo(network("cpu").parameters(), cuda_graph=True, **options)
+
+
+@pytest.mark.parametrize("name", ["cuda_graph", "tf32"])
+def test_a_flag_is_a_bool(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} is 1; give True or False"):
+        fs.Shampoo(network("cpu").parameters(), **{name: 1})  # type: ignore[arg-type]
+
+
+def test_chains_that_cannot_be_recorded(device: str, recorder: Recorder) -> None:
+    params = drawn(0, device)
+    grads = drawn(1, device)
+    tx = fs.cuda_graphed(fs.multi_steps(fs.sgd(0.1), 2))
+    with pytest.raises(ValueError, match=r"multi_steps\(cuda_graphed\(tx\), every\)"):
+        fs.update_in_place(tx, grads, tx.init(params), params)
+    tx = fs.cuda_graphed(fs.shampoo(0.1, distribute=fs.sharded))
+    with pytest.raises(ValueError, match="wait for other ranks"):
+        fs.update_in_place(tx, grads, tx.init(params), params)
+
+    def by_step() -> fs.GradientTransformation:
+        def update(updates: Any, state: Any, params: Any, step: int) -> Any:
+            return updates, state
+
+        return fs.GradientTransformation(lambda params: (), update)
+
+    with pytest.raises(ValueError, match="'by_step'.*phase="):
+        fs.cuda_graphed(by_step())
+
+
+@pytest.mark.gpu
+def test_a_plain_step_that_waits_is_told_of() -> None:
+    def reading() -> fs.GradientTransformation:
+        def update(updates: Any, state: Any) -> Any:
+            assert float(updates["bias"].sum()) < 1e9
+            return updates, state
+
+        return fs.GradientTransformation(lambda params: (), update)
+
+    tx, params = fs.cuda_graphed(fs.chain(reading(), fs.scale(-0.1))), drawn(0, "cuda")
+    state = tx.init(params)
+    with pytest.warns(UserWarning, match="plain steps wait for the GPU"):
+        state = fs.update_in_place(tx, drawn(1, "cuda"), state, params)
+    for t in range(2, 5):
+        state = fs.update_in_place(tx, drawn(t, "cuda"), state, params)
+    expected = drawn(0, "cuda")["w"] - 0.1 * sum(drawn(t, "cuda")["w"] for t in range(1, 5))
+    torch.testing.assert_close(params["w"], expected)
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_waits_for_nothing() -> None:
+    tx, params = fs.cuda_graphed(fs.shampoo(0.01, every=10)), drawn(0, "cuda")
+    state = tx.init(params)
+    given = [drawn(t, "cuda") for t in range(1, 10)]
+    for t, grads in enumerate(given, start=1):
+        torch.cuda.set_sync_debug_mode("error" if t > 4 else "default")
+        try:
+            state = fs.update_in_place(tx, grads, state, params)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
