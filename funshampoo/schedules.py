@@ -109,9 +109,10 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
 
     def schedule(count: Tensor) -> Tensor:
         now = _as_counter(count)
-        value = _as_tensor(schedules[0](now))
+        value = _as_tensor(schedules[0](now), now.device)
         for boundary, following in zip(boundaries, schedules[1:]):
-            value = torch.where(now >= boundary, _as_tensor(following(now - boundary)), value)
+            later = _as_tensor(following(now - boundary), now.device)
+            value = torch.where(now >= boundary, later, value)
         return value
 
     return schedule
@@ -143,11 +144,11 @@ def _as_counter(count: Tensor | int | float) -> Tensor:
 
 
 def _as_rate(value: Tensor, *rates: Hyper) -> Tensor:
-    given = [_as_tensor(rate).dtype for rate in rates]
+    given = [_as_tensor(rate, value.device).dtype for rate in rates]
     return value.to(functools.reduce(torch.promote_types, given))
 
 
-def _as_tensor(rate: Hyper) -> Tensor:
+def _as_tensor(rate: Hyper, device: torch.device) -> Tensor:
     if isinstance(rate, Tensor):
         return rate
-    return torch.tensor(rate, dtype=torch.float32, device="cpu")
+    return torch.full((), rate, dtype=torch.float32, device=device)  # no copy from the host

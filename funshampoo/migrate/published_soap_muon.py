@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_choice, check_count, check_range, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, renamed
+from funshampoo.core.modes import constant
 from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten, labels_of
 from funshampoo.recipes.routing import whole
@@ -131,7 +133,9 @@ def _looking_ahead(
         now = size
         if scheduled:  # which is set after the look-ahead
             now = size * (lr(count - 1) if callable(lr) else lr) / first
-        return torch.where(here, torch.as_tensor(now, dtype=torch.float64, device=here.device), 0.0)
+        return (
+            here.double() * now
+        )  # by products, for which nothing goes from the host to the device
 
     return ema_nesterov(ahead, given["lookahead_ema"])
 
@@ -148,19 +152,21 @@ def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Sche
         return floor * (1 - faded.clamp(0, 1)) * (count < fade_end)
 
     def most(count: Tensor) -> Tensor:
-        return torch.where(
-            count < fade_end, torch.as_tensor(cap, dtype=torch.float64, device=count.device), 1.0
-        )
+        inside = (count < fade_end).double()
+        return inside * cap + (1 - inside)
 
     return least, most
 
 
 def _listed(values: Sequence[float]) -> Schedule:
-    table = torch.tensor(values, dtype=torch.float64, device="cpu")  # where the clock is
+    @functools.partial(constant, most=4)
+    def table(device: torch.device) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
 
     def at(count: Tensor) -> Tensor:
         place = count.clamp(max=len(values) - 1).reshape(1)
-        return table.gather(0, place)[0]  # a plain index would have a graph read the count
+        # where the clock is; a plain index would have a graph read the count
+        return table(count.device).gather(0, place)[0]
 
     return at
 

@@ -131,6 +131,27 @@ def test_a_refresh_that_waits_runs_as_it_is(device: str, recorder: Recorder) -> 
     assert_near(found, expected, TOLERANCE[device])
 
 
+def test_schedules_count_on(device: str, recorder: Recorder) -> None:
+    """A function of the counter, which a graph has to read anew on every step."""
+    rate = fs.schedules.warmup_cosine(0.1, 4, 20)
+
+    def make() -> fs.GradientTransformation:
+        return fs.chain(
+            fs.scale_by_adam(0.9, 0.99, own_steps=False), fs.scale_by_learning_rate(rate)
+        )
+
+    def run(tx: fs.GradientTransformation) -> dict[str, Tensor]:
+        params = drawn(0, device)
+        state = tx.init(params)
+        for t in range(1, 21):
+            state = fs.update_in_place(tx, drawn(t, device), state, params)
+        return params
+
+    expected, found = run(make()), run(fs.cuda_graphed(make()))
+    assert recorder.replayed == 19
+    assert_near(found, expected, TOLERANCE[device])
+
+
 def test_in_tf32_may_stand_on_either_side(device: str, recorder: Recorder) -> None:
     makers = [
         lambda: fs.in_tf32(fs.cuda_graphed(chain_of("soap"))),
