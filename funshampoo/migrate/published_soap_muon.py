@@ -133,9 +133,8 @@ def _looking_ahead(
         now = size
         if scheduled:  # which is set after the look-ahead
             now = size * (lr(count - 1) if callable(lr) else lr) / first
-        return (
-            here.double() * now
-        )  # by products, for which nothing goes from the host to the device
+        share: Tensor = here.double() * now  # by a product, for which the host sends nothing
+        return share
 
     return ema_nesterov(ahead, given["lookahead_ema"])
 

@@ -65,13 +65,23 @@ def add_scaled(xs: Column, ys: Column, factor: Hyper) -> Column:
 
 def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
     """factor old, in old's dtypes whatever the factor's."""
-    if isinstance(factor, Tensor) or not is_plain(old):
+    if isinstance(factor, Tensor) and _lies_with(factor, old):
+        factor = factor.to(old[0].dtype)  # one operator for all takes a number of their own
+    elif isinstance(factor, Tensor) or not is_plain(old):
         return [leaf_ops.multiply(x, factor, donate) for x in old]
     if not donate:
         return list(torch._foreach_mul(old, factor))
     torch._foreach_mul_(old, factor)
     count_writes(old)
     return old
+
+
+def _lies_with(factor: Tensor, column: Column) -> bool:
+    """Whether a number is on the device of these, as one that a graph there reads, and plain."""
+    if factor.is_cpu or factor.ndim or not column or not is_plain((factor,), column):
+        return False
+    kinds = {(x.dtype, x.device) for x in column}
+    return len(kinds) == 1 and column[0].device == factor.device and type(column[0]) is Tensor
 
 
 def add_weight(total: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:
