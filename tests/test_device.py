@@ -246,7 +246,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(case: Case) -> None:
     assert_close(to(cuda, "cpu"), cpu, 1e-6 if by_basis else 1e-8)
 
 
-OF_A_BASIS = ("basis", "adaptive", "soap", "kl", "eigenvalue", "gate", "tf32")
+OF_A_BASIS = ("basis", "adaptive", "soap", "kl", "eigenvalue", "gate", "tf32", "graphed")
 OF_RANK_1 = ("from_reference:eigenvalue_corrected",)  # it merges a small matrix to a vector
 
 

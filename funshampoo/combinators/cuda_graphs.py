@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from funshampoo.combinators.compilation import phase_of
-from funshampoo.combinators.recording import RECORDERS, Replay, watching
+from funshampoo.combinators.recording import RECORDERS, Asked, Place, on_device
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import running
-from funshampoo.core.context import Context, changed
+from funshampoo.core.context import Context
 from funshampoo.core.contract import (
-    REFRESH,
     GradientTransformation,
     State,
     Tree,
@@ -25,7 +22,7 @@ from funshampoo.core.contract import (
 from funshampoo.core.modes import in_a_mode, is_traced
 from funshampoo.core.of_parts import steps_of
 from funshampoo.core.placed import any_in_parts
-from funshampoo.core.tree import flatten, leaf_names
+from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import MultiStepsState, ShardedState
 
@@ -94,7 +91,7 @@ class _Graphed:
 
     def __init__(self, inner: GradientTransformation) -> None:
         self._inner = inner
-        self._places: OrderedDict[Any, _Place] = OrderedDict()
+        self._places: OrderedDict[Any, Place] = OrderedDict()
         self._fixed: dict[str, Any] = {}  # numbers that stand in graphs
         self._moving: set[str] = set()  # the names of those that graphs read
 
@@ -104,10 +101,10 @@ class _Graphed:
         recorder = RECORDERS.get(leaves[0].device.type) if leaves else None
         if recorder is None or is_traced() or in_a_mode() or not _is_outermost(context):
             return applied(self._inner, updates, state, params, context)
-        asked = _Asked(self._inner, updates, _on_device(state, leaves[0].device), params, context)
         self._note(context.hyper)
-        place = self._place(asked, leaves)
-        t = running(steps_of(state), context).step
+        asked = Asked(self._inner, updates, state, params, context, leaves)
+        place = self._place(asked)
+        t = running(steps_of(asked.state), context).step
         phase = phase_of(self._inner, t, context)
         key = phase, context.refresh, tuple(context.hyper)
         if phase is None or place.advances.get(key, ()) is None:
@@ -116,14 +113,14 @@ class _Graphed:
         if key not in place.replays:
             stand_in = place.steps.setdefault(phase, 1 if t is None else t)
             if key not in place.advances:  # it may never come again
-                place.watch(key, asked.on_device(place, stand_in, asked.updates), asked)
+                place.watch(key, asked.on_device(place, stand_in, updates), asked)
                 return asked.state
             replay = recorder(asked.on_device(place, stand_in, place.own_gradients(asked)))
             if replay is None:
                 place.advances[key] = None
                 return asked.as_it_is()
             place.replays[key] = replay
-        place.replay(key, asked, leaves)
+        place.replay(key, asked)
         return asked.state
 
     def _note(self, hyper: Mapping[str, Any]) -> None:
@@ -138,183 +135,17 @@ class _Graphed:
             self._moving |= others
             self._places.clear()
 
-    def _place(self, asked: _Asked, leaves: list[Tensor]) -> _Place:
+    def _place(self, asked: Asked) -> Place:
         """Where this step would be replayed, or could be."""
-        kinds = [None if g is None else g.dtype for g in flatten(asked.updates)[0]]
-        own = [0 if _may_count(x) else x.data_ptr() for x in asked.tensors]
-        key = asked.layout, *kinds, *[p.data_ptr() for p in leaves], *own
-        found = self._places.get(key)
+        found = self._places.get(asked.where())
         if found is None:
-            _check_recordable(asked.state, leaves)
-            found = self._places[key] = _Place(asked, leaves[0].device)
+            _check_recordable(asked.state, asked.leaves)
+            asked.take(on_device(asked.state, asked.leaves[0].device))
+            found = self._places[asked.where()] = Place(asked)
             if len(self._places) > PLACES:
                 self._places.popitem(last=False)
-        self._places.move_to_end(key)
+        self._places.move_to_end(asked.where())
         return found
-
-
-class _Asked:
-    """A step that is asked for."""
-
-    def __init__(
-        self,
-        inner: GradientTransformation,
-        updates: Tree,
-        state: State,
-        params: Tree,
-        context: Context,
-    ) -> None:
-        self.inner, self.updates, self.state = inner, updates, state
-        self.params, self.context = params, context
-        self.held, self.layout = flatten(state)
-        self.tensors = [x for x in self.held if isinstance(x, Tensor)]
-
-    def as_it_is(self) -> State:
-        """The state after it, in the memory of the one before, by which graphs know it."""
-        after = applied(self.inner, self.updates, self.state, self.params, self.context)
-        _put_back(self.held, flatten(after)[0])
-        return self.state
-
-    def on_device(self, place: _Place, step: int, gradients: Tree) -> Callable[[], None]:
-        """The same, but that it reads what changes from step to step on the device."""
-        hyper = {**self.context.hyper, **place.numbers}
-        context = changed(self.context, step=step, hyper=hyper)
-        held = place.on_counters(self.held)
-        state = self.layout.unflatten(held)
-
-        def run() -> None:
-            after = applied(self.inner, gradients, state, self.params, context)
-            _put_back(held, flatten(after)[0])
-
-        return run
-
-
-class _Place:
-    """The graphs of one tree of parameters with its state, by what is asked of a step.
-
-    Attributes:
-        clocks: which leaves of the state are counters on the CPU.
-        counters: what graphs read in their place.
-        numbers: {name: ()}, float64: live numbers, likewise.
-        gradients: likewise; None where there is none. () before there is a graph.
-        advances: how much the clocks move. None: it can't be recorded.
-        steps: one of each phase, which stands for all of them.
-    """
-
-    def __init__(self, asked: _Asked, device: torch.device) -> None:
-        self.clocks = _clocks(asked, device)
-        self.counters = [asked.held[i].to(device, copy=True) for i in self.clocks]
-        self.numbers: dict[str, Tensor] = {}
-        self.gradients: Sequence[Tensor | None] = ()
-        self.advances: dict[Any, list[int] | None] = {}
-        self.replays: dict[Any, Replay] = {}
-        self.steps: dict[Any, int] = {}
-        self._device = device
-
-    def set(self, asked: _Asked, numbers: Mapping[str, Any]) -> None:
-        """Say what changes from step to step, but for the gradients. Nobody waits."""
-        for i, x in zip(self.clocks, self.counters):
-            x.fill_(asked.held[i])
-        for name, value in numbers.items():
-            if name not in self.numbers:
-                self.numbers[name] = torch.empty((), dtype=torch.float64, device=self._device)
-            own = self.numbers[name]
-            own.fill_(value) if _is_readable(value) else own.copy_(value)
-
-    def on_counters(self, held: list[Any]) -> list[Any]:
-        """The leaves of a state with counters that lie on the device."""
-        found = list(held)
-        for i, x in zip(self.clocks, self.counters):
-            found[i] = x
-        return found
-
-    def own_gradients(self, asked: _Asked) -> Tree:
-        """A tree of memory for gradients, which is the same at every call."""
-        leaves, spec = flatten(asked.updates)
-        if not self.gradients:
-            self.gradients = [None if g is None else torch.empty_like(g) for g in leaves]
-        return spec.unflatten(self.gradients)
-
-    def watch(self, key: Any, run: Callable[[], None], asked: _Asked) -> None:
-        """Make it as it would be recorded, and see whether it can be."""
-        with watching() as waits:
-            run()
-        before = [int(asked.held[i]) for i in self.clocks]
-        moved = [int(x) - n for x, n in zip(self.counters, before)]
-        self._count(asked, moved)
-        self.advances[key] = None if waits else moved
-        if waits and not any([label.startswith(REFRESH) for label in key[0]]):
-            warnings.warn(
-                "cuda_graphed: plain steps wait for the GPU, so they can't be recorded, and run as "
-                f"they are: see {waits[0]}.",
-                stacklevel=2,
-            )
-
-    def replay(self, key: Any, asked: _Asked, leaves: list[Tensor]) -> None:
-        """Make it."""
-        given = [g for g in flatten(asked.updates)[0] if g is not None]
-        if given:
-            torch._foreach_copy_([x for x in self.gradients if x is not None], given)
-        self.replays[key]()
-        torch.autograd.graph.increment_version([*leaves, *asked.tensors])
-        moved = self.advances[key]
-        assert moved is not None, "it can't be recorded"
-        self._count(asked, moved)
-
-    def _count(self, asked: _Asked, moved: Sequence[int]) -> None:
-        for i, n in zip(self.clocks, moved):
-            asked.held[i].add_(n)
-
-
-def _put_back(before: list[Any], after: list[Any]) -> None:
-    """Have what a step has put in other memory where it was, since there a graph looks for it."""
-    pairs = [(x, y) for x, y in zip(before, after, strict=True) if isinstance(x, Tensor)]
-    moved = [(x, y) for x, y in pairs if x is not y and x.data_ptr() != y.data_ptr()]
-    if moved:
-        own = {x.untyped_storage().data_ptr() for x, _ in pairs}
-        kept = [y.clone() if y.untyped_storage().data_ptr() in own else y for _, y in moved]
-        for (x, _), y in zip(moved, kept):
-            x.copy_(y)
-
-
-def _on_device(state: State, device: torch.device) -> State:
-    """A state whose floating-point numbers all lie on the device, where graphs can change them."""
-    leaves, layout = flatten(state)
-    if all([not isinstance(x, Tensor) or x.device == device or _may_count(x) for x in leaves]):
-        return state
-    return layout.unflatten(
-        [x.to(device) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
-    )
-
-
-def _may_count(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.int64 and x.ndim == 0
-
-
-def _clocks(asked: _Asked, device: torch.device) -> list[int]:
-    """Which leaves of the state are clocks.
-
-    Raises:
-        ValueError: something else lies on the CPU.
-    """
-    names = [name.split(".")[-1].strip("'") for name in leaf_names(asked.state)]
-    found = [
-        i
-        for i, x in enumerate(asked.held)
-        if isinstance(x, Tensor) and _may_count(x) and names[i] == "steps"
-    ]
-    for i, x in enumerate(asked.held):
-        if isinstance(x, Tensor) and x.device != device and i not in found:
-            name = leaf_names(asked.state)[i]
-            raise ValueError(
-                f"cuda_graphed: '{name}' of the state lies on {x.device} and the parameters on "
-                f"{device}: a graph can't count there. Leave out cuda_graphed."
-            )
-    return found
-
-
-def _is_readable(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.is_cpu
 
 
 def _is_outermost(context: Context) -> bool:

@@ -1,15 +1,207 @@
-"""What a CUDA graph can record, and its recording."""
+"""A step that is recorded: what it reads where, whether it can be, and the recording."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
+
+from funshampoo.core.applying import applied
+from funshampoo.core.context import Context, changed
+from funshampoo.core.contract import REFRESH, GradientTransformation, State, Tree
+from funshampoo.core.interrupted import tensors_of
+from funshampoo.core.modes import for_a_recording
+from funshampoo.core.tree import flatten, leaf_names
 
 Replay: TypeAlias = Callable[[], Any]
+
+
+class Asked:
+    """A step that is asked for.
+
+    Attributes:
+        gradients, leaves, tensors: of the updates, the parameters, the state.
+    """
+
+    def __init__(
+        self,
+        inner: GradientTransformation,
+        updates: Tree,
+        state: State,
+        params: Tree,
+        context: Context,
+        leaves: list[Tensor],
+    ) -> None:
+        self.inner, self.updates, self.params, self.context = inner, updates, params, context
+        self.gradients, self.leaves = flatten(updates)[0], leaves
+        self.take(state)
+
+    def take(self, state: State) -> None:
+        """Another state, of the same numbers."""
+        self.state, self.tensors = state, tensors_of(state)
+        self._where: tuple[Any, ...] = ()
+
+    def where(self) -> tuple[Any, ...]:
+        """What a graph would be bound to."""
+        if not self._where:
+            kinds = [None if g is None else g.dtype for g in self.gradients]
+            self._where = (*kinds, *[x.data_ptr() for x in (*self.leaves, *self.tensors)])
+        return self._where
+
+    def as_it_is(self) -> State:
+        """The state after it, in the memory of the one before, by which graphs know it."""
+        held = flatten(self.state)[0]
+        after = applied(self.inner, self.updates, self.state, self.params, self.context)
+        _put_back(held, flatten(after)[0])
+        return self.state
+
+    def on_device(self, place: Place, step: int, gradients: Tree) -> Callable[[], None]:
+        """The same, but that it reads what changes from step to step on the device."""
+        hyper = {**self.context.hyper, **place.numbers}
+        context = changed(self.context, step=step, hyper=hyper)
+        leaves, layout = flatten(self.state)
+        counters = {id(self.tensors[i]): x for i, x in zip(place.clocks, place.counters)}
+        held = [counters.get(id(x), x) for x in leaves]
+        state = layout.unflatten(held)
+
+        def run() -> None:
+            with for_a_recording():
+                after = applied(self.inner, gradients, state, self.params, context)
+            _put_back(held, flatten(after)[0])
+
+        return run
+
+
+class Place:
+    """The graphs of one tree of parameters with its state, by what is asked of a step.
+
+    Attributes:
+        clocks: which tensors of the state are counters on the CPU.
+        counters: what graphs read in their place.
+        numbers: {name: ()}, float64: live numbers, likewise.
+        gradients: likewise; None where there is none. () before there is a graph.
+        advances: how much the clocks move. None: it can't be recorded.
+        steps: one of each phase, which stands for all of them.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        self._device = asked.leaves[0].device
+        self.clocks = _clocks(asked, self._device)
+        self.counters = [asked.tensors[i].to(self._device, copy=True) for i in self.clocks]
+        self.numbers: dict[str, Tensor] = {}
+        self.gradients: Sequence[Tensor | None] = ()
+        self.advances: dict[Any, list[int] | None] = {}
+        self.replays: dict[Any, Replay] = {}
+        self.steps: dict[Any, int] = {}
+        self._waited: set[Any] = set()
+
+    def set(self, asked: Asked, numbers: Mapping[str, Any]) -> None:
+        """Say what changes from step to step, but for the gradients. Nobody waits."""
+        for i, x in zip(self.clocks, self.counters):
+            x.fill_(asked.tensors[i])
+        for name, value in numbers.items():
+            if name not in self.numbers:
+                self.numbers[name] = torch.empty((), dtype=torch.float64, device=self._device)
+            own = self.numbers[name]
+            own.fill_(value) if _is_readable(value) else own.copy_(value)
+
+    def own_gradients(self, asked: Asked) -> Tree:
+        """A tree of memory for gradients, which is the same at every call."""
+        if not self.gradients:
+            self.gradients = [None if g is None else torch.empty_like(g) for g in asked.gradients]
+        return flatten(asked.updates)[1].unflatten(self.gradients)
+
+    def watch(self, key: Any, run: Callable[[], None], asked: Asked) -> None:
+        """Make it as it would be recorded, and see whether it can be.
+
+        What waits is watched once more: constants come to the device when they are first used.
+        """
+        with watching() as waits:
+            run()
+        before = [int(asked.tensors[i]) for i in self.clocks]
+        moved = [int(x) - n for x, n in zip(self.counters, before)]
+        self._count(asked, moved)
+        if not waits:
+            self.advances[key] = moved
+        elif key not in self._waited:
+            self._waited.add(key)
+        else:
+            self.advances[key] = None
+            if not any([label.startswith(REFRESH) for label in key[0]]):
+                warnings.warn(
+                    "cuda_graphed: plain steps wait for the GPU, so they can't be recorded, and "
+                    f"run as they are: see {waits[0]}.",
+                    stacklevel=2,
+                )
+
+    def replay(self, key: Any, asked: Asked) -> None:
+        """Make it."""
+        given = [g for g in asked.gradients if g is not None]
+        if given:
+            torch._foreach_copy_([x for x in self.gradients if x is not None], given)
+        self.replays[key]()
+        torch.autograd.graph.increment_version([*asked.leaves, *asked.tensors])
+        moved = self.advances[key]
+        assert moved is not None, "it can't be recorded"
+        self._count(asked, moved)
+
+    def _count(self, asked: Asked, moved: Sequence[int]) -> None:
+        for i, n in zip(self.clocks, moved):
+            asked.tensors[i].add_(n)
+
+
+def _put_back(before: list[Any], after: list[Any]) -> None:
+    """Have what a step has put in other memory where it was, since there a graph looks for it."""
+    pairs = [(x, y) for x, y in zip(before, after, strict=True) if isinstance(x, Tensor)]
+    moved = [(x, y) for x, y in pairs if x is not y and x.data_ptr() != y.data_ptr()]
+    if moved:
+        own = {x.untyped_storage().data_ptr() for x, _ in pairs}
+        kept = [y.clone() if y.untyped_storage().data_ptr() in own else y for _, y in moved]
+        for (x, _), y in zip(moved, kept):
+            x.copy_(y)
+
+
+def on_device(state: State, device: torch.device) -> State:
+    """A state whose floating-point numbers all lie on the device, where graphs can change them."""
+    leaves, layout = flatten(state)
+    if all([not isinstance(x, Tensor) or x.device == device or _may_count(x) for x in leaves]):
+        return state
+    return layout.unflatten(
+        [x.to(device) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+    )
+
+
+def _may_count(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.int64 and x.ndim == 0
+
+
+def _clocks(asked: Asked, device: torch.device) -> list[int]:
+    """Which tensors of the state are clocks.
+
+    Raises:
+        ValueError: something else lies on the CPU.
+    """
+    leaves = flatten(asked.state)[0]
+    names = {id(x): name for x, name in zip(leaves, leaf_names(asked.state))}
+    found = []
+    for i, x in enumerate(asked.tensors):
+        name = names[id(x)]
+        if _may_count(x) and name.split(".")[-1].strip("'") == "steps":
+            found.append(i)
+        elif x.device != device:
+            raise ValueError(
+                f"cuda_graphed: '{name}' of the state lies on {x.device} and the parameters on "
+                f"{device}: a graph can't count there. Leave out cuda_graphed."
+            )
+    return found
+
+
+def _is_readable(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.is_cpu
 
 
 @contextlib.contextmanager

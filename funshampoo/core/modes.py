@@ -232,13 +232,31 @@ def _rounded() -> Iterator[None]:
 
 
 class _Asked(threading.local):
-    """Of this thread: whether it is inside of `in_tf32`, and who counts those inside."""
+    """Of this thread: whether it is inside of `in_tf32`, who counts those inside; and whether it
+    may wait for a device.
+    """
 
     tf32 = False
+    waits = True
     full = _FULL_PRODUCTS
 
 
 _ASKED = _Asked()
+
+
+@contextlib.contextmanager
+def for_a_recording() -> Iterator[None]:
+    """What `cuda_graphed` runs a step in, to record it: nothing may wait for the device."""
+    before, _ASKED.waits = _ASKED.waits, False
+    try:
+        yield
+    finally:
+        _ASKED.waits = before
+
+
+def may_wait() -> bool:
+    """Whether a step may wait for the device: nobody of this thread records it."""
+    return _ASKED.waits
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from funshampoo.core.contract import Hyper
+from funshampoo.core.modes import may_wait
 from funshampoo.linalg.eigensolver import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
 from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
@@ -17,7 +18,7 @@ LARGEST_SIDE_OF_EIGH = 32
 
 Up to this side cuSOLVER decomposes a stack in one call. Above it torch before 2.12 takes its
 matrices one by one: 64 of side 64 take an H100 57 ms, and 9 ms by products; 64 of side 512 1.1 s
-and 37 ms. One alone is quicker by eigh up to side 256; see docs/gpu.md.
+and 27 ms. One alone is quicker by eigh up to side 256; see docs/gpu.md.
 """
 
 LEAST_RELATIVE_EPSILON = 1e-6
@@ -31,10 +32,11 @@ class by_device(RootSolver):
         newton_schulz(relative_epsilon=...):  A on CUDA, of a side above 32, p an integer
         eigh(relative_epsilon=...):           any other A
 
+    In a CUDA graph (`cuda_graphed`), where nothing can wait, sides of up to 32 are by products too.
+
     A GPU multiplies faster than it finds eigenvalues, and the number of products is known before,
     so that nothing waits for it. What is promised about errors, gradients and failures is what the
-    chosen solver promises. The choice follows from A's device and side and from p alone, never from
-    values, so that runs repeat.
+    chosen solver promises. The choice never follows from values, so that runs repeat.
 
     relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2]. Below the number 1e-6
     it is eigh everywhere: products need the damping for the condition number. Of a tensor the
@@ -64,4 +66,4 @@ class by_device(RootSolver):
         return (newton_schulz if by_products else eigh)(relative_epsilon=relative)(A, p, epsilon)
 
     def _by_products(self, A: Tensor) -> bool:
-        return A.is_cuda and A.shape[-1] > LARGEST_SIDE_OF_EIGH
+        return A.is_cuda and (A.shape[-1] > LARGEST_SIDE_OF_EIGH or not may_wait())
