@@ -447,6 +447,7 @@ CASES = [
     Case("lion", lambda: fs.lion(0.1, weight_decay=0.1)),
     Case("sign_descent", lambda: fs.sign_descent(0.1, scale="mean")),
     Case("adamw", fs.adamw),
+    Case("adamw:guard", lambda: fs.adamw(guard=True)),
     Case("sgd", lambda: fs.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.1)),
     Case("from_published:kl", lambda: fs.from_published("KL-Shampoo", precondition_frequency=2)),
     Case(

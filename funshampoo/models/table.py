@@ -71,10 +71,10 @@ def routing_table(optimizer: Optimizer) -> RoutingTable:
     >>> print(routing_table(funshampoo.for_model(model, "muon", lr=0.02)))
     parameter  shape  role    method     lr  blocks  state
     0.weight   8×8    matrix  muon     0.02       1  276 B
-    2.weight   2×8    head    adamw   0.001       -  136 B
-    0.bias     8      vector  adamw   0.001       -   72 B
-    2.bias     2      vector  adamw   0.001       -   24 B
-    4 parameters, 508 B of state.
+    2.weight   2×8    head    adamw   0.001       -  152 B
+    0.bias     8      vector  adamw   0.001       -   88 B
+    2.bias     2      vector  adamw   0.001       -   40 B
+    4 parameters, 556 B of state.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"a {type(optimizer).__name__} is no funshampoo.Optimizer.")

@@ -24,11 +24,12 @@ def adamw(
     weight_decay: Hyper = 1e-2,
     mask: Mask | None = None,
     distribute: Distribute | None = None,
+    guard: bool = False,
 ) -> GradientTransformation:
     """AdamW: `scale_by_adam`, decoupled weight decay, learning rate.
 
     Agrees with torch.optim.AdamW, whose defaults it has. As there, a gradient
-    that is not finite enters: `guarded(..., by_leaf=True)` around it holds that leaf.
+    that is not finite enters, without `guard`.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
@@ -37,6 +38,7 @@ def adamw(
         mask: which leaves decay.
         distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
             ones by their size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
 
     Raises:
         ValueError: an argument out of range.
@@ -54,7 +56,7 @@ def adamw(
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     ]
-    return by_leaves(stages, distribute)
+    return by_leaves(stages, distribute, guard)
 
 
 def sgd(
@@ -66,11 +68,12 @@ def sgd(
     weight_decay: Hyper = 0.0,
     mask: Mask | None = None,
     distribute: Distribute | None = None,
+    guard: bool = False,
 ) -> GradientTransformation:
     """SGD with momentum: coupled weight decay, `trace`, learning rate.
 
     Agrees with torch.optim.SGD; as there, the first step is not damped. As there, a gradient
-    that is not finite enters: `guarded(..., by_leaf=True)` around it holds that leaf.
+    that is not finite enters, without `guard`.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
@@ -79,6 +82,7 @@ def sgd(
         mask: which leaves decay.
         distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
             ones by their size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
 
     Raises:
         ValueError: an argument out of range; nesterov without momentum, or with dampening.
@@ -103,7 +107,7 @@ def sgd(
             momentum, nesterov=nesterov, dampening=dampening, dampen_first_step=False
         )
         stages.append(momentum_stage)
-    return by_leaves([*stages, scale_by_learning_rate(learning_rate)], distribute)
+    return by_leaves([*stages, scale_by_learning_rate(learning_rate)], distribute, guard)
 
 
 def is_zero(value: Hyper) -> bool:

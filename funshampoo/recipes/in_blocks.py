@@ -109,8 +109,9 @@ def distributed(
 
 
 def by_leaves(
-    stages: Sequence[GradientTransformation], distribute: Distribute | None
+    stages: Sequence[GradientTransformation], distribute: Distribute | None, guard: bool
 ) -> GradientTransformation:
     """The chain of an elementwise method; with `distribute`, of each leaf on its owner alone."""
-    whole = chain(*stages)
+    check_flags(guard=guard)
+    whole = guarded(chain(*stages), by_leaf=True) if guard else chain(*stages)
     return whole if distribute is None else distributed(whole, distribute)

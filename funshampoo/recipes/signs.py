@@ -17,14 +17,15 @@ def lion(
     beta2: Hyper = 0.99,
     weight_decay: Hyper = 0.0,
     distribute: Distribute | None = None,
+    guard: bool = False,
 ) -> GradientTransformation:
     """Lion: the sign of a momentum that looks ahead.
 
         W ← W - learning_rate (sign(beta1 M + (1 - beta1) G) + weight_decay W)
         M ← beta2 M + (1 - beta2) G
 
-    Defaults are those of google/automl. A gradient that is not finite enters M, as there:
-    `guarded(..., by_leaf=True)` around it holds that leaf.
+    Defaults are those of google/automl. A gradient that is not finite enters M, as there,
+    without `guard`.
 
     State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
     To be used where memory is short and batches are large; rates are three to ten times smaller
@@ -36,6 +37,7 @@ def lion(
         weight_decay: λ ≥ 0, decoupled.
         distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
             ones by their size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
 
     Raises:
         ValueError: an argument out of range.
@@ -54,7 +56,7 @@ def lion(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     ]
-    return by_leaves(stages, distribute)
+    return by_leaves(stages, distribute, guard)
 
 
 def sign_descent(
@@ -64,13 +66,14 @@ def sign_descent(
     scale: Hyper | Literal["mean", "sum"] | None = None,
     weight_decay: Hyper = 0.0,
     distribute: Distribute | None = None,
+    guard: bool = False,
 ) -> GradientTransformation:
     """Sign descent with momentum (signum): no entry moves further than another.
 
         M ← beta1 M + (1 - beta1) G,   W ← W - learning_rate (s sign(M) + weight_decay W)
 
     Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers. A gradient
-    that is not finite enters M: `guarded(..., by_leaf=True)` around it holds that leaf.
+    that is not finite enters M, without `guard`.
 
     State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
     To be used to see what is left of AdamW without its second moment.
@@ -82,6 +85,7 @@ def sign_descent(
         weight_decay: λ ≥ 0, decoupled.
         distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
             ones by their size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
 
     Raises:
         ValueError: an argument out of range.
@@ -100,4 +104,4 @@ def sign_descent(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     ]
-    return by_leaves(stages, distribute)
+    return by_leaves(stages, distribute, guard)

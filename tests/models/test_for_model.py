@@ -146,6 +146,27 @@ def test_the_rest_is_torchs_adamw() -> None:
         assert torch.allclose(p, q, atol=1e-12) is (name != "1.weight")
 
 
+@pytest.mark.parametrize("others", ["adamw", "sgd", "lion", "sign_descent"])
+def test_no_part_of_a_model_takes_in_what_is_not_finite(others: str) -> None:
+    """The first gradient of every parameter is, one after the other, not a number."""
+    model = nn.Sequential(nn.Embedding(7, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 7))
+    optimizer = fs.for_model(model, "soap", lr=0.01, others=others, other_lr=0.01)
+    for bad in model.parameters():
+        before = bad.detach().clone()
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        assert bad.grad is not None
+        bad.grad.view(-1)[0] = torch.nan
+        optimizer.step()
+        assert torch.equal(bad, before)
+    assert all(p.isfinite().all() for p in model.parameters())
+    for p in model.parameters():
+        before = p.detach().clone()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert not torch.equal(p, before)
+
+
 def test_options_and_overrides_reach_their_groups() -> None:
     model = ZOO["text"][0]()
     optimizer = fs.for_model(
