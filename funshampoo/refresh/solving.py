@@ -32,8 +32,9 @@ TASK_SECONDS = 0.025
 """About what a task of several matrices takes. Smaller ones make the threads wait for Python's
 lock: 4 matrices of side 128 at a time take 1.4 times as long as 16."""
 
-LARGEST_BATCH = 2**31 - 1
-"""Numbers, as many as cuSOLVER decomposes at a time."""
+LARGEST_BATCH = 2**25
+"""Numbers: 32 matrices of side 1,024 occupy a GPU, and the temporaries of an iteration with more of
+them would be gigabytes (4.7 for all of GPT-2), which a CUDA graph would keep."""
 
 CACHED_BATCH = 2**18
 """Numbers for which a CPU joins stacks: the operators around small matrices take most of the time,
