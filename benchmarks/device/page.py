@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100.jsonl"
 PAGE = ROOT / "docs" / "gpu.md"
 PLAIN, REFRESH = "gpt2, blocks of 1024, plain", "gpt2, blocks of 1024, refresh"
+GRAPHS = "gpt2, blocks of 1024, graph"  # of other models, too
+MODELS = {"text": "transformer, width 512", "resnet-50": "ResNet-50", "gpt2": "GPT-2"}
 SOLVERS = (
     "eigh",
     "newton_schulz",
@@ -24,6 +26,7 @@ SOLVERS = (
     "QR of the old basis",
     "Cholesky-QR of the old basis",
 )
+KINDS = ("eager", "replayed")
 SIDES, COUNTS = (64, 128, 256, 512, 1024, 2048), (1, 8, 64)
 
 
@@ -43,6 +46,7 @@ def sections(rows: Sequence[Row]) -> dict[str, str]:
         "runs": "\n".join(_runs(rows)),
         "plain": "\n".join(_plain(rows)),
         "refresh": "\n".join(_refreshes(rows)),
+        "graphs": "\n".join(_graphs(rows)),
         "resnet": "\n".join(_resnet(rows)),
         "solvers": "\n".join(_solvers(rows)),
         "training": "\n".join(_training(rows)),
@@ -96,6 +100,20 @@ def _refreshes(rows: Sequence[Row]) -> list[str]:
     found = [r for r in found if not r["of"].endswith(("TF32", "eigh"))]
     found += _cell(rows, REFRESH, "refresh")
     return _table(("step with a refresh", "ms"), [(r["of"], f"{r['ms']:.0f}") for r in found])
+
+
+def _graphs(rows: Sequence[Row]) -> list[str]:
+    """Plain steps and refreshes, as they are and replayed, of each model and method."""
+    found = {(r["of"], r["kind"]): r for r in rows if r.get("cell") == GRAPHS and "ms" in r}
+    body = []
+    for model, title in MODELS.items():
+        names = dict.fromkeys(of.rpartition(", ")[0] for of, _ in found if of.startswith(model))
+        for name in names:
+            keys = [(f"{name}, {how}", k) for k in ("plain", "refresh") for how in KINDS]
+            cells = [f"{found[key]['ms']:.1f}" if key in found else "" for key in keys]
+            body.append((title, name.removeprefix(f"{model}, "), *cells))
+    head = ("model", "method", "plain, ms", "replayed", "with a refresh, ms", "replayed")
+    return _table(head, body)
 
 
 def _resnet(rows: Sequence[Row]) -> list[str]:

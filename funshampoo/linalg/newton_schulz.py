@@ -49,6 +49,10 @@ class newton_schulz(RootSolver):
     first's. The best odd polynomials of an interval are those of the matrix sign (Amsel et al.,
     arXiv 2505.16932; Grishina et al., arXiv 2506.10935).
 
+    Products are whole ones, though the matrices are symmetric but for rounding: half of each,
+    mirrored, would be 0.6 of the work, and loses the coupling that keeps the iteration stable. In
+    float32 and at a condition of 1e6 such roots, of 64 to 512 a side, were all wrong.
+
     For p = 2^a·m with m odd: a square roots, the last of which yields the inverse, or if m > 1 the
     inverse m-th root by as many steps of inverse Newton (`coupled_newton`) as it needs. p = 1 is
     the square of p = 2, and has its residual.
