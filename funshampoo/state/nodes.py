@@ -33,7 +33,7 @@ def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> St
 
 
 def first_state(
-    states: Any, kind: type[StateT], closed: type | tuple[type, ...] = ()
+    states: Any, kind: type[StateT] | tuple[type[StateT], ...], closed: type | tuple[type, ...] = ()
 ) -> StateT | None:
     """The first state of this kind in a (nested) state, or None; of one in another, the outer.
 

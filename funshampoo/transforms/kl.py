@@ -215,12 +215,18 @@ def _of_later_stage(
         own: this stage's state, by which its place among the previous ones is known.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is of other statistics, that stand between.
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
     after = parted(previous, own)[1]
-    found: Any = first_state(after, wanted, closed=EigenbasisState)  # whose bases are no roots
+    # The bases of a later stage are no roots; and what comes after other statistics is of those.
+    found: Any = first_state(after, (wanted, KroneckerState), closed=EigenbasisState)
+    if isinstance(found, KroneckerState):
+        raise ValueError(
+            f'kl_statistics(through="{through}") is followed by other statistics, by which {stage} '
+            f"goes: put its own {stage} between, or leave out one of the two."
+        )
     try:
         bases = found if through == "roots" else found.bases
         flatten(updates)[1].flatten_up_to(bases.kept)

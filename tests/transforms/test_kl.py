@@ -157,10 +157,6 @@ OTHER_EIGENVALUES = {
         lambda: [fs.kl_statistics(through="ritz", least_eigenvalue=0.1)],
         "in the nearest kl_statistics before it, whose through",
     ),
-    "roots between": (
-        lambda: [fs.kl_statistics(), fs.kl_statistics(through="roots"), fs.root_inverse(1)],
-        "in the nearest kl_statistics before it, whose through",
-    ),
     "of other bases": (
         lambda: [fs.kl_statistics(), fs.in_eigenbasis(fs.sign()), fs.kronecker_statistics()],
         "in its bases: another in_eigenbasis",
@@ -170,6 +166,19 @@ OTHER_EIGENVALUES = {
         "in its bases: another in_eigenbasis",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("through", "later"),
+    [("roots", fs.root_inverse(1)), ("eigenvalues", fs.in_eigenbasis(fs.scale_by_adam()))],
+)
+def test_other_statistics_between_are_refused(through: Any, later: Any) -> None:
+    """The later stage goes by those, and these would be whitened by what is not theirs."""
+    own = fs.kl_statistics(0.5, through=through)
+    tx = fs.chain(own, fs.kronecker_statistics(0.9), later)
+    (g,) = gradients((3, 4), 1)
+    with pytest.raises(ValueError, match="is followed by other statistics"):
+        tx.update({"w": g}, tx.init({"w": g}))
 
 
 @pytest.mark.parametrize("name", OTHER_EIGENVALUES)
