@@ -1,4 +1,4 @@
-"""An elementwise operation of every leaf with a number of its own, in few launches.
+"""An elementwise operation of every leaf with numbers of its own, in few launches.
 
 torch's foreach operators take a list of 0-dimensional tensors one by one. On a GPU, where a launch
 takes a host about ten microseconds, a hundred small leaves are put in a row instead, beside a row
@@ -24,17 +24,17 @@ FEW = 4
 
 
 def by_number(
-    function: Callable[[Tensor, Tensor], Tensor],
+    function: Callable[..., Tensor],
     xs: list[Tensor],
-    numbers: list[Tensor],
-    each: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+    numbers: Sequence[list[Tensor]],
+    each: Callable[..., list[Tensor]],
 ) -> list[Tensor]:
-    """function(x, number) of each pair, for plain tensors (see `core.modes.is_plain`).
+    """function(x, number, ...) of each leaf, for plain tensors (see `core.modes.is_plain`).
 
     Args:
-        function: elementwise, of two tensors of one shape.
+        function: elementwise, of tensors of one shape.
         xs: of any shapes and dtypes.
-        numbers: () each, or what broadcasts over its x.
+        numbers: one list or more, of () each, or what broadcasts over its x.
         each: the same of lists, for the leaves that are not put in a row: of one value a block, on
             a CPU, of many entries, or few.
 
@@ -44,37 +44,38 @@ def by_number(
     """
     rows = _rows(xs, numbers)
     if not rows:
-        return each(xs, numbers)
+        return each(xs, *numbers)
     in_rows = {i for places in rows for i in places}
     others = [i for i in range(len(xs)) if i not in in_rows]
     found: list[Any] = [None] * len(xs)
     for places in [*rows, others] if others else rows:
-        own, their = [xs[i] for i in places], [numbers[i] for i in places]
-        new = each(own, their) if places is others else _in_a_row(function, own, their)
+        own, *their = [[column[i] for i in places] for column in (xs, *numbers)]
+        new = each(own, *their) if places is others else _in_a_row(function, own, their)
         for i, x in zip(places, new):
             found[i] = x
     return found
 
 
 def _in_a_row(
-    function: Callable[[Tensor, Tensor], Tensor], xs: list[Tensor], numbers: list[Tensor]
+    function: Callable[..., Tensor], xs: list[Tensor], numbers: Sequence[list[Tensor]]
 ) -> list[Tensor]:
     sizes = tuple([x.numel() for x in xs])
     flat = torch.cat([x.reshape(-1) for x in xs])
-    spread = torch.stack(numbers).index_select(0, _leaf_of_entry(sizes, flat.device))
-    parts = torch.split(function(flat, spread), list(sizes))
+    leaf = _leaf_of_entry(sizes, flat.device)
+    spread = [torch.stack(column).index_select(0, leaf) for column in numbers]
+    parts = torch.split(function(flat, *spread), list(sizes))
     return [part if x.ndim == 1 else part.view(x.shape) for part, x in zip(parts, xs)]
 
 
-def _rows(xs: Sequence[Tensor], numbers: Sequence[Tensor]) -> list[list[int]]:
+def _rows(xs: Sequence[Tensor], numbers: Sequence[Sequence[Tensor]]) -> list[list[int]]:
     """Which leaves, by index, are put in a row together."""
     if not xs or xs[0].is_cpu:  # where the rest need not be looked at
         return []
     kinds: dict[Any, list[int]] = {}
-    for i, (x, number) in enumerate(zip(xs, numbers)):
-        own = type(x) is type(number) is Tensor and number.ndim == 0 and x.device == number.device
-        if own and not x.is_cpu and 0 < x.numel() <= SMALL:
-            kinds.setdefault((x.dtype, number.dtype, x.device), []).append(i)
+    for i, (x, *own) in enumerate(zip(xs, *numbers)):
+        alike = all([type(n) is Tensor and n.ndim == 0 and n.device == x.device for n in own])
+        if alike and type(x) is Tensor and not x.is_cpu and 0 < x.numel() <= SMALL:
+            kinds.setdefault((x.dtype, *[n.dtype for n in own], x.device), []).append(i)
     return [places for places in kinds.values() if len(places) > FEW]
 
 

@@ -222,14 +222,14 @@ def decayed(old: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> 
 
 def zeroed(xs: Column, dead: Column) -> Column:
     """xs with zeros where `dead`, a mask a leaf or a block, is True; new tensors."""
+    masks = per_block(dead, xs)
+    plain = is_plain(xs, masks)
+    one = leaf_ops.zeroed_by_pairs if plain and xs and not xs[0].is_cpu else leaf_ops.zeroed
 
     def each(some: Column, masks: Column) -> Column:
-        return [leaf_ops.zeroed(x, mask) for x, mask in zip(some, masks)]
+        return [one(x, mask) for x, mask in zip(some, masks)]
 
-    masks = per_block(dead, xs)
-    if not is_plain(xs, masks):
-        return each(xs, masks)
-    return by_number(leaf_ops.zeroed, xs, masks, each)
+    return by_number(leaf_ops.zeroed, xs, [masks], each) if plain else each(xs, masks)
 
 
 def only_alive(xs: Column, alive: Sequence[Column], others: Column | None = None) -> Column:
@@ -271,7 +271,7 @@ def quotient(xs: Column, ys: Column) -> Column:
         return [x / y for x, y in zip(xs, ys)]
     if xs[0].is_cpu:
         return list(torch._foreach_div(xs, ys))
-    return by_number(torch.div, xs, ys, lambda a, b: list(torch._foreach_div(a, b)))
+    return by_number(torch.div, xs, [ys], lambda a, b: list(torch._foreach_div(a, b)))
 
 
 def shared_product(xs: Column, factor: Tensor) -> Column:

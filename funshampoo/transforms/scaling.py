@@ -13,16 +13,16 @@ from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import is_exactly, number
-from funshampoo.core.modes import is_plain
+from funshampoo.core.modes import constant, is_plain
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_columns
+from funshampoo.operators.by_number import by_number
 from funshampoo.operators.columns import (
     Column,
     add,
     average,
     average_of,
     cast_like,
-    corrected,
     count_everyone,
     decayed,
     first_weights,
@@ -102,31 +102,30 @@ def scale_by_adam(
         decay1, decay2, damping = [number(x, context.hyper) for x in (beta1, beta2, epsilon)]
         donate = context.donate
 
-        def filter_first(u: Column, *rest: Column) -> tuple[Column, Column, Column]:
-            *fine, m, w = rest
-            u = cast_like(u, m)
-            m, w = average_of(m, w, u, decay1, fine, donate, by_weight=own_steps)
-            return corrected(m, w, fine), m, w
-
-        def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, Column, Column]:
-            *fine, v, w = rest
+        def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, ...]:
+            (*fine, v, w), filters = (rest[:-2], rest[-2:]) if filtered else (rest, ())
+            divisor = None
+            if filtered:
+                m, n = filters
+                u = cast_like(u, m)
+                m, n = filters = average_of(m, n, u, decay1, fine, donate, by_weight=own_steps)
+                u, divisor = m, per_block(seen(n, fine), m)
             squares = _squares(g, v)
             if weighted:
                 v, w = average_of(v, w, squares, decay2, fine, donate, by_weight=own_steps)
             else:
                 v = add(decayed(v, decay2, fine, donate), squares, donate)
-            return _scaled(u, v, damping, squares, per_block(seen(w, fine), v)), v, w
+            weight = per_block(seen(w, fine), v)
+            return _scaled(u, v, damping, squares, weight, divisor), v, w, *filters
 
         source = updates if context.gradient is None else context.gradient
         known = () if context.alive is None else (context.alive,)
         first, weight1, second, weight2 = state
         if not own_steps:
             weight1, weight2 = weights_over(weight1, updates), weights_over(weight2, updates)
-        if filtered:
-            before = (first, weight1)
-            updates, first, weight1 = update_columns(filter_first, updates, before, known)
-        before = (second, weight2)
-        out, second, weight2 = update_columns(rescale, updates, before, (source, *known))
+        before = (second, weight2, *((first, weight1) if filtered else ()))
+        out, second, weight2, *filters = update_columns(rescale, updates, before, (source, *known))
+        first, weight1 = filters or (first, weight1)
         if not own_steps:
             weight1 = count_everyone(state.first_weight, decay1, donate)
             weight2 = count_everyone(state.second_weight, decay2, donate)
@@ -242,16 +241,26 @@ def _squares(g: Column, v: Column) -> Column:
 
 
 def _scaled(
-    u: Column, v: Column, epsilon: Hyper, scratch: Column, weight: Column | None = None
+    u: Column,
+    v: Column,
+    epsilon: Hyper,
+    scratch: Column,
+    weight: Column | None = None,
+    divisor: Column | None = None,
 ) -> Column:
-    """u / (max(√(v / weight), √tiny) + epsilon), in v's dtypes, with the smallest normal number.
+    """u / divisor / (max(√(v / weight), √tiny) + epsilon), in v's dtypes; tiny: the least normal.
 
     It keeps 0/0 away, and derivatives finite; a larger epsilon makes it superfluous. Overwrites
     `scratch` where that can be: on a CPU a large new tensor costs page faults. Elsewhere and for
     small ones, foreach operators take one launch, or one loop in C++, for all leaves.
     """
-    u = cast_like(u, v)
-    if isinstance(epsilon, Tensor) or not is_plain(u, v, weight or ()):
+    plain = not isinstance(epsilon, Tensor) and is_plain(u, v, weight or (), divisor or ())
+    if plain and weight is not None and not v[0].is_cpu:
+        assert not isinstance(epsilon, Tensor)
+        if _joins(v, epsilon, weight, divisor):
+            return _by_one_sum(cast_like(u, v), v, epsilon, weight, divisor)
+    u = cast_like(u if divisor is None else quotient(u, divisor), v)
+    if isinstance(epsilon, Tensor) or not plain:
         corrected = v if weight is None else quotient(v, weight)
         return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
     in_scratch = any([x.is_cpu and x.numel() > _SMALL for x in scratch])
@@ -274,3 +283,46 @@ def _scaled(
 
 
 _SMALL = 2**14  # numbers
+
+_FAR = 2.0**20  # of epsilon above √tiny: then a product with any weight is above it too
+
+
+def _joins(v: Column, epsilon: float, weight: Column, divisor: Column | None) -> bool:
+    """Whether `_by_one_sum` takes these, on a device where a pass over memory is what a step costs.
+
+    Never on a CPU, whose numbers are those of 0.1.
+    """
+    for x, *numbers in zip(v, weight, divisor or weight):
+        if type(x) is not Tensor or any([n.device != x.device for n in numbers]):
+            return False
+    least: float = max([torch.finfo(x.dtype).tiny ** 0.5 for x in v])
+    return epsilon >= _FAR * least
+
+
+def _by_one_sum(
+    u: Column, v: Column, epsilon: float, weight: Column, divisor: Column | None
+) -> Column:
+    """u / (divisor √(v / weight) + divisor epsilon): three passes for five or six, up to rounding.
+
+    Of a row without a gradient u and v are 0 and the divisor is tiny: the sum must not be 0.
+    """
+    root, factor = list(torch._foreach_sqrt(v)), list(torch._foreach_rsqrt(weight))
+    if divisor is None:
+        added = [_on_device(epsilon, x.dtype, x.device) for x in v]
+    else:
+        torch._foreach_mul_(factor, divisor)
+        added = list(torch._foreach_mul(divisor, epsilon))
+        torch._foreach_clamp_min_(added, [torch.finfo(x.dtype).tiny ** 0.5 for x in added])
+
+    def sums(xs: Column, factors: Column, least: Column) -> Column:
+        return [torch.addcmul(e, x, f, out=x) for x, f, e in zip(xs, factors, least)]
+
+    def total(x: Tensor, factor: Tensor, least: Tensor) -> Tensor:
+        return torch.addcmul(least, x, factor)
+
+    return list(torch._foreach_div(u, by_number(total, root, [factor, added], sums)))
+
+
+@constant
+def _on_device(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), number, dtype=dtype, device=device)

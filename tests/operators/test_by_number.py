@@ -25,14 +25,18 @@ def leaves(seed: int = 0) -> list[Tensor]:
 
 def all_in_a_row(xs: Any, numbers: Any) -> list[list[int]]:
     """On a CPU too; not those with a number a block."""
-    return [list(range(len(xs)))] if all([n.ndim == 0 for n in numbers]) else []
+    single = all([n.ndim == 0 for column in numbers for n in column])
+    return [list(range(len(xs)))] if single else []
 
 
 def test_a_quotient_has_the_bits_of_the_leaves() -> None:
     xs, numbers = leaves(), [torch.tensor(0.1 + i) for i in range(len(SHAPES))]
     expected = [x / n for x, n in zip(xs, numbers)]
-    assert_equal(_in_a_row(torch.div, xs, numbers), expected)
+    assert_equal(_in_a_row(torch.div, xs, [numbers]), expected)
     assert_equal(quotient(xs, numbers), expected)
+    # Two numbers of a leaf keep their order.
+    found = _in_a_row(lambda x, n, m: x * n - m, xs, [numbers, numbers[::-1]])
+    assert_equal(found, [x * n - m for x, n, m in zip(xs, numbers, numbers[::-1])])
 
 
 def test_zeros_are_exact_whatever_stands_there() -> None:
@@ -41,7 +45,7 @@ def test_zeros_are_exact_whatever_stands_there() -> None:
         x.view(-1)[-1] = bad
     masks = [torch.tensor(i % 2 == 0) for i in range(len(xs))]
     expected = [torch.zeros_like(x) if mask else x for x, mask in zip(xs, masks)]
-    for found in (_in_a_row(fs.operators.leaf_ops.zeroed, xs, masks), zeroed(xs, masks)):
+    for found in (_in_a_row(fs.operators.leaf_ops.zeroed, xs, [masks]), zeroed(xs, masks)):
         for x, y in zip(found, expected):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
         assert not any([x.signbit().any() for x, mask in zip(found, masks) if mask])
@@ -52,13 +56,15 @@ def test_what_is_put_in_a_row_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     shapes = [*SHAPES, (module.SMALL + 1,), (0, 3)]
     xs = [torch.empty(shape, device="meta") for shape in shapes]
     numbers = [torch.empty((), device="meta") for _ in xs]
-    assert module._rows(xs, numbers) == [list(range(len(SHAPES)))]
-    assert module._rows(xs[:3], numbers[:3]) == []
-    assert module._rows(xs, [x[..., None] for x in numbers]) == []
+    assert module._rows(xs, [numbers]) == [list(range(len(SHAPES)))]
+    assert module._rows(xs[:3], [numbers[:3]]) == []
+    assert module._rows(xs, [[x[..., None] for x in numbers]]) == []
     halves = [x.half() if i % 2 else x for i, x in enumerate([*xs, *xs])]
-    assert sorted(map(len, module._rows(halves, [*numbers, *numbers]))) == [6, 6]
-    assert module._rows(leaves(), [torch.tensor(1.0)] * len(SHAPES)) == []  # a CPU has no launches
-    found = by_number(torch.div, xs, numbers, lambda a, b: [x / y for x, y in zip(a, b)])
+    assert sorted(map(len, module._rows(halves, [[*numbers, *numbers]]))) == [6, 6]
+    assert (
+        module._rows(leaves(), [[torch.tensor(1.0)] * len(SHAPES)]) == []
+    )  # a CPU has no launches
+    found = by_number(torch.div, xs, [numbers], lambda a, b: [x / y for x, y in zip(a, b)])
     assert [x.shape for x in found] == [x.shape for x in xs]
 
 
@@ -112,7 +118,7 @@ def test_rows_have_the_bits_of_the_leaves_on_a_gpu() -> None:
     xs = [x.cuda() for x in leaves()]
     numbers = [torch.tensor(0.1 + i, device="cuda") for i in range(len(xs))]
     xs[2][0, 1] = math.nan
-    assert module._rows(xs, numbers) == [list(range(len(xs)))]
+    assert module._rows(xs, [numbers]) == [list(range(len(xs)))]
     for x, y in zip(quotient(xs, numbers), [x / n for x, n in zip(xs, numbers)]):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
     found = zeroed(xs, [n > 2 for n in numbers])
