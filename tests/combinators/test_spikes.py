@@ -368,7 +368,7 @@ def test_many_leaves_with_a_spike_factor_cost_no_more_launches() -> None:
             fs.update_in_place(tx, grads, state, params)
         return seen.operators
 
-    assert launches(8) == launches(50) <= 71
+    assert launches(8) == launches(50) <= 94
 
 
 @pytest.mark.parametrize("by_leaf", [False, True])
