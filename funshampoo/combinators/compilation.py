@@ -146,7 +146,7 @@ class _ByGraph:
 
 def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> Phase | None:
     """What happens on step t that does not happen on all; None where that can't be known."""
-    if not inner.counts:
+    if not inner.counts or not _has_phases(inner):
         return ()
     if t is None:
         return None
@@ -154,6 +154,12 @@ def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> 
         return inner.phase(t)
     others = [label for label in inner.phase(t) if not label.startswith("refresh")]
     return (*others, FOR_ALL) if context.refresh else tuple(others)
+
+
+def _has_phases(transformation: GradientTransformation) -> bool:
+    """Whether not all steps are alike; a schedule alone, whose clock may lie anywhere, is none."""
+    parts = transformation.parts.values()
+    return transformation._phase is not None or any(map(_has_phases, parts))
 
 
 def _rounds(transformation: GradientTransformation) -> bool:

@@ -115,7 +115,8 @@ class _Graphed:
             if key not in place.advances:  # it may never come again
                 place.watch(key, asked.on_device(place, stand_in, updates), asked)
                 return asked.state
-            replay = recorder(asked.on_device(place, stand_in, place.own_gradients(asked)))
+            run = asked.on_device(place, stand_in, place.own_gradients(asked))
+            replay = recorder(run, leaves[0].device)
             if replay is None:
                 place.advances[key] = None
                 return asked.as_it_is()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -18,6 +19,9 @@ from funshampoo.core.modes import for_a_recording
 from funshampoo.core.tree import flatten, leaf_names
 
 Replay: TypeAlias = Callable[[], Any]
+
+
+_SHAPE = operator.attrgetter("shape")
 
 
 class Asked:
@@ -49,7 +53,8 @@ class Asked:
         """What a graph would be bound to."""
         if not self._where:
             kinds = [None if g is None else g.dtype for g in self.gradients]
-            self._where = (*kinds, *[x.data_ptr() for x in (*self.leaves, *self.tensors)])
+            places = [x.data_ptr() for x in (*self.leaves, *self.tensors)]
+            self._where = (*kinds, *map(_SHAPE, self.leaves), *places)
         return self._where
 
     def as_it_is(self) -> State:
@@ -228,16 +233,16 @@ def watching() -> Iterator[list[str]]:
             )
 
 
-def _recorded(run: Callable[[], None]) -> Replay | None:
+def _recorded(run: Callable[[], None], device: torch.device) -> Replay | None:
     """A CUDA graph of what it launches, none of which happens now; None where it can't be one."""
     graph = torch.cuda.CUDAGraph()
-    device = torch.cuda.current_device()
-    pool = _POOLS.setdefault(device, torch.cuda.graph_pool_handle())
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            run()
+        with torch.cuda.device(device):
+            pool = _POOLS.setdefault(device, torch.cuda.graph_pool_handle())
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                run()
     except RuntimeError as error:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         warnings.warn(
             "cuda_graphed: a step could not be recorded, and runs as it is from now on: "
             f"{str(error).splitlines()[0]}",
@@ -247,8 +252,10 @@ def _recorded(run: Callable[[], None]) -> Replay | None:
     return graph.replay
 
 
-_POOLS: dict[int, Any] = {}
-"""One a device: no graph leaves anything in it that another one, or the next replay, would need."""
+_POOLS: dict[torch.device, Any] = {}
+"""No graph leaves anything in its pool that another one, or the next replay, would need."""
 
-RECORDERS: dict[str, Callable[[Callable[[], None]], Replay | None]] = {"cuda": _recorded}
+RECORDERS: dict[str, Callable[[Callable[[], None], torch.device], Replay | None]] = {
+    "cuda": _recorded
+}
 """By the kind of device."""
