@@ -104,7 +104,7 @@ class _ByGraph:
     ) -> None:
         self._inner, self._step, self._options = inner, step, options
         self._graphs: dict[Phase, Callable[..., Any]] = {}
-        self._steps: dict[Phase, int] = {}  # one of each phase, which stands for all of them
+        self._steps: dict[Any, int] = {}  # one of each phase, which stands for all of them
         self._checked = False
 
     def __call__(self, updates: Tree, state: State, params: Tree, context: Context) -> Any:
@@ -127,7 +127,7 @@ class _ByGraph:
             return self._step(updates, state, params, context)
         plain = changed(
             context,
-            step=self._steps.setdefault(phase, 1 if t is None else t),
+            step=self._steps.setdefault((phase, context.refresh), 1 if t is None else t),
             hyper=_as_tensors(context.hyper),
             usable=bool(usable),
         )

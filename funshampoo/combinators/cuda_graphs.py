@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funshampoo.combinators.compilation import phase_of
@@ -19,7 +20,7 @@ from funshampoo.core.contract import (
     Tree,
     as_transformation,
 )
-from funshampoo.core.modes import in_a_mode, is_traced
+from funshampoo.core.modes import is_traced
 from funshampoo.core.of_parts import steps_of
 from funshampoo.core.placed import any_in_parts
 from funshampoo.core.tree import flatten
@@ -58,7 +59,7 @@ def cuda_graphed(inner: GradientTransformation) -> GradientTransformation:
     Raises:
         ValueError: a stage in it wants the number of the step and has no `phase` (names it); from
             a step, its blocks are `sharded`, parameters are DTensors or on several devices, or
-            there is a `multi_steps` inside (which goes around `cuda_graphed`).
+            there is a `multi_steps` inside. (Around it steps are pure, and run as they are.)
 
     >>> import torch
     >>> from funshampoo import sgd, update_in_place
@@ -95,26 +96,29 @@ class _Graphed:
         self._fixed: dict[str, Any] = {}  # numbers that stand in graphs
         self._moving: set[str] = set()  # the names of those that graphs read
 
+    def __deepcopy__(self, memo: Any) -> _Graphed:
+        """Without its graphs, which belong to the memory that they were recorded on."""
+        return _Graphed(self._inner)
+
     def step(self, updates: Tree, state: State, params: Tree, context: Context) -> State:
         """The state after it."""
         leaves = [p for p in flatten(params)[0] if isinstance(p, Tensor)]
         recorder = RECORDERS.get(leaves[0].device.type) if leaves else None
-        if recorder is None or is_traced() or in_a_mode() or not _is_outermost(context):
+        if recorder is None or is_traced() or _is_seen() or not _is_outermost(context):
             return applied(self._inner, updates, state, params, context)
         self._note(context.hyper)
         asked = Asked(self._inner, updates, state, params, context, leaves)
         place = self._place(asked)
         t = running(steps_of(asked.state), context).step
         phase = phase_of(self._inner, t, context)
-        key = phase, context.refresh, tuple(context.hyper)
+        key = phase, context.refresh, tuple(context.hyper), context.clock is None
         if phase is None or place.advances.get(key, ()) is None:
             return asked.as_it_is()
         place.set(asked, {name: x for name, x in context.hyper.items() if name in self._moving})
         if key not in place.replays:
-            stand_in = place.steps.setdefault(phase, 1 if t is None else t)
+            stand_in = place.steps.setdefault(key[:2], 1 if t is None else t)
             if key not in place.advances:  # it may never come again
-                place.watch(key, asked.on_device(place, stand_in, updates), asked)
-                return asked.state
+                return place.watch(key, asked.on_device(place, stand_in, updates), asked)
             run = asked.on_device(place, stand_in, place.own_gradients(asked))
             replay = recorder(run, leaves[0].device)
             if replay is None:
@@ -149,8 +153,16 @@ class _Graphed:
         return found
 
 
+def _is_seen() -> bool:
+    """Whether a mode looks at what is done here; one of a default device sees functions alone."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def _is_outermost(context: Context) -> bool:
-    """Whether no other chain is around it, and the caller gives nothing that a graph can't know."""
+    """Whether no other chain is around it, and the caller gives nothing that a graph can't know.
+
+    A clock may be around, as that of `partition`.
+    """
     inside = context.upstream or context.previous or context.rows or context.block_ndim
     judged = context.gradient is not None or context.alive is not None
     return not (inside or judged or context.extra)
@@ -164,6 +176,6 @@ def _check_recordable(state: State, leaves: list[Tensor]) -> None:
         raise ValueError(f"cuda_graphed: a graph can't wait for other ranks. {remedy}")
     if find_state(state, MultiStepsState) is not None:
         raise ValueError(
-            "cuda_graphed: a graph can't read the counters of multi_steps; record what is inside, "
-            "multi_steps(cuda_graphed(tx), every)."
+            "cuda_graphed: a graph can't read the counters of multi_steps, and its steps are pure. "
+            "Add gradients up before the step, as in p.grad, or leave out cuda_graphed."
         )

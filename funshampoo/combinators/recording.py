@@ -15,7 +15,7 @@ from funshampoo.core.applying import applied
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import REFRESH, GradientTransformation, State, Tree
 from funshampoo.core.interrupted import tensors_of
-from funshampoo.core.modes import for_a_recording
+from funshampoo.core.modes import for_a_recording, for_keeps, lie_apart
 from funshampoo.core.tree import flatten, leaf_names
 
 Replay: TypeAlias = Callable[[], Any]
@@ -53,30 +53,35 @@ class Asked:
         """What a graph would be bound to."""
         if not self._where:
             kinds = [None if g is None else g.dtype for g in self.gradients]
+            looks = map(_SHAPE, self.leaves), map(Tensor.stride, self.leaves)
             places = [x.data_ptr() for x in (*self.leaves, *self.tensors)]
-            self._where = (*kinds, *map(_SHAPE, self.leaves), *places)
+            self._where = (*kinds, *looks[0], *looks[1], *places)
         return self._where
 
     def as_it_is(self) -> State:
         """The state after it, in the memory of the one before, by which graphs know it."""
-        held = flatten(self.state)[0]
+        before = flatten(self.state)[0]
         after = applied(self.inner, self.updates, self.state, self.params, self.context)
-        _put_back(held, flatten(after)[0])
-        return self.state
+        return self.state if put_back(before, flatten(after)[0]) else after
 
-    def on_device(self, place: Place, step: int, gradients: Tree) -> Callable[[], None]:
-        """The same, but that it reads what changes from step to step on the device."""
-        hyper = {**self.context.hyper, **place.numbers}
-        context = changed(self.context, step=step, hyper=hyper)
+    def on_device(self, place: Place, step: int, gradients: Tree) -> Callable[[], State | None]:
+        """The same, but that it reads what changes from step to step on the device.
+
+        It returns the state after it; None, where that lies in the memory of the one before.
+        """
+        known = {n: x for n, x in place.numbers.items() if n in self.context.hyper}
+        hyper = {**self.context.hyper, **known}
+        clock = None if self.context.clock is None else place.clock
+        context = changed(self.context, step=step, hyper=hyper, clock=clock)
         leaves, layout = flatten(self.state)
         counters = {id(self.tensors[i]): x for i, x in zip(place.clocks, place.counters)}
         held = [counters.get(id(x), x) for x in leaves]
         state = layout.unflatten(held)
 
-        def run() -> None:
+        def run() -> State | None:
             with for_a_recording():
                 after = applied(self.inner, gradients, state, self.params, context)
-            _put_back(held, flatten(after)[0])
+            return None if put_back(held, flatten(after)[0]) else after
 
         return run
 
@@ -87,7 +92,8 @@ class Place:
     Attributes:
         clocks: which tensors of the state are counters on the CPU.
         counters: what graphs read in their place.
-        numbers: {name: ()}, float64: live numbers, likewise.
+        clock: that of who counts around, likewise.
+        numbers: {name: tensor}, float64: live numbers, likewise.
         gradients: likewise; None where there is none. () before there is a graph.
         advances: how much the clocks move. None: it can't be recorded.
         steps: one of each phase, which stands for all of them.
@@ -96,41 +102,56 @@ class Place:
     def __init__(self, asked: Asked) -> None:
         self._device = asked.leaves[0].device
         self.clocks = _clocks(asked, self._device)
-        self.counters = [asked.tensors[i].to(self._device, copy=True) for i in self.clocks]
+        with for_keeps():
+            self.counters = [asked.tensors[i].to(self._device, copy=True) for i in self.clocks]
+            self.clock = torch.zeros((), dtype=torch.int64, device=self._device)
         self.numbers: dict[str, Tensor] = {}
         self.gradients: Sequence[Tensor | None] = ()
         self.advances: dict[Any, list[int] | None] = {}
         self.replays: dict[Any, Replay] = {}
         self.steps: dict[Any, int] = {}
         self._waited: set[Any] = set()
+        self._apart = lie_apart(asked.tensors)
 
     def set(self, asked: Asked, numbers: Mapping[str, Any]) -> None:
         """Say what changes from step to step, but for the gradients. Nobody waits."""
         for i, x in zip(self.clocks, self.counters):
             x.fill_(asked.tensors[i])
+        if asked.context.clock is not None:
+            self.clock.fill_(asked.context.clock)
         for name, value in numbers.items():
-            if name not in self.numbers:
-                self.numbers[name] = torch.empty((), dtype=torch.float64, device=self._device)
+            shape = value.shape if isinstance(value, Tensor) else ()
+            if name not in self.numbers or self.numbers[name].shape != shape:
+                with for_keeps():
+                    place = torch.empty(shape, dtype=torch.float64, device=self._device)
+                self.numbers[name] = place
             own = self.numbers[name]
-            own.fill_(value) if _is_readable(value) else own.copy_(value)
+            if isinstance(value, Tensor) and (value.ndim or not value.is_cpu):
+                own.copy_(value, non_blocking=True)
+            else:
+                own.fill_(value)
 
     def own_gradients(self, asked: Asked) -> Tree:
         """A tree of memory for gradients, which is the same at every call."""
         if not self.gradients:
-            self.gradients = [None if g is None else torch.empty_like(g) for g in asked.gradients]
+            with for_keeps():
+                known = asked.gradients
+                self.gradients = [None if g is None else torch.empty_like(g) for g in known]
         return flatten(asked.updates)[1].unflatten(self.gradients)
 
-    def watch(self, key: Any, run: Callable[[], None], asked: Asked) -> None:
-        """Make it as it would be recorded, and see whether it can be.
+    def watch(self, key: Any, run: Callable[[], State | None], asked: Asked) -> State:
+        """The state after a step as it would be recorded, of which is seen whether it can be.
 
         What waits is watched once more: constants come to the device when they are first used.
         """
         with watching() as waits:
-            run()
+            after = run()
         before = [int(asked.tensors[i]) for i in self.clocks]
         moved = [int(x) - n for x, n in zip(self.counters, before)]
         self._count(asked, moved)
-        if not waits:
+        if after is not None or not self._apart:  # another kind of state, or one part in another
+            self.advances[key] = None
+        elif not waits:
             self.advances[key] = moved
         elif key not in self._waited:
             self._waited.add(key)
@@ -142,6 +163,13 @@ class Place:
                     f"run as they are: see {waits[0]}.",
                     stacklevel=2,
                 )
+        return asked.state if after is None else self._on_clocks(after, asked)
+
+    def _on_clocks(self, state: State, asked: Asked) -> State:
+        """A state with its counters on the CPU again."""
+        clocks = {id(x): asked.tensors[i] for i, x in zip(self.clocks, self.counters)}
+        leaves, layout = flatten(state)
+        return layout.unflatten([clocks.get(id(x), x) for x in leaves])
 
     def replay(self, key: Any, asked: Asked) -> None:
         """Make it."""
@@ -149,7 +177,8 @@ class Place:
         if given:
             torch._foreach_copy_([x for x in self.gradients if x is not None], given)
         self.replays[key]()
-        torch.autograd.graph.increment_version([*asked.leaves, *asked.tensors])
+        written = [x for x in (*asked.leaves, *asked.tensors) if not x.is_inference()]
+        torch.autograd.graph.increment_version(written)
         moved = self.advances[key]
         assert moved is not None, "it can't be recorded"
         self._count(asked, moved)
@@ -159,15 +188,26 @@ class Place:
             asked.tensors[i].add_(n)
 
 
-def _put_back(before: list[Any], after: list[Any]) -> None:
-    """Have what a step has put in other memory where it was, since there a graph looks for it."""
-    pairs = [(x, y) for x, y in zip(before, after, strict=True) if isinstance(x, Tensor)]
+def put_back(before: list[Any], after: list[Any]) -> bool:
+    """Have what a step has put in other memory where it was, since there a graph looks for it.
+
+    Returns:
+        Whether that could be: the state has the same tensors as before, in number, shape and dtype.
+    """
+    kinds = [
+        [(x.shape, x.dtype) if isinstance(x, Tensor) else () for x in s] for s in (before, after)
+    ]
+    if kinds[0] != kinds[1]:
+        return False
+    pairs = [(x, y) for x, y in zip(before, after) if isinstance(x, Tensor)]
     moved = [(x, y) for x, y in pairs if x is not y and x.data_ptr() != y.data_ptr()]
-    if moved:
-        own = {x.untyped_storage().data_ptr() for x, _ in pairs}
-        kept = [y.clone() if y.untyped_storage().data_ptr() in own else y for _, y in moved]
-        for (x, _), y in zip(moved, kept):
-            x.copy_(y)
+    if moved and not lie_apart([x for x, _ in pairs]):
+        return False
+    own = {x.untyped_storage().data_ptr() for x, _ in pairs}
+    kept = [y.clone() if y.untyped_storage().data_ptr() in own else y for _, y in moved]
+    for (x, _), y in zip(moved, kept):
+        x.copy_(y)
+    return True
 
 
 def on_device(state: State, device: torch.device) -> State:
@@ -205,10 +245,6 @@ def _clocks(asked: Asked, device: torch.device) -> list[int]:
     return found
 
 
-def _is_readable(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.is_cpu
-
-
 @contextlib.contextmanager
 def watching() -> Iterator[list[str]]:
     """What waits for the GPU inside: where, once it is over."""
@@ -233,12 +269,13 @@ def watching() -> Iterator[list[str]]:
             )
 
 
-def _recorded(run: Callable[[], None], device: torch.device) -> Replay | None:
+def _recorded(run: Callable[[], Any], device: torch.device) -> Replay | None:
     """A CUDA graph of what it launches, none of which happens now; None where it can't be one."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.device(device):
-            pool = _POOLS.setdefault(device, torch.cuda.graph_pool_handle())
+            stream = device, torch.cuda.current_stream().cuda_stream
+            pool = _POOLS.setdefault(stream, torch.cuda.graph_pool_handle())
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 run()
     except RuntimeError as error:
@@ -252,10 +289,10 @@ def _recorded(run: Callable[[], None], device: torch.device) -> Replay | None:
     return graph.replay
 
 
-_POOLS: dict[torch.device, Any] = {}
-"""No graph leaves anything in its pool that another one, or the next replay, would need."""
+_POOLS: dict[Any, Any] = {}
+"""One a stream: no graph leaves anything in it that the next in line, or its replay, would need."""
 
-RECORDERS: dict[str, Callable[[Callable[[], None], torch.device], Replay | None]] = {
+RECORDERS: dict[str, Callable[[Callable[[], Any], torch.device], Replay | None]] = {
     "cuda": _recorded
 }
 """By the kind of device."""

@@ -47,6 +47,20 @@ def trained(tx: fs.GradientTransformation, steps: int, **context: Any) -> Any:
     return params, state
 
 
+def test_a_refresh_that_was_put_off_is_none_later() -> None:
+    """The step that stands for all plain ones is none on which there would have been one."""
+
+    def run(tx: fs.GradientTransformation) -> Any:
+        params = tree(0)
+        state = tx.init(params)
+        for t in range(1, 2 * EVERY + 2):
+            context = {"refresh": False} if t < 3 else {}
+            state = fs.update_in_place(tx, tree(t), state, params, **context)
+        return params, state
+
+    assert_close(run(fs.compiled(chain(), backend="eager")), run(chain()), 1e-10)
+
+
 def test_the_same_numbers_and_one_graph() -> None:
     """Refreshes, on which the eigendecompositions would be compiled too, are not."""
     counter = CompileCounter()

@@ -326,6 +326,88 @@ def test_the_counter_of_failures_is_looked_at(device: str, recorder: Recorder) -
     assert recorder.replayed > 0
 
 
+def by_partition(graphs: bool) -> fs.GradientTransformation:
+    """Who counts is around it."""
+    rate = fs.schedules.linear(0.1, 0.0, 30)
+    tx = fs.chain(fs.scale_by_adam(), fs.scale_by_learning_rate(rate))
+    parts = {"a": fs.cuda_graphed(tx) if graphs else tx, "b": fs.sgd(rate)}
+    return fs.partition(parts, {"w": "a", "conv": "a", "bias": "b", "scale": "b"})
+
+
+def in_one_memory(graphs: bool) -> fs.GradientTransformation:
+    """A stage whose state has a tensor twice, one of which it replaces."""
+
+    def init(params: Any) -> Any:
+        x = torch.zeros_like(params["bias"])
+        return {"sum": x, "before": x}
+
+    def update(updates: Any, state: Any) -> Any:
+        total = state["sum"] + updates["bias"]
+        step = {name: -0.01 * u for name, u in updates.items()} | {"bias": -0.01 * state["before"]}
+        return step, {"sum": total, "before": state["sum"]}
+
+    tx = fs.GradientTransformation(init, update, "twice")
+    return fs.cuda_graphed(tx) if graphs else tx
+
+
+def of_a_state_that_grows(graphs: bool) -> fs.GradientTransformation:
+    """And widens to float64."""
+
+    def update(updates: Any, state: Any) -> Any:
+        state = torch.cat([state.double()[-3:], updates["bias"].double().mean()[None] / 3])
+        return {name: -0.01 * state.sum().to(u) * u for name, u in updates.items()}, state
+
+    tx = fs.GradientTransformation(lambda params: params["bias"].new_zeros(0), update, "grows")
+    return fs.cuda_graphed(tx) if graphs else tx
+
+
+@pytest.mark.parametrize("make", [by_partition, in_one_memory, of_a_state_that_grows])
+def test_what_is_around_and_inside(
+    make: Callable[[bool], fs.GradientTransformation], device: str, recorder: Recorder
+) -> None:
+    found = []
+    for graphs in (False, True):
+        tx, params = make(graphs), drawn(0, device)
+        state = tx.init(params)
+        for t in range(1, 13):
+            state = fs.update_in_place(tx, drawn(t, device), state, params)
+        found.append(params)
+    assert recorder.replayed >= 3
+    assert_near(*found[::-1], TOLERANCE[device])
+
+
+def edited(graphs: bool, device: str) -> dict[str, Tensor]:
+    """Steps that are asked for in other ways from time to time."""
+    tx = fs.chain(fs.trace(Live("momentum", 0.9)), chain_of("shampoo"))
+    tx = fs.cuda_graphed(tx) if graphs else tx
+    params = drawn(0, device)
+    state = tx.init(params)
+    for t in range(1, 40):
+        hyper = {"lr": rate(t)} | ({} if t % 7 < 3 else {"momentum": 0.5 + 0.01 * t})
+        options: dict[str, Any] = {"refresh": False} if t < 4 or 11 < t < 19 else {}
+        with torch.inference_mode(t % 9 < 4):
+            grads = drawn(t, device)
+            state = fs.update_in_place(tx, grads, state, params, hyper=hyper, **options)
+        if t == 20:  # the same memory, other rows and columns
+            w = params["w"]
+            params = {**params, "w": w.view(w.shape[::-1]).mT}
+        if t == 30:
+            tx = copy.deepcopy(tx)
+    return {**params, "w": params["w"].mT.reshape(SHAPES["w"])}
+
+
+def test_steps_that_are_asked_for_in_other_ways(device: str, recorder: Recorder) -> None:
+    expected, found = (edited(graphs, device) for graphs in (False, True))
+    assert recorder.replayed > 10
+    assert_near(found, expected, TOLERANCE[device])
+
+
+def test_a_default_device_leaves_it_as_it_is(device: str, recorder: Recorder) -> None:
+    with torch.device(device):
+        trained(fs.cuda_graphed(chain_of("soap")), device, 12)
+    assert recorder.replayed > 5
+
+
 def network(device: str) -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Embedding(11, 16), nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 11)]
@@ -339,6 +421,8 @@ def test_the_wrapper_follows_schedulers_edits_and_checkpoints(
     def run(**options: Any) -> nn.Module:
         model = network(device)
         optimizer = fs.for_model(model, method, lr=0.01, **options)
+        if method == "muon":  # as some schedulers are given it
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.01)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
         make = torch.Generator().manual_seed(1)
         for t in range(40):
@@ -383,7 +467,7 @@ def test_chains_that_cannot_be_recorded(device: str, recorder: Recorder) -> None
     params = drawn(0, device)
     grads = drawn(1, device)
     tx = fs.cuda_graphed(fs.multi_steps(fs.sgd(0.1), 2))
-    with pytest.raises(ValueError, match=r"multi_steps\(cuda_graphed\(tx\), every\)"):
+    with pytest.raises(ValueError, match="multi_steps, and its steps are pure"):
         fs.update_in_place(tx, grads, tx.init(params), params)
     tx = fs.cuda_graphed(fs.shampoo(0.1, distribute=fs.sharded))
     with pytest.raises(ValueError, match="wait for other ranks"):
