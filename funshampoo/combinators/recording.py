@@ -125,6 +125,7 @@ class Place:
                 with for_keeps():
                     place = torch.empty(shape, dtype=torch.float64, device=self._device)
                 self.numbers[name] = place
+                self.replays.clear()  # which would go on reading the one before
             own = self.numbers[name]
             if isinstance(value, Tensor) and (value.ndim or not value.is_cpu):
                 own.copy_(value, non_blocking=True)

@@ -48,15 +48,17 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        for x in among((args, kwargs)):
-            memory = x.untyped_storage()
+        given = [x.untyped_storage() for x in among((args, kwargs))]
+        for memory in given:
             if memory.data_ptr() not in self.made:
                 self.before.setdefault(memory.data_ptr(), (memory, memory.clone()))
         found = function(*args, **(kwargs or {}))
         results = among(found)
         places = {x.untyped_storage().data_ptr() for x in results}
         self.made |= places - self.before.keys()
-        self.calls.append((function, args, kwargs or {}, results))
+        # A view shares memory that is written to by others; reshape may be one, or a copy.
+        if not (function.is_view and places <= {memory.data_ptr() for memory in given}):
+            self.calls.append((function, args, kwargs or {}, results))
         return found
 
 
@@ -74,10 +76,9 @@ def taped(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
 
     def replay() -> None:
         for function, args, kwargs, results in tape.calls:
-            if not function.is_view:  # which shares memory that is written to by others
-                for x, y in zip(results, among(function(*args, **kwargs))):
-                    if x is not y and x.numel():
-                        x.copy_(y)
+            for x, y in zip(results, among(function(*args, **kwargs))):
+                if x is not y and x.numel():
+                    x.copy_(y)
 
     return replay
 
@@ -385,6 +386,8 @@ def edited(graphs: bool, device: str) -> dict[str, Tensor]:
     for t in range(1, 40):
         hyper = {"lr": rate(t)} | ({} if t % 7 < 3 else {"momentum": 0.5 + 0.01 * t})
         options: dict[str, Any] = {"refresh": False} if t < 4 or 11 < t < 19 else {}
+        if t > 24:
+            hyper["lr"] = torch.tensor([0.1 / t])
         with torch.inference_mode(t % 9 < 4):
             grads = drawn(t, device)
             state = fs.update_in_place(tx, grads, state, params, hyper=hyper, **options)
