@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import operator
 import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -275,10 +277,12 @@ def _recorded(run: Callable[[], Any], device: torch.device) -> Replay | None:
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.device(device):
-            stream = device, torch.cuda.current_stream().cuda_stream
-            pool = _POOLS.setdefault(stream, torch.cuda.graph_pool_handle())
+            others = _GRAPHS[device, torch.cuda.current_stream().cuda_stream]
+            # A pool ends with the last graph in it, and its handle is no good any more.
+            pool = next((other.pool() for other in others), None)
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 run()
+            others.add(graph)
     except RuntimeError as error:
         torch.cuda.synchronize(device)
         warnings.warn(
@@ -290,8 +294,8 @@ def _recorded(run: Callable[[], Any], device: torch.device) -> Replay | None:
     return graph.replay
 
 
-_POOLS: dict[Any, Any] = {}
-"""One a stream: no graph leaves anything in it that the next in line, or its replay, would need."""
+_GRAPHS: defaultdict[Any, weakref.WeakSet[Any]] = defaultdict(weakref.WeakSet)
+"""Of a stream, in one memory pool: none leaves anything in it that another, or a replay, needs."""
 
 RECORDERS: dict[str, Callable[[Callable[[], Any], torch.device], Replay | None]] = {
     "cuda": _recorded

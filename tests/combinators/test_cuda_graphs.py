@@ -8,7 +8,9 @@ the GPU.
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -120,8 +122,9 @@ def looks_anew(recorder: Recorder) -> None:
 
 
 def drawn(seed: int, device: str) -> dict[str, Tensor]:
-    make = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(s, generator=make).to(device) for n, s in SHAPES.items()}
+    make = torch.Generator("cpu").manual_seed(seed)
+    found = {n: torch.randn(s, generator=make, device="cpu") for n, s in SHAPES.items()}
+    return {n: x.to(device) for n, x in found.items()}
 
 
 def chain_of(name: str) -> fs.GradientTransformation:
@@ -498,11 +501,23 @@ def test_a_plain_step_that_waits_is_told_of() -> None:
     tx, params = fs.cuda_graphed(fs.chain(reading(), fs.scale(-0.1))), drawn(0, "cuda")
     state = tx.init(params)
     with pytest.warns(UserWarning, match="plain steps wait for the GPU"):
-        state = fs.update_in_place(tx, drawn(1, "cuda"), state, params)
-    for t in range(2, 5):
+        for t in range(1, 3):  # it is watched twice
+            state = fs.update_in_place(tx, drawn(t, "cuda"), state, params)
+    for t in range(3, 5):
         state = fs.update_in_place(tx, drawn(t, "cuda"), state, params)
     expected = drawn(0, "cuda")["w"] - 0.1 * sum(drawn(t, "cuda")["w"] for t in range(1, 5))
     torch.testing.assert_close(params["w"], expected)
+
+
+@pytest.mark.gpu
+def test_graphs_go_on_being_recorded_after_all_of_them_are_gone() -> None:
+    """Whose memory pool is gone with them."""
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message="Synchronization debug mode")
+            trained(fs.cuda_graphed(chain_of("shampoo")), "cuda", 12)
+        gc.collect()
 
 
 @pytest.mark.gpu
