@@ -79,10 +79,12 @@ def test_the_quotient_of_adam_by_one_sum(filtered: bool, blocks: bool) -> None:
         y, z, w, d = (t.double() for t in (y, z, w, d if filtered else torch.ones_like(d)))
         torch.testing.assert_close(x.double(), y / d / ((z / w).sqrt() + 1e-8), rtol=1e-6, atol=0)
     assert not found[0][-1 if blocks else ...].any()
-    assert _joins(v, 1e-8, weight, divisor)
+    large, one = [torch.empty(2**15)], [torch.ones(())]
+    assert _joins(large, 1e-8, one, one)
+    assert not _joins(v, 1e-8, weight, divisor), "more launches, and little to read"
     for epsilon in (0.0, 1e-20):  # of which a product with a weight could be 0
-        assert not _joins(v, epsilon, weight, divisor)
-    assert not _joins([torch.empty(3, device="meta")], 1e-8, [weight[0]], None), "of everyone"
+        assert not _joins(large, epsilon, one, one)
+    assert not _joins([torch.empty(2**15, device="meta")], 1e-8, one, None), "of everyone"
 
 
 def test_adam_moves_its_moments_and_updates_less_often_on_a_gpu() -> None:

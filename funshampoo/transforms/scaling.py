@@ -290,8 +290,10 @@ _FAR = 2.0**20  # of epsilon above √tiny: then a product with any weight is ab
 def _joins(v: Column, epsilon: float, weight: Column, divisor: Column | None) -> bool:
     """Whether `_by_one_sum` takes these, on a device where a pass over memory is what a step costs.
 
-    Never on a CPU, whose numbers are those of 0.1.
+    Never on a CPU, whose numbers are those of 0.1, nor for small leaves alone: it is more launches.
     """
+    if all([x.numel() <= _SMALL for x in v]):
+        return False
     for x, *numbers in zip(v, weight, divisor or weight):
         if type(x) is not Tensor or any([n.device != x.device for n in numbers]):
             return False
