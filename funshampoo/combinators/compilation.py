@@ -70,13 +70,7 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
     {'w': tensor([0.9000, 0.9000])}
     """
     inner = as_transformation(inner)
-    unknown = inner.without_phase()
-    if unknown:
-        raise ValueError(
-            f"compiled: '{unknown[0]}' may do other things on some steps than on others, and does "
-            "not say on which: give its GradientTransformation a phase=, see docs/stages.md."
-        )
-
+    check_phases(inner, "compiled")
     if _rounds(inner):
         raise ValueError(
             "compiled: in_tf32 does nothing in a graph; put it outside, in_tf32(compiled(tx))."
@@ -142,6 +136,20 @@ class _ByGraph:
             # Raises what the tracer has hidden, if the caller did something wrong.
             self._inner.run(updates, state, params, changed(context, donate=False))
             raise
+
+
+def check_phases(inner: GradientTransformation, word: str) -> None:
+    """Raise for a stage that wants the number of the step and does not say what it is for.
+
+    Raises:
+        ValueError: names the stage.
+    """
+    unknown = inner.without_phase()
+    if unknown:
+        raise ValueError(
+            f"{word}: '{unknown[0]}' may do other things on some steps than on others, and does "
+            "not say on which: give its GradientTransformation a phase=, see docs/stages.md."
+        )
 
 
 def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> Phase | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.combinators.compilation import phase_of
+from funshampoo.combinators.compilation import check_phases, phase_of
 from funshampoo.combinators.recording import RECORDERS, Asked, Place, on_device
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import running
@@ -70,12 +70,7 @@ def cuda_graphed(inner: GradientTransformation) -> GradientTransformation:
     {'w': tensor([0.9000, 0.9000])}
     """
     inner = as_transformation(inner)
-    unknown = inner.without_phase()
-    if unknown:
-        raise ValueError(
-            f"cuda_graphed: '{unknown[0]}' may do other things on some steps than on others, and "
-            "does not say on which: give its GradientTransformation a phase=, see docs/stages.md."
-        )
+    check_phases(inner, "cuda_graphed")
     return GradientTransformation(
         inner.init,
         lambda updates, state, params, context: inner.run(updates, state, params, context),
