@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funshampoo.core.modes import constant
 from funshampoo.linalg.norms import row_norms
-from funshampoo.linalg.products import aligned
+from funshampoo.linalg.products import aligned, multiply
 
 PROBES = 8
 
@@ -23,14 +23,19 @@ def largest_eigenvalue(A: Tensor) -> Tensor:
     scale = A.detach().abs().amax((-2, -1), keepdim=True)
     # Homogeneous in A, so the scale is a constant to autograd; it keeps squares in float32's range.
     scale = torch.where(scale > 0, scale, 1.0)
-    B = aligned(A / scale)
-    return spectral_norm(lambda v: v @ B, A, iterations=24) * scale[..., 0, 0]
+    B = aligned(A / scale)  # 1 ≤ λmax ≤ d
+    return spectral_norm(lambda v: multiply(v, B), A, iterations=24, at_once=4) * scale[..., 0, 0]
 
 
-def spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int) -> Tensor:
+def spectral_norm(
+    apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int, at_once: int = 1
+) -> Tensor:
     """‖R‖₂ (...), from below, of a symmetric operator: apply(v) = v R for v (..., PROBES, d).
 
         v ← v R / ‖v R‖ from each probe;   ‖R‖₂ ≥ ‖v R‖ / ‖v‖, the largest over the probes
+
+    Divided by the norm after every `at_once` of the iterations, since that is three kernels beside
+    one: ‖R‖₂^at_once has to be far inside of the dtype's range.
 
     In n iterations without any gap in the spectrum it comes within a factor of about d^(1/2n). v is
     made of rows because on a CPU products with 8 columns take 4 to 10 times as long as with 8 rows.
@@ -38,9 +43,10 @@ def spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: i
     """
     least = torch.finfo(like.dtype).tiny  # where R is zero the estimate is 0 instead of 0/0
     v = probe_vectors(like).expand(*like.shape[:-2], PROBES, like.shape[-1])
-    for _ in range(iterations - 1):
-        w = apply(v)
-        v = w / torch.linalg.vector_norm(w.detach(), dim=-1, keepdim=True).clamp(min=least)
+    for i in range(1, iterations):
+        v = apply(v)
+        if i % at_once == 0:
+            v = v / torch.linalg.vector_norm(v.detach(), dim=-1, keepdim=True).clamp(min=least)
     w, norm = apply(v), row_norms(v).clamp(min=least)
     return (row_norms(w) / norm).amax(-1)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.linalg.estimates import largest_eigenvalue, spectral_norm
-from funshampoo.linalg.products import aligned, power
+from funshampoo.linalg.products import aligned, multiply, power
 from funshampoo.linalg.solver import InverseRoot, or_identity, symmetrize
 
 _RESIDUAL_ITERATIONS = 4
@@ -66,6 +66,6 @@ def _residual(X: Tensor, p: int, B: Tensor) -> Tensor:
     factors = [X] * (p // 2) + [B] + [X] * (p - p // 2)
 
     def apply(v: Tensor) -> Tensor:
-        return reduce(torch.matmul, factors, v) - v
+        return reduce(multiply, factors, v) - v
 
     return spectral_norm(apply, B, _RESIDUAL_ITERATIONS)

@@ -1,60 +1,116 @@
-"""Polynomials whose composition takes all of an interval to 1: the steps of a square root."""
+"""Polynomials whose composition takes an interval to 1: the steps of an inverse p-th root."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-_GROW = (6.998198728, -60.52606906, 193.7978937, -244.4565663, 105.1765429)
-"""x e(x²) is in [0.276, 0.99] for x in [0.04, 1], the best such, and 7 x near 0.
-
-Up to 0.99 and not 1, since it rises steeply there, and so would rounding.
-"""
-
-_GROWS_FROM, _GROWN = 0.04, 0.276
-
-_SETTLE = (4.767023587, -19.78725115, 45.27216331, -47.18502347, 17.96649098)
-"""The best for x in [0.276, 1]: within 0.0335 of 1."""
-
-_SETTLED = 0.0335
-
 
 class Step(NamedTuple):
-    """E = Σ coefficients[j] M^j, M = Z Y or, around one, I - Z Y."""
+    """N = Σ coefficients[j] M^j, or, around one, of (I - M)^j."""
 
     coefficients: tuple[float, ...]
     around_one: bool = False
 
 
-def square_root_steps(lower: float, tolerance: float) -> list[Step]:
-    """Those that bring all x in [lower, 1] within `tolerance` of 1, by x ← x E(x²)."""
-    steps = []
-    while lower < _GROWN:
-        steps.append(Step(_GROW))
-        lower = lower * _value(_GROW, lower * lower) if lower < _GROWS_FROM else _GROWN
-    if 1 - lower <= tolerance:
-        return steps
-    steps.append(Step(_SETTLE))
-    error = _SETTLED
-    while error > tolerance:
-        reached = {k: _error_of_series(k, error) for k in (1, 2, 4)}
+class Table(NamedTuple):
+    """The best polynomials e of degree 4 for x e(x^p), on two intervals.
+
+    Attributes:
+        grow: x grow(x^p) is in [grown, 0.99] for x in [grows_from, 1], the best such, and rises for
+            a smaller x. Up to 0.99 and not 1, since it rises steeply there, and so would rounding.
+        settle: the best for x in [grown, 1]: within `settled` of 1.
+    """
+
+    grow: tuple[float, ...]
+    grows_from: float
+    grown: float
+    settle: tuple[float, ...]
+    settled: float
+
+
+TABLES = {
+    2: Table(
+        (6.998198728, -60.52606906, 193.7978937, -244.4565663, 105.1765429),
+        0.04,
+        0.276,
+        (4.767023587, -19.78725115, 45.27216331, -47.18502347, 17.96649098),
+        0.0335,
+    ),
+    3: Table(
+        (3.935257738, -29.79689076, 98.30585744, -127.5205215, 56.06629683),
+        0.14,
+        0.5395,
+        (2.570022606, -6.1447679, 11.28913899, -10.28662021, 3.576398225),
+        0.0042,
+    ),
+    4: Table(
+        (3.152843456, -29.11323948, 106.5862925, -146.2213986, 66.58550191),
+        0.11,
+        0.3463,
+        (2.844410811, -13.28407629, 39.37865403, -48.78910066, 20.9284818),
+        0.0784,
+    ),
+    6: Table(
+        (2.198101621, -16.19913839, 60.34059682, -84.12243192, 38.77287167),
+        0.265,
+        0.581,
+        (1.852537212, -4.649051665, 11.83697318, -13.61595003, 5.593330987),
+        0.0179,
+    ),
+    8: Table(
+        (1.833720693, -11.84324853, 45.07713397, -63.72694752, 29.64934119),
+        0.36,
+        0.6589,
+        (1.602922641, -3.274982326, 8.427000541, -9.804064914, 4.062898333),
+        0.0138,
+    ),
+}
+"""By p: those of the exponents 1/2, 1/3 and 1/(2k) of blocks of up to four sides.
+
+Found by Remez' exchange. Each `grows_from` is the one with the fewest products in all for a
+condition of 1e6.
+"""
+
+
+def root_steps(p: int, lower: float, tolerance: float) -> list[Step]:
+    """Those that bring all x in [lower, 1] within `tolerance` of 1, by x ← x N(x^p).
+
+    For a p that has no table by the series of M^(-1/p) around 1 alone.
+    """
+    steps, low, high = [], lower, 1.0
+    if p in TABLES:
+        grow, grows_from, grown, settle, settled = TABLES[p]
+        while low < grown:
+            steps.append(Step(grow))
+            low = low * _value(grow, low**p) if low < grows_from else grown
+        if 1 - low > tolerance:
+            steps.append(Step(settle))
+            low, high = 1 - settled, 1 + settled
+    while max(1 - low, high - 1) > tolerance:
+        reached = {k: _reached(p, k, low, high) for k in (1, 2, 4)}
+        errors = {k: max(1 - low, high - 1) for k, (low, high) in reached.items()}
         # Not by next(), at which torch 2.8 stops tracing.
-        k = min([k for k in reached if reached[k] <= tolerance] or [4])
-        steps.append(Step(_series(k), around_one=True))
-        error = reached[k]
+        k = min([k for k in errors if errors[k] <= tolerance] or [4])
+        steps.append(Step(_series(p, k), around_one=True))
+        low, high = reached[k]
     return steps
 
 
-def _series(k: int) -> tuple[float, ...]:
-    """The first k + 1 coefficients of (1 - y)^(-1/2), by powers of y."""
+def _series(p: int, k: int) -> tuple[float, ...]:
+    """The first k + 1 coefficients of (1 - y)^(-1/p), by powers of y."""
     found = [1.0]
     for j in range(1, k + 1):
-        found.append(found[-1] * (2 * j - 1) / (2 * j))
+        found.append(found[-1] * (1 + (j - 1) * p) / (j * p))
     return tuple(found)
 
 
-def _error_of_series(k: int, error: float) -> float:
-    """How far x (series of k)(1 - x²) is from 1 at most, where x is off by `error` at most."""
-    return max(abs(1 - x * _value(_series(k), 1 - x * x)) for x in (1 - error, 1 + error))
+def _reached(p: int, k: int, low: float, high: float) -> tuple[float, float]:
+    """The range of x (series of k)(1 - x^p) for x in [low, high] ∋ 1.
+
+    It rises up to 1; beyond, it goes on rising for an even k and falls for an odd one.
+    """
+    ends = [x * _value(_series(p, k), 1 - x**p) for x in (low, high)]
+    return min(ends), max(*ends, 1.0)
 
 
 def _value(coefficients: tuple[float, ...], t: float) -> float:

@@ -6,22 +6,15 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from funshampoo.linalg import coupled_higher_order, coupled_newton, eigh, newton_schulz
-from funshampoo.linalg.newton_schulz import _newton_steps
-from funshampoo.linalg.root_steps import (
-    _GROW,
-    _GROWN,
-    _GROWS_FROM,
-    _SETTLE,
-    _SETTLED,
-    Step,
-    square_root_steps,
-)
+from funshampoo.linalg.newton_schulz import _inverse_root
+from funshampoo.linalg.root_steps import TABLES, Step, root_steps
 
 from .spectra import DTYPES, log_spaced, low_rank, orthogonal, relative_error, with_spectrum
 
@@ -97,36 +90,41 @@ def test_no_retries_for_what_can_not_be_solved(monkeypatch: pytest.MonkeyPatch) 
     assert not products
 
 
-def taken(x: Tensor, step: Step) -> Tensor:
-    """x E(x²)."""
-    t = 1 - x**2 if step.around_one else x**2
+def taken(x: Tensor, step: Step, p: int) -> Tensor:
+    """x N(x^p)."""
+    t = 1 - x**p if step.around_one else x**p
     return x * sum(c * t**j for j, c in enumerate(step.coefficients))
 
 
+@pytest.mark.parametrize("p", [2, 3, 4, 5, 6, 8, 11])
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-6, 1e-12])
-@pytest.mark.parametrize("condition", [1.0, 3.0, 10.0, 1e3, 1e6, 1e8])
-def test_steps_bring_every_value_within_the_tolerance(condition: float, tolerance: float) -> None:
-    lower = 1 / condition
+@pytest.mark.parametrize("condition", [1.0, 1.01, 3.0, 10.0, 1e3, 3e7, 1e10, 1e16])
+def test_steps_bring_every_value_within_the_tolerance(
+    p: int, condition: float, tolerance: float
+) -> None:
+    lower = condition ** (-1 / p)
     x = torch.logspace(math.log10(lower), 0, 10_000, dtype=torch.float64)
-    for step in square_root_steps(lower, tolerance):
-        x = taken(x, step)
+    for step in root_steps(p, lower, tolerance):
+        x = taken(x, step, p)
         assert x.min() > 0
-        assert x.max() < 1.035
+        assert x.max() ** p < 1.4
     assert (x - 1).abs().max() < tolerance + 1e-14
 
 
-@pytest.mark.parametrize(
-    ("coefficients", "lower", "least", "most"),
-    [(_GROW, _GROWS_FROM, _GROWN, 0.99), (_SETTLE, _GROWN, 1 - _SETTLED, 1 + _SETTLED)],
-)
-def test_no_odd_polynomial_of_their_degree_is_better(
-    coefficients: tuple[float, ...], lower: float, least: float, most: float
-) -> None:
+@pytest.mark.parametrize("kind", ["grow", "settle"])
+@pytest.mark.parametrize("p", TABLES)
+def test_no_polynomial_of_its_degree_is_better(p: int, kind: str) -> None:
     """Chebyshev: the best of five coefficients is the one that touches its bounds in turn, six
     times.
     """
+    table = TABLES[p]
+    bounds = {
+        "grow": (table.grows_from, table.grown, 0.99),
+        "settle": (table.grown, 1 - table.settled, 1 + table.settled),
+    }
+    lower, least, most = bounds[kind]
     x = torch.linspace(lower, 1, 100_000, dtype=torch.float64)
-    y = taken(x, Step(coefficients))
+    y = taken(x, Step(getattr(table, kind)), p)
     assert least <= y.min() < y.max() <= most
     touches = [(y - y.min()) < 1e-6, (y.max() - y) < 1e-6]
     ends = (touches[1].double() - touches[0].double())[touches[0] | touches[1]]
@@ -134,34 +132,35 @@ def test_no_odd_polynomial_of_their_degree_is_better(
     assert ends[0] == -1
 
 
-def test_fixed_step_counts() -> None:
-    """At the default condition 1e6 and tolerance 1e-6, side 1: what a root costs."""
-    assert len(square_root_steps(1e-3, 1e-6)) == 5
-    assert len(square_root_steps(1e-3, 1e-12)) == 6
-    for d in (64, 4096):
-        lower = (1e6 * d**0.5) ** -0.5
-        steps = [square_root_steps(lower, 1e-6), square_root_steps(lower**0.5, 1e-6)]
-        assert [len(x) for x in steps] == [6, 4]
-    assert _newton_steps(3, 1e6, 1e-6) == 19
-    for p in (1, 3, 5, 7):
-        m = torch.logspace(-6, 0, 1000, dtype=torch.float64) * (p + 1) / 2
-        for _ in range(_newton_steps(p, 1e6, 1e-10)):
-            m = m * ((p + 1 - m) / p) ** p
-        assert (m - 1).abs().max() < 1e-10
+@pytest.mark.parametrize("p", TABLES)
+def test_what_grows_is_taken_where_nothing_falls_back(p: int) -> None:
+    """Below the interval that a table's `grow` is the best for it has to rise."""
+    table = TABLES[p]
+    x = torch.linspace(0, table.grows_from, 100_000, dtype=torch.float64)
+    y = taken(x, Step(table.grow), p)
+    assert (y[1:] > x[1:]).all()
+    assert y.max() <= 0.99 + 1e-9
+    assert (y.cummax(0).values == y).all() or y[y < y.cummax(0).values].min() >= table.grown
 
 
-def test_products_of_a_root_of_shampoo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a refresh takes on a GPU: of the two square roots' six and four steps."""
-    module = sys.modules["funshampoo.linalg.newton_schulz"]
-    products = []
+@pytest.mark.parametrize(
+    ("p", "products"), [(1, 27), (2, 27), (3, 31), (4, 30), (5, 70), (6, 30), (8, 30)]
+)
+def test_products_of_a_root(p: int, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a refresh takes on a GPU, at the defaults and 1,024 a side."""
+    counted = [0]
+    for name in ("newton_schulz", "products"):
+        module = sys.modules[f"funshampoo.linalg.{name}"]
+        matmul = module.matmul
 
-    def counted(a: Tensor, b: Tensor) -> Tensor:
-        products.append(a.shape)
-        return a @ b
+        def count(a: Tensor, b: Tensor, matmul: Any = matmul) -> Tensor:
+            counted[0] += 1
+            product: Tensor = matmul(a, b)
+            return product
 
-    monkeypatch.setattr(module, "matmul", counted)
-    newton_schulz()(with_spectrum(orthogonal(64), low_rank(64, 16)), 4, 1e-6)
-    assert len(products) == 44
+        monkeypatch.setattr(module, "matmul", count)
+    _inverse_root(torch.empty(1, 1024, 1024, device="meta"), max(p, 2), 1e6, 1e-6)
+    assert counted[0] == products
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])

@@ -208,7 +208,7 @@ REFRESHES: dict[str, tuple[Any, float]] = {
     "qr": (fs.soap, 0.8),
     "by_rank": (fs.eigenvalue_shampoo, 0.85),
     "coupled_newton": (functools.partial(fs.shampoo, solver=fs.linalg.coupled_newton()), 9.0),
-    "newton_schulz": (functools.partial(fs.shampoo, solver=fs.linalg.newton_schulz()), 7.0),
+    "newton_schulz": (functools.partial(fs.shampoo, solver=fs.linalg.newton_schulz()), 5.0),
     "function": (functools.partial(fs.shampoo, solver=lambda *args: fs.linalg.eigh()(*args)), 1.0),
 }
 
