@@ -11,6 +11,7 @@ from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import may_wait
 from funshampoo.linalg.eigensolver import eigh
 from funshampoo.linalg.newton_schulz import newton_schulz
+from funshampoo.linalg.root_steps import TABLES
 from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
 
 LARGEST_SIDE_OF_EIGH = 32
@@ -29,7 +30,7 @@ LEAST_RELATIVE_EPSILON = 1e-6
 class by_device(RootSolver):
     """Inverse root by products on a GPU, by eigendecomposition elsewhere, for any p > 0.
 
-        newton_schulz(relative_epsilon=...):  A on CUDA, of a side above 32, p an integer
+        newton_schulz(relative_epsilon=...):  A on CUDA, of a side above 32, a p that it takes
         eigh(relative_epsilon=...):           any other A
 
     In a CUDA graph (`cuda_graphed`), where nothing can wait, sides of up to 32 are by products too.
@@ -62,7 +63,8 @@ class by_device(RootSolver):
         check_exponent(p)
         relative = self.relative_epsilon
         is_conditioned = isinstance(relative, Tensor) or relative >= LEAST_RELATIVE_EPSILON
-        by_products = float(p).is_integer() and is_conditioned and self._by_products(A)
+        whole = float(p).is_integer() or 2 * p in TABLES
+        by_products = whole and is_conditioned and self._by_products(A)
         return (newton_schulz if by_products else eigh)(relative_epsilon=relative)(A, p, epsilon)
 
     def _by_products(self, A: Tensor) -> bool:

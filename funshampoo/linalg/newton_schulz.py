@@ -15,11 +15,12 @@ from funshampoo.core.modes import full_precision, is_differentiated
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
-from funshampoo.linalg.root_steps import Step, root_steps
+from funshampoo.linalg.root_steps import TABLES, Step, root_steps
 from funshampoo.linalg.solver import (
     InverseRoot,
     RootSolver,
     add_to_diagonal,
+    check_exponent,
     check_matrix,
     identity_like,
     integer_exponent,
@@ -35,7 +36,8 @@ _LARGEST = 16.0
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class newton_schulz(RootSolver):
-    """Inverse root by a fixed number of coupled polynomial steps, for integer p: no host reads.
+    """Inverse root by a fixed number of coupled polynomial steps, for integer p, 3/2 and 9/2.
+
 
     The coupled iteration of Guo and Higham (see `coupled_newton`) with other polynomials than
     Newton's, on Ã = A + damping·I with c = ‖Ã‖_∞ ≥ λmax:
@@ -45,8 +47,9 @@ class newton_schulz(RootSolver):
     In exact arithmetic each step maps x = (eigenvalue of M)^(1/p) to x e(x^p). First come a few of
     one polynomial of degree 4 by which the least x grows, then one that is the best for the
     interval that holds them all by now, then the series of M^(-1/p) around 1. At the defaults these
-    are 27, 31, 30, 30 and 30 products for p = 2, 3, 4, 6 and 8 and 1,024 a side; another p has the
-    series alone, and 70 for p = 5. p = 1 is the square of p = 2, and has its residual.
+    are 27, 31, 30, 30, 30 and 34 products for p = 2, 3, 4, 6, 8 and 9 and 1,024 a side; another p
+    has the series alone, and 70 for p = 5. p = 1, 3/2 and 9/2 are squares of p = 2, 3 and 9, and
+    have their residuals. The host reads nothing.
 
     N stands on both sides of M. As N^p M, the same but for rounding, what a steep e makes of errors
     in M does not cancel: half of the roots for p = 4 and a condition of 1e6 had, in float32,
@@ -67,8 +70,8 @@ class newton_schulz(RootSolver):
     condition: the largest λmax / λmin of Ã to be prepared for, about 1 / relative_epsilon.
     max_residual: see `coupled_newton`.
     Raises ValueError for a negative number as relative_epsilon, epsilon or max_residual,
-    condition < 1, tolerance < 1e-14, or when p is not a positive integer; TypeError for a dtype
-    other than float32 and float64.
+    condition < 1, tolerance < 1e-14, or another p; TypeError for a dtype other than float32 and
+    float64.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 16.0]))
@@ -89,20 +92,31 @@ class newton_schulz(RootSolver):
         """See `RootSolver`."""
         check_matrix(A)
         with full_precision():
-            return self._solve(A, integer_exponent(p, "newton_schulz"), epsilon)
+            return self._solve(A, *degree_and_power(p), epsilon)
 
-    def _solve(self, A: Tensor, p: int, epsilon: Hyper) -> InverseRoot:
+    def _solve(self, A: Tensor, p: int, q: int, epsilon: Hyper) -> InverseRoot:
         A, finite = replace_nonfinite(A)
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
         system = normalize(add_to_diagonal(A, damping), finite)
-        q = max(p, 2)
         # A polynomial that is close need not rise alike: its derivative takes a step more.
         tolerance = max(self.tolerance**2, 1e-14) if is_differentiated(A) else self.tolerance
-        X = _inverse_root(system.B, q, self.condition, tolerance)
-        result = certify(X, q, system, self.max_residual)
-        if p == 1:
-            return changed(result, root=symmetrize(matmul(result.root, result.root)))
-        return result
+        X = _inverse_root(system.B, p, self.condition, tolerance)
+        result = certify(X, p, system, self.max_residual)
+        if q == 1:
+            return result
+        return changed(result, root=symmetrize(matrix_power(result.root, q)))
+
+
+def degree_and_power(p: float) -> tuple[int, int]:
+    """(m, q) of A^(-1/p) = (A^(-1/m))^q for a p that `newton_schulz` takes.
+
+    Raises:
+        ValueError: for another.
+    """
+    check_exponent(p)
+    if 2 * p in TABLES and (p == 1 or p != int(p)):
+        return int(2 * p), 2
+    return integer_exponent(p, "newton_schulz"), 1
 
 
 def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:

@@ -64,8 +64,15 @@ TABLES = {
         (1.602922641, -3.274982326, 8.427000541, -9.804064914, 4.062898333),
         0.0138,
     ),
+    9: Table(
+        (1.72213555, -10.44533874, 40.05246688, -56.89421285, 26.55494896),
+        0.4,
+        0.6877,
+        (1.525907784, -2.856011503, 7.382345678, -8.62667319, 3.586863334),
+        0.0125,
+    ),
 }
-"""By p: those of the exponents 1/2, 1/3 and 1/(2k) of blocks of up to four sides.
+"""By p: those of the exponents 1/2, 1/3 (9 for 2/9, of three sides), and 1/(2k) of 1 to 4 sides.
 
 Found by Remez' exchange. Each `grows_from` is the one with the fewest products in all for a
 condition of 1e6.

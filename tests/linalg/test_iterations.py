@@ -144,7 +144,7 @@ def test_what_grows_is_taken_where_nothing_falls_back(p: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "products"), [(1, 27), (2, 27), (3, 31), (4, 30), (5, 70), (6, 30), (8, 30)]
+    ("p", "products"), [(1, 27), (2, 27), (3, 31), (4, 30), (5, 70), (6, 30), (8, 30), (9, 34)]
 )
 def test_products_of_a_root(p: int, products: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a refresh takes on a GPU, at the defaults and 1,024 a side."""
@@ -163,17 +163,22 @@ def test_products_of_a_root(p: int, products: int, monkeypatch: pytest.MonkeyPat
     assert counted[0] == products
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
-def test_newton_schulz_reaches_1e_10_in_float64_at_its_default_damping(p: int) -> None:
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, 4, 4.5, 5, 6, 8, 9])
+def test_newton_schulz_reaches_1e_10_in_float64_at_its_default_damping(p: float) -> None:
     A = with_spectrum(orthogonal(64), low_rank(64, 16))
     result = newton_schulz(relative_epsilon=0.0, tolerance=1e-12)(A, p, 1e-6)
     truth = with_spectrum(orthogonal(64), (low_rank(64, 16) + 1e-6) ** (-1 / p))
     assert relative_error(result.root, truth) < 5e-10
 
 
-@pytest.mark.parametrize("make", [coupled_newton, newton_schulz])
-@pytest.mark.parametrize("p", [2, 3, 4, 8])
-def test_defaults_are_enough_in_float32(make, p: int) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("make", "p"),
+    [
+        *[(make, p) for make in (coupled_newton, newton_schulz) for p in (2, 3, 4, 8)],
+        *[(newton_schulz, p) for p in (1.5, 4.5, 5, 6)],
+    ],
+)
+def test_defaults_are_enough_in_float32(make, p: float) -> None:  # type: ignore[no-untyped-def]
     """Rank-deficient stacks at the default damping: every root is accepted, and is right."""
     for d in (1, 2, 8, 64, 256):
         count = 64 if d < 64 else 2

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 import funshampoo as fs
 from funshampoo.blocks import Stacked
 from funshampoo.models import METHOD_ROLES
+from funshampoo.models.groups import for_new_runs
 from funshampoo.recipes import ELEMENTWISE, RECIPES
 from tests.models.zoo import ZOO, Experts, ResNet, gpt2, llama, mixtral
 
@@ -107,7 +108,7 @@ def test_what_is_taken_apart_steps_as_separate_matrices(method: str) -> None:
     attention = nn.MultiheadAttention(8, 2, bias=False, dtype=D)
     parts = [nn.Parameter(w.clone()) for w in attention.in_proj_weight.detach().split(8)]
     optimizer = fs.for_model(attention, method, lr=0.1)
-    separate = fs.Optimizer(parts, RECIPES[method], lr=0.1)
+    separate = fs.Optimizer(parts, RECIPES[method], lr=0.1, **for_new_runs(RECIPES[method]))
     for t in range(5):
         g = torch.randn(24, 8, generator=torch.Generator().manual_seed(t), dtype=D)
         attention.in_proj_weight.grad = g
@@ -117,6 +118,23 @@ def test_what_is_taken_apart_steps_as_separate_matrices(method: str) -> None:
         separate.step()
     for own, p in zip(attention.in_proj_weight.detach().split(8), parts):
         assert torch.allclose(own, p.detach(), rtol=0, atol=1e-11)
+
+
+def test_shampoo_begins_with_the_better_exponent() -> None:
+    """Whoever the method is given to, unless somebody says otherwise; the recipe keeps its own."""
+
+    def exponents(**options: Any) -> list[Any]:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        groups = fs.for_model(model, **{"lr": 0.1} | options).param_groups
+        return [group["exponents"] for group in groups if group["method"] is fs.shampoo]
+
+    assert exponents() == exponents(method=fs.shampoo, every=2) == [1 / 3]
+    assert exponents(exponents=None) == [None]
+    assert exponents(method="soap", others="shampoo", other_lr=0.1)[0] == 1 / 3
+    assert exponents(method="soap", overrides={"0.weight": {"method": "shampoo", "lr": 0.1}}) == [
+        1 / 3
+    ]
+    assert fs.Shampoo([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]["exponents"] is None
 
 
 def test_the_rest_is_torchs_adamw() -> None:

@@ -112,8 +112,8 @@ WIDER: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
 }
 MORE: list[tuple[str, dict[str, Any], tuple[float, float, float]]] = [
     ("shampoo", {"grafting": "sgd"}, (1, 1, 1)),
-    ("shampoo", {"grafting": None}, (1, 1, 1)),
-    ("shampoo", {"grafting": None, "max_size": 16}, (1 / 4, 1 / 4, 1 / 4)),  # 16 times the blocks
+    ("shampoo", {**NONE, "exponents": None}, (1, 1, 1)),
+    ("shampoo", {**NONE, "exponents": None, "max_size": 16}, (1 / 4, 1 / 4, 1 / 4)),  # 16 × blocks
     ("muon", {"scale": "adam"}, (1 / 2, 1 / 2, 1 / 2)),
 ]
 
