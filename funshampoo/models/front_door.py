@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -56,6 +55,8 @@ def for_model(
     says which; state goes by the model's names. `print(funshampoo.routing_table(optimizer))` shows
     what became of every parameter. Stacked experts, and query, key and value in one weight, are
     taken apart by `blocks.Stacked`, for every method to which a matrix is more than its entries.
+    A gradient that is not finite holds its block; in "adamw", "sgd", "lion" and "sign_descent",
+    for whichever role, its parameter, unless guard=False is among their options.
 
     Args:
         model: its parameters, each once, tied ones too. Frozen ones are there, and wait.
@@ -65,8 +66,7 @@ def for_model(
         other_lr: of everything else; None: the default of `others`, 1e-3 for AdamW. A rate of a
             method says nothing about that of another: give the one that AdamW has had.
         others, other_options: a name or a recipe, and its arguments, such as betas. Where these do
-            not say otherwise, vectors do not decay, and "adamw" holds a parameter whose gradient is
-            not finite (guard=True).
+            not say otherwise, vectors do not decay.
         method_roles: the roles that the method gets.
         overrides: {pattern: role, or settings}: see `roles`. Settings that are no part of a role
             go into the parameters' group: its own lr, weight_decay, max_size, or method.
@@ -138,8 +138,6 @@ def _of_others(rest: Recipe, rate: Any, options: Any) -> dict[str, Any]:
     if rate is not None and "lr" in own:
         raise TypeError("other_lr and the 'lr' of other_options are one number: give one of them.")
     plain = {"lr": default_rate(rest) if rate is None and "lr" not in own else rate, **own}
-    if "guard" in inspect.signature(rest).parameters:
-        plain.setdefault("guard", True)
     Vocabulary(rest, plain).defaults(plain)  # raises for one that it does not take
     return plain
 
