@@ -147,8 +147,8 @@ def test_the_rest_is_torchs_adamw() -> None:
 
 
 HOLDING: dict[str, dict[str, Any]] = {
-    **{f"{name} beside": {"others": name, "other_lr": 0.01} for name in ELEMENTWISE},
-    **{f"{name} for all": {"method": name} for name in ELEMENTWISE},
+    **{f"{name} beside": {"others": name, "other_lr": 0.01} for name in sorted(ELEMENTWISE)},
+    **{f"{name} for all": {"method": name} for name in sorted(ELEMENTWISE)},
     "in overrides": {"overrides": {"3.weight": {"method": "lion"}}},
     "partial": {"others": functools.partial(fs.adamw, beta1=0.8)},
 }
