@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -107,7 +108,7 @@ def for_model(
     found = kinds(model, overrides, heads)
     parameters = dict(model.named_parameters())
     extra = {n: extra_settings(s) for n, s in settings_of(found, overrides).items()}
-    Vocabulary(main, options).defaults({"lr": lr, **options})  # raises for one it does not take
+    _check_options(main, rest, lr, options)
     plain = _of_others(rest, other_lr, other_options)
     routes = Routes(main, {"lr": lr, **options}, rest, plain, frozenset(method_roles))
     settings = {n: routes.settings(kind, extra[n]) for n, kind in found.items()}
@@ -128,6 +129,18 @@ def _check_method_roles(method_roles: Any) -> None:
         raise TypeError(f"method_roles is {method_roles!r}; give a list of roles.")
     for role in method_roles:
         check_choice("method_roles", role, ROLES)
+
+
+def _check_options(main: Recipe, rest: Recipe, lr: Any, options: Mapping[str, Any]) -> None:
+    """Raise for one that the method does not take, as `guard`, which is that of the others."""
+    try:
+        Vocabulary(main, options).defaults({"lr": lr, **options})
+    except TypeError as error:
+        for name in inspect.signature(rest).parameters.keys() & options.keys():
+            if f"no hyperparameter '{name}'" in str(error):
+                remedy = f"What the other roles have takes it: other_options={{'{name}': ...}}."
+                raise TypeError(f"{error} {remedy}") from error
+        raise
 
 
 def _of_others(rest: Recipe, rate: Any, options: Any) -> dict[str, Any]:

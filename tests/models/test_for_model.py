@@ -353,6 +353,7 @@ def test_dear_choices_are_warned_of() -> None:
         ({"others": "adam"}, ValueError, "others is 'adam'"),
         ({"method": fs.scale(1.0)}, TypeError, "give the name of a recipe, or a function"),
         ({"momentun": 0.9}, TypeError, "no hyperparameter 'momentun'; did you mean 'momentum'"),
+        ({"guard": False}, TypeError, r"shampoo has no .*: other_options={'guard': \.\.\.}"),
         ({"other_options": {"betsa": 1}}, TypeError, "adamw has no hyperparameter 'betsa'"),
         ({"overrides": {"up": {"wieght_decay": 1}}}, TypeError, "did you mean 'weight_decay'"),
         ({"others": "sgd"}, TypeError, "sgd has no learning rate of its own: give it as other_lr"),
