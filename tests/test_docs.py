@@ -73,6 +73,13 @@ def test_the_chain_of_the_readme_changes_nothing_on_a_gradient_that_is_not_finit
     assert not any(x.any() for x in tensors(updates))
 
 
+def test_the_table_of_the_readme_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (b for b in python_blocks("README.md") if "routing_table" in b)
+    exec(block, {})
+    printed = [f"    {line}".rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "\n".join(printed) in (ROOT / "README.md").read_text()
+
+
 def test_links_of_the_documentation_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,6 +44,12 @@ def mean(u: Any, m: Any) -> Any:
     return m.clone(), m
 
 
+def mean_of_what_is_old(u: Any, m: Any) -> Any:
+    """Of an operator that torch has deprecated."""
+    warnings.warn_explicit("old", DeprecationWarning, "script.py", 1, "torch.jit._script")
+    return mean(u, m)
+
+
 def wide(p: Any) -> Any:
     return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
 
@@ -57,6 +64,9 @@ def other_update(update: Callable[..., Any], init: Any = None) -> Any:
 
 def test_stages_that_are_right_pass() -> None:
     check_stage(right)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_stage(lambda: stage(mean_of_what_is_old, wide), compile=False)
     check_stage(fs.chain(right(), fs.scale(2.0)), params={"w": torch.randn(3, 2)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -59,7 +60,8 @@ def cuda_graphed(inner: GradientTransformation) -> GradientTransformation:
     Raises:
         ValueError: a stage in it wants the number of the step and has no `phase` (names it); from
             a step, its blocks are `sharded`, parameters are DTensors or on several devices, or
-            there is a `multi_steps` inside. (Around it steps are pure, and run as they are.)
+            there is a `multi_steps` inside (around it steps are pure, and run as they are), or a
+            number that is a tensor elsewhere. A step that runs as it is, as on a CPU, raises none.
 
     >>> import torch
     >>> from funshampoo import sgd, update_in_place
@@ -139,7 +141,7 @@ class _Graphed:
         """Where this step would be replayed, or could be."""
         found = self._places.get(asked.where())
         if found is None:
-            _check_recordable(asked.state, asked.leaves)
+            _check_recordable(self._inner, asked.state, asked.leaves)
             asked.take(on_device(asked.state, asked.leaves[0].device))
             found = self._places[asked.where()] = Place(asked)
             if len(self._places) > PLACES:
@@ -163,7 +165,7 @@ def _is_outermost(context: Context) -> bool:
     return not (inside or judged or context.extra)
 
 
-def _check_recordable(state: State, leaves: list[Tensor]) -> None:
+def _check_recordable(inner: GradientTransformation, state: State, leaves: list[Tensor]) -> None:
     remedy = "Leave out cuda_graphed."
     if any([p.device != leaves[0].device for p in leaves]):
         raise ValueError(f"cuda_graphed: parameters lie on several devices. {remedy}")
@@ -174,3 +176,19 @@ def _check_recordable(state: State, leaves: list[Tensor]) -> None:
             "cuda_graphed: a graph can't read the counters of multi_steps, and its steps are pure. "
             "Add gradients up before the step, as in p.grad, or leave out cuda_graphed."
         )
+    if name := _with_a_tensor_elsewhere(inner, leaves[0].device):
+        raise ValueError(
+            f"cuda_graphed: a number of '{name}' is a tensor that does not lie on "
+            f"{leaves[0].device}: a graph would go on with the value that it has now. Give a "
+            "float, or a tensor on that device, which is read on every step."
+        )
+
+
+def _with_a_tensor_elsewhere(tx: GradientTransformation, device: torch.device) -> str:
+    """The name of a stage of which a number is such a one; "" for none."""
+    for value in tx.numbers:
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        for x in (value, *[getattr(value, field.name) for field in fields]):
+            if isinstance(x, Tensor) and x.device != device:
+                return tx.name
+    return next(filter(None, [_with_a_tensor_elsewhere(p, device) for p in tx.parts.values()]), "")

@@ -176,9 +176,9 @@ class GradientTransformation:
         may_read_any = numbers is None and adapted.reads_hyper and not children
         reading = [part.reads_gradient for part in children]
         self.reads_gradient: bool = adapted.reads_gradient or any(reading)
-        below = [x for part in children for x in part.lives]
-        self.lives: list[Live] = [*lives_among(numbers or ()), *below]
-        own = None if may_read_any else live_names(numbers or ())
+        self.numbers = tuple(numbers or ())  # its own, without its parts'
+        self.lives: list[Live] = lives_among(self.numbers) + [x for p in children for x in p.lives]
+        own = None if may_read_any else live_names(self.numbers)
         self.live: frozenset[str] | None = united(own, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:

@@ -57,6 +57,8 @@ def for_model(
     says which; state goes by the model's names. `print(funshampoo.routing_table(optimizer))` shows
     what became of every parameter. Stacked experts, and query, key and value in one weight, are
     taken apart by `blocks.Stacked`, for every method to which a matrix is more than its entries.
+    A gradient that is not finite holds its block; in "adamw", "sgd", "lion" and "sign_descent",
+    for whichever role, its parameter, unless guard=False is among their options.
 
     Args:
         model: its parameters, each once, tied ones too. Frozen ones are there, and wait.
@@ -66,8 +68,7 @@ def for_model(
         other_lr: of everything else; None: the default of `others`, 1e-3 for AdamW. A rate of a
             method says nothing about that of another: give the one that AdamW has had.
         others, other_options: a name or a recipe, and its arguments, such as betas. Where these do
-            not say otherwise, vectors do not decay, and "adamw" holds a parameter whose gradient is
-            not finite (guard=True).
+            not say otherwise, vectors do not decay.
         method_roles: the roles that the method gets.
         overrides: {pattern: role, or settings}: see `roles`. Settings that are no part of a role
             go into the parameters' group: its own lr, weight_decay, max_size, or method.
@@ -111,7 +112,7 @@ def for_model(
     found = kinds(model, overrides, heads)
     parameters = dict(model.named_parameters())
     extra = {n: extra_settings(s) for n, s in settings_of(found, overrides).items()}
-    Vocabulary(main, options).defaults({"lr": lr, **options})  # raises for one it does not take
+    _check_options(main, rest, lr, options)
     plain = _of_others(rest, other_lr, other_options)
     routes = Routes(main, {"lr": lr, **options}, rest, plain, frozenset(method_roles))
     settings = {n: routes.settings(kind, extra[n]) for n, kind in found.items()}
@@ -134,6 +135,18 @@ def _check_method_roles(method_roles: Any) -> None:
         check_choice("method_roles", role, ROLES)
 
 
+def _check_options(main: Recipe, rest: Recipe, lr: Any, options: Mapping[str, Any]) -> None:
+    """Raise for one that the method does not take, as `guard`, which is that of the others."""
+    try:
+        Vocabulary(main, options).defaults({"lr": lr, **options})
+    except TypeError as error:
+        for name in inspect.signature(rest).parameters.keys() & options.keys():
+            if f"no hyperparameter '{name}'" in str(error):
+                remedy = f"What the other roles have takes it: other_options={{'{name}': ...}}."
+                raise TypeError(f"{error} {remedy}") from error
+        raise
+
+
 def _of_others(rest: Recipe, rate: Any, options: Any) -> dict[str, Any]:
     """The arguments of the other recipe, by torch.optim's names."""
     if options is not None and not isinstance(options, Mapping):
@@ -142,8 +155,6 @@ def _of_others(rest: Recipe, rate: Any, options: Any) -> dict[str, Any]:
     if rate is not None and "lr" in own:
         raise TypeError("other_lr and the 'lr' of other_options are one number: give one of them.")
     plain = {"lr": default_rate(rest) if rate is None and "lr" not in own else rate, **own}
-    if "guard" in inspect.signature(rest).parameters:
-        plain.setdefault("guard", True)
     Vocabulary(rest, plain).defaults(plain)  # raises for one that it does not take
     return plain
 

@@ -55,6 +55,8 @@ class Routes(NamedTuple):
         found: dict[str, Any] = {"role": kind.role}
         if not main and kind.role == "vector" and "weight_decay" in _arguments(method):
             found["weight_decay"] = 0.0
+        if _has_guard(method):
+            found["guard"] = True
         found |= options
         if kind.stacked is not None and "merge" in _arguments(method):
             found["merge"] = kind.stacked
@@ -101,6 +103,13 @@ def default_rate(recipe: Recipe) -> Any:
 
 def _arguments(recipe: Recipe) -> Collection[str]:
     return inspect.signature(recipe).parameters.keys()
+
+
+def _has_guard(recipe: Recipe) -> bool:
+    """Whether it holds what is not finite where it is told to, and a partial does not say."""
+    guard = inspect.signature(recipe).parameters.get("guard")
+    bound = getattr(recipe, "keywords", {})
+    return guard is not None and guard.default is False and "guard" not in bound
 
 
 def scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:

@@ -42,11 +42,11 @@ class Optimizer(torch.optim.Optimizer, Joining):
             `seed_from_adamw`: so a program that resumes from a checkpoint by itself, as Trainers
             do, can go on from one that AdamW saved, at the rate that its scheduler had reached.
         compile: True compiles plain steps by torch.compile, see `funshampoo.compiled`; a dict is
-            True with torch.compile's options. The graph goes on for another learning rate if the
-            recipe is one of funshampoo, or lr a tensor, which a recipe of your own has to read on
-            every step (`scale_by_learning_rate` does). Any other edit makes a new graph.
-        cuda_graph: True records steps as CUDA graphs and replays them: see
-            `funshampoo.cuda_graphed`, and docs/gpu.md for what that is worth. Likewise.
+            True with torch.compile's options. A graph goes on for another number of a recipe of
+            funshampoo, unless that switches something on; of your own if lr is a tensor, which it
+            has to read on every step (`scale_by_learning_rate` does).
+        cuda_graph: True records steps as CUDA graphs, group by group, and replays them: see
+            `funshampoo.cuda_graphed`, and docs/gpu.md. Likewise; the tensor lies on the GPU then.
         tf32: True rounds a GPU's products of every step to TF32: see `funshampoo.in_tf32`.
 
     What param_groups hold is what the next step uses: a learning-rate scheduler, or you, may change
@@ -75,7 +75,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         TypeError: an argument that the method does not know, or lacks; a flag is no bool (compile
             no dict either). At the first step: nobody scales by a learning rate, or two do.
         ValueError: an argument out of range; compile or cuda_graph with distribute, with a tensor
-            that is not lr, or with one another; compile with stagger.
+            that is not read on every step, or with one another; compile with stagger.
 
     >>> import funshampoo
     >>> model = torch.nn.Linear(3, 2)

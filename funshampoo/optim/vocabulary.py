@@ -23,8 +23,11 @@ Method = Any  # a recipe, or a transformation
 Arguments = Mapping[str, Any]
 Lives = Mapping[str, Live]  # the numbers that a chain looks up, by argument
 _RENAMED = {"learning_rate": "lr"}
+OF_ALL_GROUPS = ("accept_adamw", "compile", "consolidate", "cuda_graph", "tf32")
+"""Arguments of the optimizer that no group has one of its own of."""
 _OURS = {"params", "param_names", "method", "maximize"}
 _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"}
+_ELSEWHERE = ": it is said once for all groups, as an argument of the optimizer."
 # What schedulers and other libraries keep in a group beside hyperparameters.
 _NOTES = {
     "base_momentum",
@@ -194,25 +197,29 @@ class Vocabulary:
         known = self._names.keys()
         unknown = sorted(set(given) - known - {"maximize"} - self.extras)
         if unknown:
-            meant = self._meant(unknown[0])
+            name = unknown[0]
+            meant = self._meant(name) or "".join(difflib.get_close_matches(name, OF_ALL_GROUPS, 1))
+            remedy = f"; did you mean '{meant}'?" if meant else "."
             raise TypeError(
-                f"{self._who()} has no hyperparameter '{unknown[0]}'"
-                + (f"; did you mean '{meant}'?" if meant else ".")
+                f"{self._who()} has no hyperparameter '{name}'"
+                + (_ELSEWHERE if name in OF_ALL_GROUPS else remedy)
                 + f" It takes {', '.join(sorted(known | self.extras))}."
             )
         found = {**self._names, **given}
         return {name: v for name, v in found.items() if v is not inspect.Parameter.empty}
 
     def note_unknown(self, group: Mapping[str, Any]) -> None:
-        """Warn of an entry of a new group that looks like a hyperparameter misspelt.
+        """Warn of an entry of a new group that looks like a hyperparameter misspelt, or misplaced.
 
         Others are kept as torch.optim keeps them: a client's, such as SAM's rho.
         """
         for name in sorted(group.keys() - self._names.keys() - _OURS - _NOTES - self.extras):
-            if meant := self._meant(name):
+            meant = self._meant(name)
+            if meant or name in OF_ALL_GROUPS:
+                remedy = f"; did you mean '{meant}'?" if meant else _ELSEWHERE
                 warnings.warn(
                     f"the parameter group has an entry '{name}', which {self._who()} does not "
-                    f"read; did you mean '{meant}'?",
+                    f"read{remedy}",
                     stacklevel=4,
                 )
 

@@ -39,6 +39,7 @@ def adamw(
         distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
             ones by their size; as in `shampoo`.
         guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
+            After 20 times in a row that raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range.
@@ -83,6 +84,7 @@ def sgd(
         distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
             ones by their size; as in `shampoo`.
         guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
+            After 20 times in a row that raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range; nesterov without momentum, or with dampening.

@@ -38,6 +38,7 @@ def lion(
         distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
             ones by their size; as in `shampoo`.
         guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
+            After 20 times in a row that raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range.
@@ -86,6 +87,7 @@ def sign_descent(
         distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
             ones by their size; as in `shampoo`.
         guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
+            After 20 times in a row that raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range.

@@ -10,6 +10,16 @@ from funshampoo.core.placed import is_in_parts
 from funshampoo.core.wholes import lies_as
 from funshampoo.state.parts import Part
 
+_GUARDED_NOW = (
+    "This chain holds what is not finite, and the checkpoint's did not: with strict=False the "
+    "counts of that begin at 0; to go on as it was, give guard=False (in for_model, for what AdamW "
+    "has, other_options={'guard': False})."
+)
+_GUARDED_THEN = (
+    "The checkpoint's chain held what is not finite, and this one does not: to go on as it was, "
+    "give guard=True, or guarded(...) around it; with strict=False the counts are left out."
+)
+
 
 def misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
     """Why this value can't stand in the place of x; "" if it can."""
@@ -55,6 +65,9 @@ def report(misfits: list[str], missing: list[str], unknown: list[str], part: Par
             "Blocks of other shapes or names come from another max_size, merge or keep: build the "
             "chain with those of the checkpoint."
         )
+    for names, remedy in ((missing, _GUARDED_NOW), (unknown, _GUARDED_THEN)):
+        if names and all(["guarded/" in name for name in names]):
+            lines.append(remedy)
     if missing or unknown:
         # Not "strict=False" alone: torch's flattened helpers have one that does not get here.
         lines.append(

@@ -10,7 +10,7 @@ from funshampoo.state.stages import KroneckerState
 
 
 def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
-    """The factor matrices that `kronecker_statistics` keeps of this tree.
+    """The factor matrices that `kronecker_statistics` or `kl_statistics` keeps of this tree.
 
     Args:
         upstream: of the context, in `init` or in `update`.
@@ -30,14 +30,15 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
     found = find_state(upstream, KroneckerState)
     if found is None:
         raise ValueError(
-            f"{stage} found no factor matrices: put kronecker_statistics(...) before it in the "
-            f"same chain, as in chain(kronecker_statistics(0.99), {stage}(...))."
+            f"{stage} found no factor matrices: put kronecker_statistics(...), or kl_statistics"
+            f"(...), before it in the same chain, as in chain(kronecker_statistics(0.99), "
+            f"{stage}(...))."
         )
     try:
         flatten(tree)[1].flatten_up_to(found.factors)
     except ValueError as error:
         raise ValueError(
-            f"{stage} found the factor matrices of other blocks: put kronecker_statistics and "
-            f"{stage} inside the same blocked(...)."
+            f"{stage} found the factor matrices of other blocks: put the stage that makes them "
+            f"and {stage} inside the same blocked(...)."
         ) from error
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +31,10 @@ class _Check(NamedTuple):
         return find_state(trial.tx.init(trial.params), BlockedState) is None
 
 
-_PLAIN = "A stage has to take any tree of dense floating-point tensors."
+_PLAIN = (
+    "A stage has to take any tree of dense floating-point tensors; one that needs `step` or "
+    "`clock` gets them in a chain alone: check_stage(lambda: chain(mine()))."
+)
 _INSIDE = (
     "Declare block_ndim, and take the axes from it on for the block's own; for a stage that stands "
     "outside of blocked, pass blocks=False."
@@ -158,12 +162,15 @@ def check_stage(
     """
     options = {"none": none, "blocks": blocks, "vmap": vmap, "differentiable": differentiable}
     trial = Trial(stage, params, steps, dict(context or {}), compile=compile, **options)
-    for check in _CHECKS:
-        try:
-            if check.applies(trial):
-                check.run(trial)
-        except StageError:
-            raise
-        except Exception as error:
-            seen = f"{check.tries} raised {type(error).__name__}: {str(error).rstrip('. ')}"
-            raise StageError(f"{trial.tx!r}: {seen}. {check.remedy}") from error
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):  # what torch does is no fault of the stage
+            warnings.filterwarnings("ignore", category=kind, module=r"torch\b")
+        for check in _CHECKS:
+            try:
+                if check.applies(trial):
+                    check.run(trial)
+            except StageError:
+                raise
+            except Exception as error:
+                seen = f"{check.tries} raised {type(error).__name__}: {str(error).rstrip('. ')}"
+                raise StageError(f"{trial.tx!r}: {seen}. {check.remedy}") from error

@@ -80,23 +80,26 @@ def kl_statistics(
     Args:
         beta2: decay of all averages, in [0, 1); with "roots" the number 1 is a plain sum.
         through: see above.
-        initial_eigenvalue: of all λ_i, above 0.
-        least_eigenvalue: a floor, ≥ 0, or a function of d_i: of λ_i once it has been renewed (but
-            an eigenvalue of exactly 0 stays, and its direction is left out), and of Ritz values.
+        initial_eigenvalue: of all λ_i, above 0; read with "eigenvalues" alone, as damping is.
+        least_eigenvalue: a floor, or a function of d_i: ≥ 0, of λ_i once it has been renewed (but
+            an eigenvalue of exactly 0 stays, and its direction is left out); above 0, of Ritz
+            values. Not read with "roots".
         damping: ≥ 0, see above.
         bias_correction, weighted, own_steps: as in `kronecker_statistics`; of L_i alone.
         normalized: False leaves the factor d_i / n out, which is 1 / (the other side) of a matrix.
         starts_whole: a block's first gradient enters L_i with weight 1 in the place of 1 - beta2.
-            It stands without bias_correction, and with eigenvalues.
-        in_turn: of three sides, let some use the eigenvalues that others have got on this step, as
-            the published code does: the second the third's, the first the second's.
+            With "eigenvalues" alone, and bias_correction=False.
+        in_turn: with "eigenvalues" alone: of three sides, let some use the eigenvalues that others
+            have got on this step, as the published code does: the second the third's, the first the
+            second's.
         sides: as in `kronecker_statistics`; one for which it is False gets no factor matrix. With
             "eigenvalues" it has λ_i all the same, in the coordinates as they are.
 
     State: `KlState`; d_i² numbers a side of a block for L_i, and d_i for λ_i.
 
     Raises:
-        ValueError: an argument out of range; from update, no later stage has such values.
+        ValueError: an argument out of range, or with another `through`; from update, no later stage
+            has such values, or other statistics stand between.
         TypeError: a flag that is no bool.
         TypeError: from init, for a parameter that is not a dense real floating tensor.
 
@@ -117,7 +120,8 @@ def kl_statistics(
     check_flags(bias_correction=bias_correction, weighted=weighted, normalized=normalized)
     check_flags(own_steps=own_steps, starts_whole=starts_whole, in_turn=in_turn)
     check_sides(sides)
-    _check_kind(through, least_eigenvalue, starts_whole, bias_correction)
+    _check_least(through, least_eigenvalue)
+    _check_kind(through, bias_correction, starts_whole=starts_whole, in_turn=in_turn)
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
     by_weight = corrected and own_steps  # an average and its weight decay alike
@@ -177,14 +181,23 @@ def _check_decay(beta2: Hyper, damping: Hyper, through: str) -> None:
     check_range("damping", damping, 0.0)
 
 
-def _check_kind(through: str, least: Least, starts_whole: bool, bias_correction: bool) -> None:
+def _check_least(through: str, least: Least) -> None:
     check_choice("through", through, ("eigenvalues", "ritz", "roots"))
     if not callable(least):
-        check_range("least_eigenvalue", least, 0.0, low_open=through == "ritz")
-    if starts_whole and (bias_correction or through != "eigenvalues"):
+        check_range("least_eigenvalue", least, 0.0)
+    if through == "ritz" and is_exactly(least, 0):
         raise ValueError(
-            'starts_whole stands with through="eigenvalues" and bias_correction=False alone.'
+            f'least_eigenvalue is {least}; with through="ritz" it must be above 0, since Ritz '
+            "values may be 0: give 1e-8, say."
         )
+
+
+def _check_kind(through: str, bias_correction: bool, **flags: bool) -> None:
+    for name, flag in flags.items():
+        if flag and through != "eigenvalues":
+            raise ValueError(f'{name} stands with through="eigenvalues" alone: leave it out.')
+    if flags["starts_whole"] and bias_correction:
+        raise ValueError("starts_whole stands with bias_correction=False alone: give that too.")
 
 
 def _first(
@@ -234,7 +247,17 @@ def _of_later_stage(
         raise ValueError(
             f'kl_statistics(through="{through}") found no {stage} for its blocks: put it after it '
             f"in the same chain, as in chain(kl_statistics(...), {stage})."
+            f"{_of_another(after, through)}"
         ) from error
     # Nobody counts for roots, for Ritz values and for bases that begin as the identity.
     counted = through == "eigenvalues" and found.seen != ()
     return bases.kept, found.seen if counted else map_leaves(lambda u: (), updates)
+
+
+def _of_another(after: tuple[Any, ...], through: Through) -> str:
+    """The remedy where the stage that another `through` reads stands there; else ""."""
+    kind: Any = EigenbasisState if through == "roots" else RefreshedState
+    if first_state(after, kind, closed=EigenbasisState) is None:
+        return ""
+    named = ("in_eigenbasis", "eigenvalues") if through == "roots" else ("root_inverse", "roots")
+    return f' With the {named[0]}(...) that is there goes through="{named[1]}".'

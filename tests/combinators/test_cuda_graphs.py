@@ -479,6 +479,18 @@ def test_chains_that_cannot_be_recorded(device: str, recorder: Recorder) -> None
     with pytest.raises(ValueError, match="wait for other ranks"):
         fs.update_in_place(tx, grads, tx.init(params), params)
 
+    # Of the chain, or of a solver in it. Where it lies with the parameters a graph reads it.
+    elsewhere = torch.empty((), device="meta")
+    for inner, says in (
+        (fs.sgd(elsewhere), "scale_by_learning_rate"),
+        (fs.shampoo(0.1, solver=fs.linalg.eigh(relative_epsilon=elsewhere)), "root_inverse"),
+    ):
+        tx = fs.cuda_graphed(inner)
+        with pytest.raises(ValueError, match=f"'{says}' is a tensor that does not lie on {device}"):
+            fs.update_in_place(tx, grads, tx.init(params), params)
+    tx = fs.cuda_graphed(fs.sgd(torch.tensor(0.1, device=device)))
+    fs.update_in_place(tx, grads, tx.init(params), params)
+
     def by_step() -> fs.GradientTransformation:
         def update(updates: Any, state: Any, params: Any, step: int) -> Any:
             return updates, state

@@ -164,11 +164,19 @@ def test_the_rest_is_torchs_adamw() -> None:
         assert torch.allclose(p, q, atol=1e-12) is (name != "1.weight")
 
 
-@pytest.mark.parametrize("others", ["adamw", "sgd", "lion", "sign_descent"])
-def test_no_part_of_a_model_takes_in_what_is_not_finite(others: str) -> None:
+HOLDING: dict[str, dict[str, Any]] = {
+    **{f"{name} beside": {"others": name, "other_lr": 0.01} for name in sorted(ELEMENTWISE)},
+    **{f"{name} for all": {"method": name} for name in sorted(ELEMENTWISE)},
+    "in overrides": {"overrides": {"3.weight": {"method": "lion"}}},
+    "partial": {"others": functools.partial(fs.adamw, beta1=0.8)},
+}
+
+
+@pytest.mark.parametrize("options", HOLDING.values(), ids=HOLDING)
+def test_no_part_of_a_model_takes_in_what_is_not_finite(options: dict[str, Any]) -> None:
     """The first gradient of every parameter is, one after the other, not a number."""
     model = nn.Sequential(nn.Embedding(7, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 7))
-    optimizer = fs.for_model(model, "soap", lr=0.01, others=others, other_lr=0.01)
+    optimizer = fs.for_model(model, lr=0.01, **{"method": "soap", **options})
     for bad in model.parameters():
         before = bad.detach().clone()
         for p in model.parameters():
@@ -183,6 +191,24 @@ def test_no_part_of_a_model_takes_in_what_is_not_finite(others: str) -> None:
         p.grad = torch.ones_like(p)
         optimizer.step()
         assert not torch.equal(p, before)
+
+
+def test_who_says_something_of_the_guard_is_heard() -> None:
+    def mine(learning_rate: float, guard: Any = None) -> fs.GradientTransformation:
+        return fs.adamw(learning_rate)
+
+    unguarded = functools.partial(fs.adamw, guard=False)
+    cases: list[tuple[dict[str, Any], set[Any]]] = [
+        ({"method": "soap", "other_options": {"guard": False}}, {False}),
+        ({"method": "adamw", "guard": False}, {False, True}),
+        ({"method": "soap", "overrides": {"1.*": {"guard": False}}}, {False, True}),
+        ({"method": "soap", "others": unguarded, "other_lr": 0.1}, {False}),
+        ({"method": "soap", "others": mine, "other_lr": 0.1}, {None}),
+    ]
+    for options, expected in cases:
+        optimizer = fs.for_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), lr=0.1, **options)
+        groups = [g for g in optimizer.param_groups if g["method"] is not fs.soap]
+        assert {g["guard"] for g in groups} == expected, options
 
 
 def test_options_and_overrides_reach_their_groups() -> None:
@@ -345,6 +371,7 @@ def test_dear_choices_are_warned_of() -> None:
         ({"others": "adam"}, ValueError, "others is 'adam'"),
         ({"method": fs.scale(1.0)}, TypeError, "give the name of a recipe, or a function"),
         ({"momentun": 0.9}, TypeError, "no hyperparameter 'momentun'; did you mean 'momentum'"),
+        ({"guard": False}, TypeError, r"shampoo has no .*: other_options={'guard': \.\.\.}"),
         ({"other_options": {"betsa": 1}}, TypeError, "adamw has no hyperparameter 'betsa'"),
         ({"overrides": {"up": {"wieght_decay": 1}}}, TypeError, "did you mean 'weight_decay'"),
         ({"others": "sgd"}, TypeError, "sgd has no learning rate of its own: give it as other_lr"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.nn import Parameter
 
 import funshampoo as fs
+from funshampoo.optim.vocabulary import OF_ALL_GROUPS
 from tests.optim.runs import (
     ADAMW,
     BARE,
@@ -258,6 +260,8 @@ UNKNOWN: list[tuple[Any, dict[str, Any], str]] = [
     (fs.from_reference, {"precondition_frequenzy": 3}, "'precondition_frequenzy'"),
     (functools.partial(fs.adamw, weight_decay=0.0), {"eps": 1e-8}, "did you mean 'epsilon'"),
     (fs.chain(fs.scale_by_adam()), {"lr": 0.1, "betas": (0.9, 0.9)}, "takes lr"),
+    (fs.adamw, {"cuda_graphs": True}, "did you mean 'cuda_graph'"),
+    (fs.adamw, {"tf_32": True}, "did you mean 'tf32'"),
 ]
 
 
@@ -288,6 +292,20 @@ def test_an_unknown_entry_of_a_group_is_kept(name: str, meant: str | None) -> No
     optimizer.step()
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0][name] == 0.5
+
+
+def test_what_is_said_of_all_groups_is_no_groups_own() -> None:
+    """In a group it would be kept, and do nothing."""
+    keywords = inspect.signature(fs.Optimizer).parameters.values()
+    assert {p.name for p in keywords if p.kind is p.KEYWORD_ONLY} == set(OF_ALL_GROUPS)
+    for name in OF_ALL_GROUPS:
+        group = {"params": [Parameter(torch.zeros(2, 2))], name: True}
+        with pytest.warns(UserWarning, match=f"'{name}', which adamw.*as an argument of the optim"):
+            fs.Optimizer([group], fs.adamw)
+        net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        for options in ({"other_options": {name: True}}, {"overrides": {"*": {name: True}}}):
+            with pytest.raises(TypeError, match=f"no hyperparameter '{name}': .*an argument of"):
+                fs.for_model(net, "soap", lr=0.1, **options)
 
 
 def test_what_other_libraries_note_in_a_group_is_kept() -> None:

@@ -125,6 +125,16 @@ class TestWhatDoesNotFit:
         """A stage less: its memory would be lost, so it is an error that lists it."""
         self.refuse(self.saved(), "unknown.*trace/buffer", tx=fs.shampoo(0.1, max_size=4))
 
+    @pytest.mark.parametrize("now", [True, False])
+    def test_another_guard(self, now: bool) -> None:
+        """The option that makes the difference is told, and what strict=False does then."""
+        now_and_then = [fs.adamw(0.1, guard=guard).init(problem()) for guard in (now, not now)]
+        state, saved = now_and_then[0], state_dict(now_and_then[1])
+        with pytest.raises(ValueError, match=f"to go on as it was, give guard={not now}"):
+            load_state_dict(state, saved)
+        loaded = load_state_dict(state, saved, strict=False)
+        assert {name.split("/")[-2] for name in loaded.missing + loaded.unknown} == {"guarded"}
+
     def test_another_block_size(self) -> None:
         other = fs.shampoo(0.1, max_size=3, momentum=0.9)
         self.refuse(self.saved(), "(?s)does not fit.*another max_size, merge or keep", tx=other)

@@ -131,8 +131,10 @@ def test_in_turn_is_about_three_sides() -> None:
         ({"damping": -1.0}, ValueError, "damping is -1.0"),
         ({"initial_eigenvalue": 0.0}, ValueError, "initial_eigenvalue is 0.0"),
         ({"least_eigenvalue": -1.0}, ValueError, "least_eigenvalue is -1.0"),
-        ({"through": "ritz"}, ValueError, "least_eigenvalue is 0.0"),
-        ({"starts_whole": True}, ValueError, "starts_whole stands with"),
+        ({"through": "ritz"}, ValueError, 'least_eigenvalue is 0.0; with through="ritz".*give'),
+        ({"starts_whole": True}, ValueError, "starts_whole stands with bias_correction=False"),
+        ({"starts_whole": True, "through": "roots"}, ValueError, "starts_whole stands with thr"),
+        ({"in_turn": True, "through": "roots"}, ValueError, "in_turn stands with through"),
         ({"in_turn": 1}, TypeError, "in_turn"),
         ({"sides": "larger"}, ValueError, "sides is 'larger'"),
     ],
@@ -146,9 +148,13 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
 @pytest.mark.parametrize("through", ["eigenvalues", "ritz", "roots"])
 def test_it_says_which_stage_it_misses(through: Any) -> None:
     wanted = "root_inverse" if through == "roots" else "in_eigenbasis"
-    tx = fs.chain(fs.kl_statistics(0.5, through=through, least_eigenvalue=0.1), fs.ema())
+    statistics = fs.kl_statistics(0.5, through=through, least_eigenvalue=0.1)
     with pytest.raises(ValueError, match=rf"found no {wanted}\(\.\.\.\) for its blocks: put it"):
-        stepped(tx, gradients((2, 2), 1))
+        stepped(fs.chain(statistics, fs.ema()), gradients((2, 2), 1))
+    other = bases(1) if through == "roots" else fs.root_inverse(1)
+    goes = "eigenvalues" if through == "roots" else "roots"
+    with pytest.raises(ValueError, match=rf'that is there goes through="{goes}"'):
+        stepped(fs.chain(statistics, other), gradients((2, 2), 1))
 
 
 OTHER_EIGENVALUES = {
