@@ -19,6 +19,7 @@ from funshampoo.core.contract import (
     as_transformation,
 )
 from funshampoo.core.elementwise import LocalStep, local_step
+from funshampoo.core.misfit import other_stages
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import SEEN, any_in_parts
@@ -103,7 +104,7 @@ def chain(
             )
         keys = [*state]  # most often in order; not by views of dicts: torch 2.11
         if keys not in in_order and {key for key in keys if key != CLOCK} != set(named):
-            raise ValueError(_other_chain(set(named), set(state) - {CLOCK}))
+            raise ValueError(other_stages(set(named), set(state) - {CLOCK}))
         if torch.compiler.is_dynamo_compiling() and params is not None:
             check_same_structure(params, updates, "params", "gradients")
 
@@ -197,12 +198,3 @@ def _unused(name: str, taken: set[str]) -> str:
     while candidate in taken:
         candidate, number = f"{name}_{number}", number + 1
     return candidate
-
-
-def _other_chain(stages: set[str], found: set[str]) -> str:
-    missing, unknown = sorted(stages - found), sorted(found - stages)
-    return (
-        f"the state is not this chain's: it lacks {missing or 'nothing'} and has "
-        f"{unknown or 'nothing'} besides. Build the chain that made it, or call init; where stages "
-        "were inserted, pass tx.init(params) | state."
-    )

@@ -22,7 +22,6 @@ from funshampoo.core.tree import flatten, leaf_names
 
 Replay: TypeAlias = Callable[[], Any]
 
-
 _SHAPE = operator.attrgetter("shape")
 
 
@@ -55,9 +54,9 @@ class Asked:
         """What a graph would be bound to."""
         if not self._where:
             kinds = [None if g is None else g.dtype for g in self.gradients]
-            looks = map(_SHAPE, self.leaves), map(Tensor.stride, self.leaves)
+            shapes, strides = map(_SHAPE, self.leaves), map(Tensor.stride, self.leaves)
             places = [x.data_ptr() for x in (*self.leaves, *self.tensors)]
-            self._where = (*kinds, *looks[0], *looks[1], *places)
+            self._where = (*kinds, *shapes, *strides, *places)
         return self._where
 
     def as_it_is(self) -> State:

@@ -316,7 +316,7 @@ def refreshes(transformation: GradientTransformation, context: Context) -> bool:
     if context.refresh is not None:
         return context.refresh
     t = context.step
-    return t is not None and any([p.startswith("refresh") for p in transformation.phase(t)])
+    return t is not None and any([p.startswith(REFRESH) for p in transformation.phase(t)])
 
 
 def as_transformation(stage: Any) -> GradientTransformation:

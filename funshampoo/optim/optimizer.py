@@ -102,14 +102,14 @@ class Optimizer(torch.optim.Optimizer, Joining):
     ) -> None:
         check_given(params)
         self._method = method
-        for name, flag in (("consolidate", consolidate), ("accept_adamw", accept_adamw)):
+        flags = {"consolidate": consolidate, "accept_adamw": accept_adamw}
+        flags |= {"cuda_graph": cuda_graph, "tf32": tf32}
+        for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} is {flag!r}; give True or False.")
         self._execution = execution(compile, cuda_graph, tf32)
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
-        flags = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
-        flags |= {"cuda_graph": cuda_graph, "tf32": tf32}
-        self._memory = Memory(flags)
+        self._memory = Memory({"compile": compile, **flags})
         self._whole: Whole | None = None
         self._model_order: Sequence[str] = ()  # `for_model` says it: its groups have another
         self._words = Vocabulary(method, hyperparameters)
