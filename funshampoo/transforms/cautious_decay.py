@@ -7,7 +7,6 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import required
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 
@@ -42,7 +41,6 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
             w = cast(w, u.dtype)
             return (u + multiply(w * cast(w.sign() * u >= 0, u.dtype), decay, donate=False),)
 
-        params = required(params, "add_cautious_decay", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
     return stateless(
