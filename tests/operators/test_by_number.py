@@ -61,9 +61,8 @@ def test_what_is_put_in_a_row_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert module._rows(xs, [[x[..., None] for x in numbers]]) == []
     halves = [x.half() if i % 2 else x for i, x in enumerate([*xs, *xs])]
     assert sorted(map(len, module._rows(halves, [[*numbers, *numbers]]))) == [6, 6]
-    assert (
-        module._rows(leaves(), [[torch.tensor(1.0)] * len(SHAPES)]) == []
-    )  # a CPU has no launches
+    ones = [torch.tensor(1.0)] * len(SHAPES)
+    assert module._rows(leaves(), [ones]) == []  # a CPU has no launches
     found = by_number(torch.div, xs, [numbers], lambda a, b: [x / y for x, y in zip(a, b)])
     assert [x.shape for x in found] == [x.shape for x in xs]
 
