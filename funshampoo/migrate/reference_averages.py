@@ -13,7 +13,6 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, map_leaves, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.leaf_ops import filled, on_device, per_block, sent
@@ -57,7 +56,6 @@ def averaged_as_published(
         check_range("eval_interp_coeff", average, 0.0, 1.0, high_open=True)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> Any:
-        check_parameters(params, "averaged_as_published")
         rate = LearningRateState(started(callable(learning_rate), clock))
         if average is not None:
             return PrimalAverageState(copies(params), copies(params), rate)

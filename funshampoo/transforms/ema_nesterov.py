@@ -10,7 +10,6 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.leaf_ops import lerp, multiply
@@ -50,7 +49,6 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
     check_range("beta", beta, 0.0, 1.0, high_open=True)
 
     def init(params: Tree, *, clock: bool = False) -> EmaNesterovState:
-        check_parameters(params, "ema_nesterov")
         steps = started(callable(look_ahead), clock)
         return EmaNesterovState(copies(params), zeros_like(params), steps)
 

@@ -10,7 +10,6 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import update_leaves
 from funshampoo.operators.averaged import copies, interpolated_step
 from funshampoo.state.averages import PrimalAverageState
@@ -59,7 +58,6 @@ def primal_average(
     check_range("interpolation", interpolation, 0.0, 1.0)
 
     def init(params: Tree, *, clock: bool = False) -> PrimalAverageState:
-        check_parameters(params, "primal_average")
         rate = LearningRateState(started(callable(learning_rate), clock))
         return PrimalAverageState(copies(params), copies(params), rate)
 

@@ -14,7 +14,6 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import is_plain
-from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_columns
 from funshampoo.operators.by_number import by_number
 from funshampoo.operators.columns import (
@@ -86,7 +85,6 @@ def scale_by_adam(
     filtered = not is_exactly(beta1, 0)
 
     def init(params: Tree, *, block_ndim: int = 0) -> AdamState:
-        check_parameters(params, "scale_by_adam")
 
         def weights(corrects: bool) -> Tree:
             return first_weights(params, block_ndim, corrects=corrects, own_steps=own_steps)
@@ -161,7 +159,6 @@ def scale_by_rms(
     check_flags(weighted=weighted)
 
     def init(params: Tree) -> RmsState:
-        check_parameters(params, "scale_by_rms")
         return RmsState(zeros_like(params))
 
     def update(
@@ -211,7 +208,6 @@ def scale_by_adagrad(
     check_range("initial_accumulator", initial_accumulator, 0.0)
 
     def init(params: Tree) -> AdagradState:
-        check_parameters(params, "scale_by_adagrad")
 
         def full(x: Tensor) -> Tensor:
             return torch.full_like(x, initial_accumulator, dtype=compute_dtype(x))

@@ -11,7 +11,6 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
@@ -67,7 +66,6 @@ def schedule_free(
     check_flag("own_steps", own_steps)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> ScheduleFreeState:
-        check_parameters(params, "schedule_free")
         rate = LearningRateState(started(callable(learning_rate), clock))
         total, largest, seen = (
             first_weights(params, block_ndim, corrects=True, own_steps=own_steps) for _ in range(3)

@@ -10,7 +10,6 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.columns import zeros_a_block
@@ -54,7 +53,6 @@ def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransform
     waits = start > 1
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> TailAverageState:
-        check_parameters(params, "tail_average")
         weights = zeros_a_block(params, block_ndim)
         return TailAverageState(copies(params), weights, started(waits, clock))
 
