@@ -79,14 +79,8 @@ def chain(
             states[name] = stage.init(params, upstream=before, clock=clock or counts, **context)
         return states if steps == () else {CLOCK: ClockState(steps), **states}
 
-    def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
-        return step(updates, state, params, context, in_place=False)
-
-    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
-        return step(updates, state, params, context, in_place=True)[1]
-
-    def step(
-        updates: Tree, state: State, params: Tree, context: Context, in_place: bool
+    def update(
+        updates: Tree, state: State, params: Tree, context: Context, *, in_place: bool = False
     ) -> tuple[Tree, State]:
         check(updates, state, params)
         steps = state[CLOCK].steps if CLOCK in state else ()
@@ -95,6 +89,9 @@ def chain(
         if CLOCK in state:
             states = {CLOCK: ClockState(advanced(steps, context.donate)), **states}
         return updates, states
+
+    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
+        return update(updates, state, params, context, in_place=True)[1]
 
     def check(updates: Tree, state: State, params: Tree) -> None:
         if not isinstance(state, dict):

@@ -29,15 +29,6 @@ _LACKS = torch.__version__ < "2.13"
 """Whether this release lacks some foreach operators for DTensors."""
 
 
-def _of_all(operator: str, donate: bool, old: Column, *operands: Any) -> Column:
-    """torch's foreach operator of this name; in the memory of `old` where that is donated."""
-    if not donate:
-        return list(getattr(torch, f"_foreach_{operator}")(old, *operands))
-    getattr(torch, f"_foreach_{operator}_")(old, *operands)
-    count_writes(old)
-    return old
-
-
 def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
     """(1 - weight) old + weight new. The results have old's dtypes."""
     if (
@@ -46,14 +37,22 @@ def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
         or (_LACKS and SEEN["any"] and any_in_parts(old))
     ):
         return [leaf_ops.lerp(x, y, weight, donate) for x, y in zip(old, new)]
-    return _of_all("lerp", donate, old, new, weight)
+    if not donate:
+        return list(torch._foreach_lerp(old, new, weight))
+    torch._foreach_lerp_(old, new, weight)
+    count_writes(old)
+    return old
 
 
 def add(old: Column, new: Column, donate: bool = False) -> Column:
     """old + new."""
     if not is_plain(old, new):
         return [leaf_ops.add(x, y, donate) for x, y in zip(old, new)]
-    return _of_all("add", donate, old, new)
+    if not donate:
+        return list(torch._foreach_add(old, new))
+    torch._foreach_add_(old, new)
+    count_writes(old)
+    return old
 
 
 def add_scaled(xs: Column, ys: Column, factor: Hyper) -> Column:
@@ -70,7 +69,11 @@ def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
         factor = factor.to(old[0].dtype)  # one operator for all takes a number of their own
     elif isinstance(factor, Tensor) or not is_plain(old):
         return [leaf_ops.multiply(x, factor, donate) for x in old]
-    return _of_all("mul", donate, old, factor)
+    if not donate:
+        return list(torch._foreach_mul(old, factor))
+    torch._foreach_mul_(old, factor)
+    count_writes(old)
+    return old
 
 
 def _lies_with(factor: Tensor, column: Column) -> bool:
@@ -250,7 +253,11 @@ def product_in(old: Column, ys: Column, donate: bool) -> Column:
     """old ys, in old's dtypes."""
     if not is_plain(old, ys):
         return [leaf_ops.multiply(x, y, donate) for x, y in zip(old, ys)]
-    return _of_all("mul", donate, old, ys)
+    if not donate:
+        return list(torch._foreach_mul(old, ys))
+    torch._foreach_mul_(old, ys)
+    count_writes(old)
+    return old
 
 
 def quotient(xs: Column, ys: Column) -> Column:
