@@ -15,11 +15,7 @@ from funshampoo.blocks.executor import Executors, Leaves
 from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_keys
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
-from funshampoo.combinators.failures import (
-    FailureLimitError,
-    failing_blocks,
-    failure_limit_error,
-)
+from funshampoo.combinators.failures import FailureLimitError, failing_blocks, failure_limit_error
 from funshampoo.combinators.masks import Mask, bools_of
 from funshampoo.core.applying import add_in_place
 from funshampoo.core.checks import check_choice, check_count

@@ -11,13 +11,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_count
 from funshampoo.core.clock import advanced, new_counter, read_counter, running, slowed, started
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import (
-    GradientTransformation,
-    Phase,
-    State,
-    Tree,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, Phase, State, Tree, as_transformation
 from funshampoo.core.of_parts import check_of_every
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import whole_numbers

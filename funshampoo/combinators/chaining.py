@@ -12,12 +12,7 @@ import torch
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import CLOCK, advanced, running, started
 from funshampoo.core.context import Context
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.elementwise import LocalStep, local_step
 from funshampoo.core.misfit import other_stages
 from funshampoo.core.of_parts import checked_pair

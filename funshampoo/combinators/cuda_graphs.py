@@ -14,12 +14,7 @@ from funshampoo.combinators.recording import RECORDERS, Graphs, StepRequest, on_
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.modes import is_traced
 from funshampoo.core.of_parts import steps_of
 from funshampoo.core.placed import any_in_parts

@@ -23,14 +23,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_tra
 from funshampoo.core.live import number
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import columns_of, flatten, is_one, update_columns
-from funshampoo.operators.columns import (
-    Column,
-    add,
-    multiply,
-    product_in,
-    zeroed,
-    zeros_a_block,
-)
+from funshampoo.operators.columns import Column, add, multiply, product_in, zeroed, zeros_a_block
 from funshampoo.operators.joined import Joined
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.places import Place, map_tensors

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.context import Context, changed, context_of
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    TreeT,
-)
+from funshampoo.core.contract import GradientTransformation, State, Tree, TreeT
 from funshampoo.core.elementwise import local_step
 from funshampoo.core.fit import Entered
 from funshampoo.core.interrupted import Watched

@@ -7,12 +7,7 @@ from funshampoo.core.checks import check_flags
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly, is_tensor
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
-from funshampoo.transforms import (
-    add_decayed_weights,
-    scale_by_adam,
-    scale_by_learning_rate,
-    trace,
-)
+from funshampoo.transforms import add_decayed_weights, scale_by_adam, scale_by_learning_rate, trace
 
 
 def adamw(
