@@ -102,45 +102,35 @@ def with_spikes(
     context: Context,
     by_leaf: bool = False,
 ) -> tuple[Verdicts | None, SpikeState]:
-    """The verdicts with spikes held too, and what is known of norms after this step."""
+    """The verdicts with spikes held too, and what is known of norms after this step.
+
+    On a device of all leaves at once, which says of every leaf what it says by itself.
+    """
     source = updates if context.gradient is None else context.gradient
     norms = _norms(source, updates, context.block_ndim)
     together = not (context.block_ndim or by_leaf)
     joined = Joined(norms, *state)
-    if joined.worth_it():
-        return _with_joined_spikes(joined, norms, verdicts, state, factor, together, context.donate)
-    over = above(norms, state, factor)
-    spikes = held(over, state, verdicts and verdicts[1])
-    if any_held(spikes):
-        dead = spikes if verdicts is None else map_leaves(_either, spikes, verdicts[0])
-        verdicts = dead, _alive(dead, norms)
-        verdicts = _all_as_the_worst(verdicts) if together else verdicts
-    known = learned(norms, over, spikes, verdicts and verdicts[0], state, context.donate)
-    return verdicts, known
-
-
-def _with_joined_spikes(
-    joined: Joined,
-    norms: Tree,
-    verdicts: Verdicts | None,
-    state: SpikeState,
-    factor: Hyper,
-    together: bool,
-    donate: bool,
-) -> tuple[Verdicts, SpikeState]:
-    """The same for all leaves at once, which says of every leaf what it says by itself."""
-    flat, known = joined.join(norms), SpikeState(*map(joined.join, state))
+    joins = joined.worth_it()
+    join, split = (joined.join, joined.split) if joins else (_as_it_is, _as_it_is)
+    flat, known = join(norms), SpikeState(*map(join, state))
+    dead = None if verdicts is None else join(verdicts[0])
     over = above(flat, known, factor)
-    spikes = held(over, known, verdicts and joined.join(verdicts[1]))
-    dead = spikes if verdicts is None else map_leaves(_either, spikes, joined.join(verdicts[0]))
-    found = joined.split(dead), joined.split(_alive(dead, flat))
-    if together:
-        found = _all_as_the_worst(found)
-        dead = joined.join(found[0])
+    spikes = held(over, known, verdicts and join(verdicts[1]))
+    if any_held(spikes):
+        dead = spikes if dead is None else map_leaves(_either, spikes, dead)
+        verdicts = split(dead), split(_alive(dead, flat))
+        if together:
+            verdicts = _all_as_the_worst(verdicts)
+            dead = join(verdicts[0])
     # What was joined is a copy, to be written to.
-    new = learned(flat, over, spikes, dead, known, donate=True)
-    into = joined.write if donate else joined.split
-    return found, SpikeState(*map(into, new, state))
+    new = learned(flat, over, spikes, dead, known, donate=joins or context.donate)
+    into = joined.write if joins and context.donate else split
+    return verdicts, SpikeState(*map(into, new, state))
+
+
+def _as_it_is(tree: Tree, others: Tree = None) -> Tree:
+    """Leaf by leaf: nothing is joined."""
+    return tree
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
