@@ -9,9 +9,9 @@ from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
+from funshampoo.core.live import is_exactly
 from funshampoo.linalg.polynomials import Polynomials
 from funshampoo.operators.shape_scale import Scale
-from funshampoo.recipes.diagonal import is_zero
 from funshampoo.recipes.in_blocks import Distribute
 from funshampoo.recipes.routing import decay, routed
 from funshampoo.transforms import (
@@ -87,7 +87,7 @@ def muon(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    reads = not is_zero(weight_decay)
+    reads = not is_exactly(weight_decay, 0)
     return routed(
         direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
     )
@@ -159,7 +159,7 @@ def normuon(
         *decays,
         scale_by_learning_rate(learning_rate),
     )
-    reads = cautious_decay or not is_zero(weight_decay)
+    reads = cautious_decay or not is_exactly(weight_decay, 0)
     return routed(
         direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
     )
@@ -222,7 +222,7 @@ def spectral_descent(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    reads = not is_zero(weight_decay)
+    reads = not is_exactly(weight_decay, 0)
     return routed(
         direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
     )

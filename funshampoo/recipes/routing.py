@@ -11,8 +11,9 @@ from funshampoo.blocks.layout import Merge, merged_shape
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask, bools_of, partition
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import is_exactly
 from funshampoo.core.tree import flatten
-from funshampoo.recipes.diagonal import adamw, is_zero
+from funshampoo.recipes.diagonal import adamw
 from funshampoo.recipes.in_blocks import Distribute, distributed
 from funshampoo.transforms import add_decayed_weights
 
@@ -94,4 +95,4 @@ def labelled(matrices: Mask | None, merge: Merge = "none") -> Any:
 
 def decay(weight_decay: Hyper) -> list[GradientTransformation]:
     """The stage for decoupled decay, or none where it is the number 0."""
-    return [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
+    return [] if is_exactly(weight_decay, 0) else [add_decayed_weights(weight_decay)]
