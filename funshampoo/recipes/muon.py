@@ -9,7 +9,6 @@ from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
-from funshampoo.core.live import is_exactly
 from funshampoo.linalg.polynomials import Polynomials
 from funshampoo.operators.shape_scale import Scale
 from funshampoo.recipes.in_blocks import Distribute
@@ -87,10 +86,7 @@ def muon(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    reads = not is_exactly(weight_decay, 0)
-    return routed(
-        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
-    )
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
 
 
 def normuon(
@@ -159,10 +155,7 @@ def normuon(
         *decays,
         scale_by_learning_rate(learning_rate),
     )
-    reads = cautious_decay or not is_exactly(weight_decay, 0)
-    return routed(
-        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
-    )
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
 
 
 def spectral_descent(
@@ -222,7 +215,4 @@ def spectral_descent(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    reads = not is_exactly(weight_decay, 0)
-    return routed(
-        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
-    )
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)

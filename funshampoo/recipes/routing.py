@@ -28,7 +28,6 @@ def routed(
     max_failures: int | None,
     distribute: Distribute | None,
     merge: Merge = "none",
-    reads: bool = True,
 ) -> GradientTransformation:
     """`method` on whole matrices, equal ones in one stack, and `others` on all other leaves.
 
@@ -47,10 +46,8 @@ def routed(
         distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
             ones by the cost of their products, and the leaves of the default `others`.
         merge: which matrices a leaf is made of; see `blocked`. "none": it is one.
-        reads: whether the method reads parameters, which are then copied into stacks, and travel
-            with the gradients where they are sharded.
     """
-    inside = whole(method, max_failures, distribute, merge, reads)
+    inside = whole(method, max_failures, distribute, merge)
     if others is None:
         others = guarded(adamw(learning_rate), max_failures=max_failures, by_leaf=True)
         if distribute is not None:
@@ -63,12 +60,14 @@ def whole(
     max_failures: int | None,
     distribute: Distribute | None,
     merge: Merge = "none",
-    reads: bool = True,
 ) -> GradientTransformation:
-    """`method` on whole parameters, equal ones in one stack, guarded, and shared out if wanted."""
+    """`method` on whole parameters, equal ones in one stack, guarded, and shared out if wanted.
+
+    Where it needs parameters they are copied into stacks too, and travel with sharded gradients.
+    """
     protected = guarded(method, max_failures=max_failures)
     protected = distributed(protected, distribute, max_failures=max_failures)
-    return blocked(protected, None, merge=merge, with_params=reads)
+    return blocked(protected, None, merge=merge, with_params=bool(method.needs))
 
 
 def labelled(matrices: Mask | None, merge: Merge = "none") -> Any:
