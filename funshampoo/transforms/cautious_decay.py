@@ -31,9 +31,7 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
     """
     check_range("weight_decay", weight_decay, 0.0)
 
-    def decayed(
-        updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
-    ) -> Tree:
+    def decayed(updates: Tree, params: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         decay = number(weight_decay, hyper)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:

@@ -90,7 +90,6 @@ def ema(
     def update(
         updates: Tree,
         state: EmaState,
-        params: Tree = None,
         *,
         donate: bool = False,
         alive: Tree = None,
@@ -171,7 +170,6 @@ def trace(
     def update(
         updates: Tree,
         state: TraceState,
-        params: Tree = None,
         *,
         donate: bool = False,
         alive: Tree = None,
