@@ -144,9 +144,7 @@ class _Blocked:
             leaves, spec = flatten(updates)
             known = leaves
         else:
-            (known, _), (leaves, spec) = check_same_structure(
-                params, updates, "params", "gradients"
-            )
+            (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
         if problem := problem_of_gradients(leaves, known):
             raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]

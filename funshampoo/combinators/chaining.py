@@ -98,7 +98,7 @@ def chain(
         if keys not in in_order and {key for key in keys if key != CLOCK} != set(named):
             raise ValueError(other_stages(set(named), set(state) - {CLOCK}))
         if torch.compiler.is_dynamo_compiling() and params is not None:
-            check_same_structure(params, updates, "params", "gradients")
+            check_same_structure(params, updates, "gradients")
 
     ends_in_place = bool(named) and list(named.values())[-1].apply is not None
     return GradientTransformation(
