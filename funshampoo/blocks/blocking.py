@@ -15,11 +15,7 @@ from funshampoo.blocks.executor import Executors, Leaves
 from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_keys
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
-from funshampoo.combinators.failures import (
-    FailureLimitError,
-    failing_blocks,
-    failure_limit_error,
-)
+from funshampoo.combinators.failures import FailureLimitError, failing_blocks, failure_limit_error
 from funshampoo.combinators.masks import Mask, bools_of
 from funshampoo.core.applying import add_in_place
 from funshampoo.core.checks import check_choice, check_count
@@ -27,7 +23,7 @@ from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import is_plain, is_traced, lie_apart
-from funshampoo.core.needs import required
+from funshampoo.core.needs import without_parameters
 from funshampoo.core.parameters import check_local, detached_parameters, problem_of_gradients
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names
@@ -148,16 +144,12 @@ class _Blocked:
             leaves, spec = flatten(updates)
             known = leaves
         else:
-            (known, _), (leaves, spec) = check_same_structure(
-                params, updates, "params", "gradients"
-            )
+            (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
         if problem := problem_of_gradients(leaves, known):
             raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
-        if self.with_params is not False and params is None:
-            raise ValueError("blocked(..., with_params=True) needs them: pass params to update.")
         if self.with_params is False and self.inner.needs:
-            required(None, self.inner.needs, block_ndim=1)
+            raise without_parameters(self.inner.needs, block_ndim=1)
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.

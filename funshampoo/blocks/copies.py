@@ -13,7 +13,7 @@ from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.stacks import stack_blocks, unstack_blocks
-from funshampoo.blocks.state_rows import filled
+from funshampoo.blocks.state_rows import filled, rows_of_tensor
 from funshampoo.core.tree import compute_dtype
 
 
@@ -134,8 +134,4 @@ class Traced:
 
 
 def _rows(stacks: dict[str, Tensor], portion: Portion) -> dict[str, Tensor]:
-    return {
-        name: x if len(x) == len(rows) else x.narrow(0, rows.start, len(rows))
-        for name, rows in portion.items()
-        for x in [stacks[name]]
-    }
+    return {name: rows_of_tensor(stacks[name], rows) for name, rows in portion.items()}

@@ -180,8 +180,7 @@ def _describe(where: ParameterLayout, max_size: int | None) -> dict[str, dict[st
     described: dict[str, dict[str, tuple[()]]] = {}
     for region in where.regions:
         # A cut but the last of a side has the full size, so an offset is a whole number of them.
-        sizes = [max_size or 1 for _ in region.block]
-        origin = tuple(offset // size for offset, size in zip(region.offset, sizes))
+        origin = tuple(offset // (max_size or 1) for offset in region.offset)
         last = region.first + region.rows
         span = Span(region.first, last, region.grid, origin, where.stacked)
         described.setdefault(region.stack, {})[str(span)] = ()

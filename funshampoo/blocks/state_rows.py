@@ -135,8 +135,11 @@ def filled(old: Tensor, new: Sequence[tuple[range, Tensor]]) -> Tensor:
 
 def _cut(x: Tensor, rows: range | None) -> Tensor:
     # What is not by rows is copied: a portion may write into it, and the next starts from the same.
-    if rows is None:
-        return x.clone()
+    return x.clone() if rows is None else rows_of_tensor(x, rows)
+
+
+def rows_of_tensor(x: Tensor, rows: range) -> Tensor:
+    """Some rows: a view, or x itself where they are all."""
     return x if len(rows) == x.shape[0] else x.narrow(0, rows.start, len(rows))
 
 

@@ -11,13 +11,8 @@ from torch import Tensor
 from funshampoo.core.checks import check_count
 from funshampoo.core.clock import advanced, new_counter, read_counter, running, slowed, started
 from funshampoo.core.context import Context, changed
-from funshampoo.core.contract import (
-    GradientTransformation,
-    Phase,
-    State,
-    Tree,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, Phase, State, Tree, as_transformation
+from funshampoo.core.of_parts import check_of_every
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import whole_numbers
 from funshampoo.core.tree import compute_dtype, flatten, map_leaves
@@ -99,16 +94,16 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         out, after = _real_step(inner, new, params, inside)
         return out, _emptied(new, after)
 
-    def check(state: MultiStepsState, context: Context) -> None:
-        here = running(state.steps, context)
-        if inner.checks and here.step is not None and here.step % every == 0:
-            inner.check(state.inner, slowed(here, every))
-
     def phase(step: int) -> Phase:
         return (f"real step of {every}", *inner.phase(step // every)) if step % every == 0 else ()
 
     return GradientTransformation(
-        init, update, phase=phase, check=check, parts={"inner": inner}, counts=True
+        init,
+        update,
+        phase=phase,
+        check=check_of_every(inner, every),
+        parts={"inner": inner},
+        counts=True,
     )
 
 

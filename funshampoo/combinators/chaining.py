@@ -12,13 +12,9 @@ import torch
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import CLOCK, advanced, running, started
 from funshampoo.core.context import Context
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.elementwise import LocalStep, local_step
+from funshampoo.core.misfit import other_stages
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import SEEN, any_in_parts
@@ -78,14 +74,8 @@ def chain(
             states[name] = stage.init(params, upstream=before, clock=clock or counts, **context)
         return states if steps == () else {CLOCK: ClockState(steps), **states}
 
-    def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
-        return step(updates, state, params, context, in_place=False)
-
-    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
-        return step(updates, state, params, context, in_place=True)[1]
-
-    def step(
-        updates: Tree, state: State, params: Tree, context: Context, in_place: bool
+    def update(
+        updates: Tree, state: State, params: Tree, context: Context, *, in_place: bool = False
     ) -> tuple[Tree, State]:
         check(updates, state, params)
         steps = state[CLOCK].steps if CLOCK in state else ()
@@ -95,6 +85,9 @@ def chain(
             states = {CLOCK: ClockState(advanced(steps, context.donate)), **states}
         return updates, states
 
+    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
+        return update(updates, state, params, context, in_place=True)[1]
+
     def check(updates: Tree, state: State, params: Tree) -> None:
         if not isinstance(state, dict):
             raise ValueError(
@@ -103,9 +96,9 @@ def chain(
             )
         keys = [*state]  # most often in order; not by views of dicts: torch 2.11
         if keys not in in_order and {key for key in keys if key != CLOCK} != set(named):
-            raise ValueError(_other_chain(set(named), set(state) - {CLOCK}))
+            raise ValueError(other_stages(set(named), set(state) - {CLOCK}))
         if torch.compiler.is_dynamo_compiling() and params is not None:
-            check_same_structure(params, updates, "params", "gradients")
+            check_same_structure(params, updates, "gradients")
 
     ends_in_place = bool(named) and list(named.values())[-1].apply is not None
     return GradientTransformation(
@@ -197,12 +190,3 @@ def _unused(name: str, taken: set[str]) -> str:
     while candidate in taken:
         candidate, number = f"{name}_{number}", number + 1
     return candidate
-
-
-def _other_chain(stages: set[str], found: set[str]) -> str:
-    missing, unknown = sorted(stages - found), sorted(found - stages)
-    return (
-        f"the state is not this chain's: it lacks {missing or 'nothing'} and has "
-        f"{unknown or 'nothing'} besides. Build the chain that made it, or call init; where stages "
-        "were inserted, pass tx.init(params) | state."
-    )

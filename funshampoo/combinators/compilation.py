@@ -160,7 +160,7 @@ def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> 
         return None
     if context.refresh is None:
         return inner.phase(t)
-    others = [label for label in inner.phase(t) if not label.startswith("refresh")]
+    others = [label for label in inner.phase(t) if not label.startswith(REFRESH)]
     return (*others, FOR_ALL) if context.refresh else tuple(others)
 
 

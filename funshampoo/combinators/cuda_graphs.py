@@ -11,16 +11,11 @@ import torch
 from torch import Tensor
 
 from funshampoo.combinators.compilation import check_phases, phase_of
-from funshampoo.combinators.recording import RECORDERS, Asked, Place, on_device
+from funshampoo.combinators.recording import RECORDERS, Graphs, StepRequest, on_device
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.modes import is_traced
 from funshampoo.core.of_parts import steps_of
 from funshampoo.core.placed import any_in_parts
@@ -28,7 +23,7 @@ from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import MultiStepsState, ShardedState
 
-PLACES = 8
+MOST_TREES = 8
 """Trees of parameters whose graphs are kept: a transformation may step several in turn."""
 
 
@@ -89,7 +84,7 @@ class _Graphed:
 
     def __init__(self, inner: GradientTransformation) -> None:
         self._inner = inner
-        self._places: OrderedDict[Any, Place] = OrderedDict()
+        self._graphs: OrderedDict[Any, Graphs] = OrderedDict()
         self._fixed: dict[str, Any] = {}  # numbers that stand in graphs
         self._moving: set[str] = set()  # the names of those that graphs read
 
@@ -104,26 +99,26 @@ class _Graphed:
         if recorder is None or is_traced() or _is_seen() or not _is_outermost(context):
             return applied(self._inner, updates, state, params, context)
         self._note(context.hyper)
-        asked = Asked(self._inner, updates, state, params, context, leaves)
-        place = self._place(asked)
-        t = running(steps_of(asked.state), context).step
+        request = StepRequest(self._inner, updates, state, params, context, leaves)
+        graphs = self._graphs_for(request)
+        t = running(steps_of(request.state), context).step
         phase = phase_of(self._inner, t, context)
         key = phase, context.refresh, tuple(context.hyper), context.clock is None
-        if phase is None or place.advances.get(key, ()) is None:
-            return asked.as_it_is()
-        place.set(asked, {name: x for name, x in context.hyper.items() if name in self._moving})
-        if key not in place.replays:
-            stand_in = place.steps.setdefault(key[:2], 1 if t is None else t)
-            if key not in place.advances:  # it may never come again
-                return place.watch(key, asked.on_device(place, stand_in, updates), asked)
-            run = asked.on_device(place, stand_in, place.own_gradients(asked))
+        if phase is None or graphs.advances.get(key, ()) is None:  # it can't be recorded
+            return request.as_it_is()
+        graphs.set(request, {name: x for name, x in context.hyper.items() if name in self._moving})
+        if key not in graphs.replays:
+            stand_in = graphs.steps.setdefault(key[:2], 1 if t is None else t)
+            if key not in graphs.advances:  # it may never come again
+                return graphs.watch(key, request.on_device(graphs, stand_in, updates), request)
+            run = request.on_device(graphs, stand_in, graphs.own_gradients(request))
             replay = recorder(run, leaves[0].device)
             if replay is None:
-                place.advances[key] = None
-                return asked.as_it_is()
-            place.replays[key] = replay
-        place.replay(key, asked)
-        return asked.state
+                graphs.advances[key] = None
+                return request.as_it_is()
+            graphs.replays[key] = replay
+        graphs.replay(key, request)
+        return request.state
 
     def _note(self, hyper: Mapping[str, Any]) -> None:
         """A number that has changed is read from now on, by graphs that are made anew."""
@@ -135,18 +130,18 @@ class _Graphed:
         }
         if others:
             self._moving |= others
-            self._places.clear()
+            self._graphs.clear()
 
-    def _place(self, asked: Asked) -> Place:
+    def _graphs_for(self, request: StepRequest) -> Graphs:
         """Where this step would be replayed, or could be."""
-        found = self._places.get(asked.where())
+        found = self._graphs.get(request.where())
         if found is None:
-            _check_recordable(self._inner, asked.state, asked.leaves)
-            asked.take(on_device(asked.state, asked.leaves[0].device))
-            found = self._places[asked.where()] = Place(asked)
-            if len(self._places) > PLACES:
-                self._places.popitem(last=False)
-        self._places.move_to_end(asked.where())
+            _check_recordable(self._inner, request.state, request.leaves)
+            request.take(on_device(request.state, request.leaves[0].device))
+            found = self._graphs[request.where()] = Graphs(request)
+            if len(self._graphs) > MOST_TREES:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(request.where())
         return found
 
 

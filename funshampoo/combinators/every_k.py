@@ -8,7 +8,7 @@ from funshampoo.core.checks import check_count
 from funshampoo.core.clock import advanced, running, slowed, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
-from funshampoo.core.of_parts import checked_pair
+from funshampoo.core.of_parts import check_of_every, checked_pair
 from funshampoo.state.stages import EveryKState
 
 
@@ -61,11 +61,6 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
             updates, new = checked_pair(found, inner.name)
         return updates, EveryKState(new, advanced(state.steps, context.donate))
 
-    def check(state: EveryKState, context: Context) -> None:
-        here = running(state.steps, context)
-        if inner.checks and here.step is not None and here.step % k == 0:
-            inner.check(state.inner, slowed(here, k))
-
     def phase(step: int) -> Phase:
         return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()
 
@@ -77,7 +72,7 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
         init,
         update,
         phase=phase,
-        check=check,
+        check=check_of_every(inner, k),
         parts={"inner": inner},
         counts=True,
         flops=saved,

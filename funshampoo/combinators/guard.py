@@ -23,15 +23,8 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_tra
 from funshampoo.core.live import number
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import columns_of, flatten, is_one, update_columns
-from funshampoo.operators.by_number import all_at_once
-from funshampoo.operators.columns import (
-    Column,
-    add,
-    multiply,
-    product_in,
-    zeroed,
-    zeros_a_block,
-)
+from funshampoo.operators.columns import Column, add, multiply, product_in, zeroed, zeros_a_block
+from funshampoo.operators.joined import Joined
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import GuardedState
@@ -129,24 +122,21 @@ def guarded(
         if limit_reached(failure_report(state), max_failures):
             raise failure_limit_error(failing_blocks(state, max_failures), max_failures)
 
-    def spiked(
-        verdicts: Verdicts | None, spikes: Any, updates: Tree, context: Context
-    ) -> tuple[Verdicts | None, Any]:
+    def judged(updates: Tree, state: GuardedState, context: Context) -> tuple[Verdicts | None, Any]:
+        verdicts = verdicts_on(updates, context, by_leaf)
+        if spike_factor is None:
+            return verdicts, state.spikes
         factor = number(spike_factor, context.hyper)
-        return with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+        return with_spikes(verdicts, updates, state.spikes, factor, context, by_leaf)
 
     def update(
         updates: Tree, state: GuardedState, params: Tree, context: Context
     ) -> tuple[Tree, GuardedState]:
-        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
-        if spike_factor is not None:
-            verdicts, spikes = spiked(verdicts, spikes, updates, context)
+        verdicts, spikes = judged(updates, state, context)
         return _step(inner, updates, state, params, context, verdicts, spikes)
 
     def apply(updates: Tree, state: GuardedState, params: Tree, context: Context) -> GuardedState:
-        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
-        if spike_factor is not None:
-            verdicts, spikes = spiked(verdicts, spikes, updates, context)
+        verdicts, spikes = judged(updates, state, context)
         if verdicts is not None:  # some of what `inner` makes of them is to be zeros
             found, new = _step(inner, updates, state, params, context, verdicts, spikes)
             add_in_place(params, found)
@@ -193,11 +183,20 @@ def _stepped(
     updates: Tree, state: GuardedState, own: Any, dead: Tree, spikes: Any, context: Context
 ) -> GuardedState:
     """The state after a step that has left `inner` its `own`; dead is None where all are fine."""
-    more, held, donate = None, state.held, context.donate
-    if dead is not None:
-        more = _as_counts(dead)
-        held = _added(held, more, donate)
-    streak = _streaks(updates, state.streak, more, donate)
+    donate = context.donate
+
+    def cleared(u: Column, streak: Column) -> tuple[Column, Column]:
+        return u, multiply(streak, 0, donate)
+
+    def counted(more: Column, held: Column, streak: Column) -> tuple[Column, Column, Column]:
+        longer = add(streak, more, donate)
+        return more, add(held, more, donate), product_in(longer, more, donate)
+
+    if dead is None:
+        held = state.held
+        _, streak = update_columns(cleared, updates, (state.streak,))
+    else:
+        _, held, streak = update_columns(counted, _as_counts(dead), (state.held, state.streak))
     return GuardedState(held, streak, own, advanced(state.steps, donate), spikes)
 
 
@@ -222,40 +221,8 @@ def run_alive(
 
 def _as_counts(dead: Tree) -> Tree:
     """The masks as int64 numbers, like the counters: mixed dtypes take a launch for every pair."""
-    leaves, spec = flatten(dead)
-    found: list[Any] = list(leaves)
-    devices: dict[Any, list[int]] = {}
-    for i, mask in enumerate(leaves):
-        if mask is not None:
-            devices.setdefault(mask.device, []).append(i)
-    for places in devices.values():
-        numbers = all_at_once(lambda x: x.to(torch.int64), [leaves[i] for i in places])
-        for i, n in zip(places, numbers):
-            found[i] = n
-    return spec.unflatten(found)
-
-
-def _added(counts: Tree, more: Tree, donate: bool) -> Tree:
-    """One more where the gradient was not finite."""
-
-    def leaves(more: Column, n: Column) -> tuple[Column, Column]:
-        return more, add(n, more, donate)
-
-    return update_columns(leaves, more, (counts,))[1]
-
-
-def _streaks(updates: Tree, streak: Tree, more: Tree, donate: bool) -> Tree:
-    """One more where the gradient was not finite, else 0; `more` is None where all are."""
-
-    def cleared(u: Column, n: Column) -> tuple[Column, Column]:
-        return u, multiply(n, 0, donate)
-
-    def judged(more: Column, n: Column) -> tuple[Column, Column]:
-        return more, product_in(add(n, more, donate), more, donate)
-
-    if more is None:
-        return update_columns(cleared, updates, (streak,))[1]
-    return update_columns(judged, more, (streak,))[1]
+    joined = Joined(dead)
+    return joined.split({kind: x.to(torch.int64) for kind, x in joined.join(dead).items()})
 
 
 def _zeroed(tree: Tree, dead: Tree) -> Tree:

@@ -22,11 +22,10 @@ from funshampoo.core.tree import flatten, leaf_names
 
 Replay: TypeAlias = Callable[[], Any]
 
-
 _SHAPE = operator.attrgetter("shape")
 
 
-class Asked:
+class StepRequest:
     """A step that is asked for.
 
     Attributes:
@@ -55,9 +54,9 @@ class Asked:
         """What a graph would be bound to."""
         if not self._where:
             kinds = [None if g is None else g.dtype for g in self.gradients]
-            looks = map(_SHAPE, self.leaves), map(Tensor.stride, self.leaves)
+            shapes, strides = map(_SHAPE, self.leaves), map(Tensor.stride, self.leaves)
             places = [x.data_ptr() for x in (*self.leaves, *self.tensors)]
-            self._where = (*kinds, *looks[0], *looks[1], *places)
+            self._where = (*kinds, *shapes, *strides, *places)
         return self._where
 
     def as_it_is(self) -> State:
@@ -66,17 +65,17 @@ class Asked:
         after = applied(self.inner, self.updates, self.state, self.params, self.context)
         return self.state if put_back(before, flatten(after)[0]) else after
 
-    def on_device(self, place: Place, step: int, gradients: Tree) -> Callable[[], State | None]:
+    def on_device(self, graphs: Graphs, step: int, gradients: Tree) -> Callable[[], State | None]:
         """The same, but that it reads what changes from step to step on the device.
 
         It returns the state after it; None, where that lies in the memory of the one before.
         """
-        known = {n: x for n, x in place.numbers.items() if n in self.context.hyper}
+        known = {n: x for n, x in graphs.numbers.items() if n in self.context.hyper}
         hyper = {**self.context.hyper, **known}
-        clock = None if self.context.clock is None else place.clock
+        clock = None if self.context.clock is None else graphs.clock
         context = changed(self.context, step=step, hyper=hyper, clock=clock)
         leaves, layout = flatten(self.state)
-        counters = {id(self.tensors[i]): x for i, x in zip(place.clocks, place.counters)}
+        counters = {id(self.tensors[i]): x for i, x in zip(graphs.clocks, graphs.counters)}
         held = [counters.get(id(x), x) for x in leaves]
         state = layout.unflatten(held)
 
@@ -88,7 +87,7 @@ class Asked:
         return run
 
 
-class Place:
+class Graphs:
     """The graphs of one tree of parameters with its state, by what is asked of a step.
 
     Attributes:
@@ -101,11 +100,11 @@ class Place:
         steps: one of each phase, which stands for all of them.
     """
 
-    def __init__(self, asked: Asked) -> None:
-        self._device = asked.leaves[0].device
-        self.clocks = _clocks(asked, self._device)
+    def __init__(self, request: StepRequest) -> None:
+        self._device = request.leaves[0].device
+        self.clocks = _clocks(request, self._device)
         with for_keeps():
-            self.counters = [asked.tensors[i].to(self._device, copy=True) for i in self.clocks]
+            self.counters = [request.tensors[i].to(self._device, copy=True) for i in self.clocks]
             self.clock = torch.zeros((), dtype=torch.int64, device=self._device)
         self.numbers: dict[str, Tensor] = {}
         self.gradients: Sequence[Tensor | None] = ()
@@ -113,45 +112,45 @@ class Place:
         self.replays: dict[Any, Replay] = {}
         self.steps: dict[Any, int] = {}
         self._waited: set[Any] = set()
-        self._apart = lie_apart(asked.tensors)
+        self._apart = lie_apart(request.tensors)
 
-    def set(self, asked: Asked, numbers: Mapping[str, Any]) -> None:
+    def set(self, request: StepRequest, numbers: Mapping[str, Any]) -> None:
         """Say what changes from step to step, but for the gradients. Nobody waits."""
         for i, x in zip(self.clocks, self.counters):
-            x.fill_(asked.tensors[i])
-        if asked.context.clock is not None:
-            self.clock.fill_(asked.context.clock)
+            x.fill_(request.tensors[i])
+        if request.context.clock is not None:
+            self.clock.fill_(request.context.clock)
         for name, value in numbers.items():
             shape = value.shape if isinstance(value, Tensor) else ()
-            if name not in self.numbers or self.numbers[name].shape != shape:
+            own = self.numbers.get(name)
+            if own is None or own.shape != shape:
                 with for_keeps():
-                    place = torch.empty(shape, dtype=torch.float64, device=self._device)
-                self.numbers[name] = place
+                    own = torch.empty(shape, dtype=torch.float64, device=self._device)
+                self.numbers[name] = own
                 self.replays.clear()  # which would go on reading the one before
-            own = self.numbers[name]
             if isinstance(value, Tensor) and (value.ndim or not value.is_cpu):
                 own.copy_(value, non_blocking=True)
             else:
                 own.fill_(value)
 
-    def own_gradients(self, asked: Asked) -> Tree:
+    def own_gradients(self, request: StepRequest) -> Tree:
         """A tree of memory for gradients, which is the same at every call."""
         if not self.gradients:
             with for_keeps():
-                known = asked.gradients
+                known = request.gradients
                 self.gradients = [None if g is None else torch.empty_like(g) for g in known]
-        return flatten(asked.updates)[1].unflatten(self.gradients)
+        return flatten(request.updates)[1].unflatten(self.gradients)
 
-    def watch(self, key: Any, run: Callable[[], State | None], asked: Asked) -> State:
+    def watch(self, key: Any, run: Callable[[], State | None], request: StepRequest) -> State:
         """The state after a step as it would be recorded, of which is seen whether it can be.
 
         What waits is watched once more: constants come to the device when they are first used.
         """
         with watching() as waits:
             after = run()
-        before = [int(asked.tensors[i]) for i in self.clocks]
+        before = [int(request.tensors[i]) for i in self.clocks]
         moved = [int(x) - n for x, n in zip(self.counters, before)]
-        self._count(asked, moved)
+        self._count(request, moved)
         if after is not None or not self._apart:  # another kind of state, or one part in another
             self.advances[key] = None
         elif not waits:
@@ -166,29 +165,29 @@ class Place:
                     f"run as they are: see {waits[0]}.",
                     stacklevel=2,
                 )
-        return asked.state if after is None else self._on_clocks(after, asked)
+        return request.state if after is None else self._on_clocks(after, request)
 
-    def _on_clocks(self, state: State, asked: Asked) -> State:
+    def _on_clocks(self, state: State, request: StepRequest) -> State:
         """A state with its counters on the CPU again."""
-        clocks = {id(x): asked.tensors[i] for i, x in zip(self.clocks, self.counters)}
+        clocks = {id(x): request.tensors[i] for i, x in zip(self.clocks, self.counters)}
         leaves, layout = flatten(state)
         return layout.unflatten([clocks.get(id(x), x) for x in leaves])
 
-    def replay(self, key: Any, asked: Asked) -> None:
+    def replay(self, key: Any, request: StepRequest) -> None:
         """Make it."""
-        given = [g for g in asked.gradients if g is not None]
+        given = [g for g in request.gradients if g is not None]
         if given:
             torch._foreach_copy_([x for x in self.gradients if x is not None], given)
         self.replays[key]()
-        written = [x for x in (*asked.leaves, *asked.tensors) if not x.is_inference()]
+        written = [x for x in (*request.leaves, *request.tensors) if not x.is_inference()]
         torch.autograd.graph.increment_version(written)
         moved = self.advances[key]
         assert moved is not None, "it can't be recorded"
-        self._count(asked, moved)
+        self._count(request, moved)
 
-    def _count(self, asked: Asked, moved: Sequence[int]) -> None:
+    def _count(self, request: StepRequest, moved: Sequence[int]) -> None:
         for i, n in zip(self.clocks, moved):
-            asked.tensors[i].add_(n)
+            request.tensors[i].add_(n)
 
 
 def put_back(before: list[Any], after: list[Any]) -> bool:
@@ -227,16 +226,16 @@ def _may_count(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.int64 and x.ndim == 0
 
 
-def _clocks(asked: Asked, device: torch.device) -> list[int]:
+def _clocks(request: StepRequest, device: torch.device) -> list[int]:
     """Which tensors of the state are clocks.
 
     Raises:
         ValueError: something else lies on the CPU.
     """
-    leaves = flatten(asked.state)[0]
-    names = {id(x): name for x, name in zip(leaves, leaf_names(asked.state))}
+    leaves = flatten(request.state)[0]
+    names = {id(x): name for x, name in zip(leaves, leaf_names(request.state))}
     found = []
-    for i, x in enumerate(asked.tensors):
+    for i, x in enumerate(request.tensors):
         name = names[id(x)]
         if _may_count(x) and name.split(".")[-1].strip("'") == "steps":
             found.append(i)

@@ -41,14 +41,12 @@ def verdicts_on(updates: Tree, context: Context, by_leaf: bool = False) -> Verdi
     if given is None and all([_all_usable(flatten(x)[0]) for x in norms]):
         return None
     together = not (context.block_ndim or by_leaf)
-    judged = [_judged(x, together) for x in norms] + ([] if given is None else [(None, given)])
-    alive = judged[0][1]
-    if len(judged) == 1:
-        only: Verdicts = judged[0]
-        return only
-    for _, other in judged[1:]:
-        alive = map_leaves(_both, alive, other)
-    dead: Tree = map_leaves(lambda x: None if x is None else x == 0, alive)
+    dead, alive = _judged(norms[0], together)
+    others = [_judged(x, together)[1] for x in norms[1:]] + ([] if given is None else [given])
+    if others:
+        for other in others:
+            alive = map_leaves(_both, alive, other)
+        dead = map_leaves(lambda x: None if x is None else x == 0, alive)
     return dead, alive
 
 
@@ -58,32 +56,31 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _judged(norms: Tree, together: bool) -> Verdicts:
     """(can't be used, 1 where it can) of every norm; all at once, which is a few operators."""
-    leaves, spec = flatten(norms)
-    found: list[tuple[Tensor, Tensor] | tuple[None, None]] = [(None, None)] * len(leaves)
-    kinds: dict[Any, list[int]] = {}
-    for i, norm in enumerate(leaves):
-        if norm is not None:
-            kinds.setdefault((norm.dtype, norm.device), []).append(i)
-    for (dtype, _), places in kinds.items():
-        flat = torch.cat([leaves[i].reshape(-1) for i in places])
-        dead = ~(flat * flat <= _LIMITS[dtype])
-        alive, sizes = (~dead).to(dtype), [leaves[i].numel() for i in places]
-        for i, mask, fine in zip(places, torch.split(dead, sizes), torch.split(alive, sizes)):
-            found[i] = mask.reshape(leaves[i].shape), fine.reshape(leaves[i].shape)
-    if together and kinds:
-        found = _all_as_the_worst(found)
-    return tuple([spec.unflatten(column) for column in zip(*found)]) if leaves else (norms, norms)
+    joined = Joined(norms)
+    flat = joined.join(norms)
+    dead = {kind: ~(x * x <= _LIMITS[x.dtype]) for kind, x in flat.items()}
+    found = joined.split(dead), joined.split(_alive(dead, flat))
+    return _all_as_the_worst(found) if together else found
 
 
-def _all_as_the_worst(found: Sequence[Any]) -> list[Any]:
+def _alive(dead: Tree, norms: Tree) -> Tree:
+    """1 where a block can be used, of masks where it can't; in the dtypes of the norms."""
+    return map_leaves(lambda x, n: None if x is None else (~x).to(n.dtype), dead, norms)
+
+
+def _all_as_the_worst(found: Verdicts) -> Verdicts:
     """One verdict for all, a pair of tensors for each dtype and device."""
-    first = next(x[0] for x in found if x[0] is not None)
-    dead = torch.stack([x[0].to(first.device) for x in found if x[0] is not None]).any()
+    (masks, spec), (alive, _) = map(flatten, found)
+    known = [x for x in masks if x is not None]
+    if not known:
+        return found
+    dead = torch.stack([x.to(known[0].device) for x in known]).any()
     shared: dict[Any, tuple[Tensor, Tensor]] = {}
-    for _, fine in found:
+    for fine in alive:
         if fine is not None and (fine.dtype, fine.device) not in shared:
             shared[fine.dtype, fine.device] = dead.to(fine.device), (~dead).to(fine)
-    return [x if x[1] is None else shared[x[1].dtype, x[1].device] for x in found]
+    pairs = [(None, None) if x is None else shared[x.dtype, x.device] for x in alive]
+    return spec.unflatten([mask for mask, _ in pairs]), spec.unflatten([fine for _, fine in pairs])
 
 
 def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
@@ -105,59 +102,39 @@ def with_spikes(
     context: Context,
     by_leaf: bool = False,
 ) -> tuple[Verdicts | None, SpikeState]:
-    """The verdicts with spikes held too, and what is known of norms after this step."""
+    """The verdicts with spikes held too, and what is known of norms after this step.
+
+    On a device of all leaves at once, which says of every leaf what it says by itself.
+    """
     source = updates if context.gradient is None else context.gradient
     norms = _norms(source, updates, context.block_ndim)
     together = not (context.block_ndim or by_leaf)
     joined = Joined(norms, *state)
-    if joined.worth_it():
-        return _with_joined_spikes(joined, norms, verdicts, state, factor, together, context.donate)
-    over = above(norms, state, factor)
-    spikes = held(over, state, verdicts and verdicts[1])
-    if any_held(spikes):
-        dead = spikes if verdicts is None else map_leaves(_either, spikes, verdicts[0])
-        verdicts = _of_masks(dead, norms, together)
-    known = learned(norms, over, spikes, verdicts and verdicts[0], state, context.donate)
-    return verdicts, known
-
-
-def _with_joined_spikes(
-    joined: Joined,
-    norms: Tree,
-    verdicts: Verdicts | None,
-    state: SpikeState,
-    factor: Hyper,
-    together: bool,
-    donate: bool,
-) -> tuple[Verdicts, SpikeState]:
-    """The same for all leaves at once, which says of every leaf what it says by itself."""
-    flat, known = joined.join(norms), SpikeState(*map(joined.join, state))
+    joins = joined.worth_it()
+    join, split = (joined.join, joined.split) if joins else (_as_it_is, _as_it_is)
+    flat, known = join(norms), SpikeState(*map(join, state))
+    dead = None if verdicts is None else join(verdicts[0])
     over = above(flat, known, factor)
-    spikes = held(over, known, verdicts and joined.join(verdicts[1]))
-    dead = spikes if verdicts is None else map_leaves(_either, spikes, joined.join(verdicts[0]))
-    found = tuple(map(joined.split, _of_masks(dead, flat, together=False)))
-    if together:
-        (masks, spec), (alive, _) = map(flatten, found)
-        found = tuple(map(spec.unflatten, zip(*_all_as_the_worst(list(zip(masks, alive))))))
-        dead = joined.join(found[0])
+    spikes = held(over, known, verdicts and join(verdicts[1]))
+    if any_held(spikes):
+        dead = spikes if dead is None else map_leaves(_either, spikes, dead)
+        verdicts = split(dead), split(_alive(dead, flat))
+        if together:
+            verdicts = _all_as_the_worst(verdicts)
+            dead = join(verdicts[0])
     # What was joined is a copy, to be written to.
-    new = learned(flat, over, spikes, dead, known, donate=True)
-    into = joined.write if donate else joined.split
-    return (found[0], found[1]), SpikeState(*map(into, new, state))
+    new = learned(flat, over, spikes, dead, known, donate=joins or context.donate)
+    into = joined.write if joins and context.donate else split
+    return verdicts, SpikeState(*map(into, new, state))
+
+
+def _as_it_is(tree: Tree, others: Tree = None) -> Tree:
+    """Leaf by leaf: nothing is joined."""
+    return tree
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if a is None or b is None else a | b
-
-
-def _of_masks(dead: Tree, norms: Tree, together: bool) -> Verdicts:
-    """(can't be used, 1 where it can) of masks; `norms` for the dtypes."""
-    masks = [x for x in flatten(dead)[0] if x is not None]
-    if together and masks:
-        worst = torch.stack([x.to(masks[0].device) for x in masks]).any()
-        dead = map_leaves(lambda x: None if x is None else worst.to(x.device), dead)
-    alive = map_leaves(lambda x, n: None if x is None else (~x).to(n.dtype), dead, norms)
-    return dead, alive
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

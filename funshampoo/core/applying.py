@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.context import Context, changed, context_of
-from funshampoo.core.contract import (
-    GradientTransformation,
-    State,
-    Tree,
-    TreeT,
-)
+from funshampoo.core.contract import GradientTransformation, State, Tree, TreeT
 from funshampoo.core.elementwise import local_step
 from funshampoo.core.fit import Entered
 from funshampoo.core.interrupted import Watched
@@ -49,7 +44,7 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
     >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -1.0])})
     {'w': tensor([1.5000, 0.0000])}
     """
-    (leaves, spec), (steps, _) = check_same_structure(params, updates, "params", "updates")
+    (leaves, spec), (steps, _) = check_same_structure(params, updates, "updates")
 
     def add(p: Tensor, u: Tensor | None) -> Tensor:
         if u is None:
@@ -72,7 +67,7 @@ def add_in_place(params: Tree, updates: Tree) -> None:
     >>> params
     {'w': tensor([1.5000, 0.0000])}
     """
-    (leaves, _), (steps, _) = check_same_structure(params, updates, "params", "updates")
+    (leaves, _), (steps, _) = check_same_structure(params, updates, "updates")
     pairs = [(p, u) for p, u in zip(leaves, steps) if u is not None]
     if any_in_parts(leaves):
         own, found = [p for p, _ in pairs], [u for _, u in pairs]

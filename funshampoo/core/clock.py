@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_step
 from funshampoo.core.context import Context, changed
 from funshampoo.core.modes import is_traced, unwrapped
 
@@ -50,20 +49,6 @@ def read_counter(counter: Tensor) -> int | None:
     return first
 
 
-def current_step(counter: Tensor, step: int | None) -> int | None:
-    """The number of this step, from 1: `step` if given, else the counter (steps so far) plus one.
-
-    Raises:
-        ValueError: step < 1.
-        TypeError: step is not an int.
-    """
-    if step is None:
-        done = read_counter(counter)
-        return None if done is None else done + 1
-    check_step(step)
-    return step
-
-
 def started(counts: bool, clock: bool) -> Tensor | tuple[()]:
     """The counter for the state of who may be outermost: () where it is not, or nobody asks.
 
@@ -78,13 +63,15 @@ def running(steps: Tensor | tuple[()], context: Context) -> Context:
     """The context for what is inside of who has this counter, or none."""
     if not isinstance(steps, Tensor):
         return context
+    if context.step is not None:
+        return changed(context, clock=steps)
     try:
-        step = current_step(steps, context.step)
+        done = read_counter(steps)
     except ValueError:  # members of an ensemble may differ in it, if nobody has to know
-        if context.refresh is None or context.step is not None:
+        if context.refresh is None:
             raise
-        step = None
-    return changed(context, clock=steps, step=step)
+        done = None
+    return changed(context, clock=steps, step=None if done is None else done + 1)
 
 
 def slowed(context: Context, k: int) -> Context:

@@ -30,7 +30,7 @@ from funshampoo.core.fit import Entered, Fits
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
 from funshampoo.core.modes import for_keeps
-from funshampoo.core.needs import required
+from funshampoo.core.needs import without_parameters
 from funshampoo.core.of_parts import checks_of, names_of, united
 from funshampoo.core.parameters import as_entering, of_parameters, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
@@ -218,6 +218,8 @@ class GradientTransformation:
         given = context_of(context, self.accepts, self.live) if context else EMPTY
         if given.hyper:
             check_values(given.hyper, self.lives)
+        if self.needs and params is None:
+            raise without_parameters(self.needs, given.block_ndim)
         if torch.compiler.is_dynamo_compiling():
             return self.run(placed_as(updates, params), state, params, given)
         updates, entered = self.checked(updates, state, params, given)
@@ -239,11 +241,9 @@ class GradientTransformation:
         """The gradients, placed as `run` takes them, and what enters. Outside torch.compile.
 
         Raises:
-            ValueError: gradients, state and parameters do not fit together; parameters are missing.
+            ValueError: gradients, state and parameters do not fit together.
             TypeError: a gradient is no dense tensor of a real floating dtype.
         """
-        if self.needs and params is None:
-            required(params, self.needs, context.block_ndim)
         if context.hyper:
             check_placed(context.hyper, params)
         updates = placed_as(updates, params) if SEEN["any"] else updates
@@ -316,7 +316,7 @@ def refreshes(transformation: GradientTransformation, context: Context) -> bool:
     if context.refresh is not None:
         return context.refresh
     t = context.step
-    return t is not None and any([p.startswith("refresh") for p in transformation.phase(t)])
+    return t is not None and any([p.startswith(REFRESH) for p in transformation.phase(t)])
 
 
 def as_transformation(stage: Any) -> GradientTransformation:

@@ -97,7 +97,7 @@ class Fits:
         if params is not None:
             known, other = optree.tree_flatten(params, none_is_leaf=True)
             if spec != other:
-                raise ValueError(structures_differ(params, updates, "params", "gradients"))
+                raise ValueError(structures_differ(params, updates, "gradients"))
             wanted = _looks(known)
         unlike = wanted != looks and check_gradients(leaves, known, updates)
         entered = Entered(spec, wanted, unlike, Parameter in map(type, known))

@@ -33,7 +33,7 @@ def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: st
     if isinstance(wanted, dict) and isinstance(found, dict) and CLOCK not in wanted:
         found = {name: own for name, own in found.items() if name != CLOCK}  # which nobody reads
     if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() != found.keys():
-        return _other_stages(set(wanted), set(found))
+        return other_stages(set(wanted), set(found))
     problem = _difference(wanted, found, "", devices)
     if not problem:
         return ""
@@ -50,7 +50,8 @@ def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: st
     )
 
 
-def _other_stages(stages: set[str], found: set[str]) -> str:
+def other_stages(stages: set[str], found: set[Any]) -> str:
+    """What is said of a chain of these stages and a state that has others."""
     missing, unknown = sorted(stages - found), sorted(map(str, found - stages))
     return (
         f"the state is not this chain's: it lacks {missing or 'nothing'} and has "

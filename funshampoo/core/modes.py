@@ -207,33 +207,27 @@ def _products(every_step: bool) -> contextlib.AbstractContextManager[Any]:
     return contexts[0] if len(contexts) == 1 else _all_of(contexts)
 
 
-@contextlib.contextmanager
-def asking_for_tf32() -> Iterator[None]:
+def asking_for_tf32() -> contextlib.AbstractContextManager[None]:
     """What `in_tf32` runs its chain in: `product_precision` rounds, in this thread."""
     if torch.compiler.is_dynamo_compiling():  # what it asks for is not to be had
-        yield
-        return
-    before, _ASKED.tf32 = _ASKED.tf32, True
-    try:
-        yield
-    finally:
-        _ASKED.tf32 = before
+        return contextlib.nullcontext()
+    return _asking(tf32=True)
 
 
 @contextlib.contextmanager
 def _rounded() -> Iterator[None]:
     """Who asks for full precision inside gets it, and afterwards it is rounded again."""
-    before, _ASKED.full = _ASKED.full, FullProducts(own=True)
-    try:
-        with RoundedProducts():
-            yield
-    finally:
-        _ASKED.full = before
+    with _asking(full=FullProducts(own=True)), RoundedProducts():
+        yield
 
 
 class _Asked(threading.local):
-    """Of this thread: whether it is inside of `in_tf32`, who counts those inside; and whether it
-    may wait for a device.
+    """Of this thread.
+
+    Attributes:
+        tf32: whether it is inside of `in_tf32`.
+        waits: whether it may wait for a device.
+        full: who counts those that multiply in full precision.
     """
 
     tf32 = False
@@ -245,13 +239,19 @@ _ASKED = _Asked()
 
 
 @contextlib.contextmanager
-def for_a_recording() -> Iterator[None]:
-    """What `cuda_graphed` runs a step in, to record it: nothing may wait for the device."""
-    before, _ASKED.waits = _ASKED.waits, False
+def _asking(**asked: Any) -> Iterator[None]:
+    own = vars(_ASKED)  # this thread's
+    before = {name: getattr(_ASKED, name) for name in asked}
+    own.update(asked)
     try:
         yield
     finally:
-        _ASKED.waits = before
+        own.update(before)
+
+
+def for_a_recording() -> contextlib.AbstractContextManager[None]:
+    """What `cuda_graphed` runs a step in, to record it: nothing may wait for the device."""
+    return _asking(waits=False)
 
 
 def may_wait() -> bool:

@@ -6,34 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from funshampoo.core.live import Numbers, number
+from funshampoo.core.clock import count_of
+from funshampoo.core.context import Context
+from funshampoo.core.live import number
 
 if TYPE_CHECKING:
     from funshampoo.core.contract import Hyper, Schedule
 
 
-def required(params: Any, stage: str, block_ndim: int) -> Any:
-    """The parameters, for a stage that can't do without.
-
-    Raises:
-        ValueError: they are None. Names the stage and the remedy.
-    """
-    if params is None:
-        remedy = "blocked(..., with_params=True)" if block_ndim else "pass params to update"
-        raise ValueError(f"{stage} needs the parameters: {remedy}.")
-    return params
+def without_parameters(stage: str, block_ndim: int) -> ValueError:
+    """The error of a step without parameters, which this stage can't do without."""
+    remedy = "blocked(..., with_params=True)" if block_ndim else "pass params to update"
+    return ValueError(f"{stage} needs the parameters: {remedy}.")
 
 
-def rate_of(
-    rate: Hyper | Schedule, steps: Tensor | tuple[()], clock: Tensor | None, hyper: Numbers
-) -> Any:
+def rate_of(rate: Hyper | Schedule, steps: Tensor | tuple[()], context: Context) -> Any:
     """A number, live number or schedule as it is on this step.
 
     Args:
-        steps: the stage's own counter, () where somebody around counts, by `clock`.
+        steps: the stage's own counter, () where somebody around counts.
     """
     if not callable(rate):
-        return number(rate, hyper)
-    count = steps if isinstance(steps, Tensor) else clock
-    assert count is not None, "init was told of a clock that update does not get"
-    return rate(count)
+        return number(rate, context.hyper)
+    return rate(count_of(steps, context))

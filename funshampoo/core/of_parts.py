@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from funshampoo.core.clock import CLOCK, running
+from funshampoo.core.clock import CLOCK, running, slowed
 from funshampoo.core.context import Context
 
 if TYPE_CHECKING:
@@ -35,6 +35,17 @@ def checks_of(
                     "the one that made it, or call init."
                 ) from error
             part.check(kept, inside)
+
+    return check
+
+
+def check_of_every(inner: GradientTransformation, k: int) -> Callable[[Any, Context], None]:
+    """The check of what runs on every k-th step alone, before such a step."""
+
+    def check(state: Any, context: Context) -> None:
+        here = running(state.steps, context)
+        if inner.checks and here.step is not None and here.step % k == 0:
+            inner.check(state.inner, slowed(here, k))
 
     return check
 

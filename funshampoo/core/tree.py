@@ -257,9 +257,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def check_same_structure(
-    tree: Any, other: Any, name: str, other_name: str
+    params: Any, other: Any, name: str
 ) -> tuple[tuple[list[Any], Any], tuple[list[Any], Any]]:
-    """The two trees have the same leaves in the same places, of the same shapes.
+    """The other tree has leaves where the parameters have them, of the same shapes.
 
     Returns:
         Of each what `flatten` says of it.
@@ -268,45 +268,45 @@ def check_same_structure(
         ValueError: names the first leaf that differs.
         TypeError: a leaf is complex in the other tree.
     """
-    leaves, spec = flatten(tree)
+    leaves, spec = flatten(params)
     others, other_spec = flatten(other)
     if spec != other_spec:
-        raise ValueError(structures_differ(tree, other, name, other_name))
+        raise ValueError(structures_differ(params, other, name))
     for i, (a, b) in enumerate(zip(leaves, others)):
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
             continue
         if a.dtype is not b.dtype and b.is_complex() and not a.is_complex():
-            raise TypeError(f"leaf '{leaf_names(tree)[i]}' is complex in {other_name}.")
+            raise TypeError(f"leaf '{leaf_names(params)[i]}' is complex in {name}.")
         if a.shape != b.shape:
             raise ValueError(
-                f"leaf '{leaf_names(tree)[i]}' has shape {tuple(a.shape)} in {name} "
-                f"and {tuple(b.shape)} in {other_name}."
+                f"leaf '{leaf_names(params)[i]}' has shape {tuple(a.shape)} in params "
+                f"and {tuple(b.shape)} in {name}."
             )
     return (leaves, spec), (others, other_spec)
 
 
-def structures_differ(tree: Any, other: Any, name: str, other_name: str) -> str:
-    """How they do, as a sentence."""
-    names, other_names = leaf_names(tree), leaf_names(other)
+def structures_differ(params: Any, other: Any, name: str) -> str:
+    """How the other tree, of this name, does from the parameters, as a sentence."""
+    names, other_names = leaf_names(params), leaf_names(other)
     if names and other_names and set(names).isdisjoint(other_names):
         return (
-            f"{name} and {other_name} have no leaf in common: {name} is {_described(tree)}, "
-            f"{other_name} is {_described(other)}. Give both as one kind of tree with the same "
+            f"params and {name} have no leaf in common: params is {_described(params)}, "
+            f"{name} is {_described(other)}. Give both as one kind of tree with the same "
             "keys, such as {name: tensor}, and the arguments in their order."
         )
     for leaf in names:
         if leaf not in other_names:
             return (
-                f"{name} and {other_name} differ: leaf '{leaf}' is missing from {other_name}. "
+                f"params and {name} differ: leaf '{leaf}' is missing from {name}. "
                 "A parameter without a gradient is written as None."
             )
     for leaf in other_names:
         if leaf not in names:
             return (
-                f"{name} and {other_name} differ: leaf '{leaf}' is missing from {name}. Leave it "
-                f"out of {other_name}, or call init for {name} that have it."
+                f"params and {name} differ: leaf '{leaf}' is missing from params. Leave it "
+                f"out of {name}, or call init for params that have it."
             )
     return (
-        f"{name} and {other_name} have the same leaves in containers of different types: give both "
+        f"params and {name} have the same leaves in containers of different types: give both "
         "as one kind of tree."
     )

@@ -32,7 +32,7 @@ def whole_of(parts: Sequence[Any], name: str) -> Tensor:
         for mine, box in _boxes(x):
             values, known = found[box], there[box]
             a, b = values[known], mine[known].to(values)
-            if not ((a == b) | ((a != a) & (b != b))).all():
+            if not torch.allclose(a, b, rtol=0, atol=0, equal_nan=True):
                 raise ValueError(
                     f"'{name}' differs between the parts: they were not saved at the same step of "
                     "the same training."

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_range
 from funshampoo.core.clock import advanced, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import rate_of, required
-from funshampoo.core.parameters import check_parameters
+from funshampoo.core.live import number
+from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, map_leaves, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.leaf_ops import filled, on_device, per_block, sent
@@ -56,25 +56,16 @@ def averaged_as_published(
         check_range("eval_interp_coeff", average, 0.0, 1.0, high_open=True)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> Any:
-        check_parameters(params, "averaged_as_published")
         rate = LearningRateState(started(callable(learning_rate), clock))
         if average is not None:
             return PrimalAverageState(copies(params), copies(params), rate)
         total, largest, seen = (_zeros(params, block_ndim, own_steps) for _ in range(3))
         return ScheduleFreeState(copies(params), copies(params), total, largest, seen, rate)
 
-    def update(
-        updates: Tree,
-        state: Any,
-        params: Tree = None,
-        *,
-        block_ndim: int = 0,
-        donate: bool = False,
-        clock: Tensor | None = None,
-        hyper: Numbers = NO_NUMBERS,
-    ) -> tuple[Tree, Any]:
-        rate = rate_of(learning_rate, state.rate.steps, clock, hyper)
-        shrink = _shrink(rate, number(weight_decay, hyper), kind, number(peak, hyper))
+    def update(updates: Tree, state: Any, params: Tree, context: Context) -> tuple[Tree, Any]:
+        rate = rate_of(learning_rate, state.rate.steps, context)
+        decay, largest = number(weight_decay, context.hyper), number(peak, context.hyper)
+        shrink = _shrink(rate, decay, kind, largest)
 
         shared = average is not None or not own_steps
         sums = () if average is not None else state[2:5]
@@ -93,17 +84,20 @@ def averaged_as_published(
             x = (new - (1 - interpolation) * z) / interpolation
             return new - cast(y, z.dtype), x, z, *(() if shared else found[2])
 
-        params = required(params, "averaged_as_published", block_ndim)
         step, x, z, *rest = update_leaves(leaf, updates, state[: 2 if shared else 5], (params,))
         found = everyone[2] if everyone else rest
-        now = LearningRateState(advanced(state.rate.steps, donate))
+        now = LearningRateState(advanced(state.rate.steps, context.donate))
         return step, type(state)(x, z, *found, now)
 
-    numbers = [learning_rate, weight_decay, peak]
-    counts = callable(learning_rate)
-    name = "schedule_free" if average is None else "primal_average"
     return GradientTransformation(
-        init, update, name, counts=counts, numbers=numbers, elementwise=True, needs_params=True
+        init,
+        update,
+        "schedule_free" if average is None else "primal_average",
+        counts=callable(learning_rate),
+        numbers=[learning_rate, weight_decay, peak],
+        elementwise=True,
+        minds_alive=False,
+        needs_params=True,
     )
 
 

@@ -82,7 +82,7 @@ def kind_of(
     if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _NormBase):
         return Kind("vector")  # whatever its shape, it multiplies entry by entry
     if isinstance(module, nn.MultiheadAttention):
-        return _of_attention(module, attribute, p, heads)
+        return _of_attention(module, attribute, heads)
     if p.ndim < 2:
         return Kind("vector")
     if isinstance(module, _ConvNd):
@@ -103,7 +103,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return known is not None and isinstance(module, known.Conv1D)
 
 
-def _of_attention(module: nn.MultiheadAttention, attribute: str, p: Tensor, heads: Heads) -> Kind:
+def _of_attention(module: nn.MultiheadAttention, attribute: str, heads: Heads) -> Kind:
     if not attribute.endswith("proj_weight"):
         return Kind("vector")  # biases, those of (1, 1, width) as well
     fused = attribute == "in_proj_weight"

@@ -85,12 +85,3 @@ def _leaf_of_entry(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     counts = torch.tensor(sizes, device="cpu")
     leaves = torch.arange(len(sizes), dtype=torch.int32, device="cpu").repeat_interleave(counts)
     return leaves.to(device, non_blocking=True)
-
-
-def all_at_once(function: Callable[[Tensor], Tensor], xs: list[Tensor]) -> list[Tensor]:
-    """An elementwise function of each of these small tensors of one dtype and device."""
-    if len(xs) < 2 or any([type(x) is not Tensor for x in xs]):  # DTensors of unlike meshes
-        return [function(x) for x in xs]
-    flat = function(torch.cat([x.reshape(-1) for x in xs]))
-    parts = torch.split(flat, [x.numel() for x in xs])
-    return [part.reshape(x.shape) for part, x in zip(parts, xs)]

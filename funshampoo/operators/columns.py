@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import Hyper
-from funshampoo.core.modes import constant, is_plain
+from funshampoo.core.modes import is_plain
 from funshampoo.core.placed import SEEN, any_in_parts, count_writes
 from funshampoo.core.tree import HALF, compute_dtype, flatten, map_leaves, update_columns
 from funshampoo.operators import leaf_ops
@@ -97,14 +97,9 @@ def add_weight(total: Column, beta: Hyper, alive: Sequence[Column], donate: bool
     ones, one = [], None
     for w in total:
         if one is None or one.dtype != w.dtype or one.device != w.device:
-            one = _one(w.dtype, w.device)
+            one = leaf_ops.scalar(1.0, w.dtype, w.device)
         ones.append(one)
     return lerp(total, ones, 1 - beta, donate)
-
-
-@constant
-def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones((), dtype=dtype, device=device)
 
 
 def average(old: Column, new: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:

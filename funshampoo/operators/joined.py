@@ -25,11 +25,11 @@ class Joined:
     def __init__(self, like: Tree, *others: Tree) -> None:
         self._leaves, self._spec = flatten(like)
         columns = [self._leaves, *columns_of(others, self._spec, like)]
-        self._kinds: dict[str, list[int]] = {}
+        kinds: dict[Any, list[int]] = {}
         for i, row in enumerate(zip(*columns)):
             if row[0] is not None:
-                kind = ", ".join([f"{x.dtype} on {x.device}" for x in row])
-                self._kinds.setdefault(kind, []).append(i)
+                kinds.setdefault(tuple([(x.dtype, x.device) for x in row]), []).append(i)
+        self._kinds = {str(n): places for n, places in enumerate(kinds.values())}
 
     def worth_it(self) -> bool:
         """Whether it saves launches: plain tensors off the CPU, more than a few, untraced."""

@@ -18,6 +18,7 @@ from funshampoo.linalg.products import aligned, multiply
 from funshampoo.operators.exponents import Sides, wanted_sides
 from funshampoo.operators.leaf_ops import lerp, on_device, per_block
 from funshampoo.operators.mode_products import bias_corrected, mode_flops, precondition, rotate
+from funshampoo.operators.turning import matrices_of
 
 Least: TypeAlias = float | Callable[[int], float]
 
@@ -174,18 +175,13 @@ class Block(NamedTuple):
     eigenvalues: Any
 
 
-def _values(block: Block) -> list[Tensor | None]:
-    """The root or the basis of each side. No property: of a named tuple torch 2.8 traces none."""
-    return [unit.value[0] if unit else None for unit in block.units]
-
-
 Whitened: TypeAlias = Callable[[Block], tuple[list[Tensor], Any]]
 """G_i for every side, and the new eigenvalues."""
 
 
 def _by_roots(**unused: Any) -> Whitened:
     def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        X, ndim = _values(block), block.block_ndim
+        X, ndim = matrices_of(block.units), block.block_ndim
         return [precondition(block.gradient, others(X, i), ndim) for i in range(len(X))], ()
 
     return whitened
@@ -193,7 +189,7 @@ def _by_roots(**unused: Any) -> Whitened:
 
 def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
     def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        Q, g = _values(block), block.gradient
+        Q, g = matrices_of(block.units), block.gradient
         h = []
         for i, L in enumerate(block.factors):
             d = g.shape[block.block_ndim + i]
@@ -208,7 +204,7 @@ def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
 
 def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
     def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        Q, g, ndim = _values(block), block.gradient, block.block_ndim
+        Q, g, ndim = matrices_of(block.units), block.gradient, block.block_ndim
         if not Q:  # without sides: one entry, as a side
             Q, g = [None], g[..., None]
         if isinstance(block.seen, Tensor):

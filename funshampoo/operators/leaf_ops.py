@@ -153,7 +153,7 @@ def zeroed(x: Tensor, dead: Tensor) -> Tensor:
     """
     if is_in_parts(x) or dead.device != x.device:
         return x.masked_fill(dead, 0.0)
-    return torch.where(dead, _zero(x.dtype, x.device), x)
+    return torch.where(dead, scalar(0.0, x.dtype, x.device), x)
 
 
 def zeroed_by_pairs(x: Tensor, dead: Tensor) -> Tensor:
@@ -163,19 +163,18 @@ def zeroed_by_pairs(x: Tensor, dead: Tensor) -> Tensor:
     the rate at which memory is read. They are chosen, never computed with: the bits are the same.
     """
     unit = torch.float64.itemsize // x.itemsize
-    whole = x.ndim > 0 and x.shape[-1] % unit == 0 == x.storage_offset() % unit
+    plain = type(x) is Tensor and dead.device == x.device and x.is_contiguous() and x.ndim > 0
     across = dead.ndim == 0 or (dead.ndim == x.ndim and dead.shape[-1] == 1)
-    if type(x) is not Tensor or dead.device != x.device or not (whole and across):
+    if unit < 2 or not (plain and across) or x.shape[-1] % unit or x.storage_offset() % unit:
         return zeroed(x, dead)
-    if unit < 2 or not x.is_contiguous():
-        return zeroed(x, dead)
-    zero = _zero(torch.float64, x.device)
+    zero = scalar(0.0, torch.float64, x.device)
     return torch.where(dead, zero, x.view(torch.float64)).view(x.dtype)
 
 
 @constant
-def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=dtype, device=device)
+def scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """() of this number, to be read alone; no copy from the host."""
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def sqrt(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def turned(tree: Tree, kept: Tree, block_ndim: int, back: bool = False) -> Tree:
     """Coordinates in the bases, or back."""
 
     def leaf(u: Tensor, units: Any) -> tuple[Tensor]:
-        return (rotate(wide(u), _matrices(units), block_ndim, back),)
+        return (rotate(wide(u), matrices_of(units), block_ndim, back),)
 
     return update_leaves(leaf, tree, (), (kept,))[0]
 
@@ -33,8 +33,8 @@ def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: in
         renewed = [unit.rounds != was.rounds for was, unit in zip(old, new) if unit]
         if not renewed:
             return u, x
-        whole = rotate(x, _matrices(old), block_ndim, back=True)
-        turned = rotate(whole, _matrices(new), block_ndim)
+        whole = rotate(x, matrices_of(old), block_ndim, back=True)
+        turned = rotate(whole, matrices_of(new), block_ndim)
         some = functools.reduce(torch.logical_or, renewed)
         return u, torch.where(per_block(some, x), turned, x)
 
@@ -58,5 +58,6 @@ def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: in
         return visit(state)
 
 
-def _matrices(units: Any) -> list[Tensor | None]:
+def matrices_of(units: Any) -> list[Tensor | None]:
+    """The root or the basis of each side, whose unit is a `Kept`; None for a side without."""
     return [unit.value[0] if unit else None for unit in units]

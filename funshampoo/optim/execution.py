@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,7 +39,7 @@ class Execution(NamedTuple):
             transformation = in_tf32(transformation)
         return cuda_graphed(transformation) if self.cuda_graph else transformation
 
-    def check(self, arguments: Mapping[str, Any], read: frozenset[str]) -> None:
+    def check(self, arguments: Mapping[str, Any], read: Set[str]) -> None:
         """Raise where arguments of the recipe can't stand in a graph.
 
         Args:
@@ -49,31 +49,30 @@ class Execution(NamedTuple):
         Raises:
             ValueError: names the argument.
         """
+        if not self.in_graphs:
+            return
         word = "cuda_graph" if self.cuda_graph else "compile"
         others = ("distribute",) if self.cuda_graph else ("distribute", "stagger")
         for other in others:
-            if self.in_graphs and arguments.get(other):
+            if arguments.get(other):
                 raise ValueError(f"{word} and {other} do not go together: leave out one of them.")
         for name, value in arguments.items():
-            if self.in_graphs and isinstance(value, Tensor) and name not in read:
+            if isinstance(value, Tensor) and name not in read:
                 raise ValueError(
                     f"{name} is a tensor, which may have been written to, so that every step would "
                     f"need a new graph: give a number, or leave out {word}."
                 )
 
 
-def execution(compile: Any, cuda_graph: Any, tf32: Any) -> Execution:
+def execution(compile: Any, cuda_graph: bool, tf32: bool) -> Execution:
     """What these options of `Optimizer` say.
 
     Raises:
-        TypeError: one is of another type.
+        TypeError: compile is neither a bool nor a dict.
         ValueError: two do not go together.
     """
     if not isinstance(compile, (bool, Mapping)):
         raise TypeError(f"compile is {compile!r}; give True, or a dict of torch.compile's options.")
-    for name, flag in (("cuda_graph", cuda_graph), ("tf32", tf32)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} is {flag!r}; give True or False.")
     if cuda_graph and compile is not False:
         raise ValueError(
             "compile and cuda_graph do not go together: leave out one of them. "

@@ -40,11 +40,12 @@ _REMEDIES = {
 }
 
 
-def given_to(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def given_to(optimizer: Any, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
     """A state_dict as the hooks of this optimizer leave it.
 
     Raises:
         TypeError: it is none.
+        ValueError: it does not fit, see `check_fits`.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict is {state_dict!r:.80}; give what state_dict() returned.")
@@ -52,6 +53,7 @@ def given_to(optimizer: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]
     for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = before(optimizer, given)
         given = given if replaced is None else replaced
+    check_fits(given, optimizer.param_groups, strict)
     return given  # type: ignore[no-any-return]
 
 
@@ -115,13 +117,12 @@ def loaded(
 
     Args:
         memory, groups: of the optimizer.
-        given: its state_dict; by number or, as torch.distributed.checkpoint has it, by full name.
+        given: of `given_to`; by number or, as torch.distributed.checkpoint has it, by full name.
         strict, cast: see `funshampoo.state.load_state_dict`.
 
     Raises:
-        ValueError: other groups, names missing or unknown, other shapes or dtypes, AdamW's entries.
+        ValueError: names missing or unknown, other shapes or dtypes, AdamW's entries.
     """
-    check_fits(given, groups, strict)
     by_name = any(isinstance(index, str) for index in given["state"])
     found = Loading([], [], {}, _clocks(given["state"]))
     all_indices = indices_of(given["param_groups"], groups)

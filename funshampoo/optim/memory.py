@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -121,9 +120,21 @@ class Memory:
         for run, one in zip(self.runs, ready):
             run.adopt(one)
 
-    def all_or_nothing(self, groups: Sequence[Group]) -> AbstractContextManager[None]:
-        """A block that Ctrl-C can't leave with some groups or runs changed and others not."""
-        return all_or_nothing([*groups, *[vars(run) for run in self.runs], vars(self)])
+    @contextlib.contextmanager
+    def all_or_nothing(self, groups: Sequence[Group]) -> Iterator[None]:
+        """A block that no exception, Ctrl-C neither, leaves with some of it changed.
+
+        Groups, runs and this have what they had, whose values nobody may write to inside.
+        """
+        parts = [*groups, *[vars(run) for run in self.runs], vars(self)]
+        before = [dict(part) for part in parts]
+        try:
+            yield
+        except BaseException:
+            for part, entries in zip(parts, before):
+                part.clear()
+                part.update(entries)
+            raise
 
     def replace(self, ready: Sequence[Ready], notes: dict[Tensor, dict[str, Any]]) -> None:
         """Go on from these states and notes, and remember nothing else."""
@@ -285,29 +296,3 @@ def _check_apart(runs: Sequence[GroupRun]) -> None:
                 raise ValueError(
                     f"parameter '{name}' is in the groups {seen[p]} and {i}: take it out of one."
                 )
-
-
-@contextlib.contextmanager
-def all_or_nothing(parts: Sequence[MutableMapping[str, Any]]) -> Iterator[None]:
-    """Put back what these hold if an exception, Ctrl-C too, ends the block.
-
-    Args:
-        parts: dicts whose entries are replaced in the block; nothing is written to the values.
-
-    >>> part = {"lr": 1}
-    >>> try:
-    ...     with all_or_nothing([part]):
-    ...         part["lr"] = 2
-    ...         raise KeyboardInterrupt
-    ... except KeyboardInterrupt:
-    ...     part
-    {'lr': 1}
-    """
-    before = [dict(part) for part in parts]
-    try:
-        yield
-    except BaseException:
-        for part, entries in zip(parts, before):
-            part.clear()
-            part.update(entries)
-        raise

@@ -17,7 +17,7 @@ from funshampoo.optim.execution import execution
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.loading import Loading, given_to, loaded, loaded_together
 from funshampoo.optim.memory import Group, Memory
-from funshampoo.optim.saved import has_adamws, saved_group
+from funshampoo.optim.saved import is_adamws, saved_group
 from funshampoo.optim.seeding import rates_of, seeded
 from funshampoo.optim.states import States
 from funshampoo.optim.vocabulary import Vocabulary, check_given
@@ -102,14 +102,14 @@ class Optimizer(torch.optim.Optimizer, Joining):
     ) -> None:
         check_given(params)
         self._method = method
-        for name, flag in (("consolidate", consolidate), ("accept_adamw", accept_adamw)):
+        flags = {"consolidate": consolidate, "accept_adamw": accept_adamw}
+        flags |= {"cuda_graph": cuda_graph, "tf32": tf32}
+        for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} is {flag!r}; give True or False.")
         self._execution = execution(compile, cuda_graph, tf32)
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
-        flags = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
-        flags |= {"cuda_graph": cuda_graph, "tf32": tf32}
-        self._memory = Memory(flags)
+        self._memory = Memory({"compile": compile, **flags})
         self._whole: Whole | None = None
         self._model_order: Sequence[str] = ()  # `for_model` says it: its groups have another
         self._words = Vocabulary(method, hyperparameters)
@@ -306,8 +306,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
 
         def load() -> Loading:
-            given = given_to(self, state_dict)
-            if self._accept_adamw and has_adamws(given, self.param_groups, strict):
+            given = given_to(self, state_dict, strict)
+            if self._accept_adamw and any(map(is_adamws, given["state"].values())):
                 memory.forget_all()  # as what is loaded takes the place of what was there
                 found = seeded(memory.runs, given, self._model_order)
                 rates = map(rates_of, memory.runs, given["param_groups"])

@@ -174,16 +174,6 @@ def is_adamws(entries: Mapping[str, Any]) -> bool:
     return entries.keys() >= {"exp_avg", "exp_avg_sq"}
 
 
-def has_adamws(given: Any, groups: Sequence[Mapping[str, Any]], strict: bool) -> bool:
-    """Whether a checkpoint that fits is one of torch's AdamW.
-
-    Raises:
-        ValueError: see `check_fits`.
-    """
-    check_fits(given, groups, strict)
-    return any(map(is_adamws, given["state"].values()))
-
-
 def check_ours(entries: Mapping[str, Any]) -> None:
     """These entries of a parameter are not those of torch's AdamW.
 

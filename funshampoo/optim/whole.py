@@ -85,22 +85,21 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
         )
     sharded: list[Any] = [p for p in index if is_in_parts(p)]
     meshes = [p.device_mesh for p in sharded]
+    found: Entries = {}
+    failure: Exception | None = None
     try:
         found = part_of_this_rank(memory, index)
-    except Exception:
-        if meshes:  # the others are waiting
-            are_well(meshes, False)
-        if groups:
-            collected(groups[0], None, to)
-        raise
-    if meshes and not are_well(meshes, True):
-        if groups:
-            collected(groups[0], None, to)
-        raise RuntimeError("another rank could not say what it has; its own error says why.")
-    if meshes:
+    except Exception as error:  # the others are waiting
+        failure = error
+    well = are_well(meshes, failure is None)
+    if meshes and well:
         found = without_parts(found)
+    parts = collected(groups[0], found if well else None, to) if groups else None
+    if failure is not None:
+        raise failure
+    if not well:
+        raise RuntimeError("another rank could not say what it has; its own error says why.")
     if groups:
-        parts = collected(groups[0], found, to)
         if parts is None:
             return None
         if None in parts:

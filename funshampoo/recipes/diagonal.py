@@ -7,12 +7,7 @@ from funshampoo.core.checks import check_flags
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly, is_tensor
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
-from funshampoo.transforms import (
-    add_decayed_weights,
-    scale_by_adam,
-    scale_by_learning_rate,
-    trace,
-)
+from funshampoo.transforms import add_decayed_weights, scale_by_adam, scale_by_learning_rate, trace
 
 
 def adamw(
@@ -98,20 +93,15 @@ def sgd(
     {'w': tensor([-0.1900])}
     """
     check_flags(nesterov=nesterov)
-    damped = not is_tensor(dampening) and not is_zero(dampening)
-    if nesterov and (is_zero(momentum) or damped):
+    damped = not is_tensor(dampening) and not is_exactly(dampening, 0)
+    if nesterov and (is_exactly(momentum, 0) or damped):
         raise ValueError("nesterov needs momentum above 0 and dampening 0.")
     stages = []
-    if not is_zero(weight_decay):
+    if not is_exactly(weight_decay, 0):
         stages.append(add_decayed_weights(weight_decay, mask, kind="coupled"))
-    if not is_zero(momentum):
+    if not is_exactly(momentum, 0):
         momentum_stage = trace(
             momentum, nesterov=nesterov, dampening=dampening, dampen_first_step=False
         )
         stages.append(momentum_stage)
     return by_leaves([*stages, scale_by_learning_rate(learning_rate)], distribute, guard)
-
-
-def is_zero(value: Hyper) -> bool:
-    """Whether a hyperparameter is the number 0; a tensor never is, whatever its value."""
-    return is_exactly(value, 0)

@@ -10,12 +10,7 @@ from funshampoo.linalg import Basis, by_rank
 from funshampoo.operators.exponents import chosen_sides
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.recipes.shampoo import Vectors
-from funshampoo.transforms import (
-    ema,
-    in_eigenbasis,
-    kronecker_statistics,
-    scale_by_adam,
-)
+from funshampoo.transforms import ema, in_eigenbasis, kronecker_statistics, scale_by_adam
 
 
 def eigenvalue_shampoo(

@@ -65,7 +65,6 @@ def in_blocks(
     moves = [] if is_exactly(momentum, 0) else [heavy_ball]
     coupled = weight_decay_kind == "coupled"
     inner_decays = [] if coupled else decays
-    averages = last is not None
     moved = [*inner_decays, *moves] if decay_through_momentum else [*moves, *inner_decays]
     if last is None:
         last = scale_by_learning_rate(learning_rate)
@@ -81,7 +80,7 @@ def in_blocks(
         max_size,
         merge=merge,
         keep=keep,
-        with_params=(bool(inner_decays) or averages) and (True if mask is None else mask),
+        with_params=bool(block_chain.needs) and (True if mask is None else mask),
         tile=tile,
     )
     return chain(*decays, blocks) if coupled else chain(blocks)

@@ -11,7 +11,6 @@ from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg.polynomials import Polynomials
 from funshampoo.operators.shape_scale import Scale
-from funshampoo.recipes.diagonal import is_zero
 from funshampoo.recipes.in_blocks import Distribute
 from funshampoo.recipes.routing import decay, routed
 from funshampoo.transforms import (
@@ -87,10 +86,7 @@ def muon(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    reads = not is_zero(weight_decay)
-    return routed(
-        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
-    )
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
 
 
 def normuon(
@@ -159,10 +155,7 @@ def normuon(
         *decays,
         scale_by_learning_rate(learning_rate),
     )
-    reads = cautious_decay or not is_zero(weight_decay)
-    return routed(
-        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
-    )
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)
 
 
 def spectral_descent(
@@ -222,7 +215,4 @@ def spectral_descent(
         *decay(weight_decay),
         scale_by_learning_rate(learning_rate),
     )
-    reads = not is_zero(weight_decay)
-    return routed(
-        direction, learning_rate, matrices, others, max_failures, distribute, merge, reads
-    )
+    return routed(direction, learning_rate, matrices, others, max_failures, distribute, merge)

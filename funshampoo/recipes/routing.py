@@ -11,8 +11,9 @@ from funshampoo.blocks.layout import Merge, merged_shape
 from funshampoo.combinators.guard import guarded
 from funshampoo.combinators.masks import Mask, bools_of, partition
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import is_exactly
 from funshampoo.core.tree import flatten
-from funshampoo.recipes.diagonal import adamw, is_zero
+from funshampoo.recipes.diagonal import adamw
 from funshampoo.recipes.in_blocks import Distribute, distributed
 from funshampoo.transforms import add_decayed_weights
 
@@ -27,7 +28,6 @@ def routed(
     max_failures: int | None,
     distribute: Distribute | None,
     merge: Merge = "none",
-    reads: bool = True,
 ) -> GradientTransformation:
     """`method` on whole matrices, equal ones in one stack, and `others` on all other leaves.
 
@@ -46,10 +46,8 @@ def routed(
         distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
             ones by the cost of their products, and the leaves of the default `others`.
         merge: which matrices a leaf is made of; see `blocked`. "none": it is one.
-        reads: whether the method reads parameters, which are then copied into stacks, and travel
-            with the gradients where they are sharded.
     """
-    inside = whole(method, max_failures, distribute, merge, reads)
+    inside = whole(method, max_failures, distribute, merge)
     if others is None:
         others = guarded(adamw(learning_rate), max_failures=max_failures, by_leaf=True)
         if distribute is not None:
@@ -62,12 +60,14 @@ def whole(
     max_failures: int | None,
     distribute: Distribute | None,
     merge: Merge = "none",
-    reads: bool = True,
 ) -> GradientTransformation:
-    """`method` on whole parameters, equal ones in one stack, guarded, and shared out if wanted."""
+    """`method` on whole parameters, equal ones in one stack, guarded, and shared out if wanted.
+
+    Where it needs parameters they are copied into stacks too, and travel with sharded gradients.
+    """
     protected = guarded(method, max_failures=max_failures)
     protected = distributed(protected, distribute, max_failures=max_failures)
-    return blocked(protected, None, merge=merge, with_params=reads)
+    return blocked(protected, None, merge=merge, with_params=bool(method.needs))
 
 
 def labelled(matrices: Mask | None, merge: Merge = "none") -> Any:
@@ -94,4 +94,4 @@ def labelled(matrices: Mask | None, merge: Merge = "none") -> Any:
 
 def decay(weight_decay: Hyper) -> list[GradientTransformation]:
     """The stage for decoupled decay, or none where it is the number 0."""
-    return [] if is_zero(weight_decay) else [add_decayed_weights(weight_decay)]
+    return [] if is_exactly(weight_decay, 0) else [add_decayed_weights(weight_decay)]

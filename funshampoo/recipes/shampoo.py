@@ -13,10 +13,9 @@ from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
-from funshampoo.core.live import mapped
+from funshampoo.core.live import is_exactly, mapped
 from funshampoo.linalg import Solver, pseudo_inverse
 from funshampoo.operators.exponents import Exponents, Sides, check_sides, without_vectors
-from funshampoo.recipes.diagonal import is_zero
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.transforms import (
     ema,
@@ -175,7 +174,7 @@ def shampoo(
     if diagonal:
         sides = without_vectors(sides)
     if solver is None:
-        truncate = grafting is None and is_zero(epsilon)
+        truncate = grafting is None and is_exactly(epsilon, 0)
         damped = default_solver(relative_epsilon, basis_tolerance)
         solver = pseudo_inverse(rtol=relative_epsilon) if truncate else damped
     matrices: Any = {"exponents": exponents, "sides": sides, "packed": packed}

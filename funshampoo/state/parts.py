@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.core.placed import is_in_parts
+from funshampoo.core.placed import is_in_parts, local_part
 from funshampoo.core.tree import flatten
 from funshampoo.core.wholes import whole_of
 from funshampoo.state.nodes import walk
@@ -88,7 +88,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def sum_of_bits(x: Tensor) -> Tensor:
     """() int64: the sum of its elements' bits read as integers, exact in any order."""
     plain = torch.view_as_real(x) if x.is_complex() else x
-    local = plain.to_local() if hasattr(plain, "to_local") else plain  # of a DTensor
+    local = local_part(plain)
     return local.detach().view(_INTEGERS[local.element_size()]).sum(dtype=torch.int64)
 
 
@@ -209,4 +209,4 @@ def _identical(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return bool(a == b)
     same = a.shape == b.shape and a.dtype == b.dtype
-    return same and bool(((a == b) | ((a != a) & (b != b))).all())
+    return same and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

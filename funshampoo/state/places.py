@@ -17,6 +17,7 @@ from torch import Tensor
 from funshampoo.core.context import changed
 from funshampoo.core.traced_tree import dict_like
 from funshampoo.state.meaning import is_declared
+from funshampoo.state.nodes import walk
 from funshampoo.state.stages import BlockedState, Kept, PartitionState, ShardedState
 
 Path = tuple[str, ...]
@@ -278,11 +279,8 @@ def block_of(stack: str) -> tuple[int, ...]:
 
 def is_shared(state: Any) -> bool:
     """Whether other ranks have a part of this state, and wait for this one's updates."""
-    if isinstance(state, ShardedState):
-        return any([not key.endswith(" of 1") for key in state.ranks])
-    if isinstance(state, dict):
-        return any([is_shared(child) for child in state.values()])
-    return isinstance(state, tuple) and any([is_shared(child) for child in state])
+    shared = [node.ranks for _, node in walk(state) if isinstance(node, ShardedState)]
+    return any([not key.endswith(" of 1") for ranks in shared for key in ranks])
 
 
 def block_names(layout: Mapping[str, Any]) -> dict[str, dict[int, tuple[str, str]]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import full_precision
+from funshampoo.core.placed import local_part
 from funshampoo.operators.packed import unpack
 from funshampoo.state.meaning import parts_of
 
@@ -151,6 +152,4 @@ def _rows(bad: Tensor) -> Tensor:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     """Of DTensors what this rank has."""
-    return torch.stack(
-        [x.to_local().detach() if hasattr(x, "to_local") else x.detach() for x in tensors]
-    )
+    return torch.stack([local_part(x).detach() for x in tensors])

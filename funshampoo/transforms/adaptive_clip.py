@@ -8,7 +8,6 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import required
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import filled, multiply
 from funshampoo.operators.matrices import norm_over, safe
@@ -51,7 +50,6 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
             allowed = multiply(floored, ratio, donate=False)
             return (torch.where(size > allowed, u * (allowed / safe(size)), u),)
 
-        params = required(params, "adaptive_clip", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
     return stateless(clipped, "adaptive_clip", numbers=[max_ratio, epsilon], needs_params=True)

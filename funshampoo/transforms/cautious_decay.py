@@ -7,7 +7,6 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import required
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 
@@ -32,9 +31,7 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
     """
     check_range("weight_decay", weight_decay, 0.0)
 
-    def decayed(
-        updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
-    ) -> Tree:
+    def decayed(updates: Tree, params: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         decay = number(weight_decay, hyper)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
@@ -42,7 +39,6 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
             w = cast(w, u.dtype)
             return (u + multiply(w * cast(w.sign() * u >= 0, u.dtype), decay, donate=False),)
 
-        params = required(params, "add_cautious_decay", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
     return stateless(

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_range
 from funshampoo.core.clock import advanced, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import rate_of, required
-from funshampoo.core.parameters import check_parameters
+from funshampoo.core.live import number
+from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.leaf_ops import lerp, multiply
@@ -49,32 +49,23 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
     check_range("beta", beta, 0.0, 1.0, high_open=True)
 
     def init(params: Tree, *, clock: bool = False) -> EmaNesterovState:
-        check_parameters(params, "ema_nesterov")
         steps = started(callable(look_ahead), clock)
         return EmaNesterovState(copies(params), zeros_like(params), steps)
 
     def update(
-        updates: Tree,
-        state: EmaNesterovState,
-        params: Tree = None,
-        *,
-        block_ndim: int = 0,
-        donate: bool = False,
-        clock: Tensor | None = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: EmaNesterovState, params: Tree, context: Context
     ) -> tuple[Tree, EmaNesterovState]:
         ahead = (lambda count: look_ahead(count + 1)) if callable(look_ahead) else look_ahead
-        s = rate_of(ahead, state.steps, clock, hyper)
-        decay = number(beta, hyper)
+        s = rate_of(ahead, state.steps, context)
+        decay = number(beta, context.hyper)
 
         def leaf(u: Tensor, y: Tensor, w: Tensor, B: Tensor) -> tuple[Tensor, ...]:
             new = cast(y, w.dtype) + cast(u, w.dtype)
-            B = lerp(B, new - w, 1 - decay, donate)
+            B = lerp(B, new - w, 1 - decay, context.donate)
             return cast(u, w.dtype) + multiply(B, s, donate=False), new, B
 
-        params = required(params, "ema_nesterov", block_ndim)
         out, w, B = update_leaves(leaf, updates, (state.evaluated, state.buffer), (params,))
-        return out, EmaNesterovState(w, B, advanced(state.steps, donate))
+        return out, EmaNesterovState(w, B, advanced(state.steps, context.donate))
 
     return GradientTransformation(
         init,
@@ -82,5 +73,6 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
         counts=callable(look_ahead),
         numbers=[look_ahead, beta],
         elementwise=True,
+        minds_alive=False,
         needs_params=True,
     )

@@ -10,20 +10,10 @@ from torch import Tensor
 from funshampoo.core.checks import check_count
 from funshampoo.core.clock import advanced, count_of, running, started
 from funshampoo.core.context import Context
-from funshampoo.core.contract import (
-    GradientTransformation,
-    Phase,
-    Tree,
-    as_transformation,
-)
+from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.tree import columns_of, flatten
-from funshampoo.linalg.norms import (
-    block_norms,
-    range_limits,
-    range_scale,
-    stand,
-)
+from funshampoo.linalg.norms import block_norms, range_limits, range_scale, stand
 from funshampoo.operators.columns import (
     Column,
     in_compute_dtype,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flag, check_rate
 from funshampoo.core.clock import advanced, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers
-from funshampoo.core.needs import rate_of, required
+from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.matrices import inner_product, norm_over, safe
@@ -60,33 +60,31 @@ def hyperball(
         return LearningRateState(started(callable(learning_rate), clock))
 
     def update(
-        updates: Tree,
-        state: LearningRateState,
-        params: Tree = None,
-        *,
-        block_ndim: int = 0,
-        donate: bool = False,
-        clock: Tensor | None = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: LearningRateState, params: Tree, context: Context
     ) -> tuple[Tree, LearningRateState]:
-        rate = rate_of(learning_rate, state.steps, clock, hyper)
+        rate = rate_of(learning_rate, state.steps, context)
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
             u = wide(u)
             w = cast(w, u.dtype)
-            size = norm_over(w, block_ndim)
+            size = norm_over(w, context.block_ndim)
             if relative:  # divided first: the quotient of the two lengths may overflow
-                u = u / safe(norm_over(u, block_ndim)) * size
+                u = u / safe(norm_over(u, context.block_ndim)) * size
             step = multiply(u, rate, donate=False)
             moved, wanted = w - step, size
             if radius == "first_order":
-                wanted = size - inner_product(step, w, block_ndim) / safe(size)
-            factor = wanted / safe(norm_over(moved, block_ndim))
+                wanted = size - inner_product(step, w, context.block_ndim) / safe(size)
+            factor = wanted / safe(norm_over(moved, context.block_ndim))
             return (torch.where(size == 0, -step, moved * factor - w),)
 
-        out = update_leaves(leaf, updates, (), (required(params, "hyperball", block_ndim),))[0]
-        return out, LearningRateState(advanced(state.steps, donate))
+        out = update_leaves(leaf, updates, (), (params,))[0]
+        return out, LearningRateState(advanced(state.steps, context.donate))
 
     return GradientTransformation(
-        init, update, counts=callable(learning_rate), numbers=[learning_rate], needs_params=True
+        init,
+        update,
+        counts=callable(learning_rate),
+        numbers=[learning_rate],
+        minds_alive=False,
+        needs_params=True,
     )

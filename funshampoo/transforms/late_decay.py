@@ -6,9 +6,10 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_range, check_rate
 from funshampoo.core.clock import advanced, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import rate_of, required
+from funshampoo.core.live import number
+from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.shape_scale import Scale, check_scale, is_of_no_shape
@@ -50,26 +51,18 @@ def decay_after_step(
         return LearningRateState(started(callable(learning_rate), clock))
 
     def update(
-        updates: Tree,
-        state: LearningRateState,
-        params: Tree = None,
-        *,
-        block_ndim: int = 0,
-        donate: bool = False,
-        clock: Tensor | None = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: LearningRateState, params: Tree, context: Context
     ) -> tuple[Tree, LearningRateState]:
-        rate = rate_of(learning_rate, state.steps, clock, hyper)
-        share = number(weight_decay, hyper) * rate
+        rate = rate_of(learning_rate, state.steps, context)
+        share = number(weight_decay, context.hyper) * rate
 
         def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
             u = wide(u)
-            shrunk = (cast(w, u.dtype) + u) * factor_of(scale, tuple(u.shape[block_ndim:]))
+            shrunk = (cast(w, u.dtype) + u) * factor_of(scale, tuple(u.shape[context.block_ndim :]))
             return (u - multiply(shrunk, share, donate=False),)
 
-        params = required(params, "decay_after_step", block_ndim)
         out = update_leaves(leaf, updates, (), (params,))[0]
-        return out, LearningRateState(advanced(state.steps, donate))
+        return out, LearningRateState(advanced(state.steps, context.donate))
 
     return GradientTransformation(
         init,
@@ -77,5 +70,6 @@ def decay_after_step(
         counts=callable(learning_rate),
         numbers=[weight_decay, learning_rate],
         elementwise=is_of_no_shape(scale),
+        minds_alive=False,
         needs_params=True,
     )

@@ -64,7 +64,7 @@ def scale_by_learning_rate(
     def update(
         updates: Tree, state: LearningRateState, params: Tree, context: Context
     ) -> tuple[Tree, LearningRateState]:
-        rate = rate_of(learning_rate, state.steps, context.clock, context.hyper)
+        rate = rate_of(learning_rate, state.steps, context)
         new = LearningRateState(advanced(state.steps, context.donate))
         return _times(updates, sign * rate), new
 

@@ -7,7 +7,6 @@ import torch
 from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
-from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import compute_dtype, map_leaves, update_columns
 from funshampoo.operators.columns import (
     Column,
@@ -85,14 +84,12 @@ def ema(
     by_weight = bias_correction and own_steps
 
     def init(params: Tree, *, block_ndim: int = 0) -> EmaState:
-        check_parameters(params, "ema")
         weights = first_weights(params, block_ndim, corrects=bias_correction, own_steps=own_steps)
         return EmaState(zeros_like(params), weights)
 
     def update(
         updates: Tree,
         state: EmaState,
-        params: Tree = None,
         *,
         donate: bool = False,
         alive: Tree = None,
@@ -167,14 +164,12 @@ def trace(
     needs_seen = damps and not dampen_first_step
 
     def init(params: Tree, *, block_ndim: int = 0) -> TraceState:
-        check_parameters(params, "trace")
         seen = zeros_a_block(params, block_ndim) if needs_seen else ()
         return TraceState(zeros_like(params), seen)
 
     def update(
         updates: Tree,
         state: TraceState,
-        params: Tree = None,
         *,
         donate: bool = False,
         alive: Tree = None,

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_range, check_rate
 from funshampoo.core.clock import advanced, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import rate_of, required
-from funshampoo.core.parameters import check_parameters
+from funshampoo.core.live import number
+from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import update_leaves
 from funshampoo.operators.averaged import copies, interpolated_step
 from funshampoo.state.averages import PrimalAverageState
@@ -58,29 +58,20 @@ def primal_average(
     check_range("interpolation", interpolation, 0.0, 1.0)
 
     def init(params: Tree, *, clock: bool = False) -> PrimalAverageState:
-        check_parameters(params, "primal_average")
         rate = LearningRateState(started(callable(learning_rate), clock))
         return PrimalAverageState(copies(params), copies(params), rate)
 
     def update(
-        updates: Tree,
-        state: PrimalAverageState,
-        params: Tree = None,
-        *,
-        block_ndim: int = 0,
-        donate: bool = False,
-        clock: Tensor | None = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: PrimalAverageState, params: Tree, context: Context
     ) -> tuple[Tree, PrimalAverageState]:
-        rate = rate_of(learning_rate, state.rate.steps, clock, hyper)
-        share, between = 1 - number(average, hyper), number(interpolation, hyper)
+        rate = rate_of(learning_rate, state.rate.steps, context)
+        share, between = 1 - number(average, context.hyper), number(interpolation, context.hyper)
 
         def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-            return interpolated_step(u, y, x, z, rate, share, between, donate)
+            return interpolated_step(u, y, x, z, rate, share, between, context.donate)
 
-        params = required(params, "primal_average", block_ndim)
         step, x, z = update_leaves(leaf, updates, (state.evaluated, state.fast), (params,))
-        steps = advanced(state.rate.steps, donate)
+        steps = advanced(state.rate.steps, context.donate)
         return step, PrimalAverageState(x, z, LearningRateState(steps))
 
     return GradientTransformation(
@@ -89,5 +80,6 @@ def primal_average(
         counts=callable(learning_rate),
         numbers=[learning_rate, average, interpolation],
         elementwise=True,
+        minds_alive=False,
         needs_params=True,
     )

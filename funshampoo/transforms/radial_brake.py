@@ -7,7 +7,6 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import required
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import on_device
 from funshampoo.operators.matrices import inner_product, safe
@@ -50,7 +49,6 @@ def radial_brake(outward: Hyper = 0.5, inward: Hyper = 1.0) -> GradientTransform
             factor = goes_out * on_device(out, u) + (1 - goes_out) * on_device(into, u)
             return (u + cast((factor - 1) * part, u.dtype) * w,)
 
-        params = required(params, "radial_brake", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
     return stateless(braked, "radial_brake", numbers=[outward, inward], needs_params=True)

@@ -30,6 +30,7 @@ from funshampoo.operators.exponents import (
     side_exponents,
 )
 from funshampoo.operators.mode_products import bias_corrected, mode_flops, precondition
+from funshampoo.operators.turning import matrices_of
 from funshampoo.refresh.jobs import Reading
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
@@ -287,8 +288,7 @@ def _directions(
     def direction(u: Tensor, sides: Any) -> tuple[Tensor]:
         if not any(sides):
             return (wide(u),)
-        matrices = [side.value[0] if side else None for side in sides]
-        return (precondition(wide(u), matrices, block_ndim, product_dtype),)
+        return (precondition(wide(u), matrices_of(sides), block_ndim, product_dtype),)
 
     return update_leaves(direction, updates, (), (roots,))[0]
 

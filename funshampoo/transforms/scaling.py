@@ -13,8 +13,7 @@ from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, identity, renamed
 from funshampoo.core.live import is_exactly, number
-from funshampoo.core.modes import constant, is_plain
-from funshampoo.core.parameters import check_parameters
+from funshampoo.core.modes import is_plain
 from funshampoo.core.tree import cast, compute_dtype, map_leaves, update_columns
 from funshampoo.operators.by_number import by_number
 from funshampoo.operators.columns import (
@@ -32,7 +31,7 @@ from funshampoo.operators.columns import (
     seen,
     weights_over,
 )
-from funshampoo.operators.leaf_ops import sqrt
+from funshampoo.operators.leaf_ops import scalar, sqrt
 from funshampoo.state.stages import AdagradState, AdamState, RmsState
 from funshampoo.transforms.momentum import zeros_like
 
@@ -86,7 +85,6 @@ def scale_by_adam(
     filtered = not is_exactly(beta1, 0)
 
     def init(params: Tree, *, block_ndim: int = 0) -> AdamState:
-        check_parameters(params, "scale_by_adam")
 
         def weights(corrects: bool) -> Tree:
             return first_weights(params, block_ndim, corrects=corrects, own_steps=own_steps)
@@ -161,7 +159,6 @@ def scale_by_rms(
     check_flags(weighted=weighted)
 
     def init(params: Tree) -> RmsState:
-        check_parameters(params, "scale_by_rms")
         return RmsState(zeros_like(params))
 
     def update(
@@ -211,7 +208,6 @@ def scale_by_adagrad(
     check_range("initial_accumulator", initial_accumulator, 0.0)
 
     def init(params: Tree) -> AdagradState:
-        check_parameters(params, "scale_by_adagrad")
 
         def full(x: Tensor) -> Tensor:
             return torch.full_like(x, initial_accumulator, dtype=compute_dtype(x))
@@ -254,15 +250,14 @@ def _scaled(
     `scratch` where that can be: on a CPU a large new tensor costs page faults. Elsewhere and for
     small ones, foreach operators take one launch, or one loop in C++, for all leaves.
     """
-    plain = not isinstance(epsilon, Tensor) and is_plain(u, v, weight or (), divisor or ())
-    if plain and weight is not None and not v[0].is_cpu:
-        assert not isinstance(epsilon, Tensor)
-        if _joins(v, epsilon, weight, divisor):
-            return _by_one_sum(cast_like(u, v), v, epsilon, weight, divisor)
-    u = cast_like(u if divisor is None else quotient(u, divisor), v)
-    if isinstance(epsilon, Tensor) or not plain:
+    if isinstance(epsilon, Tensor) or not is_plain(u, v, weight or (), divisor or ()):
+        u = cast_like(u if divisor is None else quotient(u, divisor), v)
         corrected = v if weight is None else quotient(v, weight)
         return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
+    # Never on a CPU, whose numbers are those of 0.1.
+    if weight is not None and not v[0].is_cpu and _joins(v, epsilon, weight, divisor):
+        return _by_one_sum(cast_like(u, v), v, epsilon, weight, divisor)
+    u = cast_like(u if divisor is None else quotient(u, divisor), v)
     in_scratch = any([x.is_cpu and x.numel() > _SMALL for x in scratch])
     if not in_scratch:
         root = list(torch._foreach_sqrt(v)) if weight is None else quotient(v, weight)
@@ -290,7 +285,7 @@ _FAR = 2.0**20  # of epsilon above √tiny: then a product with any weight is ab
 def _joins(v: Column, epsilon: float, weight: Column, divisor: Column | None) -> bool:
     """Whether `_by_one_sum` takes these, on a device where a pass over memory is what a step costs.
 
-    Never on a CPU, whose numbers are those of 0.1, nor for small leaves alone: it is more launches.
+    Not for small leaves alone: it is more launches.
     """
     if all([x.numel() <= _SMALL for x in v]):
         return False
@@ -310,7 +305,7 @@ def _by_one_sum(
     """
     root, factor = list(torch._foreach_sqrt(v)), list(torch._foreach_rsqrt(weight))
     if divisor is None:
-        added = [_on_device(epsilon, x.dtype, x.device) for x in v]
+        added = [scalar(epsilon, x.dtype, x.device) for x in v]
     else:
         torch._foreach_mul_(factor, divisor)
         added = list(torch._foreach_mul(divisor, epsilon))
@@ -323,8 +318,3 @@ def _by_one_sum(
         return torch.addcmul(least, x, factor)
 
     return list(torch._foreach_div(u, by_number(total, root, [factor, added], sums)))
-
-
-@constant
-def _on_device(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), number, dtype=dtype, device=device)

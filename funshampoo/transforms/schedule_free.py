@@ -7,10 +7,10 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_flag, check_range, check_rate
 from funshampoo.core.clock import advanced, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import rate_of, required
-from funshampoo.core.parameters import check_parameters
+from funshampoo.core.live import number
+from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
@@ -66,7 +66,6 @@ def schedule_free(
     check_flag("own_steps", own_steps)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> ScheduleFreeState:
-        check_parameters(params, "schedule_free")
         rate = LearningRateState(started(callable(learning_rate), clock))
         total, largest, seen = (
             first_weights(params, block_ndim, corrects=True, own_steps=own_steps) for _ in range(3)
@@ -74,24 +73,16 @@ def schedule_free(
         return ScheduleFreeState(copies(params), copies(params), total, largest, seen, rate)
 
     def update(
-        updates: Tree,
-        state: ScheduleFreeState,
-        params: Tree = None,
-        *,
-        block_ndim: int = 0,
-        donate: bool = False,
-        clock: Tensor | None = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: ScheduleFreeState, params: Tree, context: Context
     ) -> tuple[Tree, ScheduleFreeState]:
-        params = required(params, "schedule_free", block_ndim)
-        rate = rate_of(learning_rate, state.rate.steps, clock, hyper)
-        between = number(beta, hyper)
+        rate = rate_of(learning_rate, state.rate.steps, context)
+        between = number(beta, context.hyper)
 
         def weighed(total: Tensor, largest: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
-            seen = add(seen, torch.ones_like(seen), donate)
+            seen = add(seen, torch.ones_like(seen), context.donate)
             largest = torch.maximum(largest, filled(largest, rate))
             weight = power(seen, r) * power(largest, weight_lr_power)
-            total = add(total, weight, donate)
+            total = add(total, weight, context.donate)
             share = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
             return share, total, largest, seen
 
@@ -100,13 +91,13 @@ def schedule_free(
 
         def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
             share, *sums = (shared(x),) if shared else weighed(*own)
-            step, x, z = interpolated_step(u, y, x, z, rate, share, between, donate)
+            step, x, z = interpolated_step(u, y, x, z, rate, share, between, context.donate)
             return step, x, z, *sums
 
         kept = state[:5] if own_steps else state[:2]
         step, x, z, *found = update_leaves(leaf, updates, kept, (params,))
         sums = found or everyone[1:]
-        now = LearningRateState(advanced(state.rate.steps, donate))
+        now = LearningRateState(advanced(state.rate.steps, context.donate))
         return step, ScheduleFreeState(x, z, sums[0], sums[1], sums[2], now)
 
     return GradientTransformation(
@@ -115,5 +106,6 @@ def schedule_free(
         counts=callable(learning_rate),
         numbers=[learning_rate, beta],
         elementwise=True,
+        minds_alive=False,
         needs_params=True,
     )

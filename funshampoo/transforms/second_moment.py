@@ -12,7 +12,6 @@ from funshampoo.core.checks import check_choice, check_flags, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
-from funshampoo.core.parameters import check_parameters
 from funshampoo.core.tree import cast, update_columns
 from funshampoo.linalg.products import power as raised
 from funshampoo.operators.columns import (
@@ -103,7 +102,6 @@ def scale_by_second_moment(
         return exponent if isinstance(exponent, (int, float)) else by_order.get(order, 0.5)
 
     def init(params: Tree, *, block_ndim: int = 0) -> SecondMomentState:
-        check_parameters(params, "scale_by_second_moment")
         weights = first_weights(params, block_ndim, corrects=corrects, own_steps=own_steps)
         return SecondMomentState(zeros_like(params), weights)
 

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.clock import advanced, started
+from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import rate_of, required
-from funshampoo.core.parameters import check_parameters
+from funshampoo.core.live import number
+from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.columns import zeros_a_block
@@ -53,38 +53,35 @@ def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransform
     waits = start > 1
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> TailAverageState:
-        check_parameters(params, "tail_average")
         weights = zeros_a_block(params, block_ndim)
         return TailAverageState(copies(params), weights, started(waits, clock))
 
     def update(
-        updates: Tree,
-        state: TailAverageState,
-        params: Tree = None,
-        *,
-        block_ndim: int = 0,
-        donate: bool = False,
-        clock: Tensor | None = None,
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, state: TailAverageState, params: Tree, context: Context
     ) -> tuple[Tree, TailAverageState]:
-        decay = 1.0 if beta is None else number(beta, hyper)
+        decay = 1.0 if beta is None else number(beta, context.hyper)
         own = 1.0 if beta is None else 1 - decay
-        begun = rate_of(lambda count: count + 1 >= start, state.steps, clock, hyper) if waits else 1
+        begun = rate_of(lambda count: count + 1 >= start, state.steps, context) if waits else 1
 
         def leaf(u: Tensor, p: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             new = cast(p, x.dtype) + cast(u, x.dtype)
             one = filled(weight, own)
-            weight = add(multiply(weight, decay, donate), one, donate)
+            weight = add(multiply(weight, decay, context.donate), one, context.donate)
             share = one / weight
             if isinstance(begun, Tensor):
                 here = on_device(cast(begun, x.dtype), weight)
                 weight, share = weight * here, share * here + (1 - here)
-            return cast(u, x.dtype), lerp(x, new, per_block(share, x), donate), weight
+            return cast(u, x.dtype), lerp(x, new, per_block(share, x), context.donate), weight
 
-        params = required(params, "tail_average", block_ndim)
         out, x, weights = update_leaves(leaf, updates, (state.evaluated, state.weight), (params,))
-        return out, TailAverageState(x, weights, advanced(state.steps, donate))
+        return out, TailAverageState(x, weights, advanced(state.steps, context.donate))
 
     return GradientTransformation(
-        init, update, counts=waits, numbers=[beta], elementwise=True, needs_params=True
+        init,
+        update,
+        counts=waits,
+        numbers=[beta],
+        elementwise=True,
+        minds_alive=False,
+        needs_params=True,
     )

@@ -10,7 +10,6 @@ from torch import Tensor
 from funshampoo.core.checks import check_choice, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.needs import required
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.matrices import norm_over, safe
@@ -53,7 +52,6 @@ def update_floor(
             wanted = multiply(norm_over(cast(w, u.dtype), first), ratio, donate=False)
             return (torch.where(size < wanted, u / safe(size) * wanted, u),)
 
-        params = required(params, "update_floor", block_ndim)
         return update_leaves(leaf, updates, (), (params,))[0]
 
     return stateless(raised, "update_floor", numbers=[min_ratio], needs_params=True)

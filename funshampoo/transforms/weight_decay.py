@@ -17,7 +17,6 @@ from funshampoo.core.contract import (
     renamed,
 )
 from funshampoo.core.live import Numbers, number
-from funshampoo.core.needs import required
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, add_scaled, cast_like, in_compute_dtype
 from funshampoo.state.stages import ScheduleState
@@ -90,7 +89,6 @@ def add_decayed_weights(
         return ScheduleState(started(True, clock)) if scheduled else EmptyState()
 
     def update(updates: Tree, state: Any, params: Tree, context: Context) -> tuple[Tree, Any]:
-        params = required(params, "add_decayed_weights", context.block_ndim)
         count = count_of(state.steps, context) if scheduled else None
         decay = coefficient(count, context.hyper)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo.operators import by_number as module
-from funshampoo.operators.by_number import _in_a_row, all_at_once, by_number
+from funshampoo.operators.by_number import _in_a_row, by_number
 from funshampoo.operators.columns import quotient, zeroed
 from tests.trees import assert_equal, clone
 
@@ -61,24 +61,10 @@ def test_what_is_put_in_a_row_on_a_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert module._rows(xs, [[x[..., None] for x in numbers]]) == []
     halves = [x.half() if i % 2 else x for i, x in enumerate([*xs, *xs])]
     assert sorted(map(len, module._rows(halves, [[*numbers, *numbers]]))) == [6, 6]
-    assert (
-        module._rows(leaves(), [[torch.tensor(1.0)] * len(SHAPES)]) == []
-    )  # a CPU has no launches
+    ones = [torch.tensor(1.0)] * len(SHAPES)
+    assert module._rows(leaves(), [ones]) == []  # a CPU has no launches
     found = by_number(torch.div, xs, [numbers], lambda a, b: [x / y for x, y in zip(a, b)])
     assert [x.shape for x in found] == [x.shape for x in xs]
-
-
-def test_a_function_of_masks_at_once() -> None:
-    masks = [torch.tensor([True, False]), torch.tensor(True), torch.tensor([[False]])]
-    asked: list[Tensor] = []
-
-    def number(x: Tensor) -> Tensor:
-        asked.append(x)
-        return x.to(torch.int64)
-
-    assert_equal(all_at_once(number, masks), [m.long() for m in masks])
-    assert [len(x) for x in asked] == [4]
-    assert all_at_once(number, []) == []
 
 
 @pytest.mark.parametrize("by_leaf", [True, False])

@@ -249,11 +249,7 @@ UNKNOWN: list[tuple[Any, dict[str, Any], str]] = [
     (fs.adamw, {"lr": 0.1, "beta1": 0.9}, "did you mean 'betas'"),
     (fs.adamw, {"weight_deacy": 0.1}, "did you mean 'weight_decay'"),
     (fs.adamw, {"amsgrad": True}, "no hyperparameter 'amsgrad'"),
-    (
-        fs.adamw,
-        {"momentum": 0.9},
-        "It takes betas, distribute, epsilon, guard, lr, mask, ",
-    ),
+    (fs.adamw, {"momentum": 0.9}, "It takes betas, distribute, epsilon, guard, lr, mask, "),
     (fs.sgd, {"lr": 0.1, "learning_rate": 0.1}, "did you mean 'lr'"),
     (fs.shampoo, {"lr": 0.1, "mx_size": 3}, "did you mean 'max_size'"),
     (fs.from_reference, {"eps": 1e-8}, "did you mean 'epsilon'"),

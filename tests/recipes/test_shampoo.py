@@ -199,6 +199,18 @@ def test_grafting_onto_any_transformation() -> None:
     assert [b.norm().item() for b in updates["w"].split(4)] == pytest.approx([8.0, 8.0])
 
 
+def test_a_partner_that_reads_parameters_gets_them() -> None:
+    """The steps are as long as those of the decay alone; what a mask hides has none."""
+    params = {"w": torch.full((4, 4), 3.0), "v": torch.full((4, 4), 5.0)}
+    grads = {"w": torch.eye(4), "v": torch.eye(4)}
+    decay = fs.chain(fs.scale(0.0), fs.add_decayed_weights(1.0))
+    for mask, expected in ((None, {"w": 12.0, "v": 20.0}), ({"w": True, "v": False}, {"w": 12.0})):
+        tx = fs.shampoo(1.0, grafting=decay, mask=mask)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        for name, u in updates.items():
+            assert float(u.norm()) == pytest.approx(expected.get(name, 0.0))
+
+
 def test_a_negative_learning_rate() -> None:
     with pytest.raises(ValueError, match="learning_rate is -0.1"):
         fs.shampoo(-0.1)
