@@ -10,7 +10,7 @@ same order. That is checked where it costs next to nothing on an ordinary step:
 
 Where they differ every rank knows it, and a second gather brings what each has, for the message. A
 rank that is to compare anew, since it steps something else than before, says so in the others' step
-first (`changes`).
+first (`disagreement`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from funshampoo.blocks.executor import Leaves
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import is_in_parts, local_part
-from funshampoo.distributed.changes import Last, Says, announce
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.described import Line, described
-from funshampoo.distributed.disagreement import Bits, disagreement
+from funshampoo.distributed.disagreement import Bits, Last, Says, announce, disagreement
 from funshampoo.distributed.shards import Shards
 from funshampoo.state.parts import sum_of_bits
 

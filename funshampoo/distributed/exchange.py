@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Put
 from funshampoo.combinators.failures import failure_report
-from funshampoo.distributed.agreement import print_of
-from funshampoo.distributed.changes import Form, Says, check
-from funshampoo.distributed.collectives import LostRanksError, ProcessGroup
+from funshampoo.distributed.collectives import LostRanksError
+from funshampoo.distributed.disagreement import Says
 from funshampoo.distributed.shards import FAILED, INTERRUPTED
 
-_NOTHING = Says()
 
-
-class Transport(Protocol):
+class Transport:
     """How the numbers of a step get from rank to rank.
 
     Attributes:
-        places: {stack: where the updates of its rows of this rank go, (rows, *block)}.
+        rows: {stack: the rows of this rank}, as the step calls them.
+        places: {stack: where the updates of these go, (rows, *block)}.
         sent: all of them, and what may be between them; flat.
         status: (STATUS,) float32, which travels with them.
     """
 
+    rows: Mapping[str, range]
     places: dict[str, Tensor]
     sent: Tensor
     status: Tensor
@@ -36,50 +34,29 @@ class Transport(Protocol):
 
     def meet(self) -> Tensor:
         """The collective that ends the step: the statuses of all ranks, (ranks, STATUS)."""
+        raise NotImplementedError
 
-    def form(self) -> Form:
-        """These collectives, to be met once more without the numbers."""
+    def once_more(self) -> Callable[[float], Tensor]:
+        """What meets these collectives again without the numbers; of `Last`. Keeps no numbers."""
+        raise NotImplementedError
 
-
-class Exchange:
-    """One step of one rank: compute, meet the others, and tell them if that failed.
-
-    Args:
-        transport: of this step.
-        rows: {stack: the rows of this rank}, as the step calls them.
-    """
-
-    def __init__(
-        self, transport: Transport, rows: Mapping[str, range], group: ProcessGroup | None
-    ) -> None:
-        self.transport, self.rows, self.group = transport, rows, group
-        self._contents = torch.empty(0)
-
-    def run_number(self) -> int:
-        """A number for a run, after its first step: the same on all ranks. Waits for the device."""
-        return print_of(self._contents.tolist(), 40) | 1
-
-    def run(
-        self, step: Callable[[Put], Any], due: bool, look: bool, says: Says = _NOTHING
-    ) -> tuple[Any, Tensor | None]:
-        """(the state of this rank, the report of all).
+    def exchange(self, step: Callable[[Put], Any], due: bool, says: Says) -> tuple[Any, Tensor]:
+        """Compute, meet the others, and tell them if that failed.
 
         Args:
+            step: of its argument, `put`.
             due: whether the failures of this step are to be reported.
-            look: whether to raise what other ranks have to say. Waits for the device.
             says: what has to be the same on all ranks.
 
-        Raises:
-            RuntimeError: if it looks, another rank failed, or does something else.
+        Returns:
+            The state of this rank, and the statuses of all.
         """
-        transport, new = self.transport, None
-        failure: BaseException | None = None
-        status = transport.status
+        new, failure, status = None, None, self.status
         try:
             status.zero_()
             status[5], status[6] = says.fingerprint, says.number % 2**24
             status[7] = says.content
-            transport.gather()
+            self.gather()
             new = step(self.put)
             if due:
                 status[1:5] = failure_report(new, status.device)
@@ -87,24 +64,18 @@ class Exchange:
             raise  # from the next collective as well
         except BaseException as error:  # Ctrl-C too: the others are waiting in the collective
             failure = error
-            transport.sent.zero_()
+            self.sent.zero_()
             status[0] = FAILED if isinstance(error, Exception) else INTERRUPTED
         try:
-            statuses = transport.meet()
+            statuses = self.meet()
         finally:
             if failure is not None:  # more to the point than what the collective may say
                 raise failure
-        self._contents = statuses[:, 7]
-        if look:
-            check(statuses.tolist(), says, self.group)
-        if not due:
-            return new, None
-        totals, longest = statuses[:, (1, 3)].sum(0), statuses[:, (2, 4)].amax(0)
-        return new, torch.stack([totals, longest], dim=1).flatten()
+        return new, statuses
 
     def put(self, stack: str, rows: range, updates: Tensor | None) -> None:
         """Copy updates to their place, cast to its dtype; None is zeros."""
-        place = self.transport.places[stack]
+        place = self.places[stack]
         if updates is None:
             place.zero_()
             return

@@ -9,26 +9,15 @@ import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+from funshampoo.blocks.layout import Stack
 from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.state.nodes import walk
 from funshampoo.state.places import block_of
 from funshampoo.state.stages import RefreshedState
-
-
-class BlockStack(Protocol):
-    """What ownership needs to know of a stack; `funshampoo.blocks.layout.Stack` is one."""
-
-    @property
-    def block(self) -> tuple[int, ...]:
-        """Shape of each block."""
-
-    @property
-    def rows(self) -> int:
-        """How many blocks there are."""
 
 
 class Work(NamedTuple):
@@ -85,7 +74,7 @@ def longest_processing_time(costs: Sequence[float], world_size: int) -> list[int
 
 
 def owners_of(
-    stacks: Mapping[str, BlockStack],
+    stacks: Mapping[str, Stack],
     world_size: int,
     every: int,
     cost: CostModel = DEFAULT_COST,
@@ -98,8 +87,8 @@ def owners_of(
     host work for `init`: torch.compile can't trace it.
 
     Args:
-        stacks: {name: stack with .block and .rows}, as in `Layout.stacks`, in an order that is the
-            same on every rank.
+        stacks: as in `Layout.stacks`, in an order that is the same on every rank. Only `block` and
+            `rows` count.
         world_size: number of ranks.
         every: steps between two refreshes.
         cost: the model; the same on every rank.

@@ -21,25 +21,13 @@ from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
 from funshampoo.core.placed import is_in_parts
 from funshampoo.distributed.agreement import lines_of, print_of
-from funshampoo.distributed.collectives import (
-    ProcessGroup,
-    gathered_objects,
-    rank_and_size,
-)
+from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line
-from funshampoo.distributed.disagreement import difference
+from funshampoo.distributed.disagreement import disagreement
 from funshampoo.distributed.nearest import nearest
 from funshampoo.distributed.pieces import Cuts, View
-from funshampoo.distributed.routes import (
-    Column,
-    Held,
-    Messages,
-    Route,
-    Routes,
-    Slot,
-    find_routes,
-)
-from funshampoo.distributed.shards import Equal, Piece, Shards, shards_of
+from funshampoo.distributed.routes import Column, Held, Messages, Route, Routes, Slot, find_routes
+from funshampoo.distributed.shards import Piece, Shards, shards_of
 
 
 class Incoming(NamedTuple):
@@ -79,7 +67,7 @@ class Parts:
     Attributes:
         held: what this rank holds of every parameter.
         shards: the owners of all rows: near to those who hold them, within a balance.
-        rows: {stack: how many rows this rank owns}.
+        rows: {stack: the rows that this rank owns, counted from 0}.
         ids: {stack: which of the full stack they are}.
         owned: the same, as `ShardedState` has it.
         dtypes: of the gradients as they came last, at first the parameters'. Messages have room for
@@ -107,7 +95,7 @@ class Parts:
             self.ids[piece.stack] = (*self.ids.get(piece.stack, ()), *piece.all_rows)
             spans = self.owned.setdefault(piece.stack, {})
             spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
-        self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
+        self.rows: Portion = {stack: range(len(ids)) for stack, ids in self.ids.items()}
         self.dtypes: list[torch.dtype] = [x.dtype for x in known]
         self.memory: dict[torch.dtype, dict[Any, Any]] = {}
         self._costs = costs
@@ -141,7 +129,7 @@ class Parts:
         """The gradients of this rank's rows, in as many portions as on every other rank."""
         whole = self.routes(shown).gather
         if portions == 1:
-            return [Incoming({s: range(rows) for s, rows in self.rows.items()}, whole)]
+            return [Incoming(self.rows, whole)]
         key = tuple(shown or [False] * len(self.held))
         if (key, portions) not in self._incoming:
             self._incoming[key, portions] = found = []
@@ -222,9 +210,7 @@ def _gathered(
     said = print_of(lines), socket.gethostname(), list(numbers), [numbers[own] for own in held]
     everyone = gathered_objects(said, group)
     if any(of_rank[0] != said[0] for of_rank in everyone):  # so every rank comes
-        for rank, theirs in enumerate(everyone_lines := gathered_objects(lines, group)):
-            if theirs != everyone_lines[0]:
-                raise RuntimeError(difference(everyone_lines[0], theirs, rank))
+        raise disagreement(lines, group)
     holdings = [[kinds[i] for i in indices] for *_, kinds, indices in everyone]
     return Held(holdings, nodes_of([host for _, host, *_ in everyone]))
 
@@ -273,9 +259,8 @@ def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shard
     each = [costs[stack] for stack, rows in of_rows.items() for _ in rows]
     shares = [own.of_rank for rows in of_rows.values() for own in rows]
     owners = nearest(each, shares, held.nodes)
-    stacks = {name: Equal(stack.block, stack.rows) for name, stack in layout.stacks.items()}
     found, at = {}, 0
     for stack, rows in of_rows.items():
         found[stack] = owners[at : at + len(rows)]
         at += len(rows)
-    return shards_of(stacks, found, held.size, torch.float32)
+    return shards_of(layout.stacks, found, held.size, torch.float32)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from funshampoo.blocks.portions import Portion
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.placed import local_parts
 from funshampoo.distributed.collectives import ProcessGroup, all_to_all_into
+from funshampoo.distributed.exchange import Transport
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.pieces import as_view
 from funshampoo.distributed.routes import GRADIENTS, HEAD, PARAMETERS, Column, Messages, Slot
@@ -21,28 +23,8 @@ from funshampoo.distributed.shards import STATUS
 Memory = dict[Any, tuple[Tensor, list[Tensor]]]
 
 
-class TransferForm(NamedTuple):
-    """The collectives of a `Transfer`, each as the messages out and those in; a `Form`."""
-
-    gathers: Sequence[tuple[Messages, Messages]]
-    scatter: tuple[Messages, Messages]
-    device: torch.device
-    group: ProcessGroup | None
-
-    def met(self, word: float) -> Tensor:
-        """See `Form`."""
-        status = torch.zeros(STATUS, dtype=torch.float32, device=self.device)
-        status[0] = word
-        for out, into in (*self.gathers, self.scatter):
-            sending, arriving = out.buffer(self.device), into.buffer(self.device)
-            if out is self.scatter[0]:
-                out.put_head(sending, status)
-            all_to_all_into(arriving, into.splits, sending, out.splits, self.group)
-        return into.heads(arriving)
-
-
-class Transfer:
-    """One step's way: all_to_all_single of the bytes that have to move; a `Transport`.
+class Transfer(Transport):
+    """One step's way: all_to_all_single of the bytes that have to move.
 
     There is one back, and one to the owners for every portion of the rows. Those begin all at once;
     each is waited for when its portion is to be stepped, so that the others come meanwhile. On CUDA
@@ -77,7 +59,7 @@ class Transfer:
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
         stacks = parts.layout.stacks
         if "sent" not in memory:
-            shapes = [torch.Size((rows, *stacks[s].block)) for s, rows in parts.rows.items()]
+            shapes = [torch.Size((len(r), *stacks[s].block)) for s, r in parts.rows.items()]
             numel = [shape.numel() for shape in shapes]
             with for_keeps():
                 sent = torch.zeros(sum(numel), dtype=dtype, device=device)
@@ -85,6 +67,7 @@ class Transfer:
             memory["sent"] = sent, split
         self.sent = memory["sent"][0]
         self.places = dict(zip(parts.rows, memory["sent"][1]))
+        self.rows = parts.rows
         self._flat: dict[Column, list[Tensor | None]] = {}
         self._ways: list[tuple[Messages, Messages]] = []  # of the collectives that were met
         self._coming: list[Callable[[], list[Tensor]]] = []
@@ -184,10 +167,9 @@ class Transfer:
             return self.status.unsqueeze(0)
         return into.heads(self._buffer("scatter in", into)[0])
 
-    def form(self) -> TransferForm:
+    def once_more(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
-        *gathers, scatter = self._ways
-        return TransferForm(gathers, scatter, self._device, self._group)
+        return functools.partial(_met, self._ways, self._device, self._group)
 
     def _zeros(self, cut: Portion) -> dict[str, Tensor]:
         stacks = self._parts.layout.stacks
@@ -228,6 +210,23 @@ class Transfer:
             return views
 
         return came
+
+
+def _met(
+    ways: Sequence[tuple[Messages, Messages]],
+    device: torch.device,
+    group: ProcessGroup | None,
+    word: float,
+) -> Tensor:
+    """These collectives, each as the messages out and those in; the last one is the scatter."""
+    status = torch.zeros(STATUS, dtype=torch.float32, device=device)
+    status[0] = word
+    for out, into in ways:
+        sending, arriving = out.buffer(device), into.buffer(device)
+        if out is ways[-1][0]:
+            out.put_head(sending, status)
+        all_to_all_into(arriving, into.splits, sending, out.splits, group)
+    return into.heads(arriving)
 
 
 def _flat(tensors: Sequence[Any]) -> list[Tensor | None]:

@@ -2,76 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
-from funshampoo.distributed.shards import Shards, places_in_shard, status_of, unpack
+from funshampoo.distributed.exchange import Transport
+from funshampoo.distributed.shards import Shards
 
 Memory = dict[Any, tuple[Tensor, Tensor]]
 Key = tuple[torch.device, torch.dtype, int]
 
 
-class WholeForm(NamedTuple):
-    """The collective of a `Whole`; a `Form`."""
-
-    shards: Shards
-    key: Key
-    group: ProcessGroup | None
-
-    def met(self, word: float) -> Tensor:
-        """See `Form`."""
-        device, dtype, length = self.key
-        shard = torch.zeros(self.shards.length, dtype=dtype, device=device)
-        status_of(shard, self.shards)[0] = word
-        buffer = torch.empty(length, dtype=dtype, device=device)
-        all_gather_into(buffer, shard, self.group)
-        return unpack(buffer, self.shards)[1]
-
-
-class Whole:
-    """One all_gather_into_tensor of the updates; a `Transport`.
+class Whole(Transport):
+    """One all_gather_into_tensor of the updates.
 
     Args:
         key: device, dtype and length of the gathered buffer.
         memory: {key: (shard, buffer)} of earlier donated steps, used again.
 
     Attributes:
-        pieces: after `meet`, the updates of all ranks: {stack: [(first row, updates)]}, views.
+        pieces: after `meet`, the updates of all ranks: [(stack, rows of it, updates)], views;
+            of each stack in the order of the rows, which have their owners in ascending order.
     """
 
     def __init__(
-        self,
-        shards: Shards,
-        rank: int,
-        group: ProcessGroup | None,
-        key: Key,
-        memory: Memory,
+        self, shards: Shards, rank: int, group: ProcessGroup | None, key: Key, memory: Memory
     ) -> None:
         self._shards, self._group, self._key = shards, group, key
-        device, dtype, length = key
         if key not in memory:
             if len(memory) > 3:  # groups were edited, and buffers are large
                 memory.clear()
-            shard = torch.zeros(shards.length, dtype=dtype, device=device)
-            memory[key] = shard, torch.empty(length, dtype=dtype, device=device)
+            memory[key] = _buffers(shards, key)
         self._shard, self._buffer = memory[key]
-        self.places = places_in_shard(self._shard, shards, rank)
+        self.rows = {stack: piece.all_rows for stack, piece in shards.owned_by(rank).items()}
+        self.places = _places(self._shard, shards, rank)
         self.sent = self._shard[: shards.length - shards.status]
-        self.status = status_of(self._shard, shards)
-        self.pieces: dict[str, list[tuple[int, Tensor]]] = {}
-
-    def gather(self) -> None:
-        """Nothing: the gradients are here."""
+        self.status = _status(self._shard, shards)
+        self.pieces: list[tuple[str, range, Tensor]] = []
 
     def meet(self) -> Tensor:
         """See `Transport`."""
+        shards = self._shards
         all_gather_into(self._buffer, self._shard, self._group)
-        self.pieces, statuses = unpack(self._buffer, self._shards)
-        return statuses
+        for rank, shard in enumerate(self._buffer.split(shards.length)):
+            own = shards.owned_by(rank)
+            for stack, x in _places(shard, shards, rank).items():
+                self.pieces.append((stack, own[stack].all_rows, x))
+        return _statuses(self._buffer, shards)
 
-    def form(self) -> WholeForm:
+    def once_more(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
-        return WholeForm(self._shards, self._key, self._group)
+        return functools.partial(_met, self._shards, self._key, self._group)
+
+
+def _met(shards: Shards, key: Key, group: ProcessGroup | None, word: float) -> Tensor:
+    shard, buffer = _buffers(shards, key)
+    _status(shard, shards)[0] = word
+    all_gather_into(buffer, shard, group)
+    return _statuses(buffer, shards)
+
+
+def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:
+    device, dtype, length = key
+    shard = torch.zeros(shards.length, dtype=dtype, device=device)
+    return shard, torch.empty(length, dtype=dtype, device=device)
+
+
+def _places(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
+    """Where the rows that a rank owns are in its shard, (length,): views (rows, *block)."""
+    own = shards.owned_by(rank)
+    sizes = [shards.numel(piece) for piece in own.values()]
+    parts = torch.split(shard, [*sizes, shards.length - sum(sizes)])
+    return {
+        stack: part.view(piece.rows, *shards.stacks[stack].block)
+        for (stack, piece), part in zip(own.items(), parts)
+    }
+
+
+def _status(shard: Tensor, shards: Shards) -> Tensor:
+    """A shard's status, (STATUS,) float32; a view."""
+    return shard.narrow(0, shards.length - shards.status, shards.status).view(torch.float32)
+
+
+def _statuses(buffer: Tensor, shards: Shards) -> Tensor:
+    """All ranks' statuses, (ranks, STATUS)."""
+    return torch.stack([_status(shard, shards) for shard in buffer.split(shards.length)])
