@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Put
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.operators.leaf_ops import per_block
-from funshampoo.state.nodes import walk
+from funshampoo.state.nodes import first_state
 from funshampoo.state.stages import GuardedState
 
 Step = Callable[[Any, Put], Any]
@@ -45,25 +46,17 @@ def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
     return held
 
 
-def _guard(state: Any) -> tuple[tuple[str, ...], GuardedState] | None:
-    for path, node in walk(state):
-        if isinstance(node, GuardedState):
-            return path, node
-    return None
-
-
 def _streaks(state: Any) -> list[Tensor]:
     """Copies, since a step may write to them."""
-    found = _guard(state)
-    return [] if found is None else [x.clone() for x in flatten(found[1].streak)[0]]
+    guard = first_state(state, GuardedState)
+    return [] if guard is None else [x.clone() for x in flatten(guard.streak)[0]]
 
 
 def _counted(state: Any, dead: Mapping[str, Tensor], before: list[Tensor]) -> Any:
     """One more block held, and its streak goes on, which the guard has ended."""
-    found = _guard(state)
-    if found is None:
+    guard = first_state(state, GuardedState)
+    if guard is None:
         return state
-    path, guard = found
     names = leaf_names(guard.held)
     held, spec = flatten(guard.held)
     streak = flatten(guard.streak)[0]
@@ -72,18 +65,11 @@ def _counted(state: Any, dead: Mapping[str, Tensor], before: list[Tensor]) -> An
             mask = dead[name].view(held[i].shape)
             held[i] = held[i] + mask
             streak[i] = torch.where(mask, before[i] + 1, streak[i])
-    return _put(
-        state, path, guard._replace(held=spec.unflatten(held), streak=spec.unflatten(streak))
+    counted = guard._replace(held=spec.unflatten(held), streak=spec.unflatten(streak))
+
+    def is_guard(node: Any) -> bool:
+        return node is guard
+
+    return optree.tree_map(
+        lambda node: counted if is_guard(node) else node, state, is_leaf=is_guard, none_is_leaf=True
     )
-
-
-def _put(node: Any, path: tuple[str, ...], value: Any) -> Any:
-    """The state with another node at the end of this path of `walk`."""
-    if not path:
-        return value
-    first, rest = path[0], path[1:]
-    if isinstance(node, dict):
-        return {k: _put(x, rest, value) if str(k) == first else x for k, x in node.items()}
-    if hasattr(node, "_replace"):
-        return node._replace(**{first: _put(getattr(node, first), rest, value)})
-    return type(node)([_put(x, rest, value) if str(i) == first else x for i, x in enumerate(node)])

@@ -5,8 +5,8 @@ It takes no communication: every rank computes the same from the same shapes.
 
 from __future__ import annotations
 
-import functools
 import heapq
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -36,8 +36,6 @@ class Work(NamedTuple):
 
 Works: TypeAlias = Mapping[str, Work]
 """{stack: the work on one of its blocks}; of a stack that is not in it, Shampoo's on all sides."""
-
-StackKey: TypeAlias = tuple[tuple[int, ...], int, Work | None]
 
 
 def longest_processing_time(costs: Sequence[float], world_size: int) -> list[int]:
@@ -83,8 +81,8 @@ def owners_of(
     """The owner of every row of every stack, balanced by modelled cost over all stacks together.
 
     Blocks of a stack are alike, so each stack's owners are given to its rows in ascending order:
-    the rows of one owner are consecutive, one slice to copy. Remembered from call to call. It is
-    host work for `init`: torch.compile can't trace it.
+    the rows of one owner are consecutive, one slice to copy. It is host work for
+    `init`: torch.compile can't trace it.
 
     Args:
         stacks: as in `Layout.stacks`, in an order that is the same on every rank. Only `block` and
@@ -112,24 +110,13 @@ def owners_of(
     """
     check_count("world_size", world_size)
     check_count("every", every)
-    known = works or {}
-    keys = tuple((tuple(s.block), s.rows, known.get(name)) for name, s in stacks.items())
-    return dict(zip(stacks, _owners(keys, world_size, every, cost)))
-
-
-@functools.lru_cache(maxsize=256)
-def _owners(
-    stacks: tuple[StackKey, ...], world_size: int, every: int, cost: CostModel
-) -> tuple[tuple[int, ...], ...]:
-    costs: list[float] = []
-    for block, rows, work in stacks:
-        costs += [cost.block(block, every, *(work or ()))] * rows
-    ranks = longest_processing_time(costs, world_size)
-    owners, first = [], 0
-    for _, rows, _ in stacks:
-        owners.append(tuple(sorted(ranks[first : first + rows])))
-        first += rows
-    return tuple(owners)
+    known, costs = works or {}, list[float]()
+    for name, stack in stacks.items():
+        costs += [cost.block(stack.block, every, *known.get(name, ()))] * stack.rows
+    ranks = iter(longest_processing_time(costs, world_size))
+    return {
+        name: tuple(sorted(itertools.islice(ranks, stack.rows))) for name, stack in stacks.items()
+    }
 
 
 def works_of(
