@@ -124,25 +124,34 @@ class Agreement:
 
     Args:
         inner: what it runs.
+        group: the ranks.
         options: its own, {name: value}.
 
     Attributes:
         around: the caller around the chain; None for functions.
     """
 
-    def __init__(self, inner: GradientTransformation, options: Mapping[str, Any]) -> None:
-        self._inner, self._options = inner, options
-        self._group: Any = lambda: None
+    def __init__(
+        self,
+        inner: GradientTransformation,
+        group: ProcessGroup | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._inner, self._group, self._options = inner, group, options
+        self._known_group: Any = lambda: None
         self._agreed: set[int] = set()
         self._last: tuple[Any, ...] = (None, None, None, 0)
-        self._now: tuple[Any, set[str], int] = ((), set(), 0)
         self._lines: list[Line] = []
         self._stepped: Last | None = None
         self.around: Around | None = None
 
-    def last(self, group: ProcessGroup | None) -> Last | None:
+    def last(self) -> Last | None:
         """The step before in this group, which other ranks may be about to repeat."""
-        return self._stepped if self._group() is (group or dist.group.WORLD) else None
+        return self._stepped if self._known_group() is self._now() else None
+
+    def _now(self) -> Any:
+        """The group; all ranks are another one where torch.distributed was begun anew."""
+        return self._group or dist.group.WORLD
 
     def stepped(self, last: Last) -> None:
         """Remember how the ranks met."""
@@ -154,25 +163,18 @@ class Agreement:
         self._agreed.clear()
         self._last = (None, None, None, 0)
 
-    def announce(self, leaves: Leaves, context: Context | None, group: ProcessGroup | None) -> None:
+    def announce(self, leaves: Leaves, context: Context | None) -> None:
         """Tell the ranks, where there was a step before, that this one steps other leaves now.
 
         Raises:
             RuntimeError: not all of them do; on every rank.
         """
-        last = self.last(group)
+        last = self.last()
         if last is not None:
-            announce([last], lambda: self._words(leaves, context), group)
+            announce([last], lambda: self._words(leaves, context), self._group)
             self._stepped = None
 
-    def on(
-        self,
-        shards: Shards,
-        leaves: Leaves,
-        context: Context,
-        group: ProcessGroup | None,
-        device: torch.device,
-    ) -> int:
+    def _on(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> int:
         """The fingerprint of all that stays, `lines`, on which the ranks agree.
 
         The first time for these leaves it is a collective. Of ranks that go back and forth between
@@ -182,33 +184,43 @@ class Agreement:
         Raises:
             RuntimeError: something differs, or another rank failed here; on every rank.
         """
-        now = group or dist.group.WORLD
-        known = self._group() is now
+        now = self._now()
+        known = self._known_group() is now
         before, where, names, plan = self._last
         if known and before is shards and where == leaves.where and names == leaves.names:
             return int(plan)
         if not known:
-            self._group = weakref.ref(now)
+            self._known_group = weakref.ref(now)
             self.begin_anew()
         lines = [*self._of_plan(leaves), *_owners(shards)]
         plan = print_of(lines)
         if plan not in self._agreed:
-            self.announce(leaves, context, group)
-            agree([*lines, *self._around_lines()], leaves, context, group, device)
+            self.announce(leaves, context)
+            agree([*lines, *self._around_lines()], leaves, context, self._group, device)
             self._agreed.add(plan)
         self._lines = lines
         self._last = shards, leaves.where, leaves.names, plan
         return plan
 
     def says(
-        self, plan: int, leaves: Leaves, context: Context, run: int, missing: Sequence[str] = ()
+        self,
+        shards: Shards,
+        leaves: Leaves,
+        context: Context,
+        device: torch.device,
+        run: int,
+        missing: Sequence[str] = (),
     ) -> Says:
-        """What this rank says of a step on which the ranks agree.
+        """What this rank says of a step. On their first step the ranks agree on it here.
 
         Args:
             run: the number of the run that the state is of; 0 on its first step.
             missing: gradients that are to be missing on all ranks.
+
+        Raises:
+            RuntimeError: something differs, or another rank failed here; on every rank.
         """
+        plan = self._on(shards, leaves, context, device)
 
         def lines() -> list[Line]:
             of_run = ("the run that the state is of", f"{run:x}" if run else "new")
@@ -219,20 +231,10 @@ class Agreement:
             return self._words(leaves, context)
 
         gone = print_of(missing) if missing else 0
-        fingerprint = self._fingerprint(plan ^ run ^ gone, context)
+        around = 0 if self.around is None else self.around.fingerprint
+        fingerprint = print_of((plan ^ run ^ gone, around, said(context)), 24)
         content = 0 if run else content_of(leaves)
         return Says(fingerprint, context.step or 0, content, lines, words)
-
-    def _fingerprint(self, plan: int, context: Context) -> int:
-        """Of a plan, of what is around, and of what is `said` of this step; below 2^24."""
-        around = 0 if self.around is None else self.around.fingerprint
-        values = (plan, around, context.refresh, *context.hyper.values())
-        if any([isinstance(x, Tensor) for x in values]):
-            return print_of((plan, around, said(context)), 24)
-        if self._now[0] != values or self._now[1] != context.hyper.keys():
-            keys = set(context.hyper)
-            self._now = values, keys, print_of((plan, around, said(context)), 24)
-        return self._now[2]
 
     def _words(self, leaves: Leaves, context: Context | None) -> list[Line]:
         if self.around is not None:

@@ -1,17 +1,24 @@
-"""One step of one rank among others: what it tells them, and what it hears of them."""
+"""One step of one rank among others: what it tells them, what it hears, and what it sends."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import optree
+import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Put
 from funshampoo.combinators.failures import failure_report
-from funshampoo.distributed.collectives import LostRanksError
+from funshampoo.core.tree import flatten, leaf_names
+from funshampoo.distributed.collectives import LostRanksError, ProcessGroup, all_gather_into
 from funshampoo.distributed.disagreement import Says
-from funshampoo.distributed.shards import FAILED, INTERRUPTED
+from funshampoo.distributed.shards import FAILED, INTERRUPTED, Shards
+from funshampoo.operators.leaf_ops import per_block
+from funshampoo.state.nodes import first_state
+from funshampoo.state.stages import GuardedState
 
 
 class Transport:
@@ -88,3 +95,143 @@ class Transport:
         if len(rows) < len(place):
             place = place.narrow(0, rows.start - self.rows[stack].start, len(rows))
         place.copy_(updates.view(place.shape))
+
+
+Step = Callable[[Any, Put], Any]
+
+
+def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
+    """The step, after which no block among what is sent has a number that is not finite.
+
+    A block of which one has overflowed in the dtype of the way, or is NaN, is zeros there. The
+    outermost `guarded` of the state counts it as it counts a gradient that is not finite. What the
+    block has averaged has this step in it. Where looking waits for a device nobody looks.
+
+    Args:
+        sent: what this rank sends, padding included.
+        places: {stack: (rows, *block)}, views of it.
+    """
+
+    def held(state: Any, put: Put) -> Any:
+        before = _streaks(state)
+        new = step(state, put)
+        # A sum is finite only if all in it is; it may overflow by itself, and then all are judged.
+        if sent.device.type == "cpu" and bool(sent.sum().isfinite()):
+            return new
+        dead = {}
+        for stack, place in places.items():
+            if place.numel():
+                dead[stack] = ~place.reshape(len(place), -1).abs().amax(1).isfinite()
+                place.masked_fill_(per_block(dead[stack], place), 0.0)
+        return _counted(new, dead, before)
+
+    return held
+
+
+def _streaks(state: Any) -> list[Tensor]:
+    """Copies, since a step may write to them."""
+    guard = first_state(state, GuardedState)
+    return [] if guard is None else [x.clone() for x in flatten(guard.streak)[0]]
+
+
+def _counted(state: Any, dead: Mapping[str, Tensor], before: list[Tensor]) -> Any:
+    """One more block held, and its streak goes on, which the guard has ended."""
+    guard = first_state(state, GuardedState)
+    if guard is None:
+        return state
+    names = leaf_names(guard.held)
+    held, spec = flatten(guard.held)
+    streak = flatten(guard.streak)[0]
+    for i, name in enumerate(names):
+        if name in dead:
+            mask = dead[name].view(held[i].shape)
+            held[i] = held[i] + mask
+            streak[i] = torch.where(mask, before[i] + 1, streak[i])
+    counted = guard._replace(held=spec.unflatten(held), streak=spec.unflatten(streak))
+
+    def is_guard(node: Any) -> bool:
+        return node is guard
+
+    return optree.tree_map(
+        lambda node: counted if is_guard(node) else node, state, is_leaf=is_guard, none_is_leaf=True
+    )
+
+
+Memory = dict[Any, tuple[Tensor, Tensor]]
+Key = tuple[torch.device, torch.dtype, int]
+
+
+class Whole(Transport):
+    """One all_gather_into_tensor of the updates.
+
+    Args:
+        key: device, dtype and length of the gathered buffer.
+        memory: {key: (shard, buffer)} of earlier donated steps, used again.
+
+    Attributes:
+        pieces: after `meet`, the updates of all ranks: [(stack, rows of it, updates)], views;
+            of each stack in the order of the rows, which have their owners in ascending order.
+    """
+
+    def __init__(
+        self, shards: Shards, rank: int, group: ProcessGroup | None, key: Key, memory: Memory
+    ) -> None:
+        self._shards, self._group, self._key = shards, group, key
+        if key not in memory:
+            if len(memory) > 3:  # groups were edited, and buffers are large
+                memory.clear()
+            memory[key] = _buffers(shards, key)
+        self._shard, self._buffer = memory[key]
+        self.rows = {stack: piece.all_rows for stack, piece in shards.owned_by(rank).items()}
+        self.places = _places(self._shard, shards, rank)
+        self.sent = self._shard[: shards.length - shards.status]
+        self.status = _status(self._shard, shards)
+        self.pieces: list[tuple[str, range, Tensor]] = []
+
+    def meet(self) -> Tensor:
+        """See `Transport`."""
+        shards = self._shards
+        all_gather_into(self._buffer, self._shard, self._group)
+        for rank, shard in enumerate(self._buffer.split(shards.length)):
+            own = shards.owned_by(rank)
+            for stack, x in _places(shard, shards, rank).items():
+                self.pieces.append((stack, own[stack].all_rows, x))
+        return _statuses(self._buffer, shards)
+
+    def once_more(self) -> Callable[[float], Tensor]:
+        """See `Transport`."""
+        return functools.partial(_met, self._shards, self._key, self._group)
+
+
+def _met(shards: Shards, key: Key, group: ProcessGroup | None, word: float) -> Tensor:
+    shard, buffer = _buffers(shards, key)
+    _status(shard, shards)[0] = word
+    all_gather_into(buffer, shard, group)
+    return _statuses(buffer, shards)
+
+
+def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:
+    device, dtype, length = key
+    shard = torch.zeros(shards.length, dtype=dtype, device=device)
+    return shard, torch.empty(length, dtype=dtype, device=device)
+
+
+def _places(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
+    """Where the rows that a rank owns are in its shard, (length,): views (rows, *block)."""
+    own = shards.owned_by(rank)
+    sizes = [shards.numel(piece) for piece in own.values()]
+    parts = torch.split(shard, [*sizes, shards.length - sum(sizes)])
+    return {
+        stack: part.view(piece.rows, *shards.stacks[stack].block)
+        for (stack, piece), part in zip(own.items(), parts)
+    }
+
+
+def _status(shard: Tensor, shards: Shards) -> Tensor:
+    """A shard's status, (STATUS,) float32; a view."""
+    return shard.narrow(0, shards.length - shards.status, shards.status).view(torch.float32)
+
+
+def _statuses(buffer: Tensor, shards: Shards) -> Tensor:
+    """All ranks' statuses, (ranks, STATUS)."""
+    return torch.stack([_status(shard, shards) for shard in buffer.split(shards.length)])

@@ -24,7 +24,7 @@ from funshampoo.distributed.agreement import lines_of, print_of
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line
 from funshampoo.distributed.disagreement import disagreement
-from funshampoo.distributed.nearest import nearest
+from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.pieces import Cuts, View
 from funshampoo.distributed.routes import Column, Held, Messages, Route, Routes, Slot, find_routes
 from funshampoo.distributed.shards import Piece, Shards, shards_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +26,11 @@ from funshampoo.distributed.collectives import (
 )
 from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.disagreement import Last, Says, check
-from funshampoo.distributed.exchange import Transport
-from funshampoo.distributed.overflow import holding
+from funshampoo.distributed.exchange import Transport, Whole, holding
 from funshampoo.distributed.ownership import Works, owners_of, works_of
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.shards import Blocks, Piece, Shards, shards_of
 from funshampoo.distributed.transfer import Transfer
-from funshampoo.distributed.whole import Whole
 from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
 
@@ -151,7 +149,7 @@ class Ranks:
             steps = advanced(state.steps, context.donate)
             return ShardedState(new, state.owned, state.ranks, report, steps, state.run)
         shards, dtype = self.shards(blocks), self._dtype(blocks)
-        says = self._says(shards, leaves, state, context, blocks.device)
+        says = self.agreement.says(shards, leaves, context, blocks.device, run_of(state))
         key = blocks.device, dtype, shards.length * size
         transport = Whole(shards, rank, self.group, key, self.memory if context.donate else {})
         found = self._met(transport, step, owned, state, blocks, context, absent, says)
@@ -160,12 +158,7 @@ class Ranks:
         return found
 
     def exchange_parts(
-        self,
-        step: StepOnRows,
-        state: ShardedState,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
+        self, step: StepOnRows, state: ShardedState, context: Context, leaves: Leaves, absent: bool
     ) -> tuple[ShardedState, list[Tensor]]:
         """See `Spread`."""
         blocks = Blocks.of(leaves.where.stacks)
@@ -173,12 +166,13 @@ class Ranks:
         says = Says()
         if parts.size > 1:
             if parts.come_in_other_dtypes(leaves):
-                self.agreement.announce(leaves, context, self.group)
+                self.agreement.announce(leaves, context)
                 self.agreement.begin_anew()
                 parts.forget_dtypes(leaves)
             known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
             missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
-            says = self._says(parts.shards, leaves, state, context, blocks.device, missing)
+            what = parts.shards, leaves, context, blocks.device, run_of(state), missing
+            says = self.agreement.says(*what)
         memory = parts.memory.setdefault(dtype, {})  # which nobody else ever sees
         transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
 
@@ -233,7 +227,7 @@ class Ranks:
         placed = places_of(known)
         found = self.known_parts.get(id(layout))
         if found is None or found[0] is not layout or found[1] != placed:
-            self.agreement.announce(leaves, context, self.group)
+            self.agreement.announce(leaves, context)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
             model, works = self._model(blocks), self._works(blocks)
@@ -244,19 +238,6 @@ class Ranks:
             parts = Parts(leaves, costs, self.group)
             found = self.known_parts[id(layout)] = layout, placed, parts
         return found[2]
-
-    def _says(
-        self,
-        shards: Shards,
-        leaves: Leaves,
-        state: ShardedState,
-        context: Context,
-        device: torch.device,
-        missing: Sequence[str] = (),
-    ) -> Says:
-        """What has to be the same on all ranks. On their first step they agree on it here."""
-        plan = self.agreement.on(shards, leaves, context, self.group, device)
-        return self.agreement.says(plan, leaves, context, run_of(state), missing)
 
     def everywhere(self, blocks: list[str]) -> list[str]:
         """What all ranks say: all of them are here, since what they gathered is the same."""

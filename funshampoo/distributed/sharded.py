@@ -124,7 +124,7 @@ def sharded(
     )
     options: dict[str, Any] = {"every": every, "max_failures": max_failures, "cost": cost}
     options |= {"communication_dtype": communication_dtype, "whole": whole, "overlap": overlap}
-    agreement = Agreement(inner, options)
+    agreement = Agreement(inner, process_group, options)
     counts = inner.counts or max_failures is not None
     ranks = Ranks(
         inner, process_group, every, communication_dtype, cost, agreement, whole, counts, overlap

@@ -1,30 +1,26 @@
-"""An optimizer for a model: matrices to the method, the rest to AdamW."""
+"""An optimizer for a model: matrices to the method, the rest to AdamW.
+
+A parameter group for every role, method and set of options.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from funshampoo.core.checks import check_choice
-from funshampoo.models.groups import (
-    Recipe,
-    Routes,
-    default_rate,
-    grouped,
-    recipe_of,
-    scaled,
-    warn_of_routes,
-)
-from funshampoo.models.kinds import ROLES, Heads, Role
-from funshampoo.models.overrides import Overrides, extra_settings, settings_of
-from funshampoo.models.roles import kinds
+from funshampoo.core.checks import check_choice, hint
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.models.kinds import ROLES, Heads, Kind, Role
+from funshampoo.models.roles import Overrides, extra_settings, kinds, settings_of
 from funshampoo.models.table import warn_of_costs
 from funshampoo.models.transfer import Base, rate_factors_of
 from funshampoo.optim import Optimizer
 from funshampoo.optim.vocabulary import Vocabulary
+from funshampoo.recipes import ELEMENTWISE, RECIPES
 
 METHOD_ROLES: tuple[Role, ...] = ("matrix", "convolution", "experts", "heads")
 """What goes to the method, unless somebody says otherwise."""
@@ -158,3 +154,141 @@ def _check_model(model: Any) -> None:
             "all parameters of model are frozen: unfreeze those that are to be trained, by "
             "requires_grad_(True), before the optimizer is made."
         )
+
+
+Recipe: TypeAlias = Callable[..., GradientTransformation]
+
+
+class Routes(NamedTuple):
+    """Who gets what.
+
+    Attributes:
+        method, options: of the roles in `roles`.
+        others, other_options: of all other roles.
+    """
+
+    method: Recipe
+    options: Mapping[str, Any]
+    others: Recipe
+    other_options: Mapping[str, Any]
+    roles: Collection[str]
+
+    def settings(self, kind: Kind, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of the group that a parameter of this kind belongs to.
+
+        Args:
+            extra: what the user says of this parameter.
+
+        Raises:
+            TypeError: a method of its own has no learning rate, or does not take an option.
+        """
+        main = kind.role in self.roles
+        method, options = (self.method, self.options) if main else (self.others, self.other_options)
+        if extra:
+            chosen = recipe_of("the method in overrides", extra.get("method", method))
+            if chosen is not method:
+                known = {self.others: self.other_options, self.method: self.options}
+                options = known.get(chosen) or (
+                    {} if "lr" in extra else {"lr": default_rate(chosen)}
+                )
+            method = chosen
+            own = {key: value for key, value in extra.items() if key != "method"}
+            Vocabulary(method, own).defaults(own)  # raises for one that it does not take
+        found: dict[str, Any] = {"role": kind.role}
+        if not main and kind.role == "vector" and "weight_decay" in _arguments(method):
+            found["weight_decay"] = 0.0
+        found |= options
+        if kind.stacked is not None and "merge" in _arguments(method):
+            found["merge"] = kind.stacked
+        return {**found, **extra, "method": method}
+
+
+def recipe_of(argument: str, given: Any) -> Recipe:
+    """A recipe by its name, or itself.
+
+    Raises:
+        ValueError: no recipe has this name.
+        TypeError: neither a name nor a function.
+    """
+    if isinstance(given, str):
+        if given not in RECIPES:
+            near = hint(given, RECIPES)
+            raise ValueError(f"{argument} is '{given}'{near} Known are {', '.join(RECIPES)}.")
+        return RECIPES[given]
+    if isinstance(given, GradientTransformation) or not callable(given):
+        raise TypeError(
+            f"{argument} is {given!r}; give the name of a recipe, or a function that makes a chain "
+            "of a learning rate: groups have rates of their own."
+        )
+    return given  # type: ignore[no-any-return]
+
+
+def default_rate(recipe: Recipe) -> Any:
+    """The rate that a recipe has by itself."""
+    rate = Vocabulary(recipe).defaults({}).get("lr")
+    if rate is None:
+        raise TypeError(
+            f"{getattr(recipe, '__name__', 'the recipe')} has no learning rate of its own: give it "
+            "as other_lr, or as 'lr' in overrides where the method stands."
+        )
+    return rate
+
+
+def _arguments(recipe: Recipe) -> Collection[str]:
+    return inspect.signature(recipe).parameters.keys()
+
+
+def scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """With another rate, and the factor by which it differs."""
+    if isinstance(settings["lr"], Tensor):
+        raise TypeError("scale_rates makes new rates, so that lr has to be a number, no tensor.")
+    return {**settings, "lr": settings["lr"] * factor, "rate_factor": factor}
+
+
+def warn_of_routes(
+    routes: Routes, settings: Mapping[str, Mapping[str, Any]], stacklevel: int
+) -> None:
+    """Warn where the method has nothing to do, and where it can't tell matrices apart."""
+    if all(s["method"] is not routes.method for s in settings.values()):
+        warnings.warn(
+            f"no parameter has one of the roles {', '.join(sorted(routes.roles))}: everything goes "
+            "to the other method.",
+            stacklevel=stacklevel + 1,
+        )
+    elementwise = [RECIPES[name] for name in ELEMENTWISE]
+    for name, own in settings.items():
+        blind = own["method"] not in elementwise and "merge" not in own
+        if own["role"] in ("experts", "heads") and blind:
+            called = getattr(own["method"], "__name__", "the method")
+            warnings.warn(
+                f"{called} takes no `merge`, so that '{name}' is one tensor to it and not several "
+                "matrices: have it hand merge on to its blocked(...).",
+                stacklevel=stacklevel + 1,
+            )
+            return
+
+
+def grouped(
+    parameters: Mapping[str, nn.Parameter], settings: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Parameters of equal settings are a group; roles keep their order."""
+    groups: list[dict[str, Any]] = []
+    names = sorted(parameters, key=lambda name: ROLES.index(settings[name]["role"]))
+    for name in names:
+        for group in groups:
+            if _equal(group, settings[name]):
+                group["params"].append((name, parameters[name]))
+                break
+        else:
+            groups.append({"params": [(name, parameters[name])], **settings[name]})
+    return groups
+
+
+def _equal(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether they say the same; tensors by identity."""
+    if group.keys() - {"params"} != settings.keys():
+        return False
+    pairs = [(group[key], value) for key, value in settings.items()]
+    return all(
+        x is y or (not isinstance(x, Tensor) and type(x) is type(y) and x == y) for x, y in pairs
+    )

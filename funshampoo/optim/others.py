@@ -75,7 +75,7 @@ class Others:
         """For every group of ranks, the parts that the last step had there."""
         for group in _distinct([spread.group for spread in self._spreads]):
             mine = [spread for spread in self._spreads if spread.group is group]
-            steps = [last for s in mine if (last := s.agreement.last(group)) is not None]
+            steps = [last for s in mine if (last := s.agreement.last()) is not None]
             if steps:
                 yield group, steps
 

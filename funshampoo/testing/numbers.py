@@ -61,20 +61,15 @@ def _owned(state: State, name: str) -> dict[str, Tensor]:
 
 def resumes_from_a_pickle(trial: Trial) -> None:
     """torch.save of the state, torch.load, another instance: the same bits as without."""
-    file = io.BytesIO()
     half = len(trial.grads) // 2
-    torch.save(trial.pure.states[half], file)
-    file.seek(0)
-    _goes_on(trial, torch.load(file, weights_only=False), half, "torch.save and torch.load")
+    state = _through_a_file(trial.pure.states[half], weights_only=False)
+    _goes_on(trial, state, half, "torch.save and torch.load")
 
 
 def resumes_from_a_checkpoint(trial: Trial) -> None:
     """funshampoo.state: every tensor has a name there, and comes back from it."""
     half = len(trial.grads) // 2
-    file = io.BytesIO()
-    torch.save(state_dict(trial.pure.states[half]), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = _through_a_file(state_dict(trial.pure.states[half]), weights_only=True)
     state = load_state_dict(trial.make().init(trial.params), saved).state
     if seen := difference(state, trial.pure.states[half]):
         trial.fail(
@@ -83,6 +78,13 @@ def resumes_from_a_checkpoint(trial: Trial) -> None:
             "are trees like the parameters or tensors.",
         )
     _goes_on(trial, state, half, "a checkpoint")
+
+
+def _through_a_file(saved: Any, weights_only: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def _goes_on(trial: Trial, state: State, done: int, through: str) -> None:

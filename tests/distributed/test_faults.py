@@ -16,8 +16,8 @@ from torch import Tensor
 import funshampoo as fs
 from funshampoo.blocks.layout import Stack
 from funshampoo.distributed.disagreement import Says
+from funshampoo.distributed.exchange import Whole
 from funshampoo.distributed.shards import shards_of
-from funshampoo.distributed.whole import Whole
 from funshampoo.state import health, state_dict
 from tests.distributed.problems import Shapes, block_state, held_here, report_of, tree
 from tests.distributed.ranks import Ranks
