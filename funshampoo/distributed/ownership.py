@@ -203,9 +203,10 @@ def nearest(
     share = sum(costs) / len(nodes)
     limit = (1 + slack) * max(share, max(costs, default=0.0))
     weights = (0, NODE) if len(set(nodes)) > 1 else (0,)
-    tries = []
-    for weight, eager in itertools.product(weights, (False, True)):
-        tries.append(_greedy(costs, held, nodes, limit, weight, eager))
+    tries = [
+        _greedy(costs, held, nodes, limit, weight, eager)
+        for weight, eager in itertools.product(weights, (False, True))
+    ]
     return max(tries, key=lambda found: found.merit).owners
 
 

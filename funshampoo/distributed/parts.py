@@ -11,7 +11,7 @@ import itertools
 import math
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -26,8 +26,11 @@ from funshampoo.distributed.described import Line
 from funshampoo.distributed.disagreement import disagreement
 from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.pieces import Cuts, View
-from funshampoo.distributed.routes import Column, Held, Messages, Route, Routes, Slot, find_routes
+from funshampoo.distributed.routes import Column, Held, Messages, Route, Slot, find_routes
 from funshampoo.distributed.shards import Piece, Shards, shards_of
+
+RowCuts: TypeAlias = tuple[Column, str, list[int], Cuts]
+"""(column, stack, which of the arriving pieces are in it, where in its rows)"""
 
 
 class Incoming(NamedTuple):
@@ -36,10 +39,12 @@ class Incoming(NamedTuple):
     Attributes:
         rows: of those that it owns, counted from 0.
         route: to the rank, in whose pieces the first of these rows has number 0.
+        cuts: where what arrives is in the rows.
     """
 
     rows: Portion
     route: Route
+    cuts: list[RowCuts]
 
 
 class FlatUpdates(NamedTuple):
@@ -47,7 +52,7 @@ class FlatUpdates(NamedTuple):
 
     Attributes:
         parameters, sizes: which, and how many numbers of each are here.
-        slots: which pieces come into them, to be put at the `cuts`.
+        slots: which of the arriving pieces come into them, to be put at the `cuts`.
     """
 
     dtype: torch.dtype
@@ -55,6 +60,20 @@ class FlatUpdates(NamedTuple):
     sizes: list[int]
     slots: list[int]
     cuts: Cuts
+
+
+class Ways(NamedTuple):
+    """The collectives of a step, as one rank sees them.
+
+    Attributes:
+        incoming: gradients, one portion after the other.
+        scatter: the updates' route.
+        updates: where what arrives of them belongs.
+    """
+
+    incoming: list[Incoming]
+    scatter: Route
+    updates: list[FlatUpdates]
 
 
 class Parts:
@@ -65,6 +84,7 @@ class Parts:
         costs: {stack: what a block of it costs its owner}.
 
     Attributes:
+        group: the ranks.
         held: what this rank holds of every parameter.
         shards: the owners of all rows: near to those who hold them, within a balance.
         rows: {stack: the rows that this rank owns, counted from 0}.
@@ -83,7 +103,7 @@ class Parts:
         self, leaves: Leaves, costs: Mapping[str, float], group: ProcessGroup | None
     ) -> None:
         self.layout: Layout = leaves.where
-        self.rank, self.size = rank_and_size(group)
+        self.group, (self.rank, self.size) = group, rank_and_size(group)
         known: Any = leaves.gradients if leaves.parameters is None else leaves.parameters
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
         self._held = _gathered(lines_of(leaves), self.held, self.size, group)
@@ -99,10 +119,8 @@ class Parts:
         self.dtypes: list[torch.dtype] = [x.dtype for x in known]
         self.memory: dict[torch.dtype, dict[Any, Any]] = {}
         self._costs = costs
-        self._routes: dict[tuple[bool, ...], Routes] = {}
-        self._incoming: dict[Any, list[Incoming]] = {}
+        self._ways: dict[tuple[tuple[bool, ...], int], Ways] = {}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
-        self._cuts: dict[tuple[str, int], Any] = {}
 
     def come_in_other_dtypes(self, leaves: Leaves) -> bool:
         """Whether a sharded gradient has another dtype than before, so another message.
@@ -117,23 +135,17 @@ class Parts:
         if leaves.parameters is not None:  # without them no gradient is missing
             self.dtypes[:] = [p.dtype for p in leaves.parameters]
 
-    def routes(self, shown: Sequence[bool] | None) -> Routes:
-        """Of this rank; `shown` parameters travel with their gradients."""
-        key = tuple(shown or [False] * len(self.held))
-        if key not in self._routes:
-            found = find_routes(self.layout, self.shards.pieces, self._held, key, self.rank)
-            self._routes[key] = found
-        return self._routes[key]
+    def ways(self, shown: Sequence[bool] | None, portions: int) -> Ways:
+        """Of this rank's rows and parts.
 
-    def incoming(self, shown: Sequence[bool] | None, portions: int) -> list[Incoming]:
-        """The gradients of this rank's rows, in as many portions as on every other rank."""
-        whole = self.routes(shown).gather
-        if portions == 1:
-            return [Incoming(self.rows, whole)]
-        key = tuple(shown or [False] * len(self.held))
-        if (key, portions) not in self._incoming:
-            self._incoming[key, portions] = found = []
-            done: dict[str, int] = {}
+        Args:
+            shown: which parameters travel with their gradients; None: none.
+            portions: in how many the gradients come; as on every other rank.
+        """
+        key = tuple(shown or [False] * len(self.held)), portions
+        if key not in self._ways:
+            whole = find_routes(self.layout, self.shards.pieces, self._held, key[0], self.rank)
+            incoming, done = [], dict[str, int]()
             for owned in divided(self.shards.pieces, self._costs, portions):
                 rows: Portion = {}
                 for piece in owned:
@@ -142,49 +154,43 @@ class Parts:
                         done[piece.stack] = last = first + piece.rows
                         start = rows[piece.stack].start if piece.stack in rows else first
                         rows[piece.stack] = range(start, last)
-                route = find_routes(self.layout, owned, self._held, key, self.rank).gather
-                found.append(Incoming(rows, route))
-        return self._incoming[key, portions]
+                route = whole.gather
+                if portions > 1:
+                    route = find_routes(self.layout, owned, self._held, key[0], self.rank).gather
+                incoming.append(Incoming(rows, route, self._row_cuts(route.arriving(), rows)))
+            updates = self._flat_updates(whole.scatter.arriving())
+            self._ways[key] = Ways(incoming, whole.scatter, updates)
+        return self._ways[key]
 
-    def cuts_of_rows(
-        self, route: Route, slots: Sequence[Slot], rows: Portion
-    ) -> list[tuple[Column, str, list[int], Cuts]]:
-        """(column, stack, which of these pieces are in it, where in its rows) of a gather."""
-        key = "rows", id(route)
-        if key not in self._cuts:
-            groups: dict[tuple[Column, str], list[int]] = {}
-            for i, slot in enumerate(slots):
-                groups.setdefault((slot.column, slot.stack), []).append(i)
-            self._cuts[key] = [
-                (column, stack, places, Cuts([(p.shape, p.rows) for p in found], numel))
-                for (column, stack), places in groups.items()
-                for found in [[slots[i].piece for i in places]]
-                for numel in [len(rows[stack]) * math.prod(self.layout.stacks[stack].block)]
-            ]
-        found: list[tuple[Column, str, list[int], Cuts]] = self._cuts[key]
+    def _row_cuts(self, slots: Sequence[Slot], rows: Portion) -> list[RowCuts]:
+        """Where these pieces of a gather are in its rows."""
+        groups: dict[tuple[Column, str], list[int]] = {}
+        for i, slot in enumerate(slots):
+            groups.setdefault((slot.column, slot.stack), []).append(i)
+        found = []
+        for (column, stack), places in groups.items():
+            views = [(slots[i].piece.shape, slots[i].piece.rows) for i in places]
+            numel = len(rows[stack]) * math.prod(self.layout.stacks[stack].block)
+            found.append((column, stack, places, Cuts(views, numel)))
         return found
 
-    def cuts_of_updates(self, route: Route, slots: Sequence[Slot]) -> list[FlatUpdates]:
+    def _flat_updates(self, slots: Sequence[Slot]) -> list[FlatUpdates]:
         """Where these pieces are in the updates of this rank's parts."""
-        key = "updates", id(route)
-        if key not in self._cuts:
-            kinds: dict[torch.dtype, list[int]] = {}
-            for i, where in enumerate(self.layout.parameters):
-                stacks = [self.layout.stacks[region.stack].dtype for region in where.regions]
-                kinds.setdefault(stacks[0] if stacks else torch.float32, []).append(i)
-            self._cuts[key] = [self._flat(d, own, slots) for d, own in kinds.items()]
-        updates: list[FlatUpdates] = self._cuts[key]
-        return updates
-
-    def _flat(self, dtype: torch.dtype, own: list[int], slots: Sequence[Slot]) -> FlatUpdates:
-        sizes = [math.prod(self.held[i].shape) for i in own]
-        starts = dict(zip(own, [0, *itertools.accumulate(sizes)]))
-        places = [k for k, slot in enumerate(slots) if slot.parameter in starts]
-        views = []
-        for k in places:
-            (shape, (stride, offset), _), parameter = slots[k].piece, slots[k].parameter
-            views.append((shape, View(stride, starts[parameter] + offset)))
-        return FlatUpdates(dtype, own, sizes, places, Cuts(views, sum(sizes)))
+        kinds: dict[torch.dtype, list[int]] = {}
+        for i, where in enumerate(self.layout.parameters):
+            stacks = [self.layout.stacks[region.stack].dtype for region in where.regions]
+            kinds.setdefault(stacks[0] if stacks else torch.float32, []).append(i)
+        found = []
+        for dtype, own in kinds.items():
+            sizes = [math.prod(self.held[i].shape) for i in own]
+            starts = dict(zip(own, [0, *itertools.accumulate(sizes)]))
+            places = [k for k, slot in enumerate(slots) if slot.parameter in starts]
+            views = []
+            for k in places:
+                (shape, (stride, offset), _), parameter = slots[k].piece, slots[k].parameter
+                views.append((shape, View(stride, starts[parameter] + offset)))
+            found.append(FlatUpdates(dtype, own, sizes, places, Cuts(views, sum(sizes))))
+        return found
 
     def messages(
         self, route: Route, dtypes: Mapping[tuple[int, int], torch.dtype], head: int
@@ -258,9 +264,6 @@ def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shard
     of_rows = held.of_blocks(layout)
     each = [costs[stack] for stack, rows in of_rows.items() for _ in rows]
     shares = [own.of_rank for rows in of_rows.values() for own in rows]
-    owners = nearest(each, shares, held.nodes)
-    found, at = {}, 0
-    for stack, rows in of_rows.items():
-        found[stack] = owners[at : at + len(rows)]
-        at += len(rows)
+    owners = iter(nearest(each, shares, held.nodes))
+    found = {s: list(itertools.islice(owners, len(rows))) for s, rows in of_rows.items()}
     return shards_of(layout.stacks, found, held.size, torch.float32)

@@ -111,7 +111,7 @@ class Ranks:
         """See `Spread`. A collective: stages may begin with the parameters."""
         blocks = Blocks.of(leaves.where.stacks)
         parts = self._parts(leaves, blocks, None)
-        transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, self.group, {})
+        transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, {})
         transfer.gather()
         context["clock"] = clock = context["clock"] or self.counts
         inner = self.inner.init(transfer.rows_of(parts.rows)[0], **context)
@@ -174,7 +174,7 @@ class Ranks:
             what = parts.shards, leaves, context, blocks.device, run_of(state), missing
             says = self.agreement.says(*what)
         memory = parts.memory.setdefault(dtype, {})  # which nobody else ever sees
-        transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
+        transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, memory)
 
         def own_step(inner: Any, place: Put) -> Any:
             return step(inner, parts.ids, transfer.cuts, transfer.rows_of, place)

@@ -68,6 +68,10 @@ class Route:
         elif target == rank:
             self.into[source].append(slot)
 
+    def arriving(self) -> list[Slot]:
+        """The pieces that this rank has after it: those that it had, and those of the others."""
+        return [*self.stay, *itertools.chain.from_iterable(self.into)]
+
 
 class Routes(NamedTuple):
     """Both directions, as one rank sees them."""

@@ -180,9 +180,7 @@ def _stepped(
     alone: list[Tree] = []
 
     def step(part: Any, put: Put) -> Any:
-        mine, my_params = space.select(updates, own), None
-        if params is not None:
-            my_params = space.select(params, own)
+        mine, my_params = space.select(updates, own), space.select(params, own)
         out, new = checked_pair(ranks.inner.run(mine, part, my_params, inside), ranks.inner.name)
         alone.append(out)
         for name, x in space.own_updates(out, own).items():
@@ -224,7 +222,12 @@ class Space:
         self.blocks = Blocks.of(stacks, in_blocks)
 
     def select(self, tree: Tree, own: Mapping[str, Piece]) -> Tree:
-        """What this rank owns of a tree: views of rows; outside block space others are hidden."""
+        """What this rank owns of a tree: views of rows; outside block space others are hidden.
+
+        None is what it is: there is no such tree.
+        """
+        if tree is None:
+            return None
         if self.blocks.in_blocks:
             return {s: tree[s].narrow(0, p.first, p.rows) for s, p in own.items()}
         leaves = self.spec.flatten_up_to(tree)
@@ -233,14 +236,10 @@ class Space:
 
     def selected_context(self, context: Context, own: Mapping[str, Piece]) -> Context:
         """The context with what of it is over the blocks cut to this rank's."""
-
-        def selected(tree: Tree) -> Tree:
-            return None if tree is None else self.select(tree, own)
-
         rows = context.rows
         if rows is not None:
             rows = {s: rows[s][p.first : p.first + p.rows] for s, p in own.items()}
-        gradient, alive = selected(context.gradient), selected(context.alive)
+        gradient, alive = self.select(context.gradient, own), self.select(context.alive, own)
         return changed(context, gradient=gradient, alive=alive, rows=rows)
 
     def own_updates(self, out: Tree, own: Mapping[str, Piece]) -> dict[str, Tensor | None]:

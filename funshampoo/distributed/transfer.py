@@ -48,13 +48,11 @@ class Transfer(Transport):
         portions: int,
         dtype: torch.dtype,
         device: torch.device,
-        group: ProcessGroup | None,
         memory: Memory,
     ) -> None:
-        self._parts, self._leaves, self._group = parts, leaves, group
-        self._incoming = parts.incoming(leaves.shown, portions)
-        self._scatter = parts.routes(leaves.shown).scatter
-        self.cuts = [incoming.rows for incoming in self._incoming]
+        self._parts, self._leaves = parts, leaves
+        self._plan = parts.ways(leaves.shown, portions)
+        self.cuts = [incoming.rows for incoming in self._plan.incoming]
         self._device, self._dtype, self._memory = device, dtype, memory
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
         stacks = parts.layout.stacks
@@ -69,7 +67,7 @@ class Transfer(Transport):
         self.places = dict(zip(parts.rows, memory["sent"][1]))
         self.rows = parts.rows
         self._flat: dict[Column, list[Tensor | None]] = {}
-        self._ways: list[tuple[Messages, Messages]] = []  # of the collectives that were met
+        self._messages: list[tuple[Messages, Messages]] = []  # of the collectives that were met
         self._coming: list[Callable[[], list[Tensor]]] = []
         self._come: dict[int, dict[int, dict[str, Tensor]]] = {}  # {portion: {column: stacks}}
         self.updates: list[Tensor] = []
@@ -84,9 +82,9 @@ class Transfer(Transport):
             columns[PARAMETERS] = leaves.parameters
             way |= {(PARAMETERS, i): x.dtype for i, x in enumerate(leaves.parameters)}
         failure: BaseException | None = None
-        for incoming in self._incoming:
+        for incoming in self._plan.incoming:
             out, into = self._parts.messages(incoming.route, way, 0)
-            self._ways.append((out, into))
+            self._messages.append((out, into))
             sending, views = self._buffer("gather out", out)
             try:
                 for column, tensors in columns.items() if not self._flat else ():
@@ -131,33 +129,31 @@ class Transfer(Transport):
     def _put_together(self, at: int) -> dict[int, dict[str, Tensor]]:
         """{column: {stack: the rows of a portion}}, when it has come."""
         came = self._coming[at]()
-        route, (_, into) = self._incoming[at].route, self._ways[at]
-        columns = (GRADIENTS,) if self._leaves.shown is None else (GRADIENTS, PARAMETERS)
-        found = {column: self._zeros(self.cuts[at]) for column in columns}
-        slots = [*route.stay, *into.slots]
-        targets: list[Any] = [None] * len(slots)
-        for column, stack, places, cuts in self._parts.cuts_of_rows(route, slots, self.cuts[at]):
+        rows, route, row_cuts = self._plan.incoming[at]
+        found = {column: self._zeros(rows) for column in self._flat}
+        sources = [*self._sources(route.stay), *came]
+        targets: list[Any] = [None] * len(sources)
+        for column, stack, places, cuts in row_cuts:
             for i, x in zip(places, cuts.of(found[column][stack].view(-1))):
                 targets[i] = x
-        _fill(targets, [*self._sources(route.stay), *came])
+        _fill(targets, sources)
         return found
 
     def meet(self) -> Tensor:
         """See `Transport`. All ranks have to come."""
-        route, layout = self._scatter, self._parts.layout
+        route, count = self._plan.scatter, len(self._parts.layout.parameters)
         for come in self._coming:  # also of rows that were not stepped: buffers are used again
             come()
-        way = {(GRADIENTS, i): self._dtype for i in range(len(layout.parameters))}
+        way = {(GRADIENTS, i): self._dtype for i in range(count)}
         out, into = self._parts.messages(route, way, HEAD)
-        self._ways.append((out, into))
+        self._messages.append((out, into))
         sending, views = self._buffer("scatter out", out)
-
         _fill(views, self._rows_for("scatter", out, out.slots))
         out.put_head(sending, self.status)
         came = self._meet("scatter in", sending, out, into)()
         sources = [*self._rows_for("stay", out, route.stay), *came]
-        updates: list[Any] = [None] * len(layout.parameters)
-        for part in self._parts.cuts_of_updates(route, [*route.stay, *into.slots]):
+        updates: list[Any] = [None] * count
+        for part in self._plan.updates:
             flat = torch.empty(sum(part.sizes), dtype=part.dtype, device=self._device)
             _fill(part.cuts.of(flat), [sources[i] for i in part.slots])
             for i, x in zip(part.parameters, torch.split(flat, part.sizes)):
@@ -169,7 +165,7 @@ class Transfer(Transport):
 
     def once_more(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
-        return functools.partial(_met, self._ways, self._device, self._group)
+        return functools.partial(_met, self._messages, self._device, self._parts.group)
 
     def _zeros(self, cut: Portion) -> dict[str, Tensor]:
         stacks = self._parts.layout.stacks
@@ -202,7 +198,7 @@ class Transfer(Transport):
         if self._parts.size == 1:
             return list
         arriving, views = self._buffer(name, into)
-        args = arriving, into.splits, sending, out.splits, self._group
+        args = arriving, into.splits, sending, out.splits, self._parts.group
         arrived = all_to_all_into(*args, wait=wait)
 
         def came() -> list[Tensor]:

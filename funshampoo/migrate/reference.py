@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from funshampoo.core.checks import check_entries, check_flags, check_range, hint
+from funshampoo.core.checks import check_entries, check_flags, check_range, chosen, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly
 from funshampoo.migrate.reference_averages import averaged, averaged_as_published
 from funshampoo.migrate.reference_config import (
+    DECAY_KINDS,
     WITHOUT_EFFECT,
     Config,
     Fields,
     blocking,
-    decay_kind,
     first_step,
     grafting,
     merging_target,
@@ -22,6 +22,7 @@ from funshampoo.migrate.reference_config import (
 )
 from funshampoo.migrate.reference_methods import Setting, stages_of
 from funshampoo.recipes.in_blocks import in_blocks
+from funshampoo.transforms.weight_decay import DecayKind
 
 _CLASSIC = "ClassicMomentumConfig"
 _PRIMAL = "GeneralizedPrimalAveragingConfig"
@@ -121,7 +122,8 @@ def from_reference(
             f"start_preconditioning_step is {start}; the reference demands at least "
             f"precondition_frequency, {precondition_frequency}."
         )
-    kind = decay_kind(weight_decay_type)
+    named = getattr(weight_decay_type, "name", weight_decay_type)  # of an enum, or the name
+    kind: DecayKind = chosen("weight_decay_type", named, DECAY_KINDS)
     if kind in ("corrected", "independent") and peak_lr is None:
         peak_lr = peak_of(lr)
     setting = Setting(
