@@ -53,7 +53,6 @@ class Ranks:
     counts: bool
     overlap: int
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of `Whole`
-    known_works: dict[Any, Works] = field(default_factory=dict, repr=False)
     known_shards: dict[Any, Shards] = field(default_factory=dict, repr=False)
     known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
         default_factory=dict, repr=False
@@ -75,13 +74,9 @@ class Ranks:
         return self.cost or (DEFAULT_COST if blocks.in_blocks else BY_SIZE)
 
     def _works(self, blocks: Blocks) -> Works:
-        key = tuple(blocks.stacks.items())
-        if key not in self.known_works:
-            shapes = {name: stack.block for name, stack in blocks.stacks.items()}
-            like = {n: torch.empty(1, *block, device="meta") for n, block in shapes.items()}
-            state = self.inner.init(like, block_ndim=1)
-            self.known_works[key] = works_of(self.inner, shapes, state)
-        return self.known_works[key]
+        shapes = {name: stack.block for name, stack in blocks.stacks.items()}
+        like = {n: torch.empty(1, *block, device="meta") for n, block in shapes.items()}
+        return works_of(self.inner, shapes, self.inner.init(like, block_ndim=1))
 
     def _dtype(self, blocks: Blocks) -> torch.dtype:
         return self.communication_dtype or blocks.dtype

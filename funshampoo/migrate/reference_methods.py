@@ -181,8 +181,6 @@ def _diagonal(fields: Fields, setting: Setting) -> Found:
     return [], diagonal(fields, setting.own_steps)
 
 
-ByDimensions = Callable[[int, int], float]
-
 _NEWTON_SCHULZ = "NewtonSchulzOrthogonalizationConfig"
 _SVD = "SVDOrthogonalizationConfig"
 
@@ -192,7 +190,8 @@ def spectral(fields: Fields) -> GradientTransformation:
     nested = fields.nested("orthogonalization_config", _NEWTON_SCHULZ, _SVD)
     nested.drop("rank_deficient_stability_config")  # a field of the base class, unread there too
     by_dimensions = nested.take("scale_by_dims_fn", None)
-    scale = None if by_dimensions is None else _of_shape(by_dimensions)
+    # That is a function of (columns, rows), and ours of a leaf's shape.
+    scale = by_dimensions and (lambda shape: by_dimensions(math.prod(shape[1:]), shape[0]))
     if nested.type == _SVD:
         return by_svd(scale, nested.take("scale_by_nuclear_norm", False))
     a, b, c = nested.take("coefficients", (3.4445, -4.7750, 2.0315))
@@ -203,11 +202,6 @@ def signs(fields: Fields) -> GradientTransformation:
     """Of a SignDescentPreconditionerConfig."""
     scale_fn = fields.take("scale_fn", None)
     return sign() if scale_fn is None else signs_scaled_by(scale_fn)
-
-
-def _of_shape(by_dimensions: ByDimensions) -> Callable[[tuple[int, ...]], float]:
-    """The reference's function of (columns, rows), of a leaf's shape."""
-    return lambda shape: by_dimensions(math.prod(shape[1:]), shape[0])
 
 
 def by_svd(

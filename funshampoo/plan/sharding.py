@@ -32,8 +32,6 @@ from funshampoo.state.stages import BlockedState
 
 Sharding: TypeAlias = Literal["fsdp", "hsdp", "tp", "fsdp+tp"]
 Shape: TypeAlias = tuple[int, ...]
-Place: TypeAlias = Callable[[str, Shape], Sequence[Any]]
-"""Placements by name and shape of a parameter, one a side of the mesh."""
 
 
 class ShardingPlan(NamedTuple):
@@ -82,7 +80,6 @@ def plan_sharded(
     dtype: torch.dtype = torch.float32,
     ranks_per_node: int = 8,
     reads_parameters: bool | None = None,
-    placements: Place | None = None,
     cost: CostModel = DEFAULT_COST,
 ) -> ShardingPlan:
     """Who will own which block of sharded parameters, and what moves. On meta tensors alone.
@@ -91,14 +88,12 @@ def plan_sharded(
         model, dtype, cost: as in `plan`.
         sharding: how the model is sharded: "fsdp", FSDP2 on a mesh of one side; "hsdp", on
             (replicas, shards); "tp", tensor parallelism on one side; "fsdp+tp", on (shards,
-            tensor).
+            tensor). FSDP cuts the first side, tensor parallelism the longer one of a matrix.
         mesh: its shape.
         transformation: by default `shampoo` with its defaults and this `every`.
         ranks_per_node: consecutive ranks that share a node.
         reads_parameters: whether parameters travel with the gradients, as they do where a stage in
             blocks reads them; by default what the transformation's `blocked` says.
-        placements: by name and shape; by default the first side for FSDP, and for tensor
-            parallelism the longer side of a matrix, whatever its name.
 
     Raises:
         ValueError: an unknown sharding, or a mesh that does not fit it.
@@ -115,10 +110,10 @@ def plan_sharded(
     tx = as_transformation(transformation or shampoo(1e-3, every=every))
     params = meta_parameters(model, dtype)
     state = tx.init(params)
-    place = placements or _placements(sharding)
+    place = _placements(sharding)
     known = dict(zip(leaf_names(params), flatten(params)[0]))
     shapes = {name: tuple(x.shape) for name, x in known.items()}
-    ways = {name: tuple(place(name, shape)) for name, shape in shapes.items()}
+    ways = {name: tuple(place(shape)) for name, shape in shapes.items()}
     cut = find_state((state,), BlockedState)  # a `partition` around it hides the others
     inside = {name: x for name, x in known.items() if cut is not None and name in cut.layout}
     layout = layout_in(tx, inside)  # raises where there is no `blocked`, or several
@@ -167,17 +162,16 @@ def _of_others(
     return found
 
 
-def _placements(sharding: Sharding) -> Place:
+def _placements(sharding: Sharding) -> Callable[[Shape], Sequence[Any]]:
+    """Placements by the shape of a parameter, one a side of the mesh."""
     # Here, since it imports sympy, which adds to the process' filters of warnings.
     from torch.distributed.tensor import Replicate, Shard
-
-    rows = Shard(0)
 
     def tensor(shape: Shape) -> Any:
         return Replicate() if len(shape) != 2 else Shard(0 if shape[0] >= shape[1] else 1)
 
-    def place(name: str, shape: Shape) -> Sequence[Any]:
-        first = rows if shape else Replicate()
+    def place(shape: Shape) -> Sequence[Any]:
+        first = Shard(0) if shape else Replicate()
         return {
             "fsdp": [first],
             "hsdp": [Replicate(), first],
