@@ -202,11 +202,36 @@ def nearest(
     """
     share = sum(costs) / len(nodes)
     limit = (1 + slack) * max(share, max(costs, default=0.0))
-    weights = (0, NODE) if len(set(nodes)) > 1 else (0,)
-    tries = [
-        _greedy(costs, held, nodes, limit, weight, eager)
-        for weight, eager in itertools.product(weights, (False, True))
-    ]
+    members: dict[int, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        members.setdefault(node, []).append(rank)
+    alike = {id(shares): shares for shares in held}
+
+    def greedy(weight: int, eager: bool) -> _Found:
+        known = {i: _near(shares, nodes, members, weight) for i, shares in alike.items()}
+        near = [known[id(shares)] for shares in held]
+        loads, owners = [0.0] * len(nodes), [0] * len(costs)
+        heap = [(0.0, rank) for rank in range(len(nodes))]
+        order = sorted(range(len(costs)), key=lambda b: (-costs[b], -near[b].most if eager else 0))
+        kept = 0
+        for block in order:
+            cost = costs[block]
+            for group in near[block].groups:
+                owner = min(group, key=loads.__getitem__)
+                if loads[owner] + cost <= limit:
+                    break
+            else:
+                while heap[0][0] != loads[heap[0][1]]:  # that rank has got something since
+                    heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
+                owner = heap[0][1]
+            owners[block] = owner
+            loads[owner] += cost
+            kept += held[block].get(owner, 0) + NODE * near[block].same.get(nodes[owner], 0)
+        largest = max(loads)
+        return _Found(owners, (-max(largest, limit), kept, -largest))
+
+    weights = (0, NODE) if len(members) > 1 else (0,)
+    tries = [greedy(*how) for how in itertools.product(weights, (False, True))]
     return max(tries, key=lambda found: found.merit).owners
 
 
@@ -241,38 +266,3 @@ def _near(
     by_share = sorted(same, key=lambda node: (-same[node], node))
     groups = [holders[near] for near in sorted(holders, reverse=True)]
     return _Near([*groups, *[members[n] for n in by_share]], max(holders, default=0), same)
-
-
-def _greedy(
-    costs: Sequence[float],
-    held: Sequence[Shares],
-    nodes: Sequence[int],
-    limit: float,
-    weight: int,
-    eager: bool,
-) -> _Found:
-    members: dict[int, list[int]] = {}
-    for rank, node in enumerate(nodes):
-        members.setdefault(node, []).append(rank)
-    alike = {id(shares): shares for shares in held}
-    known = {i: _near(shares, nodes, members, weight) for i, shares in alike.items()}
-    near = [known[id(shares)] for shares in held]
-    loads, owners = [0.0] * len(nodes), [0] * len(costs)
-    heap = [(0.0, rank) for rank in range(len(nodes))]
-    order = sorted(range(len(costs)), key=lambda b: (-costs[b], -near[b].most if eager else 0))
-    kept = 0
-    for block in order:
-        cost = costs[block]
-        for group in near[block].groups:
-            owner = min(group, key=loads.__getitem__)
-            if loads[owner] + cost <= limit:
-                break
-        else:
-            while heap[0][0] != loads[heap[0][1]]:  # that rank has got something since
-                heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
-            owner = heap[0][1]
-        owners[block] = owner
-        loads[owner] += cost
-        kept += held[block].get(owner, 0) + NODE * near[block].same.get(nodes[owner], 0)
-    largest = max(loads)
-    return _Found(owners, (-max(largest, limit), kept, -largest))

@@ -170,17 +170,35 @@ def find_routes(
     routes = Routes(Route(held.size), Route(held.size))
     runs = _runs(owned)
     starts = {stack: [run.rows.start for run in found] for stack, found in runs.items()}
+
+    def add(parameter: int, region: Region, run: _Run) -> None:
+        """What this rank has to do with a run's rows of a region: as their owner, as a holder."""
+        boxes, mine = held.boxes[parameter], held.everyone[rank][parameter]
+        own = {(box.offset, box.shape): box for box in mine.boxes}
+        columns = (GRADIENTS, PARAMETERS) if shown[parameter] else (GRADIENTS,)
+        found = 0
+        for key in boxes if run.owner == rank else sorted(own):
+            box = own.get(key, Box(*key, (0,) * len(key[0])))
+            source = source_of(boxes[key], run.owner, held.nodes)
+            for piece in pieces(region, run.rows, run.at, box, mine.shape):
+                found += piece.numel
+                for column in columns:
+                    slot = Slot(column, parameter, region.stack, piece)
+                    routes.gather.add(slot, source, run.owner, rank)
+                slot = Slot(GRADIENTS, parameter, region.stack, piece)
+                for holder in boxes[key]:
+                    routes.scatter.add(slot, run.owner, holder, rank)
+        if run.owner == rank:
+            _check_complete(found, region, run.rows)
+
     for i, where in enumerate(layout.parameters):
-        boxes = held.boxes[i], held.everyone[rank][i], held.nodes
-        columns = (GRADIENTS, PARAMETERS) if shown[i] else (GRADIENTS,)
         for region in where.regions:
             known = starts.get(region.stack, [])
             first = max(bisect.bisect_right(known, region.first) - 1, 0)
             last = bisect.bisect_left(known, region.first + region.rows)
             for run in runs.get(region.stack, [])[first:last]:
-                if run.rows.stop <= region.first:
-                    continue
-                _add_pieces(routes, rank, i, region, run, columns, *boxes)
+                if run.rows.stop > region.first:
+                    add(i, region, run)
     return routes
 
 
@@ -201,35 +219,6 @@ def _runs(owned: Sequence[Owned]) -> dict[str, list[_Run]]:
         found.setdefault(piece.stack, []).append(_Run(piece.owner, piece.all_rows, at))
         before[piece.stack, piece.owner] = at + piece.rows
     return {stack: sorted(own, key=lambda run: run.rows.start) for stack, own in found.items()}
-
-
-def _add_pieces(
-    routes: Routes,
-    rank: int,
-    parameter: int,
-    region: Region,
-    run: _Run,
-    columns: Sequence[Column],
-    boxes: Boxes,
-    mine: Holding,
-    nodes: Sequence[int],
-) -> None:
-    """What one rank has to do with a run's rows of a region, as their owner or as a holder."""
-    own = {(box.offset, box.shape): box for box in mine.boxes}
-    found = 0
-    for key in boxes if run.owner == rank else sorted(own):
-        box = own.get(key, Box(*key, (0,) * len(key[0])))
-        source = source_of(boxes[key], run.owner, nodes)
-        for piece in pieces(region, run.rows, run.at, box, mine.shape):
-            found += piece.numel
-            for column in columns:
-                slot = Slot(column, parameter, region.stack, piece)
-                routes.gather.add(slot, source, run.owner, rank)
-            slot = Slot(GRADIENTS, parameter, region.stack, piece)
-            for holder in boxes[key]:
-                routes.scatter.add(slot, run.owner, holder, rank)
-    if run.owner == rank:
-        _check_complete(found, region, run.rows)
 
 
 def _holders(held: Sequence[Holding]) -> Boxes:

@@ -22,6 +22,7 @@ from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.parts import near_shards
 from funshampoo.distributed.routes import Held, Shares, source_of
+from funshampoo.distributed.shards import Shards
 from funshampoo.plan.planner import Row, meta_parameters, spread_table
 from funshampoo.plan.scopes import scopes_of
 from funshampoo.recipes.shampoo import shampoo
@@ -138,10 +139,16 @@ def plan_sharded(
         for name, shape in shapes.items()
         if name not in inside
     }
-    others = _of_others(state, shapes, shares, len(nodes))
+    state_bytes = _of_others(state, shapes, shares, len(nodes))
+    blocks, seconds = [0] * len(nodes), [0.0] * len(nodes)
+    shards = near_shards(layout, costs, held)
+    for piece in shards.pieces:
+        blocks[piece.owner] += piece.rows
+        seconds[piece.owner] += piece.rows * costs[piece.stack]
+        state_bytes[piece.owner] += piece.rows * scope.state_bytes[piece.stack]
     reads = shows_parameters(tx) if reads_parameters is None else reads_parameters
-    columns = 2 if reads else 1
-    return _counted(layout, held, costs, scope.state_bytes, others, columns, mesh, since)
+    moved = _moved(layout, held, shards, columns=2 if reads else 1)
+    return ShardingPlan(mesh, blocks, seconds, state_bytes, *moved, time.perf_counter() - since)
 
 
 def _of_others(
@@ -182,28 +189,21 @@ def _placements(sharding: Sharding) -> Callable[[Shape], Sequence[Any]]:
     return place
 
 
-def _counted(
-    layout: Layout,
-    held: Held,
-    costs: Mapping[str, float],
-    per_block: Mapping[str, int],
-    others: Sequence[int],
-    columns: int,
-    mesh: tuple[int, ...],
-    since: float,
-) -> ShardingPlan:
+def _moved(
+    layout: Layout, held: Held, shards: Shards, columns: int
+) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Of `ShardingPlan` what is gathered and scattered, of both what from other nodes, and peers.
+
+    Args:
+        columns: how many numbers a gradient's brings to its owner: its parameter's too, or not.
+    """
     size, node = held.size, held.nodes
-    blocks, seconds, state = [0] * size, [0.0] * size, list(others)
     gathered, across, scattered, back_across = ([0] * size for _ in range(4))
     peers: list[set[int]] = [set() for _ in range(size)]
-    shards = near_shards(layout, costs, held)
     of_rows = held.of_blocks(layout)
     alike: dict[tuple[str, int, int], int] = {}  # blocks of one owner that are held alike
     known: dict[int, Shares] = {}
     for piece in shards.pieces:
-        blocks[piece.owner] += piece.rows
-        seconds[piece.owner] += piece.rows * costs[piece.stack]
-        state[piece.owner] += piece.rows * per_block[piece.stack]
         for row in piece.all_rows:
             shares = of_rows[piece.stack][row]
             known[id(shares)] = shares
@@ -224,9 +224,7 @@ def _counted(
                     back_across[rank] += size_of * (node[rank] != node[owner])
             peers[owner].update(ranks)
     count = [len(found - {rank}) for rank, found in enumerate(peers)]
-    took = time.perf_counter() - since
-    moved = gathered, across, scattered, back_across
-    return ShardingPlan(mesh, blocks, seconds, state, *moved, count, took)
+    return gathered, across, scattered, back_across, count
 
 
 def _table(found: ShardingPlan) -> list[str]:
