@@ -278,7 +278,10 @@ def agree(
         row += [print_of(x) for own in bits for x in (sorted(own), own)]
     except BaseException as error:  # whatever it is: the others are waiting
         failure = error
-    rows = _gathered(row, group, device)
+    mine = torch.tensor(row, dtype=torch.int64, device=device)
+    table = mine.new_empty(dist.get_world_size(group) * len(row))
+    all_gather_into(table, mine, group)
+    rows = [tuple(found) for found in table.view(-1, len(row)).tolist()]
     if failure is not None:
         raise failure
     failed = [rank for rank, found in enumerate(rows) if found[0]]
@@ -300,14 +303,6 @@ def agree(
             "makes them.",
             stacklevel=2,
         )
-
-
-def _gathered(row: list[int], group: ProcessGroup | None, device: torch.device) -> Any:
-    mine = torch.tensor(row, dtype=torch.int64, device=device)
-    size = dist.get_world_size(group)
-    table = torch.empty(size * len(row), dtype=torch.int64, device=device)
-    all_gather_into(table, mine, group)
-    return [tuple(found) for found in table.view(size, -1).tolist()]
 
 
 def _owners(shards: Shards) -> list[Line]:

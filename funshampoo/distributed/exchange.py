@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -200,14 +199,15 @@ class Whole(Transport):
 
     def once_more(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
-        return functools.partial(_met, self._shards, self._key, self._group)
+        shards, key, group = self._shards, self._key, self._group
 
+        def met(word: float) -> Tensor:
+            shard, buffer = _buffers(shards, key)
+            _status(shard, shards)[0] = word
+            all_gather_into(buffer, shard, group)
+            return _statuses(buffer, shards)
 
-def _met(shards: Shards, key: Key, group: ProcessGroup | None, word: float) -> Tensor:
-    shard, buffer = _buffers(shards, key)
-    _status(shard, shards)[0] = word
-    all_gather_into(buffer, shard, group)
-    return _statuses(buffer, shards)
+        return met
 
 
 def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:

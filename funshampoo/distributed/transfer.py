@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.placed import local_parts
-from funshampoo.distributed.collectives import ProcessGroup, all_to_all_into
+from funshampoo.distributed.collectives import all_to_all_into
 from funshampoo.distributed.exchange import Transport
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.pieces import as_view
@@ -165,7 +164,19 @@ class Transfer(Transport):
 
     def once_more(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
-        return functools.partial(_met, self._messages, self._device, self._parts.group)
+        ways, device, group = self._messages, self._device, self._parts.group
+
+        def met(word: float) -> Tensor:
+            status = torch.zeros(STATUS, dtype=torch.float32, device=device)
+            status[0] = word
+            for out, into in ways:
+                sending, arriving = out.buffer(device), into.buffer(device)
+                if out is ways[-1][0]:  # the scatter
+                    out.put_head(sending, status)
+                all_to_all_into(arriving, into.splits, sending, out.splits, group)
+            return into.heads(arriving)
+
+        return met
 
     def _zeros(self, cut: Portion) -> dict[str, Tensor]:
         stacks = self._parts.layout.stacks
@@ -206,23 +217,6 @@ class Transfer(Transport):
             return views
 
         return came
-
-
-def _met(
-    ways: Sequence[tuple[Messages, Messages]],
-    device: torch.device,
-    group: ProcessGroup | None,
-    word: float,
-) -> Tensor:
-    """These collectives, each as the messages out and those in; the last one is the scatter."""
-    status = torch.zeros(STATUS, dtype=torch.float32, device=device)
-    status[0] = word
-    for out, into in ways:
-        sending, arriving = out.buffer(device), into.buffer(device)
-        if out is ways[-1][0]:
-            out.put_head(sending, status)
-        all_to_all_into(arriving, into.splits, sending, out.splits, group)
-    return into.heads(arriving)
 
 
 def _flat(tensors: Sequence[Any]) -> list[Tensor | None]:

@@ -95,7 +95,10 @@ def for_model(
 ('vector', ['0.bias', '2.bias'], 0.001)]
     """
     main, rest = recipe_of("method", method), recipe_of("others", others)
-    _check_method_roles(method_roles)
+    if isinstance(method_roles, str) or not isinstance(method_roles, Collection):
+        raise TypeError(f"method_roles is {method_roles!r}; give a list of roles.")
+    for role in method_roles:
+        check_choice("method_roles", role, ROLES)
     check_choice("scale_rates", scale_rates, (None, "mup"))
     if (scale_rates is None) is not (base is None):
         raise ValueError("scale_rates='mup' and base go together: base is the model tuned before.")
@@ -117,13 +120,6 @@ def for_model(
     optimizer._model_order = [name for name in parameters if name in settings]
     warn_of_costs(optimizer, stacklevel=2)
     return optimizer
-
-
-def _check_method_roles(method_roles: Any) -> None:
-    if isinstance(method_roles, str) or not isinstance(method_roles, Collection):
-        raise TypeError(f"method_roles is {method_roles!r}; give a list of roles.")
-    for role in method_roles:
-        check_choice("method_roles", role, ROLES)
 
 
 def _of_others(rest: Recipe, rate: Any, options: Any) -> dict[str, Any]:

@@ -164,17 +164,14 @@ def output_weights(model: nn.Module) -> set[Tensor]:
     linear = [p for m in once if isinstance(m, nn.Linear) for p in weights_of(m)]
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables = {(m.num_embeddings, m.embedding_dim) for m in embeddings}
-    shaped: set[Tensor] = {p for p in linear if tuple(p.shape) in tables and _is_oblong(p)}
+    # A table of as many rows as columns says nothing: hidden matrices have its shape, too.
+    oblong = {shape for shape in tables if shape[0] != shape[1]}
+    shaped: set[Tensor] = {p for p in linear if tuple(p.shape) in oblong}
     if shaped:
         return shaped
     makers = inside_parametrizations(model)
     last = [m for m in model.modules() if m not in makers and _has_matrix(m)][-1:]
     return {p for m in last if isinstance(m, nn.Linear) and m in once for p in weights_of(m)}
-
-
-def _is_oblong(weight: Tensor) -> bool:
-    """A table of as many rows as columns says nothing: hidden matrices have its shape, too."""
-    return weight.shape[0] != weight.shape[1]
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -152,7 +152,11 @@ def _part(found: Tensor, whole: Tensor, axis: int) -> Tensor:
 
 def _small_run(trial: Trial, dtypes: Sequence[torch.dtype]) -> list[State]:
     """Three steps on leaves of these dtypes in turn."""
-    cast = _caster(dtypes)
+
+    def cast(tree: Tree) -> Any:
+        turns = iter(range(len(flatten(tree)[0])))
+        return map_leaves(lambda x: x.to(dtypes[next(turns) % len(dtypes)]), tree)
+
     params = cast(trial.params)
     run = trial.run([cast(g) for g in trial.grads[:3]], params)
     for t, updates in enumerate(run.updates, start=1):
@@ -163,14 +167,6 @@ def _small_run(trial: Trial, dtypes: Sequence[torch.dtype]) -> list[State]:
                 "small epsilon is 0 there.",
             )
     return run.states
-
-
-def _caster(dtypes: Sequence[torch.dtype]) -> Callable[[Tree], Tree]:
-    def cast(tree: Tree) -> Any:
-        turns = iter(range(len(flatten(tree)[0])))
-        return map_leaves(lambda x: x.to(dtypes[next(turns) % len(dtypes)]), tree)
-
-    return cast
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
