@@ -132,18 +132,19 @@ class Agreement:
     """
 
     def __init__(
-        self,
-        inner: GradientTransformation,
-        group: ProcessGroup | None,
-        options: Mapping[str, Any],
+        self, inner: GradientTransformation, group: ProcessGroup | None, options: Mapping[str, Any]
     ) -> None:
         self._inner, self._group, self._options = inner, group, options
         self._known_group: Any = lambda: None
+        self._lines: list[Line] = []
+        self.around: Around | None = None
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Have the ranks agree on the next step. All of them have to know of it."""
+        self._stepped: Last | None = None
         self._agreed: set[int] = set()
         self._last: tuple[Any, ...] = (None, None, None, 0)
-        self._lines: list[Line] = []
-        self._stepped: Last | None = None
-        self.around: Around | None = None
 
     def last(self) -> Last | None:
         """The step before in this group, which other ranks may be about to repeat."""
@@ -156,12 +157,6 @@ class Agreement:
     def stepped(self, last: Last) -> None:
         """Remember how the ranks met."""
         self._stepped = last
-
-    def begin_anew(self) -> None:
-        """Have the ranks agree on the next step. All of them have to know of it."""
-        self._stepped = None
-        self._agreed.clear()
-        self._last = (None, None, None, 0)
 
     def announce(self, leaves: Leaves, context: Context | None) -> None:
         """Tell the ranks, where there was a step before, that this one steps other leaves now.
@@ -227,13 +222,11 @@ class Agreement:
             gone = ("the gradients that are missing", ", ".join(missing) or "none")
             return [*self._lines, of_run, *self._around_lines(), *said(context), gone]
 
-        def words() -> list[Line]:
-            return self._words(leaves, context)
-
         gone = print_of(missing) if missing else 0
         around = 0 if self.around is None else self.around.fingerprint
         fingerprint = print_of((plan ^ run ^ gone, around, said(context)), 24)
         content = 0 if run else content_of(leaves)
+        words = functools.partial(self._words, leaves, context)
         return Says(fingerprint, context.step or 0, content, lines, words)
 
     def _words(self, leaves: Leaves, context: Context | None) -> list[Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -219,12 +220,10 @@ def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:
 def _places(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
     """Where the rows that a rank owns are in its shard, (length,): views (rows, *block)."""
     own = shards.owned_by(rank)
-    sizes = [shards.numel(piece) for piece in own.values()]
+    shapes = {s: (piece.rows, *shards.stacks[s].block) for s, piece in own.items()}
+    sizes = [math.prod(shape) for shape in shapes.values()]
     parts = torch.split(shard, [*sizes, shards.length - sum(sizes)])
-    return {
-        stack: part.view(piece.rows, *shards.stacks[stack].block)
-        for (stack, piece), part in zip(own.items(), parts)
-    }
+    return {s: x.view(shape) for (s, shape), x in zip(shapes.items(), parts)}
 
 
 def _status(shard: Tensor, shards: Shards) -> Tensor:

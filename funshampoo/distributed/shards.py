@@ -77,24 +77,18 @@ class Shards(NamedTuple):
 
     Attributes:
         pieces: by owner, and for each owner in the order of the stacks.
-        used: elements of each rank's shard before padding.
         length: elements of a shard, status included.
         status: elements of the buffer's dtype that hold STATUS numbers of float32.
     """
 
     stacks: dict[str, Stack]
     pieces: tuple[Piece, ...]
-    used: tuple[int, ...]
     length: int
     status: int
 
     def owned_by(self, rank: int) -> dict[str, Piece]:
         """{stack: the rows of this rank}, without the stacks of which it has none."""
         return {piece.stack: piece for piece in self.pieces if piece.owner == rank}
-
-    def numel(self, piece: Piece) -> int:
-        """Elements of a piece."""
-        return piece.rows * math.prod(self.stacks[piece.stack].block)
 
 
 def shards_of(
@@ -112,11 +106,10 @@ def shards_of(
             pieces.append(Piece(stack, first, rows, owner))
             first += rows
     pieces.sort(key=lambda piece: piece.owner)  # stable: within an owner by stack
-    sizes = [p.rows * math.prod(stacks[p.stack].block) for p in pieces]
     used = [0] * world_size
-    for piece, size in zip(pieces, sizes):
-        used[piece.owner] += size
+    for piece in pieces:
+        used[piece.owner] += piece.rows * math.prod(stacks[piece.stack].block)
     status = STATUS * 4 // dtype.itemsize
     # A shard starts where eight bytes do, so that the status can be read as another dtype.
     length = -(-max(used) // 4) * 4 + status
-    return Shards(stacks, tuple(pieces), tuple(used), length, status)
+    return Shards(stacks, tuple(pieces), length, status)

@@ -15,7 +15,7 @@ from funshampoo.core.live import initial
 from funshampoo.core.tree import update_leaves, wide
 from funshampoo.migrate.reference_config import GRAFTED, Config, Fields, diagonal
 from funshampoo.migrate.reference_solver import basis_of, initial_eigenvalue, solver_of
-from funshampoo.operators.exponents import Exponents, side_exponents
+from funshampoo.operators.exponents import side_exponents
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.transforms import (
     ema,
@@ -109,7 +109,14 @@ def _shampoo(fields: Fields, setting: Setting) -> Found:
     stores_spectrum = fields.type.startswith("Eigendecomposed")
     averaged = setting.averaged(fields)
     if "KL" in fields.type:
-        statistics = _kl_statistics(setting.beta2, exponents, averaged)
+        # Through the roots as they are, by default of exponent 1/(2k), without a mean: KL-Shampoo's
+        # paper has exponent 1/2, and the mean over columns.
+        def sides(block: tuple[int, ...]) -> list[bool]:
+            return [e > 0 for e in side_exponents(block, exponents)]
+
+        statistics = kl_statistics(
+            setting.beta2, through="roots", normalized=False, sides=sides, **averaged
+        )
     else:
         statistics = kronecker_statistics(setting.beta2, exponents=exponents, **averaged)
     solver, basis_tolerance = solver_of(amortized, epsilon, setting.floor, stores_spectrum)
@@ -124,20 +131,6 @@ def _shampoo(fields: Fields, setting: Setting) -> Found:
         basis_tolerance=basis_tolerance,
     )
     return [statistics], roots
-
-
-def _kl_statistics(
-    beta2: Hyper, exponents: Exponents | None, averaged: Mapping[str, Any]
-) -> GradientTransformation:
-    """KL-Shampoo's, through the roots as they are, by default of exponent 1/(2k); without a mean.
-
-    Its paper has exponent 1/2, and the mean over columns.
-    """
-
-    def sides(block: tuple[int, ...]) -> list[bool]:
-        return [e > 0 for e in side_exponents(block, exponents)]
-
-    return kl_statistics(beta2, through="roots", normalized=False, sides=sides, **averaged)
 
 
 def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:

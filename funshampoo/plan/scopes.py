@@ -83,18 +83,12 @@ def _scope(
     else:
         stacks, refreshed = {name: stack(shapes[name], 1) for name in state.owned}, ()
     works = works_of(transformation, {n: s.block for n, s in stacks.items()}, refreshed)
-    in_blocks = isinstance(state, BlockedState)
-    return Scope(stacks, works, _bytes(state, stacks, in_blocks), in_blocks)
-
-
-def _bytes(state: Any, blocks: Mapping[str, Stack], in_blocks: bool) -> dict[str, int]:
-    """{stack, or leaf: bytes of state of one block}; what all of them share is nobody's."""
-    found = dict.fromkeys(blocks, 0)
+    in_blocks, state_bytes = isinstance(state, BlockedState), dict.fromkeys(stacks, 0)
 
     def add(place: Place, x: Tensor) -> None:
         name = place.stack if in_blocks else ".".join(place.leaf)
-        if name in found and (x.ndim or not in_blocks):
-            found[name] += x.nbytes // blocks[name].rows
+        if name in state_bytes and (x.ndim or not in_blocks):  # what all share is nobody's
+            state_bytes[name] += x.nbytes // stacks[name].rows
 
     map_tensors(add, state)
-    return found
+    return Scope(stacks, works, state_bytes, in_blocks)
