@@ -22,6 +22,8 @@ from funshampoo.optim import Optimizer
 from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.recipes import ELEMENTWISE, RECIPES
 
+Recipe: TypeAlias = Callable[..., GradientTransformation]
+
 METHOD_ROLES: tuple[Role, ...] = ("matrix", "convolution", "experts", "heads")
 """What goes to the method, unless somebody says otherwise."""
 
@@ -150,9 +152,6 @@ def _check_model(model: Any) -> None:
             "all parameters of model are frozen: unfreeze those that are to be trained, by "
             "requires_grad_(True), before the optimizer is made."
         )
-
-
-Recipe: TypeAlias = Callable[..., GradientTransformation]
 
 
 class Routes(NamedTuple):
