@@ -65,6 +65,8 @@ class Ranks:
         dtype = self._dtype(blocks)
         key = tuple(blocks.stacks.items()), blocks.in_blocks, size, dtype
         if key not in self.known_shards:
+            if len(self.known_shards) > 8:  # groups were edited
+                self.known_shards.clear()
             works = self._works(blocks) if blocks.in_blocks else None
             owners = owners_of(blocks.stacks, size, self.every, self._model(blocks), works)
             self.known_shards[key] = shards_of(blocks.stacks, owners, size, dtype)

@@ -11,6 +11,7 @@ to the longest.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -109,12 +110,8 @@ class Held:
     ) -> None:
         self.everyone, self.size = everyone, len(everyone)
         self.nodes = [0] * self.size if nodes is None else nodes
-        known: dict[tuple[Holding, ...], Boxes] = {}
-        self.boxes: list[Boxes] = []
-        for of_parameter in zip(*everyone):
-            if of_parameter not in known:
-                known[of_parameter] = _holders(of_parameter)
-            self.boxes.append(known[of_parameter])
+        holders = functools.cache(_holders)  # one object for all that are held alike
+        self.boxes: list[Boxes] = [holders(of_parameter) for of_parameter in zip(*everyone)]
 
     def of_blocks(self, layout: Layout) -> dict[str, list[Shares]]:
         """{stack: the shares of every row}; the same object for blocks that are held alike."""
@@ -221,7 +218,7 @@ def _runs(owned: Sequence[Owned]) -> dict[str, list[_Run]]:
     return {stack: sorted(own, key=lambda run: run.rows.start) for stack, own in found.items()}
 
 
-def _holders(held: Sequence[Holding]) -> Boxes:
+def _holders(held: tuple[Holding, ...]) -> Boxes:
     """{(offset, shape) of a box: the ranks that hold it}, in one order on all ranks."""
     found: dict[tuple[Shape, Shape], list[int]] = {}
     for rank, of_rank in enumerate(held):
