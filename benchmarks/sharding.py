@@ -31,7 +31,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import funshampoo as fs
 from benchmarks.ranks import transformer
 from funshampoo.distributed import transfer
-from funshampoo.distributed.gathering import spreads
+from funshampoo.distributed.collectives import spreads
 
 WAYS = ("whole", "sharded", "overlap")
 
@@ -139,8 +139,9 @@ class Job:
         """How many pieces go through this rank's messages, both ways."""
         (spread,) = spreads(self.tx)
         *_, (_, _, known) = spread.known_parts.values()
-        *_, both = known._routes.values()  # of steps, after those of `init`
-        return sum(len(slots) for route in both for slots in (*route.out, *route.into))
+        *_, ways = known._ways.values()  # of steps, after those of `init`
+        routes = [*[incoming.route for incoming in ways.incoming], ways.scatter]
+        return sum(len(slots) for route in routes for slots in (*route.out, *route.into))
 
 
 def work(rank: int, size: int, folder: str, options: argparse.Namespace) -> None:

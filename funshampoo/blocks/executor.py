@@ -75,7 +75,6 @@ class Spread(Protocol):
         step: Callable[[Any, Put], Any],
         put: Put,
         state: Any,
-        layout: Layout,
         context: Context,
         leaves: Leaves,
         absent: bool,
@@ -83,7 +82,7 @@ class Spread(Protocol):
         """Run `step(inner state, put)`, and hand what all ranks found to `put`.
 
         Args:
-            leaves: what is stepped, to be compared with what the other ranks step.
+            leaves: what is stepped, to be compared with what the other ranks step; in this layout.
             absent: whether rows of this rank have no gradient, and so are not put.
 
         Returns:
@@ -101,7 +100,6 @@ class Spread(Protocol):
         self,
         step: StepOnRows,
         state: Any,
-        layout: Layout,
         context: Context,
         leaves: Leaves,
         absent: bool,
@@ -152,7 +150,7 @@ class Executor:
         def step(state: Any, put: Put) -> Any:
             return self._step(owner, own, state, gather, put, missing, context)
 
-        return spread.exchange(step, put, state, self.layout, context, leaves(), len(missing) > 0)
+        return spread.exchange(step, put, state, context, leaves(), len(missing) > 0)
 
     def run_parts(
         self, spread: Spread, state: Any, missing: Missing, context: Context, leaves: Leaves
@@ -182,7 +180,7 @@ class Executor:
             return self._step(owner, own, state, gather, put, lacking, here, ids, cuts)
 
         absent = len(missing) > 0
-        return spread.exchange_parts(step, state, self.layout, context, leaves, absent)
+        return spread.exchange_parts(step, state, context, leaves, absent)
 
     def _step(
         self,

@@ -10,7 +10,7 @@ same order. That is checked where it costs next to nothing on an ordinary step:
 
 Where they differ every rank knows it, and a second gather brings what each has, for the message. A
 rank that is to compare anew, since it steps something else than before, says so in the others' step
-first (`changes`).
+first (`disagreement`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from funshampoo.blocks.executor import Leaves
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import is_in_parts, local_part
-from funshampoo.distributed.changes import Last, Says, announce
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.described import Line, described
-from funshampoo.distributed.disagreement import Bits, disagreement
+from funshampoo.distributed.disagreement import Bits, Last, Says, announce, disagreement
 from funshampoo.distributed.shards import Shards
 from funshampoo.state.parts import sum_of_bits
 
@@ -125,55 +124,52 @@ class Agreement:
 
     Args:
         inner: what it runs.
+        group: the ranks.
         options: its own, {name: value}.
 
     Attributes:
         around: the caller around the chain; None for functions.
     """
 
-    def __init__(self, inner: GradientTransformation, options: Mapping[str, Any]) -> None:
-        self._inner, self._options = inner, options
-        self._group: Any = lambda: None
+    def __init__(
+        self, inner: GradientTransformation, group: ProcessGroup | None, options: Mapping[str, Any]
+    ) -> None:
+        self._inner, self._group, self._options = inner, group, options
+        self._known_group: Any = lambda: None
+        self._lines: list[Line] = []
+        self.around: Around | None = None
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Have the ranks agree on the next step. All of them have to know of it."""
+        self._stepped: Last | None = None
         self._agreed: set[int] = set()
         self._last: tuple[Any, ...] = (None, None, None, 0)
-        self._now: tuple[Any, set[str], int] = ((), set(), 0)
-        self._lines: list[Line] = []
-        self._stepped: Last | None = None
-        self.around: Around | None = None
 
-    def last(self, group: ProcessGroup | None) -> Last | None:
+    def last(self) -> Last | None:
         """The step before in this group, which other ranks may be about to repeat."""
-        return self._stepped if self._group() is (group or dist.group.WORLD) else None
+        return self._stepped if self._known_group() is self._now() else None
+
+    def _now(self) -> Any:
+        """The group; all ranks are another one where torch.distributed was begun anew."""
+        return self._group or dist.group.WORLD
 
     def stepped(self, last: Last) -> None:
         """Remember how the ranks met."""
         self._stepped = last
 
-    def begin_anew(self) -> None:
-        """Have the ranks agree on the next step. All of them have to know of it."""
-        self._stepped = None
-        self._agreed.clear()
-        self._last = (None, None, None, 0)
-
-    def announce(self, leaves: Leaves, context: Context | None, group: ProcessGroup | None) -> None:
+    def announce(self, leaves: Leaves, context: Context | None) -> None:
         """Tell the ranks, where there was a step before, that this one steps other leaves now.
 
         Raises:
             RuntimeError: not all of them do; on every rank.
         """
-        last = self.last(group)
+        last = self.last()
         if last is not None:
-            announce([last], lambda: self._words(leaves, context), group)
+            announce([last], lambda: self._words(leaves, context), self._group)
             self._stepped = None
 
-    def on(
-        self,
-        shards: Shards,
-        leaves: Leaves,
-        context: Context,
-        group: ProcessGroup | None,
-        device: torch.device,
-    ) -> int:
+    def _on(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> int:
         """The fingerprint of all that stays, `lines`, on which the ranks agree.
 
         The first time for these leaves it is a collective. Of ranks that go back and forth between
@@ -183,57 +179,55 @@ class Agreement:
         Raises:
             RuntimeError: something differs, or another rank failed here; on every rank.
         """
-        now = group or dist.group.WORLD
-        known = self._group() is now
+        now = self._now()
+        known = self._known_group() is now
         before, where, names, plan = self._last
         if known and before is shards and where == leaves.where and names == leaves.names:
             return int(plan)
         if not known:
-            self._group = weakref.ref(now)
+            self._known_group = weakref.ref(now)
             self.begin_anew()
         lines = [*self._of_plan(leaves), *_owners(shards)]
         plan = print_of(lines)
         if plan not in self._agreed:
-            self.announce(leaves, context, group)
-            agree([*lines, *self._around_lines()], leaves, context, group, device)
+            self.announce(leaves, context)
+            agree([*lines, *self._around_lines()], leaves, context, self._group, device)
             self._agreed.add(plan)
         self._lines = lines
         self._last = shards, leaves.where, leaves.names, plan
         return plan
 
     def says(
-        self, plan: int, leaves: Leaves, context: Context, run: int, missing: Sequence[str] = ()
+        self,
+        shards: Shards,
+        leaves: Leaves,
+        context: Context,
+        device: torch.device,
+        run: int,
+        missing: Sequence[str] = (),
     ) -> Says:
-        """What this rank says of a step on which the ranks agree.
+        """What this rank says of a step. On their first step the ranks agree on it here.
 
         Args:
             run: the number of the run that the state is of; 0 on its first step.
             missing: gradients that are to be missing on all ranks.
+
+        Raises:
+            RuntimeError: something differs, or another rank failed here; on every rank.
         """
+        plan = self._on(shards, leaves, context, device)
 
         def lines() -> list[Line]:
             of_run = ("the run that the state is of", f"{run:x}" if run else "new")
             gone = ("the gradients that are missing", ", ".join(missing) or "none")
             return [*self._lines, of_run, *self._around_lines(), *said(context), gone]
 
-        def words() -> list[Line]:
-            return self._words(leaves, context)
-
         gone = print_of(missing) if missing else 0
-        fingerprint = self._fingerprint(plan ^ run ^ gone, context)
-        content = 0 if run else content_of(leaves)
-        return Says(fingerprint, context.step or 0, content, lines, words)
-
-    def _fingerprint(self, plan: int, context: Context) -> int:
-        """Of a plan, of what is around, and of what is `said` of this step; below 2^24."""
         around = 0 if self.around is None else self.around.fingerprint
-        values = (plan, around, context.refresh, *context.hyper.values())
-        if any([isinstance(x, Tensor) for x in values]):
-            return print_of((plan, around, said(context)), 24)
-        if self._now[0] != values or self._now[1] != context.hyper.keys():
-            keys = set(context.hyper)
-            self._now = values, keys, print_of((plan, around, said(context)), 24)
-        return self._now[2]
+        fingerprint = print_of((plan ^ run ^ gone, around, said(context)), 24)
+        content = 0 if run else content_of(leaves)
+        words = functools.partial(self._words, leaves, context)
+        return Says(fingerprint, context.step or 0, content, lines, words)
 
     def _words(self, leaves: Leaves, context: Context | None) -> list[Line]:
         if self.around is not None:
@@ -277,7 +271,10 @@ def agree(
         row += [print_of(x) for own in bits for x in (sorted(own), own)]
     except BaseException as error:  # whatever it is: the others are waiting
         failure = error
-    rows = _gathered(row, group, device)
+    mine = torch.tensor(row, dtype=torch.int64, device=device)
+    table = mine.new_empty(dist.get_world_size(group) * len(row))
+    all_gather_into(table, mine, group)
+    rows = [tuple(found) for found in table.view(-1, len(row)).tolist()]
     if failure is not None:
         raise failure
     failed = [rank for rank, found in enumerate(rows) if found[0]]
@@ -299,14 +296,6 @@ def agree(
             "makes them.",
             stacklevel=2,
         )
-
-
-def _gathered(row: list[int], group: ProcessGroup | None, device: torch.device) -> Any:
-    mine = torch.tensor(row, dtype=torch.int64, device=device)
-    size = dist.get_world_size(group)
-    table = torch.empty(size * len(row), dtype=torch.int64, device=device)
-    all_gather_into(table, mine, group)
-    return [tuple(found) for found in table.view(size, -1).tolist()]
 
 
 def _owners(shards: Shards) -> list[Line]:

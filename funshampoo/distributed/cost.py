@@ -85,10 +85,7 @@ class CostModel:
         )
 
     def products(
-        self,
-        block: Sequence[int],
-        sides: Sequence[int] | None = None,
-        flops: float | None = None,
+        self, block: Sequence[int], sides: Sequence[int] | None = None, flops: float | None = None
     ) -> float:
         """Seconds per step of the arithmetic of products."""
         if flops is None:

@@ -1,18 +1,121 @@
-"""What is said where ranks do not agree: what differs, on which rank, and the remedy."""
+"""What the ranks say of their steps, and the error where they do not agree.
+
+What differs, on which rank, and the remedy.
+
+A rank whose parameters or chain have changed is among others that may not know of it.
+It needs collectives that nobody else comes to: the ranks agree anew, and bring together the state
+of what moved. The others are in those of a step as the one before. So before it does anything, it
+takes part in that step once more, with nothing to add but the word CHANGED in its status:
+
+- where all ranks say so, as after an edit that all of them made, each goes on to what is new;
+- where only some do, all of them see it in the same collective, and together fetch the words for
+  the message.
+
+A step in which nobody changed anything sends what it always sends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects
 from funshampoo.distributed.described import Line
+from funshampoo.distributed.shards import CHANGED, FAILED, INTERRUPTED
 
 _REMEDY = (
     "Give all of them the same parameters in the same order, as DistributedDataParallel has them, "
     "the same hyperparameters, and zeros where others have a gradient. This step moved no "
     "parameter; after the first one, a donated state is spent: go on from a checkpoint."
 )
+
+
+class Says(NamedTuple):
+    """What a rank says of its step, to be compared with what the others do.
+
+    Attributes:
+        fingerprint: below 2^24, so that float32 holds it.
+        number: of the step; 0 where it is not known.
+        content: of a run's first step: below 2^24, of the bits that this rank has for it.
+        lines: what the fingerprint is of.
+        words: what is stepped, for ranks that do not step the same.
+    """
+
+    fingerprint: int = 0
+    number: int = 0
+    content: int = 0
+    lines: Callable[[], list[Line]] = list
+    words: Callable[[], list[Line]] = list
+
+
+class Last(NamedTuple):
+    """The step before.
+
+    Attributes:
+        meet: its collectives once more, without its numbers: the statuses of all ranks, (ranks,
+            STATUS), for one that only has this word to say.
+        every: on which multiples the ranks look at the statuses; 1: always.
+    """
+
+    meet: Callable[[float], Tensor]
+    every: int
+
+
+def announce(
+    steps: Sequence[Last], words: Callable[[], list[Line]], group: ProcessGroup | None
+) -> None:
+    """Tell all ranks that this one is about to step something else. Returns if all of them are.
+
+    Args:
+        steps: those of all `sharded` parts of one step, in their order. On a device others do not
+            look at every status; until they do, this rank goes on with them.
+        words: what this rank is about to step.
+
+    Raises:
+        RuntimeError: some ranks are in a step as the one before; on every rank.
+    """
+    for step in itertools.cycle(steps):
+        rows = step.meet(CHANGED).tolist()
+        going_on = [int(row[6]) for row in rows if row[0] != CHANGED]
+        if not going_on:
+            return
+        if going_on[0] % step.every == 0:
+            check(rows, Says(words=words), group)
+
+
+def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | None) -> None:
+    """Raise what the statuses of all ranks have to say.
+
+    Raises:
+        RuntimeError: a rank failed, or does something else.
+    """
+    what, *_, prints, numbers, _ = zip(*rows)
+    for rank, word in enumerate(what):
+        if word in (FAILED, INTERRUPTED):
+            happened = "was interrupted" if word == INTERRUPTED else "failed"
+            raise RuntimeError(
+                f"sharded: the optimizer step {happened} on rank {rank} of {len(what)}; its "
+                "own error says why. None of its updates has been applied. A donated state is "
+                "spent: go on from a checkpoint."
+            )
+    if CHANGED in what:  # every rank looks at this status, so that all of them come
+        why = (
+            f": rank {what.index(CHANGED)} was given other parameters, gradients of another dtype "
+            f"or another chain than at the step before, and rank {what.index(0.0)} was not"
+        )
+        raise disagreement(says.words(), group, otherwise=why)
+    for rank, number in enumerate(numbers):
+        if number != numbers[0]:
+            raise RuntimeError(
+                f"sharded: the ranks are at different steps, rank 0 at {numbers[0]:.0f} and "
+                f"rank {rank} at {number:.0f}: give all of them a state of the same step, and "
+                "the same step= if you pass one. None of this step's updates has been applied."
+            )
+    if len(set(prints)) > 1:  # the numbers are equal, so that every rank looks, and comes
+        raise disagreement(says.lines(), group)
 
 
 class Bits(NamedTuple):
@@ -30,8 +133,13 @@ def disagreement(
     group: ProcessGroup | None,
     bits: Bits = _NO_BITS,
     names: Sequence[str] = (),
+    otherwise: str = "",
 ) -> RuntimeError:
-    """The error that says on which rank what differs. Every rank has to ask for it."""
+    """The error that says on which rank what differs. Every rank has to ask for it.
+
+    Args:
+        otherwise: what to say if the lines are the same.
+    """
     found = gathered_objects((lines, bits, list(names)), group)
     (first, orders, ours), others = found[0], found[1:]
     for rank, (theirs, its_orders, _) in enumerate(others, start=1):
@@ -41,44 +149,19 @@ def disagreement(
             if other != order and sorted(other) == sorted(order):
                 i = next(i for i, (a, b) in enumerate(zip(order, other)) if a != b)
                 j = other.index(order[i])
-                return RuntimeError(f"{_moved(ours[i], ours[j], rank, what)} {_REMEDY}")
-    return RuntimeError(f"sharded: the ranks do not agree. {_REMEDY}")
+                return RuntimeError(
+                    "sharded: the ranks do not agree on the order of the parameters: by its "
+                    f"{what}, '{ours[i]}' of rank 0 is '{ours[j]}' of rank {rank}. {_REMEDY}"
+                )
+    return RuntimeError(f"sharded: the ranks do not agree{otherwise}. {_REMEDY}")
 
 
 def difference(first: list[Line], other: list[Line], rank: int) -> str:
     """What the first difference between rank 0 and another is, in words, and the remedy."""
-    return f"{_difference(first, other, rank)} {_REMEDY}"
-
-
-def _difference(first: list[Line], other: list[Line], rank: int) -> str:
     pairs = zip([*first, ("", "nothing more")], [*other, ("", "nothing more")])
     (label, ours), (their_label, theirs) = next((a, b) for a, b in pairs if a != b)
-    if label != their_label:
-        ours, theirs = f"{label}: {ours}", f"{their_label}: {theirs}"
-        return f"sharded: the ranks do not agree: rank 0 has {ours}; rank {rank} {theirs}."
-    return f"sharded: the ranks do not agree: {label} is {ours} on rank 0, {theirs} on rank {rank}."
-
-
-def _moved(name: str, other: str, rank: int, what: str) -> str:
-    return (
-        "sharded: the ranks do not agree on the order of the parameters: by its "
-        f"{what}, '{name}' of rank 0 is '{other}' of rank {rank}."
-    )
-
-
-def changed(words: list[Line], those: Sequence[bool], group: ProcessGroup | None) -> RuntimeError:
-    """The error that says what some ranks step now, others not. Every rank has to ask for it.
-
-    Args:
-        words: what this rank steps.
-        those: for every rank, whether it steps something else than before.
-    """
-    everyone = gathered_objects(words, group)
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
-            return RuntimeError(difference(everyone[0], theirs, rank))
-    return RuntimeError(
-        f"sharded: the ranks do not agree: rank {those.index(True)} was given other parameters, "
-        "gradients of another dtype or another chain than at the step before, and rank "
-        f"{those.index(False)} was not. {_REMEDY}"
-    )
+    if label == their_label:
+        differs = f"{label} is {ours} on rank 0, {theirs} on rank {rank}"
+    else:
+        differs = f"rank 0 has {label}: {ours}; rank {rank} {their_label}: {theirs}"
+    return f"sharded: the ranks do not agree: {differs}. {_REMEDY}"

@@ -1,32 +1,37 @@
-"""One step of one rank among others: what it tells them, and what it hears of them."""
+"""One step of one rank among others: what it tells them, what it hears, and what it sends."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Put
 from funshampoo.combinators.failures import failure_report
-from funshampoo.distributed.agreement import print_of
-from funshampoo.distributed.changes import Form, Says, check
-from funshampoo.distributed.collectives import LostRanksError, ProcessGroup
-from funshampoo.distributed.shards import FAILED, INTERRUPTED
+from funshampoo.core.tree import flatten, leaf_names
+from funshampoo.distributed.collectives import LostRanksError, ProcessGroup, all_gather_into
+from funshampoo.distributed.disagreement import Says
+from funshampoo.distributed.shards import FAILED, INTERRUPTED, Shards
+from funshampoo.operators.leaf_ops import per_block
+from funshampoo.state.nodes import first_state
+from funshampoo.state.stages import GuardedState
 
-_NOTHING = Says()
 
-
-class Transport(Protocol):
+class Transport:
     """How the numbers of a step get from rank to rank.
 
     Attributes:
-        places: {stack: where the updates of its rows of this rank go, (rows, *block)}.
+        rows: {stack: the rows of this rank}, as the step calls them.
+        places: {stack: where the updates of these go, (rows, *block)}.
         sent: all of them, and what may be between them; flat.
         status: (STATUS,) float32, which travels with them.
     """
 
+    rows: Mapping[str, range]
     places: dict[str, Tensor]
     sent: Tensor
     status: Tensor
@@ -36,50 +41,29 @@ class Transport(Protocol):
 
     def meet(self) -> Tensor:
         """The collective that ends the step: the statuses of all ranks, (ranks, STATUS)."""
+        raise NotImplementedError
 
-    def form(self) -> Form:
-        """These collectives, to be met once more without the numbers."""
+    def once_more(self) -> Callable[[float], Tensor]:
+        """What meets these collectives again without the numbers; of `Last`. Keeps no numbers."""
+        raise NotImplementedError
 
-
-class Exchange:
-    """One step of one rank: compute, meet the others, and tell them if that failed.
-
-    Args:
-        transport: of this step.
-        rows: {stack: the rows of this rank}, as the step calls them.
-    """
-
-    def __init__(
-        self, transport: Transport, rows: Mapping[str, range], group: ProcessGroup | None
-    ) -> None:
-        self.transport, self.rows, self.group = transport, rows, group
-        self._contents = torch.empty(0)
-
-    def run_number(self) -> int:
-        """A number for a run, after its first step: the same on all ranks. Waits for the device."""
-        return print_of(self._contents.tolist(), 40) | 1
-
-    def run(
-        self, step: Callable[[Put], Any], due: bool, look: bool, says: Says = _NOTHING
-    ) -> tuple[Any, Tensor | None]:
-        """(the state of this rank, the report of all).
+    def exchange(self, step: Callable[[Put], Any], due: bool, says: Says) -> tuple[Any, Tensor]:
+        """Compute, meet the others, and tell them if that failed.
 
         Args:
+            step: of its argument, `put`.
             due: whether the failures of this step are to be reported.
-            look: whether to raise what other ranks have to say. Waits for the device.
             says: what has to be the same on all ranks.
 
-        Raises:
-            RuntimeError: if it looks, another rank failed, or does something else.
+        Returns:
+            The state of this rank, and the statuses of all.
         """
-        transport, new = self.transport, None
-        failure: BaseException | None = None
-        status = transport.status
+        new, failure, status = None, None, self.status
         try:
             status.zero_()
             status[5], status[6] = says.fingerprint, says.number % 2**24
             status[7] = says.content
-            transport.gather()
+            self.gather()
             new = step(self.put)
             if due:
                 status[1:5] = failure_report(new, status.device)
@@ -87,24 +71,18 @@ class Exchange:
             raise  # from the next collective as well
         except BaseException as error:  # Ctrl-C too: the others are waiting in the collective
             failure = error
-            transport.sent.zero_()
+            self.sent.zero_()
             status[0] = FAILED if isinstance(error, Exception) else INTERRUPTED
         try:
-            statuses = transport.meet()
+            statuses = self.meet()
         finally:
             if failure is not None:  # more to the point than what the collective may say
                 raise failure
-        self._contents = statuses[:, 7]
-        if look:
-            check(statuses.tolist(), says, self.group)
-        if not due:
-            return new, None
-        totals, longest = statuses[:, (1, 3)].sum(0), statuses[:, (2, 4)].amax(0)
-        return new, torch.stack([totals, longest], dim=1).flatten()
+        return new, statuses
 
     def put(self, stack: str, rows: range, updates: Tensor | None) -> None:
         """Copy updates to their place, cast to its dtype; None is zeros."""
-        place = self.transport.places[stack]
+        place = self.places[stack]
         if updates is None:
             place.zero_()
             return
@@ -117,3 +95,142 @@ class Exchange:
         if len(rows) < len(place):
             place = place.narrow(0, rows.start - self.rows[stack].start, len(rows))
         place.copy_(updates.view(place.shape))
+
+
+Step = Callable[[Any, Put], Any]
+
+
+def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
+    """The step, after which no block among what is sent has a number that is not finite.
+
+    A block of which one has overflowed in the dtype of the way, or is NaN, is zeros there. The
+    outermost `guarded` of the state counts it as it counts a gradient that is not finite. What the
+    block has averaged has this step in it. Where looking waits for a device nobody looks.
+
+    Args:
+        sent: what this rank sends, padding included.
+        places: {stack: (rows, *block)}, views of it.
+    """
+
+    def held(state: Any, put: Put) -> Any:
+        before = _streaks(state)
+        new = step(state, put)
+        # A sum is finite only if all in it is; it may overflow by itself, and then all are judged.
+        if sent.device.type == "cpu" and bool(sent.sum().isfinite()):
+            return new
+        dead = {}
+        for stack, place in places.items():
+            if place.numel():
+                dead[stack] = ~place.reshape(len(place), -1).abs().amax(1).isfinite()
+                place.masked_fill_(per_block(dead[stack], place), 0.0)
+        return _counted(new, dead, before)
+
+    return held
+
+
+def _streaks(state: Any) -> list[Tensor]:
+    """Copies, since a step may write to them."""
+    guard = first_state(state, GuardedState)
+    return [] if guard is None else [x.clone() for x in flatten(guard.streak)[0]]
+
+
+def _counted(state: Any, dead: Mapping[str, Tensor], before: list[Tensor]) -> Any:
+    """One more block held, and its streak goes on, which the guard has ended."""
+    guard = first_state(state, GuardedState)
+    if guard is None:
+        return state
+    names = leaf_names(guard.held)
+    held, spec = flatten(guard.held)
+    streak = flatten(guard.streak)[0]
+    for i, name in enumerate(names):
+        if name in dead:
+            mask = dead[name].view(held[i].shape)
+            held[i] = held[i] + mask
+            streak[i] = torch.where(mask, before[i] + 1, streak[i])
+    counted = guard._replace(held=spec.unflatten(held), streak=spec.unflatten(streak))
+
+    def is_guard(node: Any) -> bool:
+        return node is guard
+
+    return optree.tree_map(
+        lambda node: counted if is_guard(node) else node, state, is_leaf=is_guard, none_is_leaf=True
+    )
+
+
+Memory = dict[Any, tuple[Tensor, Tensor]]
+Key = tuple[torch.device, torch.dtype, int]
+
+
+class Whole(Transport):
+    """One all_gather_into_tensor of the updates.
+
+    Args:
+        key: device, dtype and length of the gathered buffer.
+        memory: {key: (shard, buffer)} of earlier donated steps, used again.
+
+    Attributes:
+        pieces: after `meet`, the updates of all ranks: [(stack, rows of it, updates)], views;
+            of each stack in the order of the rows, which have their owners in ascending order.
+    """
+
+    def __init__(
+        self, shards: Shards, rank: int, group: ProcessGroup | None, key: Key, memory: Memory
+    ) -> None:
+        self._shards, self._group, self._key = shards, group, key
+        if key not in memory:
+            if len(memory) > 3:  # groups were edited, and buffers are large
+                memory.clear()
+            memory[key] = _buffers(shards, key)
+        self._shard, self._buffer = memory[key]
+        self.rows = {stack: piece.all_rows for stack, piece in shards.owned_by(rank).items()}
+        self.places = _places(self._shard, shards, rank)
+        self.sent = self._shard[: shards.length - shards.status]
+        self.status = _status(self._shard, shards)
+        self.pieces: list[tuple[str, range, Tensor]] = []
+
+    def meet(self) -> Tensor:
+        """See `Transport`."""
+        shards = self._shards
+        all_gather_into(self._buffer, self._shard, self._group)
+        for rank, shard in enumerate(self._buffer.split(shards.length)):
+            own = shards.owned_by(rank)
+            for stack, x in _places(shard, shards, rank).items():
+                self.pieces.append((stack, own[stack].all_rows, x))
+        return _statuses(self._buffer, shards)
+
+    def once_more(self) -> Callable[[float], Tensor]:
+        """See `Transport`."""
+        shards, key, group = self._shards, self._key, self._group
+
+        def met(word: float) -> Tensor:
+            shard, buffer = _buffers(shards, key)
+            _status(shard, shards)[0] = word
+            all_gather_into(buffer, shard, group)
+            return _statuses(buffer, shards)
+
+        return met
+
+
+def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:
+    device, dtype, length = key
+    shard = torch.zeros(shards.length, dtype=dtype, device=device)
+    return shard, torch.empty(length, dtype=dtype, device=device)
+
+
+def _places(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
+    """Where the rows that a rank owns are in its shard, (length,): views (rows, *block)."""
+    own = shards.owned_by(rank)
+    shapes = {s: (piece.rows, *shards.stacks[s].block) for s, piece in own.items()}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parts = torch.split(shard, [*sizes, shards.length - sum(sizes)])
+    return {s: x.view(shape) for (s, shape), x in zip(shapes.items(), parts)}
+
+
+def _status(shard: Tensor, shards: Shards) -> Tensor:
+    """A shard's status, (STATUS,) float32; a view."""
+    return shard.narrow(0, shards.length - shards.status, shards.status).view(torch.float32)
+
+
+def _statuses(buffer: Tensor, shards: Shards) -> Tensor:
+    """All ranks' statuses, (ranks, STATUS)."""
+    return torch.stack([_status(shard, shards) for shard in buffer.split(shards.length)])

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.distributed.collectives import ProcessGroup
-from funshampoo.distributed.gathering import on_the_host, spreads
+from funshampoo.distributed.collectives import ProcessGroup, on_the_host, spreads
 
 
 def group_of(transformations: Iterable[GradientTransformation]) -> ProcessGroup | None:
@@ -145,7 +144,7 @@ def _numbers(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _broadcast(
-    parameters: list[Tensor], source: int, group: ProcessGroup | None, *, sends: bool
+    parameters: list[Any], source: int, group: ProcessGroup | None, *, sends: bool
 ) -> list[Tensor]:
     """Their gradients of rank `source`, one collective a dtype."""
     found: list[Any] = [None] * len(parameters)
@@ -153,15 +152,10 @@ def _broadcast(
         places = [i for i, p in enumerate(parameters) if p.dtype == dtype]
         own = [parameters[i] for i in places]
         if sends:
-            flat = torch.cat([_gradient(p).reshape(-1) for p in own])
+            flat = torch.cat([p.grad.to(dtype).reshape(-1) for p in own])
         else:
             flat = torch.empty(sum(p.numel() for p in own), dtype=dtype, device=own[0].device)
         dist.broadcast(flat, source, group=group)
         for i, p, x in zip(places, own, torch.split(flat, [p.numel() for p in own])):
             found[i] = x.view(p.shape)
     return found
-
-
-def _gradient(p: Tensor) -> Tensor:
-    assert p.grad is not None, "who sends it has said that it is there"
-    return p.grad.to(p.dtype)

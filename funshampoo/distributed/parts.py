@@ -11,7 +11,7 @@ import itertools
 import math
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -21,25 +21,16 @@ from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
 from funshampoo.core.placed import is_in_parts
 from funshampoo.distributed.agreement import lines_of, print_of
-from funshampoo.distributed.collectives import (
-    ProcessGroup,
-    gathered_objects,
-    rank_and_size,
-)
+from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line
-from funshampoo.distributed.disagreement import difference
-from funshampoo.distributed.nearest import nearest
+from funshampoo.distributed.disagreement import disagreement
+from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.pieces import Cuts, View
-from funshampoo.distributed.routes import (
-    Column,
-    Held,
-    Messages,
-    Route,
-    Routes,
-    Slot,
-    find_routes,
-)
-from funshampoo.distributed.shards import Equal, Piece, Shards, shards_of
+from funshampoo.distributed.routes import Column, Held, Messages, Route, Slot, find_routes
+from funshampoo.distributed.shards import Piece, Shards, shards_of
+
+RowCuts: TypeAlias = tuple[Column, str, list[int], Cuts]
+"""(column, stack, which of the arriving pieces are in it, where in its rows)"""
 
 
 class Incoming(NamedTuple):
@@ -48,10 +39,12 @@ class Incoming(NamedTuple):
     Attributes:
         rows: of those that it owns, counted from 0.
         route: to the rank, in whose pieces the first of these rows has number 0.
+        cuts: where what arrives is in the rows.
     """
 
     rows: Portion
     route: Route
+    cuts: list[RowCuts]
 
 
 class FlatUpdates(NamedTuple):
@@ -59,7 +52,7 @@ class FlatUpdates(NamedTuple):
 
     Attributes:
         parameters, sizes: which, and how many numbers of each are here.
-        slots: which pieces come into them, to be put at the `cuts`.
+        slots: which of the arriving pieces come into them, to be put at the `cuts`.
     """
 
     dtype: torch.dtype
@@ -67,6 +60,20 @@ class FlatUpdates(NamedTuple):
     sizes: list[int]
     slots: list[int]
     cuts: Cuts
+
+
+class Ways(NamedTuple):
+    """The collectives of a step, as one rank sees them.
+
+    Attributes:
+        incoming: gradients, one portion after the other.
+        scatter: the updates' route.
+        updates: where what arrives of them belongs.
+    """
+
+    incoming: list[Incoming]
+    scatter: Route
+    updates: list[FlatUpdates]
 
 
 class Parts:
@@ -77,9 +84,10 @@ class Parts:
         costs: {stack: what a block of it costs its owner}.
 
     Attributes:
+        group: the ranks.
         held: what this rank holds of every parameter.
         shards: the owners of all rows: near to those who hold them, within a balance.
-        rows: {stack: how many rows this rank owns}.
+        rows: {stack: the rows that this rank owns, counted from 0}.
         ids: {stack: which of the full stack they are}.
         owned: the same, as `ShardedState` has it.
         dtypes: of the gradients as they came last, at first the parameters'. Messages have room for
@@ -95,7 +103,7 @@ class Parts:
         self, leaves: Leaves, costs: Mapping[str, float], group: ProcessGroup | None
     ) -> None:
         self.layout: Layout = leaves.where
-        self.rank, self.size = rank_and_size(group)
+        self.group, (self.rank, self.size) = group, rank_and_size(group)
         known: Any = leaves.gradients if leaves.parameters is None else leaves.parameters
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
         self._held = _gathered(lines_of(leaves), self.held, self.size, group)
@@ -107,14 +115,12 @@ class Parts:
             self.ids[piece.stack] = (*self.ids.get(piece.stack, ()), *piece.all_rows)
             spans = self.owned.setdefault(piece.stack, {})
             spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
-        self.rows = {stack: len(ids) for stack, ids in self.ids.items()}
+        self.rows: Portion = {stack: range(len(ids)) for stack, ids in self.ids.items()}
         self.dtypes: list[torch.dtype] = [x.dtype for x in known]
         self.memory: dict[torch.dtype, dict[Any, Any]] = {}
         self._costs = costs
-        self._routes: dict[tuple[bool, ...], Routes] = {}
-        self._incoming: dict[Any, list[Incoming]] = {}
+        self._ways: dict[tuple[tuple[bool, ...], int], Ways] = {}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
-        self._cuts: dict[tuple[str, int], Any] = {}
 
     def come_in_other_dtypes(self, leaves: Leaves) -> bool:
         """Whether a sharded gradient has another dtype than before, so another message.
@@ -129,23 +135,17 @@ class Parts:
         if leaves.parameters is not None:  # without them no gradient is missing
             self.dtypes[:] = [p.dtype for p in leaves.parameters]
 
-    def routes(self, shown: Sequence[bool] | None) -> Routes:
-        """Of this rank; `shown` parameters travel with their gradients."""
-        key = tuple(shown or [False] * len(self.held))
-        if key not in self._routes:
-            found = find_routes(self.layout, self.shards.pieces, self._held, key, self.rank)
-            self._routes[key] = found
-        return self._routes[key]
+    def ways(self, shown: Sequence[bool] | None, portions: int) -> Ways:
+        """Of this rank's rows and parts.
 
-    def incoming(self, shown: Sequence[bool] | None, portions: int) -> list[Incoming]:
-        """The gradients of this rank's rows, in as many portions as on every other rank."""
-        whole = self.routes(shown).gather
-        if portions == 1:
-            return [Incoming({s: range(rows) for s, rows in self.rows.items()}, whole)]
-        key = tuple(shown or [False] * len(self.held))
-        if (key, portions) not in self._incoming:
-            self._incoming[key, portions] = found = []
-            done: dict[str, int] = {}
+        Args:
+            shown: which parameters travel with their gradients; None: none.
+            portions: in how many the gradients come; as on every other rank.
+        """
+        key = tuple(shown or [False] * len(self.held)), portions
+        if key not in self._ways:
+            whole = find_routes(self.layout, self.shards.pieces, self._held, key[0], self.rank)
+            incoming, done = [], dict[str, int]()
             for owned in divided(self.shards.pieces, self._costs, portions):
                 rows: Portion = {}
                 for piece in owned:
@@ -154,49 +154,43 @@ class Parts:
                         done[piece.stack] = last = first + piece.rows
                         start = rows[piece.stack].start if piece.stack in rows else first
                         rows[piece.stack] = range(start, last)
-                route = find_routes(self.layout, owned, self._held, key, self.rank).gather
-                found.append(Incoming(rows, route))
-        return self._incoming[key, portions]
+                route = whole.gather
+                if portions > 1:
+                    route = find_routes(self.layout, owned, self._held, key[0], self.rank).gather
+                incoming.append(Incoming(rows, route, self._row_cuts(route.arriving(), rows)))
+            updates = self._flat_updates(whole.scatter.arriving())
+            self._ways[key] = Ways(incoming, whole.scatter, updates)
+        return self._ways[key]
 
-    def cuts_of_rows(
-        self, route: Route, slots: Sequence[Slot], rows: Portion
-    ) -> list[tuple[Column, str, list[int], Cuts]]:
-        """(column, stack, which of these pieces are in it, where in its rows) of a gather."""
-        key = "rows", id(route)
-        if key not in self._cuts:
-            groups: dict[tuple[Column, str], list[int]] = {}
-            for i, slot in enumerate(slots):
-                groups.setdefault((slot.column, slot.stack), []).append(i)
-            self._cuts[key] = [
-                (column, stack, places, Cuts([(p.shape, p.rows) for p in found], numel))
-                for (column, stack), places in groups.items()
-                for found in [[slots[i].piece for i in places]]
-                for numel in [len(rows[stack]) * math.prod(self.layout.stacks[stack].block)]
-            ]
-        found: list[tuple[Column, str, list[int], Cuts]] = self._cuts[key]
+    def _row_cuts(self, slots: Sequence[Slot], rows: Portion) -> list[RowCuts]:
+        """Where these pieces of a gather are in its rows."""
+        groups: dict[tuple[Column, str], list[int]] = {}
+        for i, slot in enumerate(slots):
+            groups.setdefault((slot.column, slot.stack), []).append(i)
+        found = []
+        for (column, stack), places in groups.items():
+            views = [(slots[i].piece.shape, slots[i].piece.rows) for i in places]
+            numel = len(rows[stack]) * math.prod(self.layout.stacks[stack].block)
+            found.append((column, stack, places, Cuts(views, numel)))
         return found
 
-    def cuts_of_updates(self, route: Route, slots: Sequence[Slot]) -> list[FlatUpdates]:
+    def _flat_updates(self, slots: Sequence[Slot]) -> list[FlatUpdates]:
         """Where these pieces are in the updates of this rank's parts."""
-        key = "updates", id(route)
-        if key not in self._cuts:
-            kinds: dict[torch.dtype, list[int]] = {}
-            for i, where in enumerate(self.layout.parameters):
-                stacks = [self.layout.stacks[region.stack].dtype for region in where.regions]
-                kinds.setdefault(stacks[0] if stacks else torch.float32, []).append(i)
-            self._cuts[key] = [self._flat(d, own, slots) for d, own in kinds.items()]
-        updates: list[FlatUpdates] = self._cuts[key]
-        return updates
-
-    def _flat(self, dtype: torch.dtype, own: list[int], slots: Sequence[Slot]) -> FlatUpdates:
-        sizes = [math.prod(self.held[i].shape) for i in own]
-        starts = dict(zip(own, [0, *itertools.accumulate(sizes)]))
-        places = [k for k, slot in enumerate(slots) if slot.parameter in starts]
-        views = []
-        for k in places:
-            (shape, (stride, offset), _), parameter = slots[k].piece, slots[k].parameter
-            views.append((shape, View(stride, starts[parameter] + offset)))
-        return FlatUpdates(dtype, own, sizes, places, Cuts(views, sum(sizes)))
+        kinds: dict[torch.dtype, list[int]] = {}
+        for i, where in enumerate(self.layout.parameters):
+            stacks = [self.layout.stacks[region.stack].dtype for region in where.regions]
+            kinds.setdefault(stacks[0] if stacks else torch.float32, []).append(i)
+        found = []
+        for dtype, own in kinds.items():
+            sizes = [math.prod(self.held[i].shape) for i in own]
+            starts = dict(zip(own, [0, *itertools.accumulate(sizes)]))
+            places = [k for k, slot in enumerate(slots) if slot.parameter in starts]
+            views = []
+            for k in places:
+                (shape, (stride, offset), _), parameter = slots[k].piece, slots[k].parameter
+                views.append((shape, View(stride, starts[parameter] + offset)))
+            found.append(FlatUpdates(dtype, own, sizes, places, Cuts(views, sum(sizes))))
+        return found
 
     def messages(
         self, route: Route, dtypes: Mapping[tuple[int, int], torch.dtype], head: int
@@ -222,9 +216,7 @@ def _gathered(
     said = print_of(lines), socket.gethostname(), list(numbers), [numbers[own] for own in held]
     everyone = gathered_objects(said, group)
     if any(of_rank[0] != said[0] for of_rank in everyone):  # so every rank comes
-        for rank, theirs in enumerate(everyone_lines := gathered_objects(lines, group)):
-            if theirs != everyone_lines[0]:
-                raise RuntimeError(difference(everyone_lines[0], theirs, rank))
+        raise disagreement(lines, group)
     holdings = [[kinds[i] for i in indices] for *_, kinds, indices in everyone]
     return Held(holdings, nodes_of([host for _, host, *_ in everyone]))
 
@@ -272,10 +264,6 @@ def near_shards(layout: Layout, costs: Mapping[str, float], held: Held) -> Shard
     of_rows = held.of_blocks(layout)
     each = [costs[stack] for stack, rows in of_rows.items() for _ in rows]
     shares = [own.of_rank for rows in of_rows.values() for own in rows]
-    owners = nearest(each, shares, held.nodes)
-    stacks = {name: Equal(stack.block, stack.rows) for name, stack in layout.stacks.items()}
-    found, at = {}, 0
-    for stack, rows in of_rows.items():
-        found[stack] = owners[at : at + len(rows)]
-        at += len(rows)
-    return shards_of(stacks, found, held.size, torch.float32)
+    owners = iter(nearest(each, shares, held.nodes))
+    found = {s: list(itertools.islice(owners, len(rows))) for s, rows in of_rows.items()}
+    return shards_of(layout.stacks, found, held.size, torch.float32)

@@ -78,13 +78,11 @@ def grids(first: int, last: int, grid: Shape) -> Iterator[Grid]:
         return
     line = math.prod(grid[1:])
     top, bottom = -(-first // line), last // line
-    if top > bottom:  # all within one line
-        yield from _of_line(bottom, first, last, grid, line)
-        return
-    yield from _of_line(top - 1, first, top * line, grid, line)
+    head = min(last, top * line)  # where the first line ends, of which some are left out
+    yield from _of_line(top - 1, first, head, grid, line)
     if top < bottom:
         yield (range(top, bottom), *[range(n) for n in grid[1:]])
-    yield from _of_line(bottom, bottom * line, last, grid, line)
+    yield from _of_line(bottom, max(head, bottom * line), last, grid, line)
 
 
 def _of_line(at: int, first: int, last: int, grid: Shape, line: int) -> Iterator[Grid]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,7 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import is_in_parts, places_of
-from funshampoo.distributed.agreement import Agreement
-from funshampoo.distributed.changes import Last, Says
+from funshampoo.distributed.agreement import Agreement, print_of
 from funshampoo.distributed.collectives import (
     ProcessGroup,
     check_outside_transforms,
@@ -26,14 +25,12 @@ from funshampoo.distributed.collectives import (
     rank_and_size,
 )
 from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
-from funshampoo.distributed.exchange import Exchange, Transport
-from funshampoo.distributed.overflow import holding
-from funshampoo.distributed.ownership import Works, works_of
+from funshampoo.distributed.disagreement import Last, Says, check
+from funshampoo.distributed.exchange import Transport, Whole, holding
+from funshampoo.distributed.ownership import Works, owners_of, works_of
 from funshampoo.distributed.parts import Parts
-from funshampoo.distributed.shards import Blocks, Piece, Shards, find_shards
-from funshampoo.distributed.space import described
+from funshampoo.distributed.shards import Blocks, Piece, Shards, shards_of
 from funshampoo.distributed.transfer import Transfer
-from funshampoo.distributed.whole import Whole
 from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
 
@@ -56,7 +53,7 @@ class Ranks:
     counts: bool
     overlap: int
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of `Whole`
-    known_works: dict[Any, Works] = field(default_factory=dict, repr=False)
+    known_shards: dict[Any, Shards] = field(default_factory=dict, repr=False)
     known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
         default_factory=dict, repr=False
     )
@@ -65,21 +62,23 @@ class Ranks:
         """The shards of all ranks."""
         _, size = rank_and_size(self.group)
         check_outside_transforms("sharded")
-        model = self._model(blocks)
-        works = self._works(blocks) if blocks.in_blocks else {}
-        return find_shards(blocks.stacks, size, self.every, model, self._dtype(blocks), works)
+        dtype = self._dtype(blocks)
+        key = tuple(blocks.stacks.items()), blocks.in_blocks, size, dtype
+        if key not in self.known_shards:
+            if len(self.known_shards) > 8:  # groups were edited
+                self.known_shards.clear()
+            works = self._works(blocks) if blocks.in_blocks else None
+            owners = owners_of(blocks.stacks, size, self.every, self._model(blocks), works)
+            self.known_shards[key] = shards_of(blocks.stacks, owners, size, dtype)
+        return self.known_shards[key]
 
     def _model(self, blocks: Blocks) -> CostModel:
         return self.cost or (DEFAULT_COST if blocks.in_blocks else BY_SIZE)
 
     def _works(self, blocks: Blocks) -> Works:
-        key = tuple(blocks.stacks.items())
-        if key not in self.known_works:
-            shapes = {name: stack.block for name, stack in blocks.stacks.items()}
-            like = {n: torch.empty(1, *block, device="meta") for n, block in shapes.items()}
-            state = self.inner.init(like, block_ndim=1)
-            self.known_works[key] = works_of(self.inner, shapes, state)
-        return self.known_works[key]
+        shapes = {name: stack.block for name, stack in blocks.stacks.items()}
+        like = {n: torch.empty(1, *block, device="meta") for n, block in shapes.items()}
+        return works_of(self.inner, shapes, self.inner.init(like, block_ndim=1))
 
     def _dtype(self, blocks: Blocks) -> torch.dtype:
         return self.communication_dtype or blocks.dtype
@@ -101,18 +100,18 @@ class Ranks:
         return {name: Piece(name, 0, s.rows, 0) for name, s in blocks.stacks.items()}
 
     def owned(self, layout: Layout) -> dict[str, range]:
-        """The rows of this rank, without the stacks of which it has none."""
-        return {name: piece.all_rows for name, piece in self.own(Blocks.of(layout)).items()}
+        """See `Spread`."""
+        own = self.own(Blocks.of(layout.stacks))
+        return {name: piece.all_rows for name, piece in own.items()}
 
     def begin(self, leaves: Leaves, **context: Any) -> ShardedState:
         """See `Spread`. A collective: stages may begin with the parameters."""
-        blocks = Blocks.of(leaves.where)
+        blocks = Blocks.of(leaves.where.stacks)
         parts = self._parts(leaves, blocks, None)
-        transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, self.group, {})
+        transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, {})
         transfer.gather()
-        whole = {stack: range(rows) for stack, rows in parts.rows.items()}
         context["clock"] = clock = context["clock"] or self.counts
-        inner = self.inner.init(transfer.rows_of(whole)[0], **context)
+        inner = self.inner.init(transfer.rows_of(parts.rows)[0], **context)
         return self.begun(inner, copy.deepcopy(parts.owned), blocks.device, clock)
 
     def begun(
@@ -130,84 +129,61 @@ class Ranks:
         step: Callable[[Any, Put], Any],
         put: Put,
         state: ShardedState,
-        layout: Layout,
         context: Context,
         leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
-        """See `Spread`."""
-        return self.step(step, put, state, Blocks.of(layout), context, leaves, absent)
-
-    def step(
-        self,
-        step: Callable[[Any, Put], Any],
-        put: Put,
-        state: ShardedState,
-        blocks: Blocks,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
-    ) -> ShardedState:
-        """One step of this rank, and what all ranks found to `put`."""
+        """See `Spread`; leaves that are in no blocks lie in `Blocks` of their own."""
+        where = leaves.where
+        blocks = where if isinstance(where, Blocks) else Blocks.of(where.stacks)
         rank, size = rank_and_size(self.group)
         own = self.own(blocks)
-
+        owned = blocks.described(own)
         if size == 1:
-            self._check_owned(described(own, blocks), state)
+            self._check_owned(owned, state)
             new = step(state.inner, put)
             report = failure_report(new, blocks.device) if self._is_due(context) else state.report
             steps = advanced(state.steps, context.donate)
             return ShardedState(new, state.owned, state.ranks, report, steps, state.run)
         shards, dtype = self.shards(blocks), self._dtype(blocks)
-        says = self._says(shards, leaves, state, context, blocks.device)
+        says = self.agreement.says(shards, leaves, context, blocks.device, run_of(state))
         key = blocks.device, dtype, shards.length * size
-        memory = self.memory if context.donate else {}
-        transport = Whole(shards, rank, self.group, key, memory)
-        rows = {stack: piece.all_rows for stack, piece in own.items()}
-        checked = self._checked(step, described(own, blocks), state)
-        found = self._met(transport, rows, checked, state, blocks, context, absent, says)
-        for name, pieces in transport.pieces.items():
-            for first, x in pieces:
-                put(name, range(first, first + len(x)), x)
+        transport = Whole(shards, rank, self.group, key, self.memory if context.donate else {})
+        found = self._met(transport, step, owned, state, blocks, context, absent, says)
+        for stack, rows, x in transport.pieces:
+            put(stack, rows, x)
         return found
 
     def exchange_parts(
-        self,
-        step: StepOnRows,
-        state: ShardedState,
-        layout: Layout,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
+        self, step: StepOnRows, state: ShardedState, context: Context, leaves: Leaves, absent: bool
     ) -> tuple[ShardedState, list[Tensor]]:
         """See `Spread`."""
-        blocks = Blocks.of(layout)
+        blocks = Blocks.of(leaves.where.stacks)
         parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
         says = Says()
         if parts.size > 1:
             if parts.come_in_other_dtypes(leaves):
-                self.agreement.announce(leaves, context, self.group)
+                self.agreement.announce(leaves, context)
                 self.agreement.begin_anew()
                 parts.forget_dtypes(leaves)
             known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
             missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
-            says = self._says(parts.shards, leaves, state, context, blocks.device, missing)
+            what = parts.shards, leaves, context, blocks.device, run_of(state), missing
+            says = self.agreement.says(*what)
         memory = parts.memory.setdefault(dtype, {})  # which nobody else ever sees
-        transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, self.group, memory)
+        transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, memory)
 
         def own_step(inner: Any, place: Put) -> Any:
             return step(inner, parts.ids, transfer.cuts, transfer.rows_of, place)
 
-        rows = {stack: range(n) for stack, n in parts.rows.items()}
-        checked = self._checked(own_step, parts.owned, state)
-        new = self._met(transfer, rows, checked, state, blocks, context, absent, says)
+        new = self._met(transfer, own_step, parts.owned, state, blocks, context, absent, says)
         return new, transfer.updates
 
     def _met(
         self,
         transport: Transport,
-        rows: Mapping[str, range],
         step: Callable[[Any, Put], Any],
+        owned: Any,
         state: ShardedState,
         blocks: Blocks,
         context: Context,
@@ -215,23 +191,26 @@ class Ranks:
         says: Says,
     ) -> ShardedState:
         """This rank's step, and the collective after it. Returns the new state."""
-        number = context.step
+        number, due = context.step, self._is_due(context)
         steps = advanced(state.steps, context.donate)
         if absent:
             transport.sent.zero_()
         if transport.sent.dtype != blocks.dtype:
             step = holding(step, transport.sent, transport.places)
 
+        def checked(put: Put) -> Any:
+            # What is wrong on this rank alone has to be found in its step: the others are waiting.
+            self._check_owned(owned, state)
+            return step(state.inner, put)
+
+        new, statuses = transport.exchange(checked, due, says)
         always = blocks.device.type == "cpu"
-        look = always or number is None or number % self.every == 0
-        exchange = Exchange(transport, rows, self.group)
-        new, seen = exchange.run(
-            lambda put: step(state.inner, put), self._is_due(context), look, says
-        )
-        self.agreement.stepped(Last(transport.form(), 1 if always else self.every))
-        report, run = state.report if seen is None else seen, state.run
+        if always or number is None or number % self.every == 0:
+            check(statuses.tolist(), says, self.group)
+        self.agreement.stepped(Last(transport.once_more(), 1 if always else self.every))
+        report, run = report_of(statuses) if due else state.report, state.run
         if says.content:
-            run = torch.tensor(exchange.run_number(), device="cpu")
+            run = torch.tensor(print_of(statuses[:, 7].tolist(), 40) | 1, device="cpu")
         return ShardedState(new, state.owned, state.ranks, report, steps, run)
 
     def _is_due(self, context: Context) -> bool:
@@ -245,7 +224,7 @@ class Ranks:
         placed = places_of(known)
         found = self.known_parts.get(id(layout))
         if found is None or found[0] is not layout or found[1] != placed:
-            self.agreement.announce(leaves, context, self.group)
+            self.agreement.announce(leaves, context)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
             model, works = self._model(blocks), self._works(blocks)
@@ -257,39 +236,12 @@ class Ranks:
             found = self.known_parts[id(layout)] = layout, placed, parts
         return found[2]
 
-    def _says(
-        self,
-        shards: Shards,
-        leaves: Leaves,
-        state: ShardedState,
-        context: Context,
-        device: torch.device,
-        missing: Sequence[str] = (),
-    ) -> Says:
-        """What has to be the same on all ranks. On their first step they agree on it here."""
-        plan = self.agreement.on(shards, leaves, context, self.group, device)
-        return self.agreement.says(plan, leaves, context, run_of(state), missing)
-
     def everywhere(self, blocks: list[str]) -> list[str]:
         """What all ranks say: all of them are here, since what they gathered is the same."""
         _, size = rank_and_size(self.group)
         if size == 1:
             return blocks
         return [block for part in gathered_objects(blocks, self.group) for block in part]
-
-    def _checked(
-        self, step: Callable[[Any, Put], Any], owned: Any, state: ShardedState
-    ) -> Callable[[Any, Put], Any]:
-        """The step, which says if the state is of other blocks.
-
-        Whatever is wrong on this rank alone has to be found in it: the others are waiting.
-        """
-
-        def checked(inner: Any, put: Put) -> Any:
-            self._check_owned(owned, state)
-            return step(inner, put)
-
-        return checked
 
     def _check_owned(self, owned: Any, state: ShardedState) -> None:
         rank, size = rank_and_size(self.group)
@@ -299,3 +251,9 @@ class Ranks:
                 "that train; to go on from a checkpoint of other ranks, use "
                 "funshampoo.state.load_state_dict(tx.init(params), saved)."
             )
+
+
+def report_of(statuses: Tensor) -> Tensor:
+    """Of failures, what `failure_report` says of the blocks of all ranks together."""
+    totals, longest = statuses[:, (1, 3)].sum(0), statuses[:, (2, 4)].amax(0)
+    return torch.stack([totals, longest], dim=1).flatten()

@@ -11,6 +11,7 @@ to the longest.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,10 @@ class Route:
         elif target == rank:
             self.into[source].append(slot)
 
+    def arriving(self) -> list[Slot]:
+        """The pieces that this rank has after it: those that it had, and those of the others."""
+        return [*self.stay, *itertools.chain.from_iterable(self.into)]
+
 
 class Routes(NamedTuple):
     """Both directions, as one rank sees them."""
@@ -105,12 +110,8 @@ class Held:
     ) -> None:
         self.everyone, self.size = everyone, len(everyone)
         self.nodes = [0] * self.size if nodes is None else nodes
-        known: dict[tuple[Holding, ...], Boxes] = {}
-        self.boxes: list[Boxes] = []
-        for of_parameter in zip(*everyone):
-            if of_parameter not in known:
-                known[of_parameter] = _holders(of_parameter)
-            self.boxes.append(known[of_parameter])
+        holders = functools.cache(_holders)  # one object for all that are held alike
+        self.boxes: list[Boxes] = [holders(of_parameter) for of_parameter in zip(*everyone)]
 
     def of_blocks(self, layout: Layout) -> dict[str, list[Shares]]:
         """{stack: the shares of every row}; the same object for blocks that are held alike."""
@@ -166,17 +167,35 @@ def find_routes(
     routes = Routes(Route(held.size), Route(held.size))
     runs = _runs(owned)
     starts = {stack: [run.rows.start for run in found] for stack, found in runs.items()}
+
+    def add(parameter: int, region: Region, run: _Run) -> None:
+        """What this rank has to do with a run's rows of a region: as their owner, as a holder."""
+        boxes, mine = held.boxes[parameter], held.everyone[rank][parameter]
+        own = {(box.offset, box.shape): box for box in mine.boxes}
+        columns = (GRADIENTS, PARAMETERS) if shown[parameter] else (GRADIENTS,)
+        found = 0
+        for key in boxes if run.owner == rank else sorted(own):
+            box = own.get(key, Box(*key, (0,) * len(key[0])))
+            source = source_of(boxes[key], run.owner, held.nodes)
+            for piece in pieces(region, run.rows, run.at, box, mine.shape):
+                found += piece.numel
+                for column in columns:
+                    slot = Slot(column, parameter, region.stack, piece)
+                    routes.gather.add(slot, source, run.owner, rank)
+                slot = Slot(GRADIENTS, parameter, region.stack, piece)
+                for holder in boxes[key]:
+                    routes.scatter.add(slot, run.owner, holder, rank)
+        if run.owner == rank:
+            _check_complete(found, region, run.rows)
+
     for i, where in enumerate(layout.parameters):
-        boxes = held.boxes[i], held.everyone[rank][i], held.nodes
-        columns = (GRADIENTS, PARAMETERS) if shown[i] else (GRADIENTS,)
         for region in where.regions:
             known = starts.get(region.stack, [])
             first = max(bisect.bisect_right(known, region.first) - 1, 0)
             last = bisect.bisect_left(known, region.first + region.rows)
             for run in runs.get(region.stack, [])[first:last]:
-                if run.rows.stop <= region.first:
-                    continue
-                _add_pieces(routes, rank, i, region, run, columns, *boxes)
+                if run.rows.stop > region.first:
+                    add(i, region, run)
     return routes
 
 
@@ -199,36 +218,7 @@ def _runs(owned: Sequence[Owned]) -> dict[str, list[_Run]]:
     return {stack: sorted(own, key=lambda run: run.rows.start) for stack, own in found.items()}
 
 
-def _add_pieces(
-    routes: Routes,
-    rank: int,
-    parameter: int,
-    region: Region,
-    run: _Run,
-    columns: Sequence[Column],
-    boxes: Boxes,
-    mine: Holding,
-    nodes: Sequence[int],
-) -> None:
-    """What one rank has to do with a run's rows of a region, as their owner or as a holder."""
-    own = {(box.offset, box.shape): box for box in mine.boxes}
-    found = 0
-    for key in boxes if run.owner == rank else sorted(own):
-        box = own.get(key, Box(*key, (0,) * len(key[0])))
-        source = source_of(boxes[key], run.owner, nodes)
-        for piece in pieces(region, run.rows, run.at, box, mine.shape):
-            found += piece.numel
-            for column in columns:
-                slot = Slot(column, parameter, region.stack, piece)
-                routes.gather.add(slot, source, run.owner, rank)
-            slot = Slot(GRADIENTS, parameter, region.stack, piece)
-            for holder in boxes[key]:
-                routes.scatter.add(slot, run.owner, holder, rank)
-    if run.owner == rank:
-        _check_complete(found, region, run.rows)
-
-
-def _holders(held: Sequence[Holding]) -> Boxes:
+def _holders(held: tuple[Holding, ...]) -> Boxes:
     """{(offset, shape) of a box: the ranks that hold it}, in one order on all ranks."""
     found: dict[tuple[Shape, Shape], list[int]] = {}
     for rank, of_rank in enumerate(held):

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Leaves, Put
-from funshampoo.combinators.failures import (
-    failing_blocks,
-    failure_limit_error,
-    limit_reached,
-)
+from funshampoo.blocks.layout import Stack
+from funshampoo.combinators.failures import failing_blocks, failure_limit_error, limit_reached
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import look_due, running
-from funshampoo.core.context import Context
+from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import flatten
+from funshampoo.core.tree import MaskedNode, compute_dtype, flatten, leaf_names
 from funshampoo.distributed.agreement import Agreement
-from funshampoo.distributed.collectives import (
-    ProcessGroup,
-)
+from funshampoo.distributed.collectives import ProcessGroup
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ranks import Ranks
-from funshampoo.distributed.space import Space, described
+from funshampoo.distributed.shards import Blocks, Piece
 from funshampoo.state.stages import ShardedState
 
 
@@ -128,7 +124,7 @@ def sharded(
     )
     options: dict[str, Any] = {"every": every, "max_failures": max_failures, "cost": cost}
     options |= {"communication_dtype": communication_dtype, "whole": whole, "overlap": overlap}
-    agreement = Agreement(inner, options)
+    agreement = Agreement(inner, process_group, options)
     counts = inner.counts or max_failures is not None
     ranks = Ranks(
         inner, process_group, every, communication_dtype, cost, agreement, whole, counts, overlap
@@ -139,10 +135,10 @@ def sharded(
         if not whole:
             return inner.init(params, block_ndim=block_ndim, clock=clock, **context)
         space = Space(params, block_ndim)
-        mine = ranks.own(space.all_blocks)
-        own, owned = space.select(params, mine), described(mine, space)
+        mine = ranks.own(space.blocks)
+        own, owned = space.select(params, mine), space.blocks.described(mine)
         state = inner.init(own, block_ndim=block_ndim, clock=clock or counts, **context)
-        return ranks.begun(state, owned, space.device, clock)
+        return ranks.begun(state, owned, space.blocks.device, clock)
 
     def update(
         updates: Tree, state: ShardedState, params: Tree, context: Context
@@ -178,15 +174,13 @@ def _stepped(
 ) -> tuple[Tree, ShardedState]:
     """A step of the leaves or stacks that this rank owns; the updates of all come back."""
     space = Space(updates if params is None else params, context.block_ndim)
-    own = ranks.own(space.all_blocks)
+    own = ranks.own(space.blocks)
     inside = space.selected_context(running(state.steps, context), own)
-    found: dict[str, list[tuple[int, Tensor]]] = {}
+    found: dict[str, list[Tensor]] = {}
     alone: list[Tree] = []
 
     def step(part: Any, put: Put) -> Any:
-        mine, my_params = space.select(updates, own), None
-        if params is not None:
-            my_params = space.select(params, own)
+        mine, my_params = space.select(updates, own), space.select(params, own)
         out, new = checked_pair(ranks.inner.run(mine, part, my_params, inside), ranks.inner.name)
         alone.append(out)
         for name, x in space.own_updates(out, own).items():
@@ -194,9 +188,82 @@ def _stepped(
         return new
 
     def collect(name: str, rows: range, x: Tensor) -> None:
-        found.setdefault(name, []).append((rows.start, x))
+        found.setdefault(name, []).append(x)
 
     known = None if params is None else flatten(params)[0]
-    leaves = Leaves(space.names, known, flatten(updates)[0], space.all_blocks.stacks)
-    new = ranks.step(step, collect, state, space.all_blocks, inside, leaves, absent=False)
+    leaves = Leaves(space.names, known, flatten(updates)[0], space.blocks)
+    new = ranks.exchange(step, collect, state, inside, leaves, absent=False)
     return space.rebuilt(found) if ranks.is_shared() else alone[0], new
+
+
+class Space:
+    """Stacks, or leaves as stacks of one row each: what they have in common.
+
+    Args:
+        tree: the stacks, or the tree of leaves.
+        block_ndim: 1 for stacks.
+    """
+
+    def __init__(self, tree: Tree, block_ndim: int) -> None:
+        in_blocks = block_ndim > 0
+        leaves, self.spec = flatten(tree)
+        self.names = list(tree) if in_blocks else leaf_names(tree)
+        known = zip(self.names, tree.values() if in_blocks else leaves)
+        present = {name: _present(name, x) for name, x in known}
+        stacks = {
+            name: Stack(
+                tuple(x.shape[block_ndim:]),
+                compute_dtype(x),
+                x.device,
+                x.shape[0] if in_blocks else 1,
+            )
+            for name, x in present.items()
+        }
+        self.blocks = Blocks.of(stacks, in_blocks)
+
+    def select(self, tree: Tree, own: Mapping[str, Piece]) -> Tree:
+        """What this rank owns of a tree: views of rows; outside block space others are hidden.
+
+        None is what it is: there is no such tree.
+        """
+        if tree is None:
+            return None
+        if self.blocks.in_blocks:
+            return {s: tree[s].narrow(0, p.first, p.rows) for s, p in own.items()}
+        leaves = self.spec.flatten_up_to(tree)
+        shown = [x if n in own else MaskedNode() for n, x in zip(self.names, leaves)]
+        return self.spec.unflatten(shown)
+
+    def selected_context(self, context: Context, own: Mapping[str, Piece]) -> Context:
+        """The context with what of it is over the blocks cut to this rank's."""
+        rows = context.rows
+        if rows is not None:
+            rows = {s: rows[s][p.first : p.first + p.rows] for s, p in own.items()}
+        gradient, alive = self.select(context.gradient, own), self.select(context.alive, own)
+        return changed(context, gradient=gradient, alive=alive, rows=rows)
+
+    def own_updates(self, out: Tree, own: Mapping[str, Piece]) -> dict[str, Tensor | None]:
+        """{stack or leaf: update}, of those that this rank owns."""
+        if self.blocks.in_blocks:
+            return dict(out)
+        found = zip(self.names, self.spec.flatten_up_to(out))
+        return {name: x for name, x in found if name in own}
+
+    def rebuilt(self, pieces: Mapping[str, list[Tensor]]) -> Tree:
+        """The tree of all updates, newly allocated, from those of every stack's rows in order."""
+        full: dict[str, Tensor] = {}
+        stacks = self.blocks.stacks
+        for name, found in pieces.items():
+            whole = torch.cat(found) if len(found) > 1 else found[0].clone()
+            full[name] = whole.to(stacks[name].dtype)
+        if self.blocks.in_blocks:
+            return {name: full[name] for name in self.names}
+        return self.spec.unflatten([full[n].view(stacks[n].block) for n in self.names])
+
+
+def _present(name: str, x: Any) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    raise ValueError(
+        f"sharded: the gradient of '{name}' is None and its shape unknown: pass params to update."
+    )

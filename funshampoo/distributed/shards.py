@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from funshampoo.blocks.layout import Layout
-from funshampoo.distributed.cost import CostModel
-from funshampoo.distributed.ownership import Work, Works, owners_of
+from funshampoo.blocks.layout import Stack
 
 STATUS = 8
 """Numbers of float32 at the end of each shard: FAILED, INTERRUPTED, CHANGED or 0, the
@@ -22,13 +18,6 @@ and on a run's first step a sum of the bits that the rank has for it; they are e
 length is whole in float64."""
 
 FAILED, INTERRUPTED, CHANGED = 1.0, 2.0, 3.0
-
-
-class Equal(NamedTuple):
-    """`rows` equal blocks."""
-
-    block: tuple[int, ...]
-    rows: int
 
 
 class Blocks(NamedTuple):
@@ -41,37 +30,32 @@ class Blocks(NamedTuple):
         in_blocks: whether they are stacks.
     """
 
-    stacks: dict[str, Equal]
+    stacks: dict[str, Stack]
     device: torch.device
     dtype: torch.dtype
     in_blocks: bool
 
     @classmethod
-    def of(cls, layout: Layout) -> Blocks:
-        """The stacks of a layout."""
-        stacks = layout.stacks.values()
-        blocks = {name: Equal(s.block, s.rows) for name, s in layout.stacks.items()}
-        return settled(blocks, [s.device for s in stacks], [s.dtype for s in stacks], True)
+    def of(cls, stacks: dict[str, Stack], in_blocks: bool = True) -> Blocks:
+        """Those of one device.
 
+        Raises:
+            ValueError: there are several.
+        """
+        devices = {stack.device for stack in stacks.values()} or {torch.device("cpu")}
+        if len(devices) > 1:
+            raise ValueError(
+                "sharded: the parameters are on several devices; one buffer can't hold them. Use "
+                "one sharded(...) a device, by partition(...)."
+            )
+        wide = any(stack.dtype == torch.float64 for stack in stacks.values())
+        return cls(stacks, devices.pop(), torch.float64 if wide else torch.float32, in_blocks)
 
-def settled(
-    stacks: dict[str, Equal],
-    devices: Sequence[torch.device],
-    dtypes: Sequence[torch.dtype],
-    in_blocks: bool,
-) -> Blocks:
-    """`Blocks` on one device.
-
-    Raises:
-        ValueError: there are several.
-    """
-    if len(set(devices)) > 1:
-        raise ValueError(
-            "sharded: the parameters are on several devices; one buffer can't hold them. Use one "
-            "sharded(...) a device, by partition(...)."
-        )
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return Blocks(stacks, devices[0] if devices else torch.device("cpu"), dtype, in_blocks)
+    def described(self, own: Mapping[str, Piece]) -> dict[str, dict[str, tuple[()]]]:
+        """`ShardedState.owned` of a rank that owns these."""
+        if self.in_blocks:
+            return {s: {f"{p.first}:{p.first + p.rows}": ()} for s, p in own.items()}
+        return {name: {"owned" if name in own else "elsewhere": ()} for name in self.stacks}
 
 
 class Piece(NamedTuple):
@@ -93,14 +77,12 @@ class Shards(NamedTuple):
 
     Attributes:
         pieces: by owner, and for each owner in the order of the stacks.
-        used: elements of each rank's shard before padding.
         length: elements of a shard, status included.
         status: elements of the buffer's dtype that hold STATUS numbers of float32.
     """
 
-    blocks: dict[str, Equal]
+    stacks: dict[str, Stack]
     pieces: tuple[Piece, ...]
-    used: tuple[int, ...]
     length: int
     status: int
 
@@ -108,53 +90,9 @@ class Shards(NamedTuple):
         """{stack: the rows of this rank}, without the stacks of which it has none."""
         return {piece.stack: piece for piece in self.pieces if piece.owner == rank}
 
-    def numel(self, piece: Piece) -> int:
-        """Elements of a piece."""
-        return piece.rows * math.prod(self.blocks[piece.stack].block)
-
-    def split_sizes(self) -> list[int]:
-        """How the gathered buffer falls apart: every rank's pieces, padding, status."""
-        sizes: list[int] = []
-        for rank, used in enumerate(self.used):
-            sizes += [self.numel(piece) for piece in self.pieces if piece.owner == rank]
-            sizes += [self.length - self.status - used, self.status]
-        return sizes
-
-
-def find_shards(
-    blocks: Mapping[str, Equal],
-    world_size: int,
-    every: int,
-    cost: CostModel,
-    dtype: torch.dtype,
-    works: Works | None = None,
-) -> Shards:
-    """The shards for these stacks. Remembered.
-
-    Args:
-        dtype: of the buffer.
-        works: of `owners_of`, as the other arguments are.
-    """
-    known = tuple((works or {}).items())
-    return _find_shards(tuple(blocks.items()), world_size, every, cost, dtype, known)
-
-
-@functools.lru_cache(maxsize=64)
-def _find_shards(
-    blocks: tuple[tuple[str, Equal], ...],
-    world_size: int,
-    every: int,
-    cost: CostModel,
-    dtype: torch.dtype,
-    works: tuple[tuple[str, Work], ...],
-) -> Shards:
-    stacks = dict(blocks)
-    owners = owners_of(stacks, world_size, every, cost, dict(works))
-    return shards_of(stacks, owners, world_size, dtype)
-
 
 def shards_of(
-    stacks: dict[str, Equal],
+    stacks: dict[str, Stack],
     owners: Mapping[str, Sequence[int]],
     world_size: int,
     dtype: torch.dtype,
@@ -168,43 +106,10 @@ def shards_of(
             pieces.append(Piece(stack, first, rows, owner))
             first += rows
     pieces.sort(key=lambda piece: piece.owner)  # stable: within an owner by stack
-    sizes = [p.rows * math.prod(stacks[p.stack].block) for p in pieces]
     used = [0] * world_size
-    for piece, size in zip(pieces, sizes):
-        used[piece.owner] += size
+    for piece in pieces:
+        used[piece.owner] += piece.rows * math.prod(stacks[piece.stack].block)
     status = STATUS * 4 // dtype.itemsize
     # A shard starts where eight bytes do, so that the status can be read as another dtype.
     length = -(-max(used) // 4) * 4 + status
-    return Shards(stacks, tuple(pieces), tuple(used), length, status)
-
-
-def places_in_shard(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
-    """Where the rows that this rank owns go in its shard, (length,): views (rows, *block)."""
-    places: dict[str, Tensor] = {}
-    start = 0
-    for stack, piece in shards.owned_by(rank).items():
-        size = shards.numel(piece)
-        place = shard.narrow(0, start, size)
-        places[stack] = place.view(piece.rows, *shards.blocks[stack].block)
-        start += size
-    return places
-
-
-def status_of(shard: Tensor, shards: Shards) -> Tensor:
-    """A shard's status, (STATUS,) float32; a view."""
-    return shard.narrow(0, shards.length - shards.status, shards.status).view(torch.float32)
-
-
-def unpack(buffer: Tensor, shards: Shards) -> tuple[dict[str, list[tuple[int, Tensor]]], Tensor]:
-    """({stack: [(first row, rows)]}, views in order; all ranks' statuses, (ranks, STATUS))."""
-    parts = iter(torch.split(buffer, shards.split_sizes()))
-    found: dict[str, list[tuple[int, Tensor]]] = {stack: [] for stack in shards.blocks}
-    statuses = []
-    for rank in range(len(shards.used)):
-        for stack, piece in shards.owned_by(rank).items():
-            rows = next(parts).view(piece.rows, *shards.blocks[stack].block)
-            found[stack].append((piece.first, rows))
-        next(parts)  # the padding
-        statuses.append(next(parts).view(torch.float32))
-    ordered = {stack: sorted(rows, key=lambda pair: pair[0]) for stack, rows in found.items()}
-    return ordered, torch.stack(statuses)
+    return Shards(stacks, tuple(pieces), length, status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.placed import local_parts
-from funshampoo.distributed.collectives import ProcessGroup, all_to_all_into
+from funshampoo.distributed.collectives import all_to_all_into
+from funshampoo.distributed.exchange import Transport
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.pieces import as_view
 from funshampoo.distributed.routes import GRADIENTS, HEAD, PARAMETERS, Column, Messages, Slot
@@ -21,28 +22,8 @@ from funshampoo.distributed.shards import STATUS
 Memory = dict[Any, tuple[Tensor, list[Tensor]]]
 
 
-class TransferForm(NamedTuple):
-    """The collectives of a `Transfer`, each as the messages out and those in; a `Form`."""
-
-    gathers: Sequence[tuple[Messages, Messages]]
-    scatter: tuple[Messages, Messages]
-    device: torch.device
-    group: ProcessGroup | None
-
-    def met(self, word: float) -> Tensor:
-        """See `Form`."""
-        status = torch.zeros(STATUS, dtype=torch.float32, device=self.device)
-        status[0] = word
-        for out, into in (*self.gathers, self.scatter):
-            sending, arriving = out.buffer(self.device), into.buffer(self.device)
-            if out is self.scatter[0]:
-                out.put_head(sending, status)
-            all_to_all_into(arriving, into.splits, sending, out.splits, self.group)
-        return into.heads(arriving)
-
-
-class Transfer:
-    """One step's way: all_to_all_single of the bytes that have to move; a `Transport`.
+class Transfer(Transport):
+    """One step's way: all_to_all_single of the bytes that have to move.
 
     There is one back, and one to the owners for every portion of the rows. Those begin all at once;
     each is waited for when its portion is to be stepped, so that the others come meanwhile. On CUDA
@@ -66,18 +47,16 @@ class Transfer:
         portions: int,
         dtype: torch.dtype,
         device: torch.device,
-        group: ProcessGroup | None,
         memory: Memory,
     ) -> None:
-        self._parts, self._leaves, self._group = parts, leaves, group
-        self._incoming = parts.incoming(leaves.shown, portions)
-        self._scatter = parts.routes(leaves.shown).scatter
-        self.cuts = [incoming.rows for incoming in self._incoming]
+        self._parts, self._leaves = parts, leaves
+        self._plan = parts.ways(leaves.shown, portions)
+        self.cuts = [incoming.rows for incoming in self._plan.incoming]
         self._device, self._dtype, self._memory = device, dtype, memory
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
         stacks = parts.layout.stacks
         if "sent" not in memory:
-            shapes = [torch.Size((rows, *stacks[s].block)) for s, rows in parts.rows.items()]
+            shapes = [torch.Size((len(r), *stacks[s].block)) for s, r in parts.rows.items()]
             numel = [shape.numel() for shape in shapes]
             with for_keeps():
                 sent = torch.zeros(sum(numel), dtype=dtype, device=device)
@@ -85,8 +64,9 @@ class Transfer:
             memory["sent"] = sent, split
         self.sent = memory["sent"][0]
         self.places = dict(zip(parts.rows, memory["sent"][1]))
+        self.rows = parts.rows
         self._flat: dict[Column, list[Tensor | None]] = {}
-        self._ways: list[tuple[Messages, Messages]] = []  # of the collectives that were met
+        self._messages: list[tuple[Messages, Messages]] = []  # of the collectives that were met
         self._coming: list[Callable[[], list[Tensor]]] = []
         self._come: dict[int, dict[int, dict[str, Tensor]]] = {}  # {portion: {column: stacks}}
         self.updates: list[Tensor] = []
@@ -101,9 +81,9 @@ class Transfer:
             columns[PARAMETERS] = leaves.parameters
             way |= {(PARAMETERS, i): x.dtype for i, x in enumerate(leaves.parameters)}
         failure: BaseException | None = None
-        for incoming in self._incoming:
+        for incoming in self._plan.incoming:
             out, into = self._parts.messages(incoming.route, way, 0)
-            self._ways.append((out, into))
+            self._messages.append((out, into))
             sending, views = self._buffer("gather out", out)
             try:
                 for column, tensors in columns.items() if not self._flat else ():
@@ -148,33 +128,31 @@ class Transfer:
     def _put_together(self, at: int) -> dict[int, dict[str, Tensor]]:
         """{column: {stack: the rows of a portion}}, when it has come."""
         came = self._coming[at]()
-        route, (_, into) = self._incoming[at].route, self._ways[at]
-        columns = (GRADIENTS,) if self._leaves.shown is None else (GRADIENTS, PARAMETERS)
-        found = {column: self._zeros(self.cuts[at]) for column in columns}
-        slots = [*route.stay, *into.slots]
-        targets: list[Any] = [None] * len(slots)
-        for column, stack, places, cuts in self._parts.cuts_of_rows(route, slots, self.cuts[at]):
+        rows, route, row_cuts = self._plan.incoming[at]
+        found = {column: self._zeros(rows) for column in self._flat}
+        sources = [*self._sources(route.stay), *came]
+        targets: list[Any] = [None] * len(sources)
+        for column, stack, places, cuts in row_cuts:
             for i, x in zip(places, cuts.of(found[column][stack].view(-1))):
                 targets[i] = x
-        _fill(targets, [*self._sources(route.stay), *came])
+        _fill(targets, sources)
         return found
 
     def meet(self) -> Tensor:
         """See `Transport`. All ranks have to come."""
-        route, layout = self._scatter, self._parts.layout
+        route, count = self._plan.scatter, len(self._parts.layout.parameters)
         for come in self._coming:  # also of rows that were not stepped: buffers are used again
             come()
-        way = {(GRADIENTS, i): self._dtype for i in range(len(layout.parameters))}
+        way = {(GRADIENTS, i): self._dtype for i in range(count)}
         out, into = self._parts.messages(route, way, HEAD)
-        self._ways.append((out, into))
+        self._messages.append((out, into))
         sending, views = self._buffer("scatter out", out)
-
         _fill(views, self._rows_for("scatter", out, out.slots))
         out.put_head(sending, self.status)
         came = self._meet("scatter in", sending, out, into)()
         sources = [*self._rows_for("stay", out, route.stay), *came]
-        updates: list[Any] = [None] * len(layout.parameters)
-        for part in self._parts.cuts_of_updates(route, [*route.stay, *into.slots]):
+        updates: list[Any] = [None] * count
+        for part in self._plan.updates:
             flat = torch.empty(sum(part.sizes), dtype=part.dtype, device=self._device)
             _fill(part.cuts.of(flat), [sources[i] for i in part.slots])
             for i, x in zip(part.parameters, torch.split(flat, part.sizes)):
@@ -184,10 +162,21 @@ class Transfer:
             return self.status.unsqueeze(0)
         return into.heads(self._buffer("scatter in", into)[0])
 
-    def form(self) -> TransferForm:
+    def once_more(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
-        *gathers, scatter = self._ways
-        return TransferForm(gathers, scatter, self._device, self._group)
+        ways, device, group = self._messages, self._device, self._parts.group
+
+        def met(word: float) -> Tensor:
+            status = torch.zeros(STATUS, dtype=torch.float32, device=device)
+            status[0] = word
+            for out, into in ways:
+                sending, arriving = out.buffer(device), into.buffer(device)
+                if out is ways[-1][0]:  # the scatter
+                    out.put_head(sending, status)
+                all_to_all_into(arriving, into.splits, sending, out.splits, group)
+            return into.heads(arriving)
+
+        return met
 
     def _zeros(self, cut: Portion) -> dict[str, Tensor]:
         stacks = self._parts.layout.stacks
@@ -220,7 +209,7 @@ class Transfer:
         if self._parts.size == 1:
             return list
         arriving, views = self._buffer(name, into)
-        args = arriving, into.splits, sending, out.splits, self._group
+        args = arriving, into.splits, sending, out.splits, self._parts.group
         arrived = all_to_all_into(*args, wait=wait)
 
         def came() -> list[Tensor]:

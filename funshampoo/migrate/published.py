@@ -16,6 +16,7 @@ from funshampoo.migrate import (
     published_schedule_free,
     published_soap_muon,
 )
+from funshampoo.migrate.reference import from_reference
 
 Builder = Callable[..., GradientTransformation]
 
@@ -118,3 +119,25 @@ def _check(name: str, value: Any, known: inspect.Parameter) -> None:
         check_range(name, value, float("-inf"), 1.0, high_open=True)
     if name in _ENTRIES:
         check_entries(name, value, _ENTRIES[name])
+
+
+def first_rate_of(method: Any) -> str | None:
+    """The argument that is lr as the constructor got it; None where there is none left to give.
+
+    By that rate some methods divide later ones.
+
+    Args:
+        method: `from_reference`, or a partial of it or of `from_published`; others have none.
+
+    >>> import functools
+    >>> first_rate_of(functools.partial(from_published, "SOAP-Muon"))
+    'initial_lr'
+    """
+    function, given = getattr(method, "func", method), getattr(method, "keywords", {})
+    if function is from_published:
+        name = given.get("method", *getattr(method, "args", ())[:1])
+        function = METHODS.get(str(name))
+    elif function is not from_reference:
+        return None
+    known = inspect.signature(function).parameters if function else {}
+    return next((n for n in ("peak_lr", "initial_lr") if n in known and n not in given), None)

@@ -10,7 +10,7 @@ import torch
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import chosen
+from funshampoo.core.checks import check_choice, chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import map_leaves
 from funshampoo.operators.shape_scale import SCALES, Scale
@@ -151,12 +151,12 @@ def decayed(
     weight_decay_method: str, weight_decay: Hyper, lr: Hyper | Schedule
 ) -> tuple[list[GradientTransformation], list[GradientTransformation]]:
     """What of NVIDIA's weight decay comes before the direction, and after it, with the step."""
-    kinds = {kind: kind for kind in ("decoupled", "independent", "l2")}
-    kind = chosen("weight_decay_method", weight_decay_method, kinds)
+    kinds = ("decoupled", "independent", "l2")
+    check_choice("weight_decay_method", weight_decay_method, kinds)
     step = scale_by_learning_rate(lr)
-    if kind == "l2":
+    if weight_decay_method == "l2":
         return [add_decayed_weights(weight_decay, kind="coupled")], [step]
-    if kind == "decoupled":
+    if weight_decay_method == "decoupled":
         return [], [*decay(weight_decay), step]
     up = scale_by_learning_rate(lr, flip_sign=False)
     return [], [up, *decay(weight_decay), scale(-1.0)]

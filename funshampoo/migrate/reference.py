@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from funshampoo.core.checks import check_entries, check_flags, check_range, hint
+from funshampoo.core.checks import check_entries, check_flags, check_range, chosen, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly
-from funshampoo.migrate.reference_averages import averaged, averaged_as_published
+from funshampoo.migrate.reference_averages import averaged_as_published
 from funshampoo.migrate.reference_config import (
+    DECAY_KINDS,
     WITHOUT_EFFECT,
     Config,
     Fields,
     blocking,
-    decay_kind,
     first_step,
     grafting,
     merging_target,
@@ -22,6 +22,8 @@ from funshampoo.migrate.reference_config import (
 )
 from funshampoo.migrate.reference_methods import Setting, stages_of
 from funshampoo.recipes.in_blocks import in_blocks
+from funshampoo.transforms import primal_average, schedule_free
+from funshampoo.transforms.weight_decay import DecayKind
 
 _CLASSIC = "ClassicMomentumConfig"
 _PRIMAL = "GeneralizedPrimalAveragingConfig"
@@ -121,7 +123,8 @@ def from_reference(
             f"start_preconditioning_step is {start}; the reference demands at least "
             f"precondition_frequency, {precondition_frequency}."
         )
-    kind = decay_kind(weight_decay_type)
+    named = getattr(weight_decay_type, "name", weight_decay_type)  # of an enum, or the name
+    kind: DecayKind = chosen("weight_decay_type", named, DECAY_KINDS)
     if kind in ("corrected", "independent") and peak_lr is None:
         peak_lr = peak_of(lr)
     setting = Setting(
@@ -180,20 +183,26 @@ def _last_stages(
         }
         fields.finish()
         return {**momentum, **decay}
-    coefficients = {
-        "average": fields.take("eval_interp_coeff", 0.9) if fields.type == _PRIMAL else None,
-        "interpolation": fields.take("train_interp_coeff", 0.8),
-        "lr_power": fields.take("eval_coeff_lr_power", 2) if fields.type != _PRIMAL else 2,
-        "own_steps": own_steps,
-    }
+    is_primal = fields.type == _PRIMAL
+    average = fields.take("eval_interp_coeff", 0.9) if is_primal else None
+    interpolation = fields.take("train_interp_coeff", 0.8)
+    power = 2 if is_primal else fields.take("eval_coeff_lr_power", 2)
     fields.finish()
     if not as_published:
-        return {"last": averaged(lr, **coefficients), **decay}
+        if average is None:
+            last = schedule_free(lr, interpolation, weight_lr_power=power, own_steps=own_steps)
+        else:
+            last = primal_average(lr, average=average, interpolation=interpolation)
+        return {"last": last, **decay}
     coupled = decay["weight_decay_kind"] == "coupled"  # which stands before the blocks
-    own = {
-        "weight_decay": 0.0 if coupled else decay["weight_decay"],
-        "kind": "decoupled" if coupled else decay["weight_decay_kind"],
-        "peak": decay["peak_learning_rate"],
-    }
-    last = averaged_as_published(lr, **coefficients, **own)
+    last = averaged_as_published(
+        lr,
+        average=average,
+        interpolation=interpolation,
+        lr_power=power,
+        own_steps=own_steps,
+        weight_decay=0.0 if coupled else decay["weight_decay"],
+        kind="decoupled" if coupled else decay["weight_decay_kind"],
+        peak=decay["peak_learning_rate"],
+    )
     return {"last": last, **(decay if coupled else {})}

@@ -18,8 +18,6 @@ from funshampoo.operators.averaged import copies
 from funshampoo.operators.leaf_ops import filled, on_device, per_block, sent
 from funshampoo.state.averages import PrimalAverageState, ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
-from funshampoo.transforms.primal_average import primal_average
-from funshampoo.transforms.schedule_free import schedule_free
 from funshampoo.transforms.weight_decay import DecayKind
 
 
@@ -99,22 +97,6 @@ def averaged_as_published(
         minds_alive=False,
         needs_params=True,
     )
-
-
-def averaged(
-    learning_rate: Hyper | Schedule,
-    *,
-    average: float | None,
-    interpolation: float,
-    lr_power: float,
-    own_steps: bool,
-) -> GradientTransformation:
-    """The papers' stage with these coefficients."""
-    if average is None:
-        return schedule_free(
-            learning_rate, interpolation, weight_lr_power=lr_power, own_steps=own_steps
-        )
-    return primal_average(learning_rate, average=average, interpolation=interpolation)
 
 
 def _zeros(params: Tree, block_ndim: int, own_steps: bool) -> Tree:

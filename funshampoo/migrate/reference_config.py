@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funshampoo.blocks.layout import Merge
-from funshampoo.core.checks import check_flag, chosen, hint
+from funshampoo.core.checks import check_flag, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import initial
 from funshampoo.transforms import scale_by_adagrad, scale_by_adam, scale_by_rms, scale_by_sgd
@@ -21,20 +20,12 @@ Config = Mapping[str, Any]
 GRAFTED = ("SGD", "AdaGrad", "RMSprop", "Adam")
 """Methods that may be grafted onto, and may be the whole method too."""
 
-_DECAY_KINDS: dict[str, DecayKind] = {
+DECAY_KINDS: dict[str, DecayKind] = {
     "L2": "coupled",
     "DECOUPLED": "decoupled",
     "CORRECTED": "corrected",
     "INDEPENDENT": "independent",
 }
-
-
-def decay_kind(weight_decay_type: Any) -> DecayKind:
-    """Of an enum, or of its name."""
-    kind: DecayKind = chosen(
-        "weight_decay_type", getattr(weight_decay_type, "name", weight_decay_type), _DECAY_KINDS
-    )
-    return kind
 
 
 class Fields:
@@ -204,16 +195,12 @@ def peak_of(lr: Hyper | Schedule) -> Hyper:
     if not callable(lr):
         constant: Hyper = initial(lr)  # whatever lr is later
         return constant
-    return max(_values(lr, 10_000))
-
-
-def _values(schedule: Callable[[Tensor], Hyper], steps: int) -> list[float]:
     values = []
-    for count in range(steps):
+    for count in range(10_000):
         try:
-            values.append(float(schedule(torch.tensor(count, device="cpu"))))
+            values.append(float(lr(torch.tensor(count, device="cpu"))))
         except (IndexError, KeyError):  # a schedule that reads from a list of rates
             break
     if not values:
         raise ValueError("lr is a schedule without a value at count 0.")
-    return values
+    return max(values)

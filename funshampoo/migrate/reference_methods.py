@@ -7,12 +7,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from funshampoo.core.contract import GradientTransformation, Hyper
+import torch
+from torch import Tensor
+
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import initial
+from funshampoo.core.tree import update_leaves, wide
 from funshampoo.migrate.reference_config import GRAFTED, Config, Fields, diagonal
-from funshampoo.migrate.reference_directions import by_svd, signs_scaled_by
 from funshampoo.migrate.reference_solver import basis_of, initial_eigenvalue, solver_of
-from funshampoo.operators.exponents import Exponents, side_exponents
+from funshampoo.operators.exponents import side_exponents
+from funshampoo.operators.leaf_ops import per_block
 from funshampoo.transforms import (
     ema,
     graft,
@@ -105,7 +109,14 @@ def _shampoo(fields: Fields, setting: Setting) -> Found:
     stores_spectrum = fields.type.startswith("Eigendecomposed")
     averaged = setting.averaged(fields)
     if "KL" in fields.type:
-        statistics = _kl_statistics(setting.beta2, exponents, averaged)
+        # Through the roots as they are, by default of exponent 1/(2k), without a mean: KL-Shampoo's
+        # paper has exponent 1/2, and the mean over columns.
+        def sides(block: tuple[int, ...]) -> list[bool]:
+            return [e > 0 for e in side_exponents(block, exponents)]
+
+        statistics = kl_statistics(
+            setting.beta2, through="roots", normalized=False, sides=sides, **averaged
+        )
     else:
         statistics = kronecker_statistics(setting.beta2, exponents=exponents, **averaged)
     solver, basis_tolerance = solver_of(amortized, epsilon, setting.floor, stores_spectrum)
@@ -120,20 +131,6 @@ def _shampoo(fields: Fields, setting: Setting) -> Found:
         basis_tolerance=basis_tolerance,
     )
     return [statistics], roots
-
-
-def _kl_statistics(
-    beta2: Hyper, exponents: Exponents | None, averaged: Mapping[str, Any]
-) -> GradientTransformation:
-    """KL-Shampoo's, through the roots as they are, by default of exponent 1/(2k); without a mean.
-
-    Its paper has exponent 1/2, and the mean over columns.
-    """
-
-    def sides(block: tuple[int, ...]) -> list[bool]:
-        return [e > 0 for e in side_exponents(block, exponents)]
-
-    return kl_statistics(beta2, through="roots", normalized=False, sides=sides, **averaged)
 
 
 def _eigenvalue_corrected(fields: Fields, setting: Setting) -> Found:
@@ -177,8 +174,6 @@ def _diagonal(fields: Fields, setting: Setting) -> Found:
     return [], diagonal(fields, setting.own_steps)
 
 
-ByDimensions = Callable[[int, int], float]
-
 _NEWTON_SCHULZ = "NewtonSchulzOrthogonalizationConfig"
 _SVD = "SVDOrthogonalizationConfig"
 
@@ -188,7 +183,8 @@ def spectral(fields: Fields) -> GradientTransformation:
     nested = fields.nested("orthogonalization_config", _NEWTON_SCHULZ, _SVD)
     nested.drop("rank_deficient_stability_config")  # a field of the base class, unread there too
     by_dimensions = nested.take("scale_by_dims_fn", None)
-    scale = None if by_dimensions is None else _of_shape(by_dimensions)
+    # That is a function of (columns, rows), and ours of a leaf's shape.
+    scale = by_dimensions and (lambda shape: by_dimensions(math.prod(shape[1:]), shape[0]))
     if nested.type == _SVD:
         return by_svd(scale, nested.take("scale_by_nuclear_norm", False))
     a, b, c = nested.take("coefficients", (3.4445, -4.7750, 2.0315))
@@ -201,9 +197,60 @@ def signs(fields: Fields) -> GradientTransformation:
     return sign() if scale_fn is None else signs_scaled_by(scale_fn)
 
 
-def _of_shape(by_dimensions: ByDimensions) -> Callable[[tuple[int, ...]], float]:
-    """The reference's function of (columns, rows), of a leaf's shape."""
-    return lambda shape: by_dimensions(math.prod(shape[1:]), shape[0])
+def by_svd(
+    scale: Callable[[tuple[int, ...]], float] | None, by_nuclear_norm: bool
+) -> GradientTransformation:
+    """U ← s P Qᵀ of U = P Σ Qᵀ, by a singular value decomposition; perhaps times tr Σ.
+
+    Directions whose singular value is exactly 0 stay 0, where the reference takes whichever LAPACK
+    gives: of a gradient of zeros that is a step without a reason.
+
+    Args:
+        scale: s of the leaf's shape; None is 1.
+        by_nuclear_norm: whether to multiply by the sum of the singular values.
+    """
+    like = orthogonalize(scale=scale)  # refuses what is no matrix
+
+    def update(updates: Tree, state: Any, *, block_ndim: int = 0) -> tuple[Tree, Any]:
+        def leaf(u: Tensor) -> tuple[Tensor]:
+            x = wide(u).flatten(block_ndim + 1)
+            P, sizes, Q = torch.linalg.svd(x, full_matrices=False)
+            found = (P * (sizes > 0)[..., None, :]) @ Q
+            if by_nuclear_norm:
+                found = found * sizes.sum(-1)[..., None, None]
+            s = 1.0 if scale is None else scale(tuple(u.shape[block_ndim:]))
+            return (found.reshape(u.shape) * s,)
+
+        return update_leaves(leaf, updates, ())[0], state
+
+    return GradientTransformation(like.init, update, "by_svd", minds_alive=True)
+
+
+def signs_scaled_by(scale_fn: Callable[[Tensor], Any]) -> GradientTransformation:
+    """U ← s(U) sign(U), with a function of each block that returns a number or a tensor ().
+
+    It is called once for all blocks of a shape, under torch.func.vmap: what it reads on the host,
+    as by .item(), is an error of torch.
+    """
+
+    def one(u: Tensor) -> Tensor:
+        s = torch.as_tensor(scale_fn(u), dtype=u.dtype, device=u.device)
+        if s.shape != ():
+            raise ValueError(
+                f"scale_fn gives a tensor of shape {tuple(s.shape)}; it has to give a number, or a "
+                "tensor of shape ()."
+            )
+        return s
+
+    def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
+        def leaf(u: Tensor) -> tuple[Tensor]:
+            u = wide(u)
+            each: Any = torch.func.vmap(one) if block_ndim else one
+            return (u.sign() * per_block(each(u), u),)
+
+        return update_leaves(leaf, updates, ())[0]
+
+    return stateless(scaled, "sign")
 
 
 BUILT: Mapping[str, Callable[[Fields, Setting], Found]] = {

@@ -80,28 +80,20 @@ def solver_of(
         # TF32 is off unless the process has asked for it: see docs/design.md, "Autocast".
         fields.drop("disable_tf32", "rank_deficient_stability_config")
     else:
-        solver, tolerance = _eigen(fields, epsilon, floor, stores_spectrum)
+        solver, damps = _stable(fields, epsilon, floor)
+        renewal = renewal_of(fields, damps)
+        if not (renewal.is_plain or stores_spectrum):
+            raise ValueError(
+                f"{fields.argument}: {fields.type} goes on in an old eigenbasis, which a root that "
+                "is kept does not have, there too; give EigendecomposedShampooPreconditionerConfig."
+            )
+        if not renewal.is_plain:
+            solver, tolerance = RenewedSolver(solver, renewal), renewal.tolerance
     fields.finish()
     return solver, tolerance
 
 
-def _eigen(
-    fields: Fields, epsilon: float, floor: bool, stores_spectrum: bool
-) -> tuple[Solver, float | None]:
-    solver, damps = _stable(fields, epsilon, floor)
-    renewal = renewal_of(fields, damps)
-    if renewal.is_plain:
-        return solver, None
-    if not stores_spectrum:
-        raise ValueError(
-            f"{fields.argument}: {fields.type} goes on in an old eigenbasis, which a root that is "
-            "kept does not have, there too; give EigendecomposedShampooPreconditionerConfig."
-        )
-    assert isinstance(solver, EigenSolver)
-    return RenewedSolver(solver, renewal), renewal.tolerance
-
-
-def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[Solver, bool]:
+def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[EigenSolver, bool]:
     """The solver, and whether the reference decomposes what is damped already."""
     stability = fields.nested("rank_deficient_stability_config", *STABILITY)
     if stability.type == "PerturbationConfig":

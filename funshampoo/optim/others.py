@@ -9,11 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.distributed.agreement import print_of
-from funshampoo.distributed.changes import Last, announce
-from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
+from funshampoo.distributed.collectives import (
+    ProcessGroup,
+    gathered_objects,
+    rank_and_size,
+    spreads,
+)
 from funshampoo.distributed.described import Line, described_value
-from funshampoo.distributed.disagreement import difference
-from funshampoo.distributed.gathering import spreads
+from funshampoo.distributed.disagreement import Last, announce, difference
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Plan
 
@@ -76,7 +79,7 @@ class Others:
         """For every group of ranks, the parts that the last step had there."""
         for group in _distinct([spread.group for spread in self._spreads]):
             mine = [spread for spread in self._spreads if spread.group is group]
-            steps = [last for s in mine if (last := s.agreement.last(group)) is not None]
+            steps = [last for s in mine if (last := s.agreement.last()) is not None]
             if steps:
                 yield group, steps
 

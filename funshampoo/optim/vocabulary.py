@@ -15,7 +15,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, takes_live
-from funshampoo.migrate.first_rate import first_rate_of
+from funshampoo.migrate.published import first_rate_of
 from funshampoo.optim.values import copied, is_fixed, is_number, same_arguments, structural
 from funshampoo.transforms import scale_by_learning_rate
 

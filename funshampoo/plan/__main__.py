@@ -32,25 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.sharding is None and options.ranks is None:
         parser.error("the following arguments are required: --ranks")
     try:
-        given = {
+        given: dict[str, Any] = {
             "transformation": _transformation(parser, options),
             "every": getattr(options, "every", 10),
             "dtype": DTYPES[options.dtype],
         }
-        found = _sharded(options, given) if options.sharding else _whole(options, given)
+        found: Plan | ShardingPlan
+        if options.sharding:
+            job = options.model, options.sharding, options.mesh
+            found = plan_sharded(*job, ranks_per_node=options.ranks_per_node, **given)
+        else:
+            on_the_way = DTYPES.get(options.communication_dtype)
+            found = plan(options.model, options.ranks, communication_dtype=on_the_way, **given)
     except ValueError as error:
         parser.error(str(error))
     print(f"{options.model}\n{found}")
-
-
-def _whole(options: argparse.Namespace, given: dict[str, Any]) -> Plan:
-    dtype = DTYPES.get(options.communication_dtype)
-    return plan(options.model, options.ranks, communication_dtype=dtype, **given)
-
-
-def _sharded(options: argparse.Namespace, given: dict[str, Any]) -> ShardingPlan:
-    job = options.model, options.sharding, options.mesh
-    return plan_sharded(*job, ranks_per_node=options.ranks_per_node, **given)
 
 
 def _transformation(
@@ -79,12 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_job(parser)
     _add_method(parser)
-    _add_dtypes(parser)
     return parser
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
-    """The model, and the ranks that train it."""
+    """The model, the ranks that train it, and dtypes."""
     parser.add_argument(
         "--model", required=True, choices=MODELS, help=f"one of {', '.join(MODELS)}", metavar="NAME"
     )
@@ -108,6 +103,14 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         default=8,
         metavar="N",
         help="with --sharding, consecutive ranks that share a node; default: 8",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the parameters; default: float32"
+    )
+    parser.add_argument(
+        "--communication-dtype",
+        choices=DTYPES,
+        help="in which updates are gathered; default: as computed, float32 for half precision",
     )
 
 
@@ -138,17 +141,6 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         type=_count,
         metavar="N",
         help="with --merge small, the sides at which merging stops; default: 2",
-    )
-
-
-def _add_dtypes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the parameters; default: float32"
-    )
-    parser.add_argument(
-        "--communication-dtype",
-        choices=DTYPES,
-        help="in which updates are gathered; default: as computed, float32 for half precision",
     )
 
 

@@ -167,7 +167,9 @@ def plan(
     state = transformation.init(params)
     shared = scopes_of(transformation, state, params)
     scopes = [_planned(scope, world_size, every, cost) for scope in shared]
-    stacks = _united(scopes)
+    stacks: dict[str, StackPlan] = {}
+    for number, own in enumerate(scopes, start=1):  # of one that is there, the later have a number
+        stacks |= {f"{n} ({number})" if n in stacks else n: s for n, s in own.items()}
     in_blocks = sum(stack.rows * stack.state_bytes for stack in stacks.values())
     replicated_bytes = sum(x.nbytes for x in flatten(state)[0]) - in_blocks
     ranks = _rank_plans(stacks, world_size, replicated_bytes)
@@ -201,14 +203,6 @@ def _planned(
         )
         for name, equal in scope.blocks.items()
     }
-
-
-def _united(scopes: Sequence[dict[str, StackPlan]]) -> dict[str, StackPlan]:
-    """All stacks; of one that several scopes have, the later ones have a number."""
-    found: dict[str, StackPlan] = {}
-    for number, stacks in enumerate(scopes, start=1):
-        found |= {f"{n} ({number})" if n in found else n: s for n, s in stacks.items()}
-    return found
 
 
 def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dtype) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from funshampoo.blocks.layout import Stack
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.ownership import Works, owners_of, works_of
-from funshampoo.distributed.shards import Equal
 from funshampoo.state.places import Place, block_of, map_tensors, stack_rows
 from funshampoo.state.stages import BlockedState, ShardedState
 
@@ -20,13 +21,13 @@ class Scope(NamedTuple):
     """Blocks that are shared out together: one collective a step brings their updates back.
 
     Attributes:
-        blocks: {stack, or leaf: shape and number}.
+        blocks: {stack, or leaf: shape and number}; dtypes are not looked at.
         works: {stack, or leaf: what a step does beside passing over it}.
         state_bytes: {stack, or leaf: bytes of state of one block}.
         in_blocks: whether they are stacks.
     """
 
-    blocks: dict[str, Equal]
+    blocks: dict[str, Stack]
     works: Works
     state_bytes: dict[str, int]
     in_blocks: bool
@@ -73,23 +74,21 @@ def _scope(
     state: BlockedState | ShardedState,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Scope:
+    def stack(block: tuple[int, ...], rows: int) -> Stack:
+        return Stack(block, torch.float32, torch.device("meta"), rows)
+
     if isinstance(state, BlockedState):
-        blocks = {name: Equal(block_of(name), rows) for name, rows in stack_rows(state).items()}
-        works = works_of(transformation, {n: b.block for n, b in blocks.items()}, state)
-        return Scope(blocks, works, _bytes(state, blocks, True), True)
-    leaves = {name: Equal(shapes[name], 1) for name in state.owned}
-    works = works_of(transformation, {n: b.block for n, b in leaves.items()}, ())
-    return Scope(leaves, works, _bytes(state, leaves, False), False)
-
-
-def _bytes(state: Any, blocks: Mapping[str, Equal], in_blocks: bool) -> dict[str, int]:
-    """{stack, or leaf: bytes of state of one block}; what all of them share is nobody's."""
-    found = dict.fromkeys(blocks, 0)
+        stacks = {name: stack(block_of(name), rows) for name, rows in stack_rows(state).items()}
+        refreshed: Any = state
+    else:
+        stacks, refreshed = {name: stack(shapes[name], 1) for name in state.owned}, ()
+    works = works_of(transformation, {n: s.block for n, s in stacks.items()}, refreshed)
+    in_blocks, state_bytes = isinstance(state, BlockedState), dict.fromkeys(stacks, 0)
 
     def add(place: Place, x: Tensor) -> None:
         name = place.stack if in_blocks else ".".join(place.leaf)
-        if name in found and (x.ndim or not in_blocks):
-            found[name] += x.nbytes // blocks[name].rows
+        if name in state_bytes and (x.ndim or not in_blocks):  # what all share is nobody's
+            state_bytes[name] += x.nbytes // stacks[name].rows
 
     map_tensors(add, state)
-    return found
+    return Scope(stacks, works, state_bytes, in_blocks)

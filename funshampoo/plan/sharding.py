@@ -22,6 +22,7 @@ from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
 from funshampoo.distributed.parts import near_shards
 from funshampoo.distributed.routes import Held, Shares, source_of
+from funshampoo.distributed.shards import Shards
 from funshampoo.plan.planner import Row, meta_parameters, spread_table
 from funshampoo.plan.scopes import scopes_of
 from funshampoo.recipes.shampoo import shampoo
@@ -32,8 +33,6 @@ from funshampoo.state.stages import BlockedState
 
 Sharding: TypeAlias = Literal["fsdp", "hsdp", "tp", "fsdp+tp"]
 Shape: TypeAlias = tuple[int, ...]
-Place: TypeAlias = Callable[[str, Shape], Sequence[Any]]
-"""Placements by name and shape of a parameter, one a side of the mesh."""
 
 
 class ShardingPlan(NamedTuple):
@@ -82,7 +81,6 @@ def plan_sharded(
     dtype: torch.dtype = torch.float32,
     ranks_per_node: int = 8,
     reads_parameters: bool | None = None,
-    placements: Place | None = None,
     cost: CostModel = DEFAULT_COST,
 ) -> ShardingPlan:
     """Who will own which block of sharded parameters, and what moves. On meta tensors alone.
@@ -91,14 +89,12 @@ def plan_sharded(
         model, dtype, cost: as in `plan`.
         sharding: how the model is sharded: "fsdp", FSDP2 on a mesh of one side; "hsdp", on
             (replicas, shards); "tp", tensor parallelism on one side; "fsdp+tp", on (shards,
-            tensor).
+            tensor). FSDP cuts the first side, tensor parallelism the longer one of a matrix.
         mesh: its shape.
         transformation: by default `shampoo` with its defaults and this `every`.
         ranks_per_node: consecutive ranks that share a node.
         reads_parameters: whether parameters travel with the gradients, as they do where a stage in
             blocks reads them; by default what the transformation's `blocked` says.
-        placements: by name and shape; by default the first side for FSDP, and for tensor
-            parallelism the longer side of a matrix, whatever its name.
 
     Raises:
         ValueError: an unknown sharding, or a mesh that does not fit it.
@@ -115,10 +111,10 @@ def plan_sharded(
     tx = as_transformation(transformation or shampoo(1e-3, every=every))
     params = meta_parameters(model, dtype)
     state = tx.init(params)
-    place = placements or _placements(sharding)
+    place = _placements(sharding)
     known = dict(zip(leaf_names(params), flatten(params)[0]))
     shapes = {name: tuple(x.shape) for name, x in known.items()}
-    ways = {name: tuple(place(name, shape)) for name, shape in shapes.items()}
+    ways = {name: tuple(place(shape)) for name, shape in shapes.items()}
     cut = find_state((state,), BlockedState)  # a `partition` around it hides the others
     inside = {name: x for name, x in known.items() if cut is not None and name in cut.layout}
     layout = layout_in(tx, inside)  # raises where there is no `blocked`, or several
@@ -143,10 +139,16 @@ def plan_sharded(
         for name, shape in shapes.items()
         if name not in inside
     }
-    others = _of_others(state, shapes, shares, len(nodes))
+    state_bytes = _of_others(state, shapes, shares, len(nodes))
+    blocks, seconds = [0] * len(nodes), [0.0] * len(nodes)
+    shards = near_shards(layout, costs, held)
+    for piece in shards.pieces:
+        blocks[piece.owner] += piece.rows
+        seconds[piece.owner] += piece.rows * costs[piece.stack]
+        state_bytes[piece.owner] += piece.rows * scope.state_bytes[piece.stack]
     reads = shows_parameters(tx) if reads_parameters is None else reads_parameters
-    columns = 2 if reads else 1
-    return _counted(layout, held, costs, scope.state_bytes, others, columns, mesh, since)
+    moved = _moved(layout, held, shards, columns=2 if reads else 1)
+    return ShardingPlan(mesh, blocks, seconds, state_bytes, *moved, time.perf_counter() - since)
 
 
 def _of_others(
@@ -167,17 +169,16 @@ def _of_others(
     return found
 
 
-def _placements(sharding: Sharding) -> Place:
+def _placements(sharding: Sharding) -> Callable[[Shape], Sequence[Any]]:
+    """Placements by the shape of a parameter, one a side of the mesh."""
     # Here, since it imports sympy, which adds to the process' filters of warnings.
     from torch.distributed.tensor import Replicate, Shard
-
-    rows = Shard(0)
 
     def tensor(shape: Shape) -> Any:
         return Replicate() if len(shape) != 2 else Shard(0 if shape[0] >= shape[1] else 1)
 
-    def place(name: str, shape: Shape) -> Sequence[Any]:
-        first = rows if shape else Replicate()
+    def place(shape: Shape) -> Sequence[Any]:
+        first = Shard(0) if shape else Replicate()
         return {
             "fsdp": [first],
             "hsdp": [Replicate(), first],
@@ -188,28 +189,21 @@ def _placements(sharding: Sharding) -> Place:
     return place
 
 
-def _counted(
-    layout: Layout,
-    held: Held,
-    costs: Mapping[str, float],
-    per_block: Mapping[str, int],
-    others: Sequence[int],
-    columns: int,
-    mesh: tuple[int, ...],
-    since: float,
-) -> ShardingPlan:
+def _moved(
+    layout: Layout, held: Held, shards: Shards, columns: int
+) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Of `ShardingPlan` what is gathered and scattered, of both what from other nodes, and peers.
+
+    Args:
+        columns: how many numbers a gradient's brings to its owner: its parameter's too, or not.
+    """
     size, node = held.size, held.nodes
-    blocks, seconds, state = [0] * size, [0.0] * size, list(others)
     gathered, across, scattered, back_across = ([0] * size for _ in range(4))
     peers: list[set[int]] = [set() for _ in range(size)]
-    shards = near_shards(layout, costs, held)
     of_rows = held.of_blocks(layout)
     alike: dict[tuple[str, int, int], int] = {}  # blocks of one owner that are held alike
     known: dict[int, Shares] = {}
     for piece in shards.pieces:
-        blocks[piece.owner] += piece.rows
-        seconds[piece.owner] += piece.rows * costs[piece.stack]
-        state[piece.owner] += piece.rows * per_block[piece.stack]
         for row in piece.all_rows:
             shares = of_rows[piece.stack][row]
             known[id(shares)] = shares
@@ -230,9 +224,7 @@ def _counted(
                     back_across[rank] += size_of * (node[rank] != node[owner])
             peers[owner].update(ranks)
     count = [len(found - {rank}) for rank, found in enumerate(peers)]
-    took = time.perf_counter() - since
-    moved = gathered, across, scattered, back_across
-    return ShardingPlan(mesh, blocks, seconds, state, *moved, count, took)
+    return gathered, across, scattered, back_across, count
 
 
 def _table(found: ShardingPlan) -> list[str]:

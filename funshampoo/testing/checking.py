@@ -46,7 +46,7 @@ _ON_HOST = (
 
 _CHECKS = (
     _Check(contract.returns_pairs, "a step", _PLAIN),
-    _Check(contract.state_is_of_tensors, "a second step", _PLAIN),
+    _Check(contract.state_is_of_tensors, "a step", _PLAIN),
     _Check(contract.arguments_are_untouched, "some steps", _PLAIN),
     _Check(contract.shapes_are_stable, "some steps", _PLAIN),
     _Check(contract.twice_is_the_same, "steps that are repeated", _PLAIN),

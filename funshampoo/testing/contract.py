@@ -28,17 +28,15 @@ def returns_pairs(trial: Trial) -> None:
 
 
 def state_is_of_tensors(trial: Trial) -> None:
-    """No Python number, no None."""
-    state = trial.tx.init(trial.params)
-    for when in ("init", "update"):
-        for name, x in named(state).items():
-            if not isinstance(x, Tensor):
-                trial.fail(
-                    f"the state that {when} returned holds {x!r} at '{name}'",
-                    "Checkpoints and vmap know tensors alone: make it one, torch.tensor(...), and "
-                    "write () for what is not there.",
-                )
-        state = trial.step(trial.grads[0], state, trial.params)[1]
+    """No Python number, no None; of that of init the transformation itself sees to it."""
+    _, state = trial.step(trial.grads[0], trial.tx.init(trial.params), trial.params)
+    for name, x in named(state).items():
+        if not isinstance(x, Tensor):
+            trial.fail(
+                f"the state that update returned holds {x!r} at '{name}'",
+                "Checkpoints and vmap know tensors alone: make it one, torch.tensor(...), and "
+                "write () for what is not there.",
+            )
 
 
 def arguments_are_untouched(trial: Trial) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,20 +61,15 @@ def _owned(state: State, name: str) -> dict[str, Tensor]:
 
 def resumes_from_a_pickle(trial: Trial) -> None:
     """torch.save of the state, torch.load, another instance: the same bits as without."""
-    file = io.BytesIO()
     half = len(trial.grads) // 2
-    torch.save(trial.pure.states[half], file)
-    file.seek(0)
-    _goes_on(trial, torch.load(file, weights_only=False), half, "torch.save and torch.load")
+    state = _through_a_file(trial.pure.states[half], weights_only=False)
+    _goes_on(trial, state, half, "torch.save and torch.load")
 
 
 def resumes_from_a_checkpoint(trial: Trial) -> None:
     """funshampoo.state: every tensor has a name there, and comes back from it."""
     half = len(trial.grads) // 2
-    file = io.BytesIO()
-    torch.save(state_dict(trial.pure.states[half]), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = _through_a_file(state_dict(trial.pure.states[half]), weights_only=True)
     state = load_state_dict(trial.make().init(trial.params), saved).state
     if seen := difference(state, trial.pure.states[half]):
         trial.fail(
@@ -83,6 +78,13 @@ def resumes_from_a_checkpoint(trial: Trial) -> None:
             "are trees like the parameters or tensors.",
         )
     _goes_on(trial, state, half, "a checkpoint")
+
+
+def _through_a_file(saved: Any, weights_only: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def _goes_on(trial: Trial, state: State, done: int, through: str) -> None:
@@ -150,7 +152,11 @@ def _part(found: Tensor, whole: Tensor, axis: int) -> Tensor:
 
 def _small_run(trial: Trial, dtypes: Sequence[torch.dtype]) -> list[State]:
     """Three steps on leaves of these dtypes in turn."""
-    cast = _caster(dtypes)
+
+    def cast(tree: Tree) -> Any:
+        turns = iter(range(len(flatten(tree)[0])))
+        return map_leaves(lambda x: x.to(dtypes[next(turns) % len(dtypes)]), tree)
+
     params = cast(trial.params)
     run = trial.run([cast(g) for g in trial.grads[:3]], params)
     for t, updates in enumerate(run.updates, start=1):
@@ -161,14 +167,6 @@ def _small_run(trial: Trial, dtypes: Sequence[torch.dtype]) -> list[State]:
                 "small epsilon is 0 there.",
             )
     return run.states
-
-
-def _caster(dtypes: Sequence[torch.dtype]) -> Callable[[Tree], Tree]:
-    def cast(tree: Tree) -> Any:
-        turns = iter(range(len(flatten(tree)[0])))
-        return map_leaves(lambda x: x.to(dtypes[next(turns) % len(dtypes)]), tree)
-
-    return cast
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import funshampoo as fs
-from funshampoo.distributed.exchange import Exchange
-from funshampoo.distributed.shards import Equal, find_shards
-from funshampoo.distributed.space import Space
-from funshampoo.distributed.whole import Whole
+from funshampoo.blocks.layout import Stack
+from funshampoo.distributed.disagreement import Says
+from funshampoo.distributed.exchange import Whole
+from funshampoo.distributed.shards import shards_of
 from funshampoo.state import health, state_dict
 from tests.distributed.problems import Shapes, block_state, held_here, report_of, tree
 from tests.distributed.ranks import Ranks
@@ -239,12 +239,11 @@ def test_an_exception_on_one_rank_is_raised_on_all_in_the_same_step(
 
 def unread(rank: int) -> Any:
     """Where looking would wait for a device, nobody looks before step `every`."""
-    space = Space({"4": torch.ones(4, 4)}, block_ndim=1)
-    shards = find_shards({"4": Equal((4,), 4)}, 2, 10, fs.distributed.CostModel(), torch.float32)
+    stack = Stack((4,), torch.float32, torch.device("cpu"), rows=4)
+    shards = shards_of({"4": stack}, {"4": (0, 0, 1, 1)}, 2, torch.float32)
     key = torch.device("cpu"), torch.float32, 2 * shards.length
     used = torch.full((shards.length,), 3.0), torch.full((2 * shards.length,), float("nan"))
     transport = Whole(shards, rank, None, key, {key: used})
-    rows = {"4": range(2 * rank, 2 * rank + 2)}
 
     def step(put: Any) -> Any:
         put("4", range(2 * rank, 2 * rank + 2), torch.ones(2, 4))
@@ -253,8 +252,9 @@ def unread(rank: int) -> Any:
         return ()
 
     try:
-        Exchange(transport, rows, None).run(step, due=False, look=False)
-        return space.rebuilt(transport.pieces)["4"]
+        transport.exchange(step, due=False, says=Says())
+        assert [rows for _, rows, _ in transport.pieces] == [range(2), range(2, 4)]
+        return torch.cat([x for _, _, x in transport.pieces])
     except BombError:
         return None
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import funshampoo as fs
 from funshampoo.distributed import parts
-from funshampoo.distributed.nearest import NODE, nearest
+from funshampoo.distributed.ownership import NODE, nearest
 from funshampoo.distributed.parts import nodes_of
 from funshampoo.plan.shapes import model_shapes
 from funshampoo.plan.sharding import plan_sharded

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo.linalg.adaptive import qr_algorithm
-from funshampoo.migrate.reference_directions import signs_scaled_by
+from funshampoo.migrate.reference_methods import signs_scaled_by
 from funshampoo.state import find_state
 from funshampoo.testing import check_stage
 from funshampoo.transforms.eigenbasis import EigenbasisState
