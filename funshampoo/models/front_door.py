@@ -9,7 +9,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from funshampoo.core.checks import check_choice
-from funshampoo.models.costs import warn_of_costs
 from funshampoo.models.groups import (
     Recipe,
     Routes,
@@ -21,8 +20,8 @@ from funshampoo.models.groups import (
     warn_of_routes,
 )
 from funshampoo.models.kinds import ROLES, Heads, Role
-from funshampoo.models.overrides import Overrides, extra_settings, settings_of
-from funshampoo.models.roles import kinds
+from funshampoo.models.roles import Overrides, extra_settings, kinds, settings_of
+from funshampoo.models.table import warn_of_costs
 from funshampoo.models.transfer import Base, rate_factors_of
 from funshampoo.optim import Optimizer
 from funshampoo.optim.vocabulary import Vocabulary

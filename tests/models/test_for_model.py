@@ -124,7 +124,7 @@ def test_shampoo_begins_with_the_better_exponent() -> None:
     """Whoever the method is given to, unless somebody says otherwise; the recipe keeps its own."""
 
     def exponents(**options: Any) -> list[Any]:
-        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
         groups = fs.for_model(model, **{"lr": 0.1} | options).param_groups
         return [group["exponents"] for group in groups if group["method"] is fs.shampoo]
 
