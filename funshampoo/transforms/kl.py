@@ -20,7 +20,7 @@ from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
-from funshampoo.state.nodes import first_state, parted
+from funshampoo.state.nodes import first_state
 from funshampoo.state.stages import KroneckerState, RefreshedState
 from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
@@ -137,7 +137,7 @@ def kl_statistics(
         numbers = {"beta": beta, "damping": number(damping, context.hyper)}
         whitened = WHITENED[through](**numbers, **options)
         (factors, weight), eigenvalues = state
-        kept, seen = _of_later_stage(context.previous, state, through, updates)
+        kept, seen = _of_later_stage(context.later, through, updates)
         known = () if context.alive is None else (context.alive,)
         share = 1.0 if plain_sum else 1 - beta
 
@@ -206,22 +206,16 @@ def _first(
     return map_leaves(factors, params), map_leaves(eigenvalues, params)
 
 
-def _of_later_stage(
-    previous: tuple[Any, ...], own: KlState, through: Through, updates: Tree
-) -> tuple[Tree, Any]:
+def _of_later_stage(later: tuple[Any, ...], through: Through, updates: Tree) -> tuple[Tree, Any]:
     """What the next such stage keeps, and a tree of the numbers of gradients it has seen, or of ().
-
-    Args:
-        own: this stage's state, by which its place among the previous ones is known.
 
     Raises:
         ValueError: there is none, or it is of other statistics, that stand between.
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
-    after = parted(previous, own)[1]
     # The bases of a later stage are no roots; and what comes after other statistics is of those.
-    found: Any = first_state(after, (wanted, KroneckerState), closed=EigenbasisState)
+    found: Any = first_state(later, (wanted, KroneckerState), closed=EigenbasisState)
     if isinstance(found, KroneckerState):
         raise ValueError(
             f'kl_statistics(through="{through}") is followed by other statistics, by which {stage} '

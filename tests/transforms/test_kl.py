@@ -12,13 +12,14 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo import linalg
+from funshampoo.recipes import RECIPES
 
 Shape = tuple[int, ...]
 
 
 def gradients(shape: Shape, steps: int = 6) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
 
 
 def stepped(tx: fs.GradientTransformation, grads: list[Any], state: Any = None) -> Any:
@@ -165,6 +166,16 @@ OTHER_EIGENVALUES = {
         lambda: [fs.kl_statistics(), fs.chain(fs.in_eigenbasis(fs.scale_by_eigenvalues()))],
         "in its bases: another in_eigenbasis",
     ),
+    "of the other branch's bases": (
+        lambda: [
+            fs.kl_statistics(),
+            fs.graft(
+                fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=1),
+                onto=fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=3),
+            ),
+        ],
+        "in its bases: another in_eigenbasis",
+    ),
 }
 
 
@@ -184,7 +195,8 @@ def test_other_statistics_between_are_refused(through: Any, later: Any) -> None:
 @pytest.mark.parametrize("name", OTHER_EIGENVALUES)
 def test_scale_by_eigenvalues_says_which_stage_it_misses(name: str) -> None:
     before, message = OTHER_EIGENVALUES[name]
-    tx = fs.chain(*before(), fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=3))
+    own = [] if "branch" in name else [fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=3)]
+    tx = fs.chain(*before(), *own)
     with pytest.raises(ValueError, match=f"scale_by_eigenvalues found no eigenvalues.*{message}"):
         stepped(tx, gradients((2, 2), 1))
 
@@ -292,6 +304,26 @@ def test_a_pair_is_one_too_where_part_of_it_is_in_a_combinator(wrap: str, part: 
     g = gradients((3, 4), 4)
     expected = stepped(both([statistics], [bases]), g)[0]
     torch.testing.assert_close(stepped(tx, g)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tile", [None, 5])
+@pytest.mark.parametrize("name", ["kl_shampoo", "kl_soap", "soap", "shampoo"])
+def test_a_parameter_goes_its_way_whatever_rows_are_there(name: str, tile: int | None) -> None:
+    """Of some stacks all rows, of others some, as one of them has no gradient: of which states the
+    step sees, some are the stack's own tensors, and some are parts."""
+    shapes = {"a": (3, 4), "b": (3, 4), "v": (4,), "w": (4,)}
+    tx = RECIPES[name](0.01, every=2, tile=tile)
+    for absent in shapes:
+        params = {n: torch.ones(s, dtype=torch.float64) for n, s in shapes.items()}
+        alone = {n: {n: p.clone()} for n, p in params.items()}
+        state, states = tx.init(params), {n: tx.init(p) for n, p in alone.items()}
+        for t, draws in enumerate(zip(*[gradients(s, 5) for s in shapes.values()])):
+            grads = {n: None if n == absent and t % 2 else g for n, g in zip(shapes, draws)}
+            state = fs.update_in_place(tx, grads, state, params)
+            for n, own in alone.items():
+                states[n] = fs.update_in_place(tx, {n: grads[n]}, states[n], own)
+        for n, own in alone.items():
+            torch.testing.assert_close(params[n], own[n], rtol=0, atol=1e-12)
 
 
 def bases(every: int) -> fs.GradientTransformation:
