@@ -124,8 +124,8 @@ def failure_limit_error(
         f"failed {plural(max_failures, 'time')} in a row (max_failures={max_failures}), or more "
         f"until this look: {listed}. A gradient that is not finite has entered nothing, and where "
         "a refresh failed the old value is in use. Look at the loss and the data of these steps, "
-        "lower the learning rate, or give max_failures=None (to shampoo, guarded or sharded) to go "
-        "on.",
+        "lower the learning rate; or go on, by max_failures=None (to shampoo, guarded or sharded) "
+        "or guard=False (to adamw, sgd, lion and sign_descent, by other_options= of for_model).",
         max_failures,
         everywhere,
     )
