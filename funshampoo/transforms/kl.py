@@ -22,6 +22,7 @@ from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
 from funshampoo.state.nodes import first_state
 from funshampoo.state.stages import KroneckerState, RefreshedState
+from funshampoo.state.upstream import check_none_hidden
 from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
 
@@ -210,7 +211,8 @@ def _of_later_stage(later: tuple[Any, ...], through: Through, updates: Tree) -> 
     """What the next such stage keeps, and a tree of the numbers of gradients it has seen, or of ().
 
     Raises:
-        ValueError: there is none, or it is of other statistics, that stand between.
+        ValueError: there is none, it is of other statistics, that stand between, or a leaf is
+            hidden from it.
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
@@ -223,12 +225,13 @@ def _of_later_stage(later: tuple[Any, ...], through: Through, updates: Tree) -> 
         )
     try:
         bases = found if through == "roots" else found.bases
-        flatten(updates)[1].flatten_up_to(bases.kept)
+        kept = flatten(updates)[1].flatten_up_to(bases.kept)
     except (AttributeError, ValueError) as error:
         raise ValueError(
             f'kl_statistics(through="{through}") found no {stage} for its blocks: put it after it '
             f"in the same chain, as in chain(kl_statistics(...), {stage})."
         ) from error
+    check_none_hidden(kept, updates, f'kl_statistics(through="{through}")', stage)
     # Nobody counts for roots, for Ritz values and for bases that begin as the identity.
     counted = through == "eigenvalues" and found.seen != ()
     return bases.kept, found.seen if counted else map_leaves(lambda u: (), updates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -150,6 +151,39 @@ def test_it_says_which_stage_it_misses(through: Any) -> None:
     tx = fs.chain(fs.kl_statistics(0.5, through=through, least_eigenvalue=0.1), fs.ema())
     with pytest.raises(ValueError, match=rf"found no {wanted}\(\.\.\.\) for its blocks: put it"):
         stepped(tx, gradients((2, 2), 1))
+
+
+ONE_FOR_BOTH: dict[str, Callable[[], list[fs.GradientTransformation]]] = {
+    "eigenvalues": lambda: [fs.kl_statistics(0.5), fs.in_eigenbasis(fs.scale_by_adam())],
+    "ritz": lambda: [
+        fs.kl_statistics(0.5, through="ritz", least_eigenvalue=0.1),
+        fs.in_eigenbasis(fs.sign()),
+    ],
+    "roots": lambda: [fs.kl_statistics(0.5, through="roots"), fs.root_inverse(1)],
+    "shampoo": lambda: [fs.kronecker_statistics(), fs.root_inverse(1)],
+    "soap": lambda: [fs.kronecker_statistics(), fs.in_eigenbasis(fs.scale_by_adam())],
+}
+
+
+@pytest.mark.parametrize("name", ONE_FOR_BOTH)
+@pytest.mark.parametrize("hides", ["masked", "partition"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_parameter_that_half_of_a_pair_does_not_see_is_named(
+    which: int, hides: str, name: str
+) -> None:
+    def hidden(stage: fs.GradientTransformation) -> fs.GradientTransformation:
+        if hides == "masked":
+            return fs.masked(stage, {"a": True, "b": False})
+        return fs.partition({"x": stage, "y": stage}, {"a": "x", "b": "y"})
+
+    pair, whole = ONE_FOR_BOTH[name](), fs.chain(*ONE_FOR_BOTH[name]())
+    pair[which] = hidden(pair[which])
+    tx, params = fs.chain(*pair), dict.fromkeys("ab", torch.ones(3, 3))
+    is_fine = which == 1 and name in ("shampoo", "soap")  # statistics that nobody reads
+    says = r"found no .* for '[ab]', which masked\(...\) or partition.*put a chain of the two"
+    with contextlib.nullcontext() if is_fine else pytest.raises(ValueError, match=says):
+        tx.update(params, tx.init(params))
+    hidden(whole).update(params, hidden(whole).init(params))
 
 
 OTHER_EIGENVALUES = {
