@@ -25,7 +25,7 @@ from funshampoo.operators.mode_products import (
 from funshampoo.operators.packed import unpack
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, Rule
 from funshampoo.state import find_state, meaning
-from funshampoo.state.nodes import parted
+from funshampoo.state.nodes import first_state
 from funshampoo.state.upstream import statistics_of
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "compute_dtype",
     "decompose",
     "find_state",
+    "first_state",
     "identity",
     "is_readable",
     "leaf_ops",
@@ -55,7 +56,6 @@ __all__ = [
     "meaning",
     "mode_flops",
     "number",
-    "parted",
     "power_step",
     "precondition",
     "rotate",

@@ -24,7 +24,12 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
-from funshampoo.core.parameters import check_local, detached_parameters, problem_of_gradients
+from funshampoo.core.parameters import (
+    UnfitLeafError,
+    check_local,
+    detached_parameters,
+    problem_of_gradients,
+)
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names
 from funshampoo.state.stages import BlockedState
@@ -132,10 +137,14 @@ class _Blocked:
         leaves, _ = flatten(params)
         layout, names = self.layout(leaves), leaf_names(params)
         context |= {"block_ndim": 1, "clock": clock or inner.counts}
-        if in_parts:
-            state = inner.spread.begin(Leaves(names, leaves, leaves, layout), **context)
-        else:
-            state = inner.init(stack_blocks(detached_parameters(leaves), layout), **context)
+        try:
+            if in_parts:
+                state = inner.spread.begin(Leaves(names, leaves, leaves, layout), **context)
+            else:
+                state = inner.init(stack_blocks(detached_parameters(leaves), layout), **context)
+        except UnfitLeafError as error:  # only here stacks are parameters
+            own = [n for n, where in zip(names, layout.described) if error.leaf in where]
+            raise UnfitLeafError(error.text, own[0]) from None
         described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
         return BlockedState(state, dict(zip(names, described)), started(inner.counts, clock))
 

@@ -35,9 +35,10 @@ def chain(
             grown is `tx.init(params) | old_state`.
 
     Context: every stage receives what the caller passed; `upstream`, the new states of the stages
-    before it, in this chain and in those around it; and `previous`, the old ones of all. `gradient`
-    is handed down as it came; it is absent outside a scope such as `blocked`, and then stages use
-    their updates, so that clipping earlier in the chain reaches later moments, as in Optax.
+    before it, in this chain and in those around it; `earlier`, the old ones of the same; and
+    `later`, those of the stages after it. `gradient` is handed down as it came; it is absent
+    outside a scope such as `blocked`, and then stages use their updates, so that clipping earlier
+    in the chain reaches later moments, as in Optax.
 
     State: a dict {name: state of the stage}. Where a stage wants the number of the step, and nobody
     around counts, the chain does, in a `ClockState` under the name "clock".
@@ -140,16 +141,16 @@ def _run(
     """(updates, states) of the stages; `in_place` the last one adds to the parameters."""
     last = len(stages) - 1 if in_place else None
     states: dict[str, State] = {}
+    old = [state[name] for name in stages]
     others: list[Any]
-    upstream, previous, *others = context
-    previous = (*previous, *[x for name, x in state.items() if name != CLOCK])
-    inside = Context(upstream, previous, *others)
+    upstream, earlier, later, *others = context
     local: LocalStep | None = None  # of elementwise stages in a row
     in_parts = SEEN["any"] and any_in_parts(flatten(updates)[0])
-    for name, stage in stages.items():
-        if states:  # what somebody has looked at is what the first stage gets
-            known = [(*upstream, *states.values()), previous, *others[:-1], False]
-            inside = Context(*known)
+    for i, (name, stage) in enumerate(stages.items()):
+        before, after = (*earlier, *old[:i]), (*old[i + 1 :], *later)
+        # What somebody has looked at is what the first stage gets.
+        known = [(*upstream, *states.values()), before, after, *others[:-1], others[-1] and not i]
+        inside = Context(*known)
         if in_parts:
             may = stage.elementwise and len(states) != last
             if may and local is None:

@@ -155,7 +155,7 @@ def _is_outermost(context: Context) -> bool:
 
     A clock may be around, as that of `partition`.
     """
-    inside = context.upstream or context.previous or context.rows or context.block_ndim
+    inside = context.upstream or context.later or context.rows or context.block_ndim
     judged = context.gradient is not None or context.alive is not None
     return not (inside or judged or context.extra)
 

@@ -124,8 +124,9 @@ def failure_limit_error(
         f"failed {plural(max_failures, 'time')} in a row (max_failures={max_failures}), or more "
         f"until this look: {listed}. A gradient that is not finite has entered nothing, and where "
         "a refresh failed the old value is in use. Look at the loss and the data of these steps, "
-        "lower the learning rate, or give max_failures=None to go on (to the recipe, guarded or "
-        "sharded; in the place of guard=True, guarded(..., by_leaf=True, max_failures=None)).",
+        "lower the learning rate; or go on, by max_failures=None (to the recipe, guarded or "
+        "sharded) or guard=False (to adamw, sgd, lion and sign_descent, by other_options= of "
+        "for_model).",
         max_failures,
         everywhere,
     )

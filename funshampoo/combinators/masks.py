@@ -218,7 +218,8 @@ def _hidden_context(context: Context, spec: Any, flags: list[bool]) -> Context:
         gradient=hidden(context.gradient),
         alive=hidden(context.alive),
         upstream=_hidden_states(context.upstream, spec, flags),
-        previous=_hidden_states(context.previous, spec, flags),
+        earlier=_hidden_states(context.earlier, spec, flags),
+        later=_hidden_states(context.later, spec, flags),
     )
 
 

@@ -17,9 +17,10 @@ class Context(NamedTuple):
 
     Attributes:
         upstream: the new states of the stages before this one, outermost first.
-        previous: the old states of the stages of the chain, and of those around it, outermost
-            first: what an earlier stage may read of a later one. With `donate` a stage that comes
-            before has written to its own already.
+        earlier: the old states of the stages before this one, outermost first. With `donate` they
+            have been written to already.
+        later: the old states of the stages after it, in its chain and then in those around it: what
+            an earlier stage may read of a later one.
         gradient: what entered the innermost scope, such as `blocked`; None outside of one.
         donate: the state passed in is consumed and its memory may be reused, also what it shares
             with the states before it.
@@ -39,7 +40,8 @@ class Context(NamedTuple):
     """
 
     upstream: tuple[Any, ...] = ()
-    previous: tuple[Any, ...] = ()
+    earlier: tuple[Any, ...] = ()
+    later: tuple[Any, ...] = ()
     gradient: Any = None
     donate: bool = False
     block_ndim: int = 0

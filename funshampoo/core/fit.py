@@ -187,7 +187,7 @@ def _is_nested(context: Context) -> bool:
         context.block_ndim > 0
         or context.clock is not None
         or len(context.upstream) > 0
-        or len(context.previous) > 0
+        or len(context.later) > 0
     )
 
 

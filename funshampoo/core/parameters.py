@@ -77,6 +77,19 @@ class NotAParameterError(TypeError):
         self.leaf, self.problem = leaf, problem
 
 
+class UnfitLeafError(ValueError):
+    """A stage can't take a leaf, or stack of blocks, for which `blocked` says the parameter.
+
+    Args:
+        text: what is wrong, {} in the name's place.
+        leaf: its name.
+    """
+
+    def __init__(self, text: str, leaf: str) -> None:
+        super().__init__(text.format(leaf))
+        self.text, self.leaf = text, leaf
+
+
 def check_parameters(params: Any, stage: str) -> None:
     """Every leaf is a dense tensor of a real floating dtype.
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from funshampoo.core.interrupted import check_whole, tensors_of
+from funshampoo.core.interrupted import check_whole
 
 StateT = TypeVar("StateT")
 
@@ -52,55 +52,6 @@ def first_state(
         elif isinstance(node, (tuple, list)) and not isinstance(node, closed):
             nodes.extend(node[::-1])
     return None
-
-
-def parted(previous: tuple[Any, ...], own: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(states of the stages before the one whose state is `own`, of those after it).
-
-    Args:
-        previous: of the context: of a chain in another one both are there, the inner stages last.
-        own: may be part of one of them, as of a combinator's. It is known by its last tensor:
-            `masked` makes other tuples of the same tensors. (all, all backwards) where it is not
-            found, or has none.
-
-    >>> import torch
-    >>> one, own, other = [(torch.zeros(()),) for _ in range(3)]
-    >>> before, after = parted((one, {"inner": own}, other), own)
-    >>> before == (one,), after == (other,)
-    (True, True)
-    """
-    for i, state in enumerate(previous):
-        before, rest = previous[:i], previous[i + 1 :]
-        if state is own:
-            return before, rest
-        if _holds(state, own):  # it is a chain's perhaps, whose stages are among those that follow
-            inside = [_holds(state, x) for x in rest]
-            near = parted(tuple([x for x, within in zip(rest, inside) if within]), own)
-            others = [x for x, within in zip(rest, inside) if not within]
-            return (*before, *near[0]), (*near[1], *others)
-    return previous, previous[::-1]
-
-
-_HOLD_STATES = ("inner", "direction", "onto")
-
-
-def _holds(state: Any, part: Any) -> bool:
-    """Whether one state is the other, or has it in it. Asked on every step."""
-    nodes: list[Any] = [state]
-    while nodes:  # where combinators keep states: few, beside their tensors
-        node = nodes.pop()
-        if node is part:
-            return True
-        if isinstance(node, dict):
-            nodes.extend(node.values())
-        else:
-            fields = getattr(type(node), "_fields", ())
-            nodes.extend([getattr(node, name) for name in _HOLD_STATES if name in fields])
-    fields = getattr(type(state), "_fields", _HOLD_STATES)
-    if type(state) is not type(part) and set(_HOLD_STATES).isdisjoint(fields):
-        return False
-    known = find_state(part, Tensor)
-    return known is not None and any([x is known for x in tensors_of(state)])
 
 
 def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from funshampoo.core.tree import flatten
+from funshampoo.core.tree import MaskedNode, flatten, leaf_names
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import KroneckerState
 
@@ -18,7 +19,8 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
         tree: the parameters or the updates of that stage.
 
     Raises:
-        ValueError: no stage before it keeps any, or they are those of another tree.
+        ValueError: no stage before it keeps any, they are those of another tree, or a leaf has
+            none.
 
     >>> import torch
     >>> from funshampoo import kronecker_statistics
@@ -35,10 +37,29 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
             f"{stage}(...))."
         )
     try:
-        flatten(tree)[1].flatten_up_to(found.factors)
+        factors = flatten(tree)[1].flatten_up_to(found.factors)
     except ValueError as error:
         raise ValueError(
             f"{stage} found the factor matrices of other blocks: put the stage that makes them "
             f"and {stage} inside the same blocked(...)."
         ) from error
+    check_none_hidden(factors, tree, stage, "kronecker_statistics(...)")
     return found
+
+
+def check_none_hidden(parts: Sequence[Any], tree: Any, stage: str, other: str) -> None:
+    """Raise where a stage has leaves that are hidden from the one with which it is a pair.
+
+    Args:
+        parts: what the other one has of each leaf of the tree.
+        stage, other: the two, for the message.
+
+    Raises:
+        ValueError: names the leaf.
+    """
+    hidden = [i for i, part in enumerate(parts) if isinstance(part, MaskedNode)]
+    if hidden:
+        raise ValueError(
+            f"{stage} found no {other} for '{leaf_names(tree)[hidden[0]]}', which masked(...) or "
+            "partition(...) hides from it: put a chain of the two inside of that."
+        )

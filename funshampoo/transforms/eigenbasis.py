@@ -37,7 +37,6 @@ from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
 from funshampoo.state.meaning import meaning
-from funshampoo.state.nodes import parted
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
 from funshampoo.transforms.kronecker import factors_and_weights
@@ -168,8 +167,7 @@ def in_eigenbasis(
             if context.donate and context.clock is not None:  # which a refresh moves on
                 context = changed(context, clock=context.clock.clone())
             own, bases = renewed(updates, own, bases, context)
-        inside = changed(context, previous=parted(context.previous, state)[0])
-        out, own = _stepped(inner, updates, own, params, bases.kept, fine, inside)
+        out, own = _stepped(inner, updates, own, params, bases.kept, fine, context)
         if not renew_before_use:
             own, bases = renewed(updates, own, bases, context)
         return out, EigenbasisState(own, seen, bases)
@@ -215,7 +213,7 @@ def _stepped(
         is_other = context.gradient is not None and not is_one(context.gradient, updates)
         if is_other and inner.reads_gradient:
             gradient = _held(turned(context.gradient, kept, ndim), fine)
-    inside = changed(context, gradient=gradient, alive=fine, usable=False)
+    inside = changed(context, gradient=gradient, alive=fine, later=(), usable=False)
     out, own = run_alive(inner, coordinates, own, params, inside)
     with product_precision():
         return turned(_held(out, fine), kept, ndim, back=True), own

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_count
 from funshampoo.core.clock import advanced, count_of, running, started
-from funshampoo.core.context import Context
+from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.tree import columns_of, flatten
@@ -82,6 +82,8 @@ def graft(
         inside = running(state.steps, context)
         found = direction.run(updates, state.direction, params, inside)
         p, direction_state = checked_pair(found, direction.name)
+        # Whose bases are those of statistics before both is to be seen there.
+        inside = changed(inside, earlier=(*inside.earlier, state.direction))
         found = onto.run(updates, state.onto, params, inside)
         p_g, onto_state = checked_pair(found, onto.name)
         del found

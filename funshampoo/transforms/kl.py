@@ -20,8 +20,9 @@ from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
-from funshampoo.state.nodes import first_state, parted
+from funshampoo.state.nodes import first_state
 from funshampoo.state.stages import KroneckerState, RefreshedState
+from funshampoo.state.upstream import check_none_hidden
 from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
 
@@ -141,7 +142,7 @@ def kl_statistics(
         numbers = {"beta": beta, "damping": number(damping, context.hyper)}
         whitened = WHITENED[through](**numbers, **options)
         (factors, weight), eigenvalues = state
-        kept, seen = _of_later_stage(context.previous, state, through, updates)
+        kept, seen = _of_later_stage(context.later, through, updates)
         known = () if context.alive is None else (context.alive,)
         share = 1.0 if plain_sum else 1 - beta
 
@@ -219,22 +220,17 @@ def _first(
     return map_leaves(factors, params), map_leaves(eigenvalues, params)
 
 
-def _of_later_stage(
-    previous: tuple[Any, ...], own: KlState, through: Through, updates: Tree
-) -> tuple[Tree, Any]:
+def _of_later_stage(later: tuple[Any, ...], through: Through, updates: Tree) -> tuple[Tree, Any]:
     """What the next such stage keeps, and a tree of the numbers of gradients it has seen, or of ().
 
-    Args:
-        own: this stage's state, by which its place among the previous ones is known.
-
     Raises:
-        ValueError: there is none, or it is of other statistics, that stand between.
+        ValueError: there is none, it is of other statistics, that stand between, or a leaf is
+            hidden from it.
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
-    after = parted(previous, own)[1]
     # The bases of a later stage are no roots; and what comes after other statistics is of those.
-    found: Any = first_state(after, (wanted, KroneckerState), closed=EigenbasisState)
+    found: Any = first_state(later, (wanted, KroneckerState), closed=EigenbasisState)
     if isinstance(found, KroneckerState):
         raise ValueError(
             f'kl_statistics(through="{through}") is followed by other statistics, by which {stage} '
@@ -242,22 +238,23 @@ def _of_later_stage(
         )
     try:
         bases = found if through == "roots" else found.bases
-        flatten(updates)[1].flatten_up_to(bases.kept)
+        kept = flatten(updates)[1].flatten_up_to(bases.kept)
     except (AttributeError, ValueError) as error:
         raise ValueError(
             f'kl_statistics(through="{through}") found no {stage} for its blocks: put it after it '
             f"in the same chain, as in chain(kl_statistics(...), {stage})."
-            f"{_of_another(after, through)}"
+            f"{_of_another(later, through)}"
         ) from error
+    check_none_hidden(kept, updates, f'kl_statistics(through="{through}")', stage)
     # Nobody counts for roots, for Ritz values and for bases that begin as the identity.
     counted = through == "eigenvalues" and found.seen != ()
     return bases.kept, found.seen if counted else map_leaves(lambda u: (), updates)
 
 
-def _of_another(after: tuple[Any, ...], through: Through) -> str:
+def _of_another(later: tuple[Any, ...], through: Through) -> str:
     """The remedy where the stage that another `through` reads stands there; else ""."""
     kind: Any = EigenbasisState if through == "roots" else RefreshedState
-    if first_state(after, kind, closed=EigenbasisState) is None:
+    if first_state(later, kind, closed=EigenbasisState) is None:
         return ""
     named = ("in_eigenbasis", "eigenvalues") if through == "roots" else ("root_inverse", "roots")
     return f' With the {named[0]}(...) that is there goes through="{named[1]}".'

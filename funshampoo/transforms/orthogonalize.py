@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flag, check_range
 from funshampoo.core.contract import EmptyState, GradientTransformation, Tree
-from funshampoo.core.parameters import check_local
+from funshampoo.core.parameters import UnfitLeafError, check_local
 from funshampoo.core.tree import cast, compute_dtype, flatten, leaf_names
 from funshampoo.core.tree import update_leaves as over_leaves
 from funshampoo.linalg.polar import Norm, polar_factor, polar_flops
@@ -109,8 +109,9 @@ def orthogonalize(
 def _check_matrices(params: Tree, block_ndim: int) -> None:
     for i, p in enumerate(flatten(params)[0]):
         if p.ndim < block_ndim + 2:
-            raise ValueError(
-                f"orthogonalize: '{leaf_names(params)[i]}' has the shape "
+            raise UnfitLeafError(
+                "orthogonalize: '{}' has the shape "
                 f"{tuple(p.shape[block_ndim:])} and is no matrix. Give it to another method, by "
-                "partition(...), or pass vectors='pass' to leave such updates as they are."
+                "partition(...), or pass vectors='pass' to leave such updates as they are.",
+                leaf_names(params)[i],
             )

@@ -30,7 +30,8 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
 
     Raises:
         ValueError: epsilon out of range; from update, the nearest `kl_statistics` before has no
-            eigenvalues, or another `in_eigenbasis` stands between.
+            eigenvalues, or they are those of another `in_eigenbasis`, that stands between or in the
+            direction of a `graft`.
 
     Reference: Lin et al., arXiv 2509.03378.
 
@@ -47,7 +48,7 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
     def scaled(
         updates: Tree,
         *,
-        previous: tuple[Any, ...] = (),
+        earlier: tuple[Any, ...] = (),
         hyper: Numbers = NO_NUMBERS,
     ) -> Tree:
         damping = number(epsilon, hyper)
@@ -57,26 +58,27 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
             h = outer([inverse_root(x) for x in eigenvalues]).reshape(u.shape)
             return (u * (h / (1 + multiply(h, damping, donate=False))),)
 
-        eigenvalues = _eigenvalues(previous, updates)
+        eigenvalues = _eigenvalues(earlier, updates)
         return update_leaves(leaf, updates, (), (eigenvalues,))[0]
 
     return stateless(scaled, "scale_by_eigenvalues", numbers=[epsilon])
 
 
-def _eigenvalues(previous: tuple[Any, ...], updates: Tree) -> Tree:
+def _eigenvalues(earlier: tuple[Any, ...], updates: Tree) -> Tree:
     """The λ_i in these bases.
 
     Raises:
         ValueError: the nearest statistics have none, or none in these bases.
     """
-    found: Any = find_state(previous, (KlState, EigenbasisState))
+    found: Any = find_state(earlier, (KlState, EigenbasisState))
     needed = 'put kl_statistics(through="eigenvalues") before the in_eigenbasis(...) that it is in'
     if found is None:
         raise ValueError(f"scale_by_eigenvalues found no eigenvalues: {needed}.")
     if isinstance(found, EigenbasisState):
         raise ValueError(
             "scale_by_eigenvalues found no eigenvalues in its bases: another in_eigenbasis(...) "
-            f"stands between, which those of the kl_statistics before both belong to; {needed}."
+            "comes before it, in the direction of a graft perhaps, which those of the "
+            f"kl_statistics before both belong to; {needed}."
         )
     if any([len(x) == 0 for x in flatten(updates)[1].flatten_up_to(found.eigenvalues)]):
         raise ValueError(

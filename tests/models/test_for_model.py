@@ -211,6 +211,21 @@ def test_who_says_something_of_the_guard_is_heard() -> None:
         assert {g["guard"] for g in groups} == expected, options
 
 
+def test_who_fails_again_and_again_is_told_what_to_give() -> None:
+    """The guard of AdamW's part has no max_failures that one could give."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan if p is model[0].bias else 1.0)
+    optimizer = fs.for_model(model, "soap", lr=0.01)
+    for _ in range(29):
+        optimizer.step()
+    with pytest.raises(fs.FailureLimitError, match=r"0.bias: .*guard=False \(to .*other_options"):
+        optimizer.step()
+    optimizer = fs.for_model(model, "soap", lr=0.01, other_options={"guard": False})
+    for _ in range(30):
+        optimizer.step()
+
+
 def test_options_and_overrides_reach_their_groups() -> None:
     model = ZOO["text"][0]()
     optimizer = fs.for_model(

@@ -116,9 +116,20 @@ def test_a_matrix_that_merging_makes_a_vector_is_no_matrix(recipe: Any, merge: A
     assert same == (set() if merge == "none" else {"out", "conv", "one"})
 
 
-def test_a_vector_that_is_called_a_matrix_is_refused_by_shape() -> None:
-    with pytest.raises(ValueError, match=r"has the shape \(5,\) and is no matrix"):
-        fs.muon(0.1, matrices=True).init({"b": torch.zeros(5)})
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fs.muon(0.1, matrices=True),
+        lambda: fs.soap_muon(0.1, matrices=True),
+        lambda: fs.blocked(fs.orthogonalize(), max_size=2),
+        fs.orthogonalize,
+    ],
+)
+def test_a_vector_that_is_called_a_matrix_is_refused_by_its_name(make: Any) -> None:
+    """Which inside of blocks is a stack's."""
+    params = {"weight": torch.zeros(4, 6), "layers": [{"bias": torch.zeros(2)}]}
+    with pytest.raises(ValueError, match=r"'layers.0.bias' has the shape \(2,\) and is no matrix"):
+        make().init(params)
 
 
 def test_without_parameters_nobody_knows_the_sides_of_a_missing_gradient() -> None:

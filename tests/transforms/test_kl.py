@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,14 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo import linalg
+from funshampoo.recipes import RECIPES
 
 Shape = tuple[int, ...]
 
 
 def gradients(shape: Shape, steps: int = 6) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)]
 
 
 def stepped(tx: fs.GradientTransformation, grads: list[Any], state: Any = None) -> Any:
@@ -157,6 +159,39 @@ def test_it_says_which_stage_it_misses(through: Any) -> None:
         stepped(fs.chain(statistics, other), gradients((2, 2), 1))
 
 
+ONE_FOR_BOTH: dict[str, Callable[[], list[fs.GradientTransformation]]] = {
+    "eigenvalues": lambda: [fs.kl_statistics(0.5), fs.in_eigenbasis(fs.scale_by_adam())],
+    "ritz": lambda: [
+        fs.kl_statistics(0.5, through="ritz", least_eigenvalue=0.1),
+        fs.in_eigenbasis(fs.sign()),
+    ],
+    "roots": lambda: [fs.kl_statistics(0.5, through="roots"), fs.root_inverse(1)],
+    "shampoo": lambda: [fs.kronecker_statistics(), fs.root_inverse(1)],
+    "soap": lambda: [fs.kronecker_statistics(), fs.in_eigenbasis(fs.scale_by_adam())],
+}
+
+
+@pytest.mark.parametrize("name", ONE_FOR_BOTH)
+@pytest.mark.parametrize("hides", ["masked", "partition"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_parameter_that_half_of_a_pair_does_not_see_is_named(
+    which: int, hides: str, name: str
+) -> None:
+    def hidden(stage: fs.GradientTransformation) -> fs.GradientTransformation:
+        if hides == "masked":
+            return fs.masked(stage, {"a": True, "b": False})
+        return fs.partition({"x": stage, "y": stage}, {"a": "x", "b": "y"})
+
+    pair, whole = ONE_FOR_BOTH[name](), fs.chain(*ONE_FOR_BOTH[name]())
+    pair[which] = hidden(pair[which])
+    tx, params = fs.chain(*pair), dict.fromkeys("ab", torch.ones(3, 3))
+    is_fine = which == 1 and name in ("shampoo", "soap")  # statistics that nobody reads
+    says = r"found no .* for '[ab]', which masked\(...\) or partition.*put a chain of the two"
+    with contextlib.nullcontext() if is_fine else pytest.raises(ValueError, match=says):
+        tx.update(params, tx.init(params))
+    hidden(whole).update(params, hidden(whole).init(params))
+
+
 OTHER_EIGENVALUES = {
     "none": (lambda: [fs.kronecker_statistics()], ": put"),
     "ritz": (
@@ -169,6 +204,16 @@ OTHER_EIGENVALUES = {
     ),
     "of bases in a chain": (
         lambda: [fs.kl_statistics(), fs.chain(fs.in_eigenbasis(fs.scale_by_eigenvalues()))],
+        "in its bases: another in_eigenbasis",
+    ),
+    "of the other branch's bases": (
+        lambda: [
+            fs.kl_statistics(),
+            fs.graft(
+                fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=1),
+                onto=fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=3),
+            ),
+        ],
         "in its bases: another in_eigenbasis",
     ),
 }
@@ -190,7 +235,8 @@ def test_other_statistics_between_are_refused(through: Any, later: Any) -> None:
 @pytest.mark.parametrize("name", OTHER_EIGENVALUES)
 def test_scale_by_eigenvalues_says_which_stage_it_misses(name: str) -> None:
     before, message = OTHER_EIGENVALUES[name]
-    tx = fs.chain(*before(), fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=3))
+    own = [] if "branch" in name else [fs.in_eigenbasis(fs.scale_by_eigenvalues(), every=3)]
+    tx = fs.chain(*before(), *own)
     with pytest.raises(ValueError, match=f"scale_by_eigenvalues found no eigenvalues.*{message}"):
         stepped(tx, gradients((2, 2), 1))
 
@@ -298,6 +344,26 @@ def test_a_pair_is_one_too_where_part_of_it_is_in_a_combinator(wrap: str, part: 
     g = gradients((3, 4), 4)
     expected = stepped(both([statistics], [bases]), g)[0]
     torch.testing.assert_close(stepped(tx, g)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tile", [None, 5])
+@pytest.mark.parametrize("name", ["kl_shampoo", "kl_soap", "soap", "shampoo"])
+def test_a_parameter_goes_its_way_whatever_rows_are_there(name: str, tile: int | None) -> None:
+    """Of some stacks all rows, of others some, as one of them has no gradient: of which states the
+    step sees, some are the stack's own tensors, and some are parts."""
+    shapes = {"a": (3, 4), "b": (3, 4), "v": (4,), "w": (4,)}
+    tx = RECIPES[name](0.01, every=2, tile=tile)
+    for absent in shapes:
+        params = {n: torch.ones(s, dtype=torch.float64) for n, s in shapes.items()}
+        alone = {n: {n: p.clone()} for n, p in params.items()}
+        state, states = tx.init(params), {n: tx.init(p) for n, p in alone.items()}
+        for t, draws in enumerate(zip(*[gradients(s, 5) for s in shapes.values()])):
+            grads = {n: None if n == absent and t % 2 else g for n, g in zip(shapes, draws)}
+            state = fs.update_in_place(tx, grads, state, params)
+            for n, own in alone.items():
+                states[n] = fs.update_in_place(tx, {n: grads[n]}, states[n], own)
+        for n, own in alone.items():
+            torch.testing.assert_close(params[n], own[n], rtol=0, atol=1e-12)
 
 
 def bases(every: int) -> fs.GradientTransformation:
