@@ -43,23 +43,20 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
             f"{stage} found the factor matrices of other blocks: put the stage that makes them "
             f"and {stage} inside the same blocked(...)."
         ) from error
-    check_none_hidden(factors, tree, stage, "kronecker_statistics(...)")
+    if MaskedNode in map(type, factors):
+        raise hidden_error(factors, tree, stage, "kronecker_statistics(...)")
     return found
 
 
-def check_none_hidden(parts: Sequence[Any], tree: Any, stage: str, other: str) -> None:
-    """Raise where a stage has leaves that are hidden from the one with which it is a pair.
+def hidden_error(parts: Sequence[Any], tree: Any, stage: str, other: str) -> ValueError:
+    """That a stage has leaves that are hidden from the one with which it is a pair, by a name.
 
     Args:
         parts: what the other one has of each leaf of the tree.
-        stage, other: the two, for the message.
-
-    Raises:
-        ValueError: names the leaf.
+        stage, other: the two.
     """
-    hidden = [i for i, part in enumerate(parts) if isinstance(part, MaskedNode)]
-    if hidden:
-        raise ValueError(
-            f"{stage} found no {other} for '{leaf_names(tree)[hidden[0]]}', which masked(...) or "
-            "partition(...) hides from it: put a chain of the two inside of that."
-        )
+    first = [isinstance(part, MaskedNode) for part in parts].index(True)
+    return ValueError(
+        f"{stage} found no {other} for '{leaf_names(tree)[first]}', which masked(...) or "
+        "partition(...) hides from it: put a chain of the two inside of that."
+    )

@@ -13,7 +13,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import cast, compute_dtype, flatten, map_leaves, update_leaves
+from funshampoo.core.tree import MaskedNode, cast, compute_dtype, flatten, map_leaves, update_leaves
 from funshampoo.operators.columns import counted, first_weights, weights_over
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
 from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
@@ -22,7 +22,7 @@ from funshampoo.operators.mode_products import unfold
 from funshampoo.state.meaning import meaning
 from funshampoo.state.nodes import first_state
 from funshampoo.state.stages import KroneckerState, RefreshedState
-from funshampoo.state.upstream import check_none_hidden
+from funshampoo.state.upstream import hidden_error
 from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
 
@@ -245,7 +245,8 @@ def _of_later_stage(later: tuple[Any, ...], through: Through, updates: Tree) -> 
             f"in the same chain, as in chain(kl_statistics(...), {stage})."
             f"{_of_another(later, through)}"
         ) from error
-    check_none_hidden(kept, updates, f'kl_statistics(through="{through}")', stage)
+    if MaskedNode in map(type, kept):
+        raise hidden_error(kept, updates, f'kl_statistics(through="{through}")', stage)
     # Nobody counts for roots, for Ritz values and for bases that begin as the identity.
     counted = through == "eigenvalues" and found.seen != ()
     return bases.kept, found.seen if counted else map_leaves(lambda u: (), updates)
