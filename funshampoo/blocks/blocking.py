@@ -144,7 +144,7 @@ class _Blocked:
                 state = inner.init(stack_blocks(detached_parameters(leaves), layout), **context)
         except UnfitLeafError as error:  # only here stacks are parameters
             own = [n for n, where in zip(names, layout.described) if error.leaf in where]
-            raise UnfitLeafError(error.text, own[0]) from None
+            raise UnfitLeafError(error.text, own[0] if own else error.leaf) from None
         described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
         return BlockedState(state, dict(zip(names, described)), started(inner.counts, clock))
 
