@@ -92,27 +92,30 @@ class coupled_newton(RootSolver):
 
     def _solve(self, A: Tensor, p: int, epsilon: Hyper) -> InverseRoot:
         A, finite = replace_nonfinite(A)
-        damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
-        result = self._attempt(A, damping, p, finite)
+        largest = largest_eigenvalue(A)
+        damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest)
+        result = self._attempt(A, largest, damping, p, finite)
         for _ in range(self.retries):
             settled = result.converged | result.residual.isinf()  # inf: there was nothing to solve
             if all_true(settled):
                 break
-            least = A.shape[-1] * torch.finfo(A.dtype).eps * largest_eigenvalue(A)
+            least = A.shape[-1] * torch.finfo(A.dtype).eps * largest
             damping = torch.maximum(10 * damping, least)
-            retried = self._attempt(A, damping, p, ~settled)
+            retried = self._attempt(A, largest, damping, p, ~settled)
             result = InverseRoot(
                 where(settled, result.root, retried.root),
                 *(torch.where(settled, a, b) for a, b in zip(result[1:], retried[1:], strict=True)),
             )
         return result
 
-    def _attempt(self, A: Tensor, damping: Tensor, p: int, wanted: Tensor) -> InverseRoot:
+    def _attempt(
+        self, A: Tensor, largest: Tensor, damping: Tensor, p: int, wanted: Tensor
+    ) -> InverseRoot:
         system = normalize(add_to_diagonal(A, damping), wanted)
         # A starting point, on which the limit does not depend: a constant to autograd.
         z: Tensor = (p + 1) / (2 * torch.linalg.matrix_norm(system.B.detach()))
         X = iterate(system, z, p, self.max_iterations, self.tolerance)
-        return certify(X, p, system, self.max_residual)
+        return certify(X, p, system, largest + damping, self.max_residual)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -164,7 +167,8 @@ class coupled_higher_order(RootSolver):
         system = normalize(add_to_diagonal(A, cast(ridge, A.dtype)), finite)
         z = 1 / system.B.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         X = iterate(system, z, root.numerator, self.max_iterations, self.tolerance, self.order)
-        result = certify(X, root.numerator, system, self.max_residual)
+        largest = largest_eigenvalue(A) + ridge
+        result = certify(X, root.numerator, system, largest, self.max_residual)
         return changed(result, root=matrix_power(result.root, root.denominator))
 
 

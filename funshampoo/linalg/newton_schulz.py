@@ -96,12 +96,13 @@ class newton_schulz(RootSolver):
 
     def _solve(self, A: Tensor, p: int, q: int, epsilon: Hyper) -> InverseRoot:
         A, finite = replace_nonfinite(A)
-        damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest_eigenvalue(A))
+        largest = largest_eigenvalue(A)
+        damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest)
         system = normalize(add_to_diagonal(A, damping), finite)
         # A polynomial that is close need not rise alike: its derivative takes a step more.
         tolerance = max(self.tolerance**2, 1e-14) if is_differentiated(A) else self.tolerance
         X = _inverse_root(system.B, p, self.condition, tolerance)
-        result = certify(X, p, system, self.max_residual)
+        result = certify(X, p, system, largest + damping, self.max_residual)
         if q == 1:
             return result
         return changed(result, root=symmetrize(matrix_power(result.root, q)))

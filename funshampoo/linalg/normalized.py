@@ -44,8 +44,12 @@ def normalize(A: Tensor, wanted: Tensor) -> Normalized:
     return Normalized(B, scale, solvable)
 
 
-def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> InverseRoot:
+def certify(
+    X: Tensor, p: int, system: Normalized, largest: Tensor, max_residual: float
+) -> InverseRoot:
     """The result for X ≈ B^(-1/p): converged where the residual of the root itself allows it.
+
+    largest: λmax (...) of scale·B, which a caller with relative damping has estimated anyhow.
 
     The residual is computed from X and B, not from what an iteration believes of itself. It is off
     by rounding of about machine epsilon·condition. X (..., d, d) must be finite.
@@ -53,7 +57,7 @@ def certify(X: Tensor, p: int, system: Normalized, max_residual: float) -> Inver
     B, scale, solvable = system
     X = symmetrize(X)
     residual = torch.where(solvable, _residual(X.detach(), p, B.detach()), torch.inf)
-    condition = largest_eigenvalue(B.detach()) * power(largest_eigenvalue(X.detach()), p)
+    condition = largest.detach() / scale * power(largest_eigenvalue(X.detach()), p)
     root = X * power(scale, -1 / p)[..., None, None]
     converged = residual <= max_residual
     condition = torch.where(solvable, condition, torch.inf)
