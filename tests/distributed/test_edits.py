@@ -301,6 +301,6 @@ def test_on_a_device_it_goes_on_until_the_others_look(monkeypatch: pytest.Monkey
 
 
 def test_a_rank_that_fails_meanwhile_is_told_first() -> None:
-    form = Scripted([status(3, 0), status(2, 5), status(0, 5)])
+    others = Scripted([status(3, 0), status(2, 5), status(0, 5)])
     with pytest.raises(RuntimeError, match="was interrupted on rank 1 of 3"):
-        announce([Last(form.met, 1)], list, None)
+        announce([Last(others.met, 1)], list, None)
