@@ -31,7 +31,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import funshampoo as fs
 from benchmarks.ranks import transformer
 from funshampoo.distributed import transfer
-from funshampoo.distributed.collectives import spreads
+from funshampoo.distributed.gathering import spreads
 
 WAYS = ("whole", "sharded", "overlap")
 

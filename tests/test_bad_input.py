@@ -148,6 +148,9 @@ def test_gradients_without_parameters(case: Case) -> None:
     state = tx.init(params)
     if tx.needs:
         check_refused(donated, f"{tx.needs} needs the parameters: pass", tx, grads, state, None)
+        around = fs.wrapping(tx, lambda run, updates, own: (run(updates, params=None), own))
+        match = f"run was given params=None, and {tx.needs} needs the parameters"
+        check_refused(donated, match, around, grads, around.init(params), params)
         return
     changes = [with_w(Tensor.int), with_w(lambda w: w + 0j), with_w(Tensor.to_sparse)]
     for change in changes:

@@ -159,6 +159,8 @@ class _Blocked:
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is False and self.inner.needs:
             raise without_parameters(self.inner.needs, block_ndim=1)
+        if self.with_params is not False and params is None:  # by `run`, which nobody looks at
+            raise without_parameters("blocked", block_ndim=0)
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.

@@ -47,7 +47,8 @@ class Leaves(NamedTuple):
         names: of the leaves.
         parameters: None where the step was not given them.
         gradients: None for a leaf without one.
-        where: where the leaves lie in blocks, equal for equal shapes.
+        where: where the leaves lie in blocks, equal for equal shapes: a `Layout`; of leaves that
+            are in none, what shares them out.
         shown: which parameters the step reads; None: none.
     """
 
@@ -82,7 +83,7 @@ class Spread(Protocol):
         """Run `step(inner state, put)`, and hand what all ranks found to `put`.
 
         Args:
-            leaves: what is stepped, to be compared with what the other ranks step; in this layout.
+            leaves: what is stepped and where it lies, to be compared with what other ranks step.
             absent: whether rows of this rank have no gradient, and so are not put.
 
         Returns:

@@ -40,6 +40,7 @@ def wrapping(
 
     Raises:
         TypeError: from update, `run` was given an unknown name, or no pair came back.
+        ValueError: from update, `run` was given params=None, and `inner` needs them.
 
     >>> import torch
     >>> from funshampoo import scale_by_adam
@@ -76,6 +77,11 @@ def wrapping(
             unknown = sorted([key for key in changes if key not in PLACES])
             if unknown:
                 raise TypeError(f"{name}: run knows no '{unknown[0]}'; known: {', '.join(PLACES)}.")
+            if params is None and inner.needs:
+                raise ValueError(
+                    f"{name}: run was given params=None, and {inner.needs} needs the parameters: "
+                    "leave params out, for those of the step, or give a tree of them."
+                )
             found = inner.run(updates, stepped, params, changed(inside, **changes))
             out, stepped = checked_pair(found, inner.name)
             return out

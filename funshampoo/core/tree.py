@@ -182,6 +182,11 @@ def columns_of(trees: Sequence[Any], spec: Any, updates: Any, inputs: int = 0) -
 
 
 def _input_differs(tree: Any, updates: Any) -> str:
+    if tree is None:  # `update` has looked, so that a combinator has not handed them on
+        return (
+            "a stage reads a tree beside its updates, as of parameters, and was given None: the "
+            "combinator around it has to hand on what it got."
+        )
     return (
         f"a stage reads {_described(tree)} beside its updates, which are {_described(updates)}. "
         "Inside of blocked, masked and partition updates are that part's alone, in blocked as "

@@ -1,4 +1,4 @@
-"""What all ranks have to have in common, and the error that says on which rank what differs.
+"""What all ranks have to have in common, and when they compare it.
 
 A rank's step is of use to the others only if all of them do the same, on the same parameters in the
 same order. That is checked where it costs next to nothing on an ordinary step:

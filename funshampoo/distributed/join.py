@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.distributed.collectives import ProcessGroup, on_the_host, spreads
+from funshampoo.distributed.collectives import ProcessGroup
+from funshampoo.distributed.gathering import on_the_host, spreads
 
 
 def group_of(transformations: Iterable[GradientTransformation]) -> ProcessGroup | None:

@@ -87,8 +87,8 @@ def owners_of(
     """The owner of every row of every stack, balanced by modelled cost over all stacks together.
 
     Blocks of a stack are alike, so each stack's owners are given to its rows in ascending order:
-    the rows of one owner are consecutive, one slice to copy. It is host work for
-    `init`: torch.compile can't trace it.
+    the rows of one owner are consecutive, one slice to copy. It is host work for `init`:
+    torch.compile can't trace it.
 
     Args:
         stacks: as in `Layout.stacks`, in an order that is the same on every rank. Only `block` and

@@ -26,11 +26,12 @@ from funshampoo.distributed.collectives import (
 )
 from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.disagreement import Last, Says, check
-from funshampoo.distributed.exchange import Transport, Whole, holding
+from funshampoo.distributed.exchange import Transport, holding
 from funshampoo.distributed.ownership import Works, owners_of, works_of
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.shards import Blocks, Piece, Shards, shards_of
 from funshampoo.distributed.transfer import Transfer
+from funshampoo.distributed.whole import Whole
 from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
 
@@ -65,7 +66,7 @@ class Ranks:
         dtype = self._dtype(blocks)
         key = tuple(blocks.stacks.items()), blocks.in_blocks, size, dtype
         if key not in self.known_shards:
-            if len(self.known_shards) > 8:  # groups were edited
+            if len(self.known_shards) > 64:  # groups were edited; each is of one tree
                 self.known_shards.clear()
             works = self._works(blocks) if blocks.in_blocks else None
             owners = owners_of(blocks.stacks, size, self.every, self._model(blocks), works)

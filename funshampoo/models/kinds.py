@@ -1,20 +1,15 @@
-"""What a parameter is, from the type of its module, its shape, and what is made of it.
-
-Which linear layer is a model's output, and whose weight a parameter is: torch.nn.utils makes
-weights of other parameters.
-"""
+"""What a parameter is, from the type of its module and from its shape."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrize import ParametrizationList
 
 from funshampoo.blocks.stacked import Stacked
 
@@ -138,101 +133,3 @@ def _of_other(module: nn.Module, p: Tensor) -> Kind:
     if found.role == "experts":
         return found._replace(transposed=getattr(module, "is_transposed", False) is True)
     return found
-
-
-_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-
-
-def output_weights(model: nn.Module) -> set[Tensor]:
-    """The weights of the layers that make a model's outputs, by identity; often of one.
-
-    That of `get_output_embeddings()`, where the model has that method and an answer. Else linear
-    layers of an embedding's shape, (vocabulary, width). Else the last layer of the model that has a
-    weight, in the order of registration, if it is linear. A layer that is repeated (inside an
-    nn.ModuleList, or one of several modules of one type in an nn.Sequential) and one of an
-    attention are no outputs.
-    """
-    for module in model.modules():
-        answer = getattr(module, "get_output_embeddings", None)
-        if callable(answer):
-            layer = answer()
-            found = weights_of(layer) if isinstance(layer, nn.Module) else []
-            if found:
-                return set(found)
-            break
-    once = list(_not_repeated(model))
-    linear = [p for m in once if isinstance(m, nn.Linear) for p in weights_of(m)]
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tables = {(m.num_embeddings, m.embedding_dim) for m in embeddings}
-    # A table of as many rows as columns says nothing: hidden matrices have its shape, too.
-    oblong = {shape for shape in tables if shape[0] != shape[1]}
-    shaped: set[Tensor] = {p for p in linear if tuple(p.shape) in oblong}
-    if shaped:
-        return shaped
-    makers = inside_parametrizations(model)
-    last = [m for m in model.modules() if m not in makers and _has_matrix(m)][-1:]
-    return {p for m in last if isinstance(m, nn.Linear) and m in once for p in weights_of(m)}
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    shapes = [p.shape for p in module.parameters(recurse=False)]
-    return is_linear(module) or any(sum(n != 1 for n in shape) > 1 for shape in shapes)
-
-
-def _not_repeated(model: nn.Module) -> set[nn.Module]:
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        children = [m for m in module.children() if any(True for _ in m.children())]
-        types = [type(m) for m in children]
-        if isinstance(module, _WHOLE):
-            inside |= set(module.modules())
-        elif isinstance(module, nn.ModuleList):
-            inside |= {m for child in children for m in child.modules()}
-        elif isinstance(module, nn.Sequential):
-            again = [m for m in children if types.count(type(m)) > 1]
-            inside |= {m for child in again for m in child.modules()}
-    return set(model.modules()) - inside
-
-
-_OF_HOOKS = ("g", "v", "orig")
-"""What torch.nn.utils.weight_norm and spectral_norm add to the name of the weight."""
-
-
-def layer_of(modules: Mapping[str, nn.Module], prefix: str, attribute: str) -> tuple[str, str]:
-    """Whose weight a parameter is, or is made into: the module's name, and the weight's there.
-
-    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
-    >>> modules = dict(layer.named_modules())
-    >>> layer_of(modules, "parametrizations.weight", "original0"), layer_of(modules, "", "bias")
-    (('', 'weight'), ('', 'bias'))
-    """
-    module = modules[prefix]
-    if isinstance(module, ParametrizationList):
-        place, _, weight = prefix.rpartition(".")
-        return place.rpartition(".")[0], weight
-    weight, _, kind = attribute.rpartition("_")
-    if kind in _OF_HOOKS and weight in vars(module):
-        return prefix, weight
-    return prefix, attribute
-
-
-def weights_of(layer: nn.Module) -> list[nn.Parameter]:
-    """The weight, or the parameters of a linear layer's shape that it is made of.
-
-    The weight itself is not asked for: to make it may change the layer, as spectral_norm does.
-    """
-    own = layer._parameters.get("weight")
-    if own is not None:
-        return [own]
-    shape = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
-    parts = list(layer.parameters(recurse=False))
-    made = layer._modules.get("parametrizations")
-    if isinstance(made, nn.ModuleDict) and "weight" in made:
-        parts += made["weight"].parameters(recurse=False)
-    return [p for p in parts if tuple(p.shape) == shape]
-
-
-def inside_parametrizations(model: nn.Module) -> set[nn.Module]:
-    """The modules that make weights of other parameters."""
-    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
-    return {inner for found in lists for inner in found.modules()}

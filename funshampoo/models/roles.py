@@ -14,16 +14,8 @@ from funshampoo.blocks.stacked import Stacked
 from funshampoo.core.bare import bare_names
 from funshampoo.core.checks import check_choice
 from funshampoo.core.tree import flatten, leaf_names
-from funshampoo.models.kinds import (
-    ROLES,
-    Heads,
-    Kind,
-    is_linear,
-    kind_of,
-    kind_of_shape,
-    layer_of,
-    output_weights,
-)
+from funshampoo.models.kinds import ROLES, Heads, Kind, is_linear, kind_of, kind_of_shape
+from funshampoo.models.weights import layer_of, output_weights
 
 
 def roles(
@@ -36,7 +28,7 @@ def roles(
     - "convolution": a kernel.
     - "embedding": a table of which rows are read, or positions: what is added to such rows.
     - "head": the weight that makes the outputs, also where it is tied to an embedding; see
-      `models.kinds.output_weights`.
+      `models.weights.output_weights`.
     - "experts": a stack of matrices, (experts, ., .).
     - "heads": query, key and value in one weight: nn.MultiheadAttention.in_proj_weight, and c_attn
       of transformers' GPT-2. Other modules don't say in which order they have them: name them in

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.distributed.collectives import gathered_objects, sharing_groups
+from funshampoo.distributed.collectives import gathered_objects
+from funshampoo.distributed.gathering import sharing_groups
 from funshampoo.optim.entries import is_shared
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.ready import Ready

@@ -9,14 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.distributed.agreement import print_of
-from funshampoo.distributed.collectives import (
-    ProcessGroup,
-    gathered_objects,
-    rank_and_size,
-    spreads,
-)
+from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line, described_value
 from funshampoo.distributed.disagreement import Last, announce, difference
+from funshampoo.distributed.gathering import spreads
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Plan
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.parameters import detached, problem_of_gradients
-from funshampoo.distributed.collectives import gathered
+from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
 from funshampoo.optim.entries import parted
 from funshampoo.state.checkpoint import carried_over, named_tensors

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.core.placed import is_in_parts
-from funshampoo.distributed.collectives import are_well, collected, sharing_groups, without_parts
+from funshampoo.distributed.gathering import are_well, collected, sharing_groups, without_parts
 from funshampoo.optim.entries import SHARED
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory

@@ -1,4 +1,4 @@
-"""What a stage finds in the states of the stages before it."""
+"""What a stage finds in the states of the stages before it, or misses in those of a partner."""
 
 from __future__ import annotations
 

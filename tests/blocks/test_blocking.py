@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import funshampoo as fs
 from funshampoo.blocks.layout import layout_of, leaf_keys, merged_shape
 from funshampoo.blocks.stacks import stack_blocks, unstack_blocks
+from funshampoo.core.context import EMPTY
 from tests.trees import gradients, problem, tensors, train
 
 shapes = st.lists(st.integers(0, 7), min_size=0, max_size=5)
@@ -169,6 +170,8 @@ def test_with_params_needs_them() -> None:
     tx = fs.blocked(fs.add_decayed_weights(0.5), with_params=True)
     with pytest.raises(ValueError, match="add_decayed_weights needs.*pass params"):
         tx.update(params, tx.init(params))
+    with pytest.raises(ValueError, match="blocked needs.*pass params"):  # as combinators call it
+        tx.run(params, tx.init(params), None, EMPTY)
     tx = fs.blocked(fs.add_decayed_weights(0.5))
     with pytest.raises(ValueError, match="with_params=True"):
         tx.update(params, tx.init(params), params)

@@ -182,7 +182,7 @@ def alike(rank: int, name: str) -> Any:
     params, opt = begun("whole", **({} if shared else {"distribute": None}))
     EDITS[name][0](opt, params)
     gathers = 0
-    original = fs.distributed.exchange.all_gather_into
+    original = fs.distributed.whole.all_gather_into
 
     def counted(*arguments: Any) -> None:
         nonlocal gathers
@@ -192,9 +192,9 @@ def alike(rank: int, name: str) -> Any:
     for t in (3, 4, 5):
         give_gradients(params, t)
         if t == 5:
-            fs.distributed.exchange.all_gather_into = counted
+            fs.distributed.whole.all_gather_into = counted
         opt.step()
-    fs.distributed.exchange.all_gather_into = original
+    fs.distributed.whole.all_gather_into = original
     return local(params), gathers
 
 
@@ -301,6 +301,6 @@ def test_on_a_device_it_goes_on_until_the_others_look(monkeypatch: pytest.Monkey
 
 
 def test_a_rank_that_fails_meanwhile_is_told_first() -> None:
-    form = Scripted([status(3, 0), status(2, 5), status(0, 5)])
+    others = Scripted([status(3, 0), status(2, 5), status(0, 5)])
     with pytest.raises(RuntimeError, match="was interrupted on rank 1 of 3"):
-        announce([Last(form.met, 1)], list, None)
+        announce([Last(others.met, 1)], list, None)

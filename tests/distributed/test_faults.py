@@ -16,8 +16,8 @@ from torch import Tensor
 import funshampoo as fs
 from funshampoo.blocks.layout import Stack
 from funshampoo.distributed.disagreement import Says
-from funshampoo.distributed.exchange import Whole
 from funshampoo.distributed.shards import shards_of
+from funshampoo.distributed.whole import Whole
 from funshampoo.state import health, state_dict
 from tests.distributed.problems import Shapes, block_state, held_here, report_of, tree
 from tests.distributed.ranks import Ranks
@@ -238,7 +238,7 @@ def test_an_exception_on_one_rank_is_raised_on_all_in_the_same_step(
 
 
 def unread(rank: int) -> Any:
-    """Where looking would wait for a device, nobody looks before step `every`."""
+    """An exchange whose statuses nobody reads, as on a device before step `every`."""
     stack = Stack((4,), torch.float32, torch.device("cpu"), rows=4)
     shards = shards_of({"4": stack}, {"4": (0, 0, 1, 1)}, 2, torch.float32)
     key = torch.device("cpu"), torch.float32, 2 * shards.length

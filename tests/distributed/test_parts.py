@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import funshampoo as fs
-from funshampoo.distributed.collectives import spreads
+from funshampoo.distributed.gathering import spreads
 from tests.distributed.problems import Shapes, block_state, held_here, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.core.context import EMPTY
 
 D = torch.float64
 
@@ -180,6 +181,9 @@ def test_missing_parameters_are_named_with_the_remedy(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=f"{name} needs the parameters: {remedy}"):
             tx.update(u, tx.init(u))
+    tx = STAGES[name]()
+    with pytest.raises(ValueError, match="was given None: the combinator around it has to hand on"):
+        tx.run(u, tx.init(u), None, EMPTY)
 
 
 @pytest.mark.parametrize(
