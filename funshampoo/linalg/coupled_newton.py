@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funshampoo.core.context import changed
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import all_true, full_precision
 from funshampoo.core.tree import cast
@@ -164,8 +163,7 @@ class coupled_higher_order(RootSolver):
         system = normalize(add_to_diagonal(A, cast(ridge, A.dtype)), finite)
         z = 1 / system.B.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         X = iterate(system, z, root.numerator, self.max_iterations, self.tolerance, self.order)
-        result = certify(X, root.numerator, system, self.max_residual)
-        return changed(result, root=matrix_power(result.root, root.denominator))
+        return certify(X, root.numerator, system, self.max_residual, root.denominator)
 
 
 def iterate(
