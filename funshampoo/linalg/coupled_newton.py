@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funshampoo.core.context import changed
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import all_true, full_precision
 from funshampoo.core.tree import cast
@@ -168,8 +167,8 @@ class coupled_higher_order(RootSolver):
         z = 1 / system.B.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         X = iterate(system, z, root.numerator, self.max_iterations, self.tolerance, self.order)
         largest = largest_eigenvalue(A) + ridge
-        result = certify(X, root.numerator, system, largest, self.max_residual)
-        return changed(result, root=matrix_power(result.root, root.denominator))
+        p, q = root.as_integer_ratio()
+        return certify(X, p, system, largest, self.max_residual, power_of_root=q)
 
 
 def iterate(

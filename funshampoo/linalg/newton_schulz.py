@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funshampoo.core.context import changed
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import full_precision, is_differentiated
 from funshampoo.linalg.estimates import largest_eigenvalue
@@ -25,7 +24,6 @@ from funshampoo.linalg.solver import (
     identity_like,
     integer_exponent,
     replace_nonfinite,
-    symmetrize,
     total_damping,
     where,
 )
@@ -37,7 +35,6 @@ _LARGEST = 16.0
 @dataclass(frozen=True, eq=False, kw_only=True)
 class newton_schulz(RootSolver):
     """Inverse root by a fixed number of coupled polynomial steps, for integer p, 3/2 and 9/2.
-
 
     The coupled iteration of Guo and Higham (see `coupled_newton`) with other polynomials than
     Newton's, on Ã = A + damping·I with c = ‖Ã‖_∞ ≥ λmax:
@@ -69,9 +66,9 @@ class newton_schulz(RootSolver):
     returned are estimates by power iterations.
     condition: the largest λmax / λmin of Ã to be prepared for, about 1 / relative_epsilon.
     max_residual: see `coupled_newton`.
-    Raises ValueError for a negative number as relative_epsilon, epsilon or max_residual,
-    condition < 1, tolerance < 1e-14, or another p; TypeError for a dtype other than float32 and
-    float64.
+    Raises ValueError for a negative number as relative_epsilon, epsilon or max_residual, a
+    condition below 1 or of inf, tolerance < 1e-14, or another p; TypeError for a dtype other than
+    float32 and float64.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 16.0]))
@@ -88,6 +85,11 @@ class newton_schulz(RootSolver):
     tolerance: float = 1e-6
     max_residual: float = 0.5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if math.isinf(self.condition):  # steps would have no end
+            raise ValueError("condition must be finite, got inf: give about 1 / relative_epsilon")
+
     def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """See `RootSolver`."""
         check_matrix(A)
@@ -102,10 +104,7 @@ class newton_schulz(RootSolver):
         # A polynomial that is close need not rise alike: its derivative takes a step more.
         tolerance = max(self.tolerance**2, 1e-14) if is_differentiated(A) else self.tolerance
         X = _inverse_root(system.B, p, self.condition, tolerance)
-        result = certify(X, p, system, largest + damping, self.max_residual)
-        if q == 1:
-            return result
-        return changed(result, root=symmetrize(matrix_power(result.root, q)))
+        return certify(X, p, system, largest + damping, self.max_residual, power_of_root=q)
 
 
 def degree_and_power(p: float) -> tuple[int, int]:
@@ -123,7 +122,7 @@ def degree_and_power(p: float) -> tuple[int, int]:
 def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:
     """B^(-1/p), finite whatever B's eigenvalues are."""
     scale, identity = _row_sum_norm(B), identity_like(B)
-    lower = (condition * math.sqrt(B.shape[-1])) ** (-1 / p)
+    lower = condition ** (-1 / p) * B.shape[-1] ** (-0.5 / p)  # the product may be inf
     M, X = B / scale, identity.expand_as(B)
     steps = root_steps(p, lower, tolerance)
     for i, step in enumerate(steps):

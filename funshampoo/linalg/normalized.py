@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.linalg.estimates import largest_eigenvalue, spectral_norm
-from funshampoo.linalg.products import aligned, multiply, power
+from funshampoo.linalg.products import aligned, matrix_power, multiply, power
 from funshampoo.linalg.solver import InverseRoot, or_identity, symmetrize
 
 _RESIDUAL_ITERATIONS = 4
@@ -45,21 +45,32 @@ def normalize(A: Tensor, wanted: Tensor) -> Normalized:
 
 
 def certify(
-    X: Tensor, p: int, system: Normalized, largest: Tensor, max_residual: float
+    X: Tensor,
+    p: int,
+    system: Normalized,
+    largest: Tensor,
+    max_residual: float,
+    power_of_root: int = 1,
 ) -> InverseRoot:
     """The result for X ≈ B^(-1/p): converged where the residual of the root itself allows it.
 
-    largest: λmax (...) of scale·B, which a caller with relative damping has estimated anyhow.
-
     The residual is computed from X and B, not from what an iteration believes of itself. It is off
-    by rounding of about machine epsilon·condition. X (..., d, d) must be finite.
+    by rounding of about machine epsilon·condition, and the dtype's largest number where powers of
+    X overflow. A root that leaves the dtype's range is none. X (..., d, d) must be finite.
+    largest: λmax (...) of scale·B, which a caller with relative damping has estimated anyhow.
+    power_of_root: of the root that is returned; the residual is that of X.
     """
     B, scale, solvable = system
     X = symmetrize(X)
-    residual = torch.where(solvable, _residual(X.detach(), p, B.detach()), torch.inf)
+    most = torch.finfo(B.dtype).max  # inf says that there was nothing to solve
+    residual = _residual(X.detach(), p, B.detach()).nan_to_num(nan=most, posinf=most)
+    residual = torch.where(solvable, residual, torch.inf)
     condition = largest.detach() / scale * power(largest_eigenvalue(X.detach()), p)
     root = X * power(scale, -1 / p)[..., None, None]
     converged = residual <= max_residual
+    if power_of_root > 1:  # of the identity where it would be one of inf, whose derivative is NaN
+        root = symmetrize(matrix_power(or_identity(converged, root), power_of_root))
+    converged = converged & root.detach().abs().amax((-2, -1)).isfinite()
     condition = torch.where(solvable, condition, torch.inf)
     return InverseRoot(or_identity(converged, root), residual, condition, converged)
 

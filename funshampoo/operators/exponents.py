@@ -117,6 +117,9 @@ def _check_by_order(exponents: Mapping[int, float | Mapping[int, float]]) -> Non
     for order, given in exponents.items():
         by_side = given if isinstance(given, Mapping) else {0: given}
         for side, exponent in by_side.items():
+            for key in (order, side):
+                if not isinstance(key, int):
+                    raise ValueError(f"exponents has the key {key!r}; orders and sides are ints")
             if not 0 <= side < max(order, 1):
                 raise ValueError(f"exponents[{order}] names side {side}; order {order} has none.")
             check_range(f"exponents[{order}]", exponent, 0.0)

@@ -43,7 +43,24 @@ def loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str
         if name == "param_names":
             replaced = bool(value) and not group.get(name)
         if name != "params" and replaced:
-            found[name] = copy.deepcopy(value)
+            found[name] = _by_number(copy.deepcopy(value), group.get(name))
+    return found
+
+
+def _by_number(value: Any, ours: Any) -> Any:
+    """The value; keys that are strings of numbers are numbers where ours are, as of `exponents`.
+
+    torch.distributed.checkpoint makes strings of keys, and puts what it loads behind what was there
+    under the numbers: the last one is the checkpoint's.
+    """
+    if not (isinstance(value, Mapping) and isinstance(ours, Mapping)):
+        return value
+    if not any(isinstance(key, int) for key in ours):
+        return value
+    found = {}
+    for key, one in value.items():
+        number = int(key) if isinstance(key, str) and key.isdecimal() else key
+        found[number] = _by_number(one, ours.get(number))
     return found
 
 

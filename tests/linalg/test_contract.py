@@ -141,3 +141,6 @@ def test_wrong_factory_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=f"{name} must be at least"):
             make(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="condition must be finite"):
+        newton_schulz(condition=float("inf"))  # whose steps had no end
+    assert newton_schulz(condition=1.7e308)(torch.eye(4), 4).converged

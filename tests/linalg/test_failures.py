@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from funshampoo import chain, kronecker_statistics, root_inverse
-from funshampoo.linalg import Solver, coupled_newton, eigh, newton_schulz, pseudo_inverse
+from funshampoo.linalg import (
+    Solver,
+    coupled_higher_order,
+    coupled_newton,
+    eigh,
+    newton_schulz,
+    pseudo_inverse,
+)
 from funshampoo.linalg import stacked_eigh as module
+from funshampoo.linalg.estimates import spectral_norm
 
 from .spectra import DTYPES, log_spaced, orthogonal, solvers, with_spectrum
 
@@ -216,3 +224,51 @@ def test_a_stack_in_several_calls(d: int, most: int, monkeypatch: pytest.MonkeyP
     for x, y in zip(found, expected, strict=True):
         assert x.equal(y)
     assert found.root.shape == A.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_whose_squares_overflow_is_not_0(dtype: torch.dtype) -> None:
+    """It was: v / ‖v R‖ = v / inf. The residual of a lost root said then that it was exact."""
+    large = torch.finfo(dtype).max ** 0.7
+    like = torch.zeros(2, 4, 4, dtype=dtype)
+    assert (spectral_norm(lambda v: v * large, like, 4) >= 0.99 * large).all()
+    assert spectral_norm(lambda v: v * large * large, like, 4).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [newton_schulz(), coupled_newton(retries=0), coupled_higher_order()],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_no_verdict_lies_where_powers_of_the_root_overflow(solver: Solver) -> None:
+    """Of indefinite matrices, in which eigenvalues grow without an end."""
+    for d in (2, 16, 64):
+        values = torch.linspace(-1, 1, d, dtype=torch.float64) * 0.9
+        values[: d // 2] *= torch.logspace(-4, 0, d // 2, dtype=torch.float64)
+        A = with_spectrum(orthogonal(d, 8), values, torch.float32)
+        for p in (2, 3, 4, 8, 10, 12, 16, 32, 64):
+            found = solver(A, p, 0.0)
+            assert not found.converged.any(), (d, p)
+            assert found.residual.isfinite().all()  # inf: there was nothing to solve
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        newton_schulz(),
+        coupled_newton(retries=0),
+        coupled_higher_order(),
+        eigh(relative_epsilon=1e-6),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_a_root_beyond_the_range_is_none(solver: Solver) -> None:
+    A = torch.diag(torch.tensor([1e-33, 0.0])) * torch.tensor([1.0, 1e33])[:, None, None]
+    A = A.requires_grad_()  # the first: 1 / (1e-6 · 1e-33)
+    found = solver(A, 1, 0.0)
+    assert found.converged.tolist() == [False, True]
+    assert found.root[0].equal(torch.eye(2))
+    found.root.sum().backward()
+    assert A.grad is not None
+    assert A.grad[0].count_nonzero() == 0
+    assert A.grad[1].isfinite().all()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -324,6 +326,31 @@ def test_distributed_checkpoint_state_dicts(method: Method, flatten: bool) -> No
     train(again, other, range(4, 8))
     assert moved(dict(again.named_parameters()), before)
     assert_same(dict(model.named_parameters()), dict(again.named_parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("exponents", [{2: 1 / 3}, {1: 0.2, 2: {0: 0.5, 1: 0.25}}])
+def test_numbers_as_keys_come_back_from_a_distributed_checkpoint(
+    exponents: dict[int, Any], tmp_path: Path
+) -> None:
+    """Which makes strings of them, and leaves ours beside what it loads."""
+    model, other = model_of(), model_of()
+    ours = {
+        key: 0.1 if isinstance(e, float) else dict.fromkeys(e, 0.1) for key, e in exponents.items()
+    }
+    saving = fs.Optimizer(model.parameters(), fs.shampoo, lr=0.01, exponents=exponents)
+    loading = fs.Optimizer(other.parameters(), fs.shampoo, lr=0.01, exponents=ours)
+    train(model, saving, range(3))
+    train(other, loading, range(1))
+    saved, into = get_optimizer_state_dict(model, saving), get_optimizer_state_dict(other, loading)
+    dcp.save(saved, checkpoint_id=tmp_path)
+    dcp.load(into, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(other, loading, into)
+    other.load_state_dict(model.state_dict())
+    assert loading.param_groups[0]["exponents"] == exponents
+    train(model, saving, range(3, 6))
+    train(other, loading, range(3, 6))
+    assert_same(dict(model.named_parameters()), dict(other.named_parameters()))
 
 
 def saved_by(named: bool, steps: int = 3) -> tuple[dict[str, Any], dict[str, Parameter]]:

@@ -173,6 +173,7 @@ def test_the_default_step_is_the_documented_chain() -> None:
         ({"weight_decay": 0.1, "weight_decay_kind": "corrected"}, "needs peak_learning_rate"),
         ({"trace_scaling": 2.0}, "trace_scaling is 2.0"),
         ({"exponents": {2: {2: 0.5}}}, "names side 2"),
+        ({"exponents": {"2": 0.5}}, "exponents has the key '2'"),
         ({"exponents": "-1/4"}, "exponents is '-1/4'; choose one of 'shampoo', 'shampoo_squared'"),
         ({"exponents": -0.25}, "exponents is -0.25"),
         ({"sides": "larger"}, "sides is 'larger'; choose one of 'smaller'"),
