@@ -116,13 +116,13 @@ def degree_and_power(p: float) -> tuple[int, int]:
     check_exponent(p)
     if 2 * p in TABLES and (p == 1 or p != int(p)):
         return int(2 * p), 2
-    return integer_exponent(p, "newton_schulz"), 1
+    return integer_exponent(p, "newton_schulz, or 3/2 or 9/2"), 1
 
 
 def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:
     """B^(-1/p), finite whatever B's eigenvalues are."""
     scale, identity = _row_sum_norm(B), identity_like(B)
-    lower = condition ** (-1 / p) * B.shape[-1] ** (-0.5 / p)  # the product may be inf
+    lower = condition ** (-1 / p) * math.sqrt(B.shape[-1]) ** (-1 / p)  # the product may be inf
     M, X = B / scale, identity.expand_as(B)
     steps = root_steps(p, lower, tolerance)
     for i, step in enumerate(steps):

@@ -121,4 +121,7 @@ def _reached(p: int, k: int, low: float, high: float) -> tuple[float, float]:
 
 
 def _value(coefficients: tuple[float, ...], t: float) -> float:
-    return sum(c * t**j for j, c in enumerate(coefficients))
+    found = 0.0
+    for c in reversed(coefficients):  # a graph with sides that vary can't raise t to 0
+        found = found * t + c
+    return found

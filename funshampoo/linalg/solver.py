@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -107,7 +108,7 @@ def check_matrix(A: Tensor) -> None:
 
 def check_exponent(p: float) -> None:
     """Raise unless p is a positive Python number."""
-    if isinstance(p, Tensor) or not p > 0:
+    if isinstance(p, Tensor) or not 0 < p < math.inf:
         raise ValueError(f"p must be a positive Python number, got {p}: the root is A^(-1/p)")
 
 

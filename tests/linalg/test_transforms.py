@@ -170,3 +170,15 @@ def test_coupled_newton_compiles_by_running_masked() -> None:
     compiled = torch.compile(lambda A: solve(A, 2, 0.0), fullgraph=True, backend="aot_eager")
     for eager, graph in zip(solve(A, 2, 0.0), compiled(A), strict=True):
         torch.testing.assert_close(eager, graph)
+
+
+@pytest.mark.slow
+def test_newton_schulz_compiles_where_sides_vary() -> None:
+    """How many steps there are follows from the side, which is a symbol then."""
+    solve = newton_schulz()
+    compiled = torch.compile(
+        lambda A: solve(A, 4, 0.0), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for d in (5, 9):
+        A = with_spectrum(orthogonal(d), log_spaced(d, 10), torch.float32)
+        torch.testing.assert_close(compiled(A).root, solve(A, 4, 0.0).root, rtol=1e-4, atol=1e-4)
