@@ -163,7 +163,8 @@ class coupled_higher_order(RootSolver):
         A, finite = replace_nonfinite(A)
         largest_row_sum = A.abs().sum(-1).amax(-1)
         ridge = torch.clamp(self.relative_epsilon * largest_row_sum, min=self.absolute_epsilon)
-        system = normalize(add_to_diagonal(A, cast(ridge, A.dtype)), finite)
+        ridge = cast(ridge, A.dtype)
+        system = normalize(add_to_diagonal(A, ridge), finite)
         z = 1 / system.B.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         X = iterate(system, z, root.numerator, self.max_iterations, self.tolerance, self.order)
         largest = largest_eigenvalue(A) + ridge

@@ -116,7 +116,7 @@ def degree_and_power(p: float) -> tuple[int, int]:
     check_exponent(p)
     if 2 * p in TABLES and (p == 1 or p != int(p)):
         return int(2 * p), 2
-    return integer_exponent(p, "newton_schulz, or 3/2 or 9/2"), 1
+    return integer_exponent(p, "newton_schulz", others="others than 3/2 and 9/2"), 1
 
 
 def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:

@@ -112,11 +112,11 @@ def check_exponent(p: float) -> None:
         raise ValueError(f"p must be a positive Python number, got {p}: the root is A^(-1/p)")
 
 
-def integer_exponent(p: float, solver: str) -> int:
+def integer_exponent(p: float, solver: str, others: str = "others") -> int:
     """Return p as an int; raise unless it is a positive integer, as `solver` needs."""
     check_exponent(p)
     if p != int(p):
-        raise ValueError(f"p must be an integer for {solver}, got {p}: use eigh() for others")
+        raise ValueError(f"p must be an integer for {solver}, got {p}: use eigh() for {others}")
     return int(p)
 
 
