@@ -65,12 +65,14 @@ def _adapted(function: Callable[..., Any], required: int) -> Adapted:
     by_name = not by_place and ("params" in keywords or any_keyword)
     declared = keywords - set(names[: required + by_place]) - {"params"}
     fields = [(name, PLACES[name]) for name in sorted(declared & _CONTEXT)]
-    own = declared - _CONTEXT
+    own = declared - _CONTEXT - {"previous"}
 
     def call(updates: Any, state: Any, params: Any, context: Context, run: Any = None) -> Any:
         given = as_keywords(context) if any_keyword else {n: context[i] for n, i in fields}
         if context.extra and not any_keyword:
             given |= {name: x for name, x in context.extra.items() if name in own}
+        if "previous" in declared:
+            given["previous"] = context.previous
         if by_name:
             given["params"] = params
         arguments = (run, updates, state)[3 - required :] if required > 1 else (updates,)

@@ -54,6 +54,11 @@ class Context(NamedTuple):
     extra: Mapping[str, Any] = NOTHING
     usable: bool = False
 
+    @property
+    def previous(self) -> tuple[Any, ...]:
+        """The old states of all other stages, which a function gets that declares this name."""
+        return (*self.earlier, *self.later)
+
 
 EMPTY = Context()
 PLACES = {n: i for i, n in enumerate(Context._fields) if n not in ("extra", "usable")}

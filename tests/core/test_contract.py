@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.core.context import Context
 from funshampoo.core.contract import as_transformation
 
 
@@ -229,3 +230,25 @@ def test_a_stage_that_takes_everything_may_be_called_without_parameters() -> Non
     g = {"w": torch.ones(2)}
     assert tx.update(g, ())[0]["w"].tolist() == [1.0, 1.0]
     assert tx.update(g, (), g)[0]["w"].tolist() == [2.0, 2.0]
+
+
+def test_a_stage_may_ask_for_the_old_states_of_all_others() -> None:
+    """By `previous`, or by `earlier` and `later`, which it is made of; its own is none of them."""
+    seen: list[Any] = []
+
+    def update(updates: Any, state: Any, *, previous: Any, later: Any) -> tuple[Any, Any]:
+        seen.append((previous, later))
+        return updates, state
+
+    def whole(updates: Any, state: Any, params: Any, context: Context) -> tuple[Any, Any]:
+        seen.append((context.previous, context.later))
+        return updates, state
+
+    g = {"w": torch.ones(2)}
+    for own in (update, whole):
+        stage = fs.GradientTransformation(lambda params: (), own)
+        tx = fs.chain(fs.trace(0.9), stage, fs.chain(fs.scale_by_sgd(), fs.ema(0.5)))
+        state = tx.init(g)
+        tx.update(g, state)
+        before, _, after = state.values()
+        assert seen.pop() == ((before, after), (after,))
