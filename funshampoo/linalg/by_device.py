@@ -10,8 +10,7 @@ from torch import Tensor
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import may_wait
 from funshampoo.linalg.eigensolver import eigh
-from funshampoo.linalg.newton_schulz import newton_schulz
-from funshampoo.linalg.root_steps import TABLES
+from funshampoo.linalg.newton_schulz import newton_schulz, takes
 from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
 
 LARGEST_SIDE_OF_EIGH = 32
@@ -63,8 +62,7 @@ class by_device(RootSolver):
         check_exponent(p)
         relative = self.relative_epsilon
         is_conditioned = isinstance(relative, Tensor) or relative >= LEAST_RELATIVE_EPSILON
-        whole = float(p).is_integer() or 2 * p in TABLES
-        by_products = whole and is_conditioned and self._by_products(A)
+        by_products = takes(p) and is_conditioned and self._by_products(A)
         return (newton_schulz if by_products else eigh)(relative_epsilon=relative)(A, p, epsilon)
 
     def _by_products(self, A: Tensor) -> bool:

@@ -107,6 +107,11 @@ class newton_schulz(RootSolver):
         return certify(X, p, system, largest + damping, self.max_residual, power_of_root=q)
 
 
+def takes(p: float) -> bool:
+    """Whether `newton_schulz` finds A^(-1/p)."""
+    return float(p).is_integer() or 2 * p in TABLES
+
+
 def degree_and_power(p: float) -> tuple[int, int]:
     """(m, q) of A^(-1/p) = (A^(-1/m))^q for a p that `newton_schulz` takes.
 
@@ -114,7 +119,7 @@ def degree_and_power(p: float) -> tuple[int, int]:
         ValueError: for another.
     """
     check_exponent(p)
-    if 2 * p in TABLES and (p == 1 or p != int(p)):
+    if p == 1 or (p != int(p) and takes(p)):
         return int(2 * p), 2
     return integer_exponent(p, "newton_schulz", others="others than 3/2 and 9/2"), 1
 
