@@ -26,7 +26,9 @@ def roles(
     - "matrix": the weight of a linear layer, (outputs, inputs) or, in transformers' Conv1D, the
       other way round.
     - "convolution": a kernel.
-    - "embedding": a table of which rows are read, or positions: what is added to such rows.
+    - "embedding": a table of which rows are read, or positions: what is added to such rows. And a
+      tensor beside layers whose sides don't fit theirs: latents, biases of attention, decays of
+      state-space models.
     - "head": the weight that makes the outputs, also where it is tied to an embedding; see
       `models.weights.output_weights`.
     - "experts": a stack of matrices, (experts, ., .).
