@@ -98,6 +98,19 @@ class BesideLayers(nn.Module):
         self.out = nn.Linear(16, 2)
 
 
+class Codebooks(nn.Module):
+    """An output layer for each of several codebooks, as MusicGen has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.ModuleList([nn.Embedding(21, 8) for _ in range(2)])
+        self.hidden = nn.Linear(8, 8)
+        self.heads = nn.ModuleList([nn.Linear(8, 20) for _ in range(2)])
+
+    def get_output_embeddings(self) -> nn.ModuleList:
+        return self.heads
+
+
 def transformers(name: str, config: str, **options: Any) -> nn.Module:
     library = pytest.importorskip("transformers")
     common = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -160,6 +173,10 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]]]] = {
     "experts": (
         Experts,
         {"experts": ["up", "down"], "matrix": ["router.weight"], "head": ["out.weight"]},
+    ),
+    "codebooks": (
+        Codebooks,
+        {"embedding": ["tokens.*"], "matrix": ["hidden.weight"], "head": ["heads.*.weight"]},
     ),
     "beside layers": (
         BesideLayers,
