@@ -38,7 +38,8 @@ def random_bits(sources: Sequence[Tensor], salt: Tensor) -> Tensor:
 
 def _shifted(x: Tensor, places: int) -> Tensor:
     """Bits to the right; zeros come in, whatever the sign."""
-    found: Tensor = (x >> places) & (2 ** (32 - places) - 1)
+    # Not x >> places, by which torch 2.13 shifts no DTensor.
+    found: Tensor = torch.bitwise_right_shift(x, places) & (2 ** (32 - places) - 1)
     return found
 
 
