@@ -17,6 +17,7 @@ from funshampoo.migrate import (
     published_soap_muon,
 )
 from funshampoo.migrate.reference import from_reference
+from funshampoo.migrate.wording import in_their_words
 
 Builder = Callable[..., GradientTransformation]
 
@@ -77,7 +78,8 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
     waits for the next in the identity.
 
     Raises:
-        ValueError: the method, or the value of an argument, is unknown.
+        ValueError: the method, or the value of an argument, is unknown or out of range. The error
+            names the argument as its constructor does.
         TypeError: the constructor has no such argument.
         NotImplementedError: an argument asks for what is not built here, named.
 
@@ -100,7 +102,7 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
         )
     for name, value in args.items():
         _check(name, value, known[name])
-    return builder(**args)
+    return in_their_words(builder)(**args)
 
 
 _ENTRIES = {"betas": 2, "ns_coefficients": 3}
