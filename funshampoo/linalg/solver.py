@@ -82,7 +82,7 @@ class RootSolver(ABC):
                 continue
             if field.type == "int":
                 check_count(field.name, value, int(least))
-            else:
+            elif not isinstance(value, Tensor):  # one may have a number for each matrix
                 check_range(field.name, value, least)
 
     @abstractmethod
@@ -133,7 +133,8 @@ def total_damping(
 
     `largest` returns λmax(A); it is not called when relative_epsilon is the number 0.
     """
-    check_range("epsilon", epsilon, 0)
+    if not isinstance(epsilon, Tensor):
+        check_range("epsilon", epsilon, 0)
     damping = A.new_zeros(A.shape[:-2]) + _like(epsilon, A, "epsilon")
     if isinstance(relative_epsilon, Tensor) or relative_epsilon != 0:
         # Rounding can leave λmax of a vanishing matrix negative; damping must not be.

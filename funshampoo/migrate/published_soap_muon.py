@@ -97,7 +97,8 @@ def soap_muon(
 
     if initial_lr is not None:
         check_range("initial_lr", initial_lr, 0.0, high_open=True)
-    momentum = mu_schedule if callable(mu_schedule) else mu_schedule and _listed(mu_schedule)
+    given = mu_schedule is None or callable(mu_schedule)
+    momentum: Any = mu_schedule if given else _listed(mu_schedule)  # type: ignore[arg-type]
     tx = by_role(mu) if momentum is None else inject_hyperparams(by_role)(momentum)
     if lookahead is not None:
         return chain(tx, _looking_ahead(lr, initial_lr, lookahead))
@@ -166,12 +167,14 @@ def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Sche
 
 
 def _listed(values: Sequence[float]) -> Schedule:
+    if len(values) == 0:
+        raise ValueError("mu_schedule is empty; leave it out, and mu is the momentum of all steps.")
     for value in values:
         check_range("mu_schedule", value, 0.0, 1.0, high_open=True)
 
     @functools.partial(constant, most=4)
     def table(device: torch.device) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)
+        return torch.as_tensor(values, dtype=torch.float64, device=device)
 
     def at(count: Tensor) -> Tensor:
         place = count.clamp(max=len(values) - 1).reshape(1)
