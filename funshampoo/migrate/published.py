@@ -123,6 +123,21 @@ def _check(name: str, value: Any, known: inspect.Parameter) -> None:
         check_entries(name, value, _ENTRIES[name])
 
 
+def constructor_of(method: Any) -> inspect.Signature | None:
+    """Of a partial of `from_published`, the arguments that are left; None of anything else.
+
+    >>> list(constructor_of(functools.partial(from_published, "Muon")).parameters)[:2]
+    ['lr', 'weight_decay']
+    """
+    given = dict(getattr(method, "keywords", {}))
+    name = given.pop("method", next(iter(getattr(method, "args", ())), None))
+    if getattr(method, "func", None) is not from_published or name not in METHODS:
+        return None
+    known = inspect.signature(METHODS[name])
+    left = [p for n, p in known.parameters.items() if n not in given]
+    return known.replace(parameters=left)
+
+
 def first_rate_of(method: Any) -> str | None:
     """The argument that is lr as the constructor got it; None where there is none left to give.
 
