@@ -13,6 +13,7 @@ from funshampoo.core.tree import HALF, cast, compute_dtype, update_leaves, wide
 from funshampoo.operators.columns import zeros_a_block
 from funshampoo.operators.leaf_ops import add
 from funshampoo.operators.rounding import random_bits, rounded_at_random
+from funshampoo.state.averages import TailAverageState
 from funshampoo.state.meaning import meaning
 
 
@@ -45,7 +46,8 @@ def stochastic_rounding() -> GradientTransformation:
     State: `RoundingState`.
 
     Raises:
-        ValueError: from init, inside `blocked`; from update, params missing.
+        ValueError: from init, inside `blocked`; from update, params missing, or another stage after
+            it (but for `tail_average`, which changes none).
 
     Reference: Gupta et al., arXiv 1502.02551; for training in bfloat16, Zamirai et al., arXiv
     2010.06192.
@@ -72,6 +74,12 @@ def stochastic_rounding() -> GradientTransformation:
     def update(
         updates: Tree, state: RoundingState, params: Tree, context: Context
     ) -> tuple[Tree, RoundingState]:
+        if any([not isinstance(other, TailAverageState) for other in context.later]):
+            raise ValueError(
+                "stochastic_rounding: the stage after it changes updates that are rounded: put it "
+                "last, behind scale_by_learning_rate."
+            )
+
         def leaf(u: Tensor, w: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
             seen = add(seen, torch.ones_like(seen), context.donate)
             u = cast(u, compute_dtype(w))
