@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,26 +36,10 @@ from funshampoo.refresh.jobs import Reading
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule
 from funshampoo.refresh.turns import RefreshSchedule
-from funshampoo.state.meaning import meaning
+from funshampoo.state.eigenbases import EigenbasisState
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
 from funshampoo.transforms.kronecker import factors_and_weights
-
-
-@meaning(seen="count", bases="orthonormal")
-class EigenbasisState(NamedTuple):
-    """State of `in_eigenbasis`.
-
-    Attributes:
-        inner: of the transformation that works in the bases.
-        seen: a tree of (N,) int64: how many gradients each block has had; () where nothing
-            depends on it, first="identity".
-        bases: `RefreshedState` whose values are Q_i (N, d_i, d_i), eigenvectors as columns.
-    """
-
-    inner: Any
-    seen: Tree
-    bases: RefreshedState
 
 
 def in_eigenbasis(

@@ -13,8 +13,8 @@ from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.leaf_ops import lerp, multiply
+from funshampoo.operators.weights import zeros_like
 from funshampoo.state.averages import EmaNesterovState
-from funshampoo.transforms.momentum import zeros_like
 
 
 def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTransformation:

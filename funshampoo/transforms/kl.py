@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -14,32 +14,18 @@ from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import MaskedNode, cast, compute_dtype, flatten, map_leaves, update_leaves
-from funshampoo.operators.columns import counted, first_weights, weights_over
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
 from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
-from funshampoo.state.meaning import meaning
+from funshampoo.operators.weights import counted, first_weights, weights_over
+from funshampoo.state.eigenbases import EigenbasisState, KlState
 from funshampoo.state.nodes import first_state
 from funshampoo.state.stages import KroneckerState, RefreshedState
 from funshampoo.state.upstream import hidden_error
-from funshampoo.transforms.eigenbasis import EigenbasisState
 from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
 
 Through: TypeAlias = Literal["eigenvalues", "ritz", "roots"]
-
-
-@meaning(eigenvalues="nonnegative")
-class KlState(NamedTuple):
-    """State of `kl_statistics`.
-
-    Attributes:
-        statistics: L_i and their weights, where `root_inverse` and `in_eigenbasis` look for them.
-        eigenvalues: tree of tuples, one λ_i (N, d_i) a side; empty tuples unless they are averages.
-    """
-
-    statistics: KroneckerState
-    eigenvalues: Tree
 
 
 def kl_statistics(

@@ -18,7 +18,6 @@ from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves, wide
 from funshampoo.linalg.low_precision import check_product_dtype, rounded_gram
-from funshampoo.operators.columns import counted, first_weights, weights_over
 from funshampoo.operators.exponents import (
     Exponents,
     Sides,
@@ -30,6 +29,7 @@ from funshampoo.operators.leaf_ops import add, add_gram, kept_share, multiply, p
 from funshampoo.operators.mode_products import mode_flops, unfoldings
 from funshampoo.operators.packed import like, packed_shape, packs
 from funshampoo.operators.packed_statistics import add_packed_gram
+from funshampoo.operators.weights import counted, first_weights, weights_over
 from funshampoo.state.stages import EveryKState, KroneckerState
 from funshampoo.state.upstream import statistics_of
 

@@ -14,8 +14,8 @@ from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
-from funshampoo.operators.columns import first_weights
 from funshampoo.operators.leaf_ops import add, filled, sent_once
+from funshampoo.operators.weights import first_weights
 from funshampoo.state.averages import ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
 
