@@ -101,8 +101,11 @@ def chosen_sides(vectors: str, sides: Sides | None = None) -> Sides | None:
     return without_vectors(sides) if vectors == "diagonal" else sides
 
 
-def check_exponents(exponents: Exponents | None) -> None:
-    """Raises ValueError or TypeError for what is no exponent, or a side that no block has."""
+def check_exponents(exponents: Exponents | None, sides: Sides | None) -> None:
+    """Raises ValueError or TypeError for what is no exponent, or a side that no block has.
+
+    And for what neither names sides nor chooses them; see `check_sides`.
+    """
     if isinstance(exponents, Mapping):
         _check_by_order(exponents)
     elif isinstance(exponents, str):
@@ -111,6 +114,7 @@ def check_exponents(exponents: Exponents | None) -> None:
         raise TypeError("exponents is a tensor; give a number, which is fixed when it is built.")
     elif exponents is not None:
         check_range("exponents", exponents, 0.0)
+    check_sides(sides)
 
 
 def _check_by_order(exponents: Mapping[int, float | Mapping[int, float]]) -> None:

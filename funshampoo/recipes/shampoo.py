@@ -15,6 +15,7 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.core.live import is_exactly, mapped
 from funshampoo.linalg import Solver, pseudo_inverse
+from funshampoo.linalg.choice import default_solver
 from funshampoo.operators.exponents import Exponents, Sides, check_sides, without_vectors
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.transforms import (
@@ -27,7 +28,6 @@ from funshampoo.transforms import (
     scale_by_rms,
     scale_by_sgd,
 )
-from funshampoo.transforms.root_inverse import default_solver
 from funshampoo.transforms.weight_decay import DecayKind
 
 Grafting: TypeAlias = Literal["adam", "rms", "adagrad", "sgd"] | GradientTransformation | None

@@ -5,11 +5,13 @@ from funshampoo.state.upstream import statistics_of
 from funshampoo.transforms.adagrad import scale_by_adagrad
 from funshampoo.transforms.adam import scale_by_adam
 from funshampoo.transforms.adaptive_clip import adaptive_clip
-from funshampoo.transforms.blend import AgreementGate, blend_towards
+from funshampoo.transforms.agreement import AgreementGate
+from funshampoo.transforms.blend import blend_towards
 from funshampoo.transforms.cautious import cautious
 from funshampoo.transforms.cautious_decay import add_cautious_decay
 from funshampoo.transforms.centralize import centralize
-from funshampoo.transforms.clipping import clip, clip_by_global_norm, global_norm
+from funshampoo.transforms.clip import clip
+from funshampoo.transforms.clip_by_global_norm import clip_by_global_norm, global_norm
 from funshampoo.transforms.eigenbasis import in_eigenbasis
 from funshampoo.transforms.ema import ema
 from funshampoo.transforms.ema_nesterov import ema_nesterov

@@ -12,6 +12,7 @@ from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
+from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import lerp, multiply
 from funshampoo.operators.weights import zeros_like
 from funshampoo.state.averages import EmaNesterovState
@@ -67,12 +68,4 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
         out, w, B = update_leaves(leaf, updates, (state.evaluated, state.buffer), (params,))
         return out, EmaNesterovState(w, B, advanced(state.steps, context.donate))
 
-    return GradientTransformation(
-        init,
-        update,
-        counts=callable(look_ahead),
-        numbers=[look_ahead, beta],
-        elementwise=True,
-        minds_alive=False,
-        needs_params=True,
-    )
+    return last_stage(init, update, look_ahead, beta)
