@@ -1,32 +1,39 @@
-"""The factor matrices of one leaf: before its first gradient, and after another one."""
+"""Factor matrices: before the first gradient, and after another one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funshampoo.core.contract import Hyper
-from funshampoo.core.tree import compute_dtype
+from funshampoo.core.contract import Block, Hyper, Tree
+from funshampoo.core.tree import compute_dtype, map_leaves
 from funshampoo.linalg.low_precision import rounded_gram
 from funshampoo.operators.leaf_ops import add, add_gram, multiply, per_block
 from funshampoo.operators.packed import like, packed_shape, packs
 from funshampoo.operators.packed_statistics import add_packed_gram
 
 
-def zero_factors_of(
-    x: Tensor, block_ndim: int, powers: Sequence[float], packed: bool = False
-) -> tuple[Any, ...]:
-    """Factors of a leaf before its first gradient: zeros for every side with an exponent, or ()."""
+def zero_factors(
+    params: Tree,
+    block_ndim: int,
+    powers: Callable[[Block], Sequence[float]],
+    packed: bool = False,
+) -> Tree:
+    """Factors before the first gradient: of each leaf zeros for every side with a power, or ()."""
 
-    def zeros(d: int) -> Tensor:
-        shape = packed_shape(d) if packs(d, packed) else (d, d)
-        return x.new_zeros(*x.shape[:block_ndim], *shape, dtype=compute_dtype(x))
+    def leaf(x: Tensor) -> tuple[Any, ...]:
+        lead, block = x.shape[:block_ndim], tuple(x.shape[block_ndim:])
+        shapes = [packed_shape(d) if packs(d, packed) else (d, d) for d in block]
+        wanted = [e > 0 and x.numel() > 0 for e in powers(block)]
+        dtype = compute_dtype(x)
+        return tuple(
+            [x.new_zeros(*lead, *own, dtype=dtype) if w else () for own, w in zip(shapes, wanted)]
+        )
 
-    sides = zip(x.shape[block_ndim:], powers)
-    return tuple([zeros(d) if e > 0 and x.numel() else () for d, e in sides])
+    return map_leaves(leaf, params)
 
 
 def accumulated_factor(

@@ -13,9 +13,9 @@ from funshampoo.operators import leaf_ops
 from funshampoo.operators.columns import Column, add_weight
 
 
-def zeros_like(params: Tree) -> Tree:
-    """A tree of zeros in the compute dtype."""
-    return map_leaves(lambda x: torch.zeros_like(x, dtype=compute_dtype(x)), params)
+def full_like(params: Tree, number: float) -> Tree:
+    """A tree of tensors with this number in them, in the compute dtype."""
+    return map_leaves(lambda x: torch.full_like(x, number, dtype=compute_dtype(x)), params)
 
 
 def first_weights(params: Tree, block_ndim: int, *, corrects: bool, own_steps: bool) -> Tree:
@@ -41,7 +41,7 @@ def first_average(
 ) -> tuple[Tree, Tree]:
     """An average and its weight before their first step; see `first_weights`."""
     weights = first_weights(params, block_ndim, corrects=corrects, own_steps=own_steps)
-    return zeros_like(params), weights
+    return full_like(params, 0.0), weights
 
 
 def update_averages(

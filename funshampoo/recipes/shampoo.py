@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.checks import check_choice, check_count, chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.core.live import is_exactly, mapped
 from funshampoo.linalg import Solver, pseudo_inverse
 from funshampoo.linalg.choice import default_solver
-from funshampoo.operators.exponents import Exponents, Sides, check_sides, without_vectors
+from funshampoo.operators.exponents import Exponents, Sides, chosen_sides
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.transforms import (
     ema,
@@ -169,10 +169,8 @@ def shampoo(
     """
     check_choice("vectors", vectors, ("diagonal", "blocks"))
     check_count("statistics_every", statistics_every)
-    check_sides(sides)
     diagonal = _are_diagonal(vectors, grafting is not None, merge, keep, exponents)
-    if diagonal:
-        sides = without_vectors(sides)
+    sides = chosen_sides("diagonal" if diagonal else "blocks", sides)
     if solver is None:
         truncate = grafting is None and is_exactly(epsilon, 0)
         damped = default_solver(relative_epsilon, basis_tolerance)
@@ -249,11 +247,12 @@ def _grafting_partner(
         return None
     if not isinstance(grafting, str):
         return as_transformation(grafting)
-    check_choice("grafting", grafting, ("adam", "rms", "adagrad", "sgd"))
-    if own_beta2 is None:
-        own_beta2 = mapped(beta2, _below_one)
-    if grafting == "adam":
-        return scale_by_adam(0.0, own_beta2, epsilon, own_steps=own_steps)
-    if grafting == "rms":
-        return scale_by_rms(own_beta2, epsilon)
-    return scale_by_adagrad(epsilon) if grafting == "adagrad" else scale_by_sgd()
+    beta = mapped(beta2, _below_one) if own_beta2 is None else own_beta2
+    partners: dict[str, Callable[[], GradientTransformation]] = {
+        "adam": lambda: scale_by_adam(0.0, beta, epsilon, own_steps=own_steps),
+        "rms": lambda: scale_by_rms(beta, epsilon),
+        "adagrad": lambda: scale_by_adagrad(epsilon),
+        "sgd": scale_by_sgd,
+    }
+    partner: GradientTransformation = chosen("grafting", grafting, partners)()
+    return partner

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from funshampoo.core.checks import check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import number
-from funshampoo.core.tree import compute_dtype, map_leaves, update_columns
+from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, add
 from funshampoo.operators.over_root import over_root, squares_of
+from funshampoo.operators.weights import full_like
 from funshampoo.state.stages import AdagradState
 
 
@@ -40,11 +38,7 @@ def scale_by_adagrad(
     check_range("initial_accumulator", initial_accumulator, 0.0)
 
     def init(params: Tree) -> AdagradState:
-
-        def full(x: Tensor) -> Tensor:
-            return torch.full_like(x, initial_accumulator, dtype=compute_dtype(x))
-
-        return AdagradState(map_leaves(full, params))
+        return AdagradState(full_like(params, initial_accumulator))
 
     def update(
         updates: Tree, state: AdagradState, params: Tree, context: Context

@@ -61,8 +61,8 @@ def scale_by_adam(
     def update(
         updates: Tree, state: AdamState, params: Tree, context: Context
     ) -> tuple[Tree, AdamState]:
-        decay1, decay2, damping = [number(x, context.hyper) for x in (beta1, beta2, epsilon)]
-        donate = context.donate
+        decay1, decay2 = number(beta1, context.hyper), number(beta2, context.hyper)
+        damping, donate = number(epsilon, context.hyper), context.donate
         known = () if context.alive is None else (context.alive,)
 
         def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, ...]:

@@ -53,6 +53,7 @@ def blend_towards(
     """
     if not isinstance(gate, AgreementGate):
         check_range("gate", gate, 0.0, 1.0)
+    whole = is_exactly(gate, 1)
 
     def update(
         run: Callable[..., Tree],
@@ -68,11 +69,10 @@ def blend_towards(
             w, size = cast(w, u.dtype), _size(u, block_ndim)
             known = _size(w, block_ndim)
             w = torch.where(known == 0, u, w / safe(known) * size)
+            share: Any = gate
             if isinstance(gate, AgreementGate):
-                share: Any = gate(w, u, cast(g, u.dtype), block_ndim, clock)
-            else:
-                share = gate
-            if not isinstance(share, Tensor) and share == 1:
+                share = gate(w, u, cast(g, u.dtype), block_ndim, clock)
+            elif whole:
                 return (w,)
             v = u + share * (w - u)
             return (v * (size / safe(_size(v, block_ndim))),)
@@ -85,7 +85,7 @@ def blend_towards(
         """Of the norms: those of U and W, and of V where it is another; `inner`'s gradient is U."""
         own = inner.flops(block, kept) - inner.flops(block, kept, apart)
         r, c = (*block[:1], math.prod(block[1:])) if len(block) > 1 else (1, math.prod(block))
-        return own + (2 if is_exactly(gate, 1) else 3) * 2.0 * min(r, c) ** 2 * max(r, c)
+        return own + (2 if whole else 3) * 2.0 * min(r, c) ** 2 * max(r, c)
 
     return wrapping(inner, update, name="blend_towards", flops=flops)
 

@@ -76,7 +76,7 @@ def ema(
         alive: Tree = None,
         hyper: Numbers = NO_NUMBERS,
     ) -> tuple[Tree, EmaState]:
-        decay, ahead_decay = number(beta1, hyper), number(beta3, hyper)
+        decay, ahead_decay = number(beta1, hyper), None if beta3 is None else number(beta3, hyper)
 
         def average(u: Column, *rest: Column) -> tuple[Column, Column, Column]:
             *fine, m, w = rest

@@ -14,7 +14,7 @@ from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import lerp, multiply
-from funshampoo.operators.weights import zeros_like
+from funshampoo.operators.weights import full_like
 from funshampoo.state.averages import EmaNesterovState
 
 
@@ -51,7 +51,7 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
 
     def init(params: Tree, *, clock: bool = False) -> EmaNesterovState:
         steps = started(callable(look_ahead), clock)
-        return EmaNesterovState(copies(params), zeros_like(params), steps)
+        return EmaNesterovState(copies(params), full_like(params, 0.0), steps)
 
     def update(
         updates: Tree, state: EmaNesterovState, params: Tree, context: Context

@@ -15,7 +15,7 @@ from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.core.tree import map_leaves, update_leaves, wide
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
-from funshampoo.operators.factors import accumulated_factor, zero_factors_of
+from funshampoo.operators.factors import accumulated_factor, zero_factors
 from funshampoo.operators.kl import (
     WHITENED,
     Block,
@@ -120,17 +120,14 @@ def kl_statistics(
 
     def init(params: Tree, *, block_ndim: int = 0) -> KlState:
         check_local(params, "kl_statistics")
-
-        def zero_factors(x: Tensor) -> tuple[Any, ...]:
-            return zero_factors_of(x, block_ndim, wanted_sides(tuple(x.shape[block_ndim:]), sides))
+        factors = zero_factors(params, block_ndim, lambda block: wanted_sides(block, sides))
 
         def eigenvalues(x: Tensor) -> tuple[Tensor, ...]:
             has_own = through == "eigenvalues"
             return first_eigenvalues(x, block_ndim, initial_eigenvalue) if has_own else ()
 
         weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
-        statistics = KroneckerState(map_leaves(zero_factors, params), weights)
-        return KlState(statistics, map_leaves(eigenvalues, params))
+        return KlState(KroneckerState(factors, weights), map_leaves(eigenvalues, params))
 
     def update(
         updates: Tree, state: KlState, params: Tree, context: Context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from funshampoo.core.contract import Block, GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import map_leaves, update_leaves, wide
+from funshampoo.core.tree import update_leaves, wide
 from funshampoo.linalg.low_precision import check_product_dtype
 from funshampoo.operators.exponents import Exponents, Sides, check_exponents, side_exponents
-from funshampoo.operators.factors import accumulated_factor, zero_factors_of
+from funshampoo.operators.factors import accumulated_factor, zero_factors
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import mode_flops, unfoldings
 from funshampoo.operators.weights import counted, first_weights
@@ -96,15 +97,13 @@ def kronecker_statistics(
     by_weight = corrected and own_steps  # an average and its weight decay alike
     check_range("beta2", beta2, 0.0, 1.0, low_open=by_weight)
 
+    def powers(block: Block) -> Sequence[float]:
+        return side_exponents(block, exponents, sides)
+
     def init(params: Tree, *, block_ndim: int = 0) -> KroneckerState:
         check_local(params, "kronecker_statistics")
-
-        def zero_factors(x: Tensor) -> tuple[Any, ...]:
-            powers = side_exponents(tuple(x.shape[block_ndim:]), exponents, sides)
-            return zero_factors_of(x, block_ndim, powers, packed)
-
         weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
-        return KroneckerState(map_leaves(zero_factors, params), weights)
+        return KroneckerState(zero_factors(params, block_ndim, powers, packed), weights)
 
     def update(
         updates: Tree, state: KroneckerState, params: Tree, context: Context
@@ -112,7 +111,7 @@ def kronecker_statistics(
         beta, donate = number(beta2, context.hyper), context.donate
         source = updates if context.gradient is None else context.gradient
         known = () if context.alive is None else (context.alive,)
-        share = 1.0 if plain_sum else _share_of_new(beta)
+        share = 1.0 if plain_sum else 1 - beta + (beta == 1)  # a sum where it is 1 by now
         of_row = not (by_weight or is_exactly(beta, 1))
 
         def accumulate(u: Tensor, g: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -135,15 +134,7 @@ def kronecker_statistics(
         return updates, KroneckerState(factors, weight)
 
     def flops(block: Block, kept: Block) -> float:
-        powers = side_exponents(block, exponents, sides)
-        return mode_flops(block, [d for d, e in zip(block, powers) if e > 0])
+        return mode_flops(block, [d for d, e in zip(block, powers(block)) if e > 0])
 
     stage = GradientTransformation(init, update, numbers=[beta2], flops=flops, passes=True)
     return stage if every == 1 else on_multiples(stage, every)
-
-
-def _share_of_new(beta: Hyper) -> Hyper:
-    """1 - beta2, or 1 for a plain sum."""
-    if isinstance(beta, Tensor):
-        return torch.where(beta == 1, torch.ones_like(beta), 1 - beta)
-    return 1.0 if beta == 1 else 1 - beta

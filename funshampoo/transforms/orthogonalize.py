@@ -15,7 +15,7 @@ from funshampoo.core.tree import update_leaves, wide
 from funshampoo.linalg.polar import Norm, polar_factor, polar_flops
 from funshampoo.linalg.polynomials import Polynomials, polynomials_of
 from funshampoo.operators.leaf_ops import multiply
-from funshampoo.operators.matrices import as_rows, check_matrices
+from funshampoo.operators.matrices import check_matrices
 from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
 
 
@@ -85,13 +85,11 @@ def orthogonalize(
             x = wide(u)
             if x.ndim < block_ndim + 2 or not x.numel():
                 return (x,)
-            x = as_rows(x, block_ndim, flatten_sides)
+            x = x.flatten(block_ndim + 1) if flatten_sides else x
             s: Any = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
-            if isinstance(s, Tensor):
-                x = multiply(polar_factor(x, chosen, **options), s, donate=True)
-            else:
-                x = polar_factor(x, chosen, scale=s, **options)
-            return (x.reshape(u.shape),)
+            live = isinstance(s, Tensor)
+            x = polar_factor(x, chosen, scale=1.0 if live else s, **options)
+            return ((multiply(x, s, donate=True) if live else x).reshape(u.shape),)
 
         return update_leaves(leaf, updates, ())[0], state
 

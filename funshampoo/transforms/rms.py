@@ -9,7 +9,7 @@ from funshampoo.core.live import number
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, add, average, decayed
 from funshampoo.operators.over_root import over_root, squares_of
-from funshampoo.operators.weights import zeros_like
+from funshampoo.operators.weights import full_like
 from funshampoo.state.stages import RmsState
 
 
@@ -40,7 +40,7 @@ def scale_by_rms(
     check_flags(weighted=weighted)
 
     def init(params: Tree) -> RmsState:
-        return RmsState(zeros_like(params))
+        return RmsState(full_like(params, 0.0))
 
     def update(
         updates: Tree, state: RmsState, params: Tree, context: Context

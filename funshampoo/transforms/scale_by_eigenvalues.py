@@ -45,10 +45,7 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
     check_range("epsilon", epsilon, 0.0)
 
     def scaled(
-        updates: Tree,
-        *,
-        earlier: tuple[Any, ...] = (),
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, *, earlier: tuple[Any, ...] = (), hyper: Numbers = NO_NUMBERS
     ) -> Tree:
         damping = number(epsilon, hyper)
 

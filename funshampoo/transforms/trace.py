@@ -10,7 +10,7 @@ from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.tree import update_columns
 from funshampoo.operators import columns
 from funshampoo.operators.columns import Column
-from funshampoo.operators.weights import zeros_like
+from funshampoo.operators.weights import full_like
 from funshampoo.state.stages import TraceState
 
 
@@ -56,7 +56,7 @@ def trace(
 
     def init(params: Tree, *, block_ndim: int = 0) -> TraceState:
         seen = columns.zeros_a_block(params, block_ndim) if needs_seen else ()
-        return TraceState(zeros_like(params), seen)
+        return TraceState(full_like(params, 0.0), seen)
 
     def update(
         updates: Tree,
