@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_range
-from funshampoo.core.contract import Hyper
+from funshampoo.core.contract import Hyper, Tree
 from funshampoo.core.live import is_exactly
-from funshampoo.core.tree import compute_dtype
+from funshampoo.core.tree import compute_dtype, map_leaves
 from funshampoo.linalg.products import aligned, multiply
 from funshampoo.operators.exponents import Sides, wanted_sides
 from funshampoo.operators.leaf_ops import lerp, on_device, per_block
@@ -35,10 +35,14 @@ def others(sides: Sequence[Tensor | None], side: int) -> list[Tensor | None]:
     return [None if i == side else x for i, x in enumerate(sides)]
 
 
-def first_eigenvalues(x: Tensor, block_ndim: int, value: float) -> tuple[Tensor, ...]:
-    """λ_i of a leaf before its first gradient. What has no sides has one, as if of length 1."""
-    lead, dtype = x.shape[:block_ndim], compute_dtype(x)
-    return tuple([x.new_full((*lead, d), value, dtype=dtype) for d in x.shape[block_ndim:] or (1,)])
+def first_eigenvalues(params: Tree, block_ndim: int, value: float) -> Tree:
+    """λ_i before the first gradient. A leaf without sides has one, as if it had one of length 1."""
+
+    def leaf(x: Tensor) -> tuple[Tensor, ...]:
+        lead, sides, dtype = x.shape[:block_ndim], x.shape[block_ndim:] or (1,), compute_dtype(x)
+        return tuple([x.new_full((*lead, d), value, dtype=dtype) for d in sides])
+
+    return map_leaves(leaf, params)
 
 
 def inverse_root(eigenvalues: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import Tree
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import full_precision, product_precision
 from funshampoo.core.traced_tree import dict_like
 from funshampoo.core.tree import update_leaves, wide
 from funshampoo.operators.leaf_ops import per_block
@@ -35,7 +35,8 @@ def _products(product: Callable[..., Tensor], tree: Tree, kept: Tree) -> Tree:
     def leaf(u: Tensor, units: Any) -> tuple[Tensor]:
         return (product(wide(u), matrices_of(units)) if any(units) else wide(u),)
 
-    return update_leaves(leaf, tree, (), (kept,))[0]
+    with product_precision():
+        return update_leaves(leaf, tree, (), (kept,))[0]
 
 
 def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: int) -> Any:

@@ -10,7 +10,6 @@ from torch import Tensor
 from funshampoo.combinators.guard import run_alive
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import Block, GradientTransformation, Tree
-from funshampoo.core.modes import product_precision
 from funshampoo.core.tree import compute_dtype, flatten, is_one, update_columns, update_leaves
 from funshampoo.linalg.norms import is_readable
 from funshampoo.operators.columns import Column, add, only_alive
@@ -29,15 +28,13 @@ def stepped(
 ) -> tuple[Tree, Any]:
     """A step of `inner` in these bases; zeros go in and come out where `fine` is 0."""
     ndim = context.block_ndim
-    with product_precision():
-        coordinates = gradient = held(turned(updates, kept, ndim), fine)
-        is_other = context.gradient is not None and not is_one(context.gradient, updates)
-        if is_other and inner.reads_gradient:
-            gradient = held(turned(context.gradient, kept, ndim), fine)
+    coordinates = gradient = held(turned(updates, kept, ndim), fine)
+    is_other = context.gradient is not None and not is_one(context.gradient, updates)
+    if is_other and inner.reads_gradient:
+        gradient = held(turned(context.gradient, kept, ndim), fine)
     inside = changed(context, gradient=gradient, alive=fine, later=(), usable=False)
     out, own = run_alive(inner, coordinates, own, params, inside)
-    with product_precision():
-        return turned(held(out, fine), kept, ndim, back=True), own
+    return turned(held(out, fine), kept, ndim, back=True), own
 
 
 def coordinate_flops(reads_gradient: bool, block: Block, kept: Block, apart: bool) -> float:

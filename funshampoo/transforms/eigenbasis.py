@@ -16,10 +16,9 @@ from funshampoo.core.parameters import check_local
 from funshampoo.linalg.choice import chosen_basis
 from funshampoo.linalg.solver import relative_cost
 from funshampoo.operators.columns import zeros_a_block
+from funshampoo.refresh import Refreshing, RefreshSchedule
 from funshampoo.refresh.bases import BasisRule, renewed
 from funshampoo.refresh.coordinates import coordinate_flops, one_more, stepped, with_bases
-from funshampoo.refresh.refreshing import Refreshing
-from funshampoo.refresh.turns import RefreshSchedule
 from funshampoo.state.eigenbases import EigenbasisState
 from funshampoo.state.upstream import statistics_of
 

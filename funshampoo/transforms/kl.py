@@ -121,13 +121,11 @@ def kl_statistics(
     def init(params: Tree, *, block_ndim: int = 0) -> KlState:
         check_local(params, "kl_statistics")
         factors = zero_factors(params, block_ndim, lambda block: wanted_sides(block, sides))
-
-        def eigenvalues(x: Tensor) -> tuple[Tensor, ...]:
-            has_own = through == "eigenvalues"
-            return first_eigenvalues(x, block_ndim, initial_eigenvalue) if has_own else ()
-
         weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
-        return KlState(KroneckerState(factors, weights), map_leaves(eigenvalues, params))
+        eigenvalues = map_leaves(lambda x: (), params)
+        if through == "eigenvalues":
+            eigenvalues = first_eigenvalues(params, block_ndim, initial_eigenvalue)
+        return KlState(KroneckerState(factors, weights), eigenvalues)
 
     def update(
         updates: Tree, state: KlState, params: Tree, context: Context

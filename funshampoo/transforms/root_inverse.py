@@ -10,7 +10,6 @@ from funshampoo.core.checks import check_flag, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers
-from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
 from funshampoo.linalg import Solver
 from funshampoo.linalg.choice import chosen_solver
@@ -19,10 +18,9 @@ from funshampoo.linalg.solver import relative_cost
 from funshampoo.operators.exponents import Exponents, Sides, check_exponents
 from funshampoo.operators.mode_products import mode_flops
 from funshampoo.operators.turning import preconditioned
+from funshampoo.refresh import Refreshing, RefreshSchedule
 from funshampoo.refresh.factors import refreshed
-from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.roots import root_rules
-from funshampoo.refresh.turns import RefreshSchedule
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
 
@@ -144,8 +142,7 @@ def root_inverse(
         updates: Tree, state: RefreshedState, params: Tree, context: Context
     ) -> tuple[Tree, RefreshedState]:
         state = refreshed(roots(context.hyper), updates, state, context, "root_inverse")
-        with product_precision():
-            return preconditioned(updates, state.kept, context.block_ndim, product_dtype), state
+        return preconditioned(updates, state.kept, context.block_ndim, product_dtype), state
 
     return GradientTransformation(
         init,
