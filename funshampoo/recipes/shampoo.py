@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_choice, check_count, chosen
+from funshampoo.core.checks import check_count, chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.core.live import is_exactly, mapped
 from funshampoo.linalg import Solver, pseudo_inverse
@@ -167,10 +167,10 @@ def shampoo(
     >>> updates["b"]
     tensor([-0.1000, -0.1000])
     """
-    check_choice("vectors", vectors, ("diagonal", "blocks"))
+    without_vectors = chosen_sides(vectors, sides)
     check_count("statistics_every", statistics_every)
     diagonal = _are_diagonal(vectors, grafting is not None, merge, keep, exponents)
-    sides = chosen_sides("diagonal" if diagonal else "blocks", sides)
+    sides = without_vectors if diagonal else sides
     if solver is None:
         truncate = grafting is None and is_exactly(epsilon, 0)
         damped = default_solver(relative_epsilon, basis_tolerance)
