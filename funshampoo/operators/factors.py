@@ -25,13 +25,13 @@ def zero_factors(
     """Factors before the first gradient: of each leaf zeros for every side with a power, or ()."""
 
     def leaf(x: Tensor) -> tuple[Any, ...]:
-        lead, block = x.shape[:block_ndim], tuple(x.shape[block_ndim:])
-        shapes = [packed_shape(d) if packs(d, packed) else (d, d) for d in block]
-        wanted = [e > 0 and x.numel() > 0 for e in powers(block)]
-        dtype = compute_dtype(x)
-        return tuple(
-            [x.new_zeros(*lead, *own, dtype=dtype) if w else () for own, w in zip(shapes, wanted)]
-        )
+        def zeros(d: int) -> Tensor:
+            shape = packed_shape(d) if packs(d, packed) else (d, d)
+            return x.new_zeros(*x.shape[:block_ndim], *shape, dtype=compute_dtype(x))
+
+        block = tuple(x.shape[block_ndim:])
+        sides = zip(block, powers(block))
+        return tuple([zeros(d) if e > 0 and x.numel() else () for d, e in sides])
 
     return map_leaves(leaf, params)
 

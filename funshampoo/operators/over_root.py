@@ -1,4 +1,7 @@
-"""Updates over the root of a second moment: what Adam and its kin have in common."""
+"""Updates over the root of a second moment: what Adam and its kin have in common.
+
+It is one of `gradient`, or of the updates where there is no scope. epsilon stands outside the root.
+"""
 
 from __future__ import annotations
 

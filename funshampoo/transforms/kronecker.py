@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,7 +96,7 @@ def kronecker_statistics(
     by_weight = corrected and own_steps  # an average and its weight decay alike
     check_range("beta2", beta2, 0.0, 1.0, low_open=by_weight)
 
-    def powers(block: Block) -> Sequence[float]:
+    def powers(block: Block) -> tuple[float, ...]:
         return side_exponents(block, exponents, sides)
 
     def init(params: Tree, *, block_ndim: int = 0) -> KroneckerState:
