@@ -7,7 +7,7 @@ from funshampoo.core.checks import check_flags
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly, is_tensor
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
-from funshampoo.transforms import add_decayed_weights, scale_by_adam, scale_by_learning_rate, trace
+from funshampoo.transforms import add_decayed_weights, scale_by_adam, trace
 
 
 def adamw(
@@ -47,12 +47,8 @@ def adamw(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.1010])}
     """
-    stages = [
-        scale_by_adam(beta1, beta2, epsilon),
-        add_decayed_weights(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
-    ]
-    return by_leaves(stages, distribute, guard)
+    stages = [scale_by_adam(beta1, beta2, epsilon), add_decayed_weights(weight_decay, mask)]
+    return by_leaves(stages, learning_rate, distribute, guard)
 
 
 def sgd(
@@ -104,4 +100,4 @@ def sgd(
             momentum, nesterov=nesterov, dampening=dampening, dampen_first_step=False
         )
         stages.append(momentum_stage)
-    return by_leaves([*stages, scale_by_learning_rate(learning_rate)], distribute, guard)
+    return by_leaves(stages, learning_rate, distribute, guard)

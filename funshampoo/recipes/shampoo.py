@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_choice, check_count, check_range
+from funshampoo.core.checks import check_count, check_range, chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.core.live import is_exactly, mapped
 from funshampoo.linalg import Solver, pseudo_inverse
-from funshampoo.operators.exponents import Exponents, Sides, check_sides, without_vectors
+from funshampoo.linalg.choice import default_solver
+from funshampoo.operators.exponents import Exponents, Sides, chosen_sides
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.transforms import (
     ema,
@@ -27,7 +28,6 @@ from funshampoo.transforms import (
     scale_by_rms,
     scale_by_sgd,
 )
-from funshampoo.transforms.root_inverse import default_solver
 from funshampoo.transforms.weight_decay import DecayKind
 
 Grafting: TypeAlias = Literal["adam", "rms", "adagrad", "sgd"] | GradientTransformation | None
@@ -167,12 +167,10 @@ def shampoo(
     >>> updates["b"]
     tensor([-0.1000, -0.1000])
     """
-    check_choice("vectors", vectors, ("diagonal", "blocks"))
+    without_vectors = chosen_sides(vectors, sides)
     check_count("statistics_every", statistics_every)
-    check_sides(sides)
     diagonal = _are_diagonal(vectors, grafting is not None, merge, keep, exponents)
-    if diagonal:
-        sides = without_vectors(sides)
+    sides = without_vectors if diagonal else sides
     if solver is None:
         truncate = grafting is None and is_exactly(epsilon, 0)
         damped = default_solver(relative_epsilon, basis_tolerance)
@@ -249,14 +247,15 @@ def _grafting_partner(
         return None
     if not isinstance(grafting, str):
         return as_transformation(grafting)
-    check_choice("grafting", grafting, ("adam", "rms", "adagrad", "sgd"))
+    beta = mapped(beta2, _below_one) if own_beta2 is None else own_beta2
+    partners: dict[str, Callable[[], GradientTransformation]] = {
+        "adam": lambda: scale_by_adam(0.0, beta, epsilon, own_steps=own_steps),
+        "rms": lambda: scale_by_rms(beta, epsilon),
+        "adagrad": lambda: scale_by_adagrad(epsilon),
+        "sgd": scale_by_sgd,
+    }
+    make = chosen("grafting", grafting, partners)
     check_range("grafting_epsilon", epsilon, 0.0, high_open=True)
     if own_beta2 is not None:
         check_range("grafting_beta2", own_beta2, 0.0, 1.0, high_open=True)
-    else:
-        own_beta2 = mapped(beta2, _below_one)
-    if grafting == "adam":
-        return scale_by_adam(0.0, own_beta2, epsilon, own_steps=own_steps)
-    if grafting == "rms":
-        return scale_by_rms(own_beta2, epsilon)
-    return scale_by_adagrad(epsilon) if grafting == "adagrad" else scale_by_sgd()
+    return make()

@@ -8,7 +8,7 @@ from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
 from funshampoo.recipes.routing import decay
-from funshampoo.transforms import ema, scale_by_learning_rate, sign
+from funshampoo.transforms import ema, sign
 
 
 def lion(
@@ -54,13 +54,8 @@ def lion(
     """
     check_range("beta1", beta1, 0.0, 1.0, high_open=True)  # which `ema` has by other names
     check_range("beta2", beta2, 0.0, 1.0, high_open=True)
-    stages = [
-        ema(beta2, beta1, bias_correction=False),
-        sign(),
-        *decay(weight_decay),
-        scale_by_learning_rate(learning_rate),
-    ]
-    return by_leaves(stages, distribute, guard)
+    stages = [ema(beta2, beta1, bias_correction=False), sign(), *decay(weight_decay)]
+    return by_leaves(stages, learning_rate, distribute, guard)
 
 
 def sign_descent(
@@ -103,10 +98,5 @@ def sign_descent(
     >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init(params), params)[0]
     {'w': tensor([-0.1000,  0.1000])}
     """
-    stages = [
-        ema(beta1),
-        sign(scale),
-        *decay(weight_decay),
-        scale_by_learning_rate(learning_rate),
-    ]
-    return by_leaves(stages, distribute, guard)
+    stages = [ema(beta1), sign(scale), *decay(weight_decay)]
+    return by_leaves(stages, learning_rate, distribute, guard)
