@@ -1,4 +1,4 @@
-"""A transformation on some leaves only, or different ones on different leaves."""
+"""A transformation for some leaves only, or different ones for different leaves."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
 
     Args:
         inner: any transformation. It sees a tree in which the other leaves are `MaskedNode()`.
-        mask: a tree of bools, a prefix of one, or a function that makes one of the parameters.
+        mask: a tree of bools, a prefix of one, or a function of the parameters that returns one.
 
     State: `MaskedState`.
 
     Raises:
         ValueError: the mask is not a prefix of the tree.
-        TypeError: at `init`: it holds something else than bools.
+        TypeError: from init, it holds something other than bools.
 
     >>> import torch
     >>> from funshampoo import scale
@@ -74,7 +74,7 @@ def partition(
 
     Args:
         transformations: {label: transformation}.
-        labels: a tree of labels, a prefix of one, or a function that makes one of the parameters.
+        labels: a tree of labels, a prefix of one, or a function of the parameters that returns one.
 
     State: `PartitionState`, {label: state}.
 
