@@ -82,7 +82,7 @@ def shampoo(
 
         L_i ← beta2 L_i + (1-beta2) mat_i(G) mat_i(G)ᵀ            kronecker_statistics
         M ← beta1 M + (1-beta1) G,  M̂ = M / (1-beta1^t)          ema
-        X_i ← (L_i/(1-beta2^t) + εI)^(-1/2k), now and then        root_inverse
+        X_i ← (L_i/(1-beta2^t) + εI)^(-1/2k), on a refresh        root_inverse
         P = M̂ ×_1 X_1 … ×_k X_k,  P ← P ‖P_g‖/‖P‖ per block      graft(root_inverse, onto=...)
         B ← momentum B + (1-dampening) P                          trace
         W ← W - learning_rate (B + weight_decay W)                add_decayed_weights, ...
