@@ -285,6 +285,7 @@ def splus(
     keeps it.
     """
     check_range("max_dim", max_dim, 0)
+    check_range("eps", eps, 0.0)
     check_range("nonstandard_constant", nonstandard_constant, 0, high_open=True)
 
     def scale(shape: tuple[int, ...]) -> float:

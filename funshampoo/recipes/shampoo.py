@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.checks import check_choice, check_count, check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, as_transformation
 from funshampoo.core.live import is_exactly, mapped
 from funshampoo.linalg import Solver, pseudo_inverse
@@ -250,7 +250,10 @@ def _grafting_partner(
     if not isinstance(grafting, str):
         return as_transformation(grafting)
     check_choice("grafting", grafting, ("adam", "rms", "adagrad", "sgd"))
-    if own_beta2 is None:
+    check_range("grafting_epsilon", epsilon, 0.0, high_open=True)
+    if own_beta2 is not None:
+        check_range("grafting_beta2", own_beta2, 0.0, 1.0, high_open=True)
+    else:
         own_beta2 = mapped(beta2, _below_one)
     if grafting == "adam":
         return scale_by_adam(0.0, own_beta2, epsilon, own_steps=own_steps)

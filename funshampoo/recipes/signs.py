@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
 from funshampoo.recipes.routing import decay
@@ -51,6 +52,8 @@ def lion(
     >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init(params), params)[0]
     {'w': tensor([-0.1000,  0.1000])}
     """
+    check_range("beta1", beta1, 0.0, 1.0, high_open=True)  # which `ema` has by other names
+    check_range("beta2", beta2, 0.0, 1.0, high_open=True)
     stages = [
         ema(beta2, beta1, bias_correction=False),
         sign(),

@@ -33,6 +33,7 @@ from funshampoo.transforms.schedule_free import schedule_free
 from funshampoo.transforms.second_moment import scale_by_second_moment
 from funshampoo.transforms.shape import scale_by_shape
 from funshampoo.transforms.sign import sign
+from funshampoo.transforms.stochastic_rounding import stochastic_rounding
 from funshampoo.transforms.tail_average import tail_average
 from funshampoo.transforms.update_floor import update_floor
 from funshampoo.transforms.weight_decay import add_decayed_weights
@@ -75,6 +76,7 @@ __all__ = [
     "schedule_free",
     "sign",
     "statistics_of",
+    "stochastic_rounding",
     "tail_average",
     "trace",
     "unfold",
