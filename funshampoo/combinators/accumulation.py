@@ -108,7 +108,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
 
 
 def _with_one_more(state: MultiStepsState, updates: Tree, alive: Tree) -> MultiStepsState:
-    """The state with these micro-gradients in it, but for those that a guard around it holds."""
+    """The state with these micro-gradients in it, except those that an enclosing guard holds."""
     finite = _all_finite(updates, like=state.used)
     for fine in () if alive is None else flatten(alive)[0]:
         finite = finite if fine is None else finite & (fine > 0).to(finite.device)

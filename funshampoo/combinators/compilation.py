@@ -153,7 +153,7 @@ def check_phases(inner: GradientTransformation, word: str) -> None:
 
 
 def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> Phase | None:
-    """What happens on step t that does not happen on all; None where that can't be known."""
+    """What happens on step t but not on every step; None if that can't be known."""
     if not inner.counts or not _has_phases(inner):
         return ()
     if t is None:
@@ -177,8 +177,8 @@ def _rounds(transformation: GradientTransformation) -> bool:
 def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:
     """Whether a step is a refresh that a graph would only delay.
 
-    A CPU's threads share eigendecompositions. On a GPU a refresh of everything is thousands of
-    operators, long ones, whose graph takes minutes to make.
+    A CPU's threads share eigendecompositions. On a GPU a refresh of all blocks is thousands of
+    operators, long ones, whose graph takes minutes to compile.
     """
     if all([g is None or g.is_cpu for g in gradients]):
         return any([label.startswith(THREADS) for label in phase])
@@ -186,7 +186,7 @@ def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:
 
 
 def _as_tensors(hyper: Numbers) -> dict[str, Tensor]:
-    """Numbers would stand in a graph's code, and others make a new one."""
+    """As numbers they would be part of a graph's code, and new values would make a new graph."""
     return {
         name: x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
         for name, x in hyper.items()
@@ -194,7 +194,7 @@ def _as_tensors(hyper: Numbers) -> dict[str, Tensor]:
 
 
 def _has_numbers(extra: Mapping[str, Any]) -> bool:
-    """Of the caller's own, likewise."""
+    """Whether the caller's own values include numbers, which would be part of a graph's code."""
     return any([type(value) in (int, float) for value in extra.values()])
 
 

@@ -121,7 +121,7 @@ class _Graphed:
         return request.state
 
     def _note(self, hyper: Mapping[str, Any]) -> None:
-        """A number that has changed is read from now on, by graphs that are made anew."""
+        """A number that has changed is read from now on, by new graphs."""
         others = {
             name
             for name, value in hyper.items()

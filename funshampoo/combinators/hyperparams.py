@@ -96,13 +96,13 @@ class _Recipe:
     live: bool
 
     def build(self, hyperparams: Mapping[str, Any]) -> GradientTransformation:
-        """The chain with these in the place of its numbers."""
+        """The chain with these in place of its numbers."""
         replaced = inspect.BoundArguments(self.bound.signature, OrderedDict(self.bound.arguments))
         replaced.arguments.update(hyperparams)
         return as_transformation(self.factory(*replaced.args, **replaced.kwargs))
 
     def scheduled(self, steps: Tensor | None) -> dict[str, Tensor]:
-        """What the schedules say after so many steps."""
+        """The values of the schedules after so many steps."""
         if not self.schedules:
             return {}
         assert steps is not None

@@ -134,7 +134,7 @@ def update_in_place(
 
 
 class Entering(NamedTuple):
-    """A step in place that nobody has begun.
+    """A step in place that has not begun.
 
     Attributes:
         ascends: whether it goes against its updates: the gradients are negated.

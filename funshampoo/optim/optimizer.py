@@ -161,7 +161,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         return GroupRun(group, words, self._method, first, self._execution)
 
     def _match(self) -> Memory:
-        """What is remembered, with one run a group as the groups are now."""
+        """The memory, with one run per group, for the groups as they are now."""
         self._memory.match(self.param_groups, self._run_of)
         return self._memory
 
