@@ -1,4 +1,4 @@
-"""What the recipes in block space have in common: guard, ranks, blocks, momentum, decay, rate."""
+"""What the recipes in block space share: guard, ranks, blocks, momentum, decay, learning rate."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def in_blocks(
     tile: TileSize = "auto",
     last: GradientTransformation | None = None,
 ) -> GradientTransformation:
-    """The chain of a method whose direction these stages make of every block; see `shampoo`.
+    """The chain of a method whose direction these stages compute for every block; see `shampoo`.
 
     All of it is in one scope: what happens to a block, and where its state lives, is decided once.
-    `last` takes the place of `scale_by_learning_rate`; one that averages weights has to see all of
-    them, so there is no mask then.
+    `last` replaces `scale_by_learning_rate`; one that averages weights has to see all of them, so
+    there is no mask then.
     """
     check_flags(decay_through_momentum=decay_through_momentum)
     coupled = weight_decay_kind == "coupled"
@@ -87,13 +87,12 @@ def in_blocks(
 def distributed(
     inner: GradientTransformation, distribute: Distribute | None, **given: Any
 ) -> GradientTransformation:
-    """What `distribute` makes of it, with these options but for those of its own.
+    """What `distribute` makes of it, with these options, except for options of its own.
 
-    None: blocks are shared out where the parameters are sharded, as FSDP2 shards them, and nowhere
-    else.
+    None: blocks are sharded if the parameters are, as FSDP2 shards them, and not otherwise.
 
     Raises:
-        TypeError: distribute is no function.
+        TypeError: distribute is not a function.
     """
     if distribute is None:
         distribute = functools.partial(sharded, whole=False)
@@ -111,7 +110,7 @@ def by_leaves(
     distribute: Distribute | None,
     guard: bool,
 ) -> GradientTransformation:
-    """The chain of an elementwise method; with `distribute`, of each leaf on its owner alone."""
+    """The chain of an elementwise method; with `distribute`, each leaf runs only on its owner."""
     check_flags(guard=guard)
     whole = chain(*stages, scale_by_learning_rate(learning_rate))
     whole = guarded(whole, by_leaf=True) if guard else whole

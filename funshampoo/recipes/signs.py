@@ -25,21 +25,21 @@ def lion(
         W ← W - learning_rate (sign(beta1 M + (1 - beta1) G) + weight_decay W)
         M ← beta2 M + (1 - beta2) G
 
-    Defaults are those of google/automl. A gradient that is not finite enters M, as there,
-    without `guard`.
+    Defaults are those of google/automl. A non-finite gradient enters M, as there, unless `guard` is
+    set.
 
-    State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
-    To be used where memory is short and batches are large; rates are three to ten times smaller
-    than AdamW's, decay as many times larger.
+    State: one number per entry, half of AdamW's. Time: only elementwise operations. Use it if
+    memory is short and batches are large; learning rates are three to ten times smaller than
+    AdamW's, decay larger by the same factor.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1, beta2: decay of the look-ahead and of M, in [0, 1): beta3 and beta1 of `ema`.
         weight_decay: λ ≥ 0, decoupled.
-        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
-            ones by their size; as in `shampoo`.
-        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
-            After 20 times in a row that raises FailureLimitError.
+        distribute: `funshampoo.sharded`, to shard the leaves over data-parallel ranks, whole leaves
+            by size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around the
+            chain. After 20 times in a row it raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range.
@@ -67,25 +67,25 @@ def sign_descent(
     distribute: Distribute | None = None,
     guard: bool = False,
 ) -> GradientTransformation:
-    """Sign descent with momentum (signum): no entry moves further than another.
+    """Sign descent with momentum (signum): every entry moves equally far.
 
         M ← beta1 M + (1 - beta1) G,   W ← W - learning_rate (s sign(M) + weight_decay W)
 
-    Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers. A gradient
-    that is not finite enters M, without `guard`.
+    Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers. A
+    non-finite gradient enters M, unless `guard` is set.
 
-    State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
-    To be used to see what is left of AdamW without its second moment.
+    State: one number per entry, half of AdamW's. Time: only elementwise operations. Use it to see
+    what remains of AdamW without its second moment.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1: see `ema`.
         scale: see `sign`; "sum" is the steepest descent under the norm max |W_ij|.
         weight_decay: λ ≥ 0, decoupled.
-        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
-            ones by their size; as in `shampoo`.
-        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
-            After 20 times in a row that raises FailureLimitError.
+        distribute: `funshampoo.sharded`, to shard the leaves over data-parallel ranks, whole leaves
+            by size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around the
+            chain. After 20 times in a row it raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range.
