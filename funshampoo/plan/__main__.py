@@ -115,7 +115,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
-    """Add the recipe, and its arguments that change blocks or cost; its defaults hold for others."""
+    """Add the recipe, and its arguments that change blocks or cost; omitted: its defaults."""
     parser.add_argument(
         "--method",
         choices=recipes.__all__,
