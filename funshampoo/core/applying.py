@@ -33,7 +33,7 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
     Returns:
         New parameters with the dtypes of the old. Half-precision parameters are added in
         float32 and rounded to nearest once: a step below 2^-9 of a weight in bfloat16, 2^-12 in
-            float16, leaves it unchanged, however often; for a remedy see `primal_average`.
+            float16, leaves it unchanged, however often; for a remedy see `stochastic_rounding`.
         Autograd records the sum: detach parameters that require gradients first, unless you want
             gradients through training.
 

@@ -23,7 +23,14 @@ Method = Any  # a recipe, or a transformation
 Arguments = Mapping[str, Any]
 Lives = Mapping[str, Live]  # the numbers that a chain looks up, by argument
 _RENAMED = {"learning_rate": "lr"}
-OF_ALL_GROUPS = ("accept_adamw", "compile", "consolidate", "cuda_graph", "tf32")
+OF_ALL_GROUPS = (
+    "accept_adamw",
+    "compile",
+    "consolidate",
+    "cuda_graph",
+    "stochastic_rounding",
+    "tf32",
+)
 """Arguments of the optimizer that no group has one of its own of."""
 _OURS = {"params", "param_names", "method", "maximize"}
 _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"}

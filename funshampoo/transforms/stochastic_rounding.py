@@ -40,8 +40,9 @@ def stochastic_rounding() -> GradientTransformation:
     made twice is the same, and so it is on any number of ranks and in any blocks. Entries of which
     both are equal are rounded alike.
 
-    Some 25 operators a leaf over all entries, each of them a pass over memory, but for
-    torch.compile, which makes them one; a derivative takes Q for the identity.
+    It costs some 25 elementwise operators per parameter, which torch.compile fuses into one, and a
+    chain that ends in it holds all updates at once, in float32. Derivatives take Q for the
+    identity.
 
     State: `RoundingState`.
 
