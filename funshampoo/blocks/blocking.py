@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.copies import Given, Traced, Views
-from funshampoo.blocks.executor import Executors, Leaves
+from funshampoo.blocks.executor import Executors, Leaves, Put
 from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_keys
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
 from funshampoo.combinators.failures import FailureLimitError, failing_blocks, failure_limit_error
 from funshampoo.combinators.masks import Mask, bools_of
-from funshampoo.core.applying import add_in_place
+from funshampoo.core.applying import add_in_place, apply_of
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
@@ -106,7 +107,7 @@ def blocked(
         blocks.init,
         blocks.update,
         "blocked",
-        apply=blocks.apply,
+        apply=apply_of(blocks.update),
         check=blocks.check if inner.checks else None,
         parts={"inner": inner},
         needs_params=with_params is not False,
@@ -177,60 +178,47 @@ class _Blocked:
         return changed(inside, alive=rows_alive(inside.alive, given.layout))
 
     def update(
-        self, updates: Tree, state: BlockedState, params: Tree, context: Context
+        self,
+        updates: Tree,
+        state: BlockedState,
+        params: Tree,
+        context: Context,
+        *,
+        in_place: bool = False,
     ) -> tuple[Tree, BlockedState]:
         given, inner = self._read(updates, state, params), self.inner
-        here = self._inside(given, state, context)
-        run = self.executors.of(given.layout)
-        missing = given.missing_rows()
-        if any_in_parts(given.known):
-            new, parts = self._on_parts(given, state, here)
-            found = parts_like(given.known, parts)
+        here, own, said = self._inside(given, state, context), given.known, given.described
+        run, missing = self.executors.of(given.layout), given.missing_rows()
+        found: list[Any] = []
+        if any_in_parts(own):
+            leaves = said()._replace(gradients=all_placed_like(given.leaves, own))
+            new, parts = run.run_parts(inner.spread, state.inner, missing, here, leaves)
+            if in_place:  # what comes is added where it is, without DTensors around it
+                held = local_parts(own)
+                add_in_place(held, [u.view(p.shape) for p, u in zip(held, parts)])
+            else:
+                found = parts_like(own, parts)
+        elif in_place and self._may_add(own):
+            put: Put = functools.partial(run.parts.scatter_add, leaves=own)
+            gather = Views(run.parts, given).gather
+            new = run.run(inner, state.inner, gather, put, missing, here, said)
         else:
             shared = inner.spread is not None and inner.spread.is_shared()
-            plain = is_plain([g for g in given.leaves if g is not None], given.known)
+            plain = is_plain([g for g in given.leaves if g is not None], own)
             copies = Views(run.parts, given, copies=shared) if plain else Traced(given)
-            gather, put, said = copies.gather, copies.put, given.described
-            new = run.run(inner, state.inner, gather, put, missing, here, said)
+            new = run.run(inner, state.inner, copies.gather, copies.put, missing, here, said)
             found = copies.updates(shared)
-        steps = advanced(state.steps, context.donate)
-        return given.spec.unflatten(found), BlockedState(new, state.layout, steps)
+            if in_place:
+                add_in_place(own, found)
+        out = None if in_place else given.spec.unflatten(found)
+        return out, BlockedState(new, state.layout, advanced(state.steps, context.donate))
 
-    def _on_parts(
-        self, given: Given, state: BlockedState, here: Context
-    ) -> tuple[Any, list[Tensor]]:
-        """(new state, what this rank has of the update of every leaf, in any shape)."""
-        placed = all_placed_like(given.leaves, given.known)
-        leaves = given.described()._replace(gradients=placed)
-        run = self.executors.of(given.layout)
-        return run.run_parts(self.inner.spread, state.inner, given.missing_rows(), here, leaves)
-
-    def apply(
-        self, updates: Tree, state: BlockedState, params: Tree, context: Context
-    ) -> BlockedState:
-        given, inner = self._read(updates, state, params), self.inner
-        own = given.known
-        if any_in_parts(own):  # what comes is added where it is, without DTensors around it
-            new, parts = self._on_parts(given, state, self._inside(given, state, context))
-            held = local_parts(own)
-            add_in_place(held, [u.view(p.shape) for p, u in zip(held, parts)])
-            return BlockedState(new, state.layout, advanced(state.steps, context.donate))
-        in_place = not is_traced() and all([p.is_contiguous() for p in own])
+    def _may_add(self, own: list[Tensor]) -> bool:
+        """Whether blocks may be added to these parameters one after the other."""
+        if is_traced() or not all([p.is_contiguous() for p in own]):
+            return False
         # Where parameters are tied, a tile would read what the one before has written.
-        if not in_place or not (self.with_params is False or lie_apart(own)):
-            updates, state = self.update(updates, state, params, context)
-            add_in_place(params, updates)
-            return state
-        here = self._inside(given, state, context)
-        run = self.executors.of(given.layout)
-
-        def put(stack: str, rows: range, values: Tensor) -> None:
-            run.parts.scatter_add(stack, rows, values, own)
-
-        gather = Views(run.parts, given).gather
-        missing = given.missing_rows()
-        new = run.run(inner, state.inner, gather, put, missing, here, given.described)
-        return BlockedState(new, state.layout, advanced(state.steps, context.donate))
+        return self.with_params is False or lie_apart(own)
 
     def check(self, state: BlockedState, context: Context) -> None:
         here = running(state.steps, context)

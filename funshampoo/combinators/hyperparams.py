@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.core.applying import applied
+from funshampoo.core.applying import applied, apply_of
 from funshampoo.core.checks import interval_of
 from funshampoo.core.clock import advanced, new_counter, running, started
 from funshampoo.core.context import Context, changed
@@ -155,10 +155,14 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
         state = inner.init(params, clock=clock or counts, **context)
         return HyperparamsState(started(counts, clock), recipe.first(device), state, ranges)
 
-    def now(
-        state: HyperparamsState, context: Context
-    ) -> tuple[GradientTransformation, Context, dict[str, Tensor]]:
-        """What steps, in which context, and the hyperparameters."""
+    def update(
+        updates: Tree,
+        state: HyperparamsState,
+        params: Tree,
+        context: Context,
+        *,
+        in_place: bool = False,
+    ) -> tuple[Tree, State]:
         if state.hyperparams.keys() != first.keys():
             raise ValueError(
                 f"state.hyperparams has {sorted(state.hyperparams)}; this transformation has "
@@ -167,31 +171,19 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
         inside = running(state.steps, context)
         edited = {name: _as_hyperparam(value) for name, value in state.hyperparams.items()}
         values = edited | recipe.scheduled(inside.clock)
-        if not live:
-            return recipe.build(values), inside, values
-        return inner, changed(inside, hyper={**inside.hyper, **values}), values
-
-    def update(
-        updates: Tree, state: HyperparamsState, params: Tree, context: Context
-    ) -> tuple[Tree, State]:
-        tx, inside, values = now(state, context)
-        out, new = tx.run(updates, state.inner, params, inside)
-        return out, after(state, new, values, context)
-
-    def apply(updates: Tree, state: HyperparamsState, params: Tree, context: Context) -> State:
-        tx, inside, values = now(state, context)
-        new = applied(tx, updates, state.inner, params, inside)
-        return after(state, new, values, context)
-
-    def after(state: HyperparamsState, new: State, values: Any, context: Context) -> State:
+        tx = inner if live else recipe.build(values)
+        if live:
+            inside = changed(inside, hyper={**inside.hyper, **values})
+        step = updates, state.inner, params, inside
+        out, new = (None, applied(tx, *step)) if in_place else tx.run(*step)
         steps = advanced(state.steps, context.donate)
-        return changed(state, steps=steps, hyperparams=values, inner=new)
+        return out, changed(state, steps=steps, hyperparams=values, inner=new)
 
     found = GradientTransformation(
         init,
         update,
         "inject_hyperparams",
-        apply=apply if inner.apply else None,
+        apply=apply_of(update) if inner.apply else None,
         parts={"inner": inner},
         counts=counts,
         casts=inner.casts,
