@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from funshampoo.state.meaning import kind_of
@@ -31,7 +32,8 @@ class Named(NamedTuple):
         rest: of the name.
         path: the end of the name, without the block.
         kind: what it means; see `funshampoo.state.meaning`.
-        x: a view.
+        x: a view; or a value for it, of a checkpoint.
+        dtype: of the state.
     """
 
     owner: str
@@ -39,6 +41,7 @@ class Named(NamedTuple):
     path: str
     kind: str
     x: Tensor
+    dtype: torch.dtype
 
     @property
     def name(self) -> str:
@@ -65,10 +68,10 @@ def named(state: Any) -> list[Named]:
         path, kind = path_of(place), kind_of(place.kind, place.field)
         kind = more.get(id(x), kind)
         for owner, rest, part in names.parts(place, x):
-            found.append(Named(owner, rest, path, kind, part))
+            found.append(Named(owner, rest, path, kind, part, x.dtype))
 
     map_tensors(collect, state)
-    _check_apart([(entry.owner, entry.rest) for entry in found])
+    _check_apart([entry[:2] for entry in found])
     return found
 
 
@@ -93,11 +96,7 @@ def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
     Raises:
         ValueError: two of them have one name.
     """
-    found: list[tuple[str, str, Tensor]] = []
-    names = Names()
-    map_tensors(lambda place, x: found.extend(names.parts(place, x)), state)
-    _check_apart([entry[:2] for entry in found])
-    return found
+    return [(entry.owner, entry.rest, entry.x) for entry in named(state)]
 
 
 def _check_apart(names: list[tuple[str, str]]) -> None:
