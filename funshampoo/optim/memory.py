@@ -64,9 +64,8 @@ class Memory:
 
         Raises:
             ValueError: an edit that a state can't follow; a parameter in two groups.
-            RuntimeError: a sparse gradient.
         """
-        self.follow(check=True)
+        self.follow()
         self._forgotten = set()
 
     def step(self) -> None:
@@ -89,13 +88,10 @@ class Memory:
                     run.mark_interrupted()
             raise
 
-    def follow(self, *, check: bool = False) -> None:
+    def follow(self) -> None:
         """Have every state follow the edits of its group, before it is stepped or saved.
 
         A collective, where blocks are shared out and anything was edited.
-
-        Args:
-            check: whether gradients are to be looked at, for a step.
         """
         looks = [run.look() for run in self.runs]
         left = self._left
@@ -106,9 +102,6 @@ class Memory:
         plans = [run.planned(left, look) for run, look in zip(self.runs, looks)]
         self._others.hear(self.runs, plans)
         ready = [run.prepared(plan, left) for run, plan in zip(self.runs, plans)]
-        if check:
-            for one in ready:
-                one.check_gradients()
         self.adopt(ready)
         self._others.follow(self.runs)
         if left:

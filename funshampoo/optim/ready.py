@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import for_keeps
-from funshampoo.core.parameters import detached, problem_of_gradients
+from funshampoo.core.parameters import detached
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
 from funshampoo.optim.entries import parted
@@ -65,16 +65,6 @@ class Ready(NamedTuple):
     state: Any
     look: Look = ()
     fresh: bool = False
-
-    def check_gradients(self) -> None:
-        """Raise if there is one that can't be stepped on.
-
-        Raises:
-            RuntimeError: a sparse one.
-        """
-        parameters = [k.parameter for k in self.known]
-        if problem := problem_of_gradients([p.grad for p in parameters], parameters):
-            raise RuntimeError(f"the gradient of '{self.known[problem[0]].name}' {problem[1]}.")
 
 
 def same_parameters(a: list[Known], b: list[Known]) -> bool:
