@@ -25,12 +25,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
-from funshampoo.core.parameters import (
-    UnfitLeafError,
-    check_local,
-    detached_parameters,
-    problem_of_gradients,
-)
+from funshampoo.core.parameters import UnfitLeafError, check_local, detached_parameters
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names
 from funshampoo.state.stages import BlockedState
@@ -155,8 +150,6 @@ class _Blocked:
             known = leaves
         else:
             (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
-        if problem := problem_of_gradients(leaves, known):
-            raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is False and self.inner.needs:
             raise without_parameters(self.inner.needs, block_ndim=1)

@@ -130,7 +130,7 @@ class Traced:
             empty = None if complete else torch.zeros_like(self._stacks[name])
             whole[name] = found[0][1] if empty is None else filled(empty, found)
         leaves: list[Any] = self._given.known if shared else self._given.leaves
-        return unstack_blocks(whole, self._given.layout, leaves)
+        return unstack_blocks(whole, self._given.layout.parameters, leaves)
 
 
 def _rows(stacks: dict[str, Tensor], portion: Portion) -> dict[str, Tensor]:
