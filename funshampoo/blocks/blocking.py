@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.misfit import misfit
 from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.parameters import UnfitLeafError, check_local, detached_parameters
@@ -160,7 +161,7 @@ class _Blocked:
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = self.layout(known)
         called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
-        _check_layout(layout, state.layout, called)
+        _check_layout(layout, state, called, "gradients" if params is None else "parameters")
         shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
 
@@ -236,26 +237,15 @@ class _Names:
         return names
 
 
-def _check_layout(layout: Layout, expected: Mapping[str, Any], names: Sequence[str]) -> None:
+def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], given: str) -> None:
     """The gradients fall into the rows that init laid out for the parameters of their names."""
     if torch.compiler.is_dynamo_compiling():  # where there are no names
-        if list(expected.values()) == layout.described:
-            return
-        raise ValueError("the gradients do not fit the state: init saw other parameters.")
-    found = dict(zip(names, layout.described))
-    if found == dict(expected):  # by name: a checkpoint may have sorted the keys
+        if list(state.layout.values()) != layout.described:
+            raise ValueError("the gradients do not fit the state: init saw other parameters.")
         return
-    for name, where in zip(names, layout.parameters):
-        if found[name] != expected.get(name):
-            raise ValueError(
-                f"the gradient of '{name}', shape {where.shape}, does not fit the state: init saw "
-                "another shape or dtype there, or parameters of other names or in another order "
-                "(an OrderedDict has its own, a dict is sorted). Call init again for a changed "
-                "model; pass params to update where gradients have another dtype than their "
-                "parameters."
-            )
-    missing = sorted(set(expected) - set(names))
-    raise ValueError(f"the gradients lack '{missing[0]}', for which the state has blocks.")
+    wanted = BlockedState((), dict(zip(names, layout.described)))
+    if wanted.layout != state.layout:  # by name: a checkpoint may have sorted the keys
+        raise ValueError(misfit(wanted, state, (), given))
 
 
 def _shape_unknown(updates: Tree) -> str:
