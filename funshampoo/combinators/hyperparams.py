@@ -122,23 +122,25 @@ def _recipe(
 ) -> _Recipe:
     """What of the arguments goes into the state; `given` and `defaults` are names that may."""
     live = takes_live(factory)
-
-    def is_fixed(name: str) -> bool:
-        return live and not is_live_argument(factory, bound.signature.parameters[name])
-
-    def is_injected(name: str, value: Any) -> bool:
-        if is_fixed(name):
-            return False
-        if name in given:
-            return _is_number(bound, name, value)
-        return name in defaults and isinstance(value, float) and abs(value) not in (0.0, 1.0)
-
-    def is_schedule(name: str, value: Any) -> bool:
-        may = name in given and callable(value) and not is_fixed(name)
-        return may and _takes_number(bound, name)
-
-    numbers = {name: v for name, v in bound.arguments.items() if is_injected(name, v)}
-    schedules = {name: v for name, v in bound.arguments.items() if is_schedule(name, v)}
+    numbers: dict[str, Any] = {}
+    schedules: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        if live and not is_live_argument(factory, parameter):
+            continue
+        annotation = str(parameter.annotation)
+        may_be_float = "float" in annotation or "Hyper" in annotation
+        untyped = parameter.annotation is parameter.empty
+        may_be_scheduled = untyped or may_be_float or "Schedule" in annotation
+        if name in defaults:
+            injected = isinstance(value, float) and abs(value) not in (0.0, 1.0)
+        else:
+            is_int = type(value) is int and may_be_float
+            injected = name in given and (is_int or isinstance(value, (Tensor, float)))
+        if injected:
+            numbers[name] = value
+        elif name in given and callable(value) and may_be_scheduled:
+            schedules[name] = value
     return _Recipe(factory, bound, numbers, schedules, live)
 
 
@@ -197,23 +199,6 @@ def _ranges(live: Live) -> dict[str, tuple[()]]:
     """What the stages that read it say of its values, in keys."""
     found = dict.fromkeys([interval_of(check) for check in live.checks])
     return {range_: () for range_ in found if range_ is not None}
-
-
-def _takes_number(bound: inspect.BoundArguments, name: str) -> bool:
-    """Whether a function given for this argument can only be a schedule."""
-    parameter = bound.signature.parameters[name]
-    if parameter.annotation is parameter.empty:
-        return True
-    annotation = str(parameter.annotation)
-    return any(word in annotation for word in ("float", "Hyper", "Schedule"))
-
-
-def _is_number(bound: inspect.BoundArguments, name: str, value: Any) -> bool:
-    """A tensor, a float, or an int where a float may stand."""
-    if isinstance(value, (Tensor, float)):
-        return True
-    annotation = str(bound.signature.parameters[name].annotation)
-    return type(value) is int and any(word in annotation for word in ("float", "Hyper"))
 
 
 def _as_hyperparam(value: Any, device: torch.device | None = None) -> Tensor:

@@ -224,14 +224,12 @@ class Memory:
     def forget(self, p: Tensor, names: set[str] | None = None) -> None:
         """Let a parameter start from nothing; or these entries of it."""
         self.writes += 1
-        notes = self.notes.pop(p, {})
-        if names is not None and (kept := {n: x for n, x in notes.items() if n not in names}):
-            self.notes[p] = kept
-        left = self._left.pop(p, {})
-        if names is not None and (kept := {n: x for n, x in left.items() if n not in names}):
-            self._left[p] = kept
+        gone = None if names is None else names - self.notes.get(p, {}).keys()
+        for known in (self.notes, self._left):
+            entries = known.pop(p, {})
+            if kept := {n: x for n, x in entries.items() if names is not None and n not in names}:
+                known[p] = kept
         run = self._run_with(p)
-        gone = None if names is None else names - notes.keys()
         if run is not None and (gone is None or gone):
             run.without(p, gone)
         if names is None:
