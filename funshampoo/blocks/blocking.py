@@ -28,7 +28,7 @@ from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.parameters import UnfitLeafError, check_local, detached_parameters
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
-from funshampoo.core.tree import check_same_structure, flatten, leaf_names
+from funshampoo.core.tree import check_same_structure, flatten, leaf_names, names_in
 from funshampoo.state.stages import BlockedState
 
 
@@ -98,7 +98,7 @@ def blocked(
     def layout(leaves: list[Tensor]) -> Layout:  # a closure: to torch.compile its numbers are fixed
         return layout_of(leaf_keys(leaves), max_size, merge, keep)
 
-    blocks = _Blocked(inner, layout, with_params, Executors(tile), _Names())
+    blocks = _Blocked(inner, layout, with_params, Executors(tile))
     return GradientTransformation(
         blocks.init,
         blocks.update,
@@ -121,7 +121,6 @@ class _Blocked:
     layout: Callable[[list[Tensor]], Layout]
     with_params: bool | Mask
     executors: Executors = field(repr=False)
-    names: _Names = field(repr=False)
 
     def init(
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -160,7 +159,7 @@ class _Blocked:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = self.layout(known)
-        called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
+        called = [] if torch.compiler.is_dynamo_compiling() else names_in(spec)
         _check_layout(layout, state, called, "gradients" if params is None else "parameters")
         shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
@@ -221,20 +220,6 @@ class _Blocked:
         except FailureLimitError as error:  # only here the blocks have names
             blocks = error.everywhere(failing_blocks(state, error.max_failures))
             raise failure_limit_error(blocks, error.max_failures) from None
-
-
-class _Names:
-    """The names of the leaves of a tree. Those of the last tree are remembered."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, list[str]] = (None, [])
-
-    def of(self, tree: Tree, spec: Any) -> list[str]:
-        seen, names = self._last
-        if seen is None or seen != spec:
-            names = leaf_names(tree)
-            self._last = spec, names
-        return names
 
 
 def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], given: str) -> None:

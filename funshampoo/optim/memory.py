@@ -161,12 +161,9 @@ class Memory:
             KeyError, TypeError, ValueError: an entry of the chain's that does not fit.
         """
         run = self._run_with(p, despite_left=True)
-        known = {} if run is None else run.entries_of(p)
-        for name, x in self._of_chain(entries, known).items():
-            if run is not None:
-                check_entry(name, x, known)
-            elif not isinstance(x, Tensor):
-                raise TypeError(f"'{name}' is a tensor of the optimizer's state, not {x!r}.")
+        known = None if run is None else run.entries_of(p)
+        for name, x in self._of_chain(entries, known or {}).items():
+            check_entry(name, x, known)
 
     def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Change these entries of a parameter, or none where one does not fit.
