@@ -112,8 +112,7 @@ class Vocabulary:
             if not self._may_be_live(name):
                 continue
             if type(value) is tuple and all(map(is_number, value)):
-                parts = {f"{name}[{i}]": Live(f"{name}[{i}]", x) for i, x in enumerate(value)}
-                found |= parts
+                found |= {f"{name}[{i}]": Live(f"{name}[{i}]", x) for i, x in enumerate(value)}
             elif is_number(value):
                 found[name] = Live(name, value)
         return found
