@@ -183,12 +183,8 @@ def _on_meta(p: Any) -> Any:
 
 def _is_nested(context: Context) -> bool:
     """Whether a combinator of the caller's hands on a context, with which `init` was called too."""
-    return (
-        context.block_ndim > 0
-        or context.clock is not None
-        or len(context.upstream) > 0
-        or len(context.later) > 0
-    )
+    around = context.block_ndim or context.upstream or context.later
+    return bool(around) or context.clock is not None
 
 
 def _looks(leaves: Sequence[Any]) -> list[Any]:

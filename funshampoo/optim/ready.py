@@ -134,7 +134,9 @@ def carried(
             if k.parameter in left:
                 entries, others = parted(left[k.parameter])
                 shared = shared or others
-            _check_same_blocks(k.name, entries, blocks)
+            theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
+            if k.name in blocks and not theirs <= blocks[k.name]:
+                raise ValueError(f"'{k.name}' falls into other blocks than before.")
             flat |= {f"{k.name}/{entry}": x for entry, x in entries.items()}
         return carried_over(state, gathered(built.transformation, {**flat, **shared}))
     except ValueError as error:
@@ -144,16 +146,6 @@ def carried(
             "parameter start anew (del optimizer.state[parameter]), or go on with a new "
             f"optimizer. {error}"
         ) from error
-
-
-def _check_same_blocks(
-    name: str, entries: Mapping[str, Tensor], blocks: Mapping[str, set[str]]
-) -> None:
-    """What is remembered of a parameter is of blocks that it has."""
-    ours = blocks.get(name, set())
-    theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
-    if ours and not theirs <= ours:
-        raise ValueError(f"'{name}' falls into other blocks than before.")
 
 
 def blocks_of(state: Any) -> dict[str, set[str]]:
