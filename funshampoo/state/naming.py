@@ -11,7 +11,6 @@ So it does not depend on stacks, ranks, or the place of a stage among others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import RUN
-from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
-from funshampoo.state.stages import BlockedState, HyperparamsState, Kept, ShardedState
+from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of, walk_blocks
+from funshampoo.state.stages import HyperparamsState, Kept, ShardedState
 
 
 class Named(NamedTuple):
@@ -159,13 +158,9 @@ class Names:
 def owned_elsewhere(state: Any) -> list[str]:
     """What other ranks own: names such as "conv1.weight/block_0_1", or of leaves."""
     found: list[str] = []
-    layout: Mapping[str, Any] = {}
-    scope: tuple[str, ...] | None = None
-    for path, node in walk(state):
-        if isinstance(node, BlockedState):
-            layout, scope = node.layout, path
-        elif isinstance(node, ShardedState) and scope is not None and path[: len(scope)] == scope:
-            for parameter, stack, span in spans_of(layout):
+    for _, node, around in walk_blocks(state):
+        if isinstance(node, ShardedState) and around is not None:
+            for parameter, stack, span in spans_of(around.layout):
                 own = set(rows_of(node.owned.get(stack, {})))
                 rows = zip(range(span.first, span.last), span.blocks())
                 found += [f"{parameter}/{block}" for row, block in rows if row not in own]

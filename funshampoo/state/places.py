@@ -271,6 +271,18 @@ def block_of(stack: str) -> tuple[int, ...]:
     return () if sides == "scalar" else tuple(map(int, sides.split("x")))
 
 
+def walk_blocks(state: Any) -> Iterator[tuple[Path, Any, BlockedState | None]]:
+    """`walk`, with the `blocked` around each node, or None. There is none in another."""
+    scope: Path = ()
+    around: BlockedState | None = None
+    for path, node in walk(state):
+        if isinstance(node, BlockedState):
+            scope, around = path, node
+        elif path[: len(scope)] != scope:
+            around = None
+        yield path, node, around
+
+
 def is_shared(state: Any) -> bool:
     """Whether other ranks have a part of this state, and wait for this one's updates."""
     shared = [node.ranks for _, node in walk(state) if isinstance(node, ShardedState)]
