@@ -77,7 +77,7 @@ def dict_like(node: dict[Any, Any], children: dict[Any, Any]) -> dict[Any, Any]:
 
 def _descend(template: Any, node: Any, found: list[Any]) -> None:
     if isinstance(template, (dict, tuple, list)):
-        if node is not template and not _alike(template, node):
+        if not _alike(template, node):
             raise ValueError(f"expected a {type(template).__name__} with the same children.")
         for key in _keys(template):
             _descend(template[key], node[key], found)
