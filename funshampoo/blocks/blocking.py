@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from funshampoo.blocks.copies import Given, Traced, Views
@@ -28,6 +27,7 @@ from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.parameters import UnfitLeafError, check_local, detached_parameters
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
+from funshampoo.core.traced_tree import TracedSpec
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names, names_in
 from funshampoo.state.stages import BlockedState
 
@@ -159,7 +159,7 @@ class _Blocked:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = self.layout(known)
-        called = [] if torch.compiler.is_dynamo_compiling() else names_in(spec)
+        called = [] if isinstance(spec, TracedSpec) else names_in(spec)
         _check_layout(layout, state, called, "gradients" if params is None else "parameters")
         shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
@@ -224,7 +224,7 @@ class _Blocked:
 
 def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], given: str) -> None:
     """The gradients fall into the rows that init laid out for the parameters of their names."""
-    if torch.compiler.is_dynamo_compiling():  # where there are no names
+    if not names:  # in torch.compile
         if list(state.layout.values()) != layout.described:
             raise ValueError("the gradients do not fit the state: init saw other parameters.")
         return
