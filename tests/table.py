@@ -345,6 +345,12 @@ CASES = [
     Case("update_floor", lambda: fs.update_floor(1.5)),
     Case("update_floor:row", lambda: fs.update_floor(1.5, per="row")),
     Case("radial_brake", lambda: fs.radial_brake(0.5, 2.0)),
+    Case(
+        "stochastic_rounding",
+        fs.stochastic_rounding,
+        changes_updates=False,
+        options={"blocks": False},
+    ),
     Case("hyperball", lambda: fs.hyperball(0.1)),
     Case("hyperball:schedule", lambda: fs.hyperball(_schedule(), radius="first_order")),
     Case("hyperball:plain", lambda: fs.hyperball(0.1, relative=False, radius="first_order")),

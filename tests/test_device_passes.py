@@ -13,7 +13,7 @@ import funshampoo as fs
 from funshampoo.blocks.regions import _lines
 from funshampoo.linalg.products import gram_in_pieces, operand_of_gram
 from funshampoo.operators.leaf_ops import add_gram, zeroed_by_pairs
-from funshampoo.transforms.scaling import _by_one_sum, _joins
+from funshampoo.operators.over_root import _by_one_sum, _joins
 from tests.test_launches import counted
 from tests.traffic import Traffic
 from tests.trees import assert_equal

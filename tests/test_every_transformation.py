@@ -89,6 +89,8 @@ def test_it_does_something(case: Case) -> None:
     ids=str,
 )
 def test_half_precision_computes_in_float32(case: Case, dtype: torch.dtype) -> None:
+    if case.public == "stochastic_rounding":
+        pytest.skip("rounds to the parameters' dtype: tested apart")
     tx, params, grads = case.make(), problem(dtype=dtype), gradients(STEPS, dtype)
     state = tx.init(params)
     for x in tensors(state):  # a weight that all blocks share is a float64 number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -98,3 +99,33 @@ def test_a_tree_of_the_callers_own_where_a_stage_sees_parts(around: Any) -> None
         tx.update(params, tx.init(params), params, hessian=params)
     whole = fs.chain(clipped_by())
     assert whole.update(params, whole.init(params), params, hessian=params)[0]["w"].eq(1).all()
+
+
+EXCEPT = {"dampening", "relative_epsilon"}  # nobody's without momentum; may be one a matrix
+ONE_NUMBER = [
+    (place, name)
+    for place, known in (("transforms", fs.transforms.__all__), ("recipes", [*fs.recipes.RECIPES]))
+    for name in known
+    if callable(getattr(getattr(fs, place), name))
+]
+
+
+@pytest.mark.parametrize(("place", "name"), ONE_NUMBER)
+def test_several_numbers_for_one(place: str, name: str) -> None:
+    """They were a stage's error of shapes on the first step, or broadcast over the last side."""
+    make = getattr(getattr(fs, place), name)
+    known = inspect.signature(make).parameters
+    needed = {"inner": fs.scale(1.0), "learning_rate": 0.1, "average": 0.5, "interpolation": 0.5}
+    needed |= {
+        "min_ratio": 0.1,
+        "max_value": 1.0,
+        "max_norm": 1.0,
+        "factor": 1.0,
+        "look_ahead": 0.1,
+    }
+    needed |= {"weight_decay": 0.1, "direction": fs.scale(1.0), "onto": fs.scale(1.0)}
+    given = {n: needed[n] for n, p in known.items() if p.default is p.empty and n in needed}
+    for argument, parameter in known.items():
+        if parameter.annotation in ("Hyper", "Hyper | Schedule") and argument not in EXCEPT:
+            with pytest.raises(TypeError, match=rf"{argument} has the shape \(2,\)"):
+                make(**{**given, argument: torch.ones(2)})

@@ -139,7 +139,8 @@ def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, kee
     stacks: dict[str, Stack] = {}
     parameters = []
     for (given, _, device), dtype in zip(leaves, wide):
-        shape = tuple(given)
+        # A graph that has seen other sizes has symbols here: `range` has torch look at the number.
+        shape = tuple([len(range(side)) for side in given])
         if 0 in shape:
             parameters.append(ParameterLayout(shape, shape, (), ()))
             continue

@@ -22,17 +22,17 @@ from funshampoo.state.stages import GuardedState, MultiStepsState
 
 
 def multi_steps(inner: GradientTransformation, every: int) -> GradientTransformation:
-    """Average the gradients of `every` calls and run `inner` on the last of them only.
+    """Average the gradients of `every` calls, and run `inner` only on the last of them.
 
-    In between the updates are zeros and `inner` and its state are not touched. A micro-gradient
-    with any entry that is not finite is left out of the average and counted in `skipped`. If all of
-    a step's are, the step is left out too: the updates are zeros and every floating-point tensor of
-    `inner`'s state stays as it was (its counters go on). None of it waits for the device. What a
-    `guarded` around it holds is left out likewise. A micro-gradient that is None counts as zeros,
-    since another micro-batch may have one for that parameter; where none had, `inner` sees None.
+    On the other calls the updates are zeros, and `inner` and its state are not touched. A
+    micro-gradient with a non-finite entry is left out of the average and counted in `skipped`. If
+    all of a step's are, the step is left out too: the updates are zeros and every floating-point
+    tensor of `inner`'s state stays as it was (its counters advance). Nothing waits for the device.
+    What an enclosing `guarded` holds is left out likewise. A micro-gradient that is None counts as
+    zeros, since another may not be None for that parameter; if all are, `inner` sees None.
 
     Args:
-        inner: any transformation; all of `blocked`, not what is in it.
+        inner: any transformation; all of `blocked`, not what is inside it.
         every: micro-batches per real step; 1 or more.
 
     Context: `step=`, if given, is the number of the micro-step from 1; `inner` sees the number of
@@ -108,7 +108,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
 
 
 def _with_one_more(state: MultiStepsState, updates: Tree, alive: Tree) -> MultiStepsState:
-    """The state with these micro-gradients in it, but for those that a guard around it holds."""
+    """The state with these micro-gradients in it, except those that an enclosing guard holds."""
     finite = _all_finite(updates, like=state.used)
     for fine in () if alive is None else flatten(alive)[0]:
         finite = finite if fine is None else finite & (fine > 0).to(finite.device)

@@ -1,4 +1,4 @@
-"""Stages in a row."""
+"""Stages in sequence."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from funshampoo.state.stages import ClockState
 def chain(
     *stages: GradientTransformation | tuple[str, GradientTransformation],
 ) -> GradientTransformation:
-    """Apply stages one after the other: the updates of each are the next one's.
+    """Apply stages one after the other: the updates of each are the next one's input.
 
     Args:
         stages: transformations, or ("name", transformation) pairs. A stage's name is the key of its
             state; by default it is the function's (`trace`), and a second stage of the same name
-            becomes `trace_2`. Name a stage yourself where another of its kind may be inserted
-            before it later: states are found by name, not by place. The state of a chain that has
+            becomes `trace_2`. Name a stage yourself if you may later insert another of its kind
+            before it: states are found by name, not by position. The state of a chain that has
             grown is `tx.init(params) | old_state`.
 
-    Context: every stage receives what the caller passed; `upstream`, the new states of the stages
-    before it, in this chain and in those around it; `earlier`, the old ones of the same; and
-    `later`, those of the stages after it. `gradient` is handed down as it came; it is absent
-    outside a scope such as `blocked`, and then stages use their updates, so that clipping earlier
-    in the chain reaches later moments, as in Optax.
+    Context: every stage receives what the caller passed, plus `upstream`, the new states of the
+    stages before it, in this chain and in those around it; `earlier`, the old states of the same
+    stages; and `later`, those of the stages after it. `gradient` is passed down unchanged. It is
+    absent outside a scope such as `blocked`, where stages use their updates, so that clipping
+    earlier in the chain affects later moments, as in Optax.
 
-    State: a dict {name: state of the stage}. Where a stage wants the number of the step, and nobody
-    around counts, the chain does, in a `ClockState` under the name "clock".
+    State: a dict {name: state of the stage}. If a stage needs the number of the step, and no
+    enclosing transformation counts, the chain does, in a `ClockState` under the name "clock".
 
     Raises:
         TypeError: a stage is not a transformation; from init, a parameter is not a dense real
-            floating tensor (names the leaf); from update, a stage returned no pair (names it).
-        ValueError: two stages were given the same name, or one is named "clock"; from update,
-            gradients and parameters are different trees (names the leaf), or the state is another
-            chain's (names the stage).
+            floating tensor (names the leaf); from update, a stage did not return a pair (names it).
+        ValueError: two stages have the same name, or one is named "clock"; from update, gradients
+            and parameters are different trees (names the leaf), or the state is another chain's
+            (names the stage).
 
     >>> import torch
     >>> from funshampoo import scale, trace

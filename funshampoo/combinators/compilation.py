@@ -33,31 +33,31 @@ FOR_ALL = "refresh for all"  # by the caller's word
 
 
 def compiled(inner: GradientTransformation, **options: Any) -> GradientTransformation:
-    """The same transformation, its steps compiled by torch.compile.
+    """The same transformation, with its steps compiled by torch.compile.
 
-    A step becomes one graph, in which everything elementwise between two products is one pass over
-    memory, without Python in between. Every phase of the schedule (`GradientTransformation.phase`:
-    a plain step, a refresh, every k-th step) has a graph of its own, made when it first comes,
-    which takes from seconds to a minute, and again for other shapes. Refreshes by
-    eigendecomposition on a CPU are left to the threads that are there for them, and refreshes of
-    everything on a GPU run as they are. Numbers differ from those of `inner` by rounding.
+    A step becomes one graph, which fuses everything elementwise between two products into one pass
+    over memory, without Python in between. Every phase of the schedule
+    (`GradientTransformation.phase`: a plain step, a refresh, every k-th step) has its own graph,
+    compiled when the phase first occurs, which takes from seconds to a minute, and again for other
+    shapes. On a CPU, refreshes by eigendecomposition are left to their threads; on a GPU, refreshes
+    of all blocks run uncompiled. Results differ from those of `inner` by rounding.
 
-    A step runs as it is, not compiled, too where a gradient is None or is not finite (as far as
-    that can be read without waiting, on a CPU; elsewhere `guarded` decides in the graph), where the
-    caller passes numbers under names of its own (give tensors), and under torch.func and
-    torch.compile. Live numbers, `hyper`, make no new graph.
+    A step also runs uncompiled if a gradient is None or is not finite (as far as that can be read
+    without waiting, on a CPU; elsewhere `guarded` decides in the graph), if the caller passes
+    numbers under names of its own (pass tensors), and under torch.func and torch.compile. Live
+    numbers, `hyper`, make no new graph.
 
     Args:
-        inner: a whole chain. With `stagger` every step of the interval has a graph.
-        options: of torch.compile, such as backend or mode; fullgraph is True and dynamic False
-            where they are not given.
+        inner: a whole chain. With `stagger` every step of the interval has its own graph.
+        options: of torch.compile, such as backend or mode; by default fullgraph is True and dynamic
+            False.
 
-    Context: `step=` or `refresh=` say whether what is kept is computed anew, as in `root_inverse`.
+    Context: `step=` or `refresh=` say whether cached values are recomputed, as in `root_inverse`.
 
     State: of `inner`.
 
     Raises:
-        ValueError: a stage in it wants the number of the step and has no `phase` (names it); from
+        ValueError: a stage in it needs the number of the step and has no `phase` (names it); from
             update, its blocks are `sharded`, or there is a `multi_steps` inside (which goes around
             `compiled`).
 
@@ -139,7 +139,7 @@ class _ByGraph:
 
 
 def check_phases(inner: GradientTransformation, word: str) -> None:
-    """Raise for a stage that wants the number of the step and does not say what it is for.
+    """Raise for a stage that needs the number of the step and does not declare what for.
 
     Raises:
         ValueError: names the stage.
@@ -153,7 +153,7 @@ def check_phases(inner: GradientTransformation, word: str) -> None:
 
 
 def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> Phase | None:
-    """What happens on step t that does not happen on all; None where that can't be known."""
+    """What happens on step t but not on every step; None if that can't be known."""
     if not inner.counts or not _has_phases(inner):
         return ()
     if t is None:
@@ -177,8 +177,8 @@ def _rounds(transformation: GradientTransformation) -> bool:
 def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:
     """Whether a step is a refresh that a graph would only delay.
 
-    A CPU's threads share eigendecompositions. On a GPU a refresh of everything is thousands of
-    operators, long ones, whose graph takes minutes to make.
+    A CPU's threads share eigendecompositions. On a GPU a refresh of all blocks is thousands of
+    operators, long ones, whose graph takes minutes to compile.
     """
     if all([g is None or g.is_cpu for g in gradients]):
         return any([label.startswith(THREADS) for label in phase])
@@ -186,7 +186,7 @@ def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:
 
 
 def _as_tensors(hyper: Numbers) -> dict[str, Tensor]:
-    """Numbers would stand in a graph's code, and others make a new one."""
+    """As numbers they would be part of a graph's code, and new values would make a new graph."""
     return {
         name: x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
         for name, x in hyper.items()
@@ -194,7 +194,7 @@ def _as_tensors(hyper: Numbers) -> dict[str, Tensor]:
 
 
 def _has_numbers(extra: Mapping[str, Any]) -> bool:
-    """Of the caller's own, likewise."""
+    """Whether the caller's own values include numbers, which would be part of a graph's code."""
     return any([type(value) in (int, float) for value in extra.values()])
 
 

@@ -28,35 +28,35 @@ MOST_TREES = 8
 
 
 def cuda_graphed(inner: GradientTransformation) -> GradientTransformation:
-    """The same transformation, its steps in place recorded as CUDA graphs and replayed.
+    """The same transformation, with its steps in place recorded as CUDA graphs and replayed.
 
-    A step of a few hundred launches takes a host longer than the GPU: see docs/gpu.md. Replayed
-    it is one launch, in which the same kernels run on the same numbers. So is a step with a
-    refresh, if its rules don't wait for the GPU, as Newton-Schulz and Cholesky QR don't.
+    A step of a few hundred launches takes a host longer than the GPU: see docs/gpu.md. Replayed, it
+    is one launch, which runs the same kernels on the same numbers. So is a step with a refresh, if
+    its rules don't wait for the GPU, as Newton-Schulz and Cholesky QR don't.
 
     Every phase of the schedule (`GradientTransformation.phase`: a plain step, a refresh, every k-th
-    step) has a graph of its own. When it first comes the step runs as it is, and is watched; if
-    it has not waited for the GPU, the second is recorded. What changes from step to step lies on
-    the GPU where the graph reads it: the gradients, which are copied, the counter, and those live
-    numbers, `hyper`, that have changed before; one that changes for the first time, and parameters
-    or a state in other memory, make new graphs.
+    step) has its own graph. At its first occurrence the step runs without one and is watched; if it
+    does not wait for the GPU, the second is recorded. What changes from step to step lives on the
+    GPU, where the graph reads it: the gradients, which are copied, the counter, and those live
+    numbers, `hyper`, that have changed before. A number that changes for the first time, and
+    parameters or a state in other memory, make new graphs.
 
-    A step runs as it is on another device than CUDA; outside of `update_in_place`, which the
-    optimizer calls; where the caller passes values under names of its own; under torch.func and
-    torch.compile; and inside of another chain. Put `in_tf32` on either side.
+    A step runs without a graph on any device but CUDA; outside `update_in_place`, which the
+    optimizer calls; if the caller passes values under names of its own; under torch.func and
+    torch.compile; and inside another chain. Put `in_tf32` on either side.
 
     Args:
-        inner: a whole chain. Every host-side choice of a stage has to follow from `phase`. What a
-            step makes on the way stays reserved, for all graphs of a process together, and
-            gradients once more for each tree of parameters.
+        inner: a whole chain. Every host-side choice of a stage has to follow from `phase`. A step's
+            temporaries stay reserved, shared by all graphs of a stream, and so does a copy of the
+            gradients for each tree of parameters.
 
-    State: of `inner`. What is a floating-point number on the CPU in it moves to the GPU.
+    State: of `inner`. Its floating-point numbers on the CPU move to the GPU.
 
     Raises:
-        ValueError: a stage in it wants the number of the step and has no `phase` (names it); from
-            a step, its blocks are `sharded`, parameters are DTensors or on several devices, or
-            there is a `multi_steps` inside (around it steps are pure, and run as they are), or a
-            number that is a tensor elsewhere. A step that runs as it is, as on a CPU, raises none.
+        ValueError: a stage in it needs the number of the step and has no `phase` (names it); from a
+            step, its blocks are `sharded`, parameters are DTensors or on several devices, or there
+            is a `multi_steps` inside (around it steps are pure, and run without graphs), or a
+            number that is a tensor elsewhere. Steps without a graph, as on a CPU, raise none.
 
     >>> import torch
     >>> from funshampoo import sgd, update_in_place
@@ -80,7 +80,7 @@ def cuda_graphed(inner: GradientTransformation) -> GradientTransformation:
 
 
 class _Graphed:
-    """A step in place: as it is, watched, recorded or replayed."""
+    """A step in place: without a graph, watched, recorded or replayed."""
 
     def __init__(self, inner: GradientTransformation) -> None:
         self._inner = inner
@@ -89,7 +89,7 @@ class _Graphed:
         self._moving: set[str] = set()  # the names of those that graphs read
 
     def __deepcopy__(self, memo: Any) -> _Graphed:
-        """Without its graphs, which belong to the memory that they were recorded on."""
+        """Without its graphs, which are bound to the memory that they were recorded on."""
         return _Graphed(self._inner)
 
     def step(self, updates: Tree, state: State, params: Tree, context: Context) -> State:
@@ -121,7 +121,7 @@ class _Graphed:
         return request.state
 
     def _note(self, hyper: Mapping[str, Any]) -> None:
-        """A number that has changed is read from now on, by graphs that are made anew."""
+        """A number that has changed is read from now on, by new graphs."""
         others = {
             name
             for name, value in hyper.items()

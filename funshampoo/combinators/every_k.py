@@ -15,8 +15,8 @@ from funshampoo.state.stages import EveryKState
 def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
     """Run `inner` on the steps k, 2k, 3k, ...; on the others the updates pass through unchanged.
 
-    `inner` counts its own steps: its first one is step k of this one. Its state stays as it is in
-    between.
+    `inner` counts its own steps: its first one is step k of this one. In between, its state does
+    not change.
 
     Args:
         inner: any transformation.
@@ -27,7 +27,7 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
     State: `EveryKState`.
 
     Raises:
-        ValueError, TypeError: k is no int of at least 1.
+        ValueError, TypeError: k is not an int of at least 1.
         RuntimeError: inside torch.compile without `step=`.
 
     >>> import torch

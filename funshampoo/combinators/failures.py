@@ -1,4 +1,4 @@
-"""Failures in a row: what is counted, when it is too much, and the error that names the blocks."""
+"""Failures in a row: the counts, the limit, and the error that names the blocks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _reduced(tensors: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tenso
 
 
 def limit_reached(report: Tensor, max_failures: int) -> bool:
-    """Whether a streak of a `failure_report` has reached the limit. Waits for the device."""
+    """Whether a streak in a `failure_report` has reached the limit. Waits for the device."""
     plain = unwrapped(report)
     if plain is None or plain.is_meta:
         return False
@@ -80,7 +80,7 @@ def failing_blocks(state: Any, max_failures: int) -> list[str]:
     """The blocks at the limit: "w block_0_1: gradient not finite". Waits for the device.
 
     Args:
-        state: of a `blocked`, or of what stands outside of block space.
+        state: of a `blocked`, or of a transformation outside block space.
     """
     found: list[str] = []
     judged = any([isinstance(node, SpikeState) for _, node in walk(state)])

@@ -1,4 +1,4 @@
-"""Never poisoned: a gradient that is not finite changes nothing but a counter."""
+"""Never poisoned: a non-finite gradient changes nothing but a counter."""
 
 from __future__ import annotations
 
@@ -38,54 +38,54 @@ def guarded(
     spike_factor: Hyper | None = None,
     by_leaf: bool = False,
 ) -> GradientTransformation:
-    """Hold a block whose gradient is not finite: its update is zero, what it has averaged stays.
+    """Hold a block whose gradient is not finite: its update is zero, and its averages stay.
 
-    And, with `spike_factor`, one whose gradient is finite and far larger than its others were.
+    With `spike_factor`, also one whose gradient is finite but far larger than its others were.
 
-    Inside `blocked` every block is judged by itself; elsewhere all leaves are held together, unless
-    `by_leaf`. A gradient G counts as not finite where ‖G‖² is NaN or above 2^-20 of the largest
+    Inside `blocked` every block is judged separately; elsewhere all leaves are held together,
+    unless `by_leaf`. A gradient G counts as non-finite if ‖G‖² is NaN or above 2^-20 of the largest
     number of its dtype (in float32, ‖G‖ above about 1.8e16), so that sums of squares do not
-    overflow in the statistics. Parameters are not looked at. What is held is counted in the state;
-    `funshampoo.state.health` prints it. Counters of steps go on.
+    overflow in the statistics. Parameters are not checked. Held blocks are counted in the state;
+    `funshampoo.state.health` prints the counts. Step counters advance.
 
-    Such a gradient enters as zeros, and the stages are told which rows count, `alive` in their
-    context: a sum leaves the others as they are, and an average that has a weight of its own decays
-    together with it. So their quotient stays as it was up to rounding, but weighs less against what
-    comes, by the time that has passed; in its own memory, on every device alike. The state of a
-    stage that does not know of `alive` is put back row by row, which takes a copy of it.
+    Such a gradient enters as zeros, and `alive` in the context tells the stages which rows count: a
+    sum leaves the others as they are, and an average with a weight of its own decays together with
+    that weight. So their quotient stays the same up to rounding, but weighs less against later
+    gradients, by the time that has passed. This happens in place, the same on every device. The
+    state of a stage that does not know of `alive` is restored row by row, from a copy.
 
-    Where the verdict can be read without waiting (a gradient on the CPU), a step without failures
-    pays one pass over the gradient. Elsewhere (a GPU, torch.func, torch.compile) nothing waits.
+    If the verdict can be read without waiting (a gradient on the CPU), a step without failures
+    costs one pass over the gradient. Elsewhere (a GPU, torch.func, torch.compile) nothing waits.
 
     Args:
-        inner: everything that is to be protected, so the whole chain inside `blocked`. Stages
-            outside run on: a momentum there moves the parameters on a held step too.
+        inner: everything to be protected, so the whole chain inside `blocked`. Stages outside keep
+            running: a momentum there moves the parameters on a held step too.
         max_failures: this many failures in a row of one block, steps held or roots that the solver
-            failed on, are an error; None never stops. The error comes at the beginning of a
-            step, before anything is changed, so that the state is whole. Inside torch.compile
-            there is none: look at `health`. Around ranks, `sharded` has this argument.
-        every: steps between two looks at the counters, since looking waits for the device. They
-            fall on multiples of it, as refreshes do.
-        spike_factor: above 1: a gradient whose norm is more than this times the running average
-            of its block's norms (outside `blocked`, its leaf's) is held, as one that is not finite
-            is, and counted with it; `health` says how many of those held were spikes. None, by
-            default: one outlier above the average enters, and a second moment that has seen it
-            makes the block's steps that much shorter for as long as it remembers: of a gradient
-            1e3, 1e6 times too large, `shampoo(...)` needs 800 and 2,200 steps to make half of its
-            former step again, `adamw(...)` 5,700 and 19,500. 10 to 100 leaves ordinary noise alone.
-            The first 10 gradients of a block are never judged, and an outlier among them raises the
-            average for some hundred steps. After 10 spikes held the scale has changed: the next
-            gradient is accepted, and the average begins anew with it; see `combinators.spikes`.
-            It costs a pass over the gradient, and nothing waits for a device.
-        by_leaf: outside `blocked`, hold each leaf by itself: for an elementwise `inner`, of which
-            `sharded` then gives the bits of one process whatever is held.
+            failed on, raise an error; None never does. It is raised at the beginning of a step,
+            before anything is changed, so the state stays intact. Inside torch.compile there is
+            none: check `health`. Across ranks, use the same argument of `sharded`.
+        every: steps between two checks of the counters, since reading them waits for the device.
+            Checks fall on multiples of it, as refreshes do.
+        spike_factor: above 1: a gradient whose norm is more than this times the running average of
+            its block's norms (outside `blocked`, its leaf's) is held and counted like a non-finite
+            one; `health` says how many of those held were spikes. None, the default: an outlier
+            enters, and a second moment that has seen it shortens the block's steps accordingly for
+            as long as it remembers: after a gradient 1e3, 1e6 times too large, `shampoo(...)` needs
+            800 and 2,200 steps to get back to half its former step, `adamw(...)` 5,700 and 19,500.
+            10 to 100 leaves ordinary noise alone. The first 10 gradients of a block are never
+            judged, and an outlier among them raises the average for some hundred steps. After 10
+            held spikes the scale has changed: the next gradient is accepted, and the average
+            restarts from it; see `combinators.spikes`. It costs a pass over the gradient, and
+            nothing waits for a device.
+        by_leaf: outside `blocked`, hold each leaf separately. For an elementwise `inner`; under
+            `sharded` the result is then bitwise that of one process, whatever is held.
 
     State: `GuardedState`.
 
     Raises:
         ValueError, TypeError: max_failures, every, spike_factor or by_leaf out of range; by_leaf
             around a stage that does not know of `alive`.
-        FailureLimitError: from update, at the first look after `max_failures` in a row.
+        FailureLimitError: from update, at the first check after `max_failures` in a row.
 
     Reference: Optax, `apply_if_finite`.
 

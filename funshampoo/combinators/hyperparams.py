@@ -1,4 +1,4 @@
-"""Hyperparameters in the state: readable, changeable between steps, batchable, scheduled."""
+"""Hyperparameters in the state: readable, editable between steps, batchable, scheduled."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from funshampoo.state.stages import HyperparamsState
 def inject_hyperparams(
     factory: Callable[..., GradientTransformation], static_args: Iterable[str] = ()
 ) -> Callable[..., GradientTransformation]:
-    """Wrap a function that makes a transformation so that its numbers live in the state.
+    """Wrap a factory of transformations so that its numbers live in the state.
 
-    A number given for an argument becomes a 0-dimensional float32 tensor in `state.hyperparams`; a
-    tensor goes there as it is. So does the default of an argument that is not given, unless it is
+    A number given as an argument becomes a 0-dimensional float32 tensor in `state.hyperparams`; a
+    tensor goes there unchanged. So does the default of an argument that is not given, unless it is
     0, 1 or -1: such a default switches a part off (no momentum, no damping) and stays a number;
-    give the argument to have it in the state. A function given for a number is a schedule: its
-    value at the old count goes there, anew on every step. Everything else (ints such as `every`,
-    bools, strings, None, solvers, masks, transformations) is static. Functions of funshampoo build
-    their chain once, and look the numbers up on every step (`core.live`); another factory is called
-    with the tensors on every update, unless it has an attribute `takes_live` that is True, which
-    says that it hands its numbers on to such functions as they are.
+    pass the argument to have it in the state. A function given for a number is a schedule: its
+    value at the old count goes there, recomputed on every step. Everything else (ints such as
+    `every`, bools, strings, None, solvers, masks, transformations) is static. Functions of
+    funshampoo build their chain once, and look the numbers up on every step (`core.live`). Another
+    factory is called with the tensors on every update, unless its attribute `takes_live` is True,
+    which promises that it passes its numbers on to such functions unchanged.
 
-    Tensors leave the kernels that take numbers (1.7 times a plain step on forty small leaves): name
-    what is never edited in `static_args`.
+    Tensors bypass the kernels that take numbers (1.7 times a plain step on forty small leaves):
+    list what is never edited in `static_args`.
 
     Args:
         factory: e.g. `funshampoo.shampoo`.
@@ -96,13 +96,13 @@ class _Recipe:
     live: bool
 
     def build(self, hyperparams: Mapping[str, Any]) -> GradientTransformation:
-        """The chain with these in the place of its numbers."""
+        """The chain with these in place of its numbers."""
         replaced = inspect.BoundArguments(self.bound.signature, OrderedDict(self.bound.arguments))
         replaced.arguments.update(hyperparams)
         return as_transformation(self.factory(*replaced.args, **replaced.kwargs))
 
     def scheduled(self, steps: Tensor | None) -> dict[str, Tensor]:
-        """What the schedules say after so many steps."""
+        """The values of the schedules after so many steps."""
         if not self.schedules:
             return {}
         assert steps is not None

@@ -1,4 +1,4 @@
-"""A transformation on some leaves only, or different ones on different leaves."""
+"""A transformation for some leaves only, or different ones for different leaves."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
 
     Args:
         inner: any transformation. It sees a tree in which the other leaves are `MaskedNode()`.
-        mask: a tree of bools, a prefix of one, or a function that makes one of the parameters.
+        mask: a tree of bools, a prefix of one, or a function of the parameters that returns one.
 
     State: `MaskedState`.
 
     Raises:
         ValueError: the mask is not a prefix of the tree.
-        TypeError: at `init`: it holds something else than bools.
+        TypeError: from init, it holds something other than bools.
 
     >>> import torch
     >>> from funshampoo import scale
@@ -70,7 +70,7 @@ def partition(
 
     Args:
         transformations: {label: transformation}.
-        labels: a tree of labels, a prefix of one, or a function that makes one of the parameters.
+        labels: a tree of labels, a prefix of one, or a function of the parameters that returns one.
 
     State: `PartitionState`, {label: state}.
 
@@ -138,7 +138,7 @@ def bools_of(mask: bool | Mask, tree: Tree, what: str) -> list[bool]:
     """`labels_of`, where each label is a bool: "no" would be taken for yes.
 
     Raises:
-        ValueError, TypeError: as `labels_of`; or one is no bool.
+        ValueError, TypeError: as `labels_of`; or a label is not a bool.
     """
     flags = labels_of(mask, tree, what)
     for flag in flags:
@@ -148,7 +148,7 @@ def bools_of(mask: bool | Mask, tree: Tree, what: str) -> list[bool]:
 
 
 def _told(flags_of: Callable[[Tree], Any], params: Tree, stage: str) -> Any:
-    """The flags; where a function of the caller's fails on what is no tensor, that is told."""
+    """The flags; an error of the caller's function on something that is not a tensor says so."""
     try:
         return flags_of(params)
     except (AttributeError, TypeError, ValueError):
@@ -209,7 +209,7 @@ def _hidden_states(states: tuple[State, ...], spec: Any, flags: list[bool]) -> t
 
 
 def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
-    """A state of an earlier stage, with every tree over the parameters in it hidden likewise."""
+    """A state of an earlier stage, with every tree over the parameters in it hidden alike."""
     try:
         # optree's error has the values of all tensors in its words: forty times a step's time
         parts = spec.flatten_up_to(node) if _begins_alike(spec, node) else None

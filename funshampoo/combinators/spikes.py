@@ -4,11 +4,11 @@
     a ← a + (n - a) / min(t + 1, 1 / (1 - DECAY)),   t gradients so far, spikes left out
 
 a is the plain mean of the first 50 and a moving average afterwards. A gradient of exactly zero
-says nothing of a block's scale: it is in no average. When `PATIENCE` gradients above the limit were
-held since the last one that was accepted, the scale itself has changed: the next one is accepted
-whatever it is, and a begins anew with it.
+says nothing about a block's scale: it enters no average. Once `PATIENCE` gradients above the limit
+have been held since the last accepted one, the scale itself has changed: the next gradient is
+accepted, whatever it is, and a restarts from it.
 
-Nothing here waits for a device: what is decided stays there, a row a block.
+Nothing here waits for a device: decisions stay there, one row per block.
 """
 
 from __future__ import annotations

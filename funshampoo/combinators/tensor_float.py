@@ -1,4 +1,4 @@
-"""Products on a GPU's tensor cores: a chain whose products of every step are rounded to TF32."""
+"""Products on a GPU's tensor cores: a chain that rounds the products of every step to TF32."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from funshampoo.core.modes import asking_for_tf32
 
 
 def in_tf32(inner: GradientTransformation) -> GradientTransformation:
-    """The same transformation, the products of every step rounded to TF32 on a GPU.
+    """The same transformation, with the products of every step rounded to TF32 on a GPU.
 
-    Operands of float32 keep 10 bits of their fractions, sums stay float32. So are rounded what
-    statistics are made of, and the products of gradients with roots, bases and orthogonalizing
-    polynomials; what is computed now and then (roots, eigenvectors) stays in float32, whatever the
-    process has asked for, and so do float64 and other devices. See docs/gpu.md for the time. Where
-    the rounding was imitated in float64, blocks of 64 to 1,024 a side times two roots of the power
-    -1/4 erred by 0.04 to 0.05 % for a white gradient, and for one drawn from the statistics by
-    0.05 % at a condition of 1e2 and 0.3 % at 1e6 (bfloat16: 0.4 and 2 %).
+    float32 operands keep 10 bits of their fractions; sums stay float32. This rounds the products
+    behind statistics, and those of gradients with roots, bases and orthogonalizing polynomials.
+    What is recomputed periodically (roots, eigenvectors) stays in float32, whatever the process has
+    asked for, and so do float64 and other devices. See docs/gpu.md for the time. With the rounding
+    emulated in float64, blocks of 64 to 1,024 a side times two roots of power -1/4 erred by 0.04 to
+    0.05 % for a white gradient, and for one drawn from the statistics by 0.05 % at a condition of
+    1e2 and 0.3 % at 1e6 (bfloat16: 0.4 and 2 %).
 
-    Without it products are float32 even where torch.set_float32_matmul_precision("high") was called
-    for the model's sake.
+    Without it products are float32 even if torch.set_float32_matmul_precision("high") was called
+    for the model.
 
     Args:
-        inner: a chain or stage. With `compiled`, `in_tf32(compiled(tx))`: a graph can't change what
-            its kernels are chosen by. Graphs of steps with a refresh are float32 as a whole, which
-            with stagger=True or every=1 are all.
+        inner: a chain or stage. With `compiled`, `in_tf32(compiled(tx))`: a graph can't change the
+            setting by which its kernels are chosen. Graphs of steps with a refresh are entirely
+            float32; with stagger=True or every=1 that is all of them.
 
-    The setting is the process': while a step runs, float32 products of other threads on a GPU are
+    The setting is process-wide: while a step runs, float32 products of other threads on a GPU are
     rounded as well.
 
     State: of `inner`.

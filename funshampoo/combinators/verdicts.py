@@ -26,9 +26,9 @@ Verdicts = tuple[Tree, Tree]
 def verdicts_on(updates: Tree, context: Context, by_leaf: bool = False) -> Verdicts | None:
     """What can't be used for what it is.
 
-    None where there is no gradient. And None in the place of both: all can, as far as that can be
-    read without waiting, and nobody around says otherwise. Outside block space all leaves share one
-    verdict, unless each is judged `by_leaf`.
+    None where there is no gradient. None in place of both: all can be used, as far as that can be
+    read without waiting, and no enclosing guard says otherwise. Outside block space all leaves
+    share one verdict, unless each is judged `by_leaf`.
     """
     sources = [updates] if context.gradient is None else [updates, context.gradient]
     sources = sources[:1] if sources[0] is sources[-1] else sources

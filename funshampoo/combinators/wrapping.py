@@ -1,4 +1,4 @@
-"""Combinators of one's own."""
+"""Write your own combinators."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def wrapping(
     flops: Callable[..., float] | None = None,
     elementwise: bool = False,
 ) -> GradientTransformation:
-    """A combinator from a function that runs `inner` when it likes, with what it likes.
+    """A combinator from a function that runs `inner` whenever it likes, on whatever it likes.
 
     Args:
         inner: any transformation.
-        update: `update(run, updates, own, params=None, **context) -> (updates, own)`. `run(updates,
-            **changes)` steps `inner` and returns its updates; `changes` are `params` and names of
-            the context that `inner` is to see instead. It may be called once, more often or never,
-            if what decides that is a Python value, and then give a `phase` by hand.
+        update: `update(run, updates, own, params=None, **context) -> (updates, own)`.
+            `run(updates, **changes)` steps `inner` and returns its updates; `changes` are `params`
+            and names of the context that `inner` is to see instead. It may be called once, more
+            often or never, if a Python value decides that; then pass a `phase` explicitly.
         init: `init(params, **context) -> own`; by default there is no state of its own.
         name: by default that of the function that `update` was defined in.
         flops: of its own products, see `GradientTransformation`.
-        elementwise: whether what `update` does is; the whole is where `inner` is too.
+        elementwise: whether `update` is; the whole is elementwise if `inner` is too.
 
     State: `WrappedState`.
 
     Raises:
-        TypeError: from update, `run` was given an unknown name, or no pair came back.
+        TypeError: from update, `run` was given an unknown name, or no pair was returned.
         ValueError: from update, `run` was given params=None, and `inner` needs them.
 
     >>> import torch

@@ -1,4 +1,4 @@
-"""Steps that change parameters: W + U as a new tree, or in the parameters' own memory."""
+"""Steps that change parameters: W + U as a new tree, or in place in the parameters' memory."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
     Args:
         params: tree of parameters.
         updates: tree of the same structure, as a chain returns it (the step already carries its
-            sign). Where a leaf is None the parameter is returned as it is.
+            sign). For a leaf that is None the parameter is returned unchanged.
 
     Returns:
-        New parameters with the dtypes of the old. Half-precision parameters are added to in
+        New parameters with the dtypes of the old. Half-precision parameters are added in
         float32 and rounded to nearest once: a step below 2^-9 of a weight in bfloat16, 2^-12 in
-        float16, leaves it as it is, however many there are; `primal_average` tells of a remedy.
-        Autograd records the sum: detach parameters that require gradients first, unless gradients
-        through training are wanted.
+            float16, leaves it unchanged, however often; for a remedy see `primal_average`.
+        Autograd records the sum: detach parameters that require gradients first, unless you want
+            gradients through training.
 
     Raises:
         ValueError: the trees differ; the message names the leaf.
@@ -56,10 +56,10 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
 
 
 def add_in_place(params: Tree, updates: Tree) -> None:
-    """W ← W + U in the parameters' own memory, with the roundings of `apply_updates`.
+    """W ← W + U in place in the parameters, with the roundings of `apply_updates`.
 
     Raises:
-        ValueError: the trees differ; the message names the leaf. Nothing is changed then.
+        ValueError: the trees differ; the message names the leaf. Nothing is changed.
 
     >>> import torch
     >>> params = {"w": torch.ones(2)}
@@ -96,11 +96,11 @@ def update_in_place(
 ) -> State:
     """A step that consumes the state and changes the parameters: `update`, then `add_in_place`.
 
-    Where the transformation has an `apply`, its updates are never held all at once.
+    If the transformation has an `apply`, its updates are never held all at once.
 
     Args:
-        transformation: any; its state is donated, and with it what earlier states share with it: a
-            pure step that refreshes no roots hands the old ones on.
+        transformation: any; its state is donated, and with it what earlier states share with it (a
+            pure step without a refresh passes on the old roots).
         updates: the gradients. They are not written to.
         params: detached from autograd.
 
@@ -109,9 +109,9 @@ def update_in_place(
 
     Raises:
         ValueError, TypeError: as `GradientTransformation.update`. A parameter can't be written to:
-            it, or its gradient, requires gradients, outside torch.no_grad(), or the state does;
-            several of its entries are one place in memory. Nothing is changed.
-        InterruptedStepError: an earlier step of this state did not come to its end. Any exception,
+            it, its gradient or the state requires gradients, outside torch.no_grad(); or several of
+            its entries share one place in memory. Nothing is changed.
+        InterruptedStepError: an earlier step of this state did not finish. Any exception,
             KeyboardInterrupt too, that ends a step which has begun to write marks the state.
 
     >>> import torch
@@ -134,7 +134,7 @@ def update_in_place(
 
 
 class Entering(NamedTuple):
-    """A step in place that nobody has begun.
+    """A step in place that has not begun.
 
     Attributes:
         ascends: whether it goes against its updates: the gradients are negated.
@@ -189,7 +189,7 @@ def applied(
     params: Tree,
     context: Context,
 ) -> State:
-    """`update_in_place` of a part, in a donated context."""
+    """`update_in_place` for a part, in a donated context."""
     if transformation.apply is not None:
         return transformation.apply(updates, state, params, context)
     local = local_step(updates, params, context) if transformation.elementwise else None

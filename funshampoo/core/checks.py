@@ -24,13 +24,13 @@ def check_range(
     high_open: bool = False,
     schedule: bool = False,
 ) -> None:
-    """A Python number `value` lies between low and high; a tensor passes unseen.
+    """A Python number `value` lies between low and high; a tensor of one number passes unseen.
 
     With `schedule` a function passes too.
 
     Raises:
         ValueError: it does not. Names the parameter and the range.
-        TypeError: it is neither a number nor a tensor (nor a function, where one may stand).
+        TypeError: it is neither a number nor such a tensor (nor a function, where one may stand).
     """
     if isinstance(value, Live):
         value.note(
@@ -39,6 +39,10 @@ def check_range(
             )
         )
         value = initial(value)
+    if isinstance(value, Tensor) and value.ndim and value.numel() != 1:
+        raise TypeError(
+            f"{name} has the shape {tuple(value.shape)}; give a number or a 0-dimensional tensor."
+        )
     if isinstance(value, Tensor) or (schedule and callable(value)):
         return
     if callable(value):

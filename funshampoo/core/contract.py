@@ -52,7 +52,7 @@ THREADS = "refresh in threads"
 
 
 class EmptyState(NamedTuple):
-    """The state of a transformation that remembers nothing."""
+    """The state of a transformation without memory."""
 
 
 class GradientTransformation:
@@ -60,46 +60,46 @@ class GradientTransformation:
 
     Args:
         init: `init(params) -> state`; may also declare `upstream`, `block_ndim` and `clock` (True:
-            somebody around counts the steps, and `clock` and `step` will be in the context).
-        update: `update(updates, state, params=None, **context) -> (updates, state)`; it may leave
-            out `params` and any name of the context (see `Context`). One whose fourth parameter is
-            called `context` gets the `Context` itself, and steps others by `run`.
+            an enclosing transformation counts steps, and `clock` and `step` are in the context).
+        update: `update(updates, state, params=None, **context) -> (updates, state)`; it may omit
+            `params` and any name of the context (see `Context`). If its fourth parameter is
+            called `context`, it gets the `Context` itself, and steps others by `run`.
         name: the key of this stage's state in a chain. By default the name of the function that
             `update` was defined in: a stage written as `def sign(): ... def update(...)` is `sign`.
         apply: `apply(updates, state, params, context) -> state`, for callers who own both state
-            and parameters: as `update` with donate=True, followed by W ← W + U in the parameters'
-            own memory. None where nothing is won by that; see `update_in_place`.
-        phase: `phase(step) -> tuple of strings`: what happens on step number `step`, from 1, that
-            does not happen on all; () on a plain one. "refresh" and what begins with it is work
+            and parameters: like `update` with donate=True, followed by W ← W + U in place in the
+            parameters. None if that gains nothing; see `update_in_place`.
+        phase: `phase(step) -> tuple of strings`: what happens on step number `step`, from 1, but
+            not on every step; () on a plain one. "refresh" and labels that begin with it are work
             that others make room for. By default what the parts say.
-        check: `check(state, context)`: raises what has to be raised before a step changes
+        check: `check(state, context)`: raises whatever must be raised before a step changes
             anything. By default the parts do.
-        parts: {name: transformation} for a combinator.
-        state_of: (state, name) -> the part's state; by default its attribute of this name.
-        counts: whether it wants the number of the step. By default where it declares `step` or
+        parts: {name: transformation} for a combinator. state_of: (state, name) -> the part's state;
+        by default its attribute of this name. counts: whether it needs the number of the step. By
+        default, if it declares `step` or
             `clock`, or a part counts.
-        minds_alive: whether it leaves out what is not `alive`. By default where it declares that
+        minds_alive: whether it leaves out what is not `alive`. By default, if it declares that
             name, or takes the `Context`.
         accepts: names of the caller's own that `update` knows; None: any. By default those that it
-            declares, besides the parts'.
-        spread: how the blocks of its step are spread over ranks, for `blocked`.
-        numbers: the hyperparameters that it looks up in `hyper`, of which some may be `Live`, so
-            that a name that nobody reads is an error. By default none of a combinator's own; of a
-            stage that declares `hyper`, or takes the `Context`, perhaps any.
-        flops: `flops(block, kept)`: floating-point operations a step of its own matrix products on
-            a block of this shape, on average; `kept` are the lengths of the sides for which
-            something is refreshed; it may declare `apart`, whether a stage before has changed the
-            updates, so that they are not the `gradient`. By it ranks are balanced and plans made.
-            None: none. Parts' are added to it; what a combinator saves of them is negative.
-        passes: whether it never changes the updates.
-        elementwise: whether each number of an update depends on the same number of gradient, state
-            and parameter alone; so it gets a rank's parts of DTensors, see `core.elementwise`.
-        needs_params: whether no step is possible without parameters, so that a call without them is
-            an error before anything is changed. By default where a part needs them.
+            declares, plus the parts'.
+        spread: how the blocks of its step are spread over ranks, for `blocked`. numbers: the
+        hyperparameters that it looks up in `hyper`, some of which may be `Live`, so
+            that a name that no stage reads is an error. By default none for a combinator itself;
+            for a stage that declares `hyper`, or takes the `Context`, possibly any.
+        flops: `flops(block, kept)`: floating-point operations per step in its own matrix products
+            on a block of this shape, on average; `kept` are the lengths of the sides for which
+            something is refreshed. It may declare `apart`, whether an earlier stage has changed the
+            updates, so that they are not the `gradient`. Ranks are balanced and plans made by it.
+            None: none. Parts' are added; what a combinator saves of them is negative.
+        passes: whether it never changes the updates. elementwise: whether each number of an update
+        depends only on the same number of gradient,
+            state and parameter; if so, it gets a rank's parts of DTensors, see `core.elementwise`.
+        needs_params: whether a step is impossible without parameters, so that a call without them
+            raises an error before anything is changed. By default, if a part needs them.
         casts: whether gradients may come in any real floating dtype, of which it casts what it is
-            about to step; else all are cast to their parameters' compute dtype before.
-        refresh_cost: of the refresh of one matrix, in the time that the default solver takes: a
-            rule's `relative_cost`. By default that of the part where it is largest; None: 1.
+            about to step; otherwise all are cast to their parameters' compute dtype before.
+        refresh_cost: cost of the refresh of one matrix, relative to the default solver's time: a
+            rule's `relative_cost`. By default the largest of the parts'; None: 1.
 
     Unpacks as Optax's does: `init, update = transformation`.
 
@@ -182,10 +182,10 @@ class GradientTransformation:
         self.live: frozenset[str] | None = united(own, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
-        """The state for these parameters. Autograd records what is made of those that ask for it.
+        """The state for these parameters. Autograd records what is made of those that require it.
 
         Raises:
-            TypeError: something in it is no tensor (names the stage).
+            TypeError: something in it is not a tensor (names the stage).
         """
         any(map(is_in_parts, flatten(params)[0]))  # noted, for the steps
         if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
@@ -204,14 +204,14 @@ class GradientTransformation:
         """(updates, state) after a step. Pure, unless donate=True.
 
         Args:
-            updates: gradients; a leaf may be None. Those of DTensors are given the placements of
-                their parameters first, where `params` are there.
-            state: of `init`, or of the step before.
-            params: a tree like the updates, where a stage needs them.
-            context: `Context`'s names, and those that a stage of yours declares.
+            updates: gradients; a leaf may be None. DTensors are first given the placements of their
+                parameters, if `params` are given.
+            state: from `init`, or from the step before.
+            params: a tree like the updates, if a stage needs them.
+            context: names of `Context`, and those that a stage of yours declares.
 
         Raises:
-            TypeError: no stage knows a name; a gradient is no dense real floating tensor.
+            TypeError: no stage knows a name; a gradient is not a dense real floating tensor.
             ValueError: no stage reads the live numbers that `hyper` names. Gradients, state and
                 parameters do not fit together, or a stage needs parameters and there are none.
         """
@@ -242,7 +242,7 @@ class GradientTransformation:
 
         Raises:
             ValueError: gradients, state and parameters do not fit together.
-            TypeError: a gradient is no dense tensor of a real floating dtype.
+            TypeError: a gradient is not a dense tensor of a real floating dtype.
         """
         if context.hyper:
             check_placed(context.hyper, params)
@@ -253,17 +253,17 @@ class GradientTransformation:
         return updates, entered
 
     def phase(self, step: int) -> Phase:
-        """What happens on this step, from 1, that does not happen on all; () on a plain one."""
+        """What happens on this step, from 1, but not on every step; () on a plain one."""
         if self._phase is not None:
             return self._phase(step)
         return tuple([label for part in self.parts.values() for label in part.phase(step)])
 
     def flops(self, block: Block, kept: Block = (), apart: bool = False) -> float:
-        """Operations a step of the matrix products of all stages in it, on a block of this shape.
+        """Operations per step in the matrix products of all its stages, on a block of this shape.
 
         Args:
-            kept: lengths of the sides for which something is refreshed, as the state has it.
-            apart: whether a stage before it in the same scope changes the updates.
+            kept: lengths of the sides for which something is refreshed, as in the state.
+            apart: whether an earlier stage in the same scope changes the updates.
 
         >>> from funshampoo import kronecker_statistics, orthogonalize
         >>> kronecker_statistics().flops((2, 3)), orthogonalize(steps=5).flops((2, 3))
@@ -289,10 +289,10 @@ class GradientTransformation:
 def stateless(
     function: Callable[..., Tree], name: str = "", **options: Any
 ) -> GradientTransformation:
-    """A stage without a state from `function(updates, params=None, **context) -> updates`.
+    """A stage without state from `function(updates, params=None, **context) -> updates`.
 
     Args:
-        options: `numbers`, `passes`, `elementwise`, `needs_params`, as of `GradientTransformation`.
+        options: `numbers`, `passes`, `elementwise`, `needs_params`: see `GradientTransformation`.
 
     >>> import torch
     >>> sign = stateless(lambda updates: {name: u.sign() for name, u in updates.items()}, "sign")
@@ -312,7 +312,7 @@ def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
 
 
 def refreshes(transformation: GradientTransformation, context: Context) -> bool:
-    """Whether a step in this context computes anew what is kept, as far as the host knows."""
+    """Whether a step in this context recomputes cached values, as far as the host knows."""
     if context.refresh is not None:
         return context.refresh
     t = context.step

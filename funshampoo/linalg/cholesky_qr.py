@@ -45,7 +45,8 @@ def cholesky_qr(Y: Tensor, spare: Tensor) -> Tensor:
     d, epsilon = Y.shape[-1], torch.finfo(Y.dtype).eps
     eye = torch.eye(d, dtype=Y.dtype, device=Y.device)
     with full_precision():
-        Y = Y / _largest(Y)  # squares stay in the range of the dtype
+        largest = Y.detach().abs().amax((-2, -1), keepdim=True)
+        Y = Y / torch.where(largest > 0, largest, 1.0)  # squares stay in the range of the dtype
         size = torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True)
         Y = Y + MARGIN * epsilon * torch.where(size > 0, size, 1.0) * _completed(spare)
         for last in (False, False, True):
@@ -55,13 +56,6 @@ def cholesky_qr(Y: Tensor, spare: Tensor) -> Tensor:
             R, _ = torch.linalg.cholesky_ex(shifted, upper=True)
             Y = torch.linalg.solve_triangular(R, Y, upper=True, left=False)
     found: Tensor = Y
-    return found
-
-
-def _largest(Y: Tensor) -> Tensor:
-    """The largest entry's size (..., 1, 1), and 1 for a matrix of zeros."""
-    size = Y.detach().abs().amax((-2, -1), keepdim=True)
-    found: Tensor = torch.where(size > 0, size, 1.0)
     return found
 
 

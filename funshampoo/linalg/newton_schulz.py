@@ -126,7 +126,8 @@ def degree_and_power(p: float) -> tuple[int, int]:
 
 def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:
     """B^(-1/p), finite whatever B's eigenvalues are."""
-    scale, identity = _row_sum_norm(B), identity_like(B)
+    # ‖B‖_∞: λmax at least, and √d of it at most; without a gradient, as the root has none by it.
+    scale, identity = B.detach().abs().sum(-1).amax(-1)[..., None, None], identity_like(B)
     lower = condition ** (-1 / p) * math.sqrt(B.shape[-1]) ** (-1 / p)  # the product may be inf
     M, X = B / scale, identity.expand_as(B)
     steps = root_steps(p, lower, tolerance)
@@ -161,11 +162,3 @@ def _on_course(X: Tensor, identity: Tensor) -> Tensor:
     """
     largest: Tensor = torch.linalg.vector_norm(X.detach(), math.inf, dim=(-2, -1))
     return where(largest < _LARGEST, X, identity)
-
-
-def _row_sum_norm(B: Tensor) -> Tensor:
-    """‖B‖_∞ (..., 1, 1): λmax at least, and √d of it at most.
-
-    As the root does not depend on it, it has no gradient.
-    """
-    return B.detach().abs().sum(-1).amax(-1)[..., None, None]

@@ -162,13 +162,8 @@ def stand(norms: Sequence[Tensor], xs: Sequence[Tensor]) -> bool:
         found_zero = True
     if not found_zero:
         return True
-    return not any([_hides_something(x, norm) for x, norm in zip(xs, norms)])
+    # No block has a norm of 0 and an entry that is not 0.
+    return not any([bool((n == 0).any()) and bool(x[n == 0].any()) for x, n in zip(xs, norms)])
 
 
 _FEW = 64
-
-
-def _hides_something(x: Tensor, norm: Tensor) -> bool:
-    """Whether a block has a norm of 0 and an entry that is not 0."""
-    zero = norm == 0
-    return bool(zero.any()) and bool(x[zero].any())

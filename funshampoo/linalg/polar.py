@@ -169,11 +169,7 @@ def _scaled(P: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return P.mul_(scale) if may_reuse(P) else P * scale
     if scale == 1.0:
         return P if P.dtype == dtype else P.to(dtype, memory_format=torch.contiguous_format)
-    return _times(P, scale, dtype)
-
-
-def _times(P: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale P, multiplied in the dtype of the result, which is at least P's; contiguous."""
+    # Multiplied in the dtype of the result, which is at least P's; contiguous.
     found = torch.empty(P.shape, dtype=dtype, device=P.device)
     return torch.mul(P, _one_number(scale, dtype, P.device), out=found)
 

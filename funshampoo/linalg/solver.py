@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.core.checks import check_count, check_range
 from funshampoo.core.contract import Hyper
-from funshampoo.core.live import Live
 from funshampoo.core.modes import all_true, may_reuse
 
 
@@ -75,9 +75,15 @@ class RootSolver(ABC):
     relative_cost: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in self.least.items():
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), least)
+        own: Any = self  # a dataclass, as all that call this are
+        for field in dataclasses.fields(own):
+            value, least = getattr(self, field.name), self.least.get(field.name)
+            if least is None or (value is None and field.default is None):
+                continue
+            if field.type == "int":
+                check_count(field.name, value, int(least))
+            elif not isinstance(value, Tensor):  # one may have a number for each matrix
+                check_range(field.name, value, least)
 
     @abstractmethod
     def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
@@ -120,15 +126,6 @@ def integer_exponent(p: float, solver: str, others: str = "others") -> int:
     return int(p)
 
 
-def check_at_least(name: str, value: Hyper, least: float) -> None:
-    """Raise if `value` is a number below `least`. Reading a tensor would wait for its device."""
-    if isinstance(value, Live):
-        value.checks.append(functools.partial(check_at_least, name, least=least))
-        value = value.initial
-    if not isinstance(value, Tensor) and not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 def total_damping(
     A: Tensor, epsilon: Hyper, relative_epsilon: Hyper, largest: Callable[[], Tensor]
 ) -> Tensor:
@@ -136,7 +133,8 @@ def total_damping(
 
     `largest` returns λmax(A); it is not called when relative_epsilon is the number 0.
     """
-    check_at_least("epsilon", epsilon, 0)
+    if not isinstance(epsilon, Tensor):
+        check_range("epsilon", epsilon, 0)
     damping = A.new_zeros(A.shape[:-2]) + _like(epsilon, A, "epsilon")
     if isinstance(relative_epsilon, Tensor) or relative_epsilon != 0:
         # Rounding can leave λmax of a vanishing matrix negative; damping must not be.

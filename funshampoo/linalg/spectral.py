@@ -276,7 +276,9 @@ class _InversePower(Function):
         differences = _divided_differences(kept, values, keep, ctx.exponent)
         with full_precision():
             found = Q @ (differences * (Q.mT @ symmetrize(change) @ Q)) @ Q.mT
-        return _first_order(symmetrize(found), values)
+        # `values` ties it to the matrix that it is the gradient at.
+        guarded: Tensor = _FirstOrder.apply(symmetrize(found), values)
+        return guarded
 
 
 def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: float) -> Tensor:
@@ -331,9 +333,3 @@ _SECOND = (
     "roots by eigendecomposition have first derivatives only; "
     "use newton_schulz() or coupled_newton() for second derivatives"
 )
-
-
-def _first_order(gradient: Tensor, values: Tensor) -> Tensor:
-    """`gradient`, guarded; `values` tie it to the matrix that it is the gradient at."""
-    guarded: Tensor = _FirstOrder.apply(gradient, values)
-    return guarded

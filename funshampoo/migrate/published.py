@@ -17,6 +17,7 @@ from funshampoo.migrate import (
     published_soap_muon,
 )
 from funshampoo.migrate.reference import from_reference
+from funshampoo.migrate.wording import in_their_words
 
 Builder = Callable[..., GradientTransformation]
 
@@ -77,7 +78,8 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
     waits for the next in the identity.
 
     Raises:
-        ValueError: the method, or the value of an argument, is unknown.
+        ValueError: the method, or the value of an argument, is unknown or out of range. The error
+            names the argument as its constructor does.
         TypeError: the constructor has no such argument.
         NotImplementedError: an argument asks for what is not built here, named.
 
@@ -100,7 +102,7 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
         )
     for name, value in args.items():
         _check(name, value, known[name])
-    return builder(**args)
+    return in_their_words(builder)(**args)
 
 
 _ENTRIES = {"betas": 2, "ns_coefficients": 3}
@@ -119,6 +121,21 @@ def _check(name: str, value: Any, known: inspect.Parameter) -> None:
         check_range(name, value, float("-inf"), 1.0, high_open=True)
     if name in _ENTRIES:
         check_entries(name, value, _ENTRIES[name])
+
+
+def constructor_of(method: Any) -> inspect.Signature | None:
+    """Of a partial of `from_published`, the arguments that are left; None of anything else.
+
+    >>> list(constructor_of(functools.partial(from_published, "Muon")).parameters)[:2]
+    ['lr', 'weight_decay']
+    """
+    given = dict(getattr(method, "keywords", {}))
+    name = given.pop("method", next(iter(getattr(method, "args", ())), None))
+    if getattr(method, "func", None) is not from_published or name not in METHODS:
+        return None
+    known = inspect.signature(METHODS[name])
+    left = [p for n, p in known.parameters.items() if n not in given]
+    return known.replace(parameters=left)
 
 
 def first_rate_of(method: Any) -> str | None:

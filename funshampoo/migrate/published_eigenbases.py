@@ -20,6 +20,7 @@ from funshampoo.operators.kl import clamped_at
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.recipes.routing import whole
 from funshampoo.recipes.splus import signs_in_eigenbases
+from funshampoo.state.eigenbases import EigenbasisState
 from funshampoo.state.nodes import find_state
 from funshampoo.transforms import (
     add_decayed_weights,
@@ -32,7 +33,6 @@ from funshampoo.transforms import (
     scale_by_learning_rate,
     scale_by_rms,
 )
-from funshampoo.transforms.eigenbasis import EigenbasisState
 
 
 def soap(
@@ -285,6 +285,7 @@ def splus(
     keeps it.
     """
     check_range("max_dim", max_dim, 0)
+    check_range("eps", eps, 0.0)
     check_range("nonstandard_constant", nonstandard_constant, 0, high_open=True)
 
     def scale(shape: tuple[int, ...]) -> float:

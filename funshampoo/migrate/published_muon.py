@@ -10,7 +10,7 @@ import torch
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import check_choice, chosen
+from funshampoo.core.checks import check_choice, check_range, chosen
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.tree import map_leaves
 from funshampoo.operators.shape_scale import SCALES, Scale
@@ -127,6 +127,7 @@ def emerging_optimizers(
 
     fp32_matmul_prec and use_syrk have nothing to do here: products are as precise as dtype.
     """
+    check_range("extra_scale_factor", extra_scale_factor, 0.0, high_open=True)
     factor = SCALES[chosen("scale_mode", scale_mode, _NVIDIA_SCALES)]
 
     def fit(shape: tuple[int, ...]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
-from funshampoo.core.checks import check_choice, check_count, check_range, hint
+from funshampoo.core.checks import check_choice, check_count, check_flag, check_range, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, renamed
 from funshampoo.core.modes import constant
 from funshampoo.core.text import plural
@@ -95,7 +95,10 @@ def soap_muon(
         }
         return partition(of_role, _labels(roles))
 
-    momentum = mu_schedule if callable(mu_schedule) else mu_schedule and _listed(mu_schedule)
+    if initial_lr is not None:
+        check_range("initial_lr", initial_lr, 0.0, high_open=True)
+    given = mu_schedule is None or callable(mu_schedule)
+    momentum: Any = mu_schedule if given else _listed(mu_schedule)  # type: ignore[arg-type]
     tx = by_role(mu) if momentum is None else inject_hyperparams(by_role)(momentum)
     if lookahead is not None:
         return chain(tx, _looking_ahead(lr, initial_lr, lookahead))
@@ -113,6 +116,8 @@ def _looking_ahead(
         "prefill_steps": 0,
         "rest_steps": None,
     }
+    if not isinstance(lookahead, Mapping):
+        raise TypeError(f"lookahead is {lookahead!r}; give a dict of {', '.join(known)}.")
     unknown = sorted(lookahead.keys() - known.keys())
     if unknown:
         near = hint(unknown[0], known)
@@ -122,6 +127,10 @@ def _looking_ahead(
     given: dict[str, Any] = {**known, **lookahead}
     check_range("lookahead_stepsize", given["lookahead_stepsize"], 0.0, high_open=True)
     size, last = given["lookahead_stepsize"], given["rest_steps"]
+    check_flag("use_scheduled_lookahead_stepsize", given["use_scheduled_lookahead_stepsize"])
+    check_count("prefill_steps", given["prefill_steps"], 0)
+    if last is not None:
+        check_count("rest_steps", last, 0)
     scheduled = given["use_scheduled_lookahead_stepsize"] and (
         callable(lr) or initial_lr is not None
     )
@@ -158,9 +167,14 @@ def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Sche
 
 
 def _listed(values: Sequence[float]) -> Schedule:
+    if len(values) == 0:
+        raise ValueError("mu_schedule is empty; leave it out, and mu is the momentum of all steps.")
+    for value in values:
+        check_range("mu_schedule", value, 0.0, 1.0, high_open=True)
+
     @functools.partial(constant, most=4)
     def table(device: torch.device) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)
+        return torch.as_tensor(values, dtype=torch.float64, device=device)
 
     def at(count: Tensor) -> Tensor:
         place = count.clamp(max=len(values) - 1).reshape(1)

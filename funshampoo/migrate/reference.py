@@ -5,7 +5,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from funshampoo.core.checks import check_entries, check_flags, check_range, chosen, hint
+from funshampoo.core.checks import (
+    check_count,
+    check_entries,
+    check_flags,
+    check_range,
+    chosen,
+    hint,
+)
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly
 from funshampoo.migrate.reference_averages import averaged_as_published
@@ -21,6 +28,7 @@ from funshampoo.migrate.reference_config import (
     peak_of,
 )
 from funshampoo.migrate.reference_methods import Setting, stages_of
+from funshampoo.migrate.wording import in_their_words
 from funshampoo.recipes.in_blocks import in_blocks
 from funshampoo.transforms import primal_average, schedule_free
 from funshampoo.transforms.weight_decay import DecayKind
@@ -30,6 +38,7 @@ _PRIMAL = "GeneralizedPrimalAveragingConfig"
 _SCHEDULE_FREE = "ScheduleFreeConfig"
 
 
+@in_their_words
 def from_reference(
     *,
     lr: Hyper | Schedule = 1e-2,
@@ -114,6 +123,11 @@ def from_reference(
         raise TypeError(f"from_reference() got an unexpected argument {name!r}{near}")
     check_entries("betas", betas, 2)
     beta1, beta2 = betas
+    check_count("precondition_frequency", precondition_frequency)
+    check_range("epsilon", epsilon, 0.0)
+    check_range("lr", lr, 0.0, high_open=True, schedule=True)
+    if peak_lr is not None:
+        check_range("peak_lr", peak_lr, 0.0, high_open=True)
     target = merging_target(
         target_parameter_dimensionality, without_effect.get("distributed_config")
     )
@@ -188,6 +202,7 @@ def _last_stages(
     interpolation = fields.take("train_interp_coeff", 0.8)
     power = 2 if is_primal else fields.take("eval_coeff_lr_power", 2)
     fields.finish()
+    check_range("eval_coeff_lr_power", power, float("-inf"), high_open=True)
     if not as_published:
         if average is None:
             last = schedule_free(lr, interpolation, weight_lr_power=power, own_steps=own_steps)

@@ -71,6 +71,17 @@ class Fields:
             check_flag(field, found)
         return found
 
+    def function(self, field: str) -> Any:
+        """A field whose value is a function, or None.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        found = self.take(field, None)
+        if found is not None and not callable(found):
+            raise TypeError(f"{field} is {found!r}; give a function, or None.")
+        return found
+
     def nested(self, field: str, *built: str) -> Fields:
         """Those of the config in a field, which `finish` looks at too."""
         self._inside.append(Fields(self.take(field, None) or None, field, built))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.core.checks import check_entries
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import initial
 from funshampoo.core.tree import update_leaves, wide
@@ -182,18 +183,20 @@ def spectral(fields: Fields) -> GradientTransformation:
     """Of a SpectralDescentPreconditionerConfig."""
     nested = fields.nested("orthogonalization_config", _NEWTON_SCHULZ, _SVD)
     nested.drop("rank_deficient_stability_config")  # a field of the base class, unread there too
-    by_dimensions = nested.take("scale_by_dims_fn", None)
+    by_dimensions = nested.function("scale_by_dims_fn")
     # That is a function of (columns, rows), and ours of a leaf's shape.
     scale = by_dimensions and (lambda shape: by_dimensions(math.prod(shape[1:]), shape[0]))
     if nested.type == _SVD:
         return by_svd(scale, nested.take("scale_by_nuclear_norm", False))
-    a, b, c = nested.take("coefficients", (3.4445, -4.7750, 2.0315))
+    coefficients = nested.take("coefficients", (3.4445, -4.7750, 2.0315))
+    check_entries("coefficients", coefficients, 3)
+    a, b, c = coefficients
     return orthogonalize([(a, b, c)], nested.take("num_iterations", 5), scale=scale)
 
 
 def signs(fields: Fields) -> GradientTransformation:
     """Of a SignDescentPreconditionerConfig."""
-    scale_fn = fields.take("scale_fn", None)
+    scale_fn = fields.function("scale_fn")
     return sign() if scale_fn is None else signs_scaled_by(scale_fn)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from funshampoo.blocks.assembled import layout_of_spans
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.text import plural
+from funshampoo.state.eigenbases import EigenbasisState
 from funshampoo.state.nodes import walk
 from funshampoo.state.places import Place, block_of, map_tensors, spans_of
 from funshampoo.state.stages import AdamState, BlockedState, EmaState, RmsState, ShardedState
-from funshampoo.transforms.eigenbasis import EigenbasisState
 
 _FIELDS: dict[tuple[Any, str], str] = {
     (AdamState, "first"): "exp_avg",

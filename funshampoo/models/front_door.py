@@ -1,4 +1,4 @@
-"""An optimizer for a model: matrices to the method, the rest to AdamW."""
+"""An optimizer for a model: the method for matrices, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -50,49 +50,49 @@ def for_model(
     accept_adamw: bool = False,
     **options: Any,
 ) -> Optimizer:
-    """A torch.optim.Optimizer for a whole model: its matrices get the method, the rest AdamW.
+    """A torch.optim.Optimizer for a whole model: the method for its matrices, AdamW for the rest.
 
-    There is a parameter group for every role, or more where settings differ, and `group["role"]`
-    says which; state goes by the model's names. `print(funshampoo.routing_table(optimizer))` shows
-    what became of every parameter. Stacked experts, and query, key and value in one weight, are
-    taken apart by `blocks.Stacked`, for every method to which a matrix is more than its entries.
-    A gradient that is not finite holds its block; in "adamw", "sgd", "lion" and "sign_descent",
-    for whichever role, its parameter, unless guard=False is among their options.
+    There is one parameter group per role, or more where settings differ; `group["role"]` names the
+    role. State goes by the model's parameter names. To see what became of every parameter,
+    `print(funshampoo.routing_table(optimizer))`. Stacked experts, and query, key and value in one
+    weight, are taken apart by `blocks.Stacked`, for every method that treats a matrix as more than
+    its entries. A non-finite gradient holds its block. In "adamw", "sgd", "lion" and
+    "sign_descent", for any role, it holds its parameter, unless their options have guard=False.
 
     Args:
-        model: its parameters, each once, tied ones too. Frozen ones are there, and wait.
-        method: a name of `funshampoo.recipes.RECIPES`, or a recipe: a function of the learning
-            rate, and of `merge` if it is to know one matrix of a stack from another.
-        lr: of the method.
-        other_lr: of everything else; None: the default of `others`, 1e-3 for AdamW. A rate of a
-            method says nothing about that of another: give the one that AdamW has had.
-        others, other_options: a name or a recipe, and its arguments, such as betas. Where these do
-            not say otherwise, vectors do not decay.
-        method_roles: the roles that the method gets.
-        overrides: {pattern: role, or settings}: see `roles`. Settings that are no part of a role
+        model: takes each parameter once, also tied ones. Frozen ones are included, and wait.
+        method: a name in `funshampoo.recipes.RECIPES`, or a recipe: a function of the learning
+            rate, and of `merge` if it is to distinguish the matrices of a stack.
+        lr: the method's learning rate. other_lr: the learning rate of everything else; None: the
+        default of `others`, 1e-3 for
+            AdamW. One method's rate says nothing about another's: give the one you used for AdamW.
+        others, other_options: a name or a recipe, and its arguments, such as betas. Unless these
+            say otherwise, vectors do not decay.
+        method_roles: the roles that get the method. overrides: {pattern: role, or settings}: see
+        `roles`. Settings that are not part of a role
             go into the parameters' group: its own lr, weight_decay, max_size, or method.
-        heads: see `roles`.
-        scale_rates, base: "mup": lr and other_lr are those that were good for `base`, a narrower
-            model of the same names, or {name: shape} of it, and each parameter's is that times a
-            factor by its fans, kept in `group["rate_factor"]`; see docs/transfer.md.
-        compile, cuda_graph, tf32, consolidate, accept_adamw: see `Optimizer`.
-        options: of the method, by torch.optim's names: betas, weight_decay, every, ... They don't
-            reach `others`: AdamW's weight_decay stays 0.01 if other_options does not say so.
+        heads: see `roles`. scale_rates, base: with "mup", lr and other_lr are the ones tuned on
+        `base`, a narrower
+            model with the same names, or {name: shape} of it. Each parameter gets that rate times a
+            factor from its fans, kept in `group["rate_factor"]`; see docs/transfer.md.
+        compile, cuda_graph, tf32, consolidate, accept_adamw: see `Optimizer`. options: the
+        method's, by torch.optim's names: betas, weight_decay, every, ... They don't
+            reach `others`: AdamW's weight_decay stays 0.01 unless other_options sets it.
             Shampoo's exponents are 1/3, which did better than the paper's 1/4 on every task
-            (docs/defaults.md): exponents=None has those.
+            (docs/defaults.md); exponents=None selects the paper's.
 
     Returns:
-        The `Optimizer`. A scheduler multiplies all groups' rates; of one that sets them, give a
-        list, one a group.
+        The `Optimizer`. A scheduler multiplies all groups' rates; for a scheduler that sets them,
+        pass a list, one per group.
 
-    Warns where a choice is dear: a large embedding or head with a method of matrices, a parameter
-    whose state is many times AdamW's; and where no parameter is the method's, or the method can't
-    tell the matrices of a stack apart.
+    Warns about expensive choices: a large embedding or head with a matrix method, a parameter whose
+    state is many times AdamW's. Also if no parameter gets the method, or if the method can't
+    distinguish the matrices of a stack.
 
     Raises:
-        TypeError: the model is no module; an option that the method does not know; lr is missing.
-        ValueError: an unknown method (says the nearest), role or pattern; a model without
-            parameters, or of which all are frozen; scale_rates without base, or for a method that
+        TypeError: model is not a module; an option that the method does not know; lr is missing.
+        ValueError: an unknown method (suggests the nearest), role or pattern; a model without
+            parameters, or with all of them frozen; scale_rates without base, or for a method that
             has no rule; a parameter that base lacks.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

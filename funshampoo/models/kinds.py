@@ -86,6 +86,8 @@ def kind_of(
     if p.ndim < 2:
         return Kind("vector")
     if isinstance(module, _ConvNd):
+        if kind_of_shape(p.shape).role == "vector":
+            return Kind("vector")  # gains of filters, (outputs, 1, 1, 1)
         return Kind("convolution", transposed=isinstance(module, _ConvTransposeNd))
     if is_linear(module):
         plain = isinstance(module, nn.Linear)
@@ -130,6 +132,33 @@ def _of_other(module: nn.Module, p: Tensor) -> Kind:
     if p.ndim == 2 and any(m.embedding_dim == p.shape[1] for m in tables):
         return Kind("embedding")  # positions, beside the tokens to which they are added
     found = kind_of_shape(p.shape)
+    if found.role != "vector" and not _stands_between_layers(module, p):
+        return Kind("embedding")
     if found.role == "experts":
         return found._replace(transposed=getattr(module, "is_transposed", False) is True)
     return found
+
+
+def _stands_between_layers(module: nn.Module, p: Tensor) -> bool:
+    """Whether both sides of the matrix are such as the layers inside of the module have.
+
+    A weight takes what one layer makes and makes what another takes: its sides are sides of theirs,
+    or two to four times these, or those of another bare weight that stands before or behind it. A
+    tensor that is looked up, added or exponentiated has one in common with them at most: positions
+    and latents (n, width), biases of attention (distances, heads), a state-space model's decays
+    (width, states). Where there are no layers nobody can say.
+    """
+    layers = [m for m in module.modules() if m is not module]
+    layers = [m for m in layers if is_linear(m) or isinstance(m, _ConvNd)]
+    known = {n for m in layers for q in m.parameters() if q.ndim > 1 for n in q.shape[:2]}
+    if not known:
+        return True
+    first = 1 if p.ndim == 3 else 0
+    rows, columns = p.shape[first : first + 2]
+    others = [q.shape[-2:] for q in module.parameters(recurse=False) if q is not p and q.ndim > 1]
+    before, behind = {q[1] for q in others}, {q[0] for q in others}
+    return _is_side(rows, known | before) and _is_side(columns, known | behind)
+
+
+def _is_side(n: int, known: set[int]) -> bool:
+    return n in known or any(n % k == 0 and n // k <= 4 for k in known if k >= 4)

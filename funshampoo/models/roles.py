@@ -1,4 +1,4 @@
-"""The role that every parameter of a model plays, and what a user knows better."""
+"""The role of every parameter of a model, and how a user overrides it."""
 
 from __future__ import annotations
 
@@ -21,45 +21,47 @@ from funshampoo.models.weights import layer_of, output_weights
 def roles(
     model_or_params: Any, overrides: Overrides | None = None, *, heads: Heads = "fused"
 ) -> Any:
-    """{parameter: its role}: which parameters are matrices, and which had better be left to AdamW.
+    """{parameter: its role}: which parameters are matrices, and which are better left to AdamW.
 
     - "matrix": the weight of a linear layer, (outputs, inputs) or, in transformers' Conv1D, the
       other way round.
     - "convolution": a kernel.
-    - "embedding": a table of which rows are read, or positions: what is added to such rows.
-    - "head": the weight that makes the outputs, also where it is tied to an embedding; see
+    - "embedding": a table read by rows, or positions, which are added to such rows. Also a tensor
+      beside layers whose sides don't fit theirs: latents, attention biases, decays of state-space
+      models.
+    - "head": the weight that produces the outputs, also if it is tied to an embedding; see
       `models.weights.output_weights`.
     - "experts": a stack of matrices, (experts, ., .).
     - "heads": query, key and value in one weight: nn.MultiheadAttention.in_proj_weight, and c_attn
-      of transformers' GPT-2. Other modules don't say in which order they have them: name them in
+      of transformers' GPT-2. Other modules don't say in which order they have them: name those in
       `overrides`.
-    - "vector": everything of one side or none, biases of experts, and scales of norms.
+    - "vector": everything with one side or none, biases of experts, and scales of norms.
 
-    Of a module it goes by types, shapes and what is tied, never by names. A parameter that several
-    modules have is one entry under its first name, as in `named_parameters`; frozen ones are there.
-    Of what a weight is made of (weight_norm, spectral_norm and other parametrizations) lengths are
-    vectors, and the rest is what the weight would be.
+    For a module, types, shapes and ties decide, never names. A parameter shared by several modules
+    is one entry under its first name, as in `named_parameters`; frozen ones are included. Of the
+    parts of a parametrized weight (weight_norm, spectral_norm and other parametrizations), lengths
+    are vectors, and the rest is what the weight would be.
 
     Args:
-        model_or_params: a module; or any tree of tensors, which has no types, so that the shape
-            alone decides: one side or none (but for sides of 1) a vector, two a matrix, three a
+        model_or_params: a module, or any tree of tensors. A tree has no types, so the shape
+            alone decides: one side or none (except for sides of 1) a vector, two a matrix, three a
             stack of experts (so name the kernels of 1-d convolutions in overrides), more a
-            convolution, and (1, n, width) an embedding, for it is broadcast.
-        overrides: {pattern: role}, or {pattern: {"role": ..., "axis": ..., "parts": ...}} where a
-            weight is several matrices, as `blocks.Stacked` has them; patterns as in fnmatch
-            ("*.c_attn.weight"), the last that fits wins. Other settings are `for_model`'s.
+            convolution, and (1, n, width) an embedding, since it is broadcast.
+        overrides: {pattern: role}, or {pattern: {"role": ..., "axis": ..., "parts": ...}} for a
+            weight that is several matrices, as in `blocks.Stacked`. Patterns are fnmatch's
+            ("*.c_attn.weight"); the last match wins. Other settings are `for_model`'s.
         heads: "fused" takes query, key and value apart; "each" takes every head of them apart, and
             those of q_proj_weight, k_proj_weight and v_proj_weight in nn.MultiheadAttention;
-            "whole" makes a matrix of all.
+            "whole" keeps all as one matrix.
 
     Returns:
-        Of a module {name: role}; of a tree the same tree with roles for leaves. Labels for
-        `partition({"matrix": ..., "vector": ...}, labels)`.
+        For a module, {name: role}; for a tree, the same tree with roles as leaves. Use them as
+        labels: `partition({"matrix": ..., "vector": ...}, labels)`.
 
     Raises:
-        TypeError: something else than a module or a tree of tensors; overrides of another type.
-        ValueError: a pattern that fits no name, a role that there is not or that does not go with
-            the shape, a lazy parameter that has no shape yet: named.
+        TypeError: not a module or a tree of tensors; overrides of another type. ValueError: a
+        pattern that matches no name, an unknown role or one that does not fit
+            the shape, a lazy parameter that has no shape yet; the error names it.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 10))
     >>> roles(model, {"1.bias": "embedding"})  # doctest: +NORMALIZE_WHITESPACE
@@ -124,11 +126,11 @@ _OF_KIND = ("role", "axis", "parts")
 
 
 def settings_of(names: Iterable[str], overrides: Overrides | None) -> dict[str, dict[str, Any]]:
-    """{parameter: what the patterns that fit it say}; a later pattern overrules an earlier one.
+    """{parameter: the settings from all matching patterns}; later patterns override earlier ones.
 
     Raises:
         TypeError: overrides, or a value, is of another type.
-        ValueError: a pattern fits no name; says the nearest one.
+        ValueError: a pattern matches no name; suggests the nearest one.
     """
     known = list(names)
     bare = bare_names(known)  # a pattern for the module fits one that is compiled, too
@@ -162,10 +164,10 @@ def settings_of(names: Iterable[str], overrides: Overrides | None) -> dict[str, 
 
 
 def overridden(name: str, kind: Kind, shape: tuple[int, ...], settings: Mapping[str, Any]) -> Kind:
-    """What the parameter is by these settings.
+    """What the parameter is, given these settings.
 
     Raises:
-        ValueError: a role that there is not, or that does not go with the shape; names both.
+        ValueError: an unknown role, or one that does not fit the shape; names both.
     """
     if not any(key in settings for key in _OF_KIND):
         return kind
@@ -183,7 +185,7 @@ def overridden(name: str, kind: Kind, shape: tuple[int, ...], settings: Mapping[
 
 
 def extra_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the settings is for the method."""
+    """The settings that are for the method."""
     return {key: value for key, value in settings.items() if key not in _OF_KIND}
 
 

@@ -1,4 +1,4 @@
-"""Which parameter gets what, and what it costs: a table for people, and a word where it is much."""
+"""What every parameter gets, and what it costs: a table, and a warning where it costs much."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ class Row(NamedTuple):
     """One parameter.
 
     Attributes:
-        role: what `for_model` found it to be; "" in an optimizer made in another way.
-        method, lr: of its group.
-        blocks: in how many it is cut; 0 where the method has none.
-        state_bytes: of its own state, without what is shared; 0 while it is frozen.
+        role: the role that `for_model` found; "" in an optimizer made in another way. method, lr:
+        those of its group. blocks: the number of blocks it is cut into; 0 if the method has none.
+        state_bytes: bytes of its own state, without what is shared; 0 while it is frozen.
     """
 
     name: str
@@ -38,13 +37,13 @@ class Row(NamedTuple):
 
 
 class RoutingTable(NamedTuple):
-    """Rows in the order of the groups; `print` shows them."""
+    """Rows in the order of the groups; `print` displays them."""
 
     rows: tuple[Row, ...]
 
     @property
     def state_bytes(self) -> int:
-        """Of all parameters."""
+        """Bytes of state of all parameters."""
         return sum(row.state_bytes for row in self.rows)
 
     def __str__(self) -> str:
@@ -59,15 +58,15 @@ class RoutingTable(NamedTuple):
 
 
 def routing_table(optimizer: Optimizer) -> RoutingTable:
-    """Name, shape, role, method, rate, blocks and bytes of state of every parameter.
+    """Name, shape, role, method, learning rate, blocks and bytes of state of every parameter.
 
-    Nothing is allocated and no step is needed. Where blocks are sharded, the bytes are this rank's.
+    It allocates nothing and needs no step. With sharded blocks, the bytes are this rank's.
 
     Args:
-        optimizer: of `for_model`, or any `funshampoo.Optimizer`, which knows of no roles.
+        optimizer: from `for_model`, or any `funshampoo.Optimizer`, which has no roles.
 
     Raises:
-        TypeError: another optimizer.
+        TypeError: not a `funshampoo.Optimizer`.
 
     >>> import torch, funshampoo
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -138,7 +137,7 @@ def _is_out_of_proportion(row: Row) -> bool:
 
 
 def _ratio(row: Row) -> float:
-    """Against two numbers of four bytes an entry."""
+    """Relative to two numbers of four bytes per entry."""
     return row.state_bytes / (8 * max(math.prod(row.shape), 1))
 
 

@@ -15,7 +15,7 @@ _WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecod
 def output_weights(model: nn.Module) -> set[Tensor]:
     """The weights of the layers that make a model's outputs, by identity; often of one.
 
-    That of `get_output_embeddings()`, where the model has that method and an answer. Else linear
+    Those of `get_output_embeddings()`, where the model has that method and an answer. Else linear
     layers of an embedding's shape, (vocabulary, width). Else the last layer of the model that has a
     weight, in the order of registration, if it is linear. A layer that is repeated (inside an
     nn.ModuleList, or one of several modules of one type in an nn.Sequential) and one of an
@@ -25,7 +25,8 @@ def output_weights(model: nn.Module) -> set[Tensor]:
         answer = getattr(module, "get_output_embeddings", None)
         if callable(answer):
             layer = answer()
-            found = weights_of(layer) if isinstance(layer, nn.Module) else []
+            layers = layer if isinstance(layer, nn.ModuleList) else [layer]  # one a codebook
+            found = [p for m in layers if isinstance(m, nn.Module) for p in weights_of(m)]
             if found:
                 return set(found)
             break

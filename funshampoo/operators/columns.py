@@ -19,7 +19,7 @@ from torch import Tensor
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import is_plain
 from funshampoo.core.placed import SEEN, any_in_parts, count_writes
-from funshampoo.core.tree import HALF, compute_dtype, flatten, map_leaves, update_columns
+from funshampoo.core.tree import HALF, compute_dtype, map_leaves
 from funshampoo.operators import leaf_ops
 from funshampoo.operators.by_number import by_number
 
@@ -29,13 +29,13 @@ _LACKS = torch.__version__ < "2.13"
 """Whether this release lacks some foreach operators for DTensors."""
 
 
+def _in_parts(xs: Column) -> bool:
+    return SEEN["any"] and any_in_parts(xs)
+
+
 def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
     """(1 - weight) old + weight new. The results have old's dtypes."""
-    if (
-        isinstance(weight, Tensor)
-        or not is_plain(old, new)
-        or (_LACKS and SEEN["any"] and any_in_parts(old))
-    ):
+    if isinstance(weight, Tensor) or not is_plain(old, new) or (_LACKS and _in_parts(old)):
         return [leaf_ops.lerp(x, y, weight, donate) for x, y in zip(old, new)]
     if not donate:
         return list(torch._foreach_lerp(old, new, weight))
@@ -124,6 +124,7 @@ def average_of(
     donate: bool,
     *,
     by_weight: bool,
+    weighted: bool = True,
 ) -> tuple[Column, Column]:
     """An average, and its total weight.
 
@@ -131,33 +132,13 @@ def average_of(
         alive: as in `average`; `new` is 0 in the rows that are 0.
         by_weight: the weight is of each row's own gradients: it decays with the average in a row
             that is not alive, so that their quotient stays. Else such a row is left out.
+        weighted: False: a sum, beta old + new, whose weight stays.
     """
+    if not weighted:
+        return add(decayed(old, beta, alive, donate), new, donate), weight
     if by_weight or not alive:
         return lerp(old, new, 1 - beta, donate), add_weight(weight, beta, alive, donate)
     return average(old, new, beta, alive, donate), add_weight(weight, beta, (), donate)
-
-
-def first_weights(params: Any, block_ndim: int, *, corrects: bool, own_steps: bool) -> Any:
-    """The weight of averages before their first step.
-
-    Args:
-        corrects: whether it corrects a bias, and begins at 0; else it is 1 and stays there.
-        own_steps: a weight a block, (N,) or (), in its compute dtype. False: one for averages that
-            count everyone's steps, () on the CPU; float32, or float64 where a parameter is.
-    """
-    start = 0.0 if corrects else 1.0
-    if own_steps:
-        return map_leaves(
-            lambda x: x.new_full(x.shape[:block_ndim], start, dtype=compute_dtype(x)), params
-        )
-    wide = torch.float64 in {x.dtype for x in flatten(params)[0]}
-    dtype = torch.float64 if wide else torch.float32
-    return torch.full((), start, dtype=dtype, device="cpu")
-
-
-def count_everyone(weight: Any, beta: Hyper, donate: bool) -> Any:
-    """Everyone's weight after a step; () where there is none."""
-    return leaf_ops.add_weight(weight, beta, donate) if isinstance(weight, Tensor) else weight
 
 
 def zeros_a_block(params: Any, block_ndim: int, dtype: torch.dtype | None = None) -> Any:
@@ -167,37 +148,12 @@ def zeros_a_block(params: Any, block_ndim: int, dtype: torch.dtype | None = None
     )
 
 
-def counted(
-    updates: Any, weight: Any, beta: Hyper, known: Sequence[Any], donate: bool, own_steps: bool
-) -> Any:
-    """The weights of averages after a step: each block's own, or everyone's.
-
-    Args:
-        known: the tree of what is alive, or nothing.
-    """
-    if not own_steps:
-        return count_everyone(weight, beta, donate)
-
-    def count(u: Column, *rest: Column) -> tuple[Column, Column]:
-        *fine, w = rest
-        return u, add_weight(w, beta, fine, donate)
-
-    return update_columns(count, updates, (weight,), known)[1]
-
-
-def weights_over(weight: Any, tree: Any) -> Any:
-    """A tree of weights, one a leaf: copies of everyone's, or the tree that it is."""
-    if not isinstance(weight, Tensor) or isinstance(tree, Tensor):
-        return weight
-    return map_leaves(lambda leaf: weight.clone(), tree)
-
-
 def seen(weight: Column, alive: Sequence[Column]) -> Column:
     """Weights to divide by: not 0 in a row that has had no gradient, which is not alive."""
     if not alive:
         return weight
     least = [torch.finfo(w.dtype).tiny for w in weight]
-    if is_plain(weight) and not (_LACKS and SEEN["any"] and any_in_parts(weight)):
+    if is_plain(weight) and not (_LACKS and _in_parts(weight)):
         return list(torch._foreach_clamp_min(weight, least))
     return [torch.clamp(w, min=tiny) for w, tiny in zip(weight, least)]
 
@@ -282,7 +238,7 @@ def clamp(xs: Column, limit: Hyper) -> Column:
         isinstance(limit, Tensor)
         or not is_plain(xs)
         or all([x.is_cpu for x in xs])
-        or (_LACKS and SEEN["any"] and any_in_parts(xs))
+        or (_LACKS and _in_parts(xs))
     ):
         return [leaf_ops.clamp(x, limit) for x in xs]  # both ends in one pass
     limits = [leaf_ops.in_range(limit, x.dtype) for x in xs]

@@ -81,28 +81,26 @@ def wanted_sides(block: tuple[int, ...], sides: Sides | None) -> list[bool]:
     return [i == shortest for i in range(len(block))]
 
 
-def without_vectors(sides: Sides | None) -> Sides:
-    """These sides of blocks that have two or more, and none of the others."""
-
-    def of_matrices(block: tuple[int, ...]) -> Sequence[bool]:
-        return wanted_sides(block, sides) if len(block) > 1 else [False] * len(block)
-
-    return of_matrices
-
-
 def chosen_sides(vectors: str, sides: Sides | None = None) -> Sides | None:
     """What the arguments `vectors` and `sides` of a recipe say together.
+
+    "diagonal": these sides of blocks that have two or more, and none of the others.
 
     Raises:
         ValueError: vectors is neither "diagonal" nor "blocks"; sides is none of what they can be.
     """
     check_choice("vectors", vectors, ("diagonal", "blocks"))
     check_sides(sides)
-    return without_vectors(sides) if vectors == "diagonal" else sides
+    if vectors == "blocks":
+        return sides
+    return lambda block: wanted_sides(block, sides) if len(block) > 1 else [False] * len(block)
 
 
-def check_exponents(exponents: Exponents | None) -> None:
-    """Raises ValueError or TypeError for what is no exponent, or a side that no block has."""
+def check_exponents(exponents: Exponents | None, sides: Sides | None) -> None:
+    """Raises ValueError or TypeError for what is no exponent, or a side that no block has.
+
+    And for what neither names sides nor chooses them; see `check_sides`.
+    """
     if isinstance(exponents, Mapping):
         _check_by_order(exponents)
     elif isinstance(exponents, str):
@@ -111,6 +109,7 @@ def check_exponents(exponents: Exponents | None) -> None:
         raise TypeError("exponents is a tensor; give a number, which is fixed when it is built.")
     elif exponents is not None:
         check_range("exponents", exponents, 0.0)
+    check_sides(sides)
 
 
 def _check_by_order(exponents: Mapping[int, float | Mapping[int, float]]) -> None:

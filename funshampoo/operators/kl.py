@@ -13,7 +13,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.core.contract import Hyper
+from funshampoo.core.checks import check_choice, check_range
+from funshampoo.core.contract import Hyper, Tree
+from funshampoo.core.live import is_exactly
+from funshampoo.core.tree import compute_dtype, map_leaves
 from funshampoo.linalg.products import aligned, multiply
 from funshampoo.operators.exponents import Sides, wanted_sides
 from funshampoo.operators.leaf_ops import lerp, on_device, per_block
@@ -30,6 +33,16 @@ _FRESH_FOR_EIGENVALUES: dict[int, tuple[tuple[int, ...], ...]] = {3: ((1,), (2,)
 def others(sides: Sequence[Tensor | None], side: int) -> list[Tensor | None]:
     """None in the place of this side."""
     return [None if i == side else x for i, x in enumerate(sides)]
+
+
+def first_eigenvalues(params: Tree, block_ndim: int, value: float) -> Tree:
+    """λ_i before the first gradient. A leaf without sides has one, as if it had one of length 1."""
+
+    def leaf(x: Tensor) -> tuple[Tensor, ...]:
+        lead, sides, dtype = x.shape[:block_ndim], x.shape[block_ndim:] or (1,), compute_dtype(x)
+        return tuple([x.new_full((*lead, d), value, dtype=dtype) for d in sides])
+
+    return map_leaves(leaf, params)
 
 
 def inverse_root(eigenvalues: Tensor) -> Tensor:
@@ -226,11 +239,32 @@ def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
 
 
 WHITENED: dict[str, Callable[..., Whitened]] = {
-    "roots": _by_roots,
-    "ritz": _by_ritz_values,
     "eigenvalues": _by_eigenvalues,
+    "ritz": _by_ritz_values,
+    "roots": _by_roots,
 }
 """{`through` of `kl_statistics`: numbers of it, by keyword -> how G_i are made}."""
+
+
+def check_through(through: str, least: Least, bias_correction: bool, **flags: bool) -> None:
+    """Raises ValueError for what does not go together in `kl_statistics`.
+
+    Args:
+        flags: starts_whole and in_turn.
+    """
+    check_choice("through", through, tuple(WHITENED))
+    if not callable(least):
+        check_range("least_eigenvalue", least, 0.0)
+    if through == "ritz" and is_exactly(least, 0):
+        raise ValueError(
+            f'least_eigenvalue is {least}; with through="ritz" it must be above 0, since Ritz '
+            "values may be 0: give 1e-8, say."
+        )
+    for name, flag in flags.items():
+        if flag and through != "eigenvalues":
+            raise ValueError(f'{name} stands with through="eigenvalues" alone: leave it out.')
+    if flags["starts_whole"] and bias_correction:
+        raise ValueError("starts_whole stands with bias_correction=False alone: give that too.")
 
 
 def kl_flops(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,13 +66,11 @@ def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -
         return accumulate_gram_(old, x, beta, weight)
     if stacked and d >= LARGE and n >= LONG and is_plain_memory(old, x):
         return _add_triangle(old if donate else old.clone(), x, beta, weight)
-    fused: Any
     if donate and _may_write(old, x):
         fused = old.baddbmm_ if stacked else old.addmm_
     else:
-        fused = functools.partial(torch.baddbmm if stacked else torch.addmm, old)
-    accumulated: Tensor = fused(x, x.mT, beta=beta, alpha=weight)
-    return accumulated
+        fused = old.baddbmm if stacked else old.addmm
+    return fused(x, x.mT, beta=beta, alpha=weight)
 
 
 implement(functools.partial(add_gram, donate=True))  # outside a graph it writes into `old`

@@ -5,9 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from funshampoo.core.contract import Tree
+from funshampoo.core.parameters import UnfitLeafError
 from funshampoo.core.placed import is_in_parts
+from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.linalg.norms import norm_over_axes, range_scale, stand
 from funshampoo.operators.leaf_ops import per_block
+
+
+def check_matrices(params: Tree, stage: str, block_ndim: int) -> None:
+    """Raises UnfitLeafError for a parameter of less than two sides; names it, and the stage."""
+    for name, p in zip(leaf_names(params), flatten(params)[0]):
+        if p.ndim < block_ndim + 2:
+            raise UnfitLeafError(
+                f"{stage}: '{{}}' has the shape {tuple(p.shape[block_ndim:])} and is no matrix. "
+                "Give it to another method, by partition(...), or pass vectors='pass' to leave "
+                "such updates as they are.",
+                name,
+            )
 
 
 def as_rows(u: Tensor, block_ndim: int, flat: bool = True) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,27 +15,23 @@ from funshampoo.linalg.products import matmul
 from funshampoo.operators.packed import unpack
 
 
-def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
-    """mat_i of every side, its columns in some order, on which x xᵀ does not depend; or None.
+def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """mat_i of the wanted sides, the columns in some order, on which x xᵀ does not depend.
 
     One copy with the last side in front serves the last two sides of a tensor: the last one as
     rows, which a product takes in half the time of columns, the one before as transposed columns.
     """
     order = x.ndim - block_ndim
-    last_first = None
-    for side in range(order):
-        if not wanted[side]:
-            yield None
-        elif order < 3 or side < order - 2:
-            yield unfold(x, side, block_ndim)
-        else:
-            if last_first is None:
-                last_first = x.movedim(-1, block_ndim).contiguous()
-            lead, d = x.shape[:block_ndim], x.shape[block_ndim + side]
-            if side == order - 1:
-                yield last_first.reshape(*lead, d, -1)
-            else:
-                yield last_first.reshape(*lead, -1, d).mT
+    apart = order if order < 3 else order - 2
+    found: list[Tensor | None] = [None] * order
+    for side in range(apart):
+        if wanted[side]:
+            found[side] = unfold(x, side, block_ndim)
+    if any(wanted[apart:]):
+        last_first = x.movedim(-1, block_ndim).contiguous()
+        found[-1] = last_first.reshape(*x.shape[:block_ndim], x.shape[-1], -1)
+        found[-2] = last_first.reshape(*x.shape[:block_ndim], -1, x.shape[-2]).mT
+    return found
 
 
 def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
@@ -94,9 +90,8 @@ def precondition(
     tensor([2., 3.])
     """
     pairs: list[tuple[Tensor, Tensor] | None] = []
-    for root in roots:
-        X = None if root is None else unpack(root)
-        pairs.append(None if X is None else (X, X))
+    for X in roots:
+        pairs.append(None if X is None else (unpack(X),) * 2)
     return _mode_products(x, pairs, block_ndim, product_dtype)
 
 

@@ -96,16 +96,11 @@ def _mirrored(packed: Tensor, S: Tensor) -> Tensor:
     h = packed.shape[-2]
     r = S.shape[-1] - h
     A, B, C = packed[..., :h], packed[..., r + 1 :], packed[..., :r, 1 : r + 1]
-    lower = _lower(h)
+    lower = is_of_first(h, h - 1, S.device)  # (h, h)
     S[..., :h, h:], S[..., h:, :h] = B, B.mT
     torch.where(lower, A, A.mT, out=S[..., :h, :h])
     torch.where(lower[:r, :r], C.mT, C, out=S[..., h:, h:])
     return S
-
-
-@constant
-def _lower(d: int) -> Tensor:
-    return torch.ones(d, d, dtype=torch.bool, device="cpu").tril()
 
 
 def side_of(packed: Tensor) -> int:

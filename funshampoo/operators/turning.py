@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funshampoo.core.contract import Tree
-from funshampoo.core.modes import full_precision
+from funshampoo.core.modes import full_precision, product_precision
 from funshampoo.core.traced_tree import dict_like
 from funshampoo.core.tree import update_leaves, wide
 from funshampoo.operators.leaf_ops import per_block
-from funshampoo.operators.mode_products import rotate
+from funshampoo.operators.mode_products import precondition, rotate
 from funshampoo.state.meaning import kind_of
 
 
 def turned(tree: Tree, kept: Tree, block_ndim: int, back: bool = False) -> Tree:
     """Coordinates in the bases, or back."""
+    return _products(functools.partial(rotate, block_ndim=block_ndim, back=back), tree, kept)
 
+
+def preconditioned(
+    tree: Tree, kept: Tree, block_ndim: int, product_dtype: torch.dtype | None
+) -> Tree:
+    """The products with the roots of all sides."""
+    product = functools.partial(precondition, block_ndim=block_ndim, product_dtype=product_dtype)
+    return _products(product, tree, kept)
+
+
+def _products(product: Callable[..., Tensor], tree: Tree, kept: Tree) -> Tree:
     def leaf(u: Tensor, units: Any) -> tuple[Tensor]:
-        return (rotate(wide(u), matrices_of(units), block_ndim, back),)
+        return (product(wide(u), matrices_of(units)) if any(units) else wide(u),)
 
-    return update_leaves(leaf, tree, (), (kept,))[0]
+    with product_precision():
+        return update_leaves(leaf, tree, (), (kept,))[0]
 
 
 def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: int) -> Any:

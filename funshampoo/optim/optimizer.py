@@ -1,4 +1,4 @@
-"""A torch.optim.Optimizer around any chain, for code that was written for torch.optim."""
+"""A torch.optim.Optimizer around any chain, for code written for torch.optim."""
 
 from __future__ import annotations
 
@@ -28,52 +28,52 @@ class Optimizer(torch.optim.Optimizer, Joining):
     """A torch.optim.Optimizer that runs a chain of gradient transformations.
 
     Args:
-        params: parameters, (name, parameter) pairs, or dicts as torch.optim takes them. A dict may
+        params: parameters, (name, parameter) pairs, or dicts as in torch.optim. A dict may
             hold its own hyperparameters and, under "method", its own recipe.
-        method: a recipe such as `funshampoo.shampoo`, or a transformation.
-        hyperparameters: the recipe's arguments, by torch.optim's names: lr for learning_rate, betas
-            for (beta1, beta2). Where the method takes no learning rate, as no transformation does,
-            its updates are multiplied by -lr; give none if it has `scale_by_learning_rate` in it,
-            and lr=None if it scales by a negative number in another way.
-        consolidate: where blocks are sharded over ranks, have `state_dict` return the whole, on
-            every rank: a collective then, which every rank has to call. For programs in which they
-            all do, as Accelerate's save_state; see `consolidate_state_dict` for others.
-        accept_adamw: have `load_state_dict` take the state of torch's AdamW or Adam, too, by
-            `seed_from_adamw`: so a program that resumes from a checkpoint by itself, as Trainers
-            do, can go on from one that AdamW saved, at the rate that its scheduler had reached.
-        compile: True compiles plain steps by torch.compile, see `funshampoo.compiled`; a dict is
-            True with torch.compile's options. A graph goes on for another number of a recipe of
-            funshampoo, unless that switches something on; of your own if lr is a tensor, which it
-            has to read on every step (`scale_by_learning_rate` does).
+        method: a recipe such as `funshampoo.shampoo`, or a transformation. hyperparameters: the
+        recipe's arguments, by torch.optim's names: lr for learning_rate, betas
+            for (beta1, beta2). If the method takes no learning rate, as no transformation does,
+            its updates are multiplied by -lr. Omit lr if it contains `scale_by_learning_rate`;
+            pass lr=None if it scales by a negative number in another way.
+        consolidate: where blocks are sharded over ranks, `state_dict` returns the whole state on
+            every rank. It is then a collective that every rank has to call. For programs in which
+            all do, such as Accelerate's save_state; for others see `consolidate_state_dict`.
+        accept_adamw: `load_state_dict` also takes the state of torch's AdamW or Adam, through
+            `seed_from_adamw`. So a program that resumes from a checkpoint by itself, as Trainers
+            do, can continue from one of AdamW's, at the rate that its scheduler had reached.
+        compile: True compiles plain steps with torch.compile, see `funshampoo.compiled`; a dict is
+            True with torch.compile's options. A graph stays valid when a number of a funshampoo
+            recipe changes, unless that switches something on; for your own recipe, if lr is a
+            tensor that it reads on every step (as `scale_by_learning_rate` does).
         cuda_graph: True records steps as CUDA graphs, group by group, and replays them: see
-            `funshampoo.cuda_graphed`, and docs/gpu.md. Likewise; the tensor lies on the GPU then.
-        tf32: True rounds a GPU's products of every step to TF32: see `funshampoo.in_tf32`.
+            `funshampoo.cuda_graphed`, and docs/gpu.md. As for compile; the tensor is on the GPU.
+        tf32: True rounds the products of every step to TF32 on a GPU: see `funshampoo.in_tf32`.
 
-    What param_groups hold is what the next step uses: a learning-rate scheduler, or you, may change
-    any of it. A part that is switched on (momentum from 0) starts from nothing; one that is
-    switched off loses its memory. `maximize=True` in a group ascends.
+    The next step uses what param_groups hold: a learning-rate scheduler, or you, may change any of
+    it. A part that is switched on (momentum from 0) starts from nothing; one that is switched off
+    loses its memory. `maximize=True` in a group ascends.
 
-    The state follows the tensors. Parameters may leave a group, come to it, or change their order
-    or their group, and groups may be appended, removed or put in other dicts: each parameter goes
-    on from its own averages, and a new tensor starts from nothing. Where blocks are sharded, every
-    rank has to make the same edit.
+    The state follows the tensors. Parameters may leave or join a group, change their order or their
+    group, and groups may be appended, removed or put in other dicts: each parameter continues from
+    its own averages, and a new tensor starts from nothing. Where blocks are sharded, every rank has
+    to make the same edit.
 
-    A parameter whose gradient is None is left alone and its averages are corrected by the gradients
-    that it has had. One with requires_grad=False has no state until that changes, is not moved, and
-    keeps the state that it had before. p.grad is never written to.
+    A parameter whose gradient is None is left alone; its averages are corrected by the gradients
+    that it has had. One with requires_grad=False has no state until that changes, does not move,
+    and keeps any state that it had before. p.grad is never written to.
 
     `state` and `state_dict` present the state by parameter, in flat names such as
-    "block_0_1/graft/onto/second" below each; `load_state_dict` checks all of it before it changes
+    "block_0_1/graft/onto/second" below each; `load_state_dict` checks everything before it changes
     anything. Where blocks are sharded, each rank has its own part: see `consolidate_state_dict`, or
-    save them all, and load the union that `funshampoo.state.merged` makes, on any number of ranks.
+    save all parts and load what `funshampoo.state.merged` makes of them, on any number of ranks.
 
-    A step that Ctrl-C or an exception ends while it writes leaves a state that is half done: the
-    next step, save or read raises `InterruptedStepError`, until a checkpoint is loaded or
-    `state.clear()` is called.
+    If Ctrl-C or an exception ends a step while it writes, the state is half done: the next step,
+    save or read raises `InterruptedStepError`, until a checkpoint is loaded or `state.clear()` is
+    called.
 
     Raises:
-        TypeError: an argument that the method does not know, or lacks; a flag is no bool (compile
-            no dict either). At the first step: nobody scales by a learning rate, or two do.
+        TypeError: an argument that the method does not know, or lacks; a flag is not a bool (for
+            compile, or a dict). At the first step: no learning rate scales the updates, or two do.
         ValueError: an argument out of range; compile or cuda_graph with distribute, with a tensor
             that is not read on every step, or with one another; compile with stagger.
 
@@ -118,8 +118,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyperparameters of their own; see torch.optim.Optimizer.
 
-        Entries that the method does not know are kept, for whoever reads them; one that looks like
-        a misspelt hyperparameter is warned of.
+        Entries that the method does not know are kept for other readers; one that looks like a
+        misspelt hyperparameter raises a warning.
         """
         words = self._words
         if isinstance(param_group, dict):
@@ -161,7 +161,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         return GroupRun(group, words, self._method, first, self._execution)
 
     def _match(self) -> Memory:
-        """What is remembered, with one run a group as the groups are now."""
+        """The memory, with one run per group, for the groups as they are now."""
         self._memory.match(self.param_groups, self._run_of)
         return self._memory
 
@@ -171,10 +171,10 @@ class Optimizer(torch.optim.Optimizer, Joining):
 
         Raises:
             RuntimeError: a sparse gradient (names the parameter).
-            TypeError, ValueError: what was edited in param_groups is out of range, or changes the
-                blocks. As with a sparse gradient, nothing has moved then.
-            FailureLimitError: gradients or roots that failed too often in a row, in whichever
-                group. Nothing has moved then.
+            TypeError, ValueError: an edit in param_groups is out of range, or changes the blocks.
+                As with a sparse gradient, nothing has moved.
+            FailureLimitError: gradients or roots failed too often in a row, in any group. Nothing
+                has moved.
         """
         loss = None
         if not (closure is None or callable(closure)):
@@ -188,7 +188,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
 
     @_disable_dynamo  # torch.compiler.disable, without two seconds of import
     def _step_groups(self) -> None:
-        """Is not traced where somebody compiles a step as a whole: `compile=True` knows how."""
+        """Not traced when a whole step is compiled: `compile=True` handles that."""
         memory = self._match()
         memory.prepare()
         self._whole = None
@@ -202,12 +202,12 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def state(self) -> Any:
         """{parameter: {name: value}}, as torch.optim has it; see `optim.states.States`.
 
-        What is written to it counts: an entry of the chain's changes, one of your own stays with
-        the parameter, is saved and loaded. A parameter that is deleted, or assigned {}, starts from
-        nothing; so does everything after `state.clear()`, or `state = {}`.
+        Writes take effect: to an entry of the chain's, they change it; an entry of your own stays
+        with the parameter, and is saved and loaded. A parameter that is deleted, or assigned {},
+        starts from nothing; so does everything after `state.clear()`, or `state = {}`.
 
-        The tensors are views of the chain's state, to which the next step writes. Before the first
-        step they show a fresh one.
+        The tensors are views of the chain's state, which the next step overwrites. Before the first
+        step they show a fresh state.
         """
         if "_memory" not in self.__dict__:  # torch.optim.Optimizer looks before there is one
             return {}
@@ -220,7 +220,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         self.state.become({p: dict(entries) for p, entries in value.items()})
 
     def chain_states(self) -> list[Any]:
-        """The state of every group's chain, for `funshampoo.state`: its `health`, say. To be read.
+        """The state of every group's chain, for `funshampoo.state`, e.g. its `health`. Read-only.
 
         The next step writes to it.
 
@@ -237,13 +237,13 @@ class Optimizer(torch.optim.Optimizer, Joining):
         return [run.state() for run in memory.runs]
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim has it, readable by torch.load(weights_only=True).
+        """As in torch.optim, readable by torch.load(weights_only=True).
 
-        Its tensors are the optimizer's own, as torch.optim's are, and the next step changes some
-        and replaces others: save it, or keep a copy.deepcopy of it.
+        The tensors are the optimizer's own, as in torch.optim, and the next step changes some and
+        replaces others: save it, or keep a copy.deepcopy of it.
 
-        Functions and solvers among the hyperparameters leave a text in their places; loading keeps
-        the ones given at construction.
+        Functions and solvers among the hyperparameters are saved as text; loading keeps those given
+        at construction.
 
         Where blocks are sharded it is this rank's part, and says so; with consolidate=True, or on
         the rank for which `consolidate_state_dict` was called since the last step, it is the whole.
@@ -268,15 +268,15 @@ class Optimizer(torch.optim.Optimizer, Joining):
         return self._whole is not None and self._whole.is_of(self._match())
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
-        """Bring together what the ranks have, so that `state_dict` gives the whole until a step.
+        """Gather the ranks' parts, so that `state_dict` returns the whole until the next step.
 
-        As torch.distributed.optim.ZeroRedundancyOptimizer's, for whose sake Lightning calls it. A
+        Like torch.distributed.optim.ZeroRedundancyOptimizer's, and called by Lightning. A
         collective: every rank that shares blocks has to call it. The whole is held in host memory.
-        After an edit of groups `state_dict` and `chain_states` are collectives, too, until a step.
+        After an edit of groups, `state_dict` and `chain_states` are collectives, too, until a step.
 
         Args:
-            to: the rank, in the group that shares, that gets it; None: every rank. Every rank,
-                too, where no blocks are shared out, as of AdamW on DTensors.
+            to: the rank, in the sharing group, that gets it; None: every rank. Every rank gets it,
+                too, where no blocks are sharded, as for AdamW on DTensors.
         """
         memory = self._match()
         found = united(memory, numbers_of(self.param_groups), to)
@@ -285,20 +285,20 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, cast: bool = False
     ) -> None:
-        """Load what `state_dict` returned; either all of it or, where it does not fit, nothing.
+        """Load what `state_dict` returned: all of it or, if it does not fit, nothing.
 
         Args:
-            state_dict: of an optimizer with as many groups and parameters; where both have names,
-                in any order. Where blocks were sharded: the whole, of `consolidate_state_dict` or
+            state_dict: from an optimizer with as many groups and parameters; if both have names, in
+                any order. Where blocks were sharded: the whole, from `consolidate_state_dict` or
                 `funshampoo.state.merged`, on any number of ranks; or, on as many ranks, the part
                 that this rank saved.
             strict, cast: see `funshampoo.state.load_state_dict`.
 
-        Where blocks are sharded it is a collective: all ranks load, or none does.
-        The hyperparameters become the saved ones, as in torch.optim; a function or solver given at
+        Where blocks are sharded it is a collective: all ranks load, or none does. The
+        hyperparameters become the saved ones, as in torch.optim; a function or solver given at
         construction stays. Names that only the checkpoint has are adopted. A checkpoint by full
-        names, as torch.distributed.checkpoint.state_dict has it, may lack parameters: torch checks
-        that itself, if it is to be strict. They start from nothing.
+        names, as from torch.distributed.checkpoint.state_dict, may lack parameters, which then
+        start from nothing; if that is to be strict, torch checks it.
 
         Raises:
             ValueError: other groups, names missing or unknown, other shapes or dtypes.
@@ -324,18 +324,18 @@ class Optimizer(torch.optim.Optimizer, Joining):
             after(self)
 
     def seed_from_adamw(self, saved: Mapping[str, Any]) -> None:
-        """Take over the moments of a torch.optim.AdamW, so that a run in progress can switch.
+        """Take over the moments of a torch.optim.AdamW, to switch in the middle of a run.
 
-        Hyperparameters stay as they are here. Before the first step, or after `state.clear()`.
-        Where blocks are sharded it is a collective: all ranks take them over, or none does.
+        Hyperparameters stay as they are here. Call it before the first step, or after
+        `state.clear()`. Where blocks are sharded it is a collective: all ranks load, or none does.
 
         Args:
-            saved: its state_dict(), for the same parameters: by name, where both were given names,
-                else in the same order, which of `for_model` is the model's.
+            saved: its state_dict(), for the same parameters: by name, if both were given names,
+                else in the same order; for `for_model`, in the model's order.
 
         Raises:
             ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,
-                and not the same.
+                which differ.
         """
         memory = self._match()
         memory.follow()
@@ -344,7 +344,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
             memory.seeded(loaded_together(memory, "seed_from_adamw", load).ready)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy. Built chains are left out: they are made anew."""
+        """For pickle and deepcopy. Built chains are left out and rebuilt."""
         copied = ("defaults", "param_groups", "_method", "_words", "_memory", "_model_order")
         options = ("_execution", "_consolidate", "_accept_adamw")
         return {"_whole": None, **{name: self.__dict__[name] for name in (*copied, *options)}}

@@ -1,4 +1,4 @@
-"""Shampoo for code that was written for torch.optim, and what it takes, for type checkers."""
+"""Shampoo for code that was written for torch.optim, with typed options for type checkers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from funshampoo.transforms.weight_decay import DecayKind
 
 
 class WrapperOptions(TypedDict, total=False):
-    """What every `Optimizer` takes."""
+    """Options that every `Optimizer` takes."""
 
     compile: bool | Mapping[str, Any]
     cuda_graph: bool
@@ -31,10 +31,10 @@ class WrapperOptions(TypedDict, total=False):
 
 
 class ShampooOptions(WrapperOptions, total=False):
-    """And what `funshampoo.shampoo` takes beside the arguments of `Shampoo`; see there.
+    """Plus what `funshampoo.shampoo` takes besides the arguments of `Shampoo`; see there.
 
-    So checkers find `momentun=0.9`, or a string for a number, before anything runs. A test compares
-    this with the recipe, name by name.
+    So type checkers find `momentun=0.9`, or a string for a number, before anything runs. A test
+    compares this with the recipe, name by name.
     """
 
     beta3: Hyper | None
@@ -75,14 +75,12 @@ class Shampoo(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts of them with hyperparameters.
-        lr: learning rate; with grafting onto Adam, start from what AdamW likes.
-        betas: decay of the gradient filter and of the statistics.
-        epsilon: absolute damping; the default damping is relative, see `funshampoo.shampoo`.
-        weight_decay: decoupled by default; weight_decay_kind= chooses another kind.
-        momentum, nesterov: heavy-ball momentum on the preconditioned step.
-        every: steps between two refreshes of the roots.
-        max_size: longest side of a block.
-        options: everything else that `funshampoo.shampoo` takes: grafting, stagger, solver,
+        lr: learning rate; with grafting onto Adam, start from the one that works for AdamW. betas:
+        decay of the gradient filter and of the statistics. epsilon: absolute damping; the default
+        damping is relative, see `funshampoo.shampoo`. weight_decay: decoupled by default;
+        weight_decay_kind= selects another kind. momentum, nesterov: heavy-ball momentum on the
+        preconditioned step. every: steps between two refreshes of the roots. max_size: longest side
+        of a block. options: any other option of `funshampoo.shampoo`: grafting, stagger, solver,
             distribute=funshampoo.sharded for data-parallel ranks, compile=True, ...
 
     See `Optimizer` for groups, schedulers and checkpoints.

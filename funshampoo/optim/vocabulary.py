@@ -15,7 +15,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, takes_live
-from funshampoo.migrate.published import first_rate_of
+from funshampoo.migrate.published import constructor_of, first_rate_of
 from funshampoo.optim.values import copied, is_fixed, is_number, same_value, structural
 from funshampoo.transforms import scale_by_learning_rate
 
@@ -78,6 +78,11 @@ class Vocabulary:
         self._names = {_RENAMED.get(name, name): x for name, x in self._arguments.items()}
         if self._paired:
             self._names["betas"] = (self._names.pop("beta1"), self._names.pop("beta2"))
+        published = constructor_of(method)
+        if published is not None:  # fixed numbers of a group, but for what is a note there
+            own = {n: p.default for n, p in published.parameters.items() if n not in _NOTES}
+            self._arguments |= own
+            self._names |= own
         self.extras: set[str] = set()
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
             declared = {

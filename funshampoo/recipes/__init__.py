@@ -1,4 +1,4 @@
-"""Recipes: short functions that return chains. Those of `__all__` are known by name, too."""
+"""Recipes: short functions that return chains. Those in `__all__` are also known by name."""
 
 from collections.abc import Callable
 

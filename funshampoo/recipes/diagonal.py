@@ -1,4 +1,4 @@
-"""The diagonal methods that everybody compares with, from the same parts."""
+"""The standard diagonal baselines, from the same parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from funshampoo.core.checks import check_flags
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.live import is_exactly, is_tensor
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
-from funshampoo.transforms import add_decayed_weights, scale_by_adam, scale_by_learning_rate, trace
+from funshampoo.transforms import add_decayed_weights, scale_by_adam, trace
 
 
 def adamw(
@@ -23,18 +23,18 @@ def adamw(
 ) -> GradientTransformation:
     """AdamW: `scale_by_adam`, decoupled weight decay, learning rate.
 
-    Agrees with torch.optim.AdamW, whose defaults it has. As there, a gradient
-    that is not finite enters, without `guard`.
+    Matches torch.optim.AdamW, and has its defaults. As there, a non-finite gradient enters, unless
+    `guard` is set.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1, beta2, epsilon: as in `scale_by_adam`.
         weight_decay: λ ≥ 0.
         mask: which leaves decay.
-        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
-            ones by their size; as in `shampoo`.
-        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
-            After 20 times in a row that raises FailureLimitError.
+        distribute: `funshampoo.sharded`, to shard the leaves over data-parallel ranks, whole leaves
+            by size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around the
+            chain. After 20 times in a row it raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range.
@@ -47,12 +47,8 @@ def adamw(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.1010])}
     """
-    stages = [
-        scale_by_adam(beta1, beta2, epsilon),
-        add_decayed_weights(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
-    ]
-    return by_leaves(stages, distribute, guard)
+    stages = [scale_by_adam(beta1, beta2, epsilon), add_decayed_weights(weight_decay, mask)]
+    return by_leaves(stages, learning_rate, distribute, guard)
 
 
 def sgd(
@@ -68,18 +64,18 @@ def sgd(
 ) -> GradientTransformation:
     """SGD with momentum: coupled weight decay, `trace`, learning rate.
 
-    Agrees with torch.optim.SGD; as there, the first step is not damped. As there, a gradient
-    that is not finite enters, without `guard`.
+    Matches torch.optim.SGD; as there, the first step is not damped. As there, a non-finite gradient
+    enters, unless `guard` is set.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         momentum, nesterov, dampening: as in `trace`. The number 0 for momentum leaves it out.
         weight_decay: λ ≥ 0, an L2 penalty: it is added to the gradient.
         mask: which leaves decay.
-        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
-            ones by their size; as in `shampoo`.
-        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
-            After 20 times in a row that raises FailureLimitError.
+        distribute: `funshampoo.sharded`, to shard the leaves over data-parallel ranks, whole leaves
+            by size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around the
+            chain. After 20 times in a row it raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range; nesterov without momentum, or with dampening.
@@ -104,4 +100,4 @@ def sgd(
             momentum, nesterov=nesterov, dampening=dampening, dampen_first_step=False
         )
         stages.append(momentum_stage)
-    return by_leaves([*stages, scale_by_learning_rate(learning_rate)], distribute, guard)
+    return by_leaves(stages, learning_rate, distribute, guard)

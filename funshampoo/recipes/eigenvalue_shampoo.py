@@ -41,16 +41,16 @@ def eigenvalue_shampoo(
         D = (M̂ ×_1 Q_1ᵀ … ×_k Q_kᵀ) / (√V̂ + epsilon)               M̂ the average of ema(beta1)
         W ← W - learning_rate (D ×_1 Q_1 … ×_k Q_k + weight_decay W)
 
-    As SOAP, with three differences: momentum lives outside of the bases, these are renewed before
-    they are used, and by eigendecompositions, in which V goes by rank. It needs no grafting: V is
-    of every step, however old the bases are. The betas are those of `shampoo`.
+    Like SOAP, with three differences: momentum lives outside the bases; the bases are renewed
+    before they are used; and by eigendecompositions, where V follows by rank. It needs no grafting:
+    V is updated on every step, however old the bases are. The betas are those of `shampoo`.
 
-    State and a step's products are SOAP's, and one more pair for M̂; a refresh takes 1.2 to 2.7
-    times a QR's time for sides of 512 to 64 on a CPU's thread, and far more than QR by products
-    on a GPU (docs/gpu.md; `linalg.qr()` is an option).
+    State and a step's products are SOAP's, plus one more pair for M̂; a refresh takes 1.2 to 2.7
+    times a QR's time for sides of 512 to 64 on a CPU thread, and far more than QR by products on a
+    GPU (docs/gpu.md; `linalg.qr()` is an option).
 
-    To use where `soap` is, if a first step shall be made at once, or as a Shampoo whose length
-    of step needs no other method.
+    Use it like `soap`, if the first step should be taken at once, or as a Shampoo whose step length
+    needs no other method.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count. Its scale is AdamW's.
@@ -58,9 +58,9 @@ def eigenvalue_shampoo(
         beta2, epsilon: of V, and beta2 of the factor matrices.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, start, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. By
-            default by `linalg.by_rank()`. Before step `start` the step is Adam's.
+            default with `linalg.by_rank()`. Before step `start` the step is Adam's.
         max_size, merge: blocks; see `blocked`.
-        vectors: "diagonal": a block of one side or none makes Adam's own step. "blocks": in the
+        vectors: "diagonal": a block with one side or none takes Adam's own step. "blocks": in the
             eigenbasis of a d×d matrix.
         max_failures, spike_factor, distribute, tile: as in `shampoo`.
 

@@ -1,4 +1,4 @@
-"""What the recipes in block space have in common: guard, ranks, blocks, momentum, decay, rate."""
+"""What the recipes in block space share: guard, ranks, blocks, momentum, decay, learning rate."""
 
 from __future__ import annotations
 
@@ -44,16 +44,17 @@ def in_blocks(
     tile: TileSize = "auto",
     last: GradientTransformation | None = None,
 ) -> GradientTransformation:
-    """The chain of a method whose direction these stages make of every block; see `shampoo`.
+    """The chain of a method whose direction these stages compute for every block; see `shampoo`.
 
     All of it is in one scope: what happens to a block, and where its state lives, is decided once.
-    `last` takes the place of `scale_by_learning_rate`; one that averages weights has to see all of
-    them, so there is no mask then.
+    `last` replaces `scale_by_learning_rate`; one that averages weights has to see all of them, so
+    there is no mask then.
     """
     check_flags(decay_through_momentum=decay_through_momentum)
+    coupled = weight_decay_kind == "coupled"
     decay = add_decayed_weights(
         weight_decay,
-        mask if weight_decay_kind == "coupled" else None,  # in block space `blocked` applies it
+        mask if coupled else None,  # in block space `blocked` applies it
         kind=weight_decay_kind,
         learning_rate=learning_rate,
         peak_learning_rate=peak_learning_rate,
@@ -63,39 +64,35 @@ def in_blocks(
         raise ValueError("nesterov needs momentum above 0.")
     decays = [] if is_exactly(weight_decay, 0) or mask is False else [decay]
     moves = [] if is_exactly(momentum, 0) else [heavy_ball]
-    coupled = weight_decay_kind == "coupled"
-    inner_decays = [] if coupled else decays
-    moved = [*inner_decays, *moves] if decay_through_momentum else [*moves, *inner_decays]
+    before, inside = (decays, []) if coupled else ([], decays)
+    moved = [*inside, *moves] if decay_through_momentum else [*moves, *inside]
     if last is None:
         last = scale_by_learning_rate(learning_rate)
     elif mask is not None:
         raise ValueError("mask hides weights from the average: leave it out.")
     block_chain = chain(*stages, *moved, last)
-    protected = guarded(
-        block_chain, max_failures=max_failures, every=every, spike_factor=spike_factor
-    )
-    protected = distributed(protected, distribute, every=every, max_failures=max_failures)
+    limits: Any = {"every": every, "max_failures": max_failures}
+    protected = guarded(block_chain, spike_factor=spike_factor, **limits)
     blocks = blocked(
-        protected,
+        distributed(protected, distribute, **limits),
         max_size,
         merge=merge,
         keep=keep,
         with_params=bool(block_chain.needs) and (True if mask is None else mask),
         tile=tile,
     )
-    return chain(*decays, blocks) if coupled else chain(blocks)
+    return chain(*before, blocks)
 
 
 def distributed(
     inner: GradientTransformation, distribute: Distribute | None, **given: Any
 ) -> GradientTransformation:
-    """What `distribute` makes of it, with these options but for those of its own.
+    """What `distribute` makes of it, with these options, except for options of its own.
 
-    None: blocks are shared out where the parameters are sharded, as FSDP2 shards them, and nowhere
-    else.
+    None: blocks are sharded if the parameters are, as FSDP2 shards them, and not otherwise.
 
     Raises:
-        TypeError: distribute is no function.
+        TypeError: distribute is not a function.
     """
     if distribute is None:
         distribute = functools.partial(sharded, whole=False)
@@ -108,9 +105,13 @@ def distributed(
 
 
 def by_leaves(
-    stages: Sequence[GradientTransformation], distribute: Distribute | None, guard: bool
+    stages: Sequence[GradientTransformation],
+    learning_rate: Hyper | Schedule,
+    distribute: Distribute | None,
+    guard: bool,
 ) -> GradientTransformation:
-    """The chain of an elementwise method; with `distribute`, of each leaf on its owner alone."""
+    """The chain of an elementwise method; with `distribute`, each leaf runs only on its owner."""
     check_flags(guard=guard)
-    whole = guarded(chain(*stages), by_leaf=True) if guard else chain(*stages)
+    whole = chain(*stages, scale_by_learning_rate(learning_rate))
+    whole = guarded(whole, by_leaf=True) if guard else whole
     return whole if distribute is None else distributed(whole, distribute)

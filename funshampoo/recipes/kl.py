@@ -55,22 +55,22 @@ def kl_shampoo(
         on a refresh:   Q_i ← qr(L_i Q_i)
 
     with S_j = Q_j diag(λ_j) Q_jᵀ of the other sides. Nothing is grafted: the eigenvalues give the
-    step its length, and adapt on every step between two refreshes. A block's first gradient gives
-    it bases, as published, and only the decay moves it. The published defaults but for blocks.
+    step its length, and adapt on every step between two refreshes. A block's first gradient only
+    initializes its bases, as published; decay alone moves it. The published defaults, except
+    blocks.
 
-    State beside AdamW's two numbers a weight, for a block m×n: one number a weight less, and
-    2 (m² + n²) + m + n more. A step beside it: nine products of m² n or m n² multiplications, where
-    `soap` has six, and now and then a QR a side.
+    State beside AdamW's two numbers per weight, for a block m×n: one number per weight less, and 2
+    (m² + n²) + m + n more. A step beside it: nine products of m² n or m n² multiplications, where
+    `soap` has six, and at refreshes one QR per side.
 
-    To use in the place of Shampoo or SOAP without Adam's second moment, which its paper found to be
-    as good and better in pretraining. Eigenvalues begin at 0.1 and need some 1/(1-β2) steps to come
-    down to those of small gradients; until then steps are short. `clamp` keeps 1/√λ below the
-    length of a side, or 10: where the entries of gradients are smaller than that allows, about
-    1/√(mn), steps get shorter with them. Where gradients grow at once, the
-    first step is too long, its eigenvalues being those from before it, and later ones are too
-    short, since those of both sides take in all of the growth: of 10 times 4.3 times as long, and
-    no shorter than 0.9; of 10,000 times 4,400, and 1/360, which take 240 steps to be a half.
-    `spike_factor` holds the first ones; `kl_soap` adapts at once.
+    Use it in place of Shampoo or SOAP, without Adam's second moment; its paper found it as good or
+    better in pretraining. Eigenvalues start at 0.1 and need some 1/(1-β2) steps to decay to those
+    of small gradients; until then steps are short. `clamp` keeps 1/√λ below the length of a side,
+    or 10: if gradient entries are smaller than that allows, about 1/√(mn), steps get shorter with
+    them. If gradients grow suddenly, the first step is too long, as its eigenvalues are older, and
+    later steps are too short, as the eigenvalues of both sides absorb all of the growth: at 10
+    times, 4.3 times as long, and no shorter than 0.9; at 10,000 times, 4,400, and 1/360, which
+    takes 240 steps to become a half. `spike_factor` holds the first ones; `kl_soap` adapts at once.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
@@ -83,8 +83,8 @@ def kl_shampoo(
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
         max_size, merge: blocks; see `blocked`.
-        vectors: "diagonal": a block of one side or none has eigenvalues of its coordinates as they
-            are, so that its step is RMSprop's, with momentum. "blocks": a d×d matrix.
+        vectors: "diagonal": a block with one side or none has the eigenvalues of its coordinates,
+            unrotated, so its step is RMSprop's, with momentum. "blocks": a d×d matrix.
         max_failures, spike_factor, distribute, tile: as in `shampoo`.
 
     Raises:
@@ -151,14 +151,14 @@ def kl_soap(
         W ← W - learning_rate ((M / (√V + epsilon)) ×_1 Q_1 … ×_k Q_k + weight_decay W)
         on a refresh:   Q_i ← qr(L_i Q_i)
 
-    M and V are not corrected for their bias, as published; nor is a block moved by its first
-    gradient, but by the decay. The published defaults but for blocks.
+    M and V are not bias-corrected, as published, and a block's first gradient does not move it;
+    decay alone does. The published defaults, except blocks.
 
-    State beside AdamW's two numbers a weight, for a block m×n: 2 (m² + n²) + m + n. A step beside
-    it: nine products of m² n or m n² multiplications, where `soap` has six, and now and then a QR a
-    side.
+    State beside AdamW's two numbers per weight, for a block m×n: 2 (m² + n²) + m + n. A step beside
+    it: nine products of m² n or m n² multiplications, where `soap` has six, and at refreshes one QR
+    per side.
 
-    To use in the place of `soap`, at its rate: the step is Adam's too, in bases from another
+    Use it instead of `soap`, at its learning rate: the step is also Adam's, in bases from another
     estimate of the same covariance, and does not depend on the scale of gradients as that of
     `kl_shampoo` may.
 
@@ -170,7 +170,7 @@ def kl_soap(
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
         max_size, merge: blocks; see `blocked`.
-        vectors: "diagonal": a block of one side or none makes Adam's own step. "blocks": in the
+        vectors: "diagonal": a block with one side or none takes Adam's own step. "blocks": in the
             eigenbasis of a d×d matrix.
         max_failures, spike_factor, distribute, tile: as in `shampoo`.
 

@@ -45,26 +45,26 @@ def muon(
         B ← momentum B + (1 - momentum) G,   U = (1 - momentum) G + momentum B   if nesterov
         W ← W - learning_rate (s polar(U) + weight_decay W)
 
-    Defaults are those of torch.optim.Muon, which it agrees with but for rounding: it multiplies in
-    float32 where that one does in bfloat16, and so does this with dtype=torch.bfloat16.
+    Defaults are those of torch.optim.Muon, which it matches except for rounding: it multiplies in
+    float32, while torch uses bfloat16, as this does with dtype=torch.bfloat16.
 
-    State: one number an entry, half of AdamW's. Time: five steps of three products each, 30 r² c
-    operations of an r×c matrix, r ≤ c: next to nothing where a batch is large beside r, and no
-    eigendecompositions. To be used for hidden matrices, where its step is as long in every
-    direction; embeddings, head and vectors are better off with AdamW. scale="adam" makes a step as
-    long as AdamW's, so that one rate is right for both.
+    State: one number per entry, half of AdamW's. Time: five steps of three products each, 30 r² c
+    operations for an r×c matrix, r ≤ c: negligible if the batch is large relative to r, and no
+    eigendecompositions. Use it for hidden matrices, where its step is equally long in every
+    direction; AdamW is better for embeddings, head and vectors. scale="adam" makes a step as long
+    as AdamW's, so that one learning rate suits both.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         momentum, nesterov: see `ema`.
         weight_decay: λ ≥ 0, decoupled.
         polynomials, steps, scale, epsilon, dtype: see `orthogonalize`.
-        matrices, others: which leaves it is for, by default all of two sides or more; and what the
+        matrices, others: the leaves it is for, by default all with two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
-        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
-            in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
+        merge: `blocks.Stacked(...)` if a leaf is a stack of matrices, like experts, or several in
+            one, like query, key and value; see `blocked`. "none": each leaf is one matrix.
         max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
-            what the rest gets by default (of given `others`, if they are `sharded` themselves).
+            the default `others` (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.
@@ -106,7 +106,7 @@ def normuon(
     max_failures: int | None = 20,
     distribute: Distribute | None = None,
 ) -> GradientTransformation:
-    """NorMuon: Muon's direction, with rows of one length over time.
+    """NorMuon: Muon's direction, with rows of equal length over time.
 
         B ← momentum B + G,   U = G + momentum B   if nesterov, else B
         O = polar(U),   v_i ← beta2 v_i + (1 - beta2) mean_j(O_ij²),   N_ij = O_ij / √v_i
@@ -114,8 +114,8 @@ def normuon(
 
     Defaults are those of microsoft/dion.
 
-    State: Muon's, and a number a row. Time: Muon's, and two passes. To be used as Muon is; where
-    some neurons get much longer updates than others it evens them out.
+    State: Muon's, plus one number per row. Time: Muon's, plus two passes. Use it like Muon; if some
+    neurons get much longer updates than others, it evens them out.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
@@ -124,12 +124,12 @@ def normuon(
         weight_decay: λ ≥ 0, decoupled.
         cautious_decay: only where a step shrinks the weight anyway; see `add_cautious_decay`.
         scale, epsilon, dtype: see `orthogonalize`.
-        matrices, others: which leaves it is for, by default all of two sides or more; and what the
+        matrices, others: the leaves it is for, by default all with two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
-        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
-            in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
+        merge: `blocks.Stacked(...)` if a leaf is a stack of matrices, like experts, or several
+            in one, like query, key and value; see `blocked`. "none": each leaf is one matrix.
         max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
-            what the rest gets by default (of given `others`, if they are `sharded` themselves).
+            the default `others` (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.
@@ -174,27 +174,27 @@ def spectral_descent(
     max_failures: int | None = 20,
     distribute: Distribute | None = None,
 ) -> GradientTransformation:
-    """Spectral descent: the steepest direction where a step's largest singular value counts.
+    """Spectral descent: the steepest direction if a step is measured by its largest singular value.
 
         M ← beta1 M + (1 - beta1) G,   W ← W - learning_rate (s polar(M) + weight_decay W)
 
-    What Shampoo's direction is without memory: (G Gᵀ)^(-1/4) G (Gᵀ G)^(-1/4) = polar(G). Defaults
-    are those of SpectralDescentPreconditionerConfig of facebookresearch/optimizers.
+    Shampoo's direction without memory: (G Gᵀ)^(-1/4) G (Gᵀ G)^(-1/4) = polar(G). Defaults are those
+    of SpectralDescentPreconditionerConfig of facebookresearch/optimizers.
 
-    State and time are Muon's, which differs in its momentum and in s. To be used to see what Muon's
-    own choices bring.
+    State and time are Muon's, which differs in its momentum and in s. Use it to see what Muon's own
+    choices contribute.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1: see `ema`.
         weight_decay: λ ≥ 0, decoupled.
         polynomials, steps, scale, epsilon, dtype: see `orthogonalize`.
-        matrices, others: which leaves it is for, by default all of two sides or more; and what the
+        matrices, others: the leaves it is for, by default all with two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
-        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, as experts are, or several
-            in one, as query, key and value; see `blocked`. "none": each leaf is one matrix.
+        merge: `blocks.Stacked(...)` if a leaf is a stack of matrices, like experts, or several in
+            one, like query, key and value; see `blocked`. "none": each leaf is one matrix.
         max_failures, distribute: as in `shampoo`; a rank owns whole matrices, and whole leaves of
-            what the rest gets by default (of given `others`, if they are `sharded` themselves).
+            the default `others` (of given `others`, if they are `sharded` themselves).
 
     Raises:
         ValueError, TypeError: an argument out of range, named.

@@ -1,4 +1,4 @@
-"""Matrices to the method, the rest to AdamW."""
+"""The method for matrices, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def routed(
 
     Args:
         method: a chain for matrices and stacks of them, learning rate included.
-        learning_rate: of the AdamW that others get if not given.
+        learning_rate: of the AdamW that the others get by default.
         matrices: which leaves get the method: a tree of bools, a prefix of one, or a function of
-            the parameters. By default all that have two sides or more, by `merge`, so embeddings
-            and heads as well, for which AdamW is mostly better: say so here.
+            the parameters. By default all with two sides or more, by `merge`. That includes
+            embeddings and heads, for which AdamW is mostly better: exclude them here.
         others: what the other leaves get; by default `adamw` with its defaults. The default, like
-            the method, is `guarded`, so that a gradient that is not finite is left out, and shared
-            out by `distribute`, whole leaves by their size. One that is given is taken as it is,
-            since it may look across leaves; sharded(guarded(adamw(3e-4), by_leaf=True)) is shared
-            out as the default is.
+            the method, is `guarded`, so that a non-finite gradient is left out, and is sharded by
+            `distribute`, whole leaves by size. If you pass one, it is used unchanged, since it may
+            look across leaves; sharded(guarded(adamw(3e-4), by_leaf=True)) is sharded as the
+            default is.
         max_failures: see `guarded`.
-        distribute: `funshampoo.sharded`, to share out the matrices over data-parallel ranks, whole
-            ones by the cost of their products, and the leaves of the default `others`.
-        merge: which matrices a leaf is made of; see `blocked`. "none": it is one.
+        distribute: `funshampoo.sharded`, to shard the matrices over data-parallel ranks, whole ones
+            by the cost of their products, and the leaves of the default `others`.
+        merge: which matrices a leaf is made of; see `blocked`. "none": it is one matrix.
     """
     inside = whole(method, max_failures, distribute, merge)
     if others is None:
@@ -61,9 +61,9 @@ def whole(
     distribute: Distribute | None,
     merge: Merge = "none",
 ) -> GradientTransformation:
-    """`method` on whole parameters, equal ones in one stack, guarded, and shared out if wanted.
+    """`method` on whole parameters, equal ones in one stack, guarded, and sharded if requested.
 
-    Where it needs parameters they are copied into stacks too, and travel with sharded gradients.
+    If it needs parameters, they are copied into stacks too, and travel with sharded gradients.
     """
     protected = guarded(method, max_failures=max_failures)
     protected = distributed(protected, distribute, max_failures=max_failures)
@@ -93,5 +93,5 @@ def labelled(matrices: Mask | None, merge: Merge = "none") -> Any:
 
 
 def decay(weight_decay: Hyper) -> list[GradientTransformation]:
-    """The stage for decoupled decay, or none where it is the number 0."""
+    """The stage for decoupled decay, or none if it is the number 0."""
     return [] if is_exactly(weight_decay, 0) else [add_decayed_weights(weight_decay)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
 from funshampoo.recipes.routing import decay
-from funshampoo.transforms import ema, scale_by_learning_rate, sign
+from funshampoo.transforms import ema, sign
 
 
 def lion(
@@ -24,21 +25,21 @@ def lion(
         W ← W - learning_rate (sign(beta1 M + (1 - beta1) G) + weight_decay W)
         M ← beta2 M + (1 - beta2) G
 
-    Defaults are those of google/automl. A gradient that is not finite enters M, as there,
-    without `guard`.
+    Defaults are those of google/automl. A non-finite gradient enters M, as there, unless `guard` is
+    set.
 
-    State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
-    To be used where memory is short and batches are large; rates are three to ten times smaller
-    than AdamW's, decay as many times larger.
+    State: one number per entry, half of AdamW's. Time: only elementwise operations. Use it if
+    memory is short and batches are large; learning rates are three to ten times smaller than
+    AdamW's, decay larger by the same factor.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1, beta2: decay of the look-ahead and of M, in [0, 1): beta3 and beta1 of `ema`.
         weight_decay: λ ≥ 0, decoupled.
-        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
-            ones by their size; as in `shampoo`.
-        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
-            After 20 times in a row that raises FailureLimitError.
+        distribute: `funshampoo.sharded`, to shard the leaves over data-parallel ranks, whole leaves
+            by size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around the
+            chain. After 20 times in a row it raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range.
@@ -51,13 +52,10 @@ def lion(
     >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init(params), params)[0]
     {'w': tensor([-0.1000,  0.1000])}
     """
-    stages = [
-        ema(beta2, beta1, bias_correction=False),
-        sign(),
-        *decay(weight_decay),
-        scale_by_learning_rate(learning_rate),
-    ]
-    return by_leaves(stages, distribute, guard)
+    check_range("beta1", beta1, 0.0, 1.0, high_open=True)  # which `ema` has by other names
+    check_range("beta2", beta2, 0.0, 1.0, high_open=True)
+    stages = [ema(beta2, beta1, bias_correction=False), sign(), *decay(weight_decay)]
+    return by_leaves(stages, learning_rate, distribute, guard)
 
 
 def sign_descent(
@@ -69,25 +67,25 @@ def sign_descent(
     distribute: Distribute | None = None,
     guard: bool = False,
 ) -> GradientTransformation:
-    """Sign descent with momentum (signum): no entry moves further than another.
+    """Sign descent with momentum (signum): every entry moves equally far.
 
         M ← beta1 M + (1 - beta1) G,   W ← W - learning_rate (s sign(M) + weight_decay W)
 
-    Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers. A gradient
-    that is not finite enters M, without `guard`.
+    Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers. A
+    non-finite gradient enters M, unless `guard` is set.
 
-    State: one number an entry, half of AdamW's. Time: of elementwise operations alone.
-    To be used to see what is left of AdamW without its second moment.
+    State: one number per entry, half of AdamW's. Time: only elementwise operations. Use it to see
+    what remains of AdamW without its second moment.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1: see `ema`.
         scale: see `sign`; "sum" is the steepest descent under the norm max |W_ij|.
         weight_decay: λ ≥ 0, decoupled.
-        distribute: `funshampoo.sharded`, to share out the leaves over data-parallel ranks, whole
-            ones by their size; as in `shampoo`.
-        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around it.
-            After 20 times in a row that raises FailureLimitError.
+        distribute: `funshampoo.sharded`, to shard the leaves over data-parallel ranks, whole leaves
+            by size; as in `shampoo`.
+        guard: hold a leaf whose gradient is not finite: guarded(..., by_leaf=True) around the
+            chain. After 20 times in a row it raises FailureLimitError.
 
     Raises:
         ValueError: an argument out of range.
@@ -100,10 +98,5 @@ def sign_descent(
     >>> tx.update({"w": torch.tensor([5.0, -0.1])}, tx.init(params), params)[0]
     {'w': tensor([-0.1000,  0.1000])}
     """
-    stages = [
-        ema(beta1),
-        sign(scale),
-        *decay(weight_decay),
-        scale_by_learning_rate(learning_rate),
-    ]
-    return by_leaves(stages, distribute, guard)
+    stages = [ema(beta1), sign(scale), *decay(weight_decay)]
+    return by_leaves(stages, learning_rate, distribute, guard)

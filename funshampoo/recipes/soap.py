@@ -42,16 +42,16 @@ def soap(
         W ← W - learning_rate (D ×_1 Q_1 … ×_k Q_k + weight_decay W)
         on a refresh:   Q_i ← qr(L_i Q_i)
 
-    A block's first gradient gives it bases, as published, and only the decay moves it. The
-    published defaults but for blocks: there a side above 10,000 is left alone and no matrix is cut.
+    A block's first gradient only initializes its bases, as published; decay alone moves it.
+    Published defaults, except blocks: there, sides above 10,000 are left alone, no matrix is cut.
 
-    State beside AdamW's two numbers a weight, for a block m×n: 2 m² + 2 n². A step beside it:
-    m² n + m n² multiplications into the bases, as many back and as many for the statistics, and now
-    and then a QR a side.
+    State beside AdamW's two numbers per weight, for a block m×n: 2 m² + 2 n². A step beside it: m²
+    n + m n² multiplications into the bases, as many back and as many for the statistics, and at
+    refreshes one QR per side.
 
-    To use where the layers are matrices of moderate sides and a step of AdamW takes much less time
-    than its gradient: it is for fewer steps, as its paper shows for language models. Its step is
-    Adam's in other coordinates, so start from the rate that AdamW likes.
+    Use it where layers are matrices with moderate sides and a step of AdamW takes much less time
+    than its gradient: it trades time for fewer steps, as its paper shows for language models. Its
+    step is Adam's in other coordinates, so start from the rate that works for AdamW.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
@@ -60,10 +60,10 @@ def soap(
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
         max_size, merge: blocks; see `blocked`.
-        vectors: "diagonal": a block of one side or none makes Adam's own step. "blocks": in the
+        vectors: "diagonal": a block with one side or none takes Adam's own step. "blocks": in the
             eigenbasis of a d×d matrix.
-        sides: which are turned, all by default. "smaller": the shortest of every block alone, the
-            paper's one-sided variant; see `root_inverse`.
+        sides: which sides are rotated, all by default. "smaller": only the shortest of every block,
+            the paper's one-sided variant; see `root_inverse`.
         max_failures, spike_factor, distribute, tile: as in `shampoo`.
 
     Raises:

@@ -51,27 +51,27 @@ def soap_muon(
         on a refresh:   Q_i ← qr(L_i Q_i),   L_i ← beta2 L_i + (1 - beta2) mat_i(G) mat_i(G)ᵀ
 
     A matrix's first step is Muon's, since it has no bases yet. There is no weight decay: min_ratio
-    makes steps relative to the weights, whose growth the brake holds. Defaults are those of the
-    record of modded-nanogpt, track 3, which lowers the rate to 0 and warms the momentum up.
+    makes steps relative to the weights, and the brake limits their growth. Defaults are those of
+    the modded-nanogpt record, track 3, which decays the rate to 0 and warms up the momentum.
 
-    State: for a matrix r×c, AdamW's two numbers a weight and 2 r² + 2 c². A step beside Muon's: the
-    products of `soap`, and a QR a side every `every` steps; every=10 costs little.
+    State, for a matrix r×c: AdamW's two numbers per weight and 2 r² + 2 c². A step beside Muon's:
+    the products of `soap`, and one QR per side every `every` steps; every=10 costs little.
 
-    To use for hidden matrices where steps are dear, as `muon` is: in the record it takes the fewest
-    of all, with embeddings, head and vectors trained by Adam.
+    Use it like `muon`, for hidden matrices where steps are expensive: in the record it takes the
+    fewest of all, with embeddings, head and vectors trained by Adam.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         momentum: see `ema`.
         beta2: decay of V and of the factor matrices.
-        exponent: of V; 1/2 whitens all of it.
+        exponent: of V; 1/2 whitens fully.
         gate: how far to go from U towards the whitened U; see `blend_towards`.
         outward, inward: see `radial_brake`.
         min_ratio: see `update_floor`.
         every, basis: when and how the bases are renewed; see `in_eigenbasis`.
-        matrices, others: which leaves it is for, by default all of two sides or more; and what the
+        matrices, others: the leaves it is for, by default all with two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
-        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, or several in one; see
+        merge: `blocks.Stacked(...)` if a leaf is a stack of matrices, or several in one; see
             `blocked`. "none": each leaf is one matrix.
         max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole matrix.
 

@@ -46,26 +46,26 @@ def splus(
         W ← W - s U,   x ← the average of W,   W ← (1 - s weight_decay) W
         on a refresh:   Q_i ← the eigenvectors of L_i; Q_i = I on the first step
 
-    What is no matrix makes steps along sign(M). Evaluate the model with x, which is
+    What is not a matrix steps along sign(M). Evaluate the model with x, which is
     `funshampoo.evaluation_parameters(state, params)`. Defaults are those of kvfrans/splus.
 
-    State beside AdamW's two numbers a weight, for a matrix r×c: 2 r² + 2 c², the second number
-    being x. A step beside it: r² c + r c² multiplications into the bases, as many back and as many
-    for the statistics, and an eigendecomposition a side every 100 steps.
+    State beside AdamW's two numbers per weight, for a matrix r×c: 2 r² + 2 c²; the second number is
+    x. A step beside it: r² c + r c² multiplications into the bases, as many back and as many for
+    the statistics, and one eigendecomposition per side every 100 steps.
 
-    To use with large rates and rare refreshes: no step is longer than the rate says, however old
-    the bases are. Rates are hundreds of times AdamW's on large matrices, since s has 2/(r + c).
+    Use it with large learning rates and rare refreshes: no step is longer than the rate, however
+    old the bases are. On large matrices rates are hundreds of times AdamW's, as s has 2/(r + c).
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1, beta2: of the momentum and of the factor matrices.
         average: decay of x.
-        weight_decay: λ ≥ 0, of all parameters, taken after the step; see `decay_after_step`.
-        every, basis: when and how the bases are renewed; see `in_eigenbasis`. By default by
+        weight_decay: λ ≥ 0, for all parameters, applied after the step; see `decay_after_step`.
+        every, basis: when and how the bases are renewed; see `in_eigenbasis`. By default with
             `linalg.eigh()`.
-        max_side: a longer side is left alone, and its matrix makes steps of others_scale.
-        others_scale: how long the steps are that are no matrix's.
-        merge: `blocks.Stacked(...)` where a leaf is a stack of matrices, or several in one; see
+        max_side: a longer side is left alone, and its matrix takes steps scaled by others_scale.
+        others_scale: the length of steps for everything that is not a matrix.
+        merge: `blocks.Stacked(...)` if a leaf is a stack of matrices, or several in one; see
             `blocked`. "none": each leaf is one block.
         max_failures, distribute: as in `shampoo`; the unit that a rank owns is a whole parameter.
 

@@ -17,7 +17,6 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 
 import torch
 
@@ -123,32 +122,30 @@ class Task:
     ) -> None:
         self.seconds, self.divisible = seconds, divisible
         self._compute = compute
-        self._future: Future[Outcome] | None = None
-        self._found: Outcome | None = None
+        self._result: Callable[[], Outcome] | None = None
 
     @property
     def begun(self) -> bool:
         """Whether somebody is at it, or through."""
-        return self._future is not None or self._found is not None
+        return self._result is not None
 
     def begin(self, pool: Workers) -> None:
         """In one of these threads, when it has time."""
-        self._future = pool.submit(self._compute)
+        self._result = pool.submit(self._compute).result
 
     def carry_out(self) -> None:
         """Here and now."""
-        self._found = self._compute()
+        found = self._compute()
+        self._result = lambda: found
 
     def wait(self) -> Outcome:
         """What it finds."""
-        if self._found is not None:
-            return self._found
-        assert self._future is not None
-        return self._future.result()
+        assert self._result is not None
+        return self._result()
 
     def taken(self) -> Outcome:
         """What it found, for the last time: it is not kept here."""
-        found, self._future, self._found = self.wait(), None, None
+        found, self._result = self.wait(), None
         return found
 
 

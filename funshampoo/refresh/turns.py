@@ -62,9 +62,7 @@ class RefreshSchedule:
     def happens_at(self, step: int) -> bool:
         """Whether it may be somebody's turn."""
         spread = self.stagger and step > self.start
-        if spread or step <= self.start:
-            return spread or step == self.start
-        return refresh_due(step - self.offset, self.every, self.start - self.offset)
+        return spread or refresh_due(step - self.offset, self.every, self.start - self.offset)
 
     def renews(self, context: Context) -> bool:
         """Whether it may be somebody's turn in this context; False where nobody knows the step."""

@@ -151,6 +151,17 @@ class AdagradState(NamedTuple):
     second: Tree
 
 
+@meaning(second="nonnegative", weight="weight of second")
+class SecondMomentState(NamedTuple):
+    """Of `scale_by_second_moment`: V, a tree like the updates, and its weight, a tree of (N,).
+
+    The weight is () on the CPU where all blocks count together.
+    """
+
+    second: Tree
+    weight: Tree
+
+
 @meaning(second="nonnegative")
 class RowsState(NamedTuple):
     """Of `normalize_rows`: the mean square v of every row, a tree of (N, r)."""

@@ -2,13 +2,18 @@
 
 from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
 from funshampoo.state.upstream import statistics_of
+from funshampoo.transforms.adagrad import scale_by_adagrad
+from funshampoo.transforms.adam import scale_by_adam
 from funshampoo.transforms.adaptive_clip import adaptive_clip
-from funshampoo.transforms.blend import AgreementGate, blend_towards
+from funshampoo.transforms.agreement import AgreementGate
+from funshampoo.transforms.blend import blend_towards
 from funshampoo.transforms.cautious import cautious
 from funshampoo.transforms.cautious_decay import add_cautious_decay
 from funshampoo.transforms.centralize import centralize
-from funshampoo.transforms.clipping import clip, clip_by_global_norm, global_norm
+from funshampoo.transforms.clip import clip
+from funshampoo.transforms.clip_by_global_norm import clip_by_global_norm, global_norm
 from funshampoo.transforms.eigenbasis import in_eigenbasis
+from funshampoo.transforms.ema import ema
 from funshampoo.transforms.ema_nesterov import ema_nesterov
 from funshampoo.transforms.grafting import graft
 from funshampoo.transforms.hyperball import hyperball
@@ -16,24 +21,21 @@ from funshampoo.transforms.kl import kl_statistics
 from funshampoo.transforms.kronecker import kronecker_statistics
 from funshampoo.transforms.late_decay import decay_after_step
 from funshampoo.transforms.learning_rate import scale, scale_by_learning_rate
-from funshampoo.transforms.momentum import ema, trace
 from funshampoo.transforms.normalize_rows import normalize_rows
 from funshampoo.transforms.orthogonalize import orthogonalize
 from funshampoo.transforms.primal_average import primal_average
 from funshampoo.transforms.radial_brake import radial_brake
+from funshampoo.transforms.rms import scale_by_rms
 from funshampoo.transforms.root_inverse import root_inverse
 from funshampoo.transforms.scale_by_eigenvalues import scale_by_eigenvalues
-from funshampoo.transforms.scaling import (
-    scale_by_adagrad,
-    scale_by_adam,
-    scale_by_rms,
-    scale_by_sgd,
-)
 from funshampoo.transforms.schedule_free import schedule_free
 from funshampoo.transforms.second_moment import scale_by_second_moment
+from funshampoo.transforms.sgd import scale_by_sgd
 from funshampoo.transforms.shape import scale_by_shape
 from funshampoo.transforms.sign import sign
+from funshampoo.transforms.stochastic_rounding import stochastic_rounding
 from funshampoo.transforms.tail_average import tail_average
+from funshampoo.transforms.trace import trace
 from funshampoo.transforms.update_floor import update_floor
 from funshampoo.transforms.weight_decay import add_decayed_weights
 
@@ -75,6 +77,7 @@ __all__ = [
     "schedule_free",
     "sign",
     "statistics_of",
+    "stochastic_rounding",
     "tail_average",
     "trace",
     "unfold",

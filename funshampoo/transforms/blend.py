@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,64 +11,14 @@ from torch import Tensor
 
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.contract import GradientTransformation, Tree
 from funshampoo.core.live import is_exactly
 from funshampoo.core.modes import product_precision
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.linalg.polar import schatten4
-from funshampoo.linalg.products import power as raised
-from funshampoo.operators.leaf_ops import filled, per_block
-from funshampoo.operators.matrices import as_rows, inner_product, norm_over, safe
-
-
-@dataclass(frozen=True)
-class AgreementGate:
-    """How far to go along with a direction W in the place of U, by how well it agrees.
-
-        a = (cos(W, U) - agreement) / (1 - agreement)
-        b = (cos(W, G) - alignment) / (cos(U, G) - alignment)
-        γ = (a b)^power,   a and b in [0, 1], γ in [floor, cap]
-
-    Attributes:
-        agreement: cosine with U from which on γ is above 0; below 1, and below -1 it always is.
-        alignment: cosine with the gradient, likewise.
-        power: above 0.
-        floor, cap: numbers, or schedules of the old step count, in [0, 1].
-
-    Raises:
-        ValueError: a number out of range, or a floor above the cap.
-
-    Reference: the SOAP-Muon record, KellerJordan/modded-nanogpt, track 3 (2026).
-    """
-
-    agreement: float = 0.2
-    alignment: float = 0.0
-    power: float = 1.0
-    floor: Hyper | Schedule = 0.0
-    cap: Hyper | Schedule = 1.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("agreement", self.agreement), ("alignment", self.alignment)):
-            check_range(name, least, float("-inf"), 1.0, low_open=True, high_open=True)
-        check_range("power", self.power, 0.0, low_open=True)
-        check_range("floor", self.floor, 0.0, 1.0, schedule=True)
-        check_range("cap", self.cap, 0.0, 1.0, schedule=True)
-        numbers = [x for x in (self.floor, self.cap) if isinstance(x, (int, float))]
-        if numbers != sorted(numbers):
-            raise ValueError(f"floor is {self.floor}, above cap, {self.cap}: the gate is between.")
-
-    def __call__(
-        self, W: Tensor, U: Tensor, G: Tensor, block_ndim: int, count: Tensor | None
-    ) -> Tensor:
-        """γ of every block, (N, 1, ...), of directions (N, ...) at this old step count."""
-        agrees = (_cosine(W, U, block_ndim) - self.agreement) / (1 - self.agreement)
-        own = (_cosine(U, G, block_ndim) - self.alignment).clamp(min=1e-8)
-        aligned = (_cosine(W, G, block_ndim) - self.alignment) / own
-        share = agrees.clamp(0, 1) * aligned.clamp(0, 1)
-        if self.power != 1:
-            share = raised(share, self.power)
-        least, most = [_at(x, count, share) for x in (self.floor, self.cap)]
-        return torch.minimum(torch.maximum(share, least), most)
+from funshampoo.operators.leaf_ops import per_block
+from funshampoo.operators.matrices import as_rows, safe
+from funshampoo.transforms.agreement import AgreementGate
 
 
 def blend_towards(
@@ -104,6 +53,7 @@ def blend_towards(
     """
     if not isinstance(gate, AgreementGate):
         check_range("gate", gate, 0.0, 1.0)
+    whole = is_exactly(gate, 1)
 
     def update(
         run: Callable[..., Tree],
@@ -119,11 +69,10 @@ def blend_towards(
             w, size = cast(w, u.dtype), _size(u, block_ndim)
             known = _size(w, block_ndim)
             w = torch.where(known == 0, u, w / safe(known) * size)
+            share: Any = gate
             if isinstance(gate, AgreementGate):
-                share: Any = gate(w, u, cast(g, u.dtype), block_ndim, clock)
-            else:
-                share = gate
-            if not isinstance(share, Tensor) and share == 1:
+                share = gate(w, u, cast(g, u.dtype), block_ndim, clock)
+            elif whole:
                 return (w,)
             v = u + share * (w - u)
             return (v * (size / safe(_size(v, block_ndim))),)
@@ -136,7 +85,7 @@ def blend_towards(
         """Of the norms: those of U and W, and of V where it is another; `inner`'s gradient is U."""
         own = inner.flops(block, kept) - inner.flops(block, kept, apart)
         r, c = (*block[:1], math.prod(block[1:])) if len(block) > 1 else (1, math.prod(block))
-        return own + (2 if is_exactly(gate, 1) else 3) * 2.0 * min(r, c) ** 2 * max(r, c)
+        return own + (2 if whole else 3) * 2.0 * min(r, c) ** 2 * max(r, c)
 
     return wrapping(inner, update, name="blend_towards", flops=flops)
 
@@ -147,15 +96,3 @@ def _size(x: Tensor, block_ndim: int) -> Tensor:
     with product_precision():
         size = schatten4(rows if rows.shape[-2] <= rows.shape[-1] else rows.mT)
     return per_block(size.reshape(x.shape[:block_ndim]), x)
-
-
-def _cosine(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:
-    x, y = (z / safe(norm_over(z, block_ndim)) for z in (x, y))
-    return inner_product(x, y, block_ndim)
-
-
-def _at(value: Hyper | Schedule, count: Tensor | None, like: Tensor) -> Tensor:
-    if callable(value):
-        assert count is not None, "a stage that declares the clock was not given it"
-        value = value(count)
-    return filled(like, value)

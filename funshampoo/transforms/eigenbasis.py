@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from funshampoo.combinators.guard import run_alive
 from funshampoo.core.checks import check_choice, check_flag
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.live import NO_NUMBERS, Numbers, resolved
-from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import (
-    compute_dtype,
-    flatten,
-    is_one,
-    map_leaves,
-    update_columns,
-    update_leaves,
-)
-from funshampoo.linalg.basis import Basis, Decomposition, qr
-from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.linalg.norms import is_readable
+from funshampoo.linalg.choice import chosen_basis
 from funshampoo.linalg.solver import relative_cost
-from funshampoo.operators.columns import Column, add, only_alive, zeros_a_block
-from funshampoo.operators.mode_products import bias_corrected, mode_flops
-from funshampoo.operators.turning import carried, turned
-from funshampoo.refresh.jobs import Reading
-from funshampoo.refresh.refreshing import Refreshing
-from funshampoo.refresh.rule import Found, Rule
-from funshampoo.refresh.turns import RefreshSchedule
-from funshampoo.state.meaning import meaning
-from funshampoo.state.stages import RefreshedState
+from funshampoo.operators.columns import zeros_a_block
+from funshampoo.refresh import Refreshing, RefreshSchedule
+from funshampoo.refresh.bases import BasisRule, renewed
+from funshampoo.refresh.coordinates import coordinate_flops, one_more, stepped, with_bases
+from funshampoo.state.eigenbases import EigenbasisState
 from funshampoo.state.upstream import statistics_of
-from funshampoo.transforms.kronecker import factors_and_weights
-
-
-@meaning(seen="count", bases="orthonormal")
-class EigenbasisState(NamedTuple):
-    """State of `in_eigenbasis`.
-
-    Attributes:
-        inner: of the transformation that works in the bases.
-        seen: a tree of (N,) int64: how many gradients each block has had; () where nothing
-            depends on it, first="identity".
-        bases: `RefreshedState` whose values are Q_i (N, d_i, d_i), eigenvectors as columns.
-    """
-
-    inner: Any
-    seen: Tree
-    bases: RefreshedState
 
 
 def in_eigenbasis(
@@ -128,7 +93,7 @@ def in_eigenbasis(
     schedule = RefreshSchedule(every, start, stagger, offset)
     check_choice("first", first, ("skip", "identity"))
     check_flag("renew_before_use", renew_before_use)
-    renew = _basis_of(basis)
+    renew = chosen_basis(basis)
 
     def refreshing(new: bool, live: Numbers = NO_NUMBERS) -> Refreshing:
         return Refreshing(lambda b: [BasisRule(d, resolved(renew, live), new) for d in b], schedule)
@@ -142,159 +107,36 @@ def in_eigenbasis(
         seen = zeros_a_block(params, ndim, torch.int64) if first == "skip" else ()
         return EigenbasisState(inner.init(params, **context), seen, bases)
 
-    def renewed(
-        updates: Tree, own: Any, bases: RefreshedState, context: Context
-    ) -> tuple[Any, RefreshedState]:
-        inputs = factors_and_weights(updates, context, "in_eigenbasis")
-        kept, renews = bases.kept, schedule.renews(context)
-        if renews and context.donate:  # a refresh writes to what it is given
-            kept = map_leaves(torch.clone, kept)
-        begins = context.step == start
-        bases = refreshing(begins, context.hyper).update(updates, bases, inputs, _factor, context)
-        if renews:
-            own = carried(own, updates, kept, bases.kept, context.block_ndim)
-        return own, bases
-
     def update(
         updates: Tree, state: EigenbasisState, params: Tree, context: Context
     ) -> tuple[Tree, EigenbasisState]:
         context = running(state.bases.steps, context)
-        own, bases, seen, fine = state.inner, state.bases, state.seen, context.alive
+        (own, seen, bases), fine = state, context.alive
+        anew = refreshing(context.step == start, context.hyper)
         if first == "skip":
-            fine = _with_bases(updates, seen, fine)
-            seen = _counted(updates, seen, context)
+            fine = with_bases(updates, seen, fine)
+            seen = one_more(updates, seen, context)
         if renew_before_use:
             if context.donate and context.clock is not None:  # which a refresh moves on
                 context = changed(context, clock=context.clock.clone())
-            own, bases = renewed(updates, own, bases, context)
-        out, own = _stepped(inner, updates, own, params, bases.kept, fine, context)
+            own, bases = renewed(anew, updates, own, bases, context, "in_eigenbasis")
+        out, own = stepped(inner, updates, own, params, bases.kept, fine, context)
         if not renew_before_use:
-            own, bases = renewed(updates, own, bases, context)
+            own, bases = renewed(anew, updates, own, bases, context, "in_eigenbasis")
         return out, EigenbasisState(own, seen, bases)
+
+    def phase(step: int) -> Phase:
+        begins = ("first bases",) if step == start else ()  # found in another way
+        return (*schedule.phase()(step), *begins, *inner.phase(step))
 
     return GradientTransformation(
         init,
         update,
-        phase=functools.partial(_phase, schedule, inner),
+        phase=phase,
         parts={"inner": inner},
         counts=True,
         minds_alive=True,
         numbers=[renew],
-        flops=functools.partial(_flops, inner.reads_gradient),
+        flops=functools.partial(coordinate_flops, inner.reads_gradient),
         refresh_cost=relative_cost(renew),
     )
-
-
-def _flops(
-    reads_gradient: bool, block: tuple[int, ...], kept: tuple[int, ...], apart: bool
-) -> float:
-    """Into the bases and back, and into them with a `gradient` that is not the updates."""
-    return (3 if apart and reads_gradient else 2) * mode_flops(block, kept)
-
-
-def _phase(schedule: RefreshSchedule, inner: GradientTransformation, step: int) -> Phase:
-    first = ("first bases",) if step == schedule.start else ()  # found in another way
-    return (*schedule.phase()(step), *first, *inner.phase(step))
-
-
-def _stepped(
-    inner: GradientTransformation,
-    updates: Tree,
-    own: Any,
-    params: Tree,
-    kept: Tree,
-    fine: Tree,
-    context: Context,
-) -> tuple[Tree, Any]:
-    """A step of `inner` in these bases; zeros go in and come out where `fine` is 0."""
-    ndim = context.block_ndim
-    with product_precision():
-        coordinates = gradient = _held(turned(updates, kept, ndim), fine)
-        is_other = context.gradient is not None and not is_one(context.gradient, updates)
-        if is_other and inner.reads_gradient:
-            gradient = _held(turned(context.gradient, kept, ndim), fine)
-    inside = changed(context, gradient=gradient, alive=fine, later=(), usable=False)
-    out, own = run_alive(inner, coordinates, own, params, inside)
-    with product_precision():
-        return turned(_held(out, fine), kept, ndim, back=True), own
-
-
-def _basis_of(basis: Any) -> Basis:
-    if basis is None:
-        return qr()
-    if isinstance(basis, EigenSolver):
-        return Decomposition()
-    if isinstance(basis, Basis):
-        return basis
-    raise TypeError(f"basis is {basis!r}; give linalg.qr(), linalg.eigh() or linalg.by_rank().")
-
-
-@dataclass(frozen=True)
-class BasisRule(Rule):
-    """The eigenvectors of A as columns. The value is Q (..., d, d); it begins as the identity.
-
-    Attributes:
-        basis: of `in_eigenbasis`.
-        begins: whether all values are the first.
-    """
-
-    basis: Basis
-    begins: bool
-
-    def initial(self, like: Tensor) -> tuple[Tensor, ...]:
-        """The identity."""
-        return (torch.eye(self.side, dtype=like.dtype, device=like.device).expand(like.shape),)
-
-    @property
-    def relative_cost(self) -> float:
-        """As the basis says."""
-        return relative_cost(self.basis)
-
-    def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
-        """The next basis, by a decomposition where there is none yet.
-
-        A coordinate that no gradient has touched (its row of A is exactly zero: padding, frozen
-        tokens) is in none of its vectors, so that rounding can't move it.
-        """
-        Q, found = self.basis(A, old[0], rounds == 0, self.begins)
-        Q = Q * (A.diagonal(dim1=-2, dim2=-1) != 0)[..., None]
-        unknown = torch.full_like(A[..., 0, 0], -1)
-        return Found((Q,), unknown, unknown, found)
-
-
-def _factor(side: int, factors: Any, weight: Tensor) -> Reading:
-    """L_side / weight."""
-    return bias_corrected, factors[side], weight
-
-
-def _with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:
-    """A tree of (N,): 0 where a block has no bases yet, or is not alive; None where all are 1."""
-    known = () if alive is None else (alive,)
-
-    def leaf(u: Tensor, n: Tensor, *fine: Tensor) -> tuple[Tensor]:
-        has = (n > 0).to(compute_dtype(u))
-        return (has * fine[0] if fine else has,)
-
-    counts = [n for u, n in zip(flatten(updates)[0], flatten(seen)[0]) if u is not None]
-    if is_readable(counts) and all([bool((n > 0).all()) for n in counts]):
-        return alive
-    return update_leaves(leaf, updates, (), (seen, *known))[0]
-
-
-def _held(tree: Tree, fine: Tree) -> Tree:
-    """Zeros where `fine` is 0."""
-    if fine is None:
-        return tree
-    return update_columns(lambda u, f: (only_alive(u, [f]),), tree, (), (fine,))[0]
-
-
-def _counted(updates: Tree, seen: Tree, context: Context) -> Tree:
-    """One more, where the gradient could be used."""
-
-    def more(u: Column, *rest: Column) -> tuple[Column, Column]:
-        *fine, n = rest
-        one = [x > 0 for x in fine[0]] if fine else [torch.ones_like(x) for x in n]
-        return u, add(n, one, context.donate)
-
-    known = () if context.alive is None else (context.alive,)
-    return update_columns(more, updates, (seen,), known)[1]

@@ -12,9 +12,10 @@ from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
+from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import lerp, multiply
+from funshampoo.operators.weights import full_like
 from funshampoo.state.averages import EmaNesterovState
-from funshampoo.transforms.momentum import zeros_like
 
 
 def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTransformation:
@@ -50,7 +51,7 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
 
     def init(params: Tree, *, clock: bool = False) -> EmaNesterovState:
         steps = started(callable(look_ahead), clock)
-        return EmaNesterovState(copies(params), zeros_like(params), steps)
+        return EmaNesterovState(copies(params), full_like(params, 0.0), steps)
 
     def update(
         updates: Tree, state: EmaNesterovState, params: Tree, context: Context
@@ -67,12 +68,4 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
         out, w, B = update_leaves(leaf, updates, (state.evaluated, state.buffer), (params,))
         return out, EmaNesterovState(w, B, advanced(state.steps, context.donate))
 
-    return GradientTransformation(
-        init,
-        update,
-        counts=callable(look_ahead),
-        numbers=[look_ahead, beta],
-        elementwise=True,
-        minds_alive=False,
-        needs_params=True,
-    )
+    return last_stage(init, update, look_ahead, beta)

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from funshampoo.core.checks import check_count
 from funshampoo.core.clock import advanced, count_of, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.tree import columns_of, flatten
-from funshampoo.linalg.norms import block_norms, range_limits, range_scale, stand
-from funshampoo.operators.columns import (
-    Column,
-    in_compute_dtype,
-    per_block,
-    plus,
-    product,
-    quotient,
-)
+from funshampoo.operators.lengths import take_lengths
 from funshampoo.state.stages import GraftState
 
 
@@ -94,28 +83,8 @@ def graft(
             return p_g, new
         leaves, spec = flatten(p_g)
         (directions,) = columns_of((p,), spec, p_g)
-        places = []
-        for i, (x, goes) in enumerate(zip(leaves, directions)):
-            if x is not None and x.ndim - block_ndim >= least_order:
-                if goes is None:  # a length without a direction is no step
-                    leaves[i] = None
-                else:
-                    places.append(i)
-        if not places:
-            return spec.unflatten(leaves), new
-        partners = in_compute_dtype(map(leaves.__getitem__, places))
-        lengths, plain = _step_lengths(partners, block_ndim)
-        if begun_now is None:  # they are as large as p, and no longer needed
-            del partners, p_g
-            for i in places:
-                leaves[i] = None
-        column = in_compute_dtype(map(directions.__getitem__, places))
-        grafted = _rescaled(column, lengths, plain, block_ndim)
-        for i, x in zip(places, grafted):
-            if begun_now is None:
-                leaves[i] = x
-            else:  # in torch.compile the counter is a tensor without a value
-                leaves[i] = torch.where(begun_now.to(x.device), x, leaves[i])
+        del p, p_g  # as large as the parameters, and let go of one by one
+        take_lengths(leaves, directions, block_ndim, least_order, begun_now)
         return spec.unflatten(leaves), new
 
     def phase(step: int) -> Phase:
@@ -124,62 +93,3 @@ def graft(
 
     parts = {"direction": direction, "onto": onto}
     return GradientTransformation(init, update, phase=phase, parts=parts, counts=counts)
-
-
-_SMALL = 1e-16  # beside ‖P‖, as in the Distributed Shampoo reference
-
-
-def _step_lengths(p_g: Column, block_ndim: int) -> tuple[Column, bool]:
-    """‖P_g‖, at most the largest number; NaN where there is an infinite entry.
-
-    And whether these are plain norms, none of which is out of range.
-    """
-    norms = block_norms(p_g, block_ndim)
-    if stand(norms, p_g):
-        return norms, True
-    if not _alike(norms):
-        return [_step_lengths([x], block_ndim)[0][0] for x in p_g], False
-    scale = range_scale(_joined(norms))
-    scaled = product(p_g, per_block(_parted(scale, norms), p_g))
-    length = _nan_if_infinite(_joined(block_norms(scaled, block_ndim))) / scale
-    return _parted(torch.clamp(length, max=torch.finfo(length.dtype).max), norms), False
-
-
-def _rescaled(p: Column, lengths: Column, plain: bool, block_ndim: int) -> Column:
-    """P length / (‖P‖ + 1e-16); `plain` as of `_step_lengths`."""
-    norms = block_norms(p, block_ndim)
-    if plain and stand(norms, p):
-        ratio = quotient(lengths, plus(norms, _SMALL))
-        return product(p, per_block(ratio, p))
-    if not (_alike(norms) and _alike(lengths)):
-        return [_rescaled([x], [n], False, block_ndim)[0] for x, n in zip(p, lengths)]
-    length, scale = _joined(lengths), range_scale(_joined(norms))
-    p = product(p, per_block(_parted(scale, norms), p))
-    divisor = _nan_if_infinite(_joined(block_norms(p, block_ndim))) + _SMALL * scale
-    # The quotient of the two may be out of range where the product of all three is not.
-    least, most = range_limits(length.dtype)
-    usual = (scale == 1) & (length >= least) & (length <= most)
-    first = torch.where(usual, length, 1.0) / divisor
-    second = torch.where(usual, 1.0, length)
-    p = product(p, per_block(_parted(first, norms), p))
-    return product(p, per_block(_parted(second, norms), p))
-
-
-def _nan_if_infinite(norm: Tensor) -> Tensor:
-    return norm + norm * 0.0
-
-
-def _alike(norms: Column) -> bool:
-    """Whether these can be worked on as one tensor: a few operators, however many leaves."""
-    return len({(norm.dtype, norm.device) for norm in norms}) == 1
-
-
-def _joined(norms: Column) -> Tensor:
-    return torch.cat(norms) if norms[0].ndim else torch.stack(norms)
-
-
-def _parted(joined: Tensor, norms: Column) -> Column:
-    """One value for each of the norms that were joined."""
-    if norms[0].ndim:
-        return list(torch.split(joined, [len(norm) for norm in norms]))
-    return list(joined.unbind())

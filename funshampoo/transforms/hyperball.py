@@ -13,6 +13,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves, wide
+from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.matrices import inner_product, norm_over, safe
 from funshampoo.state.stages import LearningRateState
@@ -80,11 +81,4 @@ def hyperball(
         out = update_leaves(leaf, updates, (), (params,))[0]
         return out, LearningRateState(advanced(state.steps, context.donate))
 
-    return GradientTransformation(
-        init,
-        update,
-        counts=callable(learning_rate),
-        numbers=[learning_rate],
-        minds_alive=False,
-        needs_params=True,
-    )
+    return last_stage(init, update, learning_rate, elementwise=False)

@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal
 
 from torch import Tensor
 
-from funshampoo.core.checks import check_choice, check_flags, check_range
+from funshampoo.core.checks import check_flags, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import MaskedNode, cast, compute_dtype, flatten, map_leaves, update_leaves
-from funshampoo.operators.columns import counted, first_weights, weights_over
+from funshampoo.core.tree import map_leaves, update_leaves, wide
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
-from funshampoo.operators.kl import WHITENED, Block, Least, kl_flops
+from funshampoo.operators.factors import accumulated_factor, zero_factors
+from funshampoo.operators.kl import (
+    WHITENED,
+    Block,
+    Least,
+    check_through,
+    first_eigenvalues,
+    kl_flops,
+)
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
-from funshampoo.state.meaning import meaning
-from funshampoo.state.nodes import first_state
-from funshampoo.state.stages import KroneckerState, RefreshedState
-from funshampoo.state.upstream import hidden_error
-from funshampoo.transforms.eigenbasis import EigenbasisState
-from funshampoo.transforms.kronecker import accumulated_factor, zero_factors_of
-
-Through: TypeAlias = Literal["eigenvalues", "ritz", "roots"]
-
-
-@meaning(eigenvalues="nonnegative")
-class KlState(NamedTuple):
-    """State of `kl_statistics`.
-
-    Attributes:
-        statistics: L_i and their weights, where `root_inverse` and `in_eigenbasis` look for them.
-        eigenvalues: tree of tuples, one λ_i (N, d_i) a side; empty tuples unless they are averages.
-    """
-
-    statistics: KroneckerState
-    eigenvalues: Tree
+from funshampoo.operators.weights import counted, first_weights, weights_over
+from funshampoo.state.downstream import kept_later
+from funshampoo.state.eigenbases import KlState
+from funshampoo.state.stages import KroneckerState
 
 
 def kl_statistics(
     beta2: Hyper = 0.98,
     *,
-    through: Through = "eigenvalues",
+    through: Literal["eigenvalues", "ritz", "roots"] = "eigenvalues",
     initial_eigenvalue: float = 0.1,
     least_eigenvalue: Least = 0.0,
     damping: Hyper = 0.0,
@@ -116,23 +106,25 @@ def kl_statistics(
     >>> state["kl_statistics"].eigenvalues["w"][0]  # in a basis: largest last
     tensor([ 2.5500, 10.0500])
     """
-    _check_decay(beta2, damping, through)
+    check_range("beta2", beta2, 0.0, 1.0, high_open=through != "roots")
+    check_range("damping", damping, 0.0)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     check_flags(bias_correction=bias_correction, weighted=weighted, normalized=normalized)
     check_flags(own_steps=own_steps, starts_whole=starts_whole, in_turn=in_turn)
     check_sides(sides)
-    _check_least(through, least_eigenvalue)
-    _check_kind(through, bias_correction, starts_whole=starts_whole, in_turn=in_turn)
+    flags = {"starts_whole": starts_whole, "in_turn": in_turn}
+    check_through(through, least_eigenvalue, bias_correction, **flags)
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
     by_weight = corrected and own_steps  # an average and its weight decay alike
-    options = {"least": least_eigenvalue, "in_turn": in_turn, "starts_whole": starts_whole}
 
     def init(params: Tree, *, block_ndim: int = 0) -> KlState:
         check_local(params, "kl_statistics")
-        first = initial_eigenvalue if through == "eigenvalues" else None
+        factors = zero_factors(params, block_ndim, lambda block: wanted_sides(block, sides))
         weights = first_weights(params, block_ndim, corrects=corrected, own_steps=own_steps)
-        factors, eigenvalues = _first(params, block_ndim, sides, first)
+        eigenvalues = map_leaves(lambda x: (), params)
+        if through == "eigenvalues":
+            eigenvalues = first_eigenvalues(params, block_ndim, initial_eigenvalue)
         return KlState(KroneckerState(factors, weights), eigenvalues)
 
     def update(
@@ -140,122 +132,33 @@ def kl_statistics(
     ) -> tuple[Tree, KlState]:
         beta, ndim, donate = number(beta2, context.hyper), context.block_ndim, context.donate
         numbers = {"beta": beta, "damping": number(damping, context.hyper)}
-        whitened = WHITENED[through](**numbers, **options)
+        whitened = WHITENED[through](**numbers, least=least_eigenvalue, **flags)
         (factors, weight), eigenvalues = state
-        kept, seen = _of_later_stage(context.later, through, updates)
         known = () if context.alive is None else (context.alive,)
         share = 1.0 if plain_sum else 1 - beta
+        of_row = not (by_weight or is_exactly(beta, 1))
 
         def accumulate(u: Tensor, g: Tensor, units: Any, n: Any, *rest: Any) -> tuple[Any, ...]:
             *fine, w, old, values = rest
-            g = cast(g, compute_dtype(g))
+            g = wide(g)
             parts, values = whitened(Block(g, ndim, units, n, fine, w, old, values))
-            by_row = len(fine) > 0 and not by_weight and not is_exactly(beta, 1)
-            decay = kept_share(beta, fine[0], g) if by_row else beta
-
-            def added(L: Any, x: Tensor) -> Any:
-                if isinstance(L, tuple):
-                    return L
+            decay = kept_share(beta, fine[0], g) if fine and of_row else beta
+            new = []
+            for i, (L, part) in enumerate(zip(old, parts)):
+                x = unfold(part, i, ndim)
                 own = share / max(x.shape[-1], 1) if normalized else share
-                return accumulated_factor(L, x, decay, own, donate)
-
-            new = [added(L, unfold(x, i, ndim)) for i, (L, x) in enumerate(zip(old, parts))]
+                new.append(accumulated_factor(L, x, decay, own, donate))
             return u, tuple(new), values
 
         source = updates if context.gradient is None else context.gradient
-        inputs = (source, kept, seen, *known)
-        weights = weights_over(weight, updates)
+        later = kept_later(context.later, through, updates)
+        inputs = (source, *later, *known, weights_over(weight, updates))
         with product_precision():
-            _, factors, eigenvalues = update_leaves(
-                accumulate, updates, (factors, eigenvalues), (*inputs, weights)
-            )
+            states = factors, eigenvalues
+            _, factors, eigenvalues = update_leaves(accumulate, updates, states, inputs)
         if corrected:
             weight = counted(updates, weight, beta, known, donate, own_steps)
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
 
     flops = functools.partial(kl_flops, through, sides)
     return GradientTransformation(init, update, numbers=[beta2, damping], flops=flops, passes=True)
-
-
-def _check_decay(beta2: Hyper, damping: Hyper, through: str) -> None:
-    check_range("beta2", beta2, 0.0, 1.0, high_open=through != "roots")
-    check_range("damping", damping, 0.0)
-
-
-def _check_least(through: str, least: Least) -> None:
-    check_choice("through", through, ("eigenvalues", "ritz", "roots"))
-    if not callable(least):
-        check_range("least_eigenvalue", least, 0.0)
-    if through == "ritz" and is_exactly(least, 0):
-        raise ValueError(
-            f'least_eigenvalue is {least}; with through="ritz" it must be above 0, since Ritz '
-            "values may be 0: give 1e-8, say."
-        )
-
-
-def _check_kind(through: str, bias_correction: bool, **flags: bool) -> None:
-    for name, flag in flags.items():
-        if flag and through != "eigenvalues":
-            raise ValueError(f'{name} stands with through="eigenvalues" alone: leave it out.')
-    if flags["starts_whole"] and bias_correction:
-        raise ValueError("starts_whole stands with bias_correction=False alone: give that too.")
-
-
-def _first(
-    params: Tree, block_ndim: int, sides: Sides | None, eigenvalue: float | None
-) -> tuple[Tree, Tree]:
-    """Factors of zeros, and eigenvalues, if there are to be any."""
-
-    def factors(x: Tensor) -> tuple[Any, ...]:
-        return zero_factors_of(x, block_ndim, wanted_sides(tuple(x.shape[block_ndim:]), sides))
-
-    def eigenvalues(x: Tensor) -> tuple[Tensor, ...]:
-        if eigenvalue is None:
-            return ()
-        lead, dtype = x.shape[:block_ndim], compute_dtype(x)
-        return tuple(
-            x.new_full((*lead, d), eigenvalue, dtype=dtype) for d in x.shape[block_ndim:] or (1,)
-        )
-
-    return map_leaves(factors, params), map_leaves(eigenvalues, params)
-
-
-def _of_later_stage(later: tuple[Any, ...], through: Through, updates: Tree) -> tuple[Tree, Any]:
-    """What the next such stage keeps, and a tree of the numbers of gradients it has seen, or of ().
-
-    Raises:
-        ValueError: there is none, it is of other statistics, that stand between, or a leaf is
-            hidden from it.
-    """
-    wanted: Any = RefreshedState if through == "roots" else EigenbasisState
-    stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
-    # The bases of a later stage are no roots; and what comes after other statistics is of those.
-    found: Any = first_state(later, (wanted, KroneckerState), closed=EigenbasisState)
-    if isinstance(found, KroneckerState):
-        raise ValueError(
-            f'kl_statistics(through="{through}") is followed by other statistics, by which {stage} '
-            f"goes: put its own {stage} between, or leave out one of the two."
-        )
-    try:
-        bases = found if through == "roots" else found.bases
-        kept = flatten(updates)[1].flatten_up_to(bases.kept)
-    except (AttributeError, ValueError) as error:
-        raise ValueError(
-            f'kl_statistics(through="{through}") found no {stage} for its blocks: put it after it '
-            f"in the same chain, as in chain(kl_statistics(...), {stage})."
-            f"{_of_another(later, through)}"
-        ) from error
-    if MaskedNode in map(type, kept):
-        raise hidden_error(kept, updates, f'kl_statistics(through="{through}")', stage)
-    # Nobody counts for roots, for Ritz values and for bases that begin as the identity.
-    counted = through == "eigenvalues" and found.seen != ()
-    return bases.kept, found.seen if counted else map_leaves(lambda u: (), updates)
-
-
-def _of_another(later: tuple[Any, ...], through: Through) -> str:
-    """The remedy where the stage that another `through` reads stands there; else ""."""
-    kind: Any = EigenbasisState if through == "roots" else RefreshedState
-    if first_state(later, kind, closed=EigenbasisState) is None:
-        return ""
-    named = ("in_eigenbasis", "eigenvalues") if through == "roots" else ("root_inverse", "roots")
-    return f' With the {named[0]}(...) that is there goes through="{named[1]}".'

@@ -11,6 +11,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tr
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves, wide
+from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.shape_scale import Scale, check_scale, is_of_no_shape
 from funshampoo.state.stages import LearningRateState
@@ -64,12 +65,4 @@ def decay_after_step(
         out = update_leaves(leaf, updates, (), (params,))[0]
         return out, LearningRateState(advanced(state.steps, context.donate))
 
-    return GradientTransformation(
-        init,
-        update,
-        counts=callable(learning_rate),
-        numbers=[weight_decay, learning_rate],
-        elementwise=is_of_no_shape(scale),
-        minds_alive=False,
-        needs_params=True,
-    )
+    return last_stage(init, update, weight_decay, learning_rate, elementwise=is_of_no_shape(scale))

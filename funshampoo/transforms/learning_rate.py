@@ -69,11 +69,7 @@ def scale_by_learning_rate(
         return _times(updates, sign * rate), new
 
     return GradientTransformation(
-        init,
-        update,
-        counts=callable(learning_rate),
-        numbers=[learning_rate],
-        elementwise=True,
+        init, update, counts=callable(learning_rate), numbers=[learning_rate], elementwise=True
     )
 
 

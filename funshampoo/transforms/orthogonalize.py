@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_choice, check_flag, check_range
+from funshampoo.core.checks import check_choice, check_flags, check_range
 from funshampoo.core.contract import EmptyState, GradientTransformation, Tree
-from funshampoo.core.parameters import UnfitLeafError, check_local
-from funshampoo.core.tree import cast, compute_dtype, flatten, leaf_names
-from funshampoo.core.tree import update_leaves as over_leaves
+from funshampoo.core.parameters import check_local
+from funshampoo.core.tree import update_leaves, wide
 from funshampoo.linalg.polar import Norm, polar_factor, polar_flops
 from funshampoo.linalg.polynomials import Polynomials, polynomials_of
 from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.matrices import check_matrices
 from funshampoo.operators.shape_scale import Scale, check_scale, shape_factor
 
 
@@ -71,31 +71,27 @@ def orthogonalize(
     check_choice("norm", norm, ("clamped", "added", "schatten4"))
     check_range("slack", slack, 1.0)
     check_choice("vectors", vectors, ("refuse", "pass"))
-    for name, flag in (("flatten_sides", flatten_sides), ("gram", gram)):
-        check_flag(name, flag)
-
-    options: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "slack": slack, "gram": gram}
+    check_flags(flatten_sides=flatten_sides, gram=gram)
+    options: Any = {"epsilon": epsilon, "norm": norm, "slack": slack, "gram": gram, "dtype": dtype}
 
     def init(params: Tree, *, block_ndim: int = 0) -> EmptyState:
         check_local(params, "orthogonalize")
         if vectors == "refuse":
-            _check_matrices(params, block_ndim)
+            check_matrices(params, "orthogonalize", block_ndim)
         return EmptyState()
 
     def update(updates: Tree, state: EmptyState, *, block_ndim: int = 0) -> tuple[Tree, EmptyState]:
         def leaf(u: Tensor) -> tuple[Tensor]:
-            wide = compute_dtype(u)
-            if u.ndim < block_ndim + 2 or not u.numel():
-                return (cast(u, wide),)
-            x = u.flatten(block_ndim + 1) if flatten_sides else u
-            x = cast(x, wide)
+            x = wide(u)
+            if x.ndim < block_ndim + 2 or not x.numel():
+                return (x,)
+            x = x.flatten(block_ndim + 1) if flatten_sides else x
             s: Any = shape_factor(scale, x.shape[-2:], u.shape[block_ndim:])
             live = isinstance(s, Tensor)
-            x = polar_factor(x, chosen, dtype=dtype, scale=1.0 if live else s, **options)
-            x = multiply(x, s, donate=True) if live else x
-            return (x.reshape(u.shape),)
+            x = polar_factor(x, chosen, scale=1.0 if live else s, **options)
+            return ((multiply(x, s, donate=True) if live else x).reshape(u.shape),)
 
-        return over_leaves(leaf, updates, ())[0], state
+        return update_leaves(leaf, updates, ())[0], state
 
     def flops(block: tuple[int, ...], kept: tuple[int, ...]) -> float:
         if len(block) < 2 or not math.prod(block):
@@ -104,14 +100,3 @@ def orthogonalize(
         return math.prod(block) // (r * c) * polar_flops(r, c, len(chosen), gram, norm)
 
     return GradientTransformation(init, update, minds_alive=True, flops=flops)
-
-
-def _check_matrices(params: Tree, block_ndim: int) -> None:
-    for i, p in enumerate(flatten(params)[0]):
-        if p.ndim < block_ndim + 2:
-            raise UnfitLeafError(
-                "orthogonalize: '{}' has the shape "
-                f"{tuple(p.shape[block_ndim:])} and is no matrix. Give it to another method, by "
-                "partition(...), or pass vectors='pass' to leave such updates as they are.",
-                leaf_names(params)[i],
-            )

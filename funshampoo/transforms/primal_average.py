@@ -12,6 +12,7 @@ from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import update_leaves
 from funshampoo.operators.averaged import copies, interpolated_step
+from funshampoo.operators.last_stage import last_stage
 from funshampoo.state.averages import PrimalAverageState
 from funshampoo.state.stages import LearningRateState
 
@@ -74,12 +75,4 @@ def primal_average(
         steps = advanced(state.rate.steps, context.donate)
         return step, PrimalAverageState(x, z, LearningRateState(steps))
 
-    return GradientTransformation(
-        init,
-        update,
-        counts=callable(learning_rate),
-        numbers=[learning_rate, average, interpolation],
-        elementwise=True,
-        minds_alive=False,
-        needs_params=True,
-    )
+    return last_stage(init, update, learning_rate, average, interpolation)

@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from funshampoo import linalg
 from funshampoo.core.checks import check_flag, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
-from funshampoo.core.live import NO_NUMBERS, Numbers, number, resolved
-from funshampoo.core.modes import product_precision
+from funshampoo.core.live import NO_NUMBERS, Numbers
 from funshampoo.core.parameters import check_local
-from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.linalg import Solver
-from funshampoo.linalg.eigensolver import EigenSolver
+from funshampoo.linalg.choice import chosen_solver
 from funshampoo.linalg.low_precision import check_product_dtype
-from funshampoo.linalg.products import power
 from funshampoo.linalg.solver import relative_cost
-from funshampoo.linalg.support import on_support
-from funshampoo.operators.exponents import (
-    Exponents,
-    Sides,
-    check_exponents,
-    check_sides,
-    side_exponents,
-)
-from funshampoo.operators.mode_products import bias_corrected, mode_flops, precondition
-from funshampoo.operators.turning import matrices_of
-from funshampoo.refresh.jobs import Reading
-from funshampoo.refresh.refreshing import Refreshing
-from funshampoo.refresh.rule import Found, Rule
-from funshampoo.refresh.turns import RefreshSchedule
+from funshampoo.operators.exponents import Exponents, Sides, check_exponents
+from funshampoo.operators.mode_products import mode_flops
+from funshampoo.operators.turning import preconditioned
+from funshampoo.refresh import Refreshing, RefreshSchedule
+from funshampoo.refresh.factors import refreshed
+from funshampoo.refresh.roots import root_rules
 from funshampoo.state.stages import RefreshedState
 from funshampoo.state.upstream import statistics_of
-from funshampoo.transforms.kronecker import factors_and_weights
-
-_FACTORIES: tuple[Any, ...] = (
-    linalg.by_device,
-    linalg.coupled_higher_order,
-    linalg.coupled_newton,
-    linalg.eigh,
-    linalg.newton_schulz,
-    linalg.pseudo_inverse,
-)
 
 
 def root_inverse(
@@ -140,36 +116,18 @@ def root_inverse(
     {'w': tensor([0.6000, 0.8000])}
     """
     check_range("epsilon", epsilon, 0.0)
-    check_exponents(exponents)
-    check_sides(sides)
+    check_exponents(exponents, sides)
     if trace_scaling is not None:
         check_range("trace_scaling", trace_scaling, 0.0, 1.0, low_open=True)
     check_range("initial_eigenvalue", initial_eigenvalue, 0.0, low_open=True)
     check_product_dtype(product_dtype)
     check_flag("packed", packed)
-    solve = default_solver(1e-6, basis_tolerance) if solver is None else solver
-    if not callable(solve):
-        raise TypeError(f"solver is {solve!r}; give one of funshampoo.linalg, as linalg.eigh().")
-    if any([solve is factory for factory in _FACTORIES]):
-        raise TypeError("solver makes solvers and is none: call it, as in linalg.eigh().")
-    if basis_tolerance is not None:
-        _check_basis_tolerance(basis_tolerance, solve)
-
+    solve = chosen_solver(solver, basis_tolerance)
     schedule = RefreshSchedule(every, start, stagger)
-    threads = bool(getattr(solve, "threaded", False))
 
-    def roots_with(hyper: Numbers) -> Refreshing:
-        numbers: list[Any] = []  # looked up on a refresh alone; for all blocks, which share batches
-
-        def rules(block: tuple[int, ...]) -> list[Rule | None]:
-            if not numbers:
-                own = [number(x, hyper) for x in (epsilon, trace_scaling, basis_tolerance)]
-                numbers.extend([resolved(solve, hyper), *own])
-            powers = zip(block, side_exponents(block, exponents, sides))
-            return [
-                RootRule(d, e, initial_eigenvalue**-e, *numbers) if e else None for d, e in powers
-            ]
-
+    def roots(hyper: Numbers) -> Refreshing:
+        numbers = solve, epsilon, trace_scaling, basis_tolerance
+        rules = root_rules(exponents, sides, initial_eigenvalue, numbers, hyper)
         return Refreshing(rules, schedule, packed)
 
     def init(
@@ -178,125 +136,20 @@ def root_inverse(
         check_local(params, "root_inverse")
         if upstream is not None:
             statistics_of(upstream, "root_inverse", params)
-        return roots_with(NO_NUMBERS).init(params, block_ndim, clock)
+        return roots(NO_NUMBERS).init(params, block_ndim, clock)
 
     def update(
         updates: Tree, state: RefreshedState, params: Tree, context: Context
     ) -> tuple[Tree, RefreshedState]:
-        inputs = factors_and_weights(updates, context, "root_inverse")
-        state = roots_with(context.hyper).update(updates, state, inputs, _factor, context)
-        with product_precision():
-            return _directions(updates, state.kept, context.block_ndim, product_dtype), state
+        state = refreshed(roots(context.hyper), updates, state, context, "root_inverse")
+        return preconditioned(updates, state.kept, context.block_ndim, product_dtype), state
 
-    looked_up = [epsilon, trace_scaling, basis_tolerance, solve]
     return GradientTransformation(
         init,
         update,
-        phase=schedule.phase(threads),
+        phase=schedule.phase(threads=bool(getattr(solve, "threaded", False))),
         counts=True,
-        numbers=looked_up,
+        numbers=[epsilon, trace_scaling, basis_tolerance, solve],
         flops=mode_flops,
         refresh_cost=relative_cost(solve),
     )
-
-
-def default_solver(relative_epsilon: Hyper, basis_tolerance: Hyper | None = None) -> Solver:
-    """The solver for this damping where none is given; with a tolerance, one that has a basis."""
-    make = linalg.by_device if basis_tolerance is None else linalg.eigh
-    return make(relative_epsilon=relative_epsilon)
-
-
-@dataclass(frozen=True)
-class RootRule(Rule):
-    """X = (A + epsilon I)^(-e), A a bias-corrected factor, perhaps scaled by its trace.
-
-    The value is X, and with `basis_tolerance` the eigenvectors that it was computed in.
-
-    Attributes:
-        exponent: e.
-        initial_value: X = initial_value · I before the first refresh.
-        solver, epsilon, trace_scaling, basis_tolerance: of `root_inverse`.
-    """
-
-    exponent: float
-    initial_value: float
-    solver: Solver
-    epsilon: Hyper
-    trace_scaling: Hyper | None
-    basis_tolerance: Hyper | None
-
-    symmetric = (0,)
-
-    @property
-    def threaded(self) -> bool:
-        """As the solver says."""
-        return bool(getattr(self.solver, "threaded", False))
-
-    @property
-    def relative_cost(self) -> float:
-        """As the solver says."""
-        return relative_cost(self.solver)
-
-    @property
-    def reads_old(self) -> bool:
-        """To go on in an old basis."""
-        return self.basis_tolerance is not None
-
-    def initial(self, like: Tensor) -> tuple[Tensor, ...]:
-        """A multiple of the identity; as a basis, the identity."""
-        eye = torch.eye(self.side, dtype=like.dtype, device=like.device).expand(like.shape)
-        return (self.initial_value * eye, *((eye,) if self.reads_old else ()))
-
-    def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
-        """The root of each matrix, whatever its round."""
-        if self.trace_scaling is not None:
-            A = _trace_scaled(A, self.trace_scaling, self.epsilon)
-        p = 1 / self.exponent
-        basis: tuple[Tensor, ...] = ()
-        if self.basis_tolerance is None:
-            found = self.solver(A, p, self.epsilon)
-        else:
-            assert isinstance(self.solver, EigenSolver)
-            found, Q = self.solver.near_basis(A, p, self.epsilon, old[1], self.basis_tolerance)
-            basis = (Q,)
-        X, residual, condition, converged = found
-        return Found((on_support(X, A), *basis), residual, condition, converged)
-
-
-def _trace_scaled(A: Tensor, exponent: Hyper, epsilon: Hyper) -> Tensor:
-    """A max(tr A, epsilon)^(-exponent); A itself where that is zero, which has no derivative."""
-    trace = A.diagonal(dim1=-2, dim2=-1).sum(-1)
-    floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else epsilon
-    size = trace.clamp(min=floor)
-    scale = power(torch.where(size > 0, size, 1.0), -exponent)
-    return A * cast(scale, A.dtype)[..., None, None]
-
-
-def _factor(side: int, factors: Any, weight: Tensor) -> Reading:
-    """L_side / weight."""
-    if not isinstance(factors[side], Tensor):
-        raise ValueError(
-            "root_inverse preconditions a side for which kronecker_statistics keeps no factor: "
-            "give both stages the same exponents and sides."
-        )
-    return bias_corrected, factors[side], weight
-
-
-def _directions(
-    updates: Tree, roots: Tree, block_ndim: int, product_dtype: torch.dtype | None
-) -> Tree:
-    def direction(u: Tensor, sides: Any) -> tuple[Tensor]:
-        if not any(sides):
-            return (wide(u),)
-        return (precondition(wide(u), matrices_of(sides), block_ndim, product_dtype),)
-
-    return update_leaves(direction, updates, (), (roots,))[0]
-
-
-def _check_basis_tolerance(tolerance: Hyper, solver: Solver) -> None:
-    check_range("basis_tolerance", tolerance, 0.0)
-    if not isinstance(solver, EigenSolver):
-        raise ValueError(
-            "basis_tolerance needs a solver that works in an eigenbasis: give linalg.eigh() or "
-            "linalg.pseudo_inverse(), or leave basis_tolerance out."
-        )

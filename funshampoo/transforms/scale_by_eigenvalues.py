@@ -12,9 +12,8 @@ from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.tree import flatten, update_leaves, wide
 from funshampoo.operators.kl import inverse_root, outer
 from funshampoo.operators.leaf_ops import multiply
+from funshampoo.state.eigenbases import EigenbasisState, KlState
 from funshampoo.state.nodes import find_state
-from funshampoo.transforms.eigenbasis import EigenbasisState
-from funshampoo.transforms.kl import KlState
 
 
 def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
@@ -46,10 +45,7 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
     check_range("epsilon", epsilon, 0.0)
 
     def scaled(
-        updates: Tree,
-        *,
-        earlier: tuple[Any, ...] = (),
-        hyper: Numbers = NO_NUMBERS,
+        updates: Tree, *, earlier: tuple[Any, ...] = (), hyper: Numbers = NO_NUMBERS
     ) -> Tree:
         damping = number(epsilon, hyper)
 

@@ -14,8 +14,9 @@ from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
-from funshampoo.operators.columns import first_weights
+from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import add, filled, sent_once
+from funshampoo.operators.weights import first_weights
 from funshampoo.state.averages import ScheduleFreeState
 from funshampoo.state.stages import LearningRateState
 
@@ -66,10 +67,10 @@ def schedule_free(
     check_flag("own_steps", own_steps)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> ScheduleFreeState:
-        rate = LearningRateState(started(callable(learning_rate), clock))
         total, largest, seen = (
             first_weights(params, block_ndim, corrects=True, own_steps=own_steps) for _ in range(3)
         )
+        rate = LearningRateState(started(callable(learning_rate), clock))
         return ScheduleFreeState(copies(params), copies(params), total, largest, seen, rate)
 
     def update(
@@ -96,16 +97,8 @@ def schedule_free(
 
         kept = state[:5] if own_steps else state[:2]
         step, x, z, *found = update_leaves(leaf, updates, kept, (params,))
-        sums = found or everyone[1:]
+        total, largest, seen = found or everyone[1:]
         now = LearningRateState(advanced(state.rate.steps, context.donate))
-        return step, ScheduleFreeState(x, z, sums[0], sums[1], sums[2], now)
+        return step, ScheduleFreeState(x, z, total, largest, seen, now)
 
-    return GradientTransformation(
-        init,
-        update,
-        counts=callable(learning_rate),
-        numbers=[learning_rate, beta],
-        elementwise=True,
-        minds_alive=False,
-        needs_params=True,
-    )
+    return last_stage(init, update, learning_rate, beta)

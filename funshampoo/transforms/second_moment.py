@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flags, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
-from funshampoo.core.tree import cast, update_columns
-from funshampoo.linalg.products import power as raised
-from funshampoo.operators.columns import (
-    Column,
-    add,
-    average_of,
-    cast_like,
-    count_everyone,
-    decayed,
-    first_weights,
-    per_block,
-    product,
-    quotient,
-    seen,
-    weights_over,
-)
-from funshampoo.operators.leaf_ops import filled, on_device, sqrt
-from funshampoo.state.meaning import meaning
-from funshampoo.transforms.momentum import zeros_like
-
-Damping = Literal["added", "floor"]
-
-
-@meaning(second="nonnegative", weight="weight of second")
-class SecondMomentState(NamedTuple):
-    """Of `scale_by_second_moment`: V, a tree like the updates, and its weight, a tree of (N,).
-
-    The weight is () on the CPU where all blocks count together.
-    """
-
-    second: Tree
-    weight: Tree
+from funshampoo.operators.columns import Column, average_of, cast_like, corrected, quotient
+from funshampoo.operators.over_root import Damping, power_of, squares_of
+from funshampoo.operators.weights import first_average, update_averages
+from funshampoo.state.stages import SecondMomentState
 
 
 def scale_by_second_moment(
@@ -88,22 +59,22 @@ def scale_by_second_moment(
     """
     check_range("beta2", beta2, 0.0, 1.0)
     check_range("epsilon", epsilon, 0.0)
-    by_order = exponent if isinstance(exponent, Mapping) else {}
-    for value in by_order.values() if isinstance(exponent, Mapping) else [exponent]:
+    by_order: Any = exponent if isinstance(exponent, Mapping) else {None: exponent}
+    for value in by_order.values():
         if isinstance(value, Tensor):
             raise TypeError("exponent is a tensor; give a number, which is fixed when it is built.")
         check_range("exponent", value, 0.0, low_open=True)
     check_choice("damping", damping, ("added", "floor"))
     check_flags(bias_correction=bias_correction, weighted=weighted, own_steps=own_steps)
-    plain_sum = not weighted or is_exactly(beta2, 1)
-    corrects = bias_correction and not plain_sum
-
-    def exponent_of(order: int) -> float:
-        return exponent if isinstance(exponent, (int, float)) else by_order.get(order, 0.5)
+    usual = by_order.get(None, 0.5)
+    averages = weighted and not is_exactly(beta2, 1)
+    corrects = bias_correction and averages
+    options = {"by_weight": own_steps, "weighted": averages}
 
     def init(params: Tree, *, block_ndim: int = 0) -> SecondMomentState:
-        weights = first_weights(params, block_ndim, corrects=corrects, own_steps=own_steps)
-        return SecondMomentState(zeros_like(params), weights)
+        return SecondMomentState(
+            *first_average(params, block_ndim, corrects=corrects, own_steps=own_steps)
+        )
 
     def update(
         updates: Tree, state: SecondMomentState, params: Tree, context: Context
@@ -113,37 +84,15 @@ def scale_by_second_moment(
 
         def rescale(u: Column, g: Column, *rest: Column) -> tuple[Column, Column, Column]:
             *fine, v, w = rest
-            g = cast_like(g, v)
-            squares = product(g, g)
-            if plain_sum:
-                v = add(decayed(v, decay, fine, donate), squares, donate)
-            else:
-                v, w = average_of(v, w, squares, decay, fine, donate, by_weight=own_steps)
-            total = quotient(v, per_block(seen(w, fine), v)) if corrects else v
-            powers = [exponent_of(x.ndim - context.block_ndim) for x in total]
-            return quotient(cast_like(u, v), _power(total, least, powers, damping)), v, w
+            squares = squares_of(g, v)
+            v, w = average_of(v, w, squares, decay, fine, donate, **options)
+            total = corrected(v, w, fine) if corrects else v
+            powers = [by_order.get(x.ndim - context.block_ndim, usual) for x in total]
+            return quotient(cast_like(u, v), power_of(total, least, powers, damping)), v, w
 
-        known = () if context.alive is None else (context.alive,)
         source = updates if context.gradient is None else context.gradient
-        weight = state.weight if own_steps else weights_over(state.weight, updates)
-        out, second, weight = update_columns(
-            rescale, updates, (state.second, weight), (source, *known)
-        )
-        if not own_steps:
-            weight = count_everyone(state.weight, decay, donate) if corrects else state.weight
-        return out, SecondMomentState(second, weight)
+        inputs = (source,) if context.alive is None else (source, context.alive)
+        out, *new = update_averages(rescale, updates, state, inputs, [decay], own_steps, donate)
+        return out, SecondMomentState(*new)
 
     return GradientTransformation(init, update, numbers=[beta2, epsilon], elementwise=True)
-
-
-def _power(second: Column, epsilon: Hyper, exponents: Sequence[float], damping: Damping) -> Column:
-    """The divisor; at least a power of the smallest normal number, which keeps 0/0 away."""
-    found = []
-    for v, exponent in zip(second, exponents):
-        least = on_device(epsilon, v)
-        if damping == "floor":
-            v = torch.maximum(v, filled(v, epsilon))
-        tiny = torch.finfo(v.dtype).tiny
-        root = sqrt(v) if exponent == 0.5 else raised(torch.clamp(v, min=tiny), exponent)
-        found.append(cast(root + least if damping == "added" else root, v.dtype))
-    return found

@@ -13,6 +13,7 @@ from funshampoo.core.needs import rate_of
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.columns import zeros_a_block
+from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import add, filled, lerp, multiply, on_device, per_block
 from funshampoo.state.averages import TailAverageState
 
@@ -76,12 +77,4 @@ def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransform
         out, x, weights = update_leaves(leaf, updates, (state.evaluated, state.weight), (params,))
         return out, TailAverageState(x, weights, advanced(state.steps, context.donate))
 
-    return GradientTransformation(
-        init,
-        update,
-        counts=waits,
-        numbers=[beta],
-        elementwise=True,
-        minds_alive=False,
-        needs_params=True,
-    )
+    return last_stage(init, update, beta, counts=waits)

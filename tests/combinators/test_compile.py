@@ -118,3 +118,16 @@ def test_inductor_gives_the_same_numbers() -> None:
     updates, new = compiled(gradient(2), state, p, refresh=False)
     assert_close(updates, expected, 1e-5)
     assert_close(new, after, 1e-5)
+
+
+@pytest.mark.parametrize("recipe", [fs.shampoo, fs.muon], ids=lambda recipe: recipe.__name__)
+def test_a_graph_for_a_second_model_of_other_sizes(recipe: Any) -> None:
+    """From the second size on torch makes symbols of sizes; where blocks lie is made of numbers."""
+    torch._dynamo.reset()
+    for side in (8, 9, 11):
+        tx, p = recipe(0.1), {"w": torch.eye(side, 8, dtype=torch.float64) + 0.1}
+        compiled = torch.compile(tx.update, fullgraph=True, backend="eager")
+        found, _ = compiled(p, tx.init(p), p, refresh=False)
+        expected, _ = tx.update(p, tx.init(p), p, refresh=False)
+        assert_close(found, expected, 1e-10)
+    torch._dynamo.reset()

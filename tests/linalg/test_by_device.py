@@ -94,7 +94,7 @@ def test_pickled(relative_epsilon: float | Tensor) -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="relative_epsilon must be at least 0"):
+    with pytest.raises(ValueError, match="relative_epsilon is -1.0; it must lie in"):
         by_device(relative_epsilon=-1.0)
     for p in (0, float("nan"), float("-inf")):
         with pytest.raises(ValueError, match="p must be"):

@@ -149,7 +149,7 @@ def test_what_is_left_out_has_a_default(method: str) -> None:
 KNOWN = {method: inspect.signature(METHODS[method]).parameters for method in METHODS}
 FIRST_DECAYS = {
     method: next(
-        n for n in ("inner_momentum", "betas", "beta1", "b1", "momentum", "mu") if n in known
+        n for n in ("inner_momentum", "mu", "betas", "beta1", "b1", "momentum") if n in known
     )
     for method, known in KNOWN.items()
     if method not in ("SGDScheduleFree", "RAdamScheduleFree")  # which have no first moment
@@ -385,3 +385,18 @@ def test_statistics_that_never_take_in_a_gradient_are_refused(method: str, name:
     """With a decay of 1 they stay at 0 in the sources; the stages here would sum gradients up."""
     with pytest.raises(ValueError, match=rf"^{name} is 1.0; it must lie in"):
         fs.from_published(method, **{name: 1.0})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_of_the_wrapper_has_the_constructors_arguments(method: str) -> None:
+    """As theirs has: an edit of one that had its default was ignored."""
+    w = torch.nn.Parameter(torch.eye(6, dtype=torch.float64))
+    optimizer = fs.Optimizer([w], functools.partial(fs.from_published, method), lr=0.1)
+    (group,) = optimizer.param_groups
+    assert KNOWN[method].keys() - {"initial_lr"} <= group.keys()  # that is a scheduler's note
+    w.grad = torch.ones(6, 6, dtype=torch.float64)
+    optimizer.step()
+    name = FIRST_DECAYS.get(method, "betas" if "betas" in group else "momentum")
+    group[name] = (2.0, 0.9) if name == "betas" else -2.0
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        optimizer.step()

@@ -12,8 +12,8 @@ import funshampoo as fs
 from funshampoo.linalg.adaptive import qr_algorithm
 from funshampoo.migrate.reference_methods import signs_scaled_by
 from funshampoo.state import find_state
+from funshampoo.state.eigenbases import EigenbasisState
 from funshampoo.testing import check_stage
-from funshampoo.transforms.eigenbasis import EigenbasisState
 from tests.migrate import plain_reference
 
 STEPS = 9

@@ -38,7 +38,7 @@ def test_names_say_nothing() -> None:
     model = nn.Module()
     model.embedding = nn.Linear(4, 4)
     model.head = nn.Embedding(7, 4)
-    model.in_proj_weight = nn.Parameter(torch.zeros(12, 6))
+    model.in_proj_weight = nn.Parameter(torch.zeros(12, 3))
     model.bias = nn.Linear(4, 3)
     assert fs.roles(model) == {
         "in_proj_weight": "matrix",

@@ -79,6 +79,38 @@ class Experts(nn.Module):
         return self.out(mixed)  # type: ignore[no-any-return]
 
 
+class BesideLayers(nn.Module):
+    """Tensors of two sides and more that stand by themselves: some are weights, some are tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(11, 16))
+        self.latents = nn.Parameter(torch.zeros(7, 1, 1, 16))
+        self.axes = nn.Parameter(torch.zeros(2, 50, 16))
+        self.bias_of_distances = nn.Parameter(torch.zeros(9, 2))
+        self.decays = nn.Parameter(torch.zeros(32, 5))  # log A of Mamba
+        self.in_proj = nn.Parameter(torch.zeros(48, 16))
+        self.lora_a, self.lora_b = (nn.Parameter(torch.zeros(s)) for s in ((3, 16), (16, 3)))
+        self.up, self.down = (nn.Parameter(torch.zeros(s)) for s in ((4, 26, 16), (4, 16, 13)))
+        self.mix = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 13), nn.Linear(13, 16))
+        self.conv = nn.Conv2d(16, 16, 3)
+        self.conv.gain = nn.Parameter(torch.ones(16, 1, 1, 1))  # timm's ScaledStdConv2d
+        self.out = nn.Linear(16, 2)
+
+
+class Codebooks(nn.Module):
+    """An output layer for each of several codebooks, as MusicGen has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.ModuleList([nn.Embedding(21, 8) for _ in range(2)])
+        self.hidden = nn.Linear(8, 8)
+        self.heads = nn.ModuleList([nn.Linear(8, 20) for _ in range(2)])
+
+    def get_output_embeddings(self) -> nn.ModuleList:
+        return self.heads
+
+
 def transformers(name: str, config: str, **options: Any) -> nn.Module:
     library = pytest.importorskip("transformers")
     common = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -141,6 +173,20 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]]]] = {
     "experts": (
         Experts,
         {"experts": ["up", "down"], "matrix": ["router.weight"], "head": ["out.weight"]},
+    ),
+    "codebooks": (
+        Codebooks,
+        {"embedding": ["tokens.*"], "matrix": ["hidden.weight"], "head": ["heads.*.weight"]},
+    ),
+    "beside layers": (
+        BesideLayers,
+        {
+            "embedding": ["positions", "latents", "axes", "bias_of_distances", "decays"],
+            "matrix": ["in_proj", "lora_*", "mix.*.weight"],
+            "experts": ["up", "down"],
+            "convolution": ["conv.weight"],
+            "head": ["out.weight"],
+        },
     ),
     "norms with two sides": (
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.LayerNorm([4, 6, 6]), nn.Conv2d(4, 4, 3)),

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funshampoo as fs
 from funshampoo.distributed.ownership import works_of
-from funshampoo.operators.exponents import without_vectors
+from funshampoo.operators.exponents import chosen_sides
 from funshampoo.plan.scopes import scopes_of
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -35,7 +35,7 @@ def of_matrices(block: tuple[int, ...]) -> list[bool]:
 def in_bases(
     inner: fs.GradientTransformation, sides: Any = of_matrices
 ) -> list[fs.GradientTransformation]:
-    statistics = fs.kronecker_statistics(sides=without_vectors(sides))
+    statistics = fs.kronecker_statistics(sides=chosen_sides("diagonal", sides))
     return [statistics, fs.in_eigenbasis(inner, 100)]
 
 

@@ -15,8 +15,8 @@ from funshampoo.core.context import Context
 from funshampoo.distributed.cost import DEFAULT_COST
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, solving
 from funshampoo.refresh.jobs import Job
+from funshampoo.refresh.roots import RootRule
 from funshampoo.refresh.rule import eigh_seconds, is_same
-from funshampoo.transforms.root_inverse import RootRule
 from tests.refresh.clients import Basis, Root
 from tests.refresh.methods import gradient, kl, shampoo, soap
 from tests.test_position import one_thread

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
 from funshampoo.linalg import norms
-from funshampoo.transforms.blend import AgreementGate
+from funshampoo.transforms.agreement import AgreementGate
 
 D = torch.float64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, D)

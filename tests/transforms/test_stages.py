@@ -355,3 +355,27 @@ def test_the_root_before_the_first_refresh() -> None:
     updates, _ = tx.update(g, tx.init(g), g)
     for name, u in updates.items():
         assert torch.allclose(u, g[name] / 4)  # 16^(-1/4) a side of two, 16^(-1/2) of one
+
+
+OF_EVERYONE = {
+    "ema": lambda: fs.ema(0.9, own_steps=False),
+    "scale_by_adam": lambda: fs.scale_by_adam(own_steps=False),
+    "scale_by_second_moment": lambda: fs.scale_by_second_moment(own_steps=False),
+    "root_inverse": lambda: fs.chain(
+        fs.kronecker_statistics(own_steps=False), fs.root_inverse(1, exponents=0.5)
+    ),
+}
+"""Of gradients of 1 these make steps of 1, from the first on."""
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("name", OF_EVERYONE)
+def test_a_step_of_everyone_counts_once(name: str, bare: bool, donate: bool) -> None:
+    """Also of a tree that is one tensor, whose weight is one tensor like that of everyone."""
+    g: Any = torch.ones(1, dtype=D) if bare else {"a": torch.ones(1, dtype=D)}
+    tx = OF_EVERYONE[name]()
+    state = tx.init(g)
+    for _ in range(3):
+        u, state = tx.update(g, state, donate=donate)
+        assert torch.allclose(u if bare else u["a"], torch.ones(1, dtype=D), rtol=1e-5)

@@ -1,0 +1,68 @@
+"""Rounding at random, by numbers that follow from what is rounded.
+
+A generator would have to be carried, split over ranks and members of an ensemble, and moved to the
+device. Here the random bits of an entry are a hash of numbers of its own. So they are the same
+wherever it lies: in a block, on another rank, in one model of many, in a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_EXPONENT = 0x7F800000
+"""The bits of a float32 that hold its exponent."""
+
+_FRACTION = 23
+"""How many hold its fraction."""
+
+
+def random_bits(sources: Sequence[Tensor], salt: Tensor) -> Tensor:
+    """int32 of 32 random bits for every entry: a hash of what these have there, and of the salt.
+
+    Args:
+        sources: float32, of one shape.
+        salt: int32, of that shape or one that broadcasts to it.
+    """
+    mixed = salt * 0x27D4EB2D
+    for x in sources:
+        mixed = (mixed ^ x.view(torch.int32)) * 0x2545F491  # products wrap around
+    for multiplier, shift in ((0x7FEB352D, 16), (-0x7B935975, 15)):
+        mixed = (mixed ^ _shifted(mixed, shift)) * multiplier
+    found: Tensor = mixed ^ _shifted(mixed, 16)
+    return found
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    """Bits to the right; zeros come in, whatever the sign."""
+    # Not x >> places, by which torch 2.13 shifts no DTensor.
+    found: Tensor = torch.bitwise_right_shift(x, places) & (2 ** (32 - places) - 1)
+    return found
+
+
+def rounded_at_random(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """x rounded to a number of `dtype`: up with the share of the step that it has gone, or down.
+
+        step = 2^⌊log2 |x|⌋ ε,   x ← step ⌊x / step + r⌋,   r uniform in [0, 1)
+
+    So its expectation is x. What `dtype` has stays as it is.
+
+    Args:
+        x: float32; one that is not finite comes back.
+        dtype: torch.bfloat16 or torch.float16.
+        bits: int32, random; of x's shape.
+
+    Returns:
+        float32, whose entries `dtype` has, but for those above its largest.
+    """
+    info = torch.finfo(dtype)
+    # Below float16's smallest normal number all steps are one; float32's own may be flushed to 0.
+    least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).tiny)
+    power = (x.view(torch.int32) & _EXPONENT).view(torch.float32)
+    step = (power * info.eps).clamp(min=least)
+    places = _FRACTION + round(math.log2(info.eps))  # bits of x below the step
+    r = (bits & (2**places - 1)) * 2.0**-places
+    return torch.where(power < torch.inf, torch.floor(x / step + r) * step, x)

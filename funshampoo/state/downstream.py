@@ -1,0 +1,52 @@
+"""What a stage finds in the states of the stages after it, from before the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from funshampoo.core.tree import MaskedNode, flatten, map_leaves
+from funshampoo.state.eigenbases import EigenbasisState
+from funshampoo.state.nodes import first_state
+from funshampoo.state.stages import KroneckerState, RefreshedState
+from funshampoo.state.upstream import hidden_error
+
+
+def kept_later(later: tuple[Any, ...], through: str, updates: Any) -> tuple[Any, Any]:
+    """What the next such stage keeps, and a tree of the numbers of gradients it has seen, or of ().
+
+    Raises:
+        ValueError: there is none, it is of other statistics, that stand between, or a leaf is
+            hidden from it.
+    """
+    wanted: Any = RefreshedState if through == "roots" else EigenbasisState
+    stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
+    # The bases of a later stage are no roots; and what comes after other statistics is of those.
+    found: Any = first_state(later, (wanted, KroneckerState), closed=EigenbasisState)
+    if isinstance(found, KroneckerState):
+        raise ValueError(
+            f'kl_statistics(through="{through}") is followed by other statistics, by which {stage} '
+            f"goes: put its own {stage} between, or leave out one of the two."
+        )
+    try:
+        bases = found if through == "roots" else found.bases
+        kept = flatten(updates)[1].flatten_up_to(bases.kept)
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f'kl_statistics(through="{through}") found no {stage} for its blocks: put it after it '
+            f"in the same chain, as in chain(kl_statistics(...), {stage})."
+            f"{_of_another(later, through)}"
+        ) from error
+    if MaskedNode in map(type, kept):
+        raise hidden_error(kept, updates, f'kl_statistics(through="{through}")', stage)
+    # Nobody counts for roots, for Ritz values and for bases that begin as the identity.
+    counted = through == "eigenvalues" and found.seen != ()
+    return bases.kept, found.seen if counted else map_leaves(lambda u: (), updates)
+
+
+def _of_another(later: tuple[Any, ...], through: str) -> str:
+    """The remedy where the stage that another `through` reads stands there; else ""."""
+    kind: Any = EigenbasisState if through == "roots" else RefreshedState
+    if first_state(later, kind, closed=EigenbasisState) is None:
+        return ""
+    named = ("in_eigenbasis", "eigenvalues") if through == "roots" else ("root_inverse", "roots")
+    return f' With the {named[0]}(...) that is there goes through="{named[1]}".'

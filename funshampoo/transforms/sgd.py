@@ -1,0 +1,14 @@
+"""No scaling at all."""
+
+from __future__ import annotations
+
+from funshampoo.core.contract import GradientTransformation, identity, renamed
+
+
+def scale_by_sgd() -> GradientTransformation:
+    """The identity: as a grafting partner it gives P the norm of the (filtered) gradient.
+
+    >>> scale_by_sgd().update({"w": 1.0}, ())[0]
+    {'w': 1.0}
+    """
+    return renamed(identity(), "scale_by_sgd")

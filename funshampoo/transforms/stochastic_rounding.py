@@ -1,0 +1,98 @@
+"""Steps that reach parameters in half precision, in the mean, however small they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funshampoo.core.context import Context
+from funshampoo.core.contract import GradientTransformation, Tree
+from funshampoo.core.tree import HALF, cast, compute_dtype, update_leaves, wide
+from funshampoo.operators.columns import zeros_a_block
+from funshampoo.operators.leaf_ops import add
+from funshampoo.operators.rounding import random_bits, rounded_at_random
+from funshampoo.state.averages import TailAverageState
+from funshampoo.state.meaning import meaning
+
+
+@meaning(seen="count")
+class RoundingState(NamedTuple):
+    """Of `stochastic_rounding`: a tree of () int32, how many steps each parameter has made."""
+
+    seen: Tree
+
+
+def stochastic_rounding() -> GradientTransformation:
+    """U ← Q(W + U) - W for W in bfloat16 or float16, Q rounding up or down at random.
+
+    The mean of Q(x) is x. Without it W + U is rounded to nearest, and a step below 2^-9 of a weight
+    in bfloat16 (2^-12 in float16) is lost, however many there are. Here W moves by a whole step of
+    its dtype now and then, as often as it takes, without master weights.
+
+    It is the last stage of a chain, behind the learning rate, also behind a recipe:
+
+        chain(soap(1e-4), stochastic_rounding())
+
+    Parameters in float32 or float64 get the updates as they are. What is random is a hash of an
+    entry's weight and update and of the number of the step (`operators.rounding`): a step that is
+    made twice is the same, and so it is on any number of ranks and in any blocks. Entries of which
+    both are equal are rounded alike.
+
+    Some 25 operators a leaf over all entries, each of them a pass over memory, but for
+    torch.compile, which makes them one; a derivative takes Q for the identity.
+
+    State: `RoundingState`.
+
+    Raises:
+        ValueError: from init, inside `blocked`; from update, params missing, or another stage after
+            it (but for `tail_average`, which changes none).
+
+    Reference: Gupta et al., arXiv 1502.02551; for training in bfloat16, Zamirai et al., arXiv
+    2010.06192.
+
+    >>> import torch
+    >>> tx = stochastic_rounding()
+    >>> w = {"w": torch.ones(1000, dtype=torch.bfloat16)}
+    >>> g = {"w": torch.linspace(0.9e-3, 1.1e-3, 1000)}  # an eighth of a step, 2^-7
+    >>> (w["w"] + g["w"]).bfloat16().unique()
+    tensor([1.], dtype=torch.bfloat16)
+    >>> updates, _ = tx.update(g, tx.init(w), w)
+    >>> updates["w"].unique(), round(updates["w"].mean().item(), 4)
+    (tensor([0.0000, 0.0078]), 0.001)
+    """
+
+    def init(params: Tree, *, block_ndim: int = 0) -> RoundingState:
+        if block_ndim:
+            raise ValueError(
+                "stochastic_rounding: inside blocked parameters are float32, whatever they are "
+                "outside: put it behind, as in chain(blocked(...), stochastic_rounding())."
+            )
+        return RoundingState(zeros_a_block(params, 0, torch.int32))
+
+    def update(
+        updates: Tree, state: RoundingState, params: Tree, context: Context
+    ) -> tuple[Tree, RoundingState]:
+        if any([not isinstance(other, TailAverageState) for other in context.later]):
+            raise ValueError(
+                "stochastic_rounding: the stage after it changes updates that are rounded: put it "
+                "last, behind scale_by_learning_rate."
+            )
+
+        def leaf(u: Tensor, w: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+            seen = add(seen, torch.ones_like(seen), context.donate)
+            u = cast(u, compute_dtype(w))
+            if w.dtype not in HALF:
+                return u, seen
+            before, step = wide(w), u.detach()
+            bits = random_bits([step, before.detach()], seen)
+            rounded = rounded_at_random(before.detach() + step, w.dtype, bits)
+            return rounded - before + (u - step), seen
+
+        out, seen = update_leaves(leaf, updates, (state.seen,), (params,))
+        return out, RoundingState(seen)
+
+    return GradientTransformation(
+        init, update, elementwise=True, minds_alive=False, needs_params=True
+    )
