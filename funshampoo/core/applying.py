@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -202,3 +202,15 @@ def applied(
     )
     add_in_place(params, found)
     return state
+
+
+def apply_of(update: Callable[..., tuple[Any, State]]) -> Callable[..., State]:
+    """The `apply` of a combinator whose `update` takes `in_place=True`, too.
+
+    Then the updates that it returns are nobody's: the parameters have them.
+    """
+
+    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
+        return update(updates, state, params, context, in_place=True)[1]
+
+    return apply
