@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import sys
@@ -164,3 +165,30 @@ def test_the_index_has_every_public_name() -> None:
 
 def names_with_docstrings(module: types.ModuleType) -> list[str]:
     return [n for n in module.__all__ if isinstance(getattr(module, n), type | types.FunctionType)]
+
+
+ITEM = re.compile(r"    [\w*][\w*, .()\[\]]*: ")
+TWO_ITEMS = re.compile(r"[.;] [a-z_]+(, [a-z_]+)*: ")
+
+
+def items(text: str) -> list[tuple[str, str]]:
+    """(section, line) of the lines of a docstring that begin an item."""
+    section, found = "", []
+    for line in text.splitlines():
+        if line and not line.startswith(" "):
+            section = line
+        elif section in ("Args:", "Attributes:", "Raises:") and line[4:5].strip():
+            found.append((section, line))
+    return found
+
+
+def test_every_argument_has_an_item_of_its_own() -> None:
+    wrong = []
+    for path in sorted((ROOT / "funshampoo").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                for section, line in items(ast.get_docstring(node) or ""):
+                    two = section == "Args:" and TWO_ITEMS.search(line)
+                    if two or not ITEM.match(line):
+                        wrong.append(f"{path.name}, {node.name}: {line.strip()}")
+    assert wrong == []

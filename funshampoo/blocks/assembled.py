@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from funshampoo.blocks.layout import Layout, ParameterLayout, Region, Stack
+from funshampoo.blocks.layout import ParameterLayout, Region
 from funshampoo.blocks.stacks import unstack_blocks
 from funshampoo.core.contract import Tree
 from funshampoo.core.tree import flatten, leaf_names
-from funshampoo.state.places import Span, block_of
+from funshampoo.state.places import Span, stack_rows
 from funshampoo.state.stages import BlockedState
 
 
@@ -44,17 +44,12 @@ def to_parameters(stacks: Mapping[str, Tensor], state: BlockedState, params: Tre
     if set(names) != set(state.layout):
         raise ValueError("the parameters are not those that the state was made for.")
     parameters = [layout_of_spans(state.layout[n], tuple(p.shape)) for n, p in zip(names, leaves)]
-    rows: dict[str, int] = {}
-    for region in (region for where in parameters for region in where.regions):
-        rows[region.stack] = max(rows.get(region.stack, 0), region.first + region.rows)
-    if {name: len(x) for name, x in stacks.items()} != rows:
+    if {name: len(x) for name, x in stacks.items()} != stack_rows(state):
         raise ValueError(
             "these are not all stacks of this state, with all their rows: on several ranks each "
             "has its own; funshampoo.state.state_dict names what it holds."
         )
-    known = {n: Stack(block_of(n), x.dtype, x.device, len(x)) for n, x in stacks.items()}
-    layout = Layout(tuple(parameters), known, [])
-    return spec.unflatten(unstack_blocks(stacks, layout, leaves))
+    return spec.unflatten(unstack_blocks(stacks, parameters, leaves))
 
 
 def layout_of_spans(

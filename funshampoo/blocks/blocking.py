@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from funshampoo.blocks.copies import Given, Traced, Views
-from funshampoo.blocks.executor import Executors, Leaves
+from funshampoo.blocks.executor import Executors, Leaves, Put
 from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_keys
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
 from funshampoo.combinators.failures import FailureLimitError, failing_blocks, failure_limit_error
 from funshampoo.combinators.masks import Mask, bools_of
-from funshampoo.core.applying import add_in_place
+from funshampoo.core.applying import add_in_place, apply_of
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.misfit import misfit
 from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
-from funshampoo.core.parameters import (
-    UnfitLeafError,
-    check_local,
-    detached_parameters,
-    problem_of_gradients,
-)
+from funshampoo.core.parameters import UnfitLeafError, check_local, detached_parameters
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
-from funshampoo.core.tree import check_same_structure, flatten, leaf_names
+from funshampoo.core.traced_tree import TracedSpec
+from funshampoo.core.tree import check_same_structure, flatten, leaf_names, names_in
 from funshampoo.state.stages import BlockedState
 
 
@@ -101,12 +98,12 @@ def blocked(
     def layout(leaves: list[Tensor]) -> Layout:  # a closure: to torch.compile its numbers are fixed
         return layout_of(leaf_keys(leaves), max_size, merge, keep)
 
-    blocks = _Blocked(inner, layout, with_params, Executors(tile), _Names())
+    blocks = _Blocked(inner, layout, with_params, Executors(tile))
     return GradientTransformation(
         blocks.init,
         blocks.update,
         "blocked",
-        apply=blocks.apply,
+        apply=apply_of(blocks.update),
         check=blocks.check if inner.checks else None,
         parts={"inner": inner},
         needs_params=with_params is not False,
@@ -124,7 +121,6 @@ class _Blocked:
     layout: Callable[[list[Tensor]], Layout]
     with_params: bool | Mask
     executors: Executors = field(repr=False)
-    names: _Names = field(repr=False)
 
     def init(
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -154,8 +150,6 @@ class _Blocked:
             known = leaves
         else:
             (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
-        if problem := problem_of_gradients(leaves, known):
-            raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is False and self.inner.needs:
             raise without_parameters(self.inner.needs, block_ndim=1)
@@ -165,8 +159,8 @@ class _Blocked:
             raise ValueError(_shape_unknown(updates))
         # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
         layout = self.layout(known)
-        called = [] if torch.compiler.is_dynamo_compiling() else self.names.of(updates, spec)
-        _check_layout(layout, state.layout, called)
+        called = [] if isinstance(spec, TracedSpec) else names_in(spec)
+        _check_layout(layout, state, called, "gradients" if params is None else "parameters")
         shown = None if self.with_params is False else _shown(params, self.with_params)
         return Given(leaves, known, spec, layout, missing, shown, called, params is not None)
 
@@ -177,60 +171,47 @@ class _Blocked:
         return changed(inside, alive=rows_alive(inside.alive, given.layout))
 
     def update(
-        self, updates: Tree, state: BlockedState, params: Tree, context: Context
+        self,
+        updates: Tree,
+        state: BlockedState,
+        params: Tree,
+        context: Context,
+        *,
+        in_place: bool = False,
     ) -> tuple[Tree, BlockedState]:
         given, inner = self._read(updates, state, params), self.inner
-        here = self._inside(given, state, context)
-        run = self.executors.of(given.layout)
-        missing = given.missing_rows()
-        if any_in_parts(given.known):
-            new, parts = self._on_parts(given, state, here)
-            found = parts_like(given.known, parts)
+        here, own, said = self._inside(given, state, context), given.known, given.described
+        run, missing = self.executors.of(given.layout), given.missing_rows()
+        found: list[Any] = []
+        if any_in_parts(own):
+            leaves = said()._replace(gradients=all_placed_like(given.leaves, own))
+            new, parts = run.run_parts(inner.spread, state.inner, missing, here, leaves)
+            if in_place:  # what comes is added where it is, without DTensors around it
+                held = local_parts(own)
+                add_in_place(held, [u.view(p.shape) for p, u in zip(held, parts)])
+            else:
+                found = parts_like(own, parts)
+        elif in_place and self._may_add(own):
+            put: Put = functools.partial(run.parts.scatter_add, leaves=own)
+            gather = Views(run.parts, given).gather
+            new = run.run(inner, state.inner, gather, put, missing, here, said)
         else:
             shared = inner.spread is not None and inner.spread.is_shared()
-            plain = is_plain([g for g in given.leaves if g is not None], given.known)
+            plain = is_plain([g for g in given.leaves if g is not None], own)
             copies = Views(run.parts, given, copies=shared) if plain else Traced(given)
-            gather, put, said = copies.gather, copies.put, given.described
-            new = run.run(inner, state.inner, gather, put, missing, here, said)
+            new = run.run(inner, state.inner, copies.gather, copies.put, missing, here, said)
             found = copies.updates(shared)
-        steps = advanced(state.steps, context.donate)
-        return given.spec.unflatten(found), BlockedState(new, state.layout, steps)
+            if in_place:
+                add_in_place(own, found)
+        out = None if in_place else given.spec.unflatten(found)
+        return out, BlockedState(new, state.layout, advanced(state.steps, context.donate))
 
-    def _on_parts(
-        self, given: Given, state: BlockedState, here: Context
-    ) -> tuple[Any, list[Tensor]]:
-        """(new state, what this rank has of the update of every leaf, in any shape)."""
-        placed = all_placed_like(given.leaves, given.known)
-        leaves = given.described()._replace(gradients=placed)
-        run = self.executors.of(given.layout)
-        return run.run_parts(self.inner.spread, state.inner, given.missing_rows(), here, leaves)
-
-    def apply(
-        self, updates: Tree, state: BlockedState, params: Tree, context: Context
-    ) -> BlockedState:
-        given, inner = self._read(updates, state, params), self.inner
-        own = given.known
-        if any_in_parts(own):  # what comes is added where it is, without DTensors around it
-            new, parts = self._on_parts(given, state, self._inside(given, state, context))
-            held = local_parts(own)
-            add_in_place(held, [u.view(p.shape) for p, u in zip(held, parts)])
-            return BlockedState(new, state.layout, advanced(state.steps, context.donate))
-        in_place = not is_traced() and all([p.is_contiguous() for p in own])
+    def _may_add(self, own: list[Tensor]) -> bool:
+        """Whether blocks may be added to these parameters one after the other."""
+        if is_traced() or not all([p.is_contiguous() for p in own]):
+            return False
         # Where parameters are tied, a tile would read what the one before has written.
-        if not in_place or not (self.with_params is False or lie_apart(own)):
-            updates, state = self.update(updates, state, params, context)
-            add_in_place(params, updates)
-            return state
-        here = self._inside(given, state, context)
-        run = self.executors.of(given.layout)
-
-        def put(stack: str, rows: range, values: Tensor) -> None:
-            run.parts.scatter_add(stack, rows, values, own)
-
-        gather = Views(run.parts, given).gather
-        missing = given.missing_rows()
-        new = run.run(inner, state.inner, gather, put, missing, here, given.described)
-        return BlockedState(new, state.layout, advanced(state.steps, context.donate))
+        return self.with_params is False or lie_apart(own)
 
     def check(self, state: BlockedState, context: Context) -> None:
         here = running(state.steps, context)
@@ -241,40 +222,15 @@ class _Blocked:
             raise failure_limit_error(blocks, error.max_failures) from None
 
 
-class _Names:
-    """The names of the leaves of a tree. Those of the last tree are remembered."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, list[str]] = (None, [])
-
-    def of(self, tree: Tree, spec: Any) -> list[str]:
-        seen, names = self._last
-        if seen is None or seen != spec:
-            names = leaf_names(tree)
-            self._last = spec, names
-        return names
-
-
-def _check_layout(layout: Layout, expected: Mapping[str, Any], names: Sequence[str]) -> None:
+def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], given: str) -> None:
     """The gradients fall into the rows that init laid out for the parameters of their names."""
-    if torch.compiler.is_dynamo_compiling():  # where there are no names
-        if list(expected.values()) == layout.described:
-            return
-        raise ValueError("the gradients do not fit the state: init saw other parameters.")
-    found = dict(zip(names, layout.described))
-    if found == dict(expected):  # by name: a checkpoint may have sorted the keys
+    if not names:  # in torch.compile
+        if list(state.layout.values()) != layout.described:
+            raise ValueError("the gradients do not fit the state: init saw other parameters.")
         return
-    for name, where in zip(names, layout.parameters):
-        if found[name] != expected.get(name):
-            raise ValueError(
-                f"the gradient of '{name}', shape {where.shape}, does not fit the state: init saw "
-                "another shape or dtype there, or parameters of other names or in another order "
-                "(an OrderedDict has its own, a dict is sorted). Call init again for a changed "
-                "model; pass params to update where gradients have another dtype than their "
-                "parameters."
-            )
-    missing = sorted(set(expected) - set(names))
-    raise ValueError(f"the gradients lack '{missing[0]}', for which the state has blocks.")
+    wanted = BlockedState((), dict(zip(names, layout.described)))
+    if wanted.layout != state.layout:  # by name: a checkpoint may have sorted the keys
+        raise ValueError(misfit(wanted, state, (), given))
 
 
 def _shape_unknown(updates: Tree) -> str:

@@ -124,13 +124,10 @@ class Traced:
 
     def updates(self, shared: bool) -> list[Tensor | None]:
         """One update a leaf; see `Views`."""
-        whole = {}
-        for name, found in self._found.items():
-            complete = len(found) == 1 and len(found[0][0]) == len(self._stacks[name])
-            empty = None if complete else torch.zeros_like(self._stacks[name])
-            whole[name] = found[0][1] if empty is None else filled(empty, found)
+        empty = {name: torch.zeros_like(x) for name, x in self._stacks.items()}
+        whole = {name: filled(empty[name], found) for name, found in self._found.items()}
         leaves: list[Any] = self._given.known if shared else self._given.leaves
-        return unstack_blocks(whole, self._given.layout, leaves)
+        return unstack_blocks(whole, self._given.layout.parameters, leaves)
 
 
 def _rows(stacks: dict[str, Tensor], portion: Portion) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from funshampoo.core.contract import State, Tree
 from funshampoo.core.tree import MaskedNode, flatten, leaf_names
 from funshampoo.state.averages import AVERAGES
 from funshampoo.state.nodes import check_is_state
-from funshampoo.state.places import is_shared
+from funshampoo.state.places import is_shared, walk_blocks
 from funshampoo.state.stages import BlockedState
 
 
@@ -53,8 +52,11 @@ def evaluation_parameters(state: State, params: Tree) -> Tree:
         )
     leaves, spec = flatten(params)
     found: list[Any] = [None] * len(leaves)
-    for tree in _averages(state, params):
-        try:
+    for _, node, around in walk_blocks(state):
+        if not isinstance(node, AVERAGES):
+            continue
+        tree = node.evaluated if around is None else _assembled(node.evaluated, around, params)
+        try:  # a tree with holes where a stage does not see some
             parts = spec.flatten_up_to(tree)
         except ValueError as error:
             raise ValueError(
@@ -68,19 +70,6 @@ def evaluation_parameters(state: State, params: Tree) -> Tree:
         )
     pairs = zip(found, leaves)
     return spec.unflatten([p if x is None else x.to(p.dtype, copy=True) for x, p in pairs])
-
-
-def _averages(node: Any, params: Tree, around: BlockedState | None = None) -> Iterator[Tree]:
-    """Trees over the parameters, with holes where a stage does not see some, first to last."""
-    if isinstance(node, AVERAGES):
-        yield node.evaluated if around is None else _assembled(node.evaluated, around, params)
-    elif isinstance(node, dict):
-        for child in node.values():
-            yield from _averages(child, params, around)
-    elif isinstance(node, tuple):
-        around = node if isinstance(node, BlockedState) else around
-        for child in node:
-            yield from _averages(child, params, around)
 
 
 def _assembled(stacks: Any, state: BlockedState, params: Tree) -> Tree:

@@ -180,8 +180,7 @@ class Executor:
             lacking = {s: gone for s, gone in absent.items() if gone}
             return self._step(owner, own, state, gather, put, lacking, here, ids, cuts)
 
-        absent = len(missing) > 0
-        return spread.exchange_parts(step, state, context, leaves, absent)
+        return spread.exchange_parts(step, state, context, leaves, len(missing) > 0)
 
     def _step(
         self,

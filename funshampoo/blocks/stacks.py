@@ -52,18 +52,20 @@ def _joined(parts: list[Tensor], stack: Stack) -> Tensor:
 
 
 def unstack_blocks(
-    stacks: Mapping[str, Tensor], layout: Layout, leaves: list[Tensor | None]
+    stacks: Mapping[str, Tensor],
+    parameters: Sequence[ParameterLayout],
+    leaves: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Put the blocks of every parameter back together; None where the leaf is None."""
     # Every stack is split once, into its regions in the order in which they were laid out.
-    sizes: dict[str, list[int]] = {name: [] for name in layout.stacks}
-    for where in layout.parameters:
+    sizes: dict[str, list[int]] = {name: [] for name in stacks}
+    for where in parameters:
         for region in where.regions:
             sizes[region.stack].append(region.rows)
     pieces = {name: iter(_parted(stacks[name], rows)) for name, rows in sizes.items()}
     return [
         _assemble([_paste(next(pieces[r.stack]), r) for r in where.regions], where, leaf)
-        for leaf, where in zip(leaves, layout.parameters)
+        for leaf, where in zip(leaves, parameters)
     ]
 
 

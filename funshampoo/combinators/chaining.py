@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from funshampoo.core.applying import applied
+from funshampoo.core.applying import applied, apply_of
 from funshampoo.core.clock import CLOCK, advanced, running, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
@@ -86,9 +86,6 @@ def chain(
             states = {CLOCK: ClockState(advanced(steps, context.donate)), **states}
         return updates, states
 
-    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
-        return update(updates, state, params, context, in_place=True)[1]
-
     def check(updates: Tree, state: State, params: Tree) -> None:
         if not isinstance(state, dict):
             raise ValueError(
@@ -105,7 +102,7 @@ def chain(
     return GradientTransformation(
         init,
         update,
-        apply=apply if ends_in_place else None,
+        apply=apply_of(update) if ends_in_place else None,
         parts=named,
         state_of=operator.getitem,
         flops=functools.partial(_flops_on_top, list(named.values())),

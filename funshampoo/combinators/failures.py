@@ -41,19 +41,9 @@ def failure_report(state: Any, device: torch.device | None = None) -> Tensor:
         state: of any transformation; without a `guarded` in it the first two numbers are 0.
         device: of the report; by default that of the counters.
     """
-    guards: list[GuardedState] = []
-    refreshed: list[Kept] = []
-    left: list[Any] = [state]
-    while left:  # without the paths and the generators of `walk`: it is on the way of many a step
-        node = left.pop()
-        if isinstance(node, Kept):
-            refreshed.append(node)
-        elif isinstance(node, (tuple, list)):
-            left.extend(node)
-            if isinstance(node, GuardedState):
-                guards.append(node)
-        elif isinstance(node, dict):
-            left.extend(node.values())
+    nodes = [node for _, node in walk(state)]
+    guards = [node for node in nodes if isinstance(node, GuardedState)]
+    refreshed = [node for node in nodes if isinstance(node, Kept)]
     held = [x for guard in guards for x in flatten(guard.held)[0]]
     streak = [x for guard in guards for x in flatten(guard.streak)[0]]
     numbers = [

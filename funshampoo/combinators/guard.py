@@ -14,8 +14,8 @@ from funshampoo.combinators.failures import (
     limit_reached,
 )
 from funshampoo.combinators.spikes import no_spikes_yet
-from funshampoo.combinators.verdicts import Verdicts, verdicts_on, with_spikes
-from funshampoo.core.applying import add_in_place, applied
+from funshampoo.combinators.verdicts import verdicts_on, with_spikes
+from funshampoo.core.applying import add_in_place, applied, apply_of
 from funshampoo.core.checks import check_count, check_flag, check_range
 from funshampoo.core.clock import advanced, look_due, running, started
 from funshampoo.core.context import Context, changed
@@ -122,33 +122,32 @@ def guarded(
         if limit_reached(failure_report(state), max_failures):
             raise failure_limit_error(failing_blocks(state, max_failures), max_failures)
 
-    def judged(updates: Tree, state: GuardedState, context: Context) -> tuple[Verdicts | None, Any]:
-        verdicts = verdicts_on(updates, context, by_leaf)
-        if spike_factor is None:
-            return verdicts, state.spikes
-        factor = number(spike_factor, context.hyper)
-        return with_spikes(verdicts, updates, state.spikes, factor, context, by_leaf)
-
     def update(
-        updates: Tree, state: GuardedState, params: Tree, context: Context
+        updates: Tree,
+        state: GuardedState,
+        params: Tree,
+        context: Context,
+        *,
+        in_place: bool = False,
     ) -> tuple[Tree, GuardedState]:
-        verdicts, spikes = judged(updates, state, context)
-        return _step(inner, updates, state, params, context, verdicts, spikes)
-
-    def apply(updates: Tree, state: GuardedState, params: Tree, context: Context) -> GuardedState:
-        verdicts, spikes = judged(updates, state, context)
+        verdicts, spikes = verdicts_on(updates, context, by_leaf), state.spikes
+        if spike_factor is not None:
+            factor = number(spike_factor, context.hyper)
+            verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
+        step = updates, state.inner, params, running(state.steps, context)
         if verdicts is not None:  # some of what `inner` makes of them is to be zeros
-            found, new = _step(inner, updates, state, params, context, verdicts, spikes)
-            add_in_place(params, found)
-            return new
-        own = applied(inner, updates, state.inner, params, running(state.steps, context))
-        return _stepped(updates, state, own, None, spikes, context)
+            out, own = _run_judged(inner, *step, *verdicts)
+            if in_place:
+                add_in_place(params, out)
+        else:
+            out, own = (None, applied(inner, *step)) if in_place else inner.run(*step)
+        return out, _stepped(updates, state, own, verdicts and verdicts[0], spikes, context)
 
     return GradientTransformation(
         init,
         update,
         inner.name,
-        apply=apply,
+        apply=apply_of(update),
         check=check,
         parts={"inner": inner},
         counts=counts,
@@ -156,27 +155,21 @@ def guarded(
     )
 
 
-def _step(
+def _run_judged(
     inner: GradientTransformation,
     updates: Tree,
-    state: GuardedState,
+    state: Any,
     params: Tree,
     context: Context,
-    verdicts: Verdicts | None,
-    spikes: Any,
-) -> tuple[Tree, GuardedState]:
-    """What `inner` makes of the gradients that can be used; zeros for the others, counted."""
-    inside = running(state.steps, context)
-    if verdicts is None:
-        out, new = inner.run(updates, state.inner, params, inside)
-    else:
-        dead, alive = verdicts
-        safe = _zeroed(updates, dead)
-        gradient = safe if is_one(context.gradient, updates) else _zeroed(context.gradient, dead)
-        inside = changed(inside, gradient=gradient, alive=alive)
-        out, new = run_alive(inner, safe, state.inner, params, inside)
-        out = _zeroed(out, dead)
-    return out, _stepped(updates, state, new, verdicts and verdicts[0], spikes, context)
+    dead: Tree,
+    alive: Tree,
+) -> tuple[Tree, Any]:
+    """What `inner` makes of the gradients that can be used; zeros for the others."""
+    safe = _zeroed(updates, dead)
+    gradient = safe if is_one(context.gradient, updates) else _zeroed(context.gradient, dead)
+    inside = changed(context, gradient=gradient, alive=alive)
+    out, new = run_alive(inner, safe, state, params, inside)
+    return _zeroed(out, dead), new
 
 
 def _stepped(

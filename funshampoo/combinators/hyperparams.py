@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.core.applying import applied
+from funshampoo.core.applying import applied, apply_of
 from funshampoo.core.checks import interval_of
 from funshampoo.core.clock import advanced, new_counter, running, started
 from funshampoo.core.context import Context, changed
@@ -122,23 +122,25 @@ def _recipe(
 ) -> _Recipe:
     """What of the arguments goes into the state; `given` and `defaults` are names that may."""
     live = takes_live(factory)
-
-    def is_fixed(name: str) -> bool:
-        return live and not is_live_argument(factory, bound.signature.parameters[name])
-
-    def is_injected(name: str, value: Any) -> bool:
-        if is_fixed(name):
-            return False
-        if name in given:
-            return _is_number(bound, name, value)
-        return name in defaults and isinstance(value, float) and abs(value) not in (0.0, 1.0)
-
-    def is_schedule(name: str, value: Any) -> bool:
-        may = name in given and callable(value) and not is_fixed(name)
-        return may and _takes_number(bound, name)
-
-    numbers = {name: v for name, v in bound.arguments.items() if is_injected(name, v)}
-    schedules = {name: v for name, v in bound.arguments.items() if is_schedule(name, v)}
+    numbers: dict[str, Any] = {}
+    schedules: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        if live and not is_live_argument(factory, parameter):
+            continue
+        annotation = str(parameter.annotation)
+        may_be_float = "float" in annotation or "Hyper" in annotation
+        untyped = parameter.annotation is parameter.empty
+        may_be_scheduled = untyped or may_be_float or "Schedule" in annotation
+        if name in defaults:
+            injected = isinstance(value, float) and abs(value) not in (0.0, 1.0)
+        else:
+            is_int = type(value) is int and may_be_float
+            injected = name in given and (is_int or isinstance(value, (Tensor, float)))
+        if injected:
+            numbers[name] = value
+        elif name in given and callable(value) and may_be_scheduled:
+            schedules[name] = value
     return _Recipe(factory, bound, numbers, schedules, live)
 
 
@@ -155,10 +157,14 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
         state = inner.init(params, clock=clock or counts, **context)
         return HyperparamsState(started(counts, clock), recipe.first(device), state, ranges)
 
-    def now(
-        state: HyperparamsState, context: Context
-    ) -> tuple[GradientTransformation, Context, dict[str, Tensor]]:
-        """What steps, in which context, and the hyperparameters."""
+    def update(
+        updates: Tree,
+        state: HyperparamsState,
+        params: Tree,
+        context: Context,
+        *,
+        in_place: bool = False,
+    ) -> tuple[Tree, State]:
         if state.hyperparams.keys() != first.keys():
             raise ValueError(
                 f"state.hyperparams has {sorted(state.hyperparams)}; this transformation has "
@@ -167,31 +173,19 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
         inside = running(state.steps, context)
         edited = {name: _as_hyperparam(value) for name, value in state.hyperparams.items()}
         values = edited | recipe.scheduled(inside.clock)
-        if not live:
-            return recipe.build(values), inside, values
-        return inner, changed(inside, hyper={**inside.hyper, **values}), values
-
-    def update(
-        updates: Tree, state: HyperparamsState, params: Tree, context: Context
-    ) -> tuple[Tree, State]:
-        tx, inside, values = now(state, context)
-        out, new = tx.run(updates, state.inner, params, inside)
-        return out, after(state, new, values, context)
-
-    def apply(updates: Tree, state: HyperparamsState, params: Tree, context: Context) -> State:
-        tx, inside, values = now(state, context)
-        new = applied(tx, updates, state.inner, params, inside)
-        return after(state, new, values, context)
-
-    def after(state: HyperparamsState, new: State, values: Any, context: Context) -> State:
+        tx = inner if live else recipe.build(values)
+        if live:
+            inside = changed(inside, hyper={**inside.hyper, **values})
+        step = updates, state.inner, params, inside
+        out, new = (None, applied(tx, *step)) if in_place else tx.run(*step)
         steps = advanced(state.steps, context.donate)
-        return changed(state, steps=steps, hyperparams=values, inner=new)
+        return out, changed(state, steps=steps, hyperparams=values, inner=new)
 
     found = GradientTransformation(
         init,
         update,
         "inject_hyperparams",
-        apply=apply if inner.apply else None,
+        apply=apply_of(update) if inner.apply else None,
         parts={"inner": inner},
         counts=counts,
         casts=inner.casts,
@@ -205,23 +199,6 @@ def _ranges(live: Live) -> dict[str, tuple[()]]:
     """What the stages that read it say of its values, in keys."""
     found = dict.fromkeys([interval_of(check) for check in live.checks])
     return {range_: () for range_ in found if range_ is not None}
-
-
-def _takes_number(bound: inspect.BoundArguments, name: str) -> bool:
-    """Whether a function given for this argument can only be a schedule."""
-    parameter = bound.signature.parameters[name]
-    if parameter.annotation is parameter.empty:
-        return True
-    annotation = str(parameter.annotation)
-    return any(word in annotation for word in ("float", "Hyper", "Schedule"))
-
-
-def _is_number(bound: inspect.BoundArguments, name: str, value: Any) -> bool:
-    """A tensor, a float, or an int where a float may stand."""
-    if isinstance(value, (Tensor, float)):
-        return True
-    annotation = str(bound.signature.parameters[name].annotation)
-    return type(value) is int and any(word in annotation for word in ("float", "Hyper"))
 
 
 def _as_hyperparam(value: Any, device: torch.device | None = None) -> Tensor:

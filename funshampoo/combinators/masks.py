@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from funshampoo.core.applying import add_in_place, applied
+from funshampoo.core.applying import add_in_place, applied, apply_of
 from funshampoo.core.checks import check_flag
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
@@ -47,23 +47,19 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
         return MaskedState(_part_state(inner, params, flags, context))
 
     def update(
-        updates: Tree, state: MaskedState, params: Tree, context: Context
+        updates: Tree, state: MaskedState, params: Tree, context: Context, *, in_place: bool = False
     ) -> tuple[Tree, MaskedState]:
         flags = labels_of(mask, updates if params is None else params, "mask")
-        out, new = _step_part(inner, updates, state.inner, params, flags, context)
+        out, new = _step_part(inner, updates, state.inner, params, flags, context, in_place)
+        if in_place:
+            rest = [not flag for flag in flags]  # which pass through
+            add_in_place(_hide(params, rest), _hide(updates, rest))
         return out, MaskedState(new)
-
-    def apply(updates: Tree, state: MaskedState, params: Tree, context: Context) -> MaskedState:
-        flags = labels_of(mask, params, "mask")
-        new = _apply_part(inner, updates, state.inner, params, flags, context)
-        rest = [not flag for flag in flags]  # which pass through
-        add_in_place(_hide(params, rest), _hide(updates, rest))
-        return MaskedState(new)
 
     # A function may ask for shapes, which those of a rank's parts are not.
     elementwise = inner.elementwise and not callable(mask)
     return GradientTransformation(
-        init, update, apply=apply, parts={"inner": inner}, elementwise=elementwise
+        init, update, apply=apply_of(update), parts={"inner": inner}, elementwise=elementwise
     )
 
 
@@ -110,35 +106,29 @@ def partition(
         return PartitionState(states, started(counts, clock))
 
     def update(
-        updates: Tree, state: PartitionState, params: Tree, context: Context
+        updates: Tree,
+        state: PartitionState,
+        params: Tree,
+        context: Context,
+        *,
+        in_place: bool = False,
     ) -> tuple[Tree, PartitionState]:
+        # Where parameters are tied, a part would read what another has written.
+        apart = in_place and not is_traced() and lie_apart(flatten(params)[0])
         inside = running(state.steps, context)
         states = {}
         for label, flags in flags_of(updates if params is None else params).items():
             updates, states[label] = _step_part(
-                parts[label], updates, state.inner[label], params, flags, inside
+                parts[label], updates, state.inner[label], params, flags, inside, apart
             )
-        return updates, PartitionState(states, advanced(state.steps, context.donate))
-
-    def apply(
-        updates: Tree, state: PartitionState, params: Tree, context: Context
-    ) -> PartitionState:
-        # Where parameters are tied, a part would read what another has written.
-        if is_traced() or not lie_apart(flatten(params)[0]):
-            updates, state = update(updates, state, params, context)
+        if in_place and not apart:
             add_in_place(params, updates)
-            return state
-        inside = running(state.steps, context)
-        states = {
-            label: _apply_part(parts[label], updates, state.inner[label], params, flags, inside)
-            for label, flags in flags_of(params).items()
-        }
-        return PartitionState(states, advanced(state.steps, context.donate))
+        return updates, PartitionState(states, advanced(state.steps, context.donate))
 
     return GradientTransformation(
         init,
         update,
-        apply=apply,
+        apply=apply_of(update),
         parts=parts,
         state_of=lambda state, label: state.inner[label],
     )
@@ -181,25 +171,16 @@ def _step_part(
     params: Tree,
     flags: list[bool],
     context: Context,
+    in_place: bool,
 ) -> tuple[Tree, State]:
-    """Step the leaves with a flag; the others pass through."""
+    """Step the leaves with a flag; the others pass through. In place all updates do."""
     inside = _hidden_context(context, flatten(updates)[1], flags)
     visible = None if params is None else _hide(params, flags)
-    out, new = tx.run(_hide(updates, flags), state, visible, inside)
+    step = _hide(updates, flags), state, visible, inside
+    if in_place:
+        return updates, applied(tx, *step)
+    out, new = tx.run(*step)
     return _fill(out, updates, flags), new
-
-
-def _apply_part(
-    tx: GradientTransformation,
-    updates: Tree,
-    state: State,
-    params: Tree,
-    flags: list[bool],
-    context: Context,
-) -> State:
-    """Step the leaves with a flag in place; the others stay as they are."""
-    inside = _hidden_context(context, flatten(updates)[1], flags)
-    return applied(tx, _hide(updates, flags), state, _hide(params, flags), inside)
 
 
 def _hide(tree: Tree, flags: list[bool]) -> Tree:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from funshampoo.core.applying import applied
+from funshampoo.core.applying import applied, apply_of
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.modes import asking_for_tf32
@@ -40,20 +40,18 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
     """
     inner = as_transformation(inner)
 
-    def update(updates: Tree, state: State, params: Tree, context: Context) -> tuple[Tree, State]:
+    def update(
+        updates: Tree, state: State, params: Tree, context: Context, *, in_place: bool = False
+    ) -> tuple[Tree, State]:
+        step = updates, state, params, context
         with asking_for_tf32():
-            found: tuple[Tree, State] = inner.run(updates, state, params, context)
-            return found
-
-    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
-        with asking_for_tf32():
-            return applied(inner, updates, state, params, context)
+            return (None, applied(inner, *step)) if in_place else inner.run(*step)
 
     found = GradientTransformation(
         inner.init,
         update,
         inner.name,
-        apply=apply,
+        apply=apply_of(update),
         parts={"inner": inner},
         state_of=lambda state, name: state,
         casts=inner.casts,

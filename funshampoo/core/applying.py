@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
     Returns:
         New parameters with the dtypes of the old. Half-precision parameters are added in
         float32 and rounded to nearest once: a step below 2^-9 of a weight in bfloat16, 2^-12 in
-            float16, leaves it unchanged, however often; for a remedy see `primal_average`.
+            float16, leaves it unchanged, however often; for a remedy see `stochastic_rounding`.
         Autograd records the sum: detach parameters that require gradients first, unless you want
             gradients through training.
 
@@ -202,3 +202,15 @@ def applied(
     )
     add_in_place(params, found)
     return state
+
+
+def apply_of(update: Callable[..., tuple[Any, State]]) -> Callable[..., State]:
+    """The `apply` of a combinator whose `update` takes `in_place=True`, too.
+
+    Then the updates that it returns are nobody's: the parameters have them.
+    """
+
+    def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:
+        return update(updates, state, params, context, in_place=True)[1]
+
+    return apply

@@ -74,16 +74,16 @@ class GradientTransformation:
             that others make room for. By default what the parts say.
         check: `check(state, context)`: raises whatever must be raised before a step changes
             anything. By default the parts do.
-        parts: {name: transformation} for a combinator. state_of: (state, name) -> the part's state;
-        by default its attribute of this name. counts: whether it needs the number of the step. By
-        default, if it declares `step` or
+        parts: {name: transformation} for a combinator.
+        state_of: (state, name) -> the part's state; by default its attribute of this name.
+        counts: whether it needs the number of the step. By default, if it declares `step` or
             `clock`, or a part counts.
         minds_alive: whether it leaves out what is not `alive`. By default, if it declares that
             name, or takes the `Context`.
         accepts: names of the caller's own that `update` knows; None: any. By default those that it
             declares, plus the parts'.
-        spread: how the blocks of its step are spread over ranks, for `blocked`. numbers: the
-        hyperparameters that it looks up in `hyper`, some of which may be `Live`, so
+        spread: how the blocks of its step are spread over ranks, for `blocked`.
+        numbers: the hyperparameters that it looks up in `hyper`, some of which may be `Live`, so
             that a name that no stage reads is an error. By default none for a combinator itself;
             for a stage that declares `hyper`, or takes the `Context`, possibly any.
         flops: `flops(block, kept)`: floating-point operations per step in its own matrix products
@@ -91,8 +91,8 @@ class GradientTransformation:
             something is refreshed. It may declare `apart`, whether an earlier stage has changed the
             updates, so that they are not the `gradient`. Ranks are balanced and plans made by it.
             None: none. Parts' are added; what a combinator saves of them is negative.
-        passes: whether it never changes the updates. elementwise: whether each number of an update
-        depends only on the same number of gradient,
+        passes: whether it never changes the updates.
+        elementwise: whether each number of an update depends only on the same number of gradient,
             state and parameter; if so, it gets a rank's parts of DTensors, see `core.elementwise`.
         needs_params: whether a step is impossible without parameters, so that a call without them
             raises an error before anything is changed. By default, if a part needs them.

@@ -7,7 +7,6 @@ every leaf through the dispatch of DTensors, which takes twenty times as long as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from funshampoo.core.placed import (
     any_in_parts,
     is_in_parts,
     local_parts,
-    parts_like,
+    placed_again,
     places_of,
 )
 from funshampoo.core.tree import flatten
@@ -126,31 +125,12 @@ class LocalStep:
         after, other = flatten(new)
         if other != spec:
             raise TypeError(f"{stage.name}: a state of another structure came out of the step.")
-        return out, spec.unflatten(_placed_again(before, own, after))
+        return out, spec.unflatten(placed_again(before, own, after))
 
     def placed(self, updates: Tree) -> Tree:
         """Updates as DTensors again, from what this rank has of them."""
         found = self._spec.flatten_up_to(updates)
-        return self._spec.unflatten(_placed_again(self._leaves, local_parts(self._leaves), found))
-
-
-def _placed_again(before: Sequence[Any], own: Sequence[Any], after: list[Any]) -> list[Any]:
-    """What came out, placed as what went in was; what is the same still is what it was.
-
-    Args:
-        own: what this rank has of what was there before.
-    """
-    found = [old if x is part else x for old, part, x in zip(before, own, after)]
-    new = [
-        i
-        for i, (old, part, x) in enumerate(zip(before, own, after))
-        if x is not part and x is not None and is_in_parts(old)
-    ]
-    if new:
-        placed = parts_like([before[i] for i in new], [after[i] for i in new])
-        for i, x in zip(new, placed):
-            found[i] = x
-    return found
+        return self._spec.unflatten(placed_again(self._leaves, local_parts(self._leaves), found))
 
 
 def _is_whole(x: Any) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from funshampoo.core.context import Context
-from funshampoo.core.interrupted import check_unmarked, first_tensor
+from funshampoo.core.interrupted import check_unmarked, tensors_of
 from funshampoo.core.misfit import misfit
 from funshampoo.core.parameters import NotAParameterError, check_gradients
 from funshampoo.core.placed import any_in_parts
@@ -89,7 +89,7 @@ class Fits:
             TypeError: a gradient is no dense tensor of a real floating dtype, or elsewhere.
             InterruptedStepError: the state is half done.
         """
-        first = first_tensor(state)
+        first = next(iter(tensors_of(state, 1)), None)
         check_unmarked(first)
         leaves, spec = optree.tree_flatten(updates, none_is_leaf=True)
         looks = wanted = _looks(leaves)
@@ -123,7 +123,7 @@ class Fits:
         """
         if type(result) is tuple and len(result) == 2:
             state = result[1]
-            first = first_tensor(state)
+            first = next(iter(tensors_of(state, 1)), None)
             if first is not None:  # a chain's is a dict, in which somebody may replace a stage's
                 ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
                 self._last = ids, weakref.ref(first), entered
@@ -183,12 +183,8 @@ def _on_meta(p: Any) -> Any:
 
 def _is_nested(context: Context) -> bool:
     """Whether a combinator of the caller's hands on a context, with which `init` was called too."""
-    return (
-        context.block_ndim > 0
-        or context.clock is not None
-        or len(context.upstream) > 0
-        or len(context.later) > 0
-    )
+    around = context.block_ndim or context.upstream or context.later
+    return bool(around) or context.clock is not None
 
 
 def _looks(leaves: Sequence[Any]) -> list[Any]:

@@ -99,10 +99,15 @@ def placed_like(gradient: Any, parameter: Any) -> Any:
     Raises:
         TypeError: one of the two is a DTensor, the other is not.
     """
+    if gradient is None:
+        return None
     is_placed = is_in_parts(gradient)
-    if gradient is None or is_placed is not is_in_parts(parameter):
-        _check_both(gradient, parameter)
-        return gradient
+    if is_placed is not is_in_parts(parameter):
+        kinds = ["a DTensor" if is_in_parts(x) else "a plain tensor" for x in (gradient, parameter)]
+        raise TypeError(
+            f"a gradient of shape {tuple(gradient.shape)} is {kinds[0]}, its parameter {kinds[1]}: "
+            "give both as the model has them."
+        )
     if not is_placed or tuple(gradient.placements) == tuple(parameter.placements):
         return gradient
     return gradient.redistribute(parameter.device_mesh, parameter.placements)
@@ -117,31 +122,33 @@ def all_placed_like(gradients: Sequence[Any], parameters: Sequence[Any]) -> list
     ]
 
 
-def _check_both(gradient: Any, parameter: Any) -> None:
-    if gradient is None:
-        return
-    kinds = ["a DTensor" if is_in_parts(x) else "a plain tensor" for x in (gradient, parameter)]
-    raise TypeError(
-        f"a gradient of shape {tuple(gradient.shape)} is {kinds[0]}, its parameter {kinds[1]}: "
-        "give both as the model has them."
-    )
+def parts_like(known: Iterable[Any], parts: Iterable[Tensor]) -> list[Any]:
+    """Tensors placed as these are, of which this rank has the parts; without communication.
 
-
-def part_like(parameter: Any, part: Tensor) -> Any:
-    """A tensor placed as the parameter is, of which this rank has `part`; without communication.
+    They are apart from autograd.
 
     Args:
-        part: as many numbers as this rank has of the parameter, in any shape.
+        parts: as many numbers as this rank has of each, in any shape.
     """
-    return parts_like([parameter], [part])[0]
-
-
-def parts_like(known: Iterable[Any], parts: Iterable[Tensor]) -> list[Any]:
-    """`part_like` of each, apart from autograd."""
     with torch.no_grad():
         return [
             _placed(x, part.view(x.to_local().shape)) if is_in_parts(x) else part.view(x.shape)
             for x, part in zip(known, parts)
+        ]
+
+
+def placed_again(before: Iterable[Any], own: Iterable[Any], after: Iterable[Any]) -> list[Any]:
+    """What came out of a step on the parts, placed as what went in was; what is the same still is.
+
+    Args:
+        own: of what went in, what this rank has.
+    """
+    with torch.no_grad():  # asked for every leaf, so without a call
+        return [
+            _placed(old, x.view(part.shape))
+            if x is not part and x is not None and is_in_parts(old)
+            else (old if x is part else x)
+            for old, part, x in zip(before, own, after)
         ]
 
 

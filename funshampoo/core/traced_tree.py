@@ -9,7 +9,7 @@ are sorted, those of an OrderedDict are not, None is a leaf.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -37,13 +37,14 @@ class TracedSpec:
 
 def traced_flatten(tree: Any) -> tuple[list[Any], TracedSpec]:
     """Leaves and structure of nested dicts, lists, tuples and named tuples."""
-    leaves: list[Any] = []
-    _collect(tree, leaves)
-    return leaves, TracedSpec(tree)
+    spec = TracedSpec(tree)
+    return spec.flatten_up_to(tree), spec
 
 
-def _keys(node: dict[Any, Any]) -> list[Any]:
-    """Sorted, as optree has them; those of an OrderedDict in their own order."""
+def _keys(node: Any) -> Sequence[Any]:
+    """Of a dict sorted, as optree has them; those of an OrderedDict in their own order."""
+    if not isinstance(node, dict):
+        return range(len(node))
     if isinstance(node, OrderedDict):
         return list(node.keys())
     if all([isinstance(key, str) for key in node]):
@@ -53,17 +54,6 @@ def _keys(node: dict[Any, Any]) -> list[Any]:
 
 def _type_and_value(key: Any) -> tuple[str, str, Any]:
     return type(key).__module__, type(key).__qualname__, key
-
-
-def _collect(node: Any, leaves: list[Any]) -> None:
-    if isinstance(node, dict):
-        for key in _keys(node):
-            _collect(node[key], leaves)
-    elif isinstance(node, (tuple, list)):
-        for child in node:
-            _collect(child, leaves)
-    else:
-        leaves.append(node)
 
 
 def _rebuild(node: Any, leaves: Iterator[Any]) -> Any:
@@ -89,17 +79,15 @@ def _descend(template: Any, node: Any, found: list[Any]) -> None:
     if isinstance(template, (dict, tuple, list)):
         if not _alike(template, node):
             raise ValueError(f"expected a {type(template).__name__} with the same children.")
-        for child, other in zip(_children(template), _children(node, like=template)):
-            _descend(child, other, found)
+        for key in _keys(template):
+            _descend(template[key], node[key], found)
     else:
         found.append(node)
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (dict, tuple, list)):
-        return _alike(a, b) and all(
-            [_same(x, y) for x, y in zip(_children(a), _children(b, like=a))]
-        )
+        return _alike(a, b) and all([_same(a[key], b[key]) for key in _keys(a)])
     return not isinstance(b, (dict, tuple, list))
 
 
@@ -108,9 +96,3 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return isinstance(b, dict) and set(a.keys()) == set(b.keys())
     return type(a) is type(b) and len(a) == len(b)
-
-
-def _children(node: Any, like: Any = None) -> list[Any]:
-    if isinstance(node, dict):
-        return [node[key] for key in _keys(node if like is None else like)]
-    return list(node)

@@ -6,6 +6,7 @@ optree's default, and stages leave the state and the update of such a leaf as th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,13 @@ _NAMED = 4  # leaves in a message: enough to know the tree by
 
 def leaf_names(tree: Any) -> list[str]:
     """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
-    accessors = optree.tree_accessors(tree, none_is_leaf=True)
+    return [*names_in(optree.tree_structure(tree, none_is_leaf=True))]
+
+
+@functools.lru_cache(maxsize=64)
+def names_in(spec: optree.PyTreeSpec) -> Sequence[str]:
+    """`leaf_names` of a structure. Remembered."""
+    accessors = optree.treespec_accessors(spec)
     # of a named tuple the field, where `entry` is an index
     paths = [[getattr(step, "field", step.entry) for step in way] for way in accessors]
     names = [".".join(map(str, path)) or _WHOLE for path in paths]

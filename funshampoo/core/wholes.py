@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.boxes import Box, holding
-from funshampoo.core.placed import is_in_parts, part_like
+from funshampoo.core.placed import is_in_parts, parts_like
 
 
 def whole_of(parts: Sequence[Any], name: str) -> Tensor:
@@ -62,7 +62,7 @@ def placed_as(like: Any, x: Any) -> Tensor:
     else:
         for mine, box in _boxes(like, part):
             mine.copy_(x[box])
-    found: Tensor = part_like(like, part)
+    found: Tensor = parts_like([like], [part])[0]
     return found
 
 

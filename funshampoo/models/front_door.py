@@ -46,6 +46,7 @@ def for_model(
     compile: bool | Mapping[str, Any] = False,
     cuda_graph: bool = False,
     tf32: bool = False,
+    stochastic_rounding: bool = False,
     consolidate: bool = False,
     accept_adamw: bool = False,
     **options: Any,
@@ -63,22 +64,22 @@ def for_model(
         model: takes each parameter once, also tied ones. Frozen ones are included, and wait.
         method: a name in `funshampoo.recipes.RECIPES`, or a recipe: a function of the learning
             rate, and of `merge` if it is to distinguish the matrices of a stack.
-        lr: the method's learning rate. other_lr: the learning rate of everything else; None: the
-        default of `others`, 1e-3 for
+        lr: the method's learning rate.
+        other_lr: the learning rate of everything else; None: the default of `others`, 1e-3 for
             AdamW. One method's rate says nothing about another's: give the one you used for AdamW.
         others, other_options: a name or a recipe, and its arguments, such as betas. Unless these
             say otherwise, vectors do not decay.
-        method_roles: the roles that get the method. overrides: {pattern: role, or settings}: see
-        `roles`. Settings that are not part of a role
+        method_roles: the roles that get the method.
+        overrides: {pattern: role, or settings}: see `roles`. Settings that are not part of a role
             go into the parameters' group: its own lr, weight_decay, max_size, or method.
-        heads: see `roles`. scale_rates, base: with "mup", lr and other_lr are the ones tuned on
-        `base`, a narrower
+        heads: see `roles`.
+        scale_rates, base: with "mup", lr and other_lr are the ones tuned on `base`, a narrower
             model with the same names, or {name: shape} of it. Each parameter gets that rate times a
             factor from its fans, kept in `group["rate_factor"]`; see docs/transfer.md.
-        compile, cuda_graph, tf32, consolidate, accept_adamw: see `Optimizer`. options: the
-        method's, by torch.optim's names: betas, weight_decay, every, ... They don't
-            reach `others`: AdamW's weight_decay stays 0.01 unless other_options sets it.
-            Shampoo's exponents are 1/3, which did better than the paper's 1/4 on every task
+        compile, cuda_graph, tf32, stochastic_rounding, consolidate, accept_adamw: see `Optimizer`.
+        options: the method's, by torch.optim's names: betas, weight_decay, every, ... They don't
+            reach `others`: AdamW's weight_decay stays 0.01 unless other_options sets it. Shampoo's
+            exponents are 1/3, which did better than the paper's 1/4 on every task
             (docs/defaults.md); exponents=None selects the paper's.
 
     Returns:
@@ -120,7 +121,7 @@ def for_model(
         settings = {n: scaled(s, factors[n]) for n, s in settings.items()}
     warn_of_routes(routes, settings, stacklevel=2)
     flags: Any = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
-    flags |= {"cuda_graph": cuda_graph, "tf32": tf32}
+    flags |= {"cuda_graph": cuda_graph, "tf32": tf32, "stochastic_rounding": stochastic_rounding}
     optimizer = Optimizer(grouped(parameters, settings), main, lr=lr, **flags, **options)
     optimizer._model_order = [name for name in parameters if name in settings]
     warn_of_costs(optimizer, stacklevel=2)

@@ -59,9 +59,9 @@ def roles(
         labels: `partition({"matrix": ..., "vector": ...}, labels)`.
 
     Raises:
-        TypeError: not a module or a tree of tensors; overrides of another type. ValueError: a
-        pattern that matches no name, an unknown role or one that does not fit
-            the shape, a lazy parameter that has no shape yet; the error names it.
+        TypeError: not a module or a tree of tensors; overrides of another type.
+        ValueError: a pattern that matches no name, an unknown role or one that does not fit the
+            shape, a lazy parameter that has no shape yet; the error names it.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 10))
     >>> roles(model, {"1.bias": "embedding"})  # doctest: +NORMALIZE_WHITESPACE

@@ -108,11 +108,8 @@ class Builder:
         raw = words.raw(group)
         if untouched(raw, before.raw):
             return before
-        edited = words.edited(raw, before.raw, before.arguments, before.live)
-        arguments = words.arguments(group) if edited is None else edited
-        if edited is None and not words.same_chain(
-            arguments, before.arguments, before.live, in_graph=self._execution.in_graphs
-        ):
+        arguments, in_graph = words.arguments(group), self._execution.in_graphs
+        if not words.same_chain(arguments, before.arguments, before.live, in_graph):
             return self.built(words, group)
         hyper = words.hyper(arguments, before.live)
         for name, live in before.live.items():

@@ -59,22 +59,25 @@ def unlabelled(entries: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_entry(name: str, value: Any, known: Mapping[str, Any]) -> None:
+def check_entry(name: str, value: Any, known: Mapping[str, Any] | None) -> None:
     """The value can stand in the place of this entry of the chain's.
+
+    Args:
+        known: the chain's entries; None of a parameter that is in no group.
 
     Raises:
         KeyError: there is no such place.
         TypeError: it is no tensor.
         ValueError: it has another shape or dtype.
     """
-    if name not in known:
+    if known is not None and name not in known:
         raise KeyError(
             f"the optimizer has no entry '{name}' for this parameter{hint(name, known)} Names of "
             "your own have no '/' in them."
         )
-    place = known[name]
     if not isinstance(value, Tensor):
         raise TypeError(f"'{name}' is a tensor of the optimizer's state, not {value!r}.")
+    place = value if known is None else known[name]
     if value.shape != place.shape or value.dtype != place.dtype:
         raise ValueError(
             f"'{name}' is {place.dtype} of shape {tuple(place.shape)}; the value is "

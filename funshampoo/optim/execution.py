@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
 from funshampoo.combinators.cuda_graphs import cuda_graphed
 from funshampoo.combinators.tensor_float import in_tf32
 from funshampoo.core.contract import GradientTransformation
+from funshampoo.transforms.stochastic_rounding import stochastic_rounding
 
 
 class Execution(NamedTuple):
@@ -20,11 +22,13 @@ class Execution(NamedTuple):
         compile: options of `compiled`; None: without.
         cuda_graph: whether there is a `cuda_graphed`.
         tf32: whether there is an `in_tf32`.
+        rounds: whether `stochastic_rounding` is the last stage.
     """
 
     compile: Mapping[str, Any] | None = None
     cuda_graph: bool = False
     tf32: bool = False
+    rounds: bool = False
 
     @property
     def in_graphs(self) -> bool:
@@ -33,6 +37,10 @@ class Execution(NamedTuple):
 
     def around(self, transformation: GradientTransformation) -> GradientTransformation:
         """The chain as it is stepped."""
+        if self.rounds:  # in the chain, not around it: names in a checkpoint stay
+            is_chain = transformation.name == "chain"
+            stages = transformation.parts.items() if is_chain else [transformation]
+            transformation = chain(*stages, stochastic_rounding())
         if self.compile is not None:
             transformation = compiled(transformation, **self.compile)
         if self.tf32:
@@ -64,13 +72,17 @@ class Execution(NamedTuple):
                 )
 
 
-def execution(compile: Any, cuda_graph: bool, tf32: bool) -> Execution:
+def execution(compile: Any, flags: Mapping[str, Any]) -> Execution:
     """What these options of `Optimizer` say.
 
     Raises:
-        TypeError: compile is neither a bool nor a dict.
+        TypeError: compile is neither a bool nor a dict; a flag is no bool.
         ValueError: two do not go together.
     """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r}; give True or False.")
+    cuda_graph, tf32 = flags["cuda_graph"], flags["tf32"]
     if not isinstance(compile, (bool, Mapping)):
         raise TypeError(f"compile is {compile!r}; give True, or a dict of torch.compile's options.")
     if cuda_graph and compile is not False:
@@ -79,4 +91,4 @@ def execution(compile: Any, cuda_graph: bool, tf32: bool) -> Execution:
             "compile={'mode': 'reduce-overhead'} has torch.compile make CUDA graphs."
         )
     options = dict(compile) if isinstance(compile, Mapping) else {} if compile else None
-    return Execution(options, cuda_graph, tf32)
+    return Execution(options, cuda_graph, tf32, flags["stochastic_rounding"])

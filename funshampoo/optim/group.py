@@ -14,6 +14,7 @@ from funshampoo.core.context import context_of
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
+from funshampoo.core.parameters import problem_of_gradients
 from funshampoo.core.placed import detached
 from funshampoo.optim.building import Builder, other_structure
 from funshampoo.optim.entries import SHARED, is_note, is_shared, together
@@ -157,6 +158,7 @@ class GroupRun:
 
         Raises:
             FailureLimitError: gradients or roots failed too often in a row.
+            RuntimeError: a sparse gradient.
             ValueError, TypeError: a gradient or parameter can't be stepped, which names it.
         """
         if not self.known:
@@ -164,6 +166,8 @@ class GroupRun:
         built = self._built
         assert built.transformation is not None
         gradients = {k.name: gradient_of(k.parameter) for k in self.known}
+        if problem := problem_of_gradients([*gradients.values()], self.parameters()):
+            raise RuntimeError(f"the gradient of '{self.known[problem[0]].name}' {problem[1]}.")
         params = dict(zip(gradients, detached(k.parameter for k in self.known)))
         tx = built.transformation
         given = context_of({"donate": True, "hyper": built.numbers()}, tx.accepts, tx.live)

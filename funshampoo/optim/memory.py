@@ -64,9 +64,8 @@ class Memory:
 
         Raises:
             ValueError: an edit that a state can't follow; a parameter in two groups.
-            RuntimeError: a sparse gradient.
         """
-        self.follow(check=True)
+        self.follow()
         self._forgotten = set()
 
     def step(self) -> None:
@@ -89,13 +88,10 @@ class Memory:
                     run.mark_interrupted()
             raise
 
-    def follow(self, *, check: bool = False) -> None:
+    def follow(self) -> None:
         """Have every state follow the edits of its group, before it is stepped or saved.
 
         A collective, where blocks are shared out and anything was edited.
-
-        Args:
-            check: whether gradients are to be looked at, for a step.
         """
         looks = [run.look() for run in self.runs]
         left = self._left
@@ -106,9 +102,6 @@ class Memory:
         plans = [run.planned(left, look) for run, look in zip(self.runs, looks)]
         self._others.hear(self.runs, plans)
         ready = [run.prepared(plan, left) for run, plan in zip(self.runs, plans)]
-        if check:
-            for one in ready:
-                one.check_gradients()
         self.adopt(ready)
         self._others.follow(self.runs)
         if left:
@@ -168,12 +161,9 @@ class Memory:
             KeyError, TypeError, ValueError: an entry of the chain's that does not fit.
         """
         run = self._run_with(p, despite_left=True)
-        known = {} if run is None else run.entries_of(p)
-        for name, x in self._of_chain(entries, known).items():
-            if run is not None:
-                check_entry(name, x, known)
-            elif not isinstance(x, Tensor):
-                raise TypeError(f"'{name}' is a tensor of the optimizer's state, not {x!r}.")
+        known = None if run is None else run.entries_of(p)
+        for name, x in self._of_chain(entries, known or {}).items():
+            check_entry(name, x, known)
 
     def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Change these entries of a parameter, or none where one does not fit.
@@ -231,14 +221,12 @@ class Memory:
     def forget(self, p: Tensor, names: set[str] | None = None) -> None:
         """Let a parameter start from nothing; or these entries of it."""
         self.writes += 1
-        notes = self.notes.pop(p, {})
-        if names is not None and (kept := {n: x for n, x in notes.items() if n not in names}):
-            self.notes[p] = kept
-        left = self._left.pop(p, {})
-        if names is not None and (kept := {n: x for n, x in left.items() if n not in names}):
-            self._left[p] = kept
+        gone = None if names is None else names - self.notes.get(p, {}).keys()
+        for known in (self.notes, self._left):
+            entries = known.pop(p, {})
+            if kept := {n: x for n, x in entries.items() if names is not None and n not in names}:
+                known[p] = kept
         run = self._run_with(p)
-        gone = None if names is None else names - notes.keys()
         if run is not None and (gone is None or gone):
             run.without(p, gone)
         if names is None:

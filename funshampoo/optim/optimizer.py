@@ -30,11 +30,11 @@ class Optimizer(torch.optim.Optimizer, Joining):
     Args:
         params: parameters, (name, parameter) pairs, or dicts as in torch.optim. A dict may
             hold its own hyperparameters and, under "method", its own recipe.
-        method: a recipe such as `funshampoo.shampoo`, or a transformation. hyperparameters: the
-        recipe's arguments, by torch.optim's names: lr for learning_rate, betas
-            for (beta1, beta2). If the method takes no learning rate, as no transformation does,
-            its updates are multiplied by -lr. Omit lr if it contains `scale_by_learning_rate`;
-            pass lr=None if it scales by a negative number in another way.
+        method: a recipe such as `funshampoo.shampoo`, or a transformation.
+        hyperparameters: the recipe's arguments, by torch.optim's names: lr for learning_rate, betas
+            for (beta1, beta2). If the method takes no learning rate, as no transformation does, its
+            updates are multiplied by -lr. Omit lr if it contains `scale_by_learning_rate`; pass
+            lr=None if it scales by a negative number in another way.
         consolidate: where blocks are sharded over ranks, `state_dict` returns the whole state on
             every rank. It is then a collective that every rank has to call. For programs in which
             all do, such as Accelerate's save_state; for others see `consolidate_state_dict`.
@@ -48,6 +48,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         cuda_graph: True records steps as CUDA graphs, group by group, and replays them: see
             `funshampoo.cuda_graphed`, and docs/gpu.md. As for compile; the tensor is on the GPU.
         tf32: True rounds the products of every step to TF32 on a GPU: see `funshampoo.in_tf32`.
+        stochastic_rounding: True for parameters in bfloat16 or float16, which otherwise lose small
+            steps; see `funshampoo.stochastic_rounding`.
 
     The next step uses what param_groups hold: a learning-rate scheduler, or you, may change any of
     it. A part that is switched on (momentum from 0) starts from nothing; one that is switched off
@@ -96,18 +98,16 @@ class Optimizer(torch.optim.Optimizer, Joining):
         compile: bool | Mapping[str, Any] = False,
         cuda_graph: bool = False,
         tf32: bool = False,
+        stochastic_rounding: bool = False,
         consolidate: bool = False,
         accept_adamw: bool = False,
         **hyperparameters: Any,
     ) -> None:
         check_given(params)
         self._method = method
-        flags = {"consolidate": consolidate, "accept_adamw": accept_adamw}
-        flags |= {"cuda_graph": cuda_graph, "tf32": tf32}
-        for name, flag in flags.items():
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} is {flag!r}; give True or False.")
-        self._execution = execution(compile, cuda_graph, tf32)
+        flags = {"consolidate": consolidate, "accept_adamw": accept_adamw, "tf32": tf32}
+        flags |= {"cuda_graph": cuda_graph, "stochastic_rounding": stochastic_rounding}
+        self._execution = execution(compile, flags)
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
         self._memory = Memory({"compile": compile, **flags})
         self._whole: Whole | None = None

@@ -29,7 +29,7 @@ class Others:
         self._runs: list[GroupRun] = []  # as of the last step, or save
         self._seen: list[Any] = []
         self._spreads: list[Any] = []  # that other ranks have a part in
-        self._places: dict[Tensor, tuple[int, int]] = {}  # (group, number in it)
+        self._groups: dict[Tensor, int] = {}  # of the parameters
         self._plans: Sequence[Plan] = ()
         self._ascends: list[bool] = []
         self._call = "step"
@@ -90,11 +90,7 @@ class Others:
             self._spreads = [s for s in found if rank_and_size(s.group)[1] > 1]
             if self._spreads:
                 self.fingerprint = print_of(self.lines(), 24)
-                self._places = {
-                    known.parameter: (i, k)
-                    for i, run in enumerate(runs)
-                    for k, known in enumerate(run.known)
-                }
+                self._groups = {k.parameter: i for i, run in enumerate(runs) for k in run.known}
         for spread in self._spreads:  # another optimizer may step the same transformation
             spread.agreement.around = self
 
@@ -131,7 +127,7 @@ class Others:
 
     def _parameters(self, group: int, plan: Plan) -> Iterator[str]:
         for known in plan.known:
-            before = self._places.get(known.parameter, (group, 0))[0]
+            before = self._groups.get(known.parameter, group)
             yield (
                 f"'{known.name}', {tuple(known.shape)}, {known.dtype}"
                 + (f", that was in group {before}" if before != group else "")

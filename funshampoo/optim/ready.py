@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.modes import for_keeps
-from funshampoo.core.parameters import detached, problem_of_gradients
+from funshampoo.core.parameters import detached
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
 from funshampoo.optim.entries import parted
@@ -65,16 +65,6 @@ class Ready(NamedTuple):
     state: Any
     look: Look = ()
     fresh: bool = False
-
-    def check_gradients(self) -> None:
-        """Raise if there is one that can't be stepped on.
-
-        Raises:
-            RuntimeError: a sparse one.
-        """
-        parameters = [k.parameter for k in self.known]
-        if problem := problem_of_gradients([p.grad for p in parameters], parameters):
-            raise RuntimeError(f"the gradient of '{self.known[problem[0]].name}' {problem[1]}.")
 
 
 def same_parameters(a: list[Known], b: list[Known]) -> bool:
@@ -144,7 +134,9 @@ def carried(
             if k.parameter in left:
                 entries, others = parted(left[k.parameter])
                 shared = shared or others
-            _check_same_blocks(k.name, entries, blocks)
+            theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
+            if k.name in blocks and not theirs <= blocks[k.name]:
+                raise ValueError(f"'{k.name}' falls into other blocks than before.")
             flat |= {f"{k.name}/{entry}": x for entry, x in entries.items()}
         return carried_over(state, gathered(built.transformation, {**flat, **shared}))
     except ValueError as error:
@@ -154,16 +146,6 @@ def carried(
             "parameter start anew (del optimizer.state[parameter]), or go on with a new "
             f"optimizer. {error}"
         ) from error
-
-
-def _check_same_blocks(
-    name: str, entries: Mapping[str, Tensor], blocks: Mapping[str, set[str]]
-) -> None:
-    """What is remembered of a parameter is of blocks that it has."""
-    ours = blocks.get(name, set())
-    theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
-    if ours and not theirs <= ours:
-        raise ValueError(f"'{name}' falls into other blocks than before.")
 
 
 def blocks_of(state: Any) -> dict[str, set[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -110,18 +111,15 @@ def indices_of(
     Raises:
         ValueError: the names differ, and a name stands for another parameter there.
     """
-    theirs, ours = [_names_of(x) for x in saved], [_names_of(x) for x in groups]
+    theirs, ours = names_of(saved), names_of(groups)
     by_order = [list(group["params"]) for group in saved]
-    if None in theirs or None in ours or theirs == ours:
+    if not theirs or not ours or theirs == ours:
         return by_order
-    theirs, ours = _bare(theirs), _bare(ours)
-    place: dict[str, Any] = {}
-    for names, indices in zip(theirs, by_order):
-        place |= zip(names or (), indices)
-    own = [name for names in ours for name in names or ()]
+    there, own = bare_names(theirs), bare_names(ours)
+    place = dict(zip(there, itertools.chain(*by_order)))
     if len(place) == len(own) and place.keys() == set(own):
-        return [[place[name] for name in names or ()] for names in ours]
-    there = [name for names in theirs for name in names or ()]
+        found = map(place.__getitem__, own)
+        return [list(itertools.islice(found, len(indices))) for indices in by_order]
     for i, (name, here) in enumerate(zip(there, own)):
         if name in own and here != name:
             raise ValueError(
@@ -138,14 +136,10 @@ def indices_of(
     return by_order
 
 
-def _names_of(group: Mapping[str, Any]) -> list[str] | None:
-    return list(group["param_names"]) if group.get("param_names") else None
-
-
-def _bare(names: Sequence[list[str] | None]) -> list[list[str] | None]:
-    """These of all groups without what wrappers of modules put into them."""
-    bare = iter(bare_names(name for own in names for name in own or ()))
-    return [[next(bare) for _ in own or ()] for own in names]
+def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of the parameters of all groups; [] where one has none."""
+    names: list[Any] = [group.get("param_names") for group in groups]
+    return [name for own in names for name in own] if all(names) else []
 
 
 def flattened(

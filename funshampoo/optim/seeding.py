@@ -10,6 +10,7 @@ from funshampoo.core.bare import bare_names
 from funshampoo.migrate.seeding import check_saved, seed_from_adamw
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.loading import Loading
+from funshampoo.optim.saved import names_of
 from funshampoo.optim.vocabulary import check_rate
 from funshampoo.state.checkpoint import check
 
@@ -32,7 +33,7 @@ def seeded(
     """
     check_saved(saved)
     known = [(i, name) for i, run in enumerate(runs) for name in run.names()]
-    if all(run.group.get("param_names") for run in runs):
+    if names_of([run.group for run in runs]):
         known = _in_their_order(known, saved, order)
     found = Loading([], [], {}, set())
     for i, run in enumerate(runs):
@@ -66,10 +67,8 @@ def _in_their_order(
 ) -> list[tuple[int, str]]:
     """(group, name) of each parameter, as the AdamW has them."""
     groups = saved["param_groups"]
-    theirs = list(order)
-    if all("param_names" in group for group in groups):
-        theirs = [name for group in groups for name in group["param_names"]]
-    elif len(order) != sum(len(group["params"]) for group in groups):
+    theirs = names_of(groups) or list(order)
+    if len(theirs) != sum(len(group["params"]) for group in groups):
         return known
     theirs, ours = bare_names(theirs), bare_names(name for _, name in known)
     by_name = dict(zip(ours, known))

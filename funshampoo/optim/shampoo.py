@@ -25,6 +25,7 @@ class WrapperOptions(TypedDict, total=False):
     compile: bool | Mapping[str, Any]
     cuda_graph: bool
     tf32: bool
+    stochastic_rounding: bool
     maximize: bool
     consolidate: bool
     accept_adamw: bool
@@ -75,12 +76,14 @@ class Shampoo(Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts of them with hyperparameters.
-        lr: learning rate; with grafting onto Adam, start from the one that works for AdamW. betas:
-        decay of the gradient filter and of the statistics. epsilon: absolute damping; the default
-        damping is relative, see `funshampoo.shampoo`. weight_decay: decoupled by default;
-        weight_decay_kind= selects another kind. momentum, nesterov: heavy-ball momentum on the
-        preconditioned step. every: steps between two refreshes of the roots. max_size: longest side
-        of a block. options: any other option of `funshampoo.shampoo`: grafting, stagger, solver,
+        lr: learning rate; with grafting onto Adam, start from the one that works for AdamW.
+        betas: decay of the gradient filter and of the statistics.
+        epsilon: absolute damping; the default damping is relative, see `funshampoo.shampoo`.
+        weight_decay: decoupled by default; weight_decay_kind= selects another kind.
+        momentum, nesterov: heavy-ball momentum on the preconditioned step.
+        every: steps between two refreshes of the roots.
+        max_size: longest side of a block.
+        options: any other option of `funshampoo.shampoo`: grafting, stagger, solver,
             distribute=funshampoo.sharded for data-parallel ranks, compile=True, ...
 
     See `Optimizer` for groups, schedulers and checkpoints.

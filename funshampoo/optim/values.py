@@ -9,22 +9,18 @@ from typing import Any
 from torch import Tensor
 
 
-def same_arguments(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two calls of a recipe give the same chain.
+def same_value(x: Any, y: Any) -> bool:
+    """Whether a recipe makes the same chain of these.
 
     A tensor never is the same: it may have been written to, and stages may have computed with it.
     """
-
-    def same(x: Any, y: Any) -> bool:
-        if isinstance(x, Tensor):
-            return False
-        if type(x) in (tuple, list) and type(x) is type(y):
-            return len(x) == len(y) and all(map(same, x, y))
-        if type(x) is dict and type(y) is dict:
-            return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
-        return x is y or (type(x) is type(y) and bool(x == y))
-
-    return same(dict(a), dict(b))
+    if isinstance(x, Tensor):
+        return False
+    if type(x) in (tuple, list) and type(x) is type(y):
+        return len(x) == len(y) and all(map(same_value, x, y))
+    if type(x) is dict and type(y) is dict:
+        return x.keys() == y.keys() and all(same_value(x[key], y[key]) for key in x)
+    return x is y or (type(x) is type(y) and bool(x == y))
 
 
 def is_number(value: Any) -> bool:

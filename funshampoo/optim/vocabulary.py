@@ -16,14 +16,21 @@ from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, takes_live
 from funshampoo.migrate.published import constructor_of, first_rate_of
-from funshampoo.optim.values import copied, is_fixed, is_number, same_arguments, structural
+from funshampoo.optim.values import copied, is_fixed, is_number, same_value, structural
 from funshampoo.transforms import scale_by_learning_rate
 
 Method = Any  # a recipe, or a transformation
 Arguments = Mapping[str, Any]
 Lives = Mapping[str, Live]  # the numbers that a chain looks up, by argument
 _RENAMED = {"learning_rate": "lr"}
-OF_ALL_GROUPS = ("accept_adamw", "compile", "consolidate", "cuda_graph", "tf32")
+OF_ALL_GROUPS = (
+    "accept_adamw",
+    "compile",
+    "consolidate",
+    "cuda_graph",
+    "stochastic_rounding",
+    "tf32",
+)
 """Arguments of the optimizer that no group has one of its own of."""
 _OURS = {"params", "param_names", "method", "maximize"}
 _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"}
@@ -117,8 +124,7 @@ class Vocabulary:
             if not self._may_be_live(name):
                 continue
             if type(value) is tuple and all(map(is_number, value)):
-                parts = {f"{name}[{i}]": Live(f"{name}[{i}]", x) for i, x in enumerate(value)}
-                found |= parts
+                found |= {f"{name}[{i}]": Live(f"{name}[{i}]", x) for i, x in enumerate(value)}
             elif is_number(value):
                 found[name] = Live(name, value)
         return found
@@ -145,39 +151,23 @@ class Vocabulary:
         """The values of live numbers."""
         return {name: _entry(arguments, name) for name in live}
 
-    def edited(
-        self, raw: list[Any], before: list[Any], arguments: Arguments, live: Lives
-    ) -> dict[str, Any] | None:
-        """The arguments, where nothing but floats in the place of live numbers has changed.
-
-        As a scheduler does on every step; None where there is more to look at.
-        """
-        if len(raw) != len(before):
-            return None
-        found = dict(arguments)
-        for name, now, old in zip((*self._names, *self.extras), raw, before):
-            if now is old and is_fixed(now):
-                continue
-            argument = self.rate if name == "lr" else name
-            if argument not in live or type(now) is not float or type(old) is not float:
-                return None
-            found[argument] = now
-            if self._kind(argument, found) != self._kind(argument, arguments):
-                return None
-        return found
-
     def same_chain(self, now: Arguments, before: Arguments, live: Lives, in_graph: bool) -> bool:
         """Whether a chain goes on with these arguments: live numbers may differ in their values.
 
         So does one that is in a graph where the rate is the same tensor: a graph reads it.
         """
-        mine, others = _without(now, live), _without(before, live)
-        rate = mine.get(self.rate)
-        if in_graph and isinstance(rate, Tensor) and rate is others.get(self.rate):
-            mine, others = mine | {self.rate: 0}, others | {self.rate: 0}
-        return same_arguments(mine, others) and all(
-            [self._kind(name, now) == self._kind(name, before) for name in live]
-        )
+        if now.keys() != before.keys():
+            return False
+        for name, value in now.items():
+            old = before[name]
+            if value is old and (is_fixed(value) or (in_graph and name == self.rate)):
+                continue
+            own = [n for n in live if n.partition("[")[0] == name]
+            if any([self._kind(n, now) != self._kind(n, before) for n in own]):
+                return False
+            if not own and not same_value(value, old):
+                return False
+        return True
 
     def structure(self, arguments: Arguments, live: Lives) -> Any:
         """What of the arguments can change the structure of the state."""

@@ -22,7 +22,7 @@ from funshampoo.state.nodes import check_is_state, check_kind, walk
 from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, merged, part_of
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import WrappedState
-from funshampoo.state.values import Entry, problems
+from funshampoo.state.values import problems
 
 __all__ = [
     "FORMAT",
@@ -168,7 +168,7 @@ def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
 
 def _cut(new: Any) -> Any:
     """A state whose counts are at most its clock."""
-    limit = _limit(new, _entries(new))
+    limit = _limit(new, named(new))
 
     def cut(place: Place, x: Tensor) -> Tensor:
         is_count = kind_of(place.kind, place.field).startswith("count")
@@ -194,14 +194,10 @@ def check(state: Any) -> None:
     >>> check(trace(0.9).init({"w": torch.tensor([1.0])}))
     """
     check_is_state(state)
-    entries = _entries(state)
+    entries = named(state)
     wrong = problems(entries, _limit(state, entries))
     if wrong:
         raise ValueError(f"the state has values that no run can have left.\n{listed(wrong)}")
-
-
-def _entries(state: Any) -> list[Entry]:
-    return [Entry(x.name, x.kind, x.x, x.x.dtype) for x in named(state)]
 
 
 class _Fit(NamedTuple):
@@ -214,7 +210,7 @@ class _Fit(NamedTuple):
     """
 
     saved: Mapping[str, Tensor]
-    entries: list[Entry]
+    entries: list[Named]
     missing: list[str]
     unknown: list[str]
     run: int
@@ -241,16 +237,12 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
     if misfits or (strict and (missing or unknown)):
         lists = misfits, missing if strict else [], unknown if strict else []
         raise ValueError(report(*lists, part))
-    entries = [
-        Entry(name, place.kind, saved[name], place.x.dtype)
-        for name, place in places.items()
-        if name in saved
-    ]
+    entries = [place._replace(x=saved[name]) for name, place in places.items() if name in saved]
     kinds = {place.path: place.kind for place in places.values()}
     for name, owner in owners.items():  # all ranks refuse what one has to
         x, path = saved[name], name[len(owner) + 1 :]
         if owner and path in kinds and isinstance(x, Tensor):
-            entries.append(Entry(name, kinds[path], x, x.dtype))
+            entries.append(Named(owner, path, path, kinds[path], x, x.dtype))
     return _Fit(saved, entries, missing, unknown, 0 if part is None else part.run)
 
 
@@ -273,7 +265,7 @@ def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:
     return map_tensors(filled, state)
 
 
-def _limit(state: Any, entries: Sequence[Entry]) -> int | None:
+def _limit(state: Any, entries: Sequence[Named]) -> int | None:
     """What no count can be above: the clock. None without one, or where something may tick faster.
 
     A combinator that is none of ours may step what is in it twice at a time.

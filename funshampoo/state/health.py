@@ -11,8 +11,8 @@ from torch import Tensor
 
 from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten
-from funshampoo.state.nodes import check_is_state, walk
-from funshampoo.state.places import block_names, rows_of
+from funshampoo.state.nodes import check_is_state
+from funshampoo.state.places import block_names, rows_of, walk_blocks
 from funshampoo.state.stages import (
     BlockedState,
     GuardedState,
@@ -124,18 +124,19 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     factors: list[FactorHealth] = []
     names: dict[str, dict[int, tuple[str, str]]] = {}
     owned: dict[str, Any] = {}
+    everywhere: list[tuple[int, ...]] = []
     kept_at = 0
-    scope: tuple[str, ...] = ()  # of the innermost `blocked`
     clock: Tensor | None = None
-    for path, node in walk(state):
-        if names and path[: len(scope)] != scope:
+    for path, node, around in walk_blocks(state):
+        if around is None:
             names, owned = {}, {}
         counter = getattr(node, "steps", ())
         clock = counter if isinstance(counter, Tensor) else clock
         if isinstance(node, BlockedState):
-            names, owned, scope = block_names(node.layout), {}, path
-        elif isinstance(node, ShardedState) and names:
-            owned = node.owned
+            names, owned = block_names(node.layout), {}
+        elif isinstance(node, ShardedState):
+            owned = node.owned if names else {}
+            everywhere.append(tuple(int(n) for n in node.report.reshape(-1, 4).amax(0)))
         elif isinstance(node, GuardedState):
             held += sum(int(n.sum()) for n in flatten(node.held)[0])
         elif isinstance(node, SpikeState):
@@ -146,8 +147,6 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
             steps, kept_at = 0 if clock is None else int(clock.max()), len(path) + 1
         elif isinstance(node, Kept):
             factors.append(_factor(path[kept_at:], node, names, owned))
-    sharded = [node.report for _, node in walk(state) if isinstance(node, ShardedState)]
-    everywhere = [tuple(int(n) for n in report.reshape(-1, 4).amax(0)) for report in sharded]
     found = Health(steps, factors, skipped, held, everywhere, spikes)
     print(found, file=file or sys.stdout)
     return found

@@ -11,16 +11,16 @@ So it does not depend on stacks, ranks, or the place of a stage among others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import RUN
-from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of
-from funshampoo.state.stages import BlockedState, HyperparamsState, Kept, ShardedState
+from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of, walk_blocks
+from funshampoo.state.stages import HyperparamsState, Kept, ShardedState
 
 
 class Named(NamedTuple):
@@ -31,7 +31,8 @@ class Named(NamedTuple):
         rest: of the name.
         path: the end of the name, without the block.
         kind: what it means; see `funshampoo.state.meaning`.
-        x: a view.
+        x: a view; or a value for it, of a checkpoint.
+        dtype: of the state.
     """
 
     owner: str
@@ -39,6 +40,7 @@ class Named(NamedTuple):
     path: str
     kind: str
     x: Tensor
+    dtype: torch.dtype
 
     @property
     def name(self) -> str:
@@ -65,10 +67,10 @@ def named(state: Any) -> list[Named]:
         path, kind = path_of(place), kind_of(place.kind, place.field)
         kind = more.get(id(x), kind)
         for owner, rest, part in names.parts(place, x):
-            found.append(Named(owner, rest, path, kind, part))
+            found.append(Named(owner, rest, path, kind, part, x.dtype))
 
     map_tensors(collect, state)
-    _check_apart([(entry.owner, entry.rest) for entry in found])
+    _check_apart([entry[:2] for entry in found])
     return found
 
 
@@ -93,11 +95,7 @@ def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
     Raises:
         ValueError: two of them have one name.
     """
-    found: list[tuple[str, str, Tensor]] = []
-    names = Names()
-    map_tensors(lambda place, x: found.extend(names.parts(place, x)), state)
-    _check_apart([entry[:2] for entry in found])
-    return found
+    return [(entry.owner, entry.rest, entry.x) for entry in named(state)]
 
 
 def _check_apart(names: list[tuple[str, str]]) -> None:
@@ -160,13 +158,9 @@ class Names:
 def owned_elsewhere(state: Any) -> list[str]:
     """What other ranks own: names such as "conv1.weight/block_0_1", or of leaves."""
     found: list[str] = []
-    layout: Mapping[str, Any] = {}
-    scope: tuple[str, ...] | None = None
-    for path, node in walk(state):
-        if isinstance(node, BlockedState):
-            layout, scope = node.layout, path
-        elif isinstance(node, ShardedState) and scope is not None and path[: len(scope)] == scope:
-            for parameter, stack, span in spans_of(layout):
+    for _, node, around in walk_blocks(state):
+        if isinstance(node, ShardedState) and around is not None:
+            for parameter, stack, span in spans_of(around.layout):
                 own = set(rows_of(node.owned.get(stack, {})))
                 rows = zip(range(span.first, span.last), span.blocks())
                 found += [f"{parameter}/{block}" for row, block in rows if row not in own]

@@ -152,16 +152,10 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
     if not isinstance(node, (tuple, list)):
         return node
     fields: tuple[str, ...] | None = getattr(type(node), "_fields", None)
-    if fields is not None and _is_of_parameters(scope, node):
-        parts = zip(fields, zip(*nodes))
-        return type(node)(*[_map(function, _below(scope, node, f), n) for f, n in parts])
-    if fields is None:
-        return type(node)(
-            [
-                _map(function, _below(scope, node, i), tuple([n[i] for n in nodes]))
-                for i in range(len(node))
-            ]
-        )
+    if fields is None or _is_of_parameters(scope, node):
+        parts = zip(fields or range(len(node)), zip(*nodes))
+        children = [_map(function, _below(scope, node, key), own) for key, own in parts]
+        return type(node)(children) if fields is None else type(node)(*children)
     scope = _entered(scope, node)
     static = _STATIC if isinstance(node, (BlockedState, ShardedState)) else ()
 
@@ -275,6 +269,18 @@ def block_of(stack: str) -> tuple[int, ...]:
     """
     sides = stack.split("@")[0].split(":")[0]
     return () if sides == "scalar" else tuple(map(int, sides.split("x")))
+
+
+def walk_blocks(state: Any) -> Iterator[tuple[Path, Any, BlockedState | None]]:
+    """`walk`, with the `blocked` around each node, or None. There is none in another."""
+    scope: Path = ()
+    around: BlockedState | None = None
+    for path, node in walk(state):
+        if isinstance(node, BlockedState):
+            scope, around = path, node
+        elif path[: len(scope)] != scope:
+            around = None
+        yield path, node, around
 
 
 def is_shared(state: Any) -> bool:

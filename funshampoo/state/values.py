@@ -13,6 +13,7 @@ from funshampoo.core.modes import full_precision
 from funshampoo.core.placed import local_part
 from funshampoo.operators.packed import unpack
 from funshampoo.state.meaning import parts_of
+from funshampoo.state.naming import Named
 
 _AT_A_TIME = 2**24  # numbers that are looked at together
 _RANGE = re.compile(r"([\[(])([^\s,]+), ([^\s,\])]+)([\])])")  # as in "number [0.0, 1.0)"
@@ -20,21 +21,7 @@ _OFF_ORTHONORMAL = 0.1  # an entry of QQᵀ - I: rounding leaves a hundredth of 
 _ABOVE_ONE = 1.01  # of a weight: a long average's rounds to a little above 1
 
 
-class Entry(NamedTuple):
-    """A tensor of a state under its name.
-
-    Attributes:
-        kind: what it means; see `funshampoo.state.meaning`.
-        dtype: that it will have.
-    """
-
-    name: str
-    kind: str
-    x: Tensor
-    dtype: torch.dtype
-
-
-def problems(entries: Sequence[Entry], limit: int | None) -> list[str]:
+def problems(entries: Sequence[Named], limit: int | None) -> list[str]:
     """What is wrong with these values: "'w/trace/buffer' is not finite", one line an entry.
 
     Entries of a shape and a meaning are looked at together. Waits for the device.
@@ -90,14 +77,14 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
 class _Pair(NamedTuple):
     """An entry and one of the field that its kind names; see `meaning`."""
 
-    entry: Entry
+    entry: Named
     relation: str
-    other: Entry
+    other: Named
     field: str
 
 
-def _related(entries: Sequence[Entry]) -> Iterator[_Pair]:
-    of_field: dict[str, list[Entry]] = {}
+def _related(entries: Sequence[Named]) -> Iterator[_Pair]:
+    of_field: dict[str, list[Named]] = {}
     for entry in entries:
         path = entry.name.split("/")
         if len(path) > 1 and path[-1].isdigit():  # of a side

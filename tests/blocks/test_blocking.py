@@ -43,7 +43,7 @@ def test_blocks_cover_every_parameter_once(
     for name, stack in stacks.items():
         assert tuple(stack.shape) == (layout.stacks[name].rows, *layout.stacks[name].block)
         assert max_size is None or all(d <= max_size for d in stack.shape[1:])
-    for leaf, back in zip(leaves, unstack_blocks(stacks, layout, list(leaves))):
+    for leaf, back in zip(leaves, unstack_blocks(stacks, layout.parameters, leaves)):
         assert back is not None
         assert torch.equal(leaf, back)
 

@@ -81,7 +81,7 @@ def test_the_defaults_of_the_wrapper_are_those_of_the_recipe() -> None:
 def test_every_option_is_taken_with_the_recipes_default() -> None:
     parameters = inspect.signature(fs.shampoo).parameters
     others = {"compile": False, "maximize": True, "consolidate": True, "accept_adamw": True}
-    others |= {"cuda_graph": True, "tf32": True}
+    others |= {"cuda_graph": True, "tf32": True, "stochastic_rounding": True}
     assert others.keys() == WrapperOptions.__annotations__.keys()
     given = {
         name: parameters[name].default
