@@ -122,6 +122,20 @@ def test_half_precision_parameters_are_those_of_the_cpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_at_random_has_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    """Of updates that are a product with a power of two, which no kernel rounds."""
+    tx = fs.chain(fs.scale(-(2.0**-10)), fs.stochastic_rounding())
+    grads = [drawn(t) for t in range(1, STEPS + 1)]
+    expected, _ = trained(tx, "cpu", grads, dtype)
+    found, _ = trained(tx, GPU, grads, dtype)
+    nearest, _ = trained(fs.scale(-(2.0**-10)), "cpu", grads, dtype)
+    for name, x in expected.items():
+        assert torch.equal(found[name].cpu(), x)
+        assert x.ndim == 0 or not torch.equal(nearest[name], x)
+
+
+@pytest.mark.gpu
 def test_a_donated_plain_step_waits_for_nothing() -> None:
     """Nor does one whose gradient is not finite, or the wrapper's."""
     grads = [to(drawn(t), GPU) for t in range(4)]

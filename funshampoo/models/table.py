@@ -122,7 +122,8 @@ def warn_of_costs(optimizer: Optimizer, stacklevel: int) -> None:
         warnings.warn(
             f"{_named(large)}: {first.method} keeps {readable(first.state_bytes)} for "
             f"'{first.name}' of shape {first.shape}, {_ratio(first):.0f} times AdamW's state: "
-            "smaller blocks (max_size) need less.",
+            "smaller blocks (max_size) need less, and "
+            f"overrides={{'{first.name}': 'vector'}} leaves it to AdamW.",
             stacklevel=stacklevel + 1,
         )
 
