@@ -38,8 +38,8 @@ NUMBERS_AT_ONCE = 2**22
 allows beyond: threads share the roots of a tile, and each tile makes them wait for the last."""
 
 FLOPS = 1e9
-"""Floating-point operations of a tile, likewise: ten milliseconds or more, compared with which the
-fixed cost of another tile, less than one, is negligible."""
+"""Operations of a tile's products, approximately: ten milliseconds or more, compared with which
+the fixed cost of another tile, less than one, is negligible."""
 
 
 def tiles_for(

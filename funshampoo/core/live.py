@@ -25,7 +25,7 @@ NO_NUMBERS: Numbers = {}
 
 
 class Live:
-    """A named number.
+    """A live hyperparameter: a named number that is looked up on every step.
 
     Args:
         name: of the entry in `Context.hyper`.

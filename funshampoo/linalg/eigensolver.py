@@ -119,7 +119,7 @@ class eigh(EigenSolver):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class pseudo_inverse(EigenSolver):
-    """Moore-Penrose (1955) inverse root: zero along directions without any gradient so far.
+    """Inverse root of Moore-Penrose (1955) kind: zero along directions without any gradient.
 
         A = Q diag(λ) Qᵀ,   X = Q diag(f(λ)) Qᵀ
         f(λ) = λ^(-1/p) if λ > max(rtol·λmax, atol), else 0

@@ -17,7 +17,7 @@ def on_support(X: Tensor, A: Tensor) -> Tensor:
     of it: exactly, the i-th unit vector is an eigenvector of both. An eigendecomposition leaves
     rounding errors there, which mix coordinates without any gradient with each other and with the
     rest. With five zero rows of side 16, a root in float32 with a relative damping of 1e-6 has
-    entries of 0.06 beside a largest one of 11. Products leave exact zeros.
+    entries of 0.06 where the largest is 11. Products leave exact zeros.
 
     Args:
         X: (..., d, d), a function of A such as an inverse root. Its diagonal is kept.

@@ -35,7 +35,7 @@ def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> list[Tenso
 
 
 def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
-    """mat_i: the mode-i unfolding of every block, (N, d_i, the rest). A view if possible.
+    """Mode-i unfolding mat_i of every block, (N, d_i, the rest). A view if possible.
 
     >>> unfold(torch.arange(6).reshape(2, 3), side=1)
     tensor([[0, 3],
@@ -50,7 +50,7 @@ def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
 
 
 def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:
-    """L_i / weight, a new tensor, never packed; a weight of 0 (no gradient yet) gives zeros."""
+    """L_i / weight, a new tensor, never packed; zeros for a weight of 0 (no gradient yet)."""
     safe = torch.where(weight > 0, weight, torch.ones_like(weight))
     return unpack(factor) / (safe[..., None, None] if safe.ndim else safe)
 

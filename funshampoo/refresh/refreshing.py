@@ -76,7 +76,7 @@ class Refreshing:
         read: Callable[..., Reading],
         context: Context,
     ) -> RefreshedState:
-        """The state after a step, with the values refreshed whose turn it is.
+        """The state after a step, with values refreshed where it is their turn.
 
         Args:
             updates: the tree that sets the structure; leaves of None stay as they are.

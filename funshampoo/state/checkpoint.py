@@ -177,7 +177,7 @@ def _cut(new: Any) -> Any:
 
 
 def check(state: Any) -> None:
-    """Raise if a state holds values that no run can have produced. Waits for the device.
+    """Check a state: raise if its values can't come from any run. Waits for the device.
 
     Unless a stage declares it otherwise (see `meaning`), that is: NaN or infinity anywhere but in
     reports; negative counts, weights, second moments and diagonals of factor matrices; weights

@@ -34,7 +34,7 @@ class FactorHealth(NamedTuple):
             float32 rounding alone leaves up to about 1e-7 · condition, so 0.2 is usual at the
             default damping of 1e-6, along directions that the damping dominates anyway. None if no
             root has been computed, or it is not measured: eigenbases have no residual.
-        condition: the largest condition number; None likewise.
+        condition: the largest condition number; None in the same cases.
         failures: how many refreshes kept an old root, over all matrices.
         worst: the parameter whose root has the largest residual; "" outside `blocked`, or if there
             is none.

@@ -60,7 +60,7 @@ class Kept(NamedTuple):
             with: multiples of the identity.
         residual: (N,), error of the value, as estimated by the solver or rule (see
             `funshampoo.linalg.InverseRoot`); -1 before, and if it is not estimated.
-        condition: (N,), condition number of the matrix; -1 likewise.
+        condition: (N,), condition number of the matrix; -1 in the same cases.
         failures: (N,) int64, how many refreshes kept the old value because the new one failed.
         streak: (N,) int64, how many of the latest refreshes in a row did.
         rounds: (N,) int64, how many refreshes gave a new value.
@@ -101,7 +101,7 @@ class GraftState(NamedTuple):
 
 @meaning(average="linear", weight="weight of average")
 class EmaState(NamedTuple):
-    """State of `ema`: the filtered gradient M, a tree like the updates, and its weight, (N,)s."""
+    """State of `ema`: filtered gradient M (a tree like the updates), its weight (tree of (N,))."""
 
     average: Tree
     weight: Tree
@@ -296,7 +296,7 @@ class GuardedState(NamedTuple):
     Attributes:
         held: tree of (N,) int64: on how many steps a block was held, for a non-finite gradient or a
             spike. () outside block space, where all leaves are held together.
-        streak: likewise, how many of the latest steps in a row.
+        streak: the same for the latest steps in a row.
         inner: the state of the wrapped transformation.
         spikes: with a `spike_factor`, `SpikeState`; else ().
     """

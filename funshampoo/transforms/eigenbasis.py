@@ -1,4 +1,4 @@
-"""Any elementwise method in the eigenbases of the factor matrices: SOAP, corrected Shampoo."""
+"""Elementwise methods in eigenbases of the factors: SOAP, eigenvalue-corrected Shampoo."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def in_eigenbasis(
     first: Literal["skip", "identity"] = "skip",
     renew_before_use: bool = False,
 ) -> GradientTransformation:
-    """Run `inner` in the eigenbases of the factor matrices, and rotate its updates back.
+    """Run `inner` in the eigenbases of the factor matrices (SOAP), and rotate its updates back.
 
         R = U ×_1 Q_1ᵀ … ×_k Q_kᵀ,   updates = inner(R) ×_1 Q_1 … ×_k Q_k
         then, on a refresh:   Q_i ← the eigenvectors of L_i / weight

@@ -71,7 +71,7 @@ def graft(
         inside = running(state.steps, context)
         found = direction.run(updates, state.direction, params, inside)
         p, direction_state = checked_pair(found, direction.name)
-        # A stage has to see there whose bases belong to the statistics before both.
+        # Shows `onto` that bases of the statistics before both may be in `direction`.
         inside = changed(inside, earlier=(*inside.earlier, state.direction))
         found = onto.run(updates, state.onto, params, inside)
         p_g, onto_state = checked_pair(found, onto.name)

@@ -25,13 +25,13 @@ def hyperball(
     relative: bool = True,
     radius: Literal["kept", "first_order"] = "kept",
 ) -> GradientTransformation:
-    """Norm-preserving step: U ← W' - W, where W' is a step along -U, rescaled to length ρ.
+    """Norm-controlled step: U ← W' - W, where W' is a step along -U, rescaled to length ρ.
 
         V = W - learning_rate ‖W‖ U / ‖U‖   if relative, else   W - learning_rate U
         W' = V ρ / ‖V‖,   ρ = ‖W‖ or ‖W‖ - learning_rate ⟨U, W⟩ / ‖W‖
 
-    Put it at the end of a chain instead of `scale_by_learning_rate`, without weight decay: the norm
-    of each leaf (in `blocked`, block) is kept. A weight of zero stays zero if relative; else it
+    Put it at the end of a chain instead of `scale_by_learning_rate`, without weight decay: it sets
+    the norm of each leaf (in `blocked`, block). A weight of zero stays zero if relative; else it
     moves by a plain step.
 
     Args:

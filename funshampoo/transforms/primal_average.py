@@ -20,15 +20,15 @@ from funshampoo.state.stages import LearningRateState
 def primal_average(
     learning_rate: Hyper | Schedule, *, average: Hyper, interpolation: Hyper
 ) -> GradientTransformation:
-    """Generalized primal averaging: the parameters are y, for gradients; evaluate with x.
+    """Generalized primal averaging: gradients are taken at the parameters y; evaluate with x.
 
         z ← z - α U
         x ← average x + (1 - average) z
         y ← interpolation x + (1 - interpolation) z
 
     Put it at the end of a chain instead of `scale_by_learning_rate`. x is
-    `funshampoo.evaluation_parameters(state, params)`. α may follow a schedule, without any change
-    to x's average.
+    `funshampoo.evaluation_parameters(state, params)`. α may follow a schedule; the weights in the
+    average do not depend on it.
 
     x and z are in float32 or wider. With average=0 and interpolation=0 they are master weights for
     parameters in half precision, which would round small steps away: y is z, rounded. After a

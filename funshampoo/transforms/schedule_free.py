@@ -1,4 +1,4 @@
-"""Schedule-Free: gradients are taken between fast weights and their average."""
+"""Schedule-Free: training between fast weights and their average, without a schedule."""
 
 from __future__ import annotations
 
