@@ -279,7 +279,7 @@ def for_keeps() -> Iterator[None]:
 def constant(make: Callable[..., Tensor], most: int = 256) -> Callable[..., Tensor]:
     """A function that makes small tensors from static arguments, of which it caches `most`.
 
-    Not cached under a mode or transform: later calls outside it would find a tensor of its own. One
+    Not cached under a mode or transform: later calls outside would find its kind of tensor. One
     made in inference mode could not enter autograd's graphs.
     """
 

@@ -72,7 +72,7 @@ def print_of(lines: Any, bits: int = 62) -> int:
 
 
 def said(context: Context) -> list[Line]:
-    """What the caller passes to this step; for a number on a device, only that it is one.
+    """What the caller passes to this step; for a number on a device, only that it is there.
 
     Reading its value would wait for the device.
     """
@@ -141,7 +141,7 @@ class Agreement:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Make the ranks agree again on the next step. All of them have to call it."""
+        """Make the ranks agree again on the next step. All of them have to know of it."""
         self._stepped: Last | None = None
         self._agreed: set[int] = set()
         self._last: tuple[Any, ...] = (None, None, None, 0)

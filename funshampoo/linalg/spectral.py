@@ -65,6 +65,19 @@ def decompose(A: Tensor) -> Spectrum:
     return Spectrum(values, vectors, finite & solved)
 
 
+def decompose_unverified(A: Tensor) -> Spectrum:
+    """`decompose` without the check of what comes back, and without derivatives."""
+    A, finite = replace_nonfinite(A)
+    values, vectors, solved = _decomposed(A)
+    return Spectrum(values, vectors, finite & solved)
+
+
+def verified(A: Tensor, spectrum: Spectrum) -> Spectrum:
+    """What `decompose` makes of what `decompose_unverified` found; itself if all of it is A's."""
+    found = Spectrum(*_verified(replace_nonfinite(A)[0], *spectrum))
+    return spectrum if found.vectors is spectrum.vectors else found
+
+
 def inverse_root(
     A: Tensor, spectrum: AnySpectrum, values: Tensor, keep: Tensor | None, p: float
 ) -> InverseRoot:
@@ -157,16 +170,7 @@ class _Decompose(Function):
 
     @staticmethod
     def forward(A: Tensor) -> tuple[Tensor, ...]:
-        d = A.shape[-1]
-        if d % 2 == 0 or d == 1 or not is_plain_memory(A):
-            return _verified(A, *stacked_eigh(A))
-        # MKL rounds a matrix differently if it is not aligned; in a stack of even sides all are. A
-        # single matrix gets the same treatment, to match its result in a stack.
-        values, vectors, solved = stacked_eigh(_bordered(A))
-        vectors = vectors[..., :d, :d]
-        if forward_ad._current_level >= 0:  # torch takes no view that was made in here
-            vectors = vectors.clone()
-        return _verified(A, values[..., :d].clone(), vectors, solved)
+        return _verified(A, *_decomposed(A))
 
     @staticmethod
     def setup_context(
@@ -211,6 +215,20 @@ def _inverse_gaps(values: Tensor) -> Tensor:
     rounding = values.shape[-1] * info.eps * values.detach().abs().amax(-1).clamp(min=info.tiny)
     apart = gap.detach().abs() > rounding.clamp(min=info.tiny)[..., None, None]
     return torch.where(apart, 1 / torch.where(apart, gap, 1.0), 0.0)
+
+
+def _decomposed(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """λ, Q, solved, as returned by LAPACK or cuSOLVER."""
+    d = A.shape[-1]
+    if d % 2 == 0 or d == 1 or not is_plain_memory(A):
+        return stacked_eigh(A)
+    # MKL rounds a matrix differently if it is not aligned; in a stack of even sides all are. A
+    # single matrix gets the same treatment, to match its result in a stack.
+    values, vectors, solved = stacked_eigh(_bordered(A))
+    vectors = vectors[..., :d, :d]
+    if forward_ad._current_level >= 0:  # torch takes no view that was made in here
+        vectors = vectors.clone()
+    return values[..., :d].clone(), vectors, solved
 
 
 def _verified(A: Tensor, values: Tensor, Q: Tensor, solved: Tensor) -> tuple[Tensor, ...]:

@@ -52,7 +52,7 @@ def soap(
 ) -> GradientTransformation:
     """SOAP of nikhilvyas/SOAP: a block is a whole parameter, and large sides are left alone.
 
-    `data_format` sets the order in which `merge_dims` walks a kernel's sides, and nothing else.
+    `data_format` sets the order in which `merge_dims` walks a kernel's sides; unused without it.
     """
     formats = {"channels_first": False, "channels_last": merge_dims}
     permutes = chosen("data_format", data_format, formats)

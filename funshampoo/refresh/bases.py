@@ -38,7 +38,7 @@ class BasisRule(Rule):
 
     @property
     def relative_cost(self) -> float:
-        """The basis's."""
+        """The basis's relative cost."""
         return relative_cost(self.basis)
 
     def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:

@@ -25,7 +25,7 @@ from funshampoo.refresh.rule import Found, Rule
 class RootRule(Rule):
     """X = (A + epsilon I)^(-e), A a bias-corrected factor, optionally scaled by its trace.
 
-    The value is X and, with `basis_tolerance`, the eigenvectors from which it was computed.
+    The value is X and, with `basis_tolerance`, the eigenvectors in which it was computed.
 
     Attributes:
         exponent: e.
@@ -44,12 +44,12 @@ class RootRule(Rule):
 
     @property
     def threaded(self) -> bool:
-        """The solver's."""
+        """Whether the solver is."""
         return bool(getattr(self.solver, "threaded", False))
 
     @property
     def relative_cost(self) -> float:
-        """The solver's."""
+        """The solver's relative cost."""
         return relative_cost(self.solver)
 
     @property

@@ -187,6 +187,22 @@ def test_one_wrong_vector_of_many_is_found() -> None:
         assert not is_decomposition(A, values, wrong).any()
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e6])
+def test_a_root_with_one_wrong_vector_of_many_fails(
+    condition: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU verifies a spectrum only where the root's residual is not small: it is not, here."""
+    A = with_spectrum(orthogonal(512, 1), log_spaced(512, condition), torch.float32)
+    values, Q, _ = stacked_eigh(A)
+    for column in (1, 255, 511):
+        wrong = Q.clone()
+        wrong[..., column] = wrong[..., column - 1]
+        monkeypatch.setattr(torch.linalg, "eigh", lambda _, wrong=wrong: (values, wrong))
+        assert not eigh()(A, 4, 0.0).converged.any()
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: (values, Q))
+    assert eigh()(A, 4, 0.0).converged.all()
+
+
 @pytest.mark.parametrize(
     ("error", "passes"),
     [
