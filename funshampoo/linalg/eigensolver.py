@@ -25,7 +25,6 @@ from funshampoo.linalg.spectral import (
     AnySpectrum,
     NearSpectrum,
     decompose,
-    decompose_unverified,
     inverse_root,
     verified,
 )
@@ -51,7 +50,7 @@ class EigenSolver(RootSolver):
         self._check(A, p, epsilon)
         # No products, and perhaps long: other threads need not wait.
         trusts = self.keeps_all and is_plain_memory(A) and not is_differentiated(A)
-        spectrum = decompose_unverified(A) if trusts else decompose(A)
+        spectrum = decompose(A, verify=not trusts)
         with full_precision():
             found = self.from_spectrum(A, spectrum, p, epsilon)
             if trusts and not all_true(found.residual <= _TRUSTED_RESIDUAL):

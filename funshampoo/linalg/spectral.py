@@ -55,25 +55,19 @@ class NearSpectrum(NamedTuple):
 AnySpectrum: TypeAlias = Spectrum | NearSpectrum
 
 
-def decompose(A: Tensor) -> Spectrum:
+def decompose(A: Tensor, verify: bool = True) -> Spectrum:
     """The eigendecomposition of each matrix of A (..., d, d) that is finite and has one.
 
     What comes back without an error and is none counts as not decomposed; see `is_decomposition`.
+    Without `verify` that is left to `verified`, and there are no derivatives.
     """
     A, finite = replace_nonfinite(A)
-    values, vectors, solved = applied(_Decompose, A)
-    return Spectrum(values, vectors, finite & solved)
-
-
-def decompose_unverified(A: Tensor) -> Spectrum:
-    """`decompose` without the check of what comes back, and without derivatives."""
-    A, finite = replace_nonfinite(A)
-    values, vectors, solved = _decomposed(A)
+    values, vectors, solved = applied(_Decompose, A) if verify else _decomposed(A)
     return Spectrum(values, vectors, finite & solved)
 
 
 def verified(A: Tensor, spectrum: Spectrum) -> Spectrum:
-    """What `decompose` makes of what `decompose_unverified` found; itself if all of it is A's."""
+    """An unverified spectrum, verified; itself if all of it is A's."""
     found = Spectrum(*_verified(replace_nonfinite(A)[0], *spectrum))
     return spectrum if found.vectors is spectrum.vectors else found
 
