@@ -1,4 +1,4 @@
-"""What stages and solvers of your own are written with, in one place: the names of docs/stages.md.
+"""Everything for writing your own stages and solvers: the names of docs/stages.md.
 
 They stay importable from here, wherever in the package they are defined.
 """

@@ -1,9 +1,9 @@
 """Schedules: functions of the number of steps done so far.
 
 A schedule takes the old count (0 on the first step) as a tensor or an int and returns a
-0-dimensional float32 tensor; its rates may be tensors, and then it has their dtype, so that a
-gradient through it keeps its precision. It has no Python branch on the count, so it works in
-torch.compile and under vmap. Any function of this kind will do in their place.
+0-dimensional float32 tensor. If its rates are tensors it has their dtype, so that a gradient
+through it keeps its precision. It does not branch on the count in Python, so it works in
+torch.compile and under vmap. Any such function can be used instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["constant", "cosine", "join", "linear", "polynomial", "warmup_cosine"
 
 
 def constant(value: Hyper) -> Schedule:
-    """`value` at every step.
+    """A constant schedule: `value` at every step.
 
     >>> constant(0.5)(3)
     tensor(0.5000)
@@ -38,7 +38,7 @@ def constant(value: Hyper) -> Schedule:
 def polynomial(
     start: Hyper, end: Hyper, steps: int, *, power: float = 1.0, begin: int = 0
 ) -> Schedule:
-    """From `start` to `end` in `steps` steps, along (1 - x)^power; constant before and after.
+    """Polynomial decay, `start` to `end` in `steps` steps, as (1 - x)^power; constant outside.
 
         x = clip((count - begin) / steps, 0, 1),  value = end + (start - end) (1 - x)^power
 
@@ -58,7 +58,7 @@ def polynomial(
 
 
 def linear(start: Hyper, end: Hyper, steps: int, *, begin: int = 0) -> Schedule:
-    """A straight line from `start` to `end` in `steps` steps; for warm-up, linear(0, peak, steps).
+    """Linear schedule from `start` to `end` in `steps` steps; for warm-up, linear(0, peak, steps).
 
     >>> warm_up = linear(0.0, 1.0, steps=4)
     >>> [warm_up(count).item() for count in range(6)]
@@ -68,7 +68,7 @@ def linear(start: Hyper, end: Hyper, steps: int, *, begin: int = 0) -> Schedule:
 
 
 def cosine(start: Hyper, steps: int, *, end: Hyper = 0.0) -> Schedule:
-    """Half a cosine from `start` to `end` in `steps` steps (Loshchilov, Hutter, arXiv 1608.03983).
+    """Cosine schedule, `start` to `end` in `steps` steps (Loshchilov, Hutter, arXiv 1608.03983).
 
         value = end + (start - end) (1 + cos(π min(count/steps, 1))) / 2
 
@@ -86,11 +86,11 @@ def cosine(start: Hyper, steps: int, *, end: Hyper = 0.0) -> Schedule:
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
-    """Schedules one after the other; each counts from its own beginning.
+    """Join schedules one after the other; each counts from its own start.
 
     Args:
         schedules: n functions.
-        boundaries: n - 1 increasing step counts at which the next one begins.
+        boundaries: n - 1 increasing step counts at which the next one starts.
 
     Raises:
         ValueError: the lengths do not fit, or the boundaries do not increase.

@@ -1,4 +1,4 @@
-"""Block space: parameters cut into stacks of equal blocks, and the step on them."""
+"""Block space: parameters cut into stacks of equal blocks, and steps on them."""
 
 from funshampoo.blocks.assembled import to_parameters
 from funshampoo.blocks.blocking import blocked

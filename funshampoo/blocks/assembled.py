@@ -1,4 +1,4 @@
-"""From block space to the shapes of the parameters, for people who look at a state."""
+"""Block-space state in the shapes of the parameters, for inspection."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from funshampoo.state.stages import BlockedState
 
 
 def to_parameters(stacks: Mapping[str, Tensor], state: BlockedState, params: Tree) -> Tree:
-    """A tree over stacks, such as a momentum in the state of `blocked`, as one over parameters.
+    """Convert a tree over stacks, such as momentum in a `blocked` state, to one over parameters.
 
     Args:
-        stacks: {stack: (N, *block)}, of all blocks: not of a `sharded` state on several ranks.
+        stacks: {stack: (N, *block)}, with all blocks: not from a `sharded` state on several ranks.
         state: of the `blocked` that they are from.
         params: the parameters, for their shapes.
 
@@ -55,7 +55,7 @@ def to_parameters(stacks: Mapping[str, Tensor], state: BlockedState, params: Tre
 def layout_of_spans(
     spans: Mapping[str, Mapping[str, object]], shape: tuple[int, ...]
 ) -> ParameterLayout:
-    """How a parameter is cut, read from the spans of `BlockedState.layout`."""
+    """How a parameter is cut, parsed from the spans of `BlockedState.layout`."""
     parsed = [(stack, Span.parse(text)) for stack, texts in spans.items() for text in texts]
     parsed.sort(key=lambda item: item[1].origin)  # row-major, as they were cut
     if not parsed:

@@ -41,15 +41,15 @@ def blocked(
     with_params: bool | Mask = False,
     tile: TileSize = None,
 ) -> GradientTransformation:
-    """Cut every parameter into blocks, run `inner` on stacks of equal blocks, put the pieces back.
+    """Cut every parameter into blocks, and run `inner` on stacks of equal blocks.
 
     A stack has the shape (number of blocks, *block shape) and holds the blocks of one shape, dtype
-    and device from all parameters, so that every stage of `inner` works on a few large tensors.
-    The state lives in stacks and stays there. Inside, `gradient` is the tree of stacks and
-    `block_ndim` is 1.
+    and device from all parameters, so that every stage of `inner` works on a few large tensors. The
+    state stays in stacks; the updates are put back together. Inside, `gradient` is the tree of
+    stacks and `block_ndim` is 1.
 
     Args:
-        inner: a transformation whose state is per block: tensors that lead with the block axis, in
+        inner: a transformation whose state is per block: tensors with a leading block axis, in
             dicts keyed by stack, and 0-dimensional tensors.
         max_size: longest side of a block; None does not cut.
         merge: how sides are merged before the cut, see `merged_shape`: "none", "small" (multiply
@@ -57,16 +57,15 @@ def blocked(
             rest), or a function of the shape.
         keep: "small" stops merging when this many sides are left. At 2 matrices stay matrices; at 1
             a 32×32 matrix becomes a 1024-vector, whose factor matrix is 1024×1024.
-        with_params: also hand `inner` the parameters in stacks (a copy more a step). A mask (a tree
-            of bools, a prefix of one, or a function of the parameters) gives zeros for the others,
-            so that they do not decay.
-        tile: how many numbers a donated step works on at once, for an `inner` that steps every
-            block by itself, whatever others there are. The recipes say "auto": on a CPU about
-            2^20 for each of two kernel threads or more, up to 2^22 where roots are refreshed; on
-            other devices 2^26. None: all.
+        with_params: also pass the parameters to `inner`, in stacks (one more copy per step). A mask
+            (a tree of bools, a prefix of one, or a function of the parameters) passes zeros for the
+            others, so that they do not decay.
+        tile: how many numbers a donated step processes at once, for an `inner` that steps every
+            block independently. The recipes use "auto": on a CPU about 2^20 for each of two kernel
+            threads or more, up to 2^22 where roots are refreshed; on other devices 2^26. None: all.
 
-    Half-precision gradients enter the stacks as float32 and the updates leave in float32. Empty
-    parameters have no block. A gradient that is None leaves the state of that parameter's blocks as
+    Half-precision gradients enter the stacks as float32 and the updates come out in float32. Empty
+    parameters have no block. If a gradient is None, the state of that parameter's blocks stays as
     it is, and its update is None.
 
     State: `BlockedState`.
@@ -108,7 +107,7 @@ def blocked(
         parts={"inner": inner},
         needs_params=with_params is not False,
         casts=True,  # as they enter their stacks, a portion at a time
-        # It opens a scope, whose gradient are the updates that come in.
+        # It opens a scope, whose gradient is the incoming updates.
         flops=lambda block, kept, apart: inner.flops(block, kept) - inner.flops(block, kept, apart),
     )
 
@@ -138,7 +137,7 @@ class _Blocked:
                 state = inner.spread.begin(Leaves(names, leaves, leaves, layout), **context)
             else:
                 state = inner.init(stack_blocks(detached_parameters(leaves), layout), **context)
-        except UnfitLeafError as error:  # only here stacks are parameters
+        except UnfitLeafError as error:  # only here are stacks known as parameters
             own = [n for n, where in zip(names, layout.described) if error.leaf in where]
             raise UnfitLeafError(error.text, own[0] if own else error.leaf) from None
         described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
@@ -153,11 +152,11 @@ class _Blocked:
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is False and self.inner.needs:
             raise without_parameters(self.inner.needs, block_ndim=1)
-        if self.with_params is not False and params is None:  # by `run`, which nobody looks at
+        if self.with_params is not False and params is None:  # from `run`, which is unchecked
             raise without_parameters("blocked", block_ndim=0)
         if missing and params is None:
             raise ValueError(_shape_unknown(updates))
-        # The parameters' dtype rules: a gradient of another one is cast as it enters its stack.
+        # The parameters' dtype is used: a gradient of another one is cast as it enters its stack.
         layout = self.layout(known)
         called = [] if isinstance(spec, TracedSpec) else names_in(spec)
         _check_layout(layout, state, called, "gradients" if params is None else "parameters")
@@ -186,7 +185,7 @@ class _Blocked:
         if any_in_parts(own):
             leaves = said()._replace(gradients=all_placed_like(given.leaves, own))
             new, parts = run.run_parts(inner.spread, state.inner, missing, here, leaves)
-            if in_place:  # what comes is added where it is, without DTensors around it
+            if in_place:  # the update is added there, without DTensors around it
                 held = local_parts(own)
                 add_in_place(held, [u.view(p.shape) for p, u in zip(held, parts)])
             else:
@@ -210,20 +209,20 @@ class _Blocked:
         """Whether blocks may be added to these parameters one after the other."""
         if is_traced() or not all([p.is_contiguous() for p in own]):
             return False
-        # Where parameters are tied, a tile would read what the one before has written.
+        # With tied parameters, a tile would read what the previous one has written.
         return self.with_params is False or lie_apart(own)
 
     def check(self, state: BlockedState, context: Context) -> None:
         here = running(state.steps, context)
         try:
             self.inner.check(state.inner, here)
-        except FailureLimitError as error:  # only here the blocks have names
+        except FailureLimitError as error:  # only here do the blocks have names
             blocks = error.everywhere(failing_blocks(state, error.max_failures))
             raise failure_limit_error(blocks, error.max_failures) from None
 
 
 def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], given: str) -> None:
-    """The gradients fall into the rows that init laid out for the parameters of their names."""
+    """Check that gradients have the rows that init laid out for the parameters of their names."""
     if not names:  # in torch.compile
         if list(state.layout.values()) != layout.described:
             raise ValueError("the gradients do not fit the state: init saw other parameters.")
@@ -239,7 +238,7 @@ def _shape_unknown(updates: Tree) -> str:
 
 
 def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:
-    """The parameters that the inner transformation may see; None hides one."""
+    """The parameters that the inner transformation may read; None hides one."""
     leaves, _ = flatten(params)
     flags = bools_of(mask, params, "with_params")
     return [p if flag else None for p, flag in zip(leaves, flags)]
@@ -261,7 +260,7 @@ def layout_in(transformation: GradientTransformation, params: Tree) -> Layout:
 
 
 def shows_parameters(transformation: GradientTransformation) -> bool:
-    """Whether a `blocked` in it hands parameters to the stages inside."""
+    """Whether a `blocked` in it passes parameters to the stages inside."""
     return any(found.with_params is not False for found in _blocked_in(transformation))
 
 

@@ -1,4 +1,4 @@
-"""Gradients in and updates out: what was given to a step, and two ways to copy it."""
+"""Copying gradients in and updates out: the arguments of a step, and two ways to copy."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from funshampoo.core.tree import compute_dtype
 
 
 class Given(NamedTuple):
-    """What was given to a step.
+    """The arguments of a step.
 
     Attributes:
         leaves: gradients.
-        known: tensors of the leaves' shapes: the parameters, or else the gradients.
+        known: tensors with the leaves' shapes: the parameters, or else the gradients.
         missing: indices of the gradients that are None.
-        shown: the parameters that the inner transformation may see.
+        shown: the parameters that the inner transformation may read.
         names: of the leaves; () in torch.compile.
         given: whether `known` are the parameters.
     """
@@ -39,7 +39,7 @@ class Given(NamedTuple):
     given: bool
 
     def described(self) -> Leaves:
-        """For those who share the step."""
+        """The description for ranks that share the step."""
         shown = None if self.shown is None else [x is not None for x in self.shown]
         known = self.known if self.given else None
         return Leaves(self.names, known, self.leaves, self.layout, shown)
@@ -58,7 +58,7 @@ class Views:
     """Rows gathered from views of the leaves, and updates written to views of new ones.
 
     Args:
-        copies: the updates are in memory that the next step uses again.
+        copies: whether the updates are in memory that the next step reuses.
     """
 
     def __init__(self, parts: Parts, given: Given, copies: bool = False) -> None:
@@ -75,10 +75,10 @@ class Views:
         return stacks, {n: self._parts.gather(n, rows, shown) for n, rows in portion.items()}
 
     def updates(self, shared: bool) -> list[Tensor | None]:
-        """One update a leaf; zeros for a parameter without elements, None without a gradient.
+        """One update per leaf; zeros for a parameter without elements, None without a gradient.
 
         Args:
-            shared: the owner of a block decides for all ranks whether there was one.
+            shared: a block's owner decides for all ranks whether there was a gradient.
         """
         missing = () if shared else self._given.missing
         found = enumerate(self._found)
@@ -106,7 +106,7 @@ class Views:
 
 
 class Traced:
-    """The same by new tensors alone, as torch.func, autograd and torch.compile need it."""
+    """The same with new tensors only, as required by torch.func, autograd and torch.compile."""
 
     def __init__(self, given: Given) -> None:
         self._given = given
@@ -123,7 +123,7 @@ class Traced:
         self._found[stack].append((rows, values))
 
     def updates(self, shared: bool) -> list[Tensor | None]:
-        """One update a leaf; see `Views`."""
+        """One update per leaf; see `Views`."""
         empty = {name: torch.zeros_like(x) for name, x in self._stacks.items()}
         whole = {name: filled(empty[name], found) for name, found in self._found.items()}
         leaves: list[Any] = self._given.known if shared else self._given.leaves

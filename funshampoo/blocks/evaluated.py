@@ -1,4 +1,4 @@
-"""The parameters to evaluate a model with, read from the state of a chain."""
+"""The parameters to evaluate a model with, read from a chain's state."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from funshampoo.state.stages import BlockedState
 
 
 def evaluation_parameters(state: State, params: Tree) -> Tree:
-    """The weights that an averaging stage has found, in the place of those that are trained.
+    """The averaged weights from a chain's state, in place of the trained parameters.
 
-    Of `schedule_free`, `primal_average`, `ema_nesterov` and `tail_average`, wherever they stand: in
-    chains, in `partition`, in `blocked`. Where several do, of the last one.
+    For `schedule_free`, `primal_average`, `ema_nesterov` and `tail_average`, anywhere: in chains,
+    in `partition`, in `blocked`. If there are several, the last one counts.
 
     Args:
         state: of a transformation.
-        params: the parameters as they are trained; a parameter that no stage averages is returned
-            as it is.
+        params: the trained parameters; a parameter that no stage averages is returned as it is.
 
     Returns:
-        A tree like params, of new tensors of the parameters' dtypes but for what nobody averages.
+        A tree like params, of new tensors in the parameters' dtypes, except those not averaged.
 
     Raises:
-        ValueError: no stage averages; parts of the state lie on other ranks; the parameters are not
+        ValueError: no stage averages; parts of the state are on other ranks; the parameters are not
             those of this state.
-        TypeError: the state is no chain's.
+        TypeError: the state is not a chain's.
 
     >>> import torch
     >>> from funshampoo import chain, scale, tail_average, update_in_place
@@ -56,7 +55,7 @@ def evaluation_parameters(state: State, params: Tree) -> Tree:
         if not isinstance(node, AVERAGES):
             continue
         tree = node.evaluated if around is None else _assembled(node.evaluated, around, params)
-        try:  # a tree with holes where a stage does not see some
+        try:  # a tree with holes, if a stage does not see some leaves
             parts = spec.flatten_up_to(tree)
         except ValueError as error:
             raise ValueError(

@@ -3,10 +3,10 @@
     for portion in portions:
         G = the rows of the gradients
         U, part = inner.update(G, the rows of the state, the rows of the parameters)
-        part into the state, U to whoever wants it
+        part into the state, U to its destination
 
-Where blocks are spread over ranks, a rank's portions are of the rows that it owns, and U goes
-through the ranks' exchange (`Spread`) on its way.
+If blocks are spread over ranks, a rank's portions consist of the rows that it owns, and U passes
+through the ranks' exchange (`Spread`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from funshampoo.core.contract import GradientTransformation, refreshes
 from funshampoo.core.modes import is_traced, keep_freed_memory, row_index
 
 Put: TypeAlias = Callable[[str, range, Any], None]
-"""(stack, rows of it, their updates)"""
+"""(stack, its rows, their updates)"""
 
 Gather: TypeAlias = Callable[[Portion], tuple[dict[str, Tensor], dict[str, Tensor] | None]]
 """The gradients of a portion, and the parameters that `inner` may see."""
@@ -34,21 +34,21 @@ Gather: TypeAlias = Callable[[Portion], tuple[dict[str, Tensor], dict[str, Tenso
 StepOnRows: TypeAlias = Callable[
     [Any, Mapping[str, Sequence[int]], Sequence[Portion], Gather, Put], Any
 ]
-"""(inner state, rows of the full stacks, what of them comes together, gather, put) -> new state"""
+"""(inner state, rows of the full stacks, portions arriving together, gather, put) -> new state"""
 
 Missing: TypeAlias = Mapping[str, Collection[int]]
 """{stack: the rows without a gradient}"""
 
 
 class Leaves(NamedTuple):
-    """What is stepped, in an order that has to be that of all ranks.
+    """What is stepped, in an order that has to be the same on all ranks.
 
     Attributes:
         names: of the leaves.
-        parameters: None where the step was not given them.
+        parameters: None if the step did not get them.
         gradients: None for a leaf without one.
-        where: where the leaves lie in blocks, equal for equal shapes: a `Layout`; of leaves that
-            are in none, what shares them out.
+        where: where the leaves are in blocks, equal for equal shapes: a `Layout`; for leaves
+            outside blocks, their sharding.
         shown: which parameters the step reads; None: none.
     """
 
@@ -63,13 +63,13 @@ class Spread(Protocol):
     """How the blocks of a step are spread over ranks."""
 
     inner: GradientTransformation
-    whole: bool  # whether whole parameters are shared out, not only those that ranks have parts of
+    whole: bool  # whether whole parameters are sharded, not only DTensors
 
     def is_shared(self) -> bool:
-        """Whether other ranks have a part in it."""
+        """Whether other ranks share the step."""
 
     def owned(self, layout: Layout) -> dict[str, range]:
-        """The rows of this rank, without the stacks of which it has none."""
+        """The rows of this rank, without stacks of which it owns none."""
 
     def exchange(
         self,
@@ -80,10 +80,10 @@ class Spread(Protocol):
         leaves: Leaves,
         absent: bool,
     ) -> Any:
-        """Run `step(inner state, put)`, and hand what all ranks found to `put`.
+        """Run `step(inner state, put)`, and pass the results of all ranks to `put`.
 
         Args:
-            leaves: what is stepped and where it lies, to be compared with what other ranks step.
+            leaves: what is stepped and where it is, for comparison with other ranks.
             absent: whether rows of this rank have no gradient, and so are not put.
 
         Returns:
@@ -91,10 +91,10 @@ class Spread(Protocol):
         """
 
     def begin(self, leaves: Leaves, **context: Any) -> Any:
-        """The state of the blocks of this rank, for parameters of which ranks have parts.
+        """The state of this rank's blocks, for sharded parameters (DTensors).
 
         Args:
-            leaves: the parameters, as `parameters` and as `gradients`.
+            leaves: the parameters, both as `parameters` and as `gradients`.
         """
 
     def exchange_parts(
@@ -105,13 +105,13 @@ class Spread(Protocol):
         leaves: Leaves,
         absent: bool,
     ) -> tuple[Any, list[Tensor]]:
-        """`exchange` for parameters of which ranks have parts.
+        """`exchange` for sharded parameters (DTensors).
 
-        Runs `step(inner state, rows of the full stacks, cuts, gather, put)`, whose portions count
-        the rows of this rank from 0, and are each in one of the cuts.
+        Runs `step(inner state, rows of the full stacks, cuts, gather, put)`. Its portions count
+        this rank's rows from 0, and each is within one of the cuts.
 
         Returns:
-            The new state, and for every leaf the update of what this rank has of it, in any shape.
+            The new state, and for every leaf the update of this rank's part, in any shape.
         """
 
 
@@ -119,7 +119,7 @@ class Executor:
     """Steps on the blocks of one layout.
 
     Attributes:
-        parts: where the rows of its stacks lie in parameters and gradients.
+        parts: where the rows of its stacks are in parameters and gradients.
     """
 
     def __init__(self, layout: Layout, size: TileSize) -> None:
@@ -156,7 +156,7 @@ class Executor:
     def run_parts(
         self, spread: Spread, state: Any, missing: Missing, context: Context, leaves: Leaves
     ) -> tuple[Any, list[Tensor]]:
-        """`run` for leaves of which ranks have parts. Returns their updates, too."""
+        """`run` for sharded leaves (DTensors). Also returns their updates."""
         owner = spread.inner
 
         def step(
@@ -200,7 +200,7 @@ class Executor:
             keep_freed_memory()
         refresh = in_place and refreshes(inner, context)
         portions = self._portions_of(cuts or [own], missing, in_place, refresh)
-        portions = portions or [{}]  # nobody has a gradient: what is everybody's goes on
+        portions = portions or [{}]  # no gradients at all: shared entries still advance
         whole = len(portions) == 1 and portions[0] == own
         alive: Mapping[str, Tensor] | None = context.alive
         parts: list[tuple[Part, Any]] = []
@@ -220,7 +220,7 @@ class Executor:
             updates, after = inner.run(stacks, before, params, here)
             for name, span in portion.items():
                 put(name, span, updates[name])
-            del stacks, params, here, updates  # or they would be there during the next portion
+            del stacks, params, here, updates  # or they would still exist during the next portion
             if part is None:
                 return after
             if in_place:
@@ -237,7 +237,7 @@ class Executor:
         donate: bool,
         refresh: bool,
     ) -> list[Portion]:
-        """The tiles of each cut, without what is missing."""
+        """The tiles of each cut, without missing rows."""
         found = [cut for cut in cuts if cut or len(cuts) == 1]
         if donate:
             key = tuple([tuple(cut.items()) for cut in found]), refresh
@@ -264,14 +264,14 @@ class Executor:
 
 
 class Executors:
-    """Executors for the layouts that were seen last."""
+    """Executors for the most recent layouts."""
 
     def __init__(self, size: TileSize) -> None:
         self._size = size
         self._known: dict[int, Executor] = {}
 
     def of(self, layout: Layout) -> Executor:
-        """The one for this layout. Layouts are remembered, so that their identity says it all."""
+        """The executor of this layout. Layouts are cached, so that identity identifies them."""
         if torch.compiler.is_dynamo_compiling():
             return Executor(layout, self._size)
         found = self._known.get(id(layout))

@@ -1,4 +1,4 @@
-"""Which block of which parameter sits where: static facts, from shapes and options alone.
+"""Which block of which parameter is where: static facts, from shapes and options only.
 
 A parameter is reshaped to its *merged* shape and every side is cut at multiples of the block size.
 All cuts but the last of a side are equal, so a parameter of order k falls into at most 2^k
@@ -26,10 +26,10 @@ LeafKey: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device]
 
 
 class Region(NamedTuple):
-    """A grid of equal blocks of one parameter, and the rows of the stack that hold them.
+    """A grid of equal blocks of one parameter, and their rows in the stack.
 
-    `block` has as many sides as the merged shape. Where the parameter is `Stacked`, the side that
-    counts matrices is 1 there, and the stack's own blocks are without it.
+    `block` has as many sides as the merged shape. For a `Stacked` parameter, the side that counts
+    matrices is 1 there, and the stack's own blocks omit it.
     """
 
     stack: str
@@ -40,12 +40,12 @@ class Region(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many blocks the region has."""
+        """The number of its blocks."""
         return math.prod(self.grid)
 
 
 class ParameterLayout(NamedTuple):
-    """How one parameter is cut. `regions` are in row-major order of `parts` regions a side.
+    """How one parameter is cut. `regions` are in row-major order, with `parts` regions per side.
 
     `stacked` is the side of the merged shape that counts matrices, if it is a stack of them.
     """
@@ -69,7 +69,7 @@ class Stack(NamedTuple):
 class Layout(NamedTuple):
     """The parameters in the order of the tree, the stacks by name, and both as nested keys.
 
-    `described` has for every parameter the {stack: {span: ()}} of `BlockedState.layout`.
+    `described` has, for every parameter, the {stack: {span: ()}} of `BlockedState.layout`.
     """
 
     parameters: tuple[ParameterLayout, ...]
@@ -82,16 +82,16 @@ def merged_shape(
 ) -> tuple[int, ...]:
     """The shape in which a parameter is cut.
 
-    - "none": as it is.
+    - "none": unchanged.
     - "small": drop sides of 1; walk the sides from last to first and multiply a side into the one
       after it while the product stays ≤ max_size and more than `keep` sides would remain.
     - "matrix": keep the first side and fold the others into one.
-    - a function: what it makes of the shape. `Stacked` is one.
+    - a function: its result for the shape. `Stacked` is one.
 
     A parameter of one element has the merged shape (1,) unless merge is "none" or a function.
 
     Raises:
-        ValueError: a function gives a shape of another number of elements.
+        ValueError: a function returns a shape with another number of elements.
 
     >>> merged_shape((64, 3, 7, 7), 1024), merged_shape((128, 128, 3, 3), 1024)
     ((64, 147), (128, 128, 9))
@@ -121,25 +121,25 @@ def merged_shape(
 
 
 def leaf_keys(leaves: Sequence[Tensor]) -> tuple[LeafKey, ...]:
-    """What the layout needs to know of the leaves."""
+    """The properties of the leaves that the layout depends on."""
     return tuple([(x.shape, x.dtype, x.device) for x in leaves])
 
 
 def layout_of(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
-    """The layout of a tree with these leaves. Remembered, but for torch.compile's tracing."""
+    """The layout of a tree with these leaves. Cached, except when torch.compile traces."""
     find = _layout if torch.compiler.is_dynamo_compiling() else _remembered_layout
     return find(leaves, max_size, merge, keep)
 
 
 def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
-    # Half precision alone is stacked in a wider dtype: a gradient of integers has to differ here.
+    # Only half precision is stacked in a wider dtype: a gradient of integers must differ here.
     wide = [torch.float32 if dtype in HALF else dtype for _, dtype, _ in leaves]
     several_dtypes = len(set(wide)) > 1
     several_devices = len({device for _, _, device in leaves}) > 1
     stacks: dict[str, Stack] = {}
     parameters = []
     for (given, _, device), dtype in zip(leaves, wide):
-        # A graph that has seen other sizes has symbols here: `range` has torch look at the number.
+        # A graph that has seen other sizes has symbols here: `range` makes torch read the number.
         shape = tuple([len(range(side)) for side in given])
         if 0 in shape:
             parameters.append(ParameterLayout(shape, shape, (), ()))
@@ -180,7 +180,7 @@ def block_ids(layout: Layout) -> dict[str, range]:
 def _describe(where: ParameterLayout, max_size: int | None) -> dict[str, dict[str, tuple[()]]]:
     described: dict[str, dict[str, tuple[()]]] = {}
     for region in where.regions:
-        # A cut but the last of a side has the full size, so an offset is a whole number of them.
+        # All cuts but the last have the full size, so an offset is a whole number of them.
         origin = tuple(offset // (max_size or 1) for offset in region.offset)
         last = region.first + region.rows
         span = Span(region.first, last, region.grid, origin, where.stacked)

@@ -1,10 +1,10 @@
 """The portions of a step: some rows of some stacks at a time.
 
-Blocks do not know of one another, so the order in which they are stepped is free. Stage after stage
-on all of them, a step holds several tensors as large as the model; they don't fit into a cache, and
-on a CPU new memory costs a page fault every 4 KiB, often more than the arithmetic on it. So a step
-that may write into its state goes tile by tile: a tile goes through all stages before the next one
-begins, and its numbers are those of the whole. Rows without a gradient are in no portion.
+Blocks are independent, so they may be stepped in any order. Stage by stage on all of them, a step
+holds several tensors as large as the model; they don't fit into a cache, and on a CPU new memory
+costs a page fault every 4 KiB, often more than the arithmetic on it. So a step that may write into
+its state goes tile by tile: a tile goes through all stages before the next one starts, and its
+numbers are the same as in the whole. Rows without a gradient are in no portion.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ TileSize: TypeAlias = int | Literal["auto"] | None
 Blocks: TypeAlias = Mapping[str, tuple[tuple[int, ...], int]]  # {stack: (block, rows)}
 
 NUMBERS = 2**20
-"""The most in a tile, for each of two kernel threads or more: 4 MiB in float32, of which a step
+"""Most numbers in a tile, for each of two kernel threads or more: 4 MiB in float32, of which a step
 holds about four, so that they fit into a CPU's last cache. Up to here all is one tile."""
 
 SHARE = 4
-"""A stack that has more to do than `FLOPS` is cut into tiles of about this share of all numbers, so
-that the four that a step holds are about as large as the parameters."""
+"""A stack with more work than `FLOPS` is cut into tiles of about this share of all numbers, so that
+the four that a step holds are about as large as the parameters."""
 
 NUMBERS_ELSEWHERE = 2**26
-"""The most in a tile on other devices: 256 MiB in float32, so that kernels run for as long as a
+"""Most numbers in a tile on other devices: 256 MiB in float32, so that kernels run for as long as a
 hundred launches take, and a large model's step holds no copies of it."""
 
 NUMBERS_AT_ONCE = 2**22
 """On a step that refreshes roots all is one tile up to here, and tiles are as large as `NUMBERS`
-allows beyond: threads share the roots of a tile, and each tile has them wait for the last."""
+allows beyond: threads share the roots of a tile, and each tile makes them wait for the last."""
 
 FLOPS = 1e9
-"""Of the products of a tile, likewise: ten milliseconds or more, beside which the fixed cost of
-another tile, less than one, does not count."""
+"""Operations of a tile's products, approximately: ten milliseconds or more, compared with which
+the fixed cost of another tile, less than one, is negligible."""
 
 
 def tiles_for(
@@ -50,9 +50,9 @@ def tiles_for(
     Args:
         blocks: {stack: (block, rows)}.
         device: where they are.
-        size: numbers in a tile; "auto" weighs what a tile needs against what it costs on a CPU, and
-            makes large ones elsewhere, where kernels wait to be launched. None for none.
-        refresh: for a step that recomputes roots.
+        size: numbers in a tile; "auto" weighs a tile's memory against its overhead on a CPU, and
+            makes large tiles elsewhere, where kernels wait to be launched. None: no tiles.
+        refresh: whether the step recomputes roots.
     """
     rows = {stack: count for stack, (_, count) in blocks.items()}
     numel = {stack: math.prod(block) for stack, (block, _) in blocks.items()}
@@ -86,15 +86,15 @@ def tiles_of(
 ) -> list[Portion]:
     """Light stacks together, heavy ones in parts of `least` rows, or 4, 8, 12 and so on.
 
-    Threads take whole matrices: seven rows keep two of them as long as eight. Products of a stack
-    of a single row are shared among threads, and rounded, in another way.
+    Threads take whole matrices: seven rows keep two of them busy as long as eight. Products of a
+    stack with a single row are split among threads, and rounded differently.
 
     Args:
         rows: of each stack.
-        weights: of a row of each stack.
-        most: weight of a tile, about.
+        weights: of one row of each stack.
+        most: approximate weight of a tile.
         least: rows of a part, at least 2. Roots are computed tile by tile, so with fewer rows than
-            threads some would have nothing to do.
+            threads some would be idle.
 
     >>> tiles_of({"4x4": 5, "4": 3, "2": 1}, {"4x4": 16, "4": 4, "2": 2}, 30)
     [{'4x4': range(0, 2)}, {'4x4': range(2, 5)}, {'4': range(0, 3), '2': range(0, 1)}]
@@ -116,7 +116,7 @@ def tiles_of(
 
 
 def _parts(rows: int, most: float, least: int) -> list[range]:
-    """The rows in runs of about `most`; a single row that is left goes to the last.
+    """The rows in runs of about `most`; a single remaining row joins the last run.
 
     >>> _parts(11, 5.0, 2), _parts(9, 1.0, 2)
     ([range(0, 4), range(4, 8), range(8, 11)], [range(0, 2), range(2, 4), range(4, 6), range(6, 9)])
@@ -127,7 +127,7 @@ def _parts(rows: int, most: float, least: int) -> list[range]:
 
 
 def without(portion: Portion, missing: Mapping[str, Collection[int]]) -> list[Portion]:
-    """The portion without some rows: the first run of what is left of every stack, the second, ...
+    """The portion without some rows: the first run of each stack's remaining rows, the second, ...
 
     >>> without({"4": range(0, 6), "2": range(0, 2)}, {"4": {2, 3}})
     [{'4': range(0, 2), '2': range(0, 2)}, {'4': range(4, 6)}]

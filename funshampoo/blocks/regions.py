@@ -1,7 +1,7 @@
-"""Rows of a stack, and the same numbers in the parameters: copied or added in one pass, in place.
+"""Copying or adding between rows of a stack and parameters, in one pass, in place.
 
-For donated steps. `stacks` does the same with new tensors alone, as torch.func and torch.compile
-need it.
+For donated steps. `stacks` does the same with new tensors only, as required by torch.func and
+torch.compile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from funshampoo.core.modes import are_apart, is_traced
 
 
 class Piece(NamedTuple):
-    """A view of a contiguous parameter, (*grid, *block), whose blocks are rows in their order."""
+    """A view of a contiguous parameter, (*grid, *block), whose blocks are rows in order."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     """Rows first..last-1 of a region of a parameter.
 
     Attributes:
-        pieces: what they are made of, in order.
+        pieces: the views that make it up, in order.
     """
 
     parameter: int
@@ -48,12 +48,12 @@ class Part(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What some rows of a stack consist of.
+    """Where some rows of a stack come from.
 
     Attributes:
-        whole: the parameters, where each row is one; else empty.
+        whole: the parameters, if each row is one; else empty.
         counts: rows of all pieces, in order.
-        shapes: and their shapes.
+        shapes: the shapes of the pieces.
     """
 
     parts: list[Part]
@@ -62,14 +62,14 @@ class Rows(NamedTuple):
     shapes: list[tuple[int, ...]]
 
 
-_WAYS = 8  # of cutting all rows: as one, in tiles, in those of a refresh, and between some gaps
+_WAYS = 8  # to cut all rows: as one, in tiles, in tiles of a refresh, and between some gaps
 
 
 class Parts(dict[tuple[str, range], Rows]):
-    """{(stack, some of its rows): what they consist of}, each looked up when first asked for.
+    """{(stack, some of its rows): where they come from}, computed on first use.
 
-    All begins anew where it holds more than a few ways to cut all rows: gradients that are None now
-    here, now there ask for ever other spans, n² / 2 of a stack of n rows.
+    It is cleared once it holds more than a few ways to cut all rows: if gradients are None now
+    here, now there, new spans keep coming, n² / 2 for a stack of n rows.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -108,7 +108,7 @@ class Parts(dict[tuple[str, range], Rows]):
                 yield Part(i, region, first, last, [_piece(view, region) for view in views])
 
     def gather(self, stack: str, rows: range, leaves: Sequence[Any]) -> Tensor:
-        """These rows, (rows, *block), of the leaves. A view where it can be."""
+        """These rows, (rows, *block), of the leaves. A view if possible."""
         found = self[stack, rows]
         block, dtype = self.layout.stacks[stack].block, self.layout.stacks[stack].dtype
         if found.whole:
@@ -133,12 +133,12 @@ class Parts(dict[tuple[str, range], Rows]):
         return target
 
     def scatter(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:
-        """Write rows to where they belong in contiguous leaves."""
+        """Write rows to their places in contiguous leaves."""
         for view, own in zip(*self._targets(stack, rows, values, leaves)):
             view.copy_(own)
 
     def scatter_add(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:
-        """Add rows to where they belong in contiguous leaves, rounded once to the leaf's dtype."""
+        """Add rows to their places in contiguous leaves, rounded once to the leaf's dtype."""
         dtype = self.layout.stacks[stack].dtype
         views, own = self._targets(stack, rows, values, leaves)
         alike = values.dtype == dtype and all([view.dtype == dtype for view in views])
@@ -174,10 +174,10 @@ def _split(values: Tensor, rows: Rows) -> list[Tensor]:
 
 
 def _lines(views: Sequence[Tensor], order: int, dtype: torch.dtype) -> list[Tensor] | None:
-    """The same rows as views (rows, *block), which one torch.cat can take; or None.
+    """The same rows as views (rows, *block) for a single torch.cat; or None.
 
-    On a GPU it copies them at twice the speed of `_foreach_copy_`, to which most views are no plain
-    memory, and in a launch for 128 of them in place of one for each.
+    On a GPU it copies them twice as fast as `_foreach_copy_`, for which most views are not plain
+    memory, with one launch for 128 of them instead of one each.
     """
     found: list[Tensor] = []
     for view in views:
@@ -193,7 +193,7 @@ def _lines(views: Sequence[Tensor], order: int, dtype: torch.dtype) -> list[Tens
     return found
 
 
-_MOST_SIDES = 3  # of a block, beside its row: torch copies more dimensions one by one
+_MOST_SIDES = 3  # of a block, besides its row: torch copies more dimensions one by one
 
 
 def _piece(view: Tensor, region: Region) -> Piece:
@@ -208,7 +208,7 @@ def _views(x: Tensor, region: Region, first: int, last: int) -> Iterator[Tensor]
 
 
 def viewed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x.reshape(shape), without an operator where it has that shape."""
+    """x.reshape(shape), without an operator if x has that shape."""
     return x if x.shape == shape else x.reshape(shape)
 
 
@@ -226,12 +226,12 @@ def _rows_of_grid(view: Tensor, order: int, first: int, last: int) -> Iterator[T
     """Smaller grids of blocks that hold the blocks first..last-1 of one, in row-major order.
 
     Args:
-        view: (*grid, *block), with `order` sides of a block.
+        view: (*grid, *block), where a block has `order` sides.
     """
     if view.ndim == order:
         yield view
         return
-    line = math.prod(view.shape[1 : view.ndim - order])  # blocks that follow along the first side
+    line = math.prod(view.shape[1 : view.ndim - order])  # blocks per step along the first side
     top, bottom = -(-first // line), last // line
     if top > bottom:  # all within one
         start = bottom * line

@@ -1,4 +1,4 @@
-"""Parameters that are several matrices: experts in a stack, fused projections, heads."""
+"""Parameters that consist of several matrices: stacked experts, fused projections, heads."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from funshampoo.core.checks import check_count
 
 @dataclass(frozen=True)
 class Stacked:
-    """A `merge` for `blocked`: the parameter is a stack of matrices, each cut by itself.
+    """A `merge` for `blocked`: the parameter is a stack of matrices, each cut separately.
 
-    A block never reaches from one matrix into the next, and a stage inside sees matrices alone, so
-    that factor matrices, step lengths and polar factors are those of separate parameters.
+    No block spans two matrices, and stages inside see matrices only, so factor matrices, step
+    lengths and polar factors are those of separate parameters.
 
     Args:
-        axis: along which they lie, counted from 0.
-        parts: how many there are along it, of equal size: an axis of size n becomes (parts,
-            n / parts). None: every index is a matrix of its own, as in stacked experts.
+        axis: along which they are stacked, counted from 0.
+        parts: the number of matrices along it, of equal size: an axis of size n becomes (parts, n /
+            parts). None: every index is its own matrix, as in stacked experts.
 
     Raises:
-        ValueError, TypeError: a number out of range. When called, a shape that does not have the
-            axis, that the number of parts does not divide, or of which no matrices are left.
+        ValueError, TypeError: a number out of range. When called, a shape without the axis, not
+            divisible into the parts, or in which no matrices are left.
 
     >>> experts = Stacked()
     >>> experts((8, 64, 16)), experts.axis

@@ -1,4 +1,4 @@
-"""From parameters to stacks of equal blocks and back."""
+"""Conversion of parameters to stacks of equal blocks, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from funshampoo.core.tree import compute_dtype, flatten
 def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tensor]:
     """Gather leaves in stacks, {name: (rows, *block)}; None fills its rows with zeros.
 
-    A stack of one region may be a view of the leaf: stages read their updates and never write them.
+    A stack with a single region may be a view of the leaf: stages only read their updates.
     """
     pieces: dict[str, list[Tensor]] = {name: [] for name in layout.stacks}
     for leaf, where in zip(leaves, layout.parameters):
@@ -26,7 +26,7 @@ def stack_blocks(leaves: list[Tensor | None], layout: Layout) -> dict[str, Tenso
 
 
 def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor]:
-    """{stack: (rows,)} of one number a leaf, (), 0 or 1."""
+    """{stack: (rows,)} from one number per leaf, (), 0 or 1."""
     flags, _ = flatten(alive)
     pieces: dict[str, list[Tensor]] = {name: [] for name in layout.stacks}
     for i, where in enumerate(layout.parameters):
@@ -40,10 +40,10 @@ def rows_alive(alive: Any, layout: Layout) -> dict[str, Tensor]:
 
 
 def _joined(parts: list[Tensor], stack: Stack) -> Tensor:
-    """One stack of its pieces, each one block or a row of blocks: one operator where it can be."""
+    """One stack from its pieces, each a block or rows of blocks: in one operator if possible."""
     order = len(stack.block)
     if len(parts) == 1:
-        # Products round a strided matrix otherwise than the same in a stack of its own.
+        # Products round a strided matrix differently from the same one in its own stack.
         part = parts[0].contiguous()
         return part if part.ndim > order else part.unsqueeze(0)
     if all([part.ndim == order for part in parts]):
@@ -56,8 +56,8 @@ def unstack_blocks(
     parameters: Sequence[ParameterLayout],
     leaves: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Put the blocks of every parameter back together; None where the leaf is None."""
-    # Every stack is split once, into its regions in the order in which they were laid out.
+    """Reassemble the blocks of every parameter; None where the leaf is None."""
+    # Every stack is split once, into its regions in layout order.
     sizes: dict[str, list[int]] = {name: [] for name in stacks}
     for where in parameters:
         for region in where.regions:
@@ -70,14 +70,14 @@ def unstack_blocks(
 
 
 def _parted(stack: Tensor, rows: list[int]) -> Sequence[Tensor]:
-    """The regions' rows, (rows, *block), or the block itself where each region has just one."""
+    """The regions' rows, (rows, *block), or the block itself if each region has just one."""
     return stack.unbind(0) if all([n == 1 for n in rows]) else torch.split(stack, rows)
 
 
 def _cut_out(leaf: Tensor | None, where: ParameterLayout, region: Region, layout: Layout) -> Tensor:
     """One region as (rows, *block): slice, split every side into (grid, block), grid axes first.
 
-    A parameter that is one block is (*block) instead.
+    A parameter that is a single block is (*block) instead.
     """
     stack = layout.stacks[region.stack]
     if leaf is None:
@@ -99,7 +99,7 @@ def _paste(rows: Tensor, region: Region) -> Tensor:
 
 
 def _assemble(pieces: list[Tensor], where: ParameterLayout, leaf: Tensor | None) -> Tensor | None:
-    """Join the regions of a parameter side by side, last axis first."""
+    """Join the regions of a parameter, last axis first."""
     if leaf is None:
         return None
     if not pieces:

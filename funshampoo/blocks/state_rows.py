@@ -1,4 +1,4 @@
-"""The rows of a state: taken out for a portion of a step, and put back."""
+"""Rows of a state: taken out for a portion of a step, and put back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from funshampoo.state.places import Place, map_tensors
 
 
 class Part(NamedTuple):
-    """What of a state belongs to a portion: its leaves, by their indices in the whole state."""
+    """A portion's part of a state: its leaves, by their indices in the whole state."""
 
     structure: Any
     indices: list[int]
@@ -22,9 +22,9 @@ class Part(NamedTuple):
 
 
 class StateRows:
-    """How the tensors of a state follow the rows of its stacks, for the structures seen last.
+    """How the tensors of a state follow the rows of its stacks, for the most recent structures.
 
-    A tensor leads with the rows of its stack, or has no dimension and is everybody's.
+    A tensor has its stack's rows as leading axis, or is 0-dimensional and shared by all.
 
     Args:
         own: {stack: the rows of the full stack that the state has}.
@@ -32,12 +32,12 @@ class StateRows:
 
     def __init__(self, own: Mapping[str, range]) -> None:
         self._first = {stack: rows.start for stack, rows in own.items()}
-        # Tiles are of two rows at least: this holds those of plain steps and those of refreshes.
+        # Tiles have at least two rows: this holds those of plain steps and those of refreshes.
         self._most = max(256, sum(map(len, own.values())))
         self._known: dict[Any, Part] = {}
 
     def part(self, state: Any, portion: Portion) -> tuple[Any, Part]:
-        """(the state of these rows, which of the leaves it has). Views, as far as it has rows."""
+        """(the state of these rows, which of the leaves it has). Views, if it has rows."""
         leaves, structure = flatten(state)
         if torch.compiler.is_dynamo_compiling():
             return self._cut(leaves, self._found(state, structure, len(leaves), portion))
@@ -73,7 +73,7 @@ def store(state: Any, part: Part, new: Any, shared: dict[int, Tensor]) -> None:
     """Write the rows of a part into the state's own memory.
 
     Args:
-        shared: gets what is everybody's, by index: the portions to come start from the old values.
+        shared: collects shared entries, by index: later portions start from the old values.
 
     Raises:
         ValueError: a stage changed the structure of its state, or a shape or dtype in it.
@@ -87,14 +87,14 @@ def store(state: Any, part: Part, new: Any, shared: dict[int, Tensor]) -> None:
 
 
 def store_shared(state: Any, shared: Mapping[int, Tensor]) -> None:
-    """Write what is everybody's, after the last portion."""
+    """Write the shared entries, after the last portion."""
     leaves, _ = flatten(state)
     for k, x in shared.items():
         _write(leaves[k], x)
 
 
 def joined(state: Any, parts: Sequence[tuple[Part, Any]]) -> Any:
-    """The state with new parts in the place of the old ones; new tensors.
+    """The state with new parts in place of the old ones, as new tensors.
 
     Raises:
         ValueError: a stage changed the structure of its state.
@@ -134,17 +134,17 @@ def filled(old: Tensor, new: Sequence[tuple[range, Tensor]]) -> Tensor:
 
 
 def _cut(x: Tensor, rows: range | None) -> Tensor:
-    # What is not by rows is copied: a portion may write into it, and the next starts from the same.
+    # Shared entries are copied: a portion may write to one, and the next starts from the same.
     return x.clone() if rows is None else rows_of_tensor(x, rows)
 
 
 def rows_of_tensor(x: Tensor, rows: range) -> Tensor:
-    """Some rows: a view, or x itself where they are all."""
+    """Some rows: a view, or x itself if they are all of it."""
     return x if len(rows) == x.shape[0] else x.narrow(0, rows.start, len(rows))
 
 
 def _write(old: Tensor, new: Tensor) -> None:
-    """Write new values over the old, unless a stage did so itself."""
+    """Write new values over the old ones, unless a stage has done so itself."""
     if new is old or (new.data_ptr() == old.data_ptr() and new.stride() == old.stride()):
         return
     if new.shape != old.shape or new.dtype != old.dtype:

@@ -1,1 +1,1 @@
-"""The contract, trees, checks, the clock and the modes: what everything else stands on."""
+"""The foundation: the contract, trees, checks, the clock and the modes."""

@@ -1,4 +1,4 @@
-"""Functions with less or more arguments than the contract has, made to fit it."""
+"""Adapting functions with fewer or more arguments to the contract."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _CONTEXT = frozenset(PLACES)
 
 
 class Adapted(NamedTuple):
-    """An `update` as chains call it.
+    """An `update` with the signature that chains call.
 
     Attributes:
         call: (updates, state, params, context) -> (updates, state).
-        counts: whether it wants the number of the step.
-        branches: whether it may do other things on some steps, by what the host knows.
-        minds_alive: whether it knows what to do with rows whose gradient was not finite: it
-            declares `alive`, has no state to spoil, or hands on its context.
-        accepts: the names that are the caller's own; None: any.
-        reads_hyper: whether it may read live numbers that nobody has named.
-        reads_gradient: whether it may read the context's.
+        counts: whether it needs the step number.
+        branches: whether it may do other things on some steps, based on what the host knows.
+        minds_alive: whether it handles rows whose gradient was not finite: it declares `alive`, has
+            no state to corrupt, or passes its context on.
+        accepts: the caller's own names that it takes; None: any.
+        reads_hyper: whether it may read live numbers that it does not declare.
+        reads_gradient: whether it may read the context's `gradient`.
     """
 
     call: Callable[..., Any]
@@ -37,14 +37,14 @@ class Adapted(NamedTuple):
 
 class _Signature(NamedTuple):
     positional: int
-    names: tuple[str, ...]  # of the positional ones
-    keywords: frozenset[str]  # names that work as keywords
+    names: tuple[str, ...]  # of the positional parameters
+    keywords: frozenset[str]  # parameters that can be passed as keywords
     variadic: bool  # has *args
     any_keyword: bool  # has **kwargs
 
 
 def adapted_update(function: Callable[..., Any]) -> Adapted:
-    """`function(updates, state, params=None, **context)`, which may leave out what it likes."""
+    """`function(updates, state, params=None, **context)`, which may omit any context."""
     if isinstance(function, _WithoutState):
         return _adapted(function.function, 1)
     signature = _signature(function)
@@ -54,12 +54,12 @@ def adapted_update(function: Callable[..., Any]) -> Adapted:
 
 
 def adapted_wrapping(function: Callable[..., Any]) -> Adapted:
-    """`function(run, updates, own, params=None, **context)`; `call` gets `run` at the end."""
+    """`function(run, updates, own, params=None, **context)`; `call` gets `run` as last argument."""
     return _adapted(function, 3)
 
 
 def _adapted(function: Callable[..., Any], required: int) -> Adapted:
-    """Of a function of (updates), (updates, state) or (run, updates, state), and what it likes."""
+    """For a function of (updates), (updates, state) or (run, updates, state), and any context."""
     positional, names, keywords, variadic, any_keyword = _signature(function)
     by_place = variadic or positional > required
     by_name = not by_place and ("params" in keywords or any_keyword)
@@ -97,12 +97,12 @@ class _WithoutState(NamedTuple):
 
 
 def without_state(function: Callable[..., Any]) -> Any:
-    """The update of a stage that remembers nothing: function(updates, params=None, **context)."""
+    """The update of a stateless stage: function(updates, params=None, **context)."""
     return _WithoutState(function)
 
 
 def adapted_flops(function: Callable[..., float] | None) -> Callable[..., float]:
-    """`call(block, kept, apart)` of a function that may leave out the last, or of None."""
+    """`call(block, kept, apart)` for a function that may omit the last, or for None."""
     if function is None:
         return lambda block, kept, apart: 0.0
     if "apart" in inspect.signature(function).parameters:
@@ -111,7 +111,7 @@ def adapted_flops(function: Callable[..., float] | None) -> Callable[..., float]
 
 
 def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """`call(params, context)` of a function that declares what it wants of the context."""
+    """`call(params, context)` for a function that declares the context it needs."""
     _, _, keywords, _, any_keyword = _signature(function)
 
     def call(params: Any, context: Mapping[str, Any]) -> Any:
@@ -126,10 +126,10 @@ def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, An
 
 
 def name_of(update: Callable[..., Any]) -> str:
-    """`momentum` for the function `momentum.<locals>.update`; `stage` where there is no such."""
+    """`momentum` for the function `momentum.<locals>.update`; `stage` if there is no such name."""
     if isinstance(update, _WithoutState):
         update = update.function
-    code = getattr(update, "__code__", None)  # which torch.compile can read, unlike __qualname__
+    code = getattr(update, "__code__", None)  # torch.compile can read it, unlike __qualname__
     qualified = code.co_qualname if code is not None else ""
     outer, _, own = qualified.rpartition(".<locals>.")
     name = (outer or own).rpartition(".")[2]
@@ -137,10 +137,10 @@ def name_of(update: Callable[..., Any]) -> str:
 
 
 def _signature(function: Callable[..., Any]) -> _Signature:
-    """What a function takes.
+    """The parameters of a function.
 
-    A plain function is asked for its code object, which torch.compile can trace through where
-    `inspect` can't: a factory may build transformations inside `update`.
+    For a plain function it reads the code object, which torch.compile can trace where it can't
+    trace `inspect`: a factory may build transformations inside `update`.
     """
     if isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__"):
         code = function.__code__

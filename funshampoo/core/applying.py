@@ -1,4 +1,4 @@
-"""Steps that change parameters: W + U as a new tree, or in place in the parameters' memory."""
+"""Applying updates to parameters: W + U as a new tree, or in place."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
             sign). For a leaf that is None the parameter is returned unchanged.
 
     Returns:
-        New parameters with the dtypes of the old. Half-precision parameters are added in
-        float32 and rounded to nearest once: a step below 2^-9 of a weight in bfloat16, 2^-12 in
-            float16, leaves it unchanged, however often; for a remedy see `stochastic_rounding`.
-        Autograd records the sum: detach parameters that require gradients first, unless you want
-            gradients through training.
+        New parameters with the dtypes of the old. Half-precision parameters are added in float32
+        and rounded to nearest once: a step below 2^-9 of a weight in bfloat16, 2^-12 in float16,
+        leaves it unchanged, however often; for a remedy see `stochastic_rounding`. Autograd records
+        the sum: detach parameters that require gradients first, unless you want gradients through
+        training.
 
     Raises:
         ValueError: the trees differ; the message names the leaf.
@@ -73,7 +73,7 @@ def add_in_place(params: Tree, updates: Tree) -> None:
         own, found = [p for p, _ in pairs], [u for _, u in pairs]
         pairs = list(zip(local_parts(own), local_parts(all_placed_like(found, own))))
     if torch.compiler.is_dynamo_compiling():
-        # torch 2.13: a graph forgets what it writes into a 0-dimensional float64 input on a CPU.
+        # torch 2.13: a graph loses what it writes to a 0-dimensional float64 input on a CPU.
         pairs = [(p, u) if p.ndim else (p.view(1), u.reshape(1)) for p, u in pairs]
     alike = [(p, u) for p, u in pairs if p.dtype == u.dtype]
     targets = [p for p, _ in alike]
@@ -94,12 +94,12 @@ def update_in_place(
     params: Tree,
     **context: Any,
 ) -> State:
-    """A step that consumes the state and changes the parameters: `update`, then `add_in_place`.
+    """A donated, in-place step: `update`, consuming the state, then `add_in_place`.
 
     If the transformation has an `apply`, its updates are never held all at once.
 
     Args:
-        transformation: any; its state is donated, and with it what earlier states share with it (a
+        transformation: any. Its state is donated, and with it what earlier states share with it (a
             pure step without a refresh passes on the old roots).
         updates: the gradients. They are not written to.
         params: detached from autograd.
@@ -110,9 +110,9 @@ def update_in_place(
     Raises:
         ValueError, TypeError: as `GradientTransformation.update`. A parameter can't be written to:
             it, its gradient or the state requires gradients, outside torch.no_grad(); or several of
-            its entries share one place in memory. Nothing is changed.
-        InterruptedStepError: an earlier step of this state did not finish. Any exception,
-            KeyboardInterrupt too, that ends a step which has begun to write marks the state.
+            its entries share memory. Nothing is changed.
+        InterruptedStepError: an earlier step of this state did not finish. Any exception, also
+            KeyboardInterrupt, that ends a step after its first write marks the state.
 
     >>> import torch
     >>> from funshampoo import sgd
@@ -134,11 +134,11 @@ def update_in_place(
 
 
 class Entering(NamedTuple):
-    """A step in place that has not begun.
+    """An in-place step that has not started.
 
     Attributes:
-        ascends: whether it goes against its updates: the gradients are negated.
-        entered: what `checked` has seen.
+        ascends: whether to maximize: the gradients are negated.
+        entered: the result of `checked`.
     """
 
     transformation: GradientTransformation
@@ -150,15 +150,15 @@ class Entering(NamedTuple):
     entered: Entered | None = None
 
     def checked(self, tensors: Sequence[Tensor]) -> Entering:
-        """The same step, which can be made.
+        """The same step, checked to be possible.
 
-        Many may be waiting, as of all groups of the wrapper, so nothing of it is copied yet.
+        Many may be waiting, as for all groups of the wrapper, so nothing is copied yet.
 
         Args:
-            tensors: of the state.
+            tensors: those of the state.
 
         Raises:
-            ValueError, TypeError: as `update_in_place`; and whatever a step raises beforehand.
+            ValueError, TypeError: as `update_in_place`; and any that a step raises beforehand.
         """
         tx, updates, state, params, context, *_ = self
         if params is None:
@@ -205,9 +205,9 @@ def applied(
 
 
 def apply_of(update: Callable[..., tuple[Any, State]]) -> Callable[..., State]:
-    """The `apply` of a combinator whose `update` takes `in_place=True`, too.
+    """The `apply` of a combinator whose `update` also takes `in_place=True`.
 
-    Then the updates that it returns are nobody's: the parameters have them.
+    The updates that it then returns are unused: the parameters include them.
     """
 
     def apply(updates: Tree, state: State, params: Tree, context: Context) -> State:

@@ -1,15 +1,15 @@
-"""Names of parameters without what wrappers of modules put into them."""
+"""Parameter names without the prefixes that module wrappers insert."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# Of torch.compile, (Distributed)DataParallel, activation checkpointing, and sharding.
+# By torch.compile, (Distributed)DataParallel, activation checkpointing, and sharding.
 _WRAPPERS = {"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def bare_names(names: Iterable[str]) -> list[str]:
-    """What the parameters are called in the module itself; as they are, where two would be one.
+    """The parameters' names in the module itself; unchanged if two would coincide.
 
     >>> bare_names(["_orig_mod.blocks.0._checkpoint_wrapped_module.weight", "module.bias"])
     ['blocks.0.weight', 'bias']

@@ -1,7 +1,7 @@
-"""Which part of a parameter a rank holds: the boxes of its DTensor, from mesh and placements.
+"""A rank's part of a parameter: its DTensor's boxes, from mesh and placements.
 
 Along every side of a parameter a rank holds some runs of consecutive indices, nearly always one; a
-box is one run of every side. The sides are those of the merged shape, in which blocks are cut.
+box is one run of each side. The sides are those of the merged shape, in which blocks are cut.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from funshampoo.core.placed import is_in_parts
 
 Shape: TypeAlias = tuple[int, ...]
 Runs: TypeAlias = list[tuple[int, int]]
-"""[(first index, length)], in order: what one rank holds of a side."""
+"""[(first index, length)], in order: a rank's indices along one side."""
 
 
 class Box(NamedTuple):
     """`shape` indices from `offset` on, in the merged parameter.
 
     Attributes:
-        local: where it begins in the rank's own part.
+        local: where it starts in the rank's own part.
     """
 
     offset: Shape
@@ -31,11 +31,11 @@ class Box(NamedTuple):
 
 
 class Holding(NamedTuple):
-    """What one rank holds of one parameter.
+    """One rank's part of one parameter.
 
     Attributes:
-        shape: of its own part, with the sides of the merged shape.
-        boxes: that the part is made of; none where it is empty.
+        shape: of the part, with the sides of the merged shape.
+        boxes: that make up the part; none if it is empty.
     """
 
     shape: Shape
@@ -43,10 +43,10 @@ class Holding(NamedTuple):
 
 
 def holding(x: Any, merged: Shape) -> Holding:
-    """What this rank holds of x; of a plain tensor all. Without communication.
+    """This rank's part of x; all of a plain tensor. Without communication.
 
     Raises:
-        NotImplementedError: placements that do not say which part it is.
+        NotImplementedError: placements from which the part can't be determined.
     """
     whole = tuple(x.shape)
     if not is_in_parts(x):
@@ -67,7 +67,7 @@ def holding(x: Any, merged: Shape) -> Holding:
 def holding_at(
     shape: Shape, placements: Sequence[Any], mesh: Shape, coordinate: Sequence[int], merged: Shape
 ) -> Holding:
-    """What the rank at a coordinate of the mesh holds; see `runs_of`.
+    """The part of the rank at a coordinate of the mesh; see `runs_of`.
 
     >>> from torch.distributed.tensor import Shard
     >>> holding_at((5, 4), [Shard(0)], (2,), (1,), (5, 4))
@@ -91,10 +91,10 @@ def _held(sides: Sequence[Runs]) -> Holding:
 def runs_of(
     shape: Shape, placements: Sequence[Any], mesh: Shape, coordinate: Sequence[int]
 ) -> list[Runs]:
-    """What the rank at a coordinate of the mesh holds of every side.
+    """The runs of every side on the rank at a coordinate of the mesh.
 
     Args:
-        placements: one a side of the mesh; what is not sharded is whole everywhere.
+        placements: one per mesh dimension; unsharded sides are whole everywhere.
         mesh: its shape.
 
     >>> from torch.distributed.tensor import Replicate, Shard
@@ -111,7 +111,7 @@ def runs_of(
         if order is not None:
             for i in order:
                 runs = _chunk(runs, mesh[i], coordinate[i])
-        else:  # each of split_factor pieces is shared out by itself
+        else:  # each of split_factor pieces is sharded separately
             for i in mine:
                 factor = getattr(placements[i], "split_factor", 1)
                 pieces = [_chunk(runs, factor, k) for k in range(factor)]
@@ -121,10 +121,10 @@ def runs_of(
 
 
 def _in_order(mine: list[int], factors: list[int], mesh: Shape) -> list[int] | None:
-    """In which order sides of the mesh cut one side; None if no order says what the factors say.
+    """The order in which mesh dimensions cut one side; None if no order fits the factors.
 
-    A later side of the mesh cuts a smaller piece, unless `split_factor` says that the side has been
-    cut into so many before: under FSDP2 on top of tensor parallelism the last side cuts first.
+    A later mesh dimension cuts a smaller piece, unless `split_factor` says that the side has
+    already been cut into so many: under FSDP2 on top of tensor parallelism the last one cuts first.
 
     >>> _in_order([0, 1], [1, 1], (2, 4)), _in_order([0, 1], [4, 1], (2, 4))
     ([0, 1], [1, 0])
@@ -140,14 +140,14 @@ def _in_order(mine: list[int], factors: list[int], mesh: Shape) -> list[int] | N
 
 
 def _chunk(runs: Runs, parts: int, k: int) -> Runs:
-    """The k-th of as many parts, as torch.chunk makes them; the last ones may be empty."""
+    """The k-th of this many parts, as from torch.chunk; the last ones may be empty."""
     total = sum(n for _, n in runs)
     size = -(-total // parts)
     return _between(runs, k * size, (k + 1) * size)
 
 
 def _between(runs: Runs, start: int, stop: int) -> Runs:
-    """Elements start..stop-1 of those that the runs hold."""
+    """Elements start..stop-1 of those in the runs."""
     found: Runs = []
     for first, length in runs:
         low, high = max(start, 0), min(stop, length)
@@ -161,7 +161,7 @@ def merged_runs(sides: Sequence[Runs], shape: Shape, merged: Shape) -> list[Runs
     """The runs of the merged sides: products of neighbours, without sides of 1.
 
     Raises:
-        NotImplementedError: the merged shape is not made of such products.
+        NotImplementedError: the merged shape does not consist of such products.
 
     >>> merged_runs([[(2, 2)], [(0, 3)], [(1, 1)]], (4, 3, 2), (12, 2))
     [[(6, 6)], [(1, 1)]]

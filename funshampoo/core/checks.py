@@ -24,13 +24,13 @@ def check_range(
     high_open: bool = False,
     schedule: bool = False,
 ) -> None:
-    """A Python number `value` lies between low and high; a tensor of one number passes unseen.
+    """Check that a number is between low and high; a tensor of one number passes unread.
 
-    With `schedule` a function passes too.
+    With `schedule`, a function passes too.
 
     Raises:
-        ValueError: it does not. Names the parameter and the range.
-        TypeError: it is neither a number nor such a tensor (nor a function, where one may stand).
+        ValueError: it is not. Names the parameter and the range.
+        TypeError: neither a number nor such a tensor (nor a function, where allowed).
     """
     if isinstance(value, Live):
         value.note(
@@ -59,7 +59,7 @@ def check_range(
 
 
 def check_rate(value: Any) -> None:
-    """A learning rate, or a schedule of one, is at least 0 and finite: infinity times 0 is NaN."""
+    """A learning rate, or its schedule, must be at least 0 and finite: infinity times 0 is NaN."""
     check_range("learning_rate", value, 0.0, high_open=True, schedule=True)
 
 
@@ -69,7 +69,7 @@ def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
 
 
 def interval_of(check: Any) -> str | None:
-    """What a check that a `Live` has noted lets pass: "[0.0, 1.0)"; None where it can't be said.
+    """The range accepted by a check that a `Live` has noted: "[0.0, 1.0)"; None if unknown.
 
     >>> beta = Live("beta", 0.9)
     >>> check_range("beta2", beta, 0.0, 1.0, high_open=True)
@@ -85,7 +85,7 @@ def interval_of(check: Any) -> str | None:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """`value` is an int of at least `least`.
+    """Check that `value` is an int of at least `least`.
 
     Raises:
         TypeError, ValueError: name the parameter.
@@ -97,10 +97,10 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_step(value: Any) -> None:
-    """A number of a step, from 1.
+    """Check a step number, from 1.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: it is not one.
     """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"step is a {type(value).__name__}; pass a Python int that counts from 1.")
@@ -109,7 +109,7 @@ def check_step(value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """`value` is one of `choices`.
+    """Check that `value` is one of `choices`.
 
     Raises:
         ValueError: names the parameter and the choices.
@@ -119,10 +119,10 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def chosen(argument: str, value: Any, table: Mapping[Any, Any]) -> Any:
-    """What the table has for the value of an argument: what a word of another library is here.
+    """Look up an argument's value in a table: another library's word, translated.
 
     Raises:
-        ValueError: the table does not have it. Names the argument and what it may be.
+        ValueError: the table lacks it. Names the argument and its valid values.
 
     >>> chosen("adjust_lr", "rms_norm", {"rms_norm": "adam"})
     'adam'
@@ -132,7 +132,7 @@ def chosen(argument: str, value: Any, table: Mapping[Any, Any]) -> Any:
 
 
 def hint(name: str, known: Iterable[str], least: float = 0.6) -> str:
-    """What to say after a name that nobody knows: the nearest one, if it is at least so near.
+    """A suggestion after an unknown name: the nearest one, if it is at least this similar.
 
     >>> hint("shampo", ["shampoo", "soap"]), hint("x", ["soap"])
     ("; did you mean 'shampoo'?", '.')
@@ -142,7 +142,7 @@ def hint(name: str, known: Iterable[str], least: float = 0.6) -> str:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """`value` is a bool.
+    """Check that `value` is a bool.
 
     Raises:
         TypeError: names the parameter.
@@ -152,7 +152,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_entries(name: str, value: Any, number: int) -> None:
-    """`value` is a sequence of so many, which are not looked at.
+    """Check that `value` is a sequence of this length; its entries are not checked.
 
     Raises:
         ValueError: names the parameter.
@@ -162,7 +162,7 @@ def check_entries(name: str, value: Any, number: int) -> None:
 
 
 def check_flags(**flags: Any) -> None:
-    """All of these are bools.
+    """Check that all of these are bools.
 
     Raises:
         TypeError: names the first that is not.
@@ -172,7 +172,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_state(state: Any, name: str) -> None:
-    """Raise TypeError, which names the stage, for what is in its state and no tensor."""
+    """Raise TypeError, naming the stage, if its state contains anything but tensors."""
     leaves, _ = flatten(state)
     for leaf in leaves:
         if not isinstance(leaf, Tensor):

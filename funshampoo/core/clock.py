@@ -1,12 +1,12 @@
-"""The clock: one counter a state, a tensor there and an integer on the host.
+"""The clock: one step counter per state, a tensor there and an integer on the host.
 
-Whoever is outermost counts for all in it, and the context says it on: `clock`, the steps so far,
-and `step`, the number of this one.
+The outermost transformation counts for everything inside, and passes it on in the context: `clock`,
+the steps so far, and `step`, the number of this one.
 
 What happens on a step (a refresh, the end of an accumulation) is decided on the host, so that no
-branch is taken on a device tensor and torch.compile sees a plain bool. The number of the step comes
-from `step=` in the context or, failing that, from the counter: a 0-dimensional int64 tensor on the
-CPU, which can be read without waiting for a device.
+branch depends on a device tensor and torch.compile sees a plain bool. The step number comes from
+`step=` in the context or, without it, from the counter: a 0-dimensional int64 tensor on the CPU,
+which can be read without waiting for a device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.modes import is_traced, unwrapped
 
 CLOCK = "clock"
-"""Of a chain's state: the entry that counts."""
+"""The entry of a chain's state that counts."""
 
 
 def new_counter() -> Tensor:
@@ -29,7 +29,7 @@ def new_counter() -> Tensor:
 def read_counter(counter: Tensor) -> int | None:
     """The counter as an int; None inside torch.compile, where it has no value yet.
 
-    Under torch.func.vmap the members of an ensemble each carry a copy of the counter. As long as
+    Under torch.func.vmap each member of an ensemble has its own copy of the counter. As long as
     they agree, it is one number.
 
     Raises:
@@ -50,24 +50,24 @@ def read_counter(counter: Tensor) -> int | None:
 
 
 def started(counts: bool, clock: bool) -> Tensor | tuple[()]:
-    """The counter for the state of who may be outermost: () where it is not, or nobody asks.
+    """The counter in the state of a possibly outermost stage; () if it is not, or needs none.
 
     Args:
-        counts: whether somebody in it wants the number of the step.
-        clock: whether somebody around counts.
+        counts: whether anything inside needs the step number.
+        clock: whether an enclosing transformation counts.
     """
     return new_counter() if counts and not clock else ()
 
 
 def running(steps: Tensor | tuple[()], context: Context) -> Context:
-    """The context for what is inside of who has this counter, or none."""
+    """The context inside a transformation that has this counter, or none."""
     if not isinstance(steps, Tensor):
         return context
     if context.step is not None:
         return changed(context, clock=steps)
     try:
         done = read_counter(steps)
-    except ValueError:  # members of an ensemble may differ in it, if nobody has to know
+    except ValueError:  # members of an ensemble may differ in it, if nothing needs the number
         if context.refresh is None:
             raise
         done = None
@@ -75,27 +75,27 @@ def running(steps: Tensor | tuple[()], context: Context) -> Context:
 
 
 def slowed(context: Context, k: int) -> Context:
-    """The context for what runs on every k-th step alone, with the steps that it makes itself."""
+    """The context for a part that runs on every k-th step only, counting its own steps."""
     step = None if context.step is None else context.step // k
     clock = None if context.clock is None else context.clock // k
     return changed(context, step=step, clock=clock)
 
 
 def count_of(steps: Tensor | tuple[()], context: Context) -> Tensor:
-    """The steps so far, by this counter or by who counts around."""
+    """The steps so far, by this counter or by the enclosing one."""
     count = steps if isinstance(steps, Tensor) else context.clock
     assert isinstance(count, Tensor), "init was told of a clock that update does not get"
     return count
 
 
 def look_due(steps: Tensor | tuple[()], context: Context, every: int) -> bool:
-    """Whether a look at the counters of failures falls before this step.
+    """Whether the failure counters are to be read before this step.
 
-    It does before multiples of `every`, as refreshes do, and not before the first step; and before
+    They are before multiples of `every`, like refreshes, but not before the first step; and before
     every step of an ensemble whose members are at different ones.
     """
     if torch.compiler.is_dynamo_compiling():
-        return False  # where counters of failures can't be read either
+        return False  # failure counters can't be read there either
     inside = running(steps, context)
     if inside.step is None:
         return inside.clock is not None
@@ -103,7 +103,7 @@ def look_due(steps: Tensor | tuple[()], context: Context, every: int) -> bool:
 
 
 def advanced(steps: Tensor | tuple[()], donate: bool) -> Tensor | tuple[()]:
-    """The counter after a step, in its own memory where it is donated and nobody traces."""
+    """The counter after a step, in its own memory if it is donated and not traced."""
     if not isinstance(steps, Tensor):
         return ()
     return steps.add_(1) if donate and not is_traced() else steps + 1

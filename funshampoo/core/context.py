@@ -1,4 +1,4 @@
-"""What a stage may know of a step beside its updates, its state and the parameters."""
+"""What a stage may know about a step, besides its updates, state and the parameters."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_flag, check_step, hint
 
-NOTHING: Mapping[str, Any] = {}  # to be read alone
+NOTHING: Mapping[str, Any] = {}  # read-only
 
 
 class Context(NamedTuple):
-    """What a chain hands down to its stages. A function gets the names that it declares.
+    """What a chain passes down to its stages. A function gets the names that it declares.
 
     Attributes:
         upstream: the new states of the stages before this one, outermost first.
-        earlier: the old states of the stages before this one, outermost first. With `donate` they
-            have been written to already.
-        later: the old states of the stages after it, in its chain and then in those around it: what
-            an earlier stage may read of a later one.
-        gradient: what entered the innermost scope, such as `blocked`; None outside of one.
-        donate: the state passed in is consumed and its memory may be reused, also what it shares
-            with the states before it.
-        block_ndim: how many leading axes of every leaf count blocks: 1 in `blocked`, else 0.
-        step: the number of this step, from 1; None where it can't be known on the host.
-        refresh: True or False: the caller decides whether what is kept is computed anew.
-        clock: steps so far, () int64 on the CPU; None where nobody counts.
-        rows: in block space {stack: a number for every row, counted through all stacks}, whatever
-            rows are here.
+        earlier: the old states of the stages before this one, outermost first. With `donate`, they
+            have already been overwritten.
+        later: the old states of the stages after it, in its chain and then in the enclosing ones:
+            for an earlier stage that reads a later one's state.
+        gradient: what entered the innermost scope, such as `blocked`; None outside any.
+        donate: the state passed in is consumed and its memory may be reused, including memory that
+            it shares with earlier states.
+        block_ndim: number of leading axes of every leaf that count blocks: 1 in `blocked`, else 0.
+        step: the number of this step, from 1; None if it is not known on the host.
+        refresh: True or False: the caller decides whether cached values are recomputed.
+        clock: steps so far, () int64 on the CPU; None if nothing counts.
+        rows: in block space {stack: a number for every row, counted through all stacks}, for
+            whichever rows are here.
         alive: a tree like the updates of (N,) floating-point numbers, () outside block space: 0
-            where a gradient was not finite, stands there as zeros, and is to change nothing, else
-            1. None: all are 1.
+            where a gradient was not finite, has been replaced by zeros, and must change nothing,
+            else 1. None: all are 1.
         hyper: {name: number or tensor}: the values of live numbers, see `core.live`.
-        extra: what the caller passed under names of its own.
-        usable: somebody has looked at what enters here, and all of it is finite. Neither callers
-            nor functions know this name.
+        extra: the caller's own keyword arguments.
+        usable: everything that enters has been checked to be finite. Neither callers nor functions
+            can use this name.
     """
 
     upstream: tuple[Any, ...] = ()
@@ -56,7 +56,7 @@ class Context(NamedTuple):
 
     @property
     def previous(self) -> tuple[Any, ...]:
-        """The old states of all other stages, which a function gets that declares this name."""
+        """The old states of all other stages, passed to a function that declares this name."""
         return (*self.earlier, *self.later)
 
 
@@ -68,9 +68,9 @@ NodeT = TypeVar("NodeT", bound=tuple[Any, ...])
 
 
 def changed(node: NodeT, **changes: Any) -> NodeT:
-    """`node._replace(...)`, of a context, a state or another named tuple.
+    """`node._replace(...)`, for a context, a state or another named tuple.
 
-    That torch 2.8 can't trace; on 2.11 a graph whose result it is returns an empty tuple.
+    torch 2.8 can't trace _replace; on 2.11 a graph that returns its result returns an empty tuple.
     """
     kind: Any = type(node)
     found: NodeT = kind(*map(changes.get, kind._fields, node))
@@ -82,17 +82,17 @@ def context_of(
     accepted: Collection[str] | None,
     live: frozenset[str] | None = None,
 ) -> Context:
-    """The context of these keywords.
+    """Build the context from these keywords.
 
     Args:
-        names: of the fields of `Context`, and the caller's own.
-        accepted: the caller's own names that some stage declares; None: one takes any keyword.
-        live: the names in `hyper` that some stage reads; None: perhaps any.
+        names: fields of `Context`, and the caller's own.
+        accepted: the caller's own names that some stage declares; None: a stage takes any keyword.
+        live: the names in `hyper` that some stage reads; None: possibly any.
 
     Raises:
-        TypeError: nobody knows a name, or it is nearly one of the context's; `donate` or `refresh`
-            is no bool, `step` no int, `hyper` no dict.
-        ValueError: nobody reads what `hyper` names, see `check_heard`; `step` is below 1.
+        TypeError: no stage knows a name, or it is close to one of the context's; `donate` or
+            `refresh` is not a bool, `step` not an int, `hyper` not a dict.
+        ValueError: no stage reads the names in `hyper`, see `check_heard`; `step` is below 1.
 
     >>> context_of({"step": 3}, set()).step
     3
@@ -133,18 +133,18 @@ def _check_known(name: str, accepted: Collection[str] | None) -> None:
 
 
 def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
-    """What a caller gives in `hyper` is read by some stage.
+    """Check that some stage reads what a caller passes in `hyper`.
 
-    A recipe's number whose part is switched off (dampening without momentum) is read by nobody, and
-    may stand beside others that are: the wrapper gives all that a group has.
+    A recipe's number whose part is switched off (dampening without momentum) is not read, and is
+    allowed beside others that are: the wrapper passes all numbers of a group.
 
     Args:
         given: names.
-        known: those that stages read; None: some may read any.
+        known: names that stages read; None: some stage may read any.
 
     Raises:
-        ValueError: none of the names is read; or one is not, and nearly is one that is read and not
-            given. Names the nearest.
+        ValueError: none of the names is read; or one is not, and is close to one that is read and
+            not given. Names the nearest.
     """
     if known is None or not given or known.issuperset(given):
         return

@@ -36,19 +36,19 @@ from funshampoo.core.parameters import as_entering, of_parameters, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.tree import flatten
 
-Tree: TypeAlias = Any  # a pytree of tensors; mypy has no recursive type that optree and torch share
-TreeT = TypeVar("TreeT")  # what a caller's tree is to a type checker goes through a step
+Tree: TypeAlias = Any  # a pytree of tensors; optree and torch share no recursive type for mypy
+TreeT = TypeVar("TreeT")  # to a type checker, a step preserves the type of the caller's tree
 State: TypeAlias = Any
 Hyper: TypeAlias = float | Tensor
 Schedule: TypeAlias = Callable[[Tensor], Hyper]
 Phase: TypeAlias = tuple[str, ...]
-Block: TypeAlias = tuple[int, ...]  # its shape, or lengths of some of its sides
+Block: TypeAlias = tuple[int, ...]  # a block's shape, or lengths of some of its sides
 
 REFRESH = "refresh"
-"""How a label of a phase begins on whose steps there is more work than on a plain one."""
+"""Prefix of a phase label whose steps have more work than a plain one."""
 
 THREADS = "refresh in threads"
-"""The label of work that threads of a CPU share, each with one kernel thread."""
+"""Label for work shared by CPU threads, each with one kernel thread."""
 
 
 class EmptyState(NamedTuple):
@@ -152,7 +152,7 @@ class GradientTransformation:
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
-        self.in_tf32 = False  # True of the combinator of this name; a graph has to be inside of it
+        self.in_tf32 = False  # True for the combinator `in_tf32`; a graph has to be inside it
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes, self.elementwise, self.casts = passes, elementwise, casts
@@ -187,10 +187,10 @@ class GradientTransformation:
         Raises:
             TypeError: something in it is not a tensor (names the stage).
         """
-        any(map(is_in_parts, flatten(params)[0]))  # noted, for the steps
+        any(map(is_in_parts, flatten(params)[0]))  # remembered for the steps
         if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
             state = self._init(params, context)
-        else:  # a later step may come outside of it, and write to the state
+        else:  # a later step may come outside inference mode, and write to the state
             with for_keeps():
                 state = self._init(params, context)
         check_state(state, self.name)
@@ -307,7 +307,7 @@ def stateless(
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     """The same functions under another name."""
     found = GradientTransformation(name=name, **stage._given)
-    found.live, found.in_tf32 = stage.live, stage.in_tf32  # which combinators set afterwards
+    found.live, found.in_tf32 = stage.live, stage.in_tf32  # combinators set these afterwards
     return found
 
 

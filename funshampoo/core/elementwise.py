@@ -1,8 +1,8 @@
-"""Elementwise stages on DTensors: on what this rank has of them, as if that were all there is.
+"""Elementwise stages on DTensors: they run on this rank's part, as if it were the whole.
 
-A number of such a stage's update depends on the same number of gradient, state and parameter alone,
-so a part comes out as the same part of the whole, bit for bit. torch would send every operator on
-every leaf through the dispatch of DTensors, which takes twenty times as long as a small operator.
+Each number of such a stage's update depends only on the same number of gradient, state and
+parameter, so a part's result is bitwise the same part of the whole. torch would send every operator
+on every leaf through DTensor dispatch, which takes twenty times as long as a small operator.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from funshampoo.core.tree import flatten
 
 
 def local_step(updates: Tree, params: Tree, context: Context) -> LocalStep | None:
-    """What this rank has of the trees of a step; None where it has to run on them as they are.
+    """This rank's part of the trees of a step; None if the stage has to run on the full trees.
 
-    So where there is no DTensor, and where autograd or a transform follows what is done to one, or
-    sums are partial.
+    That is if there are no DTensors, if autograd or a transform tracks one, or if sums are partial.
     """
     if not SEEN["any"] or is_traced():
         return None
@@ -54,13 +53,13 @@ def local_step(updates: Tree, params: Tree, context: Context) -> LocalStep | Non
 
 
 class LocalStep:
-    """The trees of a step, and what this rank has of them.
+    """The trees of a step, and this rank's part of them.
 
     Args:
-        leaves, spec: of the updates, of which some are DTensors.
+        leaves, spec: of the updates, some of which are DTensors.
 
     Attributes:
-        updates, params, context: with this rank's parts in the place of DTensors.
+        updates, params, context: with this rank's parts in place of DTensors.
     """
 
     def __init__(self, leaves: list[Any], spec: Any) -> None:
@@ -73,7 +72,7 @@ class LocalStep:
     def fits(self, tree: Tree) -> bool:
         """Whether a state, or another tree, has its DTensors where the updates have them.
 
-        Trees over the parameters in it are placed as these are, and the rest is whole everywhere.
+        Trees over the parameters in it are placed like these, and the rest is whole everywhere.
         """
         leaves, spec = flatten(tree)
         if not any_in_parts(leaves):
@@ -87,10 +86,10 @@ class LocalStep:
         return all([_is_whole(x) for x in leaves])
 
     def _lies_alike(self, x: Any, update: Any, place: Any) -> bool:
-        """Whether a number of x is on the ranks that have this number of the update.
+        """Whether each number of x is on the same ranks as that number of the update.
 
         Args:
-            place: of the update, by `place_of`.
+            place: the update's, by `place_of`.
         """
         if x is None or update is None:
             return True
@@ -98,7 +97,7 @@ class LocalStep:
             return place is None or x.ndim == 0
         placements = x.placements
         if x.ndim == 0:
-            if placements != self._everywhere:  # of the last one
+            if placements != self._everywhere:  # those of the last one
                 self._everywhere = placements if _is_whole(x) else ()
             return len(self._everywhere) > 0
         if place is None or x.shape != update.shape or tuple(placements) != tuple(place[1]):
@@ -106,7 +105,7 @@ class LocalStep:
         return bool(x.device_mesh == place[0])
 
     def local(self, tree: Tree) -> Tree:
-        """The tree with this rank's parts in the place of DTensors."""
+        """The tree with this rank's parts in place of DTensors."""
         if tree is None:
             return None
         leaves, spec = flatten(tree)
@@ -116,7 +115,7 @@ class LocalStep:
         """(this rank's part of the updates, the state with DTensors where it had them).
 
         Args:
-            stage: a transformation that is elementwise, of which the state `fits`.
+            stage: an elementwise transformation; its state `fits`.
         """
         before, spec = flatten(state)
         own = local_parts(before)
@@ -128,7 +127,7 @@ class LocalStep:
         return out, spec.unflatten(placed_again(before, own, after))
 
     def placed(self, updates: Tree) -> Tree:
-        """Updates as DTensors again, from what this rank has of them."""
+        """Updates as DTensors again, from this rank's part of them."""
         found = self._spec.flatten_up_to(updates)
         return self._spec.unflatten(placed_again(self._leaves, local_parts(self._leaves), found))
 

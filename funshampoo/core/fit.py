@@ -1,8 +1,8 @@
-"""What enters a step fits together: gradients the parameters, and the state both.
+"""Checks that gradients, state and parameters fit together when a step is entered.
 
-It is looked at where the caller comes in, once for all stages and before the first of them runs: a
-donated step may not have written to its state when a later stage finds that something is wrong.
-Shapes, dtypes, devices and names are compared, never values.
+Checked where the caller enters, once for all stages and before the first of them runs: a donated
+step must not have written to its state when a later stage finds a problem. It compares shapes,
+dtypes, devices and names, never values.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from funshampoo.state.stages import BlockedState
 
 _LOOK = attrgetter("shape", "dtype", "device", "layout")
 _STATE_LOOK = attrgetter("shape", "dtype", "device")
-_REMEMBERED = 64  # kinds of parameters and states that one transformation steps by turns
+_REMEMBERED = 64  # kinds of parameters and states that one transformation steps in turn
 
 
 class Entered(NamedTuple):
-    """What has entered a step, by its looks.
+    """The looks of what has entered a step.
 
     Attributes:
-        spec, leaves: of the parameters, or of gradients in their place.
-        unlike: whether some gradients are of another dtype than their parameters'.
-        of_module: whether there are a module's among the parameters.
+        spec, leaves: of the parameters, or of gradients in place of them.
+        unlike: whether some gradients have another dtype than their parameters.
+        of_module: whether some parameters belong to a module.
     """
 
     spec: Any
@@ -46,7 +46,7 @@ class Entered(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A state that fits, and the parameters that it does fit, by their looks."""
+    """A state that fits, and the parameters that it fits, by their looks."""
 
     spec: Any
     leaves: list[Any]
@@ -59,11 +59,11 @@ _ELSEWHERE: dict[Any, list[_Known]] = {}
 
 
 class Fits:
-    """Which states are a transformation's own, for which parameters: those that `init` makes.
+    """The states that belong to a transformation, for which parameters: those that `init` makes.
 
-    Those that it has made are remembered by how they look. Of another one, which an earlier process
-    may have left, `init` is asked again, for parameters on the meta device; but not where one of
-    the same names has known it: a loop may build its chain anew for every step.
+    Their looks are remembered. For another state, perhaps left by an earlier process, `init` is
+    called again, for parameters on the meta device; but not if a transformation with the same names
+    has known it: a loop may rebuild its chain for every step.
 
     Args:
         init: (params, context) -> state.
@@ -74,10 +74,10 @@ class Fits:
         self._init, self._names = init, names
         self._known: list[_Known] = []
         self._last: tuple[Any, Callable[[], Any], Entered | None] = (0, lambda: None, None)
-        self._stepped = False  # since something was remembered last
+        self._stepped = False  # since the last addition
 
     def remember(self, params: Any, state: Any) -> None:
-        """`init` has made this state for these parameters."""
+        """Remember that `init` has made this state for these parameters."""
         leaves, spec = flatten(params)
         self._remember(spec, _looks(leaves), *_look_of(state))
 
@@ -86,7 +86,7 @@ class Fits:
 
         Raises:
             ValueError: gradients, parameters and state do not fit together (names what differs).
-            TypeError: a gradient is no dense tensor of a real floating dtype, or elsewhere.
+            TypeError: a gradient is not a dense real floating tensor, or is on another device.
             InterruptedStepError: the state is half done.
         """
         first = next(iter(tensors_of(state, 1)), None)
@@ -116,15 +116,15 @@ class Fits:
         return entered
 
     def made(self, result: Any, entered: Entered) -> None:
-        """(updates, state) of a step, and what has entered it.
+        """Remember (updates, state) of a step, and what entered it.
 
-        The next one goes on from this state, most often, which then is not looked at again. A stage
-        of a user's may have changed it on the way, though it should not; its copies are then known.
+        Usually the next step continues from this state, which then is not checked again. A user's
+        stage may have changed it in between, though it should not; its copies are then known.
         """
         if type(result) is tuple and len(result) == 2:
             state = result[1]
             first = next(iter(tensors_of(state, 1)), None)
-            if first is not None:  # a chain's is a dict, in which somebody may replace a stage's
+            if first is not None:  # a chain's is a dict, in which a stage's entry may be replaced
                 ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
                 self._last = ids, weakref.ref(first), entered
             if self._known and not self._stepped:
@@ -134,10 +134,10 @@ class Fits:
                 self._stepped = True
 
     def _knows(self, spec: Any, leaves: list[Any], nodes: list[Any], tensors: list[Any]) -> bool:
-        """Whether it is one of the known; that one is the last to be forgotten."""
+        """Whether it is a known one; that one is then the last to be forgotten."""
         if not self._known:
             self._known = list(_ELSEWHERE.get(self._names(), ()))
-        known = self._known  # replaced and never written to: another thread may be reading it
+        known = self._known  # replaced, never written to: another thread may be reading it
         for i, one in enumerate(known):
             same = one.tensors == tensors and one.leaves == leaves and one.nodes == nodes
             if same and one.spec == spec:
@@ -167,7 +167,7 @@ class Fits:
                 f"the gradient of '{error.leaf}' {error.problem}; only dense tensors of a real "
                 "floating dtype can be optimized. Convert it, or leave it out of the tree."
             ) from None
-        except Exception:  # it reads values, say: then the stages find out by themselves
+        except Exception:  # e.g. it reads values: then the stages find out themselves
             return
         devices = {p.device for p in leaves if isinstance(p, Tensor)}
         if problem := misfit(wanted, state, devices, given):
@@ -175,14 +175,14 @@ class Fits:
 
 
 def _on_meta(p: Any) -> Any:
-    """One like it without values; what is no parameter is itself, to be told of by `init`."""
+    """A copy without values; anything but a parameter stays, for `init` to report."""
     if not isinstance(p, Tensor) or p.layout is not torch.strided:
         return p
     return torch.empty(p.shape, dtype=p.dtype, device="meta")
 
 
 def _is_nested(context: Context) -> bool:
-    """Whether a combinator of the caller's hands on a context, with which `init` was called too."""
+    """Whether a user's combinator passes a context on, with which `init` was called too."""
     around = context.block_ndim or context.upstream or context.later
     return bool(around) or context.clock is not None
 
@@ -190,23 +190,23 @@ def _is_nested(context: Context) -> bool:
 def _looks(leaves: Sequence[Any]) -> list[Any]:
     try:
         return list(map(_LOOK, leaves))
-    except AttributeError:  # None, or no tensor
+    except AttributeError:  # None, or not a tensor
         return [_LOOK(x) if isinstance(x, Tensor) else None for x in leaves]
 
 
 def _look_of(state: Any) -> tuple[list[Any], list[Any]]:
-    """Of a state (what its nodes are, what its tensors look like), level by level."""
+    """(types of a state's nodes, looks of its tensors), level by level."""
     kinds: list[Any] = []
     tensors: list[Tensor] = []
     nodes: list[Any] = [state]
-    for node in nodes:  # which grows meanwhile
+    for node in nodes:  # it grows meanwhile
         if isinstance(node, Tensor):
             tensors.append(node)
         elif isinstance(node, dict):
             kinds.append(tuple(node))
             nodes.extend(node.values())
         elif isinstance(node, (tuple, list)):
-            # Large, and most often the same object.
+            # Large, and usually the same object.
             layout = node.layout if isinstance(node, BlockedState) else None
             kinds.append((type(node), len(node), layout))
             nodes.extend([x for x in node if x is not layout] if layout else node)

@@ -1,7 +1,7 @@
-"""A step that consumes its state and does not come to its end leaves a state that is half done.
+"""Interrupted steps: a step that consumes its state but does not finish leaves it half done.
 
-It is marked, so that nobody steps, saves or reads it unawares: some of its tensors may belong to
-the new step while its counters say the old one, and parameters may have moved.
+The state is marked, so that it is not stepped, saved or read unknowingly: some of its tensors may
+belong to the new step while its counters show the old one, and parameters may have moved.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ _MARK = "_funshampoo_half_done"
 
 
 class InterruptedStepError(RuntimeError):
-    """A state is half done: an exception, Ctrl-C perhaps, ended a step that was writing to it."""
+    """A state is half done: an exception, perhaps Ctrl-C, ended a step that was writing to it."""
 
 
 class Watched:
-    """A block that marks the state if an exception leaves it after something was written to.
+    """A context that marks the state if an exception leaves it after a write.
 
-    Whether something was is told by the version counters of the tensors, of DTensors also by those
-    of this rank's parts, to which updates are added. One of inference mode has none, and counts as
-    written to. A state without tensors, as plain SGD's, can't be marked.
+    Writes are detected by the tensors' version counters, for DTensors also those of this rank's
+    parts, to which updates are added. Tensors of inference mode have none, and count as written to.
+    A state without tensors, as plain SGD's, can't be marked.
 
     Args:
         state: consumed in the block.
-        params: written to in it, detached ones.
+        params: detached ones, written to in it.
 
     Attributes:
         state: its tensors.
 
     Raises:
-        InterruptedStepError: the state is half done already.
+        InterruptedStepError: the state is already half done.
     """
 
     def __init__(self, state: Any, params: Any = ()) -> None:
@@ -43,13 +43,13 @@ class Watched:
         self._tensors = self.state + tensors_of(params)
 
     def begin(self) -> Watched:
-        """From now on; as `with` does, for who marks by himself."""
+        """Start watching; `with` does so, and callers that mark by themselves."""
         check_unmarked(self.state[0] if self.state else None)
         self._before = _versions(self._tensors)
         return self
 
     def was_written(self) -> bool:
-        """Whether something has been written to since."""
+        """Whether anything has been written to since."""
         return self._before is None or _versions(self._tensors) != self._before
 
     def __enter__(self) -> None:
@@ -61,7 +61,7 @@ class Watched:
 
 
 def mark(state: Any) -> None:
-    """Say of a state that it is half done."""
+    """Mark a state as half done."""
     for x in tensors_of(state):
         setattr(x, _MARK, True)
 
@@ -77,12 +77,12 @@ def check_whole(state: Any) -> None:
 
 
 def check_unmarked(first: Tensor | None) -> None:
-    """`check_whole` of a state whose first tensor this is.
+    """`check_whole` for a state whose first tensor this is.
 
     Raises:
         InterruptedStepError: a step was interrupted.
     """
-    if getattr(first, _MARK, False):  # all of a state's are marked, or none
+    if getattr(first, _MARK, False):  # a state has all its tensors marked, or none
         raise InterruptedStepError(
             "a step was interrupted while it was writing to this state, which is half done: some "
             "of it, and some parameters, belong to the new step, some to the old. Go on from a "
@@ -92,13 +92,13 @@ def check_unmarked(first: Tensor | None) -> None:
 
 
 def tensors_of(state: Any, most: int | None = None) -> list[Tensor]:
-    """The tensors of a state, in an order that is always the same, or so many of the first.
+    """The tensors of a state, always in the same order; at most the first `most`.
 
-    Several times faster than `flatten`, which looks into layouts too.
+    Several times faster than `flatten`, which also searches layouts.
     """
     found: list[Tensor] = []
     nodes: list[Any] = [(state,)]
-    for node in nodes:  # which grows meanwhile: level by level, so that a clock comes first
+    for node in nodes:  # it grows meanwhile: level by level, so that a clock comes first
         if hasattr(node, "layout"):
             node = node._replace(layout=())
         for child in node.values() if isinstance(node, dict) else node:

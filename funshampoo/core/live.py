@@ -1,11 +1,11 @@
 """Live numbers: hyperparameters that are looked up on every step.
 
-A recipe that is called with a `Live` in a number's place builds a chain once and for all; what the
-number is comes with every step, as `hyper` in the context. So an edit builds nothing anew. Stages
-read their numbers by `number`, which takes ordinary ones too.
+A recipe that is called with a `Live` in place of a number builds its chain only once; the number's
+value comes with every step, as `hyper` in the context. So an edit rebuilds nothing. Stages read
+their numbers by `number`, which accepts ordinary ones too.
 
-What a number switches on or off (momentum = 0: no stage) is decided when the chain is built, by the
-value that the number has then: `is_exactly`.
+What a number switches on or off (momentum = 0: no stage) is decided when the chain is built, by its
+value then: `is_exactly`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ NO_NUMBERS: Numbers = {}
 
 
 class Live:
-    """A number with a name.
+    """A live hyperparameter: a named number that is looked up on every step.
 
     Args:
         name: of the entry in `Context.hyper`.
-        initial: its value when the chain is built; one that is a tensor switches nothing.
-        function: what is used in place of the value itself.
+        initial: its value when the chain is built; a tensor switches nothing.
+        function: applied to the value before use.
 
     Attributes:
-        checks: functions that raise for a value of the entry that is out of range for a stage.
+        checks: functions that raise if the entry's value is out of range for a stage.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class Live:
         self.checks: list[Callable[[Any], None]] = []
 
     def note(self, check: Callable[[Any], None]) -> None:
-        """Let this check what is used: it raises where that is out of range."""
+        """Add a check of the value used: it raises if that is out of range."""
         function = self.function
         self.checks.append(check if function is None else lambda value: check(function(value)))
 
     def of(self, hyper: Numbers) -> Any:
-        """What it is now."""
+        """The current value."""
         value = hyper.get(self.name, self.initial)
         return value if self.function is None else self.function(value)
 
 
 def number(value: Any, hyper: Numbers) -> Any:
-    """A hyperparameter as it is on this step: a number or a tensor.
+    """A hyperparameter's value on this step: a number or a tensor.
 
     >>> number(0.5, {}), number(Live("lr", 0.1), {"lr": 0.2}), number(Live("lr", 0.1), {})
     (0.5, 0.2, 0.1)
@@ -63,7 +63,7 @@ def number(value: Any, hyper: Numbers) -> Any:
 
 
 def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """The hyperparameter that is this function of another one; what it notes, that one checks."""
+    """A function of another hyperparameter; checks noted on the result apply to the original."""
     if not isinstance(value, Live):
         return function(value)
     before = value.function
@@ -75,7 +75,7 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def resolved(holder: Any, hyper: Numbers) -> Any:
-    """A dataclass, such as a solver, with its live numbers as they are on this step."""
+    """A dataclass, such as a solver, with the values of its live numbers on this step."""
     if not dataclasses.is_dataclass(holder) or isinstance(holder, type):
         return holder
     fields = {f.name: getattr(holder, f.name) for f in dataclasses.fields(holder)}
@@ -84,7 +84,7 @@ def resolved(holder: Any, hyper: Numbers) -> Any:
 
 
 def live_names(values: Iterable[Any]) -> frozenset[str]:
-    """The names of the live numbers among these, those in the fields of a dataclass too.
+    """The names of the live numbers among these, including those in fields of a dataclass.
 
     >>> sorted(live_names([0.5, Live("lr", 0.1), None]))
     ['lr']
@@ -105,7 +105,7 @@ def lives_among(values: Iterable[Any]) -> list[Live]:
 
 
 def check_values(hyper: Numbers, lives: Iterable[Live]) -> None:
-    """What a caller gives is in the range of every stage that reads it; a tensor passes unseen.
+    """Check the caller's values against every stage that reads them; tensors pass unread.
 
     Raises:
         ValueError, TypeError: name the stage's argument, and the range.
@@ -118,7 +118,7 @@ def check_values(hyper: Numbers, lives: Iterable[Live]) -> None:
 
 
 def check_placed(hyper: Numbers, params: Any) -> None:
-    """No number is a tensor without a value, where parameters have some.
+    """Check that no number is on the meta device while parameters are not.
 
     Raises:
         ValueError: one is on the meta device.
@@ -134,7 +134,7 @@ def check_placed(hyper: Numbers, params: Any) -> None:
 
 
 def is_exactly(value: Any, what: float) -> bool:
-    """Whether a hyperparameter is this number, when the chain is built; a tensor never is.
+    """Whether a hyperparameter equals this number when the chain is built; a tensor never does.
 
     >>> is_exactly(0, 0.0), is_exactly(Live("momentum", 0.0), 0.0)
     (True, True)
@@ -149,14 +149,14 @@ def is_tensor(value: Any) -> bool:
 
 
 def initial(value: Any) -> Any:
-    """A hyperparameter as it is when the chain is built."""
+    """A hyperparameter's value when the chain is built."""
     return number(value, NO_NUMBERS)
 
 
 def takes_live(recipe: Any) -> bool:
-    """Whether a function may be called with a `Live` in a number's place.
+    """Whether a function may be called with a `Live` in place of a number.
 
-    Those of funshampoo may, and one of a user's that says so by an attribute `takes_live`.
+    funshampoo's own may, and a user's that declares it by an attribute `takes_live`.
     """
     while isinstance(recipe, functools.partial):
         recipe = recipe.func
@@ -164,9 +164,9 @@ def takes_live(recipe: Any) -> bool:
 
 
 def is_live_argument(recipe: Any, parameter: inspect.Parameter) -> bool:
-    """Whether an argument of such a function is a number that may be live: `Hyper`, by its type.
+    """Whether an argument of such a function is a number that may be live: its type is `Hyper`.
 
-    In a function of a user's, `float` too.
+    In a user's function, also `float`.
     """
     while isinstance(recipe, functools.partial):
         recipe = recipe.func
@@ -175,5 +175,5 @@ def is_live_argument(recipe: Any, parameter: inspect.Parameter) -> bool:
 
 
 def is_ours(recipe: Any) -> bool:
-    """Whether a function is one of funshampoo."""
+    """Whether a function is one of funshampoo's."""
     return str(getattr(recipe, "__module__", "")).split(".")[0] == __name__.split(".")[0]

@@ -1,4 +1,4 @@
-"""In which way a state is not the one that `init` makes."""
+"""How a state differs from the one that `init` makes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from funshampoo.core.clock import CLOCK
 from funshampoo.core.text import plural
 from funshampoo.state.stages import BlockedState, HyperparamsState, ShardedState, WrappedState
 
-# Not looked into: what is said of a state in keys alone, without which it is the same one; and what
-# may be edited between steps, of which `inject_hyperparams` says by itself what is wrong.
+# Not compared: descriptions in keys only, which do not distinguish states; and entries that may be
+# edited between steps, whose errors `inject_hyperparams` reports itself.
 _LEFT_OUT: dict[type, tuple[str, ...]] = {
     HyperparamsState: ("ranges", "hyperparams"),
     WrappedState: ("pace",),
@@ -22,16 +22,16 @@ _LEFT_OUT: dict[type, tuple[str, ...]] = {
 
 
 def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: str) -> str:
-    """The first difference, and the remedy, as a sentence; "" where there is none.
+    """The first difference, and the remedy, as a sentence; "" if there is none.
 
     Args:
-        wanted: what `init` makes, for parameters on the meta device.
+        wanted: the state from `init`, for parameters on the meta device.
         found: the state.
-        devices: the parameters', on which its tensors may lie where those of `wanted` are meta.
-        given: what `init` was asked for, "parameters" or "gradients".
+        devices: the parameters', on which its tensors may be where those of `wanted` are meta.
+        given: what `init` was called with, "parameters" or "gradients".
     """
     if isinstance(wanted, dict) and isinstance(found, dict) and CLOCK not in wanted:
-        found = {name: own for name, own in found.items() if name != CLOCK}  # which nobody reads
+        found = {name: own for name, own in found.items() if name != CLOCK}  # unused
     if isinstance(wanted, dict) and isinstance(found, dict) and wanted.keys() != found.keys():
         return other_stages(set(wanted), set(found))
     problem = _difference(wanted, found, "", devices)
@@ -51,7 +51,7 @@ def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: st
 
 
 def other_stages(stages: set[str], found: set[Any]) -> str:
-    """What is said of a chain of these stages and a state that has others."""
+    """The message for a chain of these stages and a state that has others."""
     missing, unknown = sorted(stages - found), sorted(map(str, found - stages))
     return (
         f"the state is not this chain's: it lacks {missing or 'nothing'} and has "
@@ -68,11 +68,11 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
         if wanted.keys() != found.keys():
             return f"{at} {_of_keys(wanted, found)}"
         pairs = [(str(key), child, found[key]) for key, child in wanted.items()]
-    elif wanted == () and found == ():  # nothing, by whatever name
+    elif wanted == () and found == ():  # empty, under any name
         return ""
     elif type(wanted) is type(found) and isinstance(wanted, (tuple, list)):
         if isinstance(wanted, ShardedState) and _of_others(wanted, found):
-            return ""  # which `sharded` has words for
+            return ""  # `sharded` has its own message
         if isinstance(wanted, BlockedState) and wanted.layout != found.layout:
             return f"{at} {_of_layouts(wanted.layout, found.layout)}"
         if len(wanted) != len(found):
@@ -81,7 +81,7 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
         triples = zip(map(str, names), wanted, found)
         left_out = _LEFT_OUT.get(type(wanted), ())
         pairs = [triple for triple in triples if triple[0] not in left_out]
-    elif type(wanted) is type(found):  # of a kind that only its makers know
+    elif type(wanted) is type(found):  # of a kind that only its authors know
         return ""
     else:
         return f"{at} is {_kind(found)} and not {_kind(wanted)}"
@@ -92,7 +92,7 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
 
 
 def _of_others(wanted: ShardedState, found: ShardedState) -> bool:
-    """Whether it is the state of other ranks; by leaf, where every rank has all the names."""
+    """Whether it is another rank's state; by leaf, if every rank has all the names."""
     by_leaf = any([own.keys() <= {"owned", "elsewhere"} for own in wanted.owned.values()])
     if by_leaf and wanted.owned.keys() != found.owned.keys():
         return False

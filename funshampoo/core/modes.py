@@ -1,4 +1,4 @@
-"""What a tensor allows here and now: to be read on the host, to be written to."""
+"""What can be done with a tensor here: read it on the host, write to it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from funshampoo.core.precision import FullProducts, RoundedProducts
 def unwrapped(tensor: Tensor) -> Tensor | None:
     """The plain tensor below torch.func's wrappers, with their batch axes; None in torch.compile.
 
-    Under a transform `bool` and `int` of a batched tensor raise, although its storage is there to
-    be read. Under torch.compile there is no value yet.
+    Under a transform `bool` and `int` of a batched tensor raise, although its storage could be
+    read. Under torch.compile there is no value yet.
     """
     if torch.compiler.is_dynamo_compiling():
         return None
@@ -32,12 +32,12 @@ def unwrapped(tensor: Tensor) -> Tensor | None:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or a transform of torch.func looks at what is done here.
+    """Whether torch.compile or a torch.func transform is active.
 
-    Then results can't be written into memory that was there before.
+    If so, results can't be written into existing memory.
     """
-    # One call of Python where is_compiling() is two. Those that a step asks for every product and
-    # every column (`is_plain`, `products.is_plain_memory`) say it in these words, without this one.
+    # One Python call where is_compiling() is two. The checks that a step makes for every product
+    # and every column (`is_plain`, `products.is_plain_memory`) inline this code.
     return (
         torch.compiler.is_dynamo_compiling()
         or _functorch.peek_interpreter_stack() is not None
@@ -46,10 +46,10 @@ def is_traced() -> bool:
 
 
 def is_differentiated(*tensors: Any) -> bool:
-    """Whether a derivative of what is made of these may be wanted, backward or forward.
+    """Whether a derivative of the results may be needed, backward or forward.
 
-    Of torch.func's transforms the innermost alone shows in `requires_grad`, so it is asked for at
-    all levels; while a forward one is under way, anything may have a tangent.
+    Only the innermost torch.func transform shows in `requires_grad`, so all levels are checked;
+    while a forward one is active, anything may have a tangent.
     """
     if forward_ad._current_level >= 0:
         return True
@@ -67,9 +67,9 @@ def _requires_grad(x: Tensor) -> bool:
 
 
 def is_plain(*columns: Iterable[Tensor]) -> bool:
-    """Whether foreach operators take these.
+    """Whether foreach operators accept these.
 
-    Nobody traces, batches or differentiates them, and DTensors are of one mesh.
+    They do if these are not traced, batched or differentiated, and DTensors have one mesh.
     """
     if torch.compiler.is_dynamo_compiling() or _functorch.peek_interpreter_stack() is not None:
         return False
@@ -92,8 +92,8 @@ def are_apart(tensors: Sequence[Tensor], blocks: bool = False) -> bool:
     On a GPU it is one kernel, in which tied parameters would lose an update. A CPU goes one by one.
 
     Args:
-        blocks: that they are blocks of leaves, which are found to be apart by where they begin:
-            those of one leaf lie between one another.
+        blocks: whether they are blocks of leaves, for which start addresses suffice: those of one
+            leaf interleave.
     """
     if all([x.is_cpu for x in tensors]):
         return True
@@ -104,10 +104,10 @@ def are_apart(tensors: Sequence[Tensor], blocks: bool = False) -> bool:
 
 
 def lie_apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two of these, but for empty ones, begin in one place or reach into another.
+    """Whether no two of these, except empty ones, start at one address or overlap in extent.
 
-    Those that lie between one another without sharing an entry, as columns of a matrix do, count as
-    not apart. On the meta device all are apart.
+    Interleaved tensors without a common entry, such as columns of a matrix, count as overlapping.
+    On the meta device none overlap.
     """
     own = _somewhere(tensors)
     spans = [(x.data_ptr(), x.nbytes if x.is_contiguous() else _extent(x)) for x in own]
@@ -120,35 +120,35 @@ def lie_apart(tensors: Sequence[Tensor]) -> bool:
 
 
 def _somewhere(tensors: Sequence[Tensor]) -> list[Tensor]:
-    own = local_parts(tensors) if SEEN["any"] else tensors  # a DTensor itself is nowhere
+    own = local_parts(tensors) if SEEN["any"] else tensors  # a DTensor itself has no address
     return [x for x in own if x.numel() and not x.is_meta]
 
 
 def _extent(x: Tensor) -> int:
-    """Bytes from the first entry to behind the last."""
+    """Bytes from the first entry to the end of the last."""
     steps = [(n - 1) * stride for n, stride in zip(x.shape, x.stride())]
     return (1 + sum(steps)) * x.element_size()
 
 
 def in_a_mode() -> bool:
-    """Whether a mode of this thread sees the operators: one that makes fake tensors, say."""
+    """Whether a mode of this thread intercepts operators, e.g. to make fake tensors."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 def all_true(mask: Tensor) -> bool:
-    """Whether every entry is True, over all batch axes; False where it can't be read.
+    """Whether every entry is True, over all batch axes; False if it can't be read.
 
-    The caller then has to go on as if the answer were no.
+    The caller then has to proceed as if the answer were no.
     """
     plain = unwrapped(mask)
     return plain is not None and bool(plain.all())
 
 
 def may_reuse(*operands: Any) -> bool:
-    """Whether a tensor just made from these may be written to: nobody traces or batches them.
+    """Whether a new tensor made from these may be written to: no tracing, no batching.
 
     A new tensor of many megabytes costs a page fault every 4 KiB, on a CPU often more than the
-    arithmetic does.
+    arithmetic.
     """
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level >= 0:
         return False
@@ -164,29 +164,29 @@ _FULL_PRODUCTS = FullProducts()
 
 
 def full_precision() -> contextlib.AbstractContextManager[Any]:
-    """Products of float32 stay float32 inside: no autocast, no TF32, no bfloat16.
+    """Context in which float32 products stay float32: no autocast, no TF32, no bfloat16.
 
-    A step may be called where torch.autocast is on for the model's sake, or in a process that has
-    called torch.set_float32_matmul_precision("high"). Either would round factor matrices and roots,
-    for good, to what no iteration can converge with.
+    A step may be called where torch.autocast is enabled for the model, or in a process that has
+    called torch.set_float32_matmul_precision("high"). Either would permanently round factor
+    matrices and roots to values with which no iteration can converge.
 
-    Autocast is a thread's own, and ends for this thread. The precision of products is the process':
-    where it is not full, it is so for all threads until the last one has left this context, and
-    then what it was before; see `core.precision`. A thread that computes for this one has to enter
-    it by itself if it may go on after this one has left.
+    Autocast is per thread, and is disabled for this thread. The precision of products is per
+    process: it is full for all threads until the last one has left this context, and then restored;
+    see `core.precision`. A thread that computes for this one has to enter the context itself if it
+    may outlast this one.
 
-    What it can't reach: a backward pass that runs later; and inside torch.compile it ends autocast
-    alone, since a graph can't change what its kernels are chosen by. Enter it around the call of
-    what is compiled, as the graph's products then go by the setting that they find.
+    Not covered: a backward pass that runs later. Inside torch.compile it disables only autocast,
+    since a graph can't change the settings by which its kernels are chosen. Enter it around the
+    call of the compiled function: the graph's products then use the current setting.
     """
     return _products(every_step=False)
 
 
 def product_precision() -> contextlib.AbstractContextManager[Any]:
-    """`full_precision` for what is multiplied on every step; inside of `in_tf32` rounded to TF32.
+    """`full_precision` for products of every step; inside `in_tf32` they are rounded to TF32.
 
-    What is computed now and then from statistics, an inverse root say, is in `full_precision`: a
-    rounding there grows with the condition number, or keeps an iteration from its tolerance.
+    Values computed periodically from statistics, such as an inverse root, use `full_precision`: a
+    rounding error there grows with the condition number, or keeps an iteration from its tolerance.
     """
     return _products(every_step=True)
 
@@ -208,26 +208,26 @@ def _products(every_step: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def asking_for_tf32() -> contextlib.AbstractContextManager[None]:
-    """What `in_tf32` runs its chain in: `product_precision` rounds, in this thread."""
-    if torch.compiler.is_dynamo_compiling():  # what it asks for is not to be had
+    """The context of `in_tf32`: `product_precision` rounds, in this thread."""
+    if torch.compiler.is_dynamo_compiling():  # the setting is not available there
         return contextlib.nullcontext()
     return _asking(tf32=True)
 
 
 @contextlib.contextmanager
 def _rounded() -> Iterator[None]:
-    """Who asks for full precision inside gets it, and afterwards it is rounded again."""
+    """Full precision requested inside is honoured, and afterwards products are rounded again."""
     with _asking(full=FullProducts(own=True)), RoundedProducts():
         yield
 
 
 class _Asked(threading.local):
-    """Of this thread.
+    """This thread's settings.
 
     Attributes:
-        tf32: whether it is inside of `in_tf32`.
+        tf32: whether it is inside `in_tf32`.
         waits: whether it may wait for a device.
-        full: who counts those that multiply in full precision.
+        full: counts the contexts that multiply in full precision.
     """
 
     tf32 = False
@@ -250,12 +250,12 @@ def _asking(**asked: Any) -> Iterator[None]:
 
 
 def for_a_recording() -> contextlib.AbstractContextManager[None]:
-    """What `cuda_graphed` runs a step in, to record it: nothing may wait for the device."""
+    """The context in which `cuda_graphed` records a step: nothing may wait for the device."""
     return _asking(waits=False)
 
 
 def may_wait() -> bool:
-    """Whether a step may wait for the device: nobody of this thread records it."""
+    """Whether a step may wait for the device: this thread is not recording."""
     return _ASKED.waits
 
 
@@ -269,18 +269,18 @@ def _all_of(contexts: Iterable[contextlib.AbstractContextManager[Any]]) -> Itera
 
 @contextlib.contextmanager
 def for_keeps() -> Iterator[None]:
-    """What is made inside can be written to by every later step: a state's tensors, whose makers
-    may be called in inference mode or where autograd records.
+    """Context for tensors that later steps write to: a state's, which may be made in inference mode
+    or while autograd records.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def constant(make: Callable[..., Tensor], most: int = 256) -> Callable[..., Tensor]:
-    """A function that makes small tensors from static arguments, of which `most` are then kept.
+    """A function that makes small tensors from static arguments, of which it caches `most`.
 
-    Not where something looks at what is done here: a tensor of its own would be found later by
-    others. One made in inference mode could not enter autograd's graphs.
+    Not cached under a mode or transform: later calls outside it would find a tensor of its own. One
+    made in inference mode could not enter autograd's graphs.
     """
 
     @functools.lru_cache(maxsize=most)
@@ -299,7 +299,7 @@ def constant(make: Callable[..., Tensor], most: int = 256) -> Callable[..., Tens
 
 @constant
 def row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """(n,) int64. To make it is a copy from the host, for which a GPU's stream would be waited for.
+    """(n,) int64. Cached, since the copy from the host would wait for a GPU's stream.
 
     >>> row_index((0, 2), torch.device("cpu"))
     tensor([0, 2])
@@ -309,13 +309,12 @@ def row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, up to 64 MiB.
+    """Make glibc keep what a step frees for the next one, up to 64 MiB.
 
-    It gives free memory at the end of the heap back to the system where that is more than twice the
-    largest block that it has mapped by itself and freed again, and a step then pays a page fault
-    for every 4 KiB of its temporaries: a fifth of a plain step on ten blocks of 256×256. A block
-    that is just small enough to count, allocated and freed, moves the limit as far as it goes
-    (mallopt(3), M_MMAP_THRESHOLD), as activations of that size do. It is never touched, so it costs
-    nothing.
+    It returns free memory at the end of the heap to the system if it exceeds twice the largest
+    block that it has mmapped and freed, and a step then pays a page fault for every 4 KiB of its
+    temporaries: a fifth of a plain step on ten blocks of 256×256. Allocating and freeing a block
+    that is just small enough to count moves the limit as far as it goes (mallopt(3),
+    M_MMAP_THRESHOLD), as activations of that size do. It is never touched, so it costs nothing.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")

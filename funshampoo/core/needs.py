@@ -1,4 +1,4 @@
-"""What stages at the end of a chain need beside their updates: parameters, and the rate."""
+"""What stages at the end of a chain need besides updates: parameters, and the learning rate."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def without_parameters(stage: str, block_ndim: int) -> ValueError:
-    """The error of a step without parameters, which this stage can't do without."""
+    """The error for a step without parameters, which this stage requires."""
     remedy = "blocked(..., with_params=True)" if block_ndim else "pass params to update"
     return ValueError(f"{stage} needs the parameters: {remedy}.")
 
 
 def rate_of(rate: Hyper | Schedule, steps: Tensor | tuple[()], context: Context) -> Any:
-    """A number, live number or schedule as it is on this step.
+    """The value of a number, live number or schedule on this step.
 
     Args:
-        steps: the stage's own counter, () where somebody around counts.
+        steps: the stage's own counter, () if an enclosing one counts.
     """
     if not callable(rate):
         return number(rate, context.hyper)

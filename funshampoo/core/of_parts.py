@@ -1,4 +1,4 @@
-"""What a combinator has of its parts."""
+"""What a combinator inherits from its parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def united(*names: Collection[str] | None) -> frozenset[str] | None:
-    """All names together; None, which is any, if one of them is."""
+    """All names together; None, meaning any, if one of them is."""
     known = [own for own in names if own is not None]
     return frozenset().union(*known) if len(known) == len(names) else None
 
@@ -21,7 +21,7 @@ def united(*names: Collection[str] | None) -> frozenset[str] | None:
 def checks_of(
     parts: Mapping[str, GradientTransformation], state_of: Callable[[Any, str], Any]
 ) -> Callable[[Any, Context], None]:
-    """The checks of all parts that have some."""
+    """The checks of all parts that have one."""
     own = {name: part for name, part in parts.items() if part.checks}
 
     def check(state: Any, context: Context) -> None:
@@ -40,7 +40,7 @@ def checks_of(
 
 
 def check_of_every(inner: GradientTransformation, k: int) -> Callable[[Any, Context], None]:
-    """The check of what runs on every k-th step alone, before such a step."""
+    """The check for a part that runs on every k-th step only, before such a step."""
 
     def check(state: Any, context: Context) -> None:
         here = running(state.steps, context)
@@ -51,22 +51,22 @@ def check_of_every(inner: GradientTransformation, k: int) -> Callable[[Any, Cont
 
 
 def names_of(transformation: GradientTransformation) -> tuple[Any, ...]:
-    """Its name, and those of all in it."""
+    """Its name, and those of everything in it."""
     parts = transformation.parts.items()
     return transformation.name, *[(label, *names_of(part)) for label, part in parts]
 
 
 def steps_of(state: Any) -> Any:
-    """The counter of a state that counts for itself and all in it; () where it has none."""
+    """The counter of a state that counts for itself and its contents; () if it has none."""
     own = state.get(CLOCK) if isinstance(state, dict) else state
     return getattr(own, "steps", ())
 
 
 def checked_pair(result: Any, stage: str) -> tuple[Any, Any]:
-    """What a stage returned.
+    """Check that a stage returned a pair.
 
     Raises:
-        TypeError: it is no pair.
+        TypeError: it is not a pair.
     """
     if type(result) is tuple and len(result) == 2:
         return result

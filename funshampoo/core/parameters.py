@@ -1,4 +1,4 @@
-"""What can be optimized: parameters and gradients, and errors that name those that can't."""
+"""Which parameters and gradients can be optimized, and errors that name those that can't."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FSDP1 = ("_is_flat_param", "_fsdp_flattened")  # its marks; the second with use
 
 
 def detached(p: Tensor) -> Tensor:
-    """p.detach(), still to be known for what it is: a lazy layer's, or a part of FSDP1's.
+    """p.detach(), still recognizable as a lazy layer's, or as a part of FSDP1's.
 
     >>> detached(torch.nn.Parameter(torch.zeros(2))).requires_grad
     False
@@ -40,10 +40,10 @@ def detached(p: Tensor) -> Tensor:
 
 
 def unrecorded(params: Any, gradients: Any) -> Any:
-    """The parameters of a step; those of a module without autograd, where no gradient has it.
+    """The parameters of a step; a module's without autograd, unless a gradient records it.
 
-    They require gradients whatever somebody wants. Of a loop that steps outside of torch.no_grad(),
-    decay and averages of weights would keep every step's graph in the state.
+    They require gradients in any case. In a loop that steps outside torch.no_grad(), decay and
+    averages of weights would keep every step's graph in the state.
     """
     if params is None or not torch.is_grad_enabled():
         return params
@@ -54,15 +54,15 @@ def unrecorded(params: Any, gradients: Any) -> Any:
 
 
 def detached_parameters(tensors: Sequence[Any]) -> list[Any]:
-    """The same tensors, those of a module detached: they require gradients whatever somebody wants.
+    """The same tensors, with a module's detached, since those require gradients in any case.
 
-    For `init`: a state that is made of them would keep the graph of every step to come.
+    For `init`: a state made from them would keep the graph of every later step.
     """
     return [detached(p) if isinstance(p, Parameter) else p for p in tensors]
 
 
 class NotAParameterError(TypeError):
-    """A leaf is no dense tensor of a real floating dtype.
+    """A leaf is not a dense tensor of a real floating dtype.
 
     Attributes:
         leaf, problem: its name, and what it is.
@@ -78,10 +78,10 @@ class NotAParameterError(TypeError):
 
 
 class UnfitLeafError(ValueError):
-    """A stage can't take a leaf, or stack of blocks, for which `blocked` says the parameter.
+    """A stage can't use a leaf, or a stack of blocks, for which `blocked` names the parameter.
 
     Args:
-        text: what is wrong, {} in the name's place.
+        text: the problem, with {} in place of the name.
         leaf: its name.
     """
 
@@ -91,7 +91,7 @@ class UnfitLeafError(ValueError):
 
 
 def check_parameters(params: Any, stage: str) -> None:
-    """Every leaf is a dense tensor of a real floating dtype.
+    """Check that every leaf is a dense tensor of a real floating dtype.
 
     Raises:
         TypeError: names the leaf, what it is, and how to leave it out.
@@ -106,7 +106,7 @@ def check_parameters(params: Any, stage: str) -> None:
 
 
 def of_parameters(init: Callable[[Any, Any], Any], stage: str) -> Callable[[Any, Any], Any]:
-    """The `init` of a stage, which looks at the parameters before it makes anything of them."""
+    """The `init` of a stage, which checks the parameters first."""
 
     def checked(params: Any, context: Any) -> Any:
         check_parameters(params, stage)
@@ -116,7 +116,7 @@ def of_parameters(init: Callable[[Any, Any], Any], stage: str) -> Callable[[Any,
 
 
 def check_tensors(params: Any, stage: str) -> None:
-    """Every leaf is a tensor, so that a function can say of it which part is to have it.
+    """Check that every leaf is a tensor, so that a function can decide which part gets it.
 
     Raises:
         TypeError: as `check_parameters`.
@@ -129,10 +129,10 @@ def check_tensors(params: Any, stage: str) -> None:
 def check_local(params: Any, stage: str, parts: bool = False) -> None:
     """`check_parameters`, and every leaf is whole, for stages that cut blocks or factor matrices.
 
-    A DTensor is not, nor is what FSDP1 has made of parameters.
+    DTensors are not, nor are FSDP1's parameters.
 
     Args:
-        parts: whether DTensors can be put together.
+        parts: whether DTensors can be assembled.
 
     Raises:
         TypeError: names the leaf and the remedy.
@@ -157,7 +157,7 @@ def check_local(params: Any, stage: str, parts: bool = False) -> None:
 
 
 def problem_of(leaf: Any) -> str:
-    """Why this can't be optimized; "" of a dense tensor of a real floating dtype."""
+    """Why this can't be optimized; "" for a dense tensor of a real floating dtype."""
     if leaf is None:
         return "is None"
     if not isinstance(leaf, Tensor):
@@ -174,7 +174,7 @@ def problem_of(leaf: Any) -> str:
 def problem_of_gradients(
     gradients: Sequence[Any], parameters: Sequence[Tensor]
 ) -> tuple[int, str] | None:
-    """(which, why) of the first that can't be its dense parameter's; one may be None."""
+    """(which, why) for the first that can't be its dense parameter's; one may be None."""
     for i, (g, p) in enumerate(zip(gradients, parameters)):
         fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
         if not fits and g is not None:
@@ -183,21 +183,21 @@ def problem_of_gradients(
 
 
 def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: Any) -> bool:
-    """Each is a dense real floating tensor of its parameter's shape, where that is; or None.
+    """Check that each is None or a dense real floating tensor like its parameter, and where it is.
 
     Args:
         tree: of the gradients, for their names.
 
     Returns:
-        Whether one is of another dtype than its parameter.
+        Whether one has another dtype than its parameter.
 
     Raises:
-        TypeError: one is no dense real floating tensor, or on another device.
+        TypeError: one is not a dense real floating tensor, or is on another device.
         ValueError: one has another shape.
     """
     unlike = False
     for i, (g, p) in enumerate(zip(gradients, parameters)):
-        if g is None or not isinstance(p, Tensor) or p.dtype not in _DTYPES:  # told of later
+        if g is None or not isinstance(p, Tensor) or p.dtype not in _DTYPES:  # reported later
             continue
         fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
         if not fits:
@@ -224,16 +224,16 @@ def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: A
 
 
 def as_entering(updates: Any, params: Any, casts: bool, ascends: bool = False) -> Any:
-    """The gradients as a step takes them, in new memory where they are not so already.
+    """The gradients in the form that a step takes, in new memory if they are not already.
 
     Args:
-        casts: whether those of another dtype are to be in their parameters' compute dtype. DTensors
-            are left as they are: ranks send them to each other in their own.
-        ascends: whether they are to be negated.
+        casts: whether to convert those of another dtype to their parameters' compute dtype.
+            DTensors stay as they are: ranks send them to each other in their own.
+        ascends: whether to negate them.
     """
     leaves, spec = flatten(updates)
 
-    def entering(g: Any, p: Any) -> Any:  # a leaf at a time, so that no two copies are held of all
+    def entering(g: Any, p: Any) -> Any:  # leaf by leaf, so that never two copies of all exist
         if g is None:
             return None
         if casts and isinstance(p, Tensor) and p.dtype in _DTYPES and not is_in_parts(g):

@@ -1,4 +1,4 @@
-"""DTensors: parameters of which a rank has a part, as FSDP2 and tensor parallelism make them."""
+"""DTensors: parameters of which each rank has a part, as in FSDP2 and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from funshampoo.core.tree import flatten
 
 
 def is_in_parts(x: Any) -> bool:
-    """Whether this is a DTensor, of which a rank may have a part only."""
+    """Whether this is a DTensor, of which a rank may have only a part."""
     kind = type(x)
     if kind is Tensor or kind is Parameter:
         return False
@@ -26,29 +26,29 @@ def is_in_parts(x: Any) -> bool:
 
 
 SEEN: dict[str, Any] = {"any": False, "kind": None}
-"""Whether this process has had a DTensor among its parameters; if not, nobody has to look. And the
-class of the last one, which is asked no questions again."""
+"""Whether this process has had a DTensor among its parameters; if not, checks are skipped. And the
+class of the last one, which needs no further checks."""
 
 
 def place_of(x: Any) -> Any:
-    """(mesh, placements) of a DTensor, which two that lie alike share; None of anything else."""
+    """(mesh, placements) of a DTensor, equal for two that are placed alike; None otherwise."""
     return (x.device_mesh, tuple(x.placements)) if is_in_parts(x) else None
 
 
 def places_of(tensors: Iterable[Any]) -> list[Any]:
     """`place_of` of each."""
-    kind = SEEN["kind"]  # here and below it is asked for every leaf, so without a call
+    kind = SEEN["kind"]  # here and below it is needed for every leaf, so without a call
     return [(x.device_mesh, x.placements) if type(x) is kind else place_of(x) for x in tensors]
 
 
 def any_in_parts(tensors: Iterable[Any]) -> bool:
-    """Whether there is a DTensor among these. Asked for every leaf of a step, so without a call."""
+    """Whether any of these is a DTensor. Needed for every leaf of a step, so without a call."""
     odd = [x for x in tensors if type(x) is not Tensor and type(x) is not Parameter]
     return len(odd) > 0 and any(map(is_in_parts, odd))
 
 
 def are_alike(tensors: Iterable[Any]) -> bool:
-    """Whether one operator takes all of these: no DTensors, or nothing but those of one mesh."""
+    """Whether one operator can take all of these: no DTensors, or only DTensors of one mesh."""
     found = list(tensors)
     if not any_in_parts(found):
         return True
@@ -57,12 +57,12 @@ def are_alike(tensors: Iterable[Any]) -> bool:
 
 
 def parts_among(tensors: Iterable[Any]) -> list[Tensor]:
-    """What this rank has of the DTensors among these, in the same memory."""
+    """This rank's parts of the DTensors among these, in the same memory."""
     return local_parts(filter(is_in_parts, tensors)) if SEEN["any"] else []
 
 
 def count_writes(tensors: Iterable[Any]) -> None:
-    """Say that a foreach operator has written to these: of DTensors torch counts no such write."""
+    """Record a foreach operator's writes to these: for DTensors torch does not count them."""
     if SEEN["any"]:
         for x in tensors:
             if is_in_parts(x) and not x.is_inference():
@@ -70,20 +70,20 @@ def count_writes(tensors: Iterable[Any]) -> None:
 
 
 def local_part(x: Any) -> Tensor:
-    """What this rank has of a tensor, in the same memory."""
+    """This rank's part of a tensor, in the same memory."""
     held: Tensor = x.to_local() if is_in_parts(x) else x
     return held
 
 
 def local_parts(tensors: Iterable[Any]) -> list[Any]:
-    """`local_part` of each, apart from autograd; of what is no DTensor itself."""
+    """`local_part` of each, detached; other tensors stay as they are."""
     kind = SEEN["kind"]
-    with torch.no_grad():  # where autograd records, to_local() takes thirty times as long
+    with torch.no_grad():  # while autograd records, to_local() takes thirty times as long
         found = [
             x if type(x) is Tensor else x.to_local() if type(x) is kind else local_part(x)
             for x in tensors
         ]
-    # One that a collective is still to fill is waited for here.
+    # If a collective has yet to fill one, wait for it here.
     return [x.wait() if hasattr(x, "wait") else x for x in found] if _odd(found) else found
 
 
@@ -92,12 +92,12 @@ def _odd(tensors: Iterable[Any]) -> list[Any]:
 
 
 def placed_like(gradient: Any, parameter: Any) -> Any:
-    """The gradient, with the parameter's placements; a collective where it has others.
+    """The gradient with the parameter's placements; a collective if it has others.
 
-    Sequence parallelism gives partial sums, which are added up here.
+    Sequence parallelism produces partial sums, which are added up here.
 
     Raises:
-        TypeError: one of the two is a DTensor, the other is not.
+        TypeError: only one of the two is a DTensor.
     """
     if gradient is None:
         return None
@@ -123,9 +123,9 @@ def all_placed_like(gradients: Sequence[Any], parameters: Sequence[Any]) -> list
 
 
 def parts_like(known: Iterable[Any], parts: Iterable[Tensor]) -> list[Any]:
-    """Tensors placed as these are, of which this rank has the parts; without communication.
+    """Tensors placed like these, from this rank's parts; without communication.
 
-    They are apart from autograd.
+    They are detached from autograd.
 
     Args:
         parts: as many numbers as this rank has of each, in any shape.
@@ -138,12 +138,12 @@ def parts_like(known: Iterable[Any], parts: Iterable[Tensor]) -> list[Any]:
 
 
 def placed_again(before: Iterable[Any], own: Iterable[Any], after: Iterable[Any]) -> list[Any]:
-    """What came out of a step on the parts, placed as what went in was; what is the same still is.
+    """A step's results on the parts, placed like its inputs; unchanged tensors stay the same.
 
     Args:
-        own: of what went in, what this rank has.
+        own: this rank's parts of the inputs.
     """
-    with torch.no_grad():  # asked for every leaf, so without a call
+    with torch.no_grad():  # needed for every leaf, so without a call
         return [
             _placed(old, x.view(part.shape))
             if x is not part and x is not None and is_in_parts(old)
@@ -153,7 +153,7 @@ def placed_again(before: Iterable[Any], own: Iterable[Any], after: Iterable[Any]
 
 
 def detached(tensors: Iterable[Any]) -> list[Any]:
-    """x.detach() of each; of DTensors without torch's dispatch."""
+    """x.detach() of each; for DTensors without torch's dispatch."""
     with torch.no_grad():
         return [
             _placed(x, x.to_local().detach()) if is_in_parts(x) else x.detach() for x in tensors
@@ -175,9 +175,9 @@ def _placed(like: Any, part: Tensor) -> Any:
 
 
 def whole_numbers(numbers: Sequence[Any]) -> list[Tensor]:
-    """Numbers, (), as plain tensors, equal on all ranks: DTensors are put together.
+    """Numbers, (), as plain tensors, equal on all ranks: DTensors are assembled.
 
-    One collective for those that are placed alike.
+    One collective for all that are placed alike.
     """
     found = list(numbers)
     kinds: dict[Any, list[int]] = {}
@@ -193,11 +193,11 @@ def whole_numbers(numbers: Sequence[Any]) -> list[Tensor]:
 
 
 def placed_as(updates: Any, params: Any) -> Any:
-    """The gradients of sharded parameters, placed as these are: partial sums are added up."""
+    """The gradients of sharded parameters, placed like these: partial sums are added up."""
     if params is None or not SEEN["any"]:
         return updates
     (leaves, spec), (known, other) = flatten(updates), flatten(params)
-    if spec != other:  # which is for the stages to say
+    if spec != other:  # that is left to the stages
         return updates
     placed = all_placed_like(leaves, known)
     if all([a is b for a, b in zip(placed, leaves)]):

@@ -1,14 +1,14 @@
-"""float32 products in float32, whatever precision the process has asked for.
+"""float32 products in float32, whatever precision the process has set.
 
-torch.set_float32_matmul_precision("high"), made for models, has a GPU round the operands of float32
-products to 10 bits (TF32), and "medium" has a CPU that can round them to 7 (bfloat16). Either is
-for the whole process; there is no context that would end it for a thread. So the setting itself is
-changed for as long as somebody is at products that must not be rounded, and then put back.
+torch.set_float32_matmul_precision("high"), meant for models, makes a GPU round the operands of
+float32 products to 10 bits (TF32), and "medium" makes a CPU that can round them to 7 (bfloat16).
+Either applies to the whole process; no context limits it to a thread. So the setting itself is
+changed for as long as any thread computes products that must not be rounded, and then restored.
 
 Two interfaces write it: that function, with one value for all devices, and since torch 2.9
-torch.backends.*.fp32_precision, one for each backend and operation, "none" where it follows the
-backend's, and that where "none" everything's. Products go by the second; the first raises where
-the two contradict. Each is put back as it was.
+torch.backends.*.fp32_precision, one for each backend and operation, where "none" follows the
+backend's, and "none" there follows the global one. Products use the second; the first raises if the
+two contradict. Each is restored.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ _FULL = ("none", "ieee")
 
 
 class FullProducts:
-    """While anybody is in this context, no product is rounded. Enter it as often as you like.
+    """While any thread is in this context, no product is rounded. Reentrant.
 
-    Other threads see the change for as long. If somebody sets another precision meanwhile, theirs
-    stays.
+    Other threads see the change for as long. If another precision is set meanwhile, it stays.
 
     Args:
-        own: of a thread that is in `RoundedProducts`, which goes on afterwards.
+        own: that of a thread in `RoundedProducts`, which continues afterwards.
     """
 
     def __init__(self, own: bool = False) -> None:
@@ -44,13 +43,13 @@ class FullProducts:
         self._own = own
         self._inside = 0
         self._before: Setting | None = None
-        self._turn = 0  # odd while anybody is inside
+        self._turn = 0  # odd while any thread is inside
 
     def needed(self) -> bool:
-        """Whether products may be rounded outside of it.
+        """Whether products may be rounded outside it.
 
-        A setting that is full because another thread is inside is about to be put back: hence the
-        turn, which has to be even and the same before and after the look.
+        A setting that is full because another thread is inside is about to be restored: hence the
+        turn, which has to be even, and the same before and after the look.
         """
         turn = self._turn
         return turn % 2 == 1 or products_are_rounded() or self._turn != turn
@@ -84,14 +83,14 @@ class FullProducts:
 
 
 _ROUNDING: list[Setting] = []
-"""What was before the first `RoundedProducts` that somebody is in, and so on."""
+"""The settings before the active `RoundedProducts` contexts, the first's first."""
 
 
 class RoundedProducts:
     """In this context a GPU rounds the operands of float32 products to TF32's 10 bits.
 
-    A setting of the process, as above, and put back at the end unless somebody has set another one
-    meanwhile. A CPU's products are full.
+    It is a setting of the process, as above, and restored at the end unless another one has been
+    set meanwhile. A CPU's products are full.
     """
 
     def __init__(self) -> None:
@@ -117,28 +116,28 @@ class RoundedProducts:
 
 
 def products_are_rounded() -> bool:
-    """Whether float32 products have operands of fewer bits on some device."""
+    """Whether any device rounds the operands of float32 products."""
     if not _HAS_PLACES:
         return torch.get_float32_matmul_precision() != "highest"
     return _read(*_ON_CUDA) not in _FULL or _read(*_ON_CPU) not in _FULL
 
 
 class Setting:
-    """The precision of products as it is now."""
+    """The current precision of products."""
 
     def __init__(self) -> None:
         self._places = {place: _own(place) for place in _PRODUCTS} if _HAS_PLACES else {}
         self._overall: str | None = None
 
     def fill(self) -> None:
-        """Full precision."""
+        """Set full precision."""
         overall = self._agreed()
         if overall != "highest":
             self._overall = overall
             torch.set_float32_matmul_precision("highest")
 
     def round_on_cuda(self) -> None:
-        """TF32 on a GPU, by both interfaces: its products raise where they contradict."""
+        """TF32 on a GPU, by both interfaces: its products raise if they contradict."""
         self._overall = self._agreed()
         torch.set_float32_matmul_precision("high")
         if _ON_CPU in self._places:
@@ -151,7 +150,7 @@ class Setting:
         return torch.get_float32_matmul_precision()
 
     def put_back(self) -> None:
-        """As it was, after either."""
+        """Restore it, for both interfaces."""
         if self._overall is not None:
             torch.set_float32_matmul_precision(self._overall)
         for place, value in self._places.items():
@@ -159,7 +158,7 @@ class Setting:
 
 
 def _own(place: _Place) -> str:
-    """What is written there, "none" included; reading follows it to what holds instead.
+    """The value written there, including "none", which reading would resolve.
 
     Found by changing what it would follow, for an instant, to full precision.
     """

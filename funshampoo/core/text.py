@@ -1,4 +1,4 @@
-"""Sizes, times and tables as people read them."""
+"""Formatting of sizes, times and tables for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def counted(number: float) -> str:
-    """How many, perhaps on average.
+    """A count, possibly an average.
 
     >>> counted(1234.5)
     '1,234'
@@ -15,7 +15,7 @@ def counted(number: float) -> str:
 
 
 def plural(number: int, one: str, several: str = "") -> str:
-    """So many of what is called so, several of which are with an s where nothing else is said.
+    """A count with its noun, whose plural has an s unless given.
 
     >>> plural(1, "step"), plural(1234, "step"), plural(0, "entry", "entries")
     ('1 step', '1,234 steps', '0 entries')
@@ -24,21 +24,21 @@ def plural(number: int, one: str, several: str = "") -> str:
 
 
 def readable(size: float) -> str:
-    """Bytes as people write them.
+    """Bytes in a readable unit.
 
     >>> readable(136), readable(3 * 2**20), readable(999.7 * 2**10)
     ('136 B', '3 MiB', '0.976 MiB')
     """
     value, unit = float(size), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 999.5:  # what rounds to four digits is written with an exponent
+        if value < 999.5:  # above, four digits would round to an exponent
             break
         value, unit = value / 1024, larger
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """Milliseconds below a second, seconds from there on, in four digits; more seconds in whole.
+    """Milliseconds below a second, else seconds, in four digits; longer ones in whole seconds.
 
     >>> duration(0.0123456), duration(1.5), duration(123456)
     ('12.35 ms', '1.5 s', '123,456 s')
@@ -49,11 +49,11 @@ def duration(seconds: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """Lines of a table, every column as wide as its widest cell.
+    """Lines of a table, each column as wide as its widest cell.
 
     Args:
-        rows: of equally many cells, the heading first.
-        left: which columns begin below each other, as words do; the others end so.
+        rows: of equal length, the heading first.
+        left: which columns are left-aligned, like words; the others are right-aligned.
 
     >>> aligned([("a", "b"), ("long", "1,000")])
     ['a         b', 'long  1,000']

@@ -1,9 +1,9 @@
 """optree's traversal in plain Python, for torch.compile.
 
-Dynamo follows optree through substitutes of its own, and loses its way where all leaves of a tree
-are constants, such as a mask of bools (seen with torch 2.13 and optree 0.17 to 0.20). Here it meets
-nothing but dicts, lists and tuples. The order is optree's: keys of a dict
-are sorted, those of an OrderedDict are not, None is a leaf.
+Dynamo follows optree through its own substitutes, and fails if all leaves of a tree are constants,
+such as a mask of bools (seen with torch 2.13 and optree 0.17 to 0.20). Here it only meets dicts,
+lists and tuples. The order is optree's: keys of a dict are sorted, those of an OrderedDict are not,
+None is a leaf.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TracedSpec:
         self.template = template
 
     def unflatten(self, leaves: Any) -> Any:
-        """The tree of this structure with these leaves."""
+        """The tree with this structure and these leaves."""
         return _rebuild(self.template, iter(leaves))
 
     def flatten_up_to(self, tree: Any) -> list[Any]:
@@ -42,7 +42,7 @@ def traced_flatten(tree: Any) -> tuple[list[Any], TracedSpec]:
 
 
 def _keys(node: Any) -> Sequence[Any]:
-    """Of a dict sorted, as optree has them; those of an OrderedDict in their own order."""
+    """The keys of a dict sorted, as in optree; those of an OrderedDict in their own order."""
     if not isinstance(node, dict):
         return range(len(node))
     if isinstance(node, OrderedDict):
@@ -69,7 +69,7 @@ def _rebuild(node: Any, leaves: Iterator[Any]) -> Any:
 
 
 def dict_like(node: dict[Any, Any], children: dict[Any, Any]) -> dict[Any, Any]:
-    """The children in a dict of the node's kind: for optree trees of unlike dicts differ."""
+    """The children in a dict of the node's kind, since optree distinguishes kinds of dicts."""
     if isinstance(node, defaultdict):
         return defaultdict(node.default_factory, children)
     return OrderedDict(children) if isinstance(node, OrderedDict) else children
@@ -92,7 +92,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Two containers of one kind with the same keys, or as many children. Dicts are one kind."""
+    """Whether two containers have one kind and the same keys or length. All dicts are one kind."""
     if isinstance(a, dict):
         return isinstance(b, dict) and set(a.keys()) == set(b.keys())
     return type(a) is type(b) and len(a) == len(b)

@@ -1,4 +1,4 @@
-"""Pytrees: what every stage needs of them, and the errors that name a leaf.
+"""Pytrees: the operations that stages need, and errors that name a leaf.
 
 A gradient may be None ("this parameter had none"). None is therefore a leaf here, unlike in
 optree's default, and stages leave the state and the update of such a leaf as they are.
@@ -18,7 +18,7 @@ from funshampoo.core.traced_tree import traced_flatten
 
 
 class MaskedNode(NamedTuple):
-    """Stands where `masked` hides a leaf: an empty node, so that no stage sees it."""
+    """Stands in for a leaf that `masked` hides: an empty node, so that no stage sees it."""
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -29,9 +29,9 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 
 def is_one(tree: Any, other: Any) -> bool:
-    """Whether these are one object; in a graph, whether their leaves are the same ones.
+    """Whether these are the same object; in a graph, whether they have the same leaves.
 
-    Of two dicts torch 2.8 to 2.11 can't trace `is`.
+    torch 2.8 to 2.11 can't trace `is` for two dicts.
     """
     if not torch.compiler.is_dynamo_compiling():
         return tree is other
@@ -40,19 +40,19 @@ def is_one(tree: Any, other: Any) -> bool:
 
 
 _WHOLE = "(the tree itself)"
-_NAMED = 4  # leaves in a message: enough to know the tree by
+_NAMED = 4  # leaves in a message: enough to identify the tree
 
 
 def leaf_names(tree: Any) -> list[str]:
-    """One name a leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
+    """One name per leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
     return [*names_in(optree.tree_structure(tree, none_is_leaf=True))]
 
 
 @functools.lru_cache(maxsize=64)
 def names_in(spec: optree.PyTreeSpec) -> Sequence[str]:
-    """`leaf_names` of a structure. Remembered."""
+    """`leaf_names` of a structure. Cached."""
     accessors = optree.treespec_accessors(spec)
-    # of a named tuple the field, where `entry` is an index
+    # for a named tuple the field, where `entry` is an index
     paths = [[getattr(step, "field", step.entry) for step in way] for way in accessors]
     names = [".".join(map(str, path)) or _WHOLE for path in paths]
     if len(set(names)) < len(names):  # {"a": {"b": ...}, "a.b": ...}
@@ -77,7 +77,7 @@ def update_leaves(
 
     Args:
         function: called once for every leaf of `updates` that is not None.
-        updates: the tree whose structure rules.
+        updates: the tree that sets the structure.
         states: trees with `updates` as their prefix: a leaf's state may be a tuple of tensors.
         inputs: further trees to read.
 
@@ -87,7 +87,7 @@ def update_leaves(
 
     Raises:
         ValueError: the trees do not fit together, before `function` is called.
-        TypeError: it returned no tuple of an update and as many states.
+        TypeError: it did not return a tuple of an update and the right number of states.
     """
     leaves, spec = flatten(updates)
     columns = columns_of((*inputs, *states), spec, updates, len(inputs))
@@ -116,7 +116,7 @@ def update_columns(
 ) -> tuple[Any, ...]:
     """`update_leaves` for elementwise stages: `function(us, *inputs, *states)` gets whole columns.
 
-    A column is the list of a tree's leaves, or of some of them, without those whose update is None.
+    A column is a list of a tree's leaves, or some of them, without those whose update is None.
     States and inputs have their update's shape, or that of its block axes.
 
     Raises:
@@ -148,7 +148,7 @@ _PORTION = 2**18
 
 
 def _portions(leaves: list[Any]) -> list[list[int]]:
-    """The leaves that are not None, by index, in runs that are worked on together."""
+    """The leaves that are not None, by index, in runs that are processed together."""
     portions: list[list[int]] = []
     room = 0
     for i, leaf in enumerate(leaves):
@@ -173,7 +173,7 @@ def _shapes_differ(updates: Any, leaves: list[Any], parts: list[Any]) -> str:
 
 
 def columns_of(trees: Sequence[Any], spec: Any, updates: Any, inputs: int = 0) -> list[list[Any]]:
-    """Of each tree what it has where the updates have leaves; so many of them are no states."""
+    """The parts of each tree at the updates' leaves; the first `inputs` trees are not states."""
     columns: list[list[Any]] = []
     try:
         for tree in trees:
@@ -189,7 +189,7 @@ def columns_of(trees: Sequence[Any], spec: Any, updates: Any, inputs: int = 0) -
 
 
 def _input_differs(tree: Any, updates: Any) -> str:
-    if tree is None:  # `update` has looked, so that a combinator has not handed them on
+    if tree is None:  # `update` has checked, so a combinator failed to pass them on
         return (
             "a stage reads a tree beside its updates, as of parameters, and was given None: the "
             "combinator around it has to hand on what it got."
@@ -223,7 +223,7 @@ def broadcast_prefix(prefix: Any, tree: Any, what: str) -> list[Any]:
         subtrees = spec.flatten_up_to(places)
     except ValueError as error:
         raise ValueError(f"{what} is not a prefix of the tree it labels: {error}") from error
-    # A dict is walked by sorted keys, an OrderedDict as it is: the two pair by key, not by order.
+    # A dict is walked by sorted keys, an OrderedDict as is: the two pair by key, not by order.
     found = {i: v for v, part in zip(values, subtrees) for i in flatten(part)[0]}
     return [found[i] for i in range(len(leaves))]
 
@@ -233,7 +233,7 @@ def labels_of(given: Any, tree: Any, what: str) -> list[Any]:
 
     Raises:
         ValueError: as `broadcast_prefix`.
-        TypeError: the function takes what is hidden for a tensor.
+        TypeError: the function treats a hidden leaf as a tensor.
     """
     if not callable(given):
         return broadcast_prefix(given, tree, what)
@@ -251,7 +251,7 @@ def labels_of(given: Any, tree: Any, what: str) -> list[Any]:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in this dtype; where it has it, without asking torch, which takes a microsecond."""
+    """x in this dtype; if it has it, without calling torch, which takes a microsecond."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -261,7 +261,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which statistics and updates of `x` live: float32 at least."""
+    """The dtype for statistics and updates of `x`: float32 or wider."""
     return torch.float32 if x.dtype in HALF else x.dtype
 
 
@@ -271,10 +271,10 @@ HALF = (torch.bfloat16, torch.float16)
 def check_same_structure(
     params: Any, other: Any, name: str
 ) -> tuple[tuple[list[Any], Any], tuple[list[Any], Any]]:
-    """The other tree has leaves where the parameters have them, of the same shapes.
+    """Check that the other tree has leaves where the parameters do, with the same shapes.
 
     Returns:
-        Of each what `flatten` says of it.
+        The results of `flatten` for both.
 
     Raises:
         ValueError: names the first leaf that differs.
@@ -298,7 +298,7 @@ def check_same_structure(
 
 
 def structures_differ(params: Any, other: Any, name: str) -> str:
-    """How the other tree, of this name, does from the parameters, as a sentence."""
+    """How the other tree, with this name, differs from the parameters, as a sentence."""
     names, other_names = leaf_names(params), leaf_names(other)
     if names and other_names and set(names).isdisjoint(other_names):
         return (

@@ -13,15 +13,15 @@ from funshampoo.core.placed import is_in_parts, parts_like
 
 
 def whole_of(parts: Sequence[Any], name: str) -> Tensor:
-    """A DTensor as a plain tensor, from what ranks have saved of it.
+    """A DTensor as a plain tensor, from the parts that ranks have saved.
 
     Args:
         parts: DTensors of one shape and dtype, each as one rank had it; they may overlap.
         name: for errors.
 
     Raises:
-        ValueError: they are of different tensors, or have different values where they overlap, or
-            are not all there is.
+        ValueError: they are from different tensors, have different values where they overlap, or do
+            not cover the whole.
     """
     first = parts[0]
     if not all(is_in_parts(x) and _kind(x) == _kind(first) for x in parts):
@@ -48,10 +48,10 @@ def whole_of(parts: Sequence[Any], name: str) -> Tensor:
 
 
 def placed_as(like: Any, x: Any) -> Tensor:
-    """A copy of x that lies as `like` does: of a whole tensor, this rank's part of it.
+    """A copy of x placed like `like`: of a whole tensor, this rank's part.
 
     Args:
-        x: a whole tensor; or a DTensor, if `lies_as` says so.
+        x: a whole tensor; or a DTensor, if `lies_as` holds.
     """
     if not is_in_parts(like):
         plain: Tensor = x.detach().to(like, copy=True)
@@ -67,7 +67,7 @@ def placed_as(like: Any, x: Any) -> Tensor:
 
 
 def lies_as(like: Any, x: Any) -> bool:
-    """Whether this rank's part of a saved DTensor is what `like` has here."""
+    """Whether this rank's part of a saved DTensor is the part that `like` has here."""
     return (
         is_in_parts(like)
         and _kind(like) == _kind(x)
@@ -80,7 +80,7 @@ def _kind(x: Any) -> Any:
 
 
 def _boxes(x: Any, part: Tensor | None = None) -> Iterable[tuple[Tensor, tuple[slice, ...]]]:
-    """(view of this rank's part, where that is in the whole)."""
+    """(view of this rank's part, its place in the whole)."""
     local = x.to_local() if part is None else part
     for box in holding(x, tuple(x.shape)).boxes:
         yield local[_span(box.local, box)], _span(box.offset, box)

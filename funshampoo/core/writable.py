@@ -1,4 +1,4 @@
-"""Whether a step can write to parameters, asked before it writes to anything."""
+"""Whether a step can write to parameters, checked before any write."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from funshampoo.core.tree import flatten, leaf_names
 
 
 def check_writable(params: Any, updates: Any, state: Sequence[Tensor]) -> None:
-    """Raise for a parameter that can't be added to in its own memory.
+    """Raise for a parameter that can't be added to in place.
 
     Args:
         state: the tensors of the state.
 
     Raises:
-        ValueError: it requires gradients, or its gradient does, or the state, and autograd records;
-            or it is expanded, so that entries share memory.
-        TypeError: it is no dense tensor of a real floating dtype, and has a gradient.
+        ValueError: it requires gradients, or its gradient or the state does, while autograd
+            records; or it is expanded, so that entries share memory.
+        TypeError: it is not a dense tensor of a real floating dtype, and has a gradient.
     """
     if torch.is_grad_enabled() and any([x.requires_grad for x in state]):
         raise ValueError(
@@ -37,7 +37,7 @@ def check_writable(params: Any, updates: Any, state: Sequence[Tensor]) -> None:
         if not torch.is_grad_enabled() or not any([x.requires_grad for x in every]):
             return
     for i, (p, g) in enumerate(zip(leaves, gradients)):
-        if g is None:  # nothing is written; and what `masked` hides may be anything
+        if g is None:  # nothing is written; and anything may be hidden by `masked`
             continue
         if problem := problem_of(p):
             raise NotAParameterError("update_in_place", leaf_names(params)[i], problem)
@@ -69,7 +69,7 @@ def _problem_of_writing(p: Tensor, g: Tensor | None) -> str:
 
 
 def _repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether two indices may be one place; no where each stride steps over all smaller sides."""
+    """Whether two indices may share memory; no if each stride steps over all smaller sides."""
     extent = 1
     if 0 in shape:
         return False

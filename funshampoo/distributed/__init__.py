@@ -1,4 +1,4 @@
-"""Data-parallel ranks: who owns which block, and the chain that runs on the owned ones."""
+"""Data-parallel ranks: block ownership, and the chain that runs on the owned blocks."""
 
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ownership import longest_processing_time, owners_of

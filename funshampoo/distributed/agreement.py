@@ -1,16 +1,16 @@
-"""What all ranks have to have in common, and when they compare it.
+"""What all ranks must have in common, and when they compare it.
 
-A rank's step is of use to the others only if all of them do the same, on the same parameters in the
-same order. That is checked where it costs next to nothing on an ordinary step:
+A rank's step is useful to the others only if all do the same, on the same parameters in the same
+order. This is checked where it costs next to nothing on an ordinary step:
 
-- before the first step with these parameters, by a gather of six integers (`Agreement`): all that
-  stays, what this step does, and the order of the parameters and of the gradients by their values;
-- on every step, in the status that travels with the updates: all that stays, live numbers, the
-  number of the step (`print_of`, `said`).
+- before the first step with these parameters, by gathering six integers (`Agreement`): everything
+  constant, what this step does, and the order of the parameters and of the gradients, by value;
+- on every step, in the status sent with the updates: everything constant, live numbers, the step
+  number (`print_of`, `said`).
 
-Where they differ every rank knows it, and a second gather brings what each has, for the message. A
-rank that is to compare anew, since it steps something else than before, says so in the others' step
-first (`disagreement`).
+If something differs, every rank sees it, and a second gather brings each rank's data for the
+message. A rank that has to compare again, since it steps something else than before, says so in the
+others' step first (`disagreement`).
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def lines_of(leaves: Leaves) -> list[Line]:
 
 
 def dtypes_on_the_way(leaves: Leaves) -> list[Line]:
-    """Of sharded gradients: messages are as long as these say, whatever is missing.
+    """Of sharded gradients: they determine the message lengths, even if gradients are missing.
 
-    Room for a missing one is its parameter's: where another rank has one of another dtype, the two
-    have to hear of it before they send anything.
+    A missing gradient gets its parameter's room: if another rank has it in another dtype, the two
+    have to learn of it before they send anything.
     """
     known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
     return [
@@ -62,7 +62,7 @@ def dtypes_on_the_way(leaves: Leaves) -> list[Line]:
 
 
 def print_of(lines: Any, bits: int = 62) -> int:
-    """A fingerprint of so many bits, the same in every process.
+    """A fingerprint with this many bits, the same in every process.
 
     >>> 0 <= print_of([("every", "10")], bits=24) < 2**24
     True
@@ -72,9 +72,9 @@ def print_of(lines: Any, bits: int = 62) -> int:
 
 
 def said(context: Context) -> list[Line]:
-    """What the caller says of this step; of a number on a device that it is there.
+    """What the caller passes to this step; for a number on a device, only that it is one.
 
-    Reading it would wait for the device.
+    Reading its value would wait for the device.
     """
     found = [("refresh", str(context.refresh))] if context.refresh is not None else []
     for name, x in sorted(context.hyper.items()):
@@ -85,9 +85,9 @@ def said(context: Context) -> list[Line]:
 
 
 def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
-    """One number a leaf: the sum of its elements' bits as integers, exact in any order.
+    """One number per leaf: the sum of its elements' bits as integers, exact in any order.
 
-    Of a DTensor, of which ranks have different parts, 0. Waits for the device.
+    0 for a DTensor, of which ranks have different parts. Waits for the device.
     """
     found = [sum_of_bits(x) for x in leaves if x is not None and not is_in_parts(x)]
     numbers = iter(torch.stack(found).tolist() if found else [])
@@ -95,8 +95,8 @@ def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
 
 
 def content_of(leaves: Leaves) -> int:
-    """Of the bits of gradients and parameters that are here; from 1, below 2^24, so that float32
-    holds it. Waits for the device.
+    """Of the bits of local gradients and parameters; from 1, below 2^24, which float32 holds
+    exactly. Waits for the device.
     """
     here = [x for x in (*leaves.gradients, *(leaves.parameters or ())) if x is not None]
     found = [sum_of_bits(local_part(x)) for x in here]
@@ -104,7 +104,7 @@ def content_of(leaves: Leaves) -> int:
 
 
 class Around(Protocol):
-    """What is applied around a chain, as by the wrapper, which the chain knows nothing of.
+    """What surrounds a chain, such as the wrapper, and is unknown to it.
 
     Attributes:
         fingerprint: of `lines`.
@@ -113,22 +113,22 @@ class Around(Protocol):
     fingerprint: int
 
     def lines(self) -> list[Line]:
-        """What has to be the same on all ranks, besides the chain and its numbers."""
+        """What must be the same on all ranks, besides the chain and its numbers."""
 
     def words(self) -> list[Line]:
-        """All that is stepped, by the caller's names, as it is now."""
+        """Everything that is stepped, by the caller's names, as it is now."""
 
 
 class Agreement:
     """The plans on which all ranks of a group have agreed, for one `sharded`.
 
     Args:
-        inner: what it runs.
+        inner: the transformation it runs.
         group: the ranks.
-        options: its own, {name: value}.
+        options: its own arguments, {name: value}.
 
     Attributes:
-        around: the caller around the chain; None for functions.
+        around: the caller around the chain; None for plain functions.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Agreement:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Have the ranks agree on the next step. All of them have to know of it."""
+        """Make the ranks agree again on the next step. All of them have to call it."""
         self._stepped: Last | None = None
         self._agreed: set[int] = set()
         self._last: tuple[Any, ...] = (None, None, None, 0)
@@ -151,7 +151,7 @@ class Agreement:
         return self._stepped if self._known_group() is self._now() else None
 
     def _now(self) -> Any:
-        """The group; all ranks are another one where torch.distributed was begun anew."""
+        """The group; "all ranks" is a new one if torch.distributed was initialized again."""
         return self._group or dist.group.WORLD
 
     def stepped(self, last: Last) -> None:
@@ -159,7 +159,7 @@ class Agreement:
         self._stepped = last
 
     def announce(self, leaves: Leaves, context: Context | None) -> None:
-        """Tell the ranks, where there was a step before, that this one steps other leaves now.
+        """Tell the ranks, if there was a step before, that this one steps other leaves from now on.
 
         Raises:
             RuntimeError: not all of them do; on every rank.
@@ -170,11 +170,11 @@ class Agreement:
             self._stepped = None
 
     def _on(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> int:
-        """The fingerprint of all that stays, `lines`, on which the ranks agree.
+        """The fingerprint of everything constant, `lines`, on which the ranks agree.
 
-        The first time for these leaves it is a collective. Of ranks that go back and forth between
-        leaves on which they have agreed, as with two models, nobody says so: if only some do, they
-        meet in two collectives that do not fit, with torch.distributed's error, or its timeout.
+        The first time for these leaves it is a collective. Ranks that switch between leaves on
+        which they have agreed, as with two models, do not announce it: if only some switch, they
+        meet in two mismatched collectives, with torch.distributed's error, or its timeout.
 
         Raises:
             RuntimeError: something differs, or another rank failed here; on every rank.
@@ -206,11 +206,11 @@ class Agreement:
         run: int,
         missing: Sequence[str] = (),
     ) -> Says:
-        """What this rank says of a step. On their first step the ranks agree on it here.
+        """What this rank says of a step. On their first step, the ranks agree on it here.
 
         Args:
-            run: the number of the run that the state is of; 0 on its first step.
-            missing: gradients that are to be missing on all ranks.
+            run: the number of the run that the state belongs to; 0 on its first step.
+            missing: gradients that must be missing on all ranks.
 
         Raises:
             RuntimeError: something differs, or another rank failed here; on every rank.
@@ -269,7 +269,7 @@ def agree(
         bits = Bits(bits_of(leaves.parameters or ()), bits_of(leaves.gradients))
         row = [0, print_of(said_here)]
         row += [print_of(x) for own in bits for x in (sorted(own), own)]
-    except BaseException as error:  # whatever it is: the others are waiting
+    except BaseException as error:  # of any type: the others are waiting
         failure = error
     mine = torch.tensor(row, dtype=torch.int64, device=device)
     table = mine.new_empty(dist.get_world_size(group) * len(row))
@@ -283,8 +283,8 @@ def agree(
             f"sharded: rank {failed[0]} of {len(rows)} failed before the first step; its own error "
             "says why. Nothing was moved."
         )
-    # Values may differ, though they should not: of a gradient that was not averaged, or has a NaN.
-    # That they are the same in another order is no accident.
+    # Values may differ, though they should not: a gradient was not averaged, or has a NaN. But the
+    # same values in another order are no accident.
     reordered = any(len({r[i : i + 2] for r in rows}) > len({r[i] for r in rows}) for i in (2, 4))
     if reordered or len({row[1] for row in rows}) > 1:
         raise disagreement(said_here, group, bits, leaves.names)
@@ -299,7 +299,7 @@ def agree(
 
 
 def _owners(shards: Shards) -> list[Line]:
-    """Which rows are whose."""
+    """Which rows each rank owns."""
     return [
         (f"the owner of blocks of {piece.stack}", f"rank {piece.owner} of rows {piece.all_rows}")
         for piece in shards.pieces

@@ -1,4 +1,4 @@
-"""The collectives, by the names that this release of torch has for them, and where they may run."""
+"""The collectives, by the names in this release of torch, and where they may run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _functorch
 
-ProcessGroup = Any  # torch.distributed.ProcessGroup, where torch is built with it
+ProcessGroup = Any  # torch.distributed.ProcessGroup, if torch is built with it
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
-    """(rank, number of ranks) in a group; (0, 1) where torch.distributed is not initialized.
+    """(rank, number of ranks) in a group; (0, 1) if torch.distributed is not initialized.
 
     Raises:
-        ValueError: this process is no member of the group.
+        ValueError: this process is not a member of the group.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return 0, 1
@@ -42,11 +42,11 @@ _LOST = (
 
 
 class LostRanksError(RuntimeError):
-    """The ranks did not meet in a collective, so that another one would wait in vain."""
+    """The ranks did not meet in a collective, so another one would wait in vain."""
 
 
 def all_gather_into(output: Tensor, shard: Tensor, group: ProcessGroup | None) -> None:
-    """Fill `output`, (ranks · n,), with the shards, (n,), of all ranks, in their order.
+    """Fill `output`, (ranks · n,), with the shards, (n,), of all ranks, in rank order.
 
     Raises:
         LostRanksError: not all ranks came; from torch.distributed's error.
@@ -69,8 +69,8 @@ def all_to_all_into(
     """Send each rank its part of `mine`, cut at `splits`, and fill `output` with what they send.
 
     Args:
-        wait: until `output` is filled; on CUDA the stream does. If not, neither tensor may be
-            touched before what is returned was called.
+        wait: wait until `output` is filled; on CUDA, the stream waits. If False, neither tensor may
+            be touched before the returned function has been called.
 
     Returns:
         A function that waits.
@@ -94,14 +94,14 @@ def all_to_all_into(
 
 
 def gathered_objects(mine: Any, group: ProcessGroup | None) -> list[Any]:
-    """What every rank has, in their order; by pickle."""
+    """The objects of all ranks, in rank order; by pickle."""
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)
     return found
 
 
 def check_outside_transforms(what: str) -> None:
-    """Collectives see one rank's plain tensors: under vmap or grad they would return garbage.
+    """Refuse transforms: collectives see one rank's plain tensors and would return garbage there.
 
     Raises:
         RuntimeError: inside a torch.func transform or torch.compile.

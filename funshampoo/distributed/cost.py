@@ -1,4 +1,4 @@
-"""What one block costs its owner per step: the model that balances ranks and prints plans."""
+"""The cost per step of one block on its owner: the model for balancing ranks and plans."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Seconds(NamedTuple):
 
     Attributes:
         memory: elementwise stages, copies, and moving factor matrices and roots.
-        products: of matrices, such as statistics and applying the roots.
-        roots: what is refreshed, spread over the steps between two refreshes.
+        products: matrix products, such as statistics and applying the roots.
+        roots: refreshes, spread over the steps between two of them.
     """
 
     memory: float
@@ -25,7 +25,7 @@ class Seconds(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All three."""
+        """The sum of all three."""
         return self.memory + self.products + self.roots
 
 
@@ -39,26 +39,25 @@ class CostModel:
         products = per_flop·flops
         roots    = c·Σ (root_cubic·d_i³ + root_quadratic·d_i² + root_constant) / f
 
-    Sums are over the sides for which something is refreshed: `sides`, by default all. `flops` are
-    what the stages of a method state (`GradientTransformation.flops`), by default Shampoo's: 4n·Σ
-    d_i, half of them for statistics and half for applying the roots. c is what they state of a
-    refresh (`GradientTransformation.refresh_cost`): 1 for the default solver, 0.8 for a QR. Every
-    term is a sum of products of Python floats, so that the same model gives the same bits on every
-    rank.
+    Sums are over the sides that are refreshed: `sides`, by default all. `flops` are what the stages
+    of a method declare (`GradientTransformation.flops`), by default Shampoo's: 4n·Σ d_i, half of
+    them for statistics and half for applying the roots. c is the refresh cost they declare
+    (`GradientTransformation.refresh_cost`): 1 for the default solver, 0.8 for a QR. Every term is a
+    sum of products of Python floats, so the same model gives the same bits on every rank.
 
     Attributes:
         per_element: seconds per element of the block.
-        per_factor_element: seconds per element of a factor matrix. It is what a step on vectors and
-            thin blocks mostly waits for.
+        per_factor_element: seconds per element of a factor matrix. It dominates a step on vectors
+            and thin blocks.
         per_flop: seconds per floating-point operation of a product.
         root_cubic, root_quadratic, root_constant: seconds per root, by powers of d.
 
     The default weights were measured by benchmarks/cost_model.py: float32, one CPU thread, torch
-    2.13, the default solver. Whole steps took 0.85 to 1.5 times what they say. Only ratios matter
-    for balance. Those of a GPU differ: measure them with `--device cuda`.
+    2.13, the default solver. Whole steps took 0.85 to 1.5 times the modelled time. Only ratios
+    matter for balance. A GPU's differ: measure them with `--device cuda`.
 
     Raises:
-        ValueError, TypeError: a weight is negative or no number.
+        ValueError, TypeError: a weight is negative or not a number.
 
     >>> cost = CostModel(1.0, 0.0, 1.0, 1.0, 0.0, 0.0)
     >>> cost.parts((2, 3), every=5)
@@ -79,7 +78,7 @@ class CostModel:
             check_range(field.name, getattr(self, field.name), 0.0)
 
     def memory(self, block: Sequence[int], sides: Sequence[int] | None = None) -> float:
-        """Seconds per step of everything that is bound by memory; `block` is a shape."""
+        """Seconds per step of everything that is memory-bound; `block` is a shape."""
         return self.per_element * math.prod(block) + self.per_factor_element * sum(
             side * side for side in (block if sides is None else sides)
         )
@@ -93,7 +92,7 @@ class CostModel:
         return self.per_flop * flops
 
     def roots(self, sides: Sequence[int]) -> float:
-        """Seconds of one refresh: a root for every side."""
+        """Seconds of one refresh: one root per side."""
         return sum(self.root(side) for side in sides)
 
     def root(self, d: int) -> float:
@@ -108,14 +107,14 @@ class CostModel:
         flops: float | None = None,
         refresh_cost: float = 1.0,
     ) -> Seconds:
-        """Seconds per step by what they go into.
+        """Seconds per step, by category.
 
         Args:
             block: shape of the block, after merging and cutting.
             every: steps between two refreshes.
-            sides: lengths of those for which something is refreshed; by default all.
-            flops: operations of a step's products; by default Shampoo's with these sides.
-            refresh_cost: of one matrix, in that of the default solver.
+            sides: lengths of the sides that are refreshed; by default all.
+            flops: of a step's products; by default Shampoo's with these sides.
+            refresh_cost: per matrix, relative to the default solver.
 
         Raises:
             ValueError, TypeError: every is not an int of at least 1.
@@ -133,7 +132,7 @@ class CostModel:
         flops: float | None = None,
         refresh_cost: float = 1.0,
     ) -> float:
-        """Seconds per step, all in all: the total of `parts` of the same."""
+        """Total seconds per step: the sum of `parts` with the same arguments."""
         return self.parts(block, every, sides, flops, refresh_cost).total
 
 
@@ -141,4 +140,4 @@ DEFAULT_COST = CostModel()
 """The weights of one CPU thread."""
 
 BY_SIZE = CostModel(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-"""Elements alone: for leaves that are stepped elementwise."""
+"""Number of elements only: for leaves that are stepped elementwise."""

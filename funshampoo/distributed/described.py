@@ -1,7 +1,7 @@
-"""A transformation in words: its stages, and the numbers that were given to build them.
+"""A transformation in words: its stages, and the numbers that they were built with.
 
-Stages are closures, so their numbers are what the functions of this package have closed over. Of a
-function of somebody else's only the name is told: what is in it may differ from rank to rank.
+Stages are closures, so their numbers are what this package's functions have closed over. Of foreign
+functions only the name is reported: their contents may differ between ranks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.live import Live
 
 Line: TypeAlias = tuple[str, str]
-"""(what it is, what it is like)"""
+"""(what it is, its value in words)"""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 _PACKAGE = __name__.split(".")[0]
 
 
 def described(transformation: GradientTransformation) -> list[Line]:
-    """What the transformation is made of. Equal for two that were built in the same way.
+    """The parts of the transformation. Equal for two that were built in the same way.
 
-    A live number is told by its name, and a tensor by its shape and dtype, unless it is one number
-    on the CPU.
+    A live number is reported by its name, and a tensor by its shape and dtype, unless it is one
+    number on the CPU.
 
     >>> from funshampoo import scale_by_learning_rate
     >>> described(scale_by_learning_rate(0.5))[-2:]
@@ -39,7 +39,7 @@ def described(transformation: GradientTransformation) -> list[Line]:
 
 
 def described_value(value: Any, label: str) -> list[Line]:
-    """What a hyperparameter is, function or number.
+    """The same for a hyperparameter: a function or a number.
 
     >>> described_value((0.9, 0.99), "betas")[1:]
     [('betas: [0]', '0.9'), ('betas: [1]', '0.99')]
@@ -50,7 +50,7 @@ def described_value(value: Any, label: str) -> list[Line]:
 def _of_stage(stage: GradientTransformation, seen: dict[int, Any]) -> Iterator[Line]:
     if id(stage) in seen:
         return
-    seen[id(stage)] = stage  # kept, so that nothing else gets its identity
+    seen[id(stage)] = stage  # kept alive, so that nothing else gets its id
     if stage.parts:
         yield stage.name, f"made of {', '.join(stage.parts)}"
     for part in stage.parts.values():
@@ -61,7 +61,7 @@ def _of_stage(stage: GradientTransformation, seen: dict[int, Any]) -> Iterator[L
 
 
 def _of(value: Any, stage: str, name: str, seen: dict[int, Any]) -> Iterator[Line]:
-    """Of anything; `name` is what the functions of the stage call it."""
+    """Of any value; `name` is what the stage's functions call it."""
     label = f"{stage}: {name}" if name else stage
     if isinstance(value, GradientTransformation):
         yield from _of_stage(value, seen)
@@ -85,7 +85,7 @@ def _of(value: Any, stage: str, name: str, seen: dict[int, Any]) -> Iterator[Lin
 
 
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    """(name, value) of what it is made of; "" for what has no name of its own."""
+    """(name, value) of its parts; "" for parts without a name."""
     if isinstance(value, functools.partial):
         yield "", value.func
         if _is_ours(value.func):
@@ -98,11 +98,11 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
             try:
                 yield name, cell.cell_contents
-            except ValueError:  # nothing has been put into it yet
+            except ValueError:  # the cell is still empty
                 continue
         yield from (("", x) for x in (value.__defaults__ or ()))
 
 
 def _is_ours(value: Any) -> bool:
-    """Whether the package defines this function or class."""
+    """Whether this package defines the function or class."""
     return str(getattr(value, "__module__", "")).split(".")[0] == _PACKAGE

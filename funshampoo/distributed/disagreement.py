@@ -1,17 +1,17 @@
-"""What the ranks say of their steps, and the error where they do not agree.
+"""The ranks' reports on their steps, and the error if they disagree.
 
-What differs, on which rank, and the remedy.
+The error says what differs, on which rank, and the remedy.
 
-A rank whose parameters or chain have changed is among others that may not know of it.
-It needs collectives that nobody else comes to: the ranks agree anew, and bring together the state
-of what moved. The others are in those of a step as the one before. So before it does anything, it
-takes part in that step once more, with nothing to add but the word CHANGED in its status:
+The others may not know that a rank's parameters or chain have changed. It needs collectives that
+only it would enter: to agree again, and to gather the state of what moved. The others are in those
+of a step like the last one. So first it takes part in that step once more, contributing nothing but
+the word CHANGED in its status:
 
-- where all ranks say so, as after an edit that all of them made, each goes on to what is new;
-- where only some do, all of them see it in the same collective, and together fetch the words for
-  the message.
+- if all ranks say so, as after an edit that all of them made, each continues with what is new;
+- if only some do, all of them see it in the same collective, and together fetch the words for the
+  message.
 
-A step in which nobody changed anything sends what it always sends.
+A step in which nothing has changed sends what it always sends.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _REMEDY = (
 
 
 class Says(NamedTuple):
-    """What a rank says of its step, to be compared with what the others do.
+    """A rank's report on its step, to be compared with the others'.
 
     Attributes:
-        fingerprint: below 2^24, so that float32 holds it.
-        number: of the step; 0 where it is not known.
-        content: of a run's first step: below 2^24, of the bits that this rank has for it.
-        lines: what the fingerprint is of.
+        fingerprint: below 2^24, which float32 holds exactly.
+        number: of the step; 0 if not known.
+        content: on a run's first step: below 2^24, from this rank's bits for it.
+        lines: what the fingerprint is computed from.
         words: what is stepped, for ranks that do not step the same.
     """
 
@@ -55,9 +55,9 @@ class Last(NamedTuple):
     """The step before.
 
     Attributes:
-        meet: its collectives once more, without its numbers: the statuses of all ranks, (ranks,
-            STATUS), for one that only has this word to say.
-        every: on which multiples the ranks look at the statuses; 1: always.
+        meet: enter its collectives again, without its numbers: returns the statuses of all ranks,
+            (ranks, STATUS), for a rank that only has this word to say.
+        every: the ranks look at the statuses on multiples of this; 1: always.
     """
 
     meet: Callable[[float], Tensor]
@@ -67,15 +67,15 @@ class Last(NamedTuple):
 def announce(
     steps: Sequence[Last], words: Callable[[], list[Line]], group: ProcessGroup | None
 ) -> None:
-    """Tell all ranks that this one is about to step something else. Returns if all of them are.
+    """Tell all ranks that this one is about to step something else. Returns if all are.
 
     Args:
-        steps: those of all `sharded` parts of one step, in their order. On a device others do not
-            look at every status; until they do, this rank goes on with them.
+        steps: those of all `sharded` parts of one step, in order. On a device the others do not
+            look at every status; until they do, this rank repeats the steps with them.
         words: what this rank is about to step.
 
     Raises:
-        RuntimeError: some ranks are in a step as the one before; on every rank.
+        RuntimeError: some ranks repeat a step like the last one; on every rank.
     """
     for step in itertools.cycle(steps):
         rows = step.meet(CHANGED).tolist()
@@ -87,7 +87,7 @@ def announce(
 
 
 def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | None) -> None:
-    """Raise what the statuses of all ranks have to say.
+    """Raise any error that the statuses of all ranks call for.
 
     Raises:
         RuntimeError: a rank failed, or does something else.
@@ -101,7 +101,7 @@ def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | Non
                 "own error says why. None of its updates has been applied. A donated state is "
                 "spent: go on from a checkpoint."
             )
-    if CHANGED in what:  # every rank looks at this status, so that all of them come
+    if CHANGED in what:  # every rank looks at this status, so all of them come
         why = (
             f": rank {what.index(CHANGED)} was given other parameters, gradients of another dtype "
             f"or another chain than at the step before, and rank {what.index(0.0)} was not"
@@ -114,12 +114,12 @@ def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | Non
                 f"rank {rank} at {number:.0f}: give all of them a state of the same step, and "
                 "the same step= if you pass one. None of this step's updates has been applied."
             )
-    if len(set(prints)) > 1:  # the numbers are equal, so that every rank looks, and comes
+    if len(set(prints)) > 1:  # the numbers are equal, so every rank looks, and comes
         raise disagreement(says.lines(), group)
 
 
 class Bits(NamedTuple):
-    """One number a leaf, `bits_of`: of the parameters ([] where there are none) and gradients."""
+    """`bits_of`, one number per leaf: of the parameters ([] if there are none) and gradients."""
 
     value: list[int]
     gradient: list[int]
@@ -135,10 +135,10 @@ def disagreement(
     names: Sequence[str] = (),
     otherwise: str = "",
 ) -> RuntimeError:
-    """The error that says on which rank what differs. Every rank has to ask for it.
+    """The error that says what differs, and on which rank. Every rank has to call it.
 
     Args:
-        otherwise: what to say if the lines are the same.
+        otherwise: the message if the lines are the same.
     """
     found = gathered_objects((lines, bits, list(names)), group)
     (first, orders, ours), others = found[0], found[1:]
@@ -157,7 +157,7 @@ def disagreement(
 
 
 def difference(first: list[Line], other: list[Line], rank: int) -> str:
-    """What the first difference between rank 0 and another is, in words, and the remedy."""
+    """The first difference between rank 0 and another rank, in words, and the remedy."""
     pairs = zip([*first, ("", "nothing more")], [*other, ("", "nothing more")])
     (label, ours), (their_label, theirs) = next((a, b) for a, b in pairs if a != b)
     if label == their_label:

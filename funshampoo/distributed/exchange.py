@@ -1,4 +1,4 @@
-"""One step of one rank among others: what it tells them, what it hears, what it may send."""
+"""One step of a rank among others: what it computes, sends and receives."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Transport:
 
     Attributes:
         rows: {stack: the rows of this rank}, as the step calls them.
-        places: {stack: where the updates of these go, (rows, *block)}.
-        sent: all of them, and what may be between them; flat.
-        status: (STATUS,) float32, which travels with them.
+        places: {stack: where its updates go, (rows, *block)}.
+        sent: all updates, and any padding between them; flat.
+        status: (STATUS,) float32, sent with them.
     """
 
     rows: Mapping[str, range]
@@ -36,23 +36,23 @@ class Transport:
     status: Tensor
 
     def gather(self) -> None:
-        """Bring the gradients of the rows of this rank, where they are elsewhere."""
+        """Fetch the gradients of this rank's rows, if they are elsewhere."""
 
     def meet(self) -> Tensor:
-        """The collective that ends the step: the statuses of all ranks, (ranks, STATUS)."""
+        """The collective that ends the step; returns the statuses of all ranks, (ranks, STATUS)."""
         raise NotImplementedError
 
     def once_more(self) -> Callable[[float], Tensor]:
-        """What meets these collectives again without the numbers; of `Last`. Keeps no numbers."""
+        """A function, for `Last`, that meets these collectives without numbers, and keeps none."""
         raise NotImplementedError
 
     def exchange(self, step: Callable[[Put], Any], due: bool, says: Says) -> tuple[Any, Tensor]:
-        """Compute, meet the others, and tell them if that failed.
+        """Compute, meet the other ranks, and tell them if the step failed.
 
         Args:
-            step: of its argument, `put`.
+            step: called with `put`.
             due: whether the failures of this step are to be reported.
-            says: what has to be the same on all ranks.
+            says: what must be the same on all ranks.
 
         Returns:
             The state of this rank, and the statuses of all.
@@ -67,7 +67,7 @@ class Transport:
             if due:
                 status[1:5] = failure_report(new, status.device)
         except LostRanksError:
-            raise  # from the next collective as well
+            raise  # raised by the next collective as well
         except BaseException as error:  # Ctrl-C too: the others are waiting in the collective
             failure = error
             self.sent.zero_()
@@ -75,12 +75,12 @@ class Transport:
         try:
             statuses = self.meet()
         finally:
-            if failure is not None:  # more to the point than what the collective may say
+            if failure is not None:  # more specific than any error of the collective
                 raise failure
         return new, statuses
 
     def put(self, stack: str, rows: range, updates: Tensor | None) -> None:
-        """Copy updates to their place, cast to its dtype; None is zeros."""
+        """Copy updates to their place, cast to its dtype; None means zeros."""
         place = self.places[stack]
         if updates is None:
             place.zero_()
@@ -100,11 +100,11 @@ Step = Callable[[Any, Put], Any]
 
 
 def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
-    """The step, after which no block among what is sent has a number that is not finite.
+    """The step, after which no sent block contains a non-finite number.
 
-    A block of which one has overflowed in the dtype of the way, or is NaN, is zeros there. The
-    outermost `guarded` of the state counts it as it counts a gradient that is not finite. What the
-    block has averaged has this step in it. Where looking waits for a device nobody looks.
+    A block with a number that overflowed in the communication dtype, or is NaN, becomes zeros. The
+    outermost `guarded` of the state counts it like a non-finite gradient. The block's averages
+    include this step. Where looking would wait for a device, nothing is checked.
 
     Args:
         sent: what this rank sends, padding included.
@@ -114,7 +114,7 @@ def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
     def held(state: Any, put: Put) -> Any:
         before = _streaks(state)
         new = step(state, put)
-        # A sum is finite only if all in it is; it may overflow by itself, and then all are judged.
+        # A sum is finite only if all its terms are. If it overflows by itself, all are checked.
         if sent.device.type == "cpu" and bool(sent.sum().isfinite()):
             return new
         dead = {}
@@ -134,7 +134,7 @@ def _streaks(state: Any) -> list[Tensor]:
 
 
 def _counted(state: Any, dead: Mapping[str, Tensor], before: list[Tensor]) -> Any:
-    """One more block held, and its streak goes on, which the guard has ended."""
+    """Count one more held block, and continue its streak, which the guard has ended."""
     guard = first_state(state, GuardedState)
     if guard is None:
         return state

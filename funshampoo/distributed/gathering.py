@@ -1,4 +1,4 @@
-"""What every rank has of a state, brought together."""
+"""Gathering the parts of a state from all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, r
 
 
 def sharing_groups(transformation: GradientTransformation | None) -> list[ProcessGroup | None]:
-    """The groups of ranks over which a chain shares out its state; [] on one rank."""
+    """The groups of ranks over which a chain shards its state; [] on one rank."""
     found: list[ProcessGroup | None] = []
     for spread in spreads(transformation):
         group = spread.group
@@ -28,19 +28,19 @@ def sharing_groups(transformation: GradientTransformation | None) -> list[Proces
 def gathered(
     transformation: GradientTransformation | None, mine: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The union of what the ranks that share this chain's state have; this rank's own comes first.
+    """The union of the state on all ranks that share this chain; this rank's own comes first.
 
-    A collective, where there are several ranks: all of them have to call it.
+    A collective, if there are several ranks: all of them have to call it.
     """
     found = {name: x for name, x in mine.items() if not is_in_parts(x)}
     for group in sharing_groups(transformation):
         for part in gathered_objects(on_the_host(found), group):
             found = {**part, **found}
-    return {**found, **mine}  # of DTensors each has its own, and keeps it
+    return {**found, **mine}  # each rank keeps its own part of DTensors
 
 
 def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any] | None:
-    """What every rank of a group gives, on the host; None on ranks that are not to get it.
+    """What every rank of a group contributes, on the host; None on ranks that do not get it.
 
     Args:
         mine: tensors in dicts and lists.
@@ -57,7 +57,7 @@ def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any
 
 
 def are_well(meshes: Iterable[Any], well: bool) -> bool:
-    """Whether all ranks of these meshes are. A collective, of one number a side of each."""
+    """Whether all ranks of these meshes are well. A collective of one number per mesh dimension."""
     for mesh in dict.fromkeys(meshes):
         ill = torch.tensor(not well, dtype=torch.int32, device=mesh.device_type)
         for side in range(mesh.ndim):
@@ -67,17 +67,17 @@ def are_well(meshes: Iterable[Any], well: bool) -> bool:
 
 
 def without_parts(tree: Any) -> Any:
-    """Its DTensors as whole tensors on the host. A collective over the mesh of each."""
+    """The tree, with DTensors as whole tensors on the host. A collective over each one's mesh."""
     return map_leaves(lambda x: x.full_tensor().cpu() if is_in_parts(x) else x, tree)
 
 
 def on_the_host(tree: Any) -> Any:
-    """Its tensors on the CPU: a pickle of one on a device goes to the device of that number."""
+    """The tree on the CPU: a pickled device tensor would go to the device with the same number."""
     return map_leaves(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, tree)
 
 
 def spreads(transformation: GradientTransformation | None) -> Iterator[Any]:
-    """How the parts of a chain, at any depth, are spread over ranks, as far as they are."""
+    """How the parts of a chain, at any depth, are spread over ranks, if they are."""
     if transformation is None:
         return
     if transformation.spread is not None and transformation.spread.in_use:

@@ -1,12 +1,12 @@
-"""Uneven inputs: what torch.distributed.algorithms.join.Join asks of an optimizer.
+"""Uneven inputs: what torch.distributed.algorithms.join.Join needs from an optimizer.
 
     with Join([model, optimizer]):          # the DistributedDataParallel first
         for batch in mine: ...; optimizer.step()
 
-A rank whose data has ended goes on stepping, with the others' gradients, until all have ended:
-it owns blocks, and what it averages has to stay what the others average. Its gradients are those of
-a rank that still has data, and so are the numbers of its groups, which its own scheduler no longer
-sets. On a step of which all ranks are part that costs one sum of two integers.
+A rank whose data has ended continues to step, with the others' gradients, until all have ended: it
+owns blocks, and its averages have to stay the same as the others'. Its gradients are those of a
+rank that still has data, and so are its groups' numbers, which its own scheduler no longer sets. On
+a step with all ranks, this costs one sum of two integers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def group_of(transformations: Iterable[GradientTransformation]) -> ProcessGroup 
 
 
 class Joining:
-    """Makes an optimizer one that `Join` takes, as it takes ZeroRedundancyOptimizer; a mixin.
+    """A mixin that lets `Join` accept an optimizer, as it accepts ZeroRedundancyOptimizer.
 
     Its `step` calls `_meet_joined()` first, but after a closure, whose collectives are the model's.
     """
@@ -39,7 +39,7 @@ class Joining:
     _join_config: Any = None  # `Join` sets it
 
     def _chains(self) -> list[GradientTransformation]:
-        """Of all groups."""
+        """The chains of all groups."""
         raise NotImplementedError
 
     def _step_groups(self) -> None:
@@ -47,7 +47,7 @@ class Joining:
         raise NotImplementedError
 
     def join_hook(self, **kwargs: Any) -> _Hook:
-        """For `Join`: what a rank does whose data has ended."""
+        """For `Join`: what a rank does once its data has ended."""
         return _Hook(self)
 
     @property
@@ -62,10 +62,10 @@ class Joining:
         return group_of(self._chains()) or dist.group.WORLD
 
     def _meet_joined(self) -> None:
-        """See to it that ranks whose data has ended can make this step too.
+        """Make sure that ranks whose data has ended can take this step too.
 
         Raises:
-            RuntimeError: the optimizer is the first in the list that `Join` was given.
+            RuntimeError: the optimizer is the first in the list given to `Join`.
         """
         config = self._join_config
         if config is None or not config.enable:
@@ -97,9 +97,9 @@ class _Hook:
 def share(
     groups: list[dict[str, Any]], group: ProcessGroup | None, device: torch.device, *, live: bool
 ) -> None:
-    """Give the ranks without data the gradients and numbers of the first one that has some.
+    """Give the ranks without data the gradients and numbers of the first rank that has some.
 
-    Gradients are replaced there, and not written to. Every rank takes part.
+    Gradients are replaced there, not overwritten. Every rank takes part.
 
     Args:
         groups: the optimizer's `param_groups`.
@@ -147,7 +147,7 @@ def _numbers(group: dict[str, Any]) -> dict[str, Any]:
 def _broadcast(
     parameters: list[Any], source: int, group: ProcessGroup | None, *, sends: bool
 ) -> list[Tensor]:
-    """Their gradients of rank `source`, one collective a dtype."""
+    """The parameters' gradients on rank `source`, one collective per dtype."""
     found: list[Any] = [None] * len(parameters)
     for dtype in dict.fromkeys(p.dtype for p in parameters):
         places = [i for i, p in enumerate(parameters) if p.dtype == dtype]

@@ -1,12 +1,12 @@
-"""Which rank owns which block, by the blocks' modelled cost: the same on every rank.
+"""Which rank owns which block, balanced by modelled cost: the same on every rank.
 
-It takes no communication: every rank computes the same from the same shapes, by a schedule for
-parameters that all ranks have, and near the numbers where each has a part: on a rank or node that
-holds much of a block, as far as work allows.
+It takes no communication: every rank computes the same from the same shapes. Parameters that all
+ranks have are scheduled by cost; if each rank has a part, a block goes near its numbers, to a rank
+or node that holds much of it, as far as balance allows.
 
-A schedule that moves the fewest bytes within a balance is an assignment problem with capacities,
-which is NP-hard. Simple greedy rules come within a few per cent of what is possible, but which one
-does depends on the shapes; they are fast, so all are tried, and the best one counts.
+The schedule that moves the fewest bytes within a balance is an assignment problem with capacities,
+which is NP-hard. Simple greedy rules come within a few per cent of the optimum, but which one does
+depends on the shapes; they are fast, so all are tried, and the best result is used.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from funshampoo.state.stages import RefreshedState
 
 
 class Work(NamedTuple):
-    """What a step does to one block beside passing over it.
+    """The work of a step on one block, besides passing over it.
 
     Attributes:
-        sides: lengths of those for which something is refreshed.
-        flops: operations of the products, as the stages state them.
-        refresh_cost: of one matrix, in the time of the default solver, as the stages state it.
+        sides: lengths of the sides that are refreshed.
+        flops: of the products, as the stages declare them.
+        refresh_cost: per matrix, relative to the default solver, as the stages declare it.
     """
 
     sides: tuple[int, ...]
@@ -41,18 +41,18 @@ class Work(NamedTuple):
 
 
 Works: TypeAlias = Mapping[str, Work]
-"""{stack: the work on one of its blocks}; of a stack that is not in it, Shampoo's on all sides."""
+"""{stack: the work on one of its blocks}; a missing stack has Shampoo's, on all sides."""
 
 
 def longest_processing_time(costs: Sequence[float], world_size: int) -> list[int]:
-    """The rank of every job: dearest job first, each to the rank with the least to do so far.
+    """The rank of every job: most expensive job first, each to the least loaded rank.
 
     The largest load is at most 4/3 - 1/(3·world_size) times the smallest possible. Of equal jobs
     the first goes first, of equal loads the lowest rank wins; loads are sums of Python floats in
-    that order. So the result depends on nothing but the arguments.
+    that order. So the result depends only on the arguments.
 
     Args:
-        costs: of every job, in any one unit.
+        costs: of every job, in any common unit.
         world_size: number of ranks.
 
     Raises:
@@ -84,22 +84,22 @@ def owners_of(
     cost: CostModel = DEFAULT_COST,
     works: Works | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """The owner of every row of every stack, balanced by modelled cost over all stacks together.
+    """The owner of every row of every stack, balanced by modelled cost over all stacks.
 
-    Blocks of a stack are alike, so each stack's owners are given to its rows in ascending order:
-    the rows of one owner are consecutive, one slice to copy. It is host work for `init`:
-    torch.compile can't trace it.
+    Blocks of a stack are alike, so the owners are assigned to a stack's rows in ascending order:
+    the rows of one owner are consecutive, one slice to copy. Host work for `init`, which
+    torch.compile can't trace.
 
     Args:
-        stacks: as in `Layout.stacks`, in an order that is the same on every rank. Only `block` and
-            `rows` count.
+        stacks: as in `Layout.stacks`, in the same order on every rank. Only `block` and `rows`
+            matter.
         world_size: number of ranks.
         every: steps between two refreshes.
         cost: the model; the same on every rank.
-        works: what a step does, as `works_of` finds it.
+        works: the work of a step, as returned by `works_of`.
 
     Returns:
-        {name: one rank a row}.
+        {name: one rank per row}.
 
     Raises:
         ValueError, TypeError: world_size or every is not an int of at least 1.
@@ -131,9 +131,9 @@ def works_of(
     """The work of a step of this transformation on a block of every stack.
 
     Args:
-        transformation: what runs in block space, or what contains it: stages state their products.
+        transformation: in block space, or containing one that is; stages declare their products.
         blocks: {stack: shape of its blocks}.
-        state: its state, which says what is refreshed.
+        state: its state, which shows what is refreshed.
 
     >>> import torch
     >>> from funshampoo import muon
@@ -151,7 +151,7 @@ def works_of(
 
 
 def factor_sides(state: Any) -> dict[str, tuple[int, ...]]:
-    """The sides of every stack for which something is refreshed, from a state in block space.
+    """The refreshed sides of every stack, from a state in block space.
 
     >>> import torch
     >>> from funshampoo import shampoo
@@ -168,8 +168,8 @@ def factor_sides(state: Any) -> dict[str, tuple[int, ...]]:
 
 
 NODE = 8
-"""What a number is worth on the owner's node, beside one on the owner itself: links within a node
-carry nine times as much (NVLink 450 GB/s beside 50 GB/s of network for each GPU)."""
+"""Weight of a number on the owner's node, relative to one on the owner itself: links within a node
+are nine times as fast (NVLink 450 GB/s, compared with 50 GB/s of network for each GPU)."""
 
 Shares: TypeAlias = Mapping[int, int]  # {rank: how many numbers of a block it holds}
 
@@ -177,23 +177,23 @@ Shares: TypeAlias = Mapping[int, int]  # {rank: how many numbers of a block it h
 def nearest(
     costs: Sequence[float], held: Sequence[Shares], nodes: Sequence[int], slack: float = 0.05
 ) -> list[int]:
-    """The rank of every block: one that is near to its numbers, as long as ranks stay balanced.
+    """The rank of every block: one near its numbers, as long as ranks stay balanced.
 
-    Dearest block first, each to one of those ranks whose load stays below (1 + slack) max(Σ costs /
-    ranks, max costs): of its holders the nearest; where none has room, the least loaded rank of
-    the node that holds most of it; then of all. Where nobody has room, it is the least loaded.
+    Most expensive block first, each to a rank whose load stays below (1 + slack) max(Σ costs /
+    ranks, max costs): the nearest of its holders; if none has room, the least loaded rank of the
+    node that holds most of it; then of all. If no rank has room, the least loaded one.
 
-    What is near: own + weight·same, numbers that the rank holds, and that ranks of its node hold.
-    Tried are weights of 0 and `NODE`, blocks of equal cost in their order or those with the most to
-    win first. Of the four the best is taken: first by balance, as far as it is beyond the limit,
+    Nearness is own + weight·same: the numbers that the rank holds, and that ranks of its node hold.
+    It tries weights of 0 and `NODE`, and blocks of equal cost in order or with the most to gain
+    first. Of the four results the best is used: first by balance, as far as it exceeds the limit,
     then by Σ own + `NODE`·same over all blocks and their owners, then by balance again.
 
     Args:
-        costs: of every block, in any one unit.
-        held: for every block {rank: how many of its numbers it holds}, without those who hold
-            nothing; {} where all hold the same. Blocks that are held alike share an object.
+        costs: of every block, in any common unit.
+        held: for every block {rank: how many of its numbers it holds}, without ranks that hold
+            none; {} if all hold the same. Blocks that are held alike share an object.
         nodes: the node of every rank.
-        slack: how much more than its share a rank may have to do.
+        slack: how much more than its share a rank may do, as a fraction.
 
     >>> nearest([1.0, 1.0, 1.0, 1.0], [{1: 5}, {1: 5, 0: 1}, {1: 9}, {}], nodes=[0, 0])
     [1, 0, 1, 0]
@@ -221,7 +221,7 @@ def nearest(
                 if loads[owner] + cost <= limit:
                     break
             else:
-                while heap[0][0] != loads[heap[0][1]]:  # that rank has got something since
+                while heap[0][0] != loads[heap[0][1]]:  # that rank has received a block since
                     heapq.heapreplace(heap, (loads[heap[0][1]], heap[0][1]))
                 owner = heap[0][1]
             owners[block] = owner
@@ -241,11 +241,11 @@ class _Found(NamedTuple):
 
 
 class _Near(NamedTuple):
-    """Where a block would be near.
+    """The places near a block's numbers.
 
     Attributes:
-        groups: ranks, each group nearer than the next one, and ascending.
-        most: how near the first one is.
+        groups: ranks; each group is nearer than the next, and ascending.
+        most: how near the first group is.
         same: {node: how many numbers its ranks hold}.
     """
 

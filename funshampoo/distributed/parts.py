@@ -1,8 +1,8 @@
-"""Where the parts of sharded parameters are, who owns which block, and who sends what to whom.
+"""Parts of sharded parameters: where they are, who owns which block, who sends what to whom.
 
-FSDP2, HSDP, tensor and expert parallelism make DTensors, of which a rank has a part. Owners, state
-and steps are those of whole parameters, and so are the numbers: a block is put together where it is
-owned, before its step (`transfer.py`).
+FSDP2, HSDP, tensor and expert parallelism make DTensors, of which each rank has a part. Owners,
+state, steps and numbers are those of whole parameters: a block is assembled on its owner before its
+step (`transfer.py`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ RowCuts: TypeAlias = tuple[Column, str, list[int], Cuts]
 
 
 class Incoming(NamedTuple):
-    """Some of a rank's rows, and how their gradients come.
+    """Some of a rank's rows, and how their gradients arrive.
 
     Attributes:
-        rows: of those that it owns, counted from 0.
-        route: to the rank, in whose pieces the first of these rows has number 0.
-        cuts: where what arrives is in the rows.
+        rows: indices among the rows that it owns, from 0.
+        route: to the rank; in its pieces, the first of these rows has number 0.
+        cuts: where the arriving pieces go in the rows.
     """
 
     rows: Portion
@@ -48,11 +48,11 @@ class Incoming(NamedTuple):
 
 
 class FlatUpdates(NamedTuple):
-    """The updates of a rank's parts of one dtype, one after the other in a flat tensor.
+    """The updates of a rank's parts of one dtype, concatenated in a flat tensor.
 
     Attributes:
-        parameters, sizes: which, and how many numbers of each are here.
-        slots: which of the arriving pieces come into them, to be put at the `cuts`.
+        parameters, sizes: which parameters, and how many numbers of each are on this rank.
+        slots: the arriving pieces that go into them, to be put at the `cuts`.
     """
 
     dtype: torch.dtype
@@ -68,7 +68,7 @@ class Ways(NamedTuple):
     Attributes:
         incoming: gradients, one portion after the other.
         scatter: the updates' route.
-        updates: where what arrives of them belongs.
+        updates: where the arriving updates go.
     """
 
     incoming: list[Incoming]
@@ -80,22 +80,22 @@ class Parts:
     """Where the parts of some parameters are, and who sends what to whom. Asks all ranks.
 
     Args:
-        leaves: the parameters, or gradients in their place.
-        costs: {stack: what a block of it costs its owner}.
+        leaves: the parameters, or gradients in place of them.
+        costs: {stack: cost of a block to its owner}.
 
     Attributes:
         group: the ranks.
         held: what this rank holds of every parameter.
-        shards: the owners of all rows: near to those who hold them, within a balance.
+        shards: the owners of all rows: near those who hold them, within a balance.
         rows: {stack: the rows that this rank owns, counted from 0}.
-        ids: {stack: which of the full stack they are}.
-        owned: the same, as `ShardedState` has it.
-        dtypes: of the gradients as they came last, at first the parameters'. Messages have room for
-            those that are missing, so that they are the same, and as long as others expect.
-        memory: {dtype of the updates on the way: buffers of its steps}; theirs end with it.
+        ids: {stack: the indices of these rows in the full stack}.
+        owned: the same, as in `ShardedState`.
+        dtypes: of the gradients as they last came, initially the parameters'. Messages have room
+            for missing ones, so that every message has the length that others expect.
+        memory: {dtype of the updates as sent: buffers of its steps}; freed with this object.
 
     Raises:
-        RuntimeError: the ranks have other parameters; or their parts are not all there is.
+        RuntimeError: the ranks have other parameters; or their parts do not add up to the whole.
         NotImplementedError: placements, or a merged shape, that are not supported.
     """
 
@@ -123,7 +123,7 @@ class Parts:
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
 
     def come_in_other_dtypes(self, leaves: Leaves) -> bool:
-        """Whether a sharded gradient has another dtype than before, so another message.
+        """Whether a sharded gradient has another dtype than before, and so another message.
 
         A rank where it is missing does not know, so the ranks have to compare.
         """
@@ -131,16 +131,16 @@ class Parts:
         return any([g is not None and g.dtype != d and is_in_parts(g) for d, g in each])
 
     def forget_dtypes(self, leaves: Leaves) -> None:
-        """Begin with those of the parameters, as on a first step."""
+        """Start with the parameters' dtypes again, as on a first step."""
         if leaves.parameters is not None:  # without them no gradient is missing
             self.dtypes[:] = [p.dtype for p in leaves.parameters]
 
     def ways(self, shown: Sequence[bool] | None, portions: int) -> Ways:
-        """Of this rank's rows and parts.
+        """The collectives for this rank's rows and parts.
 
         Args:
-            shown: which parameters travel with their gradients; None: none.
-            portions: in how many the gradients come; as on every other rank.
+            shown: which parameters are sent with their gradients; None: none.
+            portions: in how many the gradients arrive; the same on every rank.
         """
         key = tuple(shown or [False] * len(self.held)), portions
         if key not in self._ways:
@@ -163,7 +163,7 @@ class Parts:
         return self._ways[key]
 
     def _row_cuts(self, slots: Sequence[Slot], rows: Portion) -> list[RowCuts]:
-        """Where these pieces of a gather are in its rows."""
+        """Where these pieces of a gather go in its rows."""
         groups: dict[tuple[Column, str], list[int]] = {}
         for i, slot in enumerate(slots):
             groups.setdefault((slot.column, slot.stack), []).append(i)
@@ -175,7 +175,7 @@ class Parts:
         return found
 
     def _flat_updates(self, slots: Sequence[Slot]) -> list[FlatUpdates]:
-        """Where these pieces are in the updates of this rank's parts."""
+        """Where these pieces go in the updates of this rank's parts."""
         kinds: dict[torch.dtype, list[int]] = {}
         for i, where in enumerate(self.layout.parameters):
             stacks = [self.layout.stacks[region.stack].dtype for region in where.regions]
@@ -195,7 +195,7 @@ class Parts:
     def messages(
         self, route: Route, dtypes: Mapping[tuple[int, int], torch.dtype], head: int
     ) -> tuple[Messages, Messages]:
-        """Of one direction: those that go out, and those that come in."""
+        """The messages of one direction: outgoing and incoming."""
         key = id(route), head, tuple(dtypes.items())
         if key not in self._messages:
             both = Messages(route.out, dtypes, head), Messages(route.into, dtypes, head)
@@ -208,7 +208,7 @@ def _gathered(
 ) -> Held:
     """What every rank holds of every parameter, and on which node. A collective.
 
-    Equal holdings are sent once: a model has few shapes. So are the lines, if ranks disagree.
+    Equal holdings are sent once: a model has few shapes. So are the lines, unless ranks disagree.
     """
     if size == 1:
         return Held([held])
@@ -222,7 +222,7 @@ def _gathered(
 
 
 def nodes_of(hosts: Sequence[str]) -> list[int]:
-    """The node of every rank: equal hosts are one node, in the order of their first ranks.
+    """The node of every rank: equal hosts are one node, numbered in the order of their first ranks.
 
     >>> nodes_of(["b", "b", "a", "b"])
     [0, 0, 1, 0]
@@ -232,11 +232,11 @@ def nodes_of(hosts: Sequence[str]) -> list[int]:
 
 
 def divided(owned: Sequence[Piece], costs: Mapping[str, float], portions: int) -> list[list[Piece]]:
-    """The rows of all ranks in portions, of each owner's about equally much work; some are empty.
+    """The rows of all ranks in portions of about equal work for each owner; some are empty.
 
     Args:
         owned: by owner, as in `Shards`.
-        costs: {stack: what a block of it costs}.
+        costs: {stack: cost of a block}.
 
     >>> owned = [Piece("8", 0, 3, owner=0), Piece("4", 0, 2, owner=0)]
     >>> for portion in divided(owned, {"8": 2.0, "4": 1.0}, 2):

@@ -1,8 +1,8 @@
-"""What a box and the rows of an owner have in common, as strided views on both sides.
+"""Intersections of a box with an owner's rows, as strided views on both sides.
 
-A region is a grid of equal blocks. Along a side a box holds the end of one block, whole blocks, and
-the beginning of another; so what it has of the region falls into at most 3^k grids of equal parts
-of blocks, each one view of the rank's part, and one view of the owner's rows.
+A region is a grid of equal blocks. Along a side, a box contains the end of one block, whole blocks,
+and the beginning of another; so its intersection with the region consists of at most 3^k grids of
+equal parts of blocks, each one view of the rank's part, and one view of the owner's rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Grid: TypeAlias = tuple[range, ...]
 
 
 class View(NamedTuple):
-    """Of a contiguous tensor, in elements."""
+    """Strides and offset in a contiguous tensor, in elements."""
 
     stride: Shape
     offset: int
@@ -34,8 +34,8 @@ class Piece(NamedTuple):
 
     Attributes:
         shape: (*grid, *part), without sides of 1, and coalesced.
-        local: in the holder's part of the parameter.
-        rows: in the owner's rows of the stack.
+        local: its view of the holder's part of the parameter.
+        rows: its view of the owner's rows of the stack.
     """
 
     shape: Shape
@@ -44,17 +44,17 @@ class Piece(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
 
 def as_view(x: Tensor, shape: Shape, view: View) -> Tensor:
-    """The view of a contiguous tensor."""
+    """This view of a contiguous tensor."""
     return x.as_strided(shape, view.stride, x.storage_offset() + view.offset)
 
 
 def strides(shape: Sequence[int]) -> Shape:
-    """Of a contiguous tensor.
+    """Strides of a contiguous tensor.
 
     >>> strides((2, 3, 4))
     (12, 4, 1)
@@ -78,7 +78,7 @@ def grids(first: int, last: int, grid: Shape) -> Iterator[Grid]:
         return
     line = math.prod(grid[1:])
     top, bottom = -(-first // line), last // line
-    head = min(last, top * line)  # where the first line ends, of which some are left out
+    head = min(last, top * line)  # end of the first line, if it is incomplete
     yield from _of_line(top - 1, first, head, grid, line)
     if top < bottom:
         yield (range(top, bottom), *[range(n) for n in grid[1:]])
@@ -91,7 +91,7 @@ def _of_line(at: int, first: int, last: int, grid: Shape, line: int) -> Iterator
 
 
 class _Part(NamedTuple):
-    """Along a side: `blocks`, and of each the `length` indices from `start` on."""
+    """Along a side: `blocks`, and the `length` indices from `start` on in each."""
 
     blocks: range
     start: int
@@ -118,11 +118,11 @@ def _parts(low: int, high: int, block: int) -> list[_Part]:
 
 
 def pieces(region: Region, rows: range, at: int, box: Box, part: Shape) -> Iterator[Piece]:
-    """What a box has of some rows of a stack.
+    """The intersection of a box with some rows of a stack.
 
     Args:
-        rows: of one owner; those of this region among them count.
-        at: where the first of them is among all rows that the owner has of this stack.
+        rows: of one owner; only those in this region count.
+        at: index of the first of them among all rows that the owner has of this stack.
         part: shape of the holder's part of the parameter.
     """
     sides = []
@@ -162,10 +162,10 @@ def pieces(region: Region, rows: range, at: int, box: Box, part: Shape) -> Itera
 
 
 def coalesced(shape: Sequence[int], *views: Sequence[int]) -> tuple[Shape, list[Shape]]:
-    """Without sides of 1, and with sides as one that follow one another in all of these strides.
+    """Drop sides of 1, and merge adjacent sides that are contiguous in all of these strides.
 
-    What is contiguous on both ends is one run of numbers then. The order of the numbers stays, so a
-    rank that knows one end alone, and leaves other sides apart, puts the same into a message.
+    What is contiguous on both ends becomes one run of numbers. The order of the numbers stays, so a
+    rank that knows only one end, and merges fewer sides, puts the same into a message.
 
     >>> coalesced((1, 3, 4, 5), (0, 20, 5, 1), (0, 100, 5, 1))
     ((3, 20), [(20, 1), (100, 1)])
@@ -185,11 +185,11 @@ def coalesced(shape: Sequence[int], *views: Sequence[int]) -> tuple[Shape, list[
 
 
 class Cuts:
-    """Views of a flat tensor, by one operator for all that are runs of it and apart.
+    """Views of a flat tensor, made by one operator for all disjoint runs.
 
     Args:
-        views: their shapes, and where they are.
-        numel: of the tensor.
+        views: their shapes and positions.
+        numel: of the flat tensor.
     """
 
     def __init__(self, views: Sequence[tuple[Shape, View]], numel: int) -> None:
@@ -197,7 +197,7 @@ class Cuts:
         at, places = 0, dict[tuple[int, int], int]()
         self._sizes: list[int] = []
         for start, length in sorted(runs):
-            if start < at:  # in another one: by itself
+            if start < at:  # overlaps the previous one: cut by itself
                 continue
             self._sizes += [start - at, length] if start > at else [length]
             places[start, length] = len(self._sizes) - 1

@@ -1,4 +1,4 @@
-"""Who owns what, and the step of this rank among the others."""
+"""The owners of all blocks, and this rank's step among the others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from funshampoo.state.stages import ShardedState
 
 @dataclass(frozen=True)
 class Ranks:
-    """`sharded` with its arguments; a `Spread`.
+    """`sharded` with its arguments; implements `Spread`.
 
     Attributes:
         counts: whether its state has a counter of steps.
@@ -66,7 +66,7 @@ class Ranks:
         dtype = self._dtype(blocks)
         key = tuple(blocks.stacks.items()), blocks.in_blocks, size, dtype
         if key not in self.known_shards:
-            if len(self.known_shards) > 64:  # groups were edited; each is of one tree
+            if len(self.known_shards) > 64:  # groups were edited; each entry is for one tree
                 self.known_shards.clear()
             works = self._works(blocks) if blocks.in_blocks else None
             owners = owners_of(blocks.stacks, size, self.every, self._model(blocks), works)
@@ -90,11 +90,11 @@ class Ranks:
 
     @property
     def in_use(self) -> bool:
-        """Whether anything is shared out that was seen so far."""
+        """Whether anything seen so far is sharded."""
         return self.whole or bool(self.known_parts)
 
     def own(self, blocks: Blocks) -> dict[str, Piece]:
-        """{stack: the rows of this rank}."""
+        """{stack: this rank's rows}."""
         rank, size = rank_and_size(self.group)
         if size > 1:
             return self.shards(blocks).owned_by(rank)
@@ -106,7 +106,7 @@ class Ranks:
         return {name: piece.all_rows for name, piece in own.items()}
 
     def begin(self, leaves: Leaves, **context: Any) -> ShardedState:
-        """See `Spread`. A collective: stages may begin with the parameters."""
+        """See `Spread`. A collective: stages may initialize from the parameters."""
         blocks = Blocks.of(leaves.where.stacks)
         parts = self._parts(leaves, blocks, None)
         transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, {})
@@ -118,7 +118,7 @@ class Ranks:
     def begun(
         self, inner: Any, owned: dict[str, Any], device: torch.device, clock: bool
     ) -> ShardedState:
-        """The state of this rank, from that of the blocks that it owns."""
+        """The state of this rank, from the state of the blocks that it owns."""
         rank, size = rank_and_size(self.group)
         names: dict[str, tuple[()]] = {f"{rank} of {size}": ()}
         report = failure_report(inner, device)
@@ -134,7 +134,7 @@ class Ranks:
         leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
-        """See `Spread`; leaves that are in no blocks lie in `Blocks` of their own."""
+        """See `Spread`; leaves outside blocks have `Blocks` of their own."""
         where = leaves.where
         blocks = where if isinstance(where, Blocks) else Blocks.of(where.stacks)
         rank, size = rank_and_size(self.group)
@@ -171,7 +171,7 @@ class Ranks:
             missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
             what = parts.shards, leaves, context, blocks.device, run_of(state), missing
             says = self.agreement.says(*what)
-        memory = parts.memory.setdefault(dtype, {})  # which nobody else ever sees
+        memory = parts.memory.setdefault(dtype, {})  # used by no one else
         transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, memory)
 
         def own_step(inner: Any, place: Put) -> Any:
@@ -200,7 +200,7 @@ class Ranks:
             step = holding(step, transport.sent, transport.places)
 
         def checked(put: Put) -> Any:
-            # What is wrong on this rank alone has to be found in its step: the others are waiting.
+            # An error of this rank alone has to be found in its step: the others are waiting.
             self._check_owned(owned, state)
             return step(state.inner, put)
 
@@ -215,11 +215,11 @@ class Ranks:
         return ShardedState(new, state.owned, state.ranks, report, steps, run)
 
     def _is_due(self, context: Context) -> bool:
-        """Streaks are looked at before the steps that are multiples of `every`."""
+        """Whether streaks are looked at: before the steps that are multiples of `every`."""
         return context.step is None or (context.step + 1) % self.every == 0
 
     def _parts(self, leaves: Leaves, blocks: Blocks, context: Context | None) -> Parts:
-        """Who has which part. The first time for these parameters it is a collective."""
+        """Which rank has which part. The first time for these parameters it is a collective."""
         layout: Layout = leaves.where
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
         placed = places_of(known)
@@ -255,6 +255,6 @@ class Ranks:
 
 
 def report_of(statuses: Tensor) -> Tensor:
-    """Of failures, what `failure_report` says of the blocks of all ranks together."""
+    """`failure_report` of the blocks of all ranks together."""
     totals, longest = statuses[:, (1, 3)].sum(0), statuses[:, (2, 4)].amax(0)
     return torch.stack([totals, longest], dim=1).flatten()

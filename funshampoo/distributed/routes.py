@@ -1,11 +1,11 @@
-"""Who sends which piece to whom: an all-to-all to the owners, or one a portion, and one back.
+"""Who sends which piece to whom: all-to-alls to the owners, one per portion, and one back.
 
-    gather     the pieces of gradients (and of the parameters that a stage reads), to the owner
+    gather     the pieces of gradients (and of parameters that a stage reads), to the owner
     scatter    the pieces of updates, from the owner to all that hold them
 
-Both are derived from the boxes of all ranks and the owners of all rows, in one order everywhere, so
-that a message needs no description. Messages have the lengths of what is in them, without padding
-to the longest.
+Both are derived from the boxes of all ranks and the owners of all rows, in the same order
+everywhere, so a message needs no description. Messages are as long as their contents, without
+padding to the longest.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from funshampoo.distributed.pieces import Piece, pieces, strides
 from funshampoo.distributed.shards import STATUS
 from funshampoo.distributed.shards import Piece as Owned
 
-ALIGNMENT = 16  # bytes, where a piece in a message begins
-HEAD = STATUS * 4  # bytes: the status of whoever sends, in float32
+ALIGNMENT = 16  # bytes, at which pieces start in a message
+HEAD = STATUS * 4  # bytes: the sender's status, in float32
 
 Column: TypeAlias = int
-"""What a piece is of: `GRADIENTS`, `PARAMETERS`, or on the way back updates."""
+"""What a piece belongs to: `GRADIENTS`, `PARAMETERS` or, on the way back, updates."""
 
 GRADIENTS, PARAMETERS = 0, 1
 
@@ -48,11 +48,11 @@ class Slot(NamedTuple):
 
 
 class Route:
-    """One direction, as one rank sees it.
+    """One direction, as seen by one rank.
 
     Attributes:
-        out, into: for every rank the pieces to it, and those from it.
-        stay: the pieces that this rank has itself.
+        out, into: for every rank, the pieces sent to it and received from it.
+        stay: the pieces that this rank already has.
     """
 
     def __init__(self, size: int) -> None:
@@ -61,7 +61,7 @@ class Route:
         self.stay: list[Slot] = []
 
     def add(self, slot: Slot, source: int, target: int, rank: int) -> None:
-        """Note a piece that goes from one rank to another, if it is of this rank."""
+        """Add a piece that goes from one rank to another, if it concerns this rank."""
         if source == target == rank:
             self.stay.append(slot)
         elif source == rank:
@@ -70,23 +70,23 @@ class Route:
             self.into[source].append(slot)
 
     def arriving(self) -> list[Slot]:
-        """The pieces that this rank has after it: those that it had, and those of the others."""
+        """The pieces that this rank has afterwards: those that stay, and those received."""
         return [*self.stay, *itertools.chain.from_iterable(self.into)]
 
 
 class Routes(NamedTuple):
-    """Both directions, as one rank sees them."""
+    """Both directions, as seen by one rank."""
 
     gather: Route
     scatter: Route
 
 
 class Shares(NamedTuple):
-    """Who holds what of a block.
+    """Which ranks hold which parts of a block.
 
     Attributes:
         boxes: [(the ranks that hold it, how many numbers of the block are in it)].
-        of_rank: {rank: how many numbers of the block it holds}; {} where all hold all.
+        of_rank: {rank: how many numbers of the block it holds}; {} if all hold all.
     """
 
     boxes: tuple[tuple[Sequence[int], int], ...]
@@ -94,15 +94,15 @@ class Shares(NamedTuple):
 
 
 class Held:
-    """Who holds what of every parameter.
+    """Which ranks hold which parts of every parameter.
 
     Args:
         everyone: for every rank, what it holds of every parameter.
         nodes: the node of every rank; by default all are on one.
 
     Attributes:
-        boxes: for every parameter {(offset, shape): the ranks that hold this box}, in one order on
-            all ranks.
+        boxes: for every parameter {(offset, shape): the ranks that hold this box}, in the same
+            order on all ranks.
     """
 
     def __init__(
@@ -157,19 +157,19 @@ def find_routes(
     """The routes of one rank.
 
     Args:
-        owned: the rows that are on their way, all or some, and their owners, as in `Shards`; an
-            owner's are counted among those that are here.
-        shown: which parameters travel with their gradients.
+        owned: the rows being sent, all or some, and their owners, as in `Shards`; an owner's rows
+            are counted among these.
+        shown: which parameters are sent with their gradients.
 
     Raises:
-        RuntimeError: nobody holds some of a block that this rank owns.
+        RuntimeError: no rank holds some part of a block that this rank owns.
     """
     routes = Routes(Route(held.size), Route(held.size))
     runs = _runs(owned)
     starts = {stack: [run.rows.start for run in found] for stack, found in runs.items()}
 
     def add(parameter: int, region: Region, run: _Run) -> None:
-        """What this rank has to do with a run's rows of a region: as their owner, as a holder."""
+        """This rank's pieces of a run's rows of a region, as their owner and as a holder."""
         boxes, mine = held.boxes[parameter], held.everyone[rank][parameter]
         own = {(box.offset, box.shape): box for box in mine.boxes}
         columns = (GRADIENTS, PARAMETERS) if shown[parameter] else (GRADIENTS,)
@@ -200,7 +200,7 @@ def find_routes(
 
 
 class _Run(NamedTuple):
-    """Consecutive rows of one owner; `at` is where the first is among all that it has."""
+    """Consecutive rows of one owner; `at` is the index of the first among all its rows."""
 
     owner: int
     rows: range
@@ -211,7 +211,7 @@ def _runs(owned: Sequence[Owned]) -> dict[str, list[_Run]]:
     """{stack: its runs, in the order of the rows}."""
     found: dict[str, list[_Run]] = {}
     before: dict[tuple[str, int], int] = {}
-    for piece in owned:  # those of an owner in the order of the rows
+    for piece in owned:  # each owner's are in the order of the rows
         at = before.get((piece.stack, piece.owner), 0)
         found.setdefault(piece.stack, []).append(_Run(piece.owner, piece.all_rows, at))
         before[piece.stack, piece.owner] = at + piece.rows
@@ -228,9 +228,9 @@ def _holders(held: tuple[Holding, ...]) -> Boxes:
 
 
 def source_of(ranks: Sequence[int], owner: int, nodes: Sequence[int]) -> int:
-    """Which of several holders sends its gradient: one of the owner's node, the nearest by number.
+    """Which of several holders sends its gradient: one on the owner's node, the nearest by number.
 
-    All of them have the same numbers there.
+    All of them have the same numbers.
 
     >>> source_of([1, 3, 9], owner=4, nodes=[0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
     9
@@ -249,11 +249,11 @@ def _check_complete(found: int, region: Region, rows: range) -> None:
 
 
 class Messages:
-    """The bytes of all messages that go out, or come in: heads, and aligned pieces.
+    """The bytes of all outgoing or incoming messages: heads, and aligned pieces.
 
     Args:
         slots: for every rank.
-        dtypes: {(column, parameter): dtype on the way}.
+        dtypes: {(column, parameter): dtype as sent}.
         head: bytes in front of every message, `HEAD` or none.
     """
 
@@ -281,11 +281,11 @@ class Messages:
         self.bytes = at
 
     def buffer(self, device: torch.device) -> Tensor:
-        """(bytes,) uint8, of which what is between pieces is zero."""
+        """(bytes,) uint8, with zeros between pieces."""
         return torch.zeros(self.bytes, dtype=torch.uint8, device=device)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """One contiguous view a slot, in its dtype and shape."""
+        """One contiguous view per slot, in its dtype and shape."""
         typed = {dtype: buffer.view(dtype) for dtype in {place[0] for place in self._places}}
         return [
             typed[dtype].as_strided(shape, strides(shape), start)
@@ -297,6 +297,6 @@ class Messages:
         return torch.stack([buffer[at : at + HEAD].view(torch.float32) for at in self._heads])
 
     def put_head(self, buffer: Tensor, status: Tensor) -> None:
-        """Write a status, (STATUS,) float32, before every message."""
+        """Write a status, (STATUS,) float32, at the head of every message."""
         for at in self._heads:
             buffer[at : at + HEAD].view(torch.float32).copy_(status)

@@ -1,4 +1,4 @@
-"""Share out the blocks over data-parallel ranks: each computes its own, and all receive them."""
+"""Sharding of blocks over data-parallel ranks: each steps its own, and all get the updates."""
 
 from __future__ import annotations
 
@@ -37,68 +37,67 @@ def sharded(
     whole: bool = True,
     overlap: int = 1,
 ) -> GradientTransformation:
-    """Run `inner` on the blocks that this rank owns, and bring the updates of all ranks together.
+    """Run `inner` on the blocks that this rank owns, and exchange the updates of all ranks.
 
-    Inside `blocked` the unit is a block, elsewhere a leaf: sharded(scale_by_adam()) is ZeRO-1. An
-    owner is found for every block by longest processing time first, on modelled cost; its state
-    exists on its owner alone. One all_gather_into_tensor a step brings the updates together. All
-    ranks end with the same bits, which are those of a run on one rank (in float32 on a CPU).
+    Inside `blocked` the unit is a block, elsewhere a leaf: sharded(scale_by_adam()) is ZeRO-1.
+    Every block gets an owner by longest processing time first, on modelled cost; its state exists
+    on its owner only. One all_gather_into_tensor per step collects the updates. All ranks end with
+    the same bits, which equal those of a run on one rank (in float32 on a CPU).
 
-    The gradients have to be the same on all ranks: average them first, as DistributedDataParallel
-    does. Whether a block's gradient is finite, or there at all, is its owner's verdict for all:
-    where it has none (None), every rank's update is zero. A DTensor's is missing on all ranks or
-    on none.
+    The gradients have to be the same on all ranks: average them first, as in
+    DistributedDataParallel. Whether a block's gradient is finite, or present at all, is its owner's
+    verdict for all: if it has none (None), every rank's update is zero. A DTensor's has to be
+    missing on all ranks or on none.
 
-    All else has to be the same too. Before their first step with these parameters the ranks compare
-    names, shapes and dtypes of the parameters, their order and that of the gradients (by their
-    values; parameters of other values are only warned of), the step, live numbers, the chain and
-    its numbers, and the arguments here, by one more collective of six integers; on every step, in
-    the status that travels with the updates, live numbers, the step, the run that the state is of,
-    and what the wrapper applies around the chain. Where something differs every rank's error says
-    what, and on which rank. A live number that is a tensor on a device is not read, and of a
-    function of yours only the name is compared.
+    Everything else has to be the same too. Before their first step with these parameters the ranks
+    compare names, shapes and dtypes of the parameters, their order and that of the gradients (by
+    value; parameters with different values only cause a warning), the step, live numbers, the chain
+    and its numbers, and the arguments here, with one more collective of six integers. On every
+    step, in the status sent with the updates, they compare live numbers, the step, the run that the
+    state belongs to, and what the wrapper applies around the chain. If something differs, every
+    rank's error says what, and on which rank. A live number that is a tensor on a device is not
+    read, and of your own functions only the name is compared.
 
-    A rank that is given other parameters later, or another chain by an edit of the wrapper's
-    groups, takes part in a step as the one before once more, to say so: if all do, they compare
-    anew; if not, the error comes on all of them, on the CPU before anything moves.
+    A rank that gets other parameters later, or another chain by an edit of the wrapper's groups,
+    first takes part in one more step like the last one, to say so: if all do, they compare again;
+    if not, all of them get the error, on the CPU before anything moves.
 
-    An exception in `inner` on one rank, Ctrl-C too, is raised there after the collective, and an
-    error that names the rank on the others. On the CPU that is at once. Elsewhere looking waits for
-    the device, so they look on multiples of `every` only; in between they apply zeros for the rank
-    that failed and meet the group's timeout in their next collective. Errors of the caller on one
-    rank alone (other trees, a sparse gradient) are raised there before the collective: the others
-    meet the timeout. So they do where some of the ranks end earlier (`distributed.join` is for
-    uneven inputs), or go back to parameters on which all had agreed, as of a second model; the
-    error then lists what it may be. A state that was donated to a failed step is spent: go on from
-    a checkpoint.
+    An exception in `inner` on one rank, also Ctrl-C, is raised there after the collective, and the
+    others raise an error that names the rank. On the CPU that is at once. On other devices looking
+    waits for the device, so they look on multiples of `every` only; in between they apply zeros for
+    the failed rank and meet the group's timeout in their next collective. The caller's errors on
+    one rank alone (other trees, a sparse gradient) are raised there before the collective: the
+    others meet the timeout. So they do if some ranks end earlier (`distributed.join` is for uneven
+    inputs), or return to parameters on which all had agreed, as of a second model; the error then
+    lists possible causes. A state donated to a failed step is unusable: resume from a checkpoint.
 
     Args:
-        inner: any transformation that treats blocks (leaves) one by one; in `shampoo` it is all
-            that runs inside `blocked`. Without torch.distributed it just runs.
-        process_group: the ranks that share; by default all. With one group a node, state is
+        inner: any transformation that treats blocks (leaves) separately; in `shampoo` it is
+            everything inside `blocked`. Without torch.distributed it just runs.
+        process_group: the ranks that share; by default all. With one group per node, state is
             sharded within the node and replicated across nodes.
         every: steps between two refreshes, over which the model spreads the cost of roots, and
-            between two looks at the counters of failures.
-        max_failures: as in `guarded`, for all ranks together, and in its place: a `guarded` inside
+            between two looks at the failure counters.
+        max_failures: as in `guarded`, for all ranks together, and instead of it: a `guarded` inside
             counts and does not stop.
-        communication_dtype: what updates are rounded to for the way: float32, bfloat16, float16;
-            None keeps their own. A block whose update is not finite after that is not moved, and
-            counted as held by a `guarded` inside; its averages have gone on.
+        communication_dtype: dtype to which updates are rounded for sending: float32, bfloat16,
+            float16; None keeps their own. A block whose update is then not finite does not move,
+            and counts as held by a `guarded` inside; its averages include the step.
         cost: the model; by default the measured one in block space, sizes elsewhere. It has to be
-            the same on every rank. What is refreshed is read off the state that `inner` has for a
-            block, made of meta tensors; products are what its stages state (`flops` of
+            the same on every rank. The refreshed sides are read off the state that `inner` has for
+            a block, made of meta tensors; products are declared by its stages (`flops` of
             `GradientTransformation`).
-        whole: False: only the blocks of DTensors are shared out, inside `blocked`; on parameters
-            that every rank has whole, `inner` runs on every rank, as if it stood here alone.
-        overlap: in how many portions, of about equal modelled work, the gradients of DTensors come
-            to the owners of their blocks: all but the first come while another one is computed. The
-            numbers are the same with any. Each is one more collective, and cuts the stacks.
+        whole: False shards only the blocks of DTensors, inside `blocked`; on parameters that every
+            rank has whole, `inner` runs on every rank, as if without `sharded`.
+        overlap: the number of portions, of about equal modelled work, in which the gradients of
+            DTensors reach the owners: all but the first arrive while another one is computed.
+            Numbers are the same with any. Each is one more collective, and cuts the stacks.
 
-    State: `ShardedState`; with whole=False, and no DTensors, that of `inner`.
+    State: `ShardedState`; with whole=False, and no DTensors, `inner`'s.
 
     Raises:
-        ValueError, TypeError: an argument out of range; a process outside the group; a state that
-            was made on other ranks; parameters of FSDP, which are parts.
+        ValueError, TypeError: an argument out of range; a process outside the group; a state made
+            on other ranks; parameters of FSDP, which are parts.
         RuntimeError: inside a torch.func transform or torch.compile; updates that carry gradients;
             another rank failed, does not come, or does something else.
         FailureLimitError: after `max_failures` in a row, on every rank.
@@ -143,7 +142,7 @@ def sharded(
     def update(
         updates: Tree, state: ShardedState, params: Tree, context: Context
     ) -> tuple[Tree, ShardedState]:
-        """Outside of `blocked`, or somewhere in it: `blocked` itself goes by `spread`."""
+        """Outside `blocked`, or nested in it: `blocked` itself uses `spread`."""
         if not whole:
             return inner.run(updates, state, params, context)
         return _stepped(ranks, updates, state, params, context)
@@ -172,7 +171,7 @@ def sharded(
 def _stepped(
     ranks: Ranks, updates: Tree, state: ShardedState, params: Tree, context: Context
 ) -> tuple[Tree, ShardedState]:
-    """A step of the leaves or stacks that this rank owns; the updates of all come back."""
+    """A step of the leaves or stacks that this rank owns; returns the updates of all ranks."""
     space = Space(updates if params is None else params, context.block_ndim)
     own = ranks.own(space.blocks)
     inside = space.selected_context(running(state.steps, context), own)
@@ -197,7 +196,7 @@ def _stepped(
 
 
 class Space:
-    """Stacks, or leaves as stacks of one row each: what they have in common.
+    """Common interface of stacks, and of leaves as stacks of one row each.
 
     Args:
         tree: the stacks, or the tree of leaves.
@@ -222,9 +221,9 @@ class Space:
         self.blocks = Blocks.of(stacks, in_blocks)
 
     def select(self, tree: Tree, own: Mapping[str, Piece]) -> Tree:
-        """What this rank owns of a tree: views of rows; outside block space others are hidden.
+        """This rank's part of a tree: views of rows; outside block space, other leaves are hidden.
 
-        None is what it is: there is no such tree.
+        None stays None: there is no such tree.
         """
         if tree is None:
             return None
@@ -235,7 +234,7 @@ class Space:
         return self.spec.unflatten(shown)
 
     def selected_context(self, context: Context, own: Mapping[str, Piece]) -> Context:
-        """The context with what of it is over the blocks cut to this rank's."""
+        """The context, with its trees over the blocks cut to this rank's."""
         rows = context.rows
         if rows is not None:
             rows = {s: rows[s][p.first : p.first + p.rows] for s, p in own.items()}
@@ -243,14 +242,14 @@ class Space:
         return changed(context, gradient=gradient, alive=alive, rows=rows)
 
     def own_updates(self, out: Tree, own: Mapping[str, Piece]) -> dict[str, Tensor | None]:
-        """{stack or leaf: update}, of those that this rank owns."""
+        """{stack or leaf: update}, for those that this rank owns."""
         if self.blocks.in_blocks:
             return dict(out)
         found = zip(self.names, self.spec.flatten_up_to(out))
         return {name: x for name, x in found if name in own}
 
     def rebuilt(self, pieces: Mapping[str, list[Tensor]]) -> Tree:
-        """The tree of all updates, newly allocated, from those of every stack's rows in order."""
+        """The tree of all updates, newly allocated, from every stack's pieces in row order."""
         full: dict[str, Tensor] = {}
         stacks = self.blocks.stacks
         for name, found in pieces.items():

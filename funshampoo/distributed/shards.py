@@ -1,4 +1,4 @@
-"""Who sends what: the places of all blocks in one gathered buffer."""
+"""The layout of the gathered buffer: where every rank's blocks and status are."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from funshampoo.blocks.layout import Stack
 
 STATUS = 8
-"""Numbers of float32 at the end of each shard: FAILED, INTERRUPTED, CHANGED or 0, the
-four of the failure report, a fingerprint of what all ranks have in common, the number of the step,
-and on a run's first step a sum of the bits that the rank has for it; they are eight, so that the
-length is whole in float64."""
+"""float32 numbers at the end of each shard: FAILED, INTERRUPTED, CHANGED or 0, the four of the
+failure report, a fingerprint of what all ranks have in common, the step number, and on a run's
+first step a sum of the bits that the rank has for it; they are eight, so that the length is whole
+in float64."""
 
 FAILED, INTERRUPTED, CHANGED = 1.0, 2.0, 3.0
 
 
 class Blocks(NamedTuple):
-    """All blocks that are shared out.
+    """All blocks to be sharded.
 
     Attributes:
-        stacks: in block space the stacks; else the leaves, each a stack of one row.
-        device: of all.
-        dtype: in which every update fits.
+        stacks: in block space the stacks; else the leaves, each as a stack of one row.
+        device: of all of them.
+        dtype: holds every update.
         in_blocks: whether they are stacks.
     """
 
@@ -37,10 +37,10 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, stacks: dict[str, Stack], in_blocks: bool = True) -> Blocks:
-        """Those of one device.
+        """The blocks of these stacks, all on one device.
 
         Raises:
-            ValueError: there are several.
+            ValueError: there are several devices.
         """
         devices = {stack.device for stack in stacks.values()} or {torch.device("cpu")}
         if len(devices) > 1:
@@ -59,7 +59,7 @@ class Blocks(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of one stack that have one owner."""
+    """Consecutive rows of one stack with the same owner."""
 
     stack: str
     first: int
@@ -68,17 +68,17 @@ class Piece(NamedTuple):
 
     @property
     def all_rows(self) -> range:
-        """The rows of the full stack."""
+        """Their indices in the full stack."""
         return range(self.first, self.first + self.rows)
 
 
 class Shards(NamedTuple):
-    """The buffer: one shard a rank, all of `length` elements, each with its pieces and a status.
+    """The buffer: one shard per rank, all of `length` elements, each with its pieces and a status.
 
     Attributes:
         pieces: by owner, and for each owner in the order of the stacks.
         length: elements of a shard, status included.
-        status: elements of the buffer's dtype that hold STATUS numbers of float32.
+        status: elements of the buffer's dtype that hold STATUS float32 numbers.
     """
 
     stacks: dict[str, Stack]
@@ -87,7 +87,7 @@ class Shards(NamedTuple):
     status: int
 
     def owned_by(self, rank: int) -> dict[str, Piece]:
-        """{stack: the rows of this rank}, without the stacks of which it has none."""
+        """{stack: this rank's rows}, without stacks of which it owns none."""
         return {piece.stack: piece for piece in self.pieces if piece.owner == rank}
 
 
@@ -97,7 +97,7 @@ def shards_of(
     world_size: int,
     dtype: torch.dtype,
 ) -> Shards:
-    """The shards where `owners` has the owner of every row."""
+    """The shards, where `owners` gives the owner of every row."""
     pieces = []
     for stack, ranks in owners.items():
         first = 0
@@ -110,6 +110,6 @@ def shards_of(
     for piece in pieces:
         used[piece.owner] += piece.rows * math.prod(stacks[piece.stack].block)
     status = STATUS * 4 // dtype.itemsize
-    # A shard starts where eight bytes do, so that the status can be read as another dtype.
+    # Shards start at multiples of eight bytes, so that the status can be viewed as another dtype.
     length = -(-max(used) // 4) * 4 + status
     return Shards(stacks, tuple(pieces), length, status)

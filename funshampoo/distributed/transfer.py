@@ -1,4 +1,4 @@
-"""The transport of sharded parameters: gradients to the owners, and updates to the holders."""
+"""The transport of sharded parameters: gradients to the owners, updates to the holders."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Memory = dict[Any, tuple[Tensor, list[Tensor]]]
 
 
 class Transfer(Transport):
-    """One step's way: all_to_all_single of the bytes that have to move.
+    """The communication of one step: all_to_all_single of the bytes that have to move.
 
-    There is one back, and one to the owners for every portion of the rows. Those begin all at once;
-    each is waited for when its portion is to be stepped, so that the others come meanwhile. On CUDA
-    NCCL runs them on a stream of its own, and it is the stream of the step that waits.
+    There is one collective back, and one to the owners per portion of the rows. Those all start at
+    once; each is waited for when its portion is stepped, so that the others arrive meanwhile. On
+    CUDA, NCCL runs them on its own stream, and only the stream of the step waits.
 
     Args:
-        leaves: gradients, and parameters where some are shown.
-        portions: how many; as on every other rank.
-        dtype: of the updates on the way.
-        memory: of earlier steps, used again: buffers, and views of them.
+        leaves: gradients, and parameters if some are shown.
+        portions: how many; the same on every rank.
+        dtype: of the updates as sent.
+        memory: reused from earlier steps: buffers, and views of them.
 
     Attributes:
         cuts: the rows of this rank in each portion.
@@ -66,7 +66,7 @@ class Transfer(Transport):
         self.places = dict(zip(parts.rows, memory["sent"][1]))
         self.rows = parts.rows
         self._flat: dict[Column, list[Tensor | None]] = {}
-        self._messages: list[tuple[Messages, Messages]] = []  # of the collectives that were met
+        self._messages: list[tuple[Messages, Messages]] = []  # of collectives already met
         self._coming: list[Callable[[], list[Tensor]]] = []
         self._come: dict[int, dict[int, dict[str, Tensor]]] = {}  # {portion: {column: stacks}}
         self.updates: list[Tensor] = []
@@ -89,14 +89,14 @@ class Transfer(Transport):
                 for column, tensors in columns.items() if not self._flat else ():
                     self._flat[column] = _flat(tensors)
                 _fill(views, self._sources(out.slots))
-            except BaseException as error:  # whatever it is: the others are waiting
+            except BaseException as error:  # of any type: the others are waiting
                 failure = failure or error
             self._coming.append(self._meet("gather in", sending, out, into, len(self.cuts) == 1))
         if failure is not None:
             raise failure
 
     def _sources(self, slots: Sequence[Slot]) -> list[Tensor | None]:
-        """What this rank's parts have of these pieces; None where there is no gradient."""
+        """This rank's data for these pieces; None if there is no gradient."""
         found = []
         for column, parameter, _, (shape, local, _) in slots:
             x = self._flat[column][parameter]
@@ -108,7 +108,7 @@ class Transfer(Transport):
         """The gradients of these rows of this rank, and their parameters, if any are shown.
 
         Args:
-            portion: of one of the `cuts`, or a part of one.
+            portion: one of the `cuts`, or a part of one.
         """
         at = next(
             i
@@ -116,7 +116,7 @@ class Transfer(Transport):
             if all(s in cut and cut[s].start <= r.start < cut[s].stop for s, r in portion.items())
         )
         if at not in self._come:
-            self._come.clear()  # the one before is not needed any more
+            self._come.clear()  # the previous portion is no longer needed
             self._come[at] = self._put_together(at)
         cut = self.cuts[at]
         parts = {
@@ -126,7 +126,7 @@ class Transfer(Transport):
         return parts[GRADIENTS], parts.get(PARAMETERS)
 
     def _put_together(self, at: int) -> dict[int, dict[str, Tensor]]:
-        """{column: {stack: the rows of a portion}}, when it has come."""
+        """{column: {stack: the rows of a portion}}, once it has arrived."""
         came = self._coming[at]()
         rows, route, row_cuts = self._plan.incoming[at]
         found = {column: self._zeros(rows) for column in self._flat}
@@ -141,7 +141,7 @@ class Transfer(Transport):
     def meet(self) -> Tensor:
         """See `Transport`. All ranks have to come."""
         route, count = self._plan.scatter, len(self._parts.layout.parameters)
-        for come in self._coming:  # also of rows that were not stepped: buffers are used again
+        for come in self._coming:  # also for rows that were not stepped: buffers are reused
             come()
         way = {(GRADIENTS, i): self._dtype for i in range(count)}
         out, into = self._parts.messages(route, way, HEAD)
@@ -205,7 +205,7 @@ class Transfer(Transport):
     def _meet(
         self, name: str, sending: Tensor, out: Messages, into: Messages, wait: bool = True
     ) -> Callable[[], list[Tensor]]:
-        """A function that waits, and returns what the others sent; views."""
+        """A function that waits, and returns what the others sent, as views."""
         if self._parts.size == 1:
             return list
         arriving, views = self._buffer(name, into)
@@ -220,14 +220,14 @@ class Transfer(Transport):
 
 
 def _flat(tensors: Sequence[Any]) -> list[Tensor | None]:
-    """What this rank has of each, (n,), apart from autograd."""
+    """This rank's part of each, (n,), detached from autograd."""
     held = local_parts(tensors)
     with torch.no_grad():
         return [None if x is None else x.contiguous().view(-1) for x in held]
 
 
 def _fill(targets: list[Tensor], sources: Sequence[Tensor | None]) -> None:
-    """Copy what is there, cast; zeros for what is not."""
+    """Copy the sources, cast; zeros where there are none."""
     pairs = [(a, b) for a, b in zip(targets, sources) if b is not None]
     if pairs:
         torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])

@@ -1,4 +1,4 @@
-"""The transport of whole parameters: the updates of all ranks to every one of them."""
+"""The transport of whole parameters: the updates of all ranks to all ranks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Whole(Transport):
 
     Args:
         key: device, dtype and length of the gathered buffer.
-        memory: {key: (shard, buffer)} of earlier donated steps, used again.
+        memory: {key: (shard, buffer)} of earlier donated steps, reused.
 
     Attributes:
-        pieces: after `meet`, the updates of all ranks: [(stack, rows of it, updates)], views;
-            of each stack in the order of the rows, which have their owners in ascending order.
+        pieces: after `meet`, the updates of all ranks: [(stack, rows of it, updates)], views; for
+            each stack in row order, where the owners ascend.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:
 
 
 def _places(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
-    """Where the rows that a rank owns are in its shard, (length,): views (rows, *block)."""
+    """Where a rank's rows are in its shard, (length,): views (rows, *block)."""
     own = shards.owned_by(rank)
     shapes = {s: (piece.rows, *shards.stacks[s].block) for s, piece in own.items()}
     sizes = [math.prod(shape) for shape in shapes.values()]

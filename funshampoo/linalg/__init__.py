@@ -1,4 +1,4 @@
-"""Inverse p-th roots of stacks of symmetric matrices: pure batched functions, usable alone."""
+"""Inverse p-th roots of stacks of symmetric matrices: pure batched functions, usable standalone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Old eigenbases, used again for as long as they diagonalize the matrix well enough, or renewed."""
+"""Reuse of old eigenbases, for as long as they diagonalize the matrix well enough."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from funshampoo.linalg.spectral import NearSpectrum, decompose
 
 
 def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> NearSpectrum:
-    """The spectrum of each matrix in its old basis where that will do, else a new one.
+    """The spectrum of each matrix in its old basis if that is good enough, else in a new one.
 
         B = Qᵀ A Q
         ‖offdiag(B)‖_F ≤ tolerance ‖A‖_F:   λ = diag(B), in the basis Q
         else:                                λ, Q of a new eigendecomposition
 
     The eigenvalues λ of the old basis (its Ritz values) are off by at most ‖offdiag(B)‖_F. They
-    carry derivatives, as Q does if it had some. Where the verdicts can be read on the host, only
-    the matrices that need it are decomposed; under torch.compile and torch.func all are.
+    carry derivatives, as does Q if it had any. If the host can read which bases are good, only the
+    other matrices are decomposed; under torch.compile and torch.func all are.
 
     Args:
         A: (..., d, d).
@@ -32,13 +32,13 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> NearSpectrum:
         tolerance: ≥ 0. Rounding alone leaves about √d·(machine epsilon).
 
     Returns:
-        The spectrum; its vectors are the basis as it is to be kept, the eigenvalues in its order.
+        The spectrum; its vectors are the basis to keep, with the eigenvalues in the same order.
 
     Reference: Eschenhagen et al., arXiv 2506.03595.
     """
     d = A.shape[-1]
     flat, finite = replace_nonfinite(A.reshape(-1, d, d))
-    # One memory layout, whatever Q comes from: products round by it.
+    # Always one memory layout, since the rounding of products depends on it.
     Q = Q.reshape(-1, d, d).contiguous()
     values, off = ritz_values(flat, Q)
     good = off <= tolerance
@@ -57,23 +57,23 @@ def spectrum_near(A: Tensor, Q: Tensor, tolerance: Hyper) -> NearSpectrum:
 
 
 def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Hyper, steps: int) -> NearSpectrum:
-    """Approximate eigenvalues, the smallest first, and the basis that they were found in.
+    """Approximate eigenvalues, in ascending order, and their basis, by the QR algorithm.
 
         at most `steps` times, while ‖offdiag(QᵀAQ)‖_F > tolerance ‖A‖_F:   Q ← qr(A Q)
         λ = diag(QᵀAQ), and the columns of Q, ordered by λ
 
-    qr(A Q) is Q qr(QᵀAQ), so that these are the steps of the QR algorithm without shifts on QᵀAQ.
-    Each matrix ends for itself. Under torch.compile, torch.func and on a GPU all of them make all
-    steps, and take those that are theirs.
+    qr(A Q) is Q qr(QᵀAQ), so these are steps of the QR algorithm without shifts on QᵀAQ. Each
+    matrix stops on its own. Under torch.compile, torch.func and on a GPU, the steps are computed
+    for all matrices, and each keeps those before its own stop.
 
     Args:
-        A: (..., d, d), symmetric; what is not finite counts as not decomposed.
-        Q: (..., d, d), orthogonal but for rows of zeros, those of coordinates where A has them too.
+        A: (..., d, d), symmetric; a non-finite matrix counts as not decomposed.
+        Q: (..., d, d), orthogonal except for rows of zeros, for coordinates where A is zero too.
         tolerance: a number or (...); below 0 no basis is good enough.
         steps: 0 or more.
 
     Returns:
-        `NearSpectrum`, whose eigenvalues are those of QᵀAQ's diagonal, no better than the basis is.
+        `NearSpectrum`. Its eigenvalues are the diagonal of QᵀAQ, only as good as the basis.
 
     Reference: Golub and Van Loan, Matrix Computations, 8.2 (orthogonal iteration); Eschenhagen et
     al., arXiv 2506.03595.
@@ -87,7 +87,7 @@ def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Hyper, steps: int) -> NearSpec
     A, Q = aligned(A), aligned(Q)
     with full_precision():
         for _ in range(steps):
-            stale = ~(ritz_values(A, Q)[1] <= tolerance)  # one that is not finite, too
+            stale = ~(ritz_values(A, Q)[1] <= tolerance)  # NaN counts as stale
             if is_readable([stale]) and not bool(stale.any()):
                 break
             new = orthogonal(multiply(A, Q), Q)
@@ -100,16 +100,16 @@ def qr_algorithm(A: Tensor, Q: Tensor, tolerance: Hyper, steps: int) -> NearSpec
 
 
 def ritz_values(A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """diag(QᵀAQ) (..., d), and ‖offdiag(QᵀAQ)‖_F / ‖A‖_F (...), 0 where A is 0.
+    """diag(QᵀAQ) (..., d), and ‖offdiag(QᵀAQ)‖_F / ‖A‖_F (...), which is 0 where A is 0.
 
-    The norm is that of the off-diagonal entries themselves. As √(‖B‖² - ‖diag B‖²) it would be
-    nothing but rounding below about 1e-3 in float32.
+    The norm is computed from the off-diagonal entries themselves. As √(‖B‖² - ‖diag B‖²) it would
+    be pure rounding below about 1e-3 in float32.
     """
     with full_precision():
         B = matmul(matmul(Q.mT, A), Q)
     values = B.diagonal(dim1=-2, dim2=-1)
     scale = A.detach().abs().amax((-2, -1), keepdim=True)
-    scale = torch.where(scale > 0, scale, 1.0)  # squares stay in the range of the dtype
+    scale = torch.where(scale > 0, scale, 1.0)  # keeps squares in the range of the dtype
     total = row_norms((A.detach() / scale).flatten(-2))
     elsewhere = (1 - identity_like(A)) / scale
     rest = row_norms((B.detach() * elsewhere).flatten(-2))

@@ -1,4 +1,4 @@
-"""Eigenbases that are kept: all anew, or one step of power iteration from the old one."""
+"""Eigenbases that are kept between refreshes: recomputed, or updated by power iteration."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Renewed: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Basis(ABC):
-    """How a basis of eigenvectors, as columns, is found again for a matrix that has changed.
+    """How to update a basis of eigenvectors (columns) for a matrix that has changed.
 
     Attributes:
-        relative_cost: as of `RootSolver`.
+        relative_cost: as in `RootSolver`.
     """
 
     relative_cost: ClassVar[float] = 1.0
@@ -39,18 +39,18 @@ class Basis(ABC):
     def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """(the basis (..., d, d), whether (...) it was found).
 
-        Each column stands where the old one lay that it continues.
+        Each column takes the place of the old column that it continues.
 
         Args:
             A: (..., d, d), symmetric.
             old: (..., d, d), the basis before.
-            first: (...), bool: there is none before, and the matrix is decomposed.
-            begins: whether the host knows that all of them are first.
+            first: (...), bool: there is no old basis, and the matrix is decomposed.
+            begins: whether the host knows that `first` is all True.
         """
 
 
 def decomposed(A: Tensor) -> Renewed:
-    """(all eigenvectors by their eigenvalues, the smallest first; whether they were found)."""
+    """(all eigenvectors, in ascending order of eigenvalue; whether the decomposition succeeded)."""
     spectrum = decompose(A)
     return spectrum.vectors, spectrum.decomposed
 
@@ -62,13 +62,13 @@ def after_the_first(
     begins: bool,
     beginning: Callable[[Tensor], Renewed] = decomposed,
 ) -> Renewed:
-    """(basis, whether it was found): `renewed(A)`, or `beginning(A)` where there is none before.
+    """(basis, whether it was found): `renewed(A)`, or `beginning(A)` where there is no old basis.
 
-    On another device than a CPU nobody waits to hear of a late first one.
+    On a device other than a CPU, nothing waits to learn whether a late first basis is needed.
 
     Args:
-        renewed: from A (..., d, d) the next basis, (..., d, d).
-        A, first, begins: as of `Basis`.
+        renewed: computes the next basis, (..., d, d), from A (..., d, d).
+        A, first, begins: as in `Basis`.
         beginning: a decomposition.
     """
     if is_readable([first]):
@@ -88,18 +88,17 @@ def after_the_first(
 
 @dataclass(frozen=True)
 class qr(Basis):
-    """A basis by one step of power iteration from the one before, made orthogonal by QR.
+    """A basis by one step of power iteration from the old one, orthogonalized by QR.
 
         Q ← qr(A Q)
 
-    The columns are ordered by diag(Qᵀ A Q), largest first, for the QR alone, which keeps the first
-    one as it is and corrects the others by it; each then goes back to its place. So what is
-    remembered in the coordinates of the old basis goes on in those of the new. The first time,
-    where there is nothing to go on from, by eigendecomposition; of a block whose first gradient
-    comes late, on another device than a CPU, by a step from the identity, since the host would have
-    to wait to hear of it.
+    The columns are sorted by diag(Qᵀ A Q), largest first, only for the QR, which keeps the first
+    column as it is and corrects the others by it; then each goes back to its place. So values
+    stored in the old basis' coordinates carry over to the new. The first basis, without an old one,
+    comes from an eigendecomposition; on a device other than a CPU, a block whose first gradient
+    comes late takes a step from the identity, since the host would have to wait to know of it.
 
-    Right where A changes little between two refreshes, as an average does.
+    Accurate if A changes little between two refreshes, as an average does.
 
     Reference: Vyas et al., arXiv 2409.11321 (SOAP).
     """
@@ -113,7 +112,7 @@ class qr(Basis):
 
 @dataclass(frozen=True)
 class Decomposition(Basis):
-    """All eigenvectors, every time; those with the largest eigenvalues continue one another."""
+    """All eigenvectors, every time; columns with the largest eigenvalues continue one another."""
 
     def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """See `Basis`."""
@@ -126,12 +125,12 @@ class Decomposition(Basis):
 
 @dataclass(frozen=True)
 class by_rank(Basis):
-    """All eigenvectors, every time, in the order of their eigenvalues, the smallest first.
+    """All eigenvectors, every time, in ascending order of their eigenvalues.
 
-    What is remembered column by column then belongs to a rank, and not to a direction: the second
-    moments of the third largest eigenvalue go on in the vector that is now third. Where two
-    eigenvalues change ranks that is not the same; `linalg.eigh()` has columns continue one another.
-    As in the eigenvalue-corrected Shampoo of facebookresearch/optimizers.
+    Values stored per column then belong to a rank, not to a direction: the second moments of the
+    third largest eigenvalue carry over to the vector that is now third. This matters where two
+    eigenvalues change ranks; with `linalg.eigh()` columns continue one another. As in the
+    eigenvalue-corrected Shampoo of facebookresearch/optimizers.
 
     Reference: Eschenhagen et al., arXiv 2506.03595.
     """
@@ -139,28 +138,28 @@ class by_rank(Basis):
     relative_cost = 0.85
 
     def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
-        """See `Basis`, but for the places of the columns."""
+        """See `Basis`, except for the order of the columns."""
         return decomposed(A)
 
 
 @dataclass(frozen=True)
 class orthogonal_iteration(Basis):
-    """A basis by powers of A on the one before, made orthogonal by QR, as several sources have it.
+    """A basis by powers of A applied to the old one, orthogonalized by QR, as in several sources.
 
         Q ← qr(Aⁿ Q),   n = steps
 
-    The first columns converge to the eigenvectors of the largest eigenvalues. Unlike with `qr()`
-    nothing is ordered before the QR, which keeps the first column as it is and corrects the others
-    by it, whichever eigenvalues they have come to belong to. The first time by eigendecomposition,
+    The first columns converge to the eigenvectors of the largest eigenvalues. Unlike `qr()`, it
+    sorts nothing before the QR, which keeps the first column as it is and corrects the others by
+    it, whichever eigenvalues they now belong to. The first basis comes from an eigendecomposition,
     largest first.
 
     Args:
-        sort: order the columns by diag(Qᵀ A Q) afterwards, largest first. What is remembered column
-            by column then belongs to a rank, and not to a direction.
+        sort: afterwards order the columns by diag(Qᵀ A Q), largest first. Values stored per column
+            then belong to a rank, not to a direction.
         steps: products with A before the QR.
 
     Raises:
-        ValueError, TypeError: steps is no int of at least 1, or sort no bool.
+        ValueError, TypeError: steps is not an int of at least 1, or sort is not a bool.
 
     Reference: Golub and Van Loan, Matrix Computations, 8.2; Lin et al., arXiv 2509.03378; with sort
     NVIDIA-NeMo/Emerging-Optimizers.
@@ -183,7 +182,7 @@ class orthogonal_iteration(Basis):
         check_count("steps", self.steps)
 
     def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
-        """See `Basis`, but for the places of the columns."""
+        """See `Basis`, except for the order of the columns."""
         return after_the_first(lambda A: self._renewed(A, old), A, first, begins, _largest_first)
 
     def _renewed(self, A: Tensor, old: Tensor) -> Tensor:
@@ -203,7 +202,7 @@ def _largest_first(A: Tensor) -> Renewed:
 
 
 def power_step(A: Tensor, Q: Tensor) -> Tensor:
-    """qr(A Q), the columns in their places, (..., d, d)."""
+    """qr(A Q) (..., d, d), with every column in its old place."""
     image = multiply(aligned(A), aligned(Q))
     order = rank_by_size(image, Q)[..., None, :]
     new = orthogonal(image.take_along_dim(order, -1), Q.take_along_dim(order, -1))
@@ -211,18 +210,18 @@ def power_step(A: Tensor, Q: Tensor) -> Tensor:
 
 
 def rank_by_size(image: Tensor, Q: Tensor) -> Tensor:
-    """The columns of Q (..., d), those with the largest diag(Qᵀ A Q) first; image is A Q."""
+    """The columns of Q (..., d), in descending order of diag(Qᵀ A Q); image is A Q."""
     return (image * Q).sum(-2).argsort(dim=-1, descending=True, stable=True)
 
 
 def orthogonal(Y: Tensor, old: Tensor) -> Tensor:
-    """The Q of a QR of Y = A^k Q, with Q the old basis (..., d, d).
+    """The Q of a QR of Y = A^k Q, where Q is the old basis (..., d, d).
 
-    By `cholesky_qr` on a GPU; elsewhere by reflections, on a CPU one by one: LAPACK rounds by where
-    a matrix lies in memory. A matrix that the library fails on, by whatever error that is not of
-    the call (`stacked_eigh`), gets NaN, and the others of its stack theirs.
+    By `cholesky_qr` on a GPU; elsewhere by reflections, on a CPU one by one, since LAPACK's
+    rounding depends on a matrix's position in memory. If the library fails on a matrix, with any
+    error that is not about the call (`stacked_eigh`), that matrix is NaN; the others get their Q.
     """
-    if torch.compiler.is_dynamo_compiling():  # whose graphs can't catch
+    if torch.compiler.is_dynamo_compiling():  # its graphs can't catch exceptions
         return _q_factors(Y, old)
     found: Tensor = applied(_QFactor, Y, old)
     return found
@@ -233,8 +232,8 @@ class _QFactor(Function):
 
     Backward: dY = Q tril(K - Kᵀ, -1) R^(-ᵀ), K = Qᵀ dQ.
 
-    torch's derivative divides by every pivot R_jj. A column whose pivot is rounding alone depends
-    on those before it, which say nothing of its direction: it is a constant here.
+    torch's derivative divides by every pivot R_jj. A column whose pivot is only rounding depends on
+    the columns before it, which do not determine its direction: it is a constant here.
     """
 
     generate_vmap_rule = True
@@ -266,8 +265,8 @@ class _QFactor(Function):
 
 
 def _factored(Y: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(Q, R, which columns (..., 1, d) depend on others); those are the identity's in R."""
-    # Of one that failed nothing is chosen, and its gradient is 0·NaN but for this.
+    """(Q, R, which columns (..., 1, d) are dependent); R has the identity's columns there."""
+    # Nothing of a failed matrix is chosen, but its gradient would still be 0·NaN.
     Y, Q = [torch.where(x.isfinite(), x, 0.0) for x in (Y, Q)]
     R = Q.mT @ Y
     pivots, info = R.detach().diagonal(dim1=-2, dim2=-1).abs(), torch.finfo(R.dtype)

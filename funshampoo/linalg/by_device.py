@@ -1,4 +1,4 @@
-"""Inverse roots by what the matrix' device does best."""
+"""Inverse roots by the method that suits the matrix's device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, ch
 LARGEST_SIDE_OF_EIGH = 32
 """On a GPU.
 
-Up to this side cuSOLVER decomposes a stack in one call. Above it torch before 2.12 takes its
-matrices one by one: 64 of side 64 take an H100 57 ms, and 9 ms by products; 64 of side 512 1.1 s
-and 27 ms. One alone is quicker by eigh up to side 256; see docs/gpu.md.
+Up to this side cuSOLVER decomposes a stack in one call. Above it torch before 2.12 decomposes the
+matrices one by one: 64 of side 64 take an H100 57 ms, and 9 ms by products; 64 of side 512 take
+1.1 s and 27 ms. A single matrix is faster by eigh up to side 256; see docs/gpu.md.
 """
 
 LEAST_RELATIVE_EPSILON = 1e-6
@@ -27,20 +27,20 @@ LEAST_RELATIVE_EPSILON = 1e-6
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class by_device(RootSolver):
-    """Inverse root by products on a GPU, by eigendecomposition elsewhere, for any p > 0.
+    """Inverse root by matrix products on a GPU, by eigendecomposition elsewhere, for any p > 0.
 
         newton_schulz(relative_epsilon=...):  A on CUDA, of a side above 32, a p that it takes
         eigh(relative_epsilon=...):           any other A
 
-    In a CUDA graph (`cuda_graphed`), where nothing can wait, sides of up to 32 are by products too.
+    In a CUDA graph (`cuda_graphed`), where nothing can wait, sides up to 32 use products too.
 
-    A GPU multiplies faster than it finds eigenvalues, and the number of products is known before,
-    so that nothing waits for it. What is promised about errors, gradients and failures is what the
-    chosen solver promises. The choice never follows from values, so that runs repeat.
+    A GPU multiplies faster than it finds eigenvalues, and the number of products is known in
+    advance, so nothing has to wait. Errors, gradients and failures are those of the chosen solver.
+    The choice never depends on values, so runs are reproducible.
 
     relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2]. Below the number 1e-6
-    it is eigh everywhere: products need the damping for the condition number. Of a tensor the
-    caller has to know it.
+    it is eigh everywhere, since products need the damping for the condition number. The value of a
+    tensor is not checked: that is up to the caller.
     Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for
     a dtype other than float32 and float64.
 

@@ -1,4 +1,4 @@
-"""Which solver or basis a stage works with, and whether it can."""
+"""Which solver or basis a stage uses, and whether it can."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from funshampoo.linalg.solver import RootSolver, Solver
 
 
 def default_solver(relative_epsilon: Hyper, basis_tolerance: Hyper | None = None) -> Solver:
-    """The solver for this damping where none is given; with a tolerance, one that has a basis."""
+    """The default solver for this damping; with a tolerance, one that has a basis."""
     make = by_device if basis_tolerance is None else eigh
     return make(relative_epsilon=relative_epsilon)
 
 
 def chosen_solver(solver: Solver | None, basis_tolerance: Hyper | None) -> Solver:
-    """The solver that is given, or else the default one.
+    """The given solver, or else the default one.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it has no basis for basis_tolerance to look at, or that is out of range.
+        TypeError: not a solver.
+        ValueError: it has no basis, which basis_tolerance needs, or that is out of range.
     """
     solve: Any = default_solver(1e-6, basis_tolerance) if solver is None else solver
     if not callable(solve):
@@ -41,10 +41,10 @@ def chosen_solver(solver: Solver | None, basis_tolerance: Hyper | None) -> Solve
 
 
 def chosen_basis(basis: Any) -> Basis:
-    """The basis that is given, or else the default one.
+    """The given basis, or else the default one.
 
     Raises:
-        TypeError: it is none.
+        TypeError: not a basis.
     """
     if basis is None:
         return qr()

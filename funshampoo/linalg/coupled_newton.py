@@ -1,4 +1,4 @@
-"""Inverse roots by coupled iterations, run to convergence: inverse Newton, and of higher order."""
+"""Inverse roots by coupled iterations, run to convergence: Newton, and higher orders."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from funshampoo.linalg.solver import (
 )
 
 GROWTH = 1.2
-"""An error this many times the last one's is a divergence, or rounding with nothing left to gain.
+"""An error this many times the last one's means divergence, or rounding with nothing left to gain.
 
-From the second step on: the first brings all eigenvalues of M into (0, 1], where max|M - I| can
-only fall. Before, it may rise: about 1 in 20 nearly singular matrices of side 2 to 5 would be lost.
+From the second step on: the first brings all eigenvalues of M into (0, 1], where max|M - I| only
+decreases. Before, it may rise: about 1 in 20 nearly singular matrices of side 2 to 5 would be lost.
 """
 
 
@@ -43,20 +43,20 @@ class coupled_newton(RootSolver):
         Ã = A + damping·I,   z = (p + 1) / (2‖Ã‖_F),   X = z^(1/p) I,   M = z Ã
         while max|M - I| > tolerance:   N = ((p + 1) I - M) / p,   X ← X N,   M ← N^p M
 
-    Products only, no eigendecomposition. Each matrix stops by itself: at the tolerance, or, from
-    the second step on, at the iterate before the error max|M - I| grew to 1.2 times the last one's.
-    A root whose residual is then above max_residual is never returned: that matrix is solved again
-    with ten times the damping, at least d·(machine epsilon)·λmax, up to `retries` times, and
-    failing that `converged` is False. Where a retry succeeded, the root, residual and condition are
-    those for the raised damping.
+    It uses products only, no eigendecomposition. Each matrix stops on its own: at the tolerance or,
+    from the second step on, at the last iterate before the error max|M - I| grew to 1.2 times the
+    last one's. A root whose residual is then above max_residual is never returned: that matrix is
+    solved again with ten times the damping, at least d·(machine epsilon)·λmax, up to `retries`
+    times; if that fails, `converged` is False. After a successful retry, root, residual and
+    condition are those for the raised damping.
 
-    max_residual: an eigenvalue that did not converge leaves about 1; rounding in float32 at the
-    default damping leaves 0.05 to 0.2 for d up to 1024.
+    max_residual: an unconverged eigenvalue leaves about 1; rounding in float32 at the default
+    damping leaves 0.05 to 0.2 for d up to 1024.
 
-    λmax, in relative damping and retries, is an estimate by power iterations, and so is
-    `condition`. Whether all are done is a host read in every iteration; under torch.compile, where
-    it can't be, all max_iterations are run (rather compile `newton_schulz`). Differentiable through
-    the iterates, to any order; gradients are right to about the tolerance.
+    λmax, for relative damping and retries, is estimated by power iterations, and so is `condition`.
+    Every iteration has a host read, to see whether all are done; under torch.compile, where that is
+    impossible, all max_iterations are run (better compile `newton_schulz`). Differentiable through
+    the iterates, to any order; gradients are accurate to about the tolerance.
 
     "A Schur-Newton method for the matrix pth root and its inverse", SIAM J. Matrix Anal. Appl.
     28(3); damping and retries as in Anil et al., arXiv 2002.09018.
@@ -111,7 +111,7 @@ class coupled_newton(RootSolver):
         self, A: Tensor, largest: Tensor, damping: Tensor, p: int, wanted: Tensor
     ) -> InverseRoot:
         system = normalize(add_to_diagonal(A, damping), wanted)
-        # A starting point, on which the limit does not depend: a constant to autograd.
+        # The starting point does not affect the limit: a constant to autograd.
         z: Tensor = (p + 1) / (2 * torch.linalg.matrix_norm(system.B.detach()))
         X = iterate(system, z, p, self.max_iterations, self.tolerance)
         return certify(X, p, system, largest + damping, self.max_residual)
@@ -126,10 +126,10 @@ class coupled_higher_order(RootSolver):
         while max|M - I| > tolerance:   X ← X N,   M ← N^m M
         N = b_0 I + b_1 (I - M) + ... + b_{order-1} (I - M)^{order-1},  the series of M^(-1/m)
 
-    and the root is X^q. A step takes more products than Newton's and gains more digits. The ridge
-    takes the place of the epsilon that the solver is called with, which has no effect: as in the
-    Distributed Shampoo reference, for whose users this is here. Stopping, verdict and gradients are
-    as for `coupled_newton`, without retries.
+    The root is X^q. A step takes more products than Newton's and gains more digits. The ridge
+    replaces the epsilon that the solver is called with, which has no effect, as in the Distributed
+    Shampoo reference, for whose users this exists. Stopping, verdict and gradients are as in
+    `coupled_newton`, without retries.
 
     Raises ValueError for a negative number, order < 2, or p ≤ 0; TypeError for a dtype other than
     float32 and float64. Shi et al., arXiv 2309.06497, for its use in Shampoo.
@@ -177,7 +177,7 @@ def iterate(
 ) -> Tensor:
     """X (..., d, d), the last accepted iterate for B^(-1/p) of each matrix of the stack.
 
-    From X = z^(1/p) I. The first step is Newton's, of order 2; the others are of `order`.
+    Starts from X = z^(1/p) I. The first step is Newton's, of order 2; the others have `order`.
     """
     B = system.B
     identity = identity_like(B)
@@ -191,21 +191,21 @@ def iterate(
         N = _step(M, identity, p, order if step > 0 else 2)
         next_X, next_M = matmul(X, N), matmul(matrix_power(N, p), M)
         next_error = _distance(next_M, identity)
-        # Matrices that are done run along unchanged: none depends on its neighbours in the stack.
+        # Finished matrices run along unchanged: none depends on its neighbours in the stack.
         if step > 0:
             active = active & (next_error < GROWTH * error)
         X, M = where(active, next_X, X), where(active, next_M, M)
         error = torch.where(active, next_error, error)
         active = active & (error > tolerance)
-    # One step more for the gradient alone, which lags a step behind the value: a matrix that starts
-    # converged, such as the identity for some p and d, would else have none.
+    # One more step, only for the gradient, which lags a step behind the value: otherwise a matrix
+    # that starts converged, such as the identity for some p and d, would have none.
     next_X = matmul(X, _step(M, identity, p, 2))
     value: Tensor = X.detach()
     return value + (next_X - next_X.detach())
 
 
 def _step(M: Tensor, identity: Tensor, p: int, order: int) -> Tensor:
-    """N: M^(-1/p) = sum of b_i (I - M)^i cut off; b_i = b_{i-1} (1 + (i-1) p) / (i p)."""
+    """N: M^(-1/p) = sum of b_i (I - M)^i, truncated; b_i = b_{i-1} (1 + (i-1) p) / (i p)."""
     if order == 2:
         return ((p + 1) * identity - M) / p
     b = [1.0]

@@ -1,4 +1,4 @@
-"""Inverse roots by eigendecomposition: of damped matrices, and of rank-deficient ones."""
+"""Inverse roots by eigendecomposition, of damped matrices and of rank-deficient ones."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from funshampoo.linalg.spectral import (
 )
 
 _TRUSTED_RESIDUAL = 0.2
-"""A spectrum that leaves no more is A's. One wrong eigenvector leaves 1 in the residual, and more
-than 0.2 in its estimate, up to sides of 2,400; wrong eigenvalues leave what they are wrong by."""
+"""Up to this residual a spectrum is not verified. One wrong eigenvector leaves 1 in the residual, and
+more than 0.2 in its estimate up to sides of 2,400; wrong eigenvalues leave their relative error."""
 
 
 class EigenSolver(RootSolver):
-    """A `RootSolver` whose one expensive part is an eigendecomposition, or what takes its place.
+    """A `RootSolver` whose only expensive part is an eigendecomposition, or a substitute for it.
 
     Attributes:
-        keeps_all: whether a root is made of all eigenvalues, so that its residual tells whether
-            they are A's: in a CPU's memory the spectrum is verified only if that is not small.
+        keeps_all: whether a root uses all eigenvalues, so that its residual shows whether they are
+            A's. On a CPU the spectrum is then verified only if the residual is not small.
     """
 
     threaded: ClassVar[bool] = True
@@ -62,11 +62,11 @@ class EigenSolver(RootSolver):
     def near_basis(
         self, A: Tensor, p: float, epsilon: Hyper, basis: Tensor, tolerance: Hyper
     ) -> tuple[InverseRoot, Tensor]:
-        """A^(-1/p), and the basis it is computed in: the one given, where that is good enough.
+        """A^(-1/p), and the basis it is computed in: the given one, if that is good enough.
 
         Args:
             A: (..., d, d).
-            p, epsilon: as ever.
+            p, epsilon: as in `RootSolver`.
             basis: (..., d, d), orthogonal: eigenvectors of an earlier A as columns.
             tolerance: see `spectrum_near`.
         """
@@ -76,17 +76,17 @@ class EigenSolver(RootSolver):
             return self.from_spectrum(A, spectrum, p, epsilon), spectrum.vectors
 
     def renewed(self, A: Tensor, epsilon: Hyper, basis: Tensor, tolerance: Hyper) -> NearSpectrum:
-        """The spectrum of A that `near_basis` goes by."""
+        """The spectrum of A that `near_basis` uses."""
         return spectrum_near(A, basis, tolerance)
 
     @abstractmethod
     def from_spectrum(
         self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
     ) -> InverseRoot:
-        """A^(-1/p) by a spectrum of A, exact or approximate, in any order."""
+        """A^(-1/p) from a spectrum of A, exact or approximate, in any order."""
 
     def check_epsilon(self, epsilon: Hyper) -> None:
-        """Raise for an epsilon that this solver can't take."""
+        """Raise for an epsilon that this solver does not support."""
 
     def _check(self, A: Tensor, p: float, epsilon: Hyper) -> None:
         check_matrix(A)
@@ -103,17 +103,16 @@ class eigh(EigenSolver):
         floor=True:   λ̃ = max(λ, 0) + damping
         floor=False:  λ̃ = λ - min(λmin, 0) + damping
 
-    Where A is positive semidefinite the two agree; they differ in how they repair eigenvalues that
-    rounding has made negative. The floor moves those alone; floor=False moves the whole spectrum,
-    as the reference implementation of Distributed Shampoo (arXiv 2309.06497) does. In float32,
-    eigenvalues below about 1e-7·λmax are rounding errors: keep the damping above that, or use
-    `pseudo_inverse`.
+    If A is positive semidefinite the two agree; they differ in how they repair eigenvalues that
+    rounding made negative. The floor moves only those; floor=False shifts the whole spectrum, as in
+    the reference implementation of Distributed Shampoo (arXiv 2309.06497). In float32, eigenvalues
+    below about 1e-7·λmax are rounding errors: keep the damping above that, or use `pseudo_inverse`.
 
-    A matrix that LAPACK fails on is decomposed again in float64, by itself (not inside
-    torch.compile, where its error is raised). A root fails when λ̃ is not positive, or when what
-    came back is no decomposition (`estimates.is_decomposition`). Derivatives by A, epsilon and
-    relative_epsilon, backward and forward, are finite at tied eigenvalues, and treat the repair as
-    a constant; second ones are a NotImplementedError.
+    If LAPACK fails on a matrix, that matrix alone is decomposed again in float64 (not inside
+    torch.compile, where the error is raised). A root fails if λ̃ is not positive, or if the result
+    is not a decomposition (`estimates.is_decomposition`). Derivatives with respect to A, epsilon
+    and relative_epsilon, backward and forward, are finite at tied eigenvalues, and treat the repair
+    as a constant; second derivatives raise NotImplementedError.
 
     relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2].
     Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for
@@ -145,17 +144,17 @@ class eigh(EigenSolver):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class pseudo_inverse(EigenSolver):
-    """Inverse root of the kind of Moore and Penrose (1955): zero along directions never seen.
+    """Inverse root of Moore-Penrose (1955) kind: zero along directions without any gradient.
 
         A = Q diag(λ) Qᵀ,   X = Q diag(f(λ)) Qᵀ
         f(λ) = λ^(-1/p) if λ > max(rtol·λmax, atol), else 0
 
     For any p > 0. Residual, condition and gradient are those of the kept eigenspace (the gradient
-    at constant rank). A matrix with no eigenvalue to keep, such as zero, has the root zero.
-    Failures of LAPACK, ties and second derivatives are as for `eigh`.
+    at constant rank). If no eigenvalue is kept, as for a zero matrix, the root is zero. LAPACK
+    failures, ties and second derivatives are as in `eigh`.
 
     rtol: None means d times the machine epsilon of A's dtype, the size of eigh's rounding errors.
-    epsilon of the solver must be the number 0. Raises ValueError for another epsilon, a negative
+    The solver's epsilon must be the number 0. Raises ValueError for another epsilon, a negative
     rtol or atol, or p ≤ 0; TypeError for a dtype other than float32 and float64.
 
     >>> A = torch.diag(torch.tensor([0.0, 16.0]))
@@ -185,6 +184,6 @@ class pseudo_inverse(EigenSolver):
         if isinstance(relative, Tensor):
             relative = relative.to(A)
         values = spectrum.values
-        # Zero is never kept, whatever the tolerances: it has no inverse.
+        # Zero is never kept, whatever the tolerances, since it has no inverse.
         keep = values > (relative * values.amax(-1, keepdim=True)).clamp(min=self.atol)
         return inverse_root(A, spectrum, values, keep, p)

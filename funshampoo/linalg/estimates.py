@@ -1,4 +1,4 @@
-"""Estimates and verdicts by a few vectors: O(d²) a matrix, where exact values take O(d³)."""
+"""Estimates and checks from a few vectors: O(d²) per matrix, where exact values take O(d³)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PROBES = 8
 
 
 def largest_eigenvalue(A: Tensor) -> Tensor:
-    """λmax (...) of finite positive semidefinite A (..., d, d), from below, by power iterations.
+    """λmax (...) of finite positive semidefinite A (..., d, d), by power iterations, from below.
 
-    Exact when the next eigenvalue is a good deal smaller, low by a few percent when it is not.
-    Differentiable: the gradient is that of the estimate.
+    Exact if the next eigenvalue is much smaller, a few percent low if it is not. Differentiable:
+    the gradient is that of the estimate.
     """
     scale = A.detach().abs().amax((-2, -1), keepdim=True)
-    # Homogeneous in A, so the scale is a constant to autograd; it keeps squares in float32's range.
+    # Homogeneous in A, so the scale is a constant to autograd; keeps squares in float32's range.
     scale = torch.where(scale > 0, scale, 1.0)
     B = aligned(A / scale)  # 1 ≤ λmax ≤ d
     return spectral_norm(lambda v: multiply(v, B), A, iterations=24, at_once=4) * scale[..., 0, 0]
@@ -34,15 +34,15 @@ def spectral_norm(
 
         v ← v R / max|v R| from each probe;   ‖R‖₂ ≥ ‖v R‖ / ‖v‖, the largest over the probes
 
-    Divided after every `at_once` of the iterations, since that is three kernels beside one:
-    ‖R‖₂^at_once has to be far inside of the dtype's range. By the largest entry: of a norm the
-    squares overflow, v / inf is 0, and R would seem to be. Where R itself overflows it is NaN.
+    Divides after every `at_once` iterations only, as that is three kernels instead of one:
+    ‖R‖₂^at_once has to be far inside the dtype's range. By the largest entry, since a norm's
+    squares overflow, v / inf is 0, and R would seem to be 0. If R itself overflows it is NaN.
 
-    In n iterations without any gap in the spectrum it comes within a factor of about d^(1/2n). v is
-    made of rows because on a CPU products with 8 columns take 4 to 10 times as long as with 8 rows.
+    n iterations, even without a gap in the spectrum, come within a factor of about d^(1/2n). v is
+    made of rows since on a CPU products with 8 columns take 4 to 10 times as long as with 8 rows.
     like: (..., d, d), for shape, dtype and device.
     """
-    least = torch.finfo(like.dtype).tiny  # where R is zero the estimate is 0 instead of 0/0
+    least = torch.finfo(like.dtype).tiny  # if R is zero, the estimate is 0 instead of 0/0
     v = probe_vectors(like).expand(*like.shape[:-2], PROBES, like.shape[-1])
     for i in range(1, iterations):
         v = apply(v)
@@ -55,9 +55,9 @@ def spectral_norm(
 def probe_vectors(like: Tensor) -> Tensor:
     """Fixed pseudo-random vectors (PROBES, d) with entries in [-1, 1].
 
-    Counters through an integer hash (the finalizer of Murmur3), not a random generator: the same on
+    Counters hashed by an integer hash (Murmur3's finalizer), not a random generator: the same on
     every device and in every call, without state, and allowed under vmap and torch.compile. Not
-    signs: eigenvectors such as (1, -1) are common, and orthogonal to half of all vectors of signs.
+    signs: eigenvectors such as (1, -1) are common, and orthogonal to half of all sign vectors.
     """
     return _probes(like.shape[-1], like.dtype, like.device)
 
@@ -68,7 +68,7 @@ def _probes(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def scattered(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(count,) fixed pseudo-random numbers in [-1, 1], as of `probe_vectors`."""
+    """(count,) fixed pseudo-random numbers in [-1, 1], as in `probe_vectors`."""
     bits = torch.arange(1, count + 1, device=device)
     for multiplier, shift in ((0x5BD1E995, 13), (0x6B43A9B5, 15)):  # < 2**31: 32-bit products fit
         bits = bits * multiplier & 0xFFFFFFFF
@@ -80,16 +80,16 @@ def scattered(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     """Whether (...) λ (..., d) and Q (..., d, d) are a decomposition of A (..., d, d).
 
-    By a few vectors v, in three products of 8 rows beside a decomposition of nine whole ones:
+    Checked with a few vectors v: three products of 8 rows, where a decomposition takes nine full:
 
         ‖v Q (Λ/s + 2) Qᵀ - v (A/s + 2)‖ ≤ 8 √ε ‖v‖,   s = max_i |λ_i|
 
-    with ε the machine epsilon of the dtype. A Q that is not orthogonal passes only
-    where Q (Λ/s + 2) Qᵀ happens to be A/s + 2 all the same, which no routine that fails will
-    find. LAPACK's errors are some ε. What is wrong by more than 8 √ε of the whole is told, at any
-    side: one eigenvector of 1,000, for an eigenvalue near the largest, leaves 0.04. Errors of small
-    eigenvalues alone are not. s is at least the smallest normal number, below which rounding is
-    absolute; eigenvalues of zero alone are those of no larger matrix.
+    where ε is the machine epsilon of the dtype. A Q that is not orthogonal passes only if Q (Λ/s +
+    2) Qᵀ still happens to be A/s + 2, which no failing routine will produce. LAPACK's errors are
+    some ε. Errors above 8 √ε of the whole are detected, at any side: one eigenvector of 1,000, for
+    an eigenvalue near the largest, leaves 0.04. Errors confined to small eigenvalues are not. s is
+    at least the smallest normal number, below which rounding is absolute; eigenvalues that are all
+    zero belong to no larger matrix.
 
     >>> A = torch.diag(torch.tensor([1.0, 4.0]))
     >>> is_decomposition(A, torch.tensor([1.0, 4.0]), torch.eye(2))
@@ -97,7 +97,7 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     >>> is_decomposition(A, torch.tensor([0.0, 0.0]), torch.eye(2))
     tensor(False)
     """
-    # No square leaves the range.
+    # Keeps squares in range.
     scale = values.abs().amax(-1).clamp(min=torch.finfo(A.dtype).tiny)[..., None, None]
     v = probe_vectors(A)
     image = (v @ Q * (values[..., None, :] / scale + 2)) @ Q.mT
@@ -105,7 +105,7 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
 
 
 def is_orthogonal(Q: Tensor) -> Tensor:
-    """Whether (...) Q (..., d, d) is orthogonal: ‖v Q Qᵀ - v‖ ≤ 8 √ε ‖v‖, as of `is_decomposition`.
+    """Whether (...) Q (..., d, d) is orthogonal: ‖v Q Qᵀ - v‖ ≤ 8 √ε ‖v‖, as `is_decomposition`.
 
     >>> is_orthogonal(torch.tensor([[0.6, -0.8], [0.8, 0.6]]))
     tensor(True)
@@ -117,7 +117,7 @@ def is_orthogonal(Q: Tensor) -> Tensor:
 
 
 def _is_small(x: Tensor) -> Tensor:
-    """Whether (...) ‖x‖ ≤ 8 √ε ‖v‖ for all rows of x (..., PROBES, d), v those of the probes."""
+    """Whether (...) ‖x‖ ≤ 8 √ε ‖v‖ for all rows of x (..., PROBES, d), where v are the probes."""
     small: Tensor = (x.square().sum(-1) <= _limits(x.shape[-1], x.dtype, x.device)).all(-1)
     return small
 

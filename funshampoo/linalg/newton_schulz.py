@@ -36,34 +36,34 @@ _LARGEST = 16.0
 class newton_schulz(RootSolver):
     """Inverse root by a fixed number of coupled polynomial steps, for integer p, 3/2 and 9/2.
 
-    The coupled iteration of Guo and Higham (see `coupled_newton`) with other polynomials than
+    The coupled iteration of Guo and Higham (see `coupled_newton`) with polynomials other than
     Newton's, on Ã = A + damping·I with c = ‖Ã‖_∞ ≥ λmax:
         X = I,   M = Ã / c
         N = e(M),   X ← X N,   M ← N^⌊p/2⌋ M N^⌈p/2⌉     for each step's polynomial e
         Ã^(-1/p) = c^(-1/p) X
-    In exact arithmetic each step maps x = (eigenvalue of M)^(1/p) to x e(x^p). First come a few of
-    one polynomial of degree 4 by which the least x grows, then one that is the best for the
-    interval that holds them all by now, then the series of M^(-1/p) around 1. At the defaults these
-    are 27, 31, 30, 30, 30 and 34 products for p = 2, 3, 4, 6, 8 and 9 and 1,024 a side; another p
-    has the series alone, and 70 for p = 5. p = 1, 3/2 and 9/2 are squares of p = 2, 3 and 9, and
-    have their residuals. The host reads nothing.
+    In exact arithmetic each step maps x = (eigenvalue of M)^(1/p) to x e(x^p). First come a few
+    steps of one polynomial of degree 4 that makes the least x grow, then the best polynomial for
+    the interval that by then holds all x, then the series of M^(-1/p) around 1. At the defaults
+    these are 27, 31, 30, 30, 30 and 34 products for p = 2, 3, 4, 6, 8 and 9 at side 1,024; any
+    other p uses the series alone, 70 products for p = 5. p = 1, 3/2 and 9/2 are squares of p = 2, 3
+    and 9, and have their residuals. The host reads nothing.
 
-    N stands on both sides of M. As N^p M, the same but for rounding, what a steep e makes of errors
-    in M does not cancel: of 128 a side, two fifths of the roots for p = 4 and a condition of 1e6
-    had residuals above max_residual in float32, where they are 0.06 to 0.08.
+    N multiplies M from both sides. N^p M equals that except for rounding, but there the errors that
+    a steep e makes in M do not cancel: at side 128, two fifths of the roots for p = 4 and a
+    condition of 1e6 had residuals above max_residual in float32, where they are 0.06 to 0.08 now.
 
-    The best odd polynomials of an interval, those of p = 2, are those of the matrix sign (Amsel et
-    al., arXiv 2505.16932; Grishina et al., arXiv 2506.10935). Those of other p are found alike.
+    The best odd polynomials for an interval, those of p = 2, are those of the matrix sign (Amsel et
+    al., arXiv 2505.16932; Grishina et al., arXiv 2506.10935). Those of other p are found likewise.
 
     The number of steps follows from condition, tolerance, p and d: it takes eigenvalues from λmax /
-    condition up to within `tolerance` of their limit. So it compiles, batches, and differentiates
-    to any order: of a matrix that requires gradients the tolerance is squared, since a polynomial
-    that is close need not rise alike. A root whose residual is above max_residual is never
-    returned: `converged` is False. That is where a matrix with a larger condition number than
-    promised ends. In float64, tolerance=1e-12 gives errors of 1e-10.
+    condition to within `tolerance` of their limit. So it compiles, batches, and differentiates to
+    any order. For a matrix that requires gradients the tolerance is squared, since a close
+    polynomial need not have a close slope. A root whose residual is above max_residual is never
+    returned: `converged` is False. That is what happens to a matrix with a larger condition number
+    than promised. In float64, tolerance=1e-12 gives errors of 1e-10.
 
-    relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2]. λmax and the condition
-    returned are estimates by power iterations.
+    relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2]. The returned λmax and
+    condition are estimates by power iterations.
     condition: the largest λmax / λmin of Ã to be prepared for, about 1 / relative_epsilon.
     max_residual: see `coupled_newton`.
     Raises ValueError for a negative number as relative_epsilon, epsilon or max_residual, a
@@ -87,7 +87,7 @@ class newton_schulz(RootSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if math.isinf(self.condition):  # steps would have no end
+        if math.isinf(self.condition):  # the steps would never end
             raise ValueError("condition must be finite, got inf: give about 1 / relative_epsilon")
 
     def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
@@ -101,14 +101,14 @@ class newton_schulz(RootSolver):
         largest = largest_eigenvalue(A)
         damping = total_damping(A, epsilon, self.relative_epsilon, lambda: largest)
         system = normalize(add_to_diagonal(A, damping), finite)
-        # A polynomial that is close need not rise alike: its derivative takes a step more.
+        # A close polynomial need not have a close slope: its derivative takes one more step.
         tolerance = max(self.tolerance**2, 1e-14) if is_differentiated(A) else self.tolerance
         X = _inverse_root(system.B, p, self.condition, tolerance)
         return certify(X, p, system, largest + damping, self.max_residual, power_of_root=q)
 
 
 def takes(p: float) -> bool:
-    """Whether `newton_schulz` finds A^(-1/p)."""
+    """Whether `newton_schulz` can compute A^(-1/p)."""
     return float(p).is_integer() or 2 * p in TABLES
 
 
@@ -116,7 +116,7 @@ def degree_and_power(p: float) -> tuple[int, int]:
     """(m, q) of A^(-1/p) = (A^(-1/m))^q for a p that `newton_schulz` takes.
 
     Raises:
-        ValueError: for another.
+        ValueError: for any other p.
     """
     check_exponent(p)
     if p == 1 or (p != int(p) and takes(p)):
@@ -126,7 +126,7 @@ def degree_and_power(p: float) -> tuple[int, int]:
 
 def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tensor:
     """B^(-1/p), finite whatever B's eigenvalues are."""
-    # ‖B‖_∞: λmax at least, and √d of it at most; without a gradient, as the root has none by it.
+    # ‖B‖_∞ is between λmax and √d λmax; without a gradient, since the root does not depend on it.
     scale, identity = B.detach().abs().sum(-1).amax(-1)[..., None, None], identity_like(B)
     lower = condition ** (-1 / p) * math.sqrt(B.shape[-1]) ** (-1 / p)  # the product may be inf
     M, X = B / scale, identity.expand_as(B)
@@ -142,7 +142,7 @@ def _inverse_root(B: Tensor, p: int, condition: float, tolerance: float) -> Tens
 
 
 def _polynomial(step: Step, M: Tensor, identity: Tensor) -> Tensor:
-    """a I + b M + c M² + d M³ + e M⁴, or of I - M; by one product up to c, else by two."""
+    """a I + b M + c M² + d M³ + e M⁴, or in I - M; with one product up to c, else two."""
     M = identity - M if step.around_one else M
     a, b, *rest = step.coefficients
     N = torch.add(a * identity, M, alpha=b)
@@ -156,9 +156,9 @@ def _polynomial(step: Step, M: Tensor, identity: Tensor) -> Tensor:
 
 
 def _on_course(X: Tensor, identity: Tensor) -> Tensor:
-    """X, with the identity in the place of matrices that have left the range of their iteration.
+    """X, with the identity in place of matrices that have left the range of their iteration.
 
-    They would overflow, and 0·inf is NaN in the backward pass. The root's residual tells of them.
+    They would overflow, and 0·inf is NaN in the backward pass. The root's residual shows them.
     """
     largest: Tensor = torch.linalg.vector_norm(X.detach(), math.inf, dim=(-2, -1))
     return where(largest < _LARGEST, X, identity)

@@ -1,4 +1,4 @@
-"""What surrounds an iteration: scaling into float32's range before, and the verdict after."""
+"""Before and after an iteration: scaling into float32's range, and the verdict."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from funshampoo.linalg.products import aligned, matrix_power, multiply, power
 from funshampoo.linalg.solver import InverseRoot, or_identity, symmetrize
 
 _RESIDUAL_ITERATIONS = 4
-"""Within a factor of 2.2 for d = 512, when all eigenvalues are off by about as much.
+"""Accurate within a factor of 2.2 for d = 512, if all eigenvalues are off by about as much.
 
-One that stands out, as one that did not converge does from rounding, is found in 2 or 3: a verdict
-hangs on it.
+An outlier, such as an unconverged eigenvalue among rounding errors, is found in 2 or 3 iterations:
+the verdict depends on it.
 """
 
 
 class Normalized(NamedTuple):
     """A = scale·B, max|B| = 1: B (..., d, d), scale (...), and which (...) A are to be solved.
 
-    B is the identity where A is not. The scale is a constant to autograd: (A / scale)^(-1/p) times
+    B is the identity for the other A. The scale is a constant to autograd: (A / scale)^(-1/p) times
     scale^(-1/p) does not depend on it.
     """
 
@@ -33,7 +33,7 @@ class Normalized(NamedTuple):
 
 
 def normalize(A: Tensor, wanted: Tensor) -> Normalized:
-    """Divide each matrix by its largest entry, after which the squares in a norm can't overflow.
+    """Divide each matrix by its largest entry, so that the squares in a norm can't overflow.
 
     A matrix is solvable if it is wanted (...), finite and not zero.
     """
@@ -52,23 +52,23 @@ def certify(
     max_residual: float,
     power_of_root: int = 1,
 ) -> InverseRoot:
-    """The result for X ≈ B^(-1/p): converged where the residual of the root itself allows it.
+    """The result for X ≈ B^(-1/p), converged if the residual of the root itself allows it.
 
-    The residual is computed from X and B, not from what an iteration believes of itself. It is off
-    by rounding of about machine epsilon·condition, and the dtype's largest number where powers of
-    X overflow. A root that leaves the dtype's range is none. X (..., d, d) must be finite.
-    largest: λmax (...) of scale·B, which a caller with relative damping has estimated anyhow.
-    power_of_root: of the root that is returned; the residual is that of X.
+    The residual is computed from X and B, not taken from the iteration. It is off by rounding of
+    about machine epsilon·condition, and is the dtype's largest number if powers of X overflow. A
+    root outside the dtype's range does not count. X (..., d, d) must be finite.
+    largest: λmax (...) of scale·B, which a caller with relative damping has estimated anyway.
+    power_of_root: the power of X that is returned; the residual is that of X.
     """
     B, scale, solvable = system
     X = symmetrize(X)
-    most = torch.finfo(B.dtype).max  # inf says that there was nothing to solve
+    most = torch.finfo(B.dtype).max  # inf would say that there was nothing to solve
     residual = _residual(X.detach(), p, B.detach()).nan_to_num(nan=most, posinf=most)
     residual = torch.where(solvable, residual, torch.inf)
     condition = largest.detach() / scale * power(largest_eigenvalue(X.detach()), p)
     root = X * power(scale, -1 / p)[..., None, None]
     converged = residual <= max_residual
-    if power_of_root > 1:  # of the identity where it would be one of inf, whose derivative is NaN
+    if power_of_root > 1:  # of the identity where it would be of inf, whose derivative is NaN
         root = symmetrize(matrix_power(or_identity(converged, root), power_of_root))
     converged = converged & root.detach().abs().amax((-2, -1)).isfinite()
     condition = torch.where(solvable, condition, torch.inf)

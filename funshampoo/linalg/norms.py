@@ -1,14 +1,14 @@
-"""Norms of blocks, and what is done where the squares in them leave the range of their dtype.
+"""Norms of blocks, correct even where their squares leave the range of the dtype.
 
-A plain norm overflows from 2^64 on in float32 and loses digits below 2^-42 or so, although the norm
-itself would be a number. Its own value says so: inf, or tiny. There x is multiplied by a power of
-two, which rounds nothing, and the norm is computed once more: ‖x‖ = ‖x s‖ / s.
+A plain norm overflows from 2^64 on in float32 and loses digits below about 2^-42, although the norm
+itself would be representable. Its own value shows that: inf, or tiny. Then x is multiplied by a
+power of two, which rounds nothing, and the norm is computed again: ‖x‖ = ‖x s‖ / s.
 
-On a CPU the plain norms are read, and only where one is out of range is there a second pass.
-Under a transform and in a graph there is no value yet: the second pass is always made, with s = 1
-where the first was right, so that there the numbers are those of the plain norm. On another device
-reading would wait for it, and a second pass over all blocks on every step is too dear for numbers
-that gradients which are `guarded` do not reach: there the plain norm is taken as it is.
+On a CPU the plain norms are read, and a second pass is made only if one is out of range. Under a
+transform and in a graph there is no value yet: the second pass is always made, with s = 1 where the
+first was right, so that those numbers are the plain norm's. On other devices reading would wait,
+and a second pass over all blocks on every step is too expensive for values that `guarded` gradients
+never reach: there the plain norm is used as is.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from funshampoo.core.placed import is_in_parts, whole_numbers
 
 
 def norm_over_axes(x: Tensor, axes: Sequence[int], keepdim: bool = False) -> Tensor:
-    """‖x‖ over these axes, whose derivatives of every order are 0 where x is zeros.
+    """‖x‖ over these axes, with derivatives of every order 0 where x is zeros.
 
-    torch says so of the first derivative, and NaN of the second one by the first in reverse mode. A
-    block has no gradient where another weight is zeros yet, as LoRA's are at the start.
+    torch does this for the first derivative, but the second one is NaN if the first was in reverse
+    mode. A block has no gradient while another weight is still zeros, as at the start of LoRA.
 
     >>> from torch.func import grad
     >>> grad(grad(lambda t: norm_over_axes(t * torch.zeros(2), (0,))))(torch.tensor(1.0))
@@ -42,23 +42,23 @@ def norm_over_axes(x: Tensor, axes: Sequence[int], keepdim: bool = False) -> Ten
 
 
 def block_norm(x: Tensor, block_ndim: int, plain: bool = False) -> Tensor:
-    """‖x‖ per block: (N,) of x (N, ...) where block_ndim is 1, () where it is 0.
+    """‖x‖ per block: (N,) for x (N, ...) if block_ndim is 1, () if it is 0.
 
-    plain: whether it is known that no derivative is wanted.
+    plain: whether it is known that no derivative is needed.
 
     In one pass. Squares that overflow make it inf, squares that underflow 0: see `range_scale`.
 
     >>> block_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 1)
     tensor([5., 1.])
     """
-    if type(x) is not Tensor and is_in_parts(x):  # which could not be made flat
+    if type(x) is not Tensor and is_in_parts(x):  # it can't be flattened
         of_parts: Tensor = torch.linalg.vector_norm(x)
         return of_parts
     flat = x.reshape(*x.shape[:block_ndim], -1)
-    if flat.shape[-1] == 1:  # the same number, but its derivative is a sign, not a quotient
+    if flat.shape[-1] == 1:  # same value, but its derivative is a sign, not a quotient
         return flat[..., 0].abs()
     if plain:
-        norms: Tensor = torch.linalg.vector_norm(flat, dim=-1)  # not of length 1; see row_norms
+        norms: Tensor = torch.linalg.vector_norm(flat, dim=-1)  # length is not 1; see row_norms
         return norms
     return norm_over_axes(flat, (flat.ndim - 1,))
 
@@ -66,8 +66,8 @@ def block_norm(x: Tensor, block_ndim: int, plain: bool = False) -> Tensor:
 def row_norms(x: Tensor) -> Tensor:
     """‖x‖ (...) of x (..., n), over its last axis.
 
-    Counted from the front: over an axis -1 of length 1, torch 2.8 to 2.11 (2.13 does not) takes the
-    norm to have shape (..., 1), in a graph and on the meta device.
+    The axis is counted from the front: over an axis -1 of length 1, torch 2.8 to 2.11 (not 2.13)
+    gives the norm the shape (..., 1), in a graph and on the meta device.
 
     >>> row_norms(torch.zeros(2, 1, device="meta")).shape
     torch.Size([2])
@@ -76,20 +76,20 @@ def row_norms(x: Tensor) -> Tensor:
 
 
 def range_limits(dtype: torch.dtype) -> tuple[float, float]:
-    """Between which norms neither overflowed nor lost digits: about 2^-42 to 2^64 in float32."""
+    """Limits within which norms neither overflow nor lose digits: about 2^-42, 2^64 in float32."""
     found = torch.finfo(dtype)
     return found.tiny ** (1 / 3), found.max**0.5
 
 
 def range_shift(dtype: torch.dtype) -> float:
-    """The power of two that brings back squares: 2^96 in float32, whose exponents end at 128."""
+    """Power of two that brings squares into range: 2^96 in float32, whose exponents end at 128."""
     return float(2.0**600) if dtype == torch.float64 else float(2.0**96)
 
 
 def range_scale(norm: Tensor) -> Tensor:
-    """s, a power of two for every plain norm: that of x s is right. 1 where `norm` is right.
+    """s, a power of two for every plain norm, so that ‖x s‖ is correct; 1 where `norm` already is.
 
-    An infinite or NaN entry stays one. No derivative passes.
+    Infinite or NaN entries stay so. No derivative passes.
 
     >>> range_scale(torch.tensor([0.0, 1.0, float("inf")])).log2()
     tensor([ 96.,   0., -96.])
@@ -101,10 +101,10 @@ def range_scale(norm: Tensor) -> Tensor:
 
 
 def unit_scale(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """s, a power of two, by which the largest entry of x s over these axes is in [1/2, 1).
+    """s, a power of two: the largest entry of x s over these axes is in [1/2, 1).
 
-    For what takes more of x than its square, or has to hold on every device: it is a pass over x.
-    1 where x is zeros, or not finite. x s rounds nothing, and no derivative passes. The axes stay.
+    For uses beyond squares, or that have to hold on every device: it takes a pass over x. It is 1
+    where x is zeros, or not finite. x s rounds nothing, and no derivative passes. The axes stay.
 
     >>> unit_scale(torch.tensor([3.0, 1e-30]), (0,)), unit_scale(torch.zeros(2), (0,))
     (tensor([0.2500]), tensor([1.]))
@@ -115,15 +115,15 @@ def unit_scale(x: Tensor, axes: Sequence[int]) -> Tensor:
             [1 if i - x.ndim in axes or i in axes else n for i, n in enumerate(x.shape)]
         )
     largest = x.detach().abs().amax(axes, keepdim=True)
-    # 2^-exponent has to be a number where the largest entry is no normal one.
+    # 2^-exponent has to be representable even if the largest entry is subnormal.
     least = math.frexp(torch.finfo(x.dtype).tiny)[1]
     return torch.ldexp(torch.ones_like(largest), -torch.frexp(largest)[1].clamp(min=least))
 
 
 def block_norms(xs: Sequence[Tensor], block_ndim: int) -> list[Tensor]:
-    """`block_norm` of each, outside block space in one launch."""
+    """`block_norm` of each, in one launch outside block space."""
     plain = is_plain(xs)
-    if block_ndim or not xs or not plain:  # foreach operators take no empty list
+    if block_ndim or not xs or not plain:  # foreach operators reject an empty list
         found = [block_norm(x, block_ndim, plain) for x in xs]
     else:
         found = list(torch._foreach_norm(list(xs)))
@@ -131,14 +131,14 @@ def block_norms(xs: Sequence[Tensor], block_ndim: int) -> list[Tensor]:
 
 
 def is_readable(tensors: Sequence[Tensor]) -> bool:
-    """Whether the host may look at these without waiting: on a CPU, and no transform sees them."""
+    """Whether the host may read these without waiting: on a CPU, and outside transforms."""
     return not is_traced() and all([type(x) is Tensor and x.is_cpu for x in tensors])
 
 
 def stand(norms: Sequence[Tensor], xs: Sequence[Tensor]) -> bool:
-    """Whether the plain norms of these, (N,) or (), are taken as they are: none has to be mended.
+    """Whether these plain norms, (N,) or (), can be used as they are, without a second pass.
 
-    Or the host would have to wait to know. A norm of 0 is right where its block is zeros alone.
+    Also if the host would have to wait to know. A norm of 0 is right only for a block of zeros.
     """
     if not is_readable(norms):
         return not is_traced() and not all([norm.is_cpu for norm in norms])
@@ -162,7 +162,7 @@ def stand(norms: Sequence[Tensor], xs: Sequence[Tensor]) -> bool:
         found_zero = True
     if not found_zero:
         return True
-    # No block has a norm of 0 and an entry that is not 0.
+    # Every block with a norm of 0 has only zeros.
     return not any([bool((n == 0).any()) and bool(x[n == 0].any()) for x, n in zip(xs, norms)])
 
 

@@ -1,4 +1,4 @@
-"""The orthogonal polar factor of matrices, near enough, by a few odd polynomials of them."""
+"""The orthogonal polar factor of matrices, approximately, by a few odd polynomials."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def polar_factor(
     on Xᵀ where r > c. Each step maps a singular value x to a x + b x³ + c x⁵.
 
     Args:
-        X: (..., r, c), floating point. A matrix of zeros stays one.
+        X: (..., r, c), floating point. A zero matrix stays zero.
         polynomials: (a, b, c) of each step; see `linalg.polynomials`.
-        epsilon: keeps the norm from 0. A matrix much shorter than this counts as short, and what is
-            made of it is short too; with 0 only where it points matters.
+        epsilon: keeps the norm from 0. A matrix much shorter than this gives a short result; with 0
+            only the direction matters.
         norm: "clamped": max(‖X‖, epsilon), the Frobenius norm; "added": ‖X‖ + epsilon; "schatten4":
-            √‖X Xᵀ‖ + epsilon, the root of the sum of the singular values' fourth powers, which is
-            closer to the largest one, so that fewer steps are spent on growing.
-        slack: what the Frobenius norm is multiplied by.
-        gram: work on G = X Xᵀ (r, r) alone, Q ← P Q, G ← P G P with P = a I + b G + c G², and
-            return Q X: 8 r³ a step in the place of 4 r² c + 2 r³, less where c > 2 r. In exact
-            arithmetic it is the same, but squares have half of the digits of small singular values:
-            in float32 entries mostly differ by at most 1e-3 of the largest, at a condition of 1e6
-            with eight steps of Polar Express by 4.5e-2; in float64 by 1e-10.
-        dtype: of all that is between X and the result. By default X's; in bfloat16 each operation
-            is rounded as in torch.optim.Muon.
-        scale: what the result is multiplied by, in X's dtype.
+            √‖X Xᵀ‖ + epsilon, the fourth root of the sum of the singular values' fourth powers,
+            which is closer to the largest one, so that fewer steps are spent on growing.
+        slack: a factor on the Frobenius norm.
+        gram: iterate on G = X Xᵀ (r, r) only, Q ← P Q, G ← P G P with P = a I + b G + c G², and
+            return Q X: 8 r³ per step instead of 4 r² c + 2 r³, less if c > 2 r. It is the same in
+            exact arithmetic, but squares keep half of the digits of small singular values: in
+            float32 most entries differ by at most 1e-3 of the largest, at a condition of 1e6 with
+            eight steps of Polar Express by 4.5e-2; in float64 by 1e-10.
+        dtype: for all operations between X and the result. By default X's; in bfloat16 each
+            operation is rounded as in torch.optim.Muon.
+        scale: a factor on the result, in X's dtype.
 
     Returns:
         A new tensor of X's shape and dtype.
@@ -62,7 +62,7 @@ def polar_factor(
     with product_precision():
         tall = X.shape[-2] > X.shape[-1]
         inner = dtype or X.dtype
-        # Powers of the entries are to stay in the range of their dtype.
+        # Fourth powers, and powers in float16, could leave the range of the dtype.
         narrow = norm == "schatten4" or inner == torch.float16
         scales = narrow or epsilon < range_limits(inner)[0]
 
@@ -74,7 +74,7 @@ def polar_factor(
                 own, least = own * s, cast(epsilon * s, inner)
             own = cast(own, inner)
             size = _size(own, least, norm, slack)
-            # A copy is nobody else's.
+            # Only a copy may be overwritten.
             in_place = (scales or inner != X.dtype) and may_reuse(own, size)
             P = _factor(own.div_(size) if in_place else own / size, polynomials, gram)
             return P.mT if tall else P
@@ -83,13 +83,13 @@ def polar_factor(
             return _scaled(factor(X), scale, X.dtype)
         P = torch.empty_like(X, memory_format=torch.contiguous_format)
         for x, place in zip(X.flatten(0, -3), P.flatten(0, -3)):
-            # A copy that transposes and converts at once takes twice as long as two.
+            # One copy that transposes and converts takes twice as long as two copies.
             place.copy_(factor(x).contiguous())
         return P if scale == 1.0 else P.mul_(scale)
 
 
 def polar_flops(r: int, c: int, steps: int, gram: bool = False, norm: Norm = "clamped") -> float:
-    """Operations of the products of `polar_factor` on one r×c matrix.
+    """Floating-point operations of the products of `polar_factor` on one r×c matrix.
 
     >>> polar_flops(2, 3, steps=5)
     320.0
@@ -105,10 +105,10 @@ _SMALL = 64**2
 
 
 def _one_by_one(X: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a CPU is as fast with one matrix after the other.
+    """Whether a CPU is as fast with one matrix at a time.
 
-    So it is where they are not small, and in half precision, where its kernel, hence the rounding,
-    would depend on how many there are.
+    It is if they are not small. In half precision it is required, since the kernel, and with it the
+    rounding, would depend on their number.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     return is_plain_memory(X) and (half or X.shape[-1] * X.shape[-2] >= _SMALL)
@@ -117,7 +117,7 @@ def _one_by_one(X: Tensor, dtype: torch.dtype) -> bool:
 def _factor(X: Tensor, polynomials: Sequence[Polynomial], gram: bool) -> Tensor:
     if gram:
         return _on_the_gram_matrix(X, polynomials)
-    product = torch.mm if X.ndim == 2 else matmul  # that asks for no shapes
+    product = torch.mm if X.ndim == 2 else matmul  # mm asks for no shapes
     for a, b, c in polynomials:
         A = product(X, X.mT)
         X = _combined(X, a, _combined(A, b, A, A, c), X, 1.0)
@@ -127,7 +127,7 @@ def _factor(X: Tensor, polynomials: Sequence[Polynomial], gram: bool) -> Tensor:
 def schatten4(X: Tensor) -> Tensor:
     """√‖X Xᵀ‖ (..., 1, 1), the Schatten norm of order 4 of X (..., r, c).
 
-    Of zeros it is 0, with derivatives of 0.
+    For zeros it is 0, with derivatives of 0.
 
     >>> schatten4(1e-20 * torch.eye(16))
     tensor([[2.0000e-20]])
@@ -137,15 +137,15 @@ def schatten4(X: Tensor) -> Tensor:
 
 
 def _schatten4(X: Tensor) -> Tensor:
-    """Of X whose fourth powers are in the range of its dtype."""
+    """`schatten4` of an X whose fourth powers are in the range of its dtype."""
     fourth = norm_over_axes(matmul(X, X.mT), (-2, -1), keepdim=True)
-    # As leaf_ops.sqrt: of zeros a root has no derivative, and this one has 0.
+    # As in leaf_ops.sqrt: a root has no derivative at zero; this one has 0.
     root = fourth.clamp(min=torch.finfo(fourth.dtype).tiny).sqrt()
     return torch.where(fourth > 0, root, 0.0)
 
 
 def _size(X: Tensor, epsilon: float | Tensor, norm: Norm, slack: float) -> Tensor:
-    """The divisor of X (..., 1, 1); of a tensor epsilon at least the smallest normal number."""
+    """The divisor of X (..., 1, 1); a tensor epsilon is raised to the smallest normal number."""
     if norm == "schatten4":
         size = _schatten4(X) + epsilon
     else:
@@ -157,10 +157,10 @@ def _size(X: Tensor, epsilon: float | Tensor, norm: Norm, slack: float) -> Tenso
 
 
 def _scaled(P: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale P in this dtype, of a new tensor P.
+    """scale P in this dtype, for a new tensor P.
 
-    On a device in one pass, which also puts the entries of a transposed matrix in their order: what
-    comes after it multiplies and adds by rows.
+    On a device it takes one pass, which also makes a transposed matrix contiguous, since the
+    following products and sums go by rows.
     """
     if P.is_cpu or is_traced() or P.requires_grad:
         P = cast(P, dtype)
@@ -169,14 +169,14 @@ def _scaled(P: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return P.mul_(scale) if may_reuse(P) else P * scale
     if scale == 1.0:
         return P if P.dtype == dtype else P.to(dtype, memory_format=torch.contiguous_format)
-    # Multiplied in the dtype of the result, which is at least P's; contiguous.
+    # Multiplied in the result's dtype, which is at least as wide as P's; contiguous.
     found = torch.empty(P.shape, dtype=dtype, device=P.device)
     return torch.mul(P, _one_number(scale, dtype, P.device), out=found)
 
 
 @constant
 def _one_number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1,): unlike a number, or a tensor (), it has a say in the dtype of a product."""
+    """(1,): unlike a number, or a tensor (), it takes part in type promotion."""
     return torch.full((1,), value, dtype=dtype, device=device)
 
 
@@ -194,7 +194,7 @@ def _on_the_gram_matrix(X: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
 
 
 def _combined(M: Tensor, beta: float, A: Tensor, B: Tensor, alpha: float) -> Tensor:
-    """beta M + alpha A B, fused where that is one kernel whose rounding depends on nothing else."""
+    """beta M + alpha A B, fused if that is one kernel whose rounding depends on nothing else."""
     if M.ndim == 2:
         return torch.addmm(M, A, B, beta=beta, alpha=alpha)
     if M.ndim == 3 and not M.is_cpu and not is_traced():

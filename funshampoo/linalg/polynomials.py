@@ -1,4 +1,4 @@
-"""Odd polynomials whose composition takes singular values to 1: a x + b x³ + c x⁵, step by step."""
+"""Odd polynomials a x + b x³ + c x⁵ whose composition takes singular values to 1."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Polynomials: TypeAlias = str | Sequence[Polynomial]
 _JORDAN = (3.4445, -4.7750, 2.0315)
 
 TABLES: dict[str, tuple[Polynomial, ...]] = {
-    # Steepest at 0, and from there on never nearer to 1 than 0.7 to 1.2: Jordan et al.,
+    # Steepest at 0; afterwards it stays within 0.7 to 1.2: Jordan et al.,
     # kellerjordan.github.io/posts/muon, and torch.optim.Muon.
     "newton_schulz": (_JORDAN,),
-    # p(1) = 1 with two more derivatives of 0: the classical quintic (Higham, Functions of Matrices,
-    # 2008, 8.3) with c for b; the one that the SOAP-Muon record repeats twelve times.
+    # p(1) = 1 with two more derivatives of 0: the classical quintic (Higham, Functions of
+    # Matrices, 2008, 8.3), with c for b; the SOAP-Muon record repeats it twelve times.
     "converging": ((2.0, -1.5, 0.5),),
-    # Polar Express, best on an interval that is followed from step to step: Amsel et al., arXiv
-    # 2505.16932. Begun at 1e-3, with a margin of 2 %, as microsoft/dion has it.
+    # Polar Express, optimal on an interval that is updated from step to step: Amsel et al., arXiv
+    # 2505.16932. It starts at 1e-3, with a margin of 2 %, as in microsoft/dion.
     "polar_express": (
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -28,7 +28,7 @@ TABLES: dict[str, tuple[Polynomial, ...]] = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
-    # The same with eight entries, as NVIDIA-NeMo/Emerging-Optimizers has it.
+    # The same with eight entries, as in NVIDIA-NeMo/Emerging-Optimizers.
     "polar_express_8": (
         (8.2051, -22.9019, 16.4607),
         (4.0664, -2.8612, 0.5184),
@@ -47,8 +47,8 @@ TABLES: dict[str, tuple[Polynomial, ...]] = {
         (3.2866, -2.4647, 0.5074),
         (2.2737, -1.6447, 0.4162),
     ),
-    # Five found by gradient descent: Cesista, leloykun.github.io/ponder/muon-opt-coeffs;
-    # Emerging-Optimizers, and microsoft/dion without Polar Express.
+    # Five found by gradient descent: Cesista, leloykun.github.io/ponder/muon-opt-coeffs; in
+    # Emerging-Optimizers, and in microsoft/dion without Polar Express.
     "quintic": (
         (4.0848, -6.8946, 2.9270),
         (3.9505, -6.3029, 2.6377),
@@ -58,9 +58,9 @@ TABLES: dict[str, tuple[Polynomial, ...]] = {
     ),
     # Eight steps that grow and two that settle: DeepSeek-V4, in Emerging-Optimizers.
     "deepseek": (_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2,
-    # Made for a start that is scaled by row sums, Boissin et al., arXiv 2512.04632;
-    # Emerging-Optimizers takes them after a division by the norm. The first is negative from 0.88
-    # on: where one singular value outweighs all others, its direction comes out with a wrong sign.
+    # For a start scaled by row sums, Boissin et al., arXiv 2512.04632; Emerging-Optimizers uses
+    # them after a division by the norm. The first is negative from 0.88 on: if one singular value
+    # dominates, its direction comes out with the wrong sign.
     "aol": (
         (4.0098, -7.0585, 2.4635),
         (3.4585, -5.5479, 2.5959),
@@ -71,20 +71,20 @@ TABLES: dict[str, tuple[Polynomial, ...]] = {
 """By name. Every entry is (a, b, c)."""
 
 _CYCLES = ("quintic", "aol")
-"""Those that begin again where more steps are wanted than they have; of others the last repeats."""
+"""Tables that start over if more steps are requested than they have; of others the last repeats."""
 
 
 def polynomials_of(given: Polynomials, steps: int | None = None) -> tuple[Polynomial, ...]:
-    """One polynomial a step.
+    """One polynomial per step.
 
     Args:
-        given: a name of `TABLES`, or (a, b, c) for each step; where there are fewer than steps, the
-            last one again.
+        given: a name of `TABLES`, or (a, b, c) for each step; if there are fewer than steps, the
+            last one repeats.
         steps: how many; by default as many as are listed, or 5 of a single one.
 
     Raises:
-        ValueError: the name is unknown, or an entry has not three numbers.
-        TypeError, ValueError: steps is no int of at least 1.
+        ValueError: the name is unknown, or an entry does not have three numbers.
+        TypeError, ValueError: steps is not an int of at least 1.
 
     >>> polynomials_of("converging", 2)
     ((2.0, -1.5, 0.5), (2.0, -1.5, 0.5))

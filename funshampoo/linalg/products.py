@@ -1,22 +1,22 @@
-"""Products and powers that round a matrix alike wherever it lies in its stack.
+"""Products and powers whose rounding does not depend on a matrix's place in its stack.
 
-A rank that holds some rows of a stack must find, to the last bit, what one that holds them all
-finds. On a CPU three things stand against it:
+A rank that holds some rows of a stack must compute bitwise the same as one that holds them all. On
+a CPU three things prevent that:
 
-    MKL rounds differently where a matrix does not start at a multiple of 16 bytes, as most of a
-        stack of 9×9 do not. Such operands are copied to where they do, and where results would not
-        start there, rows of zeros are added.
-    A product with a vector has kernels of its own, one for a single matrix and others for many. A
-        vector becomes a matrix by columns or rows of zeros.
-    A power differs between the body of a loop over SIMD vectors and its tail. All is tail here.
+    MKL rounds differently for a matrix that does not start at a multiple of 16 bytes, as most in a
+        stack of 9×9 do not. Such operands are copied to aligned memory, and if results would not be
+        aligned, rows of zeros are added.
+    A product with a vector has its own kernels, one for a single matrix and others for many.
+        Columns or rows of zeros turn the vector into a matrix.
+    A power differs between the body of a SIMD loop and its tail. Here all of it is tail.
 
-What is done follows from a matrix's shape, never from its place or their number. With more than one
-thread MKL still divides the products of a stack of one row among them, and rounds otherwise.
+What is done depends on a matrix's shape, never on its place or their number. With more than one
+thread MKL still splits the products of a stack of one row among them, and rounds differently.
 
-Stacks of even sides get the plain operators, and so do x xᵀ whose rows all begin at multiples of 16
-bytes, single matrices, other devices, torch.compile and torch.func. On another device there is one
-exception, x xᵀ of few long rows, as of the 9 places of a 3×3 filter: cuBLAS gives such a product to
-hardly any of a GPU. There it is a sum of the products of pieces.
+The plain operators are used for stacks of even sides, x xᵀ whose rows all start at multiples of 16
+bytes, single matrices, other devices, torch.compile and torch.func. On other devices there is one
+exception, x xᵀ of few long rows, as for the 9 places of a 3×3 filter: cuBLAS uses only a small part
+of a GPU for such a product. There it is a sum over pieces.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from torch.nn.functional import pad
 ALIGNMENT = 16
 """Bytes."""
 
-_LARGEST_PLAIN = 512  # side of a square that is computed whole
+_LARGEST_PLAIN = 512  # largest side of a square that is computed whole
 
-_LARGEST_BLOCK = 256  # of one that is not
+_LARGEST_BLOCK = 256  # largest block of one that is not
 
-_BLOCK_UNIT = 16  # numbers: so that blocks are aligned where the matrix is, and kernels run full
+_BLOCK_UNIT = 16  # numbers: blocks are aligned if the matrix is, and kernels run full
 
 
 FEW_ROWS, LONG_ROWS, PIECE = 64, 2048, 512
-"""Of an x on a GPU: up to so many rows that are at least so long go in pieces of this length.
+"""For x on a GPU: up to so many rows, of at least this length, are cut into pieces of this length.
 
-On an H100, 64 rows of 65,536 in 0.03 of the time, 9 of 262,144 in 0.04.
+On an H100, 64 rows of 65,536 take 0.03 of the time, 9 of 262,144 take 0.04.
 """
 
 _MOST_JOINED = 16  # products of FEW_ROWS rows, of one matrix or of several side by side
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, matrix by matrix; of two dtypes, in the wider one."""
+    """a @ b, matrix by matrix; with two dtypes, in the wider one."""
     if a.dtype != b.dtype:
         wider = torch.promote_types(a.dtype, b.dtype)
         a, b = a.to(wider), b.to(wider)
-    shape, other = a.shape, b.shape  # asked for once: torch makes a new object each time
+    shape, other = a.shape, b.shape  # read once: torch makes a new object each time
     if len(shape) == len(other) == 2 or not is_plain_memory(a, b):
         return a @ b
     rows, inner, columns = shape[-2], shape[-1], other[-1]
@@ -66,7 +66,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     a, b = _aligned(a), _aligned(b)
     plain = len(shape) == len(other) == 3 and shape[0] == other[0]
     product = torch.bmm(a, b) if plain else a @ b  # one operator where `@` takes five
-    if widens or lengthens:  # a copy for a stack of one too, whose strides would show the padding
+    if widens or lengthens:  # copy even a stack of one, whose strides would show the padding
         return product[..., :rows, :columns].clone(memory_format=torch.contiguous_format)
     return product
 
@@ -79,8 +79,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 def square(b: Tensor) -> Tensor:
     """b bᵀ (..., d, d) of b (..., d, d), symmetric up to rounding. No gradient flows through it.
 
-    In a CPU's memory, of a large one only the blocks on the diagonal and above are computed: at
-    d = 1,024 in 0.8 of the time. A smaller one is fastest as a plain product.
+    In a CPU's memory, only the blocks of a large matrix on and above the diagonal are computed: 0.8
+    of the time at d = 1,024. A smaller one is fastest as a plain product.
     """
     d = b.shape[-1]
     if not is_plain_memory(b) or (d % 2 and d <= _LARGEST_PLAIN):
@@ -108,7 +108,7 @@ def _write_square(X: Tensor, b: Tensor) -> None:
 
 
 def gram(x: Tensor) -> Tensor:
-    """x xᵀ, matrix by matrix; perhaps a view."""
+    """x xᵀ, matrix by matrix; may be a view."""
     plain = operand_of_gram(x)
     if plain is not None:
         return plain @ plain.mT
@@ -122,9 +122,9 @@ def gram(x: Tensor) -> Tensor:
 
 
 def operand_of_gram(x: Tensor) -> Tensor | None:
-    """aligned(x), if x xᵀ is its plain product, which may then be part of a fused kernel; or None.
+    """aligned(x) if x xᵀ is its plain product, which can then be part of a fused kernel; else None.
 
-    With an odd number of rows it is if all of them begin aligned. On a GPU it is but for few long
+    With an odd number of rows it is if all of them are aligned. On a GPU it is, except for few long
     rows; see `gram_in_pieces`.
     """
     shape = x.shape
@@ -140,7 +140,7 @@ def operand_of_gram(x: Tensor) -> Tensor | None:
 
 
 def _has_few_long_rows(x: Tensor) -> bool:
-    """Whether the product is made in pieces, which are views: the rows lie one after another."""
+    """Whether the product is made in pieces, as views: the rows lie one after another."""
     rows, length = x.shape[-2:]
     if not 0 < rows <= FEW_ROWS or length < LONG_ROWS or type(x) is not Tensor:
         return False
@@ -151,10 +151,10 @@ def _has_few_long_rows(x: Tensor) -> bool:
 
 
 def gram_in_pieces(x: Tensor) -> Tensor:
-    """x xᵀ (..., d, d) of a contiguous x (..., d, n), as a sum over pieces of the long axis.
+    """x xᵀ (..., d, d) for contiguous x (..., d, n), as a sum over pieces of the long axis.
 
-    Rows of several matrices share a product, of which what lies across is left out: there is a view
-    with one stride a piece for all of them, where a stack of pieces of each would be a copy.
+    Rows of several matrices share a product, whose cross terms are dropped: one view, with one
+    stride per piece, covers all of them, where a stack of each one's pieces would be a copy.
 
     >>> gram_in_pieces(torch.ones(2, 1, 5000)).flatten()
     tensor([5000., 5000.])
@@ -185,7 +185,7 @@ def matrix_power(A: Tensor, p: int) -> Tensor:
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy (..., m, n) with gaps between the matrices, so that each is aligned.
 
-    For a matrix that enters many products; `matmul` and `gram` do it too.
+    Use it for a matrix that enters many products; `matmul` and `gram` also align.
     """
     return _aligned(x) if x.ndim > 2 and is_plain_memory(x) else x
 
@@ -197,7 +197,7 @@ def _aligned(x: Tensor) -> Tensor:
         misaligned |= step % unit if side > 1 else 0
     if not misaligned or len(shape) < 3:
         return x
-    if stride[-2] < stride[-1]:  # column by column; it stays so
+    if stride[-2] < stride[-1]:  # stored column by column; it stays so
         return _aligned(x.mT).mT
     count = shape[-2] * shape[-1]
     flat = pad(x.flatten(-2).contiguous(), (0, -count % unit))
@@ -206,16 +206,16 @@ def _aligned(x: Tensor) -> Tensor:
 
 def power(x: Tensor, exponent: float | Tensor) -> Tensor:
     """x^exponent, elementwise."""
-    if x.ndim and is_plain_memory(x):  # a scalar has none beside it
-        # With gaps: such are never taken a vector at a time. Not -1: torch 2.11 counts it from x's
-        # own dimensions, and takes a DTensor sharded on the last for one sharded on the new one.
+    if x.ndim and is_plain_memory(x):  # a scalar has no neighbours
+        # With gaps, entries never go through SIMD. Not -1: torch 2.11 counts it from x's own
+        # dimensions, and takes a DTensor sharded on the last for one sharded on the new one.
         x = torch.stack((x, x), x.ndim)[..., 0]
     raised: Tensor = x**exponent
     return raised
 
 
 def is_plain_memory(*tensors: Tensor) -> bool:
-    """Whether these lie in a CPU's memory, and are not seen through a transform."""
+    """Whether these are in a CPU's memory, and not under a transform."""
     if torch.compiler.is_dynamo_compiling():
         return False
     if _functorch.peek_interpreter_stack() is None:

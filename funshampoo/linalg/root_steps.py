@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """N = Σ coefficients[j] M^j, or, around one, of (I - M)^j."""
+    """N = Σ coefficients[j] M^j or, if around one, of (I - M)^j."""
 
     coefficients: tuple[float, ...]
     around_one: bool = False
@@ -16,8 +16,8 @@ class Table(NamedTuple):
     """The best polynomials e of degree 4 for x e(x^p), on two intervals.
 
     Attributes:
-        grow: x grow(x^p) is in [grown, 0.99] for x in [grows_from, 1], the best such, and rises for
-            a smaller x. Up to 0.99 and not 1, since it rises steeply there, and so would rounding.
+        grow: the best with x grow(x^p) in [grown, 0.99] for x in [grows_from, 1]; increasing for
+            smaller x. Up to 0.99 and not 1, since the slope is steep there, and rounding with it.
         settle: the best for x in [grown, 1]: within `settled` of 1.
     """
 
@@ -72,17 +72,17 @@ TABLES = {
         0.0125,
     ),
 }
-"""By p: those of the exponents 1/2, 1/3 (9 for 2/9, of three sides), and 1/(2k) of 1 to 4 sides.
+"""By p: for the exponents 1/2, 1/3 (9 for 2/9, of three sides), and 1/(2k) of 1 to 4 sides.
 
-Found by Remez' exchange. Each `grows_from` is the one with the fewest products in all for a
+Found by Remez exchange. Each `grows_from` is the one with the fewest products in total for a
 condition of 1e6.
 """
 
 
 def root_steps(p: int, lower: float, tolerance: float) -> list[Step]:
-    """Those that bring all x in [lower, 1] within `tolerance` of 1, by x ← x N(x^p).
+    """Steps x ← x N(x^p) that bring all x in [lower, 1] to within `tolerance` of 1.
 
-    For a p that has no table by the series of M^(-1/p) around 1 alone.
+    A p without a table uses the series of M^(-1/p) around 1 only.
     """
     steps, low, high = [], lower, 1.0
     if p in TABLES:
@@ -96,7 +96,7 @@ def root_steps(p: int, lower: float, tolerance: float) -> list[Step]:
     while max(1 - low, high - 1) > tolerance:
         reached = {k: _reached(p, k, low, high) for k in (1, 2, 4)}
         errors = {k: max(1 - low, high - 1) for k, (low, high) in reached.items()}
-        # Not by next(), at which torch 2.8 stops tracing.
+        # Not next(), which torch 2.8 can't trace.
         k = min([k for k in errors if errors[k] <= tolerance] or [4])
         steps.append(Step(_series(p, k), around_one=True))
         low, high = reached[k]
@@ -114,7 +114,7 @@ def _series(p: int, k: int) -> tuple[float, ...]:
 def _reached(p: int, k: int, low: float, high: float) -> tuple[float, float]:
     """The range of x (series of k)(1 - x^p) for x in [low, high] ∋ 1.
 
-    It rises up to 1; beyond, it goes on rising for an even k and falls for an odd one.
+    It increases up to 1; beyond, it keeps increasing for even k and decreases for odd k.
     """
     ends = [x * _value(_series(p, k), 1 - x**p) for x in (low, high)]
     return min(ends), max(*ends, 1.0)
@@ -122,6 +122,6 @@ def _reached(p: int, k: int, low: float, high: float) -> tuple[float, float]:
 
 def _value(coefficients: tuple[float, ...], t: float) -> float:
     found = 0.0
-    for c in reversed(coefficients):  # a graph with sides that vary can't raise t to 0
+    for c in reversed(coefficients):  # a graph with dynamic sides can't raise t to 0
         found = found * t + c
     return found

@@ -1,4 +1,4 @@
-"""What a root solver is: its signature, its result, and the checks all solvers make at the door."""
+"""The interface of a root solver: its signature, its result, and the checks that all share."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class InverseRoot(NamedTuple):
     converged: (...), bool. False for a matrix that is not finite, that has no root, or whose root
                was not reached.
 
-    Two choices in the residual. Balanced: the entries of X^p (A + damping·I) - I, which has the
-    same eigenvalues but is not symmetric, hold rounding errors in X times up to √condition; in
+    Two choices in the residual. It is balanced: the entries of X^p (A + damping·I) - I, which has
+    the same eigenvalues but is not symmetric, amplify rounding errors in X by up to √condition; in
     float32 at condition 1e6 they reach 0.3 to 7 for roots that are right to 1 %, the balanced
-    residual 0.05 to 0.2. And the spectral norm: one eigenvalue that did not converge leaves 1 in
-    it, but only about 1/d in the largest entry. For odd p, iterative solvers halve X^p into powers
-    (p ± 1)/2.
+    residual 0.05 to 0.2. And it is a spectral norm: one unconverged eigenvalue leaves 1 in it, but
+    only about 1/d in the largest entry. For odd p, iterative solvers split X^p into powers (p ±
+    1)/2.
 
     Only `root` carries gradients.
     """
@@ -50,23 +50,23 @@ Solver = Callable[[Tensor, float, Hyper], InverseRoot]
 
 A (..., d, d) is float32 or float64, symmetric and positive semidefinite up to rounding; epsilon is
 a number or a tensor that broadcasts to A.shape[:-2]. A solver is pure, never raises because of a
-matrix's values, and treats each matrix of the stack as if it were alone. Any function will do;
-those of this package are `RootSolver`s.
+matrix's values, and treats each matrix of the stack independently. Any function with this signature
+will do; those of this package are `RootSolver`s.
 """
 
 
 class RootSolver(ABC):
-    """A `Solver` that shows its numbers: it can be pickled, compared, and looked up by.
+    """A `Solver` with visible settings: it can be pickled, compared, and used as a key.
 
-    Subclasses are frozen dataclasses without an equality of their own (eq=False). Two solvers are
-    equal where their numbers are; a tensor equals itself alone.
+    Subclasses are frozen dataclasses with eq=False. Two solvers are equal if their settings are; a
+    tensor equals only itself.
 
     Attributes:
-        least: {field: the smallest number that it may be}, which is looked at when one is made.
-        threaded: whether a stack of matrices on a CPU is done sooner by several Python threads with
-            one kernel thread each than by one with several. LAPACK gains little from a second
-            kernel thread, products almost all there is.
-        relative_cost: time of one matrix on one CPU thread, in that of `linalg.eigh`; see
+        least: {field: the smallest number that it may be}, checked at construction.
+        threaded: whether on a CPU several Python threads with one kernel thread each finish a stack
+            of matrices sooner than one with several. LAPACK gains little from a second kernel
+            thread, products nearly the full factor.
+        relative_cost: time per matrix on one CPU thread, relative to `linalg.eigh`; see
             `benchmarks.roots`. Ranks are balanced by it.
     """
 
@@ -75,19 +75,19 @@ class RootSolver(ABC):
     relative_cost: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        own: Any = self  # a dataclass, as all that call this are
+        own: Any = self  # all that call this are dataclasses
         for field in dataclasses.fields(own):
             value, least = getattr(self, field.name), self.least.get(field.name)
             if least is None or (value is None and field.default is None):
                 continue
             if field.type == "int":
                 check_count(field.name, value, int(least))
-            elif not isinstance(value, Tensor):  # one may have a number for each matrix
+            elif not isinstance(value, Tensor):  # it may have one number per matrix
                 check_range(field.name, value, least)
 
     @abstractmethod
     def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
-        """(A + damping·I)^(-1/p), as `Solver` has it."""
+        """(A + damping·I)^(-1/p), as in `Solver`."""
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -100,7 +100,7 @@ class RootSolver(ABC):
 
 
 def relative_cost(solver: Any) -> float:
-    """That of a solver or basis; 1 for a function that does not say it."""
+    """The relative cost of a solver or basis; 1 for a function that declares none."""
     return float(getattr(solver, "relative_cost", 1.0))
 
 
@@ -119,7 +119,7 @@ def check_exponent(p: float) -> None:
 
 
 def integer_exponent(p: float, solver: str, others: str = "others") -> int:
-    """Return p as an int; raise unless it is a positive integer, as `solver` needs."""
+    """Return p as an int; raise unless it is a positive integer, which `solver` needs."""
     check_exponent(p)
     if p != int(p):
         raise ValueError(f"p must be an integer for {solver}, got {p}: use eigh() for {others}")
@@ -137,7 +137,7 @@ def total_damping(
         check_range("epsilon", epsilon, 0)
     damping = A.new_zeros(A.shape[:-2]) + _like(epsilon, A, "epsilon")
     if isinstance(relative_epsilon, Tensor) or relative_epsilon != 0:
-        # Rounding can leave λmax of a vanishing matrix negative; damping must not be.
+        # Rounding can make λmax of a vanishing matrix negative; damping must not be.
         damping = damping + _like(relative_epsilon, A, "relative_epsilon") * largest().clamp(min=0)
     return damping
 
@@ -147,7 +147,7 @@ def _like(value: Hyper, A: Tensor, name: str) -> Hyper:
     if not isinstance(value, Tensor):
         return value
     shape, batch = value.shape, A.shape[:-2]
-    last = batch[max(len(batch) - len(shape), 0) :]  # a graph of torch 2.8 zips equal lengths alone
+    last = batch[max(len(batch) - len(shape), 0) :]  # torch 2.8 graphs only zip equal lengths
     if len(shape) > len(batch) or any([n not in (1, count) for n, count in zip(shape, last)]):
         raise ValueError(f"{name} of shape {(*shape,)} must broadcast to the stack's {(*batch,)}")
     return value.to(dtype=A.dtype, device=A.device)
@@ -159,9 +159,9 @@ def identity_like(A: Tensor) -> Tensor:
 
 
 def replace_nonfinite(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A with the identity in place of matrices that are not finite, and which (...) are finite.
+    """A with the identity in place of non-finite matrices, and which (...) are finite.
 
-    The stand-in keeps such a matrix from reaching LAPACK, and its gradient at exactly zero.
+    The identity keeps such a matrix from reaching LAPACK, and makes its gradient exactly zero.
     """
     finite = A.detach().abs().amax((-2, -1)).isfinite()
     return or_identity(finite, A), finite
@@ -177,13 +177,13 @@ def or_identity(condition: Tensor, matrix: Tensor) -> Tensor:
 def where(condition: Tensor, matrix: Tensor, other: Tensor) -> Tensor:
     """torch.where matrix by matrix: condition (...), matrix and other (..., d, d).
 
-    `matrix` itself where all conditions hold, as far as that can be read without waiting.
+    `matrix` itself if all conditions hold and that can be read without waiting.
     """
     return chooser(condition)(matrix, other)
 
 
 def chooser(condition: Tensor) -> Callable[[Tensor, Hyper], Tensor]:
-    """`where` for several choices by one condition (...), of tensors that lead with its axes."""
+    """`where` for several choices by one condition (...), for tensors that start with its axes."""
     if condition.device.type == "cpu" and all_true(condition):
         return lambda x, other: x
 
@@ -197,7 +197,7 @@ def chooser(condition: Tensor) -> Callable[[Tensor, Hyper], Tensor]:
 
 def add_to_diagonal(A: Tensor, damping: Tensor) -> Tensor:
     """A + damping·I."""
-    if may_reuse(A, damping):  # the same numbers: a copy, and one pass over its diagonal
+    if may_reuse(A, damping):  # the same numbers: one copy, and one pass over its diagonal
         B = A.clone(memory_format=torch.contiguous_format)
         B.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
         return B
@@ -205,6 +205,6 @@ def add_to_diagonal(A: Tensor, damping: Tensor) -> Tensor:
 
 
 def symmetrize(A: Tensor) -> Tensor:
-    """(A + Aᵀ)/2, equal to its transpose to the last bit."""
+    """(A + Aᵀ)/2, bitwise equal to its transpose."""
     S = A + A.mT
     return S.div_(2) if may_reuse(S) else S / 2

@@ -1,4 +1,4 @@
-"""Inverse roots through the eigendecomposition, with finite gradients at tied eigenvalues."""
+"""Inverse roots by eigendecomposition, with finite gradients at tied eigenvalues."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from funshampoo.linalg.solver import (
 from funshampoo.linalg.stacked_eigh import stacked_eigh
 
 _RESIDUAL_ITERATIONS = 2
-"""Within a factor of 3 at sides up to 1,024. LAPACK converges or says so: this is only a report."""
+"""Within a factor of 3 at sides up to 1,024. Only a report: LAPACK itself reports failures."""
 
 
 class Spectrum(NamedTuple):
     """A = Q diag(λ) Qᵀ: λ (..., d) ascending, Q (..., d, d), and which (...) A were decomposed.
 
-    A matrix that was not has the identity's spectrum. `values` and `vectors` carry derivatives:
+    Matrices that failed have the identity's spectrum. `values` and `vectors` carry derivatives:
 
         dλ = diag(C),   dQ = Q (F ∘ C),   C = Qᵀ dA Q,   F_ij = 1 / (λ_j - λ_i)
 
-    F_ij is 0 where the gap is rounding's, d ε |λ|max with ε the machine epsilon: eigenvectors at a
-    tie have no derivative, and no basis of the eigenspace is more A's than another.
+    F_ij is 0 if the gap is within rounding, d ε |λ|max with ε the machine epsilon: eigenvectors
+    have no derivative at a tie, where any basis of the eigenspace is as good as another.
     """
 
     values: Tensor
@@ -44,7 +44,7 @@ class Spectrum(NamedTuple):
 
 
 class NearSpectrum(NamedTuple):
-    """`Spectrum`, but for the matrices (...) where `exact` is False: these have an older basis."""
+    """`Spectrum`, except that matrices (...) with `exact` False have an older basis."""
 
     values: Tensor
     vectors: Tensor
@@ -58,8 +58,8 @@ AnySpectrum: TypeAlias = Spectrum | NearSpectrum
 def decompose(A: Tensor, verify: bool = True) -> Spectrum:
     """The eigendecomposition of each matrix of A (..., d, d) that is finite and has one.
 
-    What comes back without an error and is none counts as not decomposed; see `is_decomposition`.
-    Without `verify` that is left to `verified`, and there are no derivatives.
+    A result that comes without an error but is wrong counts as a failure: `is_decomposition`.
+    Without `verify`, that check is left to `verified`, and there are no derivatives.
     """
     A, finite = replace_nonfinite(A)
     values, vectors, solved = applied(_Decompose, A) if verify else _decomposed(A)
@@ -67,7 +67,7 @@ def decompose(A: Tensor, verify: bool = True) -> Spectrum:
 
 
 def verified(A: Tensor, spectrum: Spectrum) -> Spectrum:
-    """An unverified spectrum, verified; itself if all of it is A's."""
+    """The spectrum with the check of `decompose`; the same object if everything passes."""
     found = Spectrum(*_verified(replace_nonfinite(A)[0], *spectrum))
     return spectrum if found.vectors is spectrum.vectors else found
 
@@ -77,11 +77,11 @@ def inverse_root(
 ) -> InverseRoot:
     """X = Q diag(λ^(-1/p) where kept, else 0) Qᵀ for A = Q diag(λ) Qᵀ, with its verdict.
 
-    A:        (..., d, d), the damped matrix: gradients of X flow to it alone, and through it to the
-              damping. Where the spectrum is not exact they flow through its values and vectors.
-    spectrum: the decomposition that A's eigenvectors are those of.
-    values:   λ (..., d), A's eigenvalues as they are to be used, after any repair: the repair of a
-              spectrum that rounding made indefinite is a constant to autograd.
+    A:        (..., d, d), the damped matrix: gradients of X flow only to it, and through it to the
+              damping. If the spectrum is not exact they flow through its values and vectors.
+    spectrum: the decomposition whose eigenvectors are A's.
+    values:   λ (..., d), A's eigenvalues to use, after any repair: the repair of a spectrum that
+              rounding made indefinite is a constant to autograd.
     keep:     (..., d), bool; None: all.
     """
     exponent = 1 / p
@@ -90,7 +90,7 @@ def inverse_root(
     finite = (largest < torch.inf) & (power(smallest, -exponent) < torch.inf)
     solvable = spectrum.decomposed & finite & (smallest > 0)
     where_solvable = chooser(solvable)
-    # What is not chosen below must be finite all the same, for its gradient is 0·it.
+    # What is not chosen below must still be finite, since its gradient is 0·it.
     kept = where_solvable(kept, 1.0)
     Q = spectrum.vectors.detach()
     residual = where_solvable(_residual(A.detach(), kept, Q, keep), torch.inf)
@@ -105,7 +105,7 @@ def inverse_root(
 
 
 def _extremes(kept: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest (...) of the eigenvalues that are kept; 1 where none is."""
+    """The smallest and largest (...) of the kept eigenvalues; 1 where none is kept."""
     if keep is None:
         return kept.amin(-1), kept.amax(-1)
     where_some = chooser(keep.any(-1))
@@ -131,22 +131,22 @@ def _of_kept(f: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def applied(function: type[Function], *arguments: Any) -> Any:
-    """`function.apply(...)`; its forward alone, 0.1 ms cheaper, where no derivative is wanted."""
+    """`function.apply(...)`; only its forward, 0.1 ms faster, if no derivative is needed."""
     call = function.apply if is_traced() or is_differentiated(*arguments) else function.forward
     return call(*arguments)
 
 
 def saved(ctx: Any, *tensors: Tensor | None) -> None:
-    """Kept for derivatives in both directions."""
+    """Save tensors for derivatives in both directions."""
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
 
 
 def check_forward_once() -> None:
-    """Called by a `jvp`, whose saved tensors have no tangent of another forward transform.
+    """To be called by a `jvp` whose saved tensors have no tangent of another forward transform.
 
     Raises:
-        NotImplementedError: there is another one around.
+        NotImplementedError: an enclosing forward transform exists.
     """
     levels = [level.key() for level in _functorch.get_interpreter_stack() or ()]
     if levels.count(_functorch.TransformType.Jvp) > 1:
@@ -157,7 +157,7 @@ def check_forward_once() -> None:
 
 
 class _Decompose(Function):
-    """A -> λ, Q, solved; with the derivatives that `Spectrum` has.
+    """A -> λ, Q, solved; with `Spectrum`'s derivatives.
 
     Backward: dA = Q (diag(dλ) + F ∘ (Qᵀ dQ)) Qᵀ.
     """
@@ -172,7 +172,7 @@ class _Decompose(Function):
     ) -> None:
         values, vectors, solved = output
         ctx.mark_non_differentiable(solved)
-        ctx.set_materialize_grads(False)  # roots have nothing to do with those of Q
+        ctx.set_materialize_grads(False)  # roots do not use gradients of Q
         saved(ctx, values, vectors)
 
     @staticmethod
@@ -199,12 +199,12 @@ class _Decompose(Function):
     def vmap(
         info: Any, in_dims: tuple[int], A: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-        # One stack more: so forward never sees a batched tensor, and can isolate failures here too.
+        # Add a stack axis: forward never sees a batched tensor, and can isolate failures here too.
         return _Decompose.apply(A.movedim(in_dims[0], 0)), 0
 
 
 def _inverse_gaps(values: Tensor) -> Tensor:
-    """F (..., d, d), as of `Spectrum`."""
+    """F (..., d, d), as in `Spectrum`."""
     gap, info = values[..., None, :] - values[..., :, None], torch.finfo(values.dtype)
     rounding = values.shape[-1] * info.eps * values.detach().abs().amax(-1).clamp(min=info.tiny)
     apart = gap.detach().abs() > rounding.clamp(min=info.tiny)[..., None, None]
@@ -212,35 +212,35 @@ def _inverse_gaps(values: Tensor) -> Tensor:
 
 
 def _decomposed(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """λ, Q, solved, as LAPACK or cuSOLVER have them."""
+    """λ, Q, solved, as LAPACK or cuSOLVER return them."""
     d = A.shape[-1]
     if d % 2 == 0 or d == 1 or not is_plain_memory(A):
         return stacked_eigh(A)
-    # MKL rounds a matrix differently where it is not aligned: in a stack of even sides all are. One
-    # that is alone is treated alike, to be what it is in a stack.
+    # MKL rounds a matrix differently if it is not aligned; in a stack of even sides all are. A
+    # single matrix gets the same treatment, to match its result in a stack.
     values, vectors, solved = stacked_eigh(_bordered(A))
     vectors = vectors[..., :d, :d]
-    if forward_ad._current_level >= 0:  # in which torch takes no view that was made in here
+    if forward_ad._current_level >= 0:  # torch takes no view that was made in here
         vectors = vectors.clone()
     return values[..., :d].clone(), vectors, solved
 
 
 def _verified(A: Tensor, values: Tensor, Q: Tensor, solved: Tensor) -> tuple[Tensor, ...]:
-    """The same, with the identity's spectrum in the place of what is none of A's."""
+    """The same, with the identity's spectrum in place of results that fail the check."""
     with full_precision():
         right = is_decomposition(A, values, Q)
     if right.device.type == "cpu" and all_true(right):
         return values, Q, solved
     choose = chooser(right)
-    Q = choose(Q.mT, identity_like(A)).mT  # column by column, as it was
+    Q = choose(Q.mT, identity_like(A)).mT  # column by column, as before
     return choose(values, 1.0), Q, solved & right
 
 
 def _bordered(A: Tensor) -> Tensor:
     """[[A, 0], [0, s]] with s above A's eigenvalues (..., d + 1, d + 1).
 
-    Its decomposition is A's, and s with the last unit vector. Nothing mixes the two: a zero between
-    them is where LAPACK splits a matrix.
+    Its decomposition is A's, plus s with the last unit vector. Nothing mixes the two, since LAPACK
+    splits a matrix at a zero between them.
     """
     bound = A.abs().sum(-1).amax(-1)
     above = torch.where(bound > 0, 1.5 * bound, 1.0).clamp(max=torch.finfo(A.dtype).max)
@@ -282,13 +282,13 @@ class _InversePower(Function):
 
     @staticmethod
     def derivative(ctx: Any, change: Tensor) -> Tensor:
-        """Of X in the direction of a change of A, or the other way round: it is its own adjoint."""
+        """Derivative of X in the direction of a change of A, or the reverse: it is self-adjoint."""
         kept, values, Q, keep = ctx.saved_tensors
         keep = torch.ones_like(kept, dtype=torch.bool) if keep is None else keep
         differences = _divided_differences(kept, values, keep, ctx.exponent)
         with full_precision():
             found = Q @ (differences * (Q.mT @ symmetrize(change) @ Q)) @ Q.mT
-        # `values` ties it to the matrix that it is the gradient at.
+        # `values` ties the gradient to the matrix where it is taken.
         guarded: Tensor = _FirstOrder.apply(symmetrize(found), values)
         return guarded
 
@@ -306,7 +306,7 @@ def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: f
     ratio = torch.where(
         tied, -exponent, torch.expm1(-exponent * r) / torch.expm1(torch.where(tied, 1.0, r))
     )
-    slope = kept.pow(-exponent) / kept  # falls with λ: the larger of two is that of λ_s
+    slope = kept.pow(-exponent) / kept  # decreases with λ: the larger of two is λ_s's
     both_kept = torch.maximum(slope[..., :, None], slope[..., None, :]) * ratio
 
     f = torch.where(keep, kept.pow(-exponent), 0.0)
@@ -319,7 +319,7 @@ def _divided_differences(kept: Tensor, values: Tensor, keep: Tensor, exponent: f
 class _FirstOrder(Function):
     """The identity on a gradient; differentiating it again is an error.
 
-    What it is made of is saved as constants, so second derivatives would silently lack terms.
+    The gradient's inputs are saved as constants, so second derivatives would silently lack terms.
     """
 
     generate_vmap_rule = True

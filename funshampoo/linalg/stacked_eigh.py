@@ -1,4 +1,4 @@
-"""torch.linalg.eigh of a stack, in which one matrix may fail without the others."""
+"""torch.linalg.eigh of a stack in which single matrices may fail."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ NOT_THE_MATRIX = (
     AttributeError,
     AssertionError,
 )
-"""What passes: no other matrix in its place would have been decomposed."""
+"""Errors that are raised: no other matrix in its place would have been decomposed."""
 
 LACK_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-"""What a plain RuntimeError says where a workspace could not be had, in cuSOLVER or on a CPU."""
+"""Messages of a plain RuntimeError if a workspace can't be allocated, in cuSOLVER or on a CPU."""
 
 
 def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """λ (..., d) ascending, Q (..., d, d), and which (...) of A = Q diag(λ) Qᵀ were decomposed.
 
-    LAPACK and cuSOLVER report a matrix that they fail on by LinAlgError, by another RuntimeError,
-    or by what their wrappers make of it. Whatever it is, that matrix is decomposed again in
-    float64; one that fails there too gets the identity's spectrum.
+    LAPACK and cuSOLVER report a failing matrix by LinAlgError, another RuntimeError, or whatever
+    their wrappers raise. In each case that matrix is decomposed again in float64; one that fails
+    there too gets the identity's spectrum.
 
-    What is not the matrix' fault is raised: a wrong shape or dtype, which is looked at before any
-    call, so that no error of LAPACK's is taken for one; a lack of memory, by its type or by what it
-    says; and errors of Python's own about the call. Inside torch.compile, whose graphs can't catch,
-    everything is.
+    Errors that are not the matrix's fault are raised: a wrong shape or dtype, checked before any
+    call, so that no LAPACK error is mistaken for one; lack of memory, by its type or message; and
+    Python's own errors about the call. Inside torch.compile, whose graphs can't catch exceptions,
+    all are raised.
 
-    A: (..., d, d), finite. LAPACK works on columns, so of Aᵀ = A it takes a copy as it lies, where
-    A had to be turned.
+    A: (..., d, d), finite. LAPACK works on columns, so since Aᵀ = A it copies A as it lies, where
+    it would have to transpose it.
     """
     solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
     if torch.compiler.is_dynamo_compiling():
@@ -53,13 +53,13 @@ def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def is_of_the_matrix(error: Exception) -> bool:
-    """Whether another matrix might have been decomposed where this error came."""
+    """Whether another matrix might have been decomposed where this error occurred."""
     said = str(error)
     return not isinstance(error, NOT_THE_MATRIX) and not any(x in said for x in LACK_OF_MEMORY)
 
 
 def _in_calls(A: Tensor) -> tuple[Tensor, Tensor]:
-    """λ and Q, by as many calls as the device needs for so many numbers."""
+    """λ and Q, in as many calls as the device needs for this many numbers."""
     side = A.shape[-1]
     if A.numel() <= _largest_call(A):
         values, vectors = torch.linalg.eigh(A.mT)
@@ -77,10 +77,10 @@ def _largest_call(A: Tensor) -> int:
 
 
 def _one_by_one(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The stack's decompositions when one fails: that one in float64, or else the identity's.
+    """The stack's decompositions if one fails: that one in float64, or else the identity's.
 
-    One by one from the start, and in the memory layout of a stack's eigenvectors, column by column,
-    so that the others come out as they would have without it.
+    One by one from the start, and in the memory layout of a stack's eigenvectors (column-major), so
+    that the others match their results without the failure.
     """
     stack = [_one(matrix) for matrix in A.reshape(-1, *A.shape[-2:])]
     values, rows, solved = (torch.stack(column) for column in zip(*stack, strict=True))
@@ -88,7 +88,7 @@ def _one_by_one(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _one(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """λ (d,), Qᵀ (d, d), and whether there are any."""
+    """λ (d,), Qᵀ (d, d), and whether it succeeded."""
     for dtype in (matrix.dtype, torch.float64):
         try:
             values, vectors = torch.linalg.eigh(matrix.mT.to(dtype))

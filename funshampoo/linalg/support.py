@@ -1,4 +1,4 @@
-"""Exact zeros of a matrix, kept exact in what was computed from it."""
+"""Keeps exact zeros of a matrix exact in functions of it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from funshampoo.core.modes import all_true, constant, may_reuse
 
 
 def on_support(X: Tensor, A: Tensor) -> Tensor:
-    """X without what rounding has put between the support of A and the rest.
+    """X without the rounding errors between the support of A and the rest.
 
         X_ij ← 0 where i ≠ j and (A_ii = 0 or A_jj = 0), else X_ij
 
-    A positive semidefinite A with A_ii = 0 has nothing else in row and column i, and neither has a
-    function of it: exactly, the i-th unit vector is an eigenvector of both. An eigendecomposition
-    leaves rounding there, which mixes coordinates that never had a gradient with one another and
-    with those that had. Among five zero rows of side 16, a root in float32 with a relative damping
-    of 1e-6 has entries of 0.06 beside a largest one of 11. Products leave exact zeros.
+    If a positive semidefinite A has A_ii = 0, row and column i are zero, in A and in any function
+    of it: exactly, the i-th unit vector is an eigenvector of both. An eigendecomposition leaves
+    rounding errors there, which mix coordinates without any gradient with each other and with the
+    rest. With five zero rows of side 16, a root in float32 with a relative damping of 1e-6 has
+    entries of 0.06 where the largest is 11. Products leave exact zeros.
 
     Args:
         X: (..., d, d), a function of A such as an inverse root. Its diagonal is kept.
-        A: (..., d, d), symmetric positive semidefinite, with zeros that are exact. No gradient
-            flows to it.
+        A: (..., d, d), symmetric positive semidefinite, with exact zeros. No gradient flows to it.
 
     Returns:
-        X itself where no A_ii is zero and that can be read without waiting: on a CPU, outside
-        torch.compile. Otherwise a new tensor, whose entries are X's to the last bit or zero.
+        X itself if no A_ii is zero and that can be read without waiting: on a CPU, outside
+        torch.compile. Otherwise a new tensor, whose entries are bitwise X's, or zero.
 
     >>> A = torch.diag(torch.tensor([1.0, 0.0]))
     >>> on_support(torch.tensor([[1.0, 1e-8], [1e-8, 100.0]]), A)

@@ -1,4 +1,4 @@
-"""The constructors of published optimizers, as chains."""
+"""Published optimizers as chains, from their constructors' arguments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ METHODS: Mapping[str, Builder] = {
 
 
 def from_published(method: str, **args: Any) -> GradientTransformation:
-    """The chain that computes what a published optimizer computes, for users who switch to it.
+    """The chain that computes the same as a published optimizer, for users who switch from it.
 
     Args:
         method: one of
@@ -62,26 +62,26 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
               constants, with `roles`, one for each parameter;
             - "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree":
               facebookresearch/schedule_free.
-        **args: of its constructor, by name; what is left out has its default there. `lr` is a
-            number, a tensor, or a schedule of the old step count in place of a scheduler. Those
-            that iterate in bfloat16 do so here with dtype=torch.bfloat16, which is ours; without it
-            in float32 at least.
+        **args: its constructor's, by name, with its defaults. `lr` is a number, a tensor, or a
+            schedule of the old step count instead of a scheduler. Methods that iterate in bfloat16
+            do so here with dtype=torch.bfloat16, an argument of ours; without it they use float32
+            or wider.
 
-    A Muon is for matrices, as there: give the other parameters to another method by `partition`.
+    A Muon is only for matrices, as there: give other parameters to another method by `partition`.
     Its blocks are whole matrices, `guarded`. The parameters of the Schedule-Free methods are those
     that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`, as with SPlus
-    and EMA-Nesterov, whose parameters are the points looked ahead to. The wrapper takes a function
-    of the other arguments: `Optimizer(params, functools.partial(from_published, "SOAP"), lr=3e-3)`.
+    and EMA-Nesterov, whose parameters are look-ahead points. The wrapper takes a function of the
+    other arguments: `Optimizer(params, functools.partial(from_published, "SOAP"), lr=3e-3)`.
 
-    A parameter whose gradients are None at first counts its own steps, and with Schedule-Free
-    everyone's, as there. Only refreshes are on the same steps for all: one that comes between two
-    waits for the next in the identity.
+    A parameter whose gradients are None at first counts its own steps, or with Schedule-Free all
+    steps, as in the original. Only refreshes fall on the same steps for all: a parameter that
+    starts between two uses the identity until the next.
 
     Raises:
         ValueError: the method, or the value of an argument, is unknown or out of range. The error
             names the argument as its constructor does.
         TypeError: the constructor has no such argument.
-        NotImplementedError: an argument asks for what is not built here, named.
+        NotImplementedError: an argument asks for something not built here; the error names it.
 
     >>> import torch
     >>> tx = from_published("Muon (torch.optim)", lr=0.02, weight_decay=0.0, ns_steps=10)
@@ -110,21 +110,21 @@ _STATISTICS = ("shampoo_beta", "soap_beta2", "b2")
 
 
 def _check(name: str, value: Any, known: inspect.Parameter) -> None:
-    """What is the same for all constructors; ranges are looked at where an argument arrives."""
+    """Checks common to all constructors; stages check ranges."""
     if value is known.default:
         return
     if str(known.annotation).startswith("bool"):
         check_flag(name, value)
     if name == "lr":
         check_range(name, value, 0.0, high_open=True, schedule=True)
-    if name in _STATISTICS:  # at 1 there is no average: stages would sum, and the sources stay at 0
+    if name in _STATISTICS:  # at 1 stages would sum, and the sources stay at 0
         check_range(name, value, float("-inf"), 1.0, high_open=True)
     if name in _ENTRIES:
         check_entries(name, value, _ENTRIES[name])
 
 
 def constructor_of(method: Any) -> inspect.Signature | None:
-    """Of a partial of `from_published`, the arguments that are left; None of anything else.
+    """For a partial of `from_published`, the arguments that are left; None for anything else.
 
     >>> list(constructor_of(functools.partial(from_published, "Muon")).parameters)[:2]
     ['lr', 'weight_decay']
@@ -139,9 +139,9 @@ def constructor_of(method: Any) -> inspect.Signature | None:
 
 
 def first_rate_of(method: Any) -> str | None:
-    """The argument that is lr as the constructor got it; None where there is none left to give.
+    """The argument that is lr as passed to the constructor; None if none can still be given.
 
-    By that rate some methods divide later ones.
+    Some methods divide later rates by it.
 
     Args:
         method: `from_reference`, or a partial of it or of `from_published`; others have none.

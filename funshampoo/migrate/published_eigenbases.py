@@ -1,4 +1,4 @@
-"""SOAP, KL-Shampoo, KL-SOAP and SPlus as published, by their constructors' arguments."""
+"""Published SOAP, KL-Shampoo, KL-SOAP and SPlus, from their constructors' arguments."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def soap(
     data_format: str = "channels_first",
     correct_bias: bool = True,
 ) -> GradientTransformation:
-    """SOAP of nikhilvyas/SOAP: a whole parameter is a block, large sides are left alone.
+    """SOAP of nikhilvyas/SOAP: a block is a whole parameter, and large sides are left alone.
 
-    `data_format` says in which order `merge_dims` walks the sides of a kernel, and nothing without.
+    `data_format` sets the order in which `merge_dims` walks a kernel's sides, and nothing else.
     """
     formats = {"channels_first": False, "channels_last": merge_dims}
     permutes = chosen("data_format", data_format, formats)
@@ -86,14 +86,14 @@ _CHANNELS_LAST = (0, 2, 3, 1)
 
 
 def channels_second(inner: GradientTransformation) -> GradientTransformation:
-    """`inner` on kernels (out, height, width, in) as (out, in, height, width); others as they are.
+    """Apply `inner` to kernels (out, height, width, in) as (out, in, height, width).
 
-    Which sides a `merge` of `blocked` brings together depends on their order. The state is that of
-    `inner`, whose blocks are cut from the permuted kernel: `to_parameters` needs its shape.
+    Other leaves stay as they are. Which sides a `merge` of `blocked` joins depends on their order.
+    The state is `inner`'s, with blocks of the permuted kernel: `to_parameters` needs its shape.
 
     Args:
-        inner: a transformation that takes nothing from around it but what goes with the leaves, as
-            `blocked` is.
+        inner: a transformation that depends on nothing around it except what goes with the leaves,
+            such as `blocked`.
     """
 
     def init(params: Tree, **context: Any) -> State:
@@ -110,12 +110,12 @@ def channels_second(inner: GradientTransformation) -> GradientTransformation:
 
 
 def _permuted(tree: Tree, order: tuple[int, ...]) -> Tree:
-    """Leaves of four sides in this order; None, and what is no such leaf, as it is."""
+    """Leaves with four sides, permuted to this order; all others, and None, as they are."""
     return map_leaves(lambda x: x if x is None or x.ndim != 4 else x.permute(order), tree)
 
 
 def decayed_steps(lr: Hyper | Schedule, weight_decay: float) -> tuple[GradientTransformation, ...]:
-    """W ← (W - lr U)(1 - lr λ): the decay comes after the step. A first gradient moves nothing."""
+    """W ← (W - lr U)(1 - lr λ): decay comes after the step. A first gradient moves nothing."""
 
     def share(count: Tensor) -> Hyper:
         return (lr(count) if callable(lr) else lr) * weight_decay - 1
@@ -129,7 +129,7 @@ def decayed_steps(lr: Hyper | Schedule, weight_decay: float) -> tuple[GradientTr
 
 
 def _corrected(betas: Sequence[float]) -> GradientTransformation:
-    """U √(1 - β2^k) / (1 - β1^k), after k steps of the block's own in its bases."""
+    """U √(1 - β2^k) / (1 - β1^k), after k steps of the block itself in its bases."""
     beta1, beta2 = betas
 
     def factor(steps: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def _by_rms(factor: Callable[[Tensor], Tensor], name: str) -> GradientTransforma
 
 
 def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:
-    """Products of neighbours, from the first on, as long as they are at most `limit`."""
+    """Products of neighbouring sides, from the first on, as long as they are at most `limit`."""
 
     def merge(shape: tuple[int, ...]) -> Sequence[int]:
         found: list[int] = []
@@ -216,9 +216,9 @@ def kl_methods(
     """KLOpt of yorkerlin/KL-Methods.
 
     Sides of one entry are dropped, as there; vectors and four sides or more, on which it fails, are
-    blocks like all others. cast_dtype, bfloat16 by default there, is that of gradients, moments,
-    statistics and bases, each rounded at every step by the kernels that torch.compile makes of
-    them: no numbers that another implementation has again. None here is float32 at least.
+    ordinary blocks here. cast_dtype, bfloat16 by default there, is the dtype of gradients, moments,
+    statistics and bases, each rounded at every step by kernels that torch.compile generates: no
+    other implementation can reproduce those numbers. None here is float32 or wider.
     """
     if cast_dtype not in (None, torch.float32, torch.float64):
         raise NotImplementedError(
@@ -281,8 +281,8 @@ def splus(
 ) -> GradientTransformation:
     """SPlus of kvfrans/splus. eps, added to the factor matrices, changes no eigenvector.
 
-    A side of max_dim itself is left alone there, by mistake, at a matrix's rate; `recipes.splus`
-    keeps it.
+    A side of exactly max_dim is left alone there, by mistake, at a matrix's rate; `recipes.splus`
+    preconditions it.
     """
     check_range("max_dim", max_dim, 0)
     check_range("eps", eps, 0.0)

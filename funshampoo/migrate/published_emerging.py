@@ -1,4 +1,4 @@
-"""SOAP, REKLS and KL-SOAP of NVIDIA-NeMo/Emerging-Optimizers, by their constructors' arguments."""
+"""SOAP, REKLS and KL-SOAP of NVIDIA-NeMo/Emerging-Optimizers, from their arguments."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def soap(
     correct_shampoo_beta_bias: bool | None = None,
     stream_list: Any = None,
 ) -> GradientTransformation:
-    """Class SOAP: bases are renewed before every step, columns sorted, second moments are not.
+    """Class SOAP: bases are refreshed before every step, columns sorted, second moments are not.
 
-    fp32_matmul_prec, qr_fp32_matmul_prec and stream_list have nothing to do here. lr has no default
+    fp32_matmul_prec, qr_fp32_matmul_prec and stream_list have no effect here. lr has no default
     there.
     """
     check_range("max_update_rms", max_update_rms, 0.0)
@@ -60,7 +60,7 @@ def soap(
     statistics = (
         kl_statistics(shampoo_beta, through="ritz", least_eigenvalue=eps, bias_correction=corrects)
         if use_kl_shampoo
-        # Of the last gradient alone there is no bias.
+        # An average of only the last gradient has no bias.
         else kronecker_statistics(shampoo_beta, bias_correction=corrects and shampoo_beta != 0)
     )
     turned = in_eigenbasis(
@@ -77,7 +77,7 @@ def soap(
 
 
 def _subset(names: Sequence[str], **fixed: Any) -> Callable[..., GradientTransformation]:
-    """A class whose constructor takes these arguments of `soap`, and says the others itself."""
+    """A class whose constructor takes these arguments of `soap`, and fixes the others."""
 
     def built(**given: Any) -> GradientTransformation:
         return soap(**given, **fixed)
@@ -104,7 +104,7 @@ def _adam(
     if not corrects:
         filtered = ema(beta1, nesterov=nesterov, bias_correction=False)
         return chain(filtered, scale_by_rms(beta2, eps))
-    # Without a first moment there is nothing to look ahead in.
+    # Without a first moment there is no look-ahead.
     ahead = [_look_ahead(beta1)] if nesterov and beta1 != 0 else []
     return chain(ema(beta1), *ahead, scale_by_adam(0.0, beta2, eps))
 
@@ -112,7 +112,7 @@ def _adam(
 def _look_ahead(beta1: float) -> GradientTransformation:
     """beta1 M / (1 - beta1^(t+1)) + (1 - beta1) G / (1 - beta1^t), as in the source.
 
-    `ema(nesterov=True)` divides both by 1 - beta1^(t+1), the weight of them together.
+    `ema(nesterov=True)` divides both by 1 - beta1^(t+1), their total weight.
     """
 
     def looked(updates: Tree, *, gradient: Tree = None, upstream: tuple[Any, ...] = ()) -> Tree:
@@ -130,7 +130,7 @@ def _look_ahead(beta1: float) -> GradientTransformation:
 
 
 def _of_updates(inner: GradientTransformation) -> GradientTransformation:
-    """What comes in is the gradient for all that is inside: decay has been added to it."""
+    """The incoming updates are the gradient for everything inside: decay has been added to them."""
 
     def update(run: Any, updates: Tree, own: Any) -> tuple[Tree, Any]:
         return run(updates, gradient=updates), own

@@ -1,4 +1,4 @@
-"""The published kinds of Muon, by their constructors' arguments."""
+"""The published variants of Muon, from their constructors' arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from funshampoo.transforms import (
 
 
 def on_matrices(*stages: GradientTransformation) -> GradientTransformation:
-    """The stages on stacks of whole, equal matrices, those with bad gradients held."""
+    """The stages on stacks of whole, equal matrices; matrices with bad gradients are held."""
     return whole(chain(*stages), 20, None)
 
 
@@ -44,8 +44,8 @@ def keller_jordan(
 ) -> GradientTransformation:
     """Muon of KellerJordan/Muon.
 
-    Of a kernel of four sides it orthogonalizes the matrix (out, the rest), and scales by height and
-    width of the kernel; with as_published=False by that matrix. Of three sides it is a stack of
+    For a kernel of four sides it orthogonalizes the matrix (out, the rest), and scales by the
+    kernel's height and width; with as_published=False, by that matrix. Three sides are a stack of
     matrices.
     """
 
@@ -125,7 +125,7 @@ def emerging_optimizers(
 ) -> GradientTransformation:
     """Muon of NVIDIA-NeMo/Emerging-Optimizers.
 
-    fp32_matmul_prec and use_syrk have nothing to do here: products are as precise as dtype.
+    fp32_matmul_prec and use_syrk have no effect here: products are as precise as dtype.
     """
     check_range("extra_scale_factor", extra_scale_factor, 0.0, high_open=True)
     factor = SCALES[chosen("scale_mode", scale_mode, _NVIDIA_SCALES)]
@@ -151,7 +151,7 @@ def emerging_optimizers(
 def decayed(
     weight_decay_method: str, weight_decay: Hyper, lr: Hyper | Schedule
 ) -> tuple[list[GradientTransformation], list[GradientTransformation]]:
-    """What of NVIDIA's weight decay comes before the direction, and after it, with the step."""
+    """The stages of NVIDIA's weight decay: before the direction, and after it, with the step."""
     kinds = ("decoupled", "independent", "l2")
     check_choice("weight_decay_method", weight_decay_method, kinds)
     step = scale_by_learning_rate(lr)
@@ -183,9 +183,9 @@ def dion(
 ) -> GradientTransformation:
     """NorMuon of microsoft/dion, on one device.
 
-    betas are those of its AdamW for other parameters; use_triton has nothing to do here. With
-    flatten, two or more parameters of one shape are orthogonalized together there, by mistake, as
-    the rows of one matrix; here each is a matrix of its own, whoever else has its shape.
+    betas are those of its AdamW for other parameters; use_triton has no effect here. With flatten,
+    the original orthogonalizes two or more parameters of one shape together, by mistake, as rows of
+    one matrix; here each is its own matrix, whatever the others' shapes.
     """
     if newton_schulz_func is not None:
         raise NotImplementedError(

@@ -1,6 +1,6 @@
-"""The Schedule-Free methods, by their constructors' arguments.
+"""The Schedule-Free methods, from their constructors' arguments.
 
-All their counts and sums are of a group's steps, also for a parameter without a gradient.
+All their counts and sums are over a group's steps, also for a parameter without a gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def adamw(
     foreach: Any = None,
     inner_momentum: Hyper = 0.0,
 ) -> GradientTransformation:
-    """AdamWScheduleFree. foreach has nothing to do here."""
+    """AdamWScheduleFree. foreach has no effect here."""
     beta, beta2 = betas
     return chain(
         scale_by_adam(inner_momentum, beta2, eps, own_steps=False),
@@ -52,7 +52,7 @@ def sgd(
     weight_lr_power: float = 2.0,
     foreach: Any = None,
 ) -> GradientTransformation:
-    """SGDScheduleFree. foreach has nothing to do here."""
+    """SGDScheduleFree. foreach has no effect here."""
     return chain(
         *decay(weight_decay),
         _free(warmed(lr, warmup_steps), momentum, r, weight_lr_power),
@@ -70,7 +70,7 @@ def radam(
     foreach: Any = None,
     silent_sgd_phase: bool = True,
 ) -> GradientTransformation:
-    """RAdamScheduleFree: a warm-up by how well the second moment is known. foreach is ignored."""
+    """RAdamScheduleFree: warm-up by how well the second moment is known. foreach has no effect."""
     beta, beta2 = betas
     rate = rectified(lr, beta2, 0.0 if silent_sgd_phase else 1.0)
     return chain(
@@ -100,7 +100,7 @@ def warmed(lr: Hyper | Schedule, warmup_steps: int) -> Hyper | Schedule:
 
 
 def rectified(lr: Hyper | Schedule, beta2: float, before: float) -> Schedule:
-    """lr times RAdam's rectification, or times `before` while there is none."""
+    """lr times RAdam's rectification or, before that exists, times `before`."""
 
     def rate(count: Tensor) -> Hyper:
         rho, most = _degrees(count, beta2)
@@ -112,7 +112,7 @@ def rectified(lr: Hyper | Schedule, beta2: float, before: float) -> Schedule:
 
 
 def once_known(inner: GradientTransformation, beta2: float) -> GradientTransformation:
-    """inner(G) from the step on where RAdam rectifies; G before it."""
+    """inner(G) from the first step that RAdam rectifies; before it, G."""
 
     def update(run: Callable[..., Tree], updates: Tree, own: Any, *, clock: Tensor) -> Any:
         known = _degrees(clock, beta2)[0] > 4

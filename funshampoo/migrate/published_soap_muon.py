@@ -1,4 +1,4 @@
-"""The SOAP-Muon record of modded-nanogpt, track 3, by its module's constants."""
+"""The SOAP-Muon record of modded-nanogpt, track 3, from its module's constants."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def soap_muon(
 ) -> GradientTransformation:
     """SOAP-Muon: hidden matrices whitened, gated by role, orthogonalized.
 
-    roles: "mlp" or "qkv" (whitened), "attn_proj" (as far as the gate lets it) or "plain" (Muon's),
-    one for all parameters, a list in the order of the leaves, or a tree. mu_schedule: of the old
-    step count, or a list, whose last entry stays; it takes the place of mu. lookahead: of
-    EMA-Nesterov, see `_looking_ahead`. initial_lr is ours: what its scheduled step size divides lr
-    by, that of a group there; by default the record's for a schedule, and lr itself for a number.
+    roles: "mlp" or "qkv" (whitened), "attn_proj" (whitened as far as the gate allows) or "plain"
+    (Muon's): one for all parameters, a list in the order of the leaves, or a tree. mu_schedule: of
+    the old step count, or a list whose last entry stays; it replaces mu. lookahead: EMA-Nesterov's,
+    see `_looking_ahead`. initial_lr is ours: its scheduled step size divides lr by it, there by the
+    group's; by default it is the record's for a schedule, and lr itself for a number.
     """
     floor, cap = trust(trust_floor, trust_cap, trust_floor_end_step, trust_floor_fade_end_step)
     gate = AgreementGate(trust_min_agree, trust_min_grad_align, trust_power, floor, cap)
@@ -87,7 +87,7 @@ def soap_muon(
         return whole(direction, 20, None)
 
     def by_role(mu: Hyper | Schedule) -> GradientTransformation:
-        now: Any = mu  # a schedule's value, where it is one
+        now: Any = mu  # a schedule's value, if it is one
         of_role = {
             "mlp": stages(now, blend_towards(whitened)),
             "attn_proj": stages(now, blend_towards(whitened, gate)),
@@ -140,16 +140,16 @@ def _looking_ahead(
         if last is not None:
             here = here & (count < last)
         now = size
-        if scheduled:  # which is set after the look-ahead
+        if scheduled:  # it is set after the look-ahead
             now = size * (lr(count - 1) if callable(lr) else lr) / first
-        share: Tensor = here.double() * now  # by a product, for which the host sends nothing
+        share: Tensor = here.double() * now  # as a product, which needs no copy from the host
         return share
 
     return ema_nesterov(ahead, given["lookahead_ema"])
 
 
 def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Schedule, Schedule]:
-    """The least and the most of the gate: let go of between two steps, both counted from 0."""
+    """The gate's floor and cap, faded out between two steps, both counted from 0."""
     check_range("trust_floor", floor, 0.0, 1.0)
     check_range("trust_cap", cap, 0.0, 1.0)
     check_count("trust_floor_end_step", floor_end, 0)
@@ -178,15 +178,15 @@ def _listed(values: Sequence[float]) -> Schedule:
 
     def at(count: Tensor) -> Tensor:
         place = count.clamp(max=len(values) - 1).reshape(1)
-        # where the clock is; a plain index would have a graph read the count
+        # on the clock's device; a plain index would make a graph read the count
         return table(count.device).gather(0, place)[0]
 
     return at
 
 
 def _labels(roles: Any) -> Any:
-    """`roles` for `partition`: a list of them goes with the leaves in their order."""
-    alike = {"qkv": "mlp"}  # whose gate is 1
+    """`roles` for `partition`: a list is matched with the leaves in order."""
+    alike = {"qkv": "mlp"}  # its gate is 1
 
     def labels(tree: Tree) -> Tree:
         leaves, spec = flatten(tree)

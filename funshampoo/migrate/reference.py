@@ -1,4 +1,4 @@
-"""The arguments of the Distributed Shampoo reference implementation, as a chain."""
+"""The Distributed Shampoo reference implementation as a chain, from its arguments."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def from_reference(
     as_published: bool = True,
     **without_effect: Any,
 ) -> GradientTransformation:
-    """The chain that computes what `DistributedShampoo(params, ...)` computes.
+    """The chain that computes the same as `DistributedShampoo(params, ...)`.
 
     Arguments have the reference's names, defaults and meanings; a config object is written as
-    {"type": class name, field: value}, and a field left out has its default there. peak_lr,
+    {"type": class name, field: value}, where omitted fields have its defaults. peak_lr,
     group_steps, floor and as_published are ours.
 
     Args:
-        lr: number, or schedule of the old step count in place of a scheduler.
-        betas: (of the gradient filter, of the statistics).
+        lr: number, or schedule of the old step count instead of a scheduler.
+        betas: (for the gradient filter, for the statistics).
         beta3: -1 means betas[0].
         weight_decay_type: "L2", "DECOUPLED", "CORRECTED" or "INDEPENDENT". Decoupled kinds pass
             through the momentum.
@@ -86,31 +86,31 @@ def from_reference(
             QREigendecompositionConfig; EigenvalueCorrectedShampoo- with one of these two
             decompositions (QREigen: the reference's SOAP); SpectralDescent-, whose
             orthogonalization_config is NewtonSchulz- or SVDOrthogonalizationConfig; SignDescent-,
-            and those that may be grafted onto. A function that scales is called with what it is
-            there: scale_by_dims_fn(d_in, d_out), scale_fn(block), this one under torch.func.vmap.
-        peak_lr: what "CORRECTED" and "INDEPENDENT" decay divide by: the constructor's lr there.
-            Needed here only with a schedule whose largest value in its first 10,000 steps is not
-            it.
-        group_steps: True corrects biases, and weighs Schedule-Free's averages, by everyone's steps,
-            as the reference does. False counts each parameter's own gradients, which is right for
-            one whose gradient is None at times.
-        **without_effect: distributed_config (but for its target_parameter_dimensionality),
+            and those for grafting. A scaling function is called as in the reference:
+            scale_by_dims_fn(d_in, d_out), scale_fn(block), the latter under torch.func.vmap.
+        peak_lr: the divisor of "CORRECTED" and "INDEPENDENT" decay, which is the constructor's lr
+            there. Only needed with a schedule whose largest value in its first 10,000 steps differs
+            from it.
+        group_steps: True corrects biases, and weighs Schedule-Free's averages, by all steps, as the
+            reference does. False counts each parameter's own gradients, which is right for one
+            whose gradient is None at times.
+        **without_effect: distributed_config (except its target_parameter_dimensionality),
             shampoo_runtime_config, concurrency_config, shampoo_pt2_compile_config and
-            use_pin_memory are accepted and have nothing to do here.
-        floor: eigenvalues below 0 are 0 before epsilon is added. False shifts the whole spectrum by
-            the smallest, as the reference does where that is below epsilon.
-        as_published: False: averages of weights as in their papers, where they differ: decoupled
-            decay is part of the step from y, and moves no average outwards; Schedule-Free's
-            coefficients are not rounded to float32.
+            use_pin_memory are accepted and have no effect here.
+        floor: eigenvalues below 0 become 0 before epsilon is added. False shifts the whole spectrum
+            by the smallest, as the reference does if that is below epsilon.
+        as_published: False: weight averages as in their papers, where these differ: decoupled decay
+            is part of the step from y, and moves no average outwards; Schedule-Free's coefficients
+            are not rounded to float32.
 
-    Where we differ on purpose: an iteration that did not converge is not used; a root of zero
-    statistics is the identity, and a gradient of zeros has no polar factor; Adam and RMSprop
-    grafting with beta2 = 1, whose second moment stays 0 there, are an error; a call in which no
-    parameter has a gradient is a step.
+    Intentional differences: an unconverged iteration is not used; a root of zero statistics is the
+    identity, and a gradient of zeros has no polar factor; Adam and RMSprop grafting with beta2 = 1,
+    whose second moment stays 0 in the reference, are an error; a call in which no parameter has a
+    gradient is a step.
 
     Raises:
-        ValueError: an argument out of the reference's range, or a config that means nothing there.
-        NotImplementedError: a config of a type that is not known here, named.
+        ValueError: an argument out of the reference's range, or a config that has no meaning there.
+        NotImplementedError: a config of an unsupported type; the error names it.
         TypeError: an unknown argument or field.
 
     >>> tx = from_reference(lr=1e-3, betas=(0.9, 0.99), precondition_frequency=10,
@@ -137,7 +137,7 @@ def from_reference(
             f"start_preconditioning_step is {start}; the reference demands at least "
             f"precondition_frequency, {precondition_frequency}."
         )
-    named = getattr(weight_decay_type, "name", weight_decay_type)  # of an enum, or the name
+    named = getattr(weight_decay_type, "name", weight_decay_type)  # an enum's, or the name itself
     kind: DecayKind = chosen("weight_decay_type", named, DECAY_KINDS)
     if kind in ("corrected", "independent") and peak_lr is None:
         peak_lr = peak_of(lr)
@@ -182,7 +182,7 @@ def _last_stages(
     own_steps: bool,
     **decay: Any,
 ) -> dict[str, Any]:
-    """Of `in_blocks`: momentum, decay, and what takes the learning rate's place."""
+    """Arguments of `in_blocks`: momentum, decay, and what replaces the learning rate."""
     if config is None:
         return decay
     fields = Fields(config, "iterate_averaging_config", (_CLASSIC, _PRIMAL, _SCHEDULE_FREE))
@@ -209,7 +209,7 @@ def _last_stages(
         else:
             last = primal_average(lr, average=average, interpolation=interpolation)
         return {"last": last, **decay}
-    coupled = decay["weight_decay_kind"] == "coupled"  # which stands before the blocks
+    coupled = decay["weight_decay_kind"] == "coupled"  # it goes before the blocks
     last = averaged_as_published(
         lr,
         average=average,

@@ -1,4 +1,4 @@
-"""The averages of weights of the Distributed Shampoo reference, as it computes them."""
+"""The weight averages of the Distributed Shampoo reference, as it computes them."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def averaged_as_published(
     kind: DecayKind = "decoupled",
     peak: Hyper | None = None,
 ) -> GradientTransformation:
-    """`primal_average`, or `schedule_free` where average is None, as the reference has them.
+    """`primal_average`, or `schedule_free` if average is None, as in the reference.
 
         z_d = (1 - α λ) z,   z ← z_d - α U,   μ_y = interpolation
         y ← μ_x y + (1 - μ_x) z_d - α (1 - μ_x μ_y) U
         μ_x = average, or 1 - w / Σ w,   w = (largest α so far)^lr_power
 
-    In exact arithmetic and without decay these are the papers' updates. With it, z shrinks before
-    it meets y, which is as if x = (y - (1 - μ_y) z) / μ_y had moved outwards by (1 - μ_y)/μ_y α λ z
-    first. Schedule-Free's μ_x and 1 - μ_x μ_y are rounded to float32 there, and so they are here.
+    In exact arithmetic and without decay these are the papers' updates. With decay, z shrinks
+    before it meets y, as if x = (y - (1 - μ_y) z) / μ_y had first moved outwards by (1 - μ_y)/μ_y α
+    λ z. Schedule-Free's μ_x and 1 - μ_x μ_y are rounded to float32 there, and so they are here.
 
     Args:
         learning_rate: α.
         own_steps: as in `schedule_free`.
         weight_decay, kind, peak: λ and its kind, as in `add_decayed_weights`; not "coupled".
 
-    State: that of the stage whose place it takes; what `evaluation_parameters` reads is x.
+    State: that of the stage that it replaces; `evaluation_parameters` reads x.
     """
     check_range("train_interp_coeff", interpolation, 0.0, 1.0, low_open=True)
     if average is not None:

@@ -1,4 +1,4 @@
-"""What the configs and arguments of the Distributed Shampoo reference say, in our words."""
+"""The configs and arguments of the Distributed Shampoo reference, translated to ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from funshampoo.transforms.weight_decay import DecayKind
 Config = Mapping[str, Any]
 
 GRAFTED = ("SGD", "AdaGrad", "RMSprop", "Adam")
-"""Methods that may be grafted onto, and may be the whole method too."""
+"""Methods that can be grafted onto, and can also be the whole method."""
 
 DECAY_KINDS: dict[str, DecayKind] = {
     "L2": "coupled",
@@ -29,16 +29,16 @@ DECAY_KINDS: dict[str, DecayKind] = {
 
 
 class Fields:
-    """The fields of one config, taken one by one; what is left over is an error.
+    """The fields of one config, read one by one; unread ones are an error.
 
     Args:
-        config: None: of the first type that is built, and empty.
-        argument: where it was given.
-        built: the types that are known.
+        config: None: an empty one, of the first supported type.
+        argument: the argument that it was passed as.
+        built: the supported types.
 
     Raises:
-        TypeError: it is no dict.
-        NotImplementedError: a type that is not known.
+        TypeError: not a dict.
+        NotImplementedError: an unsupported type.
     """
 
     def __init__(self, config: Config | None, argument: str, built: Sequence[str]) -> None:
@@ -60,10 +60,10 @@ class Fields:
             )
 
     def take(self, field: str, default: Any) -> Any:
-        """The field, which then counts as read.
+        """The field's value; marks the field as read.
 
         Raises:
-            TypeError: it is a flag, and no bool: "no" would be taken for yes.
+            TypeError: a flag is not a bool: "no" would be taken for yes.
         """
         self._known.append(field)
         found = self.left.pop(field, default)
@@ -83,7 +83,7 @@ class Fields:
         return found
 
     def nested(self, field: str, *built: str) -> Fields:
-        """Those of the config in a field, which `finish` looks at too."""
+        """The fields of the config in a field, which `finish` checks too."""
         self._inside.append(Fields(self.take(field, None) or None, field, built))
         return self._inside[-1]
 
@@ -97,12 +97,12 @@ class Fields:
         return found
 
     def drop(self, *fields: str) -> None:
-        """Fields that have nothing to do here."""
+        """Mark fields as read that have no effect here."""
         for field in fields:
             self.take(field, None)
 
     def finish(self) -> None:
-        """Raises TypeError where a field has not been read: the type has none of this name."""
+        """Raises TypeError if a field has not been read: the type has none of this name."""
         for inside in self._inside:
             inside.finish()
         if self.left:
@@ -112,7 +112,7 @@ class Fields:
 
 
 def check_config(config: Any, argument: str) -> None:
-    """Raises TypeError for what is no mapping: an object of the reference's own class, perhaps."""
+    """Raises TypeError if it is not a mapping: perhaps an object of the reference's own class."""
     if config is not None and not isinstance(config, Mapping):
         raise TypeError(
             f"{argument} is a {type(config).__name__}; write it as "
@@ -121,7 +121,7 @@ def check_config(config: Any, argument: str) -> None:
 
 
 def grafting(config: Config | None, own_steps: bool) -> GradientTransformation | None:
-    """The method that is grafted onto, or None."""
+    """The method to graft onto, or None."""
     if config is None:
         return None
     fields = Fields(config, "grafting_config", tuple(f"{n}PreconditionerConfig" for n in GRAFTED))
@@ -161,21 +161,20 @@ def first_step(start: int | float | str, frequency: int) -> int:
 
 
 WITHOUT_EFFECT = (
-    "distributed_config",  # but for one of its fields, see `merging_target`
+    "distributed_config",  # except one of its fields, see `merging_target`
     "shampoo_runtime_config",
     "concurrency_config",
     "shampoo_pt2_compile_config",
     "use_pin_memory",
 )
-"""Arguments of the reference that have nothing to do here."""
+"""Arguments of the reference that have no effect here."""
 
 
 def merging_target(target: int | float | str, config: Config | None) -> int | float | str:
     """The merging target, which the reference keeps in its distributed_config.
 
     Raises:
-        TypeError: the config is no mapping, or has a field of nearly that name; others are about
-            ranks.
+        TypeError: the config is not a mapping, or has a misspelt field; other fields concern ranks.
     """
     check_config(config, "distributed_config")
     name = "target_parameter_dimensionality"

@@ -1,4 +1,4 @@
-"""What makes a direction in the Distributed Shampoo reference, by its preconditioner_config."""
+"""The Distributed Shampoo reference's directions, by its preconditioner_config."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from funshampoo.transforms import (
     sign,
 )
 
-# What the reference accepts and a chain has no use for: dtypes follow the parameters here, failed
-# roots are counted in the state, and symmetric storage is not arithmetic.
+# Accepted by the reference, and useless in a chain: dtypes follow the parameters here, failed
+# roots are counted in the state, and symmetric storage does not change numbers.
 _WITHOUT_EFFECT = (
     "factor_matrix_dtype",
     "inv_factor_matrix_dtype",
@@ -45,11 +45,11 @@ _WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class Setting:
-    """The optimizer's own arguments, as far as a direction depends on them.
+    """The optimizer's own arguments on which a direction depends.
 
     Attributes:
-        onto: the method that is grafted onto, or None.
-        floor: of `linalg.eigh`.
+        onto: the method to graft onto, or None.
+        floor: as in `linalg.eigh`.
     """
 
     beta1: Hyper
@@ -64,7 +64,7 @@ class Setting:
     floor: bool
 
     def averaged(self, fields: Fields) -> dict[str, Any]:
-        """How squares are averaged: arguments of the stages that do."""
+        """How squares are averaged: arguments for the stages that do it."""
         return {
             "bias_correction": self.bias_correction,
             "weighted": not fields.take("drop_weighting_factor_on_gsquare", False),
@@ -76,10 +76,10 @@ Stages = list[GradientTransformation]
 
 
 def stages_of(config: Config | None, setting: Setting) -> Stages:
-    """From the gradient to the direction, in block space.
+    """The stages from the gradient to the direction, in block space.
 
     Raises:
-        NotImplementedError: of this type there is none, or a field asks for what is not built.
+        NotImplementedError: an unsupported type, or a field value that is not supported.
         TypeError: the config has no such field.
     """
     fields = Fields(config or None, "preconditioner_config", tuple(BUILT))
@@ -98,7 +98,7 @@ def stages_of(config: Config | None, setting: Setting) -> Stages:
 
 
 Found = tuple[Stages, GradientTransformation]
-"""What stands before the average of the gradient, and what makes its direction of it."""
+"""The stages before the average of the gradient, and the direction made of the average."""
 
 
 def _shampoo(fields: Fields, setting: Setting) -> Found:
@@ -110,8 +110,8 @@ def _shampoo(fields: Fields, setting: Setting) -> Found:
     stores_spectrum = fields.type.startswith("Eigendecomposed")
     averaged = setting.averaged(fields)
     if "KL" in fields.type:
-        # Through the roots as they are, by default of exponent 1/(2k), without a mean: KL-Shampoo's
-        # paper has exponent 1/2, and the mean over columns.
+        # Whitened by the roots as they are, with default exponents 1/(2k), without a mean:
+        # KL-Shampoo's paper has exponent 1/2, and the mean over columns.
         def sides(block: tuple[int, ...]) -> list[bool]:
             return [e > 0 for e in side_exponents(block, exponents)]
 
@@ -180,11 +180,11 @@ _SVD = "SVDOrthogonalizationConfig"
 
 
 def spectral(fields: Fields) -> GradientTransformation:
-    """Of a SpectralDescentPreconditionerConfig."""
+    """The direction of a SpectralDescentPreconditionerConfig."""
     nested = fields.nested("orthogonalization_config", _NEWTON_SCHULZ, _SVD)
     nested.drop("rank_deficient_stability_config")  # a field of the base class, unread there too
     by_dimensions = nested.function("scale_by_dims_fn")
-    # That is a function of (columns, rows), and ours of a leaf's shape.
+    # Theirs is a function of (columns, rows), ours of a leaf's shape.
     scale = by_dimensions and (lambda shape: by_dimensions(math.prod(shape[1:]), shape[0]))
     if nested.type == _SVD:
         return by_svd(scale, nested.take("scale_by_nuclear_norm", False))
@@ -195,7 +195,7 @@ def spectral(fields: Fields) -> GradientTransformation:
 
 
 def signs(fields: Fields) -> GradientTransformation:
-    """Of a SignDescentPreconditionerConfig."""
+    """The direction of a SignDescentPreconditionerConfig."""
     scale_fn = fields.function("scale_fn")
     return sign() if scale_fn is None else signs_scaled_by(scale_fn)
 
@@ -203,16 +203,16 @@ def signs(fields: Fields) -> GradientTransformation:
 def by_svd(
     scale: Callable[[tuple[int, ...]], float] | None, by_nuclear_norm: bool
 ) -> GradientTransformation:
-    """U ← s P Qᵀ of U = P Σ Qᵀ, by a singular value decomposition; perhaps times tr Σ.
+    """U ← s P Qᵀ of U = P Σ Qᵀ, by singular value decomposition; optionally times tr Σ.
 
-    Directions whose singular value is exactly 0 stay 0, where the reference takes whichever LAPACK
-    gives: of a gradient of zeros that is a step without a reason.
+    Directions with a singular value of exactly 0 stay 0, where the reference uses whichever ones
+    LAPACK returns: for a gradient of zeros, that is an arbitrary step.
 
     Args:
-        scale: s of the leaf's shape; None is 1.
+        scale: s from the leaf's shape; None is 1.
         by_nuclear_norm: whether to multiply by the sum of the singular values.
     """
-    like = orthogonalize(scale=scale)  # refuses what is no matrix
+    like = orthogonalize(scale=scale)  # refuses leaves that are not matrices
 
     def update(updates: Tree, state: Any, *, block_ndim: int = 0) -> tuple[Tree, Any]:
         def leaf(u: Tensor) -> tuple[Tensor]:
@@ -230,10 +230,10 @@ def by_svd(
 
 
 def signs_scaled_by(scale_fn: Callable[[Tensor], Any]) -> GradientTransformation:
-    """U ← s(U) sign(U), with a function of each block that returns a number or a tensor ().
+    """U ← s(U) sign(U), where s is a function of each block that returns a number or a tensor ().
 
-    It is called once for all blocks of a shape, under torch.func.vmap: what it reads on the host,
-    as by .item(), is an error of torch.
+    It is called once for all blocks of a shape, under torch.func.vmap: reading values on the host,
+    as by .item(), raises torch's error.
     """
 
     def one(u: Tensor) -> Tensor:
@@ -266,4 +266,4 @@ BUILT: Mapping[str, Callable[[Fields, Setting], Found]] = {
     "SignDescentPreconditionerConfig": lambda fields, _: ([], signs(fields)),
     **{f"{name}PreconditionerConfig": _diagonal for name in GRAFTED},
 }
-"""{class of the config: what makes its direction}; the first one is the default."""
+"""{class of the config: function that makes its direction}; the first one is the default."""

@@ -33,7 +33,7 @@ STABILITY = "PerturbationConfig", "PseudoInverseConfig"
 
 
 def initial_eigenvalue(config: Config | None, epsilon: float) -> float:
-    """What EigendecomposedShampoo takes roots of before its first refresh: λ = 1, stabilized."""
+    """The eigenvalue whose root EigendecomposedShampoo uses before a refresh: λ = 1, stabilized."""
     stability = (config or {}).get("rank_deficient_stability_config") or {}
     if stability.get("type") == "PseudoInverseConfig":
         return 1.0
@@ -50,11 +50,11 @@ def solver_of(
     Args:
         epsilon: the optimizer's.
         floor: that of `eigh`.
-        stores_spectrum: whether there is an old eigenbasis to go on from, in the reference.
+        stores_spectrum: whether the reference has an old eigenbasis to continue from.
 
     Raises:
         ValueError: the config, or a field of it, does not go with the others.
-        NotImplementedError: a config that is not built here.
+        NotImplementedError: a config that is not supported here.
     """
     built = (*EIGEN, QR, "CoupledNewtonConfig", "CoupledHigherOrderConfig")
     fields = Fields(config or None, "amortized_computation_config", built)
@@ -77,7 +77,7 @@ def solver_of(
             tolerance=fields.take("tolerance", 1e-8),
             order=fields.take("order", 3),
         )
-        # TF32 is off unless the process has asked for it: see docs/design.md, "Autocast".
+        # TF32 is off unless the process has enabled it: see docs/design.md, "Autocast".
         fields.drop("disable_tf32", "rank_deficient_stability_config")
     else:
         solver, damps = _stable(fields, epsilon, floor)
@@ -94,10 +94,10 @@ def solver_of(
 
 
 def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[EigenSolver, bool]:
-    """The solver, and whether the reference decomposes what is damped already."""
+    """The solver, and whether the reference decomposes the already damped matrix."""
     stability = fields.nested("rank_deficient_stability_config", *STABILITY)
     if stability.type == "PerturbationConfig":
-        # For a decomposition it is the same sum: the eigenvalues of A + εI are those of A, plus ε.
+        # For a decomposition the sum is the same: A + εI has the eigenvalues of A, plus ε.
         before = stability.take("perturb_before_computation", True)
         if not epsilon > 0:
             raise ValueError(
@@ -111,11 +111,11 @@ def _stable(fields: Fields, epsilon: float, floor: bool) -> tuple[EigenSolver, b
 
 
 def basis_of(config: Config | None, epsilon: Hyper) -> Basis:
-    """Of `in_eigenbasis`, from the amortized_computation_config of eigenvalue correction.
+    """The basis for `in_eigenbasis`, from eigenvalue correction's amortized_computation_config.
 
     Raises:
-        ValueError: a tolerance outside of [0, 1], or PseudoInverseConfig.
-        NotImplementedError: a config that is no eigendecomposition.
+        ValueError: a tolerance outside [0, 1], or PseudoInverseConfig.
+        NotImplementedError: a config that is not an eigendecomposition.
     """
     fields = Fields(config or None, "amortized_computation_config", (*EIGEN, QR))
     nested = fields.nested("rank_deficient_stability_config", *STABILITY)
@@ -131,11 +131,11 @@ def basis_of(config: Config | None, epsilon: Hyper) -> Basis:
 
 @dataclass(frozen=True)
 class Renewal:
-    """An old basis will do while it diagonalizes A + damping I well enough; see `spectrum_near`.
+    """Keep an old basis while it diagonalizes A + damping I well enough; see `spectrum_near`.
 
     Attributes:
         tolerance: what is well enough.
-        steps: of the QR algorithm from the old basis, where it does not; None: a decomposition.
+        steps: of the QR algorithm from the old basis, if it is not; None: a decomposition.
         damps: whether the damping is added before.
     """
 
@@ -145,11 +145,11 @@ class Renewal:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a decomposition every time."""
+        """Whether it is always a decomposition."""
         return self.steps is None and self.tolerance == 0
 
     def spectrum(self, A: Tensor, old: Tensor, damping: Hyper, tolerance: Hyper) -> NearSpectrum:
-        """Of A itself, perhaps approximate, in the basis that was found."""
+        """The spectrum of A itself, perhaps approximate, in the basis found."""
         added = total_damping(A, damping if self.damps else 0.0, 0.0, lambda: A[..., 0, 0])
         damped = add_to_diagonal(A, added) if self.damps else A
         if self.steps is None:
@@ -160,10 +160,10 @@ class Renewal:
 
 
 def renewal_of(fields: Fields, damps: bool) -> Renewal:
-    """Of an amortized_computation_config by an eigendecomposition.
+    """The renewal for an amortized_computation_config by eigendecomposition.
 
     Raises:
-        ValueError: a tolerance outside of [0, 1], or with a type whose roots have no basis.
+        ValueError: a tolerance outside [0, 1], or with a type whose roots have no basis.
     """
     tolerance = fields.take("tolerance", 0.0)
     check_range("tolerance", tolerance, 0.0, 1.0)
@@ -183,9 +183,9 @@ def renewal_of(fields: Fields, damps: bool) -> Renewal:
 
 @dataclass(frozen=True)
 class RenewedBasis(Basis):
-    """A `Basis` for `in_eigenbasis`, whose columns stand where the reference leaves them.
+    """A `Basis` for `in_eigenbasis` whose columns stay where the reference leaves them.
 
-    It begins in the identity, and decomposes nothing for the first time alone.
+    It starts from the identity, without an initial decomposition.
     """
 
     renewal: Renewal
@@ -193,7 +193,7 @@ class RenewedBasis(Basis):
 
     def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """See `Basis`."""
-        # A coordinate that had no gradient until now is in no vector of the old basis.
+        # A coordinate without a gradient until now is in no vector of the old basis.
         lacks = ((old == 0).all(-1) & (A.diagonal(dim1=-2, dim2=-1) != 0)).any(-1)
         tolerance = torch.where(lacks, -1.0, self.renewal.tolerance)
         tolerance = tolerance.reshape(-1) if self.renewal.steps is None else tolerance
@@ -203,7 +203,7 @@ class RenewedBasis(Basis):
 
 @dataclass(frozen=True, eq=False)
 class RenewedSolver(EigenSolver):
-    """A solver by eigendecomposition that goes on in the old basis, for `root_inverse`."""
+    """A solver by eigendecomposition that continues in the old basis, for `root_inverse`."""
 
     inner: EigenSolver
     renewal: Renewal
@@ -215,9 +215,9 @@ class RenewedSolver(EigenSolver):
     def from_spectrum(
         self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
     ) -> InverseRoot:
-        """As `inner` does."""
+        """As in `inner`."""
         return self.inner.from_spectrum(A, spectrum, p, epsilon)
 
     def check_epsilon(self, epsilon: Hyper) -> None:
-        """As `inner` does."""
+        """As in `inner`."""
         self.inner.check_epsilon(epsilon)

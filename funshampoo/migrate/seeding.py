@@ -1,4 +1,4 @@
-"""Go on with a run of torch.optim.AdamW: its moments become those of a chain."""
+"""Continue a run of torch.optim.AdamW: its moments become those of a chain."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ _FIELDS: dict[tuple[Any, str], str] = {
     (EmaState, "weight"): "weight",
     (RmsState, "second"): "exp_avg_sq",
 }
-"""Which moment a field holds; or which one's weight, 1 - beta1^t or 1 - beta2^t."""
+"""Which moment a field holds; or the weight of one, 1 - beta1^t or 1 - beta2^t."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_Adam = dict[str, Any]  # what AdamW knows of one parameter, by the names above
+_Adam = dict[str, Any]  # AdamW's entries for one parameter, by the names above
 
 
 @for_keeps()
 def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) -> Any:
     """A fresh state with the moments and the bias correction of a torch.optim.AdamW or Adam.
 
-    What is found in the state is filled: the second moment of `scale_by_adam` and `scale_by_rms`,
+    It fills the fields that it finds: the second moment of `scale_by_adam` and `scale_by_rms`, and
     so that of the grafting in `shampoo`; the first moment of `ema` and `scale_by_adam`. Factor
-    matrices start empty: the direction of the first step is that of its own gradient's, its length
-    the one that AdamW's second moment gives it. Blocks that are stepped in eigenbases, as by
-    `soap`, start anew, which is warned of: AdamW's second moments are none of such coordinates,
-    and its first would be divided by those of a single gradient.
+    matrices start empty: the first step has the direction of its own gradient's, and the length
+    from AdamW's second moment. Blocks that are stepped in eigenbases, as by `soap`, start from
+    nothing, with a warning: AdamW's second moments are not in those coordinates, and its first
+    would be divided by those of a single gradient.
 
     Args:
-        state: tx.init(params), sharded or not, that nobody has stepped. It is not written to.
+        state: tx.init(params), sharded or not, before any step. It is not written to.
         saved: optimizer.state_dict() of the AdamW.
-        names: of the parameters, in the order in which AdamW had them, as leaves are named:
-            [name for name, _ in model.named_parameters()].
+        names: of the parameters, in the order in which AdamW had them, as leaves are named: [name
+            for name, _ in model.named_parameters()].
 
     Raises:
-        ValueError: another number of parameters, other shapes, amsgrad or no moments in `saved`,
-            a number of steps that can be none; a state in which there is nothing to fill, or that
-            has moments already, of steps or another seeding.
-        TypeError: saved is no state_dict.
+        ValueError: another number of parameters, other shapes, amsgrad or no moments in `saved`, an
+            impossible step count; a state with nothing to fill, or that has moments already, from
+            steps or another seeding.
+        TypeError: saved is not a state_dict.
 
     >>> import torch
     >>> from funshampoo import adamw
@@ -82,10 +82,10 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
                 continue
             filled.add(parameter)
             moment = adams[parameter][field]
-            if isinstance(moment, float):  # a weight of 1 says that nothing is corrected
+            if isinstance(moment, float):  # a weight of 1 means no correction
                 target.copy_(torch.where(target == 1, target, moment))
                 continue
-            if place.kind is RmsState:  # which does not correct
+            if place.kind is RmsState:  # it does not correct
                 moment = moment / adams[parameter]["weight_sq"]
             part = moment if block is None else _cut(moment, block, place, parameter)
             if part is None or part.shape != target.shape:
@@ -101,7 +101,7 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
             "the state has no moments of these names to fill: no scale_by_adam, scale_by_rms or "
             "ema in it, or `names` are not those of its leaves."
         )
-    if own:  # factor matrices, momentum and counters would stay, of other steps than the moments
+    if own:  # factor matrices, momentum and counters would stay, from other steps than the moments
         raise ValueError(
             f"the state has moments already ('{own[0]}'), of steps that were made with it, a "
             "checkpoint or another seeding. Seed a fresh one: tx.init(params), or the optimizer's "
@@ -111,14 +111,14 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
 
 
 def _has_seen_gradients(x: Tensor, field: str) -> bool:
-    """Whether a moment, or the weight of one, is not as `init` makes it."""
-    if field.startswith("weight"):  # of 1, where nothing is corrected
+    """Whether a moment, or the weight of one, differs from its initial value."""
+    if field.startswith("weight"):  # 1, if nothing is corrected
         return bool(((x != 0) & (x != 1)).any())
     return bool((x != 0).any())
 
 
 def _is_elsewhere(state: Any, adams: Collection[str]) -> bool:
-    """Whether it is a rank's, of which others may have what is to be filled of these parameters."""
+    """Whether this is one rank's state, and others may have what to fill for these parameters."""
     nodes = [node for _, node in walk(state)]
     known = {name for x in nodes if isinstance(x, BlockedState) for name in x.layout}
     known |= {name for x in nodes if isinstance(x, ShardedState) for name in x.owned}
@@ -143,7 +143,7 @@ def _in_bases(state: Any) -> set[int]:
 
 
 def check_saved(saved: Any) -> None:
-    """Raise where this is no state_dict of an optimizer.
+    """Raise if this is not an optimizer's state_dict.
 
     Raises:
         TypeError: it is not.
@@ -157,7 +157,7 @@ def check_saved(saved: Any) -> None:
 
 
 def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
-    """{parameter: what AdamW knows}; one without a step yet is left out."""
+    """{parameter: AdamW's entries}, without parameters that have made no step yet."""
     check_saved(saved)
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     if len(indices) != len(names):
@@ -188,7 +188,7 @@ def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
 
 
 def _betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
-    """Raises ValueError where they are no pair of numbers."""
+    """Raises ValueError unless they are a pair of numbers."""
     try:
         first, second = group["betas"]
         return float(first), float(second)
@@ -200,11 +200,11 @@ def _betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _step_of(entry: Mapping[str, Any], name: str) -> float:
-    """How many steps it has made.
+    """The number of steps that it has made.
 
     Raises:
-        ValueError: no run can have counted so far; or none yet, while the moments are not zero; or
-            an entry is of another type.
+        ValueError: a count that no run can have reached; or none yet, while the moments are not
+            zero; or an entry of another type.
     """
     for key in _MOMENTS:
         if not isinstance(entry[key], Tensor):
@@ -214,8 +214,8 @@ def _step_of(entry: Mapping[str, Any], name: str) -> float:
     try:
         step = float(entry["step"])
     except (TypeError, ValueError, RuntimeError):
-        step = float("nan")  # which is refused with the others
-    if not (step >= 0 and step.is_integer()):  # inf and NaN are no integers
+        step = float("nan")  # refused like the others
+    if not (step >= 0 and step.is_integer()):  # inf and NaN are not integers
         raise ValueError(
             f"the AdamW has made {entry['step']!r:.80} steps of '{name}': the checkpoint is "
             "damaged."
@@ -242,10 +242,10 @@ def _targets(place: Place, x: Tensor) -> Iterator[tuple[str, tuple[int, ...] | N
 
 
 def _cut(whole: Tensor, block: tuple[int, ...], place: Place, parameter: str) -> Tensor | None:
-    """One block of a tensor of the parameter's shape; None where it has another number of entries.
+    """One block of a tensor of the parameter's shape; None if it has another number of entries.
 
     Args:
-        block: its coordinates, by which the blocks before it are as large as the first one.
+        block: its coordinates; all blocks before it have the size of the first.
     """
     try:
         where = layout_of_spans(place.layout[parameter], tuple(whole.shape))

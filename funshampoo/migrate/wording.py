@@ -1,4 +1,4 @@
-"""Errors in the words of whoever calls: names of other libraries' arguments, not of our stages."""
+"""Errors in the caller's terms: other libraries' argument names, not those of our stages."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Built = TypeVar("Built")
 
 
 def in_their_words(build: Callable[Arguments, Built]) -> Callable[Arguments, Built]:
-    """`build`, whose errors name the argument, or the field of a config in it, that is at fault.
+    """`build`, with errors that name the offending argument, or field of a config in it.
 
-    Stages know it by their own name: SOAP's precondition_frequency is `every`. At fault is what
-    there is no error without, or else another one. So it is built again, without each in turn.
+    Stages know it by another name: SOAP's precondition_frequency is `every`. So it is built again
+    without each argument in turn: without the offending one there is no error, or another.
 
     Args:
         build: takes its arguments by keyword, each with a default.
 
     Raises:
-        ValueError, TypeError: those of `build`, with the name in front where they do not have it.
+        ValueError, TypeError: those of `build`, prefixed with the name if they lack it.
 
     >>> in_their_words(lambda rate="1": float(rate))(rate="fast")
     Traceback (most recent call last):
@@ -44,9 +44,9 @@ def in_their_words(build: Callable[Arguments, Built]) -> Callable[Arguments, Bui
 
 
 def _at_fault(build: Callable[..., Any], given: Mapping[str, Any], found: str) -> str | None:
-    """The last part of the path to what there is no error without, or another one than `found`.
+    """Last part of the path of the entry without which there is no error, or another than `found`.
 
-    Of several the first is meant whose value the error has, as it often has.
+    Of several, prefer the first whose value appears in the error, as it often does.
     """
     best, rank = None, (2, False)
     for path, value in _entries(given):
@@ -58,10 +58,10 @@ def _at_fault(build: Callable[..., Any], given: Mapping[str, Any], found: str) -
 
 
 def _error_of(build: Callable[..., Any], given: Mapping[str, Any]) -> str:
-    """What is said where it can't be built; "" where it can."""
+    """The error message if it can't be built; "" if it can."""
     try:
         build(**given)
-    except Exception as error:  # of whatever kind: that it is another one is all that counts
+    except Exception as error:  # of any type: only whether it is a different one matters
         return str(error) or repr(error)
     return ""
 
@@ -70,7 +70,7 @@ Path = tuple[str, ...]
 
 
 def _entries(given: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """All that stands in configs and outside of them, but for their types."""
+    """All entries, inside and outside configs, except their types."""
     for name, value in given.items():
         if isinstance(value, Mapping) and value and all([isinstance(key, str) for key in value]):
             yield from _entries(value, (*path, name))

@@ -1,4 +1,4 @@
-"""The step that Schedule-Free and primal averaging have in common."""
+"""The step shared by Schedule-Free and primal averaging."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from funshampoo.operators.leaf_ops import add, lerp, multiply, per_block
 
 
 def copies(params: Tree) -> Tree:
-    """The parameters in memory of their own, in their compute dtype.
+    """Copies of the parameters, in their compute dtype.
 
-    What is done to them later is a function of them, and differentiated as one, but for those of a
-    module: see `detached_parameters`.
+    Later results are functions of the parameters and differentiated as such, except for a module's
+    parameters: see `detached_parameters`.
     """
     return map_leaves(lambda p: detached_parameters([p])[0].to(compute_dtype(p), copy=True), params)
 
@@ -24,12 +24,12 @@ def copies(params: Tree) -> Tree:
 def interpolated_step(
     u: Tensor, y: Tensor, x: Tensor, z: Tensor, rate: Hyper, share: Any, beta: Hyper, donate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y' - y, x', z'): a step of the fast weights, and of what follows them.
+    """(y' - y, x', z'): a step of the fast weights z, and of the averages that follow them.
 
         z' = z - rate u,   x' = (1 - share) x + share z',   y' = beta x' + (1 - beta) z'
 
     Args:
-        u, y, x, z: direction, weights at which it was taken, average, fast weights.
+        u, y, x, z: direction, weights at which it was computed, average, fast weights.
         share: a number, or (N,).
     """
     z = add(z, multiply(cast(u, z.dtype), -rate, donate=False), donate)

@@ -1,8 +1,8 @@
-"""An elementwise operation of every leaf with numbers of its own, in few launches.
+"""An elementwise operation on leaves with one number each, in few launches.
 
-torch's foreach operators take a list of 0-dimensional tensors one by one. On a GPU, where a launch
-takes a host about ten microseconds, a hundred small leaves are put in a row instead, beside a row
-in which every number stands as often as its leaf has entries: one operator for all of them.
+torch's foreach operators process a list of 0-dimensional tensors one by one. On a GPU, where a
+launch takes the host about ten microseconds, a hundred small leaves are concatenated instead, along
+with their numbers, each repeated for all entries of its leaf: one operator for all of them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from funshampoo.core.modes import constant
 
 SMALL = 2**14
-"""Entries of a leaf that is put in a row with others."""
+"""Largest leaf, in entries, that is concatenated with others."""
 
 FEW = 4
-"""Leaves for which it is as many launches without."""
+"""Up to this many leaves, it takes as many launches without."""
 
 
 def by_number(
@@ -29,18 +29,18 @@ def by_number(
     numbers: Sequence[list[Tensor]],
     each: Callable[..., list[Tensor]],
 ) -> list[Tensor]:
-    """function(x, number, ...) of each leaf, for plain tensors (see `core.modes.is_plain`).
+    """function(x, number, ...) for each leaf, for plain tensors (see `core.modes.is_plain`).
 
     Args:
         function: elementwise, of tensors of one shape.
         xs: of any shapes and dtypes.
-        numbers: one list or more, of () each, or what broadcasts over its x.
-        each: the same of lists, for the leaves that are not put in a row: of one value a block, on
-            a CPU, of many entries, or few.
+        numbers: one list or more, each with a tensor per x, () or broadcastable to x.
+        each: the same for lists, for the leaves that are not concatenated: with one value per
+            block, on a CPU, large, or few.
 
     Returns:
-        New tensors of the shapes of `xs`: bit for bit those of `each`, as an elementwise operation
-        on a device does not ask where an entry lies.
+        New tensors of the shapes of `xs`: bitwise those of `each`, since on a device an elementwise
+        operation does not depend on an entry's position.
     """
     rows = _rows(xs, numbers)
     if not rows:
@@ -68,8 +68,8 @@ def _in_a_row(
 
 
 def _rows(xs: Sequence[Tensor], numbers: Sequence[Sequence[Tensor]]) -> list[list[int]]:
-    """Which leaves, by index, are put in a row together."""
-    if not xs or xs[0].is_cpu:  # where the rest need not be looked at
+    """Which leaves, by index, are concatenated."""
+    if not xs or xs[0].is_cpu:  # the rest need not be looked at
         return []
     kinds: dict[Any, list[int]] = {}
     for i, (x, *own) in enumerate(zip(xs, *numbers)):
@@ -79,9 +79,9 @@ def _rows(xs: Sequence[Tensor], numbers: Sequence[Sequence[Tensor]]) -> list[lis
     return [places for places in kinds.values() if len(places) > FEW]
 
 
-@functools.partial(constant, most=8)  # one for each pattern of missing gradients
+@functools.partial(constant, most=8)  # one per pattern of missing gradients
 def _leaf_of_entry(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(sum of sizes,) int32: which leaf an entry is of. Nobody waits for its way to a device."""
+    """(sum of sizes,) int32: the leaf of every entry. The copy to a device does not block."""
     counts = torch.tensor(sizes, device="cpu")
     leaves = torch.arange(len(sizes), dtype=torch.int32, device="cpu").repeat_interleave(counts)
     return leaves.to(device, non_blocking=True)

@@ -1,11 +1,11 @@
-"""Elementwise operations on columns: lists of tensors, one a leaf.
+"""Elementwise operations on columns: lists of tensors, one per leaf.
 
-A column is one call of torch's foreach operators where that can be: the loop over the leaves then
-runs in C++, and on a GPU in a few kernels. Their numbers are those of the operators for one tensor.
-torch.func has no rules for them, autograd not for all, and hyperparameters that are tensors do not
-always fit: then the same operation runs leaf by leaf.
+A column takes one call of torch's foreach operators if possible: the loop over the leaves then runs
+in C++, and on a GPU in a few kernels. Results equal those of the operators on single tensors.
+torch.func does not support foreach operators, autograd not all of them, and hyperparameters that
+are tensors do not always fit: then the same operation runs leaf by leaf.
 
-As in `leaf_ops`, only state tensors, `old`, are ever written to, and only where they are donated.
+As in `leaf_ops`, only state tensors, `old`, are ever written to, and only if they are donated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _in_parts(xs: Column) -> bool:
 
 
 def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
-    """(1 - weight) old + weight new. The results have old's dtypes."""
+    """(1 - weight) old + weight new, in old's dtypes."""
     if isinstance(weight, Tensor) or not is_plain(old, new) or (_LACKS and _in_parts(old)):
         return [leaf_ops.lerp(x, y, weight, donate) for x, y in zip(old, new)]
     if not donate:
@@ -56,17 +56,17 @@ def add(old: Column, new: Column, donate: bool = False) -> Column:
 
 
 def add_scaled(xs: Column, ys: Column, factor: Hyper) -> Column:
-    """xs + factor ys, new tensors: on a device in one pass, and rounded as it rounds that."""
+    """xs + factor ys, as new tensors: on a device in one pass, with that pass's rounding."""
     if isinstance(factor, Tensor) or not is_plain(xs, ys) or any([x.is_cpu for x in xs]):
-        # A CPU's kernel rounds the product or not by where in the tensor an entry lies.
+        # A CPU kernel rounds the product or not depending on an entry's position in the tensor.
         return add(xs, multiply(ys, factor), donate=False)
     return list(torch._foreach_add(xs, ys, alpha=factor))
 
 
 def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
-    """factor old, in old's dtypes whatever the factor's."""
+    """factor old, in old's dtypes, whatever the factor's dtype."""
     if isinstance(factor, Tensor) and _lies_with(factor, old):
-        factor = factor.to(old[0].dtype)  # one operator for all takes a number of their own
+        factor = factor.to(old[0].dtype)  # one operator for all needs a number of their dtype
     elif isinstance(factor, Tensor) or not is_plain(old):
         return [leaf_ops.multiply(x, factor, donate) for x in old]
     if not donate:
@@ -77,7 +77,7 @@ def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
 
 
 def _lies_with(factor: Tensor, column: Column) -> bool:
-    """Whether a number is on the device of these, as one that a graph there reads, and plain."""
+    """Whether a number is plain and on the device of these, like one that a graph there reads."""
     if factor.is_cpu or factor.ndim or not column or not is_plain((factor,), column):
         return False
     kinds = {(x.dtype, x.device) for x in column}
@@ -85,12 +85,12 @@ def _lies_with(factor: Tensor, column: Column) -> bool:
 
 
 def add_weight(total: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:
-    """The total weight of an average that takes in what is alive, and nothing elsewhere.
+    """The total weight of an average that only takes in what is alive.
 
         total ← beta total + (1 - beta) alive
 
     Args:
-        alive: [0 or 1 a row], or nothing where all are 1.
+        alive: [0 or 1 per row], or empty if all are 1.
     """
     if alive:
         return lerp(total, cast_like(alive[0], total), 1 - beta, donate)
@@ -106,7 +106,7 @@ def average(old: Column, new: Column, beta: Hyper, alive: Sequence[Column], dona
     """beta old + (1 - beta) new.
 
     Args:
-        alive: [0 or 1 a row], or nothing where all are 1: a row that is 0 stays as it was.
+        alive: [0 or 1 per row], or empty if all are 1: a row with 0 stays as it was.
     """
     if not alive:
         return lerp(old, new, 1 - beta, donate)
@@ -129,10 +129,10 @@ def average_of(
     """An average, and its total weight.
 
     Args:
-        alive: as in `average`; `new` is 0 in the rows that are 0.
-        by_weight: the weight is of each row's own gradients: it decays with the average in a row
-            that is not alive, so that their quotient stays. Else such a row is left out.
-        weighted: False: a sum, beta old + new, whose weight stays.
+        alive: as in `average`; `new` is 0 in the rows with 0.
+        by_weight: the weight counts each row's own gradients: in a row that is not alive it decays
+            with the average, so that their quotient stays. Else such a row is left out.
+        weighted: False: a sum, beta old + new, whose weight does not change.
     """
     if not weighted:
         return add(decayed(old, beta, alive, donate), new, donate), weight
@@ -142,14 +142,14 @@ def average_of(
 
 
 def zeros_a_block(params: Any, block_ndim: int, dtype: torch.dtype | None = None) -> Any:
-    """A tree of (N,) zeros, one a block, in its compute dtype or another."""
+    """A tree of (N,) zeros, one per block, in its compute dtype or another."""
     return map_leaves(
         lambda x: x.new_zeros(x.shape[:block_ndim], dtype=dtype or compute_dtype(x)), params
     )
 
 
 def seen(weight: Column, alive: Sequence[Column]) -> Column:
-    """Weights to divide by: not 0 in a row that has had no gradient, which is not alive."""
+    """Weights to divide by: not 0 even in a row without any gradient so far, which is not alive."""
     if not alive:
         return weight
     least = [torch.finfo(w.dtype).tiny for w in weight]
@@ -159,12 +159,12 @@ def seen(weight: Column, alive: Sequence[Column]) -> Column:
 
 
 def corrected(value: Column, weight: Column, alive: Sequence[Column]) -> Column:
-    """value / weight; 0 for a row that has had no gradient."""
+    """value / weight; 0 for a row without any gradient so far."""
     return quotient(value, per_block(seen(weight, alive), value))
 
 
 def decayed(old: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:
-    """beta old, but for the rows that are not alive, which stay as they were."""
+    """beta old, except in rows that are not alive, which stay as they were."""
     if not alive:
         return multiply(old, beta, donate)
     kept = [leaf_ops.kept_share(beta, fine, x) for x, fine in zip(old, alive[0])]
@@ -172,7 +172,7 @@ def decayed(old: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> 
 
 
 def zeroed(xs: Column, dead: Column) -> Column:
-    """xs with zeros where `dead`, a mask a leaf or a block, is True; new tensors."""
+    """xs with zeros where `dead`, a mask per leaf or block, is True; new tensors."""
     masks = per_block(dead, xs)
     plain = is_plain(xs, masks)
     one = leaf_ops.zeroed_by_pairs if plain and xs and not xs[0].is_cpu else leaf_ops.zeroed
@@ -184,7 +184,7 @@ def zeroed(xs: Column, dead: Column) -> Column:
 
 
 def only_alive(xs: Column, alive: Sequence[Column], others: Column | None = None) -> Column:
-    """xs, but for the rows that are not alive: the others there, or 0."""
+    """xs, except in rows that are not alive: `others` there, or 0."""
     if not alive:
         return xs
     dead = [fine == 0 for fine in alive[0]]
@@ -194,12 +194,12 @@ def only_alive(xs: Column, alive: Sequence[Column], others: Column | None = None
 
 
 def plus(xs: Column, number: float) -> Column:
-    """xs + number, new tensors."""
+    """xs + number, as new tensors."""
     return list(torch._foreach_add(xs, number)) if is_plain(xs) else [x + number for x in xs]
 
 
 def product(xs: Column, ys: Column) -> Column:
-    """Elementwise, new tensors. One operand of a pair may be broadcast."""
+    """Elementwise product, as new tensors. One operand of a pair may be broadcast."""
     if is_plain(xs, ys):
         return list(torch._foreach_mul(xs, ys))
     return [x * y for x, y in zip(xs, ys)]
@@ -217,7 +217,7 @@ def product_in(old: Column, ys: Column, donate: bool) -> Column:
 
 
 def quotient(xs: Column, ys: Column) -> Column:
-    """Elementwise, new tensors. The divisors may be broadcast."""
+    """Elementwise quotient, as new tensors. The divisors may be broadcast."""
     if not is_plain(xs, ys):
         return [x / y for x, y in zip(xs, ys)]
     if xs[0].is_cpu:
@@ -226,21 +226,21 @@ def quotient(xs: Column, ys: Column) -> Column:
 
 
 def shared_product(xs: Column, factor: Tensor) -> Column:
-    """xs times one 0-dimensional tensor of their dtype, new tensors."""
+    """xs times one 0-dimensional tensor of their dtype, as new tensors."""
     if is_plain(xs, [factor]) and all([x.device == factor.device for x in xs]):
         return list(torch._foreach_mul(xs, factor))
     return [x * factor.to(x.device) for x in xs]
 
 
 def clamp(xs: Column, limit: Hyper) -> Column:
-    """Entries between -limit and limit, new tensors; NaN stays."""
+    """xs clamped to [-limit, limit], as new tensors; NaN stays."""
     if (
         isinstance(limit, Tensor)
         or not is_plain(xs)
         or all([x.is_cpu for x in xs])
         or (_LACKS and _in_parts(xs))
     ):
-        return [leaf_ops.clamp(x, limit) for x in xs]  # both ends in one pass
+        return [leaf_ops.clamp(x, limit) for x in xs]  # both limits in one pass
     limits = [leaf_ops.in_range(limit, x.dtype) for x in xs]
     clamped = list(torch._foreach_clamp_min(xs, [-most for most in limits]))
     torch._foreach_clamp_max_(clamped, limits)
@@ -248,7 +248,7 @@ def clamp(xs: Column, limit: Hyper) -> Column:
 
 
 def copied(xs: Column) -> Column:
-    """Copies."""
+    """Copies of xs."""
     return [x.clone() for x in xs]
 
 
@@ -258,12 +258,12 @@ def cast_like(xs: Column, others: Column) -> Column:
 
 
 def in_compute_dtype(xs: Iterable[Tensor]) -> Column:
-    """xs in float32 at least."""
+    """xs in float32 or wider."""
     return [x.to(torch.float32) if x.dtype in HALF else x for x in xs]
 
 
 def per_block(values: Column, others: Column) -> Column:
-    """Views of one value a block, (N,) or (), that broadcast over the others' blocks (N, ...)."""
+    """Views of one value per block, (N,) or (), that broadcast over the others' blocks (N, ...)."""
     return [
         x.reshape(x.shape + (1,) * (other.ndim - x.ndim)) if x.ndim else x
         for x, other in zip(values, others)

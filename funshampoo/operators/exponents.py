@@ -1,4 +1,4 @@
-"""Which sides of a block are preconditioned, and by which power of their factor matrices."""
+"""Which sides of a block are preconditioned, and with which power of their factor matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Exponents: TypeAlias = (
 Sides: TypeAlias = Literal["smaller"] | Callable[[tuple[int, ...]], Sequence[bool]]
 
 NAMED = {"shampoo": 1 / 4, "shampoo_squared": 1 / 2}
-"""What each of two sides gets.
+"""The exponent of each of two sides.
 
 "shampoo": L ⊗ R bounds the square of full-matrix AdaGrad's Σ g gᵀ (Gupta et al., arXiv 1802.09568).
 "shampoo_squared": L ⊗ R itself approximates Σ g gᵀ (Morwani et al., arXiv 2406.17748).
@@ -27,22 +27,22 @@ NAMED = {"shampoo": 1 / 4, "shampoo_squared": 1 / 2}
 def side_exponents(
     block: Sequence[int], exponents: Exponents | None = None, sides: Sides | None = None
 ) -> tuple[float, ...]:
-    """The e_i of X_i = L_i^(-e_i), one a side of a block of this shape; 0 leaves a side alone.
+    """The e_i of X_i = L_i^(-e_i), one per side of a block of this shape; 0 leaves a side alone.
 
-    With k preconditioned sides each gets e_i = 2 e / k, where e is what it would be for a matrix:
-    1/4 by default, so that e_i = 1/(2k). A side that is left alone hands its share on: where one
-    side of a matrix is preconditioned it gets 2 e, by default 1/2 (one-sided Shampoo; Xie et al.,
-    arXiv 2503.10537; An et al., arXiv 2503.20762).
+    With k preconditioned sides each gets e_i = 2 e / k, where e is its exponent in a matrix: 1/4 by
+    default, so that e_i = 1/(2k). A side that is left alone passes its share on: if only one side
+    of a matrix is preconditioned, it gets 2 e, by default 1/2 (one-sided Shampoo; Xie et al., arXiv
+    2503.10537; An et al., arXiv 2503.20762).
 
     Args:
         block: lengths of the sides, after merging and cutting.
-        exponents: e, or a name of `NAMED`; or {number of sides: e_i, or {side: e_i}}, where what it
-            leaves out keeps the default.
-        sides: "smaller": the shortest alone, of equal ones the first; or a function of the shape
-            that returns a bool a side. By default all.
+        exponents: e, or a name of `NAMED`; or {number of sides: e_i, or {side: e_i}}, with the
+            default for those it omits.
+        sides: "smaller": only the shortest, of equal ones the first; or a function of the shape
+            that returns one bool per side. By default all.
 
     Raises:
-        ValueError: the function does not return a bool a side.
+        ValueError: the function does not return one bool per side.
 
     >>> side_exponents((3, 5)), side_exponents((3, 5), "shampoo_squared"), side_exponents((3,), 1/3)
     ((0.25, 0.25), (0.5, 0.5), (0.6666666666666666,))
@@ -59,7 +59,7 @@ def side_exponents(
 
 
 def _of_matrices(exponents: Exponents | None) -> float:
-    """What each of two sides gets."""
+    """The exponent of each of two sides."""
     if exponents is None or isinstance(exponents, Mapping):
         return NAMED["shampoo"]
     return NAMED[exponents] if isinstance(exponents, str) else exponents
@@ -82,12 +82,12 @@ def wanted_sides(block: tuple[int, ...], sides: Sides | None) -> list[bool]:
 
 
 def chosen_sides(vectors: str, sides: Sides | None = None) -> Sides | None:
-    """What the arguments `vectors` and `sides` of a recipe say together.
+    """The sides given by a recipe's arguments `vectors` and `sides` together.
 
-    "diagonal": these sides of blocks that have two or more, and none of the others.
+    "diagonal": these sides for blocks that have two or more, and no side of the others.
 
     Raises:
-        ValueError: vectors is neither "diagonal" nor "blocks"; sides is none of what they can be.
+        ValueError: vectors is neither "diagonal" nor "blocks"; sides is invalid.
     """
     check_choice("vectors", vectors, ("diagonal", "blocks"))
     check_sides(sides)
@@ -97,9 +97,9 @@ def chosen_sides(vectors: str, sides: Sides | None = None) -> Sides | None:
 
 
 def check_exponents(exponents: Exponents | None, sides: Sides | None) -> None:
-    """Raises ValueError or TypeError for what is no exponent, or a side that no block has.
+    """Raises ValueError or TypeError for an invalid exponent, or a side that no block has.
 
-    And for what neither names sides nor chooses them; see `check_sides`.
+    Also if nothing names or chooses sides; see `check_sides`.
     """
     if isinstance(exponents, Mapping):
         _check_by_order(exponents)
@@ -125,6 +125,6 @@ def _check_by_order(exponents: Mapping[int, float | Mapping[int, float]]) -> Non
 
 
 def check_sides(sides: Sides | None) -> None:
-    """Raises ValueError for what neither names sides nor chooses them."""
+    """Raises ValueError unless it names sides or chooses them."""
     if sides is not None and not callable(sides):
         check_choice("sides", sides, ("smaller",))

@@ -1,4 +1,4 @@
-"""Factor matrices: before the first gradient, and after another one."""
+"""Factor matrices: their initial value, and their update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def zero_factors(
     powers: Callable[[Block], Sequence[float]],
     packed: bool = False,
 ) -> Tree:
-    """Factors before the first gradient: of each leaf zeros for every side with a power, or ()."""
+    """Factors before the first gradient: per leaf, zeros for every side with a power, or ()."""
 
     def leaf(x: Tensor) -> tuple[Any, ...]:
         def zeros(d: int) -> Tensor:
@@ -44,7 +44,7 @@ def accumulated_factor(
     donate: bool,
     product_dtype: torch.dtype | None = None,
 ) -> Any:
-    """beta L_i + weight x xᵀ, of x = mat_i(G); beta may be one a row, (N,). () stays."""
+    """beta L_i + weight x xᵀ, with x = mat_i(G); beta may be one per row, (N,). () stays."""
     if not isinstance(factor, Tensor):
         return factor
     if isinstance(beta, Tensor) and beta.ndim:

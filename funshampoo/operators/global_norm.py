@@ -1,4 +1,4 @@
-"""The norm of many leaves, and factors that bound it, also where squares leave the range."""
+"""The global norm of many leaves, and clipping factors, even if squares leave the range."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from funshampoo.operators.leaf_ops import in_range, sent
 
 
 def clipping_factors(norm: Tensor, scale: Tensor | None, max_norm: Hyper) -> list[Tensor]:
-    """max_norm / max(‖U‖, max_norm), as one factor or as two where one would leave the range.
+    """max_norm / max(‖U‖, max_norm): one factor, or two if a single one would leave the range.
 
     ‖U‖ is norm / scale; a scale of None is 1.
     """
@@ -34,9 +34,9 @@ def clipping_factors(norm: Tensor, scale: Tensor | None, max_norm: Hyper) -> lis
             return [factor]
         scale = torch.ones_like(norm)
     shift = range_shift(norm.dtype)
-    norm = norm + norm * 0.0  # inf is NaN from here on
+    norm = norm + norm * 0.0  # makes inf NaN from here on
     within = norm <= limit * scale
-    # A factor that would be tiny is two: of the norm's scale, or of that of ordinary gradients.
+    # A tiny factor is split in two: by the norm's scale, or by that of ordinary gradients.
     large = (scale < 1) | ((scale == 1) & (limit < _FACTOR * norm))
     first = torch.where(large & ~within, 1 / shift, torch.ones_like(norm))
     numerator = limit * (scale / first)
@@ -48,18 +48,18 @@ _FACTOR = 2.0**-60
 
 
 def _limit(value: Hyper, like: Tensor) -> Tensor:
-    """(), filled on its device: a GPU's stream would be waited for with a copy from the host."""
+    """(), filled on its device: a copy from the host would wait for a GPU's stream."""
     if isinstance(value, Tensor):
         return sent(value, like)
     return like.new_full((), in_range(value, like.dtype))
 
 
 def scaled_norm(leaves: Column) -> tuple[Tensor, Tensor | None]:
-    """(‖x s‖, s) of all leaves together, s a power of two; None in its place is 1."""
+    """(‖x s‖, s) of all leaves together, with s a power of two; None instead of s is 1."""
     dtype = functools.reduce(torch.promote_types, {compute_dtype(x) for x in leaves})
     norm = _plain_norm(leaves, dtype)
     least, most = range_limits(dtype)
-    if is_readable([norm]) and least <= norm.item() <= most:  # 0 may hide something
+    if is_readable([norm]) and least <= norm.item() <= most:  # 0 may hide an underflow
         return norm, None
     scale = range_scale(norm)
     scaled = shared_product([cast(x, dtype) for x in leaves], scale)
@@ -68,7 +68,7 @@ def scaled_norm(leaves: Column) -> tuple[Tensor, Tensor | None]:
 
 def _plain_norm(leaves: Column, dtype: torch.dtype) -> Tensor:
     given = None if all([x.dtype == dtype for x in leaves]) else dtype
-    # torch 2.14 and 2.15 take the dtype for a dimension where leaves are DTensors.
+    # torch 2.14 and 2.15 take the dtype for a dimension if leaves are DTensors.
     if is_plain(leaves) and (given is None or not any_in_parts(leaves)):
         norms = list(torch._foreach_norm(leaves, 2, dtype=given))
     else:

@@ -1,8 +1,8 @@
-"""Operators of our own, which torch.compile leaves as they are in a graph.
+"""Custom operators, which torch.compile leaves as they are in a graph.
 
-Inductor has no product that accumulates into memory that a graph was given: of baddbmm_ it makes a
-copy of the matrices, a product added to the copy, and a copy back. On the factor matrices of a
-transformer (block size 256) that is a tenth of a plain step on a CPU.
+Inductor has no product that accumulates into a graph input: it turns baddbmm_ into a copy of the
+matrices, a product added to the copy, and a copy back. For the factor matrices of a transformer
+(block size 256) that is a tenth of a plain step on a CPU.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def accumulate_gram_(old: Tensor, x: Tensor, beta: float, weight: float) -> Tens
 
 
 def implement(function: Callable[[Tensor, Tensor, float, float], object]) -> None:
-    """Let `accumulate_gram_` do this: a function that writes into `old`, whatever it returns."""
+    """Implement `accumulate_gram_` by a function that writes into `old`; its result is ignored."""
 
     def run(old: Tensor, x: Tensor, beta: float, weight: float) -> None:
         function(old, x, beta, weight)
 
     def trace(old: Tensor, x: Tensor, beta: float, weight: float) -> None:
-        """Nothing but `old` changes."""
+        """Only `old` changes."""
 
     _LIBRARY.impl("accumulate_gram_", run, "CompositeExplicitAutograd")  # on every device
     _LIBRARY.impl("accumulate_gram_", trace, "Meta")

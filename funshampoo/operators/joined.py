@@ -1,4 +1,4 @@
-"""Small numbers of many leaves as one tensor of each kind, so that a device has few launches."""
+"""Small tensors of many leaves concatenated, one per kind, to save launches on a device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from funshampoo.operators.by_number import FEW
 
 
 class Joined:
-    """How the tensors of a tree, one a leaf, lie in a dict of one tensor for each kind.
+    """The layout of a tree's tensors, one per leaf, in a dict with one tensor per kind.
 
     Args:
-        like: a tree of tensors, such as norms () or (N,), or None: that leaf is in no dict.
-        others: trees that are joined too. Leaves whose dtypes or devices differ in one of them are
+        like: a tree of tensors, such as norms () or (N,), or None: such a leaf is in no dict.
+        others: further trees to be joined. Leaves whose dtypes or devices differ in one of them are
             of different kinds.
     """
 
@@ -34,11 +34,11 @@ class Joined:
     def worth_it(self) -> bool:
         """Whether it saves launches: plain tensors off the CPU, more than a few, untraced."""
         found = [x for x in self._leaves if x is not None]
-        own = [type(x) is Tensor and not x.is_cpu for x in found]  # a DTensor goes by itself
+        own = [type(x) is Tensor and not x.is_cpu for x in found]  # a DTensor is stepped alone
         return len(found) > FEW and not is_traced() and all(own)
 
     def join(self, tree: Tree) -> dict[str, Tensor]:
-        """{kind: the leaves of a tree like this one, flat, in a row}. New tensors."""
+        """{kind: the leaves of a tree like this one, flat, concatenated}. New tensors."""
         leaves = columns_of([tree], self._spec, tree)[0]
         return {
             kind: torch.cat([leaves[i].reshape(-1) for i in places])
@@ -46,7 +46,7 @@ class Joined:
         }
 
     def split(self, joined: dict[str, Tensor], others: Tree = None) -> Tree:
-        """The tree that it was made of: views; where there is no leaf, the other tree's or None."""
+        """The tree that was joined, as views; where it has no leaf, the other tree's or None."""
         found: list[Any] = [None] * len(self._leaves)
         if others is not None:
             found = list(columns_of([others], self._spec, others)[0])
@@ -58,7 +58,7 @@ class Joined:
         return self._spec.unflatten(found)
 
     def write(self, joined: dict[str, Tensor], tree: Tree) -> Tree:
-        """The same into the memory of the tree's own leaves."""
+        """The same, copied into the memory of the tree's own leaves."""
         old = columns_of([tree], self._spec, tree)[0]
         new: list[Any] = columns_of([self.split(joined)], self._spec, tree)[0]
         pairs = [(x, y) for x, y in zip(old, new) if y is not None]

@@ -1,7 +1,7 @@
-"""KL-Shampoo's statistics of one leaf: a side of a block, seen through its other sides.
+"""KL-Shampoo's statistics of one leaf: each side of a block, whitened along the others.
 
-Eigenvalues λ_i, and their roots h_i = λ_i^(-1/2), are tensors (N, d_i), or (d_i,) where nothing
-counts blocks.
+Eigenvalues λ_i, and their roots h_i = λ_i^(-1/2), are tensors (N, d_i), or (d_i,) outside block
+space.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Least: TypeAlias = float | Callable[[int], float]
 
 _FRESH_FOR_FACTORS: dict[int, tuple[tuple[int, ...], ...]] = {3: ((1,), (), ())}
 _FRESH_FOR_EIGENVALUES: dict[int, tuple[tuple[int, ...], ...]] = {3: ((1,), (2,), ())}
-"""Of which sides the statistics of a side use the new eigenvalues, where sides take turns."""
+"""By side: the sides whose new eigenvalues its statistics use, where sides take turns."""
 
 
 def others(sides: Sequence[Tensor | None], side: int) -> list[Tensor | None]:
-    """None in the place of this side."""
+    """The list with None in place of this side."""
     return [None if i == side else x for i, x in enumerate(sides)]
 
 
 def first_eigenvalues(params: Tree, block_ndim: int, value: float) -> Tree:
-    """λ_i before the first gradient. A leaf without sides has one, as if it had one of length 1."""
+    """λ_i before the first gradient. A leaf without sides has one, as for a side of length 1."""
 
     def leaf(x: Tensor) -> tuple[Tensor, ...]:
         lead, sides, dtype = x.shape[:block_ndim], x.shape[block_ndim:] or (1,), compute_dtype(x)
@@ -46,7 +46,7 @@ def first_eigenvalues(params: Tree, block_ndim: int, value: float) -> Tree:
 
 
 def inverse_root(eigenvalues: Tensor) -> Tensor:
-    """λ^(-1/2); 0 where λ is 0: what has never been seen is left out.
+    """λ^(-1/2); 0 where λ is 0: directions without any gradient so far are left out.
 
     >>> inverse_root(torch.tensor([4.0, 0.0]))
     tensor([0.5000, 0.0000])
@@ -56,7 +56,7 @@ def inverse_root(eigenvalues: Tensor) -> Tensor:
 
 
 def weighted(x: Tensor, h: Sequence[Tensor], side: int | None = None) -> Tensor:
-    """x ×_j diag(h_j) over all sides; over all but one, if it is given.
+    """x ×_j diag(h_j) over all sides, or over all but `side`.
 
     >>> weighted(torch.ones(2, 2), [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], side=0)
     tensor([[3., 4.],
@@ -95,7 +95,7 @@ def mean_square(x: Tensor, side: int, block_ndim: int) -> Tensor:
 
 
 def _mean(x: Tensor, axes: list[int]) -> Tensor:
-    """The mean; 0 of nothing, of which torch's is NaN."""
+    """The mean; 0 if empty, where torch's is NaN."""
     return x.mean(axes) if x.numel() else x.sum(axes)
 
 
@@ -115,7 +115,7 @@ def clamped_at(limit: int) -> Callable[[int], float]:
 
 
 def floored(eigenvalues: Tensor, least: Least) -> Tensor:
-    """At least this much, but for those that are 0; `least` may depend on the side's length."""
+    """Eigenvalues raised to at least `least`, except 0; it may depend on the side's length."""
     floor = least(eigenvalues.shape[-1]) if callable(least) else least
     return torch.where(eigenvalues > 0, torch.clamp(eigenvalues, min=floor), eigenvalues)
 
@@ -131,7 +131,7 @@ def renewed_eigenvalues(
     least: Least,
     in_turn: bool,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The eigenvalues after a step, and for each side the h_j that its factor is seen through.
+    """The eigenvalues after a step, and for each side the h_j with which its gradient is whitened.
 
         λ_i ← beta λ_i + (1 - beta) (mean over the other sides of (R ×_j h_j)²
                                      + damping Π_j mean(h_j²))
@@ -139,9 +139,9 @@ def renewed_eigenvalues(
     Args:
         coordinates: R (N, d_1, ..., d_k).
         old: λ_i.
-        known: (N,), bool: where there are bases; elsewhere h is 1.
-        moves: (N,), bool: where λ is renewed.
-        beta, damping, least, in_turn: of `kl_statistics`.
+        known: (N,), bool: whether there are bases; elsewhere h is 1.
+        moves: (N,), bool: whether λ is updated.
+        beta, damping, least, in_turn: as in `kl_statistics`.
     """
     order, block_ndim = len(old), known.ndim
     before = [torch.where(known[..., None], inverse_root(x), 1.0) for x in old]
@@ -168,14 +168,14 @@ def renewed_eigenvalues(
 
 
 class Block(NamedTuple):
-    """What there is of one leaf.
+    """The data of one leaf.
 
     Attributes:
         gradient, block_ndim: G, and how many axes count blocks.
-        units: `Kept` a side, or (), of the later stage, from before this step.
-        seen: (N,) int64, how many gradients it has made bases of, or ().
-        fine: [(N,): 0 where this step is to change nothing], or nothing where all are 1.
-        weight, factors, eigenvalues: of `kl_statistics`, from before this step.
+        units: `Kept` per side, or (), of the later stage, from before this step.
+        seen: (N,) int64, how many gradients have entered its bases, or ().
+        fine: [(N,): 0 where this step must change nothing], or empty if all are 1.
+        weight, factors, eigenvalues: those of `kl_statistics`, from before this step.
     """
 
     gradient: Tensor
@@ -218,11 +218,11 @@ def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
 def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
     def whitened(block: Block) -> tuple[list[Tensor], Any]:
         Q, g, ndim = matrices_of(block.units), block.gradient, block.block_ndim
-        if not Q:  # without sides: one entry, as a side
+        if not Q:  # no sides: one entry, treated as a side
             Q, g = [None], g[..., None]
         if isinstance(block.seen, Tensor):
             known = block.seen > 0
-        else:  # bases from the beginning
+        else:  # bases exist from the start
             known = g.new_ones(g.shape[:ndim], dtype=torch.bool)
         moves = known & (block.fine[0] > 0) if block.fine else known
         parts = [rotate(g, others(Q, i), ndim) for i in range(len(Q))]
@@ -243,11 +243,11 @@ WHITENED: dict[str, Callable[..., Whitened]] = {
     "ritz": _by_ritz_values,
     "roots": _by_roots,
 }
-"""{`through` of `kl_statistics`: numbers of it, by keyword -> how G_i are made}."""
+"""{`through` of `kl_statistics`: its numbers, by keyword -> how to compute G_i}."""
 
 
 def check_through(through: str, least: Least, bias_correction: bool, **flags: bool) -> None:
-    """Raises ValueError for what does not go together in `kl_statistics`.
+    """Raises ValueError for arguments of `kl_statistics` that do not go together.
 
     Args:
         flags: starts_whole and in_turn.
@@ -270,13 +270,13 @@ def check_through(through: str, least: Least, bias_correction: bool, **flags: bo
 def kl_flops(
     through: str, sides: Sides | None, block: tuple[int, ...], kept: tuple[int, ...]
 ) -> float:
-    """Operations of the products of `kl_statistics` on a block of this shape.
+    """FLOPs of the products of `kl_statistics` on a block of this shape.
 
-    Each side is seen through all others, and enters its factor matrix; of R one more side is
-    turned, and Ritz values take a product with the factor matrix.
+    Each side is whitened along all others, and enters its factor matrix; R needs one more rotated
+    side, and Ritz values one product with the factor matrix.
 
     Args:
-        through, sides: of `kl_statistics`.
+        through, sides: as in `kl_statistics`.
         kept: lengths of the sides that have a root or a basis.
 
     >>> kl_flops("roots", None, (2, 3), (2, 3))

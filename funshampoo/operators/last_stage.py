@@ -1,4 +1,4 @@
-"""Stages at the end of a chain, which see the parameters."""
+"""Stages for the end of a chain, which need the parameters."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def last_stage(
     counts: bool | None = None,
     elementwise: bool = True,
 ) -> GradientTransformation:
-    """One that can't do without parameters. What it does to a row that is not alive is taken back.
+    """A stage that needs parameters. Its effect on rows that are not alive is undone.
 
     Args:
-        numbers: its hyperparameters. By default it counts where one of them is a schedule.
+        numbers: its hyperparameters. By default it counts steps if one of them is a schedule.
     """
     return GradientTransformation(
         init,

@@ -1,7 +1,7 @@
-"""The few operations that update a state tensor: pure, or in its own memory when it is donated.
+"""The few operations that update a state tensor: pure, or in place if it is donated.
 
-Each is written once, as the same sequence of roundings either way, so that donate=True gives the
-same numbers bit for bit. Only `old`, a state tensor, is ever written to.
+Each is the same sequence of roundings either way, so donate=True gives bitwise the same numbers.
+Only `old`, a state tensor, is ever written to.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add(old: Tensor, new: Tensor, donate: bool) -> Tensor:
 
 
 def multiply(old: Tensor, factor: Hyper, donate: bool) -> Tensor:
-    """factor old, in old's dtype whatever the factor's."""
+    """factor old, in old's dtype, whatever the factor's dtype."""
     factor = on_device(factor, old)
     if donate and _may_write(old, factor):
         return old.mul_(factor)
@@ -47,10 +47,10 @@ def multiply(old: Tensor, factor: Hyper, donate: bool) -> Tensor:
 def add_gram(old: Tensor, x: Tensor, beta: Hyper, weight: Hyper, donate: bool) -> Tensor:
     """beta old + weight x xᵀ, old (..., d, d), x (..., d, n).
 
-    Fused where beta is a number and the product is plain (see `linalg.products`).
+    Fused if beta is a number and the product is plain (see `linalg.products`).
     """
     d, n = x.shape[-2:]
-    if n == 1:  # a vector: elementwise, for which the one new tensor is as small as x
+    if n == 1:  # a vector: elementwise, where the only new tensor is as small as x
         y = x * (weight.sqrt() if isinstance(weight, Tensor) else math.sqrt(weight))
         return add_product(multiply(old, beta, donate), y.to(old.dtype), y.mT.to(old.dtype))
     live = isinstance(beta, Tensor) or isinstance(weight, Tensor)
@@ -77,22 +77,22 @@ implement(functools.partial(add_gram, donate=True))  # outside a graph it writes
 
 
 def add_product(new: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """new + y z, elementwise; into `new`, which nobody else has, where that can be."""
+    """new + y z, elementwise; into `new`, which has no other user, if possible."""
     return new.addcmul_(y, z) if may_reuse(new, y, z) else torch.addcmul(new, y, z)
 
 
-_WORTH_A_NODE = 2**16  # numbers, that a graph would copy back and forth otherwise
+_WORTH_A_NODE = 2**16  # numbers that a graph would otherwise copy back and forth
 
-LARGE, LONG = 512, 256  # d and n, from which on a triangle is less work than the whole
-_PANEL = 192  # rows; wide enough for a product at full speed, thin enough to leave half of it out
+LARGE, LONG = 512, 256  # d and n from which a triangle is less work than the whole
+_PANEL = 192  # rows: enough for full-speed products, few enough to skip half of the work
 
 
 def _add_triangle(old: Tensor, x: Tensor, beta: float, weight: float) -> Tensor:
-    """beta old + weight x xᵀ, in place, from the lower triangle alone: half the work of a product.
+    """beta old + weight x xᵀ, in place, from the lower triangle only: half a product's work.
 
     Panel by panel from the diagonal to the left, each mirrored above the diagonal. torch has no
-    such routine. With the mirroring it takes 0.7 to 0.8 of the time for sides of 512 to 1,024 (one
-    CPU thread); smaller or thinner blocks gain nothing.
+    such routine. Including the mirroring it takes 0.7 to 0.8 of the time for sides of 512 to 1,024
+    (one CPU thread); smaller or thinner blocks gain nothing.
     """
     d = old.shape[-1]
     for first in range(0, d, _PANEL):
@@ -104,9 +104,9 @@ def _add_triangle(old: Tensor, x: Tensor, beta: float, weight: float) -> Tensor:
 
 
 def _may_write(old: Tensor, *operands: Hyper) -> bool:
-    """Whether a state tensor that is donated can be written to: torch.func has wrapped no operand.
+    """Whether a donated state tensor can be written to: no operand is wrapped by torch.func.
 
-    Under vmap a batched operand does not fit into unbatched memory, and most operations in place
+    Under vmap a batched operand does not fit into unbatched memory, and most in-place operations
     have no batching rule; under grad the old value is still needed.
     """
     if torch.compiler.is_dynamo_compiling() or not is_traced():
@@ -121,7 +121,7 @@ def add_weight(total: Tensor, beta: Hyper, donate: bool) -> Tensor:
 
 
 def share(weight: Hyper, alive: Tensor, like: Tensor) -> Tensor:
-    """What a new value weighs in an average: (N,), 0 in the rows that are not alive.
+    """The weight of a new value in an average: (N,), 0 in the rows that are not alive.
 
     Args:
         alive: (N,), 0 or 1.
@@ -131,14 +131,14 @@ def share(weight: Hyper, alive: Tensor, like: Tensor) -> Tensor:
 
 
 def kept_share(beta: Hyper, alive: Tensor, like: Tensor) -> Tensor:
-    """(N,): beta, and 1 in the rows that are not alive."""
+    """(N,): beta, or 1 in the rows that are not alive."""
     fine = cast(alive, like.dtype)
     return cast(fine * on_device(beta, like) + (1 - fine), like.dtype)
 
 
 def per_block(values: Tensor, like: Tensor) -> Tensor:
-    """View one value a block, (N,) or (), so that it broadcasts over the blocks (N, ...)."""
-    if values.ndim == 0:  # which may be on the CPU wherever the blocks are
+    """A view of one value per block, (N,) or (), that broadcasts over the blocks (N, ...)."""
+    if values.ndim == 0:  # it may be on the CPU wherever the blocks are
         return values
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
@@ -146,7 +146,7 @@ def per_block(values: Tensor, like: Tensor) -> Tensor:
 def zeroed(x: Tensor, dead: Tensor) -> Tensor:
     """x with zeros where `dead`, which broadcasts over it, is True.
 
-    In one pass, and one kernel: masked_fill copies x first.
+    In one pass and one kernel: masked_fill copies x first.
     """
     if is_in_parts(x) or dead.device != x.device:
         return x.masked_fill(dead, 0.0)
@@ -154,10 +154,10 @@ def zeroed(x: Tensor, dead: Tensor) -> Tensor:
 
 
 def zeroed_by_pairs(x: Tensor, dead: Tensor) -> Tensor:
-    """The same of a plain x on a GPU: two or four entries at a time, for a fifth less time there.
+    """The same for a plain x on a GPU: two or four entries at a time, a fifth faster.
 
-    A kernel that has to find out which `dead` belongs to an entry takes them one by one, at 0.8 of
-    the rate at which memory is read. They are chosen, never computed with: the bits are the same.
+    A kernel that has to look up the `dead` of each entry takes them one by one, at 0.8 of the
+    memory bandwidth. Entries are selected, not computed: the bits are the same.
     """
     unit = torch.float64.itemsize // x.itemsize
     plain = type(x) is Tensor and dead.device == x.device and x.is_contiguous() and x.ndim > 0
@@ -170,21 +170,21 @@ def zeroed_by_pairs(x: Tensor, dead: Tensor) -> Tensor:
 
 @constant
 def scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """() of this number, to be read alone; no copy from the host."""
+    """() with this number, on the device, only to be read; no copy from the host."""
     return torch.full((), number, dtype=dtype, device=device)
 
 
 def sqrt(x: Tensor) -> Tensor:
     """√x with a finite derivative at 0.
 
-    At least the smallest normal number is under the root, so that d√x/dx · 0 = 0 where plain sqrt
+    The argument is at least the smallest normal number, so that d√x/dx · 0 = 0 where plain sqrt
     gives inf · 0 = NaN: a zero gradient must not poison hyperparameter gradients.
     """
     return torch.sqrt(torch.clamp(x, min=torch.finfo(x.dtype).tiny))
 
 
 def clamp(x: Tensor, limit: Hyper) -> Tensor:
-    """Entries between -limit and limit; NaN stays."""
+    """Clamped to [-limit, limit]; NaN stays."""
     if isinstance(limit, Tensor):
         limit = sent(limit, x)
         return torch.clamp(x, -limit, limit)
@@ -193,15 +193,15 @@ def clamp(x: Tensor, limit: Hyper) -> Tensor:
 
 
 def in_range(number: float, dtype: torch.dtype) -> float:
-    """The number; inf where the dtype has none as large, for which torch raises an error."""
+    """The number, or inf if the dtype can't hold it, where torch would raise an error."""
     return number if number <= torch.finfo(dtype).max else float("inf")
 
 
 def on_device(factor: Hyper, like: Tensor) -> Hyper:
-    """A factor that `like` can be multiplied by, moved to its device only if it has to be.
+    """A factor that `like` can be multiplied by, moved to its device only if necessary.
 
-    A 0-dimensional CPU tensor goes with a tensor on any device as it is, without a copy or a sync.
-    The same inside vmap may be a vector underneath, which does not.
+    A 0-dimensional CPU tensor works with a tensor on any device, without a copy or a sync. Inside
+    vmap it may really be a vector, which does not.
     """
     if not isinstance(factor, Tensor) or factor.device == like.device:
         return factor
@@ -210,23 +210,23 @@ def on_device(factor: Hyper, like: Tensor) -> Hyper:
 
 
 def filled(like: Tensor, number: Hyper) -> Tensor:
-    """A tensor like another, with this number in it: in its dtype, whatever the number's.
+    """A tensor like `like`, filled with this number, in like's dtype.
 
-    torch takes the dtype of the number where both are 0-dimensional.
+    torch takes the number's dtype if both are 0-dimensional.
     """
     return cast(torch.zeros_like(like) + on_device(number, like), like.dtype)
 
 
 def sent(number: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The number where `like` is, in its dtype or another.
+    """The number on like's device, in like's dtype or another.
 
-    From a CPU it is read before this returns, so that nobody has to wait for a GPU's stream.
+    A CPU number is read before this returns, without waiting for a GPU's stream.
     """
     return number.to(like.device, dtype or like.dtype, non_blocking=number.is_cpu)
 
 
 def sent_once(number: Tensor) -> Callable[[Tensor], Tensor]:
-    """`sent`, as a function of the tensor: one copy for all on a device and of a dtype."""
+    """`sent`, as a function of the tensor: one copy per device and dtype."""
     there: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def at(like: Tensor) -> Tensor:

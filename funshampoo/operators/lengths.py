@@ -1,4 +1,4 @@
-"""Leaves or blocks of a length that is another's, also where squares leave the dtype's range."""
+"""Rescaling leaves or blocks to other lengths, even if squares leave the dtype's range."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def take_lengths(
     least_order: int,
     begun: Tensor | None,
 ) -> None:
-    """Put directions in the places of the leaves, or of their blocks, whose lengths they get.
+    """Replace the leaves, or their blocks, by directions of the same lengths.
 
     Args:
-        leaves: P_g, a list that is written to; None for what stays.
-        directions: P; None is no direction, and its leaf becomes None.
-        least_order: leaves of fewer sides stay.
-        begun: (), bool: where it is False all leaves stay; None: it is True.
+        leaves: P_g, a list that is written to; None stays.
+        directions: P; where it is None, there is no direction, and the leaf becomes None.
+        least_order: leaves with fewer sides stay.
+        begun: (), bool: if False, all leaves stay; None means True.
     """
     places = []
     for i, (x, direction) in enumerate(zip(leaves, directions)):
@@ -44,7 +44,7 @@ def take_lengths(
         return
     partners = in_compute_dtype(map(leaves.__getitem__, places))
     lengths, plain = _lengths_of(partners, block_ndim)
-    if begun is None:  # they are as large as P, and no longer needed
+    if begun is None:  # as large as P, and no longer needed
         del partners
         for i in places:
             leaves[i] = None
@@ -56,13 +56,13 @@ def take_lengths(
         leaves[i] = x if begun is None else torch.where(begun.to(x.device), x, leaves[i])
 
 
-_SMALL = 1e-16  # beside ‖P‖, as in the Distributed Shampoo reference
+_SMALL = 1e-16  # added to ‖P‖, as in the Distributed Shampoo reference
 
 
 def _lengths_of(p_g: Column, block_ndim: int) -> tuple[Column, bool]:
-    """‖P_g‖, at most the largest number; NaN where there is an infinite entry.
+    """‖P_g‖, at most the largest number; NaN if an entry is infinite.
 
-    And whether these are plain norms, none of which is out of range.
+    Also whether these are plain norms, none of which is out of range.
     """
     norms = block_norms(p_g, block_ndim)
     if stand(norms, p_g):
@@ -76,7 +76,7 @@ def _lengths_of(p_g: Column, block_ndim: int) -> tuple[Column, bool]:
 
 
 def _of_length(p: Column, lengths: Column, plain: bool, block_ndim: int) -> Column:
-    """P length / (‖P‖ + 1e-16); `plain` as of `_lengths_of`."""
+    """P length / (‖P‖ + 1e-16); `plain` as in `_lengths_of`."""
     norms = block_norms(p, block_ndim)
     if plain and stand(norms, p):
         ratio = quotient(lengths, plus(norms, _SMALL))
@@ -86,7 +86,7 @@ def _of_length(p: Column, lengths: Column, plain: bool, block_ndim: int) -> Colu
     length, scale = _joined(lengths), range_scale(_joined(norms))
     p = product(p, per_block(_parted(scale, norms), p))
     divisor = _nan_if_infinite(_joined(block_norms(p, block_ndim))) + _SMALL * scale
-    # The quotient of the two may be out of range where the product of all three is not.
+    # The quotient of the two may be out of range although the product of all three is not.
     least, most = range_limits(length.dtype)
     usual = (scale == 1) & (length >= least) & (length <= most)
     first = torch.where(usual, length, 1.0) / divisor
@@ -100,7 +100,7 @@ def _nan_if_infinite(norm: Tensor) -> Tensor:
 
 
 def _alike(norms: Column) -> bool:
-    """Whether these can be worked on as one tensor: a few operators, however many leaves."""
+    """Whether these can be joined into one tensor: a few operators, however many leaves."""
     return len({(norm.dtype, norm.device) for norm in norms}) == 1
 
 
@@ -109,7 +109,7 @@ def _joined(norms: Column) -> Tensor:
 
 
 def _parted(joined: Tensor, norms: Column) -> Column:
-    """One value for each of the norms that were joined."""
+    """One value for each of the joined norms."""
     if norms[0].ndim:
         return list(torch.split(joined, [len(norm) for norm in norms]))
     return list(joined.unbind())

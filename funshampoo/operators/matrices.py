@@ -1,4 +1,4 @@
-"""A leaf or a block seen as a matrix, and norms over parts of it."""
+"""Leaves or blocks viewed as matrices, and norms over parts of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from funshampoo.operators.leaf_ops import per_block
 
 
 def check_matrices(params: Tree, stage: str, block_ndim: int) -> None:
-    """Raises UnfitLeafError for a parameter of less than two sides; names it, and the stage."""
+    """Raises UnfitLeafError for a parameter with fewer than two sides; names it, and the stage."""
     for name, p in zip(leaf_names(params), flatten(params)[0]):
         if p.ndim < block_ndim + 2:
             raise UnfitLeafError(
@@ -26,10 +26,10 @@ def check_matrices(params: Tree, stage: str, block_ndim: int) -> None:
 
 
 def as_rows(u: Tensor, block_ndim: int, flat: bool = True) -> Tensor:
-    """(..., r, c): what has one side is a column, a scalar is 1×1.
+    """(..., r, c): one side makes a column, a scalar is 1×1.
 
     Args:
-        flat: more than two sides become (the first, the rest); False leaves them, and the last two
+        flat: more than two sides become (the first, the rest); False keeps them, and the last two
             are the matrix.
 
     >>> as_rows(torch.zeros(4, 2, 3), 0).shape, as_rows(torch.zeros(4), 0).shape
@@ -42,9 +42,9 @@ def as_rows(u: Tensor, block_ndim: int, flat: bool = True) -> Tensor:
 
 
 def norm_over(x: Tensor, first: int) -> Tensor:
-    """The Frobenius norm over all axes from `first` on, which stay with length 1.
+    """The Frobenius norm over all axes from `first` on, which are kept with length 1.
 
-    Right where squares leave the dtype's range, as far as `linalg.norms` says.
+    Correct even if squares leave the dtype's range, as far as `linalg.norms` says.
     """
     axes = tuple(range(first, x.ndim))
     if not axes:
@@ -68,5 +68,5 @@ def inner_product(x: Tensor, y: Tensor, block_ndim: int) -> Tensor:
 
 
 def safe(x: Tensor) -> Tensor:
-    """A divisor: x, and 1 where it is 0."""
+    """x as a divisor: 1 where it is 0."""
     return torch.where(x == 0, 1.0, x)

@@ -1,4 +1,4 @@
-"""Unfoldings of a block, mode products with one matrix a side, corrected factor matrices."""
+"""Unfoldings of blocks, mode products with one matrix per side, corrected factor matrices."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from funshampoo.operators.packed import unpack
 
 
 def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """mat_i of the wanted sides, the columns in some order, on which x xᵀ does not depend.
+    """mat_i of the wanted sides; their columns are in some order, on which x xᵀ does not depend.
 
-    One copy with the last side in front serves the last two sides of a tensor: the last one as
-    rows, which a product takes in half the time of columns, the one before as transposed columns.
+    A single copy with the last side in front serves the last two sides of a tensor: the last one as
+    rows, which a product reads in half the time of columns, the one before as transposed columns.
     """
     order = x.ndim - block_ndim
     apart = order if order < 3 else order - 2
@@ -35,7 +35,7 @@ def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> list[Tenso
 
 
 def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
-    """mat_i: the mode-i unfolding of every block, (N, d_i, the rest). A view where it can be.
+    """Mode-i unfolding mat_i of every block, (N, d_i, the rest). A view if possible.
 
     >>> unfold(torch.arange(6).reshape(2, 3), side=1)
     tensor([[0, 3],
@@ -45,22 +45,22 @@ def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
     if x.ndim == block_ndim + 2:  # a matrix
         return x.mT if side else x
     moved = x.movedim(block_ndim + side, block_ndim) if side else x
-    kept = moved.shape[: block_ndim + 1]  # -1 could be any number where there are no entries
+    kept = moved.shape[: block_ndim + 1]  # -1 would be ambiguous if there are no entries
     return moved.reshape(*kept, math.prod(moved.shape[block_ndim + 1 :]))
 
 
 def bias_corrected(factor: Tensor, weight: Tensor) -> Tensor:
-    """L_i / weight, a new tensor, never packed; a weight of 0 (no gradient yet) leaves zeros."""
+    """L_i / weight, a new tensor, never packed; zeros for a weight of 0 (no gradient yet)."""
     safe = torch.where(weight > 0, weight, torch.ones_like(weight))
     return unpack(factor) / (safe[..., None, None] if safe.ndim else safe)
 
 
 def mode_flops(block: Sequence[int], sides: Sequence[int]) -> float:
-    """Operations of a product with a d×d matrix, or of mat_i with its transpose, for each d.
+    """FLOPs of a product with a d×d matrix, or of mat_i with its transpose, summed over sides d.
 
     Args:
         block: its shape.
-        sides: lengths d of those that have a product.
+        sides: lengths d of the sides that have a product.
 
     >>> mode_flops((2, 3), (2,))
     24.0
@@ -77,14 +77,14 @@ def precondition(
     block_ndim: int = 0,
     product_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x ×_1 X_1 … ×_k X_k for every block, a mode product for every side that has a root.
+    """Multiply every block by its roots, x ×_1 X_1 … ×_k X_k: one mode product per given root.
 
     Args:
-        x: (N, d_1, ..., d_k), or without N where block_ndim is 0.
-        roots: one entry a side, (N, d_i, d_i), symmetric, perhaps packed, or None.
-        product_dtype: torch.bfloat16 rounds the operands of every product, so also what stands
-            between two of them; the result is in x's dtype again. Vectors and products of at most
-            16³ multiplications a block stay in full precision: see `linalg.low_precision`.
+        x: (N, d_1, ..., d_k), or without N if block_ndim is 0.
+        roots: one entry per side, (N, d_i, d_i), symmetric, possibly packed, or None.
+        product_dtype: torch.bfloat16 rounds the operands of every product, so intermediate results
+            too; the final result is in x's dtype. Vectors and products of at most 16³
+            multiplications per block stay in full precision: see `linalg.low_precision`.
 
     >>> precondition(torch.ones(2), [torch.tensor([[2.0, 0.0], [0.0, 3.0]])])
     tensor([2., 3.])
@@ -98,14 +98,14 @@ def precondition(
 def rotate(
     x: Tensor, matrices: Sequence[Tensor | None], block_ndim: int = 0, back: bool = False
 ) -> Tensor:
-    """x ×_1 Q_1ᵀ … ×_k Q_kᵀ for every block: its coordinates in the bases of all sides.
+    """Rotate every block into the bases of its sides: x ×_1 Q_1ᵀ … ×_k Q_kᵀ.
 
-        of a matrix:   Q_1ᵀ x Q_2,   and back   Q_1 x Q_2ᵀ
+        for a matrix:   Q_1ᵀ x Q_2,   and back   Q_1 x Q_2ᵀ
 
     Args:
-        x: (N, d_1, ..., d_k), or without N where block_ndim is 0.
-        matrices: one entry a side, (N, d_i, d_i), the basis as columns, or None: left alone.
-        back: x ×_1 Q_1 … ×_k Q_k, which undoes it where the Q_i are orthogonal.
+        x: (N, d_1, ..., d_k), or without N if block_ndim is 0.
+        matrices: one entry per side, (N, d_i, d_i), the basis as columns, or None: left alone.
+        back: x ×_1 Q_1 … ×_k Q_k, the inverse if the Q_i are orthogonal.
 
     >>> Q = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     >>> rotate(torch.tensor([3.0, 4.0]), [Q]), rotate(torch.tensor([-4.0, 3.0]), [Q], back=True)
@@ -121,7 +121,7 @@ def _mode_products(
     block_ndim: int,
     product_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x ×_1 M_1 … ×_k M_k, of (M_i, M_iᵀ) or None a side."""
+    """x ×_1 M_1 … ×_k M_k, with (M_i, M_iᵀ) or None per side."""
     shape, dtype = x.shape, x.dtype
     lead, sides = shape[:block_ndim], shape[block_ndim:]
     if not x.numel():
@@ -129,15 +129,15 @@ def _mode_products(
     times: Callable[[Tensor, Tensor], Tensor] = matmul
     if product_dtype is not None:
         times = functools.partial(rounded_matmul, dtype=product_dtype)
-    if len(sides) == 2:  # each from its side: a transposed operand takes a little longer
+    if len(sides) == 2:  # each from its own side: a transposed operand is slightly slower
         left, right = pairs
         x = x if left is None else times(left[0], x)
         x = x if right is None else times(x, right[1])
         return x if x.dtype == dtype else x.to(dtype)
     for d, pair in zip(sides, pairs):
-        # The axis of every side is the first in its turn, and goes to the end: without a copy,
-        # since a product reads its transposed operand as it lies. With few columns it is so slow
-        # that one with few rows and a copy take half as long.
+        # Each side's axis comes first in its turn, and moves to the end: without a copy, since a
+        # product reads a transposed operand in place. With few columns that is so slow that a
+        # product with few rows plus a copy takes half the time.
         x = x.reshape(*lead, d, -1)
         if pair is None:
             x = x.mT

@@ -1,6 +1,6 @@
-"""Updates over the root of a second moment: what Adam and its kin have in common.
+"""Division by the root of a second moment, as in Adam and related methods.
 
-It is one of `gradient`, or of the updates where there is no scope. epsilon stands outside the root.
+The second moment is of `gradient`, or of the updates outside a scope. epsilon is outside the root.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Damping: TypeAlias = Literal["added", "floor"]
 
 
 def squares_of(g: Column, v: Column) -> Column:
-    """G², in V's dtypes; new tensors."""
+    """G², in V's dtypes, as new tensors."""
     g = cast_like(g, v)
     return product(g, g)
 
@@ -38,15 +38,15 @@ def over_root(
 ) -> Column:
     """u / divisor / (max(√(v / weight), √tiny) + epsilon), in v's dtypes; tiny: the least normal.
 
-    It keeps 0/0 away, and derivatives finite; a larger epsilon makes it superfluous. Overwrites
-    `scratch` where that can be: on a CPU a large new tensor costs page faults. Elsewhere and for
-    small ones, foreach operators take one launch, or one loop in C++, for all leaves.
+    tiny prevents 0/0 and keeps derivatives finite; a larger epsilon makes it superfluous. It
+    overwrites `scratch` if possible: on a CPU a large new tensor costs page faults. Otherwise, and
+    for small leaves, foreach operators take one launch, or one C++ loop, for all leaves.
     """
     if isinstance(epsilon, Tensor) or not is_plain(u, v, weight or (), divisor or ()):
         u = cast_like(u if divisor is None else quotient(u, divisor), v)
         corrected = v if weight is None else quotient(v, weight)
         return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
-    # Never on a CPU, whose numbers are those of 0.1.
+    # Never on a CPU, to keep the numbers of 0.1.
     if weight is not None and not v[0].is_cpu and _joins(v, epsilon, weight, divisor):
         return _by_one_sum(cast_like(u, v), v, epsilon, weight, divisor)
     u = cast_like(u if divisor is None else quotient(u, divisor), v)
@@ -71,13 +71,13 @@ def over_root(
 
 _SMALL = 2**14  # numbers
 
-_FAR = 2.0**20  # of epsilon above √tiny: then a product with any weight is above it too
+_FAR = 2.0**20  # epsilon over √tiny: then its product with any weight is above √tiny too
 
 
 def _joins(v: Column, epsilon: float, weight: Column, divisor: Column | None) -> bool:
-    """Whether `_by_one_sum` takes these, on a device where a pass over memory is what a step costs.
+    """Whether to use `_by_one_sum`: on a device, where passes over memory dominate a step.
 
-    Not for small leaves alone: it is more launches.
+    Not if all leaves are small: it takes more launches.
     """
     if all([x.numel() <= _SMALL for x in v]):
         return False
@@ -91,9 +91,9 @@ def _joins(v: Column, epsilon: float, weight: Column, divisor: Column | None) ->
 def _by_one_sum(
     u: Column, v: Column, epsilon: float, weight: Column, divisor: Column | None
 ) -> Column:
-    """u / (divisor √(v / weight) + divisor epsilon): three passes for five or six, up to rounding.
+    """u / (divisor √(v / weight) + divisor epsilon): three passes, not five or six, up to rounding.
 
-    Of a row without a gradient u and v are 0 and the divisor is tiny: the sum must not be 0.
+    In a row without a gradient, u and v are 0 and the divisor is tiny: the sum must not be 0.
     """
     root, factor = list(torch._foreach_sqrt(v)), list(torch._foreach_rsqrt(weight))
     if divisor is None:
@@ -115,7 +115,7 @@ def _by_one_sum(
 def power_of(
     second: Column, epsilon: Hyper, exponents: Sequence[float], damping: Damping
 ) -> Column:
-    """The divisor; at least a power of the smallest normal number, which keeps 0/0 away."""
+    """The divisor; at least a power of the smallest normal number, which prevents 0/0."""
     found = []
     for v, exponent in zip(second, exponents):
         least = on_device(epsilon, v)

@@ -1,12 +1,12 @@
-"""Symmetric matrices in half the memory: of the entries that occur twice, one is stored.
+"""Packed symmetric matrices: each entry stored once, in half the memory.
 
-A symmetric S of d rows is cut after its first h = ⌈d/2⌉, and r = d - h are left:
+A symmetric S with d rows is cut after its first h = ⌈d/2⌉, and r = d - h are left:
 
     S = [ A  B ]      packed: [ T  B ], (h, 2r + 1) = d (d + 1) / 2 numbers
         [ Bᵀ C ]
 
-The r + 1 columns of T hold A's lower triangle and, one column to the right of their place in C, C's
-upper triangle: where the one ends the other begins. For d = 5:
+The r + 1 columns of T hold A's lower triangle and, one column to the right of its place in C, C's
+upper triangle: where one ends the other begins. For d = 5:
 
     a .  .  b b                   a c c  b b
     a a  .  b b                   a a c  b b
@@ -14,8 +14,8 @@ upper triangle: where the one ends the other begins. For d = 5:
              c c
              . c
 
-It is LAPACK's rectangular full packed form (Gustavson et al., ACM TOMS 37, 2010) but for the order
-of the parts. As ordinary products it is updated in 3/4 of a full product's work, see
+It is LAPACK's rectangular full packed format (Gustavson et al., ACM TOMS 37, 2010) except for the
+order of the parts. Ordinary products update it in 3/4 of a full product's work, see
 `operators.packed_statistics`.
 """
 
@@ -29,11 +29,11 @@ from funshampoo.core.modes import constant
 from funshampoo.linalg.products import is_plain_memory
 
 SMALLEST = 64
-"""Side from which on stages pack: what is saved below is little, and costs as many operators."""
+"""Side from which stages pack: below, little memory is saved, for as many operators."""
 
 
 def packs(d: int, wanted: bool) -> bool:
-    """Whether a stage keeps a d×d matrix packed, where that is `wanted`."""
+    """Whether a stage stores a d×d matrix packed, if that is `wanted`."""
     return wanted and d >= SMALLEST
 
 
@@ -67,14 +67,14 @@ def join(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
 @constant
 def is_of_first(h: int, r: int, device: torch.device) -> Tensor:
-    """(h, r + 1) bool: where T holds an entry of A; C has the rest."""
+    """(h, r + 1) bool: where T holds an entry of A; elsewhere it holds C's."""
     return torch.ones(h, r + 1, dtype=torch.bool, device=device).tril()
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The symmetric (..., d, d) of a packed matrix; anything square comes back as it is.
+    """The symmetric (..., d, d) of a packed matrix; a square matrix comes back as it is.
 
-    Copied part by part on a CPU, elsewhere and under a transform by one index for all matrices.
+    Copies part by part on a CPU; elsewhere and under a transform, by one index for all matrices.
     A million numbers take 0.6 to 0.7 ms in one CPU thread, and 1.2 at a side of 1,024.
 
     >>> unpack(torch.tensor([[1, 6, 3], [2, 4, 5]]))
@@ -92,7 +92,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def _mirrored(packed: Tensor, S: Tensor) -> Tensor:
-    """S, overwritten by the full matrices."""
+    """S, overwritten with the full matrices."""
     h = packed.shape[-2]
     r = S.shape[-1] - h
     A, B, C = packed[..., :h], packed[..., r + 1 :], packed[..., :r, 1 : r + 1]
@@ -104,7 +104,7 @@ def _mirrored(packed: Tensor, S: Tensor) -> Tensor:
 
 
 def side_of(packed: Tensor) -> int:
-    """The d of a packed or an unpacked d×d matrix: only for d = 1 have both one shape."""
+    """The d of a packed or unpacked d×d matrix: the two shapes coincide only for d = 1."""
     h, columns = packed.shape[-2:]
     return columns - (columns > 2 * h)
 
@@ -115,7 +115,7 @@ def like(S: Tensor, other: Tensor) -> Tensor:
 
 
 def in_form_of(S: Tensor, other: Tensor) -> Tensor:
-    """S packed if `other` is, unpacked if not; as it is where these are not two such forms."""
+    """S packed if `other` is, unpacked if not; unchanged if these are not two such forms."""
     if min(S.ndim, other.ndim) < 2:
         return S
     d = side_of(other)
@@ -127,7 +127,7 @@ def in_form_of(S: Tensor, other: Tensor) -> Tensor:
 
 @constant
 def _sources(d: int, device: torch.device) -> Tensor:
-    """For every entry of the d×d matrix, row by row, which of the packed numbers it is."""
+    """For every entry of the d×d matrix, row by row, the index of its packed number."""
     h, columns = packed_shape(d)
     i = torch.arange(h, device=device)
     j = i[: d - h]

@@ -1,4 +1,4 @@
-"""The update of packed factor matrices: three products of halves in place of a whole one."""
+"""The update of packed factor matrices: three products of halves instead of a whole one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _add_corner(T: Tensor, A: Tensor, C: Tensor, weight: float) -> None:
-    """T ← T + weight (A's lower triangle, and C's upper one a column to the right)."""
+    """T ← T + weight (A's lower triangle, and C's upper one, shifted one column to the right)."""
     h, r = A.shape[-1], C.shape[-1]
     T[..., :h].addcmul_(A, _places_of_first(h, r, T.dtype, T.device), value=weight)
     T[..., :r, 1:].addcmul_(C, _places_of_second(h, r, T.dtype, T.device), value=weight)
@@ -63,10 +63,10 @@ _PANEL = 128  # rows
 
 
 def _add_panels(old: Tensor, x: Tensor, beta: float, weight: float) -> Tensor:
-    """In place, by panels of T's rows, so that of A and C too hardly more than half is computed.
+    """In place, by panels of T's rows, so that little more than half of A and C is computed.
 
-    A panel is in three parts: A's left of the diagonal, C's right of it, a square that they share.
-    With sides of a multiple of 8 all rows begin at multiples of 16 bytes.
+    A panel has three parts: A's left of the diagonal, C's right of it, and a square that they
+    share. With sides that are multiples of 8 all rows start at multiples of 16 bytes.
     """
     h = x.shape[-2] // 2
     x1, x2 = x[:, :h], x[:, h:]

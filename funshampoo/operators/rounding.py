@@ -1,8 +1,8 @@
-"""Rounding at random, by numbers that follow from what is rounded.
+"""Stochastic rounding, with random bits derived from the values themselves.
 
-A generator would have to be carried, split over ranks and members of an ensemble, and moved to the
-device. Here the random bits of an entry are a hash of numbers of its own. So they are the same
-wherever it lies: in a block, on another rank, in one model of many, in a graph.
+A generator would have to be stored, split over ranks and ensemble members, and moved to the device.
+Here the random bits of an entry are a hash of its own numbers. So they are the same wherever it is:
+in a block, on another rank, in one model of an ensemble, in a graph.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 _EXPONENT = 0x7F800000
-"""The bits of a float32 that hold its exponent."""
+"""The exponent bits of a float32."""
 
 _FRACTION = 23
-"""How many hold its fraction."""
+"""The number of its fraction bits."""
 
 
 def random_bits(sources: Sequence[Tensor], salt: Tensor) -> Tensor:
-    """int32 of 32 random bits for every entry: a hash of what these have there, and of the salt.
+    """int32 with 32 random bits per entry: a hash of the sources' entries there, and of the salt.
 
     Args:
         sources: float32, of one shape.
@@ -37,29 +37,29 @@ def random_bits(sources: Sequence[Tensor], salt: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, places: int) -> Tensor:
-    """Bits to the right; zeros come in, whatever the sign."""
-    # Not x >> places, by which torch 2.13 shifts no DTensor.
+    """Logical right shift: zeros come in, whatever the sign."""
+    # Not x >> places, with which torch 2.13 can't shift DTensors.
     found: Tensor = torch.bitwise_right_shift(x, places) & (2 ** (32 - places) - 1)
     return found
 
 
 def rounded_at_random(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """x rounded to a number of `dtype`: up with the share of the step that it has gone, or down.
+    """x rounded to `dtype`: up with a probability equal to its fraction of the step, else down.
 
         step = 2^⌊log2 |x|⌋ ε,   x ← step ⌊x / step + r⌋,   r uniform in [0, 1)
 
-    So its expectation is x. What `dtype` has stays as it is.
+    So its expectation is x. Numbers that `dtype` represents exactly stay as they are.
 
     Args:
-        x: float32; one that is not finite comes back.
+        x: float32; non-finite entries come back.
         dtype: torch.bfloat16 or torch.float16.
         bits: int32, random; of x's shape.
 
     Returns:
-        float32, whose entries `dtype` has, but for those above its largest.
+        float32 with values that `dtype` represents, except above its largest.
     """
     info = torch.finfo(dtype)
-    # Below float16's smallest normal number all steps are one; float32's own may be flushed to 0.
+    # Below float16's smallest normal number all steps are equal; float32's may be flushed to 0.
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).tiny)
     power = (x.view(torch.int32) & _EXPONENT).view(torch.float32)
     step = (power * info.eps).clamp(min=least)

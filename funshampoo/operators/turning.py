@@ -1,4 +1,4 @@
-"""Trees of blocks, and states of elementwise stages, from one basis of each side into another."""
+"""Rotation of trees of blocks, and of states of elementwise stages, between bases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from funshampoo.state.meaning import kind_of
 
 
 def turned(tree: Tree, kept: Tree, block_ndim: int, back: bool = False) -> Tree:
-    """Coordinates in the bases, or back."""
+    """Coordinates in the bases; with `back`, the blocks from their coordinates."""
     return _products(functools.partial(rotate, block_ndim=block_ndim, back=back), tree, kept)
 
 
@@ -40,7 +40,7 @@ def _products(product: Callable[..., Tensor], tree: Tree, kept: Tree) -> Tree:
 
 
 def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: int) -> Any:
-    """A state with its linear fields in the new bases, in the rows whose bases are new."""
+    """A state with its linear fields rotated into the new bases, in rows whose bases are new."""
 
     def leaf(u: Tensor, old: Any, new: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         renewed = [unit.rounds != was.rounds for was, unit in zip(old, new) if unit]
@@ -63,7 +63,7 @@ def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: in
         child = getattr(node, field)
         if kind_of(type(node), field) != "linear":
             return visit(child)
-        if isinstance(child, tuple) and not child:  # a part that is off
+        if isinstance(child, tuple) and not child:  # a part that is switched off
             return child
         return update_leaves(leaf, updates, (child,), (before, after))[1]
 
@@ -72,5 +72,5 @@ def carried(state: Any, updates: Tree, before: Tree, after: Tree, block_ndim: in
 
 
 def matrices_of(units: Any) -> list[Tensor | None]:
-    """The root or the basis of each side, whose unit is a `Kept`; None for a side without."""
+    """The root or basis of each side, from its `Kept`; None for a side without."""
     return [unit.value[0] if unit else None for unit in units]

@@ -1,4 +1,4 @@
-"""Averages of trees, and the total weights that correct their bias: of a block, or of everyone."""
+"""Averages of trees, and the total weights that correct their bias: per block or shared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from funshampoo.operators.columns import Column, add_weight
 
 
 def full_like(params: Tree, number: float) -> Tree:
-    """A tree of tensors with this number in them, in the compute dtype."""
+    """A tree of tensors filled with this number, in the compute dtype."""
     return map_leaves(lambda x: torch.full_like(x, number, dtype=compute_dtype(x)), params)
 
 
@@ -22,9 +22,9 @@ def first_weights(params: Tree, block_ndim: int, *, corrects: bool, own_steps: b
     """The weight of averages before their first step.
 
     Args:
-        corrects: whether it corrects a bias, and begins at 0; else it is 1 and stays there.
-        own_steps: a weight a block, (N,) or (), in its compute dtype. False: one for averages that
-            count everyone's steps, () on the CPU; float32, or float64 where a parameter is.
+        corrects: whether it corrects a bias, and starts at 0; else it is 1 and stays there.
+        own_steps: one weight per block, (N,) or (), in its compute dtype. False: one for averages
+            that count all steps, () on the CPU; float32, or float64 if a parameter is.
     """
     start = 0.0 if corrects else 1.0
     if own_steps:
@@ -53,12 +53,12 @@ def update_averages(
     own_steps: bool,
     donate: bool,
 ) -> tuple[Tree, ...]:
-    """`update_columns` whose states are averages, each before its weight.
+    """`update_columns` for states that are averages, each followed by its weight.
 
     Args:
-        states: trees: an average, its weight as of `first_weights`, another average, ...
-        decays: of the averages. Of a weight that counts everyone `function` gets copies, one a
-            leaf, which it takes on as it does a leaf's own; the weight itself is counted once.
+        states: trees: an average, its weight as from `first_weights`, another average, ...
+        decays: of the averages. For a shared weight `function` gets copies, one per leaf, which it
+            updates like a leaf's own; the shared weight itself is updated once.
     """
     if own_steps:
         return update_columns(function, updates, states, inputs)
@@ -72,10 +72,10 @@ def update_averages(
 def counted(
     updates: Tree, weight: Tree, beta: Hyper, known: Sequence[Tree], donate: bool, own_steps: bool
 ) -> Tree:
-    """The weights of averages after a step: each block's own, or everyone's.
+    """The weights of averages after a step: one per block, or shared.
 
     Args:
-        known: the tree of what is alive, or nothing.
+        known: the tree of what is alive, or empty.
     """
     if not own_steps:
         return leaf_ops.add_weight(weight, beta, donate)
@@ -88,7 +88,7 @@ def counted(
 
 
 def weights_over(weight: Tree, tree: Tree) -> Tree:
-    """A tree of weights, one a leaf: copies of everyone's, or the tree that it is."""
+    """A tree of weights, one per leaf: copies of a shared one, or the tree that it is."""
     if not isinstance(weight, Tensor) or isinstance(tree, Tensor):
         return weight
     return map_leaves(lambda leaf: weight.clone(), tree)

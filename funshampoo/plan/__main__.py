@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _transformation(
     parser: argparse.ArgumentParser, options: argparse.Namespace
 ) -> GradientTransformation:
-    """The method, shared out over ranks, with what was said of its blocks."""
+    """The method, sharded over ranks, with the given block options."""
     recipe: Callable[..., GradientTransformation] = getattr(recipes, options.method)
     arguments = {"max_size": "block_size", "merge": "merge", "keep": "keep", "every": "every"}
     known = inspect.signature(recipe).parameters
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
-    """The model, the ranks that train it, and dtypes."""
+    """Add the model, the ranks that train it, and dtypes."""
     parser.add_argument(
         "--model", required=True, choices=MODELS, help=f"one of {', '.join(MODELS)}", metavar="NAME"
     )
@@ -115,7 +115,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
-    """The recipe, and those of its arguments that change blocks or cost; unsaid, its own hold."""
+    """Add the recipe, and its arguments that change blocks or cost; omitted: its defaults."""
     parser.add_argument(
         "--method",
         choices=recipes.__all__,

@@ -1,4 +1,4 @@
-"""What a job will cost each rank, before there is a job: from shapes alone, without any memory."""
+"""The cost of a job for each rank, planned in advance, from shapes alone, without any memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from funshampoo.recipes.shampoo import shampoo
 
 
 class StackPlan(NamedTuple):
-    """The blocks of one shape, and who owns them.
+    """The blocks of one shape, and their owners.
 
     Attributes:
         block: their shape.
@@ -44,13 +44,13 @@ class StackPlan(NamedTuple):
 
 
 class RankPlan(NamedTuple):
-    """One rank's part.
+    """The share of one rank.
 
     Attributes:
-        blocks: how many it owns.
-        elements: of the parameters, in its blocks: what it sends in every step.
+        blocks: the number of blocks that it owns.
+        elements: of the parameters, in its blocks: what it sends on every step.
         seconds: modelled seconds per step; `seconds.roots` is its root work.
-        state_bytes: of its blocks, and of what every rank keeps.
+        state_bytes: for its blocks, and for state that every rank keeps.
     """
 
     blocks: int
@@ -60,19 +60,19 @@ class RankPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `plan` found. `str` of it is a table.
+    """The result of `plan`. `str` of it is a table.
 
     Attributes:
         parameters: number of tensors.
         elements: number of their elements.
         every: steps between two refreshes.
-        stacks: {stack, or leaf that is shared out whole: `StackPlan`}.
-        ranks: one `RankPlan` a rank.
-        replicated_elements: elements that are not shared out, which every rank updates by itself.
-        replicated_bytes: bytes of state of no block, such as counters, which every rank keeps.
+        stacks: {stack, or leaf that is sharded whole: `StackPlan`}.
+        ranks: one `RankPlan` per rank.
+        replicated_elements: elements that are not sharded, which every rank updates itself.
+        replicated_bytes: bytes of state outside blocks, such as counters, which every rank keeps.
         parameter_bytes: of the parameters, all of which every rank holds, with as many gradients.
-        gathered_bytes: bytes that every rank holds after gathering all updates of a step: of each
-            collective equally long shards, as long as the largest.
+        gathered_bytes: bytes that every rank holds after gathering all updates of a step: in each
+            collective all shards are as long as the longest.
     """
 
     parameters: int
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are."""
+        """The number of blocks."""
         return sum(stack.rows for stack in self.stacks.values())
 
     @property
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
 
     @property
     def best_balance(self) -> float:
-        """A bound below which whole blocks can't bring `balance`: somebody has the dearest one."""
+        """A lower bound on `balance` for whole blocks: some rank has the most expensive one."""
         dearest = max((stack.seconds.total for stack in self.stacks.values()), default=0.0)
         return max(1.0, _over_mean(dearest, self.ranks))
 
@@ -118,32 +118,32 @@ def plan(
     communication_dtype: torch.dtype | None = None,
     cost: CostModel | None = None,
 ) -> Plan:
-    """Who will own which block, and what that costs each rank in time, memory and communication.
+    """Plan which rank owns which block, and the cost to each in time, memory and communication.
 
-    Needs no device, no process group and no memory: everything is computed on meta tensors. The
+    It needs no device, no process group and no memory: everything is computed on meta tensors. The
     owners are those of a job with the same shapes, options and `cost`.
 
     Args:
-        model: a module (its parameters that require gradients; one built on the meta device will
-            do), a tree of tensors, {name: shape}, or the name of a model in
+        model: a module (its parameters that require gradients; it may be on the meta device), a
+            tree of tensors, {name: shape}, or the name of a model in
             `funshampoo.plan.shapes.MODELS`.
         world_size: number of ranks that share the blocks.
-        max_size, merge, keep: of `shampoo` with its other options at their defaults.
+        max_size, merge, keep: as in `shampoo`, whose other options have their defaults.
         every: steps between two refreshes, over which the cost of roots is spread.
-        transformation: in place of `shampoo`, any recipe or chain; every `blocked` in it, and every
+        transformation: instead of `shampoo`, any recipe or chain; every `blocked` in it, and every
             `sharded` elsewhere, is planned. Make a recipe with distribute=funshampoo.sharded, which
-            does nothing without ranks, so that leaves that are in no block are shared out as in the
-            job. It brings its own blocks, so leave out max_size, merge and keep; `every` has to be
-            repeated here.
-        dtype: of parameters that are given as shapes.
+            does nothing without ranks, so that leaves outside blocks are sharded as in the job. It
+            has its own blocks, so leave out max_size, merge and keep; `every` has to be repeated
+            here.
+        dtype: of parameters given as shapes.
         communication_dtype: in which updates are gathered; by default the dtype that they are
             computed in, float32 for half precision.
         cost: as in `sharded`; `benchmarks/cost_model.py` measures one.
 
     Raises:
-        ValueError: a number out of range, an unknown name, a transformation with nothing to share
-            out, or one together with max_size, merge or keep.
-        TypeError: a parameter that is neither a tensor nor a shape, or of a dtype that can't be
+        ValueError: a number out of range, an unknown name, a transformation with nothing to shard,
+            or one together with max_size, merge or keep.
+        TypeError: a parameter that is neither a tensor nor a shape, or whose dtype can't be
             optimized.
 
     >>> found = plan({"w": (96, 64), "b": (96,)}, world_size=2, max_size=32)
@@ -168,7 +168,7 @@ def plan(
     shared = scopes_of(transformation, state, params)
     scopes = [_planned(scope, world_size, every, cost) for scope in shared]
     stacks: dict[str, StackPlan] = {}
-    for number, own in enumerate(scopes, start=1):  # of one that is there, the later have a number
+    for number, own in enumerate(scopes, start=1):  # if a name repeats, later ones get a number
         stacks |= {f"{n} ({number})" if n in stacks else n: s for n, s in own.items()}
     in_blocks = sum(stack.rows * stack.state_bytes for stack in stacks.values())
     replicated_bytes = sum(x.nbytes for x in flatten(state)[0]) - in_blocks
@@ -206,7 +206,7 @@ def _planned(
 
 
 def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The tree of meta tensors that has the model's shapes; see `plan`.
+    """The tree of meta tensors with the model's shapes; see `plan`.
 
     Raises:
         ValueError: an unknown name.
@@ -225,7 +225,7 @@ def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dty
 
 
 def _on_meta(node: Any, dtype: torch.dtype, name: str, of_tensors: bool) -> Any:
-    """`of_tensors`: an empty list or tuple is a tree without leaves there, elsewhere a shape."""
+    """`of_tensors`: an empty list or tuple is a tree without leaves; otherwise it is a shape."""
     if isinstance(node, Tensor):
         return torch.empty(node.shape, dtype=node.dtype, device="meta")
     if isinstance(node, Mapping):
@@ -245,7 +245,7 @@ def _on_meta(node: Any, dtype: torch.dtype, name: str, of_tensors: bool) -> Any:
 def _rank_plans(
     stacks: Mapping[str, StackPlan], world_size: int, replicated_bytes: int
 ) -> tuple[RankPlan, ...]:
-    """Every rank's blocks, added up."""
+    """The blocks of each rank, added up."""
     blocks, elements = [0] * world_size, [0] * world_size
     seconds = [Seconds(0.0, 0.0, 0.0)] * world_size
     state_bytes = [replicated_bytes] * world_size
@@ -288,7 +288,7 @@ _STACKS_SHOWN = 12
 
 
 def _stack_table(found: Plan) -> list[str]:
-    """The dearest stacks, dearest first."""
+    """The most expensive stacks, in descending order."""
 
     def total(item: tuple[str, StackPlan]) -> float:
         return item[1].rows * item[1].seconds.total
@@ -308,7 +308,7 @@ def _stack_table(found: Plan) -> list[str]:
 
 
 def _rank_table(found: Plan) -> list[str]:
-    """Smallest, mean and largest over the ranks, of everything that a rank has."""
+    """Smallest, mean and largest over the ranks, for each quantity of a rank."""
     seconds = [rank.seconds for rank in found.ranks]
     rows: list[Row] = [
         ("blocks", [rank.blocks for rank in found.ranks], counted),
@@ -326,7 +326,7 @@ def _rank_table(found: Plan) -> list[str]:
 
 
 Row: TypeAlias = tuple[str, Sequence[float], Callable[[float], str]]
-"""(title, a number a rank, how it is written)"""
+"""(title, one number per rank, how it is formatted)"""
 
 
 def spread_table(rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a transformation shares out: blocks of `blocked`, and leaves of `sharded` elsewhere."""
+"""What a transformation shards: blocks of `blocked`, and leaves of `sharded` elsewhere."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from funshampoo.state.stages import BlockedState, ShardedState
 
 
 class Scope(NamedTuple):
-    """Blocks that are shared out together: one collective a step brings their updates back.
+    """Blocks that are sharded together: one collective per step returns their updates.
 
     Attributes:
-        blocks: {stack, or leaf: shape and number}; dtypes are not looked at.
-        works: {stack, or leaf: what a step does beside passing over it}.
+        blocks: {stack, or leaf: shape and number}; dtypes are ignored.
+        works: {stack, or leaf: the work of a step, besides passing over it}.
         state_bytes: {stack, or leaf: bytes of state of one block}.
         in_blocks: whether they are stacks.
     """
@@ -35,14 +35,14 @@ class Scope(NamedTuple):
     def owners(
         self, world_size: int, every: int, cost: CostModel | None
     ) -> dict[str, tuple[int, ...]]:
-        """{stack, or leaf: the rank of every row}, as `sharded` finds them."""
+        """{stack, or leaf: the rank of every row}, as in `sharded`."""
         model = cost or (DEFAULT_COST if self.in_blocks else BY_SIZE)
         works = self.works if self.in_blocks else None
         return owners_of(self.blocks, world_size, every, model, works)
 
 
 def scopes_of(transformation: GradientTransformation, state: Any, params: Any) -> list[Scope]:
-    """All of a transformation, in the order in which it runs them.
+    """All scopes of a transformation, in the order in which they run.
 
     Raises:
         ValueError: there are none.
@@ -87,7 +87,7 @@ def _scope(
 
     def add(place: Place, x: Tensor) -> None:
         name = place.stack if in_blocks else ".".join(place.leaf)
-        if name in state_bytes and (x.ndim or not in_blocks):  # what all share is nobody's
+        if name in state_bytes and (x.ndim or not in_blocks):  # shared entries belong to no block
             state_bytes[name] += x.nbytes // stacks[name].rows
 
     map_tensors(add, state)

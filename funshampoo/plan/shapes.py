@@ -1,4 +1,4 @@
-"""Parameter shapes of well-known models, to plan for without downloading or allocating anything.
+"""Parameter shapes of well-known models, for plans without downloads or allocations.
 
 Each function returns {name: shape}, generated from the architecture's dimensions, with the names
 and the memory order of the model's usual PyTorch implementation.
@@ -56,7 +56,7 @@ def vit_b_16(classes: int = 1000) -> Shapes:
 def gpt2() -> Shapes:
     """GPT-2 of 124M (Radford et al., 2019), its head tied to the embedding: 124,439,808.
 
-    Its matrices are stored as (inputs, outputs), as the original has them.
+    Its matrices are stored as (inputs, outputs), as in the original.
     """
     width, layers, vocabulary, context = 768, 12, 50257, 1024
     shapes: Shapes = {"wte.weight": (vocabulary, width), "wpe.weight": (context, width)}
@@ -91,10 +91,10 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 
 
 def model_shapes(name: str) -> Shapes:
-    """{parameter: shape} of the model of this name.
+    """{parameter: shape} of the model with this name.
 
     Raises:
-        ValueError: none has it; lists the names.
+        ValueError: an unknown name; the error lists the names.
 
     >>> model_shapes("gpt2")["h.0.attn.c_attn.weight"]
     (768, 2304)

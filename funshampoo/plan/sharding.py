@@ -1,4 +1,4 @@
-"""What sharded parameters cost each rank, before there is a job: by simulation."""
+"""The cost of sharded parameters for each rank, planned in advance, by simulation."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class ShardingPlan(NamedTuple):
-    """What `plan_sharded` found, one number a rank in every list. `str` of it is a table.
+    """The result of `plan_sharded`; lists have one number per rank. `str` of it is a table.
 
     Attributes:
         mesh: its shape.
         blocks: how many a rank owns.
-        seconds: modelled seconds of a step's work on them.
-        state_bytes: of its state, outside blocks too.
-        gathered: bytes of gradients (and parameters, if they are read) that come in.
-        gathered_across: of them, from other nodes.
-        scattered: bytes of updates that come in.
-        scattered_across: of them, from other nodes.
-        peers: how many other ranks it sends something to.
-        planning: seconds that the plan took.
+        seconds: modelled seconds per step for them.
+        state_bytes: of its state, including state outside blocks.
+        gathered: bytes of gradients (and parameters, if they are read) that it receives.
+        gathered_across: the part of them from other nodes.
+        scattered: bytes of updates that it receives.
+        scattered_across: the part of them from other nodes.
+        peers: the number of other ranks that it sends something to.
+        planning: seconds that planning took.
     """
 
     mesh: tuple[int, ...]
@@ -83,7 +83,7 @@ def plan_sharded(
     reads_parameters: bool | None = None,
     cost: CostModel = DEFAULT_COST,
 ) -> ShardingPlan:
-    """Who will own which block of sharded parameters, and what moves. On meta tensors alone.
+    """Plan which rank owns which block of sharded parameters, and what moves. On meta tensors only.
 
     Args:
         model, dtype, cost: as in `plan`.
@@ -93,8 +93,8 @@ def plan_sharded(
         mesh: its shape.
         transformation: by default `shampoo` with its defaults and this `every`.
         ranks_per_node: consecutive ranks that share a node.
-        reads_parameters: whether parameters travel with the gradients, as they do where a stage in
-            blocks reads them; by default what the transformation's `blocked` says.
+        reads_parameters: whether parameters are sent with the gradients, as they are if a stage in
+            blocks reads them; by default as declared by the transformation's `blocked`.
 
     Raises:
         ValueError: an unknown sharding, or a mesh that does not fit it.
@@ -117,7 +117,7 @@ def plan_sharded(
     ways = {name: tuple(place(shape)) for name, shape in shapes.items()}
     cut = find_state((state,), BlockedState)  # a `partition` around it hides the others
     inside = {name: x for name, x in known.items() if cut is not None and name in cut.layout}
-    layout = layout_in(tx, inside)  # raises where there is no `blocked`, or several
+    layout = layout_in(tx, inside)  # raises if there is no `blocked`, or several
     scope = next(s for s in scopes_of(tx, state, params) if s.in_blocks)
     costs = {
         name: cost.block(stack.block, every, *scope.works[name])
@@ -126,7 +126,7 @@ def plan_sharded(
 
     @functools.cache
     def holdings(shape: Shape, way: Any, merged: Shape) -> list[Holding]:
-        """What every rank of the mesh has of a parameter; one list for all that are alike."""
+        """What every rank of the mesh holds of a parameter; one list for all that are alike."""
         each = itertools.product(*map(range, mesh))
         return [holding_at(shape, way, mesh, at, merged) for at in each]
 
@@ -154,13 +154,13 @@ def plan_sharded(
 def _of_others(
     state: Any, shapes: Mapping[str, Shape], shares: Mapping[str, Sequence[int]], ranks: int
 ) -> list[int]:
-    """Bytes of state on every rank outside blocks: placed as its parameter is, or nobody's."""
+    """Bytes of state outside blocks on every rank: placed like its parameter, or unassigned."""
     found = [0] * ranks
 
     def add(place: StatePlace, x: Tensor) -> None:
         name = ".".join(place.leaf)
         if place.stack is not None and x.ndim:
-            return  # a block's
+            return  # belongs to a block
         sharded = name in shares and tuple(x.shape) == shapes[name]
         for rank in range(ranks):
             found[rank] += shares[name][rank] * x.itemsize if sharded else x.nbytes
@@ -170,8 +170,8 @@ def _of_others(
 
 
 def _placements(sharding: Sharding) -> Callable[[Shape], Sequence[Any]]:
-    """Placements by the shape of a parameter, one a side of the mesh."""
-    # Here, since it imports sympy, which adds to the process' filters of warnings.
+    """Placements by the shape of a parameter, one per mesh dimension."""
+    # Imported here, since it imports sympy, which adds to the process's warning filters.
     from torch.distributed.tensor import Replicate, Shard
 
     def tensor(shape: Shape) -> Any:
@@ -192,10 +192,10 @@ def _placements(sharding: Sharding) -> Callable[[Shape], Sequence[Any]]:
 def _moved(
     layout: Layout, held: Held, shards: Shards, columns: int
 ) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    """Of `ShardingPlan` what is gathered and scattered, of both what from other nodes, and peers.
+    """Fields of `ShardingPlan`: gathered and scattered bytes, each also across nodes, and peers.
 
     Args:
-        columns: how many numbers a gradient's brings to its owner: its parameter's too, or not.
+        columns: how many numbers travel per gradient number: 2 if its parameter's does too.
     """
     size, node = held.size, held.nodes
     gathered, across, scattered, back_across = ([0] * size for _ in range(4))

@@ -1,4 +1,4 @@
-"""What is computed now and then: rules, the schedule, threads and batches, what is kept."""
+"""Periodic computations: rules, schedules, threads and batches, and the values that are kept."""
 
 from funshampoo.refresh.refreshing import Refreshing
 from funshampoo.refresh.rule import Found, Rule

@@ -1,4 +1,4 @@
-"""Eigenbases, as what is computed now and then, and what is carried from the old to the new."""
+"""Eigenbases as periodically refreshed values, and the state carried from old to new bases."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from funshampoo.state.stages import RefreshedState
 
 @dataclass(frozen=True)
 class BasisRule(Rule):
-    """The eigenvectors of A as columns. The value is Q (..., d, d); it begins as the identity.
+    """The eigenvectors of A as columns. The value is Q (..., d, d), initially the identity.
 
     Attributes:
-        basis: of `in_eigenbasis`.
-        begins: whether all values are the first.
+        basis: as in `in_eigenbasis`.
+        begins: whether all values are first ones.
     """
 
     basis: Basis
@@ -38,13 +38,13 @@ class BasisRule(Rule):
 
     @property
     def relative_cost(self) -> float:
-        """As the basis says."""
+        """The basis's."""
         return relative_cost(self.basis)
 
     def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
-        """The next basis, by a decomposition where there is none yet.
+        """The next basis, by a decomposition if there is none yet.
 
-        A coordinate that no gradient has touched (its row of A is exactly zero: padding, frozen
+        A coordinate without any gradient so far (its row of A is exactly zero: padding, frozen
         tokens) is in none of its vectors, so that rounding can't move it.
         """
         Q, found = self.basis(A, old[0], rounds == 0, self.begins)
@@ -61,9 +61,9 @@ def renewed(
     context: Context,
     stage: str,
 ) -> tuple[Any, RefreshedState]:
-    """The state of what works in the bases, turned into the new ones, and these."""
+    """The state that lives in the bases, rotated into the new ones, and these bases."""
     kept, renews = bases.kept, refreshing.schedule.renews(context)
-    if renews and context.donate:  # a refresh writes to what it is given
+    if renews and context.donate:  # a refresh writes to its input
         kept = map_leaves(torch.clone, kept)
     bases = refreshed(refreshing, updates, bases, context, stage)
     if renews:

@@ -1,4 +1,4 @@
-"""A step in the coordinates of eigenbases, and the rows of a stack that have some."""
+"""A step in eigenbasis coordinates, and which rows of a stack have bases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stepped(
     fine: Tree,
     context: Context,
 ) -> tuple[Tree, Any]:
-    """A step of `inner` in these bases; zeros go in and come out where `fine` is 0."""
+    """A step of `inner` in these bases; input and output are zeros where `fine` is 0."""
     ndim = context.block_ndim
     coordinates = gradient = held(turned(updates, kept, ndim), fine)
     is_other = context.gradient is not None and not is_one(context.gradient, updates)
@@ -38,12 +38,12 @@ def stepped(
 
 
 def coordinate_flops(reads_gradient: bool, block: Block, kept: Block, apart: bool) -> float:
-    """Into the bases and back, and into them with a `gradient` that is not the updates."""
+    """FLOPs into the bases and back, plus into them for a `gradient` that is not the updates."""
     return (3 if apart and reads_gradient else 2) * mode_flops(block, kept)
 
 
 def with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:
-    """A tree of (N,): 0 where a block has no bases yet, or is not alive; None where all are 1."""
+    """A tree of (N,): 0 where a block has no bases yet, or is not alive; None if all are 1."""
     known = () if alive is None else (alive,)
 
     def leaf(u: Tensor, n: Tensor, *fine: Tensor) -> tuple[Tensor]:
@@ -57,7 +57,7 @@ def with_bases(updates: Tree, seen: Tree, alive: Tree) -> Tree:
 
 
 def one_more(updates: Tree, seen: Tree, context: Context) -> Tree:
-    """The numbers of gradients, with this one where it could be used."""
+    """The gradient counts, including this gradient where it is usable."""
 
     def more(u: Column, *rest: Column) -> tuple[Column, Column]:
         *fine, n = rest
@@ -69,7 +69,7 @@ def one_more(updates: Tree, seen: Tree, context: Context) -> Tree:
 
 
 def held(tree: Tree, fine: Tree) -> Tree:
-    """Zeros where `fine` is 0."""
+    """The tree with zeros where `fine` is 0."""
     if fine is None:
         return tree
     return update_columns(lambda u, f: (only_alive(u, [f]),), tree, (), (fine,))[0]

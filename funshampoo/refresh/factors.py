@@ -1,4 +1,4 @@
-"""Refreshes from the factor matrices of a stage before."""
+"""Refreshes from the factor matrices of an earlier stage."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from funshampoo.state.upstream import statistics_of
 def refreshed(
     refreshing: Refreshing, updates: Tree, state: RefreshedState, context: Context, stage: str
 ) -> RefreshedState:
-    """`refreshing.update`, of the matrices L_i / weight that are found upstream.
+    """`refreshing.update` with the matrices L_i / weight from upstream.
 
     Args:
-        stage: the name of the one that asks, for the messages.
+        stage: the name of the calling stage, for error messages.
 
     Raises:
         ValueError: there are no factor matrices upstream, or one is missing.

@@ -1,4 +1,4 @@
-"""The work of one unit: its matrices whose turn it is, and what is kept of what is found."""
+"""The refresh of one unit: the matrices whose turn it is, and which results are kept."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Reading = tuple[Any, ...]
 
 
 Rows = Sequence[int] | None
-"""Rows of a stack; None: all, or the one matrix of a leaf."""
+"""Rows of a stack; None: all, or the single matrix of a leaf."""
 
 
 class Outcome(NamedTuple):
-    """A `Found`, and `known` (...), bool: False where there is nothing to take over.
+    """A `Found`, and `known` (...), bool: False where there is no result to use.
 
-    The matrix is zero or denormal, or this step's gradient was not finite.
+    That is if the matrix is zero or denormal, or this step's gradient was not finite.
     """
 
     value: tuple[Tensor, ...]
@@ -51,16 +51,16 @@ RowsT = TypeVar("RowsT", Asked, Found, Outcome)
 
 
 class Job:
-    """What is to be made of some rows of one unit.
+    """The refresh of some rows of one unit.
 
     Attributes:
-        rule: how.
-        kept: before.
-        rows: whose turn it is.
-        alive: of all rows, 0 where this step is to change nothing; None: all are 1.
-        parts: functions that return what was found for some of the rows each, in their order, once
-            the work has been done.
-        shares: whether what they return lies in memory that other jobs' results lie in too.
+        rule: computes the values.
+        kept: the old values.
+        rows: the rows whose turn it is.
+        alive: for all rows, 0 where this step must change nothing; None: all are 1.
+        parts: functions that each return the results of some of the rows, in order, once the work
+            has been done.
+        shares: whether these results share memory with other jobs' results.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Job:
         self._matrices, *self._inputs = reading
 
     def in_threads(self) -> bool:
-        """Whether the process has several kernel threads, and other threads may do this."""
+        """Whether the process has several kernel threads, and other threads may do this job."""
         if torch.compiler.is_dynamo_compiling() or not self.rule.threaded:
             return False
         read = (*tensors_of(self.rule), *self._inputs, *self.kept.value)
@@ -83,7 +83,7 @@ class Job:
         return range(len(self.kept.rounds)) if self.rows is None else self.rows
 
     def asked(self, rows: Rows) -> Asked:
-        """What the rule is asked, of some of the rows."""
+        """The rule's arguments for some of the rows."""
         old, rule = self.kept, self.rule
         values = [taken(x, rows) for x in (old.value if rule.reads_old else ())]
         inputs = [taken(x, rows) for x in self._inputs]
@@ -97,7 +97,7 @@ class Job:
         )
 
     def ended(self, donate: bool) -> Kept:
-        """What is kept now; written into the old memory, part by part, if it is donated."""
+        """The values to keep now; written into the old memory, part by part, if it is donated."""
         kept = self.kept
         for rows, found in self._results() if donate else [(self.rows, self._joined())]:
             if self._alive is not None:
@@ -109,11 +109,11 @@ class Job:
         return kept
 
     def _results(self) -> Iterator[tuple[Rows, Outcome]]:
-        """Which of the rows, and what was found for them; each part let go of before the next."""
+        """Some of the rows, and their results; each part is freed before the next."""
         first = 0
         for part in self.parts:
             found = part()
-            if found.known.ndim == 0:  # the one matrix of a leaf
+            if found.known.ndim == 0:  # the single matrix of a leaf
                 yield None, found
                 continue
             count = len(found.known)
@@ -121,32 +121,32 @@ class Job:
             first += count
 
     def _joined(self) -> Outcome:
-        """What was found for all the rows, in memory of its own."""
+        """The results of all rows, in their own memory."""
         found = [part() for part in self.parts]
         return found[0] if len(found) == 1 and not self.shares else joined(found)
 
 
 def outcome(rule: Rule, asked: Asked) -> Outcome:
-    """What a rule finds, and which matrices are not zero, or no more than rounding of one.
+    """The rule's result, and which matrices are nonzero, and more than rounding of zero.
 
-    An average of a block whose gradients have become zeros decays to some denormal numbers, at
-    which it stays: 0.99 times 50 of them is 50 again. Nothing can be made of these.
+    Once a block's gradients have become zeros, its average decays to a few denormal numbers and
+    stays there: 0.99 times 50 of them rounds to 50 again. These are unusable.
     """
-    # Two operators: a CPU takes a norm of order 1 or infinity one number at a time.
+    # Two operators: a CPU computes a norm of order 1 or infinity one number at a time.
     largest = asked.A.detach().abs().amax((-2, -1))
-    # Not >=: a NaN is not nothing, but a failure to be counted.
+    # Not >=: a NaN is not zero, but a failure to be counted.
     return Outcome(*_answer(rule, asked), ~(largest < torch.finfo(largest.dtype).tiny))
 
 
 def _answer(rule: Rule, asked: Asked) -> Found:
-    """What the rule says; a matrix for which it raises LinAlgError is one that did not converge.
+    """The rule's result; a matrix for which it raises LinAlgError did not converge.
 
-    As torch.linalg's functions do, for all of a stack because of one. Its matrices are then asked
-    for one by one. Any other error is raised, and inside torch.compile, whose graphs can't catch,
-    this one too.
+    torch.linalg's functions raise it for a whole stack because of one matrix. The matrices are then
+    passed one by one. Other errors are raised; so is this one inside torch.compile, whose graphs
+    can't catch exceptions.
     """
     if torch.compiler.is_dynamo_compiling():
-        return rule.__call__(*asked)  # torch 2.11 calls no dataclass that was made in the graph
+        return rule.__call__(*asked)  # torch 2.11 can't call a dataclass made in the graph
     try:
         return rule(*asked)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -159,25 +159,25 @@ def _answer(rule: Rule, asked: Asked) -> Found:
 
 
 def row_slice(rows: RowsT, first: int, count: int) -> RowsT:
-    """Some of the rows of what is asked or found."""
+    """Some rows of a rule's arguments or results."""
     part: RowsT = map_leaves(lambda x: x.narrow(0, first, count), rows)
     return part
 
 
 def joined(parts: Sequence[RowsT]) -> RowsT:
-    """All rows of what is asked or found in parts, in memory of their own."""
+    """All rows of arguments or results given in parts, in new memory."""
     whole: RowsT = map_leaves(lambda *xs: torch.cat(xs), *parts)
     return whole
 
 
 def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
-    """The new values where the rule converged on matrices that are not zero, else the old ones."""
+    """New values where the rule converged on nonzero matrices, else the old ones."""
     accepted, failed = found.converged & found.known, found.known & ~found.converged
     choose = chooser(accepted)
 
     def chosen(i: int, x: Tensor, before: Tensor) -> Tensor:
         was_packed = i in rule.symmetric and x.shape != before.shape
-        # One memory layout, whatever it comes from: products round by it.
+        # Always one memory layout, since the rounding of products depends on it.
         return choose(pack(x) if was_packed else x, before).contiguous()
 
     return Kept(
@@ -191,18 +191,18 @@ def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
 
 
 def taken(x: Tensor, rows: Rows) -> Tensor:
-    """Rows of a tensor: a view where they follow each other; what has no rows as it is."""
+    """Rows of a tensor: a view if they are contiguous. Without rows, the tensor as it is."""
     if rows is None or x.ndim == 0:
         return x
-    if isinstance(rows, range):  # most often of all: a view of it would be made six times a unit
+    if isinstance(rows, range):  # the usual case: a view of it would be made six times per unit
         return x if len(rows) == len(x) else x.narrow(0, rows.start, len(rows))
     return x.index_select(0, row_index(tuple(rows), x.device))
 
 
 def written(x: Tensor, new: Tensor, rows: Rows, donate: bool) -> Tensor:
-    """x with new values in these rows; in its own memory where that is donated.
+    """x with new values in these rows; in its own memory if it is donated.
 
-    Not where a derivative is wanted, which may need the old values.
+    Not if a derivative is needed, which may use the old values.
     """
     if not donate or x.requires_grad or new.requires_grad:
         return new if rows is None else x.index_copy(0, row_index(tuple(rows), x.device), new)

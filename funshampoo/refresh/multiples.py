@@ -1,4 +1,4 @@
-"""Statistics that are gathered on some steps alone."""
+"""Statistics that are accumulated on some steps only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from funshampoo.state.stages import EveryKState
 
 
 def on_multiples(stage: GradientTransformation, every: int) -> GradientTransformation:
-    """A stage that passes updates through, on step 1 and multiples of `every` alone.
+    """A stage that passes updates through, and runs on step 1 and multiples of `every` only.
 
-    Unlike `every_k`, which gathers updates for what it runs, it lets those of other steps go by.
+    Unlike `every_k`, which accumulates updates for its part, it ignores those of other steps.
     """
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> EveryKState:

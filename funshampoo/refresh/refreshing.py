@@ -1,4 +1,4 @@
-"""What is computed now and then from matrices, one value a side of every block: roots, bases."""
+"""Values computed periodically from matrices, one per side of every block: roots, bases."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from funshampoo.state.stages import Kept, RefreshedState
 
 @dataclass(frozen=True)
 class Refreshing:
-    """Values that are computed anew on some steps and used on all of them.
+    """Values that are recomputed on some steps and used on all.
 
-    A block has a *unit* for every rule, as a rule one a side. The stage that has it calls `init`
-    and `update` in its own, keeps the `RefreshedState`, and reads `Kept.value` there; its
+    A block has one *unit* per rule, usually one per side. The stage that owns it calls `init` and
+    `update` in its own, keeps the `RefreshedState`, and reads `Kept.value` there; its
     GradientTransformation has `phase=schedule.phase()` and `counts=True`.
 
-    A refresh keeps the old value of a matrix for which the rule does not converge, and counts it.
-    It also keeps it, uncounted, where the matrix is zero, since nothing has been seen yet, or has
-    no normal number, since nothing is left of what was seen.
+    If the rule does not converge for a matrix, the refresh keeps its old value and counts the
+    failure. It also keeps the old value, uncounted, if the matrix is zero, since nothing has been
+    accumulated yet, or has no normal number, since nothing is left of it.
 
     Args:
-        rules: the shape of a block -> a rule or None for each unit. It is asked on every refresh,
-            so that rules with other numbers take over at the next one.
-        schedule: when.
-        packed: keep one triangle of each of a value's symmetric tensors of side 64 or more.
+        rules: the shape of a block -> a rule or None for each unit. It is called on every refresh,
+            so that rules with new settings apply from the next one.
+        schedule: the steps with a refresh.
+        packed: store one triangle of each symmetric tensor of side 64 or more in a value.
     """
 
     rules: Callable[[tuple[int, ...]], Sequence[Rule | None]]
@@ -51,8 +51,8 @@ class Refreshing:
         """Initial values for every leaf.
 
         Args:
-            params, block_ndim, clock: those that init gets.
-            factors: a tree of tuples, one entry a unit: there are to be values only where it is a
+            params, block_ndim, clock: the arguments of the stage's init.
+            factors: a tree of tuples, one entry per unit; values exist only where the entry is a
                 tensor. None: wherever there is a rule.
         """
 
@@ -76,15 +76,15 @@ class Refreshing:
         read: Callable[..., Reading],
         context: Context,
     ) -> RefreshedState:
-        """The state after a step, refreshed where it is somebody's turn.
+        """The state after a step, with values refreshed where it is their turn.
 
         Args:
-            updates: the tree whose structure rules; what is None stays as it is.
-            state: before.
-            inputs: trees that the matrices are made from, such as the factors and their weights.
-            read: `read(unit, *inputs of a leaf) -> (function, *tensors)`: the unit's matrices
-                (..., d, d) are `function(*tensors)`. It is called with some rows of all tensors
-                (of one without axes, with the tensor), and perhaps in another thread.
+            updates: the tree that sets the structure; leaves of None stay as they are.
+            state: the old state.
+            inputs: trees from which the matrices are made, such as the factors and their weights.
+            read: `read(unit, *inputs of a leaf) -> (function, *tensors)`: the unit's matrices (...,
+                d, d) are `function(*tensors)`. The function gets some rows of all tensors (a tensor
+                without axes as it is), and may run in another thread.
             context: the stage's.
 
         Raises:
@@ -117,7 +117,7 @@ class Refreshing:
             return u, tuple([x.ended(writes) if isinstance(x, Job) else x for x in units])
 
         with full_precision():
-            # All work is known before any of it begins, so that threads share it evenly.
+            # Collect all work before starting any, so that threads share it evenly.
             _, on_their_way = update_leaves(begun, updates, (kept,), (turns, *known, *inputs))
             carry_out(jobs, in_blocks=block_ndim > 0)
             _, kept = update_leaves(ended, updates, (on_their_way,))
@@ -142,7 +142,7 @@ class Refreshing:
         )
 
     def _turns(self, updates: Tree, context: Context) -> Tree:
-        """A tree of `Turn`s, or None for nobody."""
+        """A tree of `Turn`s, or None if there are none."""
         if context.refresh is not None:
             return everybody(updates) if context.refresh else None
         if context.step is None:

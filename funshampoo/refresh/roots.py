@@ -1,4 +1,4 @@
-"""Inverse roots, as what is computed now and then."""
+"""Inverse roots as periodically refreshed values."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from funshampoo.refresh.rule import Found, Rule
 
 @dataclass(frozen=True)
 class RootRule(Rule):
-    """X = (A + epsilon I)^(-e), A a bias-corrected factor, perhaps scaled by its trace.
+    """X = (A + epsilon I)^(-e), A a bias-corrected factor, optionally scaled by its trace.
 
-    The value is X, and with `basis_tolerance` the eigenvectors that it was computed in.
+    The value is X and, with `basis_tolerance`, the eigenvectors from which it was computed.
 
     Attributes:
         exponent: e.
         initial_value: X = initial_value · I before the first refresh.
-        solver, epsilon, trace_scaling, basis_tolerance: of `root_inverse`.
+        solver, epsilon, trace_scaling, basis_tolerance: as in `root_inverse`.
     """
 
     exponent: float
@@ -44,26 +44,26 @@ class RootRule(Rule):
 
     @property
     def threaded(self) -> bool:
-        """As the solver says."""
+        """The solver's."""
         return bool(getattr(self.solver, "threaded", False))
 
     @property
     def relative_cost(self) -> float:
-        """As the solver says."""
+        """The solver's."""
         return relative_cost(self.solver)
 
     @property
     def reads_old(self) -> bool:
-        """To go on in an old basis."""
+        """Whether it can continue in an old basis."""
         return self.basis_tolerance is not None
 
     def initial(self, like: Tensor) -> tuple[Tensor, ...]:
-        """A multiple of the identity; as a basis, the identity."""
+        """A multiple of the identity; for a basis, the identity."""
         eye = torch.eye(self.side, dtype=like.dtype, device=like.device).expand(like.shape)
         return (self.initial_value * eye, *((eye,) if self.reads_old else ()))
 
     def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
-        """The root of each matrix, whatever its round."""
+        """The root of each matrix, regardless of its round."""
         if self.trace_scaling is not None:
             A = _trace_scaled(A, self.trace_scaling, self.epsilon)
         p = 1 / self.exponent
@@ -79,7 +79,7 @@ class RootRule(Rule):
 
 
 def _trace_scaled(A: Tensor, exponent: Hyper, epsilon: Hyper) -> Tensor:
-    """A max(tr A, epsilon)^(-exponent); A itself where that is zero, which has no derivative."""
+    """A max(tr A, epsilon)^(-exponent); A itself if that is zero, which has no derivative."""
     trace = A.diagonal(dim1=-2, dim2=-1).sum(-1)
     floor = epsilon.to(trace) if isinstance(epsilon, Tensor) else epsilon
     size = trace.clamp(min=floor)
@@ -94,12 +94,12 @@ def root_rules(
     numbers: Iterable[Any],
     hyper: Numbers,
 ) -> Callable[[Block], list[Rule | None]]:
-    """The rules of a block of some shape; None for a side that is left alone.
+    """The rules for a block of a given shape; None for a side that is left alone.
 
     Args:
-        exponents, sides, initial_eigenvalue: of `root_inverse`.
-        numbers: the last fields of a `RootRule`, as they were given. They are looked up in `hyper`
-            when there is a refresh, and once for all blocks, which share batches.
+        exponents, sides, initial_eigenvalue: as in `root_inverse`.
+        numbers: the last fields of a `RootRule`, as given. A refresh looks them up in `hyper`, once
+            for all blocks, which share batches.
     """
     now: list[Any] = []
 

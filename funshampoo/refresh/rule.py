@@ -1,4 +1,4 @@
-"""How one kept thing is made from a matrix: what a stage gives to `Refreshing`."""
+"""How a kept value is computed from a matrix: the rule that a stage passes to `Refreshing`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Found(NamedTuple):
-    """What a rule made of matrices, rows first.
+    """A rule's results, with the rows first.
 
     value:     a tuple of tensors, such as roots (..., d, d), shaped as `Rule.initial` shapes them.
-    residual:  (...), how far off each value is by the rule's own estimate; -1 where there is none.
-    condition: (...), condition number of what it was made from; -1 where nobody asked.
-    converged: (...), bool. Where it is False the old value is kept, and the failure is counted.
+    residual:  (...), error of each value by the rule's own estimate; -1 if it has none.
+    condition: (...), condition number of the matrix; -1 if not computed.
+    converged: (...), bool. Where False, the old value is kept and the failure is counted.
     """
 
     value: tuple[Tensor, ...]
@@ -29,11 +29,11 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """How a value is made from a symmetric matrix of one side, and from the old value.
+    """How a value is computed from a symmetric matrix of one side, and from the old value.
 
     Subclasses are frozen dataclasses of numbers, tensors and solvers. A rule is pure, treats each
-    matrix of a stack as if it were alone, and may be called in another thread. What differs in
-    nothing but tensors that are not the same object is another rule; equal ones share a batch.
+    matrix of a stack independently, and may be called in another thread. Rules with equal settings
+    share a batch; a tensor equals only itself.
 
     Attributes:
         side: d.
@@ -43,48 +43,48 @@ class Rule(ABC):
 
     @property
     def symmetric(self) -> Collection[int]:
-        """Which tensors of the value are symmetric (..., d, d), so that they can be packed."""
+        """Which tensors of the value are symmetric (..., d, d), and so can be packed."""
         return ()
 
     @property
     def threaded(self) -> bool:
-        """Whether on a CPU threads on different matrices, each with one kernel thread, are faster.
+        """Whether a CPU is faster with threads on different matrices than with one call for all.
 
-        Than one call for all matrices, that is.
+        Each of these threads has one kernel thread.
         """
         return False
 
     @property
     def reads_old(self) -> bool:
-        """Whether a call looks at the old value; it gets () where it does not."""
+        """Whether a call reads the old value; if not, it gets ()."""
         return True
 
     @property
     def relative_cost(self) -> float:
-        """Time for one matrix on one CPU thread, in that of an inverse root by `linalg.eigh`."""
+        """Time per matrix on one CPU thread, relative to an inverse root by `linalg.eigh`."""
         return 1.0
 
     @property
     def cost(self) -> float:
-        """Modelled seconds for one matrix."""
+        """Modelled seconds per matrix."""
         return self.relative_cost * eigh_seconds(self.side)
 
     @abstractmethod
     def initial(self, like: Tensor) -> tuple[Tensor, ...]:
-        """The value before the first refresh, for matrices of the shape, dtype and device of this.
+        """The value before the first refresh, for matrices of like's shape, dtype and device.
 
-        It may share memory with itself (a broadcast identity): whoever asks makes copies.
+        Its entries may share memory (a broadcast identity): callers make copies.
         """
 
     @abstractmethod
     def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
-        """The value now. Where it raises LinAlgError a matrix did not converge; see `Found`.
+        """The new value. If it raises LinAlgError, a matrix did not converge; see `Found`.
 
         Args:
             A: (..., d, d), never packed.
-            old: the value before, never packed.
-            rounds: (...) int64, how many values each row has had accepted; 0 says that it is the
-                first, whose `old` is the initial one.
+            old: the old value, never packed.
+            rounds: (...) int64, how many values each row has accepted; 0: this is its first, and
+                its `old` is the initial value.
         """
 
 
@@ -92,7 +92,7 @@ _CUBIC, _QUADRATIC, _CONSTANT = 9.5e-11, 4.2e-8, 1.2e-5
 
 
 def eigh_seconds(d: int) -> float:
-    """About what one CPU thread needs for an eigendecomposition and what is made of it.
+    """Approximate time of one CPU thread for an eigendecomposition and the products after it.
 
     In float32, as measured by benchmarks/cost_model.py; `distributed.cost` has the same weights.
     """
@@ -100,7 +100,7 @@ def eigh_seconds(d: int) -> float:
 
 
 def is_same(rule: Rule, other: Rule) -> bool:
-    """Whether two rules do the same. A tensor is the same as itself alone: nothing is read."""
+    """Whether two rules are equal. A tensor equals only itself: no values are read."""
     if type(rule) is not type(other):
         return False
     pairs = zip(_numbers(rule), _numbers(other))
@@ -108,10 +108,10 @@ def is_same(rule: Rule, other: Rule) -> bool:
 
 
 def tensors_of(rule: Rule) -> list[Tensor]:
-    """The numbers of a rule that are tensors, but for those of a solver in it."""
+    """The tensors among a rule's numbers, except those inside a solver."""
     return [x for x in _numbers(rule) if isinstance(x, torch.Tensor)]
 
 
 def _numbers(rule: Rule) -> list[Any]:
-    """Of its fields; torch.compile before torch 2.13 can't trace `vars`."""
+    """Numbers in its fields; torch.compile before torch 2.13 can't trace `vars`."""
     return [getattr(rule, field.name) for field in dataclasses.fields(rule)]

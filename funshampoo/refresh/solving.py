@@ -1,13 +1,13 @@
-"""How the work of a refresh is done: in which batches, in which threads.
+"""How a refresh is executed: in which batches, and in which threads.
 
-Where threads help, they take different matrices. Two threads on two matrices, each with one kernel
-thread, decompose them as fast as MKL's two do one after the other at side 512, and 1.16 times as
-fast at 1,024; what follows gains more. But the last matrix of a refresh may leave all threads but
-one without work, for as long as it takes: such are done first, each by all kernel threads. Those of
-moderate sides have one kernel thread always: their numbers are those of a process with one.
+Where threads help, they work on different matrices. Two threads on two matrices, each with one
+kernel thread, decompose them as fast as MKL's two do one after the other at side 512, and 1.16
+times as fast at 1,024; later steps gain more. But the last matrix of a refresh may leave all but
+one thread idle for as long as it takes: such matrices are done first, each by all kernel threads.
+Those of moderate side always have one kernel thread: their numbers match a process with one.
 
-Elsewhere (on a GPU, under a transform, for rules that threads don't help) the matrices of one side
-of all stacks are one batch.
+Elsewhere (on a GPU, under a transform, for rules that threads don't help), the matrices of one side
+from all stacks are one batch.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from funshampoo.refresh.rule import is_same
 from funshampoo.refresh.workers import Workers, workers
 
 LARGEST_SIDE = 256
-"""Up to this side a matrix has one kernel thread, and some share a task."""
+"""Up to this side a matrix has one kernel thread, and several may share a task."""
 
 TASK_SECONDS = 0.025
-"""About what a task of several matrices takes. Smaller ones make the threads wait for Python's
+"""Target duration of a task of several matrices. Smaller ones make the threads wait for Python's
 lock: 4 matrices of side 128 at a time take 1.4 times as long as 16."""
 
 LARGEST_BATCH = 2**25
-"""Numbers: 32 matrices of side 1,024 occupy a GPU, and the temporaries of an iteration with more of
-them would be gigabytes (4.7 for all of GPT-2), which a CUDA graph would keep."""
+"""Numbers: 32 matrices of side 1,024 occupy a GPU. With more, an iteration's temporaries would be
+gigabytes (4.7 for all of GPT-2), which a CUDA graph would keep."""
 
 CACHED_BATCH = 2**18
-"""Numbers for which a CPU joins stacks: the operators around small matrices take most of the time,
-and temporaries of large ones would be those of all stacks at once."""
+"""Numbers up to which a CPU joins stacks: for small matrices, operator overhead dominates; for
+large ones, temporaries of all stacks would exist at once."""
 
 
 def carry_out(jobs: Sequence[Job], in_blocks: bool) -> None:
-    """Do all the work; what was found is in `Job.parts`.
+    """Do all the work; the results are in `Job.parts`.
 
-    Threads begin all of it and are waited for before anything is taken over: an operator here,
-    between two that are waited for, would wake kernel threads of this thread, which then spin for
-    milliseconds on the cores that the others need.
+    Threads start everything, and all are waited for before any result is used: an operator here,
+    between two waits, would wake this thread's kernel threads, which then spin for milliseconds on
+    the cores that the others need.
 
     Args:
-        in_blocks: whether the jobs' matrices are stacks, so that several can be one batch.
+        in_blocks: whether the jobs' matrices are stacks, so that several can form a batch.
     """
     threaded: list[Job] = []
     others: list[Job] = []
@@ -67,7 +67,7 @@ Batch = list[tuple[Job, Rows]]
 
 
 def batches(jobs: Iterable[Job]) -> list[Batch]:
-    """Which rows of which jobs are one call of a rule: all of one kind."""
+    """Which rows of which jobs form one call of a rule, for jobs of one kind."""
     kinds: list[list[Job]] = []
     for job in jobs:
         for kind in kinds:
@@ -91,7 +91,7 @@ def _is_alike(job: Job, other: Job) -> bool:
 
 
 def _cut(jobs: Sequence[Job]) -> list[Batch]:
-    """Batches of `LARGEST_BATCH` numbers at most; on a CPU of `CACHED_BATCH`, or one job's."""
+    """Batches of `LARGEST_BATCH` numbers at most; on a CPU, of `CACHED_BATCH` or a single job."""
     whole = jobs[0].kept.residual.is_cpu
     most = max(1, (CACHED_BATCH if whole else LARGEST_BATCH) // jobs[0].rule.side ** 2)
     found: list[Batch] = [[]]
@@ -113,7 +113,7 @@ class Task:
     """A call of a rule, here or in a thread.
 
     Attributes:
-        seconds: about what one kernel thread needs.
+        seconds: approximate time of one kernel thread.
         divisible: whether several kernel threads may take part.
     """
 
@@ -126,33 +126,33 @@ class Task:
 
     @property
     def begun(self) -> bool:
-        """Whether somebody is at it, or through."""
+        """Whether it is running, or done."""
         return self._result is not None
 
     def begin(self, pool: Workers) -> None:
-        """In one of these threads, when it has time."""
+        """Submit it to these threads."""
         self._result = pool.submit(self._compute).result
 
     def carry_out(self) -> None:
-        """Here and now."""
+        """Run it now, in this thread."""
         found = self._compute()
         self._result = lambda: found
 
     def wait(self) -> Outcome:
-        """What it finds."""
+        """Its result, once it is done."""
         assert self._result is not None
         return self._result()
 
     def taken(self) -> Outcome:
-        """What it found, for the last time: it is not kept here."""
+        """Its result, for the last time: it is not kept here."""
         found, self._result = self.wait(), None
         return found
 
 
 def tasks_of(batch: Batch) -> list[Task]:
-    """A batch for threads: of several jobs as it is, but for large sides; of one piece by piece."""
+    """A batch as tasks: of several jobs whole, except for large sides; of one job in pieces."""
     (job, rows), *others = batch
-    if others and job.rule.side > LARGEST_SIDE:  # its numbers depend on what kernel threads share
+    if others and job.rule.side > LARGEST_SIDE:  # numbers depend on how threads share it
         return [task for one in batch for task in tasks_of([one])]
     if others or job.kept.rounds.ndim == 0:
         return [_task(batch)]
@@ -162,7 +162,7 @@ def tasks_of(batch: Batch) -> list[Task]:
 
 
 def _task(batch: Batch) -> Task:
-    """What is found for a batch; its jobs have their parts of it."""
+    """The task of a batch; its jobs get their parts of the result."""
     counts = [1 if rows is None else len(rows) for _, rows in batch]
     rule = batch[0][0].rule
     seconds = rule.cost * sum(counts)
@@ -188,9 +188,9 @@ def _share(task: Task, first: int, count: int) -> Outcome:
 
 
 def pieces(rows: Sequence[int], side: int, seconds: float, threads: int) -> list[Sequence[int]]:
-    """Runs of rows for one task each: of about `TASK_SECONDS`, or less where threads would be idle.
+    """Runs of rows, one per task: of about `TASK_SECONDS`, or less if threads would be idle.
 
-    seconds: what one row takes.
+    seconds: time of one row.
     """
     total = len(rows) * seconds
     count = max(math.ceil(total / TASK_SECONDS), min(threads, int(total / 0.002)), 1)
@@ -204,7 +204,7 @@ def pieces(rows: Sequence[int], side: int, seconds: float, threads: int) -> list
 
 
 def begin(tasks: Iterable[Task]) -> None:
-    """Begin all of these: some here and now, the others in threads, the longest first."""
+    """Start all of these: some now, in this thread, the others in threads, the longest first."""
     waiting = sorted(tasks, key=lambda task: -task.seconds)
     if not waiting:
         return
@@ -217,7 +217,7 @@ def begin(tasks: Iterable[Task]) -> None:
 
 
 def _best_here(waiting: Sequence[Task], threads: int) -> list[Task]:
-    """Those of the tasks, the longest first, that had better be done one by one by all threads."""
+    """The tasks, given longest first, that all kernel threads should do together, one by one."""
     divisible = [task for task in waiting if task.divisible]
     others = [task.seconds for task in waiting if not task.divisible]
 
@@ -231,7 +231,7 @@ def _best_here(waiting: Sequence[Task], threads: int) -> list[Task]:
 
 
 def makespan(costs: Iterable[float], threads: int) -> float:
-    """When the last thread is done, if each takes the next of these when it has time."""
+    """When the last thread is done, if each takes the next task when it is free."""
     loads = [0.0] * threads
     for cost in costs:
         heapq.heapreplace(loads, loads[0] + cost)
@@ -241,6 +241,6 @@ def makespan(costs: Iterable[float], threads: int) -> float:
 def speedup(threads: int) -> float:
     """Of one decomposition by several kernel threads: 1.6 by two, as measured at 256 to 1,024.
 
-    A quarter of its time, in this model, is not shared.
+    In this model, a quarter of its time is serial.
     """
     return threads / (1 + (threads - 1) / 4)

@@ -1,4 +1,4 @@
-"""On which steps there are refreshes, and whose turn it is where they are spread out."""
+"""On which steps there are refreshes, and which blocks' turn it is if they are staggered."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from funshampoo.core.tree import MaskedNode, flatten, map_leaves
 _GOLDEN = (5**0.5 - 1) / 2
 
 BlockIds = Mapping[str, Sequence[int]] | None
-"""{stack: a number for every row}, in block space."""
+"""{stack: a number per row}, in block space."""
 
 
 class Turn(NamedTuple):
-    """Which blocks of a stack are refreshed.
+    """Which blocks of a stack to refresh.
 
     Attributes:
-        any: whether there is one at all.
+        any: whether there are any.
         which: the rows; None for all.
     """
 
@@ -35,17 +35,17 @@ EVERYBODY = Turn(True, None)
 
 @dataclass(frozen=True)
 class RefreshSchedule:
-    """When what is kept is computed anew.
+    """On which steps the kept values are recomputed.
 
     Args:
         every: steps between refreshes.
-        start: the step of the first, which is everybody's; later ones fall on multiples of `every`.
+        start: the step of the first, for all blocks; later ones fall on multiples of `every`.
         stagger: spread them over the interval, a share of the blocks on every step, so that no step
             after `start` carries them all.
         offset: later refreshes fall on `offset` past multiples of `every`.
 
     Raises:
-        ValueError, TypeError: an argument out of range, named.
+        ValueError, TypeError: an argument out of range; the error names it.
     """
 
     every: int = 10
@@ -60,12 +60,12 @@ class RefreshSchedule:
         check_count("offset", self.offset, least=0)
 
     def happens_at(self, step: int) -> bool:
-        """Whether it may be somebody's turn."""
+        """Whether any block may have its turn."""
         spread = self.stagger and step > self.start
         return spread or refresh_due(step - self.offset, self.every, self.start - self.offset)
 
     def renews(self, context: Context) -> bool:
-        """Whether it may be somebody's turn in this context; False where nobody knows the step."""
+        """Whether any block may have its turn in this context; False if the step is unknown."""
         if context.refresh is not None:
             return context.refresh
         return context.step is not None and self.happens_at(context.step)
@@ -74,7 +74,7 @@ class RefreshSchedule:
         """`GradientTransformation.phase` of a stage with this schedule.
 
         Args:
-            threads: whether threads of a CPU share the work of a refresh.
+            threads: whether CPU threads share the work of a refresh.
         """
         label = THREADS if threads else REFRESH
 
@@ -87,10 +87,10 @@ class RefreshSchedule:
         return phase
 
     def turns_at(self, step: int, updates: Tree, block_ids: BlockIds) -> Tree:
-        """A tree of `Turn`s: who is refreshed at this step; None for nobody.
+        """A tree of `Turn`s for this step; None for leaves without one.
 
         Args:
-            step: its number.
+            step: the step number.
             updates: stacks, or a tree outside block space, whose leaves are numbered in order.
             block_ids: in block space.
         """
@@ -111,10 +111,10 @@ class RefreshSchedule:
 
 
 def phase(number: int, every: int) -> int:
-    """At which step of the interval, 0..every-1, block `number` has its turn.
+    """The step of the interval, 0..every-1, at which block `number` has its turn.
 
     Multiples of the golden ratio fill the interval evenly, and so do those of any run of numbers
-    and of every n-th number: whatever blocks a rank owns, each step gets its share of them.
+    and of every n-th number: whatever blocks a rank owns, every step gets a fair share of them.
 
     >>> [phase(number, 5) for number in range(10)]
     [0, 3, 1, 4, 2, 0, 3, 1, 4, 2]
@@ -123,7 +123,7 @@ def phase(number: int, every: int) -> int:
 
 
 def everybody(updates: Tree) -> Tree:
-    """All of every leaf."""
+    """All rows of every leaf."""
     return map_leaves(lambda u: EVERYBODY, updates)
 
 

@@ -1,8 +1,8 @@
 """Threads with one kernel thread each, for LAPACK calls on many matrices of moderate size.
 
-torch.linalg.eigh takes the matrices of a stack one after the other and lets MKL divide each among
-all threads of the process, which for sides up to a few hundred gains nothing. LAPACK runs without
-Python's lock, so threads of Python can take different matrices.
+torch.linalg.eigh processes the matrices of a stack one after the other and lets MKL split each
+among all threads of the process, which gains nothing for sides up to a few hundred. LAPACK runs
+without the GIL, so Python threads can work on different matrices.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SETTING = threading.Lock()
 class Workers:
     """A queue of tasks, and threads that take them in order.
 
-    The threads are daemons, so they keep no process from ending; when the interpreter exits, what
-    is queued is cancelled and what is running is waited for, since the libraries that it runs in
-    are about to be taken down.
+    The threads are daemons, so they do not keep the process alive. At interpreter exit, queued
+    tasks are cancelled and running ones are waited for, since the libraries that they run in are
+    about to be unloaded.
 
     Args:
-        count: of threads.
+        count: number of threads.
     """
 
     def __init__(self, count: int) -> None:
@@ -49,7 +49,7 @@ class Workers:
         for thread in self._threads:
             thread.start()
         for _ in self._threads:
-            self._ready.acquire()  # what they set for a moment is everybody's again
+            self._ready.acquire()  # from here on their temporary setting applies to no other thread
         atexit.register(self.close)
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
@@ -61,14 +61,14 @@ class Workers:
                 return function()
 
         future: Future[Any] = Future()
-        if self._closed:  # at interpreter exit: there is nobody left to run it
+        if self._closed:  # at interpreter exit: no thread is left to run it
             _carry_out(future, task)
         else:
             self._tasks.put((future, task))
         return future
 
     def close(self) -> None:
-        """Cancel what is queued, wait for what is running."""
+        """Cancel queued tasks and wait for running ones."""
         self._closed = True
         atexit.unregister(self.close)
         with contextlib.suppress(queue.Empty):
@@ -95,18 +95,18 @@ def _carry_out(future: Future[Any], function: Callable[[], Any]) -> None:
         return
     try:
         future.set_result(function())
-    except BaseException as error:  # whatever it is: it belongs to whoever asks for the result
+    except BaseException as error:  # of any type: it is raised where the result is requested
         future.set_exception(error)
 
 
 def _take_one_kernel_thread() -> None:
-    """One kernel thread for this thread; everybody else, threads to come included, as before.
+    """Give this thread one kernel thread; all others, also future ones, keep their number.
 
-    torch.set_num_threads sets the calling thread's number and one that new threads start from.
-    A helper that waits beside puts the latter back. Whoever starts a thread and runs its first
-    operator in that instant, once in the life of a process, may find 1 there.
+    torch.set_num_threads sets the calling thread's number, and the one that new threads start with.
+    A waiting helper thread restores the latter. A thread that starts and runs its first operator in
+    that instant, once in the life of a process, may get 1.
     """
-    with _SETTING:  # not two at a time: the second would take the first one's 1 for everybody's
+    with _SETTING:  # not two at a time: the second would save the first one's 1 as the default
         everybodys = torch.get_num_threads()
         begin = threading.Event()
 
@@ -126,10 +126,10 @@ _MAKING: dict[int, threading.Lock] = {}
 
 
 def workers(count: int) -> Workers:
-    """The process' `count` threads; made when first asked for.
+    """The process's `count` threads, started on first use.
 
-    A forked child has none of its parent's threads, and perhaps its locks as another thread left
-    them: it makes its own.
+    A forked child has none of its parent's threads, and its locks may be held by a thread that no
+    longer exists, so it makes its own.
     """
     process = os.getpid()
     with _MAKING.setdefault(process, threading.Lock()):
@@ -140,10 +140,10 @@ def workers(count: int) -> Workers:
 
 
 def can_run_in_a_thread(*tensors: Any) -> bool:
-    """Whether work on these means the same in another thread.
+    """Whether work on these has the same meaning in another thread.
 
-    They are plain tensors on the CPU that no gradient is wanted for; and neither torch.compile,
-    torch.func, autocast, nor any other mode, all of which belong to a thread, is active.
+    It does for plain CPU tensors that need no gradient, while no torch.compile, torch.func,
+    autocast or other mode is active, all of which belong to a thread.
     """
     if torch.compiler.is_dynamo_compiling() or _functorch.maybe_current_level() is not None:
         return False

@@ -1,4 +1,4 @@
-"""What the stages remember, as named tuples: checkpoints of it, and two reports on it."""
+"""The states of the stages, as named tuples: checkpoints, and two reports."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # It stood here in 0.1; `migrate` is built on this package and can't be imported above.
+    # It was here in 0.1; `migrate` is built on this package and can't be imported above.
     if name == "seed_from_adamw":
         from funshampoo.migrate.seeding import seed_from_adamw
 

@@ -1,4 +1,4 @@
-"""The named tuples of stages that know better weights than those that are trained."""
+"""The named tuples of stages that average weights for evaluation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from funshampoo.state.stages import Counter, LearningRateState, Tree
     evaluated="finite", fast="finite", total="nonnegative", largest="nonnegative", seen="count"
 )
 class ScheduleFreeState(NamedTuple):
-    """Of `schedule_free`: trees like the parameters, and of a number a block, float32 at least.
+    """State of `schedule_free`: trees like the parameters, and per-block numbers, at least float32.
 
-    Without own_steps the numbers are (), on the CPU, for all blocks together.
+    Without own_steps the numbers are (), on the CPU, shared by all blocks.
 
     Attributes:
-        evaluated: x, the average, which the model is to be evaluated with.
+        evaluated: x, the average, with which to evaluate the model.
         fast: z, which makes the steps.
         total: (N,), the sum of the weights in the average.
         largest: (N,), the largest learning rate so far.
@@ -34,7 +34,7 @@ class ScheduleFreeState(NamedTuple):
 
 @meaning(evaluated="finite", fast="finite")
 class PrimalAverageState(NamedTuple):
-    """Of `primal_average`: x and z as of `schedule_free`."""
+    """State of `primal_average`: x and z as in `schedule_free`."""
 
     evaluated: Tree
     fast: Tree
@@ -43,7 +43,7 @@ class PrimalAverageState(NamedTuple):
 
 @meaning(evaluated="finite", buffer="finite")
 class EmaNesterovState(NamedTuple):
-    """Of `ema_nesterov`: the weights without the look-ahead, and the average of their changes."""
+    """State of `ema_nesterov`: weights without the look-ahead, and the average of their changes."""
 
     evaluated: Tree
     buffer: Tree
@@ -52,7 +52,7 @@ class EmaNesterovState(NamedTuple):
 
 @meaning(evaluated="finite", weight="nonnegative")  # without beta it counts steps
 class TailAverageState(NamedTuple):
-    """Of `tail_average`: the average, and (N,), the total weight of what is in it."""
+    """State of `tail_average`: the average, and its total weight, (N,)."""
 
     evaluated: Tree
     weight: Tree

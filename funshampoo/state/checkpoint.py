@@ -1,7 +1,7 @@
 """Checkpoints: a state as a flat mapping of names to tensors, and back.
 
 The names are those of `naming`. They do not depend on stacks or ranks, so a checkpoint of N ranks,
-the union of what each rank saved, loads on M.
+the union of their parts, loads on M.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Loaded(NamedTuple):
 
     Attributes:
         state: with the saved values.
-        missing: names that the state has and the checkpoint lacks; they keep the values that they
-            had in the state passed in.
-        unknown: names of the checkpoint for which the state has no place.
+        missing: names that the state has and the checkpoint lacks; they keep the values of the
+            state passed in.
+        unknown: names in the checkpoint for which the state has no place.
     """
 
     state: Any
@@ -60,19 +60,18 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     """A state as {name: tensor}: flat, readable by torch.load(weights_only=True) and safetensors.
 
     Args:
-        state: of any transformation. Of a sharded one, what this rank owns: every rank saves its
-            own, and `merged` unites them.
+        state: of any transformation. For a sharded one, this rank's part: every rank saves its own,
+            and `merged` unites them.
 
     Returns:
-        Views of the state's tensors, not copies, detached. Beside them, int64 on the CPU: the
-        version of this format, 0-dimensional, under "funshampoo/format"; and under
-        "funshampoo/part" [rank, ranks, a sum of all bits], by which `merged` knows what belongs
-        together; where ranks share, the second has 2^20 times the number of their run, too. The sum
-        reads all of it.
+        Views of the state's tensors, not copies, detached. Also, int64 on the CPU: this format's
+        version, 0-dimensional, under "funshampoo/format"; and under "funshampoo/part" [rank, ranks,
+        a sum of all bits], by which `merged` recognizes parts of one state; if ranks share, the
+        second also contains 2^20 times their run number. The sum reads all of it.
 
     Raises:
-        TypeError: it is no state.
-        ValueError: two tensors would have one name; says which. Name the stages apart.
+        TypeError: not a state.
+        ValueError: two tensors would have the same name; says which. Name the stages apart.
 
     >>> import torch
     >>> from funshampoo import blocked, trace
@@ -99,22 +98,22 @@ def load_state_dict(
     Everything is checked before anything is built, and nothing passed in is written to.
 
     Args:
-        state: a fresh tx.init(params), whose structure rules. On several ranks each gives its own.
-        saved: from `state_dict`, on any number of ranks, see `merged`; or, on as many ranks, the
-            part that this rank saved.
-        strict: a name that is missing or unknown is an error. False reports it instead.
-        cast: convert floating-point values to the dtypes of `state`; else another dtype is an
+        state: a fresh tx.init(params), which sets the structure. Each rank passes its own.
+        saved: from `state_dict`, on any number of ranks, see `merged`; or, on the same number of
+            ranks, the part that this rank saved.
+        strict: a missing or unknown name is an error. False reports it instead.
+        cast: convert floating-point values to the dtypes of `state`; otherwise another dtype is an
             error.
 
-    A checkpoint says nothing of the chain's numbers: rates, decays and intervals are what the new
-    chain has. Nor does it of the solver: another one takes over at the next refresh. Factor
-    matrices and roots that were saved packed are unpacked where `state` has them so, and the
-    reverse. Another block size changes the blocks' shapes, which is an error that says so.
+    A checkpoint does not contain the chain's numbers: rates, decays and intervals are the new
+    chain's. So is the solver: a different one takes over at the next refresh. Packed factor
+    matrices and roots are unpacked if `state` has them unpacked, and vice versa. Another block size
+    changes the blocks' shapes, which is an error that says so.
 
     Raises:
         ValueError: names missing or unknown (all are listed), another shape or dtype, another
-            version of the format; values that no run can have left, see `check`. With `strict` or
-            without: of every name that has a place in the state of some rank.
+            version of the format; values that no run can have produced, see `check`. These are
+            checked, `strict` or not, for every name with a place in the state of some rank.
 
     >>> import torch
     >>> from funshampoo import trace
@@ -133,13 +132,13 @@ def load_state_dict(
             "it was saved: load an earlier one."
         )
     new = of_run(_filled(state, fit.saved), fit.run)
-    if fit.missing:  # the clock among them, perhaps
+    if fit.missing:  # perhaps including the clock
         new = _cut(new)
     return Loaded(new, fit.missing, fit.unknown)
 
 
 def of_run(state: Any, run: int) -> Any:
-    """The state, as one of this run."""
+    """The state, marked as one of this run."""
     if not run:
         return state
 
@@ -151,13 +150,13 @@ def of_run(state: Any, run: int) -> Any:
 
 @for_keeps()
 def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
-    """A state like `state` with what fits of these entries, from states of this process.
+    """A state like `state` with the entries that fit, from states of this process.
 
-    Nobody damaged them on the way, so values are not looked at, and no device is waited for. Where
-    blocks come from a state whose clock is ahead, their counts are cut to the clock of this one.
+    They can't have been damaged, so values are not checked, and no device is waited for. For blocks
+    from a state whose clock is ahead, counts are capped at this state's clock.
 
     Args:
-        entries: {name: tensor}, of `named_tensors` or `state_dict`.
+        entries: {name: tensor}, from `named_tensors` or `state_dict`.
 
     Raises:
         ValueError: other shapes.
@@ -167,7 +166,7 @@ def carried_over(state: Any, entries: Mapping[str, Tensor]) -> Any:
 
 
 def _cut(new: Any) -> Any:
-    """A state whose counts are at most its clock."""
+    """The state, with all counts capped at its clock."""
     limit = _limit(new, named(new))
 
     def cut(place: Place, x: Tensor) -> Tensor:
@@ -178,15 +177,15 @@ def _cut(new: Any) -> Any:
 
 
 def check(state: Any) -> None:
-    """Raise if a state holds values that no run can have left. Waits for the device.
+    """Check a state: raise if its values can't come from any run. Waits for the device.
 
-    That is, unless a stage declares it otherwise (see `meaning`): NaN or infinity anywhere but in
+    Unless a stage declares it otherwise (see `meaning`), that is: NaN or infinity anywhere but in
     reports; negative counts, weights, second moments and diagonals of factor matrices; weights
     above 1; an entry of a factor matrix with |L_ij| > 2 √(L_ii L_jj); a count above the clock, a
-    streak above its count. What is wrong but possible is not told.
+    streak above its count. Wrong but possible values are not detected.
 
     Raises:
-        TypeError: it is no state.
+        TypeError: not a state.
         ValueError: lists the names, and what is wrong with each.
 
     >>> import torch
@@ -201,12 +200,12 @@ def check(state: Any) -> None:
 
 
 class _Fit(NamedTuple):
-    """A checkpoint that has the names, shapes and dtypes for a state.
+    """A checkpoint with the names, shapes and dtypes of a state.
 
     Attributes:
         saved: in the state's forms.
-        entries: what of it has a place here or on another rank.
-        run: the number of the run that it is of; 0 where it says none.
+        entries: those with a place here or on another rank.
+        run: its run number; 0 if it has none.
     """
 
     saved: Mapping[str, Tensor]
@@ -247,14 +246,14 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
 
 
 def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:
-    """A state like `state`, its values from `saved` where they are there."""
+    """A state like `state`, with values from `saved` where it has them."""
     names = Names()
 
     def filled(place: Place, x: Tensor) -> Tensor:
         wanted = [(full_name(owner, rest), old) for owner, rest, old in names.parts(place, x)]
         if not wanted:
             return x
-        if place.stack is None or x.ndim == 0:  # one for all blocks of a stack: whose is there
+        if place.stack is None or x.ndim == 0:  # one per stack: is anyone's there?
             found = next((saved[name] for name, _ in wanted if name in saved), x)
             return placed_as(x, found)
         new = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -266,9 +265,9 @@ def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:
 
 
 def _limit(state: Any, entries: Sequence[Named]) -> int | None:
-    """What no count can be above: the clock. None without one, or where something may tick faster.
+    """The upper limit of all counts: the clock. None without one, or if something may tick faster.
 
-    A combinator that is none of ours may step what is in it twice at a time.
+    Combinators from outside funshampoo may step their part twice at a time.
     """
     for _, node in walk(state):
         ours = type(node).__module__.startswith("funshampoo.")
@@ -281,7 +280,7 @@ def _limit(state: Any, entries: Sequence[Named]) -> int | None:
 
 
 def _owner(name: str, elsewhere: Mapping[str, Any]) -> str:
-    """Which of the blocks or leaves of other ranks a name is of; "" for none."""
+    """The block or leaf of another rank that a name belongs to; "" if none."""
     steps = name.split("/")
     prefixes = ("/".join(steps[:i]) for i in range(1, len(steps)))
     return next((prefix for prefix in prefixes if prefix in elsewhere), "")
@@ -303,7 +302,7 @@ def _check_format(saved: Mapping[str, Tensor]) -> None:
 
 
 def _repacked(saved: Mapping[str, Tensor], places: Mapping[str, Named]) -> dict[str, Tensor]:
-    """The same, with symmetric matrices in the form, packed or not, that the state has."""
+    """The same, with symmetric matrices packed or not, as in the state."""
     return {
         name: in_form_of(x, places[name].x)
         if name in places and _is_symmetric(name) and isinstance(x, Tensor)

@@ -1,4 +1,4 @@
-"""What a stage finds in the states of the stages after it, from before the step."""
+"""The states of later stages, from before the step, as read by an earlier stage."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from funshampoo.state.upstream import hidden_error
 
 
 def kept_later(later: tuple[Any, ...], through: str, updates: Any) -> tuple[Any, Any]:
-    """What the next such stage keeps, and a tree of the numbers of gradients it has seen, or of ().
+    """The next such stage's kept values, and a tree of the gradient counts it has seen, or of ().
 
     Raises:
-        ValueError: there is none, it is of other statistics, that stand between, or a leaf is
+        ValueError: there is none, it belongs to other statistics that stand between, or a leaf is
             hidden from it.
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
-    # The bases of a later stage are no roots; and what comes after other statistics is of those.
+    # A later stage's bases are no roots; what follows other statistics belongs to those.
     found: Any = first_state(later, (wanted, KroneckerState), closed=EigenbasisState)
     if isinstance(found, KroneckerState):
         raise ValueError(
@@ -38,13 +38,13 @@ def kept_later(later: tuple[Any, ...], through: str, updates: Any) -> tuple[Any,
         ) from error
     if MaskedNode in map(type, kept):
         raise hidden_error(kept, updates, f'kl_statistics(through="{through}")', stage)
-    # Nobody counts for roots, for Ritz values and for bases that begin as the identity.
+    # Roots, Ritz values, and bases that start as the identity have no count.
     counted = through == "eigenvalues" and found.seen != ()
     return bases.kept, found.seen if counted else map_leaves(lambda u: (), updates)
 
 
 def _of_another(later: tuple[Any, ...], through: str) -> str:
-    """The remedy where the stage that another `through` reads stands there; else ""."""
+    """The remedy if the stage that another `through` reads stands there; else ""."""
     kind: Any = EigenbasisState if through == "roots" else RefreshedState
     if first_state(later, kind, closed=EigenbasisState) is None:
         return ""

@@ -1,4 +1,4 @@
-"""The named tuples of what is computed in the eigenbases of factor matrices."""
+"""The named tuples of stages that work in the eigenbases of factor matrices."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from funshampoo.state.stages import KroneckerState, RefreshedState, Tree
 
 @meaning(seen="count", bases="orthonormal")
 class EigenbasisState(NamedTuple):
-    """Of `in_eigenbasis`.
+    """State of `in_eigenbasis`.
 
     Attributes:
-        inner: of the transformation that works in the bases.
-        seen: a tree of (N,) int64: how many gradients each block has had; () where nothing
-            depends on it, first="identity".
+        inner: the state of the transformation that works in the bases.
+        seen: a tree of (N,) int64: how many gradients each block has had; () if nothing depends on
+            it, first="identity".
         bases: `RefreshedState` whose values are Q_i (N, d_i, d_i), eigenvectors as columns.
     """
 
@@ -26,11 +26,11 @@ class EigenbasisState(NamedTuple):
 
 @meaning(eigenvalues="nonnegative")
 class KlState(NamedTuple):
-    """Of `kl_statistics`.
+    """State of `kl_statistics`.
 
     Attributes:
         statistics: L_i and their weights, where `root_inverse` and `in_eigenbasis` look for them.
-        eigenvalues: tree of tuples, one λ_i (N, d_i) a side; empty tuples unless they are averages.
+        eigenvalues: tree of tuples, one λ_i (N, d_i) per side; empty tuples unless averaged.
     """
 
     statistics: KroneckerState

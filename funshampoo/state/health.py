@@ -1,4 +1,4 @@
-"""What the last refresh found."""
+"""Diagnostics of a state: the results of the last refresh."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from funshampoo.state.stages import (
 
 
 class FactorHealth(NamedTuple):
-    """One side of one stack (or leaf).
+    """Health of one side of one stack (or leaf).
 
     Attributes:
         where: stack or leaf, and side: "64x147 side 0", "layers.0.weight side 1".
-        matrices: how many factor matrices.
-        residual: the largest residual of a root: the relative error of the eigenvalue it gets most
-            wrong. In float32 rounding alone leaves up to about 1e-7 · condition, so 0.2 is usual at
-            the default damping of 1e-6, along directions that the damping dominates anyway. None
-            where no root has been computed, or nobody measures: eigenbases have no residual.
-        condition: the largest condition number; None likewise.
+        matrices: the number of factor matrices.
+        residual: the largest residual of a root: the relative error of its worst eigenvalue. In
+            float32 rounding alone leaves up to about 1e-7 · condition, so 0.2 is usual at the
+            default damping of 1e-6, along directions that the damping dominates anyway. None if no
+            root has been computed, or it is not measured: eigenbases have no residual.
+        condition: the largest condition number; None in the same cases.
         failures: how many refreshes kept an old root, over all matrices.
-        worst: the parameter whose root has the largest residual; "" outside `blocked`, or where
-            there is none.
+        worst: the parameter whose root has the largest residual; "" outside `blocked`, or if there
+            is none.
     """
 
     where: str
@@ -49,14 +49,14 @@ class FactorHealth(NamedTuple):
 
 
 class Health(NamedTuple):
-    """What the last refresh found, and what was skipped.
+    """Results of the last refresh, and what was skipped.
 
     Attributes:
-        steps: that the stage that refreshes has had, or micro-steps of a `multi_steps` around it; 0
-            if there is none.
+        steps: made by the stage that refreshes, or micro-steps of a `multi_steps` around it; 0 if
+            there is none.
         factors: one entry for every side of every stack.
         skipped: micro-batches that `multi_steps` left out.
-        held: how many times a block was held, since its gradient was not finite, or a spike.
+        held: how many times a block was held for a non-finite gradient, or a spike.
         ranks: for each `sharded`, over the blocks of all ranks: blocks held, the longest streak of
             that, roots failed, the longest streak of that. The other numbers are this rank's.
         spikes: how many of those held were spikes; None without a `spike_factor`.
@@ -97,11 +97,11 @@ class Health(NamedTuple):
 
 
 def health(state: Any, *, file: TextIO | None = None) -> Health:
-    """Print what the last refresh of a state found, and return the numbers. Reads the device.
+    """Print the results of a state's last refresh, and return the numbers. Reads the device.
 
     Args:
-        state: of any transformation; where it refreshes nothing (roots, eigenbases), the list of
-            factors is empty. Of the wrapper, one of `optimizer.chain_states()`.
+        state: of any transformation; if it refreshes nothing (roots, eigenbases), the list of
+            factors is empty. For the wrapper, one of `optimizer.chain_states()`.
         file: where to print; standard output by default.
 
     Raises:
@@ -174,7 +174,7 @@ def _factor(
 
 
 def _largest(measured: Tensor) -> float | None:
-    """None where nothing was measured, which is -1."""
+    """The largest value; None if nothing was measured, which is -1."""
     largest = float(measured.max())
     return None if largest < 0 else largest
 

@@ -1,4 +1,4 @@
-"""What the numbers of a state mean, as far as that limits which of them can be right."""
+"""The meaning of a state's numbers, as far as it limits their valid values."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def meaning(**fields: str) -> Callable[[StateClass], StateClass]:
 
     Args:
         fields: {field: kind}, one of `KINDS`. A field that is not named has to be finite; "any"
-            opts it out.
+            opts out.
 
     Raises:
-        ValueError: there is no such kind, or no such field.
+        ValueError: no such kind, or no such field.
 
     >>> from typing import NamedTuple
     >>> from torch import Tensor
@@ -60,7 +60,7 @@ def meaning(**fields: str) -> Callable[[StateClass], StateClass]:
 
 
 def parts_of(kind: str) -> tuple[str, str, str]:
-    """The base of a kind, how it is related to another field, and that field.
+    """The base of a kind, its relation to another field, and that field.
 
     >>> parts_of("count <= held"), parts_of("weight of average"), parts_of("finite")
     (('count', ' <= ', 'held'), ('weight', ' of ', 'average'), ('finite', '', ''))
@@ -71,12 +71,12 @@ def parts_of(kind: str) -> tuple[str, str, str]:
 
 
 def is_declared(state: type) -> bool:
-    """Whether this class says what its fields mean."""
+    """Whether this class declares what its fields mean."""
     return hasattr(state, "_meaning")
 
 
 def kind_of(state: Any, field: str) -> str:
-    """What a field of this class means; "finite" where nobody says.
+    """The kind of a field of this class; "finite" if not declared.
 
     >>> kind_of(tuple, "average")
     'finite'

@@ -1,4 +1,4 @@
-"""Where the memory of a state goes."""
+"""The memory of a state, by stage and by parameter."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Memory(NamedTuple):
     """Bytes of a state.
 
     Attributes:
-        total: all of it.
+        total: bytes of the whole state.
         stages: {path of a stage's state: bytes}, in the order of the chain; the paths of stages
             inside `blocked` or `masked` are joined by "/".
-        parameters: {parameter: bytes}; what belongs to no single one, such as counters, is under
+        parameters: {parameter: bytes}; bytes of no single parameter, such as counters, are under
             "(shared)".
     """
 
@@ -41,17 +41,17 @@ class Memory(NamedTuple):
 
 
 def summary(state: Any, *, file: TextIO | None = None) -> Memory:
-    """Print where the memory of a state goes, by stage and by parameter, and return the numbers.
+    """Print the memory of a state, by stage and by parameter, and return the numbers.
 
     Args:
-        state: of any transformation; of the wrapper, one of `optimizer.chain_states()`. Of a
-            sharded one, what this rank has.
+        state: of any transformation; for the wrapper, one of `optimizer.chain_states()`. For a
+            sharded one, this rank's part.
         file: where to print; standard output by default.
 
     Raises:
         TypeError: state is that of a torch.optim.Optimizer.
 
-    Inside `blocked` a stack's bytes are shared out by the blocks that each parameter has there.
+    Inside `blocked` a stack's bytes are divided by the blocks that each parameter has there.
     Elsewhere a leaf's name in its state is the parameter's.
 
     >>> import torch

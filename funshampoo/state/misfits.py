@@ -1,4 +1,4 @@
-"""What a checkpoint and a state that do not fit each other are told."""
+"""Messages for a checkpoint and a state that do not fit together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GUARDED_THEN = (
 
 
 def misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
-    """Why this value can't stand in the place of x; "" if it can."""
+    """Why this value can't replace x; "" if it can."""
     if not isinstance(saved, Tensor):
         return f"'{name}' is no tensor there, but a {type(saved).__name__}"
     if saved.shape != x.shape:
@@ -40,10 +40,10 @@ def misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
 
 
 def report(misfits: list[str], missing: list[str], unknown: list[str], part: Part | None) -> str:
-    """What all of them come to, with the remedies.
+    """One message for all of them, with the remedies.
 
     Args:
-        misfits: as `misfit` says it.
+        misfits: as from `misfit`.
         missing, unknown: names.
         part: which part of a state the checkpoint is, if it says so.
     """
@@ -69,7 +69,7 @@ def report(misfits: list[str], missing: list[str], unknown: list[str], part: Par
         if names and all(["guarded/" in name for name in names]):
             lines.append(remedy)
     if missing or unknown:
-        # Not "strict=False" alone: torch's flattened helpers have one that does not get here.
+        # Not "strict=False" alone: torch's flattened helpers have one that does not reach this.
         lines.append(
             "load_state_dict(saved, strict=False), called by yourself, loads what fits and leaves "
             "out the rest."
@@ -78,5 +78,5 @@ def report(misfits: list[str], missing: list[str], unknown: list[str], part: Par
 
 
 def listed(names: list[str]) -> str:
-    """The first ten, and how many there are."""
+    """The first ten, and the total count."""
     return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

@@ -1,12 +1,12 @@
-"""The tensors of a state by name.
+"""Names for the tensors of a state.
 
-A name says what a tensor is, not where it happened to lie:
+A name says what a tensor is, not where it happens to be stored:
 
     conv1.weight/block_0_1/kronecker_statistics/factors/0    a block's, in block space
     conv1.weight/trace/buffer                                a leaf's, outside
-    graft/steps                                              nobody's, such as a counter
+    graft/steps                                              no one's, such as a counter
 
-So it does not depend on stacks, ranks, or the place of a stage among others.
+So it does not depend on stacks, ranks, or a stage's position among others.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Named(NamedTuple):
 
     Attributes:
         owner: the parameter, or "".
-        rest: of the name.
+        rest: the rest of the name.
         path: the end of the name, without the block.
-        kind: what it means; see `funshampoo.state.meaning`.
-        x: a view; or a value for it, of a checkpoint.
-        dtype: of the state.
+        kind: its meaning; see `funshampoo.state.meaning`.
+        x: a view; or a value for it, from a checkpoint.
+        dtype: in the state.
     """
 
     owner: str
@@ -44,12 +44,12 @@ class Named(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In a checkpoint."""
+        """The name in a checkpoint."""
         return full_name(self.owner, self.rest)
 
 
 def full_name(owner: str, rest: str) -> str:
-    """Of a tensor in a checkpoint."""
+    """The name of a tensor in a checkpoint."""
     return "/".join(filter(None, [owner, rest]))
 
 
@@ -57,7 +57,7 @@ def named(state: Any) -> list[Named]:
     """Every tensor of a state.
 
     Raises:
-        ValueError: two of them have one name.
+        ValueError: two of them have the same name.
     """
     found: list[Named] = []
     names = Names()
@@ -75,7 +75,7 @@ def named(state: Any) -> list[Named]:
 
 
 def _said_above(state: Any) -> dict[int, str]:
-    """{id of a tensor: its kind}, where that is said by a node above the one that it is in."""
+    """{id of a tensor: its kind}, if declared by a node above the one that contains it."""
     found: dict[int, str] = {}
     for _, node in walk(state):
         if isinstance(node, HyperparamsState):
@@ -93,7 +93,7 @@ def named_tensors(state: Any) -> list[tuple[str, str, Tensor]]:
     """(parameter or "", rest of the name, view) for every tensor of `state_dict`.
 
     Raises:
-        ValueError: two of them have one name.
+        ValueError: two of them have the same name.
     """
     return [(entry.owner, entry.rest, entry.x) for entry in named(state)]
 
@@ -114,13 +114,13 @@ def path_of(place: Place) -> str:
 
 
 _UNNAMED = (
-    ("sharded", "report"),  # which steps derive anew
-    RUN,  # which part of a checkpoint says it: "funshampoo/part"
+    ("sharded", "report"),  # which steps compute anew
+    RUN,  # stored in a checkpoint's part entry: "funshampoo/part"
 )
 
 
 class Names:
-    """The names of a state's tensors. Remembers what it has read from a layout."""
+    """The names of a state's tensors. Caches parsed layouts."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, dict[str, dict[int, tuple[str, str]]]] = {}
@@ -146,7 +146,7 @@ class Names:
         ]
 
     def owners(self, place: Place) -> list[tuple[str, str]]:
-        """(parameter, block) of every row that is held there; none outside block space."""
+        """(parameter, block) of every row held there; none outside block space."""
         if place.stack is None:
             return []
         if id(place.layout) not in self._blocks:

@@ -1,4 +1,4 @@
-"""The nodes of a state: to find one, to walk over all, to tell a state from something else."""
+"""The nodes of a state: find one, walk over all, tell a state from other objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ StateT = TypeVar("StateT")
 
 
 def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> StateT | None:
-    """The last state of this kind in a (nested) state, or None; of one in another, the outer.
+    """The last state of this kind in a (nested) state, or None; of nested ones, the outer.
 
     >>> import torch
     >>> from funshampoo.state import ScheduleState
@@ -21,7 +21,7 @@ def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> St
     ScheduleState(steps=tensor(3))
     """
     nodes: list[Any] = [states]
-    while nodes:  # from the last: mostly it is one of the stages that stand just before
+    while nodes:  # from the last: usually it is a stage just before
         node = nodes.pop()
         if isinstance(node, kind):
             return node
@@ -35,12 +35,12 @@ def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> St
 def first_state(
     states: Any, kind: type[StateT] | tuple[type[StateT], ...], closed: type | tuple[type, ...] = ()
 ) -> StateT | None:
-    """The first state of this kind in a (nested) state, or None; of one in another, the outer.
+    """The first state of this kind in a (nested) state, or None; of nested ones, the outer.
 
     Args:
         states: in the order of the chain.
-        kind: of the state.
-        closed: kinds of states that are not looked into.
+        kind: the state's class.
+        closed: kinds of states not to search in.
     """
     nodes: list[Any] = [states]
     while nodes:
@@ -71,7 +71,7 @@ def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...
 
 
 def check_is_state(state: Any) -> None:
-    """Raise where it can't be read as the state of a chain.
+    """Raise if it can't be read as the state of a chain.
 
     Raises:
         TypeError: see `check_kind`.
@@ -82,7 +82,7 @@ def check_is_state(state: Any) -> None:
 
 
 def check_kind(state: Any) -> None:
-    """Raise where this is no state, but for a half done one, into which a checkpoint may be loaded.
+    """Raise if this is not a state. A half done one passes: a checkpoint may be loaded into it.
 
     Raises:
         TypeError: it is a torch.optim.Optimizer, its `state` or its `state_dict()`, or anything

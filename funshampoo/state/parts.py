@@ -1,4 +1,4 @@
-"""What one rank saved says that it is a part, and the parts become one checkpoint again."""
+"""Ranks' parts of a checkpoint: how a part is labelled, and how parts are merged."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ PART_KEY = "funshampoo/part"
 RUN = ("sharded", "run")  # how the path of `ShardedState.run` ends
 
 
-_SIZES = 2**20  # ranks that can share
+_SIZES = 2**20  # upper limit of the ranks that can share
 
 
 class Part(NamedTuple):
-    """Which part of a state a checkpoint is: the entry is int64, these numbers.
+    """Which part of a state a checkpoint is: these numbers, as one int64 entry.
 
     Attributes:
-        rank: who saved it, of `size` that share; 0 of 1 where nobody does.
-        bits: a sum over all bits of its tensors, by which what is not of the same save is told;
-            None where nobody took it.
-        run: the number of the run, below 2^43; 0 where there is none: of what is whole, or has not
+        rank: that saved it, of `size` that share; 0 of 1 if none share.
+        bits: a sum over all bits of its tensors, which reveals pieces of different saves; None if
+            not computed.
+        run: the run number, below 2^43; 0 if there is none: for a whole state, or one that has not
             stepped.
     """
 
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     def entry(self) -> Tensor:
         """[rank, size + 2^20 run, bits] (3,) int64 on the CPU, without `bits` (2,).
 
-        With or without a run it has one shape, into which torch.distributed.checkpoint reads.
+        Its shape is the same with or without a run, for torch.distributed.checkpoint to read into.
         """
         numbers = [self.rank, self.size + _SIZES * self.run, self.bits]
         found = [x for x in numbers if x is not None]
@@ -48,10 +48,10 @@ class Part(NamedTuple):
 
     @classmethod
     def read(cls, entry: Any) -> Part:
-        """What the entry says.
+        """Parse the entry.
 
         Raises:
-            ValueError: it is none.
+            ValueError: not such an entry.
         """
         fits = isinstance(entry, Tensor) and entry.dtype == torch.int64
         if fits and entry.ndim == 1 and len(entry) in (2, 3):
@@ -78,7 +78,7 @@ def part_of(state: Any) -> Part:
 
 
 def run_of(state: ShardedState) -> int:
-    """The number of its run; 0 where there is none yet."""
+    """Its run number; 0 if there is none yet."""
     return int(state.run) if isinstance(state.run, Tensor) and not state.run.is_meta else 0
 
 
@@ -93,9 +93,9 @@ def sum_of_bits(x: Tensor) -> Tensor:
 
 
 def bits_of(tensors: Iterable[Tensor]) -> int:
-    """The sum of all elements' bits read as integers, modulo 2^64, in whatever order.
+    """The sum of all elements' bits read as integers, modulo 2^64, in any order.
 
-    One pass over the memory, and one look at each device.
+    One pass over the memory, and one synchronization per device.
     """
     sums: dict[torch.device, list[Tensor]] = {}
     for x in tensors:
@@ -106,14 +106,14 @@ def bits_of(tensors: Iterable[Tensor]) -> int:
 
 
 def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several ranks saved, as one checkpoint: of `state_dict`, or of the wrapper's.
+    """Merge the checkpoints of several ranks into one: from `state_dict`, or from the wrapper's.
 
     The parts of all ranks are needed. One rank's may come in pieces, and more than once. DTensors,
-    the state of sharded parameters outside `blocked`, become plain tensors. The number of the run
-    is left out: the whole is the same on any number of ranks.
+    the state of sharded parameters outside `blocked`, become plain tensors. The run number is left
+    out: the whole is the same on any number of ranks.
 
     Raises:
-        ValueError: the part of a rank is missing; parts are of different numbers of ranks, or of
+        ValueError: the part of a rank is missing; parts are from different numbers of ranks, or
             different runs; two have different values under one name, or are pieces of different
             saves.
 
@@ -127,7 +127,7 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _said(tree: Mapping[Any, Any]) -> Iterable[tuple[int, int]]:
-    """(ranks, rank) of every group that shares something of a part, at any depth."""
+    """(ranks, rank) of every group that shares some of a part, at any depth."""
     for name, x in tree.items():
         if isinstance(x, Mapping):
             yield from _said(x)
@@ -137,7 +137,7 @@ def _said(tree: Mapping[Any, Any]) -> Iterable[tuple[int, int]]:
 
 
 def _says_part(name: Any) -> bool:
-    """Whether an entry is of this kind; in the wrapper's state dicts it is "shared/...", too."""
+    """Whether it is a part entry; the wrapper's state dicts also have it as "shared/..."."""
     return isinstance(name, str) and (name == PART_KEY or name.endswith("/" + PART_KEY))
 
 
@@ -184,7 +184,7 @@ def _united(parts: Sequence[Mapping[Any, Any]], path: str) -> dict[Any, Any]:
 
 
 def _check_one_save(parts: Sequence[Part]) -> None:
-    """The pieces that one rank's part comes in were cut from the same state."""
+    """Check that the pieces of one rank's part are from the same state."""
     runs = list(dict.fromkeys(part.run for part in parts))
     if len(runs) > 1:
         raise ValueError(
@@ -201,7 +201,7 @@ def _check_one_save(parts: Sequence[Part]) -> None:
 
 
 def is_note(name: str) -> bool:
-    """Whether an entry is about the checkpoint, and no tensor of the state."""
+    """Whether an entry is about the checkpoint, and not a tensor of the state."""
     return name.startswith("funshampoo/")
 
 

@@ -1,9 +1,9 @@
-"""Where the tensors of a state belong: to which stage, which leaf or block, which rows of a stack.
+"""The place of every tensor in a state: its stage, leaf or block, and rows of a stack.
 
-A state is a pytree that describes itself. Combinators are named tuples that keep another state in
-the field `inner` (`graft` in `direction` and `onto`); dicts in such a place are those of chains and
+A state is a pytree that describes itself. Combinators are named tuples with another state in the
+field `inner` (`graft`: in `direction` and `onto`); dicts in such a field belong to chains and
 partitions, keyed by stage; any other dict is a tree over the parameters or, in block space, over
-the stacks, and so is a named tuple in any other field but one of `stages`.
+the stacks, and so is a named tuple in any other field except one of `stages`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Span(NamedTuple):
         first, last: the rows first..last-1.
         grid: blocks along every side, row-major in the rows.
         origin: the coordinates of the first block among all blocks of the parameter.
-        stacked: the side of the grid that counts matrices of a stack, which a block is without.
+        stacked: the side of the grid that counts matrices of a stack; blocks omit it.
 
     >>> span = Span(4, 10, (2, 3), (0, 1))
     >>> str(span), Span.parse("4:10 2x3+0,1") == span
@@ -54,7 +54,7 @@ class Span(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Span:
-        """The span that `str` wrote."""
+        """Parse a span written by `str`."""
         rows, place = text.split(" ")
         first, last = map(int, rows.split(":"))
         grid, origin = [list(filter(None, p.split(by))) for p, by in zip(place.split("+"), "x,")]
@@ -63,7 +63,7 @@ class Span(NamedTuple):
         return cls(first, last, sides, tuple(map(int, origin)), stacked)
 
     def block(self, stack: str) -> tuple[int, ...]:
-        """The shape of a block of this stack in the parameter: of one matrix, where it has some.
+        """The shape of a block of this stack in the parameter, or in one of its stacked matrices.
 
         >>> Span.parse("0:8 8*x1x1+0,0,0").block("4x2"), Span.parse("0:1 1x1+0,0").block("4x2")
         ((1, 4, 2), (4, 2))
@@ -73,29 +73,29 @@ class Span(NamedTuple):
         return sides if at is None else (*sides[:at], 1, *sides[at:])
 
     def blocks(self) -> list[str]:
-        """The names of the blocks, one a row; a parameter of order 0 has the one block "block"."""
+        """The names of the blocks, one per row; a parameter of order 0 has only block "block"."""
         return ["_".join(["block", *map(str, at)]) for at in self.coordinates()]
 
     def coordinates(self) -> list[tuple[int, ...]]:
-        """The coordinates of the blocks among all of the parameter, one a row."""
+        """The coordinates of the blocks among all of the parameter, one per row."""
         sides = [range(o, o + n) for o, n in zip(self.origin, self.grid)]
         return list(itertools.product(*sides))
 
 
 class Place(NamedTuple):
-    """Of one tensor in a state.
+    """The place of one tensor in a state.
 
     Attributes:
-        stage: names of the stages around the tensor; in `graft` also "direction" and "onto".
-        path: names of the stages and fields around it, without the fields `inner` of combinators,
-            the leaf and the stack. A combinator's own fields have its name before them.
+        stage: names of the enclosing stages; in `graft` also "direction" and "onto".
+        path: names of the enclosing stages and fields, without the fields `inner` of combinators,
+            the leaf and the stack. A combinator's own fields are preceded by its name.
         leaf: path of the leaf in the tree of parameters; outside block space.
         stack: name of the stack, in block space.
-        rows: in block space, the row of the full stack for every row that the state holds; None
-            where that is not known or there is no stack.
-        layout: that of the `BlockedState` around the tensor; empty outside block space.
-        kind: the class of the innermost named tuple around it.
-        field: the name of its field that the tensor is in.
+        rows: in block space, the row of the full stack for every row that the state holds; None if
+            that is not known or there is no stack.
+        layout: that of the enclosing `BlockedState`; empty outside block space.
+        kind: the class of the innermost enclosing named tuple.
+        field: the name of its field that contains the tensor.
     """
 
     stage: Path
@@ -109,12 +109,12 @@ class Place(NamedTuple):
 
 
 class _Scope(NamedTuple):
-    """What is known on the way down to a tensor."""
+    """The context on the way down to a tensor."""
 
     place: Place
     stacks: Mapping[str, tuple[int, ...] | None] | None  # in block space: {stack: rows}
     of_states: bool  # whether a dict here is keyed by stages
-    only: Collection[str] | None  # stacks that are kept; None: all
+    only: Collection[str] | None  # stacks to keep; None: all
 
 
 def map_tensors(
@@ -126,10 +126,10 @@ def map_tensors(
     """Apply `function(place, tensor, *tensors of the other states)` to every tensor of a state.
 
     Args:
-        function: what it returns stands in the tensor's place.
-        states: of one structure; the first one's tuples and dicts rule.
-        stacks: the names of the stacks, where the states were taken from inside block space.
-        only: stacks to keep; the entries of others are left out of the result.
+        function: its result replaces the tensor.
+        states: of one structure, that of the first one's tuples and dicts.
+        stacks: the names of the stacks, if the states were taken from inside block space.
+        only: stacks to keep; entries of others are omitted from the result.
     """
     known = None if stacks is None else dict.fromkeys(stacks, None)
     start = _Scope(Place((), (), (), None, None, {}, None), known, True, only)
@@ -168,16 +168,16 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
 
 
 def _is_of_parameters(scope: _Scope, node: Any) -> bool:
-    """Whether a named tuple is a container of the tree of parameters, and no state.
+    """Whether a named tuple is a container in the tree of parameters, and not a state.
 
-    It stands in another one's field, where that is no place for states.
+    It is if it is in a field of another one that does not hold states.
     """
     in_a_tree = scope.place.kind is not None and not scope.of_states and scope.stacks is None
     return in_a_tree and not (type(node).__module__ == Kept.__module__ or is_declared(type(node)))
 
 
 def _entered(scope: _Scope, node: Any) -> _Scope:
-    """Block space begins at a `BlockedState`; a `ShardedState` in it holds some of the rows."""
+    """Block space starts at a `BlockedState`; a `ShardedState` in it holds some of the rows."""
     if isinstance(node, BlockedState):
         rows = {stack: tuple(range(n)) for stack, n in stack_rows(node).items()}
         return changed(scope, place=changed(scope.place, layout=node.layout), stacks=rows)
@@ -193,7 +193,7 @@ _KEYED_BY_NAME = ("inner", "direction", "onto", "hyperparams")
 
 
 def _inside(scope: _Scope, node: Any, field: str) -> _Scope:
-    """Below a field of a named tuple."""
+    """The scope of a field of a named tuple."""
     place = changed(scope.place, kind=type(node), field=field)
     if field != "inner":
         place = changed(place, path=(*place.path, *_combinator(node), field))
@@ -203,16 +203,16 @@ def _inside(scope: _Scope, node: Any, field: str) -> _Scope:
 
 
 def _combinator(node: Any) -> Path:
-    """("guarded",) for a `GuardedState`: its own fields stand beside those of the state in it."""
+    """("guarded",) for a `GuardedState`: its own fields are beside those of the state in it."""
     own = type(node).__name__.removesuffix("State").lower()
     return (own,) if "inner" in type(node)._fields else ()
 
 
 def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
-    """Below a key of a dict, or at an index."""
+    """The scope below a key of a dict, or at an index."""
     place, stacks = scope.place, scope.stacks
     over_stacks = isinstance(node, dict) and stacks is not None and node.keys() == stacks.keys()
-    over_stacks = over_stacks and place.kind is not PartitionState  # whose keys are labels
+    over_stacks = over_stacks and place.kind is not PartitionState  # its keys are labels
     if over_stacks and stacks is not None and place.stack is None:
         below = changed(place, stack=str(key), rows=stacks[key])
         return changed(scope, place=below, of_states=False)
@@ -225,14 +225,14 @@ def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
 
 
 def _side_moved(place: Place) -> Place:
-    """The side of a factor is the last step of the way to it; it is no part of the leaf's name."""
+    """The place with a factor's side, the last step of the path, not in the leaf's name."""
     if not place.leaf:
         return place
     return changed(place, path=(*place.path, place.leaf[-1]), leaf=place.leaf[:-1])
 
 
 def rows_of(spans: Mapping[str, Any]) -> tuple[int, ...]:
-    """The rows that keys such as "0:2" or "0:2 2x1+0,0" name.
+    """The rows in keys such as "0:2" or "0:2 2x1+0,0".
 
     >>> rows_of({"0:2": (), "5:6": ()})
     (0, 1, 5)
@@ -253,7 +253,7 @@ def spans_of(layout: Mapping[str, Any]) -> Iterator[tuple[str, str, Span]]:
 
 
 def stack_rows(state: BlockedState) -> dict[str, int]:
-    """{stack: how many blocks it has}, in the order of the stacks."""
+    """{stack: its number of blocks}, in the order of the stacks."""
     rows: dict[str, int] = {}
     for stacks in state.layout.values():
         for stack, spans in stacks.items():
@@ -272,7 +272,7 @@ def block_of(stack: str) -> tuple[int, ...]:
 
 
 def walk_blocks(state: Any) -> Iterator[tuple[Path, Any, BlockedState | None]]:
-    """`walk`, with the `blocked` around each node, or None. There is none in another."""
+    """`walk`, with the `blocked` around each node, or None. They are never nested."""
     scope: Path = ()
     around: BlockedState | None = None
     for path, node in walk(state):

@@ -23,12 +23,12 @@ class Checkpoint:
         dcp.load({"optimizer": checkpoint, ...}, checkpoint_id=folder)
         state = checkpoint.state
 
-    Each rank writes and reads what it owns, and the number of ranks may change. dcp looks for such
-    objects among the values of the dict that it is given, no deeper.
+    Each rank writes and reads what it owns, and the number of ranks may change. dcp finds such
+    objects only among the values of the dict it is given, not deeper.
 
-    dcp overwrites the tensors that it is shown one after the other, and converts dtypes in silence.
-    So it is shown copies, under names that begin with their dtype: of another one it finds no such
-    name. What it has read goes through `load_state_dict`.
+    dcp overwrites the tensors that it gets one after the other, and silently converts dtypes. So it
+    gets copies, under names that begin with their dtype: a different dtype means an unknown name.
+    What it has read goes through `load_state_dict`.
 
     Attributes:
         state: as given, until all of it has been loaded.
@@ -44,7 +44,7 @@ class Checkpoint:
         self.state = state
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """{dtype: {name: copy}}; nothing that is written there reaches the state."""
+        """{dtype: {name: copy}}; writes to it do not reach the state."""
         check_is_state(self.state)
         found: dict[str, dict[str, Tensor]] = {}
         version = torch.tensor(FORMAT, device="cpu")
@@ -54,11 +54,11 @@ class Checkpoint:
         return found
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what was read into a `state_dict`, or nothing.
+        """Load what was read into a `state_dict`, or nothing.
 
         Raises:
-            ValueError: see `funshampoo.state.load_state_dict`. On this rank alone, if the values
-                are those of blocks that others don't have.
+            ValueError: see `funshampoo.state.load_state_dict`. On this rank only, if the values
+                belong to blocks that others don't have.
         """
         flat = {name: x for entries in saved.values() for name, x in entries.items()}
         own = {PART_KEY: part_of(self.state).entry()}  # dcp reads what this rank owns

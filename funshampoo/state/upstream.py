@@ -1,4 +1,4 @@
-"""What a stage finds in the states of the stages before it, or misses in those of a partner."""
+"""The states of earlier stages, as read by a later stage, and errors for missing ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
     """The factor matrices that `kronecker_statistics` or `kl_statistics` keeps of this tree.
 
     Args:
-        upstream: of the context, in `init` or in `update`.
-        stage: the name of the stage that asks, for the messages.
-        tree: the parameters or the updates of that stage.
+        upstream: from the context, in `init` or in `update`.
+        stage: the name of the calling stage, for error messages.
+        tree: the parameters or updates of that stage.
 
     Raises:
-        ValueError: no stage before it keeps any, they are those of another tree, or a leaf has
-            none.
+        ValueError: no stage before it keeps any, they belong to another tree, or a leaf has none.
 
     >>> import torch
     >>> from funshampoo import kronecker_statistics
@@ -49,10 +48,10 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
 
 
 def hidden_error(parts: Sequence[Any], tree: Any, stage: str, other: str) -> ValueError:
-    """That a stage has leaves that are hidden from the one with which it is a pair, by a name.
+    """The error if leaves of a stage are hidden from its partner stage; it names one.
 
     Args:
-        parts: what the other one has of each leaf of the tree.
+        parts: what the partner has for each leaf of the tree.
         stage, other: the two.
     """
     first = [isinstance(part, MaskedNode) for part in parts].index(True)

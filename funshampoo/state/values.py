@@ -1,4 +1,4 @@
-"""Values that no run can have left in a state: what of a damaged checkpoint can be told."""
+"""Values that no run can have produced: the detectable damage in a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from funshampoo.operators.packed import unpack
 from funshampoo.state.meaning import parts_of
 from funshampoo.state.naming import Named
 
-_AT_A_TIME = 2**24  # numbers that are looked at together
+_AT_A_TIME = 2**24  # numbers that are checked together
 _RANGE = re.compile(r"([\[(])([^\s,]+), ([^\s,\])]+)([\])])")  # as in "number [0.0, 1.0)"
 _OFF_ORTHONORMAL = 0.1  # an entry of QQᵀ - I: rounding leaves a hundredth of it, in bfloat16 too
-_ABOVE_ONE = 1.01  # of a weight: a long average's rounds to a little above 1
+_ABOVE_ONE = 1.01  # limit of a weight: a long average's rounds to slightly above 1
 
 
 def problems(entries: Sequence[Named], limit: int | None) -> list[str]:
-    """What is wrong with these values: "'w/trace/buffer' is not finite", one line an entry.
+    """The problems of these values: "'w/trace/buffer' is not finite", one line per entry.
 
-    Entries of a shape and a meaning are looked at together. Waits for the device.
+    Entries with equal shape and meaning are checked together. Waits for the device.
 
     Args:
-        limit: what no count can be above; None where that is not known.
+        limit: the upper limit of all counts; None if unknown.
     """
     found: dict[str, str] = {}
     looked_at = [e for e in entries if e.kind != "any" and e.x.numel() and not e.x.is_meta]
@@ -41,7 +41,7 @@ def problems(entries: Sequence[Named], limit: int | None) -> list[str]:
 
 
 def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, str]]:
-    """((n,) bool, what is wrong there) of n entries of one kind, (n, ...)."""
+    """((n,) bool, what is wrong there) for n entries of one kind, (n, ...)."""
     if kind.startswith("number"):
         yield _rows(x.isnan()), "is NaN"
         for left, low, high, right in _RANGE.findall(kind):
@@ -61,7 +61,7 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
         Q = x if x.dtype == torch.float64 else x.float()
         with full_precision():
             gram = Q @ Q.mT
-        there = (Q != 0).any(-1)  # a coordinate that no gradient has touched has a row of zeros
+        there = (Q != 0).any(-1)  # a coordinate without any gradient so far has a zero row
         off = (gram - there.to(Q.dtype).diag_embed()).abs() > _OFF_ORTHONORMAL
         yield _rows(off) | _rows(~there.any(-1)), "has rows that are not orthonormal"
     if kind == "factor":
@@ -69,13 +69,13 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
         diagonal = L.diagonal(dim1=-2, dim2=-1)
         yield _rows(diagonal < 0), "is negative on the diagonal, as no sum of squares is"
         root = (diagonal.clamp(min=0) + torch.finfo(L.dtype).tiny).sqrt()
-        # Twice the bound: the average is rounded on every step.
+        # Twice the bound, since the average is rounded on every step.
         beyond = L.abs() > 2 * root.unsqueeze(-1) * root.unsqueeze(-2)
         yield _rows(beyond), "has an entry above √(L_ii L_jj), as no sum of A Aᵀ has"
 
 
 class _Pair(NamedTuple):
-    """An entry and one of the field that its kind names; see `meaning`."""
+    """An entry, and the entry of the field that its kind names; see `meaning`."""
 
     entry: Named
     relation: str
@@ -87,7 +87,7 @@ def _related(entries: Sequence[Named]) -> Iterator[_Pair]:
     of_field: dict[str, list[Named]] = {}
     for entry in entries:
         path = entry.name.split("/")
-        if len(path) > 1 and path[-1].isdigit():  # of a side
+        if len(path) > 1 and path[-1].isdigit():  # a side's
             path = path[:-1]
         of_field.setdefault("/".join(path), []).append(entry)
     for entry in entries:
@@ -99,9 +99,9 @@ def _related(entries: Sequence[Named]) -> Iterator[_Pair]:
 
 
 def _beside(pairs: Sequence[_Pair]) -> Iterator[tuple[str, str]]:
-    """Counts above the field that bounds them, and weights of 0 of averages in which something is.
+    """Counts above the field that bounds them, and weights of 0 for nonzero averages.
 
-    A bound of another shape, which is not the same blocks', says nothing.
+    A bound with another shape belongs to other blocks, and says nothing.
     """
     same = [p for p in pairs if p.relation == " of " or p.entry.x.shape == p.other.x.shape]
     for some in _alike(same, lambda p: (p.relation,), lambda p: [p.entry.x, p.other.x]):
@@ -122,7 +122,7 @@ def _alike(
     key: Callable[[_Item], tuple[object, ...]],
     tensors: Callable[[_Item], list[Tensor]],
 ) -> Iterator[list[_Item]]:
-    """What can be looked at together: of one key, tensors of one kind, not too much at once."""
+    """Groups to check together: with one key, tensors of one kind, not too much at once."""
     groups: dict[tuple[object, ...], list[_Item]] = {}
     for item in items:
         kinds = [(x.shape, x.dtype, x.device) for x in tensors(item)]
@@ -133,10 +133,10 @@ def _alike(
 
 
 def _rows(bad: Tensor) -> Tensor:
-    """(n,): whether anything is, in each of n entries."""
+    """(n,): whether any of each entry's values is bad."""
     return bad.reshape(len(bad), -1).any(1)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Of DTensors what this rank has."""
+    """The entries stacked; for DTensors, this rank's part."""
     return torch.stack([local_part(x).detach() for x in tensors])

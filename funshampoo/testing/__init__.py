@@ -1,4 +1,4 @@
-"""Checks for stages of one's own: torch and optree are all that they need."""
+"""Checks for your own stages. They need only torch and optree."""
 
 from funshampoo.testing.checking import check_stage
 from funshampoo.testing.trial import StageError

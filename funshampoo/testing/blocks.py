@@ -1,4 +1,4 @@
-"""Of a stage inside `blocked`: every block is stepped by itself, and one that is faulty is held."""
+"""Checks for a stage inside `blocked`: blocks are independent, and faulty ones are held."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from funshampoo.testing.trial import Run, Trial, difference, like, not_finite
 
 ROWS = 5
 FAULTY = 1
-"""The row whose gradient is NaN in each stack."""
+"""The row of each stack whose gradient is NaN."""
 
 FAULT = 2
-"""The step of that, from 0."""
+"""The step of the fault, from 0."""
 
 _BY_ITSELF = (
     "Reduce over the axes from block_ndim on alone, and keep what is counted or averaged by row. "
@@ -38,13 +38,13 @@ _LEAVE_OUT = (
 
 
 def _stacks_of(trial: Trial) -> _Stacks:
-    """One for all checks of a trial: they have a run in common."""
+    """One for all checks of a trial, which share a run."""
     found: _Stacks = trial.found.setdefault("stacks", _Stacks(trial))
     return found
 
 
 def rows_lead(trial: Trial) -> None:
-    """A tensor of the state leads with the rows of its stack, or has no dimension."""
+    """State tensors start with the axis of their stack's rows, or are 0-dimensional."""
     stacks = _stacks_of(trial)
 
     def look(place: Place, x: Tensor) -> None:
@@ -74,7 +74,7 @@ def rows_in_another_order(trial: Trial) -> None:
 
 
 def rows_in_two_parts(trial: Trial) -> None:
-    """Some rows by themselves, and the others: what all have together."""
+    """Rows in two separate parts give the same results as all together."""
     _rows_alone(trial, [[0, 1], [2, 3, 4]], "without the other blocks of its stack")
 
 
@@ -96,7 +96,7 @@ def _rows_alone(trial: Trial, parts: list[list[int]], how: str) -> None:
 
 
 def faulty_blocks_are_held(trial: Trial) -> None:
-    """A gradient of NaN in one row, with `guarded` around the stage."""
+    """A block with a gradient of NaN is held by `guarded` around the stage."""
     stacks = _stacks_of(trial)
     grads = stacks.with_fault(math.nan)
     held = guarded(trial.tx, max_failures=None)
@@ -120,14 +120,14 @@ def faulty_blocks_are_held(trial: Trial) -> None:
 
 
 def _check_no_zero_was_averaged(trial: Trial, stacks: _Stacks, faulty: Run) -> None:
-    """The state of the held block is not what a gradient of zeros makes of it, unless that is none.
+    """A held block's state is not the result of a zero gradient, unless holding gives the same.
 
-    A block may go on as if the step had not been, or in an average's way: with less weight, in both
-    average and weight, for what was there before. So a stage that ignores `alive` is not seen where
-    another one in the chain does not.
+    A block may continue as if the step had not happened, or as in an average: with less weight, in
+    both average and weight, for earlier gradients. So a stage that ignores `alive` is not detected
+    if another one in the chain respects it.
     """
     zeros = stacks.run(trial.tx, stacks.with_fault(0.0))
-    # The same stage, of which `guarded` puts back the rows that are not alive by itself.
+    # The same stage, but `guarded` itself restores the rows that are not alive.
     unaware = GradientTransformation(**{**trial.tx._given, "minds_alive": False})
     put_back = stacks.run(guarded(unaware, max_failures=None), stacks.with_fault(math.nan))
     found, as_zero, unmoved = (
@@ -145,7 +145,7 @@ def _check_no_zero_was_averaged(trial: Trial, stacks: _Stacks, faulty: Run) -> N
 
 
 class _Stacks:
-    """Block space as `blocked` makes it: for each shape of the trial's leaves a stack."""
+    """Block space as in `blocked`: one stack for each shape of the trial's leaves."""
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
@@ -176,11 +176,11 @@ class _Stacks:
 
     @functools.cached_property
     def whole(self) -> Run:
-        """All steps of the stage on all rows. Nobody may write to it."""
+        """All steps of the stage on all rows. Read-only."""
         return self.run(self.trial.tx)
 
     def with_fault(self, value: float) -> list[Tree]:
-        """The gradients, with one block of each stack that is this on one step."""
+        """The gradients, where one block of each stack has this value on one step."""
 
         def at_fault(g: Tensor) -> Tensor:
             return g.index_fill(0, torch.tensor([FAULTY], device=g.device), value)
@@ -189,7 +189,7 @@ class _Stacks:
         return [*self.grads[:FAULT], faulty, *self.grads[FAULT + 1 :]]
 
     def chosen(self, tree: Any, rows: Sequence[int]) -> Any:
-        """Some rows of every tensor of stacks, or of a state."""
+        """Some rows of every tensor in stacks, or in a state."""
         index = torch.tensor(list(rows))
 
         def choose(place: Place, x: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class _Stacks:
         return map_tensors(choose, tree, stacks=self.names)
 
     def without_estimates(self, state: State) -> State:
-        """Errors and conditions of what is kept are estimates: rounding decides of them."""
+        """Drop errors and conditions of kept values: they are estimates that depend on rounding."""
 
         def known(place: Place, x: Tensor) -> Tensor:
             estimated = place.kind is Kept and place.path[-1] in ("residual", "condition")

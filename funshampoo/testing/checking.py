@@ -1,4 +1,4 @@
-"""All checks, in a row."""
+"""All checks, in order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from funshampoo.testing.trial import StageError, Trial
 
 
 class _Check(NamedTuple):
-    """One check: what it tries, and what to do where the stage raises an error meanwhile.
+    """One check: what it tests, and the remedy if the stage raises an error meanwhile.
 
-    option: the argument of check_stage that switches it off; "" for none.
+    option: the argument of check_stage that switches it off; "" if there is none.
     """
 
     run: Callable[[Trial], None]
@@ -25,7 +25,7 @@ class _Check(NamedTuple):
     option: str = ""
 
     def applies(self, trial: Trial) -> bool:
-        """Whether it is wanted, and in blocks: whether the stage makes none by itself."""
+        """Whether it is enabled; in blocks, also whether the stage makes none itself."""
         if self.option != "blocks" or not trial.options["blocks"]:
             return not self.option or bool(trial.options[self.option])
         return find_state(trial.tx.init(trial.params), BlockedState) is None
@@ -116,43 +116,42 @@ def check_stage(
     compile: bool | str = True,
     differentiable: bool = True,
 ) -> None:
-    """Check that a stage does what every stage has to, on a few steps with random gradients.
+    """Check that a stage meets the contract, on a few steps with random gradients.
 
-    What passes may stand in any chain: what ranks, checkpoints, ensembles, donation, compilation,
-    guards and reports do for the stages of funshampoo they do for it. In this order, and to the
-    first failure: it returns (updates, state), its state is of tensors, arguments are not written
-    to, the same call gives the same result, shapes and dtypes stay, memory is apart, donated and
-    in-place steps give the same bits; a gradient of None leaves its parameter alone; a saved state
-    resumes to the last bit; half precision is kept in float32, and dtypes may mix; one that says
-    it is elementwise makes the same of parts of the leaves; inside `blocked`
-    a block's numbers depend on no other block, and one whose gradient is NaN is held by `guarded`;
-    vmap is a loop; torch.compile makes one graph; derivatives by the gradient are finite, and those
-    through some steps, backward and forward, what finite differences say.
+    A stage that passes can be used in any chain, and works with ranks, checkpoints, ensembles,
+    donation, compilation, guards and reports as funshampoo's own stages do. Checked in this order,
+    up to the first failure: it returns (updates, state), its state consists of tensors, arguments
+    are not written to, the same call gives the same result, shapes and dtypes stay, memory is not
+    shared, donated and in-place steps give the same bits; a gradient of None leaves its parameter
+    alone; a saved state resumes bitwise; half precision is computed in float32, and dtypes may mix;
+    a stage declared elementwise gives the same on parts of the leaves; inside `blocked` a block's
+    numbers depend on no other block, and a block whose gradient is NaN is held by `guarded`; vmap
+    equals a loop; torch.compile makes one graph; derivatives with respect to the gradient are
+    finite, and those through some steps, backward and forward, agree with finite differences.
 
     Where results may differ by rounding (ensembles, graphs, blocks in another place, leaves beside
-    a gradient of None) it is by the root of the dtype's epsilon, relative to the largest entry of a
-    tensor: 1.5e-8 in float64.
+    a gradient of None), the tolerance is the root of the dtype's epsilon, relative to the largest
+    entry of a tensor: 1.5e-8 in float64.
 
     Args:
         stage: a transformation, or a function without arguments that makes one; then states are
-            resumed by another one than made them, which finds what is remembered outside of the
-            state. With the stages before it that it reads from: chain(kronecker_statistics(),
-            mine()).
+            resumed by another instance, which detects memory outside the state. Include the earlier
+            stages that it reads from: chain(kronecker_statistics(), mine()).
         params: a tree of parameters; by default a matrix, a tensor of order 3, a vector and a
             scalar, in float64. Blocks have the shapes of its leaves.
-        steps: more than the stage takes to do all that it does, such as the second refresh; 4 or
-            more. A stage that turns what it is fed by an eigenbasis begins when the matrices have
-            full rank, or rounding decides of the rest of the basis.
-        context: what a step needs to be passed, such as {"value": 1.0}.
-        none: False where a leaf's update depends on the other leaves, as in
-            `clip_by_global_norm`, or on several steps, as in `multi_steps`.
-        blocks: False where a stage can't stand inside `blocked`, or looks across blocks there. It
-            need not be given for what has a `blocked` in it.
-        vmap: False where a stage reads a value on the host.
-        compile: False where a stage can't be traced, or to save the time; or the name of a
-            backend in the place of "eager". It empties the caches of torch.compile.
-        differentiable: False where a stage's derivative is none, or not finite; or rounds to half
-            precision, which differences see and autograd does not.
+        steps: enough for everything that the stage does, such as the second refresh; 4 or more. A
+            stage that rotates its input by an eigenbasis should start when the matrices have full
+            rank, or rounding decides the rest of the basis.
+        context: arguments that a step needs, such as {"value": 1.0}.
+        none: False if a leaf's update depends on the other leaves, as in `clip_by_global_norm`, or
+            on several steps, as in `multi_steps`.
+        blocks: False if a stage can't be used inside `blocked`, or looks across blocks there. Not
+            needed for a stage that contains a `blocked`.
+        vmap: False if a stage reads a value on the host.
+        compile: False if a stage can't be traced, or to save time; or the name of a backend instead
+            of "eager". It empties the caches of torch.compile.
+        differentiable: False if a stage has no derivative, or not a finite one; or rounds to half
+            precision, which finite differences see and autograd does not.
 
     Raises:
         StageError: with the stage, what was seen, and the remedy.
@@ -163,7 +162,7 @@ def check_stage(
     options = {"none": none, "blocks": blocks, "vmap": vmap, "differentiable": differentiable}
     trial = Trial(stage, params, steps, dict(context or {}), compile=compile, **options)
     with warnings.catch_warnings():
-        for kind in (DeprecationWarning, FutureWarning):  # what torch does is no fault of the stage
+        for kind in (DeprecationWarning, FutureWarning):  # torch's, not the stage's fault
             warnings.filterwarnings("ignore", category=kind, module=r"torch\b")
         for check in _CHECKS:
             try:

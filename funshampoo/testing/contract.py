@@ -1,4 +1,4 @@
-"""Of every stage: it is a pair of pure functions, and donation changes only who owns the memory."""
+"""Checks for every stage: pure functions, where donation only changes who owns the memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NEVER_WRITE = (
 
 
 def returns_pairs(trial: Trial) -> None:
-    """(updates, state)."""
+    """init and update return (updates, state)."""
     state = trial.tx.init(trial.params)
     found = trial.tx.update(trial.grads[0], state, trial.params, **trial.context)
     if type(found) is not tuple or len(found) != 2:
@@ -28,7 +28,7 @@ def returns_pairs(trial: Trial) -> None:
 
 
 def state_is_of_tensors(trial: Trial) -> None:
-    """No Python number, no None; of that of init the transformation itself sees to it."""
+    """No Python number, no None; the transformation itself checks the state of init."""
     _, state = trial.step(trial.grads[0], trial.tx.init(trial.params), trial.params)
     for name, x in named(state).items():
         if not isinstance(x, Tensor):
@@ -40,7 +40,7 @@ def state_is_of_tensors(trial: Trial) -> None:
 
 
 def arguments_are_untouched(trial: Trial) -> None:
-    """By init and by update: values, and the counters of writes that torch keeps."""
+    """By init and by update: values, and torch's write counters."""
     before = Snapshot(parameters=trial.params)
     state, params = trial.tx.init(trial.params), trial.params
     if name := before.written():
@@ -53,7 +53,7 @@ def arguments_are_untouched(trial: Trial) -> None:
 
 
 def twice_is_the_same(trial: Trial) -> None:
-    """The same call gives the same result: nothing is remembered beside the state."""
+    """The same call gives the same result: nothing is stored outside the state."""
     run = trial.still
     for t, g in enumerate(trial.grads):
         again = trial.step(g, run.states[t], trial.params)
@@ -105,7 +105,7 @@ def _check_updates(trial: Trial, t: int, updates: object, params: object) -> Non
 
 
 def memory_is_apart(trial: Trial) -> None:
-    """Updates and state, state and parameters, state and gradients have no memory in common."""
+    """Updates and state, state and parameters, state and gradients share no memory."""
     run = trial.pure
     remedy = (
         "Clone what goes both ways: a donated step writes into the state, and a caller may write "
@@ -128,9 +128,9 @@ def memory_is_apart(trial: Trial) -> None:
 
 
 def donation_changes_no_number(trial: Trial) -> None:
-    """donate=True: the same bits, and the state alone is written to."""
+    """donate=True gives the same bits, and writes only to the state."""
     before = Snapshot(gradients=trial.grads, parameters=trial.params)
-    # The updates of all steps are compared at the end: none may be overwritten by a later step.
+    # The updates of all steps are compared at the end: no later step may overwrite them.
     donated = trial.run(donate=True)
     if name := before.written():
         trial.fail(
@@ -151,7 +151,7 @@ def donation_changes_no_number(trial: Trial) -> None:
 
 
 def in_place_is_the_same(trial: Trial) -> None:
-    """update_in_place, and update with apply_updates."""
+    """update_in_place gives the same as update with apply_updates."""
     mine = map_leaves(Tensor.clone, trial.params)
     state = trial.tx.init(mine)
     for t, g in enumerate(trial.grads):

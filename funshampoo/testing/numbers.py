@@ -1,4 +1,4 @@
-"""Of every stage: gradients that are missing, states that are saved, dtypes that are small."""
+"""Checks for every stage: missing gradients, saved states, narrow dtypes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from funshampoo.testing.trial import Trial, difference, named, not_finite
 
 
 def none_leaves_alone(trial: Trial) -> None:
-    """A gradient of None: no update, the leaf's state as it was, and nobody else notices."""
+    """A gradient of None: no update, the leaf's state stays, and no other leaf changes."""
     leaves, spec = flatten(trial.params)
     largest = max(range(len(leaves)), key=lambda i: leaves[i].numel())
     name = leaf_names(trial.params)[largest]
@@ -55,19 +55,19 @@ def none_leaves_alone(trial: Trial) -> None:
 
 
 def _owned(state: State, name: str) -> dict[str, Tensor]:
-    """The tensors of a state that are of one parameter, by their names in a checkpoint."""
+    """The tensors of a state that belong to one parameter, by their checkpoint names."""
     return {rest: x for owner, rest, x in named_tensors(state) if owner == name}
 
 
 def resumes_from_a_pickle(trial: Trial) -> None:
-    """torch.save of the state, torch.load, another instance: the same bits as without."""
+    """torch.save of the state, torch.load, another instance: bitwise the same as without."""
     half = len(trial.grads) // 2
     state = _through_a_file(trial.pure.states[half], weights_only=False)
     _goes_on(trial, state, half, "torch.save and torch.load")
 
 
 def resumes_from_a_checkpoint(trial: Trial) -> None:
-    """funshampoo.state: every tensor has a name there, and comes back from it."""
+    """funshampoo.state: every tensor has a name there, and is restored from it."""
     half = len(trial.grads) // 2
     saved = _through_a_file(state_dict(trial.pure.states[half]), weights_only=True)
     state = load_state_dict(trial.make().init(trial.params), saved).state
@@ -101,7 +101,7 @@ def _goes_on(trial: Trial, state: State, done: int, through: str) -> None:
 
 
 def half_precision_is_kept_in_float32(trial: Trial) -> None:
-    """Of parameters in bfloat16 or float16 the state is float32 at least, the updates finite."""
+    """For bfloat16 or float16 parameters the state is float32 or wider, and updates are finite."""
     for dtype in (torch.bfloat16, torch.float16):
         states = _small_run(trial, [dtype])
         for name, x in named(states[-1]).items():
@@ -119,7 +119,7 @@ def dtypes_may_mix(trial: Trial) -> None:
 
 
 def parts_are_parts_of_the_whole(trial: Trial) -> None:
-    """A stage that says it is elementwise makes the same of a part of each leaf: rows, columns."""
+    """A stage declared elementwise gives the same on a part of each leaf: rows, columns."""
     if not trial.tx.elementwise:
         return
     whole = trial.still
@@ -146,7 +146,7 @@ def _half(x: Tensor, axis: int) -> Tensor:
 
 
 def _part(found: Tensor, whole: Tensor, axis: int) -> Tensor:
-    """What `found` is to be: a state also has numbers of a leaf's own, whatever its shape."""
+    """What `found` should be: a state may also have numbers per leaf, whatever its shape."""
     return whole if found.shape == whole.shape else _half(whole, axis)
 
 

@@ -1,4 +1,4 @@
-"""Of every stage: vmap, torch.compile and derivatives go through it."""
+"""Checks for every stage: vmap, torch.compile and derivatives work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOME_STEPS = 4
 
 
 def ensembles_are_loops(trial: Trial) -> None:
-    """torch.func.vmap over several models, in init and update: what a loop over them gives."""
+    """torch.func.vmap of init and update over several models gives the same as a loop."""
     members = [like(trial.params, seed=m) for m in range(MEMBERS)]
     grads = [
         [like(g, seed=1000 * m + t) for m in range(MEMBERS)] for t, g in enumerate(trial.grads)
@@ -43,14 +43,14 @@ def _stacked(trees: list[Tree]) -> Any:
 
 
 def compiles_to_one_graph(trial: Trial) -> None:
-    """torch.compile(fullgraph=True), for steps that do not refresh: the same, and one graph."""
+    """torch.compile(fullgraph=True), for steps without a refresh: the same, and one graph."""
     backend = "eager" if trial.options["compile"] is True else str(trial.options["compile"])
     graphs = 0
 
     def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         nonlocal graphs
         found = torch._dynamo.lookup_backend(backend)(graph, inputs)
-        graphs += 1  # not where torch begins anew, which it does by an error in the line above
+        graphs += 1  # not if torch starts over, as it does on an error in the line above
         return found
 
     tx, context = trial.tx, {"refresh": False, **trial.context, **_of_a_whole_step(trial)}
@@ -77,7 +77,7 @@ def compiles_to_one_graph(trial: Trial) -> None:
 
 
 def _of_a_whole_step(trial: Trial) -> dict[str, int]:
-    """`step=`, for a stage that does something on some steps that is no refresh."""
+    """`step=`, for a stage that does something besides refreshes on some steps."""
     for t in range(1, len(trial.grads) + 1):
         if not all([label.startswith(REFRESH) for label in trial.tx.phase(t)]):
             return {"step": t}
@@ -85,7 +85,7 @@ def _of_a_whole_step(trial: Trial) -> dict[str, int]:
 
 
 def gradients_flow(trial: Trial) -> None:
-    """torch.func.grad of a number made from the updates, by the gradient: finite."""
+    """torch.func.grad of a scalar of the updates, with respect to the gradient, is finite."""
     weights = flatten(like(trial.params, seed=2))[0]
     for t in (0, len(trial.grads) // 2):
         state, params = trial.pure.states[t], trial.pure.params[t]
@@ -104,10 +104,10 @@ def gradients_flow(trial: Trial) -> None:
 
 
 def derivatives_are_right(trial: Trial) -> None:
-    """Of the way of some steps, by the parameters before and all gradients, backward and forward.
+    """Derivatives of the path of some steps by initial parameters and gradients, both modes.
 
-    What central differences say, where two of them agree: elsewhere there is none, and in less than
-    float64 they say nothing. The way alone, since beside where it began short steps would not show.
+    Compared with central differences where two of them agree: elsewhere there is no derivative, and
+    below float64 they mean nothing. Only the path, since its start would swamp short steps.
     """
     leaves = flatten(trial.params)[0]
     if any([x.dtype != torch.float64 for x in leaves]):

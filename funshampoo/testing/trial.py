@@ -1,4 +1,4 @@
-"""A stage on trial: what it is fed, what it made of that, and how two results are compared."""
+"""A stage under test: its inputs, its results, and how two results are compared."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from funshampoo.core.tree import compute_dtype, flatten, leaf_names, map_leaves
 
 
 class StageError(AssertionError):
-    """A stage does not do what every stage has to. Says which, what was seen, and the remedy."""
+    """A stage violates the contract. Says which, what was seen, and the remedy."""
 
 
 class Run(NamedTuple):
-    """A training: the updates of every step, and parameters and states from before the first."""
+    """A training run: updates of every step; parameters and states, from before the first on."""
 
     updates: list[Tree]
     params: list[Tree]
@@ -31,11 +31,11 @@ class Trial:
 
     Attributes:
         tx: the stage.
-        make: makes another one, where check_stage was given a function; else gives the same.
+        make: makes another instance, if check_stage was given a function; else returns the same.
         params: the parameters before the first step.
         grads: a tree for each step, of order 1 and nowhere zero.
-        options: those of check_stage that switch a check off, by name.
-        found: what one check has made and others look at too, by name.
+        options: the options of check_stage that switch a check off, by name.
+        found: results of one check that others use too, by name.
         tolerance: by which two results may differ, relative to the largest entry of a tensor.
     """
 
@@ -57,7 +57,7 @@ class Trial:
         raise StageError(f"{self.tx!r}: {seen}. {remedy}")
 
     def step(self, g: Tree, state: State, params: Tree, **context: Any) -> tuple[Tree, State]:
-        """A step of the stage, with what the caller of check_stage wants to be passed."""
+        """A step of the stage, with the context passed to check_stage."""
         updates, new = self.tx.update(g, state, params, **{**self.context, **context})
         return updates, new
 
@@ -84,12 +84,12 @@ class Trial:
 
     @functools.cached_property
     def still(self) -> Run:
-        """`run(moves=False)`, which several checks look at. Nobody may write to it."""
+        """`run(moves=False)`, which several checks use. Read-only."""
         return self.run(moves=False)
 
     @functools.cached_property
     def pure(self) -> Run:
-        """`run()`, which several checks compare with. Nobody may write to it."""
+        """`run()`, with which several checks compare. Read-only."""
         return self.run()
 
 
@@ -108,7 +108,7 @@ def default_parameters() -> Tree:
 
 
 def like(tree: Tree, seed: int) -> Tree:
-    """Normal numbers in the place of these tensors, the same on every call."""
+    """Normal random numbers with the shapes of these tensors, the same on every call."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(x: Tensor) -> Tensor:
@@ -123,14 +123,14 @@ def named(tree: Tree) -> dict[str, Any]:
 
 
 def difference(found: Tree, expected: Tree, tolerance: float = 0.0) -> str:
-    """What is the first difference between two trees; "" where there is none.
+    """The first difference between two trees, in words; "" if there is none.
 
     Args:
         tolerance: relative to the largest entry of a tensor, or to 1. 0 compares bits.
     """
     (xs, spec), (ys, other) = flatten(found), flatten(expected)
     if spec == other and not any([_of_leaves(x, y, tolerance) for x, y in zip(xs, ys)]):
-        return ""  # without names, which take longer than all the rest
+        return ""  # without names, which take longer than everything else
     mine, others = named(found), named(expected)
     if mine.keys() != others.keys():
         return f"'{sorted(mine.keys() ^ others.keys())[0]}' is in one of them only"
@@ -148,7 +148,7 @@ def _of_leaves(x: Any, y: Any, tolerance: float) -> str:
     if torch.equal(x, y) or not x.numel():
         return ""
     a, b = x.to(torch.float64), y.to(torch.float64)
-    apart = (a - b).abs().max().item()  # NaN, where one is: no bound holds
+    apart = (a - b).abs().max().item()  # NaN, if one is: it is within no bound
     if tolerance and apart <= tolerance * max(1.0, b.abs().max().item()):
         return ""
     return f"differs by {apart:.2g}"
@@ -159,7 +159,7 @@ def _shown(x: Any) -> str:
 
 
 def not_finite(tree: Tree) -> str:
-    """The name of the first tensor with an entry that is not finite, or ""."""
+    """The name of the first tensor with a non-finite entry, or ""."""
     for i, x in enumerate(flatten(tree)[0]):
         if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
             return leaf_names(tree)[i]
@@ -167,7 +167,7 @@ def not_finite(tree: Tree) -> str:
 
 
 class Snapshot:
-    """What tensors were, so that a write to one is seen: also a write of what was there."""
+    """The values of tensors, to detect a write, even of the same values."""
 
     def __init__(self, **trees: Tree) -> None:
         self._structures = {what: flatten(tree)[1] for what, tree in trees.items()}
@@ -179,9 +179,9 @@ class Snapshot:
         ]
 
     def written(self) -> str:
-        """The first tensor that was written to since, or ""."""
+        """The first tensor written to since, or ""."""
         for what, i, x, value, version in self._before:
-            # What is not equal to itself is NaN, on both sides.
+            # A value unequal to itself is NaN, on both sides.
             if x._version != version or not torch.equal(x.nan_to_num(), value.nan_to_num()):
                 spec = self._structures[what]
                 return f"'{leaf_names(spec.unflatten(range(spec.num_leaves)))[i]}' of the {what}"
@@ -189,7 +189,7 @@ class Snapshot:
 
 
 def common_memory(tree: Tree, other: Tree) -> tuple[str, str] | None:
-    """The names of two tensors that lie in one piece of memory, the first one's first."""
+    """The names of two tensors that share memory, the first tree's first."""
     places = {_place(x): i for i, x in enumerate(flatten(other)[0])}
     for i, x in enumerate(flatten(tree)[0]):
         if (place := _place(x)) is not None and place in places:
@@ -198,6 +198,6 @@ def common_memory(tree: Tree, other: Tree) -> tuple[str, str] | None:
 
 
 def _place(x: Any) -> tuple[torch.device, int] | None:
-    """The memory that a tensor lies in; None for what lies nowhere."""
+    """The memory of a tensor; None if it has none."""
     lies = isinstance(x, Tensor) and x.numel() > 0
     return (x.device, x.untyped_storage().data_ptr()) if lies else None

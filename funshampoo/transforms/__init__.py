@@ -1,4 +1,4 @@
-"""The stages, one idea a file."""
+"""The public stages, one per file."""
 
 from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
 from funshampoo.state.upstream import statistics_of

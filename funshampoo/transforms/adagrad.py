@@ -1,4 +1,4 @@
-"""AdaGrad's step, as an optimizer or as a partner of `graft`."""
+"""AdaGrad, as an optimizer or as a partner of `graft`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def scale_by_adagrad(
         damping = number(epsilon, context.hyper)
 
         def rescale(u: Column, g: Column, v: Column) -> tuple[Column, Column]:
-            squares = squares_of(g, v)  # of what is not alive, zeros, which change no sum
+            squares = squares_of(g, v)  # zeros where not alive, which change no sum
             v = add(v, squares, context.donate)
             return over_root(u, v, damping, squares), v
 

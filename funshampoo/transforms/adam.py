@@ -1,4 +1,4 @@
-"""Adam's step, as an optimizer or as a partner of `graft`."""
+"""Adam, as an optimizer or as a partner of `graft`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def scale_by_adam(
         U ← M/(1 - beta1^t) / (√(V/(1 - beta2^t)) + epsilon)
 
     Args:
-        beta1: decay of the first moment, in [0, 1). The number 0 keeps none: as a grafting partner,
-            where an `ema` has filtered the updates already.
+        beta1: decay of the first moment, in [0, 1). The number 0 keeps none: for a grafting
+            partner, where an `ema` has already filtered the updates.
         beta2: decay of the second moment, in [0, 1).
         epsilon: added to the root, ≥ 0.
-        weighted: False: V ← beta2 V + G², without correction of V.
-        own_steps: count each block's own gradients for the corrections; False: all together.
+        weighted: False: V ← beta2 V + G², and V is not bias-corrected.
+        own_steps: bias-correct by each block's own gradient count; False: by a common one.
 
     State: `AdamState`, float32 at least.
 

@@ -1,4 +1,4 @@
-"""Clipping by what the weights allow, unit by unit."""
+"""Adaptive gradient clipping, by the ratio of update norm to weight norm, unit by unit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from funshampoo.operators.matrices import norm_over, safe
 
 
 def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTransformation:
-    """U_i ← U_i min(1, max_ratio max(‖W_i‖, epsilon) / ‖U_i‖) for every unit i.
+    """Adaptive clipping: U_i ← U_i min(1, max_ratio max(‖W_i‖, epsilon) / ‖U_i‖) for each unit i.
 
-    A unit is an index of the first side of a matrix or kernel, with all that leads to it; a vector
-    is one unit. On gradients, at the beginning of a chain: adaptive gradient clipping.
+    A unit is an index of the first side of a matrix or kernel, with all its incoming weights; a
+    vector is one unit. At the start of a chain, on gradients, this is adaptive gradient clipping.
 
     Args:
-        max_ratio: of the norms of a unit's update and weights, > 0.
-        epsilon: weights count as at least this long, so that those which begin at 0 can move.
+        max_ratio: largest ratio of a unit's update norm to its weight norm, > 0.
+        epsilon: lower bound on the weight norm, so that units that start at 0 can move.
 
     Raises:
         ValueError: an argument out of range; from update, params missing.

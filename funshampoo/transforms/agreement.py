@@ -1,4 +1,4 @@
-"""How far to go along with a direction, by how well it agrees with others."""
+"""A gate that decides how far to follow another direction, by how well it agrees."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from funshampoo.operators.matrices import inner_product, norm_over, safe
 
 @dataclass(frozen=True)
 class AgreementGate:
-    """How far to go along with a direction W in the place of U, by how well it agrees.
+    """How far to follow a direction W instead of U, by how well it agrees with U and the gradient.
 
         a = (cos(W, U) - agreement) / (1 - agreement)
         b = (cos(W, G) - alignment) / (cos(U, G) - alignment)
         γ = (a b)^power,   a and b in [0, 1], γ in [floor, cap]
 
     Attributes:
-        agreement: cosine with U from which on γ is above 0; below 1, and below -1 it always is.
-        alignment: cosine with the gradient, likewise.
+        agreement: γ > 0 from this cosine with U on; below 1; below -1, γ is always above 0.
+        alignment: the same for the cosine with the gradient.
         power: above 0.
         floor, cap: numbers, or schedules of the old step count, in [0, 1].
 
@@ -53,7 +53,7 @@ class AgreementGate:
     def __call__(
         self, W: Tensor, U: Tensor, G: Tensor, block_ndim: int, count: Tensor | None
     ) -> Tensor:
-        """γ of every block, (N, 1, ...), of directions (N, ...) at this old step count."""
+        """γ of every block, (N, 1, ...), for directions (N, ...) at this old step count."""
         agrees = (_cosine(W, U, block_ndim) - self.agreement) / (1 - self.agreement)
         own = (_cosine(U, G, block_ndim) - self.alignment).clamp(min=1e-8)
         aligned = (_cosine(W, G, block_ndim) - self.alignment) / own

@@ -1,4 +1,4 @@
-"""On the way from the updates to another method's direction, as far as the two agree."""
+"""Blending the updates with another method's direction, as far as the two agree."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from funshampoo.transforms.agreement import AgreementGate
 def blend_towards(
     inner: GradientTransformation, gate: float | AgreementGate = 1.0
 ) -> GradientTransformation:
-    """From U towards inner(U), at U's size.
+    """Blend U with another method's direction, inner(U), at the size of U.
 
         W = inner(U),   W ← W s(U)/s(W),   V = U + γ (W - U),   U ← V s(U)/s(V)
 
-    s is the Schatten norm of order 4, √‖X Xᵀ‖, the root of the sum of the singular values' fourth
-    powers; of what is no matrix the length, and a kernel is the matrix (out, the rest). Where W is
-    zero, as before `in_eigenbasis` has bases, U stays.
+    s is the Schatten norm of order 4, √‖X Xᵀ‖, the fourth root of the sum of the singular values'
+    fourth powers; for vectors and scalars it is the length. A kernel is the matrix (out, the rest).
+    Where W is zero, as before `in_eigenbasis` has bases, U stays.
 
     Args:
-        inner: what turns U into another direction. Its `gradient` is U: what it averages are
+        inner: turns U into another direction. Its `gradient` is U: its second moments average the
             squares of the updates that reach this stage.
-        gate: γ: a number in [0, 1], or an `AgreementGate`, which compares with the `gradient` here.
+        gate: γ: a number in [0, 1], or an `AgreementGate`, which compares with this `gradient`.
 
     State: `WrappedState`.
 
@@ -82,7 +82,7 @@ def blend_towards(
         return update_leaves(leaf, updates, (), (found, source))[0], own
 
     def flops(block: tuple[int, ...], kept: tuple[int, ...], apart: bool) -> float:
-        """Of the norms: those of U and W, and of V where it is another; `inner`'s gradient is U."""
+        """Of the norms of U and W, and of V if it differs from W; `inner`'s gradient is U."""
         own = inner.flops(block, kept) - inner.flops(block, kept, apart)
         r, c = (*block[:1], math.prod(block[1:])) if len(block) > 1 else (1, math.prod(block))
         return own + (2 if whole else 3) * 2.0 * min(r, c) ** 2 * max(r, c)

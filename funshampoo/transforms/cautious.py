@@ -1,4 +1,4 @@
-"""Cautious updates: no step against the gradient at hand."""
+"""Cautious updates: no step against the current gradient."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from funshampoo.operators.leaf_ops import per_block
 
 
 def cautious(inner: GradientTransformation, *, rescale: bool = True) -> GradientTransformation:
-    """U ← inner(G) where it agrees with G in sign, else 0, entry by entry.
+    """Cautious updates: U ← inner(G) where its sign agrees with G's, else 0, entry by entry.
 
         U = inner(G),   φ = [U G > 0],   U ← U φ / max(mean(φ), 1e-3)
 
     Args:
-        inner: what makes a direction of the gradient, without rate and sign of a step.
-        rescale: False leaves the division out. The mean is the leaf's, in `blocked` the block's.
+        inner: makes a direction from the gradient, without learning rate or negation.
+        rescale: False skips the division. The mean is over the leaf, in `blocked` over the block.
 
     Raises:
-        ValueError: inner scales by the learning rate: its steps all go against the gradient.
+        ValueError: inner scales by the learning rate: its steps all oppose the gradient.
 
     Reference: Liang et al., arXiv 2411.16085.
 
@@ -49,7 +49,7 @@ def cautious(inner: GradientTransformation, *, rescale: bool = True) -> Gradient
         run: Callable[..., Tree], updates: Tree, own: tuple[()], *, block_ndim: int = 0
     ) -> tuple[Tree, tuple[()]]:
         def leaf(u: Tensor, g: Tensor) -> tuple[Tensor]:
-            agrees = cast(u.sign() * cast(g, u.dtype) > 0, u.dtype)  # no product of small numbers
+            agrees = cast(u.sign() * cast(g, u.dtype) > 0, u.dtype)  # a product could underflow
             if rescale:
                 share = agrees.reshape(*u.shape[:block_ndim], -1).mean(-1)
                 agrees = agrees / per_block(torch.clamp(share, min=1e-3), u)

@@ -1,4 +1,4 @@
-"""Weight decay only where the update shrinks the weight anyway."""
+"""Cautious weight decay: only where the update shrinks the weight anyway."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from funshampoo.operators.leaf_ops import multiply
 
 
 def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
-    """U ← U + λ W where W U ≥ 0, entry by entry, else U.
+    """Cautious weight decay: U ← U + λ W where W U ≥ 0, entry by entry, else U.
 
-    It stands where `add_decayed_weights` does, before the learning rate: a step goes along -U.
+    Put it where `add_decayed_weights` would go, before the learning rate: a step goes along -U.
 
     Args:
         weight_decay: λ ≥ 0.

@@ -1,4 +1,4 @@
-"""Gradients whose mean over the inputs of each output is zero."""
+"""Gradient centralization: each output's gradient gets mean zero over its inputs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from funshampoo.core.tree import update_leaves, wide
 
 
 def centralize() -> GradientTransformation:
-    """U ← U minus its mean over all sides but the first; vectors and scalars stay.
+    """Gradient centralization: subtract the mean over all sides but the first.
 
-    In `blocked` the means are the blocks'.
+    Vectors and scalars stay as they are. In `blocked` the means are those of the blocks.
 
     Reference: Yong et al., arXiv 2004.01461.
 

@@ -1,4 +1,4 @@
-"""Clipping entry by entry."""
+"""Gradient clipping by value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from funshampoo.operators.columns import Column, clamp, in_compute_dtype
 
 
 def clip(max_value: Hyper) -> GradientTransformation:
-    """U ← min(max(U, -max_value), max_value), entry by entry.
+    """Clip by value: U ← min(max(U, -max_value), max_value), entry by entry.
 
     Raises:
         ValueError: max_value is a number that is not above 0.

@@ -1,4 +1,4 @@
-"""The norm of a whole tree, and clipping by it."""
+"""The norm of a whole tree, and gradient clipping by it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from funshampoo.operators.global_norm import clipping_factors, scaled_norm
 
 
 def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
-    """U ← U max_norm / max(‖U‖, max_norm), with the norm over the whole tree.
+    """Clip by global norm: U ← U max_norm / max(‖U‖, max_norm), ‖U‖ over the whole tree.
 
-    Where the norm is at most max_norm nothing changes, bit for bit. It is right also where squares
-    leave the range of U's dtype: entries of 1e30 are clipped in float32 as in float64. NaN or inf
-    anywhere makes every entry NaN, as it should be seen; `multi_steps` leaves such gradients out.
-    A max_norm of 0, injected, leaves zeros.
+    If the norm is at most max_norm, nothing changes, bit for bit. Correct even where squares leave
+    the range of U's dtype: entries of 1e30 are clipped in float32 as in float64. NaN or inf
+    anywhere makes every entry NaN, to keep the error visible; `multi_steps` leaves such gradients
+    out. An injected max_norm of 0 leaves zeros.
 
     Raises:
         ValueError: max_norm is a number that is not above 0.
@@ -49,9 +49,9 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
 
 
 def global_norm(tree: Tree) -> Tensor | None:
-    """√Σ‖leaf‖², on the first leaf's device, in the widest dtype; None for a tree without tensors.
+    """Global norm √Σ‖leaf‖², on the first leaf's device, in the widest dtype; None without tensors.
 
-    Right wherever it is a number of its dtype: squares may leave the range.
+    Correct whenever its dtype can represent it, even if the squares leave the range.
 
     >>> import torch
     >>> global_norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})

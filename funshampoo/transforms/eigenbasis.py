@@ -1,4 +1,4 @@
-"""Another method in the eigenbases of the factor matrices: SOAP, eigenvalue-corrected Shampoo."""
+"""Elementwise methods in eigenbases of the factors: SOAP, eigenvalue-corrected Shampoo."""
 
 from __future__ import annotations
 
@@ -34,41 +34,41 @@ def in_eigenbasis(
     first: Literal["skip", "identity"] = "skip",
     renew_before_use: bool = False,
 ) -> GradientTransformation:
-    """Run `inner` on the coordinates in the eigenbases of the factor matrices, and turn back.
+    """Run `inner` in the eigenbases of the factor matrices (SOAP), and rotate its updates back.
 
         R = U ×_1 Q_1ᵀ … ×_k Q_kᵀ,   updates = inner(R) ×_1 Q_1 … ×_k Q_k
         then, on a refresh:   Q_i ← the eigenvectors of L_i / weight
 
-    With `scale_by_adam` in it this is SOAP. L_i and weight come from the `KroneckerState` upstream.
-    The step is made in the bases from before it, so a block's first gradient only gives it bases:
-    it is not moved, and `inner` does not see it. Both are options. What `inner` averages (first
-    moments, momentum) is turned from the old bases into the new; second moments stay, column by
-    column. Between two refreshes nobody gets bases: a block whose first gradient comes there, or
-    was not finite on a refresh, makes its next steps in the identity.
+    With `scale_by_adam` as `inner` this is SOAP. L_i and weight come from the `KroneckerState`
+    upstream. A step uses the bases from before it, so a block's first gradient only initializes
+    them: the block does not move, and `inner` does not see that gradient. Both are options. First
+    moments and momentum of `inner` are rotated from the old bases to the new; second moments stay,
+    column by column. Blocks get bases on refreshes only: one whose first gradient comes between
+    two, or was not finite on a refresh, takes its next steps in the identity.
 
     Args:
-        inner: elementwise stages, or chains of them. `gradient` is turned for them too. A field of
-            a state of your own that is linear in the updates, and so has to be turned, says so by
+        inner: elementwise stages, or chains of them. They see a rotated `gradient`, too. Mark a
+            field of your own state that is linear in the updates, and so has to be rotated, with
             `funshampoo.state.meaning(field="linear")`.
         every, start, stagger: as in `root_inverse`.
         offset: refreshes after the first fall on steps t with (t - offset) divisible by `every`.
-        basis: `linalg.qr()`, the default: one step of power iteration; `linalg.eigh()`, whose
-            columns continue one another; or `linalg.by_rank()`, with columns by their eigenvalues.
-        first: of a block's first gradient: "skip" as above; "identity": a step like all others,
-            since the bases begin as the identity, as in SPlus.
-        renew_before_use: a refresh comes before the step, which is made in the new bases, as in
-            eigenvalue-corrected Shampoo. With start=1 and first="identity" no step is made in the
+        basis: `linalg.qr()`, the default: one step of power iteration; `linalg.eigh()`, with
+            columns matched to the old; or `linalg.by_rank()`, with columns ordered by eigenvalue.
+        first: for a block's first gradient: "skip" as above; "identity": a step like all others,
+            since the bases start as the identity, as in SPlus.
+        renew_before_use: refresh before the step, which then uses the new bases, as in
+            eigenvalue-corrected Shampoo. With start=1 and first="identity" no step uses the
             identity.
 
-    A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not turned.
-    In float32 a row that had gradients and has got zeros for 30 / (1 - beta2) steps is moved by the
-    rounding of others, as far as `inner` takes small coordinates for large ones: epsilon is for it.
+    A side without a factor matrix (`kronecker_statistics(exponents=..., sides=...)`) is not
+    rotated. In float32, a row that had gradients but got zeros for 30 / (1 - beta2) steps moves by
+    other rows' rounding, as far as `inner` amplifies small coordinates: epsilon prevents it.
 
-    Derivatives through training, second ones too, take the bases with them; see
-    `linalg.spectral.Spectrum` for ties. Of few gradients L_i has a null space, whose basis is
-    rounding's choice if it has two dimensions or more: what is made of new gradients in it by signs
-    or Adam, and so what follows, differs between vmap and a loop, and jumps between two rates (see
-    it in LoRA's first steps, of matrices that begin as zeros), of which no derivative tells.
+    Derivatives through training, also second ones, include the bases; for ties see
+    `linalg.spectral.Spectrum`. After few gradients L_i has a null space; if that has two or more
+    dimensions, rounding chooses its basis. What signs or Adam make of new gradients in it, and all
+    that follows, differs between vmap and a loop, and jumps between two learning rates (seen in
+    LoRA's first steps, on matrices that start as zeros). No derivative shows this.
 
     State: `EigenbasisState`.
 
@@ -102,7 +102,7 @@ def in_eigenbasis(
         check_local(params, "in_eigenbasis")
         factors = statistics_of(context.get("upstream", ()), "in_eigenbasis", params).factors
         ndim = context.get("block_ndim", 0)
-        # Only of sides that have a factor: the identity of one of 50,000 would be 10 GB.
+        # Only for sides with a factor: an identity of side 50,000 would take 10 GB.
         bases = refreshing(True).init(params, ndim, context.get("clock", False), factors)
         seen = zeros_a_block(params, ndim, torch.int64) if first == "skip" else ()
         return EigenbasisState(inner.init(params, **context), seen, bases)
@@ -117,7 +117,7 @@ def in_eigenbasis(
             fine = with_bases(updates, seen, fine)
             seen = one_more(updates, seen, context)
         if renew_before_use:
-            if context.donate and context.clock is not None:  # which a refresh moves on
+            if context.donate and context.clock is not None:  # a refresh advances it
                 context = changed(context, clock=context.clock.clone())
             own, bases = renewed(anew, updates, own, bases, context, "in_eigenbasis")
         out, own = stepped(inner, updates, own, params, bases.kept, fine, context)
@@ -126,7 +126,7 @@ def in_eigenbasis(
         return out, EigenbasisState(own, seen, bases)
 
     def phase(step: int) -> Phase:
-        begins = ("first bases",) if step == start else ()  # found in another way
+        begins = ("first bases",) if step == start else ()  # computed by another method
         return (*schedule.phase()(step), *begins, *inner.phase(step))
 
     return GradientTransformation(

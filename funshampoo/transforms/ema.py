@@ -1,4 +1,4 @@
-"""The gradient filter: an average of the updates."""
+"""The gradient filter: an exponential moving average of the updates."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def ema(
 
         M ← beta1 M + (1 - beta1) U,    U ← M / (1 - beta1^t)
 
-    With beta3, the update looks ahead with another decay from the old M (Lion, NAdam):
+    With beta3, the update looks ahead from the old M with a different decay (Lion, NAdam):
 
         U ← (beta3 M_old + (1 - beta3) U) / (1 - beta3 beta1^(t-1))
 
-    With nesterov it is the average that one more U like this one would make, as in Muon; the same
-    as beta3 = beta1² but for rounding:
+    With nesterov, the update is the average after one more U like this one, as in Muon; this equals
+    beta3 = beta1² except for rounding:
 
         U ← (beta1 M + (1 - beta1) U) / (1 - beta1^(t+1))
 
@@ -37,13 +37,13 @@ def ema(
         beta3: decay of the look-ahead, in [0, 1); None means beta1.
         nesterov: look ahead from the new M.
         bias_correction: divide by the total weight of the gradients in the average.
-        own_steps: count each block's own gradients for that; False: all blocks count together.
+        own_steps: bias-correct by each block's own gradient count; False: by a common one.
 
     State: `EmaState`, float32 at least.
 
     Raises:
         ValueError: beta1 or beta3 out of range; beta3 and nesterov both given.
-        TypeError: a flag that is no bool.
+        TypeError: a flag that is not a bool.
 
     Reference: Kingma and Ba, arXiv 1412.6980; for beta3 Chen et al., arXiv 2302.06675.
 
@@ -91,7 +91,7 @@ def ema(
             value, total = ahead or (m, w)
             if bias_correction:
                 return columns.corrected(value, total, fine), m, w
-            # The average itself as a copy: a later donated step writes into the state.
+            # Return a copy of the average: a later donated step writes into the state.
             return value if ahead else columns.copied(value), m, w
 
         known = () if alive is None else (alive,)

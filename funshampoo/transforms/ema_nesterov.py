@@ -1,4 +1,4 @@
-"""Gradients taken ahead of the weights, along the average of their steps."""
+"""Nesterov look-ahead of any method, along the average of its steps."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from funshampoo.state.averages import EmaNesterovState
 
 
 def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTransformation:
-    """Around any method: weights w make its steps, parameters y = w + s B are looked ahead to.
+    """EMA-Nesterov around any method: step from weights w, take gradients at y = w + s B.
 
         w ← y + U,   B ← beta B + (1 - beta) (w - w_old),   U ← w + s B - y
 
-    It stands at the end of a chain, behind the learning rate. w - w_old is a whole step, the look-
-    ahead before it included. Evaluate the model with w, which is
+    Put it at the end of a chain, after the learning rate. The parameters are y. w - w_old is a
+    whole step, including the look-ahead before it. Evaluate the model with w, which is
     `funshampoo.evaluation_parameters(state, params)`.
 
     Args:
         look_ahead: s ≥ 0, or a schedule: a function of the number of steps done when the next
-            gradient is taken, 1 after the first step. So it can begin late (B fills meanwhile), end
-            before the last steps, and follow the learning rate.
+            gradient is taken, 1 after the first step. A schedule can start late (B fills
+            meanwhile), end before the last steps, and follow the learning rate.
         beta: decay of B, in [0, 1).
 
-    State: `EmaNesterovState`: w and B, two numbers a parameter.
+    State: `EmaNesterovState`: w and B, two numbers per parameter.
 
     Raises:
         ValueError: an argument out of range; from update, params missing.

@@ -21,24 +21,24 @@ def graft(
     start: int = 1,
     least_order: int = 0,
 ) -> GradientTransformation:
-    """Give the direction of one transformation the norm of another, block by block.
+    """Grafting: give one transformation's direction the norm of another's, block by block.
 
         P ← P ‖P_g‖ / (‖P‖ + 1e-16),  P = direction(M),  P_g = onto(M)
 
-    Norms are Euclidean, over a block inside `blocked` and over a leaf elsewhere, in float32 at
-    least. They are right where their squares leave the dtype's range, and ‖P_g‖ is no larger than
-    the largest number. NaN or inf anywhere in P or P_g makes that block NaN. Both methods receive
-    the same updates M and the same context, so that `onto` builds its second moment from `gradient`
-    and applies it to M.
+    Norms are Euclidean, over a block inside `blocked` and over a leaf elsewhere, in float32 or
+    wider. They are correct even where squares leave the dtype's range, and ‖P_g‖ is capped at the
+    largest number. NaN or inf anywhere in P or P_g makes that block NaN. Both methods get the same
+    updates M and the same context, so `onto` builds its second moment from `gradient` and applies
+    it to M.
 
     Args:
         direction: usually `root_inverse(...)`.
         onto: the method whose step length is trusted: `scale_by_rms`, `scale_by_adam(beta1=0)`,
             `scale_by_adagrad`, `scale_by_sgd`, or any other transformation.
-        start: before this step the result is P_g itself. Use the first refresh of `direction`.
-        least_order: a block (a leaf outside `blocked`) of fewer sides gets P_g itself on all steps.
-            Use 2 with a `direction` that leaves vectors alone: M in the length of P_g is no step
-            of either method.
+        start: before this step the result is P_g itself. Set it to `direction`'s first refresh.
+        least_order: a block (outside `blocked`, a leaf) with fewer sides always gets P_g itself.
+            Use 2 with a `direction` that leaves vectors alone: M at the length of P_g is neither
+            method's step.
 
     State: `GraftState`.
 
@@ -71,7 +71,7 @@ def graft(
         inside = running(state.steps, context)
         found = direction.run(updates, state.direction, params, inside)
         p, direction_state = checked_pair(found, direction.name)
-        # Whose bases are those of statistics before both is to be seen there.
+        # Shows `onto` that bases of the statistics before both may be in `direction`.
         inside = changed(inside, earlier=(*inside.earlier, state.direction))
         found = onto.run(updates, state.onto, params, inside)
         p_g, onto_state = checked_pair(found, onto.name)
@@ -83,7 +83,7 @@ def graft(
             return p_g, new
         leaves, spec = flatten(p_g)
         (directions,) = columns_of((p,), spec, p_g)
-        del p, p_g  # as large as the parameters, and let go of one by one
+        del p, p_g  # as large as the parameters, and freed one by one
         take_lengths(leaves, directions, block_ndim, least_order, begun_now)
         return spec.unflatten(leaves), new
 

@@ -1,4 +1,4 @@
-"""Steps on the sphere on which the weights lie."""
+"""Steps on the sphere of the weights' norm."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def hyperball(
     relative: bool = True,
     radius: Literal["kept", "first_order"] = "kept",
 ) -> GradientTransformation:
-    """U ← W' - W, with W' a step along -U that is put back to a length of one's choice.
+    """Norm-controlled step: U ← W' - W, where W' is a step along -U, rescaled to length ρ.
 
         V = W - learning_rate ‖W‖ U / ‖U‖   if relative, else   W - learning_rate U
         W' = V ρ / ‖V‖,   ρ = ‖W‖ or ‖W‖ - learning_rate ⟨U, W⟩ / ‖W‖
 
-    It stands at the end of a chain in the place of `scale_by_learning_rate`, without weight decay:
-    the norm, of each leaf (in `blocked`, block), is what it was. A weight of zero stays zero if
-    relative, and else is moved by a plain step.
+    Put it at the end of a chain instead of `scale_by_learning_rate`, without weight decay: it sets
+    the norm of each leaf (in `blocked`, block). A weight of zero stays zero if relative; else it
+    moves by a plain step.
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
-        relative: the rate is the length of a step on a sphere of radius 1.
-        radius: "kept": ρ = ‖W‖; "first_order": as long as the step makes it to first order, without
-            what a long step across adds.
+        relative: the learning rate is the length of a step on a sphere of radius 1.
+        radius: "kept": ρ = ‖W‖; "first_order": the step's length change to first order, without
+            what a long tangential step adds.
 
     State: `LearningRateState`.
 
@@ -69,7 +69,7 @@ def hyperball(
             u = wide(u)
             w = cast(w, u.dtype)
             size = norm_over(w, context.block_ndim)
-            if relative:  # divided first: the quotient of the two lengths may overflow
+            if relative:  # divide first: the quotient of the two lengths may overflow
                 u = u / safe(norm_over(u, context.block_ndim)) * size
             step = multiply(u, rate, donate=False)
             moved, wanted = w - step, size

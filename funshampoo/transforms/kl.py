@@ -1,4 +1,4 @@
-"""Statistics in which a block's sides are freed of each other: KL-Shampoo."""
+"""KL-Shampoo's statistics: each side's factor, whitened along the other sides."""
 
 from __future__ import annotations
 
@@ -47,51 +47,51 @@ def kl_statistics(
     in_turn: bool = False,
     sides: Sides | None = None,
 ) -> GradientTransformation:
-    """Accumulate one factor matrix a side, each of the gradient whitened along the other sides.
+    """Accumulate KL-Shampoo's factor matrices: one per side, whitened along the other sides.
 
         L_i ← beta2 L_i + (1 - beta2) (d_i / n) mat_i(G_i) mat_i(G_i)ᵀ
         G_i = G ×_j S_j^(-1/2)   over the other sides j,   n = d_1 ⋯ d_k
 
     The L_i minimize the KL divergence between a Gaussian with the gradient's second moment and one
-    with the covariance L_1 ⊗ … ⊗ L_k. S_j is the estimate of L_j from before this step, as the
-    stage that comes later in the chain has it:
+    with the covariance L_1 ⊗ … ⊗ L_k. S_j is the estimate of L_j from before this step, taken from
+    a later stage of the chain:
 
-    - "roots": G_i is G preconditioned by the X_j of `root_inverse`, whose exponents ought to be
-      1/2: L_j^(-1/2);
+    - "roots": G_i is G preconditioned by the X_j of `root_inverse`, whose exponents should be 1/2:
+      L_j^(-1/2);
     - "eigenvalues": S_j = Q_j diag(λ_j) Q_jᵀ with the bases of `in_eigenbasis`, however old, and
-      eigenvalues of their own, renewed on every step from the gradient's coordinates in the bases:
+      separate eigenvalues, updated on every step from the gradient's coordinates in the bases:
 
           R = G ×_1 Q_1ᵀ … ×_k Q_kᵀ
           λ_i ← beta2 λ_i + (1 - beta2) (mean over the other sides of (R ×_j λ_j^(-1/2))²
                                          + damping Π_j mean(1 / λ_j))
 
-      A block's first gradient finds no bases: its L_i are plain and λ_i stays where it begins;
-    - "ritz": the same with λ_j = diag(Q_jᵀ L_j Q_j), which costs a product of d³ a side.
+      A block's first gradient finds no bases: its L_i are plain and λ_i keeps its initial value;
+    - "ritz": the same with λ_j = diag(Q_jᵀ L_j Q_j), at the cost of a product of d³ per side.
 
     Args:
-        beta2: decay of all averages, in [0, 1); with "roots" the number 1 is a plain sum.
+        beta2: decay of all averages, in [0, 1); with "roots" the number 1 gives a plain sum.
         through: see above.
-        initial_eigenvalue: of all λ_i, above 0; read with "eigenvalues" alone, as damping is.
-        least_eigenvalue: a floor, or a function of d_i: ≥ 0, of λ_i once it has been renewed (but
-            an eigenvalue of exactly 0 stays, and its direction is left out); above 0, of Ritz
-            values. Not read with "roots".
+        initial_eigenvalue: initial λ_i, above 0; like damping, only read with "eigenvalues".
+        least_eigenvalue: a floor, or a function of d_i: ≥ 0, for updated λ_i (except that an
+            eigenvalue of exactly 0 stays, and its direction is left out); above 0, for Ritz values.
+            Not read with "roots".
         damping: ≥ 0, see above.
-        bias_correction, weighted, own_steps: as in `kronecker_statistics`; of L_i alone.
-        normalized: False leaves the factor d_i / n out, which is 1 / (the other side) of a matrix.
-        starts_whole: a block's first gradient enters L_i with weight 1 in the place of 1 - beta2.
-            With "eigenvalues" alone, and bias_correction=False.
-        in_turn: with "eigenvalues" alone: of three sides, let some use the eigenvalues that others
-            have got on this step, as the published code does: the second the third's, the first the
+        bias_correction, weighted, own_steps: as in `kronecker_statistics`; for L_i only.
+        normalized: False omits the factor d_i / n, which for a matrix is 1 / (the other side).
+        starts_whole: a block's first gradient enters L_i with weight 1 instead of 1 - beta2. Only
+            with "eigenvalues" and bias_correction=False.
+        in_turn: only with "eigenvalues": of three sides, some use eigenvalues that others got on
+            this step, as in the published code: the second uses the third's, the first the
             second's.
-        sides: as in `kronecker_statistics`; one for which it is False gets no factor matrix. With
-            "eigenvalues" it has λ_i all the same, in the coordinates as they are.
+        sides: as in `kronecker_statistics`; a side with False gets no factor matrix. With
+            "eigenvalues" it still has λ_i, in the unrotated coordinates.
 
-    State: `KlState`; d_i² numbers a side of a block for L_i, and d_i for λ_i.
+    State: `KlState`; per side of a block, d_i² numbers for L_i, and d_i for λ_i.
 
     Raises:
-        ValueError: an argument out of range, or with another `through`; from update, no later stage
-            has such values, or other statistics stand between.
-        TypeError: a flag that is no bool.
+        ValueError: an argument out of range, or with the wrong `through`; from update, no later
+            stage has such values, or other statistics stand between.
+        TypeError: a flag that is not a bool.
         TypeError: from init, for a parameter that is not a dense real floating tensor.
 
     Reference: Lin et al., arXiv 2509.03378; "ritz" as in NVIDIA-NeMo/Emerging-Optimizers.
@@ -116,7 +116,7 @@ def kl_statistics(
     check_through(through, least_eigenvalue, bias_correction, **flags)
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
-    by_weight = corrected and own_steps  # an average and its weight decay alike
+    by_weight = corrected and own_steps  # an average and its weight decay at the same rate
 
     def init(params: Tree, *, block_ndim: int = 0) -> KlState:
         check_local(params, "kl_statistics")

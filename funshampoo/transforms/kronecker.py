@@ -1,4 +1,4 @@
-"""Kronecker-factored second-order statistics of the gradient."""
+"""Kronecker-factored second-order statistics of the gradient: Shampoo's L and R."""
 
 from __future__ import annotations
 
@@ -36,45 +36,45 @@ def kronecker_statistics(
     product_dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> GradientTransformation:
-    """Accumulate one factor matrix for every side of every block; pass the updates through.
+    """Accumulate Shampoo's factor matrices, one per side of every block; updates pass through.
 
         L_i ← beta2 L_i + (1 - beta2) mat_i(G) mat_i(G)ᵀ
 
-    mat_i(G) is the mode-i unfolding (d_i × the rest) of `gradient`, or of `updates` where there is
-    no scope. Later stages find L_i and the weight that corrects its bias in `KroneckerState`; the
-    stored L_i is never corrected and never damped.
+    mat_i(G) is the mode-i unfolding (d_i × the rest) of `gradient`, or of `updates` outside a
+    scope. Later stages find L_i and the weight that corrects its bias in `KroneckerState`. The
+    stored L_i is never bias-corrected and never damped.
 
     Args:
         beta2: decay of the average, in (0, 1]; 1 means a plain sum (AdaGrad). 0, the last gradient
-            alone, is for averages whose weight is not each block's own: of a block that was held
-            nothing would be left to divide by.
-        every: accumulate at step 1 and on multiples of this; on other steps nothing is multiplied
-            and L_i stays. beta2 is the decay from one accumulated gradient to the next, and the
-            weight counts these alone, so the average reaches 1 / (1 - beta2) accumulations back,
-            every / (1 - beta2) steps: beta2**every keeps the reach that beta2 has on every step.
-            Let refreshes fall on multiples of it, and they see the gradient of their own step.
+            alone, is only for averages whose weight is not each block's own: for a block that was
+            held, nothing would be left to divide by.
+        every: accumulate at step 1 and on multiples of this; other steps skip the products and keep
+            L_i. beta2 is the decay from one accumulated gradient to the next, and the weight counts
+            only these, so the average reaches 1 / (1 - beta2) accumulations back, every / (1 -
+            beta2) steps: beta2**every keeps the reach of beta2 on every step. Put refreshes on
+            multiples of it, so that they see the gradient of their own step.
         bias_correction: count the weight from 0, so that readers divide by 1 - beta2^t.
         weighted: False drops the factor 1 - beta2: L ← beta2 L + mat matᵀ, without correction.
-        exponents, sides: as in `root_inverse`; a side that these leave alone gets no factor.
-            `in_eigenbasis` leaves such a side alone too.
+        exponents, sides: as in `root_inverse`; a side that these leave alone gets no factor, and
+            `in_eigenbasis` leaves it alone too.
         own_steps: the weight counts each block's own gradients. False: all blocks count together,
-            so that a parameter whose gradient was None is corrected by everyone's steps.
-        product_dtype: torch.bfloat16 to round G to before it is multiplied with itself, where the
-            product comes in float32 all the same: float32 blocks on CUDA, outside torch.compile
-            and torch.func. Elsewhere it changes nothing: L_i is never rounded to bfloat16.
-        packed: keep one triangle of every L_i of side 64 or more; see `operators.packed`. `init`
-            decides: `update` goes on with what it finds.
+            so that a parameter whose gradient was None is corrected by all steps.
+        product_dtype: torch.bfloat16 rounds G before it is multiplied with itself, where the
+            product is still in float32: float32 blocks on CUDA, outside torch.compile and
+            torch.func. Elsewhere it changes nothing. L_i is never rounded to bfloat16.
+        packed: store one triangle of every L_i of side 64 or more; see `operators.packed`. `init`
+            decides: `update` continues with the layout it finds.
 
     Context: with `every` above 1, `step=` decides in torch.compile, where the counter can't be
-    read. `refresh=` says nothing of statistics.
+    read. `refresh=` has no effect on statistics.
 
-    State: `KroneckerState`, with `every` above 1 in an `EveryKState`; float32 at least, d_i²
-    numbers a side of a block, (d_i² + d_i) / 2 of them if packed.
+    State: `KroneckerState`, with `every` above 1 in an `EveryKState`; float32 or wider; d_i²
+    numbers per side of a block, (d_i² + d_i) / 2 if packed.
 
     Raises:
-        ValueError, TypeError: an argument out of range, named.
+        ValueError, TypeError: an argument out of range; the error names it.
         TypeError: from init, for a parameter that is not a dense real floating tensor.
-        RuntimeError: with `every` above 1, where nobody knows the step.
+        RuntimeError: with `every` above 1, where the step is not known.
 
     Reference: Gupta, Koren, Singer, arXiv 1802.09568; Shi et al., arXiv 2309.06497.
 
@@ -93,7 +93,7 @@ def kronecker_statistics(
     check_flags(own_steps=own_steps, packed=packed)
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
-    by_weight = corrected and own_steps  # an average and its weight decay alike
+    by_weight = corrected and own_steps  # an average and its weight decay at the same rate
     check_range("beta2", beta2, 0.0, 1.0, low_open=by_weight)
 
     def powers(block: Block) -> tuple[float, ...]:
@@ -110,7 +110,7 @@ def kronecker_statistics(
         beta, donate = number(beta2, context.hyper), context.donate
         source = updates if context.gradient is None else context.gradient
         known = () if context.alive is None else (context.alive,)
-        share = 1.0 if plain_sum else 1 - beta + (beta == 1)  # a sum where it is 1 by now
+        share = 1.0 if plain_sum else 1 - beta + (beta == 1)  # a live beta of 1 makes a sum
         of_row = not (by_weight or is_exactly(beta, 1))
 
         def accumulate(u: Tensor, g: Tensor, *rest: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Weight decay of what a step has made of the weights."""
+"""Weight decay applied after the step."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from funshampoo.transforms.shape import factor_of
 def decay_after_step(
     weight_decay: Hyper, learning_rate: Hyper | Schedule, *, scale: Scale = None
 ) -> GradientTransformation:
-    """U ← U - λ α s (W + U): the weights shrink when the step is made, and the step with them.
+    """Weight decay after the step: U ← U - λ α s (W + U), which shrinks the step as well.
 
-    It stands at the end of a chain, behind the learning rate. An average between the two, such as
-    `tail_average`, is one of weights that have not shrunk yet.
+    Put it at the end of a chain, after the learning rate. An average between the two, such as
+    `tail_average`, averages weights that have not been decayed yet.
 
     Args:
         weight_decay: λ ≥ 0.
         learning_rate: α: number, tensor, or schedule of the old step count.
-        scale: s of the leaf's shape, as in `scale_by_shape`; None: 1.
+        scale: s from the leaf's shape, as in `scale_by_shape`; None: 1.
 
     State: `LearningRateState`.
 

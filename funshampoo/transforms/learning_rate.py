@@ -1,4 +1,4 @@
-"""Multiply the updates: by a constant, or by minus the learning rate."""
+"""Scaling by a constant, or by minus the learning rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from funshampoo.state.stages import LearningRateState
 
 
 def scale(factor: Hyper) -> GradientTransformation:
-    """U ← factor U, computed in float32 at least.
+    """Multiply the updates by a constant, in float32 or wider: U ← factor U.
 
     >>> import torch
     >>> scale(-0.5).update({"w": torch.ones(2)}, ())[0]
@@ -31,11 +31,11 @@ def scale(factor: Hyper) -> GradientTransformation:
 def scale_by_learning_rate(
     learning_rate: Hyper | Schedule, *, flip_sign: bool = True
 ) -> GradientTransformation:
-    """U ← -learning_rate U, the last stage of a chain.
+    """Multiply by minus the learning rate, U ← -learning_rate U: the last stage of a chain.
 
     Args:
-        learning_rate: a number ≥ 0, a 0-dimensional tensor (it may be batched or differentiated,
-            and is read anew on every step), or a schedule: a function of the number of steps done
+        learning_rate: a number ≥ 0, a 0-dimensional tensor (which may be batched or differentiated,
+            and is read again on every step), or a schedule: a function of the number of steps done
             so far, 0 on the first step.
         flip_sign: False keeps the sign.
 

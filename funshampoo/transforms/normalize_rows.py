@@ -1,4 +1,4 @@
-"""Rows of one length, as NorMuon has them."""
+"""NorMuon's row normalization."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ def normalize_rows(
     scale: Scale = None,
     flatten_sides: bool = True,
 ) -> GradientTransformation:
-    """U ← s N ‖U‖/‖N‖ with every row of N divided by a root mean square of its own.
+    """NorMuon's row normalization: divide every row by a running root mean square of its own.
 
         v_i ← beta2 v_i + (1 - beta2) mean_j(U_ij²)
         N_ij = U_ij / (√v_i + epsilon),   U ← s N ‖U‖ / max(‖N‖, 1e-8)
 
     After `orthogonalize`, some neurons' rows are much longer than others. v starts at 0 and is not
-    corrected for that: the norm, which stays, takes care of it. A vector is a column, each of its
+    bias-corrected: keeping the norm makes up for that. A vector is a column, and each of its
     entries a row.
 
     Args:
         beta2: decay of v, in [0, 1).
         epsilon: added to the root, ≥ 0.
         scale: s, by rows and columns, as in `orthogonalize`, which may leave it to this stage.
-        flatten_sides: of a leaf of three sides or more the rows are those of (out, the rest).
-            False: all but its last axis count rows, and norms are those of the last two.
+        flatten_sides: a leaf with three sides or more has the rows of the matrix (out, the rest).
+            False: all axes but the last index rows, and norms are over the last two.
 
-    State: `RowsState`: a number a row, where Adam has one an entry.
+    State: `RowsState`: one number per row, where Adam has one per entry.
 
     Raises:
         ValueError: an argument out of range.
-        TypeError: from init, a leaf is spread over ranks as a DTensor.
+        TypeError: from init, a leaf is sharded over ranks as a DTensor.
 
     Reference: Li et al., arXiv 2510.05491; microsoft/dion.
 

@@ -1,4 +1,4 @@
-"""Updates of which all singular values are about one: Muon's direction, spectral descent."""
+"""Orthogonalized updates, with all singular values about one: Muon, spectral descent."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def orthogonalize(
     vectors: Literal["refuse", "pass"] = "refuse",
     gram: bool = False,
 ) -> GradientTransformation:
-    """U ← s(r, c) polar(U): of U = P Σ Qᵀ, the matrix P Qᵀ by a few polynomials of U, and a scale.
+    """Orthogonalize matrices, as Muon does: U = P Σ Qᵀ becomes s P Qᵀ, by polynomials of U.
 
         X ← U / ‖U‖,   X ← (a + b X Xᵀ + c (X Xᵀ)²) X for each (a, b, c),   U ← s X
 
-    It knows nothing of the gradient's length, only where it points. Matrices have to be whole: in
-    `blocked`, with max_size=None.
+    The result depends on the gradient's direction only, not on its length. Matrices have to be
+    whole: in `blocked`, use max_size=None.
 
     Args:
         polynomials, steps: a name of `linalg.polynomials.TABLES`, or (a, b, c) for each step.
         scale: s, by rows r and columns c: "muon" √max(1, r/c), "adam" 0.2 √max(r, c), "spectral"
             √max(r, c), "unit_rms" √(r/c), a number, None for 1, or a function of the leaf's shape;
             see `operators.shape_scale`.
-        dtype: of the iteration; None: the updates', float32 at least. torch.bfloat16 gives
+        dtype: of the iteration; None: the updates', float32 or wider. torch.bfloat16 reproduces
             torch.optim.Muon's bits on a CPU.
         epsilon, norm, slack, gram: see `linalg.polar.polar_factor`.
-        flatten_sides: a leaf of three sides or more, such as a kernel, is the matrix (out, the
-            rest). False: it is a stack of matrices, one for each index but the last two (experts).
-        vectors: leaves of less than two sides are an error, or pass through unchanged.
+        flatten_sides: a leaf with three sides or more, such as a kernel, is the matrix (out, the
+            rest). False: a stack of matrices, one per index of all but the last two (experts).
+        vectors: leaves with fewer than two sides are an error, or pass through unchanged.
 
     Raises:
-        ValueError: an argument out of range; from init, a leaf is no matrix (names it).
-        TypeError: from init, a leaf is spread over ranks as a DTensor.
+        ValueError: an argument out of range; from init, a leaf is not a matrix (names it).
+        TypeError: from init, a leaf is sharded over ranks as a DTensor.
 
     Reference: Jordan et al., kellerjordan.github.io/posts/muon; Amsel et al., arXiv 2505.16932.
 

@@ -1,4 +1,4 @@
-"""Primal averaging: Schedule-Free with an average that forgets."""
+"""Primal averaging: Schedule-Free with an exponential average."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from funshampoo.state.stages import LearningRateState
 def primal_average(
     learning_rate: Hyper | Schedule, *, average: Hyper, interpolation: Hyper
 ) -> GradientTransformation:
-    """The parameters are y, where gradients are taken; evaluate the model with x.
+    """Generalized primal averaging: gradients are taken at the parameters y; evaluate with x.
 
         z ← z - α U
         x ← average x + (1 - average) z
         y ← interpolation x + (1 - interpolation) z
 
-    It stands at the end of a chain in the place of `scale_by_learning_rate`. x is
-    `funshampoo.evaluation_parameters(state, params)`. α may follow a schedule, which x needs no
-    knowledge of.
+    Put it at the end of a chain instead of `scale_by_learning_rate`. x is
+    `funshampoo.evaluation_parameters(state, params)`. α may follow a schedule; the weights in the
+    average do not depend on it.
 
-    x and z are in float32 at least. So parameters in half precision, which round small steps away,
-    follow master weights with average=0 and interpolation=0: then y is z, rounded. Behind a recipe,
-    whose updates have their rate and sign:
+    x and z are in float32 or wider. With average=0 and interpolation=0 they are master weights for
+    parameters in half precision, which would round small steps away: y is z, rounded. After a
+    recipe, whose updates already include learning rate and sign:
 
         chain(soap(1e-4), scale(-1.0), primal_average(1.0, average=0.0, interpolation=0.0))
 
@@ -41,7 +41,7 @@ def primal_average(
         average: decay of the average, in [0, 1).
         interpolation: in [0, 1].
 
-    State: `PrimalAverageState`: x and z, two numbers a parameter.
+    State: `PrimalAverageState`: x and z, two numbers per parameter.
 
     Raises:
         ValueError: an argument out of range; from update, params missing.

@@ -1,4 +1,4 @@
-"""Less of a step along the weights themselves."""
+"""Damping of the radial part of a step, along the weights."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from funshampoo.operators.matrices import inner_product, safe
 
 
 def radial_brake(outward: Hyper = 0.5, inward: Hyper = 1.0) -> GradientTransformation:
-    """The part of U along W, times one factor where the step lengthens W and another where not.
+    """Scale the part of U along W, by one factor if the step lengthens W and another if not.
 
         γ = ⟨U, W⟩ / ⟨W, W⟩,   U ← U + ((outward if γ < 0 else inward) - 1) γ W
 
-    A step goes along -U, so γ < 0 is outward. It stands before the learning rate. A weight of zero
-    has no radius, and its update stays.
+    A step goes along -U, so γ < 0 is outward. Put it before the learning rate. A weight of zero has
+    no radius, and its update stays.
 
     Args:
-        outward, inward: the factors, ≥ 0; 1 leaves that part as it is, 0 takes it away.
+        outward, inward: the factors, ≥ 0; 1 keeps that part, 0 removes it.
 
     Raises:
         ValueError: a negative number; from update, params missing.

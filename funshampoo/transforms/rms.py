@@ -1,4 +1,4 @@
-"""RMSprop's step, as an optimizer or as a partner of `graft`."""
+"""RMSprop, as an optimizer or as a partner of `graft`."""
 
 from __future__ import annotations
 

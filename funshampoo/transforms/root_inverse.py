@@ -1,4 +1,4 @@
-"""Inverse roots of the factor matrices, and the direction they give."""
+"""Shampoo's preconditioner: inverse roots of the factor matrices, applied to the updates."""
 
 from __future__ import annotations
 
@@ -40,62 +40,62 @@ def root_inverse(
     product_dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> GradientTransformation:
-    """Precondition the updates with roots of the factor matrices, refreshed now and then.
+    """Shampoo's preconditioner: multiply by inverse roots of the factors, refreshed periodically.
 
         on a refresh:   X_i ← (L_i / weight + epsilon I)^(-e_i)
         on every step:  P = M ×_1 X_1 … ×_k X_k
 
     L_i and weight come from the `KroneckerState` upstream and include this step's gradient; M is
-    what the chain has made of the gradient so far. Until its first refresh a block has X_i = I.
+    the updates that reach this stage. Until its first refresh a block has X_i = I.
 
-    A refresh keeps the old root of a matrix for which the solver fails, and counts it. It also
-    keeps it where the statistics are still exactly zero: (0 + epsilon I)^(-e) would be an enormous
-    multiple of the identity that the first real gradient would meet. So it does where no entry is
-    a normal number, as after 9,000 gradients of zeros with beta2=0.99.
+    If the solver fails for a matrix, the refresh keeps its old root and counts the failure. It also
+    keeps the old root if the statistics are still exactly zero, since (0 + epsilon I)^(-e) would be
+    an enormous multiple of the identity, applied to the first real gradient; or if no entry is a
+    normal number, as after 9,000 gradients of zeros with beta2=0.99.
 
     Args:
         every: steps between refreshes.
-        start: the step of the first refresh; later ones fall on multiples of `every`. Give `graft`
-            the same, so that its step is the other method's until then.
+        start: the step of the first refresh; later ones fall on multiples of `every`. Pass the same
+            to `graft`, so that its step is the other method's until then.
         epsilon: absolute damping, ≥ 0 (number or tensor). Damping relative to the largest
-            eigenvalue is the solver's: `eigh(relative_epsilon=...)`.
+            eigenvalue is set in the solver: `eigh(relative_epsilon=...)`.
         solver: a function of `funshampoo.linalg`; by default, with relative_epsilon=1e-6, by_device
-            (eigh on a CPU), or eigh where basis_tolerance asks for a basis. In float32 some damping
+            (eigh on a CPU), or eigh if basis_tolerance needs a basis. In float32 some damping
             relative to the largest eigenvalue, 1e-7 or more, is needed.
         exponents: the e_i. By default "shampoo": 1/(2k) with k sides, for matrices 1/4;
-            "shampoo_squared": 1/k, for matrices 1/2; a number: what it says for matrices, in
+            "shampoo_squared": 1/k, for matrices 1/2; a number: the exponent for matrices, in
             general 2 exponents / k. {k: e, or {side: e}} sets them by hand; 0 leaves a side alone.
-        sides: which are preconditioned, all by default. "smaller": of each block the shortest
-            alone, of equal ones the first (k = 1: for matrices the exponent 1/2); or a function of
-            a block's shape that returns a bool a side. Give `kronecker_statistics` the same
-            exponents and sides, so that it spares the factors.
+        sides: which sides are preconditioned, by default all. "smaller": only the shortest of each
+            block, of equal ones the first (k = 1: for matrices the exponent 1/2); or a function of
+            a block's shape that returns one bool per side. Pass the same exponents and sides to
+            `kronecker_statistics`, so that it skips the unused factors.
         trace_scaling: an exponent s in (0, 1]: take roots of A · max(tr A, epsilon)^(-s) instead of
             A = L_i / weight.
-        initial_eigenvalue: before its first refresh a side has X_i = initial_eigenvalue^(-e_i) I.
+        initial_eigenvalue: X_i = initial_eigenvalue^(-e_i) I before a side's first refresh.
         stagger: spread the refreshes over the interval, a share of the blocks on every step, so
-            that no step after `start` carries them all. Inside `blocked` a block's turn depends on
-            its number among all blocks alone, so that any number of ranks computes the same. It
+            that no step after `start` carries them all. Inside `blocked`, a block's turn depends
+            only on its index among all blocks, so that any number of ranks computes the same. It
             needs the counter or `step=`; `refresh=True` refreshes all, and torch.compile makes a
             graph for every step of the interval (its limit of 8 recompilations may stop that).
         basis_tolerance: keep each factor's eigenbasis Q in the state (as much memory as X_i), and
-            on a refresh go on in it, with new eigenvalues diag(QᵀLQ), for as long as
-            ‖offdiag(QᵀLQ)‖_F ≤ basis_tolerance ‖L‖_F; see `linalg.adaptive`. For solvers by
-            eigendecomposition. A refresh that keeps all bases takes 0.45 to 0.5 of the time, one
-            that keeps none 1.3 of it (sides 128 to 512, one thread), so it pays from a third kept.
-        product_dtype: torch.bfloat16 to round M and the X_i to before they are multiplied; sums
-            are float32, roots are computed and kept as without. It errs by up to 5 % at a
-            condition of 1e6, and pays where the device multiplies bfloat16: on GPUs and CPUs with
+            reuse it on a refresh, with new eigenvalues diag(QᵀLQ), as long as ‖offdiag(QᵀLQ)‖_F ≤
+            basis_tolerance ‖L‖_F; see `linalg.adaptive`. For solvers by eigendecomposition. A
+            refresh that keeps all bases takes 0.45 to 0.5 of the time, one that keeps none 1.3 of
+            it (sides 128 to 512, one thread), so it pays once a third are kept.
+        product_dtype: torch.bfloat16 rounds M and the X_i before they are multiplied; sums are
+            float32, roots are computed and stored as without it. The error is up to 5 % at a
+            condition of 1e6. It pays where the device multiplies bfloat16: on GPUs and CPUs with
             AVX512-BF16, half the time of these products or less. See `linalg.low_precision`.
-        packed: keep one triangle of every X_i of side 64 or more, and make the matrix of it on
-            every step. See `operators.packed`; the statistics have the same option, and need not
-            have the same value. What basis_tolerance adds to the state stays whole.
+        packed: store one triangle of every X_i of side 64 or more, and expand it on every step. See
+            `operators.packed`. The statistics have the same option, and need not have the same
+            value. The bases of basis_tolerance stay whole.
 
-    Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; one of them is needed
-    inside torch.compile, where the counter in the state can't be read.
+    Context: `step=` (from 1) or `refresh=` (a bool) decide for the stage; inside torch.compile,
+    where the counter in the state can't be read, one of them is required.
 
-    On the CPU, roots by eigendecomposition are computed by as many threads as
-    torch.get_num_threads() says, each with one kernel thread, on different matrices. One of a side
-    above 256 that would leave the others idle is computed first, by all kernel threads.
+    On the CPU, roots by eigendecomposition are computed by torch.get_num_threads() threads, each
+    with one kernel thread, on different matrices. A matrix of side above 256 that would leave the
+    others idle is computed first, by all kernel threads.
 
     State: `RefreshedState`, whose values are X_i and, with basis_tolerance, Q.
 

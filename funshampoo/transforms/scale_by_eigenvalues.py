@@ -1,4 +1,4 @@
-"""KL-Shampoo's step in its eigenbases."""
+"""KL-Shampoo's scaling in its eigenbases."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from funshampoo.state.nodes import find_state
 
 
 def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
-    """Divide the coordinates in the eigenbases by the roots of their eigenvalues.
+    """KL-Shampoo's scaling: divide coordinates in the eigenbases by the roots of the eigenvalues.
 
         U ← U / (√(λ_1 ⊗ … ⊗ λ_k) + epsilon)
 
-    For `in_eigenbasis`, after `kl_statistics`, whose λ_i are taken as they were before this step:
-    those that belong to the bases of the step. Where one is 0 the update is 0.
+    For use in `in_eigenbasis`, after `kl_statistics`. It takes the λ_i from before this step, which
+    belong to the bases that the step uses. Where one is 0 the update is 0.
 
     Args:
         epsilon: added to the root, ≥ 0.
 
     Raises:
         ValueError: epsilon out of range; from update, the nearest `kl_statistics` before has no
-            eigenvalues, or they are those of another `in_eigenbasis`, that stands between or in the
+            eigenvalues, or they belong to another `in_eigenbasis` that stands between or in the
             direction of a `graft`.
 
     Reference: Lin et al., arXiv 2509.03378.
@@ -61,7 +61,7 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
 
 
 def _eigenvalues(earlier: tuple[Any, ...], updates: Tree) -> Tree:
-    """The λ_i in these bases.
+    """The λ_i in the bases of this `in_eigenbasis`.
 
     Raises:
         ValueError: the nearest statistics have none, or none in these bases.

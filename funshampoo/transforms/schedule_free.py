@@ -1,4 +1,4 @@
-"""Training at a point between fast weights and their average, without a schedule."""
+"""Schedule-Free: training between fast weights and their average, without a schedule."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def schedule_free(
         z ← z - α U,   x ← (1 - c) x + c z,   y ← beta x + (1 - beta) z
         c = w / Σ w,   w = t^r (largest α so far)^weight_lr_power
 
-    It stands at the end of a chain in the place of `scale_by_learning_rate`, behind a direction
-    without momentum, `beta` being one: chain(scale_by_adam(0.0), schedule_free(α)). x is
+    Put it at the end of a chain instead of `scale_by_learning_rate`, after a direction without
+    momentum, since `beta` acts as one: chain(scale_by_adam(0.0), schedule_free(α)). x is
     `funshampoo.evaluation_parameters(state, params)`. While α is 0, as at the first step of a
     warm-up, c is 0 and nothing moves.
 
     Args:
         learning_rate: α: number, tensor, or schedule of the old step count, such as a warm-up.
         beta: in [0, 1].
-        r, weight_lr_power: of the weights w, ≥ 0.
-        own_steps: t and Σ w are of each leaf's own gradients; False: of everyone's steps.
+        r, weight_lr_power: exponents of the weights w, ≥ 0.
+        own_steps: t and Σ w count each leaf's own gradients; False: all steps.
 
-    State: `ScheduleFreeState`: x and z, where AdamW has its first moment. The published code keeps
-    z alone and finds x from z and y; here parameters in half precision do not lose it.
+    State: `ScheduleFreeState`: x and z, where AdamW has its first moment. The published code stores
+    only z and recovers x from z and y; here x stays exact with half-precision parameters.
 
     Raises:
         ValueError: an argument out of range; from update, params missing.
-        TypeError: own_steps is no bool.
+        TypeError: own_steps is not a bool.
 
     Reference: Defazio et al., arXiv 2405.15682.
 

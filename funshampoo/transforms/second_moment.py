@@ -1,4 +1,4 @@
-"""A power of the second moment under the updates."""
+"""Scaling by a power of the second moment."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def scale_by_second_moment(
     weighted: bool = True,
     own_steps: bool = True,
 ) -> GradientTransformation:
-    """U over a power of the second moment: Adam's divisor with other exponents.
+    """Divide U by a power of the second moment: Adam's divisor with other exponents.
 
         V ← beta2 V + (1 - beta2) G²,   V̂ = V / (1 - beta2^t)
         U ← U / (V̂^exponent + epsilon),   or   U / max(V̂, epsilon)^exponent
 
-    G is `gradient`, or the updates where there is no scope. In `in_eigenbasis` V̂ has the corrected
+    G is `gradient`, or the updates outside a scope. In `in_eigenbasis`, V̂ holds the corrected
     eigenvalues of the Kronecker product of the factor matrices.
 
     Args:
         beta2: decay, in [0, 1]; the number 1 means a plain sum.
         epsilon: ≥ 0.
-        exponent: above 0; 1/2 is Adam's. {order: exponent} for leaves (in `blocked`, blocks) of so
-            many sides; 1/2 for those that it does not name.
-        damping: "added" or "floor", the first and the second form above.
+        exponent: above 0; 1/2 is Adam's. {order: exponent} for leaves (in `blocked`, blocks) with
+            that many sides; 1/2 for orders that it does not name.
+        damping: "added" or "floor": the first and the second form above.
         bias_correction: divide V by its total weight.
         weighted: False drops the factor 1 - beta2: V ← beta2 V + G², without correction.
-        own_steps: count each block's own gradients for the correction; False: all together.
+        own_steps: bias-correct by each block's own gradient count; False: by a common one.
 
     State: `SecondMomentState`, float32 at least.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or no number; named.
+        ValueError, TypeError: an argument out of range, or not a number; the error names it.
 
     Reference: George et al., arXiv 1806.03884; Eschenhagen et al., arXiv 2506.03595.
 

@@ -1,4 +1,4 @@
-"""No scaling at all."""
+"""The identity, as a grafting partner: SGD."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from funshampoo.core.contract import GradientTransformation, identity, renamed
 
 
 def scale_by_sgd() -> GradientTransformation:
-    """The identity: as a grafting partner it gives P the norm of the (filtered) gradient.
+    """The identity. As a grafting partner it gives P the norm of the (filtered) gradient.
 
     >>> scale_by_sgd().update({"w": 1.0}, ())[0]
     {'w': 1.0}

@@ -1,4 +1,4 @@
-"""Steps as long as the shape of a parameter asks for."""
+"""Scaling by a factor of a parameter's shape."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from funshampoo.operators.shape_scale import Scale, check_scale, is_of_no_shape,
 
 
 def scale_by_shape(scale: Scale) -> GradientTransformation:
-    """U ← s(shape) U.
+    """Scale the updates by a factor of their shape: U ← s(shape) U.
 
     Args:
         scale: s: by rows r and columns c, "muon" √max(1, r/c), "adam" 0.2 √max(r, c), "spectral"
-            √max(r, c), "unit_rms" √(r/c), of what has more sides as the matrix (the first, the
-            rest), of fewer as a column; a number; or a function of the shape of a leaf, in
-            `blocked` of a block. None: 1.
+            √max(r, c), "unit_rms" √(r/c); more sides count as the matrix (the first, the rest),
+            fewer as a column. Or a number, or a function of the shape of a leaf, in `blocked` of a
+            block. None: 1.
 
     Raises:
-        ValueError: another scale.
+        ValueError: an unknown scale.
 
     >>> import torch
     >>> scale_by_shape(lambda shape: 2 / sum(shape)).update({"w": torch.ones(1, 3)}, ())[0]
@@ -40,6 +40,6 @@ def scale_by_shape(scale: Scale) -> GradientTransformation:
 
 
 def factor_of(scale: Scale, shape: tuple[int, ...]) -> float:
-    """s of a leaf of this shape."""
+    """s for a leaf of this shape."""
     rows, *rest = shape or (1,)
     return shape_factor(scale, (rows, math.prod(rest)), shape)

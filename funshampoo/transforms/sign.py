@@ -1,4 +1,4 @@
-"""Signs: steepest descent where no entry moves further than another."""
+"""The sign of the updates: steepest descent in the max norm."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from funshampoo.operators.leaf_ops import multiply, per_block
 
 
 def sign(scale: Hyper | Literal["mean", "sum"] | None = None) -> GradientTransformation:
-    """U ← s sign(U), entry by entry; 0 stays 0. No derivative tells of the jump at 0.
+    """Sign descent: U ← s sign(U), entry by entry; 0 stays 0. Derivatives ignore the jump at 0.
 
     Args:
-        scale: s: None for 1, a number, or of the leaf (in `blocked`, the block) before: "mean", the
-            mean of |U_ij|, so that a small gradient makes a small step, or "sum", ‖U‖₁, with which
-            it is the steepest descent under the norm max |W_ij|.
+        scale: s: None for 1, a number, or taken from the leaf (in `blocked`, the block): "mean",
+            the mean of |U_ij|, so that a small gradient makes a small step, or "sum", ‖U‖₁, the
+            steepest descent under the norm max |W_ij|.
 
     Raises:
-        ValueError: another scale.
+        ValueError: an unknown scale.
 
     Reference: Bernstein et al., arXiv 1802.04434.
 

@@ -1,4 +1,4 @@
-"""Steps that reach parameters in half precision, in the mean, however small they are."""
+"""Stochastic rounding: small steps reach half-precision parameters on average."""
 
 from __future__ import annotations
 
@@ -19,36 +19,35 @@ from funshampoo.state.meaning import meaning
 
 @meaning(seen="count")
 class RoundingState(NamedTuple):
-    """Of `stochastic_rounding`: a tree of () int32, how many steps each parameter has made."""
+    """State of `stochastic_rounding`: a tree of () int32, the steps each parameter has made."""
 
     seen: Tree
 
 
 def stochastic_rounding() -> GradientTransformation:
-    """U ← Q(W + U) - W for W in bfloat16 or float16, Q rounding up or down at random.
+    """Stochastic rounding: U ← Q(W + U) - W for W in bfloat16 or float16, Q rounding at random.
 
-    The mean of Q(x) is x. Without it W + U is rounded to nearest, and a step below 2^-9 of a weight
-    in bfloat16 (2^-12 in float16) is lost, however many there are. Here W moves by a whole step of
-    its dtype now and then, as often as it takes, without master weights.
+    Q rounds up or down, and the mean of Q(x) is x. Without it, W + U is rounded to nearest, and
+    steps below 2^-9 of a weight in bfloat16 (2^-12 in float16) are lost, however many there are.
+    With it, W moves by a whole step of its dtype as often as needed, without master weights.
 
-    It is the last stage of a chain, behind the learning rate, also behind a recipe:
+    Use it as the last stage of a chain, after the learning rate, also after a recipe:
 
         chain(soap(1e-4), stochastic_rounding())
 
-    Parameters in float32 or float64 get the updates as they are. What is random is a hash of an
-    entry's weight and update and of the number of the step (`operators.rounding`): a step that is
-    made twice is the same, and so it is on any number of ranks and in any blocks. Entries of which
-    both are equal are rounded alike.
+    Parameters in float32 or float64 get the updates unchanged. The random bits are a hash of an
+    entry's weight, its update and the step number (`operators.rounding`): a repeated step gives the
+    same result, as do any number of ranks and any blocks. Entries with equal weight and update are
+    rounded alike.
 
     It costs some 25 elementwise operators per parameter, which torch.compile fuses into one, and a
-    chain that ends in it holds all updates at once, in float32. Derivatives take Q for the
-    identity.
+    chain that ends in it holds all updates at once, in float32. Derivatives treat Q as identity.
 
     State: `RoundingState`.
 
     Raises:
         ValueError: from init, inside `blocked`; from update, params missing, or another stage after
-            it (but for `tail_average`, which changes none).
+            it (except `tail_average`, which changes no updates).
 
     Reference: Gupta et al., arXiv 1502.02551; for training in bfloat16, Zamirai et al., arXiv
     2010.06192.

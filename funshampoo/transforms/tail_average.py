@@ -1,4 +1,4 @@
-"""The average of the weights over the end of a training."""
+"""Weight averaging over the end of training."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from funshampoo.state.averages import TailAverageState
 
 
 def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransformation:
-    """x, the average of the weights after step `start` and all later ones; U stays as it is.
+    """Average the weights after step `start` and all later ones, as x; U stays as it is.
 
         x ← x + (W + U - x) / n,   n = 1, 2, … from step `start` on; before it, x = W + U
 
-    With beta an exponential average, bias corrected, in the place of the plain one:
+    With beta, x is a bias-corrected exponential average instead of the plain one:
 
         x ← x + (W + U - x) (1 - beta) / (1 - beta^n)
 
-    It stands at the end of a chain, behind the learning rate. Evaluate the model with x, which is
+    Put it at the end of a chain, after the learning rate. Evaluate the model with x, which is
     `funshampoo.evaluation_parameters(state, params)`.
 
     Args:
         start: number of the first step whose weights are in the average, from 1.
-        beta: decay, in [0, 1); None: all weigh the same.
+        beta: decay, in [0, 1); None: equal weights.
 
-    State: `TailAverageState`: one number a parameter.
+    State: `TailAverageState`: one number per parameter.
 
     Raises:
         ValueError, TypeError: an argument out of range; from update, params missing.

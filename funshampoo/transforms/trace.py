@@ -21,7 +21,7 @@ def trace(
     dampening: Hyper = 0.0,
     dampen_first_step: bool = True,
 ) -> GradientTransformation:
-    """Heavy-ball momentum: a decaying sum of the updates, with Nesterov's look-ahead if wanted.
+    """Heavy-ball momentum: a decaying sum of the updates, with optional Nesterov look-ahead.
 
         B ← momentum B + (1 - dampening) U
         U ← (1 - dampening) U + momentum B   if nesterov, else B
@@ -29,9 +29,9 @@ def trace(
     Args:
         momentum: decay, ≥ 0 (below 1 for a bounded sum).
         nesterov: look ahead.
-        dampening: share of every update that is left out, in [0, 1).
-        dampen_first_step: False lets a block's first update in undamped, as torch.optim.SGD does.
-            The Distributed Shampoo reference damps it too.
+        dampening: share of every update to leave out, in [0, 1).
+        dampen_first_step: False leaves a block's first update undamped, as in torch.optim.SGD. The
+            Distributed Shampoo reference damps it too.
 
     State: `TraceState`, float32 at least.
 
@@ -80,7 +80,7 @@ def trace(
             now = [columns.only_alive([torch.ones_like(x) for x in s], fine, s) for s in seen]
             if nesterov:
                 return columns.add(columns.multiply(b, mu), damped(u), donate=True), b, *now
-            return columns.copied(b), b, *now  # copies: a later donated step writes into the state
+            return columns.copied(b), b, *now  # copy: a later donated step writes into the state
 
         def damped(u: Column) -> Column:
             return columns.multiply(u, 1 - left_out) if damps else u

@@ -1,4 +1,4 @@
-"""Steps that are never small beside the weights."""
+"""A lower bound on the size of updates relative to the weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from funshampoo.operators.matrices import norm_over, safe
 def update_floor(
     min_ratio: Hyper, *, per: Literal["tensor", "row"] = "tensor"
 ) -> GradientTransformation:
-    """U ← U max(1, min_ratio ‖W‖ / ‖U‖): a step of at least this size relative to the weights.
+    """Minimum update size relative to the weights: U ← U max(1, min_ratio ‖W‖ / ‖U‖).
 
-    The learning rate comes after it. An update of zero stays zero.
+    Put the learning rate after it. An update of zero stays zero.
 
     Args:
         min_ratio: ≥ 0.
-        per: norms of the whole leaf (in `blocked`, of the block), or of each index of its first
+        per: norms over the whole leaf (in `blocked`, the block), or over each index of its first
             side. A vector is one row.
 
     Raises:

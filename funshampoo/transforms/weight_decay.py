@@ -1,4 +1,4 @@
-"""Weight decay in its four kinds."""
+"""Weight decay: coupled, decoupled, corrected and independent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_decayed_weights(
     learning_rate: Hyper | Schedule | None = None,
     peak_learning_rate: Hyper | None = None,
 ) -> GradientTransformation:
-    """U ← U + λ W, into a new tensor.
+    """Weight decay: U ← U + λ W, into a new tensor.
 
     With a learning rate α applied later in the chain, the parameter shrinks by
 
@@ -42,9 +42,9 @@ def add_decayed_weights(
         coupled       as an L2 penalty: λ as it is, but the stage stands before `blocked`, so that
                       the statistics see it
 
-    α itself enters with the stage that scales by the learning rate, later in the chain. So
-    decoupled and coupled are the same sum in different places. Before `trace`, decay passes
-    through the momentum (the Distributed Shampoo reference); after it, it does not (AdamW).
+    α itself comes from the stage that scales by the learning rate, later in the chain. So decoupled
+    and coupled are the same sum in different places. Before `trace`, decay passes through the
+    momentum (the Distributed Shampoo reference); after it, it does not (AdamW).
 
     Args:
         weight_decay: λ: a number ≥ 0, a tensor, or a schedule of the old step count.
@@ -53,7 +53,7 @@ def add_decayed_weights(
         learning_rate: α, for "corrected": what `scale_by_learning_rate` gets.
         peak_learning_rate: α_peak > 0, for "corrected" and "independent".
 
-    State: `ScheduleState` where λ or α is a schedule, else empty.
+    State: `ScheduleState` if λ or α is a schedule, else empty.
 
     Raises:
         ValueError: a negative number; α or α_peak missing; from update, params missing.
