@@ -25,14 +25,13 @@ from funshampoo.linalg.spectral import (
     AnySpectrum,
     NearSpectrum,
     decompose,
-    decompose_unverified,
     inverse_root,
     verified,
 )
 
 _TRUSTED_RESIDUAL = 0.2
-"""A spectrum that leaves no more is A's. One wrong eigenvector leaves 1 in the residual, and more
-than 0.2 in its estimate, up to sides of 2,400; wrong eigenvalues leave what they are wrong by."""
+"""Up to this residual a spectrum is not verified. One wrong eigenvector leaves a residual of 1, and
+more than 0.2 in its estimate up to sides of 2,400; wrong eigenvalues leave their relative error."""
 
 
 class EigenSolver(RootSolver):
@@ -40,7 +39,7 @@ class EigenSolver(RootSolver):
 
     Attributes:
         keeps_all: whether a root uses all eigenvalues, so that its residual shows whether they are
-            A's: in a CPU's memory the spectrum is verified only if that is not small.
+            A's. On a CPU the spectrum is then verified only if the residual is not small.
     """
 
     threaded: ClassVar[bool] = True
@@ -51,7 +50,7 @@ class EigenSolver(RootSolver):
         self._check(A, p, epsilon)
         # No products, and perhaps long: other threads need not wait.
         trusts = self.keeps_all and is_plain_memory(A) and not is_differentiated(A)
-        spectrum = decompose_unverified(A) if trusts else decompose(A)
+        spectrum = decompose(A, verify=not trusts)
         with full_precision():
             found = self.from_spectrum(A, spectrum, p, epsilon)
             if trusts and not all_true(found.residual <= _TRUSTED_RESIDUAL):

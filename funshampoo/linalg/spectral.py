@@ -55,25 +55,19 @@ class NearSpectrum(NamedTuple):
 AnySpectrum: TypeAlias = Spectrum | NearSpectrum
 
 
-def decompose(A: Tensor) -> Spectrum:
+def decompose(A: Tensor, verify: bool = True) -> Spectrum:
     """The eigendecomposition of each matrix of A (..., d, d) that is finite and has one.
 
     A result that comes without an error but is wrong counts as a failure: `is_decomposition`.
+    Without `verify`, that check is left to `verified`, and there are no derivatives.
     """
     A, finite = replace_nonfinite(A)
-    values, vectors, solved = applied(_Decompose, A)
-    return Spectrum(values, vectors, finite & solved)
-
-
-def decompose_unverified(A: Tensor) -> Spectrum:
-    """`decompose` without the check of what comes back, and without derivatives."""
-    A, finite = replace_nonfinite(A)
-    values, vectors, solved = _decomposed(A)
+    values, vectors, solved = applied(_Decompose, A) if verify else _decomposed(A)
     return Spectrum(values, vectors, finite & solved)
 
 
 def verified(A: Tensor, spectrum: Spectrum) -> Spectrum:
-    """What `decompose` makes of what `decompose_unverified` found; itself if all of it is A's."""
+    """The spectrum with the check of `decompose`; the same object if everything passes."""
     found = Spectrum(*_verified(replace_nonfinite(A)[0], *spectrum))
     return spectrum if found.vectors is spectrum.vectors else found
 
@@ -218,7 +212,7 @@ def _inverse_gaps(values: Tensor) -> Tensor:
 
 
 def _decomposed(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """λ, Q, solved, as returned by LAPACK or cuSOLVER."""
+    """λ, Q, solved, as LAPACK or cuSOLVER return them."""
     d = A.shape[-1]
     if d % 2 == 0 or d == 1 or not is_plain_memory(A):
         return stacked_eigh(A)
