@@ -30,8 +30,8 @@ from funshampoo.linalg.spectral import (
 )
 
 _TRUSTED_RESIDUAL = 0.2
-"""Up to this residual a spectrum is not verified. One wrong eigenvector leaves a residual of 1, and
-more than 0.2 in its estimate up to sides of 2,400; wrong eigenvalues leave their relative error."""
+"""Up to this residual a spectrum is not verified. A wrong eigenvector leaves 1 in it, and more than
+0.2 in its estimate up to sides of 2,400; wrong eigenvalues leave their relative error."""
 
 
 class EigenSolver(RootSolver):
