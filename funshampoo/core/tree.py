@@ -45,7 +45,8 @@ _NAMED = 4  # leaves in a message: enough to identify the tree
 
 def leaf_names(tree: Any) -> list[str]:
     """One name per leaf, in the order of `flatten`: "conv1.weight", "layers.0.bias"."""
-    return [*names_in(optree.tree_structure(tree, none_is_leaf=True))]
+    named = names_in.__wrapped__ if torch.compiler.is_dynamo_compiling() else names_in
+    return [*named(optree.tree_structure(tree, none_is_leaf=True))]  # Dynamo warns of caches
 
 
 @functools.lru_cache(maxsize=64)

@@ -171,10 +171,11 @@ def _listed(values: Sequence[float]) -> Schedule:
         raise ValueError("mu_schedule is empty; leave it out, and mu is the momentum of all steps.")
     for value in values:
         check_range("mu_schedule", value, 0.0, 1.0, high_open=True)
+    numbers = [float(value) for value in values]
 
     @functools.partial(constant, most=4)
     def table(device: torch.device) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float64, device=device)
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
 
     def at(count: Tensor) -> Tensor:
         place = count.clamp(max=len(values) - 1).reshape(1)
