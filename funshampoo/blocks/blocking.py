@@ -30,7 +30,13 @@ from funshampoo.core.parameters import (
     detached_parameters,
     problem_of_gradients,
 )
-from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
+from funshampoo.core.placed import (
+    all_placed_like,
+    any_in_parts,
+    is_in_parts,
+    local_parts,
+    parts_like,
+)
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names
 from funshampoo.state.stages import BlockedState
 
@@ -186,6 +192,9 @@ class _Blocked:
         if any_in_parts(given.known):
             new, parts = self._on_parts(given, state, here)
             found = parts_like(given.known, parts)
+            for i in given.missing:
+                if is_in_parts(given.known[i]):  # so on all ranks
+                    found[i] = None
         else:
             shared = inner.spread is not None and inner.spread.is_shared()
             plain = is_plain([g for g in given.leaves if g is not None], given.known)

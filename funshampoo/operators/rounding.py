@@ -45,9 +45,9 @@ def _shifted(x: Tensor, places: int) -> Tensor:
 def rounded_at_random(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """x rounded to a number of `dtype`: up with the share of the step that it has gone, or down.
 
-        step = 2^⌊log2 |x|⌋ ε,   q = x / step,   x ← step (⌊q⌋ + [r < q - ⌊q⌋]),   r uniform in [0, 1)
+        step = 2^⌊log2 |x|⌋ ε,   q = x / step,   x ← step (⌊q⌋ + [r < q - ⌊q⌋])
 
-    So its expectation is x. What `dtype` has stays as it is.
+    with r uniform in [0, 1). So its expectation is x. What `dtype` has stays as it is.
 
     Args:
         x: float32; one that is not finite comes back.
