@@ -30,6 +30,7 @@ def stochastic_rounding() -> GradientTransformation:
     The mean of Q(x) is x. Without it W + U is rounded to nearest, and a step below 2^-9 of a weight
     in bfloat16 (2^-12 in float16) is lost, however many there are. Here W moves by a whole step of
     its dtype now and then, as often as it takes, without master weights.
+    W + U itself is in float32, as master weights are: a step below 2^-25 of a weight is lost.
 
     It is the last stage of a chain, behind the learning rate, also behind a recipe:
 
@@ -38,7 +39,8 @@ def stochastic_rounding() -> GradientTransformation:
     Parameters in float32 or float64 get the updates as they are. What is random is a hash of an
     entry's weight and update and of the number of the step (`operators.rounding`): a step that is
     made twice is the same, and so it is on any number of ranks and in any blocks. Entries of which
-    both are equal are rounded alike.
+    both are equal are rounded alike. A graph of torch.compile whose updates differ in their last
+    bits rounds in other ways, which are as good.
 
     It costs some 25 elementwise operators per parameter, which torch.compile fuses into one, and a
     chain that ends in it holds all updates at once, in float32. Derivatives take Q for the
