@@ -26,7 +26,13 @@ from funshampoo.core.misfit import misfit
 from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.parameters import UnfitLeafError, check_local, detached_parameters
-from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, parts_like
+from funshampoo.core.placed import (
+    all_placed_like,
+    any_in_parts,
+    is_in_parts,
+    local_parts,
+    parts_like,
+)
 from funshampoo.core.traced_tree import TracedSpec
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names, names_in
 from funshampoo.state.stages import BlockedState
@@ -190,6 +196,9 @@ class _Blocked:
                 add_in_place(held, [u.view(p.shape) for p, u in zip(held, parts)])
             else:
                 found = parts_like(own, parts)
+                for i in given.missing:
+                    if is_in_parts(own[i]):  # so its gradient is missing on all ranks
+                        found[i] = None
         elif in_place and self._may_add(own):
             put: Put = functools.partial(run.parts.scatter_add, leaves=own)
             gather = Views(run.parts, given).gather

@@ -153,6 +153,7 @@ def _run(
             if may and local is None:
                 local = local_step(updates, params, inside)
             if local is not None and may and local.fits(state[name]):
+                local.stands(inside)
                 local.updates, states[name] = local.run(stage, state[name])
                 continue
             if local is not None:

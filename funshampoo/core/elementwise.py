@@ -111,6 +111,11 @@ class LocalStep:
         leaves, spec = flatten(tree)
         return spec.unflatten(local_parts(leaves)) if any_in_parts(leaves) else tree
 
+    def stands(self, context: Context) -> None:
+        """The next stage of a chain is at this place among the others."""
+        places = {name: getattr(context, name) for name in ("upstream", "earlier", "later")}
+        self.context = changed(self.context, usable=context.usable, **places)
+
     def run(self, stage: GradientTransformation, state: Tree) -> tuple[Tree, Tree]:
         """(this rank's part of the updates, the state with DTensors where it had them).
 

@@ -20,6 +20,8 @@ Heads: TypeAlias = Literal["fused", "each", "whole"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+
 
 class Kind(NamedTuple):
     """What a parameter is.
@@ -92,6 +94,8 @@ def kind_of(
     if is_linear(module):
         plain = isinstance(module, nn.Linear)
         return Kind("matrix") if plain else _of_transposed(p, parent, heads)
+    if parent is not None and isinstance(module, _LISTS):
+        return _of_other(parent, p)
     return _of_other(module, p)
 
 
@@ -124,40 +128,45 @@ def _of_transposed(p: Tensor, parent: nn.Module | None, heads: Heads) -> Kind:
 
 
 def _of_other(module: nn.Module, p: Tensor) -> Kind:
-    """By shape, and by what stands beside it in the same module."""
-    own = [x.shape for x in module.parameters(recurse=False)]
-    if p.ndim == 2 and any(len(s) == 3 and s[0] == p.shape[0] > 1 for s in own):
+    """By shape, and by what stands beside it in the same module, also in lists of parameters."""
+    holders = [module, *[m for m in module.children() if isinstance(m, _LISTS)]]
+    others = [q for m in holders for q in m.parameters(recurse=False) if q is not p and q.ndim > 1]
+    if p.ndim == 2 and any(q.ndim == 3 and len(q) == len(p) > 1 for q in others):
         return Kind("vector")  # the biases of stacked experts
     tables = [m for m in module.children() if isinstance(m, nn.Embedding)]
     if p.ndim == 2 and any(m.embedding_dim == p.shape[1] for m in tables):
         return Kind("embedding")  # positions, beside the tokens to which they are added
     found = kind_of_shape(p.shape)
-    if found.role != "vector" and not _stands_between_layers(module, p):
+    if found.role != "vector" and not _stands_between_layers(module, p, others):
         return Kind("embedding")
     if found.role == "experts":
         return found._replace(transposed=getattr(module, "is_transposed", False) is True)
     return found
 
 
-def _stands_between_layers(module: nn.Module, p: Tensor) -> bool:
+def _stands_between_layers(module: nn.Module, p: Tensor, others: Sequence[Tensor]) -> bool:
     """Whether both sides of the matrix are such as the layers inside of the module have.
 
     A weight takes what one layer makes and makes what another takes: its sides are sides of theirs,
-    or two to four times these, or those of another bare weight that stands before or behind it. A
-    tensor that is looked up, added or exponentiated has one in common with them at most: positions
-    and latents (n, width), biases of attention (distances, heads), a state-space model's decays
-    (width, states). Where there are no layers nobody can say.
+    or two to four times these, or those of a bare weight before or behind it, of which a gate may
+    leave half. Of stacked heads one may be a part of a side. A tensor that is looked up, added or
+    exponentiated has one in common with them at most: positions and latents (n, width), biases of
+    attention (distances, heads), a state-space model's decays (width, states). Where there are no
+    layers nobody can say.
     """
     layers = [m for m in module.modules() if m is not module]
     layers = [m for m in layers if is_linear(m) or isinstance(m, _ConvNd)]
     known = {n for m in layers for q in m.parameters() if q.ndim > 1 for n in q.shape[:2]}
     if not known:
         return True
-    first = 1 if p.ndim == 3 else 0
-    rows, columns = p.shape[first : first + 2]
-    others = [q.shape[-2:] for q in module.parameters(recurse=False) if q is not p and q.ndim > 1]
-    before, behind = {q[1] for q in others}, {q[0] for q in others}
-    return _is_side(rows, known | before) and _is_side(columns, known | behind)
+    parts, rows, columns = p.shape if p.ndim == 3 else (1, *p.shape[:2])
+    bare = {(q.shape[-2], q.shape[-1]) for q in others}
+    if bare & {(columns, 2 * rows), (2 * columns, rows)}:
+        return True
+    makes = _is_side(rows, known | {n for _, n in bare})
+    takes = _is_side(columns, known | {n for n, _ in bare})
+    wide = known if parts not in known else set()  # (width, heads, .) is no stack
+    return ((makes or parts * rows in wide) and takes) or (makes and parts * columns in wide)
 
 
 def _is_side(n: int, known: set[int]) -> bool:

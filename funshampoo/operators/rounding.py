@@ -7,7 +7,6 @@ in a block, on another rank, in one model of an ensemble, in a graph.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 _EXPONENT = 0x7F800000
 """The exponent bits of a float32."""
 
-_FRACTION = 23
-"""The number of its fraction bits."""
+_BITS = 24
+"""Random bits per entry: float32's significant bits, all needed below float16's normal numbers."""
 
 
 def random_bits(sources: Sequence[Tensor], salt: Tensor) -> Tensor:
@@ -46,9 +45,10 @@ def _shifted(x: Tensor, places: int) -> Tensor:
 def rounded_at_random(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """x rounded to `dtype`: up with a probability equal to its fraction of the step, else down.
 
-        step = 2^⌊log2 |x|⌋ ε,   x ← step ⌊x / step + r⌋,   r uniform in [0, 1)
+        step = 2^⌊log2 |x|⌋ ε,   q = x / step,   x ← step (⌊q⌋ + [r < q - ⌊q⌋])
 
-    So its expectation is x. Numbers that `dtype` represents exactly stay as they are.
+    with r uniform in [0, 1). So its expectation is x. Numbers that `dtype` represents exactly stay
+    as they are.
 
     Args:
         x: float32; non-finite entries come back.
@@ -63,6 +63,7 @@ def rounded_at_random(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).tiny)
     power = (x.view(torch.int32) & _EXPONENT).view(torch.float32)
     step = (power * info.eps).clamp(min=least)
-    places = _FRACTION + round(math.log2(info.eps))  # bits of x below the step
-    r = (bits & (2**places - 1)) * 2.0**-places
-    return torch.where(power < torch.inf, torch.floor(x / step + r) * step, x)
+    scaled = x / step
+    below = scaled.floor()
+    r = (bits & (2**_BITS - 1)) * 2.0**-_BITS
+    return torch.where(power < torch.inf, (below + (r < scaled - below)) * step, x)

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.compilation import compiled
 from funshampoo.combinators.cuda_graphs import cuda_graphed
 from funshampoo.combinators.tensor_float import in_tf32
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.transforms.stochastic_rounding import stochastic_rounding
+from funshampoo.optim.rounded import rounded
 
 
 class Execution(NamedTuple):
@@ -37,10 +36,8 @@ class Execution(NamedTuple):
 
     def around(self, transformation: GradientTransformation) -> GradientTransformation:
         """The chain as it is stepped."""
-        if self.rounds:  # in the chain, not around it: names in a checkpoint stay
-            is_chain = transformation.name == "chain"
-            stages = transformation.parts.items() if is_chain else [transformation]
-            transformation = chain(*stages, stochastic_rounding())
+        if self.rounds:
+            transformation = rounded(transformation)
         if self.compile is not None:
             transformation = compiled(transformation, **self.compile)
         if self.tf32:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.core.modes import for_keeps
+from funshampoo.core.tree import HALF
 from funshampoo.optim.entries import check_entry, is_note, is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.others import Others
@@ -97,6 +98,8 @@ class Memory:
         left = self._left
         if not all([run.is_as(look) for run, look in zip(self.runs, looks)]):
             _check_apart(self.runs)
+            if self._others.options.get("stochastic_rounding"):
+                _check_rounded(self.runs)
             for run in self.runs:
                 left = left | run.released(run.gone())
         plans = [run.planned(left, look) for run, look in zip(self.runs, looks)]
@@ -284,3 +287,14 @@ def _check_apart(runs: Sequence[GroupRun]) -> None:
                 raise ValueError(
                     f"parameter '{name}' is in the groups {seen[p]} and {i}: take it out of one."
                 )
+
+
+def _check_rounded(runs: Sequence[GroupRun]) -> None:
+    """Autocast and FSDP's mixed precision keep parameters in float32, which are never rounded."""
+    dtypes = {p.dtype for run in runs for p in run.group["params"]}
+    if dtypes and dtypes.isdisjoint(HALF):
+        raise ValueError(
+            f"stochastic_rounding is True and no parameter is in bfloat16 or float16, but in "
+            f"{', '.join(sorted(map(str, dtypes)))}: leave it out, or convert the model before, as "
+            "by model.to(torch.bfloat16)."
+        )

@@ -48,8 +48,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         cuda_graph: True records steps as CUDA graphs, group by group, and replays them: see
             `funshampoo.cuda_graphed`, and docs/gpu.md. As for compile; the tensor is on the GPU.
         tf32: True rounds the products of every step to TF32 on a GPU: see `funshampoo.in_tf32`.
-        stochastic_rounding: True for parameters in bfloat16 or float16, which otherwise lose small
-            steps; see `funshampoo.stochastic_rounding`.
+        stochastic_rounding: True for parameters in bfloat16 or float16 (without any the first step
+            raises ValueError), which lose small steps otherwise; `funshampoo.stochastic_rounding`.
 
     The next step uses what param_groups hold: a learning-rate scheduler, or you, may change any of
     it. A part that is switched on (momentum from 0) starts from nothing; one that is switched off

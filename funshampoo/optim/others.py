@@ -22,10 +22,13 @@ class Others:
 
     Args:
         options: of the optimizer, {name: value}.
+
+    Attributes:
+        options: the same.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self._options = options
+        self.options = options
         self._runs: list[GroupRun] = []  # as of the last step, or save
         self._seen: list[Any] = []
         self._spreads: list[Any] = []  # that other ranks have a part in
@@ -96,7 +99,7 @@ class Others:
 
     def lines(self) -> list[Line]:
         """See `Around`."""
-        found = [(name, repr(value)) for name, value in self._options.items()]
+        found = [(name, repr(value)) for name, value in self.options.items()]
         found.append(("the number of groups", str(len(self._plans))))
         for i, (plan, ascends) in enumerate(zip(self._plans, self._ascends)):
             found.append((f"group {i}: method", plan.built.words.called))
@@ -136,7 +139,7 @@ class Others:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: a copy has not met anybody."""
-        return {"options": self._options}
+        return {"options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["options"])  # type: ignore[misc]

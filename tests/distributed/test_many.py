@@ -189,3 +189,38 @@ def elsewhere(rank: int) -> list[bool]:
 
 def test_what_lies_otherwise_goes_through_torch(ranks: Ranks) -> None:
     assert ranks(2, elsewhere) == [[True, True]] * 2
+
+
+BEHIND = {
+    "decay": fs.add_decayed_weights(0.5),
+    "rounding": fs.stochastic_rounding(),  # of which a number of steps is the seed
+}
+
+
+def behind_blocks(rank: int) -> list[str]:
+    """What differs where stages behind blocks meet a parameter without a gradient.
+
+    The last is one of two elementwise stages in a row, and knows that none stands behind it.
+    """
+    wrong = []
+    for name, stage in BEHIND.items():
+        found = []
+        for put, inner in ((dict, fs.trace(0.9)), (rows, fs.sharded(fs.trace(0.9)))):
+            tx = fs.chain(fs.blocked(inner, 4), fs.scale(-1e-3), stage)
+            params = put(
+                {n: x.bfloat16() for n, x in numbers(0, {"a": (7, 2), "b": (6, 2)}).items()}
+            )
+            state = tx.init(params)
+            for t in range(1, 5):
+                grads = put(numbers(t, {"a": (7, 2), "b": (6, 2)}))
+                updates, state = tx.update(grads | ({"a": None} if t == 2 else {}), state, params)
+                if t == 2 and updates["a"] is not None:
+                    wrong.append(f"{name}: an update")
+                params = fs.apply_updates(params, updates)
+            found.append([full(x) for x in params.values()])
+        wrong += [name for a, b in zip(*found) if not torch.equal(a, b)]
+    return wrong
+
+
+def test_stages_behind_blocks_leave_alone_what_has_no_gradient(ranks: Ranks) -> None:
+    assert ranks(2, behind_blocks) == [[], []]

@@ -98,6 +98,21 @@ class BesideLayers(nn.Module):
         self.out = nn.Linear(16, 2)
 
 
+class BareBesideLayers(nn.Module):
+    """Attention head by head, gated experts with their router, and parameters in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = (nn.Parameter(torch.zeros(4, 32, 8)) for _ in range(2))
+        self.value = nn.Parameter(torch.zeros(4, 8, 32))
+        self.router = nn.Linear(32, 6)
+        self.gate_up = nn.Parameter(torch.zeros(6, 32, 2 * 43))
+        self.down = nn.Parameter(torch.zeros(6, 43, 32))
+        self.prompts = nn.ParameterList([nn.Parameter(torch.zeros(5, 32)) for _ in range(2)])
+        self.lora = nn.ParameterDict({"a": torch.zeros(3, 32), "b": torch.zeros(32, 3)})
+        self.out = nn.Linear(32, 2)
+
+
 class Codebooks(nn.Module):
     """An output layer for each of several codebooks, as MusicGen has them."""
 
@@ -185,6 +200,15 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, list[str]]]] = {
             "matrix": ["in_proj", "lora_*", "mix.*.weight"],
             "experts": ["up", "down"],
             "convolution": ["conv.weight"],
+            "head": ["out.weight"],
+        },
+    ),
+    "bare beside layers": (
+        BareBesideLayers,
+        {
+            "experts": ["query", "key", "value", "gate_up", "down"],
+            "embedding": ["prompts.*"],
+            "matrix": ["router.weight", "lora.*"],
             "head": ["out.weight"],
         },
     ),

@@ -62,10 +62,10 @@ def test_where_the_optimizer_scales_and_for_whole_models() -> None:
     stepped(optimizer, list(model.parameters()))
     for (name, p), q in zip(model.named_parameters(), before.parameters()):
         assert not torch.equal(p, q), name
-        assert "stochastic_rounding/seen" in " ".join(optimizer.state[p])
+        assert "rounded/seen" in " ".join(optimizer.state[p])
 
 
-def test_a_checkpoint_resumes_to_the_bit_and_names_stay() -> None:
+def test_a_checkpoint_resumes_to_the_bit() -> None:
     params = parameters()
     options: dict[str, Any] = {"lr": RATE, "stochastic_rounding": True, "max_size": 8}
     optimizer = fs.Optimizer(params, fs.shampoo, **options)
@@ -76,10 +76,37 @@ def test_a_checkpoint_resumes_to_the_bit_and_names_stay() -> None:
     again.load_state_dict(saved)
     stepped(again, others, first=STEPS)
     assert all(map(torch.equal, params, others))
-    plain = fs.Optimizer(parameters(), fs.shampoo, lr=RATE, max_size=8)
-    stepped(plain, plain.param_groups[0]["params"])
-    new = set(saved["state"][0]) - set(plain.state_dict()["state"][0])
-    assert new == {"stochastic_rounding/seen"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "soap", "splus"])  # chains, and none
+def test_it_is_switched_on_in_the_middle_of_a_run(name: str) -> None:
+    """What an optimizer without it saved has the same names with it, clocks as well."""
+    method, params = fs.recipes.RECIPES[name], parameters()
+    plain = fs.Optimizer(params, method, lr=RATE)
+    stepped(plain, params)
+    saved = copy.deepcopy(plain.state_dict())
+    rounding = fs.Optimizer(params, method, lr=RATE, stochastic_rounding=True)
+    with pytest.raises(ValueError, match="missing from the checkpoint: param_0/rounded/seen"):
+        rounding.load_state_dict(saved)
+    rounding.load_state_dict(saved, strict=False)
+    found = rounding.state_dict()["state"]
+    for i, entries in saved["state"].items():
+        assert found[i].keys() - entries.keys() == {"rounded/seen"}
+        assert all(torch.equal(x, found[i][entry]) for entry, x in entries.items())
+    stepped(rounding, params)
+    fs.state.check(rounding.chain_states()[0])
+
+
+def test_without_parameters_in_half_precision_it_is_refused() -> None:
+    """As under autocast, and mixed precision of FSDP; a group may have none."""
+    params = [Parameter(normal(4, 4, seed=1)), Parameter(normal(3, seed=2).double())]
+    before = [p.detach().clone() for p in params]
+    groups = [{"params": [p]} for p in params]
+    with pytest.raises(ValueError, match=r"in torch.float32, torch.float64: .* model.to\("):
+        stepped(fs.Optimizer(groups, fs.sgd, lr=0.1, stochastic_rounding=True), params)
+    assert all(map(torch.equal, before, params))
+    params[0].data = params[0].data.half()
+    stepped(fs.Optimizer(groups, fs.sgd, lr=0.1, stochastic_rounding=True), params)
 
 
 def test_a_flag_that_is_no_bool() -> None:

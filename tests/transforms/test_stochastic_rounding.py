@@ -54,6 +54,18 @@ def test_it_is_a_neighbour_and_right_in_the_mean(dtype: torch.dtype, size: float
     assert abs((ups / tries - share).mean()) <= 4 * spread.mean() / len(x) ** 0.5 + 1e-5
 
 
+@pytest.mark.parametrize("share", [2**-13.5, 2**-14.5, 1 - 2**-14.5])
+@pytest.mark.parametrize("whole", [-6, -1, 0, 5])
+def test_below_the_normal_numbers_every_bit_counts(whole: int, share: float) -> None:
+    """There a float32 has more bits below float16's step, 2^-24, than above: a binomial number."""
+    n = 2**21
+    x = torch.full((n,), (whole + share) * 2**-24)
+    random = random_bits([x], torch.arange(n, dtype=torch.int32))
+    ups = rounded_at_random(x, torch.float16, random).double() * 2**24 - whole
+    wanted = (x[0].double() * 2**24 - whole).item()
+    assert abs(ups.mean().item() - wanted) < 4.5 * (wanted * (1 - wanted) / n) ** 0.5
+
+
 @HALVES
 def test_what_the_dtype_has_stays(dtype: torch.dtype) -> None:
     own = (normal(N) * torch.logspace(-7, 4, N)).to(dtype).float()
