@@ -180,6 +180,11 @@ def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
                     f"{sorted(map(str, entry)) or 'nothing'}: this is no state_dict of "
                     "torch.optim.AdamW or Adam."
                 )
+            if bases := sorted(entry.keys() & {"GG", "Q"}):  # beside moments in eigenbases
+                raise ValueError(
+                    f"what was saved of '{name_of[index]}' has {', '.join(bases)}: these are the "
+                    "moments of a SOAP, which are not taken over. Start afresh."
+                )
             step = _step_of(entry, name_of[index])
             first, second = (1 - beta**step for beta in _betas_of(group))
             moments = {key: entry[key] for key in _MOMENTS}

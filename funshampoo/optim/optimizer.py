@@ -331,11 +331,11 @@ class Optimizer(torch.optim.Optimizer, Joining):
 
         Args:
             saved: its state_dict(), for the same parameters: by name, if both were given names,
-                else in the same order; for `for_model`, in the model's order.
+                else in the same order; for `for_model`, in the model's, in one group.
 
         Raises:
             ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,
-                which differ.
+                which differ; or `for_model` is given several groups without names.
         """
         memory = self._match()
         memory.follow()

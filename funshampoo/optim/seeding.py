@@ -70,6 +70,11 @@ def _in_their_order(
     theirs = names_of(groups) or list(order)
     if len(theirs) != sum(len(group["params"]) for group in groups):
         return known
+    if len(groups) > 1 and not names_of(groups):  # decayed and not, say: shapes don't tell an order
+        raise ValueError(
+            "the AdamW's groups have no names, so the order of its parameters is unknown. Add them "
+            'to what it saved, in its order: saved["param_groups"][i]["param_names"] = [...].'
+        )
     theirs, ours = bare_names(theirs), bare_names(name for _, name in known)
     by_name = dict(zip(ours, known))
     if theirs == ours or len(by_name) < len(known):

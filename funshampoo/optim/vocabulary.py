@@ -33,7 +33,15 @@ OF_ALL_GROUPS = (
 )
 """Arguments of the optimizer that no group has one of its own of."""
 _OURS = {"params", "param_names", "method", "maximize"}
-_SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"}
+# What torch and the published optimizers call them.
+_SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"} | {
+    "adjust_lr_fn": "scale",
+    "max_precond_dim": "max_size",
+    "max_preconditioner_dim": "max_size",
+    "ns_coefficients": "polynomials",
+    "precondition_frequency": "every",
+    "shampoo_beta": "statistics_beta",
+}
 _ELSEWHERE = ": it is said once for all groups, as an argument of the optimizer."
 # What schedulers and other libraries keep in a group beside hyperparameters.
 _NOTES = {

@@ -138,6 +138,11 @@ def _wrong(kind: str, params: Any) -> Any:
         return adamw_run(params, 2)
     if kind == "no_steps":
         return adamw_run(params, 0)
+    if kind == "soap":  # whose published code has the moments under AdamW's names
+        soap = adamw_run(params, 2)
+        for entry in soap.state.values():
+            entry |= {"GG": [], "Q": []}
+        return soap
     sgd = torch.optim.SGD(params.values(), lr=0.1, momentum=0.9)
     run(sgd, params, grads_of(2))
     return sgd
@@ -152,6 +157,7 @@ def _wrong(kind: str, params: Any) -> Any:
         ("amsgrad", "amsgrad"),
         ("no_steps", "no moments"),
         ("sgd", r"of 'p\w' has no exp_avg, .*step, but \['momentum_buffer'\].*no state_dict of"),
+        ("soap", "has GG, Q: these are the moments of a SOAP"),
         ("own", r"has moments already \('.*tx.init\(params\), .*optimizer.state.clear\(\)"),
     ],
 )

@@ -23,3 +23,21 @@ def test_a_checkpoint_of_adamws_in_one_group(accept_adamw: bool) -> None:
     for p in (model[2].weight, model[2].bias, model[0].bias):
         moment = optimizer.state[p]["scale_by_adam/first"]
         assert torch.equal(moment, adamw.state[p]["exp_avg"])
+
+
+def test_an_adamw_in_groups_without_names_is_asked_for_them() -> None:
+    """Decayed and undecayed, as in most trainers: equal shapes would take each other's moments."""
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    first, *rest = model.parameters()
+    adamw = torch.optim.AdamW([{"params": rest}, {"params": [first], "weight_decay": 0.0}])
+    model(torch.ones(3, 4)).square().sum().backward()
+    adamw.step()
+    saved = adamw.state_dict()
+    optimizer = fs.for_model(model, "muon", lr=0.01)
+    with pytest.raises(ValueError, match=r"groups have no names.*param_names"):
+        optimizer.seed_from_adamw(saved)
+    for group, names in zip(saved["param_groups"], (["1.weight", "2.weight"], ["0.weight"])):
+        group["param_names"] = names
+    optimizer.seed_from_adamw(saved)
+    p = model[2].weight  # the head, which AdamW steps
+    assert torch.equal(optimizer.state[p]["scale_by_adam/first"], adamw.state[p]["exp_avg"])

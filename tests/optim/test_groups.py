@@ -253,6 +253,8 @@ UNKNOWN: list[tuple[Any, dict[str, Any], str]] = [
     (fs.sgd, {"lr": 0.1, "learning_rate": 0.1}, "did you mean 'lr'"),
     (fs.shampoo, {"lr": 0.1, "mx_size": 3}, "did you mean 'max_size'"),
     (fs.from_reference, {"eps": 1e-8}, "did you mean 'epsilon'"),
+    (fs.soap, {"precondition_frequency": 10}, "did you mean 'every'"),
+    (fs.shampoo, {"max_preconditioner_dim": 256}, "did you mean 'max_size'"),
     (fs.from_reference, {"precondition_frequenzy": 3}, "'precondition_frequenzy'"),
     (functools.partial(fs.adamw, weight_decay=0.0), {"eps": 1e-8}, "did you mean 'epsilon'"),
     (fs.chain(fs.scale_by_adam()), {"lr": 0.1, "betas": (0.9, 0.9)}, "takes lr"),
