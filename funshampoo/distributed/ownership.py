@@ -230,8 +230,7 @@ def nearest(
         largest = max(loads)
         return _Found(owners, (-max(largest, limit), kept, -largest))
 
-    weights = (0, NODE) if len(members) > 1 else (0,)
-    tries = [greedy(*how) for how in itertools.product(weights, (False, True))]
+    tries = [greedy(*how) for how in itertools.product((0, NODE), (False, True))]
     return max(tries, key=lambda found: found.merit).owners
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -101,6 +101,7 @@ def problems(draw: Any) -> tuple[list[float], list[dict[int, int]], list[int]]:
 
 @settings(deadline=None)
 @given(problems())
+@example(([0.5] * 3, [{0: 2}, {0: 2}, {0: 1, 1: 2}], [0, 0]))  # of one node, too
 def test_owners_are_those_of_the_plain_rule(problem: Any) -> None:
     costs, held, nodes = problem
     assert nearest(costs, held, nodes) == plainly(costs, held, nodes)
