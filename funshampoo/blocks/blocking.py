@@ -25,7 +25,12 @@ from funshampoo.core.contract import GradientTransformation, Tree, as_transforma
 from funshampoo.core.misfit import misfit
 from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
-from funshampoo.core.parameters import UnfitLeafError, check_local, detached_parameters
+from funshampoo.core.parameters import (
+    UnfitLeafError,
+    check_local,
+    detached_parameters,
+    problem_of_gradients,
+)
 from funshampoo.core.placed import (
     all_placed_like,
     any_in_parts,
@@ -155,6 +160,8 @@ class _Blocked:
             known = leaves
         else:
             (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
+        if problem := problem_of_gradients(leaves, known):  # of an earlier stage's updates, too
+            raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is False and self.inner.needs:
             raise without_parameters(self.inner.needs, block_ndim=1)

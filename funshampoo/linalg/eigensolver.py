@@ -29,17 +29,14 @@ from funshampoo.linalg.spectral import (
     verified,
 )
 
-_TRUSTED_RESIDUAL = 0.2
-"""Up to this residual a spectrum is not verified. A wrong eigenvector leaves 1 in it, and more than
-0.2 in its estimate up to sides of 2,400; wrong eigenvalues leave their relative error."""
-
 
 class EigenSolver(RootSolver):
     """A `RootSolver` whose only expensive part is an eigendecomposition, or a substitute for it.
 
     Attributes:
         keeps_all: whether a root uses all eigenvalues, so that its residual shows whether they are
-            A's. On a CPU the spectrum is then verified only if the residual is not small.
+            A's. On a CPU the spectrum is then verified only if the residual is above 8 √ε, the
+            error that `is_decomposition` allows.
     """
 
     threaded: ClassVar[bool] = True
@@ -53,7 +50,7 @@ class EigenSolver(RootSolver):
         spectrum = decompose(A, verify=not trusts)
         with full_precision():
             found = self.from_spectrum(A, spectrum, p, epsilon)
-            if trusts and not all_true(found.residual <= _TRUSTED_RESIDUAL):
+            if trusts and not all_true(found.residual <= 8 * torch.finfo(A.dtype).eps ** 0.5):
                 right = verified(A, spectrum)
                 if right is not spectrum:
                     found = self.from_spectrum(A, right, p, epsilon)

@@ -28,7 +28,7 @@ def roles(
     - "convolution": a kernel.
     - "embedding": a table read by rows, or positions, which are added to such rows. Also a tensor
       beside layers whose sides don't fit theirs: latents, attention biases, decays of state-space
-      models.
+      models. A bare weight that reads the model's inputs looks the same: name it in overrides.
     - "head": the weight that produces the outputs, also if it is tied to an embedding; see
       `models.weights.output_weights`.
     - "experts": a stack of matrices, (experts, ., .).

@@ -29,8 +29,10 @@ def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> list[Tenso
             found[side] = unfold(x, side, block_ndim)
     if any(wanted[apart:]):
         last_first = x.movedim(-1, block_ndim).contiguous()
-        found[-1] = last_first.reshape(*x.shape[:block_ndim], x.shape[-1], -1)
-        found[-2] = last_first.reshape(*x.shape[:block_ndim], -1, x.shape[-2]).mT
+        if wanted[-1]:
+            found[-1] = last_first.reshape(*x.shape[:block_ndim], x.shape[-1], -1)
+        if wanted[-2]:
+            found[-2] = last_first.reshape(*x.shape[:block_ndim], -1, x.shape[-2]).mT
     return found
 
 

@@ -260,3 +260,20 @@ def test_a_state_of_other_names_or_another_order_is_refused(other: Any) -> None:
 def test_blocks_of_blocks() -> None:
     with pytest.raises(ValueError, match="blocked inside blocked"):
         fs.blocked(fs.chain(fs.blocked(fs.trace(0.9)))).init({"a": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (torch.Tensor.to_sparse, "sparse"),
+        (lambda x: x.to("meta"), "meta"),
+        (lambda x: 1.0, "no tensor"),
+    ],
+    ids=["sparse", "meta", "number"],
+)
+def test_what_an_earlier_stage_returns_is_looked_at(made: Any, said: str) -> None:
+    bad = fs.stateless(lambda updates: {name: made(x) for name, x in updates.items()}, "bad")
+    params = {"w": torch.ones(3, 2)}
+    tx = fs.chain(bad, fs.blocked(fs.trace(0.9)))
+    with pytest.raises(TypeError, match=f"gradient of 'w'.*{said}"):
+        tx.update(params, tx.init(params), params)
