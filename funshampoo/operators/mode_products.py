@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,25 +15,22 @@ from funshampoo.linalg.products import matmul
 from funshampoo.operators.packed import unpack
 
 
-def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """mat_i of the wanted sides; their columns are in some order, on which x xᵀ does not depend.
+def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
+    """mat_i of each wanted side, else None; lazily, so that no two copies of x are held at once.
 
-    A single copy with the last side in front serves the last two sides of a tensor: the last one as
-    rows, which a product reads in half the time of columns, the one before as transposed columns.
+    Their columns are in some order, on which x xᵀ does not depend. A single copy with the last side
+    in front serves the last two sides of a tensor: the last one as rows, which a product reads in
+    half the time of columns, the one before as transposed columns.
     """
-    order = x.ndim - block_ndim
+    order, lead = x.ndim - block_ndim, x.shape[:block_ndim]
     apart = order if order < 3 else order - 2
-    found: list[Tensor | None] = [None] * order
     for side in range(apart):
-        if wanted[side]:
-            found[side] = unfold(x, side, block_ndim)
-    if any(wanted[apart:]):
-        last_first = x.movedim(-1, block_ndim).contiguous()
-        if wanted[-1]:
-            found[-1] = last_first.reshape(*x.shape[:block_ndim], x.shape[-1], -1)
-        if wanted[-2]:
-            found[-2] = last_first.reshape(*x.shape[:block_ndim], -1, x.shape[-2]).mT
-    return found
+        yield unfold(x, side, block_ndim) if wanted[side] else None
+    if apart == order:
+        return
+    last_first = x.movedim(-1, block_ndim).contiguous() if any(wanted[apart:]) else x
+    yield last_first.reshape(*lead, -1, x.shape[-2]).mT if wanted[-2] else None
+    yield last_first.reshape(*lead, x.shape[-1], -1) if wanted[-1] else None
 
 
 def unfold(x: Tensor, side: int, block_ndim: int = 0) -> Tensor:
