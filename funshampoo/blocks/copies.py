@@ -124,8 +124,8 @@ class Traced:
 
     def updates(self, shared: bool) -> list[Tensor | None]:
         """One update per leaf; see `Views`."""
-        empty = {name: torch.zeros_like(x) for name, x in self._stacks.items()}
-        whole = {name: filled(empty[name], found) for name, found in self._found.items()}
+        zeros = {n: x.new_zeros(()).expand(x.shape) for n, x in self._stacks.items()}  # no memory
+        whole = {name: filled(zeros[name], found) for name, found in self._found.items()}
         leaves: list[Any] = self._given.known if shared else self._given.leaves
         return unstack_blocks(whole, self._given.layout.parameters, leaves)
 
