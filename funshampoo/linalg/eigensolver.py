@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import Hyper
-from funshampoo.core.modes import all_true, full_precision, is_differentiated
+from funshampoo.core.modes import full_precision
 from funshampoo.linalg.adaptive import spectrum_near
-from funshampoo.linalg.products import is_plain_memory
 from funshampoo.linalg.solver import (
     InverseRoot,
     RootSolver,
@@ -21,40 +20,20 @@ from funshampoo.linalg.solver import (
     check_matrix,
     total_damping,
 )
-from funshampoo.linalg.spectral import (
-    AnySpectrum,
-    NearSpectrum,
-    decompose,
-    inverse_root,
-    verified,
-)
+from funshampoo.linalg.spectral import AnySpectrum, NearSpectrum, decompose, inverse_root
 
 
 class EigenSolver(RootSolver):
-    """A `RootSolver` whose only expensive part is an eigendecomposition, or a substitute for it.
-
-    Attributes:
-        keeps_all: whether a root uses all eigenvalues, so that its residual shows whether they are
-            A's. On a CPU the spectrum is then verified only if the residual is above 8 √ε, the
-            error that `is_decomposition` allows.
-    """
+    """A `RootSolver` whose only expensive part is an eigendecomposition, or a substitute for it."""
 
     threaded: ClassVar[bool] = True
-    keeps_all: ClassVar[bool] = False
 
     def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """A^(-1/p), with a new eigendecomposition."""
         self._check(A, p, epsilon)
-        # No products, and perhaps long: other threads need not wait.
-        trusts = self.keeps_all and is_plain_memory(A) and not is_differentiated(A)
-        spectrum = decompose(A, verify=not trusts)
+        spectrum = decompose(A)  # no products, and perhaps long: other threads need not wait
         with full_precision():
-            found = self.from_spectrum(A, spectrum, p, epsilon)
-            if trusts and not all_true(found.residual <= 8 * torch.finfo(A.dtype).eps ** 0.5):
-                right = verified(A, spectrum)
-                if right is not spectrum:
-                    found = self.from_spectrum(A, right, p, epsilon)
-        return found
+            return self.from_spectrum(A, spectrum, p, epsilon)
 
     def near_basis(
         self, A: Tensor, p: float, epsilon: Hyper, basis: Tensor, tolerance: Hyper
@@ -123,7 +102,6 @@ class eigh(EigenSolver):
     """
 
     least: ClassVar = {"relative_epsilon": 0}
-    keeps_all: ClassVar[bool] = True
 
     relative_epsilon: Hyper = 0.0
     floor: bool = True

@@ -55,21 +55,14 @@ class NearSpectrum(NamedTuple):
 AnySpectrum: TypeAlias = Spectrum | NearSpectrum
 
 
-def decompose(A: Tensor, verify: bool = True) -> Spectrum:
+def decompose(A: Tensor) -> Spectrum:
     """The eigendecomposition of each matrix of A (..., d, d) that is finite and has one.
 
     A result that comes without an error but is wrong counts as a failure: `is_decomposition`.
-    Without `verify`, that check is left to `verified`, and there are no derivatives.
     """
     A, finite = replace_nonfinite(A)
-    values, vectors, solved = applied(_Decompose, A) if verify else _decomposed(A)
+    values, vectors, solved = applied(_Decompose, A)
     return Spectrum(values, vectors, finite & solved)
-
-
-def verified(A: Tensor, spectrum: Spectrum) -> Spectrum:
-    """The spectrum with the check of `decompose`; the same object if everything passes."""
-    found = Spectrum(*_verified(replace_nonfinite(A)[0], *spectrum))
-    return spectrum if found.vectors is spectrum.vectors else found
 
 
 def inverse_root(
@@ -164,7 +157,16 @@ class _Decompose(Function):
 
     @staticmethod
     def forward(A: Tensor) -> tuple[Tensor, ...]:
-        return _verified(A, *_decomposed(A))
+        d = A.shape[-1]
+        if d % 2 == 0 or d == 1 or not is_plain_memory(A):
+            return _verified(A, *stacked_eigh(A))
+        # MKL rounds a matrix differently if it is not aligned; in a stack of even sides all are. A
+        # single matrix gets the same treatment, to match its result in a stack.
+        values, vectors, solved = stacked_eigh(_bordered(A))
+        vectors = vectors[..., :d, :d]
+        if forward_ad._current_level >= 0:  # torch takes no view that was made in here
+            vectors = vectors.clone()
+        return _verified(A, values[..., :d].clone(), vectors, solved)
 
     @staticmethod
     def setup_context(
@@ -209,20 +211,6 @@ def _inverse_gaps(values: Tensor) -> Tensor:
     rounding = values.shape[-1] * info.eps * values.detach().abs().amax(-1).clamp(min=info.tiny)
     apart = gap.detach().abs() > rounding.clamp(min=info.tiny)[..., None, None]
     return torch.where(apart, 1 / torch.where(apart, gap, 1.0), 0.0)
-
-
-def _decomposed(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """λ, Q, solved, as LAPACK or cuSOLVER return them."""
-    d = A.shape[-1]
-    if d % 2 == 0 or d == 1 or not is_plain_memory(A):
-        return stacked_eigh(A)
-    # MKL rounds a matrix differently if it is not aligned; in a stack of even sides all are. A
-    # single matrix gets the same treatment, to match its result in a stack.
-    values, vectors, solved = stacked_eigh(_bordered(A))
-    vectors = vectors[..., :d, :d]
-    if forward_ad._current_level >= 0:  # torch takes no view that was made in here
-        vectors = vectors.clone()
-    return values[..., :d].clone(), vectors, solved
 
 
 def _verified(A: Tensor, values: Tensor, Q: Tensor, solved: Tensor) -> tuple[Tensor, ...]:

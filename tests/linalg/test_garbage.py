@@ -203,7 +203,6 @@ def test_one_wrong_vector_of_many_is_found() -> None:
 def test_a_root_with_one_wrong_vector_of_many_fails(
     condition: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU verifies a spectrum only where the root's residual is not small: it is not, here."""
     A = with_spectrum(orthogonal(512, 1), log_spaced(512, condition), torch.float32)
     values, Q, _ = stacked_eigh(A)
     for column in (1, 255, 511):
