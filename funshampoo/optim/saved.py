@@ -119,7 +119,7 @@ def indices_of(
     place = dict(zip(there, itertools.chain(*by_order)))
     if len(place) == len(own) and place.keys() == set(own):
         found = map(place.__getitem__, own)
-        return [list(itertools.islice(found, len(indices))) for indices in by_order]
+        return [list(itertools.islice(found, len(group["params"]))) for group in groups]
     for i, (name, here) in enumerate(zip(there, own)):
         if name in own and here != name:
             raise ValueError(
