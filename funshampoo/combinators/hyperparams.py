@@ -17,7 +17,7 @@ from funshampoo.core.checks import interval_of
 from funshampoo.core.clock import advanced, new_counter, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
-from funshampoo.core.live import Live, is_live_argument, takes_live
+from funshampoo.core.live import Live, is_live_argument, signature_of, takes_live
 from funshampoo.core.tree import flatten
 from funshampoo.state.stages import HyperparamsState
 
@@ -51,7 +51,8 @@ def inject_hyperparams(
         state._replace(hyperparams=state.hyperparams | {"learning_rate": torch.tensor(1e-4)})
 
     Raises:
-        TypeError: the arguments do not fit the factory; static_args names none of them.
+        TypeError: the arguments do not fit the factory; static_args names none of them; a number
+            of `from_published`, called without a `functools.partial` that fixes the method.
         ValueError: from update, `hyperparams` has other names than those that init made.
 
     >>> from funshampoo import sgd
@@ -62,21 +63,38 @@ def inject_hyperparams(
     >>> tx.update({"w": torch.ones(1)}, state, params)[0]
     {'w': tensor([-0.1000])}
     """
-    signature = inspect.signature(factory)
+    signature = signature_of(factory)
     static = set(static_args)
     unknown = static - set(signature.parameters)
-    if unknown:
+    if unknown and not _keywords_of(signature):
         raise TypeError(f"static_args names {sorted(unknown)}, not arguments of the factory.")
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> GradientTransformation:
-        bound = signature.bind(*args, **kwargs)
+        bound = _naming(signature, kwargs).bind(*args, **kwargs)
         given = set(bound.arguments)
         bound.apply_defaults()
         others = set(bound.arguments) - given - static
         return _injected(_recipe(factory, bound, given - static, others))
 
     return make
+
+
+def _keywords_of(signature: inspect.Signature) -> list[str]:
+    """The name of the parameter that takes further keywords, if there is one."""
+    return [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+
+
+def _naming(signature: inspect.Signature, given: Iterable[str]) -> inspect.Signature:
+    """With a parameter of its own for each of these that would be among further keywords."""
+    known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(known) == len(signature.parameters):
+        return signature
+    taken = {p.name for p in known if p.kind is not p.POSITIONAL_ONLY}
+    further = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in given if n not in taken
+    ]
+    return signature.replace(parameters=[*known, *further])
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,12 @@ def _recipe(
     for name, value in bound.arguments.items():
         parameter = bound.signature.parameters[name]
         if live and not is_live_argument(factory, parameter):
+            if parameter.annotation is parameter.empty and isinstance(value, (Tensor, float)):
+                raise TypeError(
+                    f"{name} is one of many keywords of {factory.__name__}, so it can't be "
+                    "injected: fix what says which, as in functools.partial(from_published, "
+                    "'SOAP')."
+                )
             continue
         annotation = str(parameter.annotation)
         may_be_float = "float" in annotation or "Hyper" in annotation

@@ -53,6 +53,33 @@ class Live:
         return value if self.function is None else self.function(value)
 
 
+class Derived:
+    """A schedule that is a function of others, or of live numbers.
+
+    Args:
+        function: of the old step count and of the numbers' values on this step.
+        numbers: each a number, a live number or a schedule.
+    """
+
+    def __init__(self, function: Callable[..., Any], *numbers: Any) -> None:
+        self.function, self.numbers = function, numbers
+
+    def __call__(self, count: Tensor, hyper: Numbers = NO_NUMBERS) -> Any:
+        """The value at an old step count, with these live numbers."""
+        return self.function(count, *[value_at(x, count, hyper) for x in self.numbers])
+
+
+def value_at(value: Any, count: Any, hyper: Numbers) -> Any:
+    """The value of a number, live number or schedule on this step.
+
+    Args:
+        count: the old step count; only a schedule needs it.
+    """
+    if isinstance(value, Derived):
+        return value(count, hyper)
+    return value(count) if callable(value) else number(value, hyper)
+
+
 def number(value: Any, hyper: Numbers) -> Any:
     """A hyperparameter's value on this step: a number or a tensor.
 
@@ -98,6 +125,8 @@ def lives_among(values: Iterable[Any]) -> list[Live]:
     for value in values:
         if isinstance(value, Live):
             found.append(value)
+        elif isinstance(value, Derived):
+            found += lives_among(value.numbers)
         elif dataclasses.is_dataclass(value):
             fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
             found += [x for x in fields if isinstance(x, Live)]
@@ -161,6 +190,16 @@ def takes_live(recipe: Any) -> bool:
     while isinstance(recipe, functools.partial):
         recipe = recipe.func
     return is_ours(recipe) or bool(getattr(recipe, "takes_live", False))
+
+
+def signature_of(recipe: Any) -> inspect.Signature:
+    """The arguments of a recipe.
+
+    Those of `from_published` depend on the method, which a partial has fixed: a function's
+    attribute `signature_for` says what is left of them.
+    """
+    signature_for = getattr(getattr(recipe, "func", None), "signature_for", None)
+    return inspect.signature(recipe) if signature_for is None else signature_for(recipe)
 
 
 def is_live_argument(recipe: Any, parameter: inspect.Parameter) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funshampoo.core.clock import count_of
 from funshampoo.core.context import Context
-from funshampoo.core.live import number
+from funshampoo.core.live import value_at
 
 if TYPE_CHECKING:
     from funshampoo.core.contract import Hyper, Schedule
@@ -26,6 +26,5 @@ def rate_of(rate: Hyper | Schedule, steps: Tensor | tuple[()], context: Context)
     Args:
         steps: the stage's own counter, () if an enclosing one counts.
     """
-    if not callable(rate):
-        return number(rate, context.hyper)
-    return rate(count_of(steps, context))
+    count = count_of(steps, context) if callable(rate) else None
+    return value_at(rate, count, context.hyper)

@@ -123,19 +123,18 @@ def _check(name: str, value: Any, known: inspect.Parameter) -> None:
         check_entries(name, value, _ENTRIES[name])
 
 
-def constructor_of(method: Any) -> inspect.Signature | None:
-    """For a partial of `from_published`, the arguments that are left; None for anything else.
-
-    >>> list(constructor_of(functools.partial(from_published, "Muon")).parameters)[:2]
-    ['lr', 'weight_decay']
-    """
-    given = dict(getattr(method, "keywords", {}))
-    name = given.pop("method", next(iter(getattr(method, "args", ())), None))
-    if getattr(method, "func", None) is not from_published or name not in METHODS:
-        return None
+def _signature_for(method: functools.partial[GradientTransformation]) -> inspect.Signature:
+    """The arguments of the constructor that a partial of `from_published` leaves."""
+    given = dict(method.keywords)
+    name = given.pop("method", next(iter(method.args), None))
+    if name not in METHODS:
+        return inspect.signature(method)
     known = inspect.signature(METHODS[name])
     left = [p for n, p in known.parameters.items() if n not in given]
     return known.replace(parameters=left)
+
+
+from_published.signature_for = _signature_for  # type: ignore[attr-defined]
 
 
 def first_rate_of(method: Any) -> str | None:

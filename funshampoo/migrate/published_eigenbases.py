@@ -13,6 +13,7 @@ from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_count, check_range, chosen
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, State, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Derived, Numbers, number
 from funshampoo.core.tree import map_leaves, update_leaves
 from funshampoo.linalg import orthogonal_iteration
 from funshampoo.migrate.published_muon import on_matrices
@@ -38,10 +39,10 @@ from funshampoo.transforms import (
 def soap(
     *,
     lr: Hyper | Schedule = 3e-3,
-    betas: Sequence[float] = (0.95, 0.95),
+    betas: tuple[Hyper, Hyper] = (0.95, 0.95),
     shampoo_beta: float = -1,
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: Hyper = 0.01,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10000,
     merge_dims: bool = False,
@@ -114,44 +115,47 @@ def _permuted(tree: Tree, order: tuple[int, ...]) -> Tree:
     return map_leaves(lambda x: x if x is None or x.ndim != 4 else x.permute(order), tree)
 
 
-def decayed_steps(lr: Hyper | Schedule, weight_decay: float) -> tuple[GradientTransformation, ...]:
+def decayed_steps(lr: Hyper | Schedule, weight_decay: Hyper) -> tuple[GradientTransformation, ...]:
     """W ← (W - lr U)(1 - lr λ): decay comes after the step. A first gradient moves nothing."""
 
-    def share(count: Tensor) -> Hyper:
-        return (lr(count) if callable(lr) else lr) * weight_decay - 1
+    def share(count: Tensor, lr: Any, weight_decay: Any) -> Any:
+        return lr * weight_decay - 1
 
     return (
-        scale_by_learning_rate(share),
+        scale_by_learning_rate(Derived(share, lr, weight_decay)),
         add_decayed_weights(weight_decay),
         scale_by_learning_rate(lr),
-        _by_steps(lambda steps: (steps > 0).double(), "not_at_first"),
+        _by_steps("not_at_first", lambda steps: (steps > 0).double()),
     )
 
 
-def _corrected(betas: Sequence[float]) -> GradientTransformation:
+def _corrected(betas: Sequence[Hyper]) -> GradientTransformation:
     """U √(1 - β2^k) / (1 - β1^k), after k steps of the block itself in its bases."""
-    beta1, beta2 = betas
 
-    def factor(steps: Tensor) -> Tensor:
+    def factor(steps: Tensor, beta1: Any, beta2: Any) -> Tensor:
         k = steps.double().clamp(min=1)
-        return (1 - beta2**k).sqrt() / (1 - beta1**k)
+        corrected: Tensor = (1 - beta2**k).sqrt() / (1 - beta1**k)
+        return corrected
 
-    return _by_steps(factor, "corrected")
+    return _by_steps("corrected", factor, *betas)
 
 
-def _by_steps(factor: Callable[[Tensor], Tensor], name: str) -> GradientTransformation:
+def _by_steps(name: str, factor: Callable[..., Tensor], *numbers: Hyper) -> GradientTransformation:
     """U times a function of k, (N,): how many gradients a block has had since its first."""
 
-    def scaled(updates: Tree, *, upstream: tuple[Any, ...] = ()) -> Tree:
+    def scaled(
+        updates: Tree, *, upstream: tuple[Any, ...] = (), hyper: Numbers = NO_NUMBERS
+    ) -> Tree:
+        now = [number(x, hyper) for x in numbers]
         bases = find_state(upstream, EigenbasisState)
         assert bases is not None
 
         def leaf(u: Tensor, seen: Tensor) -> tuple[Tensor]:
-            return (u * per_block(factor(seen - 1).to(u.dtype), u),)
+            return (u * per_block(factor(seen - 1, *now).to(u.dtype), u),)
 
         return update_leaves(leaf, updates, (), (bases.seen,))[0]
 
-    return stateless(scaled, name)
+    return stateless(scaled, name, numbers=numbers)
 
 
 def unit_rms() -> GradientTransformation:
@@ -200,10 +204,10 @@ def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:
 def kl_methods(
     *,
     lr: Hyper | Schedule = 1e-4,
-    betas: Sequence[float] = (0.9, 0.98),
+    betas: tuple[Hyper, Hyper] = (0.9, 0.98),
     shampoo_beta: float = -1,
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: Hyper = 0.01,
     precondition_frequency: int = 10,
     using_klsoap: bool = False,
     normalize_grads: bool = False,
@@ -244,8 +248,8 @@ def kl_methods(
 def klsoap_h(
     *,
     lr: Hyper | Schedule = 0.018,
-    beta1: float = 0.9,
-    beta2: float = 0.9,
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.9,
     shampoo_beta: float = 0.9,
     eps: float = 1e-8,
     precondition_frequency: int = 1,
@@ -258,7 +262,7 @@ def klsoap_h(
     return on_matrices(statistics, turned, hyperball(lr))
 
 
-def _turned(beta1: float, ratio: GradientTransformation, every: int) -> GradientTransformation:
+def _turned(beta1: Hyper, ratio: GradientTransformation, every: int) -> GradientTransformation:
     momentum = ema(beta1, bias_correction=False)
     return in_eigenbasis(chain(momentum, ratio), every, offset=1, basis=orthogonal_iteration())
 

@@ -12,6 +12,7 @@ from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
+from funshampoo.core.live import NO_NUMBERS, Numbers, is_exactly, number
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg import by_rank, orthogonal_iteration
 from funshampoo.migrate.published_eigenbases import bounded_rms
@@ -33,10 +34,10 @@ from funshampoo.transforms import (
 def soap(
     *,
     lr: Hyper | Schedule = 3e-4,
-    betas: Sequence[float] = (0.9, 0.95),
+    betas: tuple[Hyper, Hyper] = (0.9, 0.95),
     shampoo_beta: float = 0.95,
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: Hyper = 0.01,
     weight_decay_method: str = "decoupled",
     nesterov: bool = False,
     correct_bias: bool = True,
@@ -98,35 +99,42 @@ kl_soap = _subset((*_COMMON, "stream_list"), use_kl_shampoo=True)
 
 
 def _adam(
-    betas: Sequence[float], eps: float, corrects: bool, nesterov: bool
+    betas: tuple[Hyper, Hyper], eps: float, corrects: bool, nesterov: bool
 ) -> GradientTransformation:
     beta1, beta2 = betas
     if not corrects:
         filtered = ema(beta1, nesterov=nesterov, bias_correction=False)
         return chain(filtered, scale_by_rms(beta2, eps))
     # Without a first moment there is no look-ahead.
-    ahead = [_look_ahead(beta1)] if nesterov and beta1 != 0 else []
+    ahead = [_look_ahead(beta1)] if nesterov and not is_exactly(beta1, 0.0) else []
     return chain(ema(beta1), *ahead, scale_by_adam(0.0, beta2, eps))
 
 
-def _look_ahead(beta1: float) -> GradientTransformation:
+def _look_ahead(beta1: Hyper) -> GradientTransformation:
     """beta1 M / (1 - beta1^(t+1)) + (1 - beta1) G / (1 - beta1^t), as in the source.
 
     `ema(nesterov=True)` divides both by 1 - beta1^(t+1), their total weight.
     """
 
-    def looked(updates: Tree, *, gradient: Tree = None, upstream: tuple[Any, ...] = ()) -> Tree:
+    def looked(
+        updates: Tree,
+        *,
+        gradient: Tree = None,
+        upstream: tuple[Any, ...] = (),
+        hyper: Numbers = NO_NUMBERS,
+    ) -> Tree:
         state = find_state(upstream, EmaState)
         assert state is not None
+        beta: Any = number(beta1, hyper)
 
         def leaf(u: Tensor, g: Tensor, m: Tensor, weight: Tensor) -> tuple[Tensor]:
-            ahead = per_block(beta1 * weight + (1 - beta1), m)
-            return (beta1 * m / ahead + (1 - beta1) * g / safe(per_block(weight, m)),)
+            ahead = per_block(beta * weight + (1 - beta), m)
+            return (beta * m / ahead + (1 - beta) * g / safe(per_block(weight, m)),)
 
         inputs = (gradient, state.average, state.weight)
         return update_leaves(leaf, updates, (), inputs)[0]
 
-    return stateless(looked, "look_ahead")
+    return stateless(looked, "look_ahead", numbers=[beta1])
 
 
 def _of_updates(inner: GradientTransformation) -> GradientTransformation:

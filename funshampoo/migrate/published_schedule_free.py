@@ -15,6 +15,7 @@ from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.live import Derived
 from funshampoo.core.tree import update_leaves
 from funshampoo.operators.leaf_ops import sent
 from funshampoo.recipes.routing import decay
@@ -24,7 +25,7 @@ from funshampoo.transforms import scale_by_adam, schedule_free
 def adamw(
     *,
     lr: Hyper | Schedule = 0.0025,
-    betas: tuple[Hyper, float] = (0.9, 0.999),
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
     eps: Hyper = 1e-8,
     weight_decay: Hyper = 0.0,
     warmup_steps: int = 0,
@@ -62,7 +63,7 @@ def sgd(
 def radam(
     *,
     lr: Hyper | Schedule = 0.0025,
-    betas: tuple[Hyper, float] = (0.9, 0.999),
+    betas: tuple[float, float] = (0.9, 0.999),
     eps: Hyper = 1e-8,
     weight_decay: Hyper = 0.0,
     r: float = 0.0,
@@ -92,23 +93,21 @@ def warmed(lr: Hyper | Schedule, warmup_steps: int) -> Hyper | Schedule:
     if not warmup_steps:
         return lr
 
-    def rate(count: Tensor) -> Hyper:
-        share = torch.clamp((count + 1).double() / warmup_steps, max=1.0)
-        return (lr(count) if callable(lr) else lr) * share
+    def warm(count: Tensor, lr: Any) -> Any:
+        return lr * torch.clamp((count + 1).double() / warmup_steps, max=1.0)
 
-    return rate
+    return Derived(warm, lr)
 
 
 def rectified(lr: Hyper | Schedule, beta2: float, before: float) -> Schedule:
     """lr times RAdam's rectification or, before that exists, times `before`."""
 
-    def rate(count: Tensor) -> Hyper:
+    def rate(count: Tensor, lr: Any) -> Any:
         rho, most = _degrees(count, beta2)
         grown = (rho - 4) * (rho - 2) * most / ((most - 4) * (most - 2) * rho)
-        factor = torch.where(rho > 4, torch.sqrt(torch.clamp(grown, min=0.0)), before)
-        return (lr(count) if callable(lr) else lr) * factor
+        return lr * torch.where(rho > 4, torch.sqrt(torch.clamp(grown, min=0.0)), before)
 
-    return rate
+    return Derived(rate, lr)
 
 
 def once_known(inner: GradientTransformation, beta2: float) -> GradientTransformation:

@@ -14,6 +14,7 @@ from funshampoo.combinators.hyperparams import inject_hyperparams
 from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_choice, check_count, check_flag, check_range, hint
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, renamed
+from funshampoo.core.live import Derived, Live, initial
 from funshampoo.core.modes import constant
 from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten, labels_of
@@ -122,7 +123,8 @@ def _looking_ahead(
     if unknown:
         near = hint(unknown[0], known)
         raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}{near}")
-    first = RATE if initial_lr is None else initial_lr
+    is_live = isinstance(lr, Live)
+    first = (initial(lr) if is_live else RATE) if initial_lr is None else initial_lr
     check_range("initial_lr", first, 0.0, low_open=True, high_open=True)
     given: dict[str, Any] = {**known, **lookahead}
     check_range("lookahead_stepsize", given["lookahead_stepsize"], 0.0, high_open=True)
@@ -131,21 +133,19 @@ def _looking_ahead(
     check_count("prefill_steps", given["prefill_steps"], 0)
     if last is not None:
         check_count("rest_steps", last, 0)
-    scheduled = given["use_scheduled_lookahead_stepsize"] and (
-        callable(lr) or initial_lr is not None
-    )
+    follows = callable(lr) or is_live or initial_lr is not None
+    scheduled = given["use_scheduled_lookahead_stepsize"] and follows
+    rate = (lambda count: lr(count - 1)) if callable(lr) else lr  # it is set after the look-ahead
 
-    def ahead(count: Tensor) -> Tensor:
+    def ahead(count: Tensor, rate: Any, first: Any) -> Tensor:
         here = count >= given["prefill_steps"]
         if last is not None:
             here = here & (count < last)
-        now = size
-        if scheduled:  # it is set after the look-ahead
-            now = size * (lr(count - 1) if callable(lr) else lr) / first
+        now = size * rate / first if scheduled else size
         share: Tensor = here.double() * now  # as a product, which needs no copy from the host
         return share
 
-    return ema_nesterov(ahead, given["lookahead_ema"])
+    return ema_nesterov(Derived(ahead, rate, first), given["lookahead_ema"])
 
 
 def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Schedule, Schedule]:

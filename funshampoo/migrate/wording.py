@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
 Built = TypeVar("Built")
@@ -34,13 +34,23 @@ def in_their_words(build: Callable[Arguments, Built]) -> Callable[Arguments, Bui
         try:
             return build(*args, **given)
         except (ValueError, TypeError) as error:
-            name = _at_fault(build, given, str(error))
-            if name is None or re.search(rf"\b{re.escape(name)}\b", str(error)):
-                raise
-            kind = ValueError if isinstance(error, ValueError) else TypeError
-            raise kind(f"{name}: {error}") from error
+            raise_naming(error, _at_fault(build, given, str(error)))
 
     return built
+
+
+def raise_naming(error: ValueError | TypeError, name: str | None) -> NoReturn:
+    """Raise the error itself, if it names this argument; else with the name in front.
+
+    >>> raise_naming(ValueError("epsilon is -1"), "eps")
+    Traceback (most recent call last):
+    ...
+    ValueError: eps: epsilon is -1
+    """
+    if name is None or re.search(rf"\b{re.escape(name)}\b", str(error)):
+        raise error
+    kind = ValueError if isinstance(error, ValueError) else TypeError
+    raise kind(f"{name}: {error}") from error
 
 
 def _at_fault(build: Callable[..., Any], given: Mapping[str, Any], found: str) -> str | None:

@@ -13,6 +13,7 @@ from funshampoo.core.checks import check_flag
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.live import Live
 from funshampoo.core.modes import in_a_mode, unwrapped
+from funshampoo.migrate.wording import raise_naming
 from funshampoo.optim.execution import Execution
 from funshampoo.optim.values import untouched
 from funshampoo.optim.vocabulary import Method, Vocabulary
@@ -143,7 +144,10 @@ def _check_value(live: Live, value: Any) -> None:
     if plain is not None and plain.numel() == 1:
         value = plain.item()
     for check in live.checks:
-        _by_torchs_names(check, value)
+        try:
+            _by_torchs_names(check, value)
+        except (TypeError, ValueError) as error:
+            raise_naming(error, live.name.partition("[")[0])
 
 
 def _by_torchs_names(function: Callable[..., Any], *arguments: Any) -> Any:

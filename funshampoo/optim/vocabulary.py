@@ -14,8 +14,8 @@ from torch import Tensor
 
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
-from funshampoo.core.live import Live, is_live_argument, takes_live
-from funshampoo.migrate.published import constructor_of, first_rate_of
+from funshampoo.core.live import Live, is_live_argument, signature_of, takes_live
+from funshampoo.migrate.published import first_rate_of, from_published
 from funshampoo.optim.values import copied, is_fixed, is_number, same_value, structural
 from funshampoo.transforms import scale_by_learning_rate
 
@@ -84,27 +84,25 @@ class Vocabulary:
         self.fixed = not callable(method)
         if self.fixed:
             as_transformation(method)  # raises, where it is none
-        self._signature = inspect.Signature() if self.fixed else inspect.signature(method)
+        self._signature = inspect.Signature() if self.fixed else signature_of(method)
         parameters = self._signature.parameters.values()
         variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
-        self._paired = {"beta1", "beta2"} <= self._arguments.keys()
+        self.first_rate = first_rate_of(method)
+        if self.first_rate in _NOTES:  # what a group has under that name is a scheduler's
+            self._arguments.pop(self.first_rate, None)
+        theirs = getattr(method, "func", None) is from_published
+        self._paired = {"beta1", "beta2"} <= self._arguments.keys() and not theirs
         # {torch's name: default, or inspect.Parameter.empty}
         self._names = {_RENAMED.get(name, name): x for name, x in self._arguments.items()}
         if self._paired:
             self._names["betas"] = (self._names.pop("beta1"), self._names.pop("beta2"))
-        published = constructor_of(method)
-        if published is not None:  # fixed numbers of a group, but for what is a note there
-            own = {n: p.default for n, p in published.parameters.items() if n not in _NOTES}
-            self._arguments |= own
-            self._names |= own
         self.extras: set[str] = set()
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
             declared = {
                 n for n, meant in _SYNONYMS.items() if meant == "lr" or meant in self._names
             }
             self.extras = set(given) - self._names.keys() - _OURS - _NOTES - declared
-        self.first_rate = first_rate_of(method)
         if self.first_rate is not None and self.first_rate not in self._names:
             self.extras.add(self.first_rate)
         self.takes_rate = "lr" in self._names or "lr" in self.extras  # as an argument of its own

@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from funshampoo.core.checks import check_range
-from funshampoo.core.clock import advanced, started
+from funshampoo.core.clock import advanced, count_of, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.live import number
-from funshampoo.core.needs import rate_of
+from funshampoo.core.live import number, value_at
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.last_stage import last_stage
@@ -56,8 +55,8 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
     def update(
         updates: Tree, state: EmaNesterovState, params: Tree, context: Context
     ) -> tuple[Tree, EmaNesterovState]:
-        ahead = (lambda count: look_ahead(count + 1)) if callable(look_ahead) else look_ahead
-        s = rate_of(ahead, state.steps, context)
+        done = count_of(state.steps, context) + 1 if callable(look_ahead) else None
+        s = value_at(look_ahead, done, context.hyper)
         decay = number(beta, context.hyper)
 
         def leaf(u: Tensor, y: Tensor, w: Tensor, B: Tensor) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from funshampoo.core.contract import (
     Tree,
     renamed,
 )
-from funshampoo.core.live import Numbers, number
+from funshampoo.core.live import Numbers, value_at
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, add_scaled, cast_like, in_compute_dtype
 from funshampoo.state.stages import ScheduleState
@@ -79,7 +79,7 @@ def add_decayed_weights(
 
     def coefficient(count: Any, hyper: Numbers) -> Any:
         def now(value: Any) -> Any:
-            return value(count) if callable(value) else number(value, hyper)
+            return value_at(value, count, hyper)
 
         if kind == "corrected":
             return now(weight_decay) * now(learning_rate) / now(peak_learning_rate)

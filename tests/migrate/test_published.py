@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.core.live import Live
 from funshampoo.linalg.polynomials import polynomials_of
 from funshampoo.migrate import published_soap_muon
 from funshampoo.migrate.published import METHODS
+from funshampoo.optim.vocabulary import Vocabulary
 
 DATA = torch.load(Path(__file__).parents[1] / "reference" / "family.pt", weights_only=True)
 BUILT = sorted(name for name, config in DATA["configs"].items() if config["method"] in METHODS)
@@ -400,3 +402,71 @@ def test_a_group_of_the_wrapper_has_the_constructors_arguments(method: str) -> N
     group[name] = (2.0, 0.9) if name == "betas" else -2.0
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
         optimizer.step()
+
+
+def _with_lives(method: str) -> tuple[fs.Optimizer, torch.nn.Parameter, dict[str, Live]]:
+    """An optimizer in which every number that may be switched off is on, and its live numbers."""
+    words = Vocabulary(functools.partial(fs.from_published, method))
+    known = [(n, p.default) for n, p in KNOWN[method].items() if "Hyper" in str(p.annotation)]
+    given = {name: 0.05 if value == 0 else 0.9 for name, value in known if value in (0, 1)}
+    w = torch.nn.Parameter(torch.eye(6, dtype=torch.float64) + 0.1)
+    optimizer = fs.Optimizer([w], words.method, **{**given, "lr": 0.1})
+    return optimizer, w, words.live(words.arguments(optimizer.param_groups[0]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_edit_of_a_number_rebuilds_nothing(method: str) -> None:
+    """And the step is that of a chain that was built with it: a scheduler edits lr on every one."""
+    optimizer, w, lives = _with_lives(method)
+    (group,), (chain,) = optimizer.param_groups, optimizer._chains()
+    typed = {n for n, p in KNOWN[method].items() if "Hyper" in str(p.annotation)}
+    assert {n.partition("[")[0] for n in lives} == typed >= {"lr"}
+    generator = torch.Generator().manual_seed(0)
+    params = [w.detach().clone()]
+    state = chain.init(params)
+    for name in [*[None] * 6, *lives]:  # RAdam moves nothing at first
+        if name is not None:
+            name, _, index = name.removesuffix("]").partition("[")
+            old = group[name]
+            changed = [0.6 * x if index == str(i) else x for i, x in enumerate(old)] if index else 0
+            group[name] = tuple(changed) if index else 0.6 * old
+        args = {n: group[n] for n in KNOWN[method] if n in group}
+        w.grad = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+        before = w.detach().clone()
+        optimizer.step()
+        updates, state = fs.from_published(method, **args).update([w.grad], state, params)
+        params = fs.apply_updates(params, updates)
+        torch.testing.assert_close(w.detach(), params[0], rtol=0, atol=1e-13)
+        assert name is None or not torch.equal(w, before)
+        assert optimizer._chains()[0] is chain, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_of_a_constructor_are_injected(method: str) -> None:
+    """The names that a partial leaves were among **keywords, so that nothing was, silently."""
+    recipe = functools.partial(fs.from_published, method)
+    tx = fs.inject_hyperparams(recipe)(lr=0.125)
+    params = [torch.eye(6, dtype=torch.float64) + 0.1]
+    grads = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    state = tx.init(params)
+    assert "lr" in state.hyperparams
+    now, plain = params, recipe(lr=0.125).init(params)
+    first = {"initial_lr": 0.125} if "initial_lr" in KNOWN[method] else {}
+    for rate, g in zip((0.125, 0.0625), grads):
+        state = state._replace(hyperparams={**state.hyperparams, "lr": torch.tensor(rate)})
+        updates, state = tx.update([g], state, params)
+        params = fs.apply_updates(params, updates)
+        updates, plain = recipe(lr=rate, **first).update([g], plain, now)
+        now = fs.apply_updates(now, updates)
+    torch.testing.assert_close(params[0], now[0], rtol=0, atol=1e-8)  # others are in float32
+
+
+def test_a_number_among_many_keywords_is_injected_or_refused() -> None:
+    def of_keywords(**options: Any) -> fs.GradientTransformation:
+        return fs.adamw(**options)
+
+    params = [torch.eye(3)]
+    state = fs.inject_hyperparams(of_keywords)(learning_rate=0.1, beta1=0.5).init(params)
+    assert state.hyperparams.keys() == {"learning_rate", "beta1"}
+    with pytest.raises(TypeError, match="lr is one of many keywords of from_published"):
+        fs.inject_hyperparams(fs.from_published)("SOAP", lr=0.1)
