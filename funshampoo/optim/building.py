@@ -1,4 +1,4 @@
-"""The chain of a parameter group, built anew where an edit of the group asks for it."""
+"""The chain of a parameter group, rebuilt when an edit of the group requires it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from funshampoo.optim.execution import Execution
 from funshampoo.optim.values import untouched
 from funshampoo.optim.vocabulary import Method, Vocabulary
 
-_MANY = 4  # graphs of one group, from which on an edit on every step is likely
+_MANY = 4  # this many graphs of one group: probably it is edited on every step
 
 
 class Built(NamedTuple):
-    """A chain and what it was built from; it is left out of copies, since it holds functions.
+    """A chain and what it was built from. Copies leave the chain out, since it holds functions.
 
     Attributes:
-        raw: what it read of the group.
-        structure: what of the arguments can change the structure of the state.
-        live: the numbers that it looks up on every step; see `core.live`.
+        raw: the entries of the group that it was built from.
+        structure: the part of the arguments that can change the structure of the state.
+        live: the numbers that the chain looks up on every step; see `core.live`.
         hyper: their values.
-        inputs: what a graph reads them from, so that others make no new one; {} without a graph.
+        inputs: tensors from which a graph reads them, so new values need no new graph; else {}.
     """
 
     words: Vocabulary
@@ -42,22 +42,22 @@ class Built(NamedTuple):
     inputs: dict[str, Tensor]
 
     def numbers(self) -> dict[str, Any]:
-        """What goes into the context as `hyper`."""
+        """The `hyper` of the context."""
         for name, x in self.inputs.items():
             x.fill_(self.hyper[name])
         return {**self.hyper, **self.inputs}
 
     def for_a_copy(self) -> Built:
-        """Without what pickle and deepcopy can't take."""
+        """A copy without the fields that pickle and deepcopy can't handle."""
         return self._replace(transformation=None, raw=[], live={}, inputs={})
 
 
 class Builder:
-    """Makes the chains of one group.
+    """Builds the chains of one group.
 
     Args:
-        method: of groups that have none of their own.
-        execution: what is put around them.
+        method: the method of a group that has none of its own.
+        execution: what is wrapped around the chains.
     """
 
     def __init__(self, method: Method, execution: Execution) -> None:
@@ -76,7 +76,7 @@ class Builder:
         transformation = _by_torchs_names(words.build, words.with_live(arguments, live))
         hyper = words.hyper(arguments, live)
         for name, x in hyper.items():
-            if isinstance(x, Tensor):  # numbers were looked at when the chain was built
+            if isinstance(x, Tensor):  # numbers were checked when the chain was built
                 _check_value(live[name], x)
         inputs: dict[str, Tensor] = {}
         self._execution.check(arguments, {*live, words.rate})
@@ -94,10 +94,10 @@ class Builder:
         return Built(words, raw, arguments, structure, transformation, live, hyper, inputs)
 
     def edited(self, group: Mapping[str, Any], before: Built) -> Built:
-        """The chain of the group as it is now: the one before, where it is still right.
+        """The chain for the group as it is now: the previous one, if it is still valid.
 
         Raises:
-            TypeError, ValueError: what was edited is out of range.
+            TypeError, ValueError: an edited value is out of range.
         """
         check_flag("maximize", group.get("maximize", False))
         method = group.get("method", self._method)
@@ -132,13 +132,13 @@ class Builder:
 
 
 def other_structure(now: Built, before: Built) -> bool:
-    """Whether a state of the one chain can be none of the other's."""
+    """Whether a state of one chain may not fit the other."""
     same_method = now.words.method is before.words.method
     return now is not before and not (same_method and now.structure == before.structure)
 
 
 def _check_value(live: Live, value: Any) -> None:
-    """Raise where a live number is out of range; a tensor is read where nobody waits for it."""
+    """Raise if a live number is out of range; a tensor is read only if that needs no sync."""
     readable = isinstance(value, Tensor) and value.device.type == "cpu" and not in_a_mode()
     plain = unwrapped(value) if readable else None
     if plain is not None and plain.numel() == 1:
@@ -151,7 +151,7 @@ def _check_value(live: Live, value: Any) -> None:
 
 
 def _by_torchs_names(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it; what it says of `learning_rate` is said of lr, as the group has it."""
+    """Call it; an error about `learning_rate` becomes one about lr, the group's name for it."""
     try:
         return function(*arguments)
     except (TypeError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""The entries that `optimizer.state` has for a parameter, by their names.
+"""The entries of a parameter in `optimizer.state`, and what their names mean.
 
-Those with a "/" in them are the chain's: "block_0_1/graft/onto/second" is a tensor of the chain's
-state, and "shared/clock/steps" one that belongs to nobody and stands with every parameter. All
-others are notes of whoever uses the optimizer, kept, saved and loaded with the parameter.
+Names with a "/" are the chain's: "block_0_1/graft/onto/second" is a tensor of the chain's state,
+and "shared/clock/steps" one that belongs to no parameter and is listed under every one. All other
+entries are notes of the optimizer's user, kept, saved and loaded with the parameter.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from funshampoo.core.checks import hint
 from funshampoo.state.parts import PART_KEY, Part
 
-SHARED = "shared/"  # what is nobody's stands with every parameter, so that no tool drops it
+SHARED = "shared/"  # entries of no parameter are listed under every one, so that no tool drops them
 
 
 def is_note(name: Any) -> bool:
-    """Whether an entry is a client's, and none of the chain's.
+    """Whether an entry is a client's note rather than the chain's.
 
     >>> is_note("rho"), is_note("shared/clock/steps")
     (True, False)
@@ -28,26 +28,26 @@ def is_note(name: Any) -> bool:
 
 
 def is_shared(name: str) -> bool:
-    """Whether an entry is nobody's, and stands with every parameter."""
+    """Whether an entry belongs to no parameter and is listed under every one."""
     return name.startswith(SHARED)
 
 
 def together(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a parameter with those that stand with every one."""
+    """The entries of a parameter together with the shared ones."""
     return {**{SHARED + name: x for name, x in shared.items()}, **own}
 
 
 def parted(entries: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(its own, those that are shared, by the names that the chain has for them)."""
+    """(the parameter's own entries, the shared ones under the chain's names for them)."""
     own = {name: x for name, x in entries.items() if not is_shared(name)}
     return own, {n.removeprefix(SHARED): x for n, x in entries.items() if n not in own}
 
 
 def unlabelled(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries as `state_dict` has them, without what it says of parts of a state.
+    """Entries from a `state_dict`, without its label that says which part of a state they are.
 
     Raises:
-        ValueError: they are of a part.
+        ValueError: they belong to one part of several.
     """
     found = dict(entries)
     label = found.pop(SHARED + PART_KEY, None)
@@ -60,14 +60,14 @@ def unlabelled(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_entry(name: str, value: Any, known: Mapping[str, Any] | None) -> None:
-    """The value can stand in the place of this entry of the chain's.
+    """Check that the value can replace this entry of the chain.
 
     Args:
-        known: the chain's entries; None of a parameter that is in no group.
+        known: the chain's entries; None for a parameter that is in no group.
 
     Raises:
-        KeyError: there is no such place.
-        TypeError: it is no tensor.
+        KeyError: there is no such entry.
+        TypeError: the value is not a tensor.
         ValueError: it has another shape or dtype.
     """
     if known is not None and name not in known:

@@ -15,12 +15,12 @@ from funshampoo.optim.rounded import rounded
 
 
 class Execution(NamedTuple):
-    """What the optimizer puts around the chain of every group.
+    """What the optimizer wraps around the chain of every group.
 
     Attributes:
-        compile: options of `compiled`; None: without.
-        cuda_graph: whether there is a `cuda_graphed`.
-        tf32: whether there is an `in_tf32`.
+        compile: options of `compiled`; None: not compiled.
+        cuda_graph: whether to wrap it in `cuda_graphed`.
+        tf32: whether to wrap it in `in_tf32`.
         rounds: whether `stochastic_rounding` is the last stage.
     """
 
@@ -31,11 +31,11 @@ class Execution(NamedTuple):
 
     @property
     def in_graphs(self) -> bool:
-        """Whether numbers may stand in something that was made on an earlier step."""
+        """Whether numbers may be baked into a graph made on an earlier step."""
         return self.compile is not None or self.cuda_graph
 
     def around(self, transformation: GradientTransformation) -> GradientTransformation:
-        """The chain as it is stepped."""
+        """The transformation that is stepped: the chain with everything around it."""
         if self.rounds:
             transformation = rounded(transformation)
         if self.compile is not None:
@@ -45,10 +45,10 @@ class Execution(NamedTuple):
         return cuda_graphed(transformation) if self.cuda_graph else transformation
 
     def check(self, arguments: Mapping[str, Any], read: Set[str]) -> None:
-        """Raise where arguments of the recipe can't stand in a graph.
+        """Raise if an argument of the recipe can't be used in a graph.
 
         Args:
-            arguments: of the recipe, by name.
+            arguments: the recipe's arguments by name.
             read: the names of those that are looked up on every step.
 
         Raises:
@@ -70,11 +70,11 @@ class Execution(NamedTuple):
 
 
 def execution(compile: Any, flags: Mapping[str, Any]) -> Execution:
-    """What these options of `Optimizer` say.
+    """The `Execution` for these options of `Optimizer`.
 
     Raises:
-        TypeError: compile is neither a bool nor a dict; a flag is no bool.
-        ValueError: two do not go together.
+        TypeError: compile is neither a bool nor a dict; a flag is not a bool.
+        ValueError: two options exclude each other.
     """
     for name, flag in flags.items():
         if not isinstance(flag, bool):

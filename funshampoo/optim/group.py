@@ -1,4 +1,4 @@
-"""One parameter group of the wrapper: its chain's state, which follows the parameters."""
+"""One parameter group of the wrapper, and its chain's state, which follows the parameters."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import carried_over, load_state_dict, named_tensors
 from funshampoo.state.parts import PART_KEY, part_of
 
-_LAZY = UninitializedParameter  # which has no shape
+_LAZY = UninitializedParameter  # has no shape yet
 
 
 class GroupRun:
-    """The state of one group, made when needed, and its steps.
+    """The state of one group, created when needed, and its steps.
 
     Args:
-        group: of `param_groups`; the run belongs to this dict, whatever its place in the list.
-        words: of the group's method.
-        method: of the groups that have none of their own.
-        first: how many parameters the groups before it have.
-        execution: what is put around its chain.
+        group: the entry of `param_groups`; the run belongs to this dict, wherever it is listed.
+        words: the vocabulary of the group's method.
+        method: the method of groups that have none of their own.
+        first: the number of parameters in the groups before this one.
+        execution: what is wrapped around its chain.
     """
 
     def __init__(
@@ -63,33 +63,33 @@ class GroupRun:
         self.group = group
         self._names = Names(first)
         self._builder = Builder(method, execution)
-        self.known: list[Known] = []  # the same list until what the state was made for changes
+        self.known: list[Known] = []  # the same object until the state's parameters change
         self._state: Any = None
-        self._untouched = False  # made for a reader, and neither stepped nor written to
-        self._handed_out: Watched | None = None  # by which a write to a reader's views is seen
-        self._anew: set[Tensor] = set()  # what starts from nothing, as soon as anybody looks
+        self._untouched = False  # made only to be read, and neither stepped nor written to
+        self._handed_out: Watched | None = None  # detects writes through a reader's views
+        self._anew: set[Tensor] = set()  # to be reset before the state is next used
         self._looked_at: Look = ()
         self._read: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
         self.names()
         self._built = self._builder.built(words, group)
 
     def names(self) -> list[str]:
-        """The names of all its parameters; see `Names`."""
+        """The names of all parameters of the group; see `Names`."""
         return self._names.of(self.group)
 
     def words(self) -> Vocabulary:
-        """Of the method that the group has now."""
+        """The vocabulary of the group's current method."""
         return self._builder.edited(self.group, self._built).words
 
     @property
     def has_state(self) -> bool:
-        """Whether there is one that has been stepped, loaded or written to, in place too."""
+        """Whether there is a state that was stepped, loaded or written to (also in place)."""
         if self._untouched and self._handed_out is not None and self._handed_out.was_written():
             self._untouched = False
         return self._state is not None and not self._untouched
 
     def look(self) -> Look:
-        """What decides which parameters have a state, quickly."""
+        """A quickly made snapshot of what decides which parameters have a state."""
         names = self.group.get("param_names")
         seen = [
             (id(p), p.requires_grad, p.device, p.dtype, None if type(p) is _LAZY else p.shape)
@@ -98,18 +98,18 @@ class GroupRun:
         return seen, None if names is None else list(names)
 
     def is_as(self, look: Look) -> bool:
-        """Whether the state was made for the parameters as they are."""
+        """Whether the state was made for the parameters as they are now."""
         return self.has_state and look == self._looked_at
 
     def planned(self, left: Left, look: Look) -> Plan:
-        """What a step of the group as it is now is of.
+        """The plan for a step of the group as it is now.
 
         Args:
-            left: of parameters that come from elsewhere.
-            look: as the group looks.
+            left: entries of parameters that come from elsewhere.
+            look: the group's current `look`.
 
         Raises:
-            TypeError, ValueError: what was edited is out of range.
+            TypeError, ValueError: an edited value is out of range.
         """
         before = self._built
         built = self._builder.edited(self.group, before)
@@ -125,13 +125,13 @@ class GroupRun:
         return Plan(built, known, look, goes_on, edited or not goes_on, self._anew | new)
 
     def prepared(self, plan: Plan, left: Left) -> Ready:
-        """The state for a step as planned; the run itself goes on as it was.
+        """The state for the planned step; the run itself is not changed.
 
         Where parameters came or went, were moved, converted or unfrozen, or a part was switched on
-        or off, what still has a place is carried over, by parameter.
+        or off, the entries that still have a place are carried over, by parameter.
 
         Raises:
-            ValueError: what was edited changes the blocks. The state stays as it was.
+            ValueError: the edit changes the blocks. The state stays as it was.
         """
         if self._anew:
             self.settle()
@@ -145,21 +145,21 @@ class GroupRun:
         return Ready(built, known, carried(built, known, *entries, left), look)
 
     def adopt(self, ready: Ready) -> None:
-        """Go on from here."""
+        """Continue from this chain and state."""
         self._built, self.known, self._state, self._looked_at, self._untouched = ready
         self._handed_out = None
-        self._anew = set()  # not cleared: `all_or_nothing` puts the old one back
+        self._anew = set()  # a new set: `all_or_nothing` may restore the old one
 
     def entering(self, watched: Watched) -> Entering | None:
-        """The step as prepared, looked at; None where there is none to make.
+        """The prepared step with its inputs checked; None if the group has no parameters to step.
 
         Args:
-            watched: of this run.
+            watched: this run's, from `watched`.
 
         Raises:
             FailureLimitError: gradients or roots failed too often in a row.
             RuntimeError: a sparse gradient.
-            ValueError, TypeError: a gradient or parameter can't be stepped, which names it.
+            ValueError, TypeError: a gradient or parameter can't be stepped; the error names it.
         """
         if not self.known:
             return None
@@ -175,13 +175,13 @@ class GroupRun:
         return Entering(tx, gradients, self._state, params, given, ascends).checked(watched.state)
 
     def step(self, entering: Entering | None) -> None:
-        """Make this step. What has no gradient is left alone."""
+        """Make this step. Parameters without a gradient are left alone."""
         if entering is not None:
             self._untouched, self._read = False, None
             self._state = entering.applied()
 
     def watched(self) -> Watched:
-        """By it is known whether a step has written to anything.
+        """A record of version counters, which shows whether a step has written to anything.
 
         Raises:
             InterruptedStepError: the state is half done.
@@ -190,7 +190,7 @@ class GroupRun:
 
     @for_keeps()
     def released(self, tensors: Collection[Tensor]) -> Left:
-        """Copies of what is remembered of these."""
+        """Copies of the state entries of these parameters."""
         if not self.has_state or not tensors:
             return {}
         entries, shared = self.entries()
@@ -199,18 +199,18 @@ class GroupRun:
         return {p: {n: x.detach().clone() for n, x in own[p].items()} for p in kept}
 
     def parameters(self) -> list[Tensor]:
-        """Those that the state was made for."""
+        """The parameters that the state was made for."""
         return [k.parameter for k in self.known]
 
     def gone(self) -> list[Tensor]:
-        """Those of them that are in the group no more."""
+        """Those of them that have left the group."""
         here = set(self.group["params"])
         return [p for p in self.parameters() if p not in here]
 
     def entries(self) -> tuple[ByParameter, dict[str, Tensor]]:
-        """({parameter: {name: view}}, what is shared) of the state.
+        """({parameter: {name: view}}, shared entries) of the state.
 
-        Where there is none yet, one is made to be read; the first step makes its own.
+        If there is no state yet, one is made for reading only; the first step makes its own.
         """
         if self._state is None:
             built = self._builder.edited(self.group, self._built)
@@ -223,7 +223,7 @@ class GroupRun:
         return self._read[1:]
 
     def entries_of(self, p: Tensor) -> dict[str, Tensor]:
-        """Those of one parameter that the state has, with what is shared."""
+        """The entries of one parameter that has a state, with the shared ones."""
         entries, shared = self.entries()
         return together(entries[p], shared)
 
@@ -239,17 +239,17 @@ class GroupRun:
         return {owners[name]: entries for name, entries in own.items()}, shared
 
     def mark_interrupted(self) -> None:
-        """The step of all groups that this one was part of did not come to its end."""
+        """Mark the state as half done: the step over all groups was interrupted."""
         mark(self._state)
         self._read = None
 
     def written_to(self) -> None:
-        """The state has been changed, or is about to be: the first step has to keep it."""
+        """Note that the state has been changed, or is about to be: the first step must keep it."""
         self._untouched = False
 
     def without(self, p: Tensor, names: Collection[str] | None) -> None:
-        """Let a parameter, or these entries of it, start from nothing."""
-        if names is None:  # nobody sees its entries until the next step
+        """Reset a parameter, or only these entries of it."""
+        if names is None:  # its entries are not visible until the next step
             self._anew.add(p)
             return
         entries, shared = self.entries()
@@ -269,35 +269,35 @@ class GroupRun:
 
     def _refilled(self, entries: ByParameter, shared: Mapping[str, Tensor]) -> Any:
         """A fresh state with these entries."""
-        self._built = self._builder.edited(self.group, self._built)  # a copy has none
+        self._built = self._builder.edited(self.group, self._built)  # a copied run has no chain
         names = {k.parameter: k.name for k in self.known}
         flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
         return carried_over(fresh(self._built, self.known), {**flat, **shared})
 
     def forget(self) -> None:
-        """Let everything start from nothing."""
+        """Reset everything."""
         self.known, self._state, self._untouched, self._read = [], None, False, None
         self._anew = set()
 
     def loaded(
         self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
     ) -> tuple[Ready, dict[Tensor, dict[str, Any]]]:
-        """A fresh state with saved values, and the notes among them; the run goes on as it was.
+        """A fresh state with saved values, and the saved notes; the run itself is not changed.
 
         Args:
-            group: as it will be after loading.
-            saved: {parameter: its entries, those that are shared among them}; one that is not
-                there starts from nothing.
-            own_part: whether this was read for this rank alone, whatever it says of parts.
+            group: the group as it will be after loading.
+            saved: {parameter: its entries, including the shared ones}; a parameter that is
+                missing starts from nothing.
+            own_part: whether this was read for this rank alone, whatever its part label says.
         """
         built = self._builder.edited(group, self._built)
         own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
-        names = copy.copy(self._names)  # the run's own stay, if this fails
+        names = copy.copy(self._names)  # a copy, so that a failure leaves the run's own alone
         known = self._trainable(group, own, names)
         state = fresh(built, known)
         named = list(zip(names.of(group), group["params"]))
         flat, notes = flattened(saved, named, {k.name for k in known}, state)
-        if not known:  # all are frozen, so that even what is shared had no place to be saved in
+        if not known:  # all are frozen, so even shared entries had no parameter to be saved under
             return Ready(built, known, state), notes
         if own_part:
             flat[PART_KEY] = part_of(state).entry()
@@ -305,11 +305,11 @@ class GroupRun:
         return Ready(built, known, found.state, fresh=says_nothing(found.state, state)), notes
 
     def with_state(self, state: Any) -> Ready:
-        """Another state in the place of the current one."""
+        """This run's chain and parameters with another state."""
         return Ready(self._built, self.known, state, self._looked_at)
 
     def check_edit(self, entries: Mapping[str, Any]) -> None:
-        """Raise where the group could not be stepped with these entries.
+        """Raise if the group could not be stepped with these hyperparameters.
 
         Raises:
             TypeError, ValueError: one is out of range.
@@ -317,7 +317,7 @@ class GroupRun:
         self._builder.edited({**self.group, **entries}, self._built)
 
     def state(self) -> Any:
-        """The chain's state; where there is none yet, one to be read."""
+        """The chain's state; if there is none yet, one made for reading only."""
         self.settle()
         self.entries()
         return self._state
@@ -330,7 +330,7 @@ class GroupRun:
     def _trainable(
         self, group: dict[str, Any], others: Set[Tensor], names: Names | None = None
     ) -> list[Known]:
-        """The parameters that require gradients and have a shape, and these others, each once."""
+        """The parameters with a shape that require gradients or are in `others`, each once."""
         found: dict[Tensor, Known] = {}
         for name, p in zip((names or self._names).of(group), group["params"]):
             if (p.requires_grad or p in others) and p not in found and not is_lazy(p):
@@ -338,7 +338,7 @@ class GroupRun:
         return list(found.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: the chain is made anew."""
+        """For pickle and deepcopy: the chain is left out and rebuilt."""
         untouched = self._untouched and not self.has_state
         changed = {"_looked_at": (), "_read": None, "_untouched": untouched, "_handed_out": None}
         return {**self.__dict__, **changed, "_built": self._built.for_a_copy()}

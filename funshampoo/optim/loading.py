@@ -1,4 +1,4 @@
-"""Load a state_dict into the runs of all groups, or find that it does not fit."""
+"""Load a state_dict into the runs of all groups, or raise because it does not fit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from funshampoo.state.parts import part_of
 
 
 class Loading(NamedTuple):
-    """What the optimizer goes on from, one entry a group; nothing has been changed yet.
+    """What the optimizer will continue from, per group; nothing has been changed yet.
 
     Attributes:
         ready: the states.
-        groups: their hyperparameters.
-        notes: what clients have kept with parameters.
-        steps: counters of them, each with its name: equal on all ranks that are given one save.
+        groups: the groups' hyperparameters.
+        notes: the clients' notes, by parameter.
+        steps: (name, value) of the step counters: equal on all ranks that load the same save.
     """
 
     ready: list[Ready]
@@ -41,10 +41,10 @@ _REMEDIES = {
 
 
 def given_to(optimizer: Any, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
-    """A state_dict as the hooks of this optimizer leave it.
+    """A state_dict after the pre-hooks of this optimizer.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a mapping.
         ValueError: it does not fit, see `check_fits`.
     """
     if not isinstance(state_dict, Mapping):
@@ -58,15 +58,15 @@ def given_to(optimizer: Any, state_dict: Mapping[str, Any], strict: bool) -> Map
 
 
 def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> Loading:
-    """What `load` finds; where ranks share blocks, on all of them or on none: a collective then.
+    """What `load` returns. Where ranks share blocks, a collective: all ranks load, or none does.
 
     Args:
-        call: the method of the optimizer's that all ranks have to be in.
+        call: the method of the optimizer that all ranks must be in.
 
     Raises:
         ValueError: another rank could not load what it was given, or was given a part of another
-            step or run. On every rank; on that one, what `load` raised.
-        RuntimeError: other ranks step.
+            step or run. Raised on every rank; the failing rank raises what `load` raised.
+        RuntimeError: other ranks are in a step.
     """
     shared = [group for run in memory.runs for group in sharing_groups(run.transformation)]
     if not shared:
@@ -78,7 +78,7 @@ def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> L
     try:
         found = load()
         steps, numbers = found.steps, [part_of(one.state).run for one in found.ready]
-    except BaseException as error:  # whatever it is: the others are waiting
+    except BaseException as error:  # of any kind: the other ranks are waiting
         failure = error
     everyone = gathered_objects((failure is None, steps, numbers), shared[0])
     if failure is not None:
@@ -90,7 +90,7 @@ def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> L
                 f"rank {rank} of {len(everyone)} could not load what it was given; its own error "
                 f"says why. Nothing was changed on any rank. {_REMEDIES[call]}"
             )
-        # A whole is of no run in particular, and one rank may have it where others have parts.
+        # A whole state belongs to no run in particular; one rank may have it, others their parts.
         if steps != everyone[0][1] or any(n not in (0, m) for n, m in zip(numbers, known)):
             raise ValueError(
                 f"the checkpoint that rank {rank} was given is of another step or run than those "
@@ -101,7 +101,7 @@ def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> L
 
 
 def _clocks(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
-    """The counters of steps: equal in the whole and in all its parts."""
+    """The step counters, which are equal in the whole and in all its parts."""
     return {
         (name, x.item())
         for entries in state.values()
@@ -116,12 +116,12 @@ def loaded(
     """The states and groups of a checkpoint.
 
     Args:
-        memory, groups: of the optimizer.
-        given: of `given_to`; by number or, as torch.distributed.checkpoint has it, by full name.
+        memory, groups: the optimizer's.
+        given: from `given_to`; keyed by number or, as from torch.distributed.checkpoint, full name.
         strict, cast: see `funshampoo.state.load_state_dict`.
 
     Raises:
-        ValueError: names missing or unknown, other shapes or dtypes, AdamW's entries.
+        ValueError: names missing or unknown, wrong shapes or dtypes, entries of an AdamW.
     """
     by_name = any(isinstance(index, str) for index in given["state"])
     found = Loading([], [], {}, _clocks(given["state"]))

@@ -1,4 +1,4 @@
-"""What the wrapper remembers of every parameter, over all groups and outside of them."""
+"""What the wrapper remembers of every parameter, in any group or in none."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MakeRun = Callable[[Group, Sequence[Group]], GroupRun]
 
 
 class Memory:
-    """The runs of all groups, what parameters left behind when they left one, and clients' notes.
+    """The runs of all groups, the entries of parameters that left one, and clients' notes.
 
-    A run belongs to the dict of its group, an entry to its tensor: groups may be edited, moved,
-    replaced, and the next step finds what still counts.
+    A run belongs to the dict of its group, an entry to its tensor: groups may be edited, moved or
+    replaced, and the next step finds what is still valid.
 
     Args:
-        options: of the optimizer, {name: value}, that have to be the same on all ranks.
+        options: {name: value} of the optimizer's options, which must be the same on all ranks.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -35,13 +35,13 @@ class Memory:
         self._left: Left = {}
         self.notes: dict[Tensor, dict[str, Any]] = {}
         self.writes = 0  # how often somebody has changed something between steps
-        self._forgotten: set[Tensor] = set()  # which start from nothing at the next step
+        self._forgotten: set[Tensor] = set()  # parameters that are reset at the next step
 
     def match(self, groups: Sequence[Group], make: MakeRun) -> None:
-        """Have one run a group; what those of groups that are gone remember stays.
+        """Match the runs to the groups, one each; entries of removed groups are kept.
 
         Args:
-            make: a run from a group and those before it.
+            make: makes a run from a group and the groups before it.
         """
         if len(self.runs) == len(groups) and all(
             [run.group is group for run, group in zip(self.runs, groups)]
@@ -57,24 +57,24 @@ class Memory:
         self.runs = runs
 
     def meet(self, call: str) -> None:
-        """Before a collective that is none of a step's; see `Others.meet`."""
+        """Called before a collective that is not part of a step; see `Others.meet`."""
         self._others.meet(call)
 
     def prepare(self) -> None:
         """Make every run ready for a step of its group as it is now, or none of them.
 
         Raises:
-            ValueError: an edit that a state can't follow; a parameter in two groups.
+            ValueError: a state can't follow an edit; a parameter is in two groups.
         """
         self.follow()
         self._forgotten = set()
 
     def step(self) -> None:
-        """Step all groups, as prepared; whatever ends it after something was written marks all.
+        """Step all groups, as prepared. An exception after a first write marks all as half done.
 
         Raises:
-            FailureLimitError, ValueError, TypeError: from whichever group, before the first of them
-                moves.
+            FailureLimitError, ValueError, TypeError: from any group, before anything has moved in
+                any of them.
             InterruptedStepError: a state is half done.
         """
         runs = self.runs
@@ -83,7 +83,7 @@ class Memory:
         try:
             for run, step in zip(runs, entering):
                 run.step(step)
-        except BaseException:  # Ctrl-C between two groups, too
+        except BaseException:  # also Ctrl-C between two groups
             if any([watch.was_written() for watch in watched]):
                 for run in runs:
                     run.mark_interrupted()
@@ -92,7 +92,7 @@ class Memory:
     def follow(self) -> None:
         """Have every state follow the edits of its group, before it is stepped or saved.
 
-        A collective, where blocks are shared out and anything was edited.
+        A collective if blocks are sharded and anything was edited.
         """
         looks = [run.look() for run in self.runs]
         left = self._left
@@ -112,15 +112,15 @@ class Memory:
             self._left = {p: entries for p, entries in left.items() if p not in here}
 
     def adopt(self, ready: Sequence[Ready]) -> None:
-        """Go on from these states, one a run."""
+        """Continue from these states, one per run."""
         for run, one in zip(self.runs, ready):
             run.adopt(one)
 
     @contextlib.contextmanager
     def all_or_nothing(self, groups: Sequence[Group]) -> Iterator[None]:
-        """A block that no exception, Ctrl-C neither, leaves with some of it changed.
+        """A context that undoes partial changes if any exception, or Ctrl-C, leaves it.
 
-        Groups, runs and this have what they had, whose values nobody may write to inside.
+        Groups, runs and this object get their old entries back; these must not be written in place.
         """
         parts = [*groups, *[vars(run) for run in self.runs], vars(self)]
         before = [dict(part) for part in parts]
@@ -133,24 +133,24 @@ class Memory:
             raise
 
     def replace(self, ready: Sequence[Ready], notes: dict[Tensor, dict[str, Any]]) -> None:
-        """Go on from these states and notes, and remember nothing else."""
+        """Continue from these states and notes, and forget everything else."""
         self.seeded(ready)
         self._left, self.notes = {}, notes
         for run, one in zip(self.runs, ready):
-            if one.fresh:  # parameters replaced before the first step would stay, with their state
+            if one.fresh:  # else parameters replaced before the first step would keep their state
                 run.forget()
 
     def entries_of(self, p: Tensor) -> dict[str, Any]:
-        """Everything that is remembered of a parameter; {} of one that is not known."""
+        """Everything that is remembered of a parameter; {} for an unknown one."""
         chain = {} if p in self._forgotten else self._chain_entries(p)
         return {**chain, **self.notes.get(p, {})}
 
     def saved(self, p: Tensor) -> dict[str, Any]:
-        """Its entries for a checkpoint, where one that starts from nothing does not look empty."""
+        """The entries for a checkpoint, where a parameter that is to be reset isn't shown empty."""
         return {**self._chain_entries(p), **self.notes.get(p, {})}
 
     def remembered(self) -> list[Tensor]:
-        """The parameters of which something is remembered, in the order of the groups."""
+        """The parameters that have entries, in the order of the groups."""
         return [p for p in self._known() if self.entries_of(p)]
 
     def _known(self) -> list[Tensor]:
@@ -158,10 +158,10 @@ class Memory:
         return list(dict.fromkeys([*found, *self._left, *self.notes]))
 
     def check(self, p: Tensor, entries: Mapping[str, Any]) -> None:
-        """Raise where `write` would.
+        """Raise if `write` would.
 
         Raises:
-            KeyError, TypeError, ValueError: an entry of the chain's that does not fit.
+            KeyError, TypeError, ValueError: an entry of the chain does not fit.
         """
         run = self._run_with(p, despite_left=True)
         known = None if run is None else run.entries_of(p)
@@ -169,16 +169,16 @@ class Memory:
             check_entry(name, x, known)
 
     def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
-        """Change these entries of a parameter, or none where one does not fit.
+        """Change these entries of a parameter, or none of them if one does not fit.
 
-        What is written to a parameter that has no state here, as it is frozen, in no group, or has
-        just come into one, is kept for the step that finds it there.
+        What is written to a parameter that has no state yet, because it is frozen, in no group, or
+        has just joined one, is kept until a step includes it.
         """
         self.check(p, entries)
         self.writes += 1
         run = self._run_with(p)
         if run is not None:
-            run.settle()  # a reset that is pending would take this back
+            run.settle()  # a pending reset would undo this write
         known = self._chain_entries(p)
         chain = self._of_chain(entries, known)
         if run is None and chain:
@@ -196,9 +196,9 @@ class Memory:
 
     @for_keeps()
     def assign(self, p: Tensor, entries: Mapping[str, Any]) -> None:
-        """Let these be the entries of a parameter, from the next step on.
+        """Make these the entries of a parameter, from the next step on.
 
-        Nothing is written to the state as it is, of which they may be views.
+        Nothing is written to the current state, since they may be views of it.
         """
         self.check(p, entries)
         run, known = self._run_with(p), self._chain_entries(p)
@@ -207,7 +207,7 @@ class Memory:
         if run is None or not chain or _are_the_same(chain, known):
             gone = {n for n in self.entries_of(p) if n not in entries and not is_shared(n)}
             self.write(p, entries)
-            if gone or not entries:  # what is shared is not this parameter's to forget
+            if gone or not entries:  # shared entries are not for this parameter to reset
                 self.forget(p, gone if entries else None)
             return
         self.write(p, {name: x for name, x in entries.items() if name not in own})
@@ -222,7 +222,7 @@ class Memory:
         return {name: x for name, x in entries.items() if name in known or not is_note(name)}
 
     def forget(self, p: Tensor, names: set[str] | None = None) -> None:
-        """Let a parameter start from nothing; or these entries of it."""
+        """Reset a parameter, or only these entries of it."""
         self.writes += 1
         gone = None if names is None else names - self.notes.get(p, {}).keys()
         for known in (self.notes, self._left):
@@ -236,24 +236,24 @@ class Memory:
             self._forgotten.add(p)
 
     def seeded(self, ready: Sequence[Ready]) -> None:
-        """Go on from these states, of which nothing is to start from nothing."""
+        """Continue from these states, and cancel pending resets."""
         self.writes += 1
         self.adopt(ready)
         self._forgotten = set()
 
     def forget_all(self) -> None:
-        """Let everything start from nothing, notes and counters too."""
+        """Reset everything, including notes and counters."""
         self.writes += 1
         for run in self.runs:
             run.forget()
         params = [p for run in self.runs for p in run.group["params"]]
-        self._forgotten = self._forgotten.union(params)  # `all_or_nothing` puts the old one back
+        self._forgotten = self._forgotten.union(params)  # `all_or_nothing` may restore the old one
         self._left, self.notes = {}, {}
 
     def _run_with(self, p: Tensor, despite_left: bool = False) -> GroupRun | None:
-        """The run whose state has this parameter; one that only a reader has seen comes last.
+        """The run whose state has this parameter; runs with a read-only state come last.
 
-        None where it brings something, or was assigned something, that counts at the next step.
+        None if entries wait in `_left` for the next step: brought along, or assigned.
         """
         if p in self._left and not despite_left:
             return None
@@ -271,7 +271,7 @@ class Memory:
 
 
 def _are_the_same(entries: Mapping[str, Any], known: Mapping[str, Tensor]) -> bool:
-    """Whether these are the views themselves, as of a client that moved them nowhere."""
+    """Whether these are the very views of the state, from a client that did not move them."""
     return entries.keys() == known.keys() and all(
         isinstance(x, Tensor) and x.data_ptr() == known[name].data_ptr()
         for name, x in entries.items()
@@ -279,7 +279,7 @@ def _are_the_same(entries: Mapping[str, Any], known: Mapping[str, Tensor]) -> bo
 
 
 def _check_apart(runs: Sequence[GroupRun]) -> None:
-    """As torch.optim's add_param_group does; an edited list comes past it."""
+    """The check of torch.optim's add_param_group, which an edited list bypasses."""
     seen: dict[Tensor, int] = {}
     for i, run in enumerate(runs):
         for name, p in zip(run.names(), run.group["params"]):
@@ -290,7 +290,7 @@ def _check_apart(runs: Sequence[GroupRun]) -> None:
 
 
 def _check_rounded(runs: Sequence[GroupRun]) -> None:
-    """Autocast and FSDP's mixed precision keep parameters in float32, which are never rounded."""
+    """Raise if nothing would be rounded: autocast and FSDP keep parameters in float32."""
     dtypes = {p.dtype for run in runs for p in run.group["params"]}
     if dtypes and dtypes.isdisjoint(HALF):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The names of a group's parameters: a tensor keeps its name, wherever in the list it moves."""
+"""The names of a group's parameters: a tensor keeps its name wherever it moves in the list."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Names:
     """The names under which a group's chain knows its parameters.
 
     They are those given in "param_names", else param_0, param_1, ... counted over all groups. When
-    the list "params" was edited, a tensor that was there before keeps its name, and "param_names"
-    follows; when "param_names" was edited, it rules.
+    the list "params" is edited, tensors that were there before keep their names, and "param_names"
+    is updated; when "param_names" is edited, it takes precedence.
 
     Args:
-        first: how many parameters the groups before this one have.
+        first: the number of parameters in the groups before this one.
     """
 
     def __init__(self, first: int) -> None:
@@ -28,10 +28,10 @@ class Names:
         self._given: list[str] | None = None
 
     def of(self, group: dict[str, Any]) -> list[str]:
-        """One name a parameter; one that the group holds twice has its first name.
+        """One name per parameter; a parameter listed twice has its first name.
 
         Raises:
-            ValueError: "param_names" was edited and there are too few; two parameters have one.
+            ValueError: an edited "param_names" has the wrong length, or two parameters share one.
         """
         parameters: list[Tensor] = group["params"]
         given: list[str] | None = group.get("param_names") or None
@@ -46,7 +46,7 @@ class Names:
         return names
 
     def _followed(self, parameters: Sequence[Tensor], given: list[str] | None) -> list[str]:
-        """Known tensors by their names, others by their places."""
+        """Known tensors keep their names; others are named by position."""
         found = {p: self._known[p] for p in parameters if p in self._known}
         taken = set(found.values())
         for i, p in enumerate(parameters):

@@ -36,8 +36,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
             updates are multiplied by -lr. Omit lr if it contains `scale_by_learning_rate`; pass
             lr=None if it scales by a negative number in another way.
         consolidate: where blocks are sharded over ranks, `state_dict` returns the whole state on
-            every rank. It is then a collective that every rank has to call. For programs in which
-            all do, such as Accelerate's save_state; for others see `consolidate_state_dict`.
+            every rank. It is then a collective that every rank must call. For programs in which
+            all of them do, such as Accelerate's save_state; else see `consolidate_state_dict`.
         accept_adamw: `load_state_dict` also takes the state of torch's AdamW or Adam, through
             `seed_from_adamw`. So a program that resumes from a checkpoint by itself, as Trainers
             do, can continue from one of AdamW's, at the rate that its scheduler had reached.
@@ -46,7 +46,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
             recipe changes, unless that switches something on; for your own recipe, if lr is a
             tensor that it reads on every step (as `scale_by_learning_rate` does).
         cuda_graph: True records steps as CUDA graphs, group by group, and replays them: see
-            `funshampoo.cuda_graphed`, and docs/gpu.md. As for compile; the tensor is on the GPU.
+            `funshampoo.cuda_graphed`, and docs/gpu.md. Valid as for compile; the tensor on the GPU.
         tf32: True rounds the products of every step to TF32 on a GPU: see `funshampoo.in_tf32`.
         stochastic_rounding: True for parameters in bfloat16 or float16 (without any the first step
             raises ValueError), which lose small steps otherwise; `funshampoo.stochastic_rounding`.
@@ -111,7 +111,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
         self._memory = Memory({"compile": compile, **flags})
         self._whole: Whole | None = None
-        self._model_order: Sequence[str] = ()  # `for_model` says it: its groups have another
+        self._model_order: Sequence[str] = ()  # set by `for_model`, whose groups have another
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
 
@@ -145,7 +145,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def _run_of(
         self, group: Group, before: Sequence[Group], words: Vocabulary | None = None
     ) -> GroupRun:
-        """The run of a new group, one that was put into `param_groups` by hand perhaps."""
+        """The run of a new group, possibly one that was put into `param_groups` by hand."""
         if not isinstance(group.get("params"), list):
             raise TypeError("the params of a group are a list: add_param_group makes one.")
         first = sum(len(other["params"]) for other in before)
@@ -202,14 +202,14 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def state(self) -> Any:
         """{parameter: {name: value}}, as torch.optim has it; see `optim.states.States`.
 
-        Writes take effect: to an entry of the chain's, they change it; an entry of your own stays
+        Writes take effect: writing to an entry of the chain changes it; an entry of your own stays
         with the parameter, and is saved and loaded. A parameter that is deleted, or assigned {},
         starts from nothing; so does everything after `state.clear()`, or `state = {}`.
 
         The tensors are views of the chain's state, which the next step overwrites. Before the first
         step they show a fresh state.
         """
-        if "_memory" not in self.__dict__:  # torch.optim.Optimizer looks before there is one
+        if "_memory" not in self.__dict__:  # torch.optim.Optimizer reads it before there is one
             return {}
         return States(self._match())
 
@@ -245,7 +245,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         Functions and solvers among the hyperparameters are saved as text; loading keeps those given
         at construction.
 
-        Where blocks are sharded it is this rank's part, and says so; with consolidate=True, or on
+        Where blocks are sharded it is this rank's part, so labelled; with consolidate=True, or on
         the rank for which `consolidate_state_dict` was called since the last step, it is the whole.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
@@ -272,11 +272,11 @@ class Optimizer(torch.optim.Optimizer, Joining):
 
         Like torch.distributed.optim.ZeroRedundancyOptimizer's, and called by Lightning. A
         collective: every rank that shares blocks has to call it. The whole is held in host memory.
-        After an edit of groups, `state_dict` and `chain_states` are collectives, too, until a step.
+        After groups are edited, `state_dict` and `chain_states` are collectives too, until a step.
 
         Args:
-            to: the rank, in the sharing group, that gets it; None: every rank. Every rank gets it,
-                too, where no blocks are sharded, as for AdamW on DTensors.
+            to: the rank, in the sharing group, that gets it; None: every rank. Every rank also
+                gets it where no blocks are sharded, as for AdamW on DTensors.
         """
         memory = self._match()
         found = united(memory, numbers_of(self.param_groups), to)
@@ -288,8 +288,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """Load what `state_dict` returned: all of it or, if it does not fit, nothing.
 
         Args:
-            state_dict: from an optimizer with as many groups and parameters; if both have names, in
-                any order. Where blocks were sharded: the whole, from `consolidate_state_dict` or
+            state_dict: from an optimizer with as many groups and parameters, in any order if both
+                have names. Where blocks were sharded: the whole, from `consolidate_state_dict` or
                 `funshampoo.state.merged`, on any number of ranks; or, on as many ranks, the part
                 that this rank saved.
             strict, cast: see `funshampoo.state.load_state_dict`.
@@ -298,7 +298,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         hyperparameters become the saved ones, as in torch.optim; a function or solver given at
         construction stays. Names that only the checkpoint has are adopted. A checkpoint by full
         names, as from torch.distributed.checkpoint.state_dict, may lack parameters, which then
-        start from nothing; if that is to be strict, torch checks it.
+        start from nothing; torch itself checks for them in its strict mode.
 
         Raises:
             ValueError: other groups, names missing or unknown, other shapes or dtypes.
@@ -308,7 +308,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         def load() -> Loading:
             given = given_to(self, state_dict, strict)
             if self._accept_adamw and any(map(is_adamws, given["state"].values())):
-                memory.forget_all()  # as what is loaded takes the place of what was there
+                memory.forget_all()  # what is loaded replaces it
                 found = seeded(memory.runs, given, self._model_order)
                 rates = map(rates_of, memory.runs, given["param_groups"])
                 return found._replace(groups=list(rates))
@@ -330,12 +330,12 @@ class Optimizer(torch.optim.Optimizer, Joining):
         `state.clear()`. Where blocks are sharded it is a collective: all ranks load, or none does.
 
         Args:
-            saved: its state_dict(), for the same parameters: by name, if both were given names,
-                else in the same order; for `for_model`, in the model's, in one group.
+            saved: its state_dict(), for the same parameters: matched by name if both were given
+                names, else by order; for `for_model`, in the model's order, in one group.
 
         Raises:
-            ValueError: see `funshampoo.state.seed_from_adamw`; or both optimizers were given names,
-                which differ; or `for_model` is given several groups without names.
+            ValueError: see `funshampoo.state.seed_from_adamw`; or the names given to both
+                optimizers differ; or `for_model` is given several groups without names.
         """
         memory = self._match()
         memory.follow()
@@ -344,7 +344,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
             memory.seeded(loaded_together(memory, "seed_from_adamw", load).ready)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy. Built chains are left out and rebuilt."""
+        """For pickle and deepcopy: built chains are left out and rebuilt."""
         copied = ("defaults", "param_groups", "_method", "_words", "_memory", "_model_order")
         options = ("_execution", "_consolidate", "_accept_adamw")
         return {"_whole": None, **{name: self.__dict__[name] for name in (*copied, *options)}}

@@ -1,4 +1,4 @@
-"""What the ranks that share blocks have to know of an optimizer: all that it steps, and edits."""
+"""What ranks that share blocks must compare of an optimizer: everything it steps, and its edits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from funshampoo.optim.ready import Plan
 
 
 class Others:
-    """This rank's optimizer among those of the others; an `Around` of all its chains.
+    """Compares this rank's optimizer with those of the other ranks; the `Around` of its chains.
 
     Args:
-        options: of the optimizer, {name: value}.
+        options: {name: value} of the optimizer's options.
 
     Attributes:
         options: the same.
@@ -29,20 +29,20 @@ class Others:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
-        self._runs: list[GroupRun] = []  # as of the last step, or save
+        self._runs: list[GroupRun] = []  # at the last step or save
         self._seen: list[Any] = []
-        self._spreads: list[Any] = []  # that other ranks have a part in
-        self._groups: dict[Tensor, int] = {}  # of the parameters
+        self._spreads: list[Any] = []  # those that involve other ranks
+        self._groups: dict[Tensor, int] = {}  # the parameters' group numbers
         self._plans: Sequence[Plan] = ()
         self._ascends: list[bool] = []
         self._call = "step"
         self.fingerprint = 0
 
     def meet(self, call: str) -> None:
-        """Before this, which is no step, see to it that all ranks are in it. A collective.
+        """Make sure that all ranks are in this call, which is not a step. A collective.
 
         Raises:
-            RuntimeError: some are in a step; on every rank.
+            RuntimeError: some ranks are in a step; on every rank.
         """
         self._call = call
         try:
@@ -52,12 +52,12 @@ class Others:
             self._call = "step"
 
     def hear(self, runs: list[GroupRun], plans: Sequence[Plan]) -> None:
-        """Before the groups are stepped, or saved, see to it that all ranks made the same edits.
+        """Before a step or a save of the groups, make sure that all ranks made the same edits.
 
-        A collective, where blocks are shared out and anything was edited.
+        A collective if blocks are sharded and anything was edited.
 
         Raises:
-            RuntimeError: they did not; on every rank.
+            RuntimeError: the edits differ; on every rank.
         """
         self._plans, self._ascends = plans, [run.group.get("maximize", False) for run in runs]
         if not self._spreads:
@@ -75,7 +75,7 @@ class Others:
             spread.agreement.begin_anew()
 
     def _steps(self) -> Iterator[tuple[ProcessGroup | None, list[Last]]]:
-        """For every group of ranks, the parts that the last step had there."""
+        """(process group, the last step of each `sharded` part in it), for every process group."""
         for group in _distinct([spread.group for spread in self._spreads]):
             mine = [spread for spread in self._spreads if spread.group is group]
             steps = [last for s in mine if (last := s.agreement.last()) is not None]
@@ -83,7 +83,7 @@ class Others:
                 yield group, steps
 
     def follow(self, runs: list[GroupRun]) -> None:
-        """The states are for the groups as they are now."""
+        """Update what is compared, now that the states are for the groups as they are."""
         each = zip(runs, self._ascends)
         seen = [x for run, up in each for x in (run, run.transformation, run.known, up)]
         if len(seen) != len(self._seen) or not all(map(is_, seen, self._seen)):
@@ -116,7 +116,7 @@ class Others:
         return found
 
     def _edited(self) -> list[Any]:
-        """What ranks that made the same edits have in common: not the order of names."""
+        """What is equal on ranks that made the same edits, whatever the order of parameters."""
         texts = [sorted(self._parameters(i, plan)) for i, plan in enumerate(self._plans)]
         return [self.lines(), self._numbers(), texts]
 
@@ -138,7 +138,7 @@ class Others:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: a copy has not met anybody."""
+        """For pickle and deepcopy: a copy has not met any other rank."""
         return {"options": self.options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,5 +146,5 @@ class Others:
 
 
 def _distinct(found: Sequence[Any]) -> list[Any]:
-    """Each once, by identity."""
+    """The distinct objects, by identity."""
     return [x for i, x in enumerate(found) if not any([x is other for other in found[:i]])]

@@ -13,12 +13,12 @@ from funshampoo.optim.optimizer import Optimizer
 
 
 class Planned(NamedTuple):
-    """Of one parameter group.
+    """The planned state of one parameter group.
 
     Attributes:
-        parameters: {name: parameter}, of all that have a shape, frozen ones too.
-        method: what the group's method is called.
-        state: its chain's state, in meta tensors, of those that are trained.
+        parameters: {name: parameter} of all that have a shape, including frozen ones.
+        method: the name of the group's method.
+        state: its chain's state for the trained parameters, in meta tensors.
     """
 
     group: dict[str, Any]

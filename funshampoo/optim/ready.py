@@ -19,13 +19,13 @@ from funshampoo.state.parts import part_of
 from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState
 
-ByParameter = dict[Tensor, dict[str, Tensor]]  # without what is shared
-Left = dict[Tensor, dict[str, Tensor]]  # of those in no group yet or any more, with what is shared
+ByParameter = dict[Tensor, dict[str, Tensor]]  # without shared entries
+Left = dict[Tensor, dict[str, Tensor]]  # of parameters that left a group, or before they join one
 Look = tuple[Any, ...]
 
 
 class Known(NamedTuple):
-    """A parameter as the state was made for it."""
+    """A parameter with its properties at the time the state was made for it."""
 
     name: str
     parameter: Tensor
@@ -35,12 +35,12 @@ class Known(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the next step of a group is of; nothing has been made for it yet.
+    """The chain and parameters of a group's next step; nothing has been made for it yet.
 
     Attributes:
-        look: how the group looks.
-        goes_on: whether the state of the last step is one for this.
-        is_edited: whether it takes anything else than going on: another chain, state, reset.
+        look: the group's `look`.
+        goes_on: whether the state of the last step can be continued.
+        is_edited: whether anything changes: another chain or state, or a reset.
         anew: the parameters that start from nothing.
     """
 
@@ -56,8 +56,8 @@ class Ready(NamedTuple):
     """A state for a group, with the chain and the parameters that it belongs to.
 
     Attributes:
-        look: how the group looked when it was made for it.
-        fresh: whether nothing but `init` has made it, of parameters as they were then.
+        look: the group's `look` when the state was made.
+        fresh: whether the state is just what `init` made from the parameters of that time.
     """
 
     built: Built
@@ -68,7 +68,7 @@ class Ready(NamedTuple):
 
 
 def same_parameters(a: list[Known], b: list[Known]) -> bool:
-    """Whether a state for the one is a state for the other."""
+    """Whether a state for one list of parameters is also a state for the other."""
     return len(a) == len(b) and all(
         x.parameter is y.parameter and x.name == y.name and x[2:] == y[2:] for x, y in zip(a, b)
     )
@@ -85,7 +85,7 @@ def fresh(built: Built, known: list[Known]) -> Any:
 
 
 def _check_scaled_once(built: Built, state: Any) -> None:
-    """The updates of a method that takes no rate are multiplied by one, here or in the method."""
+    """Check that exactly one learning rate scales the updates of a method that takes none."""
     rates = sum(isinstance(node, LearningRateState) for _, node in walk(state))
     if "lr" not in built.arguments and not rates:
         raise TypeError(
@@ -101,9 +101,9 @@ def _check_scaled_once(built: Built, state: Any) -> None:
 
 
 def says_nothing(loaded: Any, made: Any) -> bool:
-    """Whether a loaded state is what `init` makes, so that nothing of it has to be kept.
+    """Whether a loaded state equals what `init` makes, so that it need not be kept.
 
-    Not of what ranks share, who would have to agree on it.
+    False for a state shared by ranks, which would have to agree on it.
     """
     if part_of(made).size > 1:
         return False
@@ -114,16 +114,16 @@ def says_nothing(loaded: Any, made: Any) -> bool:
 def carried(
     built: Built, known: list[Known], mine: ByParameter, shared: Mapping[str, Tensor], left: Left
 ) -> Any:
-    """A state for these parameters as they are now, with what is remembered of them.
+    """A state for these parameters as they are now, with the remembered entries in it.
 
     Args:
         built: the chain that the state is for.
         known: the parameters as they are now.
-        mine, shared: what the group remembers, see `GroupRun.entries`.
-        left: of parameters that come from elsewhere.
+        mine, shared: the group's entries, see `GroupRun.entries`.
+        left: entries of parameters that come from elsewhere.
 
     Raises:
-        ValueError: it is of other blocks, or of other shapes.
+        ValueError: the entries belong to other blocks, or have other shapes.
     """
     flat: dict[str, Tensor] = {}
     try:
@@ -160,5 +160,5 @@ def blocks_of(state: Any) -> dict[str, set[str]]:
 
 
 def gradient_of(p: Tensor) -> Tensor | None:
-    """None where a frozen parameter still has an old gradient."""
+    """The gradient; None for a frozen parameter, which may still have an old one."""
     return p.grad if p.requires_grad else None

@@ -1,4 +1,4 @@
-"""`stochastic_rounding` behind the chain of an optimizer, whose state keeps its names."""
+"""`stochastic_rounding` after the chain of an optimizer, without new names in its state."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from funshampoo.transforms.stochastic_rounding import RoundingState, stochastic_
 
 @meaning(seen="count")
 class RoundedState(NamedTuple):
-    """Of `rounded`: that of the transformation, and `RoundingState.seen`."""
+    """State of `rounded`: the transformation's state, and `RoundingState.seen`."""
 
     inner: State
     seen: Tree
 
 
 def rounded(inner: GradientTransformation) -> GradientTransformation:
-    """`inner` and then `stochastic_rounding`.
+    """`inner` followed by `stochastic_rounding`.
 
-    In a chain of the two another clock would count, and a recipe that is no chain would get another
-    name. So a run could not go on with the state that it had without rounding.
+    A plain chain of the two would have another clock, and would rename the state of a recipe that
+    is not a chain, so a run could not continue from the state that it had without rounding.
 
     State: `RoundedState`.
     """

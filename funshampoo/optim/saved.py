@@ -1,4 +1,4 @@
-"""What a saved state_dict of the wrapper says of groups, hyperparameters and parameters."""
+"""Groups, hyperparameters and parameters in a saved state_dict of the wrapper."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.values import copied, is_plain
 from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, named_tensors
 
-Saved = Mapping[Tensor, Mapping[str, Any]]  # {parameter: its entries, what is shared among them}
-_OBJECT = "funshampoo: not saved: "  # how the place of a function or a solver begins
+Saved = Mapping[Tensor, Mapping[str, Any]]  # {parameter: its entries, including the shared ones}
+_OBJECT = "funshampoo: not saved: "  # begins the text that stands for a function or a solver
 
 
 def saved_group(group: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
-    """The entries of a group that torch.load(weights_only=True) can read.
+    """The entries of a group, in a form that torch.load(weights_only=True) can read.
 
-    Functions, solvers and the like leave a text in their places, since tools look for every name.
+    Functions, solvers and the like are replaced by a text, since tools look for every name.
     """
     found = {
         name: copied(value) if is_plain(value) else f"{_OBJECT}{type(value).__qualname__}"
@@ -49,10 +49,10 @@ def loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str
 
 
 def _by_number(value: Any, ours: Any) -> Any:
-    """The value; keys that are strings of numbers are numbers where ours are, as of `exponents`.
+    """The value, with keys such as "1" turned into ints where ours are ints, as in `exponents`.
 
-    torch.distributed.checkpoint makes strings of keys, and puts what it loads behind what was there
-    under the numbers: the last one is the checkpoint's.
+    torch.distributed.checkpoint turns keys into strings, and appends what it loads to the entries
+    already there under ints: the last one is the checkpoint's.
     """
     if not (isinstance(value, Mapping) and isinstance(ours, Mapping)):
         return value
@@ -66,10 +66,10 @@ def _by_number(value: Any, ours: Any) -> Any:
 
 
 def check_fits(given: Any, groups: Sequence[Mapping[str, Any]], strict: bool) -> None:
-    """The checkpoint has our groups, and no state of anything else.
+    """Check that the checkpoint has our groups, and no state of anything else.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     if not (
         {"state", "param_groups"} <= given.keys()
@@ -104,12 +104,12 @@ def check_fits(given: Any, groups: Sequence[Mapping[str, Any]], strict: bool) ->
 def indices_of(
     saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> list[list[Any]]:
-    """The key in the checkpoint of every parameter of every group: by name where both have names.
+    """The checkpoint's key for every parameter of every group: by name if both have names.
 
-    A wrapped module's names are the module's own; see `bare_names`.
+    Names from a wrapped module are reduced to the module's own; see `bare_names`.
 
     Raises:
-        ValueError: the names differ, and a name stands for another parameter there.
+        ValueError: the names differ, and one of them denotes another parameter there.
     """
     theirs, ours = names_of(saved), names_of(groups)
     by_order = [list(group["params"]) for group in saved]
@@ -137,7 +137,7 @@ def indices_of(
 
 
 def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of the parameters of all groups; [] where one has none."""
+    """The names of the parameters of all groups; [] if a group has no names."""
     names: list[Any] = [group.get("param_names") for group in groups]
     return [name for own in names for name in own] if all(names) else []
 
@@ -145,17 +145,17 @@ def names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 def flattened(
     saved: Saved, named: Sequence[tuple[str, Tensor]], known: Set[str], state: Any
 ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
-    """({full name: value}, {parameter: notes of clients}) of what was saved of one group.
+    """({full name: value}, {parameter: notes of clients}) from what was saved of one group.
 
     Args:
-        saved: {parameter: its entries, those that are shared among them}; one that is not there
+        saved: {parameter: its entries, including the shared ones}; a parameter that is missing
             keeps what it has in `state`.
-        named: (name, parameter) of all in the group.
+        named: (name, parameter) of all parameters in the group.
         known: the names of those that have a state.
         state: the state that is to be filled.
 
     Raises:
-        ValueError: what should be a tensor is none.
+        ValueError: a value that should be a tensor is not.
     """
     flat: dict[str, Any] = {FORMAT_KEY: torch.tensor(FORMAT, device="cpu")}
     notes: dict[Tensor, dict[str, Any]] = {}
@@ -171,7 +171,7 @@ def flattened(
             if full not in places and is_note(entry):
                 notes.setdefault(p, {})[entry] = x
                 continue
-            if is_shared(entry) and full not in places:  # a stage may be called "shared", too
+            if is_shared(entry) and full not in places:  # a stage may also be called "shared"
                 full = entry.removeprefix(SHARED)
             if isinstance(x, Tensor):
                 flat[full] = x
@@ -186,7 +186,7 @@ def is_adamws(entries: Mapping[str, Any]) -> bool:
 
 
 def check_ours(entries: Mapping[str, Any]) -> None:
-    """These entries of a parameter are not those of torch's AdamW.
+    """Check that these entries of a parameter are not those of torch's AdamW.
 
     Raises:
         ValueError: they are.

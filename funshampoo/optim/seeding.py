@@ -1,4 +1,4 @@
-"""Go on with a run of torch.optim.AdamW: its moments and rates, for all groups."""
+"""Continue a run of torch.optim.AdamW: take over its moments and rates, for all groups."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def seeded(
     """The states of all groups with AdamW's moments in them.
 
     Args:
-        runs: of the optimizer.
-        saved: AdamW's state_dict(), for the same parameters: by name, where both optimizers were
-            given names, else in the same order.
-        order: the names of the parameters in their model's order, which is that of an AdamW without
-            names, where groups by role have another.
+        runs: the optimizer's runs.
+        saved: AdamW's state_dict(), for the same parameters: matched by name if both optimizers
+            were given names, else by order.
+        order: the parameters' names in the order of the model, which an AdamW without names has;
+            groups by role have another.
 
     Raises:
-        ValueError: see `funshampoo.state.seed_from_adamw`; or names of parameters differ.
-        TypeError: saved is no state_dict.
+        ValueError: see `funshampoo.state.seed_from_adamw`; or the parameters' names differ.
+        TypeError: saved is not a state_dict.
     """
     check_saved(saved)
     known = [(i, name) for i, run in enumerate(runs) for name in run.names()]
@@ -37,7 +37,7 @@ def seeded(
         known = _in_their_order(known, saved, order)
     found = Loading([], [], {}, set())
     for i, run in enumerate(runs):
-        # Two groups may use the same name: only this one's are its own.
+        # Two groups may use the same name, so those of the other groups get a prefix.
         own = [name if i == j else f"group {j}/{name}" for j, name in known]
         found.ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
         check(found.ready[-1].state)
@@ -45,10 +45,10 @@ def seeded(
 
 
 def rates_of(run: GroupRun, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler has written to a saved group, for this run's group.
+    """The rates that a scheduler has written to a saved group, for this run's group.
 
     Raises:
-        TypeError, ValueError: a rate that is no single number, or out of range.
+        TypeError, ValueError: a rate is not a single number, or out of range.
     """
     found = {name: copy.deepcopy(saved[name]) for name in ("lr", "initial_lr") if name in saved}
     for rate in found.values():
@@ -65,12 +65,12 @@ def _steps_of(saved: Mapping[str, Any]) -> set[tuple[str, float]]:
 def _in_their_order(
     known: list[tuple[int, str]], saved: Mapping[str, Any], order: Sequence[str]
 ) -> list[tuple[int, str]]:
-    """(group, name) of each parameter, as the AdamW has them."""
+    """(group, name) of each parameter, in the AdamW's order."""
     groups = saved["param_groups"]
     theirs = names_of(groups) or list(order)
     if len(theirs) != sum(len(group["params"]) for group in groups):
         return known
-    if len(groups) > 1 and not names_of(groups):  # decayed and not, say: shapes don't tell an order
+    if len(groups) > 1 and not names_of(groups):  # e.g. by decay: shapes don't tell the order
         raise ValueError(
             "the AdamW's groups have no names, so the order of its parameters is unknown. Add them "
             'to what it saved, in its order: saved["param_groups"][i]["param_names"] = [...].'

@@ -34,8 +34,8 @@ class WrapperOptions(TypedDict, total=False):
 class ShampooOptions(WrapperOptions, total=False):
     """Plus what `funshampoo.shampoo` takes besides the arguments of `Shampoo`; see there.
 
-    So type checkers find `momentun=0.9`, or a string for a number, before anything runs. A test
-    compares this with the recipe, name by name.
+    With it, type checkers find `momentun=0.9`, or a string for a number, before anything runs. A
+    test compares this with the recipe, name by name.
     """
 
     beta3: Hyper | None

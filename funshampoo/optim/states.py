@@ -1,4 +1,4 @@
-"""`optimizer.state`: what is remembered of every parameter, as torch.optim has it."""
+"""`optimizer.state`: what is remembered of every parameter, in torch.optim's form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from funshampoo.optim.memory import Memory
 
 
 class Entries(dict[str, Any]):
-    """{name: tensor or note} of one parameter: what is written to it counts.
+    """{name: tensor or note} of one parameter; writing to it changes the optimizer's state.
 
     The tensors are views of the chain's state, and the next step writes to them. A copy is a plain
     dict.
@@ -30,7 +30,7 @@ class Entries(dict[str, Any]):
         self.update({name: value})
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Change several, or none where one does not fit."""
+        """Change several entries, or none of them if one does not fit."""
         self._memory.write(self._parameter, unlabelled(dict(*args, **kwargs)))
         self._reread()
 
@@ -48,7 +48,7 @@ class Entries(dict[str, Any]):
         self.pop(name)
 
     def pop(self, name: str, *default: Any) -> Any:
-        """The entry, which starts from nothing, or the note, which is gone."""
+        """Remove and return: an entry of the chain starts from nothing, a note is gone."""
         value = super().pop(name, *default) if default or name in self else self[name]
         self._memory.forget(self._parameter, {name})
         return value
@@ -59,7 +59,7 @@ class Entries(dict[str, Any]):
         return name, self.pop(name)
 
     def clear(self) -> None:
-        """Let the parameter start from nothing."""
+        """Reset the parameter."""
         self._memory.forget(self._parameter)
         super().clear()
 
@@ -71,10 +71,10 @@ class Entries(dict[str, Any]):
 
 
 class States(MutableMapping[Tensor, Any]):
-    """{parameter: its entries}, with the meaning of torch.optim's defaultdict.
+    """{parameter: its entries}, with the semantics of torch.optim's defaultdict.
 
     A parameter whose entries are deleted starts from nothing, and so does what an assigned mapping
-    leaves out; the others go on. Of an unknown tensor there is {}, which takes notes.
+    leaves out; the others continue. An unknown tensor has {}, to which notes can be added.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -96,7 +96,7 @@ class States(MutableMapping[Tensor, Any]):
         self._memory.forget(p)
 
     def get(self, p: Tensor, default: Any = None) -> Any:
-        """As a dict's: the default of what has nothing."""
+        """As a dict's: the default for a parameter without entries."""
         found = self[p]
         return found if found else default
 
@@ -118,10 +118,10 @@ class States(MutableMapping[Tensor, Any]):
         return len(self._memory.remembered())
 
     def become(self, given: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Let this be the state of all parameters; nothing is changed where an entry does not fit.
+        """Make this the state of all parameters; nothing is changed if an entry does not fit.
 
         Raises:
-            KeyError, TypeError, ValueError: one does not.
+            KeyError, TypeError, ValueError: an entry does not fit.
         """
         for p, entries in given.items():
             self._memory.check(p, unlabelled(entries))
@@ -133,7 +133,7 @@ class States(MutableMapping[Tensor, Any]):
             self[p] = entries
 
     def clear(self) -> None:
-        """Let everything start from nothing."""
+        """Reset everything."""
         self._memory.forget_all()
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Values of hyperparameters: whether they are the same, make another state, can be saved."""
+"""Values of hyperparameters: whether they are equal, change the state's structure, can be saved."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def same_value(x: Any, y: Any) -> bool:
-    """Whether a recipe makes the same chain of these.
+    """Whether a recipe makes the same chain from these two values.
 
-    A tensor never is the same: it may have been written to, and stages may have computed with it.
+    A tensor never counts as the same: it may have been written to, after stages computed with it.
     """
     if isinstance(x, Tensor):
         return False
@@ -34,16 +34,16 @@ def untouched(now: list[Any], before: list[Any]) -> bool:
 
 
 def is_fixed(value: Any) -> bool:
-    """Whether nobody can have written to it, as to a tensor, a list or a dict."""
+    """Whether it is immutable, unlike a tensor, a list or a dict."""
     if type(value) is tuple:
         return all(map(is_fixed, value))
     return not isinstance(value, (Tensor, list, dict))
 
 
 def structural(arguments: Mapping[str, Any]) -> Any:
-    """What of a recipe's arguments can change the structure of the state: not a number's value.
+    """The part of a recipe's arguments that can change the structure of the state.
 
-    But whether it is 0 or 1 can, since these switch parts off.
+    The value of a float can't, except whether it is 0 or 1, which switch parts off.
     """
 
     def kind(value: Any) -> Any:
@@ -71,7 +71,7 @@ def is_plain(value: Any) -> bool:
 
 
 def copied(value: Any) -> Any:
-    """Containers are copied, what they hold is not; NumPy's numbers become Python's."""
+    """A copy of containers, not of the tensors in them; NumPy's numbers become Python's."""
     if type(value) in (tuple, list):
         return type(value)([copied(v) for v in value])
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""What a recipe calls its hyperparameters, and what torch.optim does."""
+"""The names of hyperparameters: a recipe's, and torch.optim's for the same."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ OF_ALL_GROUPS = (
     "stochastic_rounding",
     "tf32",
 )
-"""Arguments of the optimizer that no group has one of its own of."""
+"""Arguments of the optimizer that can't be set per group."""
 _OURS = {"params", "param_names", "method", "maximize"}
-# What torch and the published optimizers call them.
+# Other names for arguments, from torch and the published optimizers.
 _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2": "betas"} | {
     "adjust_lr_fn": "scale",
     "max_precond_dim": "max_size",
@@ -43,7 +43,7 @@ _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2":
     "shampoo_beta": "statistics_beta",
 }
 _ELSEWHERE = ": it is said once for all groups, as an argument of the optimizer."
-# What schedulers and other libraries keep in a group beside hyperparameters.
+# Entries that schedulers and other libraries keep in a group beside hyperparameters.
 _NOTES = {
     "base_momentum",
     "differentiable",
@@ -60,19 +60,19 @@ _NOTES = {
 
 
 class Vocabulary:
-    """What a method calls its hyperparameters, and what torch.optim does.
+    """The names that a method has for its hyperparameters, and torch.optim's for the same.
 
-    Where the method takes no learning rate, as no transformation does, `lr` is the wrapper's: what
-    comes out is multiplied by -lr, or left as it is for lr=None.
+    If the method takes no learning rate, as no transformation does, `lr` is the wrapper's: the
+    updates are multiplied by -lr, or left as they are for lr=None.
 
     Args:
         method: a recipe, or a transformation.
         given: names of arguments. A recipe with **keywords gets those that it does not declare,
-            but for another name of one that it does.
+            except synonyms of one that it does.
 
     Attributes:
         extras: names of arguments that only **keywords take.
-        first_rate: the argument that is lr as the constructor got it; None where there is none.
+        first_rate: the argument that is the constructor's original lr; None if there is none.
 
     >>> from funshampoo import adamw
     >>> Vocabulary(adamw).defaults({"lr": 0.1})["betas"]
@@ -83,13 +83,13 @@ class Vocabulary:
         self.method = method
         self.fixed = not callable(method)
         if self.fixed:
-            as_transformation(method)  # raises, where it is none
+            as_transformation(method)  # raises if it is not a transformation
         self._signature = inspect.Signature() if self.fixed else signature_of(method)
         parameters = self._signature.parameters.values()
         variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         self._arguments = {p.name: p.default for p in parameters if p.kind not in variable}
         self.first_rate = first_rate_of(method)
-        if self.first_rate in _NOTES:  # what a group has under that name is a scheduler's
+        if self.first_rate in _NOTES:  # a group's entry of that name is a scheduler's
             self._arguments.pop(self.first_rate, None)
         theirs = getattr(method, "func", None) is from_published
         self._paired = {"beta1", "beta2"} <= self._arguments.keys() and not theirs
@@ -111,19 +111,19 @@ class Vocabulary:
 
     @property
     def called(self) -> str:
-        """The name of the method, as far as it has one."""
+        """The name of the method, if it has one."""
         name = getattr(self.method, "__name__", None) or getattr(self.method, "name", None)
         return str(name or "a method")
 
     @property
     def rate(self) -> str:
-        """What the learning rate is called among the arguments."""
+        """The name of the learning rate among the arguments."""
         return "learning_rate" if "learning_rate" in self._arguments else "lr"
 
     def live(self, arguments: Arguments) -> dict[str, Live]:
-        """{argument: the number that the chain looks up}, for those that can be edited freely.
+        """{argument: the live number that the chain looks up}, for those that may be edited freely.
 
-        Of a pair, (beta1, beta2), there are two, "betas[0]" and "betas[1]".
+        A pair (beta1, beta2) has two, "betas[0]" and "betas[1]".
         """
         found: dict[str, Live] = {}
         for name, value in arguments.items():
@@ -154,13 +154,13 @@ class Vocabulary:
         return {name: replaced(name, value) for name, value in arguments.items()}
 
     def hyper(self, arguments: Arguments, live: Lives) -> dict[str, Any]:
-        """The values of live numbers."""
+        """The current values of the live numbers."""
         return {name: _entry(arguments, name) for name in live}
 
     def same_chain(self, now: Arguments, before: Arguments, live: Lives, in_graph: bool) -> bool:
-        """Whether a chain goes on with these arguments: live numbers may differ in their values.
+        """Whether a chain is still valid for these arguments: live numbers may change their values.
 
-        So does one that is in a graph where the rate is the same tensor: a graph reads it.
+        In a graph, a rate that is the same tensor is valid, too, since the graph reads it.
         """
         if now.keys() != before.keys():
             return False
@@ -176,12 +176,12 @@ class Vocabulary:
         return True
 
     def structure(self, arguments: Arguments, live: Lives) -> Any:
-        """What of the arguments can change the structure of the state."""
+        """The part of the arguments that can change the structure of the state."""
         kinds = {name: self._kind(name, arguments) for name in live}
         return structural(_without(arguments, live)), kinds
 
     def _kind(self, name: str, arguments: Arguments) -> Any:
-        """What a number switches on or off."""
+        """The part of a number's value that affects the structure: what it switches on or off."""
         value = _entry(arguments, name)
         if not is_number(value):
             return "no number"
@@ -210,9 +210,9 @@ class Vocabulary:
         return {name: v for name, v in found.items() if v is not inspect.Parameter.empty}
 
     def note_unknown(self, group: Mapping[str, Any]) -> None:
-        """Warn of an entry of a new group that looks like a hyperparameter misspelt, or misplaced.
+        """Warn of an entry of a new group that looks like a misspelt or misplaced hyperparameter.
 
-        Others are kept as torch.optim keeps them: a client's, such as SAM's rho.
+        Others are a client's, such as SAM's rho, and are kept, as torch.optim does.
         """
         for name in sorted(group.keys() - self._names.keys() - _OURS - _NOTES - self.extras):
             meant = self._meant(name)
@@ -225,15 +225,15 @@ class Vocabulary:
                 )
 
     def raw(self, group: Mapping[str, Any]) -> list[Any]:
-        """What `arguments` reads of a group."""
+        """The entries of a group that `arguments` reads."""
         return [group.get(n, inspect.Parameter.empty) for n in (*self._names, *self.extras)]
 
     def arguments(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The method's arguments from a group, as copies: the group may be edited in place.
 
         Raises:
-            TypeError: one is missing, or lr is no number.
-            ValueError: betas is no pair; lr is a tensor of several numbers.
+            TypeError: one is missing, or lr is not a number.
+            ValueError: betas is not a pair; lr is a tensor of several numbers.
         """
         check_rate(group.get("lr"))
         values = {n: copied(group[n]) for n in (*self._names, *self.extras) if n in group}
@@ -271,7 +271,7 @@ class Vocabulary:
         return chain(built, scale_by_learning_rate(arguments["lr"]))
 
     def _meant(self, name: str) -> str:
-        """The hyperparameter that a misspelt name stands for, perhaps; "" for none."""
+        """The hyperparameter that a misspelt name probably stands for; "" for none."""
         known = self._names.keys()
         if _SYNONYMS.get(name) in known:
             return _SYNONYMS[name]
@@ -282,7 +282,7 @@ class Vocabulary:
 
 
 def check_rate(lr: Any) -> None:
-    """Raise TypeError or ValueError for an lr that is no single number."""
+    """Raise TypeError or ValueError for an lr that is not a single number."""
     if callable(lr) and not isinstance(lr, Tensor):
         raise TypeError(
             "lr is a function; the wrapper takes numbers. Use a scheduler of "
@@ -297,7 +297,7 @@ def check_rate(lr: Any) -> None:
 
 
 def _entry(arguments: Arguments, name: str) -> Any:
-    """The value of "beta2", or of "betas[1]"; None where there is none any more."""
+    """The value of "beta2", or of "betas[1]"; None if it no longer exists."""
     whole, _, index = name.removesuffix("]").partition("[")
     value = arguments.get(whole)
     if not index:
@@ -311,7 +311,7 @@ def _without(arguments: Arguments, live: Lives) -> dict[str, Any]:
 
 
 def check_given(params: Any) -> None:
-    """Raise TypeError for what is easily taken for parameters; torch sees the rest."""
+    """Raise TypeError for what is easily mistaken for parameters; torch checks the rest."""
     if params is None or isinstance(params, (torch.nn.Module, Mapping)):
         kind = "None" if params is None else f"a {type(params).__name__}"
         remedy = ", or its items()" if isinstance(params, Mapping) else ""

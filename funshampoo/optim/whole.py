@@ -1,4 +1,4 @@
-"""What this rank remembers of the parameters, and what all that share the blocks do together."""
+"""What is remembered of the parameters by this rank, or by all ranks that share the blocks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Entries = dict[Any, dict[str, Any]]  # {number of a parameter: what is remembere
 
 
 class Whole:
-    """What all ranks remember together, for as long as it is true.
+    """The entries of all ranks together, for as long as they are current.
 
     Args:
-        memory: of this rank, as it is now.
-        entries: of all of them.
+        memory: this rank's, as it is now.
+        entries: those of all ranks.
     """
 
     def __init__(self, memory: Memory, entries: Entries) -> None:
@@ -31,19 +31,19 @@ class Whole:
         self._made = _stamp(memory)
 
     def is_of(self, memory: Memory) -> bool:
-        """Whether it is of the states as they are."""
+        """Whether the entries are those of the states as they are now."""
         now, then = _stamp(memory), self._made
         return now[0] == then[0] and len(now) == len(then) and all(map(is_, now[1:], then[1:]))
 
 
 def _stamp(memory: Memory) -> list[Any]:
-    """What changes with all that is saved: groups, writes, the states by identity."""
+    """A stamp that changes with whatever is saved: groups, writes, and states by identity."""
     looks = [run.look() for run in memory.runs]
     return [(memory.writes, looks), *[run.state() for run in memory.runs]]
 
 
 def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
-    """The number of every parameter, through all groups."""
+    """The number of every parameter, counted over all groups."""
     index: dict[Tensor, int] = {}
     for i, p in enumerate([p for group in groups for p in group["params"]]):
         index.setdefault(p, i)
@@ -51,7 +51,7 @@ def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
 
 
 def part_of_this_rank(memory: Memory, index: Mapping[Tensor, int]) -> Entries:
-    """What this rank remembers, and which part of the whole that is.
+    """What this rank remembers, labelled with which part of the whole it is.
 
     Args:
         index: the number of every parameter.
@@ -65,16 +65,16 @@ def part_of_this_rank(memory: Memory, index: Mapping[Tensor, int]) -> Entries:
 
 
 def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entries | None:
-    """What all ranks remember together; None on those that do not get it. A collective.
+    """The entries of all ranks together; None on ranks that do not get them. A collective.
 
     Args:
         index: the number of every parameter.
-        to: the rank that gets it; None: every rank. Every rank, too, where no blocks are shared
-            out, as of AdamW on DTensors.
+        to: the rank that gets it; None: every rank. Every rank also gets it where no blocks are
+            sharded, as for AdamW on DTensors.
 
     Raises:
-        NotImplementedError: the groups share with different ranks.
-        RuntimeError: another rank could not say what it has.
+        NotImplementedError: the parameter groups are sharded over different process groups.
+        RuntimeError: another rank could not collect its entries.
     """
     memory.meet("consolidate_state_dict")
     groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
@@ -89,7 +89,7 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
     failure: Exception | None = None
     try:
         found = part_of_this_rank(memory, index)
-    except Exception as error:  # the others are waiting
+    except Exception as error:  # the other ranks are waiting
         failure = error
     well = are_well(meshes, failure is None)
     if meshes and well:
@@ -113,7 +113,7 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
 
 
 def _label(run: GroupRun, found: Entries, index: Mapping[Tensor, int], part: Part) -> None:
-    """Say with the first parameter of a group which part of its state this is."""
+    """Label the first parameter of a group with which part of its state this is."""
     first = next((i for i in map(index.get, run.group["params"]) if i in found), None)
     if first is not None:
         found[first] = {**found[first], SHARED + PART_KEY: part.entry()}
