@@ -9,8 +9,8 @@ order. This is checked where it costs next to nothing on an ordinary step:
   number (`print_of`, `said`).
 
 If something differs, every rank sees it, and a second gather brings each rank's data for the
-message. A rank that has to compare again, since it steps something else than before, says so in the
-others' step first (`disagreement`).
+message. A rank that must compare again, because it steps something other than before, first says so
+in the other ranks' step (`disagreement`).
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def lines_of(leaves: Leaves) -> list[Line]:
 
 
 def dtypes_on_the_way(leaves: Leaves) -> list[Line]:
-    """Of sharded gradients: they determine the message lengths, even if gradients are missing.
+    """The dtypes of sharded gradients, which determine the message lengths, even of missing ones.
 
-    A missing gradient gets its parameter's room: if another rank has it in another dtype, the two
-    have to learn of it before they send anything.
+    A missing gradient gets room in its parameter's dtype: if another rank has the gradient in
+    another dtype, both must learn of it before they send anything.
     """
     known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
     return [
@@ -72,7 +72,7 @@ def print_of(lines: Any, bits: int = 62) -> int:
 
 
 def said(context: Context) -> list[Line]:
-    """What the caller passes to this step; for a number on a device, only that it is there.
+    """What the caller passes to this step; for a number on a device, only its presence.
 
     Reading its value would wait for the device.
     """
@@ -87,7 +87,7 @@ def said(context: Context) -> list[Line]:
 def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
     """One number per leaf: the sum of its elements' bits as integers, exact in any order.
 
-    0 for a DTensor, of which ranks have different parts. Waits for the device.
+    0 for a DTensor, since ranks hold different parts of it. Waits for the device.
     """
     found = [sum_of_bits(x) for x in leaves if x is not None and not is_in_parts(x)]
     numbers = iter(torch.stack(found).tolist() if found else [])
@@ -95,8 +95,8 @@ def bits_of(leaves: Sequence[Tensor | None]) -> list[int]:
 
 
 def content_of(leaves: Leaves) -> int:
-    """Of the bits of local gradients and parameters; from 1, below 2^24, which float32 holds
-    exactly. Waits for the device.
+    """A fingerprint of the bits of local gradients and parameters, at least 1 and below 2^24, which
+    float32 holds exactly. Waits for the device.
     """
     here = [x for x in (*leaves.gradients, *(leaves.parameters or ())) if x is not None]
     found = [sum_of_bits(local_part(x)) for x in here]
@@ -104,10 +104,10 @@ def content_of(leaves: Leaves) -> int:
 
 
 class Around(Protocol):
-    """What surrounds a chain, such as the wrapper, and is unknown to it.
+    """What surrounds a chain without its knowledge, such as the wrapper.
 
     Attributes:
-        fingerprint: of `lines`.
+        fingerprint: that of `lines`.
     """
 
     fingerprint: int
@@ -116,7 +116,7 @@ class Around(Protocol):
         """What must be the same on all ranks, besides the chain and its numbers."""
 
     def words(self) -> list[Line]:
-        """Everything that is stepped, by the caller's names, as it is now."""
+        """Everything that is stepped, under the caller's names, as it is now."""
 
 
 class Agreement:
@@ -141,13 +141,13 @@ class Agreement:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Make the ranks agree again on the next step. All of them have to know of it."""
+        """Make the ranks agree again on the next step. All of them must do so."""
         self._stepped: Last | None = None
         self._agreed: set[int] = set()
         self._last: tuple[Any, ...] = (None, None, None, 0)
 
     def last(self) -> Last | None:
-        """The step before in this group, which other ranks may be about to repeat."""
+        """The previous step in this group, which other ranks may be about to repeat."""
         return self._stepped if self._known_group() is self._now() else None
 
     def _now(self) -> Any:
@@ -155,11 +155,11 @@ class Agreement:
         return self._group or dist.group.WORLD
 
     def stepped(self, last: Last) -> None:
-        """Remember how the ranks met."""
+        """Remember the step, to take part in its collectives again."""
         self._stepped = last
 
     def announce(self, leaves: Leaves, context: Context | None) -> None:
-        """Tell the ranks, if there was a step before, that this one steps other leaves from now on.
+        """Tell the ranks, if there was a previous step, that this one now steps other leaves.
 
         Raises:
             RuntimeError: not all of them do; on every rank.
@@ -206,7 +206,7 @@ class Agreement:
         run: int,
         missing: Sequence[str] = (),
     ) -> Says:
-        """What this rank says of a step. On their first step, the ranks agree on it here.
+        """This rank's report on a step. On their first step, the ranks agree on it here.
 
         Args:
             run: the number of the run that the state belongs to; 0 on its first step.
@@ -269,7 +269,7 @@ def agree(
         bits = Bits(bits_of(leaves.parameters or ()), bits_of(leaves.gradients))
         row = [0, print_of(said_here)]
         row += [print_of(x) for own in bits for x in (sorted(own), own)]
-    except BaseException as error:  # of any type: the others are waiting
+    except BaseException as error:  # of any type: the other ranks are waiting
         failure = error
     mine = torch.tensor(row, dtype=torch.int64, device=device)
     table = mine.new_empty(dist.get_world_size(group) * len(row))
@@ -283,8 +283,8 @@ def agree(
             f"sharded: rank {failed[0]} of {len(rows)} failed before the first step; its own error "
             "says why. Nothing was moved."
         )
-    # Values may differ, though they should not: a gradient was not averaged, or has a NaN. But the
-    # same values in another order are no accident.
+    # Values may differ, though they should not: a gradient was not averaged, or has a NaN. But if
+    # the same values come in another order, that is no accident.
     reordered = any(len({r[i : i + 2] for r in rows}) > len({r[i] for r in rows}) for i in (2, 4))
     if reordered or len({row[1] for row in rows}) > 1:
         raise disagreement(said_here, group, bits, leaves.names)

@@ -76,7 +76,7 @@ def all_to_all_into(
         A function that waits.
 
     Raises:
-        LostRanksError: not all ranks came; from torch.distributed's error. The function, too.
+        LostRanksError: not all ranks came; from torch.distributed's error. Also by the function.
     """
     try:
         work = dist.all_to_all_single(output, mine, lengths, splits, group=group, async_op=not wait)

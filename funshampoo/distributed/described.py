@@ -1,7 +1,7 @@
 """A transformation in words: its stages, and the numbers that they were built with.
 
-Stages are closures, so their numbers are what this package's functions have closed over. Of foreign
-functions only the name is reported: their contents may differ between ranks.
+Stages are closures, so their numbers are what this package's functions have closed over. Foreign
+functions are reported by name only: their contents may differ between ranks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _of_stage(stage: GradientTransformation, seen: dict[int, Any]) -> Iterator[L
 
 
 def _of(value: Any, stage: str, name: str, seen: dict[int, Any]) -> Iterator[Line]:
-    """Of any value; `name` is what the stage's functions call it."""
+    """The lines for any value; `name` is its name in the stage's functions."""
     label = f"{stage}: {name}" if name else stage
     if isinstance(value, GradientTransformation):
         yield from _of_stage(value, seen)

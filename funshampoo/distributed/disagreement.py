@@ -2,14 +2,13 @@
 
 The error says what differs, on which rank, and the remedy.
 
-The others may not know that a rank's parameters or chain have changed. It needs collectives that
-only it would enter: to agree again, and to gather the state of what moved. The others are in those
-of a step like the last one. So first it takes part in that step once more, contributing nothing but
-the word CHANGED in its status:
+When a rank's parameters or chain have changed, the other ranks may not know. It needs collectives
+that only it would enter: to agree again, and to gather the state of what moved. The others are in
+those of a step like the last one. So it first takes part in that step once more, contributing
+nothing but the word CHANGED in its status:
 
-- if all ranks say so, as after an edit that all of them made, each continues with what is new;
-- if only some do, all of them see it in the same collective, and together fetch the words for the
-  message.
+- if all ranks say so, as after an edit that all of them made, each continues with its change;
+- if only some do, all of them see it in the same collective, and gather the text for the message.
 
 A step in which nothing has changed sends what it always sends.
 """
@@ -39,9 +38,9 @@ class Says(NamedTuple):
     Attributes:
         fingerprint: below 2^24, which float32 holds exactly.
         number: of the step; 0 if not known.
-        content: on a run's first step: below 2^24, from this rank's bits for it.
+        content: on a run's first step, a number below 2^24 made from the bits of this rank's data.
         lines: what the fingerprint is computed from.
-        words: what is stepped, for ranks that do not step the same.
+        words: what is stepped, in case the ranks do not step the same.
     """
 
     fingerprint: int = 0
@@ -52,12 +51,12 @@ class Says(NamedTuple):
 
 
 class Last(NamedTuple):
-    """The step before.
+    """The previous step.
 
     Attributes:
-        meet: enter its collectives again, without its numbers: returns the statuses of all ranks,
-            (ranks, STATUS), for a rank that only has this word to say.
-        every: the ranks look at the statuses on multiples of this; 1: always.
+        meet: enters its collectives again, with this word as the status and no updates; returns
+            the statuses of all ranks, (ranks, STATUS).
+        every: the ranks read the statuses on multiples of this; 1: always.
     """
 
     meet: Callable[[float], Tensor]
@@ -70,8 +69,8 @@ def announce(
     """Tell all ranks that this one is about to step something else. Returns if all are.
 
     Args:
-        steps: those of all `sharded` parts of one step, in order. On a device the others do not
-            look at every status; until they do, this rank repeats the steps with them.
+        steps: those of all `sharded` parts of one step, in order. On a device the other ranks do
+            not read every status; until they do, this rank repeats the steps with them.
         words: what this rank is about to step.
 
     Raises:
@@ -101,7 +100,7 @@ def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | Non
                 "own error says why. None of its updates has been applied. A donated state is "
                 "spent: go on from a checkpoint."
             )
-    if CHANGED in what:  # every rank looks at this status, so all of them come
+    if CHANGED in what:  # every rank reads this status, so all enter the collective
         why = (
             f": rank {what.index(CHANGED)} was given other parameters, gradients of another dtype "
             f"or another chain than at the step before, and rank {what.index(0.0)} was not"
@@ -114,7 +113,7 @@ def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | Non
                 f"rank {rank} at {number:.0f}: give all of them a state of the same step, and "
                 "the same step= if you pass one. None of this step's updates has been applied."
             )
-    if len(set(prints)) > 1:  # the numbers are equal, so every rank looks, and comes
+    if len(set(prints)) > 1:  # the numbers are equal, so every rank sees this, and enters, too
         raise disagreement(says.lines(), group)
 
 
@@ -135,7 +134,7 @@ def disagreement(
     names: Sequence[str] = (),
     otherwise: str = "",
 ) -> RuntimeError:
-    """The error that says what differs, and on which rank. Every rank has to call it.
+    """The error that says what differs, and on which rank. A collective.
 
     Args:
         otherwise: the message if the lines are the same.

@@ -24,7 +24,7 @@ class Transport:
     """How the numbers of a step get from rank to rank.
 
     Attributes:
-        rows: {stack: the rows of this rank}, as the step calls them.
+        rows: {stack: the rows of this rank}, numbered as in the step.
         places: {stack: where its updates go, (rows, *block)}.
         sent: all updates, and any padding between them; flat.
         status: (STATUS,) float32, sent with them.
@@ -43,7 +43,7 @@ class Transport:
         raise NotImplementedError
 
     def once_more(self) -> Callable[[float], Tensor]:
-        """A function, for `Last`, that meets these collectives without numbers, and keeps none."""
+        """A function, for `Last`, that enters these collectives without updates, and keeps none."""
         raise NotImplementedError
 
     def exchange(self, step: Callable[[Put], Any], due: bool, says: Says) -> tuple[Any, Tensor]:
@@ -104,7 +104,7 @@ def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
 
     A block with a number that overflowed in the communication dtype, or is NaN, becomes zeros. The
     outermost `guarded` of the state counts it like a non-finite gradient. The block's averages
-    include this step. Where looking would wait for a device, nothing is checked.
+    include this step. On other devices than a CPU nothing waits for the result.
 
     Args:
         sent: what this rank sends, padding included.
@@ -128,13 +128,13 @@ def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
 
 
 def _streaks(state: Any) -> list[Tensor]:
-    """Copies, since a step may write to them."""
+    """Copies of the guard's streaks, since a step may write to them."""
     guard = first_state(state, GuardedState)
     return [] if guard is None else [x.clone() for x in flatten(guard.streak)[0]]
 
 
 def _counted(state: Any, dead: Mapping[str, Tensor], before: list[Tensor]) -> Any:
-    """Count one more held block, and continue its streak, which the guard has ended."""
+    """Count these blocks as held, and continue their streaks, which the guard has ended."""
     guard = first_state(state, GuardedState)
     if guard is None:
         return state

@@ -28,9 +28,9 @@ def sharing_groups(transformation: GradientTransformation | None) -> list[Proces
 def gathered(
     transformation: GradientTransformation | None, mine: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The union of the state on all ranks that share this chain; this rank's own comes first.
+    """The union of the state on all ranks that share this chain; its own entries take precedence.
 
-    A collective, if there are several ranks: all of them have to call it.
+    A collective, if there are several ranks: all of them must call it.
     """
     found = {name: x for name, x in mine.items() if not is_in_parts(x)}
     for group in sharing_groups(transformation):
@@ -57,7 +57,7 @@ def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any
 
 
 def are_well(meshes: Iterable[Any], well: bool) -> bool:
-    """Whether all ranks of these meshes are well. A collective of one number per mesh dimension."""
+    """Whether no rank of these meshes has failed. A collective of one number per mesh dimension."""
     for mesh in dict.fromkeys(meshes):
         ill = torch.tensor(not well, dtype=torch.int32, device=mesh.device_type)
         for side in range(mesh.ndim):
@@ -77,7 +77,7 @@ def on_the_host(tree: Any) -> Any:
 
 
 def spreads(transformation: GradientTransformation | None) -> Iterator[Any]:
-    """How the parts of a chain, at any depth, are spread over ranks, if they are."""
+    """The `Spread` of every part of a chain, at any depth, that is spread over ranks."""
     if transformation is None:
         return
     if transformation.spread is not None and transformation.spread.in_use:

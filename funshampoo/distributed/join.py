@@ -90,7 +90,7 @@ class _Hook:
             here._step_groups()
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """All have ended, and steps are ordinary again."""
+        """Called when all ranks have ended: steps are ordinary again."""
         self._optimizer._join_config = None
 
 

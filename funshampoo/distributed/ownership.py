@@ -87,7 +87,7 @@ def owners_of(
     """The owner of every row of every stack, balanced by modelled cost over all stacks.
 
     Blocks of a stack are alike, so the owners are assigned to a stack's rows in ascending order:
-    the rows of one owner are consecutive, one slice to copy. Host work for `init`, which
+    the rows of one owner are consecutive, one slice to copy. This is host work for `init`, which
     torch.compile can't trace.
 
     Args:
@@ -177,7 +177,7 @@ Shares: TypeAlias = Mapping[int, int]  # {rank: how many numbers of a block it h
 def nearest(
     costs: Sequence[float], held: Sequence[Shares], nodes: Sequence[int], slack: float = 0.05
 ) -> list[int]:
-    """The rank of every block: one near its numbers, as long as ranks stay balanced.
+    """The rank of every block: one near its elements, as long as ranks stay balanced.
 
     Most expensive block first, each to a rank whose load stays below (1 + slack) max(Σ costs /
     ranks, max costs): the nearest of its holders; if none has room, the least loaded rank of the

@@ -77,7 +77,7 @@ class Ways(NamedTuple):
 
 
 class Parts:
-    """Where the parts of some parameters are, and who sends what to whom. Asks all ranks.
+    """Where the parts of some parameters are, and who sends what to whom. Made by a collective.
 
     Args:
         leaves: the parameters, or gradients in place of them.
@@ -86,12 +86,12 @@ class Parts:
     Attributes:
         group: the ranks.
         held: what this rank holds of every parameter.
-        shards: the owners of all rows: near those who hold them, within a balance.
+        shards: the owners of all rows: near the ranks that hold them, as far as balance allows.
         rows: {stack: the rows that this rank owns, counted from 0}.
         ids: {stack: the indices of these rows in the full stack}.
         owned: the same, as in `ShardedState`.
-        dtypes: of the gradients as they last came, initially the parameters'. Messages have room
-            for missing ones, so that every message has the length that others expect.
+        dtypes: of the latest gradients, initially the parameters'. Messages have room for missing
+            gradients, so that every message has the length that other ranks expect.
         memory: {dtype of the updates as sent: buffers of its steps}; freed with this object.
 
     Raises:
@@ -123,9 +123,9 @@ class Parts:
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
 
     def come_in_other_dtypes(self, leaves: Leaves) -> bool:
-        """Whether a sharded gradient has another dtype than before, and so another message.
+        """Whether a sharded gradient has another dtype than before, and so another message length.
 
-        A rank where it is missing does not know, so the ranks have to compare.
+        A rank where the gradient is missing can't know that, so the ranks must compare.
         """
         each = zip(self.dtypes, leaves.gradients)
         return any([g is not None and g.dtype != d and is_in_parts(g) for d, g in each])
@@ -140,7 +140,7 @@ class Parts:
 
         Args:
             shown: which parameters are sent with their gradients; None: none.
-            portions: in how many the gradients arrive; the same on every rank.
+            portions: the number in which the gradients arrive; the same on every rank.
         """
         key = tuple(shown or [False] * len(self.held)), portions
         if key not in self._ways:
@@ -215,7 +215,7 @@ def _gathered(
     numbers = {own: i for i, own in enumerate(dict.fromkeys(held))}
     said = print_of(lines), socket.gethostname(), list(numbers), [numbers[own] for own in held]
     everyone = gathered_objects(said, group)
-    if any(of_rank[0] != said[0] for of_rank in everyone):  # so every rank comes
+    if any(of_rank[0] != said[0] for of_rank in everyone):  # on every rank, so all enter
         raise disagreement(lines, group)
     holdings = [[kinds[i] for i in indices] for *_, kinds, indices in everyone]
     return Held(holdings, nodes_of([host for _, host, *_ in everyone]))

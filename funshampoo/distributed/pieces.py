@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 
 
 def as_view(x: Tensor, shape: Shape, view: View) -> Tensor:
-    """This view of a contiguous tensor."""
+    """The given view of a contiguous tensor."""
     return x.as_strided(shape, view.stride, x.storage_offset() + view.offset)
 
 
@@ -164,8 +164,8 @@ def pieces(region: Region, rows: range, at: int, box: Box, part: Shape) -> Itera
 def coalesced(shape: Sequence[int], *views: Sequence[int]) -> tuple[Shape, list[Shape]]:
     """Drop sides of 1, and merge adjacent sides that are contiguous in all of these strides.
 
-    What is contiguous on both ends becomes one run of numbers. The order of the numbers stays, so a
-    rank that knows only one end, and merges fewer sides, puts the same into a message.
+    What is contiguous on both ends becomes one run. The order of elements is kept, so a rank that
+    knows only one end, and merges fewer sides, puts the same into a message.
 
     >>> coalesced((1, 3, 4, 5), (0, 20, 5, 1), (0, 100, 5, 1))
     ((3, 20), [(20, 1), (100, 1)])

@@ -200,7 +200,7 @@ class Ranks:
             step = holding(step, transport.sent, transport.places)
 
         def checked(put: Put) -> Any:
-            # An error of this rank alone has to be found in its step: the others are waiting.
+            # An error on this rank alone must be raised inside its step: the others are waiting.
             self._check_owned(owned, state)
             return step(state.inner, put)
 
@@ -215,7 +215,7 @@ class Ranks:
         return ShardedState(new, state.owned, state.ranks, report, steps, run)
 
     def _is_due(self, context: Context) -> bool:
-        """Whether streaks are looked at: before the steps that are multiples of `every`."""
+        """Whether streaks are reported: on the step before each multiple of `every`."""
         return context.step is None or (context.step + 1) % self.every == 0
 
     def _parts(self, leaves: Leaves, blocks: Blocks, context: Context | None) -> Parts:
@@ -238,7 +238,7 @@ class Ranks:
         return found[2]
 
     def everywhere(self, blocks: list[str]) -> list[str]:
-        """What all ranks say: all of them are here, since what they gathered is the same."""
+        """The blocks that all ranks name: all call this, since they gathered the same report."""
         _, size = rank_and_size(self.group)
         if size == 1:
             return blocks

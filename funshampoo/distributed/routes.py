@@ -114,7 +114,7 @@ class Held:
         self.boxes: list[Boxes] = [holders(of_parameter) for of_parameter in zip(*everyone)]
 
     def of_blocks(self, layout: Layout) -> dict[str, list[Shares]]:
-        """{stack: the shares of every row}; the same object for blocks that are held alike."""
+        """{stack: the shares of every row}; blocks that are held alike share one object."""
         found: dict[str, list[Shares]] = {s: [] for s in layout.stacks}
         known: dict[Any, Shares] = {}
         for where, boxes in zip(layout.parameters, self.boxes):
@@ -230,7 +230,7 @@ def _holders(held: tuple[Holding, ...]) -> Boxes:
 def source_of(ranks: Sequence[int], owner: int, nodes: Sequence[int]) -> int:
     """Which of several holders sends its gradient: one on the owner's node, the nearest by number.
 
-    All of them have the same numbers.
+    All of them have the same values.
 
     >>> source_of([1, 3, 9], owner=4, nodes=[0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
     9

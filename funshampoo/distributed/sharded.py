@@ -44,31 +44,31 @@ def sharded(
     on its owner only. One all_gather_into_tensor per step collects the updates. All ranks end with
     the same bits, which equal those of a run on one rank (in float32 on a CPU).
 
-    The gradients have to be the same on all ranks: average them first, as in
-    DistributedDataParallel. Whether a block's gradient is finite, or present at all, is its owner's
-    verdict for all: if it has none (None), every rank's update is zero. A DTensor's has to be
-    missing on all ranks or on none.
+    The gradients must be the same on all ranks: average them first, as in DistributedDataParallel.
+    A block's owner decides for all ranks whether its gradient is finite, or present at all: if it
+    has none (None), every rank's update is zero. A DTensor's gradient must be missing on all ranks
+    or on none.
 
-    Everything else has to be the same too. Before their first step with these parameters the ranks
+    Everything else must be the same too. Before their first step with these parameters the ranks
     compare names, shapes and dtypes of the parameters, their order and that of the gradients (by
     value; parameters with different values only cause a warning), the step, live numbers, the chain
     and its numbers, and the arguments here, with one more collective of six integers. On every
     step, in the status sent with the updates, they compare live numbers, the step, the run that the
     state belongs to, and what the wrapper applies around the chain. If something differs, every
     rank's error says what, and on which rank. A live number that is a tensor on a device is not
-    read, and of your own functions only the name is compared.
+    read, and your own functions are compared by name only.
 
     A rank that gets other parameters later, or another chain by an edit of the wrapper's groups,
     first takes part in one more step like the last one, to say so: if all do, they compare again;
     if not, all of them get the error, on the CPU before anything moves.
 
     An exception in `inner` on one rank, also Ctrl-C, is raised there after the collective, and the
-    others raise an error that names the rank. On the CPU that is at once. On other devices looking
-    waits for the device, so they look on multiples of `every` only; in between they apply zeros for
-    the failed rank and meet the group's timeout in their next collective. The caller's errors on
-    one rank alone (other trees, a sparse gradient) are raised there before the collective: the
-    others meet the timeout. So they do if some ranks end earlier (`distributed.join` is for uneven
-    inputs), or return to parameters on which all had agreed, as of a second model; the error then
+    others raise an error that names the rank: on the CPU at once. On other devices, reading the
+    status waits for the device, so ranks do it on multiples of `every` only; in between they apply
+    zeros for the failed rank and run into the group's timeout in their next collective. Errors of
+    the caller on one rank alone (other trees, a sparse gradient) are raised before the collective:
+    the others run into the timeout. So they do if some ranks end earlier (`distributed.join` is for
+    uneven inputs), or return to parameters on which all had agreed, as of a second model; the error
     lists possible causes. A state donated to a failed step is unusable: resume from a checkpoint.
 
     Args:
@@ -78,20 +78,20 @@ def sharded(
             sharded within the node and replicated across nodes.
         every: steps between two refreshes, over which the model spreads the cost of roots, and
             between two looks at the failure counters.
-        max_failures: as in `guarded`, for all ranks together, and instead of it: a `guarded` inside
-            counts and does not stop.
+        max_failures: as in `guarded`, but for all ranks together, and in its place: a `guarded`
+            inside counts and does not stop.
         communication_dtype: dtype to which updates are rounded for sending: float32, bfloat16,
             float16; None keeps their own. A block whose update is then not finite does not move,
             and counts as held by a `guarded` inside; its averages include the step.
-        cost: the model; by default the measured one in block space, sizes elsewhere. It has to be
-            the same on every rank. The refreshed sides are read off the state that `inner` has for
-            a block, made of meta tensors; products are declared by its stages (`flops` of
+        cost: the model; by default the measured one in block space, sizes elsewhere. It must be
+            the same on every rank. The refreshed sides are taken from the state that `inner` makes
+            for a block of meta tensors; products are declared by its stages (`flops` of
             `GradientTransformation`).
         whole: False shards only the blocks of DTensors, inside `blocked`; on parameters that every
             rank has whole, `inner` runs on every rank, as if without `sharded`.
         overlap: the number of portions, of about equal modelled work, in which the gradients of
             DTensors reach the owners: all but the first arrive while another one is computed.
-            Numbers are the same with any. Each is one more collective, and cuts the stacks.
+            Results are the same with any. Each is one more collective, and cuts the stacks.
 
     State: `ShardedState`; with whole=False, and no DTensors, `inner`'s.
 
@@ -99,7 +99,7 @@ def sharded(
         ValueError, TypeError: an argument out of range; a process outside the group; a state made
             on other ranks; parameters of FSDP, which are parts.
         RuntimeError: inside a torch.func transform or torch.compile; updates that carry gradients;
-            another rank failed, does not come, or does something else.
+            another rank failed, does not enter the collective, or does something else.
         FailureLimitError: after `max_failures` in a row, on every rank.
 
     Reference: Shi et al., arXiv 2309.06497; Rajbhandari et al., arXiv 1910.02054 (ZeRO).

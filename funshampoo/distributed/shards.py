@@ -14,8 +14,8 @@ from funshampoo.blocks.layout import Stack
 STATUS = 8
 """float32 numbers at the end of each shard: FAILED, INTERRUPTED, CHANGED or 0, the four of the
 failure report, a fingerprint of what all ranks have in common, the step number, and on a run's
-first step a sum of the bits that the rank has for it; they are eight, so that the length is whole
-in float64."""
+first step a number made from the bits of the rank's data. There are eight, so that they are a whole
+number of float64."""
 
 FAILED, INTERRUPTED, CHANGED = 1.0, 2.0, 3.0
 
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     Attributes:
         stacks: in block space the stacks; else the leaves, each as a stack of one row.
         device: of all of them.
-        dtype: holds every update.
+        dtype: wide enough for every update.
         in_blocks: whether they are stacks.
     """
 

@@ -25,15 +25,15 @@ Memory = dict[Any, tuple[Tensor, list[Tensor]]]
 class Transfer(Transport):
     """The communication of one step: all_to_all_single of the bytes that have to move.
 
-    There is one collective back, and one to the owners per portion of the rows. Those all start at
-    once; each is waited for when its portion is stepped, so that the others arrive meanwhile. On
-    CUDA, NCCL runs them on its own stream, and only the stream of the step waits.
+    There is one collective back, and one to the owners per portion of the rows. The latter all
+    start at once; each is waited for when its portion is stepped, and the others arrive meanwhile.
+    On CUDA, NCCL runs them on its own stream, and only the stream of the step waits.
 
     Args:
         leaves: gradients, and parameters if some are shown.
         portions: how many; the same on every rank.
         dtype: of the updates as sent.
-        memory: reused from earlier steps: buffers, and views of them.
+        memory: buffers, and views of them, reused from earlier steps.
 
     Attributes:
         cuts: the rows of this rank in each portion.
@@ -72,7 +72,7 @@ class Transfer(Transport):
         self.updates: list[Tensor] = []
 
     def gather(self) -> None:
-        """Send what this rank has of all rows. All ranks have to come."""
+        """Send the parts of all rows that this rank holds. A collective."""
         leaves, dtypes = self._leaves, self._parts.dtypes
         dtypes[:] = [d if x is None else x.dtype for d, x in zip(dtypes, leaves.gradients)]
         columns: dict[Column, Sequence[Any]] = {GRADIENTS: leaves.gradients}
@@ -89,7 +89,7 @@ class Transfer(Transport):
                 for column, tensors in columns.items() if not self._flat else ():
                     self._flat[column] = _flat(tensors)
                 _fill(views, self._sources(out.slots))
-            except BaseException as error:  # of any type: the others are waiting
+            except BaseException as error:  # of any type: the other ranks are waiting
                 failure = failure or error
             self._coming.append(self._meet("gather in", sending, out, into, len(self.cuts) == 1))
         if failure is not None:
@@ -100,7 +100,7 @@ class Transfer(Transport):
         found = []
         for column, parameter, _, (shape, local, _) in slots:
             x = self._flat[column][parameter]
-            whole = x is None or x.shape == shape  # as flat as it is, so all of it
+            whole = x is None or x.shape == shape  # flat like x itself: all of it
             found.append(x if x is None or whole else as_view(x, shape, local))
         return found
 
@@ -139,7 +139,7 @@ class Transfer(Transport):
         return found
 
     def meet(self) -> Tensor:
-        """See `Transport`. All ranks have to come."""
+        """See `Transport`. A collective."""
         route, count = self._plan.scatter, len(self._parts.layout.parameters)
         for come in self._coming:  # also for rows that were not stepped: buffers are reused
             come()
@@ -186,7 +186,7 @@ class Transfer(Transport):
         }
 
     def _rows_for(self, name: str, out: Messages, slots: Sequence[Slot]) -> list[Tensor]:
-        """The updates of these pieces, where the owner has put them."""
+        """Views of the updates of these pieces, where the owner has put them."""
         key = name, id(out)
         if key not in self._memory:
             places = self.places
@@ -227,7 +227,7 @@ def _flat(tensors: Sequence[Any]) -> list[Tensor | None]:
 
 
 def _fill(targets: list[Tensor], sources: Sequence[Tensor | None]) -> None:
-    """Copy the sources, cast; zeros where there are none."""
+    """Copy the sources into the targets, cast; zeros where a source is None."""
     pairs = [(a, b) for a, b in zip(targets, sources) if b is not None]
     if pairs:
         torch._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])

@@ -26,7 +26,7 @@ class Whole(Transport):
 
     Attributes:
         pieces: after `meet`, the updates of all ranks: [(stack, rows of it, updates)], views; for
-            each stack in row order, where the owners ascend.
+            each stack in row order, since the owners ascend.
     """
 
     def __init__(
