@@ -28,11 +28,11 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     micro-gradient with a non-finite entry is left out of the average and counted in `skipped`. If
     all of a step's are, the step is left out too: the updates are zeros and every floating-point
     tensor of `inner`'s state stays as it was (its counters advance). Nothing waits for the device.
-    What an enclosing `guarded` holds is left out likewise. A micro-gradient that is None counts as
+    What an enclosing `guarded` holds is left out, too. A micro-gradient that is None counts as
     zeros, since another may not be None for that parameter; if all are, `inner` sees None.
 
     Args:
-        inner: any transformation; all of `blocked`, not what is inside it.
+        inner: any transformation; a whole `blocked`, not what is inside it.
         every: micro-batches per real step; 1 or more.
 
     Context: `step=`, if given, is the number of the micro-step from 1; `inner` sees the number of
@@ -41,7 +41,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     State: `MultiStepsState`.
 
     Raises:
-        ValueError: every < 1; from init, it stands inside `blocked`.
+        ValueError: every < 1; from init, it is inside `blocked`.
         RuntimeError: inside torch.compile without `step=`.
 
     >>> from funshampoo import scale
@@ -88,8 +88,8 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         new = _with_one_more(state, updates, context.alive)
         if t % every:
             return map_leaves(_zeros, new.total), new
-        # `inner` may not consume its state: a step without one finite gradient falls back to it.
-        # And what is alive is asked of micro-gradients, of which the mean has those alone that are.
+        # `inner` may not consume its state: a step without any finite gradient falls back to it.
+        # `alive` was about the micro-gradients: the mean contains only those that are alive.
         inside = changed(slowed(here, every), donate=False, alive=None)
         out, after = _real_step(inner, new, params, inside)
         return out, _emptied(new, after)
@@ -125,7 +125,7 @@ def _with_one_more(state: MultiStepsState, updates: Tree, alive: Tree) -> MultiS
 def _real_step(
     inner: GradientTransformation, state: MultiStepsState, params: Tree, context: Context
 ) -> tuple[Tree, State]:
-    """(updates, state of `inner`) of the mean; zeros and the old one where none was finite."""
+    """(updates, state of `inner`) for the mean; zeros and the old state if none was finite."""
     some = state.used > 0
     guards = find_state(state.inner, GuardedState) is not None
     shared = guards and is_shared(state.inner)
@@ -144,9 +144,9 @@ def _emptied(state: MultiStepsState, inner: State) -> MultiStepsState:
 
 
 def _mean(state: MultiStepsState, some: Tensor, shared: bool) -> Tree:
-    """Of the finite micro-gradients; None where there was none at all.
+    """The mean of the finite micro-gradients; None if all were None.
 
-    Where other ranks have a part in it, the owner of a block decides for all: NaN says to its guard
+    If blocks are shared with other ranks, the owner of a block decides for all: NaN tells its guard
     that none was finite.
     """
     used = torch.where(some, state.used, math.nan) if shared else state.used.clamp(min=1)
@@ -164,7 +164,7 @@ def _zeros(x: Tensor) -> Tensor:
 def _all_finite(tree: Tree, like: Tensor) -> Tensor:
     """() bool on the device of `like`, without a sync."""
     leaves = [x for x in flatten(tree)[0] if x is not None]
-    # Not all() of what is finite: torch 2.8 adds that up over the parts of a DTensor.
+    # Not all() of isfinite: torch 2.8 adds that up over the parts of a DTensor.
     flags = whole_numbers([(~torch.isfinite(x)).any() for x in leaves])
     if not flags:
         return torch.ones_like(like, dtype=torch.bool)
@@ -179,7 +179,7 @@ def _add_if(finite: Tensor, u: Tensor | None, total: Tensor) -> Tensor:
 
 
 def _where(some: Tensor, new: Any, old: Any) -> Any:
-    """new where some, else old, for floating-point tensors; counters go on."""
+    """new where some, else old, for floating-point tensors; counters always advance."""
     if not isinstance(new, Tensor) or not new.is_floating_point():
         return new
     return torch.where(some.to(new.device), new, old)

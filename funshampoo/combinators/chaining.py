@@ -92,7 +92,7 @@ def chain(
                 f"the state is not this chain's, which is a dict of its stages', but a "
                 f"{type(state).__name__}. Build the transformation that made it, or call init."
             )
-        keys = [*state]  # most often in order; not by views of dicts: torch 2.11
+        keys = [*state]  # usually in order; no dict views, because of torch 2.11
         if keys not in in_order and {key for key in keys if key != CLOCK} != set(named):
             raise ValueError(other_stages(set(named), set(state) - {CLOCK}))
         if torch.compiler.is_dynamo_compiling() and params is not None:
@@ -118,7 +118,7 @@ def _flops_on_top(
     kept: tuple[int, ...],
     apart: bool,
 ) -> float:
-    """What stages multiply besides, because one before them has changed the updates."""
+    """The extra products of stages, because one before them has changed the updates."""
     found, changed_by_now = 0.0, apart
     for stage in stages:
         if changed_by_now and not apart:
@@ -145,7 +145,7 @@ def _run(
     in_parts = SEEN["any"] and any_in_parts(flatten(updates)[0])
     for i, (name, stage) in enumerate(stages.items()):
         before, after = (*earlier, *old[:i]), (*old[i + 1 :], *later)
-        # What somebody has looked at is what the first stage gets.
+        # `usable`, the last field, is about the updates that the first stage gets.
         known = [(*upstream, *states.values()), before, after, *others[:-1], others[-1] and not i]
         inside = Context(*known)
         if in_parts:

@@ -29,7 +29,7 @@ from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import MultiStepsState, ShardedState
 
-FOR_ALL = "refresh for all"  # by the caller's word
+FOR_ALL = "refresh for all"  # when the caller passes refresh=True
 
 
 def compiled(inner: GradientTransformation, **options: Any) -> GradientTransformation:
@@ -91,7 +91,7 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
 
 
 class _ByGraph:
-    """A step, as a graph wherever it can be one: a graph for every phase of the schedule."""
+    """A step that runs as a graph wherever it can, with one graph per phase of the schedule."""
 
     def __init__(
         self, inner: GradientTransformation, step: Callable[..., Any], options: dict[str, Any]
@@ -127,19 +127,19 @@ class _ByGraph:
         )
         if phase not in self._graphs:
             self._graphs[phase] = _compiled(self._step, self._options)
-        # A graph can't choose it. Its kernels go by what they find.
+        # A graph can't set the precision: its kernels use the setting that they find.
         rare = any([label.startswith(REFRESH) for label in phase])
         try:
             with full_precision() if rare else product_precision():
                 return self._graphs[phase](updates, state, params, plain)
         except torch._dynamo.exc.TorchDynamoException:
-            # Raises what the tracer has hidden, if the caller did something wrong.
+            # If the caller made a mistake, this raises the error that the tracer has hidden.
             self._inner.run(updates, state, params, changed(context, donate=False))
             raise
 
 
 def check_phases(inner: GradientTransformation, word: str) -> None:
-    """Raise for a stage that needs the number of the step and does not declare what for.
+    """Raise for a stage that needs the number of the step and does not declare its phases.
 
     Raises:
         ValueError: names the stage.
@@ -165,7 +165,7 @@ def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> 
 
 
 def _has_phases(transformation: GradientTransformation) -> bool:
-    """Whether not all steps are alike; a schedule alone, whose clock may lie anywhere, is none."""
+    """Whether steps differ in kind; a schedule alone, whose clock may be anywhere, has no phase."""
     parts = transformation.parts.values()
     return transformation._phase is not None or any(map(_has_phases, parts))
 
@@ -177,8 +177,8 @@ def _rounds(transformation: GradientTransformation) -> bool:
 def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:
     """Whether a step is a refresh that a graph would only delay.
 
-    A CPU's threads share eigendecompositions. On a GPU a refresh of all blocks is thousands of
-    operators, long ones, whose graph takes minutes to compile.
+    On a CPU, threads share the eigendecompositions. On a GPU a refresh of all blocks is thousands
+    of long-running operators, whose graph takes minutes to compile.
     """
     if all([g is None or g.is_cpu for g in gradients]):
         return any([label.startswith(THREADS) for label in phase])
@@ -186,7 +186,7 @@ def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:
 
 
 def _as_tensors(hyper: Numbers) -> dict[str, Tensor]:
-    """As numbers they would be part of a graph's code, and new values would make a new graph."""
+    """Numbers as tensors; else they are part of a graph's code, and new values make a new graph."""
     return {
         name: x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
         for name, x in hyper.items()

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: what a step launches is recorded once and replayed, without Python."""
+"""Steps as CUDA graphs: a step's launches are recorded once and replayed, without Python."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MOST_TREES = 8
 def cuda_graphed(inner: GradientTransformation) -> GradientTransformation:
     """The same transformation, with its steps in place recorded as CUDA graphs and replayed.
 
-    A step of a few hundred launches takes a host longer than the GPU: see docs/gpu.md. Replayed, it
-    is one launch, which runs the same kernels on the same numbers. So is a step with a refresh, if
-    its rules don't wait for the GPU, as Newton-Schulz and Cholesky QR don't.
+    A step of a few hundred launches takes the host longer than the GPU: see docs/gpu.md. Replayed,
+    it is one launch, which runs the same kernels on the same numbers. So is a step with a refresh,
+    if its rules don't wait for the GPU, as Newton-Schulz and Cholesky QR don't.
 
     Every phase of the schedule (`GradientTransformation.phase`: a plain step, a refresh, every k-th
     step) has its own graph. At its first occurrence the step runs without one and is watched; if it
@@ -54,9 +54,9 @@ def cuda_graphed(inner: GradientTransformation) -> GradientTransformation:
 
     Raises:
         ValueError: a stage in it needs the number of the step and has no `phase` (names it); from a
-            step, its blocks are `sharded`, parameters are DTensors or on several devices, or there
+            step, its blocks are `sharded`, parameters are DTensors or on several devices, there
             is a `multi_steps` inside (around it steps are pure, and run without graphs), or a
-            number that is a tensor elsewhere. Steps without a graph, as on a CPU, raise none.
+            number is a tensor on another device. Steps without a graph, as on a CPU, don't raise.
 
     >>> import torch
     >>> from funshampoo import sgd, update_in_place
@@ -85,15 +85,15 @@ class _Graphed:
     def __init__(self, inner: GradientTransformation) -> None:
         self._inner = inner
         self._graphs: OrderedDict[Any, Graphs] = OrderedDict()
-        self._fixed: dict[str, Any] = {}  # numbers that stand in graphs
-        self._moving: set[str] = set()  # the names of those that graphs read
+        self._fixed: dict[str, Any] = {}  # numbers baked into graphs
+        self._moving: set[str] = set()  # names of the numbers that graphs read from the device
 
     def __deepcopy__(self, memo: Any) -> _Graphed:
         """Without its graphs, which are bound to the memory that they were recorded on."""
         return _Graphed(self._inner)
 
     def step(self, updates: Tree, state: State, params: Tree, context: Context) -> State:
-        """The state after it."""
+        """Make the step; returns the new state."""
         leaves = [p for p in flatten(params)[0] if isinstance(p, Tensor)]
         recorder = RECORDERS.get(leaves[0].device.type) if leaves else None
         if recorder is None or is_traced() or _is_seen() or not _is_outermost(context):
@@ -109,7 +109,7 @@ class _Graphed:
         graphs.set(request, {name: x for name, x in context.hyper.items() if name in self._moving})
         if key not in graphs.replays:
             stand_in = graphs.steps.setdefault(key[:2], 1 if t is None else t)
-            if key not in graphs.advances:  # it may never come again
+            if key not in graphs.advances:  # it may never recur
                 return graphs.watch(key, request.on_device(graphs, stand_in, updates), request)
             run = request.on_device(graphs, stand_in, graphs.own_gradients(request))
             replay = recorder(run, leaves[0].device)
@@ -121,7 +121,7 @@ class _Graphed:
         return request.state
 
     def _note(self, hyper: Mapping[str, Any]) -> None:
-        """A number that has changed is read from now on, by new graphs."""
+        """From now on, new graphs read the numbers that have changed."""
         others = {
             name
             for name, value in hyper.items()
@@ -133,7 +133,7 @@ class _Graphed:
             self._graphs.clear()
 
     def _graphs_for(self, request: StepRequest) -> Graphs:
-        """Where this step would be replayed, or could be."""
+        """The graphs for the memory that this step works in; there may be none yet."""
         found = self._graphs.get(request.where())
         if found is None:
             _check_recordable(self._inner, request.state, request.leaves)
@@ -146,14 +146,14 @@ class _Graphed:
 
 
 def _is_seen() -> bool:
-    """Whether a mode looks at what is done here; one of a default device sees functions alone."""
+    """Whether a mode sees the operators here; that of a default device sees only functions."""
     return bool(torch._C._len_torch_dispatch_stack())
 
 
 def _is_outermost(context: Context) -> bool:
-    """Whether no other chain is around it, and the caller gives nothing that a graph can't know.
+    """Whether no other chain is around it, and the caller passes nothing that a graph can't know.
 
-    A clock may be around, as that of `partition`.
+    An enclosing clock, as that of `partition`, is allowed.
     """
     inside = context.upstream or context.later or context.rows or context.block_ndim
     judged = context.gradient is not None or context.alive is not None
@@ -180,7 +180,7 @@ def _check_recordable(inner: GradientTransformation, state: State, leaves: list[
 
 
 def _with_a_tensor_elsewhere(tx: GradientTransformation, device: torch.device) -> str:
-    """The name of a stage of which a number is such a one; "" for none."""
+    """The name of a stage with a number that is a tensor on another device; "" for none."""
     for value in tx.numbers:
         fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
         for x in (value, *[getattr(value, field.name) for field in fields]):

@@ -65,7 +65,7 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
         return (f"every {k}", *inner.phase(step // k)) if step % k == 0 else ()
 
     def saved(block: tuple[int, ...], kept: tuple[int, ...], apart: bool) -> float:
-        """What a step does not multiply, on average, of what `inner` states."""
+        """What a step saves, on average, of the products that `inner` declares; negative."""
         return (1 / k - 1) * inner.flops(block, kept, apart)
 
     return GradientTransformation(

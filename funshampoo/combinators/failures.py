@@ -28,7 +28,7 @@ class FailureLimitError(RuntimeError):
     ) -> None:
         super().__init__(message)
         self.max_failures = max_failures
-        self.everywhere = everywhere or list  # from what this rank has to say to what all have
+        self.everywhere = everywhere or list  # from this rank's blocks to those of all
 
     def __reduce__(self) -> Any:
         return type(self), (self.args[0], self.max_failures)

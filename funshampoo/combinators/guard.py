@@ -40,7 +40,7 @@ def guarded(
 ) -> GradientTransformation:
     """Hold a block whose gradient is not finite: its update is zero, and its averages stay.
 
-    With `spike_factor`, also one whose gradient is finite but far larger than its others were.
+    With `spike_factor`, also one whose gradient is finite but far larger than its earlier ones.
 
     Inside `blocked` every block is judged separately; elsewhere all leaves are held together,
     unless `by_leaf`. A gradient G counts as non-finite if ‖G‖² is NaN or above 2^-20 of the largest
@@ -135,7 +135,7 @@ def guarded(
             factor = number(spike_factor, context.hyper)
             verdicts, spikes = with_spikes(verdicts, updates, spikes, factor, context, by_leaf)
         step = updates, state.inner, params, running(state.steps, context)
-        if verdicts is not None:  # some of what `inner` makes of them is to be zeros
+        if verdicts is not None:  # some of the updates have to be zeros
             out, own = _run_judged(inner, *step, *verdicts)
             if in_place:
                 add_in_place(params, out)
@@ -164,7 +164,7 @@ def _run_judged(
     dead: Tree,
     alive: Tree,
 ) -> tuple[Tree, Any]:
-    """What `inner` makes of the gradients that can be used; zeros for the others."""
+    """The step of `inner` with the gradients that can be used; zeros for the others."""
     safe = _zeroed(updates, dead)
     gradient = safe if is_one(context.gradient, updates) else _zeroed(context.gradient, dead)
     inside = changed(context, gradient=gradient, alive=alive)
@@ -175,7 +175,7 @@ def _run_judged(
 def _stepped(
     updates: Tree, state: GuardedState, own: Any, dead: Tree, spikes: Any, context: Context
 ) -> GuardedState:
-    """The state after a step that has left `inner` its `own`; dead is None where all are fine."""
+    """The state after a step; `own` is the new state of `inner`, dead is None if all are fine."""
     donate = context.donate
 
     def cleared(u: Column, streak: Column) -> tuple[Column, Column]:
@@ -205,7 +205,7 @@ def _check_by_leaf(by_leaf: bool, inner: GradientTransformation) -> None:
 def run_alive(
     inner: GradientTransformation, updates: Tree, state: Any, params: Tree, context: Context
 ) -> tuple[Tree, Any]:
-    """Step `inner`; what would have spoiled a state that does not know of it is taken back."""
+    """Step `inner`; if it does not know of `alive`, restore its state where that is 0."""
     if inner.minds_alive or context.alive is None:
         return inner.run(updates, state, params, context)
     out, new = inner.run(updates, state, params, changed(context, donate=False))
@@ -232,7 +232,7 @@ def _zeroed(tree: Tree, dead: Tree) -> Tree:
 
 
 def _merged(new: Any, old: Any, alive: Tree, block_ndim: int) -> Any:
-    """The new state where the gradient could be used, else the old; `steps` go on."""
+    """The new state where the gradient could be used, else the old; `steps` always advance."""
     if not block_ndim:
         leaves = [f for f in flatten(alive)[0] if f is not None]
 

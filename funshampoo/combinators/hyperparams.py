@@ -86,7 +86,7 @@ def _keywords_of(signature: inspect.Signature) -> list[str]:
 
 
 def _naming(signature: inspect.Signature, given: Iterable[str]) -> inspect.Signature:
-    """With a parameter of its own for each of these that would be among further keywords."""
+    """The signature with its own parameter for each given name that **keywords would take."""
     known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     if len(known) == len(signature.parameters):
         return signature
@@ -99,7 +99,7 @@ def _naming(signature: inspect.Signature, given: Iterable[str]) -> inspect.Signa
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A factory with its arguments, and what of them is in the state.
+    """A factory with its arguments, and which of them are in the state.
 
     Attributes:
         numbers: {name: first value} of those that a user may edit there.
@@ -114,13 +114,13 @@ class _Recipe:
     live: bool
 
     def build(self, hyperparams: Mapping[str, Any]) -> GradientTransformation:
-        """The chain with these in place of its numbers."""
+        """The chain with these values in place of its numbers."""
         replaced = inspect.BoundArguments(self.bound.signature, OrderedDict(self.bound.arguments))
         replaced.arguments.update(hyperparams)
         return as_transformation(self.factory(*replaced.args, **replaced.kwargs))
 
     def scheduled(self, steps: Tensor | None) -> dict[str, Tensor]:
-        """The values of the schedules after so many steps."""
+        """The values of the schedules after this many steps."""
         if not self.schedules:
             return {}
         assert steps is not None
@@ -138,7 +138,7 @@ def _recipe(
     given: set[str],
     defaults: set[str],
 ) -> _Recipe:
-    """What of the arguments goes into the state; `given` and `defaults` are names that may."""
+    """Decide which arguments go into the state; `given` and `defaults` name the candidates."""
     live = takes_live(factory)
     numbers: dict[str, Any] = {}
     schedules: dict[str, Any] = {}
@@ -169,7 +169,7 @@ def _recipe(
 
 
 def _injected(recipe: _Recipe) -> GradientTransformation:
-    # What is a tensor in the state switches nothing on or off, whatever its value.
+    # A tensor in the state switches nothing on or off, whatever its value.
     first, live = recipe.first(), recipe.live
     looked_up = {name: Live(name, v) for name, v in first.items()} if live else {}
     inner = recipe.build(looked_up or first)
@@ -214,13 +214,13 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
         counts=counts,
         casts=inner.casts,
     )
-    if found.live is not None:  # those of the state are not the caller's to give
+    if found.live is not None:  # the caller can't pass those that are in the state
         found.live -= first.keys()
     return found
 
 
 def _ranges(live: Live) -> dict[str, tuple[()]]:
-    """What the stages that read it say of its values, in keys."""
+    """The ranges of its values that the stages reading it declare, as keys."""
     found = dict.fromkeys([interval_of(check) for check in live.checks])
     return {range_: () for range_ in found if range_ is not None}
 

@@ -56,7 +56,7 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
             add_in_place(_hide(params, rest), _hide(updates, rest))
         return out, MaskedState(new)
 
-    # A function may ask for shapes, which those of a rank's parts are not.
+    # A mask function may read shapes, and a rank's parts of DTensors have other ones.
     elementwise = inner.elementwise and not callable(mask)
     return GradientTransformation(
         init, update, apply=apply_of(update), parts={"inner": inner}, elementwise=elementwise
@@ -113,7 +113,7 @@ def partition(
         *,
         in_place: bool = False,
     ) -> tuple[Tree, PartitionState]:
-        # Where parameters are tied, a part would read what another has written.
+        # If parameters are tied, one part would read what another has written.
         apart = in_place and not is_traced() and lie_apart(flatten(params)[0])
         inside = running(state.steps, context)
         states = {}
@@ -135,20 +135,20 @@ def partition(
 
 
 def bools_of(mask: bool | Mask, tree: Tree, what: str) -> list[bool]:
-    """`labels_of`, where each label is a bool: "no" would be taken for yes.
+    """`labels_of`, where each label must be a bool: the string "no" would count as true.
 
     Raises:
         ValueError, TypeError: as `labels_of`; or a label is not a bool.
     """
     flags = labels_of(mask, tree, what)
     for flag in flags:
-        if flag is not True and flag is not False:  # on every step, so without a call
+        if flag is not True and flag is not False:  # runs on every step: a call would be slow
             check_flag(what, flag)
     return flags
 
 
 def _told(flags_of: Callable[[Tree], Any], params: Tree, stage: str) -> Any:
-    """The flags; an error of the caller's function on something that is not a tensor says so."""
+    """The flags; if the caller's function fails on what is not a tensor, the error says so."""
     try:
         return flags_of(params)
     except (AttributeError, TypeError, ValueError):
@@ -173,7 +173,7 @@ def _step_part(
     context: Context,
     in_place: bool,
 ) -> tuple[Tree, State]:
-    """Step the leaves with a flag; the others pass through. In place all updates do."""
+    """Step the flagged leaves; the other updates pass through. In place, all updates do."""
     inside = _hidden_context(context, flatten(updates)[1], flags)
     visible = None if params is None else _hide(params, flags)
     step = _hide(updates, flags), state, visible, inside
@@ -189,7 +189,7 @@ def _hide(tree: Tree, flags: list[bool]) -> Tree:
 
 
 def _hidden_context(context: Context, spec: Any, flags: list[bool]) -> Context:
-    """What of the context is over the leaves, with the same holes as the updates."""
+    """The context, with the same leaves hidden in its trees as in the updates."""
 
     def hidden(tree: Tree) -> Tree:
         return None if tree is None else _hide(tree, flags)
@@ -209,9 +209,9 @@ def _hidden_states(states: tuple[State, ...], spec: Any, flags: list[bool]) -> t
 
 
 def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
-    """A state of an earlier stage, with every tree over the parameters in it hidden alike."""
+    """A state of another stage, with the same leaves hidden in every tree over the parameters."""
     try:
-        # optree's error has the values of all tensors in its words: forty times a step's time
+        # optree's error message prints all tensors, which takes forty times as long as a step
         parts = spec.flatten_up_to(node) if _begins_alike(spec, node) else None
     except ValueError:
         parts = None
@@ -227,9 +227,9 @@ def _hide_below(node: Any, spec: Any, flags: list[bool]) -> Any:
 
 
 def _begins_alike(spec: Any, node: Any) -> bool:
-    """Whether the node at the top is of the spec's kind, as far as a look at it tells."""
+    """Whether the top node is of the spec's kind, as far as a cheap check can tell."""
     kind = getattr(spec, "type", None)
-    if kind is None:  # a leaf, or a spec that says nothing of its kind
+    if kind is None:  # a leaf, or a spec that does not tell its kind
         return True
     if issubclass(kind, dict):
         return isinstance(node, dict) and node.keys() == set(spec.entries())

@@ -1,4 +1,4 @@
-"""A step that is recorded: what it reads where, whether it can be, and the recording."""
+"""Recording a step: where it reads what, whether it can be recorded, and the recording itself."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SHAPE = operator.attrgetter("shape")
 
 
 class StepRequest:
-    """A step that is asked for.
+    """A requested step.
 
     Attributes:
-        gradients, leaves, tensors: of the updates, the parameters, the state.
+        gradients, leaves, tensors: the tensors of the updates, the parameters, the state.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class StepRequest:
         self.take(state)
 
     def take(self, state: State) -> None:
-        """Another state, of the same numbers."""
+        """Use another state, with the same values."""
         self.state, self.tensors = state, tensors_of(state)
         self._where: tuple[Any, ...] = ()
 
     def where(self) -> tuple[Any, ...]:
-        """What a graph would be bound to."""
+        """The dtypes, shapes, strides and addresses that a graph would be bound to."""
         if not self._where:
             kinds = [None if g is None else g.dtype for g in self.gradients]
             shapes, strides = map(_SHAPE, self.leaves), map(Tensor.stride, self.leaves)
@@ -60,15 +60,15 @@ class StepRequest:
         return self._where
 
     def as_it_is(self) -> State:
-        """The state after it, in the memory of the one before, by which graphs know it."""
+        """Step without a graph; returns the new state, in the old one's memory if it fits there."""
         before = flatten(self.state)[0]
         after = applied(self.inner, self.updates, self.state, self.params, self.context)
         return self.state if put_back(before, flatten(after)[0]) else after
 
     def on_device(self, graphs: Graphs, step: int, gradients: Tree) -> Callable[[], State | None]:
-        """The same, but that it reads what changes from step to step on the device.
+        """The step as a function that reads what changes from step to step on the device.
 
-        It returns the state after it; None, where that lies in the memory of the one before.
+        It returns the new state; None if that is in the memory of the old one.
         """
         known = {n: x for n, x in graphs.numbers.items() if n in self.context.hyper}
         hyper = {**self.context.hyper, **known}
@@ -88,16 +88,16 @@ class StepRequest:
 
 
 class Graphs:
-    """The graphs of one tree of parameters with its state, by what is asked of a step.
+    """The graphs for one tree of parameters with its state, by kind of step.
 
     Attributes:
-        clocks: which tensors of the state are counters on the CPU.
-        counters: what graphs read in their place.
-        clock: that of who counts around, likewise.
-        numbers: {name: tensor}, float64: live numbers, likewise.
-        gradients: likewise; None where there is none. () before there is a graph.
-        advances: how much the clocks move. None: it can't be recorded.
-        steps: one of each phase, which stands for all of them.
+        clocks: indices of the state's tensors that are counters on the CPU.
+        counters: their copies on the device, which graphs read.
+        clock: such a copy of an enclosing transformation's clock.
+        numbers: {name: tensor}, float64: such copies of live numbers.
+        gradients: such copies; None for a missing gradient. () before there is a graph.
+        advances: {kind of step: how much the clocks move}. None: it can't be recorded.
+        steps: one step number of each phase, which stands for all of them.
     """
 
     def __init__(self, request: StepRequest) -> None:
@@ -115,7 +115,7 @@ class Graphs:
         self._apart = lie_apart(request.tensors)
 
     def set(self, request: StepRequest, numbers: Mapping[str, Any]) -> None:
-        """Say what changes from step to step, but for the gradients. Nobody waits."""
+        """Write what changes from step to step, except gradients, to the device; nothing waits."""
         for i, x in zip(self.clocks, self.counters):
             x.fill_(request.tensors[i])
         if request.context.clock is not None:
@@ -127,14 +127,14 @@ class Graphs:
                 with for_keeps():
                     own = torch.empty(shape, dtype=torch.float64, device=self._device)
                 self.numbers[name] = own
-                self.replays.clear()  # which would go on reading the one before
+                self.replays.clear()  # they would keep reading the old one
             if isinstance(value, Tensor) and (value.ndim or not value.is_cpu):
                 own.copy_(value, non_blocking=True)
             else:
                 own.fill_(value)
 
     def own_gradients(self, request: StepRequest) -> Tree:
-        """A tree of memory for gradients, which is the same at every call."""
+        """A tree of tensors for copies of the gradients, the same at every call."""
         if not self.gradients:
             with for_keeps():
                 known = request.gradients
@@ -142,16 +142,16 @@ class Graphs:
         return flatten(request.updates)[1].unflatten(self.gradients)
 
     def watch(self, key: Any, run: Callable[[], State | None], request: StepRequest) -> State:
-        """The state after a step as it would be recorded, of which is seen whether it can be.
+        """Run a step as it would be recorded, and see whether it can be; returns the new state.
 
-        What waits is watched once more: constants come to the device when they are first used.
+        A step that waits is watched once more: constants move to the device when first used.
         """
         with watching() as waits:
             after = run()
         before = [int(request.tensors[i]) for i in self.clocks]
         moved = [int(x) - n for x, n in zip(self.counters, before)]
         self._count(request, moved)
-        if after is not None or not self._apart:  # another kind of state, or one part in another
+        if after is not None or not self._apart:  # another kind of state, or parts overlap
             self.advances[key] = None
         elif not waits:
             self.advances[key] = moved
@@ -174,7 +174,7 @@ class Graphs:
         return layout.unflatten([clocks.get(id(x), x) for x in leaves])
 
     def replay(self, key: Any, request: StepRequest) -> None:
-        """Make it."""
+        """Make the step by replaying its graph."""
         given = [g for g in request.gradients if g is not None]
         if given:
             torch._foreach_copy_([x for x in self.gradients if x is not None], given)
@@ -191,10 +191,10 @@ class Graphs:
 
 
 def put_back(before: list[Any], after: list[Any]) -> bool:
-    """Have what a step has put in other memory where it was, since there a graph looks for it.
+    """Copy what a step has put into other memory back to its old address, where graphs look for it.
 
     Returns:
-        Whether that could be: the state has the same tensors as before, in number, shape and dtype.
+        Whether that was possible: if the tensors have the same number, shapes and dtypes as before.
     """
     kinds = [
         [(x.shape, x.dtype) if isinstance(x, Tensor) else () for x in s] for s in (before, after)
@@ -213,7 +213,7 @@ def put_back(before: list[Any], after: list[Any]) -> bool:
 
 
 def on_device(state: State, device: torch.device) -> State:
-    """A state whose floating-point numbers all lie on the device, where graphs can change them."""
+    """The state with all floating-point numbers on the device, where graphs can change them."""
     leaves, layout = flatten(state)
     if all([not isinstance(x, Tensor) or x.device == device or _may_count(x) for x in leaves]):
         return state
@@ -249,7 +249,7 @@ def _clocks(request: StepRequest, device: torch.device) -> list[int]:
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[str]]:
-    """What waits for the GPU inside: where, once it is over."""
+    """Yields a list which, after the block, says where in it something waited for the GPU."""
     found: list[str] = []
     if not torch.cuda.is_available():
         yield found
@@ -272,12 +272,12 @@ def watching() -> Iterator[list[str]]:
 
 
 def _recorded(run: Callable[[], Any], device: torch.device) -> Replay | None:
-    """A CUDA graph of what it launches, none of which happens now; None where it can't be one."""
+    """Record what `run` launches as a CUDA graph, without executing it; None if it can't be one."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.device(device):
             others = _GRAPHS[device, torch.cuda.current_stream().cuda_stream]
-            # A pool ends with the last graph in it, and its handle is no good any more.
+            # A pool is freed with its last graph, and its handle is invalid from then on.
             pool = next((other.pool() for other in others), None)
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 run()
@@ -294,9 +294,9 @@ def _recorded(run: Callable[[], Any], device: torch.device) -> Replay | None:
 
 
 _GRAPHS: defaultdict[Any, weakref.WeakSet[Any]] = defaultdict(weakref.WeakSet)
-"""Of a stream, in one memory pool: none leaves anything in it that another, or a replay, needs."""
+"""A stream's graphs, in one memory pool: none leaves anything there that it or others need."""
 
 RECORDERS: dict[str, Callable[[Callable[[], Any], torch.device], Replay | None]] = {
     "cuda": _recorded
 }
-"""By the kind of device."""
+"""{type of device: recorder}"""

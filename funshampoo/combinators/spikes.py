@@ -32,11 +32,11 @@ PATIENCE = 10
 """Spikes that are held before one is taken for a change of scale."""
 
 DECAY = 0.98
-"""Of the average, as in AdaGC."""
+"""Decay of the average, as in AdaGC."""
 
 
 def no_spikes_yet(params: Tree, block_ndim: int) -> SpikeState:
-    """Before the first gradient."""
+    """The state before the first gradient."""
     counters = [zeros_a_block(params, block_ndim, torch.int64) for _ in range(3)]
     return SpikeState(zeros_a_block(params, block_ndim), *counters)
 
@@ -53,7 +53,7 @@ def above(norms: Tree, state: SpikeState, factor: Hyper) -> Tree:
 
 
 def held(over: Tree, state: SpikeState, alive: Tree) -> Tree:
-    """Which are held: of those above, the ones that patience has not run out with."""
+    """Which of those above the limit are held: all until patience has run out."""
 
     def leaf(over: Tensor | None, pending: Tensor, fine: Tensor | None = None) -> Tensor | None:
         if over is None:
@@ -66,7 +66,7 @@ def held(over: Tree, state: SpikeState, alive: Tree) -> Tree:
 
 
 def any_held(spikes: Tree) -> bool:
-    """Whether one is held, as far as that can be read without waiting; True where it can't."""
+    """Whether any spike is held; True if that can't be read without waiting."""
     found = [unwrapped(x) for x in flatten(spikes)[0] if x is not None]
     return not all([x is not None and x.is_cpu and not x.any() for x in found])
 
@@ -74,10 +74,10 @@ def any_held(spikes: Tree) -> bool:
 def learned(
     norms: Tree, over: Tree, spikes: Tree, dead: Tree, state: SpikeState, donate: bool
 ) -> SpikeState:
-    """The averages with what is accepted of this step, and the counters.
+    """The averages with this step's accepted norms, and the counters.
 
     Args:
-        over, spikes: of `above` and `held`.
+        over, spikes: from `above` and `held`.
         dead: where a block is held on this step, for whatever reason; None: nowhere.
     """
 
@@ -86,7 +86,7 @@ def learned(
         taken = norm > 0
         for mask in gone:
             taken = taken & ~mask
-        anew = taken & over  # after patience, and never else
+        anew = taken & over  # only after patience has run out
         share = (1.0 / (accepted + 1).to(average)).clamp(min=1 - DECAY)
         share = torch.where(anew, 1.0, share) * taken
         entering = torch.where(taken, norm, average)  # inf · 0 would be NaN

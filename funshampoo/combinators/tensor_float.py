@@ -14,7 +14,7 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
     float32 operands keep 10 bits of their fractions; sums stay float32. This rounds the products
     behind statistics, and those of gradients with roots, bases and orthogonalizing polynomials.
     What is recomputed periodically (roots, eigenvectors) stays in float32, whatever the process has
-    asked for, and so do float64 and other devices. See docs/gpu.md for the time. With the rounding
+    asked for; float64 and other devices are not affected. Times are in docs/gpu.md. With rounding
     emulated in float64, blocks of 64 to 1,024 a side times two roots of power -1/4 erred by 0.04 to
     0.05 % for a white gradient, and for one drawn from the statistics by 0.05 % at a condition of
     1e2 and 0.3 % at 1e6 (bfloat16: 0.4 and 2 %).

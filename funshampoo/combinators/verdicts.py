@@ -1,4 +1,4 @@
-"""Which gradients can be used: those that are finite and, where that is asked, no spikes."""
+"""Which gradients can be used: those that are finite and, if requested, not spikes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Verdicts = tuple[Tree, Tree]
 
 
 def verdicts_on(updates: Tree, context: Context, by_leaf: bool = False) -> Verdicts | None:
-    """What can't be used for what it is.
+    """Which gradients can't be used because of their values.
 
-    None where there is no gradient. None in place of both: all can be used, as far as that can be
-    read without waiting, and no enclosing guard says otherwise. Outside block space all leaves
-    share one verdict, unless each is judged `by_leaf`.
+    A leaf without a gradient has None. None in place of the pair: all can be used, as can be read
+    without waiting, and no enclosing guard says otherwise. Outside block space all leaves share one
+    verdict, unless each is judged `by_leaf`.
     """
     sources = [updates] if context.gradient is None else [updates, context.gradient]
     sources = sources[:1] if sources[0] is sources[-1] else sources
@@ -55,7 +55,7 @@ def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _judged(norms: Tree, together: bool) -> Verdicts:
-    """(can't be used, 1 where it can) of every norm; all at once, which is a few operators."""
+    """(can't be used, 1 where it can) for every norm; joined, so that it is a few operators."""
     joined = Joined(norms)
     flat = joined.join(norms)
     dead = {kind: ~(x * x <= _LIMITS[x.dtype]) for kind, x in flat.items()}
@@ -64,7 +64,7 @@ def _judged(norms: Tree, together: bool) -> Verdicts:
 
 
 def _alive(dead: Tree, norms: Tree) -> Tree:
-    """1 where a block can be used, of masks where it can't; in the dtypes of the norms."""
+    """1 where a block can be used, from masks of where it can't; in the dtypes of the norms."""
     return map_leaves(lambda x, n: None if x is None else (~x).to(n.dtype), dead, norms)
 
 
@@ -84,7 +84,7 @@ def _all_as_the_worst(found: Verdicts) -> Verdicts:
 
 
 def _norms(source: Tree, updates: Tree, block_ndim: int) -> Tree:
-    """A tree of ‖G‖, (N,) or (). None where there is no gradient."""
+    """A tree of ‖G‖, (N,) or (); None for a leaf without a gradient."""
 
     def seen(g: Tensor | None, u: Tensor | None) -> Tensor | None:
         return None if g is None or u is None else wide(g)
@@ -102,9 +102,9 @@ def with_spikes(
     context: Context,
     by_leaf: bool = False,
 ) -> tuple[Verdicts | None, SpikeState]:
-    """The verdicts with spikes held too, and what is known of norms after this step.
+    """The verdicts with spikes held too, and the spikes' state after this step.
 
-    On a device of all leaves at once, which says of every leaf what it says by itself.
+    On a device, all leaves are joined, with the same result for each leaf as by itself.
     """
     source = updates if context.gradient is None else context.gradient
     norms = _norms(source, updates, context.block_ndim)
@@ -122,7 +122,7 @@ def with_spikes(
         if together:
             verdicts = _all_as_the_worst(verdicts)
             dead = join(verdicts[0])
-    # What was joined is a copy, to be written to.
+    # What was joined is a copy, which may be written to.
     new = learned(flat, over, spikes, dead, known, donate=joins or context.donate)
     into = joined.write if joins and context.donate else split
     return verdicts, SpikeState(*map(into, new, state))
@@ -139,7 +139,7 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LIMITS = {dtype: torch.finfo(dtype).max * 2.0**-20 for dtype in _DTYPES}
-"""Of ‖G‖²."""
+"""Upper limits of ‖G‖²."""
 
 
 def _all_usable(norms: Sequence[Tensor | None]) -> bool:
@@ -151,7 +151,7 @@ def _all_usable(norms: Sequence[Tensor | None]) -> bool:
 
 
 def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
-    """Whether `guarded` holds none of these for sure; None where that can't be read now."""
+    """Whether `guarded` certainly holds none of these; None if that can't be read now."""
     found = [g for g in gradients if g is not None]
     if (
         is_traced()
@@ -159,7 +159,7 @@ def surely_usable(gradients: Sequence[Tensor | None]) -> bool | None:
         or not all([g.is_cpu and g.is_floating_point() for g in found])
     ):
         return None
-    # The norm of a whole leaf is that of its blocks at least.
+    # The norm of a whole leaf is at least that of each of its blocks.
     squares: dict[torch.dtype, list[Tensor]] = {}
     for g in in_compute_dtype(found):
         flat = g.reshape(-1)

@@ -101,5 +101,5 @@ def wrapping(
         elementwise=elementwise and inner.elementwise,
     )
     if step.reads_hyper:
-        found.live = None  # who knows which
+        found.live = None  # it is not known which
     return found
