@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
     """What `load_state_dict` returns.
 
     Attributes:
-        state: with the saved values.
+        state: the state with the saved values.
         missing: names that the state has and the checkpoint lacks; they keep the values of the
             state passed in.
         unknown: names in the checkpoint for which the state has no place.
@@ -67,11 +67,11 @@ def state_dict(state: Any) -> dict[str, Tensor]:
         Views of the state's tensors, not copies, detached. Also, int64 on the CPU: this format's
         version, 0-dimensional, under "funshampoo/format"; and under "funshampoo/part" [rank, ranks,
         a sum of all bits], by which `merged` recognizes parts of one state; if ranks share, the
-        second also contains 2^20 times their run number. The sum reads all of it.
+        second also contains 2^20 times their run number. The sum reads the whole state.
 
     Raises:
         TypeError: not a state.
-        ValueError: two tensors would have the same name; says which. Name the stages apart.
+        ValueError: two tensors would have the same name; says which. Give stages different names.
 
     >>> import torch
     >>> from funshampoo import blocked, trace
@@ -203,7 +203,7 @@ class _Fit(NamedTuple):
     """A checkpoint with the names, shapes and dtypes of a state.
 
     Attributes:
-        saved: in the state's forms.
+        saved: packed or unpacked as in the state.
         entries: those with a place here or on another rank.
         run: its run number; 0 if it has none.
     """
@@ -238,7 +238,7 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
         raise ValueError(report(*lists, part))
     entries = [place._replace(x=saved[name]) for name, place in places.items() if name in saved]
     kinds = {place.path: place.kind for place in places.values()}
-    for name, owner in owners.items():  # all ranks refuse what one has to
+    for name, owner in owners.items():  # so that all ranks refuse what one of them must
         x, path = saved[name], name[len(owner) + 1 :]
         if owner and path in kinds and isinstance(x, Tensor):
             entries.append(Named(owner, path, path, kinds[path], x, x.dtype))
@@ -253,7 +253,7 @@ def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:
         wanted = [(full_name(owner, rest), old) for owner, rest, old in names.parts(place, x)]
         if not wanted:
             return x
-        if place.stack is None or x.ndim == 0:  # one per stack: is anyone's there?
+        if place.stack is None or x.ndim == 0:  # one per stack: any block's will do
             found = next((saved[name] for name, _ in wanted if name in saved), x)
             return placed_as(x, found)
         new = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -267,7 +267,7 @@ def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:
 def _limit(state: Any, entries: Sequence[Named]) -> int | None:
     """The upper limit of all counts: the clock. None without one, or if something may tick faster.
 
-    Combinators from outside funshampoo may step their part twice at a time.
+    Combinators from outside funshampoo may step their part more than once per step.
     """
     for _, node in walk(state):
         ours = type(node).__module__.startswith("funshampoo.")
@@ -302,7 +302,7 @@ def _check_format(saved: Mapping[str, Tensor]) -> None:
 
 
 def _repacked(saved: Mapping[str, Tensor], places: Mapping[str, Named]) -> dict[str, Tensor]:
-    """The same, with symmetric matrices packed or not, as in the state."""
+    """The checkpoint, with symmetric matrices packed or unpacked as in the state."""
     return {
         name: in_form_of(x, places[name].x)
         if name in places and _is_symmetric(name) and isinstance(x, Tensor)

@@ -12,15 +12,15 @@ from funshampoo.state.upstream import hidden_error
 
 
 def kept_later(later: tuple[Any, ...], through: str, updates: Any) -> tuple[Any, Any]:
-    """The next such stage's kept values, and a tree of the gradient counts it has seen, or of ().
+    """The kept values of the next stage of this kind, and a tree of its gradient counts, or of ().
 
     Raises:
-        ValueError: there is none, it belongs to other statistics that stand between, or a leaf is
-            hidden from it.
+        ValueError: there is none, it belongs to other statistics in between, or a leaf is hidden
+            from it.
     """
     wanted: Any = RefreshedState if through == "roots" else EigenbasisState
     stage = "root_inverse(...)" if through == "roots" else "in_eigenbasis(...)"
-    # A later stage's bases are no roots; what follows other statistics belongs to those.
+    # The bases in `in_eigenbasis` are not roots; a stage after other statistics belongs to those.
     found: Any = first_state(later, (wanted, KroneckerState), closed=EigenbasisState)
     if isinstance(found, KroneckerState):
         raise ValueError(
@@ -44,7 +44,7 @@ def kept_later(later: tuple[Any, ...], through: str, updates: Any) -> tuple[Any,
 
 
 def _of_another(later: tuple[Any, ...], through: str) -> str:
-    """The remedy if the stage that another `through` reads stands there; else ""."""
+    """The remedy if the stage that the other `through` reads is there instead; else ""."""
     kind: Any = EigenbasisState if through == "roots" else RefreshedState
     if first_state(later, kind, closed=EigenbasisState) is None:
         return ""

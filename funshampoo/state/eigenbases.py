@@ -15,7 +15,7 @@ class EigenbasisState(NamedTuple):
     Attributes:
         inner: the state of the transformation that works in the bases.
         seen: a tree of (N,) int64: how many gradients each block has had; () if nothing depends on
-            it, first="identity".
+            it, that is, for first="identity".
         bases: `RefreshedState` whose values are Q_i (N, d_i, d_i), eigenvectors as columns.
     """
 

@@ -52,7 +52,7 @@ class Health(NamedTuple):
     """Results of the last refresh, and what was skipped.
 
     Attributes:
-        steps: made by the stage that refreshes, or micro-steps of a `multi_steps` around it; 0 if
+        steps: those of the stage that refreshes, or micro-steps of a `multi_steps` around it; 0 if
             there is none.
         factors: one entry for every side of every stack.
         skipped: micro-batches that `multi_steps` left out.

@@ -114,7 +114,7 @@ def path_of(place: Place) -> str:
 
 
 _UNNAMED = (
-    ("sharded", "report"),  # which steps compute anew
+    ("sharded", "report"),  # recomputed by steps
     RUN,  # stored in a checkpoint's part entry: "funshampoo/part"
 )
 
@@ -156,7 +156,7 @@ class Names:
 
 
 def owned_elsewhere(state: Any) -> list[str]:
-    """What other ranks own: names such as "conv1.weight/block_0_1", or of leaves."""
+    """Names of what other ranks own: blocks such as "conv1.weight/block_0_1", or leaves."""
     found: list[str] = []
     for _, node, around in walk_blocks(state):
         if isinstance(node, ShardedState) and around is not None:

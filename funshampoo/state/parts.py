@@ -25,7 +25,7 @@ class Part(NamedTuple):
     """Which part of a state a checkpoint is: these numbers, as one int64 entry.
 
     Attributes:
-        rank: that saved it, of `size` that share; 0 of 1 if none share.
+        rank: the rank that saved it, of `size` that share the state; 0 of 1 if it is not shared.
         bits: a sum over all bits of its tensors, which reveals pieces of different saves; None if
             not computed.
         run: the run number, below 2^43; 0 if there is none: for a whole state, or one that has not
@@ -78,7 +78,7 @@ def part_of(state: Any) -> Part:
 
 
 def run_of(state: ShardedState) -> int:
-    """Its run number; 0 if there is none yet."""
+    """The state's run number; 0 if there is none yet."""
     return int(state.run) if isinstance(state.run, Tensor) and not state.run.is_meta else 0
 
 

@@ -127,7 +127,7 @@ def map_tensors(
 
     Args:
         function: its result replaces the tensor.
-        states: of one structure, that of the first one's tuples and dicts.
+        states: of one structure; the result has the first one's tuples and dicts.
         stacks: the names of the stacks, if the states were taken from inside block space.
         only: stacks to keep; entries of others are omitted from the result.
     """
@@ -170,7 +170,7 @@ def _map(function: Callable[..., Any], scope: _Scope, nodes: tuple[Any, ...]) ->
 def _is_of_parameters(scope: _Scope, node: Any) -> bool:
     """Whether a named tuple is a container in the tree of parameters, and not a state.
 
-    It is if it is in a field of another one that does not hold states.
+    It is a container if it is in a field of another named tuple that does not hold states.
     """
     in_a_tree = scope.place.kind is not None and not scope.of_states and scope.stacks is None
     return in_a_tree and not (type(node).__module__ == Kept.__module__ or is_declared(type(node)))
@@ -225,7 +225,7 @@ def _below(scope: _Scope, node: Any, key: Any) -> _Scope:
 
 
 def _side_moved(place: Place) -> Place:
-    """The place with a factor's side, the last step of the path, not in the leaf's name."""
+    """The place with a factor's side moved from the leaf's path to the end of the tensor's path."""
     if not place.leaf:
         return place
     return changed(place, path=(*place.path, place.leaf[-1]), leaf=place.leaf[:-1])
@@ -272,7 +272,7 @@ def block_of(stack: str) -> tuple[int, ...]:
 
 
 def walk_blocks(state: Any) -> Iterator[tuple[Path, Any, BlockedState | None]]:
-    """`walk`, with the `blocked` around each node, or None. They are never nested."""
+    """`walk`, with the `BlockedState` around each node, or None; these are never nested."""
     scope: Path = ()
     around: BlockedState | None = None
     for path, node in walk(state):

@@ -59,7 +59,7 @@ class Kept(NamedTuple):
             that it was computed in, as columns. Before the first refresh, what the stage starts
             with: multiples of the identity.
         residual: (N,), error of the value, as estimated by the solver or rule (see
-            `funshampoo.linalg.InverseRoot`); -1 before, and if it is not estimated.
+            `funshampoo.linalg.InverseRoot`); -1 before a refresh, and if it is not estimated.
         condition: (N,), condition number of the matrix; -1 in the same cases.
         failures: (N,) int64, how many refreshes kept the old value because the new one failed.
         streak: (N,) int64, how many of the latest refreshes in a row did.
@@ -232,7 +232,7 @@ class WrappedState(NamedTuple):
 
     Attributes:
         pace: {"once": ()} if it steps `inner` at most once per step, as funshampoo's own do, so
-            that no count in it can exceed the clock; else {}. In keys, as a layout is.
+            that no count in it can exceed the clock; else {}. Stored in keys, like a layout.
     """
 
     own: Any
@@ -317,11 +317,11 @@ class ShardedState(NamedTuple):
             block space: on the owned leaves).
         owned: {stack: {"first:last": ()}}, which rows of the full stacks these are; outside block
             space {leaf: {"owned": ()} or {"elsewhere": ()}}.
-        ranks: {"0 of 4": ()}, this rank and how many share.
+        ranks: {"0 of 4": ()}, this rank and the number of ranks that share.
         report: (4,) float32, over the blocks of all ranks: how often one was held, the longest
             streak of that, how many roots failed, the longest streak of that.
-        run: () int64 on the CPU, the same on all ranks: its run number, derived at the first step
-            from all ranks' data for it; 0 before, and on one rank.
+        run: () int64 on the CPU, the same on all ranks: the run number, derived at the first step
+            from all ranks' data for it; 0 before that, and on a single rank.
     """
 
     inner: Any

@@ -52,7 +52,7 @@ def hidden_error(parts: Sequence[Any], tree: Any, stage: str, other: str) -> Val
 
     Args:
         parts: what the partner has for each leaf of the tree.
-        stage, other: the two.
+        stage, other: the names of the two.
     """
     first = [isinstance(part, MaskedNode) for part in parts].index(True)
     return ValueError(

@@ -87,7 +87,7 @@ def _related(entries: Sequence[Named]) -> Iterator[_Pair]:
     of_field: dict[str, list[Named]] = {}
     for entry in entries:
         path = entry.name.split("/")
-        if len(path) > 1 and path[-1].isdigit():  # a side's
+        if len(path) > 1 and path[-1].isdigit():  # a tensor per side
             path = path[:-1]
         of_field.setdefault("/".join(path), []).append(entry)
     for entry in entries:
@@ -122,7 +122,7 @@ def _alike(
     key: Callable[[_Item], tuple[object, ...]],
     tensors: Callable[[_Item], list[Tensor]],
 ) -> Iterator[list[_Item]]:
-    """Groups to check together: with one key, tensors of one kind, not too much at once."""
+    """Groups to check together: of equal key and kind of tensors, and not too large."""
     groups: dict[tuple[object, ...], list[_Item]] = {}
     for item in items:
         kinds = [(x.shape, x.dtype, x.device) for x in tensors(item)]
