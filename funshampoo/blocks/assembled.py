@@ -20,7 +20,7 @@ def to_parameters(stacks: Mapping[str, Tensor], state: BlockedState, params: Tre
 
     Args:
         stacks: {stack: (N, *block)}, with all blocks: not from a `sharded` state on several ranks.
-        state: of the `blocked` that they are from.
+        state: that of the `blocked` that they come from.
         params: the parameters, for their shapes.
 
     Returns:

@@ -148,10 +148,10 @@ class _Blocked:
                 state = inner.spread.begin(Leaves(names, leaves, leaves, layout), **context)
             else:
                 state = inner.init(stack_blocks(detached_parameters(leaves), layout), **context)
-        except UnfitLeafError as error:  # only here are stacks known as parameters
+        except UnfitLeafError as error:  # only here is a stack's parameter known
             own = [n for n, where in zip(names, layout.described) if error.leaf in where]
             raise UnfitLeafError(error.text, own[0] if own else error.leaf) from None
-        described = copy.deepcopy(layout.described)  # the layout is shared: a state is its owner's
+        described = copy.deepcopy(layout.described)  # layouts are shared, states are not
         return BlockedState(state, dict(zip(names, described)), started(inner.counts, clock))
 
     def _read(self, updates: Tree, state: BlockedState, params: Tree) -> Given:
@@ -160,7 +160,7 @@ class _Blocked:
             known = leaves
         else:
             (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
-        if problem := problem_of_gradients(leaves, known):  # of an earlier stage's updates, too
+        if problem := problem_of_gradients(leaves, known):  # also for an earlier stage's updates
             raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is False and self.inner.needs:
@@ -238,7 +238,7 @@ class _Blocked:
 
 
 def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], given: str) -> None:
-    """Check that gradients have the rows that init laid out for the parameters of their names."""
+    """Check that gradients have the rows that init laid out for parameters of the same names."""
     if not names:  # in torch.compile
         if list(state.layout.values()) != layout.described:
             raise ValueError("the gradients do not fit the state: init saw other parameters.")

@@ -58,7 +58,7 @@ class Views:
     """Rows gathered from views of the leaves, and updates written to views of new ones.
 
     Args:
-        copies: whether the updates are in memory that the next step reuses.
+        copies: whether to copy the updates, which are in memory that the next step reuses.
     """
 
     def __init__(self, parts: Parts, given: Given, copies: bool = False) -> None:
@@ -106,7 +106,7 @@ class Views:
 
 
 class Traced:
-    """The same with new tensors only, as required by torch.func, autograd and torch.compile."""
+    """`Views` with new tensors only, as required by torch.func, autograd and torch.compile."""
 
     def __init__(self, given: Given) -> None:
         self._given = given

@@ -41,7 +41,7 @@ Missing: TypeAlias = Mapping[str, Collection[int]]
 
 
 class Leaves(NamedTuple):
-    """What is stepped, in an order that has to be the same on all ranks.
+    """What is stepped, in an order that must be the same on all ranks.
 
     Attributes:
         names: of the leaves.
@@ -271,7 +271,7 @@ class Executors:
         self._known: dict[int, Executor] = {}
 
     def of(self, layout: Layout) -> Executor:
-        """The executor of this layout. Layouts are cached, so that identity identifies them."""
+        """The executor of this layout. Layouts are cached, so they are compared by identity."""
         if torch.compiler.is_dynamo_compiling():
             return Executor(layout, self._size)
         found = self._known.get(id(layout))

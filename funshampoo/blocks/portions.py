@@ -1,10 +1,10 @@
 """The portions of a step: some rows of some stacks at a time.
 
-Blocks are independent, so they may be stepped in any order. Stage by stage on all of them, a step
-holds several tensors as large as the model; they don't fit into a cache, and on a CPU new memory
-costs a page fault every 4 KiB, often more than the arithmetic on it. So a step that may write into
-its state goes tile by tile: a tile goes through all stages before the next one starts, and its
-numbers are the same as in the whole. Rows without a gradient are in no portion.
+Blocks are independent, so they may be stepped in any order. If each stage ran on all of them, a
+step would hold several tensors as large as the model; they don't fit into a cache, and on a CPU new
+memory costs a page fault every 4 KiB, often more than the arithmetic on it. So a step that may
+write into its state goes tile by tile: a tile goes through all stages before the next one starts,
+with the same results as without tiles. Rows without a gradient are in no portion.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Blocks: TypeAlias = Mapping[str, tuple[tuple[int, ...], int]]  # {stack: (block,
 
 NUMBERS = 2**20
 """Most numbers in a tile, for each of two kernel threads or more: 4 MiB in float32, of which a step
-holds about four, so that they fit into a CPU's last cache. Up to here all is one tile."""
+holds about four, so that they fit into a CPU's last cache. Up to this, everything is one tile."""
 
 SHARE = 4
 """A stack with more work than `FLOPS` is cut into tiles of about this share of all numbers, so that
@@ -34,8 +34,8 @@ NUMBERS_ELSEWHERE = 2**26
 hundred launches take, and a large model's step holds no copies of it."""
 
 NUMBERS_AT_ONCE = 2**22
-"""On a step that refreshes roots all is one tile up to here, and tiles are as large as `NUMBERS`
-allows beyond: threads share the roots of a tile, and each tile makes them wait for the last."""
+"""On a step that refreshes roots everything up to this is one tile, and beyond it tiles are as
+large as `NUMBERS` allows: threads share a tile's roots, and in each tile wait for the last."""
 
 FLOPS = 1e9
 """Operations of a tile's products, approximately: ten milliseconds or more, compared with which

@@ -68,8 +68,8 @@ _WAYS = 8  # to cut all rows: as one, in tiles, in tiles of a refresh, and betwe
 class Parts(dict[tuple[str, range], Rows]):
     """{(stack, some of its rows): where they come from}, computed on first use.
 
-    It is cleared once it holds more than a few ways to cut all rows: if gradients are None now
-    here, now there, new spans keep coming, n² / 2 for a stack of n rows.
+    It is cleared once it holds more than a few ways to cut all rows: if different gradients are
+    None from step to step, new spans keep coming, n² / 2 for a stack of n rows.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -176,8 +176,8 @@ def _split(values: Tensor, rows: Rows) -> list[Tensor]:
 def _lines(views: Sequence[Tensor], order: int, dtype: torch.dtype) -> list[Tensor] | None:
     """The same rows as views (rows, *block) for a single torch.cat; or None.
 
-    On a GPU it copies them twice as fast as `_foreach_copy_`, for which most views are not plain
-    memory, with one launch for 128 of them instead of one each.
+    On a GPU, torch.cat copies them twice as fast as `_foreach_copy_`, for which most views are not
+    plain memory: one launch for 128 of them instead of one each.
     """
     found: list[Tensor] = []
     for view in views:

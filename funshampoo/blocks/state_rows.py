@@ -37,7 +37,7 @@ class StateRows:
         self._known: dict[Any, Part] = {}
 
     def part(self, state: Any, portion: Portion) -> tuple[Any, Part]:
-        """(the state of these rows, which of the leaves it has). Views, if it has rows."""
+        """(the state of these rows, which leaves it has). Tensors with rows are views."""
         leaves, structure = flatten(state)
         if torch.compiler.is_dynamo_compiling():
             return self._cut(leaves, self._found(state, structure, len(leaves), portion))
