@@ -34,7 +34,7 @@ class Memory:
         self.runs: list[GroupRun] = []
         self._left: Left = {}
         self.notes: dict[Tensor, dict[str, Any]] = {}
-        self.writes = 0  # how often somebody has changed something between steps
+        self.writes = 0  # the number of changes made between steps
         self._forgotten: set[Tensor] = set()  # parameters that are reset at the next step
 
     def match(self, groups: Sequence[Group], make: MakeRun) -> None:

@@ -46,7 +46,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
             recipe changes, unless that switches something on; for your own recipe, if lr is a
             tensor that it reads on every step (as `scale_by_learning_rate` does).
         cuda_graph: True records steps as CUDA graphs, group by group, and replays them: see
-            `funshampoo.cuda_graphed`, and docs/gpu.md. Valid as for compile; the tensor on the GPU.
+            `funshampoo.cuda_graphed`, docs/gpu.md. Valid as for compile, if the tensor is on a GPU.
         tf32: True rounds the products of every step to TF32 on a GPU: see `funshampoo.in_tf32`.
         stochastic_rounding: True for parameters in bfloat16 or float16 (without any the first step
             raises ValueError), which lose small steps otherwise; `funshampoo.stochastic_rounding`.

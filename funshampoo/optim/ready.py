@@ -20,7 +20,7 @@ from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState
 
 ByParameter = dict[Tensor, dict[str, Tensor]]  # without shared entries
-Left = dict[Tensor, dict[str, Tensor]]  # of parameters that left a group, or before they join one
+Left = dict[Tensor, dict[str, Tensor]]  # of parameters outside all groups, with shared entries
 Look = tuple[Any, ...]
 
 

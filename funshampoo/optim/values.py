@@ -34,7 +34,7 @@ def untouched(now: list[Any], before: list[Any]) -> bool:
 
 
 def is_fixed(value: Any) -> bool:
-    """Whether it is immutable, unlike a tensor, a list or a dict."""
+    """Whether it can't have been written to, unlike a tensor, a list or a dict."""
     if type(value) is tuple:
         return all(map(is_fixed, value))
     return not isinstance(value, (Tensor, list, dict))
