@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from funshampoo.core.checks import check_choice
 from funshampoo.models.groups import (
     Recipe,
     Routes,
-    default_rate,
     for_new_runs,
     grouped,
+    rate_of_others,
     recipe_of,
     scaled,
     warn_of_routes,
@@ -65,8 +65,9 @@ def for_model(
         method: a name in `funshampoo.recipes.RECIPES`, or a recipe: a function of the learning
             rate, and of `merge` if it is to distinguish the matrices of a stack.
         lr: the method's learning rate.
-        other_lr: the learning rate of everything else; None: the default of `others`, 1e-3 for
-            AdamW. One method's rate says nothing about another's: give the one you used for AdamW.
+        other_lr: the learning rate of everything else, such as the one you used for AdamW. None:
+            lr, if the steps of both methods are as long as Adam's (`recipes.OF_ADAMS_LENGTH`);
+            else the default of `others`, 1e-3 for AdamW.
         others, other_options: a name or a recipe, and its arguments, such as betas. Unless these
             say otherwise, vectors do not decay.
         method_roles: the roles that get the method.
@@ -99,8 +100,8 @@ def for_model(
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = for_model(model, "soap", lr=3e-3, weight_decay=0.1)
     >>> [(g["role"], g["param_names"], g["lr"]) for g in optimizer.param_groups]
-    [('matrix', ['0.weight'], 0.003), ('head', ['2.weight'], 0.001), \
-('vector', ['0.bias', '2.bias'], 0.001)]
+    [('matrix', ['0.weight'], 0.003), ('head', ['2.weight'], 0.003), \
+('vector', ['0.bias', '2.bias'], 0.003)]
     """
     main, rest = recipe_of("method", method), recipe_of("others", others)
     options = for_new_runs(main) | options
@@ -113,8 +114,9 @@ def for_model(
     parameters = dict(model.named_parameters())
     extra = {n: extra_settings(s) for n, s in settings_of(found, overrides).items()}
     _check_options(main, rest, lr, options)
-    plain = _of_others(rest, other_lr, other_options)
-    routes = Routes(main, {"lr": lr, **options}, rest, plain, frozenset(method_roles))
+    own = {"lr": lr, **options}
+    plain = _of_others(rest, other_lr, other_options, lambda: rate_of_others(rest, main, own))
+    routes = Routes(main, own, rest, plain, frozenset(method_roles))
     settings = {n: routes.settings(kind, extra[n]) for n, kind in found.items()}
     if base is not None:
         factors = rate_factors_of(parameters, found, base, settings)
@@ -147,14 +149,14 @@ def _check_options(main: Recipe, rest: Recipe, lr: Any, options: Mapping[str, An
         raise
 
 
-def _of_others(rest: Recipe, rate: Any, options: Any) -> dict[str, Any]:
+def _of_others(rest: Recipe, rate: Any, options: Any, default: Callable[[], Any]) -> dict[str, Any]:
     """The arguments of the other recipe, by torch.optim's names."""
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"other_options is {options!r}; give a dict of arguments.")
     own = for_new_runs(rest) | dict(options or {})
     if rate is not None and "lr" in own:
         raise TypeError("other_lr and the 'lr' of other_options are one number: give one of them.")
-    plain = {"lr": default_rate(rest) if rate is None and "lr" not in own else rate, **own}
+    plain = {"lr": default() if rate is None and "lr" not in own else rate, **own}
     Vocabulary(rest, plain).defaults(plain)  # raises for one that it does not take
     return plain
 

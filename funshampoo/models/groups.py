@@ -13,7 +13,7 @@ from funshampoo.core.checks import hint
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.models.kinds import ROLES, Kind
 from funshampoo.optim.vocabulary import Vocabulary
-from funshampoo.recipes import ELEMENTWISE, RECIPES
+from funshampoo.recipes import ELEMENTWISE, OF_ADAMS_LENGTH, RECIPES
 
 Recipe: TypeAlias = Callable[..., GradientTransformation]
 
@@ -99,6 +99,19 @@ def default_rate(recipe: Recipe) -> Any:
             "as other_lr, or as 'lr' in overrides where the method stands."
         )
     return rate
+
+
+def rate_of_others(rest: Recipe, main: Recipe, options: Mapping[str, Any]) -> Any:
+    """The rate of the other recipe where none is given: the method's, if their steps are as long.
+
+    Args:
+        options: the method's arguments, lr among them.
+    """
+    both = {getattr(recipe, "func", recipe) for recipe in (rest, main)}  # of a partial
+    if not both <= {RECIPES[name] for name in OF_ADAMS_LENGTH}:
+        return default_rate(rest)
+    grafting = Vocabulary(main, options).defaults(options).get("grafting", "adam")
+    return options["lr"] if grafting in ("adam", "rms") else default_rate(rest)
 
 
 def _arguments(recipe: Recipe) -> Collection[str]:

@@ -37,3 +37,6 @@ RECIPES: dict[str, Callable[..., GradientTransformation]] = {
 
 ELEMENTWISE = frozenset({"adamw", "lion", "sgd", "sign_descent"})
 """Those to which a matrix is its entries; all others take `merge`, to know one from another."""
+
+OF_ADAMS_LENGTH = frozenset({"adamw", "eigenvalue_shampoo", "kl_soap", "shampoo", "soap"})
+"""Those whose steps are by default as long as Adam's, so that one learning rate serves both."""

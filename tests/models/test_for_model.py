@@ -18,7 +18,7 @@ import funshampoo as fs
 from funshampoo.blocks import Stacked
 from funshampoo.models import METHOD_ROLES
 from funshampoo.models.groups import for_new_runs
-from funshampoo.recipes import ELEMENTWISE, RECIPES
+from funshampoo.recipes import ELEMENTWISE, OF_ADAMS_LENGTH, RECIPES
 from tests.models.zoo import ZOO, Experts, ResNet, gpt2, llama, mixtral
 
 D = torch.float64
@@ -135,6 +135,31 @@ def test_shampoo_begins_with_the_better_exponent() -> None:
         1 / 3
     ]
     assert fs.Shampoo([nn.Parameter(torch.zeros(2, 2))]).param_groups[0]["exponents"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        *[({"method": name}, 0.02) for name in sorted(OF_ADAMS_LENGTH)],
+        *[({"method": name}, 1e-3) for name in sorted(RECIPES.keys() - OF_ADAMS_LENGTH)],
+        ({"method": functools.partial(fs.soap, every=5)}, 0.02),
+        ({"method": functools.partial(fs.shampoo, grafting="sgd")}, 1e-3),
+        ({"method": "shampoo", "grafting": None}, 1e-3),
+        ({"method": "shampoo", "grafting": "rms"}, 0.02),
+        ({"method": "soap", "others": "lion"}, 1e-4),
+        ({"method": "soap", "others": "soap"}, 0.02),
+        ({"method": "soap", "other_lr": 0.1}, 0.1),
+        ({"method": "soap", "other_options": {"lr": 0.1}}, 0.1),
+    ],
+)
+def test_the_rest_has_the_rate_if_steps_are_as_long(options: Any, expected: float) -> None:
+    """AdamW's 1e-3 beside a larger rate undid most of what a method gained."""
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6))
+    groups = fs.for_model(model, **{"lr": 0.02, **options}).param_groups
+    rates = {group["role"]: group["lr"] for group in groups}
+    assert rates.keys() == {"matrix", "embedding", "head", "vector"}
+    assert rates.pop("matrix") == 0.02
+    assert set(rates.values()) == {expected}
 
 
 def test_the_rest_is_torchs_adamw() -> None:
