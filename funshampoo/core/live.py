@@ -53,6 +53,7 @@ class Live:
         return value if self.function is None else self.function(value)
 
 
+@dataclasses.dataclass(frozen=True)
 class Derived:
     """A schedule that is a function of others, or of live numbers.
 
@@ -61,8 +62,8 @@ class Derived:
         numbers: each a number, a live number or a schedule.
     """
 
-    def __init__(self, function: Callable[..., Any], *numbers: Any) -> None:
-        self.function, self.numbers = function, numbers
+    function: Callable[..., Any]
+    numbers: tuple[Any, ...]
 
     def __call__(self, count: Tensor, hyper: Numbers = NO_NUMBERS) -> Any:
         """The value at an old step count, with these live numbers."""

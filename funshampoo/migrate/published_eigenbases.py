@@ -122,7 +122,7 @@ def decayed_steps(lr: Hyper | Schedule, weight_decay: Hyper) -> tuple[GradientTr
         return lr * weight_decay - 1
 
     return (
-        scale_by_learning_rate(Derived(share, lr, weight_decay)),
+        scale_by_learning_rate(Derived(share, (lr, weight_decay))),
         add_decayed_weights(weight_decay),
         scale_by_learning_rate(lr),
         _by_steps("not_at_first", lambda steps: (steps > 0).double()),

@@ -96,7 +96,7 @@ def warmed(lr: Hyper | Schedule, warmup_steps: int) -> Hyper | Schedule:
     def warm(count: Tensor, lr: Any) -> Any:
         return lr * torch.clamp((count + 1).double() / warmup_steps, max=1.0)
 
-    return Derived(warm, lr)
+    return Derived(warm, (lr,))
 
 
 def rectified(lr: Hyper | Schedule, beta2: float, before: float) -> Schedule:
@@ -107,7 +107,7 @@ def rectified(lr: Hyper | Schedule, beta2: float, before: float) -> Schedule:
         grown = (rho - 4) * (rho - 2) * most / ((most - 4) * (most - 2) * rho)
         return lr * torch.where(rho > 4, torch.sqrt(torch.clamp(grown, min=0.0)), before)
 
-    return Derived(rate, lr)
+    return Derived(rate, (lr,))
 
 
 def once_known(inner: GradientTransformation, beta2: float) -> GradientTransformation:

@@ -145,7 +145,7 @@ def _looking_ahead(
         share: Tensor = here.double() * now  # as a product, which needs no copy from the host
         return share
 
-    return ema_nesterov(Derived(ahead, rate, first), given["lookahead_ema"])
+    return ema_nesterov(Derived(ahead, (rate, first)), given["lookahead_ema"])
 
 
 def trust(floor: float, cap: float, floor_end: int, fade_end: int) -> tuple[Schedule, Schedule]:

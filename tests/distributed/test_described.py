@@ -56,6 +56,14 @@ def test_a_description_has_every_number(options: dict[str, Any]) -> None:
     assert print_of(plain) != print_of(other)
 
 
+@pytest.mark.parametrize("name", ["lr", "warmup_steps"])
+def test_numbers_of_a_schedule_made_of_others_are_told(name: str) -> None:
+    args = {"lr": 0.5, "warmup_steps": 5}
+    found = [described(fs.from_published("SGDScheduleFree", **args)) for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0] != described(fs.from_published("SGDScheduleFree", **{**args, name: 6}))
+
+
 def test_of_a_users_function_only_the_name_is_told() -> None:
     """What it has closed over may well differ from rank to rank."""
 
