@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for every in (10, 3, 1)
     },
     **{f"{FIRST}, {name}": options for name, options in OPTIONS.items()},
+    "1/3, every 10, beta3 = beta1²": {"exponents": 1 / 3, "beta3": 0.81},
 }
 
 
