@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funshampoo.blocks.copies import Given, Traced, Views
 from funshampoo.blocks.executor import Executors, Leaves, Put
-from funshampoo.blocks.layout import Layout, Merge, layout_of, leaf_keys
+from funshampoo.blocks.layout import Layout, LeafKeys, Merge, layout_of, leaf_keys
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
 from funshampoo.combinators.failures import FailureLimitError, failing_blocks, failure_limit_error
@@ -22,6 +22,7 @@ from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.fit import Entered
 from funshampoo.core.misfit import misfit
 from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
@@ -105,8 +106,8 @@ def blocked(
     if tile is not None and tile != "auto":
         check_count("tile", tile)
 
-    def layout(leaves: list[Tensor]) -> Layout:  # a closure: to torch.compile its numbers are fixed
-        return layout_of(leaf_keys(leaves), max_size, merge, keep)
+    def layout(keys: LeafKeys) -> Layout:  # a closure: to torch.compile its numbers are fixed
+        return layout_of(keys, max_size, merge, keep)
 
     blocks = _Blocked(inner, layout, with_params, Executors(tile))
     return GradientTransformation(
@@ -128,7 +129,7 @@ class _Blocked:
     """`blocked` with its arguments."""
 
     inner: GradientTransformation
-    layout: Callable[[list[Tensor]], Layout]
+    layout: Callable[[LeafKeys], Layout]
     with_params: bool | Mask
     executors: Executors = field(repr=False)
 
@@ -141,7 +142,7 @@ class _Blocked:
         if block_ndim:
             raise ValueError("blocked inside blocked: the parameters are cut into blocks already.")
         leaves, _ = flatten(params)
-        layout, names = self.layout(leaves), leaf_names(params)
+        layout, names = self.layout(leaf_keys(leaves)), leaf_names(params)
         context |= {"block_ndim": 1, "clock": clock or inner.counts}
         try:
             if in_parts:
@@ -154,23 +155,15 @@ class _Blocked:
         described = copy.deepcopy(layout.described)  # layouts are shared, states are not
         return BlockedState(state, dict(zip(names, described)), started(inner.counts, clock))
 
-    def _read(self, updates: Tree, state: BlockedState, params: Tree) -> Given:
-        if params is None:
-            leaves, spec = flatten(updates)
-            known = leaves
-        else:
-            (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
-        if problem := problem_of_gradients(leaves, known):  # also for an earlier stage's updates
-            raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
+    def _read(self, updates: Tree, state: BlockedState, params: Tree, entered: Any) -> Given:
+        leaves, known, spec, keys = _leaves_of(updates, params, entered)
         missing = [i for i, leaf in enumerate(leaves) if leaf is None]
         if self.with_params is False and self.inner.needs:
             raise without_parameters(self.inner.needs, block_ndim=1)
         if self.with_params is not False and params is None:  # from `run`, which is unchecked
             raise without_parameters("blocked", block_ndim=0)
-        if missing and params is None:
-            raise ValueError(_shape_unknown(updates))
         # The parameters' dtype is used: a gradient of another one is cast as it enters its stack.
-        layout = self.layout(known)
+        layout = self.layout(keys)
         called = [] if isinstance(spec, TracedSpec) else names_in(spec)
         _check_layout(layout, state, called, "gradients" if params is None else "parameters")
         shown = None if self.with_params is False else _shown(params, self.with_params)
@@ -191,7 +184,7 @@ class _Blocked:
         *,
         in_place: bool = False,
     ) -> tuple[Tree, BlockedState]:
-        given, inner = self._read(updates, state, params), self.inner
+        given, inner = self._read(updates, state, params, context.entered), self.inner
         here, own, said = self._inside(given, state, context), given.known, given.described
         run, missing = self.executors.of(given.layout), given.missing_rows()
         found: list[Any] = []
@@ -237,6 +230,24 @@ class _Blocked:
             raise failure_limit_error(blocks, error.max_failures) from None
 
 
+def _leaves_of(
+    updates: Tree, params: Tree, entered: Entered | None
+) -> tuple[list[Any], list[Any], Any, LeafKeys]:
+    """(gradients, parameters, their structure, the properties that the layout depends on)."""
+    if entered and entered.alike and entered.has(updates, params):
+        return entered.gradients, entered.known, entered.looks.spec, tuple(entered.looks.leaves)
+    if params is None:
+        leaves, spec = flatten(updates)
+        known = leaves
+        if any([leaf is None for leaf in leaves]):
+            raise ValueError(_shape_unknown(updates))
+    else:
+        (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
+    if problem := problem_of_gradients(leaves, known):  # also for an earlier stage's updates
+        raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
+    return leaves, known, spec, leaf_keys(known)
+
+
 def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], given: str) -> None:
     """Check that gradients have the rows that init laid out for parameters of the same names."""
     if not names:  # in torch.compile
@@ -272,7 +283,7 @@ def layout_in(transformation: GradientTransformation, params: Tree) -> Layout:
             f"transformation contains {len(found)} blocked(...); a plan distributes the blocks of "
             "exactly one."
         )
-    return found[0].layout(flatten(params)[0])
+    return found[0].layout(leaf_keys(flatten(params)[0]))
 
 
 def shows_parameters(transformation: GradientTransformation) -> bool:

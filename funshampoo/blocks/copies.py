@@ -90,8 +90,7 @@ class Views:
         if not self._copies and found.whole:
             updates, parameters = self._found, self._given.layout.parameters
             for i, own in zip(found.whole, values.unbind(0)):
-                shape = parameters[i].shape
-                updates[i] = own if own.shape == shape else own.reshape(shape)
+                updates[i] = own if found.as_is else own.reshape(parameters[i].shape)
             return
         for i in {part.parameter for part in found.parts}:
             self._found[i] = self._empty(i) if self._found[i] is None else self._found[i]

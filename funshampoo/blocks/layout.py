@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from funshampoo.core.tree import HALF
 from funshampoo.state.places import Span
 
 Merge: TypeAlias = Literal["none", "small", "matrix"] | Callable[[tuple[int, ...]], Sequence[int]]
-LeafKey: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device]
+LeafKeys: TypeAlias = tuple[tuple[Any, ...], ...]
+"""For every leaf (shape, dtype, device, layout), as `core.fit` compares them."""
 
 
 class Region(NamedTuple):
@@ -120,25 +121,25 @@ def merged_shape(
     return tuple(reversed(groups))
 
 
-def leaf_keys(leaves: Sequence[Tensor]) -> tuple[LeafKey, ...]:
+def leaf_keys(leaves: Sequence[Tensor]) -> LeafKeys:
     """The properties of the leaves that the layout depends on."""
-    return tuple([(x.shape, x.dtype, x.device) for x in leaves])
+    return tuple([(x.shape, x.dtype, x.device, x.layout) for x in leaves])
 
 
-def layout_of(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
+def layout_of(leaves: LeafKeys, max_size: int | None, merge: Merge, keep: int) -> Layout:
     """The layout of a tree with these leaves. Cached, except when torch.compile traces."""
     find = _layout if torch.compiler.is_dynamo_compiling() else _remembered_layout
     return find(leaves, max_size, merge, keep)
 
 
-def _layout(leaves: tuple[LeafKey, ...], max_size: int | None, merge: Merge, keep: int) -> Layout:
+def _layout(leaves: LeafKeys, max_size: int | None, merge: Merge, keep: int) -> Layout:
     # Only half precision is stacked in a wider dtype: a gradient of integers must differ here.
-    wide = [torch.float32 if dtype in HALF else dtype for _, dtype, _ in leaves]
+    wide = [torch.float32 if dtype in HALF else dtype for _, dtype, *_ in leaves]
     several_dtypes = len(set(wide)) > 1
-    several_devices = len({device for _, _, device in leaves}) > 1
+    several_devices = len({device for _, _, device, *_ in leaves}) > 1
     stacks: dict[str, Stack] = {}
     parameters = []
-    for (given, _, device), dtype in zip(leaves, wide):
+    for (given, _, device, *_), dtype in zip(leaves, wide):
         # A graph that has seen other sizes has symbols here: `range` makes torch read the number.
         shape = tuple([len(range(side)) for side in given])
         if 0 in shape:

@@ -52,12 +52,14 @@ class Rows(NamedTuple):
 
     Attributes:
         whole: the parameters, if each row is one; else empty.
+        as_is: whether all of these have a block's shape.
         counts: rows of all pieces, in order.
         shapes: the shapes of the pieces.
     """
 
     parts: list[Part]
     whole: list[int]
+    as_is: bool
     counts: list[int]
     shapes: list[tuple[int, ...]]
 
@@ -88,11 +90,13 @@ class Parts(dict[tuple[str, range], Rows]):
         uncut = all(part.region.block == self._merged(part) for part in parts)
         whole = [part.parameter for part in parts] if uncut else []
         shapes = [piece.shape for piece in pieces]
+        block = self.layout.stacks[key[0]].block
+        as_is = all([self.layout.parameters[i].shape == block for i in whole])
         self._held += len(parts)
         if self._held > self._most:
             self.clear()
             self._held = len(parts)
-        found = self[key] = Rows(parts, whole, [piece.rows for piece in pieces], shapes)
+        found = self[key] = Rows(parts, whole, as_is, [piece.rows for piece in pieces], shapes)
         return found
 
     def _merged(self, part: Part) -> tuple[int, ...]:
@@ -112,10 +116,9 @@ class Parts(dict[tuple[str, range], Rows]):
         found = self[stack, rows]
         block, dtype = self.layout.stacks[stack].block, self.layout.stacks[stack].dtype
         if found.whole:
-            blocks = [
-                x if x.shape == block and x.dtype == dtype else x.reshape(block).to(dtype)
-                for x in map(leaves.__getitem__, found.whole)
-            ]
+            blocks = [leaves[i] for i in found.whole]
+            if not found.as_is or any([x.dtype != dtype for x in blocks]):
+                blocks = [x.reshape(block).to(dtype) for x in blocks]
             return torch.stack(blocks) if len(blocks) > 1 else blocks[0].contiguous().unsqueeze(0)
         views = self._views(found, leaves)
         if len(views) == 1:
@@ -158,8 +161,7 @@ class Parts(dict[tuple[str, range], Rows]):
         found = self[stack, rows]
         if found.whole:
             block = self.layout.stacks[stack].block
-            whole = map(leaves.__getitem__, found.whole)
-            own = [x if x.shape == block else x.reshape(block) for x in whole]
+            own = [leaves[i] if found.as_is else leaves[i].reshape(block) for i in found.whole]
             return own, list(values.unbind(0))
         return self._views(found, leaves), _split(values, found)
 

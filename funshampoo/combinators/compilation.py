@@ -123,6 +123,7 @@ class _ByGraph:
             context,
             step=self._steps.setdefault((phase, context.refresh), 1 if t is None else t),
             hyper=_as_tensors(context.hyper),
+            entered=None,  # its tensors would be a graph's inputs
             usable=bool(usable),
         )
         if phase not in self._graphs:

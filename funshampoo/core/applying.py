@@ -167,18 +167,18 @@ class Entering(NamedTuple):
                 "update, which returns the updates."
             )
         updates, entered = tx.checked(updates, state, params, context)
-        check_writable(params, updates, tensors)
+        check_writable(params, entered.known, entered.gradients, tensors)
         return changed(self, updates=updates, entered=entered)
 
     def applied(self) -> State:
         """The state after the step."""
         tx, updates, state, params, context, ascends, entered = self
         assert entered is not None, "nobody has checked it"
-        casts = entered.unlike and not tx.casts
+        casts = entered.looks.unlike and not tx.casts
         if casts or ascends:
             updates = as_entering(updates, params, casts, ascends)
-        new = applied(tx, updates, state, params, context)
-        tx._fits.made((None, new), entered)
+        new = applied(tx, updates, state, params, changed(context, entered=entered))
+        tx._fits.made((None, new), entered.looks)
         return new
 
 

@@ -35,8 +35,9 @@ class Context(NamedTuple):
             else 1. None: all are 1.
         hyper: {name: number or tensor}: the values of live numbers, see `core.live`.
         extra: the caller's own keyword arguments.
-        usable: everything that enters has been checked to be finite. Neither callers nor functions
-            can use this name.
+        entered: what entered the outermost transformation (`core.fit.Entered`), for a part that
+            gets the same trees. Neither callers nor functions can use this name, or the next.
+        usable: everything that enters has been checked to be finite.
     """
 
     upstream: tuple[Any, ...] = ()
@@ -52,6 +53,7 @@ class Context(NamedTuple):
     alive: Any = None
     hyper: Mapping[str, Any] = NOTHING
     extra: Mapping[str, Any] = NOTHING
+    entered: Any = None
     usable: bool = False
 
     @property
@@ -61,7 +63,8 @@ class Context(NamedTuple):
 
 
 EMPTY = Context()
-PLACES = {n: i for i, n in enumerate(Context._fields) if n not in ("extra", "usable")}
+_OWN = ("extra", "entered", "usable")
+PLACES = {n: i for i, n in enumerate(Context._fields) if n not in _OWN}
 
 
 NodeT = TypeVar("NodeT", bound=tuple[Any, ...])

@@ -25,7 +25,7 @@ from funshampoo.core.adapting import (
     without_state,
 )
 from funshampoo.core.checks import check_state
-from funshampoo.core.context import EMPTY, Context, context_of
+from funshampoo.core.context import EMPTY, Context, changed, context_of
 from funshampoo.core.fit import Entered, Fits
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
@@ -223,16 +223,16 @@ class GradientTransformation:
         if torch.compiler.is_dynamo_compiling():
             return self.run(placed_as(updates, params), state, params, given)
         updates, entered = self.checked(updates, state, params, given)
-        if entered.unlike and not self.casts:
+        given, looks = changed(given, entered=entered), entered.looks
+        if looks.unlike and not self.casts:
             updates = as_entering(updates, params, casts=True)
-        if entered.of_module:
-            params = unrecorded(params, updates)
+        params = unrecorded(params, updates) if looks.of_module else params
         if given.donate:
             with Watched(state):
                 found = self.run(updates, state, params, given)
         else:
             found = self.run(updates, state, params, given)
-        self._fits.made(found, entered)
+        self._fits.made(found, looks)
         return found
 
     def checked(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import optree
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from funshampoo.core.context import Context
+from funshampoo.core.context import Context, changed
 from funshampoo.core.interrupted import check_unmarked, tensors_of
 from funshampoo.core.misfit import misfit
 from funshampoo.core.parameters import NotAParameterError, check_gradients
@@ -30,7 +30,7 @@ _STATE_LOOK = attrgetter("shape", "dtype", "device")
 _REMEMBERED = 64  # kinds of parameters and states that one transformation steps in turn
 
 
-class Entered(NamedTuple):
+class Looks(NamedTuple):
     """The looks of what has entered a step.
 
     Attributes:
@@ -43,6 +43,32 @@ class Entered(NamedTuple):
     leaves: list[Any]
     unlike: bool
     of_module: bool
+
+
+class Entered(NamedTuple):
+    """What has entered a step.
+
+    Attributes:
+        updates, params: the trees.
+        gradients, known: their leaves; without parameters, both those of the gradients.
+        alike: whether every parameter has a gradient of its shape, dtype and device, and these are
+            parameters that the state is known to fit: then nobody inside compares them again.
+    """
+
+    looks: Looks
+    updates: Any
+    params: Any
+    gradients: list[Any]
+    known: list[Any]
+    alike: bool
+
+    def has(self, updates: Any, params: Any) -> bool:
+        """Whether these are its trees, with the same leaves: a stage may have replaced some."""
+        if updates is not self.updates or params is not self.params:
+            return False
+        now = optree.tree_leaves((updates, params), none_is_leaf=True)
+        then = [*self.gradients, *self.known]
+        return len(now) == len(then) and all(map(is_, now, then))
 
 
 class _Known(NamedTuple):
@@ -73,7 +99,7 @@ class Fits:
     def __init__(self, init: Callable[[Any, Any], Any], names: Callable[[], Any]) -> None:
         self._init, self._names = init, names
         self._known: list[_Known] = []
-        self._last: tuple[Any, Callable[[], Any], Entered | None] = (0, lambda: None, None)
+        self._last: tuple[Any, Callable[[], Any], Looks | None] = (0, lambda: None, None)
         self._stepped = False  # since the last addition
 
     def remember(self, params: Any, state: Any) -> None:
@@ -82,7 +108,7 @@ class Fits:
         self._remember(spec, _looks(leaves), *_look_of(state))
 
     def checked(self, updates: Any, state: Any, params: Any, context: Context) -> Entered:
-        """What enters, for `made`. Nothing is remembered of it here: others may enter meanwhile.
+        """What enters. Nothing is remembered of it here: others may enter meanwhile.
 
         Raises:
             ValueError: gradients, parameters and state do not fit together (names what differs).
@@ -99,11 +125,13 @@ class Fits:
             if spec != other:
                 raise ValueError(structures_differ(params, updates, "gradients"))
             wanted = _looks(known)
-        unlike = wanted != looks and check_gradients(leaves, known, updates)
-        entered = Entered(spec, wanted, unlike, Parameter in map(type, known))
+        same = wanted == looks
+        unlike = not same and check_gradients(leaves, known, updates)
+        own = Looks(spec, wanted, unlike, Parameter in map(type, known))
+        entered = Entered(own, updates, params, leaves, known, same and params is not None)
         left, its_first, before = self._last
         ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
-        if left == ids and its_first() is first and before == entered:
+        if left == ids and its_first() is first and before == own:
             return entered
         nodes, tensors = _look_of(state)
         if self._knows(spec, wanted, nodes, tensors):
@@ -113,10 +141,10 @@ class Fits:
             given = "gradients" if params is None else "parameters"
             self._check_unknown(state, known, spec, given)
             self._remember(spec, wanted, nodes, tensors)
-        return entered
+        return changed(entered, alike=False)
 
-    def made(self, result: Any, entered: Entered) -> None:
-        """Remember (updates, state) of a step, and what entered it.
+    def made(self, result: Any, looks: Looks) -> None:
+        """Remember (updates, state) of a step, and the looks of what entered it.
 
         Usually the next step continues from this state, which then is not checked again. A user's
         stage may have changed it in between, though it should not; its copies are then known.
@@ -126,9 +154,9 @@ class Fits:
             first = next(iter(tensors_of(state, 1)), None)
             if first is not None:  # a chain's is a dict, in which a stage's entry may be replaced
                 ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
-                self._last = ids, weakref.ref(first), entered
+                self._last = ids, weakref.ref(first), looks
             if self._known and not self._stepped:
-                look = (*entered[:2], *_look_of(state))
+                look = (*looks[:2], *_look_of(state))
                 if not self._knows(*look):
                     self._remember(*look)
                 self._stepped = True

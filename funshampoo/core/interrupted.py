@@ -99,16 +99,20 @@ def tensors_of(state: Any, most: int | None = None) -> list[Tensor]:
     found: list[Tensor] = []
     nodes: list[Any] = [(state,)]
     for node in nodes:  # it grows meanwhile: level by level, so that a clock comes first
-        if hasattr(node, "layout"):
+        if isinstance(node, dict):
+            node = node.values()
+        elif hasattr(node, "layout"):
             node = node._replace(layout=())
-        for child in node.values() if isinstance(node, dict) else node:
-            if isinstance(child, Tensor):
+        for child in node:  # a type is compared in a third of the time of isinstance(_, Tensor)
+            if type(child) is Tensor:
                 found.append(child)
-                if len(found) == most:
-                    return found
             elif isinstance(child, (dict, tuple, list)):
                 nodes.append(child)
-    return found
+            elif isinstance(child, Tensor):
+                found.append(child)
+        if most is not None and len(found) >= most:
+            break
+    return found[:most]
 
 
 def _versions(tensors: list[Tensor]) -> list[int] | None:

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.parameters import NotAParameterError, problem_of
-from funshampoo.core.tree import flatten, leaf_names
+from funshampoo.core.tree import leaf_names
 
 
-def check_writable(params: Any, updates: Any, state: Sequence[Tensor]) -> None:
+def check_writable(
+    params: Any, leaves: Sequence[Any], gradients: Sequence[Any], state: Sequence[Tensor]
+) -> None:
     """Raise for a parameter that can't be added to in place.
 
     Args:
+        params: the tree, for the names of its leaves.
+        leaves, gradients: what is in it, and a gradient or None for each.
         state: the tensors of the state.
 
     Raises:
@@ -29,8 +33,6 @@ def check_writable(params: Any, updates: Any, state: Sequence[Tensor]) -> None:
             "would record what is written to it on every step: call init with p.detach(), or under "
             "torch.no_grad(). To differentiate through steps, use update and apply_updates."
         )
-    leaves = flatten(params)[0]
-    gradients = flatten(updates)[0]
     plain = all([isinstance(p, Tensor) and p.is_floating_point() for p in leaves])
     if plain and all([p.is_contiguous() for p in leaves]):
         every = [x for x in (*leaves, *gradients) if x is not None]

@@ -98,10 +98,11 @@ def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     tensor(False)
     """
     # Keeps squares in range.
-    scale = values.abs().amax(-1).clamp(min=torch.finfo(A.dtype).tiny)[..., None, None]
-    v = probe_vectors(A)
-    image = (v @ Q * (values[..., None, :] / scale + 2)) @ Q.mT
-    return _is_small(image - torch.add((v / scale) @ A, v, alpha=2))
+    scale = values.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+    v = probe_vectors(A).expand(*A.shape[:-2], PROBES, A.shape[-1])
+    image = multiply(v, Q).mul_((values / scale).add_(2)[..., None, :])
+    wanted = multiply(v / scale[..., None], A).add_(v, alpha=2)
+    return _is_small(multiply(image, Q.mT).sub_(wanted))
 
 
 def is_orthogonal(Q: Tensor) -> Tensor:
@@ -118,10 +119,12 @@ def is_orthogonal(Q: Tensor) -> Tensor:
 
 def _is_small(x: Tensor) -> Tensor:
     """Whether (...) ‖x‖ ≤ 8 √ε ‖v‖ for all rows of x (..., PROBES, d), where v are the probes."""
-    small: Tensor = (x.square().sum(-1) <= _limits(x.shape[-1], x.dtype, x.device)).all(-1)
+    norms = torch.linalg.vector_norm(x, dim=x.ndim - 1)  # not -1: see `row_norms`
+    small: Tensor = (norms <= _limits(x.shape[-1], x.dtype, x.device)).all(-1)
     return small
 
 
 @constant
 def _limits(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return 64 * torch.finfo(dtype).eps * _probes(d, dtype, device).square().sum(-1)
+    limits: Tensor = 8 * torch.finfo(dtype).eps ** 0.5 * row_norms(_probes(d, dtype, device))
+    return limits

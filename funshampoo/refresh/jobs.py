@@ -11,8 +11,8 @@ from torch import Tensor
 
 from funshampoo.core.context import changed
 from funshampoo.core.modes import row_index
-from funshampoo.core.tree import map_leaves
-from funshampoo.linalg.solver import chooser
+from funshampoo.core.tree import flatten, map_leaves
+from funshampoo.linalg.solver import chooser, first
 from funshampoo.operators.packed import pack, unpack
 from funshampoo.refresh.rule import Found, Rule, tensors_of
 from funshampoo.refresh.workers import can_run_in_a_thread
@@ -103,9 +103,8 @@ class Job:
             if self._alive is not None:
                 alive = found.known & (taken(self._alive, rows) > 0)
                 found = changed(found, known=alive)
-            take = functools.partial(taken, rows=rows)
-            write = functools.partial(written, rows=rows, donate=donate)
-            kept = map_leaves(write, kept, renewed(found, map_leaves(take, kept), self.rule))
+            mine = map_leaves(functools.partial(taken, rows=rows), kept)
+            kept = written(kept, mine, renewed(found, mine, self.rule), rows, donate)
         return kept
 
     def _results(self) -> Iterator[tuple[Rows, Outcome]]:
@@ -172,7 +171,7 @@ def joined(parts: Sequence[RowsT]) -> RowsT:
 
 def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
     """New values where the rule converged on nonzero matrices, else the old ones."""
-    accepted, failed = found.converged & found.known, found.known & ~found.converged
+    accepted = found.converged & found.known
     choose = chooser(accepted)
 
     def chosen(i: int, x: Tensor, before: Tensor) -> Tensor:
@@ -180,10 +179,16 @@ def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
         # Always one memory layout, since the rounding of products depends on it.
         return choose(pack(x) if was_packed else x, before).contiguous()
 
+    value = tuple([chosen(i, *pair) for i, pair in enumerate(zip(found.value, old.value))])
+    numbers = found.residual.detach(), found.condition.detach()
+    if choose is first:
+        failures, streak = old.failures, torch.zeros_like(old.streak)
+        return Kept(value, *numbers, failures, streak, old.rounds + 1)
+    failed = found.known & ~found.converged
     return Kept(
-        value=tuple([chosen(i, *pair) for i, pair in enumerate(zip(found.value, old.value))]),
-        residual=choose(found.residual.detach(), old.residual),
-        condition=choose(found.condition.detach(), old.condition),
+        value=value,
+        residual=choose(numbers[0], old.residual),
+        condition=choose(numbers[1], old.condition),
         failures=old.failures + failed,
         streak=torch.where(failed, old.streak + 1, 0),
         rounds=old.rounds + accepted,
@@ -199,15 +204,28 @@ def taken(x: Tensor, rows: Rows) -> Tensor:
     return x.index_select(0, row_index(tuple(rows), x.device))
 
 
-def written(x: Tensor, new: Tensor, rows: Rows, donate: bool) -> Tensor:
-    """x with new values in these rows; in its own memory if it is donated.
+def written(kept: Kept, mine: Kept, new: Kept, rows: Rows, donate: bool) -> Kept:
+    """The kept values with new ones in these rows; in their own memory if it is donated.
 
     Not if a derivative is needed, which may use the old values.
+
+    Args:
+        mine: what `taken` takes of them.
     """
-    if not donate or x.requires_grad or new.requires_grad:
-        return new if rows is None else x.index_copy(0, row_index(tuple(rows), x.device), new)
-    if rows is None or isinstance(rows, range):
-        taken(x, rows).copy_(new)
-    else:
-        x.index_copy_(0, row_index(tuple(rows), x.device), new)
-    return x
+    if rows is None and not donate:
+        return new
+    targets, sources = flatten(mine)[0], flatten(new)[0]
+    if any([x.requires_grad for x in (*targets, *sources)]):
+        donate = False
+    if donate and (rows is None or isinstance(rows, range)):
+        torch._foreach_copy_(targets, sources)  # `mine` are views
+        return kept
+
+    def put(x: Tensor, new: Tensor) -> Tensor:
+        if rows is None:
+            return new
+        index = row_index(tuple(rows), x.device)
+        return x.index_copy_(0, index, new) if donate else x.index_copy(0, index, new)
+
+    found: Kept = map_leaves(put, kept, new)
+    return found

@@ -277,3 +277,25 @@ def test_what_an_earlier_stage_returns_is_looked_at(made: Any, said: str) -> Non
     tx = fs.chain(bad, fs.blocked(fs.trace(0.9)))
     with pytest.raises(TypeError, match=f"gradient of 'w'.*{said}"):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gradients_replaced_in_their_own_dict_are_seen(in_place: bool) -> None:
+    """A stage should not do so; but `blocked` may not step those that entered in their stead."""
+
+    def doubled(updates: Any) -> Any:
+        for name in updates:
+            updates[name] = 2 * updates[name]
+        return updates
+
+    tx = fs.chain(fs.stateless(doubled), fs.blocked(fs.scale(-1.0)))
+    params = {"w": torch.zeros(3, 3)}
+    state = tx.init(params)
+    for t in range(1, 4):
+        grads = {"w": torch.ones(3, 3)}
+        if in_place:
+            state = fs.update_in_place(tx, grads, state, params)
+        else:
+            updates, state = tx.update(grads, state, params)
+            params = fs.apply_updates(params, updates)
+        assert torch.equal(params["w"], torch.full((3, 3), -2.0 * t))

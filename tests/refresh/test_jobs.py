@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
 from funshampoo import linalg
@@ -69,6 +71,35 @@ def test_matrices_of_one_side_of_all_stacks_are_one_batch(
     storages = [x.untyped_storage().data_ptr() for x in tensors(kept)]
     assert len(set(storages)) == len(storages)
     assert_equal(trained(STACKS, donate=True), (together, kept))
+
+
+def test_the_results_of_a_unit_are_written_at_once() -> None:
+    """And nothing is chosen where all have converged."""
+    tx, g = shampoo(every=1, start=1), gradient(1, STACKS)
+    _, state = tx.update(g, tx.init(g, block_ndim=1), block_ndim=1)
+    with Operators() as seen:
+        _, state = tx.update(g, state, block_ndim=1, donate=True)
+    units = sum([len(shape) - 1 for shape in STACKS.values()])
+    assert (seen.found["_foreach_copy_"], seen.found["copy_"]) == (units, 2)  # borders of side 5
+    assert seen.found["where"] == 9  # one of weights in every unit, and of the borders
+    before = [x._version for x in tensors(state["root_inverse"].kept)]  # for `Watched`
+    _, state = tx.update(g, state, block_ndim=1, donate=True)
+    after = [x._version for x in tensors(state["root_inverse"].kept)]
+    assert all([now > then for now, then in zip(after, before)])
+
+
+class Operators(TorchDispatchMode):
+    """The operators that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.found[str(function).split(".")[1]] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_batch_on_a_cpu_has_a_largest_size_but_a_stack_is_whole(
