@@ -144,7 +144,7 @@ class Setting:
             _write(*_ON_CPU, "ieee")
 
     def _agreed(self) -> str:
-        """The older interface's value; it may raise before the newer one is set to full."""
+        """Set the newer interface to full, then read the older: it could raise if they differ."""
         for place in self._places:
             _write(*place, "ieee")
         return torch.get_float32_matmul_precision()

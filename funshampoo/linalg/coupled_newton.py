@@ -55,7 +55,7 @@ class coupled_newton(RootSolver):
 
     λmax, for relative damping and retries, is estimated by power iterations, and so is `condition`.
     Every iteration has a host read, to see whether all are done; under torch.compile, where that is
-    impossible, all max_iterations are run (better compile `newton_schulz`). Differentiable through
+    impossible, all max_iterations are run (`newton_schulz` suits it better). Differentiable through
     the iterates, to any order; gradients are accurate to about the tolerance.
 
     "A Schur-Newton method for the matrix pth root and its inverse", SIAM J. Matrix Anal. Appl.

@@ -138,7 +138,7 @@ from_published.signature_for = _signature_for  # type: ignore[attr-defined]
 
 
 def first_rate_of(method: Any) -> str | None:
-    """The argument for the lr that the constructor got; None if it can no longer be given.
+    """The argument that passes on the constructor's lr; None if it can no longer be given.
 
     Some methods divide later rates by it.
 

@@ -1,4 +1,4 @@
-"""What every parameter gets, and what it costs: a table, and a warning where it costs much."""
+"""What every parameter gets, and what it costs: a table, and a warning where the cost is high."""
 
 from __future__ import annotations
 

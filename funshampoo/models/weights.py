@@ -1,4 +1,4 @@
-"""Which layer a parameter is the weight of, or a part of it; which weights make the outputs."""
+"""The weight that a parameter is, or is a part of, and the weights that make a model's outputs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _OF_HOOKS = ("g", "v", "orig")
 
 
 def layer_of(modules: Mapping[str, nn.Module], prefix: str, attribute: str) -> tuple[str, str]:
-    """(module's name, weight's name in it) of the weight that a parameter is, or is a part of.
+    """(module's name, weight's name in it) for the weight that a parameter is or is a part of.
 
     >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
     >>> modules = dict(layer.named_modules())
@@ -87,9 +87,9 @@ def layer_of(modules: Mapping[str, nn.Module], prefix: str, attribute: str) -> t
 
 
 def weights_of(layer: nn.Module) -> list[nn.Parameter]:
-    """The weight, or those of the parameters that it is made of that have its shape.
+    """The weight or, if it is computed from parameters, those of a linear layer's shape.
 
-    The weight itself is not read, since making it may change the layer, as spectral_norm does.
+    Such a weight is not read, since computing it may change the layer, as in spectral_norm.
     """
     own = layer._parameters.get("weight")
     if own is not None:

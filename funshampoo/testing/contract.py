@@ -28,7 +28,7 @@ def returns_pairs(trial: Trial) -> None:
 
 
 def state_is_of_tensors(trial: Trial) -> None:
-    """The state of update has no Python number or None; the transformation checks that of init."""
+    """The state from update has no Python number or None; that from init is always checked."""
     _, state = trial.step(trial.grads[0], trial.tx.init(trial.params), trial.params)
     for name, x in named(state).items():
         if not isinstance(x, Tensor):
