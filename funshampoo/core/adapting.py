@@ -18,7 +18,7 @@ class Adapted(NamedTuple):
     Attributes:
         call: (updates, state, params, context) -> (updates, state).
         counts: whether it needs the step number.
-        branches: whether it may do other things on some steps, based on what the host knows.
+        branches: whether it may behave differently on some steps, based on what the host knows.
         minds_alive: whether it handles rows whose gradient was not finite: it declares `alive`, has
             no state to corrupt, or passes its context on.
         accepts: the caller's own names that it takes; None: any.
@@ -44,7 +44,7 @@ class _Signature(NamedTuple):
 
 
 def adapted_update(function: Callable[..., Any]) -> Adapted:
-    """`function(updates, state, params=None, **context)`, which may omit any context."""
+    """Adapt `function(updates, state, params=None, **context)`, which may omit any context."""
     if isinstance(function, _WithoutState):
         return _adapted(function.function, 1)
     signature = _signature(function)
@@ -59,7 +59,7 @@ def adapted_wrapping(function: Callable[..., Any]) -> Adapted:
 
 
 def _adapted(function: Callable[..., Any], required: int) -> Adapted:
-    """For a function of (updates), (updates, state) or (run, updates, state), and any context."""
+    """Adapt a function of (updates), (updates, state) or (run, updates, state), and any context."""
     positional, names, keywords, variadic, any_keyword = _signature(function)
     by_place = variadic or positional > required
     by_name = not by_place and ("params" in keywords or any_keyword)

@@ -33,7 +33,7 @@ def apply_updates(params: TreeT, updates: Tree) -> TreeT:
     Returns:
         New parameters with the dtypes of the old. Half-precision parameters are added in float32
         and rounded to nearest once: a step below 2^-9 of a weight in bfloat16, 2^-12 in float16,
-        leaves it unchanged, however often; for a remedy see `stochastic_rounding`. Autograd records
+        leaves it unchanged, however often; the remedy is `stochastic_rounding`. Autograd records
         the sum: detach parameters that require gradients first, unless you want gradients through
         training.
 
@@ -99,8 +99,8 @@ def update_in_place(
     If the transformation has an `apply`, its updates are never held all at once.
 
     Args:
-        transformation: any. Its state is donated, and with it what earlier states share with it (a
-            pure step without a refresh passes on the old roots).
+        transformation: any. Its state is donated, including tensors that earlier states share with
+            it (a pure step without a refresh passes on the old roots).
         updates: the gradients. They are not written to.
         params: detached from autograd.
 
@@ -111,7 +111,7 @@ def update_in_place(
         ValueError, TypeError: as `GradientTransformation.update`. A parameter can't be written to:
             it, its gradient or the state requires gradients, outside torch.no_grad(); or several of
             its entries share memory. Nothing is changed.
-        InterruptedStepError: an earlier step of this state did not finish. Any exception, also
+        InterruptedStepError: an earlier step of this state did not finish. Any exception, including
             KeyboardInterrupt, that ends a step after its first write marks the state.
 
     >>> import torch
@@ -150,15 +150,15 @@ class Entering(NamedTuple):
     entered: Entered | None = None
 
     def checked(self, tensors: Sequence[Tensor]) -> Entering:
-        """The same step, checked to be possible.
+        """The same step, once the checks have shown that it is possible.
 
-        Many may be waiting, as for all groups of the wrapper, so nothing is copied yet.
+        Several steps may be waiting, one per group of the wrapper, so nothing is copied yet.
 
         Args:
             tensors: those of the state.
 
         Raises:
-            ValueError, TypeError: as `update_in_place`; and any that a step raises beforehand.
+            ValueError, TypeError: as `update_in_place`; and any that a step raises before a write.
         """
         tx, updates, state, params, context, *_ = self
         if params is None:

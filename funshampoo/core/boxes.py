@@ -35,7 +35,7 @@ class Holding(NamedTuple):
 
     Attributes:
         shape: of the part, with the sides of the merged shape.
-        boxes: that make up the part; none if it is empty.
+        boxes: those that make up the part; none if it is empty.
     """
 
     shape: Shape
@@ -43,7 +43,7 @@ class Holding(NamedTuple):
 
 
 def holding(x: Any, merged: Shape) -> Holding:
-    """This rank's part of x; all of a plain tensor. Without communication.
+    """This rank's part of x (all of a plain tensor), without communication.
 
     Raises:
         NotImplementedError: placements from which the part can't be determined.
@@ -78,7 +78,7 @@ def holding_at(
 
 
 def _held(sides: Sequence[Runs]) -> Holding:
-    """The boxes of these runs: one run of every side each."""
+    """The boxes of these runs: each is one run of every side."""
     starts = [[0, *itertools.accumulate(n for _, n in runs)] for runs in sides]
     boxes = []
     for pick in itertools.product(*[range(len(runs)) for runs in sides]):
@@ -123,8 +123,8 @@ def runs_of(
 def _in_order(mine: list[int], factors: list[int], mesh: Shape) -> list[int] | None:
     """The order in which mesh dimensions cut one side; None if no order fits the factors.
 
-    A later mesh dimension cuts a smaller piece, unless `split_factor` says that the side has
-    already been cut into so many: under FSDP2 on top of tensor parallelism the last one cuts first.
+    A later mesh dimension cuts a smaller piece, unless `split_factor` says that the side already is
+    in that many pieces: under FSDP2 on top of tensor parallelism the last one cuts first.
 
     >>> _in_order([0, 1], [1, 1], (2, 4)), _in_order([0, 1], [4, 1], (2, 4))
     ([0, 1], [1, 0])

@@ -18,7 +18,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.modes import is_traced, unwrapped
 
 CLOCK = "clock"
-"""The entry of a chain's state that counts."""
+"""The entry of a chain's state that holds its counter."""
 
 
 def new_counter() -> Tensor:
@@ -50,7 +50,7 @@ def read_counter(counter: Tensor) -> int | None:
 
 
 def started(counts: bool, clock: bool) -> Tensor | tuple[()]:
-    """The counter in the state of a possibly outermost stage; () if it is not, or needs none.
+    """The counter of a stage that may be the outermost one; () if it is not, or needs none.
 
     Args:
         counts: whether anything inside needs the step number.
@@ -67,7 +67,7 @@ def running(steps: Tensor | tuple[()], context: Context) -> Context:
         return changed(context, clock=steps)
     try:
         done = read_counter(steps)
-    except ValueError:  # members of an ensemble may differ in it, if nothing needs the number
+    except ValueError:  # members of an ensemble may be at different steps if none needs the number
         if context.refresh is None:
             raise
         done = None
@@ -91,8 +91,8 @@ def count_of(steps: Tensor | tuple[()], context: Context) -> Tensor:
 def look_due(steps: Tensor | tuple[()], context: Context, every: int) -> bool:
     """Whether the failure counters are to be read before this step.
 
-    They are before multiples of `every`, like refreshes, but not before the first step; and before
-    every step of an ensemble whose members are at different ones.
+    They are read before multiples of `every`, like refreshes, but not before the first step; and
+    before every step of an ensemble whose members are at different steps.
     """
     if torch.compiler.is_dynamo_compiling():
         return False  # failure counters can't be read there either

@@ -138,8 +138,8 @@ def _check_known(name: str, accepted: Collection[str] | None) -> None:
 def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
     """Check that some stage reads what a caller passes in `hyper`.
 
-    A recipe's number whose part is switched off (dampening without momentum) is not read, and is
-    allowed beside others that are: the wrapper passes all numbers of a group.
+    A number whose part of the recipe is switched off (dampening without momentum) is not read, but
+    is allowed along with others that are: the wrapper passes all numbers of a group.
 
     Args:
         given: names.
@@ -153,7 +153,7 @@ def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
         return
     missing, some_read = known.difference(given), not known.isdisjoint(given)
     if some_read and not missing:
-        return  # the wrapper's, on every step
+        return  # the usual call by the wrapper, on every step
     unread = sorted(set(given) - known)
     wrong = next((name for name in unread if hint(name, missing) != "."), None)
     if wrong is None and some_read:

@@ -70,17 +70,17 @@ class GradientTransformation:
             and parameters: like `update` with donate=True, followed by W ← W + U in place in the
             parameters. None if that gains nothing; see `update_in_place`.
         phase: `phase(step) -> tuple of strings`: what happens on step number `step`, from 1, but
-            not on every step; () on a plain one. "refresh" and labels that begin with it are work
-            that others make room for. By default what the parts say.
+            not on every step; () on a plain one. "refresh" and labels that begin with it mark more
+            work than a plain step has. By default, the phases of the parts.
         check: `check(state, context)`: raises whatever must be raised before a step changes
-            anything. By default the parts do.
+            anything. By default, the checks of the parts.
         parts: {name: transformation} for a combinator.
         state_of: (state, name) -> the part's state; by default its attribute of this name.
         counts: whether it needs the number of the step. By default, if it declares `step` or
             `clock`, or a part counts.
-        minds_alive: whether it leaves out what is not `alive`. By default, if it declares that
+        minds_alive: whether it skips whatever is not `alive`. By default, if it declares that
             name, or takes the `Context`.
-        accepts: names of the caller's own that `update` knows; None: any. By default those that it
+        accepts: the caller's own names that `update` knows; None: any. By default those that it
             declares, plus the parts'.
         spread: how the blocks of its step are spread over ranks, for `blocked`.
         numbers: the hyperparameters that it looks up in `hyper`, some of which may be `Live`, so
@@ -89,15 +89,15 @@ class GradientTransformation:
         flops: `flops(block, kept)`: floating-point operations per step in its own matrix products
             on a block of this shape, on average; `kept` are the lengths of the sides for which
             something is refreshed. It may declare `apart`, whether an earlier stage has changed the
-            updates, so that they are not the `gradient`. Ranks are balanced and plans made by it.
-            None: none. Parts' are added; what a combinator saves of them is negative.
+            updates, so that they are not the `gradient`. Used to balance ranks and to make plans.
+            None: none. The parts' are added; what a combinator saves of them is negative.
         passes: whether it never changes the updates.
         elementwise: whether each number of an update depends only on the same number of gradient,
             state and parameter; if so, it gets a rank's parts of DTensors, see `core.elementwise`.
         needs_params: whether a step is impossible without parameters, so that a call without them
             raises an error before anything is changed. By default, if a part needs them.
-        casts: whether gradients may come in any real floating dtype, of which it casts what it is
-            about to step; otherwise all are cast to their parameters' compute dtype before.
+        casts: whether it takes gradients of any real floating dtype, and casts them as it steps
+            them; otherwise all are cast to their parameters' compute dtype beforehand.
         refresh_cost: cost of the refresh of one matrix, relative to the default solver's time: a
             rule's `relative_cost`. By default the largest of the parts'; None: 1.
 
@@ -182,7 +182,7 @@ class GradientTransformation:
         self.live: frozenset[str] | None = united(own, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
-        """The state for these parameters. Autograd records what is made of those that require it.
+        """The state for these parameters. Autograd records it for those that require gradients.
 
         Raises:
             TypeError: something in it is not a tensor (names the stage).
@@ -238,7 +238,7 @@ class GradientTransformation:
     def checked(
         self, updates: TreeT, state: State, params: Tree, context: Context
     ) -> tuple[TreeT, Entered]:
-        """The gradients, placed as `run` takes them, and what enters. Outside torch.compile.
+        """The gradients, placed as `run` takes them, and what enters. Not for use in torch.compile.
 
         Raises:
             ValueError: gradients, state and parameters do not fit together.

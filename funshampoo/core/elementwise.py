@@ -29,7 +29,7 @@ from funshampoo.core.tree import flatten
 def local_step(updates: Tree, params: Tree, context: Context) -> LocalStep | None:
     """This rank's part of the trees of a step; None if the stage has to run on the full trees.
 
-    That is if there are no DTensors, if autograd or a transform tracks one, or if sums are partial.
+    It has to if there are no DTensors, if autograd or a transform tracks one, or sums are partial.
     """
     if not SEEN["any"] or is_traced():
         return None
@@ -72,7 +72,7 @@ class LocalStep:
     def fits(self, tree: Tree) -> bool:
         """Whether a state, or another tree, has its DTensors where the updates have them.
 
-        Trees over the parameters in it are placed like these, and the rest is whole everywhere.
+        Trees over the parameters in it must be placed like the updates, and the rest replicated.
         """
         leaves, spec = flatten(tree)
         if not any_in_parts(leaves):
@@ -112,7 +112,7 @@ class LocalStep:
         return spec.unflatten(local_parts(leaves)) if any_in_parts(leaves) else tree
 
     def stands(self, context: Context) -> None:
-        """The next stage of a chain is at this place among the others."""
+        """Move on to the next stage of a chain, whose place among the others this context has."""
         places = {name: getattr(context, name) for name in ("upstream", "earlier", "later")}
         self.context = changed(self.context, usable=context.usable, **places)
 

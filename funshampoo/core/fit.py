@@ -1,7 +1,7 @@
 """Checks that gradients, state and parameters fit together when a step is entered.
 
-Checked where the caller enters, once for all stages and before the first of them runs: a donated
-step must not have written to its state when a later stage finds a problem. It compares shapes,
+They run where the caller enters, once for all stages and before the first of them runs: a donated
+step must not have written to its state when a later stage finds a problem. They compare shapes,
 dtypes, devices and names, never values.
 """
 
@@ -31,7 +31,7 @@ _REMEMBERED = 64  # kinds of parameters and states that one transformation steps
 
 
 class Looks(NamedTuple):
-    """The looks of what has entered a step.
+    """The looks (shape, dtype, device, layout) of what has entered a step.
 
     Attributes:
         spec, leaves: of the parameters, or of gradients in place of them.
@@ -81,14 +81,14 @@ class _Known(NamedTuple):
 
 
 _ELSEWHERE: dict[Any, list[_Known]] = {}
-"""By the names of transformations, what they have known last."""
+"""{names of a transformation and its parts: the looks that were known most recently}."""
 
 
 class Fits:
-    """The states that belong to a transformation, for which parameters: those that `init` makes.
+    """The states that belong to a transformation, and their parameters: those that `init` makes.
 
     Their looks are remembered. For another state, perhaps left by an earlier process, `init` is
-    called again, for parameters on the meta device; but not if a transformation with the same names
+    called again, for parameters on the meta device, unless a transformation with the same names
     has known it: a loop may rebuild its chain for every step.
 
     Args:
@@ -108,7 +108,7 @@ class Fits:
         self._remember(spec, _looks(leaves), *_look_of(state))
 
     def checked(self, updates: Any, state: Any, params: Any, context: Context) -> Entered:
-        """What enters. Nothing is remembered of it here: others may enter meanwhile.
+        """What enters. `made` remembers its looks, not this: others may enter meanwhile.
 
         Raises:
             ValueError: gradients, parameters and state do not fit together (names what differs).
@@ -146,13 +146,13 @@ class Fits:
     def made(self, result: Any, looks: Looks) -> None:
         """Remember (updates, state) of a step, and the looks of what entered it.
 
-        Usually the next step continues from this state, which then is not checked again. A user's
-        stage may have changed it in between, though it should not; its copies are then known.
+        Usually the next step continues from this state, which then is not checked again. Its looks
+        are remembered too, for its copies: a user's stage may change them, though it should not.
         """
         if type(result) is tuple and len(result) == 2:
             state = result[1]
             first = next(iter(tensors_of(state, 1)), None)
-            if first is not None:  # a chain's is a dict, in which a stage's entry may be replaced
+            if first is not None:  # a chain's state is a dict, whose entries may be replaced
                 ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
                 self._last = ids, weakref.ref(first), looks
             if self._known and not self._stepped:
@@ -162,7 +162,7 @@ class Fits:
                 self._stepped = True
 
     def _knows(self, spec: Any, leaves: list[Any], nodes: list[Any], tensors: list[Any]) -> bool:
-        """Whether it is a known one; that one is then the last to be forgotten."""
+        """Whether this is a known one, which then becomes the last to be forgotten."""
         if not self._known:
             self._known = list(_ELSEWHERE.get(self._names(), ()))
         known = self._known  # replaced, never written to: another thread may be reading it
@@ -210,7 +210,7 @@ def _on_meta(p: Any) -> Any:
 
 
 def _is_nested(context: Context) -> bool:
-    """Whether a user's combinator passes a context on, with which `init` was called too."""
+    """Whether a user's combinator passes on a context, which `init` was then called with too."""
     around = context.block_ndim or context.upstream or context.later
     return bool(around) or context.clock is not None
 

@@ -24,8 +24,8 @@ class Watched:
     """A context that marks the state if an exception leaves it after a write.
 
     Writes are detected by the tensors' version counters, for DTensors also those of this rank's
-    parts, to which updates are added. Tensors of inference mode have none, and count as written to.
-    A state without tensors, as plain SGD's, can't be marked.
+    parts, to which updates are added. Inference tensors have none, and count as written to.
+    A state without tensors, such as plain SGD's, can't be marked.
 
     Args:
         state: consumed in the block.
@@ -43,7 +43,7 @@ class Watched:
         self._tensors = self.state + tensors_of(params)
 
     def begin(self) -> Watched:
-        """Start watching; `with` does so, and callers that mark by themselves."""
+        """Start watching. Called by `with`, and by callers that mark the state themselves."""
         check_unmarked(self.state[0] if self.state else None)
         self._before = _versions(self._tensors)
         return self
@@ -118,5 +118,5 @@ def tensors_of(state: Any, most: int | None = None) -> list[Tensor]:
 def _versions(tensors: list[Tensor]) -> list[int] | None:
     try:
         return [x._version for x in [*tensors, *parts_among(tensors)]]
-    except RuntimeError:  # of inference mode
+    except RuntimeError:  # inference tensors have no version counter
         return None

@@ -29,7 +29,7 @@ class Live:
 
     Args:
         name: of the entry in `Context.hyper`.
-        initial: its value when the chain is built; a tensor switches nothing.
+        initial: its value when the chain is built; a tensor switches nothing on or off.
         function: applied to the value before use.
 
     Attributes:
@@ -197,7 +197,7 @@ def signature_of(recipe: Any) -> inspect.Signature:
     """The arguments of a recipe.
 
     Those of `from_published` depend on the method, which a partial has fixed: a function's
-    attribute `signature_for` says what is left of them.
+    attribute `signature_for` tells which remain.
     """
     signature_for = getattr(getattr(recipe, "func", None), "signature_for", None)
     return inspect.signature(recipe) if signature_for is None else signature_for(recipe)

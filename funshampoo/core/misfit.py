@@ -27,7 +27,7 @@ def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: st
     Args:
         wanted: the state from `init`, for parameters on the meta device.
         found: the state.
-        devices: the parameters', on which its tensors may be where those of `wanted` are meta.
+        devices: of the parameters; a tensor of `found` may be there if `wanted` has it on meta.
         given: what `init` was called with, "parameters" or "gradients".
     """
     if isinstance(wanted, dict) and isinstance(found, dict) and CLOCK not in wanted:
@@ -81,7 +81,7 @@ def _difference(wanted: Any, found: Any, path: str, devices: Collection[torch.de
         triples = zip(map(str, names), wanted, found)
         left_out = _LEFT_OUT.get(type(wanted), ())
         pairs = [triple for triple in triples if triple[0] not in left_out]
-    elif type(wanted) is type(found):  # of a kind that only its authors know
+    elif type(wanted) is type(found):  # of a type that only its authors know
         return ""
     else:
         return f"{at} is {_kind(found)} and not {_kind(wanted)}"

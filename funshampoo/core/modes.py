@@ -279,8 +279,8 @@ def for_keeps() -> Iterator[None]:
 def constant(make: Callable[..., Tensor], most: int = 256) -> Callable[..., Tensor]:
     """A function that makes small tensors from static arguments, of which it caches `most`.
 
-    Not cached under a mode or transform: later calls outside would find its kind of tensor. One
-    made in inference mode could not enter autograd's graphs.
+    Not cached under a mode or transform: later calls outside would get its kind of tensor. And a
+    tensor made in inference mode could not enter autograd's graphs.
     """
 
     @functools.lru_cache(maxsize=most)
@@ -311,10 +311,10 @@ def row_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
 def keep_freed_memory() -> None:
     """Make glibc keep what a step frees for the next one, up to 64 MiB.
 
-    It returns free memory at the end of the heap to the system if it exceeds twice the largest
+    glibc returns free memory at the end of the heap to the system if it exceeds twice the largest
     block that it has mmapped and freed, and a step then pays a page fault for every 4 KiB of its
     temporaries: a fifth of a plain step on ten blocks of 256×256. Allocating and freeing a block
-    that is just small enough to count moves the limit as far as it goes (mallopt(3),
+    that is just small enough to count raises the limit to its maximum (mallopt(3),
     M_MMAP_THRESHOLD), as activations of that size do. It is never touched, so it costs nothing.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")

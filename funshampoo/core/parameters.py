@@ -127,9 +127,9 @@ def check_tensors(params: Any, stage: str) -> None:
 
 
 def check_local(params: Any, stage: str, parts: bool = False) -> None:
-    """`check_parameters`, and every leaf is whole, for stages that cut blocks or factor matrices.
+    """`check_parameters`, and a check that leaves are whole, for blocks and factor matrices.
 
-    DTensors are not, nor are FSDP1's parameters.
+    DTensors are not whole, nor are FSDP1's parameters.
 
     Args:
         parts: whether DTensors can be assembled.
@@ -174,7 +174,7 @@ def problem_of(leaf: Any) -> str:
 def problem_of_gradients(
     gradients: Sequence[Any], parameters: Sequence[Tensor]
 ) -> tuple[int, str] | None:
-    """(which, why) for the first that can't be its dense parameter's; one may be None."""
+    """(index, reason) of the first that can't be its dense parameter's gradient, as None can."""
     for i, (g, p) in enumerate(zip(gradients, parameters)):
         fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
         if not fits and g is not None:
@@ -183,7 +183,7 @@ def problem_of_gradients(
 
 
 def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: Any) -> bool:
-    """Check that each is None or a dense real floating tensor like its parameter, and where it is.
+    """Check that each is None, or a dense real floating tensor of its parameter's shape and device.
 
     Args:
         tree: of the gradients, for their names.
@@ -228,12 +228,12 @@ def as_entering(updates: Any, params: Any, casts: bool, ascends: bool = False) -
 
     Args:
         casts: whether to convert those of another dtype to their parameters' compute dtype.
-            DTensors stay as they are: ranks send them to each other in their own.
+            DTensors stay as they are: ranks exchange them in their own dtype.
         ascends: whether to negate them.
     """
     leaves, spec = flatten(updates)
 
-    def entering(g: Any, p: Any) -> Any:  # leaf by leaf, so that never two copies of all exist
+    def entering(g: Any, p: Any) -> Any:  # leaf by leaf, so that two full copies never coexist
         if g is None:
             return None
         if casts and isinstance(p, Tensor) and p.dtype in _DTYPES and not is_in_parts(g):

@@ -37,12 +37,12 @@ def place_of(x: Any) -> Any:
 
 def places_of(tensors: Iterable[Any]) -> list[Any]:
     """`place_of` of each."""
-    kind = SEEN["kind"]  # here and below it is needed for every leaf, so without a call
+    kind = SEEN["kind"]  # here and below: needed for every leaf, so the common case makes no call
     return [(x.device_mesh, x.placements) if type(x) is kind else place_of(x) for x in tensors]
 
 
 def any_in_parts(tensors: Iterable[Any]) -> bool:
-    """Whether any of these is a DTensor. Needed for every leaf of a step, so without a call."""
+    """Whether any of these is a DTensor. Runs for every leaf of a step, hence no call per leaf."""
     odd = [x for x in tensors if type(x) is not Tensor and type(x) is not Parameter]
     return len(odd) > 0 and any(map(is_in_parts, odd))
 
@@ -143,7 +143,7 @@ def placed_again(before: Iterable[Any], own: Iterable[Any], after: Iterable[Any]
     Args:
         own: this rank's parts of the inputs.
     """
-    with torch.no_grad():  # needed for every leaf, so without a call
+    with torch.no_grad():  # runs for every leaf, so a call is made only where it is needed
         return [
             _placed(old, x.view(part.shape))
             if x is not part and x is not None and is_in_parts(old)
@@ -175,7 +175,7 @@ def _placed(like: Any, part: Tensor) -> Any:
 
 
 def whole_numbers(numbers: Sequence[Any]) -> list[Tensor]:
-    """Numbers, (), as plain tensors, equal on all ranks: DTensors are assembled.
+    """Numbers, of shape (), as plain tensors, equal on all ranks: DTensors are assembled.
 
     One collective for all that are placed alike.
     """
@@ -197,7 +197,7 @@ def placed_as(updates: Any, params: Any) -> Any:
     if params is None or not SEEN["any"]:
         return updates
     (leaves, spec), (known, other) = flatten(updates), flatten(params)
-    if spec != other:  # that is left to the stages
+    if spec != other:  # left to the stages to report
         return updates
     placed = all_placed_like(leaves, known)
     if all([a is b for a, b in zip(placed, leaves)]):

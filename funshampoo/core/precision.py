@@ -8,7 +8,7 @@ changed for as long as any thread computes products that must not be rounded, an
 Two interfaces write it: that function, with one value for all devices, and since torch 2.9
 torch.backends.*.fp32_precision, one for each backend and operation, where "none" follows the
 backend's, and "none" there follows the global one. Products use the second; the first raises if the
-two contradict. Each is restored.
+two contradict. Both are restored.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _FULL = ("none", "ieee")
 class FullProducts:
     """While any thread is in this context, no product is rounded. Reentrant.
 
-    Other threads see the change for as long. If another precision is set meanwhile, it stays.
+    Other threads see the change for that long. If another precision is set meanwhile, it stays.
 
     Args:
-        own: that of a thread in `RoundedProducts`, which continues afterwards.
+        own: whether it belongs to a thread in `RoundedProducts`, whose rounding then resumes.
     """
 
     def __init__(self, own: bool = False) -> None:
@@ -49,7 +49,7 @@ class FullProducts:
         """Whether products may be rounded outside it.
 
         A setting that is full because another thread is inside is about to be restored: hence the
-        turn, which has to be even, and the same before and after the look.
+        turn, which has to be even, and the same before and after reading the setting.
         """
         turn = self._turn
         return turn % 2 == 1 or products_are_rounded() or self._turn != turn
@@ -62,7 +62,7 @@ class FullProducts:
                 if products_are_rounded():
                     now = Setting()
                     now.fill()
-                    # Another thread's rounding ends without us.
+                    # Another thread's rounding is not for this one to restore.
                     self._before = now if self._own or not _ROUNDING else _ROUNDING[0]
             except BaseException:
                 self._leave()
@@ -83,14 +83,14 @@ class FullProducts:
 
 
 _ROUNDING: list[Setting] = []
-"""The settings before the active `RoundedProducts` contexts, the first's first."""
+"""The settings before each of the active `RoundedProducts` contexts, the oldest first."""
 
 
 class RoundedProducts:
     """In this context a GPU rounds the operands of float32 products to TF32's 10 bits.
 
-    It is a setting of the process, as above, and restored at the end unless another one has been
-    set meanwhile. A CPU's products are full.
+    The setting is process-wide, as above, and restored at the end unless another one has been
+    set meanwhile. On a CPU products stay in full precision.
     """
 
     def __init__(self) -> None:
@@ -137,20 +137,20 @@ class Setting:
             torch.set_float32_matmul_precision("highest")
 
     def round_on_cuda(self) -> None:
-        """TF32 on a GPU, by both interfaces: its products raise if they contradict."""
+        """Set TF32 on GPUs through both interfaces: products raise if the two contradict."""
         self._overall = self._agreed()
         torch.set_float32_matmul_precision("high")
         if _ON_CPU in self._places:
             _write(*_ON_CPU, "ieee")
 
     def _agreed(self) -> str:
-        """The older setting, which could have raised before the places are full."""
+        """Set the newer interface to full, then read the older: it could raise if they differ."""
         for place in self._places:
             _write(*place, "ieee")
         return torch.get_float32_matmul_precision()
 
     def put_back(self) -> None:
-        """Restore it, for both interfaces."""
+        """Restore this setting in both interfaces."""
         if self._overall is not None:
             torch.set_float32_matmul_precision(self._overall)
         for place, value in self._places.items():
@@ -160,7 +160,7 @@ class Setting:
 def _own(place: _Place) -> str:
     """The value written there, including "none", which reading would resolve.
 
-    Found by changing what it would follow, for an instant, to full precision.
+    Found by briefly setting what it would follow to full precision.
     """
     value: str = _read(*place)
     above = _above(place)

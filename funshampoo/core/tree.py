@@ -145,7 +145,7 @@ def update_columns(
 
 
 _PORTION = 2**18
-"""Numbers. On a CPU smaller temporaries stay in its cache, and larger leaves hide the loop."""
+"""Numbers in a portion: on a CPU smaller temporaries stay in cache; larger leaves hide the loop."""
 
 
 def _portions(leaves: list[Any]) -> list[list[int]]:
@@ -252,7 +252,7 @@ def labels_of(given: Any, tree: Any, what: str) -> list[Any]:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in this dtype; if it has it, without calling torch, which takes a microsecond."""
+    """x in this dtype; if it already is, torch isn't called, which would take a microsecond."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

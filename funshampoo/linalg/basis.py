@@ -93,10 +93,10 @@ class qr(Basis):
         Q ← qr(A Q)
 
     The columns are sorted by diag(Qᵀ A Q), largest first, only for the QR, which keeps the first
-    column as it is and corrects the others by it; then each goes back to its place. So values
+    column and orthogonalizes the others against it; then each goes back to its place. So values
     stored in the old basis' coordinates carry over to the new. The first basis, without an old one,
     comes from an eigendecomposition; on a device other than a CPU, a block whose first gradient
-    comes late takes a step from the identity, since the host would have to wait to know of it.
+    comes late takes a step from the identity, since the host would have to wait to learn of it.
 
     Accurate if A changes little between two refreshes, as an average does.
 
@@ -112,7 +112,7 @@ class qr(Basis):
 
 @dataclass(frozen=True)
 class Decomposition(Basis):
-    """All eigenvectors, every time; columns with the largest eigenvalues continue one another."""
+    """All eigenvectors, every time; each takes the place of the old column of the same rank."""
 
     def __call__(self, A: Tensor, old: Tensor, first: Tensor, begins: bool = False) -> Renewed:
         """See `Basis`."""
@@ -129,7 +129,7 @@ class by_rank(Basis):
 
     Values stored per column then belong to a rank, not to a direction: the second moments of the
     third largest eigenvalue carry over to the vector that is now third. This matters where two
-    eigenvalues change ranks; with `linalg.eigh()` columns continue one another. As in the
+    eigenvalues change ranks; with `linalg.eigh()` each column continues an old one. As in the
     eigenvalue-corrected Shampoo of facebookresearch/optimizers.
 
     Reference: Eschenhagen et al., arXiv 2506.03595.
@@ -149,7 +149,7 @@ class orthogonal_iteration(Basis):
         Q ← qr(Aⁿ Q),   n = steps
 
     The first columns converge to the eigenvectors of the largest eigenvalues. Unlike `qr()`, it
-    sorts nothing before the QR, which keeps the first column as it is and corrects the others by
+    sorts nothing before the QR, which keeps the first column and orthogonalizes the others against
     it, whichever eigenvalues they now belong to. The first basis comes from an eigendecomposition,
     largest first.
 
@@ -266,7 +266,7 @@ class _QFactor(Function):
 
 def _factored(Y: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(Q, R, which columns (..., 1, d) are dependent); R has the identity's columns there."""
-    # Nothing of a failed matrix is chosen, but its gradient would still be 0·NaN.
+    # Results for a failed matrix are not used, but its gradient would still be 0·NaN.
     Y, Q = [torch.where(x.isfinite(), x, 0.0) for x in (Y, Q)]
     R = Q.mT @ Y
     pivots, info = R.detach().diagonal(dim1=-2, dim2=-1).abs(), torch.finfo(R.dtype)

@@ -14,7 +14,7 @@ from funshampoo.linalg.newton_schulz import newton_schulz, takes
 from funshampoo.linalg.solver import InverseRoot, RootSolver, check_exponent, check_matrix
 
 LARGEST_SIDE_OF_EIGH = 32
-"""On a GPU.
+"""The largest side that is decomposed on a GPU.
 
 Up to this side cuSOLVER decomposes a stack in one call. Above it torch before 2.12 decomposes the
 matrices one by one: 64 of side 64 take an H100 57 ms, and 9 ms by products; 64 of side 512 take
@@ -38,9 +38,9 @@ class by_device(RootSolver):
     advance, so nothing has to wait. Errors, gradients and failures are those of the chosen solver.
     The choice never depends on values, so runs are reproducible.
 
-    relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2]. Below the number 1e-6
-    it is eigh everywhere, since products need the damping for the condition number. The value of a
-    tensor is not checked: that is up to the caller.
+    relative_epsilon: a number, or a tensor that broadcasts to A.shape[:-2]. With a number below
+    1e-6 it is eigh everywhere, since products need the damping to bound the condition number. The
+    value of a tensor is not checked: that is up to the caller.
     Raises ValueError for a negative number as relative_epsilon or epsilon, or p ≤ 0; TypeError for
     a dtype other than float32 and float64.
 

@@ -21,11 +21,11 @@ def cholesky_qr(Y: Tensor, spare: Tensor) -> Tensor:
     where D has the lengths of the columns, ‖·‖ is the Frobenius norm and ε the machine epsilon. The
     factor R of YᵀY loses what is below √ε of the longest column; the shift keeps YᵀY positive
     definite, and the next round makes up for it. S keeps the first round from a rank-deficient
-    matrix. Columns keep their signs, since R's diagonal is positive; Householder's may have others.
+    matrix. Columns keep their signs, since R's diagonal is positive; Householder's may flip them.
 
     By reflections, a GPU takes 300 ms for 64 matrices of 1,024 rows (torch 2.11, H100): one by one.
-    These are products and triangular solves of the whole stack, and the host reads nothing. For Y =
-    A Q and S = Q, it is orthonormal to some ε at any condition of A; for a Y far from that (the
+    Here all are products and triangular solves of whole stacks, and the host reads nothing. For Y =
+    A Q and S = Q, it is orthonormal to a few ε at any condition of A; for a Y far from that (the
     Hilbert matrix, with S = I) to 1,000 ε at 2,048 rows. Non-finite input stays non-finite.
 
     Args:

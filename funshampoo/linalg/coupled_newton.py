@@ -29,9 +29,9 @@ from funshampoo.linalg.solver import (
 )
 
 GROWTH = 1.2
-"""An error this many times the last one's means divergence, or rounding with nothing left to gain.
+"""An error this many times the last one means divergence, or rounding with nothing left to gain.
 
-From the second step on: the first brings all eigenvalues of M into (0, 1], where max|M - I| only
+Checked after the first step, which brings all eigenvalues of M into (0, 1], where max|M - I| only
 decreases. Before, it may rise: about 1 in 20 nearly singular matrices of side 2 to 5 would be lost.
 """
 
@@ -44,8 +44,8 @@ class coupled_newton(RootSolver):
         while max|M - I| > tolerance:   N = ((p + 1) I - M) / p,   X ← X N,   M ← N^p M
 
     It uses products only, no eigendecomposition. Each matrix stops on its own: at the tolerance or,
-    from the second step on, at the last iterate before the error max|M - I| grew to 1.2 times the
-    last one's. A root whose residual is then above max_residual is never returned: that matrix is
+    from the second step on, at the last iterate before the error max|M - I| grew to 1.2 times its
+    last value. A root whose residual is then above max_residual is never returned: that matrix is
     solved again with ten times the damping, at least d·(machine epsilon)·λmax, up to `retries`
     times; if that fails, `converged` is False. After a successful retry, root, residual and
     condition are those for the raised damping.
@@ -55,7 +55,7 @@ class coupled_newton(RootSolver):
 
     λmax, for relative damping and retries, is estimated by power iterations, and so is `condition`.
     Every iteration has a host read, to see whether all are done; under torch.compile, where that is
-    impossible, all max_iterations are run (better compile `newton_schulz`). Differentiable through
+    impossible, all max_iterations are run (`newton_schulz` suits it better). Differentiable through
     the iterates, to any order; gradients are accurate to about the tolerance.
 
     "A Schur-Newton method for the matrix pth root and its inverse", SIAM J. Matrix Anal. Appl.

@@ -34,9 +34,9 @@ def spectral_norm(
 
         v ← v R / max|v R| from each probe;   ‖R‖₂ ≥ ‖v R‖ / ‖v‖, the largest over the probes
 
-    Divides after every `at_once` iterations only, as that is three kernels instead of one:
-    ‖R‖₂^at_once has to be far inside the dtype's range. By the largest entry, since a norm's
-    squares overflow, v / inf is 0, and R would seem to be 0. If R itself overflows it is NaN.
+    It divides only after every `at_once` iterations, as a division is three kernels instead of one:
+    ‖R‖₂^at_once has to be far inside the dtype's range. It divides by the largest entry, since the
+    squares in a norm overflow: v / inf = 0, and R would seem to be 0. If R overflows it is NaN.
 
     n iterations, even without a gap in the spectrum, come within a factor of about d^(1/2n). v is
     made of rows since on a CPU products with 8 columns take 4 to 10 times as long as with 8 rows.
@@ -56,8 +56,8 @@ def probe_vectors(like: Tensor) -> Tensor:
     """Fixed pseudo-random vectors (PROBES, d) with entries in [-1, 1].
 
     Counters hashed by an integer hash (Murmur3's finalizer), not a random generator: the same on
-    every device and in every call, without state, and allowed under vmap and torch.compile. Not
-    signs: eigenvectors such as (1, -1) are common, and orthogonal to half of all sign vectors.
+    every device and in every call, without state, and allowed under vmap and torch.compile. Entries
+    aren't signs: eigenvectors like (1, -1) are common, and orthogonal to half of all sign vectors.
     """
     return _probes(like.shape[-1], like.dtype, like.device)
 
@@ -80,13 +80,13 @@ def scattered(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def is_decomposition(A: Tensor, values: Tensor, Q: Tensor) -> Tensor:
     """Whether (...) λ (..., d) and Q (..., d, d) are a decomposition of A (..., d, d).
 
-    Checked with a few vectors v: three products of 8 rows, where a decomposition takes nine full:
+    Checked with a few vectors v: three products of 8 rows; a decomposition takes nine full ones:
 
         ‖v Q (Λ/s + 2) Qᵀ - v (A/s + 2)‖ ≤ 8 √ε ‖v‖,   s = max_i |λ_i|
 
     where ε is the machine epsilon of the dtype. A Q that is not orthogonal passes only if Q (Λ/s +
-    2) Qᵀ still happens to be A/s + 2, which no failing routine will produce. LAPACK's errors are
-    some ε. Errors above 8 √ε of the whole are detected, at any side: one eigenvector of 1,000, for
+    2) Qᵀ still happens to be A/s + 2, which no failing routine will produce. LAPACK's errors are a
+    few ε. Errors above 8 √ε of the whole are detected, at any side: one eigenvector of 1,000, for
     an eigenvalue near the largest, leaves 0.04. Errors confined to small eigenvalues are not. s is
     at least the smallest normal number, below which rounding is absolute; eigenvalues that are all
     zero belong to no larger matrix.

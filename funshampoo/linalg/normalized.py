@@ -52,11 +52,11 @@ def certify(
     max_residual: float,
     power_of_root: int = 1,
 ) -> InverseRoot:
-    """The result for X ≈ B^(-1/p), converged if the residual of the root itself allows it.
+    """The result for X ≈ B^(-1/p), converged if the root's own residual is small enough.
 
     The residual is computed from X and B, not taken from the iteration. It is off by rounding of
     about machine epsilon·condition, and is the dtype's largest number if powers of X overflow. A
-    root outside the dtype's range does not count. X (..., d, d) must be finite.
+    root outside the dtype's range does not count as converged. X (..., d, d) must be finite.
     largest: λmax (...) of scale·B, which a caller with relative damping has estimated anyway.
     power_of_root: the power of X that is returned; the residual is that of X.
     """

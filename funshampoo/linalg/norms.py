@@ -24,7 +24,7 @@ from funshampoo.core.placed import is_in_parts, whole_numbers
 
 
 def norm_over_axes(x: Tensor, axes: Sequence[int], keepdim: bool = False) -> Tensor:
-    """‖x‖ over these axes, with derivatives of every order 0 where x is zeros.
+    """‖x‖ over these axes, with all derivatives, of every order, 0 where x is zeros.
 
     torch does this for the first derivative, but the second one is NaN if the first was in reverse
     mode. A block has no gradient while another weight is still zeros, as at the start of LoRA.
@@ -103,8 +103,8 @@ def range_scale(norm: Tensor) -> Tensor:
 def unit_scale(x: Tensor, axes: Sequence[int]) -> Tensor:
     """s, a power of two: the largest entry of x s over these axes is in [1/2, 1).
 
-    For uses beyond squares, or that have to hold on every device: it takes a pass over x. It is 1
-    where x is zeros, or not finite. x s rounds nothing, and no derivative passes. The axes stay.
+    For powers beyond squares, or where every device must be safe; it takes a pass over x. It is 1
+    where x is zeros, or not finite. x s rounds nothing, and no derivative passes. Axes are kept.
 
     >>> unit_scale(torch.tensor([3.0, 1e-30]), (0,)), unit_scale(torch.zeros(2), (0,))
     (tensor([0.2500]), tensor([1.]))
@@ -138,7 +138,7 @@ def is_readable(tensors: Sequence[Tensor]) -> bool:
 def stand(norms: Sequence[Tensor], xs: Sequence[Tensor]) -> bool:
     """Whether these plain norms, (N,) or (), can be used as they are, without a second pass.
 
-    Also if the host would have to wait to know. A norm of 0 is right only for a block of zeros.
+    Also if the host would have to wait to find out. A norm of 0 is right only for a block of zeros.
     """
     if not is_readable(norms):
         return not is_traced() and not all([norm.is_cpu for norm in norms])

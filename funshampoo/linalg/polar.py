@@ -37,7 +37,7 @@ def polar_factor(
     Args:
         X: (..., r, c), floating point. A zero matrix stays zero.
         polynomials: (a, b, c) of each step; see `linalg.polynomials`.
-        epsilon: keeps the norm from 0. A matrix much shorter than this gives a short result; with 0
+        epsilon: keeps the norm from 0. A matrix of much smaller norm gives a small result; with 0
             only the direction matters.
         norm: "clamped": max(‖X‖, epsilon), the Frobenius norm; "added": ‖X‖ + epsilon; "schatten4":
             √‖X Xᵀ‖ + epsilon, the fourth root of the sum of the singular values' fourth powers,
@@ -117,7 +117,7 @@ def _one_by_one(X: Tensor, dtype: torch.dtype) -> bool:
 def _factor(X: Tensor, polynomials: Sequence[Polynomial], gram: bool) -> Tensor:
     if gram:
         return _on_the_gram_matrix(X, polynomials)
-    product = torch.mm if X.ndim == 2 else matmul  # mm asks for no shapes
+    product = torch.mm if X.ndim == 2 else matmul  # mm doesn't inspect shapes
     for a, b, c in polynomials:
         A = product(X, X.mT)
         X = _combined(X, a, _combined(A, b, A, A, c), X, 1.0)

@@ -31,13 +31,13 @@ ALIGNMENT = 16
 
 _LARGEST_PLAIN = 512  # largest side of a square that is computed whole
 
-_LARGEST_BLOCK = 256  # largest block of one that is not
+_LARGEST_BLOCK = 256  # largest block of a square that is not
 
 _BLOCK_UNIT = 16  # numbers: blocks are aligned if the matrix is, and kernels run full
 
 
 FEW_ROWS, LONG_ROWS, PIECE = 64, 2048, 512
-"""For x on a GPU: up to so many rows, of at least this length, are cut into pieces of this length.
+"""For x on a GPU: up to FEW_ROWS rows, of at least LONG_ROWS, are cut into pieces of length PIECE.
 
 On an H100, 64 rows of 65,536 take 0.03 of the time, 9 of 262,144 take 0.04.
 """
@@ -124,8 +124,8 @@ def gram(x: Tensor) -> Tensor:
 def operand_of_gram(x: Tensor) -> Tensor | None:
     """aligned(x) if x xᵀ is its plain product, which can then be part of a fused kernel; else None.
 
-    With an odd number of rows it is if all of them are aligned. On a GPU it is, except for few long
-    rows; see `gram_in_pieces`.
+    For an odd number of rows it is if all of them are aligned. On a GPU it always is, except for
+    few long rows; see `gram_in_pieces`.
     """
     shape = x.shape
     if len(shape) < 3 or not is_plain_memory(x):

@@ -17,7 +17,7 @@ class Table(NamedTuple):
 
     Attributes:
         grow: the best with x grow(x^p) in [grown, 0.99] for x in [grows_from, 1]; increasing for
-            smaller x. Up to 0.99 and not 1, since the slope is steep there, and rounding with it.
+            smaller x. Only up to 0.99, since the slope is steep at 1, and amplifies rounding.
         settle: the best for x in [grown, 1]: within `settled` of 1.
     """
 

@@ -58,7 +58,7 @@ AnySpectrum: TypeAlias = Spectrum | NearSpectrum
 def decompose(A: Tensor) -> Spectrum:
     """The eigendecomposition of each matrix of A (..., d, d) that is finite and has one.
 
-    A result that comes without an error but is wrong counts as a failure: `is_decomposition`.
+    A wrong result counts as a failure even if no error was raised: see `is_decomposition`.
     """
     A, finite = replace_nonfinite(A)
     values, vectors, solved = applied(_Decompose, A)
@@ -83,7 +83,7 @@ def inverse_root(
     finite = (largest < torch.inf) & (power(smallest, -exponent) < torch.inf)
     solvable = spectrum.decomposed & finite & (smallest > 0)
     where_solvable = chooser(solvable)
-    # What is not chosen below must still be finite, since its gradient is 0·it.
+    # What is not chosen below must still be finite, since the gradient includes 0 times it.
     kept = where_solvable(kept, 1.0)
     Q = spectrum.vectors.detach()
     residual = where_solvable(_residual(A.detach(), kept, Q, keep), torch.inf)
@@ -164,7 +164,7 @@ class _Decompose(Function):
         # single matrix gets the same treatment, to match its result in a stack.
         values, vectors, solved = stacked_eigh(_bordered(A))
         vectors = vectors[..., :d, :d]
-        if forward_ad._current_level >= 0:  # torch takes no view that was made in here
+        if forward_ad._current_level >= 0:  # torch rejects a view that was made in here
             vectors = vectors.clone()
         return _verified(A, values[..., :d].clone(), vectors, solved)
 

@@ -19,7 +19,7 @@ NOT_THE_MATRIX = (
     AttributeError,
     AssertionError,
 )
-"""Errors that are raised: no other matrix in its place would have been decomposed."""
+"""Errors that are raised, since any other matrix in its place would have failed too."""
 
 LACK_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 """Messages of a plain RuntimeError if a workspace can't be allocated, in cuSOLVER or on a CPU."""
@@ -37,8 +37,8 @@ def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Python's own errors about the call. Inside torch.compile, whose graphs can't catch exceptions,
     all are raised.
 
-    A: (..., d, d), finite. LAPACK works on columns, so since Aᵀ = A it copies A as it lies, where
-    it would have to transpose it.
+    A: (..., d, d), finite. LAPACK works on columns: it is given Aᵀ, which equals A, and can be
+    copied without a transposition.
     """
     solved = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
     if torch.compiler.is_dynamo_compiling():
@@ -53,7 +53,7 @@ def stacked_eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def is_of_the_matrix(error: Exception) -> bool:
-    """Whether another matrix might have been decomposed where this error occurred."""
+    """Whether the error is due to the matrix: another one might have been decomposed."""
     said = str(error)
     return not isinstance(error, NOT_THE_MATRIX) and not any(x in said for x in LACK_OF_MEMORY)
 

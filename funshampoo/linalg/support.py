@@ -14,7 +14,7 @@ def on_support(X: Tensor, A: Tensor) -> Tensor:
         X_ij ← 0 where i ≠ j and (A_ii = 0 or A_jj = 0), else X_ij
 
     If a positive semidefinite A has A_ii = 0, row and column i are zero, in A and in any function
-    of it: exactly, the i-th unit vector is an eigenvector of both. An eigendecomposition leaves
+    of it: the i-th unit vector is an exact eigenvector of both. An eigendecomposition leaves
     rounding errors there, which mix coordinates without any gradient with each other and with the
     rest. With five zero rows of side 16, a root in float32 with a relative damping of 1e-6 has
     entries of 0.06 where the largest is 11. Products leave exact zeros.

@@ -62,12 +62,12 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
               constants, with `roles`, one for each parameter;
             - "AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree":
               facebookresearch/schedule_free.
-        **args: its constructor's, by name, with its defaults. `lr` is a number, a tensor, or a
+        **args: the constructor's, by name, with its defaults. `lr` is a number, a tensor, or a
             schedule of the old step count instead of a scheduler. Methods that iterate in bfloat16
             do so here with dtype=torch.bfloat16, an argument of ours; without it they use float32
             or wider.
 
-    A Muon is only for matrices, as there: give other parameters to another method by `partition`.
+    Muon is only for matrices, as there: give other parameters to another method by `partition`.
     Its blocks are whole matrices, `guarded`. The parameters of the Schedule-Free methods are those
     that are trained; evaluate with `funshampoo.evaluation_parameters(state, params)`, as with SPlus
     and EMA-Nesterov, whose parameters are look-ahead points. The wrapper takes a function of the
@@ -117,7 +117,7 @@ def _check(name: str, value: Any, known: inspect.Parameter) -> None:
         check_flag(name, value)
     if name == "lr":
         check_range(name, value, 0.0, high_open=True, schedule=True)
-    if name in _STATISTICS:  # at 1 stages would sum, and the sources stay at 0
+    if name in _STATISTICS:  # at 1 our stages would sum, while the originals stay at 0
         check_range(name, value, float("-inf"), 1.0, high_open=True)
     if name in _ENTRIES:
         check_entries(name, value, _ENTRIES[name])
@@ -138,7 +138,7 @@ from_published.signature_for = _signature_for  # type: ignore[attr-defined]
 
 
 def first_rate_of(method: Any) -> str | None:
-    """The argument that is lr as passed to the constructor; None if none can still be given.
+    """The argument that passes on the constructor's lr; None if it can no longer be given.
 
     Some methods divide later rates by it.
 

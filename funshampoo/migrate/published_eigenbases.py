@@ -116,7 +116,7 @@ def _permuted(tree: Tree, order: tuple[int, ...]) -> Tree:
 
 
 def decayed_steps(lr: Hyper | Schedule, weight_decay: Hyper) -> tuple[GradientTransformation, ...]:
-    """W ← (W - lr U)(1 - lr λ): decay comes after the step. A first gradient moves nothing."""
+    """W ← (W - lr U)(1 - lr λ): decay comes after the step. The first gradient moves nothing."""
 
     def share(count: Tensor, lr: Any, weight_decay: Any) -> Any:
         return lr * weight_decay - 1
@@ -219,7 +219,7 @@ def kl_methods(
 ) -> GradientTransformation:
     """KLOpt of yorkerlin/KL-Methods.
 
-    Sides of one entry are dropped, as there; vectors and four sides or more, on which it fails, are
+    Sides of 1 are dropped, as there; vectors and tensors of order 4 or more, on which it fails, are
     ordinary blocks here. cast_dtype, bfloat16 by default there, is the dtype of gradients, moments,
     statistics and bases, each rounded at every step by kernels that torch.compile generates: no
     other implementation can reproduce those numbers. None here is float32 or wider.

@@ -138,7 +138,7 @@ def _look_ahead(beta1: Hyper) -> GradientTransformation:
 
 
 def _of_updates(inner: GradientTransformation) -> GradientTransformation:
-    """The incoming updates are the gradient for everything inside: decay has been added to them."""
+    """Make the incoming updates the `gradient` inside, since decay has been added to them."""
 
     def update(run: Any, updates: Tree, own: Any) -> tuple[Tree, Any]:
         return run(updates, gradient=updates), own

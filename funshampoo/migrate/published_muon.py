@@ -28,7 +28,7 @@ from funshampoo.transforms import (
 
 
 def on_matrices(*stages: GradientTransformation) -> GradientTransformation:
-    """The stages on stacks of whole, equal matrices; matrices with bad gradients are held."""
+    """The stages on stacks of whole matrices; a matrix with a non-finite gradient is held."""
     return whole(chain(*stages), 20, None)
 
 
@@ -45,8 +45,8 @@ def keller_jordan(
     """Muon of KellerJordan/Muon.
 
     For a kernel of four sides it orthogonalizes the matrix (out, the rest), and scales by the
-    kernel's height and width; with as_published=False, by that matrix. Three sides are a stack of
-    matrices.
+    kernel's height and width; with as_published=False, by that matrix. A tensor of order 3 is a
+    stack of matrices.
     """
 
     def by_last_two(shape: tuple[int, ...]) -> float:

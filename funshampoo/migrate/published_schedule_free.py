@@ -1,6 +1,6 @@
 """The Schedule-Free methods, from their constructors' arguments.
 
-All their counts and sums are over a group's steps, also for a parameter without a gradient.
+All their counts and sums are over a group's steps, even for a parameter without a gradient.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def soap_muon(
     roles: "mlp" or "qkv" (whitened), "attn_proj" (whitened as far as the gate allows) or "plain"
     (Muon's): one for all parameters, a list in the order of the leaves, or a tree. mu_schedule: of
     the old step count, or a list whose last entry stays; it replaces mu. lookahead: EMA-Nesterov's,
-    see `_looking_ahead`. initial_lr is ours: its scheduled step size divides lr by it, there by the
-    group's; by default it is the record's for a schedule, and lr itself for a number.
+    see `_looking_ahead`. initial_lr is ours: a scheduled look-ahead divides lr by it, the record by
+    its group's; by default it is the record's for a schedule, and lr itself for a number.
     """
     floor, cap = trust(trust_floor, trust_cap, trust_floor_end_step, trust_floor_fade_end_step)
     gate = AgreementGate(trust_min_agree, trust_min_grad_align, trust_power, floor, cap)

@@ -106,7 +106,7 @@ def from_reference(
     Intentional differences: an unconverged iteration is not used; a root of zero statistics is the
     identity, and a gradient of zeros has no polar factor; Adam and RMSprop grafting with beta2 = 1,
     whose second moment stays 0 in the reference, are an error; a call in which no parameter has a
-    gradient is a step.
+    gradient counts as a step.
 
     Raises:
         ValueError: an argument out of the reference's range, or a config that has no meaning there.

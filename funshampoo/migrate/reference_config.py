@@ -32,7 +32,7 @@ class Fields:
     """The fields of one config, read one by one; unread ones are an error.
 
     Args:
-        config: None: an empty one, of the first supported type.
+        config: None means an empty one, of the first supported type.
         argument: the argument that it was passed as.
         built: the supported types.
 

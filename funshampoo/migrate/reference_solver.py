@@ -134,9 +134,9 @@ class Renewal:
     """Keep an old basis while it diagonalizes A + damping I well enough; see `spectrum_near`.
 
     Attributes:
-        tolerance: what is well enough.
-        steps: of the QR algorithm from the old basis, if it is not; None: a decomposition.
-        damps: whether the damping is added before.
+        tolerance: the largest relative off-diagonal norm that is well enough.
+        steps: otherwise, steps of the QR algorithm from the old basis; None: a decomposition.
+        damps: whether the damping is added beforehand.
     """
 
     tolerance: float

@@ -38,7 +38,7 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
 
     It fills the fields that it finds: the second moment of `scale_by_adam` and `scale_by_rms`, and
     so that of the grafting in `shampoo`; the first moment of `ema` and `scale_by_adam`. Factor
-    matrices start empty: the first step has the direction of its own gradient's, and the length
+    matrices start empty: the first step gets its direction from its own gradient, and its length
     from AdamW's second moment. Blocks that are stepped in eigenbases, as by `soap`, start from
     nothing, with a warning: AdamW's second moments are not in those coordinates, and its first
     would be divided by those of a single gradient.
@@ -85,7 +85,7 @@ def seed_from_adamw(state: Any, saved: Mapping[str, Any], names: Sequence[str]) 
             if isinstance(moment, float):  # a weight of 1 means no correction
                 target.copy_(torch.where(target == 1, target, moment))
                 continue
-            if place.kind is RmsState:  # it does not correct
+            if place.kind is RmsState:  # it does no bias correction
                 moment = moment / adams[parameter]["weight_sq"]
             part = moment if block is None else _cut(moment, block, place, parameter)
             if part is None or part.shape != target.shape:
@@ -118,7 +118,7 @@ def _has_seen_gradients(x: Tensor, field: str) -> bool:
 
 
 def _is_elsewhere(state: Any, adams: Collection[str]) -> bool:
-    """Whether this is one rank's state, and others may have what to fill for these parameters."""
+    """Whether this is one rank's state, and other ranks may hold these parameters' moments."""
     nodes = [node for _, node in walk(state)]
     known = {name for x in nodes if isinstance(x, BlockedState) for name in x.layout}
     known |= {name for x in nodes if isinstance(x, ShardedState) for name in x.owned}
@@ -157,7 +157,7 @@ def check_saved(saved: Any) -> None:
 
 
 def _read(saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, _Adam]:
-    """{parameter: AdamW's entries}, without parameters that have made no step yet."""
+    """{parameter: AdamW's entries}, without parameters that have not been stepped yet."""
     check_saved(saved)
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     if len(indices) != len(names):
@@ -205,7 +205,7 @@ def _betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _step_of(entry: Mapping[str, Any], name: str) -> float:
-    """The number of steps that it has made.
+    """The number of steps that AdamW has made of a parameter.
 
     Raises:
         ValueError: a count that no run can have reached; or none yet, while the moments are not

@@ -14,8 +14,8 @@ Built = TypeVar("Built")
 def in_their_words(build: Callable[Arguments, Built]) -> Callable[Arguments, Built]:
     """`build`, with errors that name the offending argument, or field of a config in it.
 
-    Stages know it by another name: SOAP's precondition_frequency is `every`. So it is built again
-    without each argument in turn: without the offending one there is no error, or another.
+    Stages use other names: SOAP's precondition_frequency is `every`. So after an error it is built
+    again without each argument in turn: without the offending one the error changes, or is gone.
 
     Args:
         build: takes its arguments by keyword, each with a default.
@@ -54,7 +54,7 @@ def raise_naming(error: ValueError | TypeError, name: str | None) -> NoReturn:
 
 
 def _at_fault(build: Callable[..., Any], given: Mapping[str, Any], found: str) -> str | None:
-    """Last part of the path of the entry without which there is no error, or another than `found`.
+    """Last part of the path of the entry without which there is no error, or one unlike `found`.
 
     Of several, prefer the first whose value appears in the error, as it often does.
     """
@@ -80,7 +80,7 @@ Path = tuple[str, ...]
 
 
 def _entries(given: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """All entries, inside and outside configs, except their types."""
+    """All entries, inside and outside of configs, except the configs' types."""
     for name, value in given.items():
         if isinstance(value, Mapping) and value and all([isinstance(key, str) for key in value]):
             yield from _entries(value, (*path, name))

@@ -1,4 +1,4 @@
-"""Models as people have them: the roles of their parameters, and a method for each role."""
+"""Whole models: the roles of their parameters, and a method for each role."""
 
 from funshampoo.models.front_door import METHOD_ROLES, for_model
 from funshampoo.models.kinds import ROLES

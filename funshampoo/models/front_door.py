@@ -27,7 +27,7 @@ from funshampoo.optim import Optimizer
 from funshampoo.optim.vocabulary import Vocabulary
 
 METHOD_ROLES: tuple[Role, ...] = ("matrix", "convolution", "experts", "heads")
-"""What goes to the method, unless somebody says otherwise."""
+"""The roles that get the method by default."""
 
 
 def for_model(
@@ -54,14 +54,14 @@ def for_model(
     """A torch.optim.Optimizer for a whole model: the method for its matrices, AdamW for the rest.
 
     There is one parameter group per role, or more where settings differ; `group["role"]` names the
-    role. State goes by the model's parameter names. To see what became of every parameter,
+    role. State is keyed by the model's parameter names. To see what every parameter gets,
     `print(funshampoo.routing_table(optimizer))`. Stacked experts, and query, key and value in one
     weight, are taken apart by `blocks.Stacked`, for every method that treats a matrix as more than
-    its entries. A non-finite gradient holds its block. In "adamw", "sgd", "lion" and
-    "sign_descent", for any role, it holds its parameter, unless their options have guard=False.
+    its entries. A block with a non-finite gradient skips the step. In "adamw", "sgd", "lion" and
+    "sign_descent", for any role, the whole parameter does, unless their options say guard=False.
 
     Args:
-        model: takes each parameter once, also tied ones. Frozen ones are included, and wait.
+        model: a module. Tied parameters are taken once; frozen ones are included, but wait.
         method: a name in `funshampoo.recipes.RECIPES`, or a recipe: a function of the learning
             rate, and of `merge` if it is to distinguish the matrices of a stack.
         lr: the method's learning rate.
@@ -138,7 +138,7 @@ def _check_method_roles(method_roles: Any) -> None:
 
 
 def _check_options(main: Recipe, rest: Recipe, lr: Any, options: Mapping[str, Any]) -> None:
-    """Raise for one that the method does not take, as `guard`, which is that of the others."""
+    """Raise for an option that the method does not take, such as `guard`, which others have."""
     try:
         Vocabulary(main, options).defaults({"lr": lr, **options})
     except TypeError as error:
@@ -157,7 +157,7 @@ def _of_others(rest: Recipe, rate: Any, options: Any, default: Callable[[], Any]
     if rate is not None and "lr" in own:
         raise TypeError("other_lr and the 'lr' of other_options are one number: give one of them.")
     plain = {"lr": default() if rate is None and "lr" not in own else rate, **own}
-    Vocabulary(rest, plain).defaults(plain)  # raises for one that it does not take
+    Vocabulary(rest, plain).defaults(plain)  # raises for an option that it does not take
     return plain
 
 

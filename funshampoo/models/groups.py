@@ -19,11 +19,11 @@ Recipe: TypeAlias = Callable[..., GradientTransformation]
 
 
 class Routes(NamedTuple):
-    """Who gets what.
+    """Which method, with which options, each role gets.
 
     Attributes:
-        method, options: of the roles in `roles`.
-        others, other_options: of all other roles.
+        method, options: for the roles in `roles`.
+        others, other_options: for all other roles.
     """
 
     method: Recipe
@@ -36,10 +36,10 @@ class Routes(NamedTuple):
         """The entries of the group that a parameter of this kind belongs to.
 
         Args:
-            extra: what the user says of this parameter.
+            extra: the user's settings for this parameter.
 
         Raises:
-            TypeError: a method of its own has no learning rate, or does not take an option.
+            TypeError: a method chosen for it has no learning rate, or does not take an option.
         """
         main = kind.role in self.roles
         method, options = (self.method, self.options) if main else (self.others, self.other_options)
@@ -51,7 +51,7 @@ class Routes(NamedTuple):
                 options = known.get(chosen, for_new_runs(chosen) | rate)
             method = chosen
             own = {key: value for key, value in extra.items() if key != "method"}
-            Vocabulary(method, own).defaults(own)  # raises for one that it does not take
+            Vocabulary(method, own).defaults(own)  # raises for an option that it does not take
         found: dict[str, Any] = {"role": kind.role}
         if not main and kind.role == "vector" and "weight_decay" in _arguments(method):
             found["weight_decay"] = 0.0
@@ -84,14 +84,14 @@ def recipe_of(argument: str, given: Any) -> Recipe:
 
 
 def for_new_runs(recipe: Recipe) -> dict[str, Any]:
-    """Options where a recipe's own default is its paper's: what docs/defaults.md found to be better
-    on every task, at no cost.
+    """Options that differ from a recipe's default, its paper's, because docs/defaults.md found them
+    to be better on every task, at no cost.
     """
     return {"exponents": 1 / 3} if recipe is RECIPES["shampoo"] else {}
 
 
 def default_rate(recipe: Recipe) -> Any:
-    """The rate that a recipe has by itself."""
+    """A recipe's default learning rate."""
     rate = Vocabulary(recipe).defaults({}).get("lr")
     if rate is None:
         raise TypeError(
@@ -119,14 +119,14 @@ def _arguments(recipe: Recipe) -> Collection[str]:
 
 
 def _has_guard(recipe: Recipe) -> bool:
-    """Whether it holds what is not finite where it is told to, and a partial does not say."""
+    """Whether it has a guard, which is off by default and which no partial sets."""
     guard = inspect.signature(recipe).parameters.get("guard")
     bound = getattr(recipe, "keywords", {})
     return guard is not None and guard.default is False and "guard" not in bound
 
 
 def scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """With another rate, and the factor by which it differs."""
+    """The settings with the rate multiplied by this factor, which is added to them."""
     if isinstance(settings["lr"], Tensor):
         raise TypeError("scale_rates makes new rates, so that lr has to be a number, no tensor.")
     return {**settings, "lr": settings["lr"] * factor, "rate_factor": factor}
@@ -135,7 +135,7 @@ def scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
 def warn_of_routes(
     routes: Routes, settings: Mapping[str, Mapping[str, Any]], stacklevel: int
 ) -> None:
-    """Warn where the method has nothing to do, and where it can't tell matrices apart."""
+    """Warn if no parameter gets the method, or if it can't tell the matrices of a stack apart."""
     if all(s["method"] is not routes.method for s in settings.values()):
         warnings.warn(
             f"no parameter has one of the roles {', '.join(sorted(routes.roles))}: everything goes "
@@ -158,7 +158,7 @@ def warn_of_routes(
 def grouped(
     parameters: Mapping[str, nn.Parameter], settings: Mapping[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Parameters of equal settings are a group; roles keep their order."""
+    """The parameter groups, one for equal settings, in the order of `ROLES`."""
     groups: list[dict[str, Any]] = []
     names = sorted(parameters, key=lambda name: ROLES.index(settings[name]["role"]))
     for name in names:
@@ -172,7 +172,7 @@ def grouped(
 
 
 def _equal(group: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether they say the same; tensors by identity."""
+    """Whether a group has these settings; tensors are compared by identity."""
     if group.keys() - {"params"} != settings.keys():
         return False
     pairs = [(group[key], value) for key, value in settings.items()]

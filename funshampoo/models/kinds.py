@@ -29,7 +29,7 @@ class Kind(NamedTuple):
     Attributes:
         role: see `roles`.
         stacked: how it is taken apart, if it is several matrices.
-        transposed: it is stored (inputs, outputs), not the other way round.
+        transposed: whether it is stored as (inputs, outputs), not (outputs, inputs).
     """
 
     role: Role
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     def fans(self, shape: Sequence[int]) -> tuple[int, int]:
         """(outputs, inputs) of the matrix that it is, or of each of its matrices.
 
-        Of an embedding one row is read at a time, and a vector multiplies or is added: 1 input.
+        1 input for an embedding, read row by row, and for a vector, which multiplies or is added.
 
         >>> Kind("matrix").fans((64, 32)), Kind("convolution").fans((16, 8, 3, 3))
         ((64, 32), (16, 72))
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
 
 
 def kind_of_shape(shape: Sequence[int]) -> Kind:
-    """Of a parameter about which nothing else is known; see `roles`."""
+    """The kind of a parameter of which only the shape is known; see `roles`."""
     if sum(side != 1 for side in shape) < 2:
         return Kind("vector")
     if len(shape) == 2:
@@ -73,7 +73,7 @@ def kind_of_shape(shape: Sequence[int]) -> Kind:
 def kind_of(
     module: nn.Module, attribute: str, p: Tensor, parent: nn.Module | None, heads: Heads
 ) -> Kind:
-    """Of the parameter that a module has under this name.
+    """The kind of the parameter that a module has under this name.
 
     Args:
         parent: the module around it.
@@ -102,7 +102,7 @@ def kind_of(
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer: torch's, or that of GPT-2 in transformers, (inputs, outputs).
 
-    Where that module has not been imported, no model can have one.
+    If transformers' module has not been imported, no model can have the latter.
     """
     known = sys.modules.get("transformers.pytorch_utils")
     return isinstance(module, nn.Linear) or (known is not None and isinstance(module, known.Conv1D))
@@ -110,7 +110,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def _of_attention(module: nn.MultiheadAttention, attribute: str, heads: Heads) -> Kind:
     if not attribute.endswith("proj_weight"):
-        return Kind("vector")  # biases, those of (1, 1, width) as well
+        return Kind("vector")  # biases, including those of (1, 1, width)
     fused = attribute == "in_proj_weight"
     parts = (3 if fused else 1) * (module.num_heads if heads == "each" else 1)
     if heads == "whole" or parts == 1:
@@ -119,7 +119,7 @@ def _of_attention(module: nn.MultiheadAttention, attribute: str, heads: Heads) -
 
 
 def _of_transposed(p: Tensor, parent: nn.Module | None, heads: Heads) -> Kind:
-    """Outputs three times the inputs in a module that counts heads: query, key and value."""
+    """Query, key and value, if outputs are three times the inputs in a module with `num_heads`."""
     count = getattr(parent, "num_heads", None)
     if heads == "whole" or not isinstance(count, int) or p.shape[1] != 3 * p.shape[0]:
         return Kind("matrix", transposed=True)
@@ -128,7 +128,7 @@ def _of_transposed(p: Tensor, parent: nn.Module | None, heads: Heads) -> Kind:
 
 
 def _of_other(module: nn.Module, p: Tensor) -> Kind:
-    """By shape, and by what stands beside it in the same module, also in lists of parameters."""
+    """By its shape, and by its neighbours in the same module, including its parameter lists."""
     holders = [module, *[m for m in module.children() if isinstance(m, _LISTS)]]
     others = [q for m in holders for q in m.parameters(recurse=False) if q is not p and q.ndim > 1]
     if p.ndim == 2 and any(q.ndim == 3 and len(q) == len(p) > 1 for q in others):
@@ -145,14 +145,14 @@ def _of_other(module: nn.Module, p: Tensor) -> Kind:
 
 
 def _stands_between_layers(module: nn.Module, p: Tensor, others: Sequence[Tensor]) -> bool:
-    """Whether both sides of the matrix are such as the layers inside of the module have.
+    """Whether both sides of the matrix match sides of the layers inside the module.
 
-    A weight takes what one layer makes and makes what another takes: its sides are sides of theirs,
-    or two to four times these, or those of a bare weight before or behind it, of which a gate may
-    leave half. Of stacked heads one may be a part of a side. A tensor that is looked up, added or
-    exponentiated has one in common with them at most: positions and latents (n, width), biases of
-    attention (distances, heads), a state-space model's decays (width, states). Where there are no
-    layers nobody can say.
+    A weight maps the output of one layer to the input of another: its sides are sides of theirs, or
+    two to four times these, or those of a bare weight before or after it, half of which a gate may
+    drop. One side of stacked heads may be a part of a layer's. A tensor that is looked up, added or
+    exponentiated shares at most one side with them: positions and latents (n, width), attention
+    biases (distances, heads), a state-space model's decays (width, states). True if there are no
+    layers to compare with.
     """
     layers = [m for m in module.modules() if m is not module]
     layers = [m for m in layers if is_linear(m) or isinstance(m, _ConvNd)]

@@ -33,14 +33,14 @@ def roles(
       `models.weights.output_weights`.
     - "experts": a stack of matrices, (experts, ., .).
     - "heads": query, key and value in one weight: nn.MultiheadAttention.in_proj_weight, and c_attn
-      of transformers' GPT-2. Other modules don't say in which order they have them: name those in
+      of transformers' GPT-2. Other modules don't tell the order of the three: name those in
       `overrides`.
     - "vector": everything with one side or none, biases of experts, and scales of norms.
 
     For a module, types, shapes and ties decide, never names. A parameter shared by several modules
-    is one entry under its first name, as in `named_parameters`; frozen ones are included. Of the
-    parts of a parametrized weight (weight_norm, spectral_norm and other parametrizations), lengths
-    are vectors, and the rest is what the weight would be.
+    is one entry under its first name, as in `named_parameters`; frozen ones are included. If a
+    weight is parametrized (weight_norm, spectral_norm and other parametrizations), lengths are
+    vectors, and its other parts have the role of the weight.
 
     Args:
         model_or_params: a module, or any tree of tensors. A tree has no types, so the shape
@@ -77,7 +77,7 @@ def roles(
 def kinds(
     model_or_params: Any, overrides: Overrides | None = None, heads: Heads = "fused"
 ) -> dict[str, Kind]:
-    """{name of a parameter: what it is}; see `roles`."""
+    """{name of a parameter: its kind}; see `roles`."""
     check_choice("heads", heads, ("fused", "each", "whole"))
     shapes: dict[str, tuple[int, ...]]
     if isinstance(model_or_params, nn.Module):
@@ -133,7 +133,7 @@ def settings_of(names: Iterable[str], overrides: Overrides | None) -> dict[str, 
         ValueError: a pattern matches no name; suggests the nearest one.
     """
     known = list(names)
-    bare = bare_names(known)  # a pattern for the module fits one that is compiled, too
+    bare = bare_names(known)  # a pattern for the plain module also fits the compiled one
     found: dict[str, dict[str, Any]] = {name: {} for name in known}
     if overrides is not None and not isinstance(overrides, Mapping):
         raise TypeError(f"overrides is {overrides!r}; give {{pattern: role or settings}}.")
@@ -157,7 +157,7 @@ def settings_of(names: Iterable[str], overrides: Overrides | None) -> dict[str, 
             )
         for name in fitting:
             own = {"role": value} if isinstance(value, str) else dict(value)
-            if "role" in own:  # what was said of another role is of no use to it
+            if "role" in own:  # axis and parts were given for another role
                 found[name] = extra_settings(found[name])
             found[name] |= own
     return found

@@ -1,4 +1,4 @@
-"""What every parameter gets, and what it costs: a table, and a warning where it costs much."""
+"""What every parameter gets, and what it costs: a table, and a warning where the cost is high."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def _rate(lr: Any) -> str:
 
 
 _MANY_ROWS = 8192
-"""Of a table with more rows, a vocabulary, a step sees few: a factor of them is mostly noise."""
+"""A step sees few rows of a larger table, a vocabulary: their factor matrix is mostly noise."""
 _TIMES_ADAMW = 8
 _LARGE = 64 * 2**20
-"""Bytes of a parameter's state below which nobody minds."""
+"""Bytes of a parameter's state up to which there is no warning."""
 
 
 def warn_of_costs(optimizer: Optimizer, stacklevel: int) -> None:
-    """Warn, once for each kind of reason, with the parameters and the remedy."""
+    """Warn once for each kind of reason, naming the parameters and the remedy."""
     rows = routing_table(optimizer).rows
     tables = [row for row in rows if _is_large_table(row)]
     if tables:
@@ -138,7 +138,7 @@ def _is_out_of_proportion(row: Row) -> bool:
 
 
 def _ratio(row: Row) -> float:
-    """Relative to two numbers of four bytes per entry."""
+    """Bytes of state relative to AdamW's, two numbers of four bytes per entry."""
     return row.state_bytes / (8 * max(math.prod(row.shape), 1))
 
 

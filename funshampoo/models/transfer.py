@@ -30,14 +30,14 @@ def rate_factors_of(
     base: Base,
     settings: Mapping[str, Arguments],
 ) -> dict[str, float]:
-    """{parameter: by what its rate is multiplied}: rule(its shape) / rule(its shape in base).
+    """{parameter: the factor on its rate}: rule(its shape) / rule(its shape in base).
 
     Args:
-        settings: {parameter: its method under "method", and that one's arguments}.
+        settings: {parameter: its method under "method", and the method's arguments}.
 
     Raises:
         ValueError: base lacks a parameter, or has it with another number of sides; a method has no
-            rule, or none for these arguments: named.
+            rule, or none for these arguments. The error names it.
     """
     if isinstance(base, nn.Module):
         base = {name: p.detach() for name, p in base.named_parameters()}
@@ -99,7 +99,7 @@ def muon_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> float
 
 
 def shampoo_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> float:
-    """With grafting that of the grafted method; without, (outputs / inputs)^(1 - S) / blocks^S.
+    """With grafting, the grafted method's; without, (outputs / inputs)^(1 - S) / blocks^S.
 
     S is the sum of the exponents over the sides, 1/2 by default.
     """
@@ -119,9 +119,9 @@ def shampoo_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> fl
 def soap_rule(kind: Kind, shape: tuple[int, ...], arguments: Arguments) -> float:
     """√(outputs / inputs) / (√outputs + √inputs): Adam's entries, about one, but no longer aligned.
 
-    What rotates them there makes single entries of the directions that the gradients share, so that
-    the update's norm is that of a matrix of entries with unrelated signs. What is no matrix to it
-    has Adam's rule.
+    The rotation into the eigenbases turns directions that the gradients share into single entries,
+    so that the update's norm is that of a matrix of entries with unrelated signs. Vectors and
+    embeddings have Adam's rule.
     """
     outputs, inputs = kind.fans(shape)
     if kind.role in ("vector", "embedding"):
@@ -148,4 +148,4 @@ RULES: dict[str, Rule] = {
     "soap": soap_rule,
     "spectral_descent": muon_rule,
 }
-"""{recipe: the rate at which a step is as long as its layer wants it, up to a constant}."""
+"""{recipe: the rate at which a step has the right length for its layer, up to a constant}."""

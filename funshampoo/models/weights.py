@@ -1,4 +1,4 @@
-"""Whose weight a parameter is or is made into, and which weights make a model's outputs."""
+"""The weight that a parameter is, or is a part of, and the weights that make a model's outputs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecod
 
 
 def output_weights(model: nn.Module) -> set[Tensor]:
-    """The weights of the layers that make a model's outputs, by identity; often of one.
+    """The weights of the layers that make a model's outputs, by identity; often just one.
 
-    Those of `get_output_embeddings()`, where the model has that method and an answer. Else linear
+    Those of `get_output_embeddings()`, if the model has that method and it returns any. Else linear
     layers of an embedding's shape, (vocabulary, width). Else the last layer of the model that has a
-    weight, in the order of registration, if it is linear. A layer that is repeated (inside an
-    nn.ModuleList, or one of several modules of one type in an nn.Sequential) and one of an
-    attention are no outputs.
+    weight, in the order of registration, if it is linear. Layers that are repeated (inside an
+    nn.ModuleList, or one of several modules of one type in an nn.Sequential) or belong to an
+    attention module are never outputs.
     """
     for module in model.modules():
         answer = getattr(module, "get_output_embeddings", None)
         if callable(answer):
             layer = answer()
-            layers = layer if isinstance(layer, nn.ModuleList) else [layer]  # one a codebook
+            layers = layer if isinstance(layer, nn.ModuleList) else [layer]  # one per codebook
             found = [p for m in layers if isinstance(m, nn.Module) for p in weights_of(m)]
             if found:
                 return set(found)
@@ -34,7 +34,7 @@ def output_weights(model: nn.Module) -> set[Tensor]:
     linear = [p for m in once if isinstance(m, nn.Linear) for p in weights_of(m)]
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tables = {(m.num_embeddings, m.embedding_dim) for m in embeddings}
-    # A table of as many rows as columns says nothing: hidden matrices have its shape, too.
+    # A square table is no evidence, since hidden matrices have the same shape.
     oblong = {shape for shape in tables if shape[0] != shape[1]}
     shaped: set[Tensor] = {p for p in linear if tuple(p.shape) in oblong}
     if shaped:
@@ -69,7 +69,7 @@ _OF_HOOKS = ("g", "v", "orig")
 
 
 def layer_of(modules: Mapping[str, nn.Module], prefix: str, attribute: str) -> tuple[str, str]:
-    """Whose weight a parameter is, or is made into: the module's name, and the weight's there.
+    """(module's name, weight's name in it) for the weight that a parameter is or is a part of.
 
     >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
     >>> modules = dict(layer.named_modules())
@@ -87,9 +87,9 @@ def layer_of(modules: Mapping[str, nn.Module], prefix: str, attribute: str) -> t
 
 
 def weights_of(layer: nn.Module) -> list[nn.Parameter]:
-    """The weight, or the parameters of a linear layer's shape that it is made of.
+    """The weight or, if it is computed from parameters, those of a linear layer's shape.
 
-    The weight itself is not asked for: to make it may change the layer, as spectral_norm does.
+    Such a weight is not read, since computing it may change the layer, as in spectral_norm.
     """
     own = layer._parameters.get("weight")
     if own is not None:
@@ -103,6 +103,6 @@ def weights_of(layer: nn.Module) -> list[nn.Parameter]:
 
 
 def inside_parametrizations(model: nn.Module) -> set[nn.Module]:
-    """The modules that make weights of other parameters."""
+    """The modules that make weights from other parameters."""
     lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
     return {inner for found in lists for inner in found.modules()}

@@ -20,7 +20,7 @@ SMALL = 2**14
 """Largest leaf, in entries, that is concatenated with others."""
 
 FEW = 4
-"""Up to this many leaves, it takes as many launches without."""
+"""Up to this many leaves, concatenating them saves no launches."""
 
 
 def by_number(

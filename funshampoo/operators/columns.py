@@ -77,7 +77,7 @@ def multiply(old: Column, factor: Hyper, donate: bool = False) -> Column:
 
 
 def _lies_with(factor: Tensor, column: Column) -> bool:
-    """Whether a number is plain and on the device of these, like one that a graph there reads."""
+    """Whether a number is plain and on the device of these, as a graph on that device reads it."""
     if factor.is_cpu or factor.ndim or not column or not is_plain((factor,), column):
         return False
     kinds = {(x.dtype, x.device) for x in column}
@@ -85,7 +85,7 @@ def _lies_with(factor: Tensor, column: Column) -> bool:
 
 
 def add_weight(total: Column, beta: Hyper, alive: Sequence[Column], donate: bool) -> Column:
-    """The total weight of an average that only takes in what is alive.
+    """The total weight of an average that only includes what is alive.
 
         total ← beta total + (1 - beta) alive
 
@@ -131,7 +131,7 @@ def average_of(
     Args:
         alive: as in `average`; `new` is 0 in the rows with 0.
         by_weight: the weight counts each row's own gradients: in a row that is not alive it decays
-            with the average, so that their quotient stays. Else such a row is left out.
+            with the average, which keeps their quotient. Otherwise such a row is left out.
         weighted: False: a sum, beta old + new, whose weight does not change.
     """
     if not weighted:

@@ -99,7 +99,7 @@ def chosen_sides(vectors: str, sides: Sides | None = None) -> Sides | None:
 def check_exponents(exponents: Exponents | None, sides: Sides | None) -> None:
     """Raises ValueError or TypeError for an invalid exponent, or a side that no block has.
 
-    Also if nothing names or chooses sides; see `check_sides`.
+    Also for invalid sides; see `check_sides`.
     """
     if isinstance(exponents, Mapping):
         _check_by_order(exponents)
@@ -125,6 +125,6 @@ def _check_by_order(exponents: Mapping[int, float | Mapping[int, float]]) -> Non
 
 
 def check_sides(sides: Sides | None) -> None:
-    """Raises ValueError unless it names sides or chooses them."""
+    """Raises ValueError unless it is None or a value of `Sides`."""
     if sides is not None and not callable(sides):
         check_choice("sides", sides, ("smaller",))

@@ -170,7 +170,7 @@ def zeroed_by_pairs(x: Tensor, dead: Tensor) -> Tensor:
 
 @constant
 def scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """() with this number, on the device, only to be read; no copy from the host."""
+    """A read-only () tensor with this number, made on the device, not copied from the host."""
     return torch.full((), number, dtype=dtype, device=device)
 
 

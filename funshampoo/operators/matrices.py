@@ -44,7 +44,7 @@ def as_rows(u: Tensor, block_ndim: int, flat: bool = True) -> Tensor:
 def norm_over(x: Tensor, first: int) -> Tensor:
     """The Frobenius norm over all axes from `first` on, which are kept with length 1.
 
-    Correct even if squares leave the dtype's range, as far as `linalg.norms` says.
+    Correct even if squares leave the dtype's range, within the limits of `linalg.norms`.
     """
     axes = tuple(range(first, x.ndim))
     if not axes:

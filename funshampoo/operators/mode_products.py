@@ -18,7 +18,7 @@ from funshampoo.operators.packed import unpack
 def unfoldings(x: Tensor, block_ndim: int, wanted: Sequence[bool]) -> Iterator[Tensor | None]:
     """mat_i of each wanted side, else None; lazily, so that no two copies of x are held at once.
 
-    Their columns are in some order, on which x xᵀ does not depend. A single copy with the last side
+    The order of their columns may vary: x xᵀ does not depend on it. One copy with the last side
     in front serves the last two sides of a tensor: the last one as rows, which a product reads in
     half the time of columns, the one before as transposed columns.
     """

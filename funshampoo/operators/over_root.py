@@ -36,7 +36,7 @@ def over_root(
     weight: Column | None = None,
     divisor: Column | None = None,
 ) -> Column:
-    """u / divisor / (max(√(v / weight), √tiny) + epsilon), in v's dtypes; tiny: the least normal.
+    """u / divisor / (max(√(v / weight), √tiny) + epsilon), in v's dtypes, with torch.finfo's tiny.
 
     tiny prevents 0/0 and keeps derivatives finite; a larger epsilon makes it superfluous. It
     overwrites `scratch` if possible: on a CPU a large new tensor costs page faults. Otherwise, and
@@ -46,7 +46,7 @@ def over_root(
         u = cast_like(u if divisor is None else quotient(u, divisor), v)
         corrected = v if weight is None else quotient(v, weight)
         return [cast(y / (sqrt(x) + epsilon), y.dtype) for x, y in zip(corrected, u)]
-    # Never on a CPU, to keep the numbers of 0.1.
+    # Never on a CPU, where results stay those of version 0.1.
     if weight is not None and not v[0].is_cpu and _joins(v, epsilon, weight, divisor):
         return _by_one_sum(cast_like(u, v), v, epsilon, weight, divisor)
     u = cast_like(u if divisor is None else quotient(u, divisor), v)

@@ -29,7 +29,7 @@ from funshampoo.core.modes import constant
 from funshampoo.linalg.products import is_plain_memory
 
 SMALLEST = 64
-"""Side from which stages pack: below, little memory is saved, for as many operators."""
+"""Side from which stages pack: below it as many operators would save little memory."""
 
 
 def packs(d: int, wanted: bool) -> bool:
@@ -115,7 +115,7 @@ def like(S: Tensor, other: Tensor) -> Tensor:
 
 
 def in_form_of(S: Tensor, other: Tensor) -> Tensor:
-    """S packed if `other` is, unpacked if not; unchanged if these are not two such forms."""
+    """S packed if `other` is, unpacked if not; unchanged if the shapes are not these two forms."""
     if min(S.ndim, other.ndim) < 2:
         return S
     d = side_of(other)

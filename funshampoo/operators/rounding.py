@@ -51,7 +51,7 @@ def rounded_at_random(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     as they are.
 
     Args:
-        x: float32; non-finite entries come back.
+        x: float32; non-finite entries are returned unchanged.
         dtype: torch.bfloat16 or torch.float16.
         bits: int32, random; of x's shape.
 

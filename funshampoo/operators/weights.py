@@ -88,7 +88,7 @@ def counted(
 
 
 def weights_over(weight: Tree, tree: Tree) -> Tree:
-    """A tree of weights, one per leaf: copies of a shared one, or the tree that it is."""
+    """A tree of weights, one per leaf: copies of a shared weight, or the tree that was given."""
     if not isinstance(weight, Tensor) or isinstance(tree, Tensor):
         return weight
     return map_leaves(lambda leaf: weight.clone(), tree)

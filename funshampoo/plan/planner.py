@@ -48,7 +48,7 @@ class RankPlan(NamedTuple):
 
     Attributes:
         blocks: the number of blocks that it owns.
-        elements: of the parameters, in its blocks: what it sends on every step.
+        elements: the number of parameter elements in its blocks, which it sends on every step.
         seconds: modelled seconds per step; `seconds.roots` is its root work.
         state_bytes: for its blocks, and for state that every rank keeps.
     """
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
         ranks: one `RankPlan` per rank.
         replicated_elements: elements that are not sharded, which every rank updates itself.
         replicated_bytes: bytes of state outside blocks, such as counters, which every rank keeps.
-        parameter_bytes: of the parameters, all of which every rank holds, with as many gradients.
+        parameter_bytes: of the parameters, all held by every rank, with gradients of as many bytes.
         gathered_bytes: bytes that every rank holds after gathering all updates of a step: in each
             collective all shards are as long as the longest.
     """

@@ -195,7 +195,7 @@ def _moved(
     """Fields of `ShardingPlan`: gathered and scattered bytes, each also across nodes, and peers.
 
     Args:
-        columns: how many numbers travel per gradient number: 2 if its parameter's does too.
+        columns: how many numbers are sent per gradient entry: 2 if the parameter's is sent too.
     """
     size, node = held.size, held.nodes
     gathered, across, scattered, back_across = ([0] * size for _ in range(4))

@@ -26,7 +26,7 @@ class BasisRule(Rule):
 
     Attributes:
         basis: as in `in_eigenbasis`.
-        begins: whether all values are first ones.
+        begins: whether every value is its block's first.
     """
 
     basis: Basis

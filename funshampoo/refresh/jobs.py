@@ -29,7 +29,7 @@ Rows = Sequence[int] | None
 class Outcome(NamedTuple):
     """A `Found`, and `known` (...), bool: False where there is no result to use.
 
-    That is if the matrix is zero or denormal, or this step's gradient was not finite.
+    That is so if the matrix is zero or denormal, or this step's gradient was not finite.
     """
 
     value: tuple[Tensor, ...]
@@ -126,7 +126,7 @@ class Job:
 
 
 def outcome(rule: Rule, asked: Asked) -> Outcome:
-    """The rule's result, and which matrices are nonzero, and more than rounding of zero.
+    """The rule's result, and which matrices are usable: not zero, and not only denormal numbers.
 
     Once a block's gradients have become zeros, its average decays to a few denormal numbers and
     stays there: 0.99 times 50 of them rounds to 50 again. These are unusable.

@@ -32,7 +32,7 @@ class Refreshing:
 
     If the rule does not converge for a matrix, the refresh keeps its old value and counts the
     failure. It also keeps the old value, uncounted, if the matrix is zero, since nothing has been
-    accumulated yet, or has no normal number, since nothing is left of it.
+    accumulated yet, or has only denormal numbers, since nothing is left of it.
 
     Args:
         rules: the shape of a block -> a rule or None for each unit. It is called on every refresh,

@@ -4,7 +4,7 @@ Where threads help, they work on different matrices. Two threads on two matrices
 kernel thread, decompose them as fast as MKL's two do one after the other at side 512, and 1.16
 times as fast at 1,024; later steps gain more. But the last matrix of a refresh may leave all but
 one thread idle for as long as it takes: such matrices are done first, each by all kernel threads.
-Those of moderate side always have one kernel thread: their numbers match a process with one.
+Those of moderate side always have one kernel thread, so their values match a process with one.
 
 Elsewhere (on a GPU, under a transform, for rules that threads don't help), the matrices of one side
 from all stacks are one batch.
@@ -43,7 +43,7 @@ large ones, temporaries of all stacks would exist at once."""
 def carry_out(jobs: Sequence[Job], in_blocks: bool) -> None:
     """Do all the work; the results are in `Job.parts`.
 
-    Threads start everything, and all are waited for before any result is used: an operator here,
+    All tasks are started, and all are waited for, before any result is used: an operator here,
     between two waits, would wake this thread's kernel threads, which then spin for milliseconds on
     the cores that the others need.
 
@@ -150,7 +150,7 @@ class Task:
 
 
 def tasks_of(batch: Batch) -> list[Task]:
-    """A batch as tasks: of several jobs whole, except for large sides; of one job in pieces."""
+    """The tasks of a batch: one for several jobs, unless sides are large; pieces of a sole job."""
     (job, rows), *others = batch
     if others and job.rule.side > LARGEST_SIDE:  # numbers depend on how threads share it
         return [task for one in batch for task in tasks_of([one])]
@@ -239,7 +239,7 @@ def makespan(costs: Iterable[float], threads: int) -> float:
 
 
 def speedup(threads: int) -> float:
-    """Of one decomposition by several kernel threads: 1.6 by two, as measured at 256 to 1,024.
+    """The gain of a decomposition by several kernel threads: 1.6 by two, measured at 256 to 1,024.
 
     In this model, a quarter of its time is serial.
     """

@@ -87,7 +87,7 @@ class RefreshSchedule:
         return phase
 
     def turns_at(self, step: int, updates: Tree, block_ids: BlockIds) -> Tree:
-        """A tree of `Turn`s for this step; None for leaves without one.
+        """A tree of `Turn`s for this step; None if no block has its turn.
 
         Args:
             step: the step number.

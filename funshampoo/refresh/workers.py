@@ -100,7 +100,7 @@ def _carry_out(future: Future[Any], function: Callable[[], Any]) -> None:
 
 
 def _take_one_kernel_thread() -> None:
-    """Give this thread one kernel thread; all others, also future ones, keep their number.
+    """Give this thread one kernel thread; all others, including future ones, keep their number.
 
     torch.set_num_threads sets the calling thread's number, and the one that new threads start with.
     A waiting helper thread restores the latter. A thread that starts and runs its first operator in

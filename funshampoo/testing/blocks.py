@@ -38,7 +38,7 @@ _LEAVE_OUT = (
 
 
 def _stacks_of(trial: Trial) -> _Stacks:
-    """One for all checks of a trial, which share a run."""
+    """The stacks of a trial, made once, since its checks share a run."""
     found: _Stacks = trial.found.setdefault("stacks", _Stacks(trial))
     return found
 

@@ -25,7 +25,7 @@ class _Check(NamedTuple):
     option: str = ""
 
     def applies(self, trial: Trial) -> bool:
-        """Whether it is enabled; in blocks, also whether the stage makes none itself."""
+        """Whether it is enabled and, if it is about blocks, the stage makes none itself."""
         if self.option != "blocks" or not trial.options["blocks"]:
             return not self.option or bool(trial.options[self.option])
         return find_state(trial.tx.init(trial.params), BlockedState) is None

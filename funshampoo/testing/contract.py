@@ -28,7 +28,7 @@ def returns_pairs(trial: Trial) -> None:
 
 
 def state_is_of_tensors(trial: Trial) -> None:
-    """No Python number, no None; the transformation itself checks the state of init."""
+    """The state from update has no Python number or None; that from init is always checked."""
     _, state = trial.step(trial.grads[0], trial.tx.init(trial.params), trial.params)
     for name, x in named(state).items():
         if not isinstance(x, Tensor):
@@ -40,7 +40,7 @@ def state_is_of_tensors(trial: Trial) -> None:
 
 
 def arguments_are_untouched(trial: Trial) -> None:
-    """By init and by update: values, and torch's write counters."""
+    """Neither init nor update writes to them, by their values and torch's version counters."""
     before = Snapshot(parameters=trial.params)
     state, params = trial.tx.init(trial.params), trial.params
     if name := before.written():

@@ -114,7 +114,7 @@ def half_precision_is_kept_in_float32(trial: Trial) -> None:
 
 
 def dtypes_may_mix(trial: Trial) -> None:
-    """In one tree: float32, bfloat16, float64 and float16."""
+    """One tree may have leaves in float32, bfloat16, float64 and float16."""
     _small_run(trial, [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32])
 
 

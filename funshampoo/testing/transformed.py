@@ -104,10 +104,10 @@ def gradients_flow(trial: Trial) -> None:
 
 
 def derivatives_are_right(trial: Trial) -> None:
-    """Derivatives of the path of some steps by initial parameters and gradients, both modes.
+    """Derivatives of the path of some steps w.r.t. initial parameters and gradients, both modes.
 
     Compared with central differences where two of them agree: elsewhere there is no derivative, and
-    below float64 they mean nothing. Only the path, since its start would swamp short steps.
+    below float64 they mean nothing. The path excludes its start, which would swamp short steps.
     """
     leaves = flatten(trial.params)[0]
     if any([x.dtype != torch.float64 for x in leaves]):

@@ -33,7 +33,7 @@ class Trial:
         tx: the stage.
         make: makes another instance, if check_stage was given a function; else returns the same.
         params: the parameters before the first step.
-        grads: a tree for each step, of order 1 and nowhere zero.
+        grads: a tree for each step, with entries of about 1, none of them zero.
         options: the options of check_stage that switch a check off, by name.
         found: results of one check that others use too, by name.
         tolerance: by which two results may differ, relative to the largest entry of a tensor.
