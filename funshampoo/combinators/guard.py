@@ -103,7 +103,7 @@ def guarded(
         check_count("max_failures", max_failures)
     check_count("every", every)
     if spike_factor is not None:
-        check_range("spike_factor", spike_factor, 1.0, low_open=True)
+        check_range("spike_factor", spike_factor, 1.0, low_open=True, infinite=True)
     _check_by_leaf(by_leaf, inner)
     counts = inner.counts or max_failures is not None
 

@@ -57,7 +57,7 @@ def soap(
     formats = {"channels_first": False, "channels_last": merge_dims}
     permutes = chosen("data_format", data_format, formats)
     beta1, beta2 = betas
-    check_range("max_precond_dim", max_precond_dim, 0)
+    check_range("max_precond_dim", max_precond_dim, 0, infinite=True)
 
     def directions(wanted: bool) -> GradientTransformation:
         def sides(block: tuple[int, ...]) -> list[bool]:
@@ -284,9 +284,9 @@ def splus(
     A side of exactly max_dim is left alone there, by mistake, at a matrix's rate; `recipes.splus`
     preconditions it.
     """
-    check_range("max_dim", max_dim, 0)
+    check_range("max_dim", max_dim, 0, infinite=True)
     check_range("eps", eps, 0.0)
-    check_range("nonstandard_constant", nonstandard_constant, 0, high_open=True)
+    check_range("nonstandard_constant", nonstandard_constant, 0)
 
     def scale(shape: tuple[int, ...]) -> float:
         square = len(shape) == 2 and max(shape) <= max_dim

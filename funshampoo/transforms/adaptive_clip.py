@@ -33,7 +33,7 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
     >>> adaptive_clip(0.1).update(u, (), w)[0]
     {'w': tensor([[0.3000, 0.4000]])}
     """
-    check_range("max_ratio", max_ratio, 0.0, low_open=True)
+    check_range("max_ratio", max_ratio, 0.0, low_open=True, infinite=True)
     check_range("epsilon", epsilon, 0.0)
 
     def clipped(

@@ -29,7 +29,7 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
     >>> clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, ())[0]
     {'w': tensor([0.6000, 0.8000])}
     """
-    check_range("max_norm", max_norm, 0.0, low_open=True)
+    check_range("max_norm", max_norm, 0.0, low_open=True, infinite=True)
 
     def clipped(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         leaves = [x for x in flatten(updates)[0] if x is not None]
