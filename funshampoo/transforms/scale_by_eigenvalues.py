@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_range
@@ -52,6 +53,7 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         def leaf(u: Tensor, eigenvalues: Any) -> tuple[Tensor]:
             u = wide(u)
             h = outer([inverse_root(x) for x in eigenvalues]).reshape(u.shape)
+            h = torch.clamp(h, max=torch.finfo(h.dtype).max)  # infinity times 0 would be NaN
             return (u * (h / (1 + multiply(h, damping, donate=False))),)
 
         eigenvalues = _eigenvalues(earlier, updates)
