@@ -38,8 +38,9 @@ def check_range(
     low_open = low_open or low == -math.inf
     high_open = high_open or (high == math.inf and not infinite)
     if isinstance(value, Live):
-        ends: dict[str, Any] = {"low": low, "high": high, "low_open": low_open, "high_open": high_open}
-        value.note(functools.partial(check_range, name, **ends, infinite=infinite))
+        ends: dict[str, Any] = {"low": low, "high": high, "infinite": infinite}
+        ends |= {"low_open": low_open, "high_open": high_open}
+        value.note(functools.partial(check_range, name, **ends))
         value = initial(value)
     if isinstance(value, Tensor) and value.ndim and value.numel() != 1:
         raise TypeError(

@@ -95,10 +95,10 @@ def mean_square(x: Tensor, side: int, block_ndim: int) -> Tensor:
 
 
 def bounded(x: Tensor) -> Tensor:
-    """x between ±2^-10 √max, max its dtype's largest number, so that sums of its squares are finite.
+    """x within ±2^-10 √max, for the largest number of its dtype, so that its squares can be added.
 
-    What is whitened by eigenvalues that thousands of gradients of zeros have let decay may overflow,
-    and a factor matrix of infinity never recovers.
+    After thousands of gradients of zeros, eigenvalues have decayed so far that what is whitened by
+    them may overflow; and a factor matrix of infinity never recovers.
 
     >>> bounded(torch.tensor([1e20, -2.0]))
     tensor([ 1.8014e+16, -2.0000e+00])
