@@ -118,10 +118,10 @@ def decayed_steps(lr: Hyper | Schedule, weight_decay: float) -> tuple[GradientTr
     """W ← (W - lr U)(1 - lr λ): decay comes after the step. A first gradient moves nothing."""
 
     def share(count: Tensor) -> Hyper:
-        return (lr(count) if callable(lr) else lr) * weight_decay - 1
+        return 1 - (lr(count) if callable(lr) else lr) * weight_decay
 
     return (
-        scale_by_learning_rate(share),
+        scale_by_learning_rate(share, flip_sign=False),
         add_decayed_weights(weight_decay),
         scale_by_learning_rate(lr),
         _by_steps(lambda steps: (steps > 0).double(), "not_at_first"),

@@ -8,6 +8,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.traits import WEIGHS, with_traits
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import filled, multiply
 from funshampoo.operators.matrices import norm_over, safe
@@ -52,4 +53,5 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
 
         return update_leaves(leaf, updates, (), (params,))[0]
 
-    return stateless(clipped, "adaptive_clip", numbers=[max_ratio, epsilon], needs_params=True)
+    stage = stateless(clipped, "adaptive_clip", numbers=[max_ratio, epsilon], needs_params=True)
+    return with_traits(stage, WEIGHS)

@@ -7,6 +7,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.traits import COUPLES, with_traits
 from funshampoo.core.tree import cast, compute_dtype, flatten, update_columns
 from funshampoo.operators.columns import Column, shared_product
 from funshampoo.operators.global_norm import clipping_factors, scaled_norm
@@ -45,7 +46,8 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
 
         return update_columns(scaled, updates, ())[0]
 
-    return stateless(clipped, "clip_by_global_norm", numbers=[max_norm])
+    stage = stateless(clipped, "clip_by_global_norm", numbers=[max_norm])
+    return with_traits(stage, COUPLES)
 
 
 def global_norm(tree: Tree) -> Tensor | None:

@@ -13,6 +13,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
+from funshampoo.core.traits import OF_SIDES, with_traits
 from funshampoo.core.tree import map_leaves, update_leaves, wide
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
 from funshampoo.operators.factors import accumulated_factor, zero_factors
@@ -167,4 +168,5 @@ def kl_statistics(
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
 
     flops = functools.partial(kl_flops, through, sides)
-    return GradientTransformation(init, update, numbers=numbers_read, flops=flops, passes=True)
+    stage = GradientTransformation(init, update, numbers=numbers_read, flops=flops, passes=True)
+    return with_traits(stage, OF_SIDES)

@@ -11,6 +11,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers
 from funshampoo.core.parameters import check_local
+from funshampoo.core.traits import OF_SIDES, with_traits
 from funshampoo.linalg import Solver
 from funshampoo.linalg.choice import chosen_solver
 from funshampoo.linalg.low_precision import check_product_dtype
@@ -144,7 +145,7 @@ def root_inverse(
         state = refreshed(roots(context.hyper), updates, state, context, "root_inverse")
         return preconditioned(updates, state.kept, context.block_ndim, product_dtype), state
 
-    return GradientTransformation(
+    stage = GradientTransformation(
         init,
         update,
         phase=schedule.phase(threads=bool(getattr(solve, "threaded", False))),
@@ -153,3 +154,4 @@ def root_inverse(
         flops=mode_flops,
         refresh_cost=relative_cost(solve),
     )
+    return with_traits(stage, OF_SIDES)

@@ -17,6 +17,7 @@ from funshampoo.core.contract import (
     renamed,
 )
 from funshampoo.core.live import Numbers, number
+from funshampoo.core.traits import DIRECTED, with_traits
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, add_scaled, cast_like, in_compute_dtype
 from funshampoo.state.stages import ScheduleState
@@ -106,6 +107,7 @@ def add_decayed_weights(
     stage = GradientTransformation(
         init, update, counts=scheduled, numbers=numbers, elementwise=True, needs_params=True
     )
+    stage = with_traits(stage, DIRECTED)
     if mask is None:
         return stage
     return renamed(masked(stage, mask), stage.name)

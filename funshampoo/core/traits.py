@@ -1,0 +1,129 @@
+"""What a stage says of its place, and what combinators refuse because of it.
+
+Out of its place, a stage does nothing, or something else than it says, and no number shows it: a
+weight decay behind the learning rate makes weights grow. So a stage has `traits`, which combinators
+inherit from their parts, and look at when they are built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from funshampoo.core.contract import GradientTransformation
+
+TURNS = "turns"
+"""It makes a step of a direction, by minus the learning rate."""
+
+TURNS_SOME = "turns some"
+"""The same, for some of the leaves."""
+
+MAY_TURN = "may turn"
+"""It multiplies by a number that may be negative."""
+
+DIRECTED = "directed"
+"""It takes its updates for a direction: behind a stage that turns, its sign is the wrong one."""
+
+TRACKS = "tracks"
+"""Its state holds the weights that its updates lead to."""
+
+LATE = "late"
+"""It takes its updates for a step, and may stand behind a stage that tracks."""
+
+ROUNDS = "rounds"
+"""Its updates lead to weights that are rounded."""
+
+WEIGHS = "weighs"
+"""With zeros in the place of a weight it would make something else of the update."""
+
+COUPLES = "couples"
+"""What it does to a leaf depends on all others."""
+
+OF_SIDES = "of sides"
+"""Its state, or that of the stage it reads, belongs to the sides of the parameters themselves."""
+
+Traits = Mapping[str, str]  # {trait: the name of the stage that has it}
+
+
+def with_traits(stage: GradientTransformation, *traits: str) -> GradientTransformation:
+    """The stage itself, which is told of these traits."""
+    stage.traits = {**stage.traits, **dict.fromkeys(traits, stage.name)}
+    return stage
+
+
+def inherited(parts: Iterable[GradientTransformation]) -> dict[str, str]:
+    """The traits of all parts; of a trait that several have, the name of the first."""
+    found: dict[str, str] = {}
+    for part in parts:
+        found = {**part.traits, **found}
+    return found
+
+
+def for_some_leaves(traits: Traits) -> dict[str, str]:
+    """The traits of a part that gets some of the leaves."""
+    return {TURNS_SOME if trait == TURNS else trait: name for trait, name in traits.items()}
+
+
+def refuse(inner: GradientTransformation, where: str, **reasons: str) -> None:
+    """Raise if a stage that must not stand inside does.
+
+    Args:
+        where: the name of the combinator.
+        reasons: {trait, with _ for a space: why, and the remedy}.
+
+    Raises:
+        ValueError: names the stage and the combinator.
+    """
+    for trait, reason in reasons.items():
+        name = inner.traits.get(trait.replace("_", " "))
+        if name is not None:
+            raise ValueError(f"{where}(...) with {name}(...) in it: {reason}")
+
+
+def refuse_steps(inner: GradientTransformation, where: str) -> None:
+    """Raise if a stage inside makes a step, or needs to know it, where directions are compared.
+
+    Raises:
+        ValueError: names the stage and the combinator.
+    """
+    turns = (
+        "it compares directions, and the learning rate turns them round: put that behind, as in "
+        f"chain({where}(scale_by_adam()), scale_by_learning_rate(...))."
+    )
+    tracks = f"what changes the step has to come before it: put it behind {where}(...)."
+    refuse(inner, where, turns=turns, turns_some=turns, tracks=tracks)
+
+
+def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
+    """The traits of a chain.
+
+    Raises:
+        ValueError: a stage stands behind one that has to come after it; names both.
+    """
+    found: dict[str, str] = {}
+    for stage in stages:
+        own = stage.traits
+        if TURNS in found and DIRECTED in own:
+            raise ValueError(
+                f"{own[DIRECTED]} stands behind {found[TURNS]}, which turns a direction into a "
+                f"step, -learning_rate times it: there its sign is the wrong one. Put "
+                f"{own[DIRECTED]} before it, or scale(-1.0) between the two."
+            )
+        if ROUNDS in found and not stage.passes:
+            raise ValueError(
+                f"{found[ROUNDS]}: '{stage.name}' behind it changes updates that are rounded: put "
+                f"{found[ROUNDS]} last, behind scale_by_learning_rate."
+            )
+        if TRACKS in found and not stage.passes and not {LATE, ROUNDS} & own.keys():
+            raise ValueError(
+                f"{found[TRACKS]}: '{stage.name}' behind it changes the step, so that the weights "
+                f"are not those that {found[TRACKS]} has in its state: put '{stage.name}' before "
+                "it. A stage of yours that changes nothing says so by passes=True."
+            )
+        if MAY_TURN in found:  # whatever comes in, a later stage may get its negative
+            own = {trait: name for trait, name in own.items() if trait != DIRECTED}
+        if MAY_TURN in own:
+            found.pop(TURNS, None)
+        found = {**own, **found}
+    return found
