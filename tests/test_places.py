@@ -146,6 +146,17 @@ OTHER: dict[str, tuple[Made, str]] = {
         lambda: fs.blocked(fs.tail_average(), with_params={"w": True, "layers": False}),
         r"blocked\(...\) with tail_average\(...\) in it: .*zeros",
     ),
+    "statistics in both branches": (
+        lambda: fs.chain(fs.graft(statistics_and(ROOTS), statistics_and(ROOTS)), ROOTS),
+        "root_inverse found factor matrices in both branches of the graft",
+    ),
+    "statistics in both, for bases": (
+        lambda: statistics_and(
+            fs.guarded(fs.graft(statistics_and(ROOTS), statistics_and(ROOTS))),
+            fs.in_eigenbasis(fs.sign()),
+        ),
+        "in_eigenbasis found factor matrices in both branches of the graft",
+    ),
     "the length of hidden weights": (
         lambda: fs.blocked(fs.adaptive_clip(), with_params=lambda p: p),
         r"blocked\(...\) with adaptive_clip\(...\) in it: .*zeros",
@@ -157,7 +168,7 @@ OTHER: dict[str, tuple[Made, str]] = {
 def test_what_belongs_elsewhere(name: str) -> None:
     make, message = OTHER[name]
     with pytest.raises(ValueError, match=message):
-        make()
+        make().init(problem())
 
 
 IN_PLACE: dict[str, Made] = {
@@ -186,6 +197,12 @@ IN_PLACE: dict[str, Made] = {
     "a direction grafted onto a step": lambda: fs.chain(
         fs.graft(fs.sign(), onto=fs.sgd(0.1)), fs.scale_by_learning_rate(1.0)
     ),
+    "statistics behind both branches": lambda: fs.chain(
+        fs.graft(statistics_and(ROOTS), statistics_and(ROOTS)), statistics_and(ROOTS)
+    ),
+    "statistics in one branch": lambda: statistics_and(
+        fs.graft(statistics_and(ROOTS), fs.scale_by_sgd()), ROOTS
+    ),
     "a norm of all blocks at once": lambda: fs.blocked(fs.clip_by_global_norm(1.0)),
     "around a method with an average": lambda: fs.wrapping(
         fs.schedule_free(0.1), lambda run, updates, own: (run(updates), own)
@@ -210,3 +227,14 @@ def test_behind_the_rate_a_decay_has_to_be_turned_back() -> None:
     for tx in (right, behind):
         updates, _ = tx.update(zeros, tx.init(params), params)
         torch.testing.assert_close(updates["w"], torch.full((3,), -0.1))
+
+
+def test_gradients_that_are_added_up_turn_with_the_bases() -> None:
+    """Their mean, turned back, is that of the gradients, although bases are renewed in between."""
+    tx = statistics_and(fs.in_eigenbasis(fs.multi_steps(fs.scale(1.0), 3), 1, first="identity"))
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(6)]
+    state = tx.init({"w": grads[0]})
+    for g in grads:
+        updates, state = tx.update({"w": g}, state)
+    torch.testing.assert_close(updates["w"], torch.stack(grads[3:]).mean(0))

@@ -7,7 +7,7 @@ from typing import Any
 
 from funshampoo.core.tree import MaskedNode, flatten, leaf_names
 from funshampoo.state.nodes import find_state
-from funshampoo.state.stages import KroneckerState
+from funshampoo.state.stages import GraftState, KroneckerState
 
 
 def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
@@ -45,6 +45,23 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
     if MaskedNode in map(type, factors):
         raise hidden_error(factors, tree, stage, "kronecker_statistics(...)")
     return found
+
+
+def check_nearest(upstream: tuple[Any, ...], stage: str) -> None:
+    """Check that one stage with factor matrices is nearer than all others. In `init`.
+
+    Raises:
+        ValueError: both branches of a `graft` before it have some.
+    """
+    found: Any = find_state(upstream, (KroneckerState, GraftState))
+    if isinstance(found, GraftState):
+        branches = found.direction, found.onto
+        if None not in [find_state(branch, KroneckerState) for branch in branches]:
+            raise ValueError(
+                f"{stage} found factor matrices in both branches of the graft(...) before it, and "
+                "neither is nearer: put statistics of its own behind the graft, or make one "
+                "kronecker_statistics(...) before it serve all three."
+            )
 
 
 def hidden_error(parts: Sequence[Any], tree: Any, stage: str, other: str) -> ValueError:

@@ -21,7 +21,7 @@ from funshampoo.refresh import Refreshing, RefreshSchedule
 from funshampoo.refresh.bases import BasisRule, renewed
 from funshampoo.refresh.coordinates import coordinate_flops, one_more, stepped, with_bases
 from funshampoo.state.eigenbases import EigenbasisState
-from funshampoo.state.upstream import statistics_of
+from funshampoo.state.upstream import check_nearest, statistics_of
 
 
 def in_eigenbasis(
@@ -109,7 +109,9 @@ def in_eigenbasis(
 
     def init(params: Tree, **context: Any) -> EigenbasisState:
         check_local(params, "in_eigenbasis")
-        factors = statistics_of(context.get("upstream", ()), "in_eigenbasis", params).factors
+        upstream = context.get("upstream", ())
+        factors = statistics_of(upstream, "in_eigenbasis", params).factors
+        check_nearest(upstream, "in_eigenbasis")
         ndim = context.get("block_ndim", 0)
         # Only for sides with a factor: an identity of side 50,000 would take 10 GB.
         bases = refreshing(True).init(params, ndim, context.get("clock", False), factors)

@@ -12,6 +12,8 @@ from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.traits import TURNS, refuse
 from funshampoo.core.tree import columns_of, flatten
 from funshampoo.operators.lengths import take_lengths
+from funshampoo.state.eigenbases import EigenbasisState
+from funshampoo.state.nodes import find_state
 from funshampoo.state.stages import GraftState
 
 
@@ -73,8 +75,11 @@ def graft(
 
     def init(params: Tree, *, clock: bool = False, **context: Any) -> GraftState:
         context["clock"] = clock or counts
-        states = direction.init(params, **context), onto.init(params, **context)
-        return GraftState(*states, started(counts, clock))
+        first = direction.init(params, **context)
+        # Shows `onto` that bases of the statistics before both may be in `direction`.
+        if (bases := find_state(first, EigenbasisState)) is not None:
+            context["upstream"] = (*context.get("upstream", ()), bases)
+        return GraftState(first, onto.init(params, **context), started(counts, clock))
 
     def update(
         updates: Tree, state: GraftState, params: Tree, context: Context
@@ -82,7 +87,6 @@ def graft(
         inside = running(state.steps, context)
         found = direction.run(updates, state.direction, params, inside)
         p, direction_state = checked_pair(found, direction.name)
-        # Shows `onto` that bases of the statistics before both may be in `direction`.
         inside = changed(inside, earlier=(*inside.earlier, state.direction))
         found = onto.run(updates, state.onto, params, inside)
         p_g, onto_state = checked_pair(found, onto.name)

@@ -23,7 +23,7 @@ from funshampoo.refresh import Refreshing, RefreshSchedule
 from funshampoo.refresh.factors import refreshed
 from funshampoo.refresh.roots import root_rules
 from funshampoo.state.stages import RefreshedState
-from funshampoo.state.upstream import statistics_of
+from funshampoo.state.upstream import check_nearest, statistics_of
 
 
 def root_inverse(
@@ -137,6 +137,7 @@ def root_inverse(
         check_local(params, "root_inverse")
         if upstream is not None:
             statistics_of(upstream, "root_inverse", params)
+            check_nearest(upstream, "root_inverse")
         return roots(NO_NUMBERS).init(params, block_ndim, clock)
 
     def update(

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.core.adapting import without_state
 from funshampoo.core.checks import check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.contract import EmptyState, GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.tree import flatten, update_leaves, wide
 from funshampoo.operators.kl import inverse_root, outer
@@ -29,7 +30,7 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         epsilon: added to the root, ≥ 0.
 
     Raises:
-        ValueError: epsilon out of range; from update, the nearest `kl_statistics` before has no
+        ValueError: epsilon out of range; from init, the nearest `kl_statistics` before has no
             eigenvalues, or they belong to another `in_eigenbasis` that stands between or in the
             direction of a `graft`.
 
@@ -59,7 +60,13 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         eigenvalues = _eigenvalues(earlier, updates)
         return update_leaves(leaf, updates, (), (eigenvalues,))[0]
 
-    return stateless(scaled, "scale_by_eigenvalues", numbers=[epsilon])
+    def init(params: Tree, *, upstream: tuple[Any, ...] | None = None) -> EmptyState:
+        if upstream is not None:
+            _eigenvalues(upstream, params)
+        return EmptyState()
+
+    name = "scale_by_eigenvalues"
+    return GradientTransformation(init, without_state(scaled), name, numbers=[epsilon])
 
 
 def _eigenvalues(earlier: tuple[Any, ...], updates: Tree) -> Tree:
