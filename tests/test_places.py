@@ -138,6 +138,22 @@ OTHER: dict[str, tuple[Made, str]] = {
         lambda: fs.sharded(fs.chain(fs.clip_by_global_norm(1.0), fs.scale_by_adam())),
         r"sharded\(...\) with clip_by_global_norm\(...\) in it: .*before or behind",
     ),
+    "gradients of all leaves on ranks": (
+        lambda: fs.sharded(fs.multi_steps(fs.scale_by_adam(), 2)),
+        r"sharded\(...\) with multi_steps\(...\) in it: ",
+    ),
+    "a guard of all leaves on ranks": (
+        lambda: fs.sharded(fs.chain(fs.guarded(fs.scale_by_adam()), STEP)),
+        r"sharded\(...\) with guarded\(...\) in it: .*by_leaf=True",
+    ),
+    "moments behind a mean of gradients": (
+        lambda: fs.chain(fs.multi_steps(fs.clip(1.0), 4), fs.adamw(0.1)),
+        r"'chain' stands behind multi_steps, .*put it into multi_steps\(chain",
+    ),
+    "a decay behind a mean of gradients": (
+        lambda: fs.chain(fs.masked(fs.multi_steps(fs.sign(), 4), True), fs.add_decayed_weights(1)),
+        "'add_decayed_weights' stands behind multi_steps",
+    ),
     "a norm of all blocks in tiles": (
         lambda: fs.blocked(fs.clip_by_global_norm(1.0), tile="auto"),
         r"blocked\(...\) with clip_by_global_norm\(...\) in it: .*before or behind",
@@ -145,6 +161,12 @@ OTHER: dict[str, tuple[Made, str]] = {
     "an average of hidden weights": (
         lambda: fs.blocked(fs.tail_average(), with_params={"w": True, "layers": False}),
         r"blocked\(...\) with tail_average\(...\) in it: .*zeros",
+    ),
+    "eigenvalues without bases": (
+        lambda: fs.chain(
+            fs.kl_statistics(), fs.guarded(fs.scale_by_eigenvalues()), fs.in_eigenbasis(fs.sign())
+        ),
+        r"scale_by_eigenvalues is for coordinates in eigenbases: put it into in_eigenbasis",
     ),
     "statistics in both branches": (
         lambda: fs.chain(fs.graft(statistics_and(ROOTS), statistics_and(ROOTS)), ROOTS),
@@ -202,6 +224,16 @@ IN_PLACE: dict[str, Made] = {
     ),
     "statistics in one branch": lambda: statistics_and(
         fs.graft(statistics_and(ROOTS), fs.scale_by_sgd()), ROOTS
+    ),
+    "a mean of gradients": lambda: fs.chain(
+        fs.trace(0.9),
+        fs.multi_steps(fs.adamw(0.1), 2),
+        fs.scale_by_learning_rate(0.5, flip_sign=False),
+        fs.tail_average(),
+        fs.stochastic_rounding(),
+    ),
+    "guards of blocks, and of leaves one by one": lambda: fs.sharded(
+        fs.chain(fs.guarded(fs.scale_by_adam(), by_leaf=True), fs.blocked(fs.guarded(fs.sign())))
     ),
     "a norm of all blocks at once": lambda: fs.blocked(fs.clip_by_global_norm(1.0)),
     "around a method with an average": lambda: fs.wrapping(

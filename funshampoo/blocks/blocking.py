@@ -39,7 +39,7 @@ from funshampoo.core.placed import (
     parts_like,
 )
 from funshampoo.core.traced_tree import TracedSpec
-from funshampoo.core.traits import OF_SIDES, refuse, with_traits
+from funshampoo.core.traits import JUDGES, OF_SIDES, refuse, with_traits, without
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names, names_in
 from funshampoo.state.stages import BlockedState
 
@@ -130,6 +130,7 @@ def blocked(
         # It opens a scope, whose gradient is the incoming updates.
         flops=lambda block, kept, apart: inner.flops(block, kept) - inner.flops(block, kept, apart),
     )
+    found.traits = without(found.traits, JUDGES)
     return with_traits(found, OF_SIDES)
 
 

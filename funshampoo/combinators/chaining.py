@@ -18,7 +18,7 @@ from funshampoo.core.misfit import other_stages
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import SEEN, any_in_parts
-from funshampoo.core.traits import in_sequence
+from funshampoo.core.traits import check_behind_means, in_sequence
 from funshampoo.core.tree import check_same_structure, flatten
 from funshampoo.state.stages import ClockState
 
@@ -75,6 +75,7 @@ def chain(
         for name, stage in named.items():
             before = (*upstream, *states.values())
             states[name] = stage.init(params, upstream=before, clock=clock or counts, **context)
+        check_behind_means(named, states)
         return states if steps == () else {CLOCK: ClockState(steps), **states}
 
     def update(

@@ -8,7 +8,11 @@ inherit from their parts, and look at when they are built.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from funshampoo.core.tree import flatten
 
 if TYPE_CHECKING:
     from funshampoo.core.contract import GradientTransformation
@@ -40,6 +44,15 @@ WEIGHS = "weighs"
 COUPLES = "couples"
 """What it does to a leaf depends on all others."""
 
+JUDGES = "judges"
+"""Outside of blocks it holds all leaves together."""
+
+WAITS = "waits"
+"""Its updates are zeros until it has seen several gradients."""
+
+IN_BASES = "in bases"
+"""What it multiplies by belongs to coordinates in eigenbases."""
+
 OF_SIDES = "of sides"
 """Its state, or that of the stage it reads, belongs to the sides of the parameters themselves."""
 
@@ -58,6 +71,11 @@ def inherited(parts: Iterable[GradientTransformation]) -> dict[str, str]:
     for part in parts:
         found = {**part.traits, **found}
     return found
+
+
+def without(traits: Traits, *names: str) -> dict[str, str]:
+    """The traits except these."""
+    return {trait: name for trait, name in traits.items() if trait not in names}
 
 
 def for_some_leaves(traits: Traits) -> dict[str, str]:
@@ -95,6 +113,30 @@ def refuse_steps(inner: GradientTransformation, where: str) -> None:
     refuse(inner, where, turns=turns, turns_some=turns, tracks=tracks)
 
 
+def check_behind_means(
+    stages: Mapping[str, GradientTransformation], states: Mapping[str, Any]
+) -> None:
+    """Check that nothing behind a stage that waits takes the zeros of other steps for updates.
+
+    A stage does whose own state has averages, or that goes by parameters. Rounding and
+    `tail_average` do not mind.
+
+    Raises:
+        ValueError: names both stages.
+    """
+    waits = ""
+    for name, stage in stages.items():
+        tensors = [x for x in flatten(states[name])[0] if isinstance(x, Tensor)]
+        averages = any([x.is_floating_point() for x in tensors])
+        harmless = ROUNDS in stage.traits or (TRACKS in stage.traits and stage.passes)
+        if waits and not harmless and (averages or stage.needs):
+            raise ValueError(
+                f"'{name}' stands behind {waits}, whose updates are zeros on all steps but every "
+                f"n-th, and would take them for updates: put it into {waits}(chain(...), every)."
+            )
+        waits = waits or stage.traits.get(WAITS, "")
+
+
 def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
     """The traits of a chain.
 
@@ -110,6 +152,10 @@ def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
                 f"step, -learning_rate times it: there its sign is the wrong one. Put "
                 f"{own[DIRECTED]} before it, or scale(-1.0) between the two."
             )
+        if OF_SIDES in found and IN_BASES in own:
+            raise ValueError(
+                f"{own[IN_BASES]} is for coordinates in eigenbases: put it into in_eigenbasis(...)."
+            )
         if ROUNDS in found and not stage.passes:
             raise ValueError(
                 f"{found[ROUNDS]}: '{stage.name}' behind it changes updates that are rounded: put "
@@ -122,7 +168,7 @@ def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
                 "it. A stage of yours that changes nothing says so by passes=True."
             )
         if MAY_TURN in found:  # whatever comes in, a later stage may get its negative
-            own = {trait: name for trait, name in own.items() if trait != DIRECTED}
+            own = without(own, DIRECTED)
         if MAY_TURN in own:
             found.pop(TURNS, None)
         found = {**own, **found}

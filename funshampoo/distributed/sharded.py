@@ -97,7 +97,9 @@ def sharded(
     State: `ShardedState`; with whole=False, and no DTensors, `inner`'s.
 
     Raises:
-        ValueError: a stage in `inner` computes with all leaves together, as clip_by_global_norm.
+        ValueError: a stage in `inner` computes with all leaves together, as
+            clip_by_global_norm and multi_steps (which goes around it); from init, outside of
+            blocks, so does a `guarded` without by_leaf.
         ValueError, TypeError: an argument out of range; a process outside the group; a state made
             on other ranks; parameters of FSDP, which are parts.
         RuntimeError: inside a torch.func transform or torch.compile; updates that carry gradients;
@@ -135,6 +137,9 @@ def sharded(
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any) -> Any:
         check_local(params, "sharded")
+        if not block_ndim and whole:
+            by_rank = "outside of blocks a rank would hold its own leaves: give by_leaf=True."
+            refuse(inner, "sharded", judges=by_rank)
         if not whole:
             return inner.init(params, block_ndim=block_ndim, clock=clock, **context)
         space = Space(params, block_ndim)

@@ -13,7 +13,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.live import NO_NUMBERS, Numbers, resolved
 from funshampoo.core.parameters import check_local
-from funshampoo.core.traits import OF_SIDES, refuse, with_traits
+from funshampoo.core.traits import IN_BASES, OF_SIDES, refuse, with_traits, without
 from funshampoo.linalg.choice import chosen_basis
 from funshampoo.linalg.solver import relative_cost
 from funshampoo.operators.columns import zeros_a_block
@@ -151,4 +151,5 @@ def in_eigenbasis(
         flops=functools.partial(coordinate_flops, inner.reads_gradient),
         refresh_cost=relative_cost(renew),
     )
+    stage.traits = without(stage.traits, IN_BASES)
     return with_traits(stage, OF_SIDES)

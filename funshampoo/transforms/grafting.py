@@ -9,7 +9,7 @@ from funshampoo.core.clock import advanced, count_of, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
-from funshampoo.core.traits import TURNS, refuse
+from funshampoo.core.traits import TURNS, refuse, without
 from funshampoo.core.tree import columns_of, flatten
 from funshampoo.operators.lengths import take_lengths
 from funshampoo.state.eigenbases import EigenbasisState
@@ -109,5 +109,5 @@ def graft(
     parts = {"direction": direction, "onto": onto}
     found = GradientTransformation(init, update, phase=phase, parts=parts, counts=counts)
     if not turned[0]:  # the sign is that of the direction
-        found.traits = {trait: name for trait, name in found.traits.items() if trait != TURNS}
+        found.traits = without(found.traits, TURNS)
     return found

@@ -11,6 +11,7 @@ from funshampoo.core.adapting import without_state
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import EmptyState, GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.traits import IN_BASES, with_traits
 from funshampoo.core.tree import flatten, update_leaves, wide
 from funshampoo.operators.kl import inverse_root, outer
 from funshampoo.operators.leaf_ops import multiply
@@ -30,9 +31,9 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         epsilon: added to the root, ≥ 0.
 
     Raises:
-        ValueError: epsilon out of range; from init, the nearest `kl_statistics` before has no
-            eigenvalues, or they belong to another `in_eigenbasis` that stands between or in the
-            direction of a `graft`.
+        ValueError: epsilon out of range; from a chain, it is in no `in_eigenbasis`; from init, the
+            nearest `kl_statistics` before has no eigenvalues, or they belong to another
+            `in_eigenbasis` that stands between or in the direction of a `graft`.
 
     Reference: Lin et al., arXiv 2509.03378.
 
@@ -66,7 +67,8 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         return EmptyState()
 
     name = "scale_by_eigenvalues"
-    return GradientTransformation(init, without_state(scaled), name, numbers=[epsilon])
+    stage = GradientTransformation(init, without_state(scaled), name, numbers=[epsilon])
+    return with_traits(stage, IN_BASES)
 
 
 def _eigenvalues(earlier: tuple[Any, ...], updates: Tree) -> Tree:
