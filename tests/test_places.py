@@ -78,6 +78,10 @@ OTHER: dict[str, tuple[Made, str]] = {
         lambda: fs.chain(fs.soap(0.1), fs.add_decayed_weights(0.1, {"w": True, "layers": False})),
         "add_decayed_weights stands behind scale_by_learning_rate",
     ),
+    "a decay behind the rate of some": (
+        lambda: fs.chain(fs.masked(STEP, {"w": True, "layers": False}), fs.radial_brake()),
+        "radial_brake stands behind scale_by_learning_rate",
+    ),
     "a cautious decay": (
         lambda: fs.chain(STEP, fs.clip(1.0), fs.add_cautious_decay(0.1)),
         "add_cautious_decay stands behind scale_by_learning_rate",
@@ -205,6 +209,10 @@ IN_PLACE: dict[str, Made] = {
     "a rate for some and one for others": lambda: fs.chain(
         fs.masked(fs.adamw(0.1), {"w": True, "layers": False}),
         fs.masked(fs.sgd(0.1), {"w": False, "layers": True}),
+    ),
+    "each half by a method that ends": lambda: fs.chain(
+        fs.masked(fs.chain(STEP, fs.tail_average()), {"w": True, "layers": False}),
+        fs.masked(fs.chain(STEP, fs.stochastic_rounding()), {"w": False, "layers": True}),
     ),
     "averages and rounding": lambda: fs.chain(
         fs.schedule_free(0.1), fs.tail_average(), fs.identity(), fs.stochastic_rounding()

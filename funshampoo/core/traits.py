@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 TURNS = "turns"
 """It makes a step of a direction, by minus the learning rate."""
 
-TURNS_SOME = "turns some"
-"""The same, for some of the leaves."""
-
 MAY_TURN = "may turn"
 """It multiplies by a number that may be negative."""
 
@@ -56,6 +53,12 @@ IN_BASES = "in bases"
 OF_SIDES = "of sides"
 """Its state, or that of the stage it reads, belongs to the sides of the parameters themselves."""
 
+PARTIAL = "partial"
+"""It leaves some leaves alone, or to different parts."""
+
+SOME = " some"
+"""Behind one of these words: for some of the leaves."""
+
 Traits = Mapping[str, str]  # {trait: the name of the stage that has it}
 
 
@@ -79,8 +82,10 @@ def without(traits: Traits, *names: str) -> dict[str, str]:
 
 
 def for_some_leaves(traits: Traits) -> dict[str, str]:
-    """The traits of a part that gets some of the leaves."""
-    return {TURNS_SOME if trait == TURNS else trait: name for trait, name in traits.items()}
+    """The traits of what has a part with these, or several, for some of the leaves each."""
+    divided = (TURNS, DIRECTED, TRACKS, ROUNDS)
+    found = {trait + SOME * (trait in divided): name for trait, name in traits.items()}
+    return {**found, PARTIAL: "masked"}
 
 
 def refuse(inner: GradientTransformation, where: str, **reasons: str) -> None:
@@ -88,13 +93,14 @@ def refuse(inner: GradientTransformation, where: str, **reasons: str) -> None:
 
     Args:
         where: the name of the combinator.
-        reasons: {trait, with _ for a space: why, and the remedy}.
+        reasons: {trait, with _ for a space: why, and the remedy}; of some leaves, too.
 
     Raises:
         ValueError: names the stage and the combinator.
     """
     for trait, reason in reasons.items():
-        name = inner.traits.get(trait.replace("_", " "))
+        trait = trait.replace("_", " ")
+        name = inner.traits.get(trait, inner.traits.get(trait + SOME))
         if name is not None:
             raise ValueError(f"{where}(...) with {name}(...) in it: {reason}")
 
@@ -110,7 +116,7 @@ def refuse_steps(inner: GradientTransformation, where: str) -> None:
         f"chain({where}(scale_by_adam()), scale_by_learning_rate(...))."
     )
     tracks = f"what changes the step has to come before it: put it behind {where}(...)."
-    refuse(inner, where, turns=turns, turns_some=turns, tracks=tracks)
+    refuse(inner, where, turns=turns, tracks=tracks)
 
 
 def check_behind_means(
@@ -128,8 +134,9 @@ def check_behind_means(
     for name, stage in stages.items():
         tensors = [x for x in flatten(states[name])[0] if isinstance(x, Tensor)]
         averages = any([x.is_floating_point() for x in tensors])
-        harmless = ROUNDS in stage.traits or (TRACKS in stage.traits and stage.passes)
-        if waits and not harmless and (averages or stage.needs):
+        own = stage.traits
+        rounds, tracks = ROUNDS in own or ROUNDS + SOME in own, TRACKS in own and stage.passes
+        if waits and not (rounds or tracks) and (averages or stage.needs):
             raise ValueError(
                 f"'{name}' stands behind {waits}, whose updates are zeros on all steps but every "
                 f"n-th, and would take them for updates: put it into {waits}(chain(...), every)."
@@ -144,32 +151,41 @@ def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
         ValueError: a stage stands behind one that has to come after it; names both.
     """
     found: dict[str, str] = {}
+    whole = False
     for stage in stages:
         own = stage.traits
-        if TURNS in found and DIRECTED in own:
+        turns, directed = found.get(TURNS), own.get(DIRECTED)
+        turns_some, directed_some = found.get(TURNS + SOME), own.get(DIRECTED + SOME)
+        if (turns and (directed or directed_some)) or (turns_some and directed):
+            turns, directed = turns or turns_some, directed or directed_some
             raise ValueError(
-                f"{own[DIRECTED]} stands behind {found[TURNS]}, which turns a direction into a "
-                f"step, -learning_rate times it: there its sign is the wrong one. Put "
-                f"{own[DIRECTED]} before it, or scale(-1.0) between the two."
+                f"{directed} stands behind {turns}, which turns a direction into a step, "
+                f"-learning_rate times it: there its sign is the wrong one. Put {directed} before "
+                "it, or scale(-1.0) between the two."
             )
         if OF_SIDES in found and IN_BASES in own:
             raise ValueError(
                 f"{own[IN_BASES]} is for coordinates in eigenbases: put it into in_eigenbasis(...)."
             )
-        if ROUNDS in found and not stage.passes:
+        last, tracks = [
+            found.get(trait) or (None if PARTIAL in own else found.get(trait + SOME))
+            for trait in (ROUNDS, TRACKS)
+        ]
+        if last and not stage.passes:
             raise ValueError(
-                f"{found[ROUNDS]}: '{stage.name}' behind it changes updates that are rounded: put "
-                f"{found[ROUNDS]} last, behind scale_by_learning_rate."
+                f"{last}: '{stage.name}' behind it changes updates that are rounded: put {last} "
+                "last, behind scale_by_learning_rate."
             )
-        if TRACKS in found and not stage.passes and not {LATE, ROUNDS} & own.keys():
+        if tracks and not stage.passes and not {LATE, ROUNDS, ROUNDS + SOME} & own.keys():
             raise ValueError(
-                f"{found[TRACKS]}: '{stage.name}' behind it changes the step, so that the weights "
-                f"are not those that {found[TRACKS]} has in its state: put '{stage.name}' before "
-                "it. A stage of yours that changes nothing says so by passes=True."
+                f"{tracks}: '{stage.name}' behind it changes the step, so that the weights are not "
+                f"those that {tracks} has in its state: put '{stage.name}' before it. A stage of "
+                "yours that changes nothing says so by passes=True."
             )
         if MAY_TURN in found:  # whatever comes in, a later stage may get its negative
-            own = without(own, DIRECTED)
+            own = without(own, DIRECTED, DIRECTED + SOME)
         if MAY_TURN in own:
-            found.pop(TURNS, None)
+            found = without(found, TURNS, TURNS + SOME)
+        whole = whole or PARTIAL not in own
         found = {**own, **found}
-    return found
+    return without(found, PARTIAL) if whole else found

@@ -15,7 +15,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, takes_live
-from funshampoo.core.traits import TURNS, TURNS_SOME
+from funshampoo.core.traits import SOME, TURNS
 from funshampoo.migrate.published import constructor_of, first_rate_of
 from funshampoo.optim.values import copied, is_fixed, is_number, same_value, structural
 from funshampoo.transforms import scale_by_learning_rate
@@ -272,7 +272,7 @@ class Vocabulary:
             )
         if self.takes_rate or arguments.get("lr") is None:
             return built
-        if {TURNS, TURNS_SOME} & built.traits.keys():
+        if {TURNS, TURNS + SOME} & built.traits.keys():
             raise TypeError(
                 "the transformation scales by a learning rate already, and lr= would do it again: "
                 "give it without scale_by_learning_rate, or give its recipe."
