@@ -14,7 +14,7 @@ from funshampoo.core.tree import columns_of, flatten
 from funshampoo.operators.lengths import take_lengths
 from funshampoo.state.eigenbases import EigenbasisState
 from funshampoo.state.nodes import find_state
-from funshampoo.state.stages import GraftState
+from funshampoo.state.stages import GraftState, RefreshedState
 
 
 def graft(
@@ -76,9 +76,9 @@ def graft(
     def init(params: Tree, *, clock: bool = False, **context: Any) -> GraftState:
         context["clock"] = clock or counts
         first = direction.init(params, **context)
-        # Shows `onto` that bases of the statistics before both may be in `direction`.
-        if (bases := find_state(first, EigenbasisState)) is not None:
-            context["upstream"] = (*context.get("upstream", ()), bases)
+        # Shows `onto` that what goes by the statistics before both may be in `direction`.
+        if (kept := find_state(first, (EigenbasisState, RefreshedState))) is not None:
+            context["upstream"] = (*context.get("upstream", ()), kept)
         return GraftState(first, onto.init(params, **context), started(counts, clock))
 
     def update(

@@ -232,7 +232,7 @@ def test_other_statistics_between_are_refused(through: Any, later: Any) -> None:
     tx = fs.chain(own, fs.kronecker_statistics(0.9), later)
     (g,) = gradients((3, 4), 1)
     with pytest.raises(ValueError, match="is followed by other statistics"):
-        tx.update({"w": g}, tx.init({"w": g}))
+        tx.init({"w": g})
 
 
 @pytest.mark.parametrize("name", OTHER_EIGENVALUES)
