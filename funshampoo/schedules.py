@@ -28,6 +28,7 @@ def constant(value: Hyper) -> Schedule:
     >>> constant(0.5)(3)
     tensor(0.5000)
     """
+    _check_finite(value=value)
 
     def schedule(count: Tensor) -> Tensor:
         return _as_rate(value + 0 * _as_float64(count), value)
@@ -48,6 +49,7 @@ def polynomial(
     """
     check_count("steps", steps)
     check_count("begin", begin, 0)
+    _check_finite(start=start, end=end)
     check_range("power", power, 0.0, low_open=True)
 
     def schedule(count: Tensor) -> Tensor:
@@ -77,6 +79,7 @@ def cosine(start: Hyper, steps: int, *, end: Hyper = 0.0) -> Schedule:
     [1.0, 0.5, 0.0, 0.0]
     """
     check_count("steps", steps)
+    _check_finite(start=start, end=end)
 
     def schedule(count: Tensor) -> Tensor:
         x = torch.clamp(_as_float64(count) / steps, 0, 1)
@@ -127,10 +130,16 @@ def warmup_cosine(peak: Hyper, warmup_steps: int, steps: int, *, end: Hyper = 0.
     """
     check_count("warmup_steps", warmup_steps, 0)
     check_count("steps", steps, warmup_steps + 1)
+    _check_finite(peak=peak)
     decay = cosine(peak, steps - warmup_steps, end=end)
     if warmup_steps == 0:
         return decay
     return join([linear(0.0, peak, warmup_steps), decay], [warmup_steps])
+
+
+def _check_finite(**values: Hyper) -> None:
+    for name, value in values.items():
+        check_range(name, value, -math.inf)
 
 
 def _as_float64(count: Tensor | int | float) -> Tensor:

@@ -139,7 +139,7 @@ CASES = [
         options=COUPLED,
     ),
     Case("every_k", lambda: fs.every_k(fs.trace(0.9), 2)),
-    Case("every_k:shampoo", lambda: fs.every_k(fs.shampoo(0.1, every=2, start=1), 2)),
+    Case("every_k:roots", lambda: fs.every_k(_statistics_and(_root()), 2)),
     Case("wrapping", lambda: _cautious(fs.scale_by_adam())),
     Case("wrapping:shampoo", lambda: _cautious(fs.shampoo(0.1, every=2, max_size=4))),
     Case("blocked", lambda: fs.blocked(fs.trace(0.9, nesterov=True), 4)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo import linalg
+from funshampoo.core.live import Live
 from funshampoo.state import Checkpoint, check, health, load_state_dict, state_dict, summary
 from tests.trees import assert_unchanged, snapshot
 
@@ -110,12 +114,15 @@ ONE_NUMBER = [
 ]
 
 
-@pytest.mark.parametrize(("place", "name"), ONE_NUMBER)
-def test_several_numbers_for_one(place: str, name: str) -> None:
-    """They were a stage's error of shapes on the first step, or broadcast over the last side."""
-    make = getattr(getattr(fs, place), name)
+def required(make: Any) -> dict[str, Any]:
+    """What it can't be built without."""
     known = inspect.signature(make).parameters
-    needed = {"inner": fs.scale(1.0), "learning_rate": 0.1, "average": 0.5, "interpolation": 0.5}
+    needed: dict[str, Any] = {
+        "inner": fs.scale(1.0),
+        "learning_rate": 0.1,
+        "average": 0.5,
+        "interpolation": 0.5,
+    }
     needed |= {
         "min_ratio": 0.1,
         "max_value": 1.0,
@@ -124,8 +131,54 @@ def test_several_numbers_for_one(place: str, name: str) -> None:
         "look_ahead": 0.1,
     }
     needed |= {"weight_decay": 0.1, "direction": fs.scale(1.0), "onto": fs.scale(1.0)}
-    given = {n: needed[n] for n, p in known.items() if p.default is p.empty and n in needed}
+    return {n: needed[n] for n, p in known.items() if p.default is p.empty and n in needed}
+
+
+@pytest.mark.parametrize(("place", "name"), ONE_NUMBER)
+def test_several_numbers_for_one(place: str, name: str) -> None:
+    """They were a stage's error of shapes on the first step, or broadcast over the last side."""
+    make = getattr(getattr(fs, place), name)
+    known, given = inspect.signature(make).parameters, required(make)
     for argument, parameter in known.items():
         if parameter.annotation in ("Hyper", "Hyper | Schedule") and argument not in EXCEPT:
             with pytest.raises(TypeError, match=rf"{argument} has the shape \(2,\)"):
                 make(**{**given, argument: torch.ones(2)})
+
+
+# Limits, which an infinite number switches off.
+LIMITS = {"max_value", "max_norm", "max_ratio", "spike_factor", "basis_tolerance", "max_residual"}
+OF_NUMBERS = ("Hyper", "float", "Scale", "Exponents", "Least")
+FINITE = [
+    *ONE_NUMBER,
+    *[("linalg", name) for name in linalg.__all__ if name.islower()],
+    *[("schedules", name) for name in fs.schedules.__all__],
+    *[("combinators.guard", "guarded")],
+]
+
+
+@pytest.mark.parametrize(("place", "name"), FINITE)
+def test_numbers_are_finite(place: str, name: str) -> None:
+    """An infinite decay, damping or momentum passed, and the first step made NaN of everything."""
+    make = operator.attrgetter(f"{place}.{name}")(fs)
+    known = inspect.signature(make).parameters
+    given = required(make)
+    if place == "schedules":
+        numbers = {"value": 1.0, "start": 1.0, "end": 0.0, "peak": 1.0, "warmup_steps": 1}
+        given = {n: x for n, x in ({"steps": 3} | numbers).items() if n in known}
+    for argument, parameter in known.items():
+        if any(word in str(parameter.annotation) for word in OF_NUMBERS):
+            for value in (math.inf, -math.inf, math.nan):
+                if argument in LIMITS and value == math.inf:
+                    make(**{**given, argument: value})
+                    continue
+                with pytest.raises(ValueError, match=argument):
+                    make(**{**given, argument: value})
+
+
+def test_numbers_of_a_step_are_finite() -> None:
+    tx = fs.chain(fs.trace(Live("momentum", 0.9)), fs.clip(Live("max_value", 1.0)))
+    params = {"w": torch.ones(2)}
+    state = tx.init(params)
+    tx.update(params, state, hyper={"max_value": math.inf})
+    with pytest.raises(ValueError, match=r"momentum is inf; it must lie in \[0.0, inf\)"):
+        tx.update(params, state, hyper={"momentum": math.inf})

@@ -40,6 +40,7 @@ from funshampoo.core.placed import (
     parts_like,
 )
 from funshampoo.core.traced_tree import TracedSpec
+from funshampoo.core.traits import JUDGES, OF_SIDES, refuse, with_traits, without
 from funshampoo.core.tree import check_same_structure, flatten, leaf_names, names_in
 from funshampoo.state.stages import BlockedState
 
@@ -83,8 +84,10 @@ def blocked(
     State: `BlockedState`.
 
     Raises:
-        ValueError: an argument out of range; blocked inside blocked; from update, gradients whose
-            shapes, names or order differ from what init saw (names the leaf).
+        ValueError: an argument out of range; a stage in `inner` computes with all blocks, and there
+            are tiles, or goes by weights (other than a decay), and with_params hides some; blocked
+            inside blocked; from update, gradients whose shapes, names or order differ from what
+            init saw (names the leaf).
 
     Reference: Shi et al., arXiv 2309.06497 (blocking and merging).
 
@@ -105,12 +108,18 @@ def blocked(
     check_count("keep", keep)
     if tile is not None and tile != "auto":
         check_count("tile", tile)
+    if tile is not None:
+        apart = "with tile, it would see some of the blocks: put it before or behind blocked(...)."
+        refuse(inner, "blocked", couples=apart)
+    if not isinstance(with_params, bool):
+        zeros = "it would get zeros in the place of the weights that a mask in with_params hides."
+        refuse(inner, "blocked", weighs=zeros)
 
     def layout(keys: LeafKeys) -> Layout:  # a closure: to torch.compile its numbers are fixed
         return layout_of(keys, max_size, merge, keep)
 
     blocks = _Blocked(inner, layout, with_params, Executors(tile))
-    return GradientTransformation(
+    found = GradientTransformation(
         blocks.init,
         blocks.update,
         "blocked",
@@ -122,6 +131,8 @@ def blocked(
         # It opens a scope, whose gradient is the incoming updates.
         flops=lambda block, kept, apart: inner.flops(block, kept) - inner.flops(block, kept, apart),
     )
+    found.traits = without(found.traits, JUDGES)
+    return with_traits(found, OF_SIDES)
 
 
 @dataclass(frozen=True)

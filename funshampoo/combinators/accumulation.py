@@ -15,6 +15,7 @@ from funshampoo.core.contract import GradientTransformation, Phase, State, Tree,
 from funshampoo.core.of_parts import check_of_every
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import whole_numbers
+from funshampoo.core.traits import COUPLES, WAITS, with_traits
 from funshampoo.core.tree import compute_dtype, flatten, map_leaves
 from funshampoo.state.nodes import find_state
 from funshampoo.state.places import is_shared
@@ -97,7 +98,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
     def phase(step: int) -> Phase:
         return (f"real step of {every}", *inner.phase(step // every)) if step % every == 0 else ()
 
-    return GradientTransformation(
+    found = GradientTransformation(
         init,
         update,
         phase=phase,
@@ -105,6 +106,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         parts={"inner": inner},
         counts=True,
     )
+    return with_traits(found, COUPLES, WAITS)
 
 
 def _with_one_more(state: MultiStepsState, updates: Tree, alive: Tree) -> MultiStepsState:

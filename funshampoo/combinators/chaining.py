@@ -18,6 +18,7 @@ from funshampoo.core.misfit import other_stages
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_parameters
 from funshampoo.core.placed import SEEN, any_in_parts
+from funshampoo.core.traits import check_behind_means, in_sequence
 from funshampoo.core.tree import check_same_structure, flatten
 from funshampoo.state.stages import ClockState
 
@@ -46,9 +47,10 @@ def chain(
     Raises:
         TypeError: a stage is not a transformation; from init, a parameter is not a dense real
             floating tensor (names the leaf); from update, a stage did not return a pair (names it).
-        ValueError: two stages have the same name, or one is named "clock"; from update, gradients
-            and parameters are different trees (names the leaf), or the state is another chain's
-            (names the stage).
+        ValueError: two stages have the same name, or one is named "clock"; a stage stands behind
+            one that has to come after it, such as a decay behind the learning rate; from update,
+            gradients and parameters are different trees (names the leaf), or the state is another
+            chain's (names the stage).
 
     >>> import torch
     >>> from funshampoo import scale, trace
@@ -73,6 +75,7 @@ def chain(
         for name, stage in named.items():
             before = (*upstream, *states.values())
             states[name] = stage.init(params, upstream=before, clock=clock or counts, **context)
+        check_behind_means(named, states)
         return states if steps == () else {CLOCK: ClockState(steps), **states}
 
     def update(
@@ -99,7 +102,7 @@ def chain(
             check_same_structure(params, updates, "gradients")
 
     ends_in_place = bool(named) and list(named.values())[-1].apply is not None
-    return GradientTransformation(
+    found = GradientTransformation(
         init,
         update,
         apply=apply_of(update) if ends_in_place else None,
@@ -110,6 +113,8 @@ def chain(
         elementwise=all([stage.elementwise for stage in named.values()]),
         casts=any([stage.casts for stage in [*named.values()][:1]]),
     )
+    found.traits = in_sequence(named.values())
+    return found
 
 
 def _flops_on_top(

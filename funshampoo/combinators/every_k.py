@@ -9,6 +9,7 @@ from funshampoo.core.clock import advanced, running, slowed, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.of_parts import check_of_every, checked_pair
+from funshampoo.core.traits import refuse
 from funshampoo.state.stages import EveryKState
 
 
@@ -28,6 +29,7 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
 
     Raises:
         ValueError, TypeError: k is not an int of at least 1.
+        ValueError: `inner` scales by the learning rate, or rounds.
         RuntimeError: inside torch.compile without `step=`.
 
     >>> import torch
@@ -43,6 +45,12 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
     """
     inner = as_transformation(inner)
     check_count("k", k)
+    steps = (
+        "in between, updates would be the gradients themselves, as steps uphill. multi_steps(tx, "
+        "every) makes a step of several gradients; otherwise, put the learning rate behind."
+    )
+    rounds = "in between, updates would not be rounded: put it behind every_k(...)."
+    refuse(inner, "every_k", turns=steps, rounds=rounds)
 
     def init(params: Tree, *, clock: bool = False, **context: Any) -> EveryKState:
         return EveryKState(inner.init(params, clock=True, **context), started(True, clock))

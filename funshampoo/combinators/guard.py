@@ -22,6 +22,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, as_transformation
 from funshampoo.core.live import number
 from funshampoo.core.parameters import check_parameters
+from funshampoo.core.traits import JUDGES
 from funshampoo.core.tree import columns_of, flatten, is_one, update_columns
 from funshampoo.operators.columns import Column, add, multiply, product_in, zeroed, zeros_a_block
 from funshampoo.operators.joined import Joined
@@ -103,7 +104,7 @@ def guarded(
         check_count("max_failures", max_failures)
     check_count("every", every)
     if spike_factor is not None:
-        check_range("spike_factor", spike_factor, 1.0, low_open=True)
+        check_range("spike_factor", spike_factor, 1.0, low_open=True, infinite=True)
     _check_by_leaf(by_leaf, inner)
     counts = inner.counts or max_failures is not None
 
@@ -143,7 +144,7 @@ def guarded(
             out, own = (None, applied(inner, *step)) if in_place else inner.run(*step)
         return out, _stepped(updates, state, own, verdicts and verdicts[0], spikes, context)
 
-    return GradientTransformation(
+    found = GradientTransformation(
         init,
         update,
         inner.name,
@@ -153,6 +154,9 @@ def guarded(
         counts=counts,
         numbers=[spike_factor],
     )
+    if not by_leaf:
+        found.traits = {**found.traits, JUDGES: "guarded"}  # it has the name of `inner`
+    return found
 
 
 def _run_judged(

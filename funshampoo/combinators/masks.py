@@ -13,6 +13,7 @@ from funshampoo.core.contract import GradientTransformation, State, Tree, as_tra
 from funshampoo.core.modes import is_traced, lie_apart
 from funshampoo.core.parameters import check_tensors
 from funshampoo.core.traced_tree import dict_like
+from funshampoo.core.traits import TURNS, for_some_leaves
 from funshampoo.core.tree import MaskedNode, flatten, labels_of
 from funshampoo.state.stages import MaskedState, PartitionState
 
@@ -58,9 +59,11 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
 
     # A mask function may read shapes, and a rank's parts of DTensors have other ones.
     elementwise = inner.elementwise and not callable(mask)
-    return GradientTransformation(
+    found = GradientTransformation(
         init, update, apply=apply_of(update), parts={"inner": inner}, elementwise=elementwise
     )
+    found.traits = for_some_leaves(inner.traits)
+    return found
 
 
 def partition(
@@ -125,13 +128,16 @@ def partition(
             add_in_place(params, updates)
         return updates, PartitionState(states, advanced(state.steps, context.donate))
 
-    return GradientTransformation(
+    found = GradientTransformation(
         init,
         update,
         apply=apply_of(update),
         parts=parts,
         state_of=lambda state, label: state.inner[label],
     )
+    if not all([TURNS in part.traits for part in parts.values()]):
+        found.traits = for_some_leaves(found.traits)
+    return found
 
 
 def bools_of(mask: bool | Mask, tree: Tree, what: str) -> list[bool]:

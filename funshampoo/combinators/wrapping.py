@@ -12,6 +12,7 @@ from funshampoo.core.context import PLACES, Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.live import is_ours
 from funshampoo.core.of_parts import checked_pair
+from funshampoo.core.traits import refuse
 from funshampoo.state.stages import WrappedState
 
 
@@ -40,7 +41,8 @@ def wrapping(
 
     Raises:
         TypeError: from update, `run` was given an unknown name, or no pair was returned.
-        ValueError: from update, `run` was given params=None, and `inner` needs them.
+        ValueError: `inner` rounds stochastically; from update, `run` was given params=None, and
+            `inner` needs them.
 
     >>> import torch
     >>> from funshampoo import scale_by_adam
@@ -57,6 +59,8 @@ def wrapping(
     check_flag("elementwise", elementwise)
     inner = as_transformation(inner)
     name = name or name_of(update)
+    rounds = f"what changes updates has to come before it: put it behind {name}(...)."
+    refuse(inner, name, rounds=rounds)
     first, step = adapted_init(init or (lambda params: ())), adapted_wrapping(update)
     counts = step.counts or inner.counts
     pace: dict[str, tuple[()]] = {"once": ()} if is_ours(update) else {}

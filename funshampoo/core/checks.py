@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,26 +19,28 @@ def check_range(
     name: str,
     value: Any,
     low: float,
-    high: float = float("inf"),
+    high: float = math.inf,
     *,
     low_open: bool = False,
     high_open: bool = False,
     schedule: bool = False,
+    infinite: bool = False,
 ) -> None:
     """Check that a number is between low and high; a tensor of one number passes unread.
 
-    With `schedule`, a function passes too.
+    With `schedule`, a function passes too. Infinity only with `infinite`: for a limit, which it
+    switches off; anything else it makes infinite or, times 0, NaN.
 
     Raises:
         ValueError: it is not. Names the parameter and the range.
         TypeError: neither a number nor such a tensor (nor a function, where allowed).
     """
+    low_open = low_open or low == -math.inf
+    high_open = high_open or (high == math.inf and not infinite)
     if isinstance(value, Live):
-        value.note(
-            functools.partial(
-                check_range, name, low=low, high=high, low_open=low_open, high_open=high_open
-            )
-        )
+        ends: dict[str, Any] = {"low": low, "high": high, "infinite": infinite}
+        ends |= {"low_open": low_open, "high_open": high_open}
+        value.note(functools.partial(check_range, name, **ends))
         value = initial(value)
     if isinstance(value, Tensor) and value.ndim and value.numel() != 1:
         raise TypeError(
@@ -54,13 +57,13 @@ def check_range(
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
     if not (above and below):
-        range_ = _interval(low, high, low_open, high_open or high == float("inf"))
+        range_ = _interval(low, high, low_open, high_open)
         raise ValueError(f"{name} is {value}; it must lie in {range_}.")
 
 
 def check_rate(value: Any) -> None:
-    """A learning rate, or its schedule, must be at least 0 and finite: infinity times 0 is NaN."""
-    check_range("learning_rate", value, 0.0, high_open=True, schedule=True)
+    """A learning rate, or its schedule, must be at least 0."""
+    check_range("learning_rate", value, 0.0, schedule=True)
 
 
 def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
@@ -81,7 +84,7 @@ def interval_of(check: Any) -> str | None:
     if low is None:
         return None
     opened = known.get("low_open", False), known.get("high_open", False)
-    return _interval(low, known.get("high", float("inf")), *opened)
+    return _interval(low, known.get("high", math.inf), *opened)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -34,6 +34,7 @@ from funshampoo.core.needs import without_parameters
 from funshampoo.core.of_parts import checks_of, names_of, united
 from funshampoo.core.parameters import as_entering, of_parameters, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
+from funshampoo.core.traits import Traits, inherited
 from funshampoo.core.tree import flatten
 
 Tree: TypeAlias = Any  # a pytree of tensors; optree and torch share no recursive type for mypy
@@ -80,8 +81,7 @@ class GradientTransformation:
             `clock`, or a part counts.
         minds_alive: whether it skips whatever is not `alive`. By default, if it declares that
             name, or takes the `Context`.
-        accepts: the caller's own names that `update` knows; None: any. By default those that it
-            declares, plus the parts'.
+        accepts: the caller's names that `update` knows; None: any. By default its and its parts'.
         spread: how the blocks of its step are spread over ranks, for `blocked`.
         numbers: the hyperparameters that it looks up in `hyper`, some of which may be `Live`, so
             that a name that no stage reads is an error. By default none for a combinator itself;
@@ -157,7 +157,7 @@ class GradientTransformation:
         self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes, self.elementwise, self.casts = passes, elementwise, casts
         self._fits = Fits(self._init, lambda: names_of(self))
-        children = list(self.parts.values())
+        children: list[Any] = list(self.parts.values())
         counting = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counting if counts is None else counts
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
@@ -174,8 +174,8 @@ class GradientTransformation:
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
         may_read_any = numbers is None and adapted.reads_hyper and not children
-        reading = [part.reads_gradient for part in children]
-        self.reads_gradient: bool = adapted.reads_gradient or any(reading)
+        self.reads_gradient: bool = any([p.reads_gradient for p in (adapted, *children)])
+        self.traits: Traits = inherited(children)  # a stage or combinator may set its own
         self.numbers = tuple(numbers or ())  # its own, without its parts'
         self.lives: list[Live] = lives_among(self.numbers) + [x for p in children for x in p.lives]
         own = None if may_read_any else live_names(self.numbers)
@@ -307,7 +307,7 @@ def stateless(
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     """The same functions under another name."""
     found = GradientTransformation(name=name, **stage._given)
-    found.live, found.in_tf32 = stage.live, stage.in_tf32  # combinators set these afterwards
+    found.live, found.in_tf32, found.traits = stage.live, stage.in_tf32, stage.traits  # set later
     return found
 
 

@@ -66,7 +66,8 @@ class Entered(NamedTuple):
         """Whether these are its trees, with the same leaves: a stage may have replaced some."""
         if updates is not self.updates or params is not self.params:
             return False
-        now = optree.tree_leaves((updates, params), none_is_leaf=True)
+        both: Any = (updates, params)
+        now: list[Any] = optree.tree_leaves(both, none_is_leaf=True)
         then = [*self.gradients, *self.known]
         return len(now) == len(then) and all(map(is_, now, then))
 

@@ -17,6 +17,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_local
+from funshampoo.core.traits import refuse
 from funshampoo.core.tree import MaskedNode, compute_dtype, flatten, leaf_names
 from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.collectives import ProcessGroup
@@ -96,6 +97,9 @@ def sharded(
     State: `ShardedState`; with whole=False, and no DTensors, `inner`'s.
 
     Raises:
+        ValueError: a stage in `inner` computes with all leaves together, as
+            clip_by_global_norm and multi_steps (which goes around it); from init, outside of
+            blocks, so does a `guarded` without by_leaf.
         ValueError, TypeError: an argument out of range; a process outside the group; a state made
             on other ranks; parameters of FSDP, which are parts.
         RuntimeError: inside a torch.func transform or torch.compile; updates that carry gradients;
@@ -112,6 +116,8 @@ def sharded(
     {'w': tensor([ 1., -1.])}
     """
     inner = as_transformation(inner)
+    alone = "a rank has its own blocks or leaves alone: put it before or behind sharded(...)."
+    refuse(inner, "sharded", couples=alone)
     check_count("every", every)
     check_count("overlap", overlap)
     if max_failures is not None:
@@ -131,6 +137,9 @@ def sharded(
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any) -> Any:
         check_local(params, "sharded")
+        if not block_ndim and whole:
+            by_rank = "outside of blocks a rank would hold its own leaves: give by_leaf=True."
+            refuse(inner, "sharded", judges=by_rank)
         if not whole:
             return inner.init(params, block_ndim=block_ndim, clock=clock, **context)
         space = Space(params, block_ndim)

@@ -31,7 +31,7 @@ def chosen_solver(solver: Solver | None, basis_tolerance: Hyper | None) -> Solve
     if isinstance(solve, type) and issubclass(solve, RootSolver):
         raise TypeError("solver makes solvers and is none: call it, as in linalg.eigh().")
     if basis_tolerance is not None:
-        check_range("basis_tolerance", basis_tolerance, 0.0)
+        check_range("basis_tolerance", basis_tolerance, 0.0, infinite=True)
         if not isinstance(solve, EigenSolver):
             raise ValueError(
                 "basis_tolerance needs a solver that works in an eigenbasis: give linalg.eigh() or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -114,5 +115,7 @@ def _checked(entry: Sequence[float]) -> Polynomial:
         raise ValueError(
             f"polynomials has {entry!r} in it; expected a sequence of (a, b, c), one for each step."
         )
-    a, b, c = entry
-    return float(a), float(b), float(c)
+    a, b, c = map(float, entry)
+    if not all(map(math.isfinite, (a, b, c))):
+        raise ValueError(f"polynomials has {entry!r} in it; coefficients must be finite.")
+    return a, b, c

@@ -83,7 +83,8 @@ class RootSolver(ABC):
             if field.type == "int":
                 check_count(field.name, value, int(least))
             elif not isinstance(value, Tensor):  # it may have one number per matrix
-                check_range(field.name, value, least)
+                off = field.name == "max_residual"  # infinite: every root is accepted
+                check_range(field.name, value, least, infinite=off)
 
     @abstractmethod
     def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:

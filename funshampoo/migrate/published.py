@@ -116,7 +116,7 @@ def _check(name: str, value: Any, known: inspect.Parameter) -> None:
     if str(known.annotation).startswith("bool"):
         check_flag(name, value)
     if name == "lr":
-        check_range(name, value, 0.0, high_open=True, schedule=True)
+        check_range(name, value, 0.0, schedule=True)
     if name in _STATISTICS:  # at 1 our stages would sum, while the originals stay at 0
         check_range(name, value, float("-inf"), 1.0, high_open=True)
     if name in _ENTRIES:

@@ -58,7 +58,7 @@ def soap(
     formats = {"channels_first": False, "channels_last": merge_dims}
     permutes = chosen("data_format", data_format, formats)
     beta1, beta2 = betas
-    check_range("max_precond_dim", max_precond_dim, 0)
+    check_range("max_precond_dim", max_precond_dim, 0, infinite=True)
 
     def directions(wanted: bool) -> GradientTransformation:
         def sides(block: tuple[int, ...]) -> list[bool]:
@@ -119,10 +119,10 @@ def decayed_steps(lr: Hyper | Schedule, weight_decay: Hyper) -> tuple[GradientTr
     """W ← (W - lr U)(1 - lr λ): decay comes after the step. The first gradient moves nothing."""
 
     def share(count: Tensor, lr: Any, weight_decay: Any) -> Any:
-        return lr * weight_decay - 1
+        return 1 - lr * weight_decay
 
     return (
-        scale_by_learning_rate(Derived(share, (lr, weight_decay))),
+        scale_by_learning_rate(Derived(share, (lr, weight_decay)), flip_sign=False),
         add_decayed_weights(weight_decay),
         scale_by_learning_rate(lr),
         _by_steps("not_at_first", lambda steps: (steps > 0).double()),
@@ -288,9 +288,9 @@ def splus(
     A side of exactly max_dim is left alone there, by mistake, at a matrix's rate; `recipes.splus`
     preconditions it.
     """
-    check_range("max_dim", max_dim, 0)
+    check_range("max_dim", max_dim, 0, infinite=True)
     check_range("eps", eps, 0.0)
-    check_range("nonstandard_constant", nonstandard_constant, 0, high_open=True)
+    check_range("nonstandard_constant", nonstandard_constant, 0)
 
     def scale(shape: tuple[int, ...]) -> float:
         square = len(shape) == 2 and max(shape) <= max_dim

@@ -55,7 +55,7 @@ def soap(
     fp32_matmul_prec, qr_fp32_matmul_prec and stream_list have no effect here. lr has no default
     there.
     """
-    check_range("max_update_rms", max_update_rms, 0.0)
+    check_range("max_update_rms", max_update_rms, 0.0, infinite=True)
     check_range("eps", eps, 0.0, low_open=use_kl_shampoo)
     corrects = correct_bias if correct_shampoo_beta_bias is None else correct_shampoo_beta_bias
     statistics = (

@@ -127,7 +127,7 @@ def emerging_optimizers(
 
     fp32_matmul_prec and use_syrk have no effect here: products are as precise as dtype.
     """
-    check_range("extra_scale_factor", extra_scale_factor, 0.0, high_open=True)
+    check_range("extra_scale_factor", extra_scale_factor, 0.0)
     factor = SCALES[chosen("scale_mode", scale_mode, _NVIDIA_SCALES)]
 
     def fit(shape: tuple[int, ...]) -> float:

@@ -97,7 +97,7 @@ def soap_muon(
         return partition(of_role, _labels(roles))
 
     if initial_lr is not None:
-        check_range("initial_lr", initial_lr, 0.0, high_open=True)
+        check_range("initial_lr", initial_lr, 0.0)
     given = mu_schedule is None or callable(mu_schedule)
     momentum: Any = mu_schedule if given else _listed(mu_schedule)  # type: ignore[arg-type]
     tx = by_role(mu) if momentum is None else inject_hyperparams(by_role)(momentum)
@@ -125,9 +125,9 @@ def _looking_ahead(
         raise TypeError(f"lookahead has no field {unknown[0]!r}; it has {', '.join(known)}{near}")
     is_live = isinstance(lr, Live)
     first = (initial(lr) if is_live else RATE) if initial_lr is None else initial_lr
-    check_range("initial_lr", first, 0.0, low_open=True, high_open=True)
+    check_range("initial_lr", first, 0.0, low_open=True)
     given: dict[str, Any] = {**known, **lookahead}
-    check_range("lookahead_stepsize", given["lookahead_stepsize"], 0.0, high_open=True)
+    check_range("lookahead_stepsize", given["lookahead_stepsize"], 0.0)
     size, last = given["lookahead_stepsize"], given["rest_steps"]
     check_flag("use_scheduled_lookahead_stepsize", given["use_scheduled_lookahead_stepsize"])
     check_count("prefill_steps", given["prefill_steps"], 0)

@@ -125,9 +125,9 @@ def from_reference(
     beta1, beta2 = betas
     check_count("precondition_frequency", precondition_frequency)
     check_range("epsilon", epsilon, 0.0)
-    check_range("lr", lr, 0.0, high_open=True, schedule=True)
+    check_range("lr", lr, 0.0, schedule=True)
     if peak_lr is not None:
-        check_range("peak_lr", peak_lr, 0.0, high_open=True)
+        check_range("peak_lr", peak_lr, 0.0)
     target = merging_target(
         target_parameter_dimensionality, without_effect.get("distributed_config")
     )
@@ -202,7 +202,7 @@ def _last_stages(
     interpolation = fields.take("train_interp_coeff", 0.8)
     power = 2 if is_primal else fields.take("eval_coeff_lr_power", 2)
     fields.finish()
-    check_range("eval_coeff_lr_power", power, float("-inf"), high_open=True)
+    check_range("eval_coeff_lr_power", power, float("-inf"))
     if not as_published:
         if average is None:
             last = schedule_free(lr, interpolation, weight_lr_power=power, own_steps=own_steps)

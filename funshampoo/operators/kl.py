@@ -94,6 +94,19 @@ def mean_square(x: Tensor, side: int, block_ndim: int) -> Tensor:
     return _mean(x.square(), axes) if axes else x.square()
 
 
+def bounded(x: Tensor) -> Tensor:
+    """x within ±2^-10 √max, for the largest number of its dtype, so that its squares can be added.
+
+    After thousands of gradients of zeros, eigenvalues have decayed so far that what is whitened by
+    them may overflow; and a factor matrix of infinity never recovers.
+
+    >>> bounded(torch.tensor([1e20, -2.0]))
+    tensor([ 1.8014e+16, -2.0000e+00])
+    """
+    limit: float = 2.0**-10 * torch.finfo(x.dtype).max ** 0.5
+    return torch.clamp(x, -limit, limit)
+
+
 def _mean(x: Tensor, axes: list[int]) -> Tensor:
     """The mean; 0 if empty, where torch's is NaN."""
     return x.mean(axes) if x.numel() else x.sum(axes)
@@ -115,8 +128,12 @@ def clamped_at(limit: int) -> Callable[[int], float]:
 
 
 def floored(eigenvalues: Tensor, least: Least) -> Tensor:
-    """Eigenvalues raised to at least `least`, except 0; it may depend on the side's length."""
+    """Eigenvalues raised to at least `least`, except 0; it may depend on the side's length.
+
+    And to 2^20 times the smallest normal number, so that a million inverses have a finite sum.
+    """
     floor = least(eigenvalues.shape[-1]) if callable(least) else least
+    floor = max(floor, 2.0**20 * torch.finfo(eigenvalues.dtype).tiny)
     return torch.where(eigenvalues > 0, torch.clamp(eigenvalues, min=floor), eigenvalues)
 
 
@@ -154,11 +171,12 @@ def renewed_eigenvalues(
 
     for i in reversed(range(order)):
         h = mixed(_FRESH_FOR_EIGENVALUES[order][i]) if turns else before
-        target = mean_square(weighted(coordinates, h, i), i, block_ndim)
+        target = mean_square(bounded(weighted(coordinates, h, i)), i, block_ndim)
         shift = on_device(damping, target)
         for j in range(order):
             shift = shift * sizes[j] if j != i else shift
         shifted = target + (per_block(shift, target) if isinstance(shift, Tensor) else shift)
+        shifted = torch.clamp(shifted, max=2.0**-20 * torch.finfo(shifted.dtype).max)
         average = floored(lerp(old[i], shifted, 1 - beta, False), least)
         new[i] = torch.where(per_block(moves, old[i]), average, old[i])
         after[i] = torch.where(known[..., None], inverse_root(new[i]), 1.0)
@@ -194,10 +212,20 @@ Whitened: TypeAlias = Callable[[Block], tuple[list[Tensor], Any]]
 
 def _by_roots(**unused: Any) -> Whitened:
     def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        X, ndim = matrices_of(block.units), block.block_ndim
-        return [precondition(block.gradient, others(X, i), ndim) for i in range(len(X))], ()
+        X = matrices_of(block.units)
+        return [_whitened_by(X, i, block) for i in range(len(X))], ()
 
     return whitened
+
+
+def _whitened_by(X: Sequence[Tensor | None], side: int, block: Block) -> Tensor:
+    """The gradient times the roots of all sides but this, bounded before each may overflow."""
+    x = block.gradient
+    for j in range(len(X)):
+        if j != side and X[j] is not None:
+            own = [root if k == j else None for k, root in enumerate(X)]
+            x = bounded(precondition(x, own, block.block_ndim))
+    return x
 
 
 def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
@@ -210,7 +238,7 @@ def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
             ritz = g.new_ones(d) if basis is None else ritz_values(basis, L, block.weight)
             h.append(inverse_root(torch.clamp(ritz, min=least(d) if callable(least) else least)))
         parts = [rotate(g, others(Q, i), block.block_ndim) for i in range(len(Q))]
-        return [weighted(x, h, i) for i, x in enumerate(parts)], ()
+        return [bounded(weighted(x, h, i)) for i, x in enumerate(parts)], ()
 
     return whitened
 
@@ -228,7 +256,7 @@ def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
         parts = [rotate(g, others(Q, i), ndim) for i in range(len(Q))]
         R = rotate(parts[0], [Q[0], *[None] * (len(Q) - 1)], ndim)
         new, h = renewed_eigenvalues(R, block.eigenvalues, known, moves, **numbers)
-        found = [weighted(x, h[i], i) for i, x in enumerate(parts)]
+        found = [bounded(weighted(x, h[i], i)) for i, x in enumerate(parts)]
         if starts_whole:
             ones = g.new_ones(known.shape)
             whole = ones * on_device((1 - numbers["beta"]) ** -0.5, ones)
@@ -250,7 +278,7 @@ def check_through(through: str, least: Least, bias_correction: bool, **flags: bo
     """Raises ValueError for arguments of `kl_statistics` that do not go together.
 
     Args:
-        flags: starts_whole and in_turn.
+        flags: {argument: whether it is given}, of those that only "eigenvalues" reads.
     """
     check_choice("through", through, tuple(WHITENED))
     if not callable(least):
@@ -260,10 +288,15 @@ def check_through(through: str, least: Least, bias_correction: bool, **flags: bo
             f'least_eigenvalue is {least}; with through="ritz" it must be above 0, since Ritz '
             "values may be 0: give 1e-8, say."
         )
+    if through == "roots" and not is_exactly(least, 0):
+        raise ValueError(
+            'least_eigenvalue is not read with through="roots": bound the roots by the epsilon of '
+            "root_inverse."
+        )
     for name, flag in flags.items():
         if flag and through != "eigenvalues":
             raise ValueError(f'{name} stands with through="eigenvalues" alone: leave it out.')
-    if flags["starts_whole"] and bias_correction:
+    if flags.get("starts_whole") and bias_correction:
         raise ValueError("starts_whole stands with bias_correction=False alone: give that too.")
 
 

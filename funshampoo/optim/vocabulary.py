@@ -15,6 +15,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, signature_of, takes_live
+from funshampoo.core.traits import SOME, TURNS
 from funshampoo.migrate.published import first_rate_of, from_published
 from funshampoo.optim.values import copied, is_fixed, is_number, same_value, structural
 from funshampoo.transforms import scale_by_learning_rate
@@ -257,7 +258,8 @@ class Vocabulary:
         """The transformation with these arguments.
 
         Raises:
-            TypeError: the method injects its hyperparameters into its state.
+            TypeError: the method injects its hyperparameters into its state, or scales by a
+                learning rate itself, and `lr` is given.
         """
         own = {n: v for n, v in arguments.items() if n != "lr" or self.takes_rate}
         built = as_transformation(self.method if self.fixed else self.method(**own))
@@ -268,6 +270,11 @@ class Vocabulary:
             )
         if self.takes_rate or arguments.get("lr") is None:
             return built
+        if {TURNS, TURNS + SOME} & built.traits.keys():
+            raise TypeError(
+                "the transformation scales by a learning rate already, and lr= would do it again: "
+                "give it without scale_by_learning_rate, or give its recipe."
+            )
         return chain(built, scale_by_learning_rate(arguments["lr"]))
 
     def _meant(self, name: str) -> str:

@@ -95,9 +95,7 @@ def sgd(
     stages = []
     if not is_exactly(weight_decay, 0):
         stages.append(add_decayed_weights(weight_decay, mask, kind="coupled"))
+    heavy_ball = trace(momentum, nesterov=nesterov, dampening=dampening, dampen_first_step=False)
     if not is_exactly(momentum, 0):
-        momentum_stage = trace(
-            momentum, nesterov=nesterov, dampening=dampening, dampen_first_step=False
-        )
-        stages.append(momentum_stage)
+        stages.append(heavy_ball)
     return by_leaves(stages, learning_rate, distribute, guard)

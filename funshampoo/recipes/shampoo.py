@@ -255,7 +255,7 @@ def _grafting_partner(
         "sgd": scale_by_sgd,
     }
     make: Callable[[], GradientTransformation] = chosen("grafting", grafting, partners)
-    check_range("grafting_epsilon", epsilon, 0.0, high_open=True)
+    check_range("grafting_epsilon", epsilon, 0.0)
     if own_beta2 is not None:
         check_range("grafting_beta2", own_beta2, 0.0, 1.0, high_open=True)
     return make()

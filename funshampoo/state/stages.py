@@ -200,7 +200,7 @@ class HyperparamsState(NamedTuple):
     ranges: dict[str, dict[str, tuple[()]]] = {}  # noqa: RUF012, never written to
 
 
-@meaning(total="finite", seen="count", used="count", skipped="count")
+@meaning(total="linear", seen="count", used="count", skipped="count")
 class MultiStepsState(NamedTuple):
     """State of `multi_steps`.
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from funshampoo.core.tree import MaskedNode, flatten, leaf_names
+from funshampoo.state.eigenbases import EigenbasisState, KlState
 from funshampoo.state.nodes import find_state
-from funshampoo.state.stages import KroneckerState
+from funshampoo.state.stages import GraftState, KroneckerState, RefreshedState
 
 
 def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
@@ -45,6 +46,32 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
     if MaskedNode in map(type, factors):
         raise hidden_error(factors, tree, stage, "kronecker_statistics(...)")
     return found
+
+
+def check_nearest(upstream: tuple[Any, ...], stage: str) -> None:
+    """Check that one stage with factor matrices is nearer than all others. In `init`.
+
+    Raises:
+        ValueError: both branches of a `graft` before it have some; or a `kl_statistics` before the
+            nearest has no roots or bases of its own, between the two.
+    """
+    found: Any = find_state(upstream, (KroneckerState, KlState, GraftState))
+    if isinstance(found, KroneckerState):
+        own: Any = find_state(upstream, (KlState, RefreshedState, EigenbasisState))
+        if isinstance(own, KlState):
+            raise ValueError(
+                f"kl_statistics(...) is followed by other statistics, by which {stage}(...) goes: "
+                "put its own root_inverse(...) or in_eigenbasis(...) between, or leave out one of "
+                "the two."
+            )
+    if isinstance(found, GraftState):
+        branches = found.direction, found.onto
+        if None not in [find_state(branch, KroneckerState) for branch in branches]:
+            raise ValueError(
+                f"{stage} found factor matrices in both branches of the graft(...) before it, and "
+                "neither is nearer: put statistics of its own behind the graft, or make one "
+                "kronecker_statistics(...) before it serve all three."
+            )
 
 
 def hidden_error(parts: Sequence[Any], tree: Any, stage: str, other: str) -> ValueError:

@@ -8,6 +8,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.traits import WEIGHS, with_traits
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import filled, multiply
 from funshampoo.operators.matrices import norm_over, safe
@@ -33,7 +34,7 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
     >>> adaptive_clip(0.1).update(u, (), w)[0]
     {'w': tensor([[0.3000, 0.4000]])}
     """
-    check_range("max_ratio", max_ratio, 0.0, low_open=True)
+    check_range("max_ratio", max_ratio, 0.0, low_open=True, infinite=True)
     check_range("epsilon", epsilon, 0.0)
 
     def clipped(
@@ -52,4 +53,5 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
 
         return update_leaves(leaf, updates, (), (params,))[0]
 
-    return stateless(clipped, "adaptive_clip", numbers=[max_ratio, epsilon], needs_params=True)
+    stage = stateless(clipped, "adaptive_clip", numbers=[max_ratio, epsilon], needs_params=True)
+    return with_traits(stage, WEIGHS)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_range
-from funshampoo.core.contract import GradientTransformation, Tree
+from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.live import is_exactly
 from funshampoo.core.modes import product_precision
+from funshampoo.core.traits import refuse_steps
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.linalg.polar import schatten4
 from funshampoo.operators.leaf_ops import per_block
@@ -40,7 +41,7 @@ def blend_towards(
     State: `WrappedState`.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range; inner scales by the learning rate.
 
     Reference: the SOAP-Muon record, KellerJordan/modded-nanogpt, track 3 (2026).
 
@@ -51,6 +52,8 @@ def blend_towards(
     >>> tx.update(w, tx.init(w))[0]
     {'w': tensor([3.5355, 3.5355])}
     """
+    inner = as_transformation(inner)
+    refuse_steps(inner, "blend_towards")
     if not isinstance(gate, AgreementGate):
         check_range("gate", gate, 0.0, 1.0)
     whole = is_exactly(gate, 1)

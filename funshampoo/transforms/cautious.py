@@ -10,6 +10,7 @@ from torch import Tensor
 from funshampoo.combinators.wrapping import wrapping
 from funshampoo.core.checks import check_flag
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
+from funshampoo.core.traits import refuse_steps
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.leaf_ops import per_block
 
@@ -38,12 +39,7 @@ def cautious(inner: GradientTransformation, *, rescale: bool = True) -> Gradient
     """
     inner = as_transformation(inner)
     check_flag("rescale", rescale)
-    if _has_a_rate(inner):
-        raise ValueError(
-            "cautious(...) compares directions with the gradient, and a stage in it scales by the "
-            "learning rate, which turns them round: put that one behind, as in "
-            "chain(cautious(scale_by_adam()), scale_by_learning_rate(...))."
-        )
+    refuse_steps(inner, "cautious")
 
     def update(
         run: Callable[..., Tree], updates: Tree, own: tuple[()], *, block_ndim: int = 0
@@ -58,9 +54,3 @@ def cautious(inner: GradientTransformation, *, rescale: bool = True) -> Gradient
         return update_leaves(leaf, run(updates), (), (updates,))[0], own
 
     return wrapping(inner, update, name="cautious", elementwise=not rescale)
-
-
-def _has_a_rate(tx: GradientTransformation) -> bool:
-    if tx.name in ("scale_by_learning_rate", "hyperball", "schedule_free", "primal_average"):
-        return True
-    return any([_has_a_rate(part) for part in tx.parts.values()])

@@ -7,6 +7,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.traits import DIRECTED, with_traits
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import multiply
 
@@ -41,6 +42,7 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
 
         return update_leaves(leaf, updates, (), (params,))[0]
 
-    return stateless(
+    stage = stateless(
         decayed, "add_cautious_decay", numbers=[weight_decay], elementwise=True, needs_params=True
     )
+    return with_traits(stage, DIRECTED)

@@ -19,7 +19,7 @@ def clip(max_value: Hyper) -> GradientTransformation:
     >>> clip(1.0).update({"w": torch.tensor([0.5, -3.0])}, ())[0]
     {'w': tensor([ 0.5000, -1.0000])}
     """
-    check_range("max_value", max_value, 0.0, low_open=True)
+    check_range("max_value", max_value, 0.0, low_open=True, infinite=True)
 
     def clipped(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         limit = number(max_value, hyper)

@@ -7,6 +7,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.traits import COUPLES, with_traits
 from funshampoo.core.tree import cast, compute_dtype, flatten, update_columns
 from funshampoo.operators.columns import Column, shared_product
 from funshampoo.operators.global_norm import clipping_factors, scaled_norm
@@ -29,7 +30,7 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
     >>> clip_by_global_norm(1.0).update({"w": torch.tensor([3.0, 4.0])}, ())[0]
     {'w': tensor([0.6000, 0.8000])}
     """
-    check_range("max_norm", max_norm, 0.0, low_open=True)
+    check_range("max_norm", max_norm, 0.0, low_open=True, infinite=True)
 
     def clipped(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         leaves = [x for x in flatten(updates)[0] if x is not None]
@@ -45,7 +46,8 @@ def clip_by_global_norm(max_norm: Hyper) -> GradientTransformation:
 
         return update_columns(scaled, updates, ())[0]
 
-    return stateless(clipped, "clip_by_global_norm", numbers=[max_norm])
+    stage = stateless(clipped, "clip_by_global_norm", numbers=[max_norm])
+    return with_traits(stage, COUPLES)
 
 
 def global_norm(tree: Tree) -> Tensor | None:

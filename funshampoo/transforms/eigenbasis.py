@@ -13,6 +13,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.live import NO_NUMBERS, Numbers, resolved
 from funshampoo.core.parameters import check_local
+from funshampoo.core.traits import IN_BASES, OF_SIDES, refuse, with_traits, without
 from funshampoo.linalg.choice import chosen_basis
 from funshampoo.linalg.solver import relative_cost
 from funshampoo.operators.columns import zeros_a_block
@@ -20,7 +21,7 @@ from funshampoo.refresh import Refreshing, RefreshSchedule
 from funshampoo.refresh.bases import BasisRule, renewed
 from funshampoo.refresh.coordinates import coordinate_flops, one_more, stepped, with_bases
 from funshampoo.state.eigenbases import EigenbasisState
-from funshampoo.state.upstream import statistics_of
+from funshampoo.state.upstream import check_nearest, statistics_of
 
 
 def in_eigenbasis(
@@ -74,6 +75,7 @@ def in_eigenbasis(
 
     Raises:
         ValueError: an argument out of range; from init and update, no `KroneckerState` upstream.
+            A stage in it reads parameters, or has statistics, roots, bases or blocks of its own.
         TypeError: basis is none of these.
 
     Reference: Vyas et al., arXiv 2409.11321 (SOAP); George et al., arXiv 1806.03884.
@@ -90,6 +92,13 @@ def in_eigenbasis(
             [ 0., -1.]])
     """
     inner = as_transformation(inner)
+    apart = "there, coordinates are others after every refresh: put it outside of in_eigenbasis."
+    refuse(inner, "in_eigenbasis", of_sides=apart)
+    if inner.needs:
+        raise ValueError(
+            f"in_eigenbasis(...) with {inner.needs}(...) in it: it reads parameters, which are not "
+            "turned into the bases: put it behind in_eigenbasis(...)."
+        )
     schedule = RefreshSchedule(every, start, stagger, offset)
     check_choice("first", first, ("skip", "identity"))
     check_flag("renew_before_use", renew_before_use)
@@ -100,7 +109,9 @@ def in_eigenbasis(
 
     def init(params: Tree, **context: Any) -> EigenbasisState:
         check_local(params, "in_eigenbasis")
-        factors = statistics_of(context.get("upstream", ()), "in_eigenbasis", params).factors
+        upstream = context.get("upstream", ())
+        factors = statistics_of(upstream, "in_eigenbasis", params).factors
+        check_nearest(upstream, "in_eigenbasis")
         ndim = context.get("block_ndim", 0)
         # Only for sides with a factor: an identity of side 50,000 would take 10 GB.
         bases = refreshing(True).init(params, ndim, context.get("clock", False), factors)
@@ -129,7 +140,7 @@ def in_eigenbasis(
         begins = ("first bases",) if step == start else ()  # computed by another method
         return (*schedule.phase()(step), *begins, *inner.phase(step))
 
-    return GradientTransformation(
+    stage = GradientTransformation(
         init,
         update,
         phase=phase,
@@ -140,3 +151,5 @@ def in_eigenbasis(
         flops=functools.partial(coordinate_flops, inner.reads_gradient),
         refresh_cost=relative_cost(renew),
     )
+    stage.traits = without(stage.traits, IN_BASES)
+    return with_traits(stage, OF_SIDES)

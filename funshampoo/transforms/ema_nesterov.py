@@ -9,6 +9,7 @@ from funshampoo.core.clock import advanced, count_of, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import number, value_at
+from funshampoo.core.traits import LATE, TRACKS
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.last_stage import last_stage
@@ -67,4 +68,4 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
         out, w, B = update_leaves(leaf, updates, (state.evaluated, state.buffer), (params,))
         return out, EmaNesterovState(w, B, advanced(state.steps, context.donate))
 
-    return last_stage(init, update, look_ahead, beta)
+    return last_stage(init, update, look_ahead, beta, traits=(TRACKS, LATE))

@@ -9,9 +9,12 @@ from funshampoo.core.clock import advanced, count_of, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
+from funshampoo.core.traits import TURNS, refuse, without
 from funshampoo.core.tree import columns_of, flatten
 from funshampoo.operators.lengths import take_lengths
-from funshampoo.state.stages import GraftState
+from funshampoo.state.eigenbases import EigenbasisState
+from funshampoo.state.nodes import find_state
+from funshampoo.state.stages import GraftState, RefreshedState
 
 
 def graft(
@@ -43,7 +46,8 @@ def graft(
     State: `GraftState`.
 
     Raises:
-        ValueError: start < 1 or least_order < 0.
+        ValueError: start < 1 or least_order < 0; a stage in it averages or rounds weights, or only
+            one of the two scales by the learning rate where either is used.
 
     Reference: Agarwal et al., arXiv 2002.11803; Shi et al., arXiv 2309.06497.
 
@@ -57,13 +61,25 @@ def graft(
     direction, onto = as_transformation(direction), as_transformation(onto)
     check_count("start", start)
     check_count("least_order", least_order, 0)
+    for part in (direction, onto):
+        behind = "grafting changes what it returns: put it behind graft(...)."
+        refuse(part, "graft", tracks=behind, rounds=behind)
+    turned = [TURNS in part.traits for part in (direction, onto)]
+    if turned[0] != turned[1] and (start > 1 or least_order):
+        raise ValueError(
+            "graft: one of direction and onto scales by the learning rate, and the other does not, "
+            "so the steps of one are uphill: put scale_by_learning_rate behind graft(...)."
+        )
 
     counts = start > 1 or direction.counts or onto.counts
 
     def init(params: Tree, *, clock: bool = False, **context: Any) -> GraftState:
         context["clock"] = clock or counts
-        states = direction.init(params, **context), onto.init(params, **context)
-        return GraftState(*states, started(counts, clock))
+        first = direction.init(params, **context)
+        # Shows `onto` that what goes by the statistics before both may be in `direction`.
+        if (kept := find_state(first, (EigenbasisState, RefreshedState))) is not None:
+            context["upstream"] = (*context.get("upstream", ()), kept)
+        return GraftState(first, onto.init(params, **context), started(counts, clock))
 
     def update(
         updates: Tree, state: GraftState, params: Tree, context: Context
@@ -71,7 +87,6 @@ def graft(
         inside = running(state.steps, context)
         found = direction.run(updates, state.direction, params, inside)
         p, direction_state = checked_pair(found, direction.name)
-        # Shows `onto` that bases of the statistics before both may be in `direction`.
         inside = changed(inside, earlier=(*inside.earlier, state.direction))
         found = onto.run(updates, state.onto, params, inside)
         p_g, onto_state = checked_pair(found, onto.name)
@@ -92,4 +107,7 @@ def graft(
         return (f"before step {start}", *inside) if step < start else inside
 
     parts = {"direction": direction, "onto": onto}
-    return GradientTransformation(init, update, phase=phase, parts=parts, counts=counts)
+    found = GradientTransformation(init, update, phase=phase, parts=parts, counts=counts)
+    if not turned[0]:  # the sign is that of the direction
+        found.traits = without(found.traits, TURNS)
+    return found

@@ -12,6 +12,7 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.needs import rate_of
+from funshampoo.core.traits import DIRECTED, TURNS
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import multiply
@@ -81,4 +82,4 @@ def hyperball(
         out = update_leaves(leaf, updates, (), (params,))[0]
         return out, LearningRateState(advanced(state.steps, context.donate))
 
-    return last_stage(init, update, learning_rate, elementwise=False)
+    return last_stage(init, update, learning_rate, elementwise=False, traits=(DIRECTED, TURNS))

@@ -13,6 +13,7 @@ from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
+from funshampoo.core.traits import OF_SIDES, with_traits
 from funshampoo.core.tree import map_leaves, update_leaves, wide
 from funshampoo.operators.exponents import Sides, check_sides, wanted_sides
 from funshampoo.operators.factors import accumulated_factor, zero_factors
@@ -71,10 +72,10 @@ def kl_statistics(
     Args:
         beta2: decay of all averages, in [0, 1); with "roots" the number 1 gives a plain sum.
         through: see above.
-        initial_eigenvalue: initial λ_i, above 0; like damping, only read with "eigenvalues".
+        initial_eigenvalue: initial λ_i, above 0; like damping, only with "eigenvalues".
         least_eigenvalue: a floor, or a function of d_i: ≥ 0, for updated λ_i (except that an
             eigenvalue of exactly 0 stays, and its direction is left out); above 0, for Ritz values.
-            Not read with "roots".
+            Not with "roots", which the epsilon of `root_inverse` bounds.
         damping: ≥ 0, see above.
         bias_correction, weighted, own_steps: as in `kronecker_statistics`; for L_i only.
         normalized: False omits the factor d_i / n, which for a matrix is 1 / (the other side).
@@ -85,6 +86,10 @@ def kl_statistics(
             second's.
         sides: as in `kronecker_statistics`; a side with False gets no factor matrix. With
             "eigenvalues" it still has λ_i, in the unrotated coordinates.
+
+    Without a floor, or that epsilon, a stretch of zero gradients lets eigenvalues decay to nothing:
+    the first gradient after it makes a step as much too long, and later ones are too short for as
+    long as the averages remember its whitened squares, which are kept finite.
 
     State: `KlState`; per side of a block, d_i² numbers for L_i, and d_i for λ_i.
 
@@ -113,7 +118,9 @@ def kl_statistics(
     check_flags(own_steps=own_steps, starts_whole=starts_whole, in_turn=in_turn)
     check_sides(sides)
     flags = {"starts_whole": starts_whole, "in_turn": in_turn}
-    check_through(through, least_eigenvalue, bias_correction, **flags)
+    given = {"damping": not is_exactly(damping, 0), "initial_eigenvalue": initial_eigenvalue != 0.1}
+    check_through(through, least_eigenvalue, bias_correction, **flags, **given)
+    numbers_read = [beta2, damping] if through == "eigenvalues" else [beta2]
     plain_sum = not weighted or is_exactly(beta2, 1)
     corrected = bias_correction and not plain_sum
     by_weight = corrected and own_steps  # an average and its weight decay at the same rate
@@ -161,4 +168,5 @@ def kl_statistics(
         return updates, KlState(KroneckerState(factors, weight), eigenvalues)
 
     flops = functools.partial(kl_flops, through, sides)
-    return GradientTransformation(init, update, numbers=[beta2, damping], flops=flops, passes=True)
+    stage = GradientTransformation(init, update, numbers=numbers_read, flops=flops, passes=True)
+    return with_traits(stage, OF_SIDES)

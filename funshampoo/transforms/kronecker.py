@@ -13,6 +13,7 @@ from funshampoo.core.contract import Block, GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
 from funshampoo.core.modes import product_precision
 from funshampoo.core.parameters import check_local
+from funshampoo.core.traits import OF_SIDES, with_traits
 from funshampoo.core.tree import update_leaves, wide
 from funshampoo.linalg.low_precision import check_product_dtype
 from funshampoo.operators.exponents import Exponents, Sides, check_exponents, side_exponents
@@ -136,4 +137,4 @@ def kronecker_statistics(
         return mode_flops(block, [d for d, e in zip(block, powers(block)) if e > 0])
 
     stage = GradientTransformation(init, update, numbers=[beta2], flops=flops, passes=True)
-    return stage if every == 1 else on_multiples(stage, every)
+    return with_traits(stage if every == 1 else on_multiples(stage, every), OF_SIDES)

@@ -10,6 +10,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
+from funshampoo.core.traits import LATE
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import multiply
@@ -65,4 +66,5 @@ def decay_after_step(
         out = update_leaves(leaf, updates, (), (params,))[0]
         return out, LearningRateState(advanced(state.steps, context.donate))
 
-    return last_stage(init, update, weight_decay, learning_rate, elementwise=is_of_no_shape(scale))
+    alike = is_of_no_shape(scale)
+    return last_stage(init, update, weight_decay, learning_rate, elementwise=alike, traits=(LATE,))

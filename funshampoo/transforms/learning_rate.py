@@ -8,6 +8,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import rate_of
+from funshampoo.core.traits import DIRECTED, MAY_TURN, TURNS, with_traits
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, in_compute_dtype, multiply
 from funshampoo.state.stages import LearningRateState
@@ -25,7 +26,9 @@ def scale(factor: Hyper) -> GradientTransformation:
     def scaled(updates: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
         return _times(updates, number(factor, hyper))
 
-    return stateless(scaled, "scale", numbers=[factor], elementwise=True)
+    stage = stateless(scaled, "scale", numbers=[factor], elementwise=True)
+    keeps = isinstance(factor, (int, float)) and factor >= 0
+    return stage if keeps else with_traits(stage, MAY_TURN)
 
 
 def scale_by_learning_rate(
@@ -68,9 +71,10 @@ def scale_by_learning_rate(
         new = LearningRateState(advanced(state.steps, context.donate))
         return _times(updates, sign * rate), new
 
-    return GradientTransformation(
+    stage = GradientTransformation(
         init, update, counts=callable(learning_rate), numbers=[learning_rate], elementwise=True
     )
+    return with_traits(stage, DIRECTED, TURNS) if flip_sign else stage
 
 
 def _times(updates: Tree, factor: Hyper) -> Tree:

@@ -7,6 +7,7 @@ from torch import Tensor
 from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.traits import DIRECTED, with_traits
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.leaf_ops import on_device
 from funshampoo.operators.matrices import inner_product, safe
@@ -51,4 +52,5 @@ def radial_brake(outward: Hyper = 0.5, inward: Hyper = 1.0) -> GradientTransform
 
         return update_leaves(leaf, updates, (), (params,))[0]
 
-    return stateless(braked, "radial_brake", numbers=[outward, inward], needs_params=True)
+    stage = stateless(braked, "radial_brake", numbers=[outward, inward], needs_params=True)
+    return with_traits(stage, DIRECTED)

@@ -11,6 +11,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers
 from funshampoo.core.parameters import check_local
+from funshampoo.core.traits import OF_SIDES, with_traits
 from funshampoo.linalg import Solver
 from funshampoo.linalg.choice import chosen_solver
 from funshampoo.linalg.low_precision import check_product_dtype
@@ -22,7 +23,7 @@ from funshampoo.refresh import Refreshing, RefreshSchedule
 from funshampoo.refresh.factors import refreshed
 from funshampoo.refresh.roots import root_rules
 from funshampoo.state.stages import RefreshedState
-from funshampoo.state.upstream import statistics_of
+from funshampoo.state.upstream import check_nearest, statistics_of
 
 
 def root_inverse(
@@ -136,6 +137,7 @@ def root_inverse(
         check_local(params, "root_inverse")
         if upstream is not None:
             statistics_of(upstream, "root_inverse", params)
+            check_nearest(upstream, "root_inverse")
         return roots(NO_NUMBERS).init(params, block_ndim, clock)
 
     def update(
@@ -144,7 +146,7 @@ def root_inverse(
         state = refreshed(roots(context.hyper), updates, state, context, "root_inverse")
         return preconditioned(updates, state.kept, context.block_ndim, product_dtype), state
 
-    return GradientTransformation(
+    stage = GradientTransformation(
         init,
         update,
         phase=schedule.phase(threads=bool(getattr(solve, "threaded", False))),
@@ -153,3 +155,4 @@ def root_inverse(
         flops=mode_flops,
         refresh_cost=relative_cost(solve),
     )
+    return with_traits(stage, OF_SIDES)

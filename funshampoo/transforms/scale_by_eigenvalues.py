@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from funshampoo.core.adapting import without_state
 from funshampoo.core.checks import check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.contract import EmptyState, GradientTransformation, Hyper, Tree
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.traits import IN_BASES, with_traits
 from funshampoo.core.tree import flatten, update_leaves, wide
 from funshampoo.operators.kl import inverse_root, outer
 from funshampoo.operators.leaf_ops import multiply
@@ -28,9 +31,9 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         epsilon: added to the root, ≥ 0.
 
     Raises:
-        ValueError: epsilon out of range; from update, the nearest `kl_statistics` before has no
-            eigenvalues, or they belong to another `in_eigenbasis` that stands between or in the
-            direction of a `graft`.
+        ValueError: epsilon out of range; from a chain, it is in no `in_eigenbasis`; from init, the
+            nearest `kl_statistics` before has no eigenvalues, or they belong to another
+            `in_eigenbasis` that stands between or in the direction of a `graft`.
 
     Reference: Lin et al., arXiv 2509.03378.
 
@@ -52,12 +55,20 @@ def scale_by_eigenvalues(epsilon: Hyper = 1e-8) -> GradientTransformation:
         def leaf(u: Tensor, eigenvalues: Any) -> tuple[Tensor]:
             u = wide(u)
             h = outer([inverse_root(x) for x in eigenvalues]).reshape(u.shape)
+            h = torch.clamp(h, max=torch.finfo(h.dtype).max)  # infinity times 0 would be NaN
             return (u * (h / (1 + multiply(h, damping, donate=False))),)
 
         eigenvalues = _eigenvalues(earlier, updates)
         return update_leaves(leaf, updates, (), (eigenvalues,))[0]
 
-    return stateless(scaled, "scale_by_eigenvalues", numbers=[epsilon])
+    def init(params: Tree, *, upstream: tuple[Any, ...] | None = None) -> EmptyState:
+        if upstream is not None:
+            _eigenvalues(upstream, params)
+        return EmptyState()
+
+    name = "scale_by_eigenvalues"
+    stage = GradientTransformation(init, without_state(scaled), name, numbers=[epsilon])
+    return with_traits(stage, IN_BASES)
 
 
 def _eigenvalues(earlier: tuple[Any, ...], updates: Tree) -> Tree:

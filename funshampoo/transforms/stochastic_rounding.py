@@ -9,11 +9,12 @@ from torch import Tensor
 
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Tree
+from funshampoo.core.traits import ROUNDS
 from funshampoo.core.tree import HALF, cast, compute_dtype, update_leaves, wide
 from funshampoo.operators.columns import zeros_a_block
+from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import add
 from funshampoo.operators.rounding import random_bits, rounded_at_random
-from funshampoo.state.averages import TailAverageState
 from funshampoo.state.meaning import meaning
 
 
@@ -48,8 +49,9 @@ def stochastic_rounding() -> GradientTransformation:
     State: `RoundingState`.
 
     Raises:
-        ValueError: from init, inside `blocked`; from update, params missing, or another stage after
-            it (except `tail_average`, which changes no updates).
+        ValueError: from init, inside `blocked`; from update, params missing. So do combinators that
+            would change what it returns, and a chain with another stage after it (except
+            `tail_average`, which changes no updates).
 
     Reference: Gupta et al., arXiv 1502.02551; for training in bfloat16, Zamirai et al., arXiv
     2010.06192.
@@ -76,12 +78,6 @@ def stochastic_rounding() -> GradientTransformation:
     def update(
         updates: Tree, state: RoundingState, params: Tree, context: Context
     ) -> tuple[Tree, RoundingState]:
-        if any([not isinstance(other, TailAverageState) for other in context.later]):
-            raise ValueError(
-                "stochastic_rounding: the stage after it changes updates that are rounded: put it "
-                "last, behind scale_by_learning_rate."
-            )
-
         def leaf(u: Tensor, w: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
             seen = add(seen, torch.ones_like(seen), context.donate)
             u = cast(u, compute_dtype(w))
@@ -95,6 +91,4 @@ def stochastic_rounding() -> GradientTransformation:
         out, seen = update_leaves(leaf, updates, (state.seen,), (params,))
         return out, RoundingState(seen)
 
-    return GradientTransformation(
-        init, update, elementwise=True, minds_alive=False, needs_params=True
-    )
+    return last_stage(init, update, traits=(ROUNDS,))

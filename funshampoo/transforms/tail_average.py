@@ -10,6 +10,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
+from funshampoo.core.traits import LATE, TRACKS
 from funshampoo.core.tree import cast, update_leaves
 from funshampoo.operators.averaged import copies
 from funshampoo.operators.columns import zeros_a_block
@@ -77,4 +78,4 @@ def tail_average(start: int = 1, beta: Hyper | None = None) -> GradientTransform
         out, x, weights = update_leaves(leaf, updates, (state.evaluated, state.weight), (params,))
         return out, TailAverageState(x, weights, advanced(state.steps, context.donate))
 
-    return last_stage(init, update, beta, counts=waits)
+    return last_stage(init, update, beta, counts=waits, traits=(TRACKS, LATE), passes=True)

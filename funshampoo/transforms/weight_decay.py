@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias
 
 from funshampoo.combinators.masks import Mask, masked
-from funshampoo.core.checks import check_choice, check_range
+from funshampoo.core.checks import check_choice, check_range, check_rate
 from funshampoo.core.clock import advanced, count_of, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import (
@@ -17,6 +17,7 @@ from funshampoo.core.contract import (
     renamed,
 )
 from funshampoo.core.live import Numbers, value_at
+from funshampoo.core.traits import DIRECTED, with_traits
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, add_scaled, cast_like, in_compute_dtype
 from funshampoo.state.stages import ScheduleState
@@ -69,11 +70,13 @@ def add_decayed_weights(
     """
     check_range("weight_decay", weight_decay, 0.0, schedule=True)
     check_choice("kind", kind, ("coupled", "decoupled", "corrected", "independent"))
-    if kind in ("corrected", "independent"):
-        if peak_learning_rate is None:
-            raise ValueError(f"kind={kind!r} needs peak_learning_rate, the largest learning rate.")
-        check_range("peak_learning_rate", peak_learning_rate, 0.0, low_open=True, high_open=True)
-    if kind == "corrected" and learning_rate is None:
+    if kind in ("corrected", "independent") and peak_learning_rate is None:
+        raise ValueError(f"kind={kind!r} needs peak_learning_rate, the largest learning rate.")
+    if peak_learning_rate is not None:
+        check_range("peak_learning_rate", peak_learning_rate, 0.0, low_open=True)
+    if learning_rate is not None:
+        check_rate(learning_rate)
+    elif kind == "corrected":
         raise ValueError("kind='corrected' needs learning_rate, as scale_by_learning_rate gets it.")
     scheduled = callable(weight_decay) or (kind == "corrected" and callable(learning_rate))
 
@@ -104,6 +107,7 @@ def add_decayed_weights(
     stage = GradientTransformation(
         init, update, counts=scheduled, numbers=numbers, elementwise=True, needs_params=True
     )
+    stage = with_traits(stage, DIRECTED)
     if mask is None:
         return stage
     return renamed(masked(stage, mask), stage.name)

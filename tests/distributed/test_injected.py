@@ -92,7 +92,7 @@ HELD = {
 def narrow(rank: int, bad: str, dtype: torch.dtype, cut: bool, guard: bool, donate: bool) -> Any:
     """The block (1, 0) of w, or the whole of it, can't be sent in steps 2 and 3 of 5."""
     stage = fs.chain(fs.trace(0.0), fs.scale(SCALE if dtype == torch.float16 else 2.0**127))
-    inner = fs.guarded(stage, max_failures=None) if guard else stage
+    inner = fs.guarded(stage, max_failures=None, by_leaf=not cut) if guard else stage
     tx = fs.sharded(inner, communication_dtype=dtype, every=1, max_failures=None)
     tx = fs.blocked(tx, SIDE) if cut else tx
     params = {name: torch.zeros(shape) for name, shape in BLOCKS.items()}

@@ -162,6 +162,6 @@ def test_wrong_factory_arguments() -> None:
     for make in (coupled_newton, coupled_higher_order):
         with pytest.raises(TypeError, match="max_iterations is 2.0; expected an int"):
             make(max_iterations=2.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="condition must be finite"):
+    with pytest.raises(ValueError, match="condition is inf"):
         newton_schulz(condition=float("inf"))  # whose steps had no end
     assert newton_schulz(condition=1.7e308)(torch.eye(4), 4).converged

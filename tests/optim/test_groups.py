@@ -329,12 +329,8 @@ def test_a_missing_rate_is_an_error(method: Any) -> None:
 @pytest.mark.parametrize("tx", [fs.adamw(0.1), fs.shampoo(0.1), fs.scale_by_learning_rate(0.1)])
 def test_a_rate_given_twice_is_an_error(tx: fs.GradientTransformation) -> None:
     """Two factors of minus lr would ascend."""
-    params = parameters()
-    before = copies(params)
-    optimizer = fs.Optimizer(params.items(), tx, lr=0.1)
     with pytest.raises(TypeError, match="scales by a learning rate already"):
-        run(optimizer, params, grads_of(1))
-    assert not moved(params, before)
+        fs.Optimizer(parameters().items(), tx, lr=0.1)
 
 
 @pytest.mark.parametrize(

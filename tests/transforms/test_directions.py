@@ -75,7 +75,7 @@ def test_a_cautious_update_never_goes_against_the_gradient(rescale: bool) -> Non
 
 def test_cautious_refuses_steps() -> None:
     for steps in (fs.chain(fs.adamw(0.1)), fs.schedule_free(0.1), fs.blocked(fs.hyperball(0.1))):
-        with pytest.raises(ValueError, match="turns them round: put that one behind"):
+        with pytest.raises(ValueError, match="turns them round: put that behind"):
             fs.cautious(steps)
 
 

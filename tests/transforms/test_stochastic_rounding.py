@@ -201,14 +201,7 @@ def test_it_stands_outside_of_blocks() -> None:
 def test_it_is_the_last_stage() -> None:
     params, grads = problem()
     own = fs.chain(fs.scale_by_adam(), fs.stochastic_rounding())
-    wrapped = fs.Optimizer([torch.nn.Parameter(params["a"])], own, lr=0.1)
-    wrapped.param_groups[0]["params"][0].grad = grads[0]["a"].bfloat16()
-    before = params["a"].clone()
-    with pytest.raises(ValueError, match="put it last"):
-        wrapped.step()
-    assert torch.equal(params["a"], before)
+    with pytest.raises(ValueError, match="put stochastic_rounding last"):
+        fs.Optimizer([torch.nn.Parameter(params["a"])], own, lr=0.1)
     behind = fs.chain(own, fs.tail_average())
     behind.update(grads[0], behind.init(params), params)
-    scaled = fs.chain(own, fs.scale(-1.0))
-    with pytest.raises(ValueError, match="put it last"):
-        scaled.update(grads[0], scaled.init(params), params)
