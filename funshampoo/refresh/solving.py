@@ -101,7 +101,8 @@ def _cut(jobs: Sequence[Job]) -> list[Batch]:
     """
     whole, numbers = jobs[0].kept.residual.is_cpu, jobs[0].rule.side ** 2
     most = max(1, (CACHED_BATCH if whole else LARGEST_BATCH) // numbers)
-    alone = whole and torch.get_num_threads() == 1
+    # Not in a graph, which can't ask for the threads.
+    alone = whole and not torch.compiler.is_dynamo_compiling() and torch.get_num_threads() == 1
     found: list[Batch] = [[]]
     room = most
     for job in jobs:
