@@ -117,6 +117,21 @@ def test_a_batch_on_a_cpu_has_a_largest_size_but_a_stack_is_whole(
     assert_equal(*found)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_one_cpu_thread_computes_a_stack_in_pieces(
+    donate: bool, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tx, g, found = shampoo(every=1, start=1), gradient(1, {"6x6": (5, 6, 6)}), []
+    for numbers, counts in ((solving.CACHED_PIECE, [5, 5]), (2 * 36, [2, 2, 1] * 2), (1, [1] * 10)):
+        monkeypatch.setattr(solving, "CACHED_PIECE", numbers)
+        monkeypatch.setattr(solving, "CACHED_BATCH", numbers)
+        calls.clear()
+        found.append(tx.update(g, tx.init(g, block_ndim=1), block_ndim=1, donate=donate))
+        assert sorted(calls) == sorted([(6, n) for n in counts if numbers <= 72] or [(6, 10)])
+    for other in found[1:]:
+        assert_equal(other, found[0])
+
+
 def test_a_batch_elsewhere_is_cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, with rows whose turn it is."""
     monkeypatch.setattr(solving, "LARGEST_BATCH", 2 * 25)
