@@ -100,6 +100,7 @@ def wrapping(
         flops=flops,
         elementwise=elementwise and inner.elementwise,
     )
+    found.wants |= step.wants
     if step.reads_hyper:
         found.live = None  # who knows which
     return found

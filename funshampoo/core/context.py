@@ -81,6 +81,7 @@ def context_of(
     names: Mapping[str, Any],
     accepted: Collection[str] | None,
     live: frozenset[str] | None = None,
+    wanted: Collection[str] = (),
 ) -> Context:
     """Build the context from these keywords.
 
@@ -88,19 +89,29 @@ def context_of(
         names: fields of `Context`, and the caller's own.
         accepted: the caller's own names that some stage declares; None: a stage takes any keyword.
         live: the names in `hyper` that some stage reads; None: possibly any.
+        wanted: those of the caller's own names that have no default.
 
     Raises:
-        TypeError: no stage knows a name, or it is close to one of the context's; `donate` or
-            `refresh` is not a bool, `step` not an int, `hyper` not a dict.
+        TypeError: no stage knows a name, or it is close to one of the context's; one that a stage
+            wants is missing; `donate` or `refresh` is not a bool, `step` not an int, `hyper` not a
+            dict.
         ValueError: no stage reads the names in `hyper`, see `check_heard`; `step` is below 1.
 
     >>> context_of({"step": 3}, set()).step
     3
     """
+    if not names and not wanted:
+        return EMPTY
     own = {name: value for name, value in names.items() if name not in PLACES}
     for name in own:
         if accepted is None or name not in accepted:
             _check_known(name, accepted)
+    for name in sorted(wanted):
+        if name not in own:
+            raise TypeError(
+                f"a stage here needs '{name}': pass {name}=... to update. For steps without one, "
+                "and for Optimizer.step, which passes none, give the keyword a default."
+            )
     for name in ("donate", "refresh"):
         if names.get(name) is not None:
             check_flag(name, names[name])
