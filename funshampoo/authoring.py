@@ -11,7 +11,7 @@ from funshampoo.core.tree import compute_dtype, map_leaves, update_columns, upda
 from funshampoo.linalg.basis import Basis, power_step
 from funshampoo.linalg.eigensolver import EigenSolver
 from funshampoo.linalg.norms import is_readable
-from funshampoo.linalg.products import matmul
+from funshampoo.linalg.products import each_matrix, matmul, power
 from funshampoo.linalg.solver import InverseRoot, RootSolver
 from funshampoo.linalg.spectral import decompose
 from funshampoo.operators import columns, leaf_ops
@@ -46,6 +46,7 @@ __all__ = [
     "columns",
     "compute_dtype",
     "decompose",
+    "each_matrix",
     "find_state",
     "first_state",
     "identity",
@@ -56,6 +57,7 @@ __all__ = [
     "meaning",
     "mode_flops",
     "number",
+    "power",
     "power_step",
     "precondition",
     "rotate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo import GradientTransformation
-from funshampoo.core.tree import map_leaves, update_leaves
+from funshampoo.authoring import each_matrix, map_leaves, matmul, power, update_leaves
 from funshampoo.testing import StageError, check_stage
 
 
@@ -64,6 +65,13 @@ def other_update(update: Callable[..., Any], init: Any = None) -> Any:
 
 def test_stages_that_are_right_pass() -> None:
     check_stage(right)
+    check_stage(torchs_power, bitwise=False, compile=False, differentiable=False)
+    for function in (
+        lambda x: matmul(matmul(x, x.mT), x),
+        lambda x: x.sign() * power(x.abs(), 0.3),
+        lambda x: matmul(*each_matrix(torch.linalg.qr, x)),
+    ):
+        check_stage(functools.partial(of_stacks, function), compile=False, differentiable=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_stage(lambda: stage(mean_of_what_is_old, wide), compile=False)
@@ -288,6 +296,25 @@ def across_blocks() -> Any:
     return stage(lambda u, m: (u / u.norm(), m), wide)
 
 
+def of_stacks(function: Callable[[Tensor], Tensor]) -> Any:
+    def leaf(u: Any, m: Any) -> Any:
+        return (function(u.double()).to(u) if u.ndim == 3 else u), m
+
+    return stage(leaf, wide)
+
+
+def torchs_product() -> Any:
+    return of_stacks(lambda x: x @ x.mT @ x)
+
+
+def torchs_power() -> Any:
+    return of_stacks(lambda x: x.sign() * x.abs() ** 0.3)
+
+
+def torchs_factors() -> Any:
+    return of_stacks(lambda x: matmul(*torch.linalg.qr(x)))
+
+
 def no_third_axis() -> Any:
     def leaf(u: Any, m: Any) -> Any:
         if u.ndim > 3:
@@ -470,6 +497,9 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (a_list_of_numbers, r"'steps' of the state, shape \(2,\), belongs to no stack", {}),
     (first_row_first, "a block in another order has other updates in step 1", {}),
     (across_blocks, "a block without the other blocks of its stack has other updates", {}),
+    (torchs_product, "elsewhere in its stack is rounded otherwise .*matmul", {}),
+    (torchs_power, "elsewhere in its stack is rounded otherwise .*power", {}),
+    (torchs_factors, "elsewhere in its stack is rounded otherwise .*each_matrix", {}),
     (no_third_axis, "block space raised ValueError: a tensor of order 4. Declare block_ndim", {}),
     (ignores_alive, "whose gradient was NaN was moved as by a gradient of zeros", {}),
     (spreads_nan, "a gradient of NaN in a block got into 'inner.average", {}),

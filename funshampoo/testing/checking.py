@@ -84,6 +84,7 @@ _CHECKS = (
     _Check(blocks.rows_lead, "block space", _INSIDE, "blocks"),
     _Check(blocks.rows_in_another_order, "block space", _INSIDE, "blocks"),
     _Check(blocks.rows_in_two_parts, "block space", _INSIDE, "blocks"),
+    _Check(blocks.rows_are_rounded_alike, "block space", _INSIDE, "blocks"),
     _Check(blocks.faulty_blocks_are_held, "guarded around it", _INSIDE, "blocks"),
     _Check(transformed.ensembles_are_loops, "torch.func.vmap", _ON_HOST, "vmap"),
     _Check(transformed.compiles_to_one_graph, "torch.compile", _ON_HOST, "compile"),
@@ -112,6 +113,7 @@ def check_stage(
     context: Mapping[str, Any] | None = None,
     none: bool = True,
     blocks: bool = True,
+    bitwise: bool = True,
     vmap: bool = True,
     compile: bool | str = True,
     differentiable: bool = True,
@@ -125,13 +127,14 @@ def check_stage(
     shared, donated and in-place steps give the same bits; a gradient of None leaves its parameter
     alone; a saved state resumes bitwise; half precision is computed in float32, and dtypes may mix;
     a stage declared elementwise gives the same on parts of the leaves; inside `blocked` a block's
-    numbers depend on no other block, and a block whose gradient is NaN is held by `guarded`; vmap
-    equals a loop; torch.compile makes one graph; derivatives with respect to the gradient are
-    finite, and those through some steps, backward and forward, agree with finite differences.
+    numbers depend on no other block, bit by bit, and a block whose gradient is NaN is held by
+    `guarded`; vmap equals a loop; torch.compile makes one graph; derivatives with respect to the
+    gradient are finite, and those through some steps, backward and forward, agree with finite
+    differences.
 
-    Where results may differ by rounding (ensembles, graphs, blocks in another place, leaves beside
-    a gradient of None), the tolerance is the root of the dtype's epsilon, relative to the largest
-    entry of a tensor: 1.5e-8 in float64.
+    Where results may differ by rounding (ensembles, graphs, leaves beside a gradient of None), the
+    tolerance is the root of the dtype's epsilon, relative to the largest entry of a tensor: 1.5e-8
+    in float64.
 
     Args:
         stage: a transformation, or a function without arguments that makes one; then states are
@@ -147,6 +150,9 @@ def check_stage(
             on several steps, as in `multi_steps`.
         blocks: False if a stage can't be used inside `blocked`, or looks across blocks there. Not
             needed for a stage that contains a `blocked`.
+        bitwise: False if a block may be rounded by its place in a stack: on a CPU, several ranks
+            are then not bitwise one process. What torch rounds alike depends on shapes, of which
+            only those of `params` are tried.
         vmap: False if a stage reads a value on the host.
         compile: False if a stage can't be traced, or to save time; or the name of a backend instead
             of "eager". It empties the caches of torch.compile.
@@ -160,6 +166,7 @@ def check_stage(
     >>> check_stage(lambda: ema(0.9), compile=False)
     """
     options = {"none": none, "blocks": blocks, "vmap": vmap, "differentiable": differentiable}
+    options["bitwise"] = bitwise
     trial = Trial(stage, params, steps, dict(context or {}), compile=compile, **options)
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):  # torch's, not the stage's fault
