@@ -538,6 +538,19 @@ class TestWrapper:
         with pytest.raises(ValueError, match=f"compile and {next(iter(options))}"):
             self.pair(**options)
 
+    def test_a_recipe_that_distributes_nothing_is_compiled(self) -> None:
+        """As in the notebook invent_an_optimizer: a function is there, and does nothing."""
+
+        def own(learning_rate: float, distribute: Any = lambda inner: inner) -> Any:
+            return fs.blocked(distribute(fs.scale_by_learning_rate(learning_rate)))
+
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        fs.Optimizer([p], own, lr=0.5, compile={"backend": "eager"}).step()
+        assert p.tolist() == [0.5] * 3
+        with pytest.raises(ValueError, match="compile and distribute"):
+            fs.Optimizer([p], own, lr=0.5, distribute=fs.sharded, compile=True)
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_parameters_of_order_0_move_too(dtype: torch.dtype) -> None:
