@@ -22,6 +22,7 @@ from funshampoo.operators.mode_products import (
     rotate,
     unfold,
 )
+from funshampoo.operators.noise import random_normal
 from funshampoo.operators.packed import unpack
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, Rule
 from funshampoo.state import find_state, meaning
@@ -60,6 +61,7 @@ __all__ = [
     "power",
     "power_step",
     "precondition",
+    "random_normal",
     "rotate",
     "stateless",
     "statistics_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,14 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo import GradientTransformation
-from funshampoo.authoring import each_matrix, map_leaves, matmul, power, update_leaves
+from funshampoo.authoring import (
+    each_matrix,
+    map_leaves,
+    matmul,
+    power,
+    random_normal,
+    update_leaves,
+)
 from funshampoo.testing import StageError, check_stage
 
 
@@ -59,6 +67,26 @@ def right() -> Any:
     return stage(mean, wide)
 
 
+def probes() -> Any:
+    """Random numbers at the beginning, and others on every step."""
+
+    def init(params: Any, *, block_ndim: int = 0) -> Any:
+        def leaf(p: Any) -> Tensor:
+            drawn = random_normal(p.shape[block_ndim:], torch.tensor(0), wide(p).dtype)
+            return drawn.expand(p.shape).clone()
+
+        return Average(map_leaves(leaf, params))
+
+    def update(updates: Any, state: Any, *, clock: Any, block_ndim: int = 0) -> Any:
+        def leaf(u: Any, m: Any) -> Any:
+            return u + m * random_normal(u.shape[block_ndim:], clock, m.dtype), m.clone()
+
+        out, average = update_leaves(leaf, updates, (state.average,))
+        return out, Average(average)
+
+    return GradientTransformation(init, update)
+
+
 def other_update(update: Callable[..., Any], init: Any = None) -> Any:
     return GradientTransformation(init or right().init, update, "broken")
 
@@ -72,6 +100,7 @@ def test_stages_that_are_right_pass() -> None:
         lambda x: matmul(*each_matrix(torch.linalg.qr, x)),
     ):
         check_stage(functools.partial(of_stacks, function), compile=False, differentiable=False)
+    check_stage(lambda: fs.chain(probes()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_stage(lambda: stage(mean_of_what_is_old, wide), compile=False)
@@ -114,6 +143,10 @@ def remembers_outside() -> Any:
 
 def draws() -> Any:
     return stage(lambda u, m: (u * torch.rand_like(u), m), wide)
+
+
+def begins_at_random() -> Any:
+    return stage(mean, lambda p: torch.rand_like(p, dtype=wide(p).dtype))
 
 
 def grows() -> Any:
@@ -456,7 +489,8 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (writes_to_the_gradient, "update wrote to 'layers.0.bias' of the gradients", {}),
     (writes_what_was_there, "update wrote to 'average.layers.0.bias' of the state", {}),
     (remembers_outside, "twice with the same arguments gave two results", {}),
-    (draws, "twice with the same arguments gave two results", {}),
+    (draws, "twice with the same arguments gave two results.*random_normal", {}),
+    (begins_at_random, "init called twice with the same parameters gave two states", {}),
     (grows, r"is torch.float64 \(5,\) on cpu after step 1, and torch.float64 \(0,\)", {}),
     (
         takes_means_and_says_elementwise,
@@ -536,3 +570,4 @@ def test_what_a_broken_stage_is_told(
     with pytest.raises(StageError, match=rf"(?s)^<.*\)>: .*{message}") as error:
         check_stage(broken, **options)
     assert str(error.value).rstrip().endswith(".")
+    assert not re.search(r"funshampoo\.(core|linalg|operators)", str(error.value))  # may move

@@ -170,5 +170,9 @@ def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
     names = ", ".join(sorted(known))
     raise ValueError(
         f"hyper: no stage here reads a live number '{name}'{hint(name, missing)} "
-        + (f"Live are {names}." if known else "None is live: build the chain with core.live.Live.")
+        + (
+            f"Live are {names}."
+            if known
+            else "None is live: build the chain with funshampoo.authoring.Live."
+        )
     )

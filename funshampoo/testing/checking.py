@@ -33,7 +33,7 @@ class _Check(NamedTuple):
 
 _PLAIN = (
     "A stage has to take any tree of dense floating-point tensors; one that needs `step` or "
-    "`clock` gets them in a chain alone: check_stage(lambda: chain(mine()))."
+    "`clock` gets them only in a chain: check_stage(lambda: chain(mine()))."
 )
 _INSIDE = (
     "Declare block_ndim, and take the axes from it on for the block's own; for a stage that stands "
@@ -56,7 +56,7 @@ _CHECKS = (
     _Check(
         numbers.none_leaves_alone,
         "a gradient of None",
-        "Go over the leaves by update_leaves of funshampoo.core.tree, which leaves such a one "
+        "Go over the leaves by update_leaves of funshampoo.authoring, which leaves such a one "
         "alone; for a stage that needs all gradients by nature, pass none=False.",
         "none",
     ),
@@ -73,7 +73,7 @@ _CHECKS = (
     _Check(
         numbers.half_precision_is_kept_in_float32,
         "parameters in half precision",
-        "Compute in funshampoo.core.tree.compute_dtype(u), and cast the updates to it.",
+        "Compute in compute_dtype(u) of funshampoo.authoring, and cast the updates to it.",
     ),
     _Check(
         numbers.dtypes_may_mix,
