@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from funshampoo.core.checks import check_flag, check_step, hint
+from funshampoo.core.tree import flatten
 
 NOTHING: Mapping[str, Any] = {}  # read-only
 
@@ -34,7 +35,7 @@ class Context(NamedTuple):
             where a gradient was not finite, has been replaced by zeros, and must change nothing,
             else 1. None: all are 1.
         hyper: {name: number or tensor}: the values of live numbers, see `core.live`.
-        extra: the caller's own keyword arguments.
+        extra: the caller's own keyword arguments, see `with_cut`.
         usable: everything that enters has been checked to be finite. Neither callers nor functions
             can use this name.
     """
@@ -124,6 +125,28 @@ def context_of(
         check_heard(hyper, live)
     given = {name: value for name, value in names.items() if name in PLACES}
     return Context(**{**given, "hyper": hyper}, extra=own)
+
+
+def with_cut(context: Context, updates: Any, cut: Callable[[Any], Any]) -> Context:
+    """The context, with the caller's trees that are like the updates cut as these are.
+
+    A tree is like them if it has their structure and, for each, a tensor of its shape; where the
+    update is None, of any. What else the caller passes, such as a loss, stays as it is.
+    """
+    if not context.extra:
+        return context
+    leaves, spec = flatten(updates)
+
+    def own(value: Any) -> Any:
+        found, its = flatten(value)
+        alike = its == spec and all([_is_like(x, u) for x, u in zip(found, leaves)])
+        return cut(value) if alike else value
+
+    return changed(context, extra={name: own(value) for name, value in context.extra.items()})
+
+
+def _is_like(x: Any, update: Any) -> bool:
+    return isinstance(x, Tensor) and (update is None or x.shape == update.shape)
 
 
 def as_keywords(context: Context) -> dict[str, Any]:

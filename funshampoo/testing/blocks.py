@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.combinators.guard import guarded
+from funshampoo.core.context import Context, with_cut
 from funshampoo.core.contract import GradientTransformation, State, Tree
 from funshampoo.core.tree import flatten
 from funshampoo.state.places import Place, map_tensors
@@ -178,7 +179,17 @@ class _Stacks:
         self.names = list(shapes)
         self.params = like({n: x.expand(ROWS, *x.shape) for n, x in shapes.items()}, seed=1)
         self.grads = [like(self.params, seed=200 + t) for t in range(len(trial.grads))]
+        self.context = with_cut(Context(extra=trial.context), trial.params, self._stacked).extra
         self._alone: dict[tuple[int, ...], Run] = {}
+
+    def _stacked(self, tree: Tree) -> Tree:
+        """What the caller passes, as `blocked` cuts it: the same for all rows of a stack."""
+        shapes = {x.shape: x for x in flatten(tree)[0]}
+        return {n: shapes[p.shape[1:]].expand(p.shape) for n, p in self.params.items()}
+
+    def _own(self, value: Any, rows: Sequence[int]) -> Any:
+        cut = isinstance(value, dict) and list(value) == self.names
+        return self.chosen(value, rows) if cut else value
 
     def run(
         self,
@@ -193,7 +204,8 @@ class _Stacks:
         ids = {n: [i * ROWS + row for row in rows] for i, n in enumerate(self.names)}
         for g in self.grads if grads is None else grads:
             here = self.chosen(g, rows)
-            given = {**self.trial.context, **context, "gradient": here, "rows": ids}
+            own = {name: self._own(value, rows) for name, value in self.context.items()}
+            given = {**own, **context, "gradient": here, "rows": ids}
             updates, state = tx.update(here, run.states[-1], params, block_ndim=1, **given)
             run.updates.append(updates)
             run.states.append(state)
