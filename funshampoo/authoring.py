@@ -10,7 +10,7 @@ from funshampoo.core.live import Live, number
 from funshampoo.core.tree import compute_dtype, map_leaves, update_columns, update_leaves
 from funshampoo.linalg.basis import Basis, power_step
 from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.linalg.norms import is_readable
+from funshampoo.linalg.norms import block_norm, is_readable
 from funshampoo.linalg.products import each_matrix, matmul, power
 from funshampoo.linalg.solver import InverseRoot, RootSolver
 from funshampoo.linalg.spectral import decompose
@@ -43,6 +43,7 @@ __all__ = [
     "RootSolver",
     "Rule",
     "bias_corrected",
+    "block_norm",
     "changed",
     "columns",
     "compute_dtype",
