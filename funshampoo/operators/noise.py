@@ -15,8 +15,8 @@ def random_normal(shape: Sequence[int], seed: Tensor, dtype: torch.dtype = torch
     """Pseudo-random numbers (*seed.shape, *shape), normally distributed with mean 0, variance 1.
 
     An entry is a hash of the seed and of its index in `shape`, so it is the same on any rank, in an
-    ensemble, in a graph, and after a resumption. With the context's `clock` as seed, every step has
-    new numbers, the same for all blocks of one shape.
+    ensemble, after a resumption and, up to rounding, in a graph. With the context's `clock` as
+    seed, every step has new numbers, the same for all blocks of one shape.
 
     Args:
         shape: of a block.
