@@ -17,14 +17,19 @@ from torch import Tensor
 import funshampoo as fs
 from funshampoo import GradientTransformation
 from funshampoo.authoring import (
+    Refreshing,
+    RefreshSchedule,
     each_matrix,
     map_leaves,
     matmul,
     power,
     random_normal,
+    rotate,
+    unfold,
     update_leaves,
 )
 from funshampoo.testing import StageError, check_stage
+from tests.refresh.clients import Basis
 
 
 class Average(NamedTuple):
@@ -143,6 +148,33 @@ def remembers_outside() -> Any:
 
 def draws() -> Any:
     return stage(lambda u, m: (u * torch.rand_like(u), m), wide)
+
+
+def refreshes_untold() -> Any:
+    """The gradient in bases that are refreshed; it takes the whole context, as the guide's does."""
+    bases = Refreshing(lambda block: [Basis(d) for d in block], RefreshSchedule(3))
+
+    def update(updates: Any, state: Any, params: Any, context: Any) -> Any:
+        def read(side: int, u: Any) -> Any:
+            return lambda x: matmul(x, x.mT), unfold(u, side, context.block_ndim)
+
+        state = bases.update(updates, state, (updates,), read, context)
+
+        def leaf(u: Any, sides: Any) -> Any:
+            Q = [kept.value[0] for kept in sides]
+            return (rotate(u, Q, context.block_ndim),)
+
+        return update_leaves(leaf, updates, (), (state.kept,))[0], state
+
+    return GradientTransformation(bases.init, update, "broken", counts=True)
+
+
+def branches_untold() -> Any:
+    def update(updates: Any, state: Any, params: Any, context: Any) -> Any:
+        factor = 2.0 if context.step is not None and context.step % 2 else 1.0
+        return map_leaves(lambda u: u if u is None else u * factor, updates), state
+
+    return fs.chain(GradientTransformation(lambda params: (), update, counts=True))
 
 
 def begins_at_random() -> Any:
@@ -490,6 +522,8 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (writes_what_was_there, "update wrote to 'average.layers.0.bias' of the state", {}),
     (remembers_outside, "twice with the same arguments gave two results", {}),
     (draws, "twice with the same arguments gave two results.*random_normal", {}),
+    (refreshes_untold, r"step 2 is of the same phase as step 1, .*schedule\.phase\(\)", {}),
+    (branches_untold, "step 2 is of the same phase as step 1, and gives other results", {}),
     (begins_at_random, "init called twice with the same parameters gave two states", {}),
     (grows, r"is torch.float64 \(5,\) on cpu after step 1, and torch.float64 \(0,\)", {}),
     (

@@ -50,6 +50,7 @@ _CHECKS = (
     _Check(contract.arguments_are_untouched, "some steps", _PLAIN),
     _Check(contract.shapes_are_stable, "some steps", _PLAIN),
     _Check(contract.twice_is_the_same, "steps that are repeated", _PLAIN),
+    _Check(contract.steps_of_a_phase_are_alike, "step=", _PLAIN),
     _Check(contract.memory_is_apart, "steps with apply_updates", _PLAIN),
     _Check(contract.donation_changes_no_number, "donate=True", "Handle donate, or ignore it."),
     _Check(contract.in_place_is_the_same, "update_in_place", "Look at the stage's `apply`."),
@@ -123,14 +124,14 @@ def check_stage(
     A stage that passes can be used in any chain, and works with ranks, checkpoints, ensembles,
     donation, compilation, guards and reports as funshampoo's own stages do. Checked in this order,
     up to the first failure: it returns (updates, state), its state consists of tensors, arguments
-    are not written to, the same call gives the same result, shapes and dtypes stay, memory is not
-    shared, donated and in-place steps give the same bits; a gradient of None leaves its parameter
-    alone; a saved state resumes bitwise; half precision is computed in float32, and dtypes may mix;
-    a stage declared elementwise gives the same on parts of the leaves; inside `blocked` a block's
-    numbers depend on no other block, bit by bit, and a block whose gradient is NaN is held by
-    `guarded`; vmap equals a loop; torch.compile makes one graph; derivatives with respect to the
-    gradient are finite, and those through some steps, backward and forward, agree with finite
-    differences.
+    are not written to, the same call gives the same result, `phase` tells steps apart, shapes and
+    dtypes stay, memory is not shared, donated and in-place steps give the same bits; a gradient of
+    None leaves its parameter alone; a saved state resumes bitwise; half precision is computed in
+    float32, and dtypes may mix; a stage declared elementwise gives the same on parts of the leaves;
+    inside `blocked` a block's numbers depend on no other block, bit by bit, and a block whose
+    gradient is NaN is held by `guarded`; vmap equals a loop; torch.compile makes one graph;
+    derivatives with respect to the gradient are finite, and those through some steps, backward and
+    forward, agree with finite differences.
 
     Where results may differ by rounding (ensembles, graphs, leaves beside a gradient of None), the
     tolerance is the root of the dtype's epsilon, relative to the largest entry of a tensor: 1.5e-8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from funshampoo.core.applying import update_in_place
@@ -66,6 +68,23 @@ def twice_is_the_same(trial: Trial) -> None:
         if seen := difference(again, (run.updates[t], run.states[t + 1])):
             trial.fail(
                 f"update called twice with the same arguments gave two results, {seen}", remedy
+            )
+
+
+def steps_of_a_phase_are_alike(trial: Trial) -> None:
+    """A step may be taken for another one of its phase, as in a graph of `compiled`."""
+    run, first = trial.still, dict[Any, int]()
+    for t, g in enumerate(trial.grads, start=1):
+        other = first.setdefault(trial.tx.phase(t), t)
+        if other == t or "step" in trial.context:
+            continue
+        found = trial.step(g, run.states[t - 1], trial.params, step=other)
+        if seen := difference(found, (run.updates[t - 1], run.states[t])):
+            trial.fail(
+                f"step {t} is of the same phase as step {other}, and gives other results if it is "
+                f"taken for that, {seen}",
+                "Say on which steps something else happens, by phase= of GradientTransformation; "
+                "for a Refreshing, phase=refreshing.schedule.phase().",
             )
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import funshampoo as fs
+from funshampoo.authoring import Refreshing, RefreshSchedule
 from funshampoo.operators.leaf_ops import add_gram
 from funshampoo.recipes import RECIPES
+from tests.refresh.clients import Basis
 from tests.trees import assert_close, assert_equal, assert_unchanged, clone, snapshot
 
 pytestmark = pytest.mark.slow
@@ -567,3 +569,23 @@ def test_parameters_of_order_0_move_too(dtype: torch.dtype) -> None:
             expected = fs.update_in_place(tx, gradients, expected, other)
         assert_close(mine, other, 1e-6)
         assert float(mine["s"]) < 0.8
+
+
+@pytest.mark.parametrize("word", ["compiled", "cuda_graphed"])
+def test_refreshes_on_steps_that_nobody_told_are_refused(word: str) -> None:
+    """A graph did on all steps what the first one did: no refresh, or one on each."""
+    bases = Refreshing(lambda block: [Basis(d) for d in block], RefreshSchedule(3))
+
+    def update(updates: Any, state: Any, params: Any, context: Any) -> Any:
+        def read(side: int, u: Any) -> Any:
+            return lambda x: x @ x.mT, u.mT if side else u
+
+        return updates, bases.update(updates, state, (updates,), read, context)
+
+    def stage(**given: Any) -> Any:
+        own = fs.GradientTransformation(bases.init, update, "untold", counts=True, **given)
+        return getattr(fs, word)(fs.chain(fs.masked(fs.chain(fs.trace(0.9), own), True)))
+
+    with pytest.raises(ValueError, match=f"{word}: 'untold' refreshes values, and does not say"):
+        stage().init({"w": torch.ones(3, 2)})
+    stage(phase=bases.schedule.phase()).init({"w": torch.ones(3, 2)})
