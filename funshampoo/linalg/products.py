@@ -77,7 +77,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of aligned stacks."""
+    """a @ b of aligned stacks; by `matmul` if the results would not be aligned."""
+    if a.shape[-2] * b.shape[-1] % (ALIGNMENT // a.itemsize):
+        return matmul(a, b)
     return torch.bmm(a, b) if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] else a @ b
 
 
