@@ -10,8 +10,8 @@ from funshampoo.core.live import Live, number
 from funshampoo.core.tree import compute_dtype, map_leaves, update_columns, update_leaves
 from funshampoo.linalg.basis import Basis, power_step
 from funshampoo.linalg.eigensolver import EigenSolver
-from funshampoo.linalg.norms import is_readable
-from funshampoo.linalg.products import matmul
+from funshampoo.linalg.norms import block_norm, is_readable
+from funshampoo.linalg.products import each_matrix, matmul, power
 from funshampoo.linalg.solver import InverseRoot, RootSolver
 from funshampoo.linalg.spectral import decompose
 from funshampoo.operators import columns, leaf_ops
@@ -22,6 +22,7 @@ from funshampoo.operators.mode_products import (
     rotate,
     unfold,
 )
+from funshampoo.operators.noise import random_normal
 from funshampoo.operators.packed import unpack
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, Rule
 from funshampoo.state import find_state, meaning
@@ -42,10 +43,12 @@ __all__ = [
     "RootSolver",
     "Rule",
     "bias_corrected",
+    "block_norm",
     "changed",
     "columns",
     "compute_dtype",
     "decompose",
+    "each_matrix",
     "find_state",
     "first_state",
     "identity",
@@ -56,8 +59,10 @@ __all__ = [
     "meaning",
     "mode_flops",
     "number",
+    "power",
     "power_step",
     "precondition",
+    "random_normal",
     "rotate",
     "stateless",
     "statistics_of",

@@ -15,7 +15,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo.testing import check_stage
-from tests.trees import gradients, problem, tensors, train
+from tests.trees import assert_close, gradients, problem, tensors, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +44,12 @@ def test_the_stages_of_the_guide_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for tx in (fs.chain(signs), fs.chain(fs.blocked(blocks, 4), fs.scale(-0.1)), rotated):
         _, history, _ = train(tx, problem(), gradients(3), fs.apply_updates)
         assert all(torch.isfinite(u).all() for u in tensors(history))
+    mine, theirs = fs.chain(fs.scale(3.0), fs.scale_by_rms(0.5)), names["of_updates"]
+    within = fs.blocked(fs.chain(fs.scale(3.0), theirs(fs.scale_by_rms(0.5))), 4)  # type: ignore[operator]
+    (_, outside, _), (_, inside, _) = (
+        train(tx, problem(), gradients(3), fs.apply_updates) for tx in (mine, within)
+    )
+    assert_close(inside, outside, 1e-6)
     rows, _ = centralize.update({"w": torch.randn(3, 4)}, ())
     assert torch.allclose(rows["w"].sum(-1), torch.zeros(3), atol=1e-6)
     g, next_g = (torch.randn(4, 4, dtype=torch.float64) for _ in range(2))

@@ -150,6 +150,11 @@ def test_products(rows: int, inner: int, columns: int, dtype: torch.dtype) -> No
             for chosen in SUBSETS:
                 own = [_moved(x, chosen) for x in (left, right)]
                 assert torch.equal(products.matmul(*own), together[chosen])
+            fit = [products.aligned(x) for x in (left, right)]
+            together = products.multiply(*fit)
+            for chosen in SUBSETS:
+                own = [products.aligned(_moved(x, chosen)) for x in (left, right)]
+                assert columns == 1 or torch.equal(products.multiply(*own), together[chosen])
         together = products.gram(left)
         torch.testing.assert_close(together, a @ a.mT)
         for chosen in SUBSETS:

@@ -86,23 +86,51 @@ def clipped_by() -> fs.GradientTransformation:
     return stateless(clipped, "clipped_by")
 
 
-@pytest.mark.parametrize(
-    "around",
-    [
-        lambda tx: fs.blocked(tx, max_size=2),
-        lambda tx: fs.masked(tx, {"w": True, "b": False}),
-        lambda tx: fs.partition({"w": tx, "b": fs.adamw(0.1)}, {"w": "w", "b": "b"}),
-    ],
-    ids=["blocked", "masked", "partition"],
-)
-def test_a_tree_of_the_callers_own_where_a_stage_sees_parts(around: Any) -> None:
-    """It was blamed on the state."""
+AROUND: dict[str, Any] = {
+    "blocked": lambda tx: fs.blocked(tx, max_size=2),
+    "tiles": lambda tx: fs.blocked(tx, max_size=2, tile=4),
+    "masked": lambda tx: fs.masked(tx, {"w": True, "b": False}),
+    "partition": lambda tx: fs.partition({"w": tx, "b": fs.scale(1.0)}, {"w": "w", "b": "b"}),
+    "blocked in partition": lambda tx: AROUND["partition"](AROUND["blocked"](tx)),
+    "sharded": fs.sharded,
+    "compiled": lambda tx: fs.compiled(AROUND["blocked in partition"](tx), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("step", ["update", "in_place"])
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_a_tree_of_the_callers_own_is_cut_as_the_updates_are(around: Any, step: str) -> None:
+    """It was whole where the stage had parts, which was an error."""
+    names = {"w": torch.randn(5, 3), "b": torch.randn(3)}
+    g, h = names, {name: 3 * torch.rand_like(x) for name, x in names.items()}
+    tx, whole = around(fs.chain(clipped_by(), fs.trace(0.9))), fs.chain(clipped_by(), fs.trace(0.9))
+    mine, other = ({n: torch.zeros_like(x) for n, x in names.items()} for _ in range(2))
+    state, expected = tx.init(mine), whole.init(other)
+    for t in range(2):
+        given = {"hessian": {n: x + t for n, x in h.items()}}
+        out, expected = whole.update(g, expected, other, **given)
+        other = fs.apply_updates(other, out)
+        if step == "update":
+            out, state = tx.update(g, state, mine, **given)
+            mine = fs.apply_updates(mine, out)
+        else:
+            state = fs.update_in_place(tx, g, state, mine, **given)
+    assert torch.equal(mine["w"], other["w"])
+
+
+OTHER_TREES: dict[str, Any] = {
+    "structure": {"w": torch.ones(3, 2)},
+    "shape": {"w": torch.ones(3, 1), "b": torch.ones(2)},
+    "numbers": {"w": 1.0, "b": 1.0},
+}
+
+
+@pytest.mark.parametrize("tree", OTHER_TREES.values(), ids=OTHER_TREES)
+def test_a_tree_of_the_callers_own_that_is_unlike_the_updates(tree: Any) -> None:
     params = {"w": torch.ones(3, 2), "b": torch.ones(2)}
-    tx = around(fs.chain(clipped_by()))
-    with pytest.raises(ValueError, match="reads a dict of 'b', 'w' beside its .* outside of them"):
-        tx.update(params, tx.init(params), params, hessian=params)
-    whole = fs.chain(clipped_by())
-    assert whole.update(params, whole.init(params), params, hessian=params)[0]["w"].eq(1).all()
+    tx = fs.blocked(clipped_by(), max_size=2)
+    with pytest.raises(ValueError, match=r"reads a dict of .*'w' beside its .* of its shape\."):
+        tx.update(params, tx.init(params), params, hessian=tree)
 
 
 EXCEPT = {"dampening", "relative_epsilon"}  # nobody's without momentum; may be one a matrix

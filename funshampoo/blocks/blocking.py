@@ -20,7 +20,7 @@ from funshampoo.combinators.masks import Mask, bools_of
 from funshampoo.core.applying import add_in_place, apply_of
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import advanced, running, started
-from funshampoo.core.context import Context, changed
+from funshampoo.core.context import Context, changed, with_cut
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.fit import Entered
 from funshampoo.core.misfit import misfit
@@ -182,6 +182,9 @@ class _Blocked:
 
     def _inside(self, given: Given, state: BlockedState, context: Context) -> Context:
         inside = running(state.steps, context)
+        if inside.extra and not any_in_parts(given.known):
+            known = given.spec.unflatten(given.known)
+            inside = with_cut(inside, known, lambda x: stack_blocks(flatten(x)[0], given.layout))
         if inside.alive is None:
             return inside
         return changed(inside, alive=rows_alive(inside.alive, given.layout))

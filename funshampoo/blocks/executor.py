@@ -217,6 +217,8 @@ class Executor:
                 rows={n: ids[n][r.start : r.stop] for n, r in portion.items()},
                 alive=alive and {n: alive[n][r.start : r.stop] for n, r in portion.items()},
             )
+            if context.extra:
+                here = changed(here, extra=self._rows_of(context.extra, portion))
             updates, after = inner.run(stacks, before, params, here)
             for name, span in portion.items():
                 put(name, span, updates[name])
@@ -229,6 +231,16 @@ class Executor:
                 parts.append((part, after))
         store_shared(state, shared)
         return joined(state, parts) if parts else state
+
+    def _rows_of(self, extra: Mapping[str, Any], portion: Portion) -> dict[str, Any]:
+        """What the caller passed, with these rows of what `blocked` has made stacks of."""
+
+        def rows(value: Any) -> Any:
+            if not isinstance(value, dict) or value.keys() != self.layout.stacks.keys():
+                return value
+            return {n: value[n][r.start : r.stop] for n, r in portion.items()}
+
+        return {name: rows(value) for name, value in extra.items()}
 
     def _portions_of(
         self,

@@ -26,8 +26,8 @@ from funshampoo.core.live import Numbers
 from funshampoo.core.modes import full_precision, is_traced, product_precision
 from funshampoo.core.of_parts import steps_of
 from funshampoo.core.tree import flatten
-from funshampoo.state.nodes import find_state
-from funshampoo.state.stages import MultiStepsState, ShardedState
+from funshampoo.state.nodes import find_state, walk
+from funshampoo.state.stages import MultiStepsState, RefreshedState, ShardedState
 
 FOR_ALL = "refresh for all"  # when the caller passes refresh=True
 
@@ -58,8 +58,8 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
 
     Raises:
         ValueError: a stage in it needs the number of the step and has no `phase` (names it); from
-            update, its blocks are `sharded`, or there is a `multi_steps` inside (which goes around
-            `compiled`).
+            init, it refreshes values and has none; from update, its blocks are `sharded`, or there
+            is a `multi_steps` inside (which goes around `compiled`).
 
     >>> import torch
     >>> from funshampoo import sgd, update_in_place
@@ -81,7 +81,7 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
 
     update, apply = _ByGraph(inner, inner.run, options), _ByGraph(inner, in_place, options)
     return GradientTransformation(
-        inner.init,
+        init_checked(inner, "compiled"),
         lambda updates, state, params, context: update(updates, state, params, context),
         inner.name,
         apply=lambda updates, state, params, context: apply(updates, state, params, context),
@@ -151,6 +151,46 @@ def check_phases(inner: GradientTransformation, word: str) -> None:
             f"{word}: '{unknown[0]}' may do other things on some steps than on others, and does "
             "not say on which: give its GradientTransformation a phase=, see docs/stages.md."
         )
+
+
+def init_checked(inner: GradientTransformation, word: str) -> Callable[..., State]:
+    """The init, which raises for a stage that refreshes values and does not declare when.
+
+    A graph would do on all steps what the first one did.
+
+    Raises:
+        ValueError: names the stage.
+    """
+
+    def init(params: Tree, **context: Any) -> State:
+        state = inner.init(params, **context)
+        if stage := _refreshes_untold(inner, state):
+            raise ValueError(
+                f"{word}: '{stage}' refreshes values, and does not say on which steps: give its "
+                "GradientTransformation phase=refreshing.schedule.phase(), see docs/stages.md."
+            )
+        return state
+
+    return init
+
+
+def _refreshes_untold(transformation: GradientTransformation, state: State) -> str:
+    """The name of a stage with refreshed values of its own and without a phase, or ""."""
+    states = {}
+    for name in transformation.parts:
+        try:
+            states[name] = transformation.state_of(state, name)
+        except (AttributeError, KeyError, TypeError):  # it keeps none, as sharded(whole=False)
+            states[name] = state
+    for name, part in transformation.parts.items():
+        if found := _refreshes_untold(part, states[name]):
+            return found
+    own = _refreshed(state) - sum([_refreshed(inside) for inside in states.values()])
+    return transformation.name if own > 0 and transformation._phase is None else ""
+
+
+def _refreshed(state: State) -> int:
+    return sum([isinstance(node, RefreshedState) for _, node in walk(state)])
 
 
 def phase_of(inner: GradientTransformation, t: int | None, context: Context) -> Phase | None:

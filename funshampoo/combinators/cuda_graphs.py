@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funshampoo.combinators.compilation import check_phases, phase_of
+from funshampoo.combinators.compilation import check_phases, init_checked, phase_of
 from funshampoo.combinators.recording import RECORDERS, Graphs, StepRequest, on_device
 from funshampoo.core.applying import applied
 from funshampoo.core.clock import running
@@ -69,7 +69,7 @@ def cuda_graphed(inner: GradientTransformation) -> GradientTransformation:
     inner = as_transformation(inner)
     check_phases(inner, "cuda_graphed")
     return GradientTransformation(
-        inner.init,
+        init_checked(inner, "cuda_graphed"),
         lambda updates, state, params, context: inner.run(updates, state, params, context),
         inner.name,
         apply=_Graphed(inner).step,

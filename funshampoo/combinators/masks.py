@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from funshampoo.core.applying import add_in_place, applied, apply_of
 from funshampoo.core.checks import check_flag
 from funshampoo.core.clock import advanced, running, started
-from funshampoo.core.context import Context, changed
+from funshampoo.core.context import Context, changed, with_cut
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.modes import is_traced, lie_apart
 from funshampoo.core.parameters import check_tensors
@@ -180,7 +180,8 @@ def _step_part(
     in_place: bool,
 ) -> tuple[Tree, State]:
     """Step the flagged leaves; the other updates pass through. In place, all updates do."""
-    inside = _hidden_context(context, flatten(updates)[1], flags)
+    seen = with_cut(context, updates, lambda tree: _hide(tree, flags))
+    inside = _hidden_context(seen, flatten(updates)[1], flags)
     visible = None if params is None else _hide(params, flags)
     step = _hide(updates, flags), state, visible, inside
     if in_place:

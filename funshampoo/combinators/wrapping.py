@@ -104,6 +104,7 @@ def wrapping(
         flops=flops,
         elementwise=elementwise and inner.elementwise,
     )
+    found.wants |= step.wants
     if step.reads_hyper:
         found.live = None  # it is not known which
     return found

@@ -7,6 +7,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from funshampoo.core.context import PLACES, Context, as_keywords
 
 _CONTEXT = frozenset(PLACES)
@@ -22,6 +24,7 @@ class Adapted(NamedTuple):
         minds_alive: whether it handles rows whose gradient was not finite: it declares `alive`, has
             no state to corrupt, or passes its context on.
         accepts: the caller's own names that it takes; None: any.
+        wants: those without a default, that it can't do without.
         reads_hyper: whether it may read live numbers that it does not declare.
         reads_gradient: whether it may read the context's `gradient`.
     """
@@ -31,6 +34,7 @@ class Adapted(NamedTuple):
     branches: bool
     minds_alive: bool
     accepts: frozenset[str] | None
+    wants: frozenset[str]
     reads_hyper: bool
     reads_gradient: bool
 
@@ -41,6 +45,7 @@ class _Signature(NamedTuple):
     keywords: frozenset[str]  # parameters that can be passed as keywords
     variadic: bool  # has *args
     any_keyword: bool  # has **kwargs
+    required: frozenset[str]  # parameters without a default
 
 
 def adapted_update(function: Callable[..., Any]) -> Adapted:
@@ -49,7 +54,7 @@ def adapted_update(function: Callable[..., Any]) -> Adapted:
         return _adapted(function.function, 1)
     signature = _signature(function)
     if signature.positional == 4 and signature.names[3] == "context":
-        return Adapted(function, False, False, True, frozenset(), True, True)
+        return Adapted(function, False, False, True, frozenset(), frozenset(), True, True)
     return _adapted(function, 2)
 
 
@@ -60,7 +65,7 @@ def adapted_wrapping(function: Callable[..., Any]) -> Adapted:
 
 def _adapted(function: Callable[..., Any], required: int) -> Adapted:
     """Adapt a function of (updates), (updates, state) or (run, updates, state), and any context."""
-    positional, names, keywords, variadic, any_keyword = _signature(function)
+    positional, names, keywords, variadic, any_keyword, without_default = _signature(function)
     by_place = variadic or positional > required
     by_name = not by_place and ("params" in keywords or any_keyword)
     declared = keywords - set(names[: required + by_place]) - {"params"}
@@ -87,6 +92,7 @@ def _adapted(function: Callable[..., Any], required: int) -> Adapted:
         branches=any_keyword or not declared.isdisjoint(("step", "refresh")),
         minds_alive=required == 1 or "alive" in declared,
         accepts=None if any_keyword else frozenset(own),
+        wants=frozenset(own & without_default),
         reads_hyper=any_keyword or "hyper" in declared,
         reads_gradient=any_keyword or "gradient" in declared,
     )
@@ -105,21 +111,24 @@ def adapted_flops(function: Callable[..., float] | None) -> Callable[..., float]
     """`call(block, kept, apart)` for a function that may omit the last, or for None."""
     if function is None:
         return lambda block, kept, apart: 0.0
-    if "apart" in inspect.signature(function).parameters:
+    if "apart" in _signature(function).keywords:
         return function
     return lambda block, kept, apart: function(block, kept)
 
 
 def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, Any]], Any]:
     """`call(params, context)` for a function that declares the context it needs."""
-    _, _, keywords, _, any_keyword = _signature(function)
+    signature = _signature(function)
 
     def call(params: Any, context: Mapping[str, Any]) -> Any:
         unknown = sorted(context.keys() - {"upstream", "block_ndim", "clock"})
         if unknown:
             raise TypeError(f"init knows no '{unknown[0]}'.")
         return function(
-            params, **{n: x for n, x in context.items() if any_keyword or n in keywords}
+            params,
+            **{
+                n: x for n, x in context.items() if signature.any_keyword or n in signature.keywords
+            },
         )
 
     return call
@@ -139,18 +148,36 @@ def name_of(update: Callable[..., Any]) -> str:
 def _signature(function: Callable[..., Any]) -> _Signature:
     """The parameters of a function.
 
-    For a plain function it reads the code object, which torch.compile can trace where it can't
-    trace `inspect`: a factory may build transformations inside `update`.
+    For a plain function or method it reads the code object, which torch.compile can trace where it
+    can't trace `inspect`: a factory may build transformations inside `update`.
     """
+    if isinstance(function, types.MethodType):
+        whole = _signature(function.__func__)
+        return _Signature(
+            whole.positional - 1,
+            whole.names[1:],
+            whole.keywords.difference(whole.names[:1]),
+            whole.variadic,
+            whole.any_keyword,
+            whole.required.difference(whole.names[:1]),
+        )
     if isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__"):
         code = function.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if torch.compiler.is_dynamo_compiling():  # which can't read defaults, where none is missed
+            optional = frozenset(names)
+        else:
+            first = code.co_argcount - len(function.__defaults__ or ())
+            optional = frozenset(
+                [*names[first : code.co_argcount], *(function.__kwdefaults__ or ())]
+            )
         return _Signature(
             code.co_argcount,
             names[: code.co_argcount],
             frozenset(names[code.co_posonlyargcount :]),
             bool(code.co_flags & inspect.CO_VARARGS),
             bool(code.co_flags & inspect.CO_VARKEYWORDS),
+            frozenset(names).difference(optional),
         )
     parameters = list(inspect.signature(function).parameters.values())
     kinds = [p.kind for p in parameters]
@@ -161,4 +188,5 @@ def _signature(function: Callable[..., Any]) -> _Signature:
         frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY),
         inspect.Parameter.VAR_POSITIONAL in kinds,
         inspect.Parameter.VAR_KEYWORD in kinds,
+        frozenset(p.name for p in parameters if p.default is p.empty),
     )

@@ -122,7 +122,8 @@ def update_in_place(
     >>> params
     {'w': tensor([0.9000, 0.9000])}
     """
-    given = context_of(context | {"donate": True}, transformation.accepts, transformation.live)
+    tx = transformation
+    given = context_of(context | {"donate": True}, tx.accepts, tx.live, tx.wants)
     if given.hyper:
         check_values(given.hyper, transformation.lives)
     if torch.compiler.is_dynamo_compiling():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from funshampoo.core.checks import check_flag, check_step, hint
+from funshampoo.core.tree import flatten
 
 NOTHING: Mapping[str, Any] = {}  # read-only
 
@@ -34,7 +35,7 @@ class Context(NamedTuple):
             where a gradient was not finite, has been replaced by zeros, and must change nothing,
             else 1. None: all are 1.
         hyper: {name: number or tensor}: the values of live numbers, see `core.live`.
-        extra: the caller's own keyword arguments.
+        extra: the caller's own keyword arguments, see `with_cut`.
         entered: what entered the outermost transformation (`core.fit.Entered`), for a part that
             gets the same trees. Neither callers nor functions can use this name, or the next.
         usable: everything that enters has been checked to be finite.
@@ -84,6 +85,7 @@ def context_of(
     names: Mapping[str, Any],
     accepted: Collection[str] | None,
     live: frozenset[str] | None = None,
+    wanted: Collection[str] = (),
 ) -> Context:
     """Build the context from these keywords.
 
@@ -91,19 +93,29 @@ def context_of(
         names: fields of `Context`, and the caller's own.
         accepted: the caller's own names that some stage declares; None: a stage takes any keyword.
         live: the names in `hyper` that some stage reads; None: possibly any.
+        wanted: those of the caller's own names that have no default.
 
     Raises:
-        TypeError: no stage knows a name, or it is close to one of the context's; `donate` or
-            `refresh` is not a bool, `step` not an int, `hyper` not a dict.
+        TypeError: no stage knows a name, or it is close to one of the context's; one that a stage
+            wants is missing; `donate` or `refresh` is not a bool, `step` not an int, `hyper` not a
+            dict.
         ValueError: no stage reads the names in `hyper`, see `check_heard`; `step` is below 1.
 
     >>> context_of({"step": 3}, set()).step
     3
     """
+    if not names and not wanted:
+        return EMPTY
     own = {name: value for name, value in names.items() if name not in PLACES}
     for name in own:
         if accepted is None or name not in accepted:
             _check_known(name, accepted)
+    for name in sorted(wanted):
+        if name not in own:
+            raise TypeError(
+                f"a stage here needs '{name}': pass {name}=... to update. For steps without one, "
+                "and for Optimizer.step, which passes none, give the keyword a default."
+            )
     for name in ("donate", "refresh"):
         if names.get(name) is not None:
             check_flag(name, names[name])
@@ -116,6 +128,28 @@ def context_of(
         check_heard(hyper, live)
     given = {name: value for name, value in names.items() if name in PLACES}
     return Context(**{**given, "hyper": hyper}, extra=own)
+
+
+def with_cut(context: Context, updates: Any, cut: Callable[[Any], Any]) -> Context:
+    """The context, with the caller's trees that are like the updates cut as these are.
+
+    A tree is like them if it has their structure and, for each, a tensor of its shape; where the
+    update is None, of any. What else the caller passes, such as a loss, stays as it is.
+    """
+    if not context.extra:
+        return context
+    leaves, spec = flatten(updates)
+
+    def own(value: Any) -> Any:
+        found, its = flatten(value)
+        alike = its == spec and all([_is_like(x, u) for x, u in zip(found, leaves)])
+        return cut(value) if alike else value
+
+    return changed(context, extra={name: own(value) for name, value in context.extra.items()})
+
+
+def _is_like(x: Any, update: Any) -> bool:
+    return isinstance(x, Tensor) and (update is None or x.shape == update.shape)
 
 
 def as_keywords(context: Context) -> dict[str, Any]:
@@ -162,5 +196,9 @@ def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:
     names = ", ".join(sorted(known))
     raise ValueError(
         f"hyper: no stage here reads a live number '{name}'{hint(name, missing)} "
-        + (f"Live are {names}." if known else "None is live: build the chain with core.live.Live.")
+        + (
+            f"Live are {names}."
+            if known
+            else "None is live: build the chain with funshampoo.authoring.Live."
+        )
     )

@@ -25,7 +25,7 @@ from funshampoo.core.adapting import (
     without_state,
 )
 from funshampoo.core.checks import check_state
-from funshampoo.core.context import EMPTY, Context, changed, context_of
+from funshampoo.core.context import Context, changed, context_of
 from funshampoo.core.fit import Entered, Fits
 from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
@@ -161,8 +161,9 @@ class GradientTransformation:
         counting = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counting if counts is None else counts
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
-        largest = max(costs, default=None)
-        self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
+        self.refresh_cost: float | None = (
+            max(costs, default=None) if refresh_cost is None else refresh_cost
+        )
         needing = [part.needs for part in children if part.needs]
         own_need = bool(needing) if needs_params is None else needs_params
         self.needs: str = (needing or [self.name])[0] if own_need else ""
@@ -174,6 +175,7 @@ class GradientTransformation:
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
         may_read_any = numbers is None and adapted.reads_hyper and not children
+        self.wants: frozenset[str] = adapted.wants.union(*[part.wants for part in children])
         self.reads_gradient: bool = any([p.reads_gradient for p in (adapted, *children)])
         self.traits: Traits = inherited(children)  # a stage or combinator may set its own
         self.numbers = tuple(numbers or ())  # its own, without its parts'
@@ -211,11 +213,11 @@ class GradientTransformation:
             context: names of `Context`, and those that a stage of yours declares.
 
         Raises:
-            TypeError: no stage knows a name; a gradient is not a dense real floating tensor.
+            TypeError: no stage knows a name, or one lacks its; a gradient is not dense and real.
             ValueError: no stage reads the live numbers that `hyper` names. Gradients, state and
                 parameters do not fit together, or a stage needs parameters and there are none.
         """
-        given = context_of(context, self.accepts, self.live) if context else EMPTY
+        given = context_of(context, self.accepts, self.live, self.wants)
         if given.hyper:
             check_values(given.hyper, self.lives)
         if self.needs and params is None:
@@ -305,9 +307,10 @@ def stateless(
 
 
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
-    """The same functions under another name."""
+    """The same functions under another name, and what combinators set afterwards."""
     found = GradientTransformation(name=name, **stage._given)
-    found.live, found.in_tf32, found.traits = stage.live, stage.in_tf32, stage.traits  # set later
+    found.live, found.in_tf32 = stage.live, stage.in_tf32
+    found.wants, found.traits = stage.wants, stage.traits
     return found
 
 
@@ -334,10 +337,7 @@ def as_transformation(stage: Any) -> GradientTransformation:
     hint = "Did you pass the function that makes it, without calling it?"
     if isinstance(stage, str):
         hint = f"Give funshampoo.{stage} or another recipe; names are for `for_model`."
-    raise TypeError(
-        f"{stage!r} is not a gradient transformation: expected an object with init and update. "
-        + hint
-    )
+    raise TypeError(f"{stage!r} is not a gradient transformation: needs init and update. {hint}")
 
 
 def identity() -> GradientTransformation:

@@ -197,9 +197,9 @@ def _input_differs(tree: Any, updates: Any) -> str:
         )
     return (
         f"a stage reads {_described(tree)} beside its updates, which are {_described(updates)}. "
-        "Inside of blocked, masked and partition updates are that part's alone, in blocked as "
-        "stacks, but a tree that the caller passes under a name of its own is whole: put the stage "
-        "that reads it outside of them."
+        "A tree that the caller passes under a name of its own is cut as the updates are, into "
+        "stacks, parts or those of a rank, only if it has their structure and shapes, and these "
+        "are not DTensors: give one tensor for each parameter, of its shape."
     )
 
 

@@ -13,7 +13,7 @@ from funshampoo.blocks.layout import Stack
 from funshampoo.combinators.failures import failing_blocks, failure_limit_error, limit_reached
 from funshampoo.core.checks import check_choice, check_count
 from funshampoo.core.clock import look_due, running
-from funshampoo.core.context import Context, changed
+from funshampoo.core.context import Context, changed, with_cut
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import check_local
@@ -183,6 +183,7 @@ def _stepped(
     """A step of the leaves or stacks that this rank owns; returns the updates of all ranks."""
     space = Space(updates if params is None else params, context.block_ndim)
     own = ranks.own(space.blocks)
+    context = with_cut(context, updates, lambda tree: space.select(tree, own))
     inside = space.selected_context(running(state.steps, context), own)
     found: dict[str, list[Tensor]] = {}
     alone: list[Tree] = []

@@ -16,7 +16,7 @@ from funshampoo.core.modes import full_precision, is_traced
 from funshampoo.linalg.cholesky_qr import cholesky_qr
 from funshampoo.linalg.estimates import is_orthogonal
 from funshampoo.linalg.norms import is_readable
-from funshampoo.linalg.products import aligned, is_plain_memory, multiply
+from funshampoo.linalg.products import aligned, each_matrix, multiply
 from funshampoo.linalg.solver import identity_like
 from funshampoo.linalg.spectral import applied, check_forward_once, decompose, saved
 from funshampoo.linalg.stacked_eigh import is_of_the_matrix
@@ -290,8 +290,5 @@ def _caught(Y: Tensor, old: Tensor) -> Tensor:
 def _q_factors(Y: Tensor, old: Tensor) -> Tensor:
     if Y.is_cuda:
         return cholesky_qr(Y, old)
-    if Y.ndim != 3 or not is_plain_memory(Y):
-        whole: Tensor = torch.linalg.qr(Y)[0]
-        return whole
-    found: Tensor = torch.stack([torch.linalg.qr(y.clone())[0] for y in Y])
+    found: Tensor = each_matrix(torch.linalg.qr, Y)[0]
     return found

@@ -1,4 +1,4 @@
-"""Products and powers whose rounding does not depend on a matrix's place in its stack.
+"""Products, powers and more whose rounding does not depend on a matrix's place in its stack.
 
 A rank that holds some rows of a stack must compute bitwise the same as one that holds them all. On
 a CPU three things prevent that:
@@ -10,6 +10,8 @@ a CPU three things prevent that:
         Columns or rows of zeros turn the vector into a matrix.
     A power differs between the body of a SIMD loop and its tail. Here all of it is tail.
 
+LAPACK's routines depend on alignment, too: `each_matrix` passes them one matrix at a time.
+
 What is done depends on a matrix's shape, never on its place or their number. With more than one
 thread MKL still splits the products of a stack of one row among them, and rounds differently.
 
@@ -20,6 +22,9 @@ of a GPU for such a product. There it is a sum over pieces.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +77,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of aligned stacks."""
+    """a @ b of aligned stacks; by `matmul` if the results would not be aligned."""
+    if a.shape[-2] * b.shape[-1] % (ALIGNMENT // a.itemsize):
+        return matmul(a, b)
     return torch.bmm(a, b) if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] else a @ b
 
 
@@ -205,13 +212,40 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def power(x: Tensor, exponent: float | Tensor) -> Tensor:
-    """x^exponent, elementwise."""
+    """x^exponent, elementwise, rounded alike wherever an entry lies, unlike `**` on a CPU."""
     if x.ndim and is_plain_memory(x):  # a scalar has no neighbours
         # With gaps, entries never go through SIMD. Not -1: torch 2.11 counts it from x's own
         # dimensions, and takes a DTensor sharded on the last for one sharded on the new one.
         x = torch.stack((x, x), x.ndim)[..., 0]
     raised: Tensor = x**exponent
     return raised
+
+
+def each_matrix(function: Callable[..., Any], *stacks: Tensor) -> Any:
+    """function(*stacks) with each matrix passed by itself on a CPU, in memory of its own.
+
+    For functions of torch.linalg, such as qr, svd and solve_triangular, which on a CPU round a
+    matrix by where it lies in its stack, also at even sides.
+
+    Args:
+        function: of matrices (..., m, n), to a tensor or a tuple of tensors, with the same axes in
+            front.
+        stacks: tensors (..., m, n), with equal axes in front.
+
+    Elsewhere (one matrix, another device, torch.func, torch.compile) it is one call.
+
+    >>> Q, R = each_matrix(torch.linalg.qr, torch.eye(2).expand(5, 2, 2))
+    >>> Q.shape, R.shape
+    (torch.Size([5, 2, 2]), torch.Size([5, 2, 2]))
+    """
+    axes = stacks[0].shape[:-2]
+    if not axes.numel() or not axes or not is_plain_memory(*stacks):
+        return function(*stacks)
+    rows = zip(*[x.reshape(-1, *x.shape[-2:]) for x in stacks], strict=True)
+    found = [function(*[x.clone() for x in row]) for row in rows]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found).unflatten(0, axes)
+    return tuple([torch.stack(column).unflatten(0, axes) for column in zip(*found, strict=True)])
 
 
 def is_plain_memory(*tensors: Tensor) -> bool:

@@ -79,7 +79,7 @@ class Builder:
             if isinstance(x, Tensor):  # numbers were checked when the chain was built
                 _check_value(live[name], x)
         inputs: dict[str, Tensor] = {}
-        self._execution.check(arguments, {*live, words.rate})
+        self._execution.check(arguments, {*live, words.rate}, transformation)
         if self._execution.compile is not None:
             inputs = {
                 name: torch.tensor(float(x), dtype=torch.float64, device="cpu")

@@ -11,6 +11,7 @@ from funshampoo.combinators.compilation import compiled
 from funshampoo.combinators.cuda_graphs import cuda_graphed
 from funshampoo.combinators.tensor_float import in_tf32
 from funshampoo.core.contract import GradientTransformation
+from funshampoo.distributed.gathering import spreads
 from funshampoo.optim.rounded import rounded
 
 
@@ -44,12 +45,15 @@ class Execution(NamedTuple):
             transformation = in_tf32(transformation)
         return cuda_graphed(transformation) if self.cuda_graph else transformation
 
-    def check(self, arguments: Mapping[str, Any], read: Set[str]) -> None:
+    def check(
+        self, arguments: Mapping[str, Any], read: Set[str], chain: GradientTransformation
+    ) -> None:
         """Raise if an argument of the recipe can't be used in a graph.
 
         Args:
             arguments: the recipe's arguments by name.
             read: the names of those that are looked up on every step.
+            chain: that the recipe made of them.
 
         Raises:
             ValueError: names the argument.
@@ -59,7 +63,8 @@ class Execution(NamedTuple):
         word = "cuda_graph" if self.cuda_graph else "compile"
         others = ("distribute",) if self.cuda_graph else ("distribute", "stagger")
         for other in others:
-            if arguments.get(other):
+            # One's own recipe may have a function there that shards nothing.
+            if arguments.get(other) and (other != "distribute" or list(spreads(chain))):
                 raise ValueError(f"{word} and {other} do not go together: leave out one of them.")
         for name, value in arguments.items():
             if isinstance(value, Tensor) and name not in read:

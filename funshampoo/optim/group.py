@@ -170,7 +170,8 @@ class GroupRun:
             raise RuntimeError(f"the gradient of '{self.known[problem[0]].name}' {problem[1]}.")
         params = dict(zip(gradients, detached(k.parameter for k in self.known)))
         tx = built.transformation
-        given = context_of({"donate": True, "hyper": built.numbers()}, tx.accepts, tx.live)
+        names = {"donate": True, "hyper": built.numbers()}
+        given = context_of(names, tx.accepts, tx.live, tx.wants)
         ascends = self.group.get("maximize", False)
         return Entering(tx, gradients, self._state, params, given, ascends).checked(watched.state)
 

@@ -134,7 +134,13 @@ def outcome(rule: Rule, asked: Asked) -> Outcome:
     # Two operators: a CPU computes a norm of order 1 or infinity one number at a time.
     largest = asked.A.detach().abs().amax((-2, -1))
     # Not >=: a NaN is not zero, but a failure to be counted.
-    return Outcome(*_answer(rule, asked), ~(largest < torch.finfo(largest.dtype).tiny))
+    found = _answer(rule, asked)
+    if not isinstance(found, Found):
+        raise TypeError(
+            f"{type(rule).__name__} returned a {type(found).__name__}: a rule returns "
+            "Found(value, residual, condition, converged), value a tuple of tensors."
+        )
+    return Outcome(*found, ~(largest < torch.finfo(largest.dtype).tiny))
 
 
 def _answer(rule: Rule, asked: Asked) -> Found:
@@ -171,6 +177,7 @@ def joined(parts: Sequence[RowsT]) -> RowsT:
 
 def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
     """New values where the rule converged on nonzero matrices, else the old ones."""
+    _check_values(found.value, old.value, rule)
     accepted = found.converged & found.known
     choose = chooser(accepted)
 
@@ -193,6 +200,18 @@ def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
         streak=torch.where(failed, old.streak + 1, 0),
         rounds=old.rounds + accepted,
     )
+
+
+def _check_values(found: Sequence[Tensor], old: Sequence[Tensor], rule: Rule) -> None:
+    """Raise ValueError where one would be left out, or broadcast."""
+    pairs = enumerate(zip(found, old))
+    alike = [i in rule.symmetric or x.shape == y.shape for i, (x, y) in pairs]
+    if len(found) != len(old) or not all(alike):
+        mine, first = [[tuple(x.shape) for x in value] for value in (found, old)]
+        raise ValueError(
+            f"{type(rule).__name__} returned a value of tensors {mine}, where its `initial` makes "
+            f"{first}: return as many, in the same order and shapes."
+        )
 
 
 def taken(x: Tensor, rows: Rows) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.combinators.guard import guarded
+from funshampoo.core.context import Context, with_cut
 from funshampoo.core.contract import GradientTransformation, State, Tree
 from funshampoo.core.tree import flatten
 from funshampoo.state.places import Place, map_tensors
@@ -18,6 +19,9 @@ from funshampoo.state.stages import Kept
 from funshampoo.testing.trial import Run, Trial, difference, like, not_finite
 
 ROWS = 5
+OTHER_ORDER, TWO_PARTS = [3, 0, 4, 2, 1], ([0, 1], [2, 3, 4])
+"""Rows that are stepped elsewhere."""
+
 FAULTY = 1
 """The row of each stack whose gradient is NaN."""
 
@@ -28,6 +32,12 @@ _BY_ITSELF = (
     "Reduce over the axes from block_ndim on alone, and keep what is counted or averaged by row. "
     "Where a stage looks across blocks by nature, pass blocks=False, and leave out `tile` of the "
     "`blocked` around it."
+)
+
+_ROUNDED_ALIKE = (
+    "So the numbers of several ranks would not be bitwise those of one process. Multiply matrices "
+    "by matmul, raise to powers by power, and call functions of torch.linalg through each_matrix, "
+    "all of funshampoo.authoring; or pass bitwise=False."
 )
 
 _LEAVE_OUT = (
@@ -70,19 +80,34 @@ def rows_lead(trial: Trial) -> None:
 
 def rows_in_another_order(trial: Trial) -> None:
     """Permuted rows give permuted results."""
-    _rows_alone(trial, [[3, 0, 4, 2, 1]], "in another order")
+    _rows_alone(trial, [OTHER_ORDER], "in another order")
 
 
 def rows_in_two_parts(trial: Trial) -> None:
     """Rows in two separate parts give the same results as all together."""
-    _rows_alone(trial, [[0, 1], [2, 3, 4]], "without the other blocks of its stack")
+    _rows_alone(trial, TWO_PARTS, "without the other blocks of its stack")
 
 
-def _rows_alone(trial: Trial, parts: list[list[int]], how: str) -> None:
+def rows_are_rounded_alike(trial: Trial) -> None:
+    """Rows elsewhere in memory have the same bits, as on another rank. Promised on a CPU alone."""
+    stacks = _stacks_of(trial)
+    if not trial.options["bitwise"] or not all([x.is_cpu for x in stacks.params.values()]):
+        return
+    for rows in (OTHER_ORDER, *TWO_PARTS):
+        pairs = zip(stacks.alone(rows).updates, stacks.whole.updates)
+        for t, (found, together) in enumerate(pairs, start=1):
+            if seen := difference(found, stacks.chosen(together, rows)):
+                trial.fail(
+                    f"a block elsewhere in its stack is rounded otherwise in step {t}, {seen}",
+                    _ROUNDED_ALIKE,
+                )
+
+
+def _rows_alone(trial: Trial, parts: Sequence[list[int]], how: str) -> None:
     stacks = _stacks_of(trial)
     whole = stacks.whole
     for rows in parts:
-        part = stacks.run(trial.tx, rows=rows)
+        part = stacks.alone(rows)
         for t, (found, together) in enumerate(zip(part.updates, whole.updates), start=1):
             expected = stacks.chosen(together, rows)
             if seen := difference(found, expected, trial.tolerance):
@@ -154,6 +179,17 @@ class _Stacks:
         self.names = list(shapes)
         self.params = like({n: x.expand(ROWS, *x.shape) for n, x in shapes.items()}, seed=1)
         self.grads = [like(self.params, seed=200 + t) for t in range(len(trial.grads))]
+        self.context = with_cut(Context(extra=trial.context), trial.params, self._stacked).extra
+        self._alone: dict[tuple[int, ...], Run] = {}
+
+    def _stacked(self, tree: Tree) -> Tree:
+        """What the caller passes, as `blocked` cuts it: the same for all rows of a stack."""
+        shapes = {x.shape: x for x in flatten(tree)[0]}
+        return {n: shapes[p.shape[1:]].expand(p.shape) for n, p in self.params.items()}
+
+    def _own(self, value: Any, rows: Sequence[int]) -> Any:
+        cut = isinstance(value, dict) and list(value) == self.names
+        return self.chosen(value, rows) if cut else value
 
     def run(
         self,
@@ -168,7 +204,8 @@ class _Stacks:
         ids = {n: [i * ROWS + row for row in rows] for i, n in enumerate(self.names)}
         for g in self.grads if grads is None else grads:
             here = self.chosen(g, rows)
-            given = {**self.trial.context, **context, "gradient": here, "rows": ids}
+            own = {name: self._own(value, rows) for name, value in self.context.items()}
+            given = {**own, **context, "gradient": here, "rows": ids}
             updates, state = tx.update(here, run.states[-1], params, block_ndim=1, **given)
             run.updates.append(updates)
             run.states.append(state)
@@ -178,6 +215,13 @@ class _Stacks:
     def whole(self) -> Run:
         """All steps of the stage on all rows. Read-only."""
         return self.run(self.trial.tx)
+
+    def alone(self, rows: list[int]) -> Run:
+        """All steps of the stage on some rows. Read-only."""
+        key = tuple(rows)
+        if key not in self._alone:
+            self._alone[key] = self.run(self.trial.tx, rows=rows)
+        return self._alone[key]
 
     def with_fault(self, value: float) -> list[Tree]:
         """The gradients, where one block of each stack has this value on one step."""

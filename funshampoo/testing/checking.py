@@ -33,7 +33,7 @@ class _Check(NamedTuple):
 
 _PLAIN = (
     "A stage has to take any tree of dense floating-point tensors; one that needs `step` or "
-    "`clock` gets them in a chain alone: check_stage(lambda: chain(mine()))."
+    "`clock` gets them only in a chain: check_stage(lambda: chain(mine()))."
 )
 _INSIDE = (
     "Declare block_ndim, and take the axes from it on for the block's own; for a stage that stands "
@@ -50,13 +50,14 @@ _CHECKS = (
     _Check(contract.arguments_are_untouched, "some steps", _PLAIN),
     _Check(contract.shapes_are_stable, "some steps", _PLAIN),
     _Check(contract.twice_is_the_same, "steps that are repeated", _PLAIN),
+    _Check(contract.steps_of_a_phase_are_alike, "step=", _PLAIN),
     _Check(contract.memory_is_apart, "steps with apply_updates", _PLAIN),
     _Check(contract.donation_changes_no_number, "donate=True", "Handle donate, or ignore it."),
     _Check(contract.in_place_is_the_same, "update_in_place", "Look at the stage's `apply`."),
     _Check(
         numbers.none_leaves_alone,
         "a gradient of None",
-        "Go over the leaves by update_leaves of funshampoo.core.tree, which leaves such a one "
+        "Go over the leaves by update_leaves of funshampoo.authoring, which leaves such a one "
         "alone; for a stage that needs all gradients by nature, pass none=False.",
         "none",
     ),
@@ -73,7 +74,7 @@ _CHECKS = (
     _Check(
         numbers.half_precision_is_kept_in_float32,
         "parameters in half precision",
-        "Compute in funshampoo.core.tree.compute_dtype(u), and cast the updates to it.",
+        "Compute in compute_dtype(u) of funshampoo.authoring, and cast the updates to it.",
     ),
     _Check(
         numbers.dtypes_may_mix,
@@ -84,6 +85,7 @@ _CHECKS = (
     _Check(blocks.rows_lead, "block space", _INSIDE, "blocks"),
     _Check(blocks.rows_in_another_order, "block space", _INSIDE, "blocks"),
     _Check(blocks.rows_in_two_parts, "block space", _INSIDE, "blocks"),
+    _Check(blocks.rows_are_rounded_alike, "block space", _INSIDE, "blocks"),
     _Check(blocks.faulty_blocks_are_held, "guarded around it", _INSIDE, "blocks"),
     _Check(transformed.ensembles_are_loops, "torch.func.vmap", _ON_HOST, "vmap"),
     _Check(transformed.compiles_to_one_graph, "torch.compile", _ON_HOST, "compile"),
@@ -112,6 +114,7 @@ def check_stage(
     context: Mapping[str, Any] | None = None,
     none: bool = True,
     blocks: bool = True,
+    bitwise: bool = True,
     vmap: bool = True,
     compile: bool | str = True,
     differentiable: bool = True,
@@ -121,17 +124,18 @@ def check_stage(
     A stage that passes can be used in any chain, and works with ranks, checkpoints, ensembles,
     donation, compilation, guards and reports as funshampoo's own stages do. Checked in this order,
     up to the first failure: it returns (updates, state), its state consists of tensors, arguments
-    are not written to, the same call gives the same result, shapes and dtypes stay, memory is not
-    shared, donated and in-place steps give the same bits; a gradient of None leaves its parameter
-    alone; a saved state resumes bitwise; half precision is computed in float32, and dtypes may mix;
-    a stage declared elementwise gives the same on parts of the leaves; inside `blocked` a block's
-    numbers depend on no other block, and a block whose gradient is NaN is held by `guarded`; vmap
-    equals a loop; torch.compile makes one graph; derivatives with respect to the gradient are
-    finite, and those through some steps, backward and forward, agree with finite differences.
+    are not written to, the same call gives the same result, `phase` tells steps apart, shapes and
+    dtypes stay, memory is not shared, donated and in-place steps give the same bits; a gradient of
+    None leaves its parameter alone; a saved state resumes bitwise; half precision is computed in
+    float32, and dtypes may mix; a stage declared elementwise gives the same on parts of the leaves;
+    inside `blocked` a block's numbers depend on no other block, bit by bit, and a block whose
+    gradient is NaN is held by `guarded`; vmap equals a loop; torch.compile makes one graph;
+    derivatives with respect to the gradient are finite, and those through some steps, backward and
+    forward, agree with finite differences.
 
-    Where results may differ by rounding (ensembles, graphs, blocks in another place, leaves beside
-    a gradient of None), the tolerance is the root of the dtype's epsilon, relative to the largest
-    entry of a tensor: 1.5e-8 in float64.
+    Where results may differ by rounding (ensembles, graphs, leaves beside a gradient of None), the
+    tolerance is the root of the dtype's epsilon, relative to the largest entry of a tensor: 1.5e-8
+    in float64.
 
     Args:
         stage: a transformation, or a function without arguments that makes one; then states are
@@ -147,6 +151,9 @@ def check_stage(
             on several steps, as in `multi_steps`.
         blocks: False if a stage can't be used inside `blocked`, or looks across blocks there. Not
             needed for a stage that contains a `blocked`.
+        bitwise: False if a block may be rounded by its place in a stack: on a CPU, several ranks
+            are then not bitwise one process. What torch rounds alike depends on shapes, of which
+            only those of `params` are tried.
         vmap: False if a stage reads a value on the host.
         compile: False if a stage can't be traced, or to save time; or the name of a backend instead
             of "eager". It empties the caches of torch.compile.
@@ -160,6 +167,7 @@ def check_stage(
     >>> check_stage(lambda: ema(0.9), compile=False)
     """
     options = {"none": none, "blocks": blocks, "vmap": vmap, "differentiable": differentiable}
+    options["bitwise"] = bitwise
     trial = Trial(stage, params, steps, dict(context or {}), compile=compile, **options)
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):  # torch's, not the stage's fault

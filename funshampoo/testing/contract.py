@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from funshampoo.core.applying import update_in_place
@@ -11,7 +13,7 @@ from funshampoo.testing.trial import Snapshot, Trial, common_memory, difference,
 _NEVER_WRITE = (
     "Make a new tensor, as in torch.lerp(m, u, 1 - beta), and never write to an argument (m.mul_, "
     "m[i] = ..., out=m); only a donated state may be written to, by "
-    "funshampoo.operators.leaf_ops or columns."
+    "leaf_ops or columns of funshampoo.authoring."
 )
 
 
@@ -55,13 +57,34 @@ def arguments_are_untouched(trial: Trial) -> None:
 def twice_is_the_same(trial: Trial) -> None:
     """The same call gives the same result: nothing is stored outside the state."""
     run = trial.still
+    remedy = (
+        "Keep everything that is remembered in the state, and take random numbers from "
+        "random_normal of funshampoo.authoring: no generator is one of a state's tensors."
+    )
+    if seen := difference(trial.tx.init(trial.params), run.states[0]):
+        trial.fail(f"init called twice with the same parameters gave two states, {seen}", remedy)
     for t, g in enumerate(trial.grads):
         again = trial.step(g, run.states[t], trial.params)
         if seen := difference(again, (run.updates[t], run.states[t + 1])):
             trial.fail(
-                f"update called twice with the same arguments gave two results, {seen}",
-                "Keep everything that is remembered in the state, and draw random numbers from a "
-                "generator seeded by what is there.",
+                f"update called twice with the same arguments gave two results, {seen}", remedy
+            )
+
+
+def steps_of_a_phase_are_alike(trial: Trial) -> None:
+    """A step may be taken for another one of its phase, as in a graph of `compiled`."""
+    run, first = trial.still, dict[Any, int]()
+    for t, g in enumerate(trial.grads, start=1):
+        other = first.setdefault(trial.tx.phase(t), t)
+        if other == t or "step" in trial.context:
+            continue
+        found = trial.step(g, run.states[t - 1], trial.params, step=other)
+        if seen := difference(found, (run.updates[t - 1], run.states[t])):
+            trial.fail(
+                f"step {t} is of the same phase as step {other}, and gives other results if it is "
+                f"taken for that, {seen}",
+                "Say on which steps something else happens, by phase= of GradientTransformation; "
+                "for a Refreshing, phase=refreshing.schedule.phase().",
             )
 
 
@@ -90,7 +113,7 @@ def _check_updates(trial: Trial, t: int, updates: object, params: object) -> Non
     if flatten(updates)[1] != flatten(params)[1]:
         trial.fail(
             f"the updates of step {t} are another tree than the gradients",
-            "Build them by map_leaves or update_leaves of funshampoo.core.tree.",
+            "Build them by map_leaves or update_leaves of funshampoo.authoring.",
         )
     for (name, u), p in zip(named(updates).items(), flatten(params)[0]):
         if not isinstance(u, Tensor):
@@ -141,7 +164,7 @@ def donation_changes_no_number(trial: Trial) -> None:
             trial.fail(
                 f"the updates of step {t} with donate=True are others, {seen}",
                 "Do the same operations in the same order either way, by "
-                "funshampoo.operators.leaf_ops, and let no update lie in the state's memory.",
+                "leaf_ops of funshampoo.authoring, and let no update lie in the state's memory.",
             )
     if seen := difference(donated.states[-1], trial.pure.states[-1]):
         trial.fail(

@@ -35,13 +35,13 @@ def none_leaves_alone(trial: Trial) -> None:
             if named(updates)[name] is not None:
                 trial.fail(
                     f"the gradient of '{name}' was None, and its update is not",
-                    "Go over the leaves by update_leaves of funshampoo.core.tree, which leaves "
+                    "Go over the leaves by update_leaves of funshampoo.authoring, which leaves "
                     "such a one alone, or return None there.",
                 )
             if seen := difference(_owned(state, name), old):
                 trial.fail(
                     f"the gradient of '{name}' was None, and its state changed, {seen}",
-                    "Go over the leaves by update_leaves of funshampoo.core.tree, which leaves "
+                    "Go over the leaves by update_leaves of funshampoo.authoring, which leaves "
                     "the state of such a one alone.",
                 )
         expected = without(trial.pure.updates[t])
@@ -109,7 +109,7 @@ def half_precision_is_kept_in_float32(trial: Trial) -> None:
                 trial.fail(
                     f"'{name}' of the state is {x.dtype}, where the parameters are {dtype}",
                     "Averages lose most of what is added to them at such a precision: make it in "
-                    "funshampoo.core.tree.compute_dtype(p), and cast the updates to it.",
+                    "compute_dtype(p) of funshampoo.authoring, and cast the updates to it.",
                 )
 
 
@@ -163,7 +163,7 @@ def _small_run(trial: Trial, dtypes: Sequence[torch.dtype]) -> list[State]:
         if name := not_finite(updates):
             trial.fail(
                 f"the update of '{name}' in step {t} is not finite, at {_names(dtypes)}",
-                "Compute in funshampoo.core.tree.compute_dtype(u): float16 ends at 65504, and a "
+                "Compute in compute_dtype(u) of funshampoo.authoring: float16 ends at 65504, and a "
                 "small epsilon is 0 there.",
             )
     return run.states

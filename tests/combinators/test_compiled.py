@@ -14,8 +14,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import funshampoo as fs
+from funshampoo.authoring import Refreshing, RefreshSchedule
 from funshampoo.operators.leaf_ops import add_gram
 from funshampoo.recipes import RECIPES
+from tests.refresh.clients import Basis
 from tests.trees import assert_close, assert_equal, assert_unchanged, clone, snapshot
 
 pytestmark = pytest.mark.slow
@@ -538,6 +540,19 @@ class TestWrapper:
         with pytest.raises(ValueError, match=f"compile and {next(iter(options))}"):
             self.pair(**options)
 
+    def test_a_recipe_that_distributes_nothing_is_compiled(self) -> None:
+        """As in the notebook invent_an_optimizer: a function is there, and does nothing."""
+
+        def own(learning_rate: float, distribute: Any = lambda inner: inner) -> Any:
+            return fs.blocked(distribute(fs.scale_by_learning_rate(learning_rate)))
+
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        fs.Optimizer([p], own, lr=0.5, compile={"backend": "eager"}).step()
+        assert p.tolist() == [0.5] * 3
+        with pytest.raises(ValueError, match="compile and distribute"):
+            fs.Optimizer([p], own, lr=0.5, distribute=fs.sharded, compile=True)
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_parameters_of_order_0_move_too(dtype: torch.dtype) -> None:
@@ -554,3 +569,23 @@ def test_parameters_of_order_0_move_too(dtype: torch.dtype) -> None:
             expected = fs.update_in_place(tx, gradients, expected, other)
         assert_close(mine, other, 1e-6)
         assert float(mine["s"]) < 0.8
+
+
+@pytest.mark.parametrize("word", ["compiled", "cuda_graphed"])
+def test_refreshes_on_steps_that_nobody_told_are_refused(word: str) -> None:
+    """A graph did on all steps what the first one did: no refresh, or one on each."""
+    bases = Refreshing(lambda block: [Basis(d) for d in block], RefreshSchedule(3))
+
+    def update(updates: Any, state: Any, params: Any, context: Any) -> Any:
+        def read(side: int, u: Any) -> Any:
+            return lambda x: x @ x.mT, u.mT if side else u
+
+        return updates, bases.update(updates, state, (updates,), read, context)
+
+    def stage(**given: Any) -> Any:
+        own = fs.GradientTransformation(bases.init, update, "untold", counts=True, **given)
+        return getattr(fs, word)(fs.chain(fs.masked(fs.chain(fs.trace(0.9), own), True)))
+
+    with pytest.raises(ValueError, match=f"{word}: 'untold' refreshes values, and does not say"):
+        stage().init({"w": torch.ones(3, 2)})
+    stage(phase=bases.schedule.phase()).init({"w": torch.ones(3, 2)})

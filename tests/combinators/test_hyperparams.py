@@ -167,3 +167,20 @@ def test_a_tensor_keeps_its_dtype() -> None:
 def test_an_argument_that_the_factory_does_not_have() -> None:
     with pytest.raises(TypeError, match="learning_rat"):
         fs.inject_hyperparams(fs.sgd)(learning_rat=0.1)
+
+
+def test_a_recipe_of_ones_own_can_be_compiled_whole() -> None:
+    """It is built anew inside the graph, where torch.compile can't trace `inspect`."""
+
+    def recipe(rate: float, decay: float = 0.5) -> fs.GradientTransformation:
+        direction = fs.chain(fs.kronecker_statistics(decay), fs.ema(decay))
+        return fs.blocked(fs.guarded(fs.chain(direction, fs.scale_by_learning_rate(rate))))
+
+    tx, params, grads = fs.inject_hyperparams(recipe)(0.1), problem(), gradients(2)
+    step = torch.compile(tx.update, fullgraph=True, backend="eager")
+    state = mine = tx.init(params)
+    for g in grads:
+        updates, state = step(g, state, params)
+        expected, mine = tx.update(g, mine, params)
+        assert_close(updates, expected, 1e-6)
+    torch.compiler.reset()

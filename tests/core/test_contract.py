@@ -11,6 +11,7 @@ import torch
 import funshampoo as fs
 from funshampoo.core.context import Context
 from funshampoo.core.contract import as_transformation
+from tests.trees import tensors
 
 
 class OptaxStyle(NamedTuple):
@@ -120,6 +121,29 @@ def test_a_name_that_nobody_knows_is_an_error(nest: Any, step: str) -> None:
     ):
         with pytest.raises(TypeError, match=meant):
             run(value=2.0, **{name: True})
+
+
+@pytest.mark.parametrize("nest", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("step", ["update", "in_place", "wrapper"])
+def test_a_name_that_a_stage_needs_is_missed_before_anything_changes(nest: Any, step: str) -> None:
+    """Python's own error comes from inside the step, when a donated state is half done."""
+    tx = nest(fs.chain(fs.trace(0.9), fs.GradientTransformation(lambda params: (), with_extra)))
+    params, g = {"w": torch.nn.Parameter(torch.ones(2))}, {"w": torch.ones(2)}
+    state = tx.init(params)
+    before = [x.clone() for x in tensors(state)]
+    params["w"].grad = torch.ones(2)
+    run = {
+        "update": lambda: tx.update(g, state, params),
+        "in_place": torch.no_grad()(lambda: fs.update_in_place(tx, g, state, params)),
+        "wrapper": fs.Optimizer(params.values(), tx, lr=1.0).step,
+    }[step]
+    message = r"needs 'value': pass value=\.\.\. to update\. .*Optimizer"
+    with pytest.raises(TypeError, match=message):
+        run()
+    assert torch.equal(params["w"], torch.ones(2))
+    assert all(map(torch.equal, tensors(state), before))
+    with torch.no_grad():
+        fs.update_in_place(tx, g, state, params, value=2.0)  # the state is whole
 
 
 @pytest.mark.parametrize("name", ["donate", "refresh"])

@@ -1,9 +1,4 @@
-"""Stages of a user's own that refresh, SOAP and KL-Shampoo: any number of ranks, the same bits.
-
-Where the sides of blocks are even. On odd ones torch's own products and decompositions, which these
-clients call, round by where in a stack a matrix begins (`linalg.products`): there it is the same up
-to that.
-"""
+"""Stages of a user's own: any number of ranks, the same bits."""
 
 from __future__ import annotations
 
@@ -13,12 +8,13 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.authoring import stateless, update_leaves
 from funshampoo.state import Kept, merged, state_dict
 from funshampoo.state.nodes import walk
 from tests.distributed.problems import SMALL, Shapes, train, tree
 from tests.distributed.ranks import Ranks
 from tests.refresh.clients import in_eigenbasis, kl_shampoo
-from tests.trees import assert_close, assert_equal, tensors
+from tests.trees import assert_equal, tensors
 
 STEPS = 15
 EVEN = {"w": (20, 12), "kernel": (6, 4, 2), "bias": (10,), "scale": (), "wide": (16, 24)}
@@ -41,14 +37,16 @@ def run(rank: int, name: str, stagger: bool, shared: bool, shapes: Shapes = EVEN
     return params, state_dict(state), rounds
 
 
-@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize(("stagger", "shapes"), [(False, ODD), (True, ODD), (False, EVEN)])
 @pytest.mark.parametrize("name", ["soap", "kl"])
-def test_a_client_gives_the_bits_of_one_process(ranks: Ranks, name: str, stagger: bool) -> None:
-    ((expected, whole, rounds),) = ranks(1, run, name, stagger, False)
-    assert all(not torch.equal(a, b) for a, b in zip(tensors(expected), tensors(tree(0, EVEN))))
+def test_a_client_gives_the_bits_of_one_process(
+    ranks: Ranks, name: str, stagger: bool, shapes: Shapes
+) -> None:
+    ((expected, whole, rounds),) = ranks(1, run, name, stagger, False, shapes)
+    assert all(not torch.equal(a, b) for a, b in zip(tensors(expected), tensors(tree(0, shapes))))
     assert min(rounds) >= STEPS // 3 - 3
     for size in (2, 3):
-        found = ranks(size, run, name, stagger, True)
+        found = ranks(size, run, name, stagger, True, shapes)
         for got, _, own in found:
             assert_equal(got, expected)
             assert 0 < len(own) < len(rounds)  # no rank has all of it
@@ -59,10 +57,25 @@ def test_a_client_gives_the_bits_of_one_process(ranks: Ranks, name: str, stagger
         assert not different
 
 
-@pytest.mark.parametrize("name", ["soap", "kl"])
-def test_odd_sides_are_the_same_up_to_rounding(ranks: Ranks, name: str) -> None:
-    ((expected, _, rounds),) = ranks(1, run, name, False, False, ODD)
-    found = ranks(2, run, name, False, True, ODD)
-    assert_equal(found[0][0], found[1][0])  # whoever computed it, all have it
-    assert_close(found[0][0], expected, 1e-3)
-    assert sorted(n for _, _, own in found for n in own) == sorted(rounds)
+def run_with_a_hessian(rank: int, around: str, shared: bool) -> Any:
+    """A stage that reads a tree of the caller's own, see `core.context.with_cut`."""
+
+    def clipped(updates: Any, *, hessian: Any) -> Any:
+        return update_leaves(lambda u, h: ((u / h).clamp(-1, 1),), updates, (), (hessian,))[0]
+
+    inner = fs.chain(fs.trace(0.9), stateless(clipped), fs.scale(-0.01))
+    tx = fs.sharded(inner) if shared else inner
+    tx = fs.blocked(tx, max_size=8) if around == "blocked" else tx
+    params, state = tree(0, ODD), tx.init(tree(0, ODD))
+    for t in range(1, 4):
+        hessian = {name: x.abs() + 0.1 for name, x in tree(100 + t, ODD).items()}
+        updates, state = tx.update(tree(t, ODD), state, params, hessian=hessian)
+        params = fs.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("around", ["blocked", "leaves"])
+def test_a_tree_of_the_callers_own_reaches_its_owner(ranks: Ranks, around: str) -> None:
+    expected = run_with_a_hessian(0, around, False)
+    for found in ranks(2, run_with_a_hessian, around, True):
+        assert_equal(found, expected)

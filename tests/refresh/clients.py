@@ -12,6 +12,7 @@ import funshampoo as fs
 from funshampoo.core.context import changed
 from funshampoo.core.tree import compute_dtype, map_leaves, update_leaves
 from funshampoo.linalg import eigh
+from funshampoo.linalg.products import each_matrix, matmul
 from funshampoo.operators.mode_products import bias_corrected, precondition, rotate, unfold
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, Rule
 from funshampoo.state import RefreshedState
@@ -31,10 +32,11 @@ class Basis(Rule):
 
     def __call__(self, A: Tensor, old: tuple[Tensor, ...], rounds: Tensor) -> Found:
         (Q,), first = old, (rounds == 0)[..., None, None]
-        order = (Q.mT @ A @ Q).diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)[..., None, :]
-        new = torch.linalg.qr(A @ Q.take_along_dim(order, -1))[0]
+        turned = matmul(Q.mT, matmul(A, Q))
+        order = turned.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)[..., None, :]
+        new = each_matrix(torch.linalg.qr, matmul(A, Q.take_along_dim(order, -1)))[0]
         new = new.take_along_dim(order.argsort(-1), -1)
-        new = torch.where(first, torch.linalg.eigh(A)[1].flip(-1), new)
+        new = torch.where(first, each_matrix(torch.linalg.eigh, A)[1].flip(-1), new)
         unknown = torch.full_like(A[..., 0, 0], -1)
         return Found((new,), unknown, unknown, new.isfinite().all(-1).all(-1))
 
@@ -126,7 +128,7 @@ def kl_shampoo(beta: float, every: int = 10, **schedule: Any) -> fs.GradientTran
             for i, L in enumerate(factors):
                 others = [None if j == i else x for j, x in enumerate(X)]
                 g = unfold(precondition(u.to(L.dtype), others, n), i, n)
-                new.append(torch.lerp(L, g @ g.mT / g.shape[-1], 1 - beta))
+                new.append(torch.lerp(L, matmul(g, g.mT) / g.shape[-1], 1 - beta))
             return u, tuple(new), torch.lerp(weight, fine, 1 - beta)
 
         before = (state.factors, state.weight)

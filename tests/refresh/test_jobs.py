@@ -256,3 +256,38 @@ def test_what_a_rule_returns_shares_no_memory_with_what_it_was_made_from(lead: A
     for unit, factor in zip(kept, factors["w"]):
         factor.zero_()
         assert unit.value[0].all()
+
+
+WRONG = {
+    "no Found": (lambda A: A, TypeError, r"Returns returned a Tensor: a rule returns Found\("),
+    "one too many": (lambda A: found(A, A), ValueError, r"returned .*\(\d, \d\)\], where its"),
+    "one too few": (lambda A: found(), ValueError, r"returned a value of tensors \[\], where its"),
+    "broadcast": (
+        lambda A: found(A[..., :1, :]),
+        ValueError,
+        r"\[\(1, \d\)\], where its `initial`",
+    ),
+}
+
+
+def found(*value: Tensor) -> Found:
+    number = torch.zeros(())
+    return Found(value, number, number, torch.ones((), dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("result", "error", "message"), WRONG.values(), ids=WRONG)
+def test_what_a_rule_may_return(result: Any, error: Any, message: str) -> None:
+    """What does not fit was left out or broadcast, or an error inside of the refresh."""
+
+    class Returns(Basis):
+        def __call__(self, A: Tensor, old: Any, rounds: Tensor) -> Any:
+            return result(A)
+
+    bases = Refreshing(lambda block: [Returns(d) for d in block], RefreshSchedule(1))
+    grads = {"w": torch.randn(3, 2)}
+
+    def read(side: int, g: Tensor) -> Any:
+        return lambda x: x @ x.mT, g.mT if side else g
+
+    with pytest.raises(error, match=message):
+        bases.update(grads, bases.init(grads), (grads,), read, Context(step=1))
