@@ -57,8 +57,11 @@ class Method(NamedTuple):
 
 METHODS = {
     BASE: Method("adamw", (0.0025, 0.005, 0.01)),
-    "Shampoo, 1/4": Method("shampoo", (0.005, 0.01, 0.02)),
-    "Shampoo, 1/3": Method("shampoo", (0.005, 0.01, 0.02), {"exponents": 1 / 3}),
+    "Shampoo, 1/4": Method("shampoo", (0.005, 0.01, 0.02), {"exponents": None, "beta3": None}),
+    "Shampoo, 1/3": Method("shampoo", (0.005, 0.01, 0.02), {"exponents": 1 / 3, "beta3": None}),
+    "Shampoo, 1/3, beta3 = beta1²": Method(
+        "shampoo", (0.005, 0.01, 0.02), {"exponents": 1 / 3, "beta3": 0.81}
+    ),
     "SOAP": Method("soap", (0.005, 0.01, 0.02)),
     "Muon": Method("muon", (0.02, 0.04, 0.08)),
 }

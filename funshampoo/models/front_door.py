@@ -80,8 +80,8 @@ def for_model(
         compile, cuda_graph, tf32, stochastic_rounding, consolidate, accept_adamw: see `Optimizer`.
         options: the method's, by torch.optim's names: betas, weight_decay, every, ... They don't
             reach `others`: AdamW's weight_decay stays 0.01 unless other_options sets it. Shampoo's
-            exponents are 1/3, which did better than the paper's 1/4 on every task
-            (docs/defaults.md); exponents=None selects the paper's.
+            exponents are 1/3, and its beta3 is beta1², which did better than the paper's 1/4 and
+            beta1 (docs/defaults.md); exponents=None, beta3=None selects the paper's.
 
     Returns:
         The `Optimizer`. A scheduler multiplies all groups' rates; for a scheduler that sets them,
@@ -104,7 +104,6 @@ def for_model(
 ('vector', ['0.bias', '2.bias'], 0.003)]
     """
     main, rest = recipe_of("method", method), recipe_of("others", others)
-    options = for_new_runs(main) | options
     _check_method_roles(method_roles)
     check_choice("scale_rates", scale_rates, (None, "mup"))
     if (scale_rates is None) is not (base is None):
@@ -124,7 +123,8 @@ def for_model(
     warn_of_routes(routes, settings, stacklevel=2)
     flags: Any = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
     flags |= {"cuda_graph": cuda_graph, "tf32": tf32, "stochastic_rounding": stochastic_rounding}
-    optimizer = Optimizer(grouped(parameters, settings), main, lr=lr, **flags, **options)
+    defaults = {**for_new_runs(main, options), **options}
+    optimizer = Optimizer(grouped(parameters, settings), main, lr=lr, **flags, **defaults)
     optimizer._model_order = [name for name in parameters if name in settings]
     warn_of_costs(optimizer, stacklevel=2)
     return optimizer
@@ -153,7 +153,7 @@ def _of_others(rest: Recipe, rate: Any, options: Any, default: Callable[[], Any]
     """The arguments of the other recipe, by torch.optim's names."""
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"other_options is {options!r}; give a dict of arguments.")
-    own = for_new_runs(rest) | dict(options or {})
+    own = dict(options or {})
     if rate is not None and "lr" in own:
         raise TypeError("other_lr and the 'lr' of other_options are one number: give one of them.")
     plain = {"lr": default() if rate is None and "lr" not in own else rate, **own}
