@@ -62,7 +62,8 @@ METHODS = {
     "Shampoo, 1/3, beta3 = beta1²": Method(
         "shampoo", (0.005, 0.01, 0.02), {"exponents": 1 / 3, "beta3": 0.81}
     ),
-    "SOAP": Method("soap", (0.005, 0.01, 0.02)),
+    "SOAP": Method("soap", (0.005, 0.01, 0.02), {"nesterov": False}),
+    "SOAP, nesterov": Method("soap", (0.005, 0.01, 0.02), {"nesterov": True}),
     "Muon": Method("muon", (0.02, 0.04, 0.08)),
 }
 

@@ -57,8 +57,7 @@ def train(method: str, width: int, scaled: bool, rate: float, steps: int, data: 
     torch.manual_seed(0)
     model = network(data.vocabulary, width)
     options: dict[str, Any] = {"weight_decay": 0.0, "other_options": {"weight_decay": 0.0}}
-    if method == "shampoo":
-        options["beta3"] = None
+    options |= {"shampoo": {"beta3": None}, "soap": {"nesterov": False}}.get(method, {})
     if scaled:
         with torch.device("meta"):
             options |= {"scale_rates": "mup", "base": network(data.vocabulary, WIDTHS[0])}

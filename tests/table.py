@@ -283,6 +283,7 @@ CASES = [
         lambda: fs.chain(fs.scale(-0.1), fs.decay_after_step(0.1, 0.5, scale="spectral")),
     ),
     Case("decay_after_step:schedule", lambda: fs.decay_after_step(0.1, _schedule())),
+    Case("soap:nesterov", lambda: fs.soap(0.1, every=2, max_size=4, nesterov=True)),
     Case("soap:one_sided", lambda: fs.soap(0.1, every=2, max_size=4, sides="smaller")),
     Case("graft", lambda: _blocked(fs.graft(_root(), fs.scale_by_rms(0.9)))),
     Case("graft:from_3", lambda: _blocked(fs.graft(_root(), fs.scale_by_adam(0.0), start=3))),

@@ -81,7 +81,8 @@ def for_model(
         options: the method's, by torch.optim's names: betas, weight_decay, every, ... They don't
             reach `others`: AdamW's weight_decay stays 0.01 unless other_options sets it. Shampoo's
             exponents are 1/3, and its beta3 is beta1², which did better than the paper's 1/4 and
-            beta1 (docs/defaults.md); exponents=None, beta3=None selects the paper's.
+            beta1 (docs/defaults.md); exponents=None, beta3=None selects the paper's. So is SOAP's
+            nesterov True; False selects the paper's.
 
     Returns:
         The `Optimizer`. A scheduler multiplies all groups' rates; for a scheduler that sets them,

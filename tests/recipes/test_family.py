@@ -10,6 +10,8 @@ import torch
 
 import funshampoo as fs
 from funshampoo.recipes import RECIPES
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import Kept
 from tests.trees import assert_close, gradients, problem, tensors, train
 
 D = torch.float64
@@ -177,6 +179,33 @@ def test_the_reference_s_runs(name: str, recipe: Any) -> None:
             worst = max(worst, float((p - path[t]).abs().max()))
             largest = max(largest, float(u.abs().max()))
     assert worst <= max(1e-9, 1000 * config["sensitivity"]) * largest
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (5,)], ids=str)
+def test_a_look_ahead_of_soap_is_its_equation(shape: tuple[int, ...]) -> None:
+    """In the bases of the first step, which no later one of these renews; a vector has none."""
+    beta1, beta2, rate = 0.95, 0.9, 0.1
+    tx = fs.soap(
+        rate, beta1=beta1, beta2=beta2, every=1000, nesterov=True, weight_decay=0.0, merge="none"
+    )
+    generator = torch.Generator().manual_seed(0)
+    first, *grads = torch.randn(5, *shape, generator=generator, dtype=torch.float64)
+    params = {"w": torch.zeros(shape, dtype=torch.float64)}
+    state = tx.init(params)
+    updates, state = tx.update({"w": first}, state, params)
+    assert not updates["w"].any()
+    found = [node for _, node in walk(state) if isinstance(node, Kept)]
+    bases = [kept.value[0][0] for kept in found]
+    assert len(bases) == (2 if len(shape) == 2 else 0)
+    m = v = torch.zeros(shape, dtype=torch.float64)
+    for t, g in enumerate(grads, start=1):
+        updates, state = tx.update({"w": g}, state, params)
+        r = bases[0].mT @ g @ bases[1] if bases else g
+        m, v = beta1 * m + (1 - beta1) * r, beta2 * v + (1 - beta2) * r**2
+        ahead = (beta1 * m + (1 - beta1) * r) / (1 - beta1 ** (t + 1))
+        step = -rate * ahead / ((v / (1 - beta2**t)).sqrt() + 1e-8)
+        step = bases[0] @ step @ bases[1].mT if bases else step
+        torch.testing.assert_close(updates["w"], step, rtol=0, atol=1e-14)
 
 
 def test_lion_is_its_equation() -> None:
