@@ -13,7 +13,7 @@ from funshampoo.blocks.executor import Put
 from funshampoo.combinators.failures import failure_report
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.collectives import LostRanksError
-from funshampoo.distributed.disagreement import Says
+from funshampoo.distributed.disagreement import RankStatus
 from funshampoo.distributed.shards import FAILED, INTERRUPTED
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.nodes import first_state
@@ -43,16 +43,18 @@ class Transport:
         raise NotImplementedError
 
     def once_more(self) -> Callable[[float], Tensor]:
-        """A function, for `Last`, that enters these collectives without updates, and keeps none."""
+        """For `PreviousStep`: enters these collectives without updates, and keeps none."""
         raise NotImplementedError
 
-    def exchange(self, step: Callable[[Put], Any], due: bool, says: Says) -> tuple[Any, Tensor]:
+    def exchange(
+        self, step: Callable[[Put], Any], due: bool, rank_status: RankStatus
+    ) -> tuple[Any, Tensor]:
         """Compute, meet the other ranks, and tell them if the step failed.
 
         Args:
             step: called with `put`.
             due: whether the failures of this step are to be reported.
-            says: what must be the same on all ranks.
+            rank_status: what must be the same on all ranks.
 
         Returns:
             The state of this rank, and the statuses of all.
@@ -60,8 +62,8 @@ class Transport:
         new, failure, status = None, None, self.status
         try:
             status.zero_()
-            status[5], status[6] = says.fingerprint, says.number % 2**24
-            status[7] = says.content
+            status[5], status[6] = rank_status.fingerprint, rank_status.number % 2**24
+            status[7] = rank_status.content
             self.gather()
             new = step(self.put)
             if due:

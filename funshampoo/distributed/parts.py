@@ -20,10 +20,10 @@ from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
 from funshampoo.core.placed import is_in_parts
-from funshampoo.distributed.agreement import lines_of, print_of
+from funshampoo.distributed.agreement import fingerprint_of, leaf_lines
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line
-from funshampoo.distributed.disagreement import disagreement
+from funshampoo.distributed.disagreement import disagreement_error
 from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.pieces import Cuts, View
 from funshampoo.distributed.routes import Column, Held, Messages, Route, Slot, find_routes
@@ -106,7 +106,7 @@ class Parts:
         self.group, (self.rank, self.size) = group, rank_and_size(group)
         known: Any = leaves.gradients if leaves.parameters is None else leaves.parameters
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
-        self._held = _gathered(lines_of(leaves), self.held, self.size, group)
+        self._held = _gathered(leaf_lines(leaves), self.held, self.size, group)
         self.shards = near_shards(self.layout, costs, self._held)
         own = [piece for piece in self.shards.pieces if piece.owner == self.rank]
         self.owned: dict[str, dict[str, tuple[()]]] = {}
@@ -213,10 +213,11 @@ def _gathered(
     if size == 1:
         return Held([held])
     numbers = {own: i for i, own in enumerate(dict.fromkeys(held))}
-    said = print_of(lines), socket.gethostname(), list(numbers), [numbers[own] for own in held]
-    everyone = gathered_objects(said, group)
-    if any(of_rank[0] != said[0] for of_rank in everyone):  # on every rank, so all enter
-        raise disagreement(lines, group)
+    own_numbers = [numbers[own] for own in held]
+    message = fingerprint_of(lines), socket.gethostname(), list(numbers), own_numbers
+    everyone = gathered_objects(message, group)
+    if any(of_rank[0] != message[0] for of_rank in everyone):  # on every rank, so all enter
+        raise disagreement_error(lines, group)
     holdings = [[kinds[i] for i in indices] for *_, kinds, indices in everyone]
     return Held(holdings, nodes_of([host for _, host, *_ in everyone]))
 

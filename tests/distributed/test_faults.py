@@ -15,7 +15,7 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo.blocks.layout import Stack
-from funshampoo.distributed.disagreement import Says
+from funshampoo.distributed.disagreement import RankStatus
 from funshampoo.distributed.shards import shards_of
 from funshampoo.distributed.whole import Whole
 from funshampoo.state import health, state_dict
@@ -252,7 +252,7 @@ def unread(rank: int) -> Any:
         return ()
 
     try:
-        transport.exchange(step, due=False, says=Says())
+        transport.exchange(step, due=False, rank_status=RankStatus())
         assert [rows for _, rows, _ in transport.pieces] == [range(2), range(2, 4)]
         return torch.cat([x for _, _, x in transport.pieces])
     except BombError:
