@@ -38,11 +38,11 @@ class Transport:
     def gather(self) -> None:
         """Fetch the gradients of this rank's rows, if they are elsewhere."""
 
-    def meet(self) -> Tensor:
+    def exchange_updates(self) -> Tensor:
         """The collective that ends the step; returns the statuses of all ranks, (ranks, STATUS)."""
         raise NotImplementedError
 
-    def once_more(self) -> Callable[[float], Tensor]:
+    def repeater(self) -> Callable[[float], Tensor]:
         """For `PreviousStep`: enters these collectives without updates, and keeps none."""
         raise NotImplementedError
 
@@ -75,7 +75,7 @@ class Transport:
             self.sent.zero_()
             status[0] = FAILED if isinstance(error, Exception) else INTERRUPTED
         try:
-            statuses = self.meet()
+            statuses = self.exchange_updates()
         finally:
             if failure is not None:  # more specific than any error of the collective
                 raise failure
@@ -101,7 +101,7 @@ class Transport:
 Step = Callable[[Any, Put], Any]
 
 
-def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
+def zeroing_nonfinite(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
     """The step, after which no sent block contains a non-finite number.
 
     A block with a number that overflowed in the communication dtype, or is NaN, becomes zeros. The
@@ -113,7 +113,7 @@ def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
         places: {stack: (rows, *block)}, views of it.
     """
 
-    def held(state: Any, put: Put) -> Any:
+    def zeroed(state: Any, put: Put) -> Any:
         before = _streaks(state)
         new = step(state, put)
         # A sum is finite only if all its terms are. If it overflows by itself, all are checked.
@@ -126,7 +126,7 @@ def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
                 place.masked_fill_(per_block(dead[stack], place), 0.0)
         return _counted(new, dead, before)
 
-    return held
+    return zeroed
 
 
 def _streaks(state: Any) -> list[Tensor]:

@@ -182,7 +182,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._meet_joined()
+        self._sync_joined()
         self._step_groups()
         return loss
 

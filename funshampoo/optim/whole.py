@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.core.placed import is_in_parts
-from funshampoo.distributed.gathering import are_well, collected, sharing_groups, without_parts
+from funshampoo.distributed.gathering import all_succeeded, collected, sharing_groups, without_parts
 from funshampoo.optim.entries import SHARED
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
@@ -91,13 +91,13 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
         found = part_of_this_rank(memory, index)
     except Exception as error:  # the other ranks are waiting
         failure = error
-    well = are_well(meshes, failure is None)
-    if meshes and well:
+    succeeded = all_succeeded(meshes, failure is None)
+    if meshes and succeeded:
         found = without_parts(found)
-    parts = collected(groups[0], found if well else None, to) if groups else None
+    parts = collected(groups[0], found if succeeded else None, to) if groups else None
     if failure is not None:
         raise failure
-    if not well:
+    if not succeeded:
         raise RuntimeError("another rank could not say what it has; its own error says why.")
     if groups:
         if parts is None:

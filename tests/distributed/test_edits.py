@@ -182,7 +182,7 @@ def alike(rank: int, name: str) -> Any:
     params, opt = begun("whole", **({} if shared else {"distribute": None}))
     EDITS[name][0](opt, params)
     gathers = 0
-    original = fs.distributed.whole.all_gather_into
+    original = fs.distributed.all_gather.all_gather_into
 
     def counted(*arguments: Any) -> None:
         nonlocal gathers
@@ -192,9 +192,9 @@ def alike(rank: int, name: str) -> Any:
     for t in (3, 4, 5):
         give_gradients(params, t)
         if t == 5:
-            fs.distributed.whole.all_gather_into = counted
+            fs.distributed.all_gather.all_gather_into = counted
         opt.step()
-    fs.distributed.whole.all_gather_into = original
+    fs.distributed.all_gather.all_gather_into = original
     return local(params), gathers
 
 
