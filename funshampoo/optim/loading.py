@@ -71,7 +71,7 @@ def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> L
     shared = [group for run in memory.runs for group in sharing_groups(run.transformation)]
     if not shared:
         return load()
-    memory.meet(call)
+    memory.check_same_call(call)
     failure: BaseException | None = None
     steps: set[tuple[str, float]] = set()
     numbers: list[int] = []

@@ -21,7 +21,7 @@ from funshampoo.optim.saved import is_adamws, saved_group
 from funshampoo.optim.seeding import rates_of, seeded
 from funshampoo.optim.states import States
 from funshampoo.optim.vocabulary import Vocabulary, check_given
-from funshampoo.optim.whole import Whole, numbers_of, part_of_this_rank, united
+from funshampoo.optim.whole import WholeEntries, entries_of_all_ranks, numbers_of, part_of_this_rank
 
 
 class Optimizer(torch.optim.Optimizer, Joining):
@@ -110,7 +110,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         self._execution = execution(compile, flags)
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
         self._memory = Memory({"compile": compile, **flags})
-        self._whole: Whole | None = None
+        self._whole: WholeEntries | None = None
         self._model_order: Sequence[str] = ()  # set by `for_model`, whose groups have another
         self._words = Vocabulary(method, hyperparameters)
         super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
@@ -233,7 +233,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         ...
         """
         memory = self._match()
-        memory.follow()
+        memory.apply_edits()
         return [run.state() for run in memory.runs]
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         return found  # type: ignore[no-any-return]
 
     def _has_whole(self) -> bool:
-        return self._whole is not None and self._whole.is_of(self._match())
+        return self._whole is not None and self._whole.is_current(self._match())
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Gather the ranks' parts, so that `state_dict` returns the whole until the next step.
@@ -279,8 +279,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 gets it where no blocks are sharded, as for AdamW on DTensors.
         """
         memory = self._match()
-        found = united(memory, numbers_of(self.param_groups), to)
-        self._whole = self._whole if found is None else Whole(memory, found)
+        found = entries_of_all_ranks(memory, numbers_of(self.param_groups), to)
+        self._whole = self._whole if found is None else WholeEntries(memory, found)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, cast: bool = False
@@ -338,10 +338,10 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 optimizers differ; or `for_model` is given several groups without names.
         """
         memory = self._match()
-        memory.follow()
+        memory.apply_edits()
         with memory.all_or_nothing(self.param_groups):
             load = functools.partial(seeded, memory.runs, saved, self._model_order)
-            memory.seeded(loaded_together(memory, "seed_from_adamw", load).ready)
+            memory.replace_states(loaded_together(memory, "seed_from_adamw", load).ready)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: built chains are left out and rebuilt."""

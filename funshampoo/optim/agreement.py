@@ -17,7 +17,7 @@ from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Plan
 
 
-class Others:
+class OptimizerAgreement:
     """Compares this rank's optimizer with those of the other ranks; the `Caller` of its chains.
 
     Args:
@@ -38,7 +38,7 @@ class Others:
         self._call = "step"
         self.fingerprint = 0
 
-    def meet(self, call: str) -> None:
+    def check_same_call(self, call: str) -> None:
         """Make sure that all ranks are in this call, which is not a step. A collective.
 
         Raises:
@@ -51,7 +51,7 @@ class Others:
         finally:
             self._call = "step"
 
-    def hear(self, runs: list[GroupRun], plans: Sequence[Plan]) -> None:
+    def check_same_edits(self, runs: list[GroupRun], plans: Sequence[Plan]) -> None:
         """Before a step or a save of the groups, make sure that all ranks made the same edits.
 
         A collective if blocks are sharded and anything was edited.
@@ -82,7 +82,7 @@ class Others:
             if steps:
                 yield group, steps
 
-    def follow(self, runs: list[GroupRun]) -> None:
+    def record(self, runs: list[GroupRun]) -> None:
         """Update what is compared, now that the states are for the groups as they are."""
         each = zip(runs, self._ascends)
         seen = [x for run, up in each for x in (run, run.transformation, run.known, up)]
@@ -134,7 +134,7 @@ class Others:
             yield (
                 f"'{known.name}', {tuple(known.shape)}, {known.dtype}"
                 + (f", that was in group {before}" if before != group else "")
-                + (", that starts from nothing" if known.parameter in plan.anew else "")
+                + (", that starts from nothing" if known.parameter in plan.fresh_parameters else "")
             )
 
     def __getstate__(self) -> dict[str, Any]:
