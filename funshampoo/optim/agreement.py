@@ -68,9 +68,9 @@ class OptimizerAgreement:
         for group, steps in self._steps():
             announce_change(steps, self.description, group)
             everyone = gathered_objects((self._edited(), self.description()), group)
-            for rank, (edited, words) in enumerate(everyone):
+            for rank, (edited, description) in enumerate(everyone):
                 if edited != everyone[0][0]:
-                    raise RuntimeError(difference(everyone[0][1], words, rank))
+                    raise RuntimeError(difference(everyone[0][1], description, rank))
         for spread in self._spreads:
             spread.agreement.reset()
 
@@ -102,7 +102,7 @@ class OptimizerAgreement:
         found = [(name, repr(value)) for name, value in self.options.items()]
         found.append(("the number of groups", str(len(self._plans))))
         for i, (plan, ascends) in enumerate(zip(self._plans, self._ascends)):
-            found.append((f"group {i}: method", plan.built.words.called))
+            found.append((f"group {i}: method", plan.built.vocabulary.method_name))
             found.append((f"group {i}: maximize", str(ascends)))
         return found
 

@@ -16,8 +16,8 @@ from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.parameters import problem_of_gradients
 from funshampoo.core.placed import detached
-from funshampoo.optim.building import Builder, other_structure
-from funshampoo.optim.entries import SHARED, is_note, is_shared, together
+from funshampoo.optim.building import Builder, structure_differs
+from funshampoo.optim.entries import SHARED, is_note, is_shared, with_shared
 from funshampoo.optim.execution import Execution
 from funshampoo.optim.names import Names
 from funshampoo.optim.ready import (
@@ -46,7 +46,7 @@ class GroupRun:
 
     Args:
         group: the entry of `param_groups`; the run belongs to this dict, wherever it is listed.
-        words: the vocabulary of the group's method.
+        vocabulary: of the group's method.
         method: the method of groups that have none of their own.
         first: the number of parameters in the groups before this one.
         execution: what is wrapped around its chain.
@@ -55,7 +55,7 @@ class GroupRun:
     def __init__(
         self,
         group: dict[str, Any],
-        words: Vocabulary,
+        vocabulary: Vocabulary,
         method: Method,
         first: int,
         execution: Execution,
@@ -71,15 +71,15 @@ class GroupRun:
         self._snapshot: Snapshot = ()
         self._cache: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
         self.names()
-        self._built = self._builder.built(words, group)
+        self._built = self._builder.build(vocabulary, group)
 
     def names(self) -> list[str]:
         """The names of all parameters of the group; see `Names`."""
         return self._names.of(self.group)
 
-    def words(self) -> Vocabulary:
+    def vocabulary(self) -> Vocabulary:
         """The vocabulary of the group's current method."""
-        return self._builder.edited(self.group, self._built).words
+        return self._builder.current(self.group, self._built).vocabulary
 
     @property
     def has_state(self) -> bool:
@@ -112,9 +112,9 @@ class GroupRun:
             TypeError, ValueError: an edited value is out of range.
         """
         before = self._built
-        built = self._builder.edited(self.group, before)
+        built = self._builder.current(self.group, before)
         edited = len(self._to_reset) > 0 or built.transformation is not before.transformation
-        same_chain = not other_structure(built, before)
+        same_chain = not structure_differs(built, before)
         assigned = unattached and unattached.keys() & set(self.parameters())
         if self.is_made_for(snapshot) and same_chain and not assigned:
             return Plan(built, self.known, snapshot, True, edited, self._to_reset)
@@ -199,7 +199,7 @@ class GroupRun:
             return {}
         entries, shared = self.entries()
         kept = [p for p in tensors if p in entries and p not in self._to_reset]
-        own = {p: together(entries[p], shared) for p in kept}
+        own = {p: with_shared(entries[p], shared) for p in kept}
         return {p: {n: x.detach().clone() for n, x in own[p].items()} for p in kept}
 
     def parameters(self) -> list[Tensor]:
@@ -217,7 +217,7 @@ class GroupRun:
         If there is no state yet, one is made for reading only; the first step makes its own.
         """
         if self._state is None:
-            built = self._builder.edited(self.group, self._built)
+            built = self._builder.current(self.group, self._built)
             known = self._trainable(self.group, set())
             self.adopt(Ready(built, known, initial_state(built, known), fresh=True))
         if self._cache is None or self._cache[0] is not self._state:
@@ -229,7 +229,7 @@ class GroupRun:
     def entries_of(self, p: Tensor) -> dict[str, Tensor]:
         """The entries of one parameter that has a state, with the shared ones."""
         entries, shared = self.entries()
-        return together(entries[p], shared)
+        return with_shared(entries[p], shared)
 
     def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
         owners = {k.name: k.parameter for k in self.known}
@@ -273,7 +273,7 @@ class GroupRun:
 
     def _refilled(self, entries: ByParameter, shared: Mapping[str, Tensor]) -> Any:
         """A fresh state with these entries."""
-        self._built = self._builder.edited(self.group, self._built)  # a copied run has no chain
+        self._built = self._builder.current(self.group, self._built)  # a copied run has no chain
         names = {k.parameter: k.name for k in self.known}
         flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
         return carried_over(initial_state(self._built, self.known), {**flat, **shared})
@@ -294,7 +294,7 @@ class GroupRun:
                 missing starts from nothing.
             own_part: whether this was read for this rank alone, whatever its part label says.
         """
-        built = self._builder.edited(group, self._built)
+        built = self._builder.current(group, self._built)
         own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
         names = copy.copy(self._names)  # a copy, so that a failure leaves the run's own alone
         known = self._trainable(group, own, names)
@@ -318,7 +318,7 @@ class GroupRun:
         Raises:
             TypeError, ValueError: one is out of range.
         """
-        self._builder.edited({**self.group, **entries}, self._built)
+        self._builder.current({**self.group, **entries}, self._built)
 
     def state(self) -> Any:
         """The chain's state; if there is none yet, one made for reading only."""
@@ -345,4 +345,4 @@ class GroupRun:
         """For pickle and deepcopy: the chain is left out and rebuilt."""
         read_only = self._read_only and not self.has_state
         changed = {"_snapshot": (), "_cache": None, "_read_only": read_only, "_reader_watch": None}
-        return {**self.__dict__, **changed, "_built": self._built.for_a_copy()}
+        return {**self.__dict__, **changed, "_built": self._built.without_functions()}

@@ -112,8 +112,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         self._memory = Memory({"compile": compile, **flags})
         self._whole: WholeEntries | None = None
         self._model_order: Sequence[str] = ()  # set by `for_model`, whose groups have another
-        self._words = Vocabulary(method, hyperparameters)
-        super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
+        self._vocabulary = Vocabulary(method, hyperparameters)
+        super().__init__(params, {"maximize": False, **self._vocabulary.defaults(hyperparameters)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyperparameters of their own; see torch.optim.Optimizer.
@@ -121,7 +121,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         Entries that the method does not know are kept for other readers; one that looks like a
         misspelt hyperparameter raises a warning.
         """
-        words = self._words
+        vocabulary = self._vocabulary
         if isinstance(param_group, dict):
             if "params" not in param_group:
                 raise ValueError(
@@ -129,36 +129,36 @@ class Optimizer(torch.optim.Optimizer, Joining):
                     "parameters under that name."
                 )
             if "method" in param_group:
-                words = Vocabulary(param_group["method"], param_group)
-            words.note_unknown(param_group)
+                vocabulary = Vocabulary(param_group["method"], param_group)
+            vocabulary.warn_unknown(param_group)
             if "method" in param_group:
-                param_group = {**words.defaults({}), **param_group}
+                param_group = {**vocabulary.defaults({}), **param_group}
         memory = self._match()
         super().add_param_group(param_group)
         *others, group = self.param_groups
         try:
-            memory.runs.append(self._run_of(group, others, words))
+            memory.runs.append(self._run_of(group, others, vocabulary))
         except Exception:
             self.param_groups.pop()
             raise
 
     def _run_of(
-        self, group: Group, before: Sequence[Group], words: Vocabulary | None = None
+        self, group: Group, before: Sequence[Group], vocabulary: Vocabulary | None = None
     ) -> GroupRun:
         """The run of a new group, possibly one that was put into `param_groups` by hand."""
         if not isinstance(group.get("params"), list):
             raise TypeError("the params of a group are a list: add_param_group makes one.")
         first = sum(len(other["params"]) for other in before)
-        if words is None:
+        if vocabulary is None:
             own = group.keys() - self.defaults.keys()
             method = group.get("method", self._method)
-            words = self._words if method is self._method else Vocabulary(method, own)
-            for name, value in {**words.defaults({}), **self.defaults}.items():
+            vocabulary = self._vocabulary if method is self._method else Vocabulary(method, own)
+            for name, value in {**vocabulary.defaults({}), **self.defaults}.items():
                 group.setdefault(name, value)
-        known = words.first_rate  # the constructor's lr, whatever lr is later
+        known = vocabulary.first_rate  # the constructor's lr, whatever lr is later
         if known is not None and group.get(known) is None and "lr" in group:
             group[known] = copy.deepcopy(group["lr"])
-        return GroupRun(group, words, self._method, first, self._execution)
+        return GroupRun(group, vocabulary, self._method, first, self._execution)
 
     def _match(self) -> Memory:
         """The memory, with one run per group, for the groups as they are now."""
@@ -217,7 +217,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def state(self, value: Mapping[Tensor, Mapping[str, Any]]) -> None:
         if "param_groups" not in self.__dict__:  # torch.optim.Optimizer sets an empty one
             return
-        self.state.become({p: dict(entries) for p, entries in value.items()})
+        self.state.replace_all({p: dict(entries) for p, entries in value.items()})
 
     def chain_states(self) -> list[Any]:
         """The state of every group's chain, for `funshampoo.state`, e.g. its `health`. Read-only.
@@ -345,6 +345,6 @@ class Optimizer(torch.optim.Optimizer, Joining):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: built chains are left out and rebuilt."""
-        copied = ("defaults", "param_groups", "_method", "_words", "_memory", "_model_order")
+        copied = ("defaults", "param_groups", "_method", "_vocabulary", "_memory", "_model_order")
         options = ("_execution", "_consolidate", "_accept_adamw")
         return {"_whole": None, **{name: self.__dict__[name] for name in (*copied, *options)}}

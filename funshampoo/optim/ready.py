@@ -13,7 +13,7 @@ from funshampoo.core.modes import for_keeps
 from funshampoo.core.parameters import detached
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
-from funshampoo.optim.entries import parted
+from funshampoo.optim.entries import split_shared
 from funshampoo.state.checkpoint import carried_over
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import part_of
@@ -80,7 +80,7 @@ def initial_state(built: Built, known: list[Known]) -> Any:
     assert built.transformation is not None
     with for_keeps():
         state = built.transformation.init({k.name: detached(k.parameter) for k in known})
-    if not built.words.takes_rate:
+    if not built.vocabulary.takes_rate:
         _check_scaled(built, state)
     return state
 
@@ -132,7 +132,7 @@ def state_with_entries(
         for k in known:
             entries = mine.get(k.parameter, {})
             if k.parameter in unattached:
-                entries, others = parted(unattached[k.parameter])
+                entries, others = split_shared(unattached[k.parameter])
                 shared = shared or others
             theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
             if k.name in blocks and not theirs <= blocks[k.name]:
