@@ -65,7 +65,8 @@ class Clocks:
         transfer.Transfer.gather = self._timed(transfer.Transfer.gather, "ways")  # type: ignore
         put = transfer.Transfer._put_together
         transfer.Transfer._put_together = self._timed(put, "ways")  # type: ignore
-        transfer.Transfer.meet = self._timed(transfer.Transfer.meet, "ways")  # type: ignore
+        exchange = transfer.Transfer.exchange_updates
+        transfer.Transfer.exchange_updates = self._timed(exchange, "ways")  # type: ignore
 
     def _timed(self, function: Any, clock: str, notes: bool = False) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -139,7 +140,7 @@ class Job:
         """How many pieces go through this rank's messages, both ways."""
         (spread,) = spreads(self.tx)
         *_, (_, _, known) = spread.known_parts.values()
-        *_, ways = known._ways.values()  # of steps, after those of `init`
+        *_, ways = known._step_routes.values()  # of steps, after those of `init`
         routes = [*[incoming.route for incoming in ways.incoming], ways.scatter]
         return sum(len(slots) for route in routes for slots in (*route.out, *route.into))
 

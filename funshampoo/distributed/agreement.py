@@ -6,11 +6,11 @@ order. This is checked where it costs next to nothing on an ordinary step:
 - before the first step with these parameters, by gathering six integers (`Agreement`): everything
   constant, what this step does, and the order of the parameters and of the gradients, by value;
 - on every step, in the status sent with the updates: everything constant, live numbers, the step
-  number (`print_of`, `said`).
+  number (`fingerprint_of`, `context_lines`).
 
 If something differs, every rank sees it, and a second gather brings each rank's data for the
 message. A rank that must compare again, because it steps something other than before, first says so
-in the other ranks' step (`disagreement`).
+in the other ranks' step (`disagreement_error`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,18 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import is_in_parts, local_part
 from funshampoo.distributed.collectives import ProcessGroup, all_gather_into
 from funshampoo.distributed.described import Line, described
-from funshampoo.distributed.disagreement import Bits, Last, Says, announce, disagreement
+from funshampoo.distributed.disagreement import (
+    Bits,
+    PreviousStep,
+    RankStatus,
+    announce_change,
+    disagreement_error,
+)
 from funshampoo.distributed.shards import Shards
 from funshampoo.state.parts import sum_of_bits
 
 
-def lines_of(leaves: Leaves) -> list[Line]:
+def leaf_lines(leaves: Leaves) -> list[Line]:
     """Names, shapes and dtypes."""
     known = leaves.gradients if leaves.parameters is None else leaves.parameters
     found = [("the number of parameters", str(len(leaves.names)))]
@@ -47,7 +53,7 @@ def lines_of(leaves: Leaves) -> list[Line]:
     return found
 
 
-def dtypes_on_the_way(leaves: Leaves) -> list[Line]:
+def gradient_dtype_lines(leaves: Leaves) -> list[Line]:
     """The dtypes of sharded gradients, which determine the message lengths, even of missing ones.
 
     A missing gradient gets room in its parameter's dtype: if another rank has the gradient in
@@ -61,17 +67,17 @@ def dtypes_on_the_way(leaves: Leaves) -> list[Line]:
     ]
 
 
-def print_of(lines: Any, bits: int = 62) -> int:
+def fingerprint_of(lines: Any, bits: int = 62) -> int:
     """A fingerprint with this many bits, the same in every process.
 
-    >>> 0 <= print_of([("every", "10")], bits=24) < 2**24
+    >>> 0 <= fingerprint_of([("every", "10")], bits=24) < 2**24
     True
     """
     digest = hashlib.blake2b(repr(lines).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - bits)
 
 
-def said(context: Context) -> list[Line]:
+def context_lines(context: Context) -> list[Line]:
     """What the caller passes to this step; for a number on a device, only its presence.
 
     Reading its value would wait for the device.
@@ -100,10 +106,10 @@ def content_of(leaves: Leaves) -> int:
     """
     here = [x for x in (*leaves.gradients, *(leaves.parameters or ())) if x is not None]
     found = [sum_of_bits(local_part(x)) for x in here]
-    return print_of(torch.stack(found).tolist() if found else [], 24) | 1
+    return fingerprint_of(torch.stack(found).tolist() if found else [], 24) | 1
 
 
-class Around(Protocol):
+class Caller(Protocol):
     """What surrounds a chain without its knowledge, such as the wrapper.
 
     Attributes:
@@ -115,7 +121,7 @@ class Around(Protocol):
     def lines(self) -> list[Line]:
         """What must be the same on all ranks, besides the chain and its numbers."""
 
-    def words(self) -> list[Line]:
+    def description(self) -> list[Line]:
         """Everything that is stepped, under the caller's names, as it is now."""
 
 
@@ -128,7 +134,7 @@ class Agreement:
         options: its own arguments, {name: value}.
 
     Attributes:
-        around: the caller around the chain; None for plain functions.
+        caller: what surrounds the chain; None for plain functions.
     """
 
     def __init__(
@@ -137,39 +143,41 @@ class Agreement:
         self._inner, self._group, self._options = inner, group, options
         self._known_group: Any = lambda: None
         self._lines: list[Line] = []
-        self.around: Around | None = None
-        self.begin_anew()
+        self.caller: Caller | None = None
+        self.reset()
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Make the ranks agree again on the next step. All of them must do so."""
-        self._stepped: Last | None = None
+        self._previous_step: PreviousStep | None = None
         self._agreed: set[int] = set()
-        self._last: tuple[Any, ...] = (None, None, None, 0)
+        self._last_agreed: tuple[Any, ...] = (None, None, None, 0)
 
-    def last(self) -> Last | None:
+    def previous_step(self) -> PreviousStep | None:
         """The previous step in this group, which other ranks may be about to repeat."""
-        return self._stepped if self._known_group() is self._now() else None
+        return self._previous_step if self._known_group() is self._current_group() else None
 
-    def _now(self) -> Any:
+    def _current_group(self) -> Any:
         """The group; "all ranks" is a new one if torch.distributed was initialized again."""
         return self._group or dist.group.WORLD
 
-    def stepped(self, last: Last) -> None:
+    def record_step(self, step: PreviousStep) -> None:
         """Remember the step, to take part in its collectives again."""
-        self._stepped = last
+        self._previous_step = step
 
-    def announce(self, leaves: Leaves, context: Context | None) -> None:
+    def announce_change(self, leaves: Leaves, context: Context | None) -> None:
         """Tell the ranks, if there was a previous step, that this one now steps other leaves.
 
         Raises:
             RuntimeError: not all of them do; on every rank.
         """
-        last = self.last()
-        if last is not None:
-            announce([last], lambda: self._words(leaves, context), self._group)
-            self._stepped = None
+        step = self.previous_step()
+        if step is not None:
+            announce_change([step], lambda: self._description(leaves, context), self._group)
+            self._previous_step = None
 
-    def _on(self, shards: Shards, leaves: Leaves, context: Context, device: torch.device) -> int:
+    def _agreed_fingerprint(
+        self, shards: Shards, leaves: Leaves, context: Context, device: torch.device
+    ) -> int:
         """The fingerprint of everything constant, `lines`, on which the ranks agree.
 
         The first time for these leaves it is a collective. Ranks that switch between leaves on
@@ -179,25 +187,25 @@ class Agreement:
         Raises:
             RuntimeError: something differs, or another rank failed here; on every rank.
         """
-        now = self._now()
+        now = self._current_group()
         known = self._known_group() is now
-        before, where, names, plan = self._last
+        before, where, names, plan = self._last_agreed
         if known and before is shards and where == leaves.where and names == leaves.names:
             return int(plan)
         if not known:
             self._known_group = weakref.ref(now)
-            self.begin_anew()
-        lines = [*self._of_plan(leaves), *_owners(shards)]
-        plan = print_of(lines)
+            self.reset()
+        lines = [*self._plan_lines(leaves), *_owner_lines(shards)]
+        plan = fingerprint_of(lines)
         if plan not in self._agreed:
-            self.announce(leaves, context)
-            agree([*lines, *self._around_lines()], leaves, context, self._group, device)
+            self.announce_change(leaves, context)
+            check_ranks_agree([*lines, *self._caller_lines()], leaves, context, self._group, device)
             self._agreed.add(plan)
         self._lines = lines
-        self._last = shards, leaves.where, leaves.names, plan
+        self._last_agreed = shards, leaves.where, leaves.names, plan
         return plan
 
-    def says(
+    def rank_status(
         self,
         shards: Shards,
         leaves: Leaves,
@@ -205,7 +213,7 @@ class Agreement:
         device: torch.device,
         run: int,
         missing: Sequence[str] = (),
-    ) -> Says:
+    ) -> RankStatus:
         """This rank's report on a step. On their first step, the ranks agree on it here.
 
         Args:
@@ -215,39 +223,39 @@ class Agreement:
         Raises:
             RuntimeError: something differs, or another rank failed here; on every rank.
         """
-        plan = self._on(shards, leaves, context, device)
+        plan = self._agreed_fingerprint(shards, leaves, context, device)
 
         def lines() -> list[Line]:
             of_run = ("the run that the state is of", f"{run:x}" if run else "new")
             gone = ("the gradients that are missing", ", ".join(missing) or "none")
-            return [*self._lines, of_run, *self._around_lines(), *said(context), gone]
+            return [*self._lines, of_run, *self._caller_lines(), *context_lines(context), gone]
 
-        gone = print_of(missing) if missing else 0
-        around = 0 if self.around is None else self.around.fingerprint
-        fingerprint = print_of((plan ^ run ^ gone, around, said(context)), 24)
+        gone = fingerprint_of(missing) if missing else 0
+        caller = 0 if self.caller is None else self.caller.fingerprint
+        fingerprint = fingerprint_of((plan ^ run ^ gone, caller, context_lines(context)), 24)
         content = 0 if run else content_of(leaves)
-        words = functools.partial(self._words, leaves, context)
-        return Says(fingerprint, context.step or 0, content, lines, words)
+        description = functools.partial(self._description, leaves, context)
+        return RankStatus(fingerprint, context.step or 0, content, lines, description)
 
-    def _words(self, leaves: Leaves, context: Context | None) -> list[Line]:
-        if self.around is not None:
-            return self.around.words()
-        found = [*self._of_plan(leaves), *dtypes_on_the_way(leaves)]
-        return found if context is None else [*found, *said(context)]
+    def _description(self, leaves: Leaves, context: Context | None) -> list[Line]:
+        if self.caller is not None:
+            return self.caller.description()
+        found = [*self._plan_lines(leaves), *gradient_dtype_lines(leaves)]
+        return found if context is None else [*found, *context_lines(context)]
 
-    def _around_lines(self) -> list[Line]:
-        return [] if self.around is None else self.around.lines()
+    def _caller_lines(self) -> list[Line]:
+        return [] if self.caller is None else self.caller.lines()
 
-    def _of_plan(self, leaves: Leaves) -> list[Line]:
-        return [*lines_of(leaves), *self._own]
+    def _plan_lines(self, leaves: Leaves) -> list[Line]:
+        return [*leaf_lines(leaves), *self._chain_lines]
 
     @functools.cached_property
-    def _own(self) -> list[Line]:
+    def _chain_lines(self) -> list[Line]:
         own = [(name, repr(value)) for name, value in self._options.items()]
         return own + described(self._inner)
 
 
-def agree(
+def check_ranks_agree(
     lines: list[Line],
     leaves: Leaves,
     context: Context,
@@ -260,15 +268,15 @@ def agree(
         RuntimeError: something differs, or another rank failed here; on every rank.
     """
     failure: BaseException | None = None
-    said_here: list[Line] = []
+    lines_here: list[Line] = []
     bits = Bits([], [])
     row = [1, 0, 0, 0, 0, 0]
     try:
-        said_here = [*lines, ("the number of the step", str(context.step)), *said(context)]
-        said_here += dtypes_on_the_way(leaves)
+        lines_here = [*lines, ("the number of the step", str(context.step))]
+        lines_here += [*context_lines(context), *gradient_dtype_lines(leaves)]
         bits = Bits(bits_of(leaves.parameters or ()), bits_of(leaves.gradients))
-        row = [0, print_of(said_here)]
-        row += [print_of(x) for own in bits for x in (sorted(own), own)]
+        row = [0, fingerprint_of(lines_here)]
+        row += [fingerprint_of(x) for own in bits for x in (sorted(own), own)]
     except BaseException as error:  # of any type: the other ranks are waiting
         failure = error
     mine = torch.tensor(row, dtype=torch.int64, device=device)
@@ -287,7 +295,7 @@ def agree(
     # the same values come in another order, that is no accident.
     reordered = any(len({r[i : i + 2] for r in rows}) > len({r[i] for r in rows}) for i in (2, 4))
     if reordered or len({row[1] for row in rows}) > 1:
-        raise disagreement(said_here, group, bits, leaves.names)
+        raise disagreement_error(lines_here, group, bits, leaves.names)
     other = next((rank for rank, found in enumerate(rows) if found[2] != rows[0][2]), None)
     if other is not None:
         warnings.warn(
@@ -298,7 +306,7 @@ def agree(
         )
 
 
-def _owners(shards: Shards) -> list[Line]:
+def _owner_lines(shards: Shards) -> list[Line]:
     """Which rows each rank owns."""
     return [
         (f"the owner of blocks of {piece.stack}", f"rank {piece.owner} of rows {piece.all_rows}")

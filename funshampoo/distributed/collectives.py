@@ -83,14 +83,14 @@ def all_to_all_into(
     except RuntimeError as error:
         raise LostRanksError(_LOST) from error
 
-    def arrived() -> None:
+    def finish() -> None:
         try:
             if work is not None:
                 work.wait()
         except RuntimeError as error:
             raise LostRanksError(_LOST) from error
 
-    return arrived
+    return finish
 
 
 def gathered_objects(mine: Any, group: ProcessGroup | None) -> list[Any]:

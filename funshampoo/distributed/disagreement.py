@@ -32,7 +32,7 @@ _REMEDY = (
 )
 
 
-class Says(NamedTuple):
+class RankStatus(NamedTuple):
     """A rank's report on its step, to be compared with the others'.
 
     Attributes:
@@ -40,52 +40,54 @@ class Says(NamedTuple):
         number: of the step; 0 if not known.
         content: on a run's first step, a number below 2^24 made from the bits of this rank's data.
         lines: what the fingerprint is computed from.
-        words: what is stepped, in case the ranks do not step the same.
+        description: what is stepped, in case the ranks do not step the same.
     """
 
     fingerprint: int = 0
     number: int = 0
     content: int = 0
     lines: Callable[[], list[Line]] = list
-    words: Callable[[], list[Line]] = list
+    description: Callable[[], list[Line]] = list
 
 
-class Last(NamedTuple):
+class PreviousStep(NamedTuple):
     """The previous step.
 
     Attributes:
-        meet: enters its collectives again, with this word as the status and no updates; returns
+        repeat: enters its collectives again, with this word as the status and no updates; returns
             the statuses of all ranks, (ranks, STATUS).
         every: the ranks read the statuses on multiples of this; 1: always.
     """
 
-    meet: Callable[[float], Tensor]
+    repeat: Callable[[float], Tensor]
     every: int
 
 
-def announce(
-    steps: Sequence[Last], words: Callable[[], list[Line]], group: ProcessGroup | None
+def announce_change(
+    steps: Sequence[PreviousStep], description: Callable[[], list[Line]], group: ProcessGroup | None
 ) -> None:
     """Tell all ranks that this one is about to step something else. Returns if all are.
 
     Args:
         steps: those of all `sharded` parts of one step, in order. On a device the other ranks do
             not read every status; until they do, this rank repeats the steps with them.
-        words: what this rank is about to step.
+        description: what this rank is about to step.
 
     Raises:
         RuntimeError: some ranks repeat a step like the last one; on every rank.
     """
     for step in itertools.cycle(steps):
-        rows = step.meet(CHANGED).tolist()
+        rows = step.repeat(CHANGED).tolist()
         going_on = [int(row[6]) for row in rows if row[0] != CHANGED]
         if not going_on:
             return
         if going_on[0] % step.every == 0:
-            check(rows, Says(words=words), group)
+            check_statuses(rows, RankStatus(description=description), group)
 
 
-def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | None) -> None:
+def check_statuses(
+    rows: Sequence[Sequence[float]], rank_status: RankStatus, group: ProcessGroup | None
+) -> None:
     """Raise any error that the statuses of all ranks call for.
 
     Raises:
@@ -105,7 +107,7 @@ def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | Non
             f": rank {what.index(CHANGED)} was given other parameters, gradients of another dtype "
             f"or another chain than at the step before, and rank {what.index(0.0)} was not"
         )
-        raise disagreement(says.words(), group, otherwise=why)
+        raise disagreement_error(rank_status.description(), group, otherwise=why)
     for rank, number in enumerate(numbers):
         if number != numbers[0]:
             raise RuntimeError(
@@ -114,7 +116,7 @@ def check(rows: Sequence[Sequence[float]], says: Says, group: ProcessGroup | Non
                 "the same step= if you pass one. None of this step's updates has been applied."
             )
     if len(set(prints)) > 1:  # the numbers are equal, so every rank sees this, and enters, too
-        raise disagreement(says.lines(), group)
+        raise disagreement_error(rank_status.lines(), group)
 
 
 class Bits(NamedTuple):
@@ -127,7 +129,7 @@ class Bits(NamedTuple):
 _NO_BITS = Bits([], [])
 
 
-def disagreement(
+def disagreement_error(
     lines: list[Line],
     group: ProcessGroup | None,
     bits: Bits = _NO_BITS,

@@ -13,7 +13,7 @@ from funshampoo.blocks.executor import Put
 from funshampoo.combinators.failures import failure_report
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.collectives import LostRanksError
-from funshampoo.distributed.disagreement import Says
+from funshampoo.distributed.disagreement import RankStatus
 from funshampoo.distributed.shards import FAILED, INTERRUPTED
 from funshampoo.operators.leaf_ops import per_block
 from funshampoo.state.nodes import first_state
@@ -38,21 +38,23 @@ class Transport:
     def gather(self) -> None:
         """Fetch the gradients of this rank's rows, if they are elsewhere."""
 
-    def meet(self) -> Tensor:
+    def exchange_updates(self) -> Tensor:
         """The collective that ends the step; returns the statuses of all ranks, (ranks, STATUS)."""
         raise NotImplementedError
 
-    def once_more(self) -> Callable[[float], Tensor]:
-        """A function, for `Last`, that enters these collectives without updates, and keeps none."""
+    def repeater(self) -> Callable[[float], Tensor]:
+        """For `PreviousStep`: enters these collectives without updates, and keeps none."""
         raise NotImplementedError
 
-    def exchange(self, step: Callable[[Put], Any], due: bool, says: Says) -> tuple[Any, Tensor]:
+    def exchange(
+        self, step: Callable[[Put], Any], due: bool, rank_status: RankStatus
+    ) -> tuple[Any, Tensor]:
         """Compute, meet the other ranks, and tell them if the step failed.
 
         Args:
             step: called with `put`.
             due: whether the failures of this step are to be reported.
-            says: what must be the same on all ranks.
+            rank_status: what must be the same on all ranks.
 
         Returns:
             The state of this rank, and the statuses of all.
@@ -60,8 +62,8 @@ class Transport:
         new, failure, status = None, None, self.status
         try:
             status.zero_()
-            status[5], status[6] = says.fingerprint, says.number % 2**24
-            status[7] = says.content
+            status[5], status[6] = rank_status.fingerprint, rank_status.number % 2**24
+            status[7] = rank_status.content
             self.gather()
             new = step(self.put)
             if due:
@@ -73,7 +75,7 @@ class Transport:
             self.sent.zero_()
             status[0] = FAILED if isinstance(error, Exception) else INTERRUPTED
         try:
-            statuses = self.meet()
+            statuses = self.exchange_updates()
         finally:
             if failure is not None:  # more specific than any error of the collective
                 raise failure
@@ -99,7 +101,7 @@ class Transport:
 Step = Callable[[Any, Put], Any]
 
 
-def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
+def zeroing_nonfinite(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
     """The step, after which no sent block contains a non-finite number.
 
     A block with a number that overflowed in the communication dtype, or is NaN, becomes zeros. The
@@ -111,7 +113,7 @@ def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
         places: {stack: (rows, *block)}, views of it.
     """
 
-    def held(state: Any, put: Put) -> Any:
+    def zeroed(state: Any, put: Put) -> Any:
         before = _streaks(state)
         new = step(state, put)
         # A sum is finite only if all its terms are. If it overflows by itself, all are checked.
@@ -124,7 +126,7 @@ def holding(step: Step, sent: Tensor, places: Mapping[str, Tensor]) -> Step:
                 place.masked_fill_(per_block(dead[stack], place), 0.0)
         return _counted(new, dead, before)
 
-    return held
+    return zeroed
 
 
 def _streaks(state: Any) -> list[Tensor]:

@@ -56,14 +56,14 @@ def collected(group: ProcessGroup | None, mine: Any, to: int | None) -> list[Any
     return parts if rank == to else None
 
 
-def are_well(meshes: Iterable[Any], well: bool) -> bool:
+def all_succeeded(meshes: Iterable[Any], succeeded: bool) -> bool:
     """Whether no rank of these meshes has failed. A collective of one number per mesh dimension."""
     for mesh in dict.fromkeys(meshes):
-        ill = torch.tensor(not well, dtype=torch.int32, device=mesh.device_type)
+        failed = torch.tensor(not succeeded, dtype=torch.int32, device=mesh.device_type)
         for side in range(mesh.ndim):
-            dist.all_reduce(ill, dist.ReduceOp.MAX, group=mesh.get_group(side))
-        well = not ill.item()
-    return well
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=mesh.get_group(side))
+        succeeded = not failed.item()
+    return succeeded
 
 
 def without_parts(tree: Any) -> Any:

@@ -32,7 +32,7 @@ def group_of(transformations: Iterable[GradientTransformation]) -> ProcessGroup 
 class Joining:
     """A mixin that lets `Join` accept an optimizer, as it accepts ZeroRedundancyOptimizer.
 
-    Its `step` calls `_meet_joined()` first, but after a closure, whose collectives are the model's.
+    Its `step` calls `_sync_joined()` first, but after a closure, whose collectives are the model's.
     """
 
     param_groups: list[dict[str, Any]]
@@ -43,7 +43,7 @@ class Joining:
         raise NotImplementedError
 
     def _step_groups(self) -> None:
-        """What `step` does, without a closure and without `_meet_joined`."""
+        """What `step` does, without a closure and without `_sync_joined`."""
         raise NotImplementedError
 
     def join_hook(self, **kwargs: Any) -> _Hook:
@@ -61,7 +61,7 @@ class Joining:
         """For `Join`: the ranks that share the blocks; by default all."""
         return group_of(self._chains()) or dist.group.WORLD
 
-    def _meet_joined(self) -> None:
+    def _sync_joined(self) -> None:
         """Make sure that ranks whose data has ended can take this step too.
 
         Raises:

@@ -20,14 +20,14 @@ from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
 from funshampoo.core.placed import is_in_parts
-from funshampoo.distributed.agreement import lines_of, print_of
+from funshampoo.distributed.agreement import fingerprint_of, leaf_lines
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line
-from funshampoo.distributed.disagreement import disagreement
+from funshampoo.distributed.disagreement import disagreement_error
 from funshampoo.distributed.ownership import nearest
 from funshampoo.distributed.pieces import Cuts, View
 from funshampoo.distributed.routes import Column, Held, Messages, Route, Slot, find_routes
-from funshampoo.distributed.shards import Piece, Shards, shards_of
+from funshampoo.distributed.shards import OwnedRows, Shards, shards_of
 
 RowCuts: TypeAlias = tuple[Column, str, list[int], Cuts]
 """(column, stack, which of the arriving pieces are in it, where in its rows)"""
@@ -62,7 +62,7 @@ class FlatUpdates(NamedTuple):
     cuts: Cuts
 
 
-class Ways(NamedTuple):
+class StepRoutes(NamedTuple):
     """The collectives of a step, as one rank sees them.
 
     Attributes:
@@ -106,7 +106,7 @@ class Parts:
         self.group, (self.rank, self.size) = group, rank_and_size(group)
         known: Any = leaves.gradients if leaves.parameters is None else leaves.parameters
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
-        self._held = _gathered(lines_of(leaves), self.held, self.size, group)
+        self._held = _gathered(leaf_lines(leaves), self.held, self.size, group)
         self.shards = near_shards(self.layout, costs, self._held)
         own = [piece for piece in self.shards.pieces if piece.owner == self.rank]
         self.owned: dict[str, dict[str, tuple[()]]] = {}
@@ -119,10 +119,10 @@ class Parts:
         self.dtypes: list[torch.dtype] = [x.dtype for x in known]
         self.memory: dict[torch.dtype, dict[Any, Any]] = {}
         self._costs = costs
-        self._ways: dict[tuple[tuple[bool, ...], int], Ways] = {}
+        self._step_routes: dict[tuple[tuple[bool, ...], int], StepRoutes] = {}
         self._messages: dict[Any, tuple[Messages, Messages]] = {}
 
-    def come_in_other_dtypes(self, leaves: Leaves) -> bool:
+    def has_new_dtypes(self, leaves: Leaves) -> bool:
         """Whether a sharded gradient has another dtype than before, and so another message length.
 
         A rank where the gradient is missing can't know that, so the ranks must compare.
@@ -130,12 +130,12 @@ class Parts:
         each = zip(self.dtypes, leaves.gradients)
         return any([g is not None and g.dtype != d and is_in_parts(g) for d, g in each])
 
-    def forget_dtypes(self, leaves: Leaves) -> None:
+    def reset_dtypes(self, leaves: Leaves) -> None:
         """Start with the parameters' dtypes again, as on a first step."""
         if leaves.parameters is not None:  # without them no gradient is missing
             self.dtypes[:] = [p.dtype for p in leaves.parameters]
 
-    def ways(self, shown: Sequence[bool] | None, portions: int) -> Ways:
+    def step_routes(self, shown: Sequence[bool] | None, portions: int) -> StepRoutes:
         """The collectives for this rank's rows and parts.
 
         Args:
@@ -143,7 +143,7 @@ class Parts:
             portions: the number in which the gradients arrive; the same on every rank.
         """
         key = tuple(shown or [False] * len(self.held)), portions
-        if key not in self._ways:
+        if key not in self._step_routes:
             whole = find_routes(self.layout, self.shards.pieces, self._held, key[0], self.rank)
             incoming, done = [], dict[str, int]()
             for owned in divided(self.shards.pieces, self._costs, portions):
@@ -159,8 +159,8 @@ class Parts:
                     route = find_routes(self.layout, owned, self._held, key[0], self.rank).gather
                 incoming.append(Incoming(rows, route, self._row_cuts(route.arriving(), rows)))
             updates = self._flat_updates(whole.scatter.arriving())
-            self._ways[key] = Ways(incoming, whole.scatter, updates)
-        return self._ways[key]
+            self._step_routes[key] = StepRoutes(incoming, whole.scatter, updates)
+        return self._step_routes[key]
 
     def _row_cuts(self, slots: Sequence[Slot], rows: Portion) -> list[RowCuts]:
         """Where these pieces of a gather go in its rows."""
@@ -213,10 +213,11 @@ def _gathered(
     if size == 1:
         return Held([held])
     numbers = {own: i for i, own in enumerate(dict.fromkeys(held))}
-    said = print_of(lines), socket.gethostname(), list(numbers), [numbers[own] for own in held]
-    everyone = gathered_objects(said, group)
-    if any(of_rank[0] != said[0] for of_rank in everyone):  # on every rank, so all enter
-        raise disagreement(lines, group)
+    own_numbers = [numbers[own] for own in held]
+    message = fingerprint_of(lines), socket.gethostname(), list(numbers), own_numbers
+    everyone = gathered_objects(message, group)
+    if any(of_rank[0] != message[0] for of_rank in everyone):  # on every rank, so all enter
+        raise disagreement_error(lines, group)
     holdings = [[kinds[i] for i in indices] for *_, kinds, indices in everyone]
     return Held(holdings, nodes_of([host for _, host, *_ in everyone]))
 
@@ -231,20 +232,22 @@ def nodes_of(hosts: Sequence[str]) -> list[int]:
     return [numbers[host] for host in hosts]
 
 
-def divided(owned: Sequence[Piece], costs: Mapping[str, float], portions: int) -> list[list[Piece]]:
+def divided(
+    owned: Sequence[OwnedRows], costs: Mapping[str, float], portions: int
+) -> list[list[OwnedRows]]:
     """The rows of all ranks in portions of about equal work for each owner; some are empty.
 
     Args:
         owned: by owner, as in `Shards`.
         costs: {stack: cost of a block}.
 
-    >>> owned = [Piece("8", 0, 3, owner=0), Piece("4", 0, 2, owner=0)]
+    >>> owned = [OwnedRows("8", 0, 3, owner=0), OwnedRows("4", 0, 2, owner=0)]
     >>> for portion in divided(owned, {"8": 2.0, "4": 1.0}, 2):
     ...     print([(piece.stack, piece.all_rows) for piece in portion])
     [('8', range(0, 2))]
     [('8', range(2, 3)), ('4', range(0, 2))]
     """
-    found: list[list[Piece]] = [[] for _ in range(portions)]
+    found: list[list[OwnedRows]] = [[] for _ in range(portions)]
     for _, own in itertools.groupby(owned, key=lambda piece: piece.owner):
         pieces, done = list(own), 0.0
         total = sum(piece.rows * costs[piece.stack] for piece in pieces) or 1.0

@@ -17,7 +17,8 @@ from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import is_in_parts, places_of
-from funshampoo.distributed.agreement import Agreement, print_of
+from funshampoo.distributed.agreement import Agreement, fingerprint_of
+from funshampoo.distributed.all_gather import AllGather
 from funshampoo.distributed.collectives import (
     ProcessGroup,
     check_outside_transforms,
@@ -25,13 +26,12 @@ from funshampoo.distributed.collectives import (
     rank_and_size,
 )
 from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
-from funshampoo.distributed.disagreement import Last, Says, check
-from funshampoo.distributed.exchange import Transport, holding
+from funshampoo.distributed.disagreement import PreviousStep, RankStatus, check_statuses
+from funshampoo.distributed.exchange import Transport, zeroing_nonfinite
 from funshampoo.distributed.ownership import Works, owners_of, works_of
 from funshampoo.distributed.parts import Parts
-from funshampoo.distributed.shards import Blocks, Piece, Shards, shards_of
+from funshampoo.distributed.shards import Blocks, OwnedRows, Shards, shards_of
 from funshampoo.distributed.transfer import Transfer
-from funshampoo.distributed.whole import Whole
 from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
 
@@ -53,7 +53,7 @@ class Ranks:
     whole: bool
     counts: bool
     overlap: int
-    memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of `Whole`
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of `AllGather`
     known_shards: dict[Any, Shards] = field(default_factory=dict, repr=False)
     known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
         default_factory=dict, repr=False
@@ -93,12 +93,12 @@ class Ranks:
         """Whether anything seen so far is sharded."""
         return self.whole or bool(self.known_parts)
 
-    def own(self, blocks: Blocks) -> dict[str, Piece]:
+    def own(self, blocks: Blocks) -> dict[str, OwnedRows]:
         """{stack: this rank's rows}."""
         rank, size = rank_and_size(self.group)
         if size > 1:
             return self.shards(blocks).owned_by(rank)
-        return {name: Piece(name, 0, s.rows, 0) for name, s in blocks.stacks.items()}
+        return {name: OwnedRows(name, 0, s.rows, 0) for name, s in blocks.stacks.items()}
 
     def owned(self, layout: Layout) -> dict[str, range]:
         """See `Spread`."""
@@ -147,10 +147,14 @@ class Ranks:
             steps = advanced(state.steps, context.donate)
             return ShardedState(new, state.owned, state.ranks, report, steps, state.run)
         shards, dtype = self.shards(blocks), self._dtype(blocks)
-        says = self.agreement.says(shards, leaves, context, blocks.device, run_of(state))
+        rank_status = self.agreement.rank_status(
+            shards, leaves, context, blocks.device, run_of(state)
+        )
         key = blocks.device, dtype, shards.length * size
-        transport = Whole(shards, rank, self.group, key, self.memory if context.donate else {})
-        found = self._met(transport, step, owned, state, blocks, context, absent, says)
+        transport = AllGather(shards, rank, self.group, key, self.memory if context.donate else {})
+        found = self._step_and_exchange(
+            transport, step, owned, state, blocks, context, absent, rank_status
+        )
         for stack, rows, x in transport.pieces:
             put(stack, rows, x)
         return found
@@ -161,26 +165,28 @@ class Ranks:
         """See `Spread`."""
         blocks = Blocks.of(leaves.where.stacks)
         parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
-        says = Says()
+        rank_status = RankStatus()
         if parts.size > 1:
-            if parts.come_in_other_dtypes(leaves):
-                self.agreement.announce(leaves, context)
-                self.agreement.begin_anew()
-                parts.forget_dtypes(leaves)
+            if parts.has_new_dtypes(leaves):
+                self.agreement.announce_change(leaves, context)
+                self.agreement.reset()
+                parts.reset_dtypes(leaves)
             known = zip(leaves.names, leaves.gradients, leaves.parameters or ())
             missing = [n for n, g, p in known if g is None and is_in_parts(p)] if absent else ()
             what = parts.shards, leaves, context, blocks.device, run_of(state), missing
-            says = self.agreement.says(*what)
+            rank_status = self.agreement.rank_status(*what)
         memory = parts.memory.setdefault(dtype, {})  # used by no one else
         transfer = Transfer(parts, leaves, self.overlap, dtype, blocks.device, memory)
 
         def own_step(inner: Any, place: Put) -> Any:
             return step(inner, parts.ids, transfer.cuts, transfer.rows_of, place)
 
-        new = self._met(transfer, own_step, parts.owned, state, blocks, context, absent, says)
+        new = self._step_and_exchange(
+            transfer, own_step, parts.owned, state, blocks, context, absent, rank_status
+        )
         return new, transfer.updates
 
-    def _met(
+    def _step_and_exchange(
         self,
         transport: Transport,
         step: Callable[[Any, Put], Any],
@@ -189,7 +195,7 @@ class Ranks:
         blocks: Blocks,
         context: Context,
         absent: bool,
-        says: Says,
+        rank_status: RankStatus,
     ) -> ShardedState:
         """This rank's step, and the collective after it. Returns the new state."""
         number, due = context.step, self._is_due(context)
@@ -197,21 +203,21 @@ class Ranks:
         if absent:
             transport.sent.zero_()
         if transport.sent.dtype != blocks.dtype:
-            step = holding(step, transport.sent, transport.places)
+            step = zeroing_nonfinite(step, transport.sent, transport.places)
 
         def checked(put: Put) -> Any:
             # An error on this rank alone must be raised inside its step: the others are waiting.
             self._check_owned(owned, state)
             return step(state.inner, put)
 
-        new, statuses = transport.exchange(checked, due, says)
+        new, statuses = transport.exchange(checked, due, rank_status)
         always = blocks.device.type == "cpu"
         if always or number is None or number % self.every == 0:
-            check(statuses.tolist(), says, self.group)
-        self.agreement.stepped(Last(transport.once_more(), 1 if always else self.every))
+            check_statuses(statuses.tolist(), rank_status, self.group)
+        self.agreement.record_step(PreviousStep(transport.repeater(), 1 if always else self.every))
         report, run = report_of(statuses) if due else state.report, state.run
-        if says.content:
-            run = torch.tensor(print_of(statuses[:, 7].tolist(), 40) | 1, device="cpu")
+        if rank_status.content:
+            run = torch.tensor(fingerprint_of(statuses[:, 7].tolist(), 40) | 1, device="cpu")
         return ShardedState(new, state.owned, state.ranks, report, steps, run)
 
     def _is_due(self, context: Context) -> bool:
@@ -225,7 +231,7 @@ class Ranks:
         placed = places_of(known)
         found = self.known_parts.get(id(layout))
         if found is None or found[0] is not layout or found[1] != placed:
-            self.agreement.announce(leaves, context)
+            self.agreement.announce_change(leaves, context)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
             model, works = self._model(blocks), self._works(blocks)

@@ -23,8 +23,7 @@ from torch import Tensor
 from funshampoo.blocks.layout import Layout, Region
 from funshampoo.core.boxes import Box, Holding, Shape
 from funshampoo.distributed.pieces import Piece, pieces, strides
-from funshampoo.distributed.shards import STATUS
-from funshampoo.distributed.shards import Piece as Owned
+from funshampoo.distributed.shards import STATUS, OwnedRows
 
 ALIGNMENT = 16  # bytes, at which pieces start in a message
 HEAD = STATUS * 4  # bytes: the sender's status, in float32
@@ -152,7 +151,7 @@ def _common(offset: Shape, shape: Shape, other: Shape, other_shape: Shape) -> in
 
 
 def find_routes(
-    layout: Layout, owned: Sequence[Owned], held: Held, shown: Sequence[bool], rank: int
+    layout: Layout, owned: Sequence[OwnedRows], held: Held, shown: Sequence[bool], rank: int
 ) -> Routes:
     """The routes of one rank.
 
@@ -207,7 +206,7 @@ class _Run(NamedTuple):
     at: int
 
 
-def _runs(owned: Sequence[Owned]) -> dict[str, list[_Run]]:
+def _runs(owned: Sequence[OwnedRows]) -> dict[str, list[_Run]]:
     """{stack: its runs, in the order of the rows}."""
     found: dict[str, list[_Run]] = {}
     before: dict[tuple[str, int], int] = {}

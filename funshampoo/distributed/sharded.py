@@ -23,7 +23,7 @@ from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.collectives import ProcessGroup
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ranks import Ranks
-from funshampoo.distributed.shards import Blocks, Piece
+from funshampoo.distributed.shards import Blocks, OwnedRows
 from funshampoo.state.stages import ShardedState
 
 
@@ -230,7 +230,7 @@ class Space:
         }
         self.blocks = Blocks.of(stacks, in_blocks)
 
-    def select(self, tree: Tree, own: Mapping[str, Piece]) -> Tree:
+    def select(self, tree: Tree, own: Mapping[str, OwnedRows]) -> Tree:
         """This rank's part of a tree: views of rows; outside block space, other leaves are hidden.
 
         None stays None: there is no such tree.
@@ -243,7 +243,7 @@ class Space:
         shown = [x if n in own else MaskedNode() for n, x in zip(self.names, leaves)]
         return self.spec.unflatten(shown)
 
-    def selected_context(self, context: Context, own: Mapping[str, Piece]) -> Context:
+    def selected_context(self, context: Context, own: Mapping[str, OwnedRows]) -> Context:
         """The context, with its trees over the blocks cut to this rank's."""
         rows = context.rows
         if rows is not None:
@@ -251,7 +251,7 @@ class Space:
         gradient, alive = self.select(context.gradient, own), self.select(context.alive, own)
         return changed(context, gradient=gradient, alive=alive, rows=rows)
 
-    def own_updates(self, out: Tree, own: Mapping[str, Piece]) -> dict[str, Tensor | None]:
+    def own_updates(self, out: Tree, own: Mapping[str, OwnedRows]) -> dict[str, Tensor | None]:
         """{stack or leaf: update}, for those that this rank owns."""
         if self.blocks.in_blocks:
             return dict(out)

@@ -51,14 +51,14 @@ class Blocks(NamedTuple):
         wide = any(stack.dtype == torch.float64 for stack in stacks.values())
         return cls(stacks, devices.pop(), torch.float64 if wide else torch.float32, in_blocks)
 
-    def described(self, own: Mapping[str, Piece]) -> dict[str, dict[str, tuple[()]]]:
+    def described(self, own: Mapping[str, OwnedRows]) -> dict[str, dict[str, tuple[()]]]:
         """`ShardedState.owned` of a rank that owns these."""
         if self.in_blocks:
             return {s: {f"{p.first}:{p.first + p.rows}": ()} for s, p in own.items()}
         return {name: {"owned" if name in own else "elsewhere": ()} for name in self.stacks}
 
 
-class Piece(NamedTuple):
+class OwnedRows(NamedTuple):
     """Consecutive rows of one stack with the same owner."""
 
     stack: str
@@ -82,11 +82,11 @@ class Shards(NamedTuple):
     """
 
     stacks: dict[str, Stack]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[OwnedRows, ...]
     length: int
     status: int
 
-    def owned_by(self, rank: int) -> dict[str, Piece]:
+    def owned_by(self, rank: int) -> dict[str, OwnedRows]:
         """{stack: this rank's rows}, without stacks of which it owns none."""
         return {piece.stack: piece for piece in self.pieces if piece.owner == rank}
 
@@ -103,7 +103,7 @@ def shards_of(
         first = 0
         for owner, run in itertools.groupby(ranks):
             rows = len(list(run))
-            pieces.append(Piece(stack, first, rows, owner))
+            pieces.append(OwnedRows(stack, first, rows, owner))
             first += rows
     pieces.sort(key=lambda piece: piece.owner)  # stable: within an owner by stack
     used = [0] * world_size

@@ -37,7 +37,7 @@ class Transfer(Transport):
 
     Attributes:
         cuts: the rows of this rank in each portion.
-        updates: after `meet`, the updates of this rank's parts, each flat, in new memory.
+        updates: after `exchange_updates`, those of this rank's parts, each flat, in new memory.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Transfer(Transport):
         memory: Memory,
     ) -> None:
         self._parts, self._leaves = parts, leaves
-        self._plan = parts.ways(leaves.shown, portions)
+        self._plan = parts.step_routes(leaves.shown, portions)
         self.cuts = [incoming.rows for incoming in self._plan.incoming]
         self._device, self._dtype, self._memory = device, dtype, memory
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
@@ -67,8 +67,8 @@ class Transfer(Transport):
         self.rows = parts.rows
         self._flat: dict[Column, list[Tensor | None]] = {}
         self._messages: list[tuple[Messages, Messages]] = []  # of collectives already met
-        self._coming: list[Callable[[], list[Tensor]]] = []
-        self._come: dict[int, dict[int, dict[str, Tensor]]] = {}  # {portion: {column: stacks}}
+        self._pending: list[Callable[[], list[Tensor]]] = []
+        self._received: dict[int, dict[int, dict[str, Tensor]]] = {}  # {portion: {column: stacks}}
         self.updates: list[Tensor] = []
 
     def gather(self) -> None:
@@ -76,13 +76,13 @@ class Transfer(Transport):
         leaves, dtypes = self._leaves, self._parts.dtypes
         dtypes[:] = [d if x is None else x.dtype for d, x in zip(dtypes, leaves.gradients)]
         columns: dict[Column, Sequence[Any]] = {GRADIENTS: leaves.gradients}
-        way = {(GRADIENTS, i): dtype for i, dtype in enumerate(dtypes)}
+        sent_dtypes = {(GRADIENTS, i): dtype for i, dtype in enumerate(dtypes)}
         if leaves.shown is not None and leaves.parameters is not None:
             columns[PARAMETERS] = leaves.parameters
-            way |= {(PARAMETERS, i): x.dtype for i, x in enumerate(leaves.parameters)}
+            sent_dtypes |= {(PARAMETERS, i): x.dtype for i, x in enumerate(leaves.parameters)}
         failure: BaseException | None = None
         for incoming in self._plan.incoming:
-            out, into = self._parts.messages(incoming.route, way, 0)
+            out, into = self._parts.messages(incoming.route, sent_dtypes, 0)
             self._messages.append((out, into))
             sending, views = self._buffer("gather out", out)
             try:
@@ -91,7 +91,9 @@ class Transfer(Transport):
                 _fill(views, self._sources(out.slots))
             except BaseException as error:  # of any type: the other ranks are waiting
                 failure = failure or error
-            self._coming.append(self._meet("gather in", sending, out, into, len(self.cuts) == 1))
+            self._pending.append(
+                self._start_exchange("gather in", sending, out, into, len(self.cuts) == 1)
+            )
         if failure is not None:
             raise failure
 
@@ -115,22 +117,22 @@ class Transfer(Transport):
             for i, cut in enumerate(self.cuts)
             if all(s in cut and cut[s].start <= r.start < cut[s].stop for s, r in portion.items())
         )
-        if at not in self._come:
-            self._come.clear()  # the previous portion is no longer needed
-            self._come[at] = self._put_together(at)
+        if at not in self._received:
+            self._received.clear()  # the previous portion is no longer needed
+            self._received[at] = self._put_together(at)
         cut = self.cuts[at]
         parts = {
             column: {s: x[s].narrow(0, r.start - cut[s].start, len(r)) for s, r in portion.items()}
-            for column, x in self._come[at].items()
+            for column, x in self._received[at].items()
         }
         return parts[GRADIENTS], parts.get(PARAMETERS)
 
     def _put_together(self, at: int) -> dict[int, dict[str, Tensor]]:
         """{column: {stack: the rows of a portion}}, once it has arrived."""
-        came = self._coming[at]()
+        received = self._pending[at]()
         rows, route, row_cuts = self._plan.incoming[at]
         found = {column: self._zeros(rows) for column in self._flat}
-        sources = [*self._sources(route.stay), *came]
+        sources = [*self._sources(route.stay), *received]
         targets: list[Any] = [None] * len(sources)
         for column, stack, places, cuts in row_cuts:
             for i, x in zip(places, cuts.of(found[column][stack].view(-1))):
@@ -138,19 +140,19 @@ class Transfer(Transport):
         _fill(targets, sources)
         return found
 
-    def meet(self) -> Tensor:
+    def exchange_updates(self) -> Tensor:
         """See `Transport`. A collective."""
         route, count = self._plan.scatter, len(self._parts.layout.parameters)
-        for come in self._coming:  # also for rows that were not stepped: buffers are reused
-            come()
-        way = {(GRADIENTS, i): self._dtype for i in range(count)}
-        out, into = self._parts.messages(route, way, HEAD)
+        for receive in self._pending:  # also for rows that were not stepped: buffers are reused
+            receive()
+        sent_dtypes = {(GRADIENTS, i): self._dtype for i in range(count)}
+        out, into = self._parts.messages(route, sent_dtypes, HEAD)
         self._messages.append((out, into))
         sending, views = self._buffer("scatter out", out)
         _fill(views, self._rows_for("scatter", out, out.slots))
         out.put_head(sending, self.status)
-        came = self._meet("scatter in", sending, out, into)()
-        sources = [*self._rows_for("stay", out, route.stay), *came]
+        received = self._start_exchange("scatter in", sending, out, into)()
+        sources = [*self._rows_for("stay", out, route.stay), *received]
         updates: list[Any] = [None] * count
         for part in self._plan.updates:
             flat = torch.empty(sum(part.sizes), dtype=part.dtype, device=self._device)
@@ -162,21 +164,21 @@ class Transfer(Transport):
             return self.status.unsqueeze(0)
         return into.heads(self._buffer("scatter in", into)[0])
 
-    def once_more(self) -> Callable[[float], Tensor]:
+    def repeater(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
-        ways, device, group = self._messages, self._device, self._parts.group
+        messages, device, group = self._messages, self._device, self._parts.group
 
-        def met(word: float) -> Tensor:
+        def repeat(word: float) -> Tensor:
             status = torch.zeros(STATUS, dtype=torch.float32, device=device)
             status[0] = word
-            for out, into in ways:
+            for out, into in messages:
                 sending, arriving = out.buffer(device), into.buffer(device)
-                if out is ways[-1][0]:  # the scatter
+                if out is messages[-1][0]:  # the scatter
                     out.put_head(sending, status)
                 all_to_all_into(arriving, into.splits, sending, out.splits, group)
             return into.heads(arriving)
 
-        return met
+        return repeat
 
     def _zeros(self, cut: Portion) -> dict[str, Tensor]:
         stacks = self._parts.layout.stacks
@@ -202,7 +204,7 @@ class Transfer(Transport):
                 self._memory[key] = buffer, messages.views(buffer)
         return self._memory[key]
 
-    def _meet(
+    def _start_exchange(
         self, name: str, sending: Tensor, out: Messages, into: Messages, wait: bool = True
     ) -> Callable[[], list[Tensor]]:
         """A function that waits, and returns what the others sent, as views."""
@@ -210,13 +212,13 @@ class Transfer(Transport):
             return list
         arriving, views = self._buffer(name, into)
         args = arriving, into.splits, sending, out.splits, self._parts.group
-        arrived = all_to_all_into(*args, wait=wait)
+        finish = all_to_all_into(*args, wait=wait)
 
-        def came() -> list[Tensor]:
-            arrived()
+        def receive() -> list[Tensor]:
+            finish()
             return views
 
-        return came
+        return receive
 
 
 def _flat(tensors: Sequence[Any]) -> list[Tensor | None]:

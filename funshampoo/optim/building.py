@@ -32,7 +32,7 @@ class Built(NamedTuple):
         inputs: tensors from which a graph reads them, so new values need no new graph; else {}.
     """
 
-    words: Vocabulary
+    vocabulary: Vocabulary
     raw: list[Any]
     arguments: dict[str, Any]
     structure: Any
@@ -47,7 +47,7 @@ class Built(NamedTuple):
             x.fill_(self.hyper[name])
         return {**self.hyper, **self.inputs}
 
-    def for_a_copy(self) -> Built:
+    def without_functions(self) -> Built:
         """A copy without the fields that pickle and deepcopy can't handle."""
         return self._replace(transformation=None, raw=[], live={}, inputs={})
 
@@ -65,21 +65,21 @@ class Builder:
         self._execution = execution
         self._graphs = 0
 
-    def built(self, words: Vocabulary, group: Mapping[str, Any]) -> Built:
+    def build(self, vocabulary: Vocabulary, group: Mapping[str, Any]) -> Built:
         """The chain of a group.
 
         Raises:
             TypeError, ValueError: an argument is missing or out of range.
         """
-        arguments = words.arguments(group)
-        live = words.live(arguments)
-        transformation = _by_torchs_names(words.build, words.with_live(arguments, live))
-        hyper = words.hyper(arguments, live)
+        arguments = vocabulary.arguments(group)
+        live = vocabulary.live(arguments)
+        transformation = _by_torchs_names(vocabulary.build, vocabulary.with_live(arguments, live))
+        hyper = vocabulary.hyper(arguments, live)
         for name, x in hyper.items():
             if isinstance(x, Tensor):  # numbers were checked when the chain was built
                 _check_value(live[name], x)
         inputs: dict[str, Tensor] = {}
-        self._execution.check(arguments, {*live, words.rate}, transformation)
+        self._execution.check(arguments, {*live, vocabulary.rate}, transformation)
         if self._execution.compile is not None:
             inputs = {
                 name: torch.tensor(float(x), dtype=torch.float64, device="cpu")
@@ -88,12 +88,12 @@ class Builder:
             }
         if self._execution.in_graphs:
             self._count_graph()
-        transformation = self._execution.around(transformation)
-        structure = words.structure(arguments, live)
-        raw = words.raw(group)
-        return Built(words, raw, arguments, structure, transformation, live, hyper, inputs)
+        transformation = self._execution.wrap(transformation)
+        structure = vocabulary.structure(arguments, live)
+        raw = vocabulary.raw(group)
+        return Built(vocabulary, raw, arguments, structure, transformation, live, hyper, inputs)
 
-    def edited(self, group: Mapping[str, Any], before: Built) -> Built:
+    def current(self, group: Mapping[str, Any], before: Built) -> Built:
         """The chain for the group as it is now: the previous one, if it is still valid.
 
         Raises:
@@ -101,18 +101,18 @@ class Builder:
         """
         check_flag("maximize", group.get("maximize", False))
         method = group.get("method", self._method)
-        if before.words.method is not method:
-            return self.built(Vocabulary(method), group)
-        words = before.words
+        if before.vocabulary.method is not method:
+            return self.build(Vocabulary(method), group)
+        vocabulary = before.vocabulary
         if before.transformation is None:  # a copy
-            return self.built(words, group)
-        raw = words.raw(group)
+            return self.build(vocabulary, group)
+        raw = vocabulary.raw(group)
         if untouched(raw, before.raw):
             return before
-        arguments, in_graph = words.arguments(group), self._execution.in_graphs
-        if not words.same_chain(arguments, before.arguments, before.live, in_graph):
-            return self.built(words, group)
-        hyper = words.hyper(arguments, before.live)
+        arguments, in_graph = vocabulary.arguments(group), self._execution.in_graphs
+        if not vocabulary.same_chain(arguments, before.arguments, before.live, in_graph):
+            return self.build(vocabulary, group)
+        hyper = vocabulary.hyper(arguments, before.live)
         for name, live in before.live.items():
             if hyper[name] is not before.hyper[name]:
                 _check_value(live, hyper[name])
@@ -131,9 +131,9 @@ class Builder:
             )
 
 
-def other_structure(now: Built, before: Built) -> bool:
+def structure_differs(now: Built, before: Built) -> bool:
     """Whether a state of one chain may not fit the other."""
-    same_method = now.words.method is before.words.method
+    same_method = now.vocabulary.method is before.vocabulary.method
     return now is not before and not (same_method and now.structure == before.structure)
 
 

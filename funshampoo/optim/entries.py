@@ -32,12 +32,12 @@ def is_shared(name: str) -> bool:
     return name.startswith(SHARED)
 
 
-def together(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_shared(own: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a parameter together with the shared ones."""
     return {**{SHARED + name: x for name, x in shared.items()}, **own}
 
 
-def parted(entries: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_shared(entries: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the parameter's own entries, the shared ones under the chain's names for them)."""
     own = {name: x for name, x in entries.items() if not is_shared(name)}
     return own, {n.removeprefix(SHARED): x for n, x in entries.items() if n not in own}

@@ -35,7 +35,7 @@ class Execution(NamedTuple):
         """Whether numbers may be baked into a graph made on an earlier step."""
         return self.compile is not None or self.cuda_graph
 
-    def around(self, transformation: GradientTransformation) -> GradientTransformation:
+    def wrap(self, transformation: GradientTransformation) -> GradientTransformation:
         """The transformation that is stepped: the chain with everything around it."""
         if self.rounds:
             transformation = rounded(transformation)

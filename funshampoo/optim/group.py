@@ -16,22 +16,22 @@ from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.parameters import problem_of_gradients
 from funshampoo.core.placed import detached
-from funshampoo.optim.building import Builder, other_structure
-from funshampoo.optim.entries import SHARED, is_note, is_shared, together
+from funshampoo.optim.building import Builder, structure_differs
+from funshampoo.optim.entries import SHARED, is_note, is_shared, with_shared
 from funshampoo.optim.execution import Execution
 from funshampoo.optim.names import Names
 from funshampoo.optim.ready import (
     ByParameter,
     Known,
-    Left,
-    Look,
     Plan,
     Ready,
-    carried,
-    fresh,
+    Snapshot,
+    Unattached,
     gradient_of,
+    initial_state,
+    is_initial,
     same_parameters,
-    says_nothing,
+    state_with_entries,
 )
 from funshampoo.optim.saved import Saved, flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
@@ -46,7 +46,7 @@ class GroupRun:
 
     Args:
         group: the entry of `param_groups`; the run belongs to this dict, wherever it is listed.
-        words: the vocabulary of the group's method.
+        vocabulary: of the group's method.
         method: the method of groups that have none of their own.
         first: the number of parameters in the groups before this one.
         execution: what is wrapped around its chain.
@@ -55,7 +55,7 @@ class GroupRun:
     def __init__(
         self,
         group: dict[str, Any],
-        words: Vocabulary,
+        vocabulary: Vocabulary,
         method: Method,
         first: int,
         execution: Execution,
@@ -65,30 +65,30 @@ class GroupRun:
         self._builder = Builder(method, execution)
         self.known: list[Known] = []  # the same object until the state's parameters change
         self._state: Any = None
-        self._untouched = False  # made only to be read, and neither stepped nor written to
-        self._handed_out: Watched | None = None  # detects writes through a reader's views
-        self._anew: set[Tensor] = set()  # to be reset before the state is next used
-        self._looked_at: Look = ()
-        self._read: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
+        self._read_only = False  # made only to be read, and neither stepped nor written to
+        self._reader_watch: Watched | None = None  # detects writes through a reader's views
+        self._to_reset: set[Tensor] = set()  # to be reset before the state is next used
+        self._snapshot: Snapshot = ()
+        self._cache: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
         self.names()
-        self._built = self._builder.built(words, group)
+        self._built = self._builder.build(vocabulary, group)
 
     def names(self) -> list[str]:
         """The names of all parameters of the group; see `Names`."""
         return self._names.of(self.group)
 
-    def words(self) -> Vocabulary:
+    def vocabulary(self) -> Vocabulary:
         """The vocabulary of the group's current method."""
-        return self._builder.edited(self.group, self._built).words
+        return self._builder.current(self.group, self._built).vocabulary
 
     @property
     def has_state(self) -> bool:
         """Whether there is a state that was stepped, loaded or written to (also in place)."""
-        if self._untouched and self._handed_out is not None and self._handed_out.was_written():
-            self._untouched = False
-        return self._state is not None and not self._untouched
+        if self._read_only and self._reader_watch is not None and self._reader_watch.was_written():
+            self._read_only = False
+        return self._state is not None and not self._read_only
 
-    def look(self) -> Look:
+    def snapshot(self) -> Snapshot:
         """A quickly made snapshot of what decides which parameters have a state."""
         names = self.group.get("param_names")
         seen = [
@@ -97,34 +97,37 @@ class GroupRun:
         ]
         return seen, None if names is None else list(names)
 
-    def is_as(self, look: Look) -> bool:
+    def is_made_for(self, snapshot: Snapshot) -> bool:
         """Whether the state was made for the parameters as they are now."""
-        return self.has_state and look == self._looked_at
+        return self.has_state and snapshot == self._snapshot
 
-    def planned(self, left: Left, look: Look) -> Plan:
+    def planned(self, unattached: Unattached, snapshot: Snapshot) -> Plan:
         """The plan for a step of the group as it is now.
 
         Args:
-            left: entries of parameters that come from elsewhere.
-            look: the group's current `look`.
+            unattached: entries of parameters that come from elsewhere.
+            snapshot: the group's current `snapshot`.
 
         Raises:
             TypeError, ValueError: an edited value is out of range.
         """
         before = self._built
-        built = self._builder.edited(self.group, before)
-        edited = len(self._anew) > 0 or built.transformation is not before.transformation
-        same_chain = not other_structure(built, before)
-        if self.is_as(look) and same_chain and not (left and left.keys() & set(self.parameters())):
-            return Plan(built, self.known, look, True, edited, self._anew)
+        built = self._builder.current(self.group, before)
+        edited = len(self._to_reset) > 0 or built.transformation is not before.transformation
+        same_chain = not structure_differs(built, before)
+        assigned = unattached and unattached.keys() & set(self.parameters())
+        if self.is_made_for(snapshot) and same_chain and not assigned:
+            return Plan(built, self.known, snapshot, True, edited, self._to_reset)
         with_state = set(self.parameters()) if self.has_state else set()
-        known = self._trainable(self.group, with_state | left.keys())
-        goes_on = self.has_state and same_chain and same_parameters(known, self.known)
-        goes_on = goes_on and not any([k.parameter in left for k in known])
-        new = {k.parameter for k in known if k.parameter not in with_state | left.keys()}
-        return Plan(built, known, look, goes_on, edited or not goes_on, self._anew | new)
+        known = self._trainable(self.group, with_state | unattached.keys())
+        continues = self.has_state and same_chain and same_parameters(known, self.known)
+        continues = continues and not any([k.parameter in unattached for k in known])
+        new = {k.parameter for k in known if k.parameter not in with_state | unattached.keys()}
+        return Plan(
+            built, known, snapshot, continues, edited or not continues, self._to_reset | new
+        )
 
-    def prepared(self, plan: Plan, left: Left) -> Ready:
+    def prepared(self, plan: Plan, unattached: Unattached) -> Ready:
         """The state for the planned step; the run itself is not changed.
 
         Where parameters came or went, were moved, converted or unfrozen, or a part was switched on
@@ -133,22 +136,22 @@ class GroupRun:
         Raises:
             ValueError: the edit changes the blocks. The state stays as it was.
         """
-        if self._anew:
-            self.settle()
-            plan = self.planned(left, plan.look)
-        built, known, look = plan[:3]
-        if plan.goes_on:
-            return Ready(built, known, self._state, look)
-        if not self.has_state and not any([k.parameter in left for k in known]):
-            return Ready(built, known, fresh(built, known), look, fresh=True)
+        if self._to_reset:
+            self.apply_resets()
+            plan = self.planned(unattached, plan.snapshot)
+        built, known, snapshot = plan[:3]
+        if plan.continues:
+            return Ready(built, known, self._state, snapshot)
+        if not self.has_state and not any([k.parameter in unattached for k in known]):
+            return Ready(built, known, initial_state(built, known), snapshot, fresh=True)
         entries = self.entries() if self.has_state else ({}, {})
-        return Ready(built, known, carried(built, known, *entries, left), look)
+        return Ready(built, known, state_with_entries(built, known, *entries, unattached), snapshot)
 
     def adopt(self, ready: Ready) -> None:
         """Continue from this chain and state."""
-        self._built, self.known, self._state, self._looked_at, self._untouched = ready
-        self._handed_out = None
-        self._anew = set()  # a new set: `all_or_nothing` may restore the old one
+        self._built, self.known, self._state, self._snapshot, self._read_only = ready
+        self._reader_watch = None
+        self._to_reset = set()  # a new set: `all_or_nothing` may restore the old one
 
     def entering(self, watched: Watched) -> Entering | None:
         """The prepared step with its inputs checked; None if the group has no parameters to step.
@@ -178,7 +181,7 @@ class GroupRun:
     def step(self, entering: Entering | None) -> None:
         """Make this step. Parameters without a gradient are left alone."""
         if entering is not None:
-            self._untouched, self._read = False, None
+            self._read_only, self._cache = False, None
             self._state = entering.applied()
 
     def watched(self) -> Watched:
@@ -190,20 +193,20 @@ class GroupRun:
         return Watched(self._state, self.parameters()).begin()
 
     @for_keeps()
-    def released(self, tensors: Collection[Tensor]) -> Left:
+    def copied_entries(self, tensors: Collection[Tensor]) -> Unattached:
         """Copies of the state entries of these parameters."""
         if not self.has_state or not tensors:
             return {}
         entries, shared = self.entries()
-        kept = [p for p in tensors if p in entries and p not in self._anew]
-        own = {p: together(entries[p], shared) for p in kept}
+        kept = [p for p in tensors if p in entries and p not in self._to_reset]
+        own = {p: with_shared(entries[p], shared) for p in kept}
         return {p: {n: x.detach().clone() for n, x in own[p].items()} for p in kept}
 
     def parameters(self) -> list[Tensor]:
         """The parameters that the state was made for."""
         return [k.parameter for k in self.known]
 
-    def gone(self) -> list[Tensor]:
+    def removed_parameters(self) -> list[Tensor]:
         """Those of them that have left the group."""
         here = set(self.group["params"])
         return [p for p in self.parameters() if p not in here]
@@ -214,19 +217,19 @@ class GroupRun:
         If there is no state yet, one is made for reading only; the first step makes its own.
         """
         if self._state is None:
-            built = self._builder.edited(self.group, self._built)
+            built = self._builder.current(self.group, self._built)
             known = self._trainable(self.group, set())
-            self.adopt(Ready(built, known, fresh(built, known), fresh=True))
-        if self._read is None or self._read[0] is not self._state:
+            self.adopt(Ready(built, known, initial_state(built, known), fresh=True))
+        if self._cache is None or self._cache[0] is not self._state:
             check_whole(self._state)
-            self._read = self._state, *self._by_parameter()
-            self._handed_out = Watched(self._state).begin() if self._untouched else None
-        return self._read[1:]
+            self._cache = self._state, *self._by_parameter()
+            self._reader_watch = Watched(self._state).begin() if self._read_only else None
+        return self._cache[1:]
 
     def entries_of(self, p: Tensor) -> dict[str, Tensor]:
         """The entries of one parameter that has a state, with the shared ones."""
         entries, shared = self.entries()
-        return together(entries[p], shared)
+        return with_shared(entries[p], shared)
 
     def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
         owners = {k.name: k.parameter for k in self.known}
@@ -242,43 +245,43 @@ class GroupRun:
     def mark_interrupted(self) -> None:
         """Mark the state as half done: the step over all groups was interrupted."""
         mark(self._state)
-        self._read = None
+        self._cache = None
 
-    def written_to(self) -> None:
+    def mark_written(self) -> None:
         """Note that the state has been changed, or is about to be: the first step must keep it."""
-        self._untouched = False
+        self._read_only = False
 
-    def without(self, p: Tensor, names: Collection[str] | None) -> None:
+    def reset_entries(self, p: Tensor, names: Collection[str] | None) -> None:
         """Reset a parameter, or only these entries of it."""
         if names is None:  # its entries are not visible until the next step
-            self._anew.add(p)
+            self._to_reset.add(p)
             return
         entries, shared = self.entries()
         kept = {name: x for name, x in entries[p].items() if name not in names}
         rest = {name: x for name, x in shared.items() if SHARED + name not in names}
         self._state = self._refilled({**entries, p: kept}, rest)
-        self.written_to()
+        self.mark_written()
 
-    def settle(self) -> None:
+    def apply_resets(self) -> None:
         """Reset the parameters whose state was deleted."""
-        anew = self._anew.intersection(self.parameters())
-        if anew and self._state is not None:
+        to_reset = self._to_reset.intersection(self.parameters())
+        if to_reset and self._state is not None:
             entries, shared = self.entries()
-            kept = {p: own for p, own in entries.items() if p not in anew}
+            kept = {p: own for p, own in entries.items() if p not in to_reset}
             self._state = self._refilled(kept, shared)
-        self._anew.clear()
+        self._to_reset.clear()
 
     def _refilled(self, entries: ByParameter, shared: Mapping[str, Tensor]) -> Any:
         """A fresh state with these entries."""
-        self._built = self._builder.edited(self.group, self._built)  # a copied run has no chain
+        self._built = self._builder.current(self.group, self._built)  # a copied run has no chain
         names = {k.parameter: k.name for k in self.known}
         flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
-        return carried_over(fresh(self._built, self.known), {**flat, **shared})
+        return carried_over(initial_state(self._built, self.known), {**flat, **shared})
 
     def forget(self) -> None:
         """Reset everything."""
-        self.known, self._state, self._untouched, self._read = [], None, False, None
-        self._anew = set()
+        self.known, self._state, self._read_only, self._cache = [], None, False, None
+        self._to_reset = set()
 
     def loaded(
         self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
@@ -291,11 +294,11 @@ class GroupRun:
                 missing starts from nothing.
             own_part: whether this was read for this rank alone, whatever its part label says.
         """
-        built = self._builder.edited(group, self._built)
+        built = self._builder.current(group, self._built)
         own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
         names = copy.copy(self._names)  # a copy, so that a failure leaves the run's own alone
         known = self._trainable(group, own, names)
-        state = fresh(built, known)
+        state = initial_state(built, known)
         named = list(zip(names.of(group), group["params"]))
         flat, notes = flattened(saved, named, {k.name for k in known}, state)
         if not known:  # all are frozen, so even shared entries had no parameter to be saved under
@@ -303,11 +306,11 @@ class GroupRun:
         if own_part:
             flat[PART_KEY] = part_of(state).entry()
         found = load_state_dict(state, flat, strict=strict, cast=cast)
-        return Ready(built, known, found.state, fresh=says_nothing(found.state, state)), notes
+        return Ready(built, known, found.state, fresh=is_initial(found.state, state)), notes
 
     def with_state(self, state: Any) -> Ready:
         """This run's chain and parameters with another state."""
-        return Ready(self._built, self.known, state, self._looked_at)
+        return Ready(self._built, self.known, state, self._snapshot)
 
     def check_edit(self, entries: Mapping[str, Any]) -> None:
         """Raise if the group could not be stepped with these hyperparameters.
@@ -315,11 +318,11 @@ class GroupRun:
         Raises:
             TypeError, ValueError: one is out of range.
         """
-        self._builder.edited({**self.group, **entries}, self._built)
+        self._builder.current({**self.group, **entries}, self._built)
 
     def state(self) -> Any:
         """The chain's state; if there is none yet, one made for reading only."""
-        self.settle()
+        self.apply_resets()
         self.entries()
         return self._state
 
@@ -340,6 +343,6 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is left out and rebuilt."""
-        untouched = self._untouched and not self.has_state
-        changed = {"_looked_at": (), "_read": None, "_untouched": untouched, "_handed_out": None}
-        return {**self.__dict__, **changed, "_built": self._built.for_a_copy()}
+        read_only = self._read_only and not self.has_state
+        changed = {"_snapshot": (), "_cache": None, "_read_only": read_only, "_reader_watch": None}
+        return {**self.__dict__, **changed, "_built": self._built.without_functions()}

@@ -71,7 +71,7 @@ def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> L
     shared = [group for run in memory.runs for group in sharing_groups(run.transformation)]
     if not shared:
         return load()
-    memory.meet(call)
+    memory.check_same_call(call)
     failure: BaseException | None = None
     steps: set[tuple[str, float]] = set()
     numbers: list[int] = []
@@ -84,8 +84,8 @@ def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> L
     if failure is not None:
         raise failure
     known = [max(each) for each in zip(*[numbers for _, _, numbers in everyone])]
-    for rank, (well, steps, numbers) in enumerate(everyone):
-        if not well:
+    for rank, (succeeded, steps, numbers) in enumerate(everyone):
+        if not succeeded:
             raise ValueError(
                 f"rank {rank} of {len(everyone)} could not load what it was given; its own error "
                 f"says why. Nothing was changed on any rank. {_REMEDIES[call]}"

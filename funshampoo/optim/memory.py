@@ -10,10 +10,10 @@ from torch import Tensor
 
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.tree import HALF
+from funshampoo.optim.agreement import OptimizerAgreement
 from funshampoo.optim.entries import check_entry, is_note, is_shared
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.others import Others
-from funshampoo.optim.ready import Left, Ready
+from funshampoo.optim.ready import Ready, Unattached
 
 Group = dict[str, Any]
 MakeRun = Callable[[Group, Sequence[Group]], GroupRun]
@@ -30,9 +30,9 @@ class Memory:
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self._others = Others(options)
+        self._agreement = OptimizerAgreement(options)
         self.runs: list[GroupRun] = []
-        self._left: Left = {}
+        self._unattached: Unattached = {}
         self.notes: dict[Tensor, dict[str, Any]] = {}
         self.writes = 0  # the number of changes made between steps
         self._forgotten: set[Tensor] = set()  # parameters that are reset at the next step
@@ -53,12 +53,12 @@ class Memory:
             for i, group in enumerate(groups)
         ]
         for run in known.values():
-            self._left |= run.released(run.parameters())
+            self._unattached |= run.copied_entries(run.parameters())
         self.runs = runs
 
-    def meet(self, call: str) -> None:
-        """Called before a collective that is not part of a step; see `Others.meet`."""
-        self._others.meet(call)
+    def check_same_call(self, call: str) -> None:
+        """Called before a collective that is not part of a step; see `OptimizerAgreement`."""
+        self._agreement.check_same_call(call)
 
     def prepare(self) -> None:
         """Make every run ready for a step of its group as it is now, or none of them.
@@ -66,7 +66,7 @@ class Memory:
         Raises:
             ValueError: a state can't follow an edit; a parameter is in two groups.
         """
-        self.follow()
+        self.apply_edits()
         self._forgotten = set()
 
     def step(self) -> None:
@@ -89,27 +89,27 @@ class Memory:
                     run.mark_interrupted()
             raise
 
-    def follow(self) -> None:
+    def apply_edits(self) -> None:
         """Have every state follow the edits of its group, before it is stepped or saved.
 
         A collective if blocks are sharded and anything was edited.
         """
-        looks = [run.look() for run in self.runs]
-        left = self._left
-        if not all([run.is_as(look) for run, look in zip(self.runs, looks)]):
+        snapshots = [run.snapshot() for run in self.runs]
+        unattached = self._unattached
+        if not all([run.is_made_for(snapshot) for run, snapshot in zip(self.runs, snapshots)]):
             _check_apart(self.runs)
-            if self._others.options.get("stochastic_rounding"):
+            if self._agreement.options.get("stochastic_rounding"):
                 _check_rounded(self.runs)
             for run in self.runs:
-                left = left | run.released(run.gone())
-        plans = [run.planned(left, look) for run, look in zip(self.runs, looks)]
-        self._others.hear(self.runs, plans)
-        ready = [run.prepared(plan, left) for run, plan in zip(self.runs, plans)]
+                unattached = unattached | run.copied_entries(run.removed_parameters())
+        plans = [run.planned(unattached, snapshot) for run, snapshot in zip(self.runs, snapshots)]
+        self._agreement.check_same_edits(self.runs, plans)
+        ready = [run.prepared(plan, unattached) for run, plan in zip(self.runs, plans)]
         self.adopt(ready)
-        self._others.follow(self.runs)
-        if left:
+        self._agreement.record(self.runs)
+        if unattached:
             here = {known.parameter for one in ready for known in one.known}
-            self._left = {p: entries for p, entries in left.items() if p not in here}
+            self._unattached = {p: entries for p, entries in unattached.items() if p not in here}
 
     def adopt(self, ready: Sequence[Ready]) -> None:
         """Continue from these states, one per run."""
@@ -134,8 +134,8 @@ class Memory:
 
     def replace(self, ready: Sequence[Ready], notes: dict[Tensor, dict[str, Any]]) -> None:
         """Continue from these states and notes, and forget everything else."""
-        self.seeded(ready)
-        self._left, self.notes = {}, notes
+        self.replace_states(ready)
+        self._unattached, self.notes = {}, notes
         for run, one in zip(self.runs, ready):
             if one.fresh:  # else parameters replaced before the first step would keep their state
                 run.forget()
@@ -155,7 +155,7 @@ class Memory:
 
     def _known(self) -> list[Tensor]:
         found = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
-        return list(dict.fromkeys([*found, *self._left, *self.notes]))
+        return list(dict.fromkeys([*found, *self._unattached, *self.notes]))
 
     def check(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Raise if `write` would.
@@ -163,7 +163,7 @@ class Memory:
         Raises:
             KeyError, TypeError, ValueError: an entry of the chain does not fit.
         """
-        run = self._run_with(p, despite_left=True)
+        run = self._run_with(p, even_if_unattached=True)
         known = None if run is None else run.entries_of(p)
         for name, x in self._of_chain(entries, known or {}).items():
             check_entry(name, x, known)
@@ -178,16 +178,16 @@ class Memory:
         self.writes += 1
         run = self._run_with(p)
         if run is not None:
-            run.settle()  # a pending reset would undo this write
+            run.apply_resets()  # a pending reset would undo this write
         known = self._chain_entries(p)
         chain = self._of_chain(entries, known)
         if run is None and chain:
-            self._left[p] = {**known, **chain}
+            self._unattached[p] = {**known, **chain}
         elif run is not None and chain:
             with for_keeps():
                 for name, x in chain.items():
                     known[name].copy_(x)
-            run.written_to()
+            run.mark_written()
         if chain:
             self._forgotten.discard(p)
         notes = {name: x for name, x in entries.items() if name not in chain}
@@ -214,7 +214,7 @@ class Memory:
         notes = self.notes.get(p, {})
         self.notes[p] = {name: x for name, x in notes.items() if name in entries}
         shared = {name: x for name, x in known.items() if is_shared(name)}
-        self._left[p] = shared | {name: x.detach().clone() for name, x in own.items()}
+        self._unattached[p] = shared | {name: x.detach().clone() for name, x in own.items()}
         self._forgotten.discard(p)
 
     @staticmethod
@@ -225,17 +225,17 @@ class Memory:
         """Reset a parameter, or only these entries of it."""
         self.writes += 1
         gone = None if names is None else names - self.notes.get(p, {}).keys()
-        for known in (self.notes, self._left):
+        for known in (self.notes, self._unattached):
             entries = known.pop(p, {})
             if kept := {n: x for n, x in entries.items() if names is not None and n not in names}:
                 known[p] = kept
         run = self._run_with(p)
         if run is not None and (gone is None or gone):
-            run.without(p, gone)
+            run.reset_entries(p, gone)
         if names is None:
             self._forgotten.add(p)
 
-    def seeded(self, ready: Sequence[Ready]) -> None:
+    def replace_states(self, ready: Sequence[Ready]) -> None:
         """Continue from these states, and cancel pending resets."""
         self.writes += 1
         self.adopt(ready)
@@ -248,14 +248,14 @@ class Memory:
             run.forget()
         params = [p for run in self.runs for p in run.group["params"]]
         self._forgotten = self._forgotten.union(params)  # `all_or_nothing` may restore the old one
-        self._left, self.notes = {}, {}
+        self._unattached, self.notes = {}, {}
 
-    def _run_with(self, p: Tensor, despite_left: bool = False) -> GroupRun | None:
+    def _run_with(self, p: Tensor, even_if_unattached: bool = False) -> GroupRun | None:
         """The run whose state has this parameter; runs with a read-only state come last.
 
-        None if entries wait in `_left` for the next step: brought along, or assigned.
+        None if entries wait in `_unattached` for the next step: brought along, or assigned.
         """
-        if p in self._left and not despite_left:
+        if p in self._unattached and not even_if_unattached:
             return None
         for stepped in (True, False):
             for run in self.runs:
@@ -267,7 +267,7 @@ class Memory:
         run = self._run_with(p)
         if run is not None:
             return run.entries_of(p)
-        return dict(self._left.get(p, {}))
+        return dict(self._unattached.get(p, {}))
 
 
 def _are_the_same(entries: Mapping[str, Any], known: Mapping[str, Tensor]) -> bool:

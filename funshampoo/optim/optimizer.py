@@ -21,7 +21,7 @@ from funshampoo.optim.saved import is_adamws, saved_group
 from funshampoo.optim.seeding import rates_of, seeded
 from funshampoo.optim.states import States
 from funshampoo.optim.vocabulary import Vocabulary, check_given
-from funshampoo.optim.whole import Whole, numbers_of, part_of_this_rank, united
+from funshampoo.optim.whole import WholeEntries, entries_of_all_ranks, numbers_of, part_of_this_rank
 
 
 class Optimizer(torch.optim.Optimizer, Joining):
@@ -110,10 +110,10 @@ class Optimizer(torch.optim.Optimizer, Joining):
         self._execution = execution(compile, flags)
         self._consolidate, self._accept_adamw = consolidate, accept_adamw
         self._memory = Memory({"compile": compile, **flags})
-        self._whole: Whole | None = None
+        self._whole: WholeEntries | None = None
         self._model_order: Sequence[str] = ()  # set by `for_model`, whose groups have another
-        self._words = Vocabulary(method, hyperparameters)
-        super().__init__(params, {"maximize": False, **self._words.defaults(hyperparameters)})
+        self._vocabulary = Vocabulary(method, hyperparameters)
+        super().__init__(params, {"maximize": False, **self._vocabulary.defaults(hyperparameters)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with hyperparameters of their own; see torch.optim.Optimizer.
@@ -121,7 +121,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         Entries that the method does not know are kept for other readers; one that looks like a
         misspelt hyperparameter raises a warning.
         """
-        words = self._words
+        vocabulary = self._vocabulary
         if isinstance(param_group, dict):
             if "params" not in param_group:
                 raise ValueError(
@@ -129,36 +129,36 @@ class Optimizer(torch.optim.Optimizer, Joining):
                     "parameters under that name."
                 )
             if "method" in param_group:
-                words = Vocabulary(param_group["method"], param_group)
-            words.note_unknown(param_group)
+                vocabulary = Vocabulary(param_group["method"], param_group)
+            vocabulary.warn_unknown(param_group)
             if "method" in param_group:
-                param_group = {**words.defaults({}), **param_group}
+                param_group = {**vocabulary.defaults({}), **param_group}
         memory = self._match()
         super().add_param_group(param_group)
         *others, group = self.param_groups
         try:
-            memory.runs.append(self._run_of(group, others, words))
+            memory.runs.append(self._run_of(group, others, vocabulary))
         except Exception:
             self.param_groups.pop()
             raise
 
     def _run_of(
-        self, group: Group, before: Sequence[Group], words: Vocabulary | None = None
+        self, group: Group, before: Sequence[Group], vocabulary: Vocabulary | None = None
     ) -> GroupRun:
         """The run of a new group, possibly one that was put into `param_groups` by hand."""
         if not isinstance(group.get("params"), list):
             raise TypeError("the params of a group are a list: add_param_group makes one.")
         first = sum(len(other["params"]) for other in before)
-        if words is None:
+        if vocabulary is None:
             own = group.keys() - self.defaults.keys()
             method = group.get("method", self._method)
-            words = self._words if method is self._method else Vocabulary(method, own)
-            for name, value in {**words.defaults({}), **self.defaults}.items():
+            vocabulary = self._vocabulary if method is self._method else Vocabulary(method, own)
+            for name, value in {**vocabulary.defaults({}), **self.defaults}.items():
                 group.setdefault(name, value)
-        known = words.first_rate  # the constructor's lr, whatever lr is later
+        known = vocabulary.first_rate  # the constructor's lr, whatever lr is later
         if known is not None and group.get(known) is None and "lr" in group:
             group[known] = copy.deepcopy(group["lr"])
-        return GroupRun(group, words, self._method, first, self._execution)
+        return GroupRun(group, vocabulary, self._method, first, self._execution)
 
     def _match(self) -> Memory:
         """The memory, with one run per group, for the groups as they are now."""
@@ -182,7 +182,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._meet_joined()
+        self._sync_joined()
         self._step_groups()
         return loss
 
@@ -217,7 +217,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def state(self, value: Mapping[Tensor, Mapping[str, Any]]) -> None:
         if "param_groups" not in self.__dict__:  # torch.optim.Optimizer sets an empty one
             return
-        self.state.become({p: dict(entries) for p, entries in value.items()})
+        self.state.replace_all({p: dict(entries) for p, entries in value.items()})
 
     def chain_states(self) -> list[Any]:
         """The state of every group's chain, for `funshampoo.state`, e.g. its `health`. Read-only.
@@ -233,7 +233,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         ...
         """
         memory = self._match()
-        memory.follow()
+        memory.apply_edits()
         return [run.state() for run in memory.runs]
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         return found  # type: ignore[no-any-return]
 
     def _has_whole(self) -> bool:
-        return self._whole is not None and self._whole.is_of(self._match())
+        return self._whole is not None and self._whole.is_current(self._match())
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Gather the ranks' parts, so that `state_dict` returns the whole until the next step.
@@ -279,8 +279,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 gets it where no blocks are sharded, as for AdamW on DTensors.
         """
         memory = self._match()
-        found = united(memory, numbers_of(self.param_groups), to)
-        self._whole = self._whole if found is None else Whole(memory, found)
+        found = entries_of_all_ranks(memory, numbers_of(self.param_groups), to)
+        self._whole = self._whole if found is None else WholeEntries(memory, found)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, cast: bool = False
@@ -338,13 +338,13 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 optimizers differ; or `for_model` is given several groups without names.
         """
         memory = self._match()
-        memory.follow()
+        memory.apply_edits()
         with memory.all_or_nothing(self.param_groups):
             load = functools.partial(seeded, memory.runs, saved, self._model_order)
-            memory.seeded(loaded_together(memory, "seed_from_adamw", load).ready)
+            memory.replace_states(loaded_together(memory, "seed_from_adamw", load).ready)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: built chains are left out and rebuilt."""
-        copied = ("defaults", "param_groups", "_method", "_words", "_memory", "_model_order")
+        copied = ("defaults", "param_groups", "_method", "_vocabulary", "_memory", "_model_order")
         options = ("_execution", "_consolidate", "_accept_adamw")
         return {"_whole": None, **{name: self.__dict__[name] for name in (*copied, *options)}}

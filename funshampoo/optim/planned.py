@@ -34,12 +34,12 @@ def planned(optimizer: Optimizer) -> Iterator[Planned]:
         TypeError, ValueError: an entry of a group is missing or out of range.
     """
     for run in optimizer._match().runs:
-        group, words = run.group, run.words()
+        group, vocabulary = run.group, run.vocabulary()
         parameters = {n: p for n, p in zip(run.names(), group["params"]) if not is_lazy(p)}
         on_meta = {
             name: torch.empty(p.shape, dtype=p.dtype, device="meta")
             for name, p in parameters.items()
             if p.requires_grad
         }
-        state = words.build(words.arguments(group)).init(on_meta)
-        yield Planned(group, parameters, words.called, state)
+        state = vocabulary.build(vocabulary.arguments(group)).init(on_meta)
+        yield Planned(group, parameters, vocabulary.method_name, state)

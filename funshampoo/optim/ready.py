@@ -13,7 +13,7 @@ from funshampoo.core.modes import for_keeps
 from funshampoo.core.parameters import detached
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
-from funshampoo.optim.entries import parted
+from funshampoo.optim.entries import split_shared
 from funshampoo.state.checkpoint import carried_over
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import part_of
@@ -21,8 +21,8 @@ from funshampoo.state.places import block_names
 from funshampoo.state.stages import BlockedState, LearningRateState
 
 ByParameter = dict[Tensor, dict[str, Tensor]]  # without shared entries
-Left = dict[Tensor, dict[str, Tensor]]  # of parameters outside all groups, with shared entries
-Look = tuple[Any, ...]
+Unattached = dict[Tensor, dict[str, Tensor]]  # of parameters in no state, with shared entries
+Snapshot = tuple[Any, ...]
 
 
 class Known(NamedTuple):
@@ -39,32 +39,32 @@ class Plan(NamedTuple):
     """The chain and parameters of a group's next step; nothing has been made for it yet.
 
     Attributes:
-        look: the group's `look`.
-        goes_on: whether the state of the last step can be continued.
+        snapshot: the group's `snapshot`.
+        continues: whether the state of the last step can be continued.
         is_edited: whether anything changes: another chain or state, or a reset.
-        anew: the parameters that start from nothing.
+        fresh_parameters: the parameters that start from nothing.
     """
 
     built: Built
     known: list[Known]
-    look: Look
-    goes_on: bool
+    snapshot: Snapshot
+    continues: bool
     is_edited: bool
-    anew: Set[Tensor] = frozenset()
+    fresh_parameters: Set[Tensor] = frozenset()
 
 
 class Ready(NamedTuple):
     """A state for a group, with the chain and the parameters that it belongs to.
 
     Attributes:
-        look: the group's `look` when the state was made.
+        snapshot: the group's `snapshot` when the state was made.
         fresh: whether the state is just what `init` made from the parameters of that time.
     """
 
     built: Built
     known: list[Known]
     state: Any
-    look: Look = ()
+    snapshot: Snapshot = ()
     fresh: bool = False
 
 
@@ -75,12 +75,12 @@ def same_parameters(a: list[Known], b: list[Known]) -> bool:
     )
 
 
-def fresh(built: Built, known: list[Known]) -> Any:
+def initial_state(built: Built, known: list[Known]) -> Any:
     """A state that can be stepped, whatever mode the caller is in."""
     assert built.transformation is not None
     with for_keeps():
         state = built.transformation.init({k.name: detached(k.parameter) for k in known})
-    if not built.words.takes_rate:
+    if not built.vocabulary.takes_rate:
         _check_scaled(built, state)
     return state
 
@@ -96,7 +96,7 @@ def _check_scaled(built: Built, state: Any) -> None:
         )
 
 
-def says_nothing(loaded: Any, made: Any) -> bool:
+def is_initial(loaded: Any, made: Any) -> bool:
     """Whether a loaded state equals what `init` makes, so that it need not be kept.
 
     False for a state shared by ranks, which would have to agree on it.
@@ -107,8 +107,12 @@ def says_nothing(loaded: Any, made: Any) -> bool:
     return all(not x.is_meta and torch.equal(x, y) for x, y in pairs)
 
 
-def carried(
-    built: Built, known: list[Known], mine: ByParameter, shared: Mapping[str, Tensor], left: Left
+def state_with_entries(
+    built: Built,
+    known: list[Known],
+    mine: ByParameter,
+    shared: Mapping[str, Tensor],
+    unattached: Unattached,
 ) -> Any:
     """A state for these parameters as they are now, with the remembered entries in it.
 
@@ -116,19 +120,19 @@ def carried(
         built: the chain that the state is for.
         known: the parameters as they are now.
         mine, shared: the group's entries, see `GroupRun.entries`.
-        left: entries of parameters that come from elsewhere.
+        unattached: entries of parameters that come from elsewhere.
 
     Raises:
         ValueError: the entries belong to other blocks, or have other shapes.
     """
     flat: dict[str, Tensor] = {}
     try:
-        state = fresh(built, known)
+        state = initial_state(built, known)
         blocks = blocks_of(state)
         for k in known:
             entries = mine.get(k.parameter, {})
-            if k.parameter in left:
-                entries, others = parted(left[k.parameter])
+            if k.parameter in unattached:
+                entries, others = split_shared(unattached[k.parameter])
                 shared = shared or others
             theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
             if k.name in blocks and not theirs <= blocks[k.name]:

@@ -117,7 +117,7 @@ class States(MutableMapping[Tensor, Any]):
     def __len__(self) -> int:
         return len(self._memory.remembered())
 
-    def become(self, given: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def replace_all(self, given: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Make this the state of all parameters; nothing is changed if an entry does not fit.
 
         Raises:

@@ -111,7 +111,7 @@ class Vocabulary:
             self._names["lr"] = inspect.Parameter.empty
 
     @property
-    def called(self) -> str:
+    def method_name(self) -> str:
         """The name of the method, if it has one."""
         name = getattr(self.method, "__name__", None) or getattr(self.method, "name", None)
         return str(name or "a method")
@@ -203,14 +203,14 @@ class Vocabulary:
             meant = self._meant(name) or "".join(difflib.get_close_matches(name, OF_ALL_GROUPS, 1))
             remedy = f"; did you mean '{meant}'?" if meant else "."
             raise TypeError(
-                f"{self._who()} has no hyperparameter '{name}'"
+                f"{self._subject()} has no hyperparameter '{name}'"
                 + (_ELSEWHERE if name in OF_ALL_GROUPS else remedy)
                 + f" It takes {', '.join(sorted(known | self.extras))}."
             )
         found = {**self._names, **given}
         return {name: v for name, v in found.items() if v is not inspect.Parameter.empty}
 
-    def note_unknown(self, group: Mapping[str, Any]) -> None:
+    def warn_unknown(self, group: Mapping[str, Any]) -> None:
         """Warn of an entry of a new group that looks like a misspelt or misplaced hyperparameter.
 
         Others are a client's, such as SAM's rho, and are kept, as torch.optim does.
@@ -220,7 +220,7 @@ class Vocabulary:
             if meant or name in OF_ALL_GROUPS:
                 remedy = f"; did you mean '{meant}'?" if meant else _ELSEWHERE
                 warnings.warn(
-                    f"the parameter group has an entry '{name}', which {self._who()} does not "
+                    f"the parameter group has an entry '{name}', which {self._subject()} does not "
                     f"read{remedy}",
                     stacklevel=4,
                 )
@@ -284,7 +284,8 @@ class Vocabulary:
             return _SYNONYMS[name]
         return "".join(difflib.get_close_matches(name, known, n=1))
 
-    def _who(self) -> str:
+    def _subject(self) -> str:
+        """The method, as the subject of a sentence."""
         return "a transformation" if self.fixed else getattr(self.method, "__name__", "the method")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.core.placed import is_in_parts
-from funshampoo.distributed.gathering import are_well, collected, sharing_groups, without_parts
+from funshampoo.distributed.gathering import all_succeeded, collected, sharing_groups, without_parts
 from funshampoo.optim.entries import SHARED
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
@@ -18,7 +18,7 @@ from funshampoo.state.parts import PART_KEY, Part, merged, part_of
 Entries = dict[Any, dict[str, Any]]  # {number of a parameter: what is remembered of it}
 
 
-class Whole:
+class WholeEntries:
     """The entries of all ranks together, for as long as they are current.
 
     Args:
@@ -30,7 +30,7 @@ class Whole:
         self.entries = entries
         self._made = _stamp(memory)
 
-    def is_of(self, memory: Memory) -> bool:
+    def is_current(self, memory: Memory) -> bool:
         """Whether the entries are those of the states as they are now."""
         now, then = _stamp(memory), self._made
         return now[0] == then[0] and len(now) == len(then) and all(map(is_, now[1:], then[1:]))
@@ -38,8 +38,8 @@ class Whole:
 
 def _stamp(memory: Memory) -> list[Any]:
     """A stamp that changes with whatever is saved: groups, writes, and states by identity."""
-    looks = [run.look() for run in memory.runs]
-    return [(memory.writes, looks), *[run.state() for run in memory.runs]]
+    snapshots = [run.snapshot() for run in memory.runs]
+    return [(memory.writes, snapshots), *[run.state() for run in memory.runs]]
 
 
 def numbers_of(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
@@ -56,7 +56,7 @@ def part_of_this_rank(memory: Memory, index: Mapping[Tensor, int]) -> Entries:
     Args:
         index: the number of every parameter.
     """
-    memory.follow()
+    memory.apply_edits()
     found = {i: memory.saved(p) for p, i in index.items()}
     found = {i: entries for i, entries in found.items() if entries}
     for run in memory.runs:
@@ -64,7 +64,9 @@ def part_of_this_rank(memory: Memory, index: Mapping[Tensor, int]) -> Entries:
     return found
 
 
-def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entries | None:
+def entries_of_all_ranks(
+    memory: Memory, index: Mapping[Tensor, int], to: int | None
+) -> Entries | None:
     """The entries of all ranks together; None on ranks that do not get them. A collective.
 
     Args:
@@ -76,7 +78,7 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
         NotImplementedError: the parameter groups are sharded over different process groups.
         RuntimeError: another rank could not collect its entries.
     """
-    memory.meet("consolidate_state_dict")
+    memory.check_same_call("consolidate_state_dict")
     groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
     if any(group is not groups[0] for group in groups):
         raise NotImplementedError(
@@ -91,13 +93,13 @@ def united(memory: Memory, index: Mapping[Tensor, int], to: int | None) -> Entri
         found = part_of_this_rank(memory, index)
     except Exception as error:  # the other ranks are waiting
         failure = error
-    well = are_well(meshes, failure is None)
-    if meshes and well:
+    succeeded = all_succeeded(meshes, failure is None)
+    if meshes and succeeded:
         found = without_parts(found)
-    parts = collected(groups[0], found if well else None, to) if groups else None
+    parts = collected(groups[0], found if succeeded else None, to) if groups else None
     if failure is not None:
         raise failure
-    if not well:
+    if not succeeded:
         raise RuntimeError("another rank could not say what it has; its own error says why.")
     if groups:
         if parts is None:

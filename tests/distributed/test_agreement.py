@@ -258,14 +258,14 @@ def test_what_may_differ_is_no_error(ranks: Ranks, case: str) -> None:
 def remembered(rank: int) -> int:
     """Agreement is asked for once for each set of parameters, in each process group."""
     asked = 0
-    original = fs.distributed.agreement.agree
+    original = fs.distributed.agreement.check_ranks_agree
 
     def counted(*arguments: Any) -> None:
         nonlocal asked
         asked += 1
         original(*arguments)
 
-    fs.distributed.agreement.agree = counted
+    fs.distributed.agreement.check_ranks_agree = counted
     try:
         tx, other = optimizer({}), {name: x for name, x in tree(0).items() if name != "conv"}
         for params in (tree(0), other, tree(0), other):
@@ -273,7 +273,7 @@ def remembered(rank: int) -> int:
             for t in (1, 2):
                 _, state = tx.update(tree(t, shapes), state, params)
     finally:
-        fs.distributed.agreement.agree = original
+        fs.distributed.agreement.check_ranks_agree = original
     return asked
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import funshampoo as fs
-from funshampoo.distributed.agreement import bits_of, print_of
+from funshampoo.distributed.agreement import bits_of, fingerprint_of
 from funshampoo.distributed.described import described
 
 
@@ -52,8 +52,8 @@ def test_a_description_has_every_number(options: dict[str, Any]) -> None:
     common = {"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.1}
     plain, other = (described(fs.shampoo(**(common | x))) for x in ({}, options))
     assert plain == described(fs.shampoo(**common))
-    assert print_of(plain) == print_of(described(fs.shampoo(**common)))
-    assert print_of(plain) != print_of(other)
+    assert fingerprint_of(plain) == fingerprint_of(described(fs.shampoo(**common)))
+    assert fingerprint_of(plain) != fingerprint_of(other)
 
 
 @pytest.mark.parametrize("name", ["lr", "warmup_steps"])

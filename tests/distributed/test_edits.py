@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import funshampoo as fs
 from funshampoo.distributed import disagreement
-from funshampoo.distributed.disagreement import Bits, Last, announce
+from funshampoo.distributed.disagreement import Bits, PreviousStep, announce_change
 from funshampoo.state import state_dict
 from tests.distributed.problems import SMALL, optimizer, tree
 from tests.distributed.ranks import Ranks
@@ -182,7 +182,7 @@ def alike(rank: int, name: str) -> Any:
     params, opt = begun("whole", **({} if shared else {"distribute": None}))
     EDITS[name][0](opt, params)
     gathers = 0
-    original = fs.distributed.whole.all_gather_into
+    original = fs.distributed.all_gather.all_gather_into
 
     def counted(*arguments: Any) -> None:
         nonlocal gathers
@@ -192,9 +192,9 @@ def alike(rank: int, name: str) -> Any:
     for t in (3, 4, 5):
         give_gradients(params, t)
         if t == 5:
-            fs.distributed.whole.all_gather_into = counted
+            fs.distributed.all_gather.all_gather_into = counted
         opt.step()
-    fs.distributed.whole.all_gather_into = original
+    fs.distributed.all_gather.all_gather_into = original
     return local(params), gathers
 
 
@@ -274,7 +274,7 @@ class Scripted:
     def __init__(self, *rows: list[list[float]]) -> None:
         self.rows, self.met_with = list(rows), []  # type: ignore[var-annotated]
 
-    def met(self, word: float) -> Tensor:
+    def repeat(self, word: float) -> Tensor:
         self.met_with.append(word)
         return torch.tensor(self.rows.pop(0))
 
@@ -294,8 +294,9 @@ def test_on_a_device_it_goes_on_until_the_others_look(monkeypatch: pytest.Monkey
         return [mine, ([("every", "2")], Bits([], []), [])]
 
     monkeypatch.setattr(disagreement, "gathered_objects", gathered)
+    steps = [PreviousStep(first.repeat, 4), PreviousStep(second.repeat, 4)]
     with pytest.raises(RuntimeError, match="every is 5 on rank 0, 2 on rank 1"):
-        announce([Last(first.met, 4), Last(second.met, 4)], lambda: [("every", "5")], None)
+        announce_change(steps, lambda: [("every", "5")], None)
     assert asked == [(0, 0)]
     assert first.met_with == [3.0, 3.0]
 
@@ -303,4 +304,4 @@ def test_on_a_device_it_goes_on_until_the_others_look(monkeypatch: pytest.Monkey
 def test_a_rank_that_fails_meanwhile_is_told_first() -> None:
     others = Scripted([status(3, 0), status(2, 5), status(0, 5)])
     with pytest.raises(RuntimeError, match="was interrupted on rank 1 of 3"):
-        announce([Last(others.met, 1)], list, None)
+        announce_change([PreviousStep(others.repeat, 1)], list, None)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import funshampoo as fs
 from funshampoo.blocks.layout import Stack
-from funshampoo.distributed.disagreement import Says
+from funshampoo.distributed.all_gather import AllGather
+from funshampoo.distributed.disagreement import RankStatus
 from funshampoo.distributed.shards import shards_of
-from funshampoo.distributed.whole import Whole
 from funshampoo.state import health, state_dict
 from tests.distributed.problems import Shapes, block_state, held_here, report_of, tree
 from tests.distributed.ranks import Ranks
@@ -243,7 +243,7 @@ def unread(rank: int) -> Any:
     shards = shards_of({"4": stack}, {"4": (0, 0, 1, 1)}, 2, torch.float32)
     key = torch.device("cpu"), torch.float32, 2 * shards.length
     used = torch.full((shards.length,), 3.0), torch.full((2 * shards.length,), float("nan"))
-    transport = Whole(shards, rank, None, key, {key: used})
+    transport = AllGather(shards, rank, None, key, {key: used})
 
     def step(put: Any) -> Any:
         put("4", range(2 * rank, 2 * rank + 2), torch.ones(2, 4))
@@ -252,7 +252,7 @@ def unread(rank: int) -> Any:
         return ()
 
     try:
-        transport.exchange(step, due=False, says=Says())
+        transport.exchange(step, due=False, rank_status=RankStatus())
         assert [rows for _, rows, _ in transport.pieces] == [range(2), range(2, 4)]
         return torch.cat([x for _, _, x in transport.pieces])
     except BombError:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import funshampoo as fs
 from funshampoo.distributed import transfer
 from funshampoo.distributed.parts import divided
-from funshampoo.distributed.shards import Piece
+from funshampoo.distributed.shards import OwnedRows
 from tests.distributed.problems import Shapes, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_edits import EDITS, begun
@@ -30,12 +30,12 @@ def test_every_row_is_in_one_portion_of_about_equal_work(problem: Any, portions:
     firsts = dict.fromkeys(costs, 0)
     owned = []
     for owner, stack, rows in sorted(problem):
-        owned.append(Piece(stack, firsts[stack], rows, owner))
+        owned.append(OwnedRows(stack, firsts[stack], rows, owner))
         firsts[stack] += rows
     found = divided(owned, costs, portions)
     assert len(found) == portions
 
-    def rows_of(pieces: list[Piece]) -> list[tuple[int, str, int]]:
+    def rows_of(pieces: list[OwnedRows]) -> list[tuple[int, str, int]]:
         return [(p.owner, p.stack, row) for p in pieces for row in p.all_rows]
 
     assert sorted(r for pieces in found for r in rows_of(pieces)) == sorted(rows_of(owned))

@@ -335,9 +335,9 @@ def test_moved_to_another_device() -> None:
     (group_run,) = optimizer._memory.runs
     elsewhere = torch.device("cuda", 0)
     group_run.known = [known._replace(device=elsewhere) for known in group_run.known]
-    group_run._looked_at = ()
+    group_run._snapshot = ()
     before = {x.untyped_storage().data_ptr() for x in tensors(group_run._state) if x.ndim}
-    optimizer._memory.follow()
+    optimizer._memory.apply_edits()
     after = {x.untyped_storage().data_ptr() for x in tensors(group_run._state) if x.ndim}
     assert not before & after  # another state, of the same values
     run(optimizer, params, grads[3:])

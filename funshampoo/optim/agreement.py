@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.distributed.agreement import print_of
+from funshampoo.distributed.agreement import fingerprint_of
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line, described_value
-from funshampoo.distributed.disagreement import Last, announce, difference
+from funshampoo.distributed.disagreement import PreviousStep, announce_change, difference
 from funshampoo.distributed.gathering import spreads
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Plan
 
 
-class Others:
-    """Compares this rank's optimizer with those of the other ranks; the `Around` of its chains.
+class OptimizerAgreement:
+    """Compares this rank's optimizer with those of the other ranks; the `Caller` of its chains.
 
     Args:
         options: {name: value} of the optimizer's options.
@@ -38,7 +38,7 @@ class Others:
         self._call = "step"
         self.fingerprint = 0
 
-    def meet(self, call: str) -> None:
+    def check_same_call(self, call: str) -> None:
         """Make sure that all ranks are in this call, which is not a step. A collective.
 
         Raises:
@@ -47,11 +47,11 @@ class Others:
         self._call = call
         try:
             for group, steps in self._steps():
-                announce(steps, self.words, group)
+                announce_change(steps, self.description, group)
         finally:
             self._call = "step"
 
-    def hear(self, runs: list[GroupRun], plans: Sequence[Plan]) -> None:
+    def check_same_edits(self, runs: list[GroupRun], plans: Sequence[Plan]) -> None:
         """Before a step or a save of the groups, make sure that all ranks made the same edits.
 
         A collective if blocks are sharded and anything was edited.
@@ -66,23 +66,23 @@ class Others:
         if same and not any([plan.is_edited for plan in plans]):
             return
         for group, steps in self._steps():
-            announce(steps, self.words, group)
-            everyone = gathered_objects((self._edited(), self.words()), group)
-            for rank, (edited, words) in enumerate(everyone):
+            announce_change(steps, self.description, group)
+            everyone = gathered_objects((self._edited(), self.description()), group)
+            for rank, (edited, description) in enumerate(everyone):
                 if edited != everyone[0][0]:
-                    raise RuntimeError(difference(everyone[0][1], words, rank))
+                    raise RuntimeError(difference(everyone[0][1], description, rank))
         for spread in self._spreads:
-            spread.agreement.begin_anew()
+            spread.agreement.reset()
 
-    def _steps(self) -> Iterator[tuple[ProcessGroup | None, list[Last]]]:
+    def _steps(self) -> Iterator[tuple[ProcessGroup | None, list[PreviousStep]]]:
         """(process group, the last step of each `sharded` part in it), for every process group."""
         for group in _distinct([spread.group for spread in self._spreads]):
             mine = [spread for spread in self._spreads if spread.group is group]
-            steps = [last for s in mine if (last := s.agreement.last()) is not None]
+            steps = [step for s in mine if (step := s.agreement.previous_step()) is not None]
             if steps:
                 yield group, steps
 
-    def follow(self, runs: list[GroupRun]) -> None:
+    def record(self, runs: list[GroupRun]) -> None:
         """Update what is compared, now that the states are for the groups as they are."""
         each = zip(runs, self._ascends)
         seen = [x for run, up in each for x in (run, run.transformation, run.known, up)]
@@ -92,22 +92,22 @@ class Others:
             found = _distinct([spread for tx in stepped for spread in spreads(tx)])
             self._spreads = [s for s in found if rank_and_size(s.group)[1] > 1]
             if self._spreads:
-                self.fingerprint = print_of(self.lines(), 24)
+                self.fingerprint = fingerprint_of(self.lines(), 24)
                 self._groups = {k.parameter: i for i, run in enumerate(runs) for k in run.known}
         for spread in self._spreads:  # another optimizer may step the same transformation
-            spread.agreement.around = self
+            spread.agreement.caller = self
 
     def lines(self) -> list[Line]:
-        """See `Around`."""
+        """See `Caller`."""
         found = [(name, repr(value)) for name, value in self.options.items()]
         found.append(("the number of groups", str(len(self._plans))))
         for i, (plan, ascends) in enumerate(zip(self._plans, self._ascends)):
-            found.append((f"group {i}: method", plan.built.words.called))
+            found.append((f"group {i}: method", plan.built.vocabulary.method_name))
             found.append((f"group {i}: maximize", str(ascends)))
         return found
 
-    def words(self) -> list[Line]:
-        """See `Around`."""
+    def description(self) -> list[Line]:
+        """See `Caller`."""
         found = [("the call", self._call), *self.lines(), *self._numbers()]
         for i, plan in enumerate(self._plans):
             found.append((f"group {i}: the number of parameters", str(len(plan.known))))
@@ -134,7 +134,7 @@ class Others:
             yield (
                 f"'{known.name}', {tuple(known.shape)}, {known.dtype}"
                 + (f", that was in group {before}" if before != group else "")
-                + (", that starts from nothing" if known.parameter in plan.anew else "")
+                + (", that starts from nothing" if known.parameter in plan.fresh_parameters else "")
             )
 
     def __getstate__(self) -> dict[str, Any]:

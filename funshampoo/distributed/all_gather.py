@@ -17,7 +17,7 @@ Memory = dict[Any, tuple[Tensor, Tensor]]
 Key = tuple[torch.device, torch.dtype, int]
 
 
-class Whole(Transport):
+class AllGather(Transport):
     """One all_gather_into_tensor of the updates.
 
     Args:
@@ -25,8 +25,8 @@ class Whole(Transport):
         memory: {key: (shard, buffer)} of earlier donated steps, reused.
 
     Attributes:
-        pieces: after `meet`, the updates of all ranks: [(stack, rows of it, updates)], views; for
-            each stack in row order, since the owners ascend.
+        pieces: after `exchange_updates`, the updates of all ranks: [(stack, rows of it, updates)],
+            views; for each stack in row order, since the owners ascend.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Whole(Transport):
         self.status = _status(self._shard, shards)
         self.pieces: list[tuple[str, range, Tensor]] = []
 
-    def meet(self) -> Tensor:
+    def exchange_updates(self) -> Tensor:
         """See `Transport`."""
         shards = self._shards
         all_gather_into(self._buffer, self._shard, self._group)
@@ -54,17 +54,17 @@ class Whole(Transport):
                 self.pieces.append((stack, own[stack].all_rows, x))
         return _statuses(self._buffer, shards)
 
-    def once_more(self) -> Callable[[float], Tensor]:
+    def repeater(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
         shards, key, group = self._shards, self._key, self._group
 
-        def met(word: float) -> Tensor:
+        def repeat(word: float) -> Tensor:
             shard, buffer = _buffers(shards, key)
             _status(shard, shards)[0] = word
             all_gather_into(buffer, shard, group)
             return _statuses(buffer, shards)
 
-        return met
+        return repeat
 
 
 def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:
