@@ -106,7 +106,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         parts={"inner": inner},
         counts=True,
     )
-    return with_traits(found, COUPLES, WAITS)
+    return with_traits(found, COUPLES, *[WAITS] * (every > 1))
 
 
 def _with_one_more(state: MultiStepsState, updates: Tree, alive: Tree) -> MultiStepsState:
