@@ -262,7 +262,7 @@ IN_PLACE: dict[str, Made] = {
     "what passes behind an average, in combinators": lambda: fs.chain(
         STEP,
         fs.tail_average(),
-        fs.every_k(fs.masked(monitor(), {"w": True, "layers": False}), 2),
+        fs.every_k(fs.masked(fs.in_tf32(monitor()), {"w": True, "layers": False}), 2),
         fs.partition({"a": fs.inject_hyperparams(monitor)()}, every_leaf("a")),
     ),
     "an average, and an injected rate, behind a mean of gradients": lambda: fs.chain(
@@ -317,3 +317,19 @@ def test_gradients_that_are_added_up_turn_with_the_bases() -> None:
     for g in grads:
         updates, state = tx.update({"w": g}, state)
     torch.testing.assert_close(updates["w"], torch.stack(grads[3:]).mean(0))
+
+
+def test_moments_in_bases_are_those_of_the_mean() -> None:
+    """They were those of the last gradient of each mean, and None stopped a step."""
+    mean = fs.multi_steps(fs.scale_by_adam(0.0), 2)
+    inside = statistics_and(fs.in_eigenbasis(mean, 10, start=10, first="identity"))
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.zeros(4, 3).double(), "v": torch.zeros(2, 2).double()}
+    states = [tx.init(params) for tx in (mean, inside)]
+    for i in range(6):
+        grads = {n: torch.randn(p.shape, generator=generator).double() for n, p in params.items()}
+        given = grads | {"v": None} if i % 4 == 3 else grads
+        (wanted, states[0]), (found, states[1]) = [
+            tx.update(given, state) for tx, state in zip((mean, inside), states)
+        ]
+        torch.testing.assert_close(found, wanted)
