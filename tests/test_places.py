@@ -6,6 +6,7 @@ By their `traits`, when a chain or combinator is built. Each case was silent bef
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,17 @@ def statistics_and(*stages: fs.GradientTransformation) -> fs.GradientTransformat
 
 def user_stage() -> fs.GradientTransformation:
     return fs.stateless(lambda updates: updates, "mine")  # says nothing of what it does
+
+
+def monitor() -> fs.GradientTransformation:
+    """A stage of one's own that reads lengths, in averages, and changes nothing."""
+
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        return updates, {"length": torch.lerp(state["length"], fs.global_norm(updates), 0.1)}
+
+    return fs.GradientTransformation(
+        lambda params: {"length": torch.zeros(()).double()}, update, "monitor", passes=True
+    )
 
 
 LAST = {
@@ -240,6 +252,33 @@ IN_PLACE: dict[str, Made] = {
         fs.tail_average(),
         fs.stochastic_rounding(),
     ),
+    "a method with an average for some, and one without for others": lambda: fs.chain(
+        fs.partition(
+            {"a": fs.chain(fs.adamw(0.1), fs.tail_average()), "b": fs.sgd(0.1)},
+            {"w": "a", "layers": "b"},
+        ),
+        fs.masked(fs.scale(0.5), {"w": False, "layers": True}),
+    ),
+    "what passes behind an average, in combinators": lambda: fs.chain(
+        STEP,
+        fs.tail_average(),
+        fs.every_k(fs.masked(fs.in_tf32(monitor()), {"w": True, "layers": False}), 2),
+        fs.partition({"a": fs.inject_hyperparams(monitor)()}, every_leaf("a")),
+    ),
+    "an average, and an injected rate, behind a mean of gradients": lambda: fs.chain(
+        fs.multi_steps(fs.scale_by_adam(), 2),
+        fs.masked(fs.inject_hyperparams(fs.scale_by_learning_rate)(0.1), True),
+        monitor(),
+        fs.partition({"a": fs.tail_average()}, every_leaf("a")),
+    ),
+    "a mean of some gradients, and averages of the others": lambda: fs.chain(
+        fs.masked(fs.multi_steps(fs.sign(), 2), {"w": True, "layers": False}),
+        fs.masked(fs.adamw(0.1), {"w": False, "layers": True}),
+    ),
+    "a mean of one gradient": lambda: fs.chain(fs.multi_steps(fs.sign(), 1), fs.adamw(0.1)),
+    "a direction turned by a number, grafted onto a step": lambda: fs.graft(
+        fs.chain(fs.sign(), fs.scale(-0.1)), onto=fs.sgd(0.1), start=3
+    ),
     "guards of blocks, and of leaves one by one": lambda: fs.sharded(
         fs.chain(fs.guarded(fs.scale_by_adam(), by_leaf=True), fs.blocked(fs.guarded(fs.sign())))
     ),
@@ -278,3 +317,19 @@ def test_gradients_that_are_added_up_turn_with_the_bases() -> None:
     for g in grads:
         updates, state = tx.update({"w": g}, state)
     torch.testing.assert_close(updates["w"], torch.stack(grads[3:]).mean(0))
+
+
+def test_moments_in_bases_are_those_of_the_mean() -> None:
+    """They were those of the last gradient of each mean, and None stopped a step."""
+    mean = fs.multi_steps(fs.scale_by_adam(0.0), 2)
+    inside = statistics_and(fs.in_eigenbasis(mean, 10, start=10, first="identity"))
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.zeros(4, 3).double(), "v": torch.zeros(2, 2).double()}
+    states = [tx.init(params) for tx in (mean, inside)]
+    for i in range(6):
+        grads = {n: torch.randn(p.shape, generator=generator).double() for n, p in params.items()}
+        given = grads | {"v": None} if i % 4 == 3 else grads
+        (wanted, states[0]), (found, states[1]) = [
+            tx.update(given, state) for tx, state in zip((mean, inside), states)
+        ]
+        torch.testing.assert_close(found, wanted)

@@ -90,8 +90,9 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         if t % every:
             return map_leaves(_zeros, new.total), new
         # `inner` may not consume its state: a step without any finite gradient falls back to it.
-        # `alive` was about the micro-gradients: the mean contains only those that are alive.
-        inside = changed(slowed(here, every), donate=False, alive=None)
+        # `alive` and `gradient` are those of the last micro-gradient: the mean contains only those
+        # that are alive, and second moments are built from it.
+        inside = changed(slowed(here, every), donate=False, alive=None, gradient=None)
         out, after = _real_step(inner, new, params, inside)
         return out, _emptied(new, after)
 
@@ -106,7 +107,7 @@ def multi_steps(inner: GradientTransformation, every: int) -> GradientTransforma
         parts={"inner": inner},
         counts=True,
     )
-    return with_traits(found, COUPLES, WAITS)
+    return with_traits(found, COUPLES, *[WAITS] * (every > 1))
 
 
 def _with_one_more(state: MultiStepsState, updates: Tree, alive: Tree) -> MultiStepsState:

@@ -84,5 +84,6 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
         parts={"inner": inner},
         counts=True,
         flops=saved,
+        passes=inner.passes,
         elementwise=inner.elementwise,
     )

@@ -212,6 +212,7 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
         apply=apply_of(update) if inner.apply else None,
         parts={"inner": inner},
         counts=counts,
+        passes=inner.passes,
         casts=inner.casts,
     )
     if found.live is not None:  # the caller can't pass those that are in the state

@@ -13,7 +13,7 @@ from funshampoo.core.contract import GradientTransformation, State, Tree, as_tra
 from funshampoo.core.modes import is_traced, lie_apart
 from funshampoo.core.parameters import check_tensors
 from funshampoo.core.traced_tree import dict_like
-from funshampoo.core.traits import TURNS, for_some_leaves
+from funshampoo.core.traits import for_some_leaves
 from funshampoo.core.tree import MaskedNode, flatten, labels_of
 from funshampoo.state.stages import MaskedState, PartitionState
 
@@ -60,9 +60,14 @@ def masked(inner: GradientTransformation, mask: Mask) -> GradientTransformation:
     # A mask function may read shapes, and a rank's parts of DTensors have other ones.
     elementwise = inner.elementwise and not callable(mask)
     found = GradientTransformation(
-        init, update, apply=apply_of(update), parts={"inner": inner}, elementwise=elementwise
+        init,
+        update,
+        apply=apply_of(update),
+        parts={"inner": inner},
+        passes=inner.passes,
+        elementwise=elementwise,
     )
-    found.traits = for_some_leaves(inner.traits)
+    found.traits = for_some_leaves([inner], all_leaves=False)
     return found
 
 
@@ -134,9 +139,9 @@ def partition(
         apply=apply_of(update),
         parts=parts,
         state_of=lambda state, label: state.inner[label],
+        passes=all([part.passes for part in parts.values()]),
     )
-    if not all([TURNS in part.traits for part in parts.values()]):
-        found.traits = for_some_leaves(found.traits)
+    found.traits = for_some_leaves(parts.values(), all_leaves=True)
     return found
 
 

@@ -54,6 +54,7 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
         apply=apply_of(update),
         parts={"inner": inner},
         state_of=lambda state, name: state,
+        passes=inner.passes,
         casts=inner.casts,
     )
     found.in_tf32 = True

@@ -42,13 +42,15 @@ def local_step(updates: Tree, params: Tree, context: Context) -> LocalStep | Non
     if params is None and any([_is_partial(x) for x in leaves]):
         return None
     step = LocalStep(leaves, spec)
-    if not (step.fits(params) and step.fits(context.gradient) and step.fits(context.alive)):
+    beside = (params, context.gradient, context.alive, *context.extra.values())
+    if not all(map(step.fits, beside)):
         return None
     step.updates, step.params = step.local(updates), step.local(params)
     gradient, alive = step.local(context.gradient), step.local(context.alive)
     if context.gradient is updates:
         gradient = step.updates
-    step.context = changed(context, gradient=gradient, alive=alive)
+    extra = {name: step.local(value) for name, value in context.extra.items()}
+    step.context = changed(context, gradient=gradient, alive=alive, extra=extra)
     return step
 
 

@@ -7,12 +7,14 @@ inherit from their parts, and look at when they are built.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from funshampoo.core.tree import flatten
+from funshampoo.state.nodes import walk
+from funshampoo.state.stages import HyperparamsState
 
 if TYPE_CHECKING:
     from funshampoo.core.contract import GradientTransformation
@@ -59,6 +61,8 @@ PARTIAL = "partial"
 SOME = " some"
 """Behind one of these words: for some of the leaves."""
 
+_DIVIDED = (TURNS, DIRECTED, TRACKS, ROUNDS, WAITS)
+
 Traits = Mapping[str, str]  # {trait: the name of the stage that has it}
 
 
@@ -81,10 +85,16 @@ def without(traits: Traits, *names: str) -> dict[str, str]:
     return {trait: name for trait, name in traits.items() if trait not in names}
 
 
-def for_some_leaves(traits: Traits) -> dict[str, str]:
-    """The traits of what has a part with these, or several, for some of the leaves each."""
-    divided = (TURNS, DIRECTED, TRACKS, ROUNDS)
-    found = {trait + SOME * (trait in divided): name for trait, name in traits.items()}
+def for_some_leaves(parts: Collection[GradientTransformation], *, all_leaves: bool) -> Traits:
+    """The traits of what has these parts, for some of the leaves each.
+
+    Args:
+        all_leaves: whether every leaf is one of some part's.
+    """
+    found = {}
+    for trait, name in inherited(parts).items():
+        whole = all_leaves and all([trait in part.traits for part in parts])
+        found[trait + SOME * (trait in _DIVIDED and not whole)] = name
     return {**found, PARTIAL: "masked"}
 
 
@@ -124,24 +134,30 @@ def check_behind_means(
 ) -> None:
     """Check that nothing behind a stage that waits takes the zeros of other steps for updates.
 
-    A stage does whose own state has averages, or that goes by parameters. Rounding and
-    `tail_average` do not mind.
+    A stage does whose own state has averages, or that goes by parameters. Rounding, and what
+    changes nothing, as `tail_average`, do not mind. Nor do injected numbers: they are no averages.
 
     Raises:
         ValueError: names both stages.
     """
-    waits = ""
+    found: Traits = {}
     for name, stage in stages.items():
-        tensors = [x for x in flatten(states[name])[0] if isinstance(x, Tensor)]
-        averages = any([x.is_floating_point() for x in tensors])
         own = stage.traits
-        rounds, tracks = ROUNDS in own or ROUNDS + SOME in own, TRACKS in own and stage.passes
-        if waits and not (rounds or tracks) and (averages or stage.needs):
+        waits = found.get(WAITS) or (None if PARTIAL in own else found.get(WAITS + SOME))
+        minds = not (stage.passes or {ROUNDS, ROUNDS + SOME} & own.keys())
+        if waits and minds and (stage.needs or _has_averages(states[name])):
             raise ValueError(
                 f"'{name}' stands behind {waits}, whose updates are zeros on all steps but every "
                 f"n-th, and would take them for updates: put it into {waits}(chain(...), every)."
             )
-        waits = waits or stage.traits.get(WAITS, "")
+        found = {**own, **found}
+
+
+def _has_averages(state: Any) -> bool:
+    own = [node.hyperparams for _, node in walk(state) if isinstance(node, HyperparamsState)]
+    numbers = {id(x) for x in flatten(own)[0]}
+    tensors = [x for x in flatten(state)[0] if isinstance(x, Tensor) and id(x) not in numbers]
+    return any([x.is_floating_point() for x in tensors])
 
 
 def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:

@@ -62,7 +62,9 @@ def soap(
         kl_statistics(shampoo_beta, through="ritz", least_eigenvalue=eps, bias_correction=corrects)
         if use_kl_shampoo
         # An average of only the last gradient has no bias.
-        else kronecker_statistics(shampoo_beta, bias_correction=corrects and shampoo_beta != 0)
+        else kronecker_statistics(
+            shampoo_beta, bias_correction=corrects and not is_exactly(shampoo_beta, 0.0)
+        )
     )
     turned = in_eigenbasis(
         _adam(betas, eps, correct_bias, nesterov),

@@ -140,6 +140,12 @@ def outcome(rule: Rule, asked: Asked) -> Outcome:
             f"{type(rule).__name__} returned a {type(found).__name__}: a rule returns "
             "Found(value, residual, condition, converged), value a tuple of tensors."
         )
+    for name, x in zip(("residual", "condition", "converged"), found[1:]):
+        if x.shape != largest.shape:
+            raise ValueError(
+                f"{type(rule).__name__} returned {name} {tuple(x.shape)}, for matrices "
+                f"{tuple(asked.A.shape)}: return one for each, {tuple(largest.shape)}."
+            )
     return Outcome(*found, ~(largest < torch.finfo(largest.dtype).tiny))
 
 
@@ -204,9 +210,11 @@ def renewed(found: Outcome, old: Kept, rule: Rule) -> Kept:
 
 def _check_values(found: Sequence[Tensor], old: Sequence[Tensor], rule: Rule) -> None:
     """Raise ValueError where one would be left out, or broadcast."""
-    pairs = enumerate(zip(found, old))
-    alike = [i in rule.symmetric or x.shape == y.shape for i, (x, y) in pairs]
-    if len(found) != len(old) or not all(alike):
+    alike = [x.shape == y.shape for x, y in zip(found, old)]
+    as_many = len(found) == len(old)
+    for i in rule.symmetric if as_many and not all(alike) else ():  # the old ones may be packed
+        alike[i] = found[i].shape == (*old[i].shape[:-2], rule.side, rule.side)
+    if not as_many or not all(alike):
         mine, first = [[tuple(x.shape) for x in value] for value in (found, old)]
         raise ValueError(
             f"{type(rule).__name__} returned a value of tensors {mine}, where its `initial` makes "

@@ -9,7 +9,7 @@ from funshampoo.core.clock import advanced, count_of, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
-from funshampoo.core.traits import TURNS, refuse, without
+from funshampoo.core.traits import MAY_TURN, TURNS, refuse, without
 from funshampoo.core.tree import columns_of, flatten
 from funshampoo.operators.lengths import take_lengths
 from funshampoo.state.eigenbases import EigenbasisState
@@ -65,7 +65,8 @@ def graft(
         behind = "grafting changes what it returns: put it behind graft(...)."
         refuse(part, "graft", tracks=behind, rounds=behind)
     turned = [TURNS in part.traits for part in (direction, onto)]
-    if turned[0] != turned[1] and (start > 1 or least_order):
+    may_turn = MAY_TURN in direction.traits or MAY_TURN in onto.traits
+    if turned[0] != turned[1] and not may_turn and (start > 1 or least_order):
         raise ValueError(
             "graft: one of direction and onto scales by the learning rate, and the other does not, "
             "so the steps of one are uphill: put scale_by_learning_rate behind graft(...)."

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import funshampoo as fs
 from funshampoo.authoring import stateless, update_leaves
@@ -78,4 +81,40 @@ def run_with_a_hessian(rank: int, around: str, shared: bool) -> Any:
 def test_a_tree_of_the_callers_own_reaches_its_owner(ranks: Ranks, around: str) -> None:
     expected = run_with_a_hessian(0, around, False)
     for found in ranks(2, run_with_a_hessian, around, True):
+        assert_equal(found, expected)
+
+
+def run_elementwise(rank: int, placements: dict[str, Any] | None) -> Any:
+    """A hessian lies like its parameter, in a chain and on its own, or elsewhere."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def whole(n: int) -> Any:
+        return {"w": tree(n, ODD)["wide"], "b": tree(n, ODD)["deep"]}
+
+    def placed(found: Any, where: str) -> Any:
+        if placements is None:
+            return found
+        return {k: distribute_tensor(x, mesh, placements[where]) for k, x in found.items()}
+
+    def over(updates: Any, *, hessian: Any) -> Any:
+        return update_leaves(lambda u, h: (u / h,), updates, (), (hessian,))[0]
+
+    own = stateless(over, elementwise=True)
+    found = []
+    for tx in (fs.chain(own, fs.scale_by_adam(), fs.scale(-0.01)), own):
+        params = placed(whole(0), "params")
+        hessian = placed({k: x.abs() + 0.1 for k, x in whole(1).items()}, "hessian")
+        grads, state = placed(whole(2), "params"), tx.init(params)
+        updates, state = tx.update(grads, state, params, hessian=hessian)
+        tx_params = {k: x.clone() for k, x in params.items()}
+        fs.update_in_place(tx, grads, state, tx_params, hessian=hessian)
+        found += [*updates.values(), *tx_params.values()]
+    return [x if placements is None else x.full_tensor() for x in found]
+
+
+@pytest.mark.parametrize("hessian", [Shard(0), Shard(1), Replicate()])
+def test_a_tree_of_the_callers_own_in_parts(ranks: Ranks, hessian: Any) -> None:
+    """An elementwise stage got a rank's part of the parameters, and all of the caller's DTensor."""
+    (expected,) = ranks(1, run_elementwise, None)
+    for found in ranks(2, run_elementwise, {"params": [Shard(0)], "hessian": [hessian]}):
         assert_equal(found, expected)

@@ -461,6 +461,30 @@ def test_numbers_of_a_constructor_are_injected(method: str) -> None:
     torch.testing.assert_close(params[0], now[0], rtol=0, atol=1e-8)  # others are in float32
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_of_a_constructor_may_be_tensors(method: str) -> None:
+    """A comparison with a tensor decided a switch, which has to be a bool."""
+    recipe = functools.partial(fs.from_published, method)
+    params = [torch.eye(6, dtype=torch.float64) + 0.1]
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(6, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+    def trained(**args: Any) -> Any:
+        tx, now = recipe(**{"lr": 0.1, **args}), params
+        state = tx.init(params)
+        for g in grads:
+            updates, state = tx.update([g], state, now)
+            now = fs.apply_updates(now, updates)
+        return now[0]
+
+    for name, p in KNOWN[method].items():
+        fixed = name == "denom_power"  # refused by name
+        if isinstance(p.default, float) and p.default > 0 and not fixed:
+            number = torch.tensor(p.default, dtype=torch.float64)
+            found = trained(**{name: number})
+            torch.testing.assert_close(found, trained(**{name: p.default}), rtol=0, atol=1e-12)
+
+
 def test_a_number_among_many_keywords_is_injected_or_refused() -> None:
     def of_keywords(**options: Any) -> fs.GradientTransformation:
         return fs.adamw(**options)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import funshampoo as fs
 from funshampoo import linalg
-from funshampoo.core.context import Context
+from funshampoo.core.context import Context, changed
 from funshampoo.distributed.cost import DEFAULT_COST
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, solving
 from funshampoo.refresh.jobs import Job
@@ -267,6 +267,16 @@ WRONG = {
         ValueError,
         r"\[\(1, \d\)\], where its `initial`",
     ),
+    "a root that is no matrix": (
+        lambda A: found(A[..., :1]),
+        ValueError,
+        r"\[\(\d, 1\)\], where its `initial`",
+    ),
+    "a number for none": (
+        lambda A: changed(found(A), residual=torch.zeros(1)),
+        ValueError,
+        r"Returns returned residual \(1,\), for matrices \(\d, \d\): return one for each, \(\)",
+    ),
 }
 
 
@@ -280,6 +290,8 @@ def test_what_a_rule_may_return(result: Any, error: Any, message: str) -> None:
     """What does not fit was left out or broadcast, or an error inside of the refresh."""
 
     class Returns(Basis):
+        symmetric = (0,)
+
         def __call__(self, A: Tensor, old: Any, rounds: Tensor) -> Any:
             return result(A)
 
