@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from funshampoo.core.tree import flatten
-from funshampoo.state.nodes import walk
 from funshampoo.state.stages import HyperparamsState
 
 if TYPE_CHECKING:
@@ -154,10 +153,14 @@ def check_behind_means(
 
 
 def _has_averages(state: Any) -> bool:
-    own = [node.hyperparams for _, node in walk(state) if isinstance(node, HyperparamsState)]
-    numbers = {id(x) for x in flatten(own)[0]}
-    tensors = [x for x in flatten(state)[0] if isinstance(x, Tensor) and id(x) not in numbers]
-    return any([x.is_floating_point() for x in tensors])
+    if isinstance(state, Tensor):
+        return state.is_floating_point()
+    if isinstance(state, HyperparamsState):
+        return _has_averages(state.inner)
+    if isinstance(state, (dict, tuple, list)):
+        return any(map(_has_averages, state.values() if isinstance(state, dict) else state))
+    # A node of a user's own kind.
+    return any([_has_averages(x) for x in flatten(state)[0] if x is not state])
 
 
 def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
