@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -139,7 +140,8 @@ def warmup_cosine(peak: Hyper, warmup_steps: int, steps: int, *, end: Hyper = 0.
 
 def _check_finite(**values: Hyper) -> None:
     for name, value in values.items():
-        check_range(name, value, -math.inf)
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)  # NumPy's, too
+        check_range(name, float(value) if real else value, -math.inf)
 
 
 def _as_float64(count: Tensor | int | float) -> Tensor:

@@ -333,3 +333,32 @@ def test_moments_in_bases_are_those_of_the_mean() -> None:
             tx.update(given, state) for tx, state in zip((mean, inside), states)
         ]
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [
+        fs.stateless(lambda updates: {name: -u for name, u in updates.items()}),
+        fs.wrapping(fs.identity(), lambda run, updates, own: ({"w": -run(updates)["w"]}, own)),
+    ],
+    ids=["stateless", "wrapping"],
+)
+def test_a_users_stage_may_turn_the_sign(turned: fs.GradientTransformation) -> None:
+    rate = fs.scale_by_learning_rate
+    tx = fs.chain(rate(1.0), turned, rate(0.5), turned, fs.add_decayed_weights(0.0))
+    params = {"w": torch.ones(2)}
+    assert tx.update(params, tx.init(params), params)[0]["w"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        [fs.scale_by_learning_rate(0.1, flip_sign=False)],
+        [fs.scale_by_learning_rate(0.1), fs.scale(-1.0)],
+    ],
+)
+def test_the_wrapper_does_not_scale_twice(last: list[fs.GradientTransformation]) -> None:
+    w = torch.nn.Parameter(torch.ones(2))
+    w.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="scales by a learning rate already"):
+        fs.Optimizer([w], fs.chain(fs.scale_by_adam(), *last), lr=0.1).step()

@@ -67,3 +67,9 @@ def test_bad_arguments() -> None:
     assert float(schedules.warmup_cosine(1.0, 0, 4)(torch.tensor(0))) == 1.0
     with pytest.raises(ValueError, match="steps is 3; it must be at least 4"):
         schedules.warmup_cosine(1.0, 3, 3)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert schedules.cosine(numpy.float32(0.5), 10)(torch.tensor(0)) == 0.5
+    assert schedules.constant(numpy.int64(1))(torch.tensor(3)) == 1.0

@@ -179,8 +179,9 @@ def _signature(function: Callable[..., Any]) -> _Signature:
             bool(code.co_flags & inspect.CO_VARKEYWORDS),
             frozenset(names).difference(optional),
         )
-    parameters = list(inspect.signature(function).parameters.values())
-    kinds = [p.kind for p in parameters]
+    every = inspect.signature(function).parameters.values()
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    kinds, parameters = [p.kind for p in every], [p for p in every if p.kind not in variable]
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return _Signature(
         len(places),

@@ -34,7 +34,7 @@ from funshampoo.core.needs import without_parameters
 from funshampoo.core.of_parts import checks_of, names_of, united
 from funshampoo.core.parameters import as_entering, of_parameters, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
-from funshampoo.core.traits import Traits, inherited
+from funshampoo.core.traits import Traits, first_traits, wanted_by
 from funshampoo.core.tree import flatten
 
 Tree: TypeAlias = Any  # a pytree of tensors; optree and torch share no recursive type for mypy
@@ -161,9 +161,8 @@ class GradientTransformation:
         counting = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counting if counts is None else counts
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
-        self.refresh_cost: float | None = (
-            max(costs, default=None) if refresh_cost is None else refresh_cost
-        )
+        largest = max(costs, default=None)
+        self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
         needing = [part.needs for part in children if part.needs]
         own_need = bool(needing) if needs_params is None else needs_params
         self.needs: str = (needing or [self.name])[0] if own_need else ""
@@ -175,9 +174,9 @@ class GradientTransformation:
             adapted.accepts, accepts, *[part.accepts for part in children]
         )
         may_read_any = numbers is None and adapted.reads_hyper and not children
-        self.wants: frozenset[str] = adapted.wants.union(*[part.wants for part in children])
+        self.wants: frozenset[str] = adapted.wants.union(*wanted_by(children, update))
         self.reads_gradient: bool = any([p.reads_gradient for p in (adapted, *children)])
-        self.traits: Traits = inherited(children)  # a stage or combinator may set its own
+        self.traits: Traits = first_traits(children, update, passes, self.name)
         self.numbers = tuple(numbers or ())  # its own, without its parts'
         self.lives: list[Live] = lives_among(self.numbers) + [x for p in children for x in p.lives]
         own = None if may_read_any else live_names(self.numbers)

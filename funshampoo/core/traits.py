@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from funshampoo.core.live import is_ours
 from funshampoo.core.tree import flatten
 from funshampoo.state.stages import HyperparamsState
 
@@ -77,6 +78,23 @@ def inherited(parts: Iterable[GradientTransformation]) -> dict[str, str]:
     for part in parts:
         found = {**part.traits, **found}
     return found
+
+
+def first_traits(
+    parts: Iterable[GradientTransformation], update: Any, passes: bool, name: str
+) -> Traits:
+    """Those of a transformation, before it is told of others: a user's update may turn the sign."""
+    turned = {} if passes or _is_ours(update) else {MAY_TURN: name}
+    return {**inherited(parts), **turned}
+
+
+def wanted_by(parts: Iterable[GradientTransformation], update: Any) -> list[frozenset[str]]:
+    """What the parts want of the caller; a user's update may pass it to them itself."""
+    return [part.wants for part in parts] if _is_ours(update) else []
+
+
+def _is_ours(update: Any) -> bool:
+    return is_ours(getattr(update, "function", update))  # of a stateless stage
 
 
 def without(traits: Traits, *names: str) -> dict[str, str]:

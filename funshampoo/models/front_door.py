@@ -80,9 +80,9 @@ def for_model(
         compile, cuda_graph, tf32, stochastic_rounding, consolidate, accept_adamw: see `Optimizer`.
         options: the method's, by torch.optim's names: betas, weight_decay, every, ... They don't
             reach `others`: AdamW's weight_decay stays 0.01 unless other_options sets it. Shampoo's
-            exponents are 1/3, and its beta3 is beta1², which did better than the paper's 1/4 and
-            beta1 (docs/defaults.md); exponents=None, beta3=None selects the paper's. So is SOAP's
-            nesterov True; False selects the paper's.
+            exponents are 1/3 and its beta3 is beta1² (of the beta1 at construction), SOAP's
+            nesterov is True, which did better than the papers' (docs/defaults.md): for these, give
+            exponents=None, beta3=None, or nesterov=False.
 
     Returns:
         The `Optimizer`. A scheduler multiplies all groups' rates; for a scheduler that sets them,
@@ -115,7 +115,9 @@ def for_model(
     extra = {n: extra_settings(s) for n, s in settings_of(found, overrides).items()}
     _check_options(main, rest, lr, options)
     own = {"lr": lr, **options}
-    plain = _of_others(rest, other_lr, other_options, lambda: rate_of_others(rest, main, own))
+    plain = _of_others(
+        rest, other_lr, other_options, lambda given: rate_of_others(rest, given, main, own)
+    )
     routes = Routes(main, own, rest, plain, frozenset(method_roles))
     settings = {n: routes.settings(kind, extra[n]) for n, kind in found.items()}
     if base is not None:
@@ -150,14 +152,16 @@ def _check_options(main: Recipe, rest: Recipe, lr: Any, options: Mapping[str, An
         raise
 
 
-def _of_others(rest: Recipe, rate: Any, options: Any, default: Callable[[], Any]) -> dict[str, Any]:
+def _of_others(
+    rest: Recipe, rate: Any, options: Any, default: Callable[..., Any]
+) -> dict[str, Any]:
     """The arguments of the other recipe, by torch.optim's names."""
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"other_options is {options!r}; give a dict of arguments.")
     own = dict(options or {})
     if rate is not None and "lr" in own:
         raise TypeError("other_lr and the 'lr' of other_options are one number: give one of them.")
-    plain = {"lr": default() if rate is None and "lr" not in own else rate, **own}
+    plain = {"lr": default(own) if rate is None and "lr" not in own else rate, **own}
     Vocabulary(rest, plain).defaults(plain)  # raises for an option that it does not take
     return plain
 

@@ -93,14 +93,19 @@ def for_new_runs(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: the other options, such as betas.
     """
-    if recipe is RECIPES["soap"]:
-        return {"nesterov": True}
-    if recipe is not RECIPES["shampoo"]:
-        return {}
-    betas = given.get("betas", Vocabulary(recipe).defaults({})["betas"])
-    is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and is_number(betas[0])
-    ahead = {"beta3": betas[0] ** 2} if is_pair else {}  # another is an error of the recipe's
-    return {"exponents": 1 / 3, **ahead}
+    found: dict[str, Any] = {}
+    if _of_partial(recipe) is RECIPES["soap"]:
+        found = {"nesterov": True}
+    elif _of_partial(recipe) is RECIPES["shampoo"]:
+        betas = given.get("betas", Vocabulary(recipe).defaults({}).get("betas"))
+        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and is_number(betas[0])
+        ahead = {"beta3": betas[0] ** 2} if is_pair else {}  # another is an error of the recipe's
+        found = {"exponents": 1 / 3, **ahead}
+    return {n: value for n, value in found.items() if n not in getattr(recipe, "keywords", {})}
+
+
+def _of_partial(recipe: Recipe) -> Any:
+    return getattr(recipe, "func", recipe)
 
 
 def default_rate(recipe: Recipe) -> Any:
@@ -114,17 +119,23 @@ def default_rate(recipe: Recipe) -> Any:
     return rate
 
 
-def rate_of_others(rest: Recipe, main: Recipe, options: Mapping[str, Any]) -> Any:
+def rate_of_others(
+    rest: Recipe, given: Mapping[str, Any], main: Recipe, options: Mapping[str, Any]
+) -> Any:
     """The rate of the other recipe where none is given: the method's, if their steps are as long.
 
     Args:
-        options: the method's arguments, lr among them.
+        given, options: the arguments of the other recipe, and of the method, lr among the latter.
     """
-    both = {getattr(recipe, "func", recipe) for recipe in (rest, main)}  # of a partial
-    if not both <= {RECIPES[name] for name in OF_ADAMS_LENGTH}:
-        return default_rate(rest)
-    grafting = Vocabulary(main, options).defaults(options).get("grafting", "adam")
-    return options["lr"] if grafting in ("adam", "rms") else default_rate(rest)
+    alike = _is_of_adams_length(rest, given) and _is_of_adams_length(main, options)
+    return options["lr"] if alike else default_rate(rest)
+
+
+def _is_of_adams_length(recipe: Recipe, options: Mapping[str, Any]) -> bool:
+    if _of_partial(recipe) not in [RECIPES[name] for name in OF_ADAMS_LENGTH]:
+        return False
+    bound = getattr(recipe, "keywords", {})
+    return {**bound, **options}.get("grafting", "adam") in ("adam", "rms")
 
 
 def _arguments(recipe: Recipe) -> Collection[str]:

@@ -81,18 +81,23 @@ def initial_state(built: Built, known: list[Known]) -> Any:
     with for_keeps():
         state = built.transformation.init({k.name: detached(k.parameter) for k in known})
     if not built.vocabulary.takes_rate:
-        _check_scaled(built, state)
+        _check_scaled_once(built, state)
     return state
 
 
-def _check_scaled(built: Built, state: Any) -> None:
-    """Check that a learning rate scales the updates of a method that takes none."""
-    rates = any(isinstance(node, LearningRateState) for _, node in walk(state))
+def _check_scaled_once(built: Built, state: Any) -> None:
+    """Check that exactly one learning rate scales the updates of a method that takes none."""
+    rates = sum(isinstance(node, LearningRateState) for _, node in walk(state))
     if "lr" not in built.arguments and not rates:
         raise TypeError(
             "the method takes no learning rate, and nothing in it scales by one: its updates would "
             "be added as they are, uphill if they are gradients. Give lr=; or lr=None if it scales "
             "them by a negative number in another way than by scale_by_learning_rate."
+        )
+    if built.arguments.get("lr") is not None and rates > 1:
+        raise TypeError(
+            "the transformation scales by a learning rate already, and lr= would do it again: give "
+            "it without scale_by_learning_rate, or give its recipe."
         )
 
 

@@ -38,6 +38,8 @@ def loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str
     Names that only the checkpoint has are adopted.
     """
     found = dict(group)
+    if "nesterov" in found and "nesterov" not in saved:  # from before `soap` had it
+        found["nesterov"] = False
     for name, value in saved.items():
         was_an_object = isinstance(value, str) and value.startswith(_OBJECT)
         replaced = is_plain(group.get(name)) and not was_an_object

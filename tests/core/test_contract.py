@@ -276,3 +276,50 @@ def test_a_stage_may_ask_for_the_old_states_of_all_others() -> None:
         tx.update(g, state)
         before, _, after = state.values()
         assert seen.pop() == ((before, after), (after,))
+
+
+class _Scaled:
+    def __call__(self, updates: Any, state: Any, params: Any = None, **context: Any) -> Any:
+        return {name: 2 * u for name, u in updates.items()}, state
+
+
+def _scaled(updates: Any, state: Any, *, factor: float = 3.0) -> Any:
+    return {name: factor * u for name, u in updates.items()}, state
+
+
+@functools.wraps(_scaled)
+def _wrapped(*args: Any, **kwargs: Any) -> Any:
+    return _scaled(*args, **kwargs)
+
+
+def _any_keyword(*args: Any, **context: Any) -> Any:
+    return args[0], args[1]
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        functools.partial(_scaled, factor=2.0),
+        functools.partial(_any_keyword, note=1),
+        _wrapped,
+        _Scaled(),
+    ],
+)
+def test_further_arguments_are_not_wanted_of_the_caller(update: Any) -> None:
+    """`*args` and `**context` have no default, and were missed by name."""
+    tx = fs.chain(fs.GradientTransformation(lambda params: fs.EmptyState(), update))
+    params = {"w": torch.ones(2)}
+    assert tx.update(params, tx.init(params), params)[0]["w"].shape == (2,)
+
+
+def test_a_combinator_by_hand_may_pass_what_its_part_wants() -> None:
+    inner = fs.stateless(lambda updates, *, factor: {"w": factor * updates["w"]})
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return inner.update(updates, state, params, factor=7.0)
+
+    tx = fs.GradientTransformation(inner.init, update, parts={"inner": inner})
+    params = {"w": torch.ones(2)}
+    assert tx.update(params, tx.init(params), params)[0]["w"].tolist() == [7.0, 7.0]
+    with pytest.raises(TypeError, match="needs 'factor'"):
+        fs.chain(inner).update(params, fs.chain(inner).init(params), params)

@@ -169,6 +169,7 @@ def test_shampoo_looks_ahead() -> None:
         ({"method": "shampoo", "grafting": "rms"}, 0.02),
         ({"method": "soap", "others": "lion"}, 1e-4),
         ({"method": "soap", "others": "soap"}, 0.02),
+        ({"method": "soap", "others": functools.partial(fs.adamw, beta1=0.8)}, 0.02),
         ({"method": "soap", "other_lr": 0.1}, 0.1),
         ({"method": "soap", "other_options": {"lr": 0.1}}, 0.1),
     ],
@@ -473,3 +474,27 @@ def test_models_that_can_not_be_trained_are_refused() -> None:
 
 def test_what_goes_to_the_method_is_said_once() -> None:
     assert set(METHOD_ROLES) | {"embedding", "head", "vector"} == set(fs.models.ROLES)
+
+
+def test_a_checkpoint_from_before_soap_looked_ahead_goes_on_without() -> None:
+    def model_and_optimizer(**options: Any) -> tuple[nn.Module, fs.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+        return model, fs.for_model(model, "soap", lr=0.1, **options)
+
+    def step(model: nn.Module, optimizer: fs.Optimizer) -> None:
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.sin(torch.arange(p.numel()) + float(i)).view(p.shape)
+        optimizer.step()
+
+    (old, before), (new, after) = model_and_optimizer(nesterov=False), model_and_optimizer()
+    for _ in range(3):
+        step(old, before)
+    saved = before.state_dict()
+    for group in saved["param_groups"]:
+        group.pop("nesterov", None)
+    after.load_state_dict(saved)
+    new.load_state_dict(old.state_dict())
+    step(old, before)
+    step(new, after)
+    assert all(map(torch.equal, old.parameters(), new.parameters()))

@@ -56,6 +56,7 @@ def test_where_the_optimizer_scales_and_for_whole_models() -> None:
     params = parameters()
     stepped(fs.Optimizer(params, fs.trace(0.9), lr=1e-2, stochastic_rounding=True), params)
     assert not torch.equal(params[0], parameters()[0])
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)).bfloat16()
     before = copy.deepcopy(model)
     optimizer = fs.for_model(model, "soap", lr=RATE, other_lr=RATE, stochastic_rounding=True)
