@@ -232,8 +232,8 @@ def each_matrix(function: Callable[..., Any], *stacks: Tensor) -> Any:
             front.
         stacks: tensors (..., m, n), with equal axes in front.
 
-    Elsewhere (one matrix, another device, torch.func, torch.compile) it is one call, and a tuple has
-    torch's names only there: unpack it.
+    Elsewhere (one matrix, another device, torch.func, torch.compile) it is one call, and a tuple
+    has torch's names only there: unpack it.
 
     >>> Q, R = each_matrix(torch.linalg.qr, torch.eye(2).expand(5, 2, 2))
     >>> Q.shape, R.shape
