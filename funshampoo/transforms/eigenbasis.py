@@ -92,13 +92,7 @@ def in_eigenbasis(
             [ 0., -1.]])
     """
     inner = as_transformation(inner)
-    apart = "there, coordinates are others after every refresh: put it outside of in_eigenbasis."
-    refuse(inner, "in_eigenbasis", of_sides=apart)
-    if inner.needs:
-        raise ValueError(
-            f"in_eigenbasis(...) with {inner.needs}(...) in it: it reads parameters, which are not "
-            "turned into the bases: put it behind in_eigenbasis(...)."
-        )
+    _check_inside(inner)
     schedule = RefreshSchedule(every, start, stagger, offset)
     check_choice("first", first, ("skip", "identity"))
     check_flag("renew_before_use", renew_before_use)
@@ -153,3 +147,14 @@ def in_eigenbasis(
     )
     stage.traits = without(stage.traits, IN_BASES)
     return with_traits(stage, OF_SIDES)
+
+
+def _check_inside(inner: GradientTransformation) -> None:
+    """Raise ValueError for what belongs to the parameters' own coordinates."""
+    apart = "there, coordinates are others after every refresh: put it outside of in_eigenbasis."
+    refuse(inner, "in_eigenbasis", of_sides=apart)
+    if inner.needs:
+        raise ValueError(
+            f"in_eigenbasis(...) with {inner.needs}(...) in it: it reads parameters, which are not "
+            "turned into the bases: put it behind in_eigenbasis(...)."
+        )
