@@ -66,7 +66,7 @@ def inject_hyperparams(
     signature = signature_of(factory)
     static = set(static_args)
     unknown = static - set(signature.parameters)
-    if unknown and not _keywords_of(signature):
+    if unknown and _naming(signature, ()) is signature:  # it takes no further keywords
         raise TypeError(f"static_args names {sorted(unknown)}, not arguments of the factory.")
 
     @functools.wraps(factory)
@@ -78,11 +78,6 @@ def inject_hyperparams(
         return _injected(_recipe(factory, bound, given - static, others))
 
     return make
-
-
-def _keywords_of(signature: inspect.Signature) -> list[str]:
-    """The name of the parameter that takes further keywords, if there is one."""
-    return [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
 
 def _naming(signature: inspect.Signature, given: Iterable[str]) -> inspect.Signature:

@@ -141,9 +141,9 @@ def with_cut(context: Context, updates: Any, cut: Callable[[Any], Any]) -> Conte
     leaves, spec = flatten(updates)
 
     def own(value: Any) -> Any:
-        found, its = flatten(value)
         if isinstance(value, Tensor) and not value.ndim:  # a loss, say, beside a bare number
             return value
+        found, its = flatten(value)
         alike = its == spec and all([_is_like(x, u) for x, u in zip(found, leaves)])
         return cut(value) if alike else value
 

@@ -323,3 +323,17 @@ def test_a_combinator_by_hand_may_pass_what_its_part_wants() -> None:
     assert tx.update(params, tx.init(params), params)[0]["w"].tolist() == [7.0, 7.0]
     with pytest.raises(TypeError, match="needs 'factor'"):
         fs.chain(inner).update(params, fs.chain(inner).init(params), params)
+
+
+def test_a_loss_is_no_tree_of_a_bare_number() -> None:
+    """Beside one, it has its structure and shape, and was cut into a dict of stacks."""
+    seen: list[Any] = []
+
+    def update(updates: Any, state: Any, *, loss: Any = None) -> Any:
+        seen.append(loss)
+        return updates, state
+
+    tx = fs.blocked(fs.GradientTransformation(lambda params: fs.EmptyState(), update))
+    bare, loss = torch.tensor(1.0), torch.tensor(2.0)
+    tx.update(bare, tx.init(bare), bare, loss=loss)
+    assert seen[-1] is loss
