@@ -437,6 +437,11 @@ def test_dear_choices_are_warned_of() -> None:
         ({"other_options": {"betsa": 1}}, TypeError, "adamw has no hyperparameter 'betsa'"),
         ({"overrides": {"up": {"wieght_decay": 1}}}, TypeError, "did you mean 'weight_decay'"),
         ({"others": "sgd"}, TypeError, "sgd has no learning rate of its own: give it as other_lr"),
+        (
+            {"method": "adamw", "others": "shampoo", "other_options": {"grafting": "sgd"}},
+            TypeError,
+            "shampoo has no learning rate of its own: give it as other_lr",
+        ),
         ({"method_roles": ("matrices",)}, ValueError, "method_roles is 'matrices'"),
         ({"method_roles": "matrix"}, TypeError, "method_roles is 'matrix'; give a list"),
         ({"other_options": [1]}, TypeError, r"other_options is \[1\]; give a dict"),
