@@ -33,7 +33,7 @@ from benchmarks.study import (
     with_error,
 )
 from examples.record import record
-from funshampoo.core.contract import GradientTransformation, Schedule
+from funshampoo.core.contract import GradientTransformation
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "family.md"
@@ -76,12 +76,6 @@ def _common(recipe: Recipe) -> dict[str, Any]:
     return {k: v for k, v in wanted.items() if k in inspect.signature(recipe).parameters}
 
 
-def nadamw(rate: Schedule) -> GradientTransformation:
-    """AdamW with Nesterov's look-ahead in its average."""
-    stages = [fs.ema(0.9, nesterov=True), fs.scale_by_adam(0.0, 0.999)]
-    return fs.blocked(fs.chain(*stages, fs.scale_by_learning_rate(rate)), None, merge="none")
-
-
 def schedule_free(rate: Any, task: Task) -> GradientTransformation:
     """It needs no way down, so it gets none."""
     return fs.chain(fs.scale_by_adam(0.0), fs.schedule_free(task.constant(rate)))
@@ -96,7 +90,7 @@ def the_record(rate: Any, task: Task) -> GradientTransformation:
 METHODS: dict[str, Entry] = {
     "SGD, Nesterov": Entry(everywhere(fs.sgd, momentum=0.9, nesterov=True)),
     "AdamW": Entry(everywhere(fs.adamw)),
-    "NAdamW": Entry(everywhere(nadamw)),
+    "NAdamW": Entry(everywhere(fs.adamw, nesterov=True)),
     "Schedule-Free AdamW": Entry(schedule_free, averages=True),
     "Lion": Entry(everywhere(fs.lion)),
     "sign descent": Entry(everywhere(fs.sign_descent)),
@@ -108,15 +102,23 @@ METHODS: dict[str, Entry] = {
     "Shampoo, 1/4, hidden": Entry(on_hidden(fs.shampoo, exponents="shampoo")),
     "Shampoo, 1/3, hidden": Entry(on_hidden(fs.shampoo, exponents=1 / 3)),
     "eigenvalue-corrected, hidden": Entry(on_hidden(fs.eigenvalue_shampoo)),
+    "eigenvalue-corrected, nesterov, hidden": Entry(
+        on_hidden(fs.eigenvalue_shampoo, nesterov=True)
+    ),
     "KL-Shampoo, hidden": Entry(on_hidden(fs.kl_shampoo)),
     "KL-Shampoo from 0.001, hidden": Entry(on_hidden(fs.kl_shampoo, initial_eigenvalue=0.001)),
+    "KL-Shampoo from 0.001, nesterov, hidden": Entry(
+        on_hidden(fs.kl_shampoo, initial_eigenvalue=0.001, nesterov=True)
+    ),
     "SOAP, hidden": Entry(on_hidden(fs.soap)),
     "SOAP, nesterov, hidden": Entry(on_hidden(fs.soap, nesterov=True)),
     "KL-SOAP, hidden": Entry(on_hidden(fs.kl_soap)),
+    "KL-SOAP, nesterov, hidden": Entry(on_hidden(fs.kl_soap, nesterov=True)),
     "SPlus, hidden": Entry(on_hidden(fs.splus, average=0.9, merge="matrix"), averages=True),
     "spectral descent, hidden": Entry(on_hidden(fs.spectral_descent)),
     "Muon, hidden": Entry(on_hidden(fs.muon)),
     "NorMuon, hidden": Entry(on_hidden(fs.normuon)),
+    "NorMuon, nesterov, hidden": Entry(on_hidden(fs.normuon, nesterov=True)),
     "SOAP-Muon, hidden": Entry(on_hidden(fs.soap_muon, merge="matrix")),
     "the record's stack, hidden": Entry(the_record, averages=True),
 }

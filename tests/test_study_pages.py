@@ -84,14 +84,17 @@ def test_a_page_without_a_place_for_a_table_is_an_error() -> None:
 def test_a_row_is_what_the_code_does_today(name: str) -> None:
     """Else a default has changed since: give the old value in METHODS, or run the row again.
 
-    In the median of the seeds: a factor matrix of few gradients has a null space, whose basis is
-    rounding's choice, and of 23 rows one seed of one went another way when it was alone.
+    In the median of the seeds, and beside the grid's other rates, as the row was: a factor matrix
+    of few gradients has a null space, whose basis is rounding's choice, and a vmap of another size
+    rounds differently.
     """
     then = {run.seed: run for run in Store(LINES).runs("digits", name) if run.rate == 0.01}
     task, points = ensemble.digits(), 3
     short = task._replace(order=lambda seed: task.order(seed)[: points * task.evaluate_every])
-    entry, members = family.METHODS[name], [(0.01, seed) for seed in range(family.SEEDS)]
-    now = ensemble.train(short, entry.method, members, entry.averages)
+    entry = family.METHODS[name]
+    members = [(rate, seed) for rate in (0.003, 0.01, 0.03, 0.1) for seed in range(family.SEEDS)]
+    runs = ensemble.train(short, entry.method, members, entry.averages)
+    now = [run for run in runs if run.rate == 0.01]
     gaps = [abs(run.final - float(then[run.seed].losses[points - 1] or "inf")) for run in now]
     assert median(gaps) < 0.01
 

@@ -80,9 +80,9 @@ def for_model(
         compile, cuda_graph, tf32, stochastic_rounding, consolidate, accept_adamw: see `Optimizer`.
         options: the method's, by torch.optim's names: betas, weight_decay, every, ... They don't
             reach `others`: AdamW's weight_decay stays 0.01 unless other_options sets it. Shampoo's
-            exponents are 1/3 and its beta3 is beta1² (of the beta1 at construction), SOAP's
-            nesterov is True, which did better than the papers' (docs/defaults.md): for these, give
-            exponents=None, beta3=None, or nesterov=False.
+            exponents are 1/3 and its beta3 is beta1² (of the beta1 at construction), and those of
+            `recipes.LOOK_AHEAD`, SOAP among them, have nesterov=True, which did better than the
+            papers' (docs/family.md): for these, give exponents=None, beta3=None, nesterov=False.
 
     Returns:
         The `Optimizer`. A scheduler multiplies all groups' rates; for a scheduler that sets them,

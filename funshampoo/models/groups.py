@@ -14,7 +14,7 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.models.kinds import ROLES, Kind
 from funshampoo.optim.values import is_number
 from funshampoo.optim.vocabulary import Vocabulary
-from funshampoo.recipes import ELEMENTWISE, OF_ADAMS_LENGTH, RECIPES
+from funshampoo.recipes import ELEMENTWISE, LOOK_AHEAD, OF_ADAMS_LENGTH, RECIPES
 
 Recipe: TypeAlias = Callable[..., GradientTransformation]
 
@@ -88,13 +88,13 @@ def recipe_of(argument: str, given: Any) -> Recipe:
 def for_new_runs(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options that differ from a recipe's default, its paper's, because docs/defaults.md found them
     to be better, or as good, on every task, at no cost: for Shampoo exponents of 1/3, and a
-    look-ahead, beta3 = beta1²; for SOAP a look-ahead.
+    look-ahead, beta3 = beta1²; for those of `LOOK_AHEAD` nesterov=True.
 
     Args:
         given: the other options, such as betas.
     """
     found: dict[str, Any] = {}
-    if _of_partial(recipe) is RECIPES["soap"]:
+    if _of_partial(recipe) in [RECIPES[name] for name in LOOK_AHEAD]:
         found = {"nesterov": True}
     elif _of_partial(recipe) is RECIPES["shampoo"]:
         betas = given.get("betas", Vocabulary(recipe).defaults({}).get("betas"))

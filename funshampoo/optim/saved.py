@@ -38,7 +38,7 @@ def loaded_group(saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str
     Names that only the checkpoint has are adopted.
     """
     found = dict(group)
-    if "nesterov" in found and "nesterov" not in saved:  # from before `soap` had it
+    if "nesterov" in found and "nesterov" not in saved:  # from before it had one
         found["nesterov"] = False
     for name, value in saved.items():
         was_an_object = isinstance(value, str) and value.startswith(_OBJECT)

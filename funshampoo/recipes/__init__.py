@@ -40,3 +40,7 @@ ELEMENTWISE = frozenset({"adamw", "lion", "sgd", "sign_descent"})
 
 OF_ADAMS_LENGTH = frozenset({"adamw", "eigenvalue_shampoo", "kl_soap", "shampoo", "soap"})
 """Those whose steps are by default as long as Adam's, so that one learning rate serves both."""
+
+LOOK_AHEAD = frozenset({"eigenvalue_shampoo", "kl_soap", "normuon", "soap"})
+"""Those that nesterov=True made better, and on no task worse; their papers have it off. See
+docs/defaults.md."""

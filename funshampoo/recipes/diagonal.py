@@ -16,6 +16,7 @@ def adamw(
     beta1: Hyper = 0.9,
     beta2: Hyper = 0.999,
     epsilon: Hyper = 1e-8,
+    nesterov: bool = False,
     weight_decay: Hyper = 1e-2,
     mask: Mask | None = None,
     distribute: Distribute | None = None,
@@ -28,7 +29,7 @@ def adamw(
 
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
-        beta1, beta2, epsilon: as in `scale_by_adam`.
+        beta1, beta2, epsilon, nesterov: as in `scale_by_adam`. With nesterov this is NAdamW.
         weight_decay: λ ≥ 0.
         mask: which leaves decay.
         distribute: `funshampoo.sharded`, to shard the leaves over data-parallel ranks, whole leaves
@@ -47,7 +48,8 @@ def adamw(
     >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
     {'w': tensor([-0.1010])}
     """
-    stages = [scale_by_adam(beta1, beta2, epsilon), add_decayed_weights(weight_decay, mask)]
+    adam = scale_by_adam(beta1, beta2, epsilon, nesterov=nesterov)
+    stages = [adam, add_decayed_weights(weight_decay, mask)]
     return by_leaves(stages, learning_rate, distribute, guard)
 
 

@@ -19,6 +19,7 @@ def eigenvalue_shampoo(
     beta1: Hyper = 0.9,
     beta2: Hyper = 0.99,
     epsilon: Hyper = 1e-8,
+    nesterov: bool = False,
     weight_decay: Hyper = 0.0,
     mask: Mask | None = None,
     every: int = 10,
@@ -55,6 +56,7 @@ def eigenvalue_shampoo(
     Args:
         learning_rate: number, tensor, or schedule of the old step count. Its scale is AdamW's.
         beta1: see `ema`.
+        nesterov: whether M̂ looks ahead, as in `ema`; not in the papers.
         beta2, epsilon: of V, and beta2 of the factor matrices.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, start, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. By
@@ -78,7 +80,7 @@ def eigenvalue_shampoo(
     """
     stages = [
         kronecker_statistics(beta2, sides=chosen_sides(vectors)),
-        ema(beta1),
+        ema(beta1, nesterov=nesterov),
         in_eigenbasis(
             scale_by_adam(0.0, beta2, epsilon),
             every,

@@ -30,6 +30,7 @@ def kl_shampoo(
     beta1: Hyper = 0.9,
     beta2: Hyper = 0.98,
     epsilon: Hyper = 1e-8,
+    nesterov: bool = False,
     damping: Hyper = 0.0,
     initial_eigenvalue: float = 0.1,
     clamp: int | None = 4000,
@@ -77,6 +78,7 @@ def kl_shampoo(
         beta1: of the momentum.
         beta2: of L_i and λ_i.
         epsilon: added to the root of the eigenvalues.
+        nesterov: whether M looks ahead, as in `ema`; not in the paper.
         damping: share of the other sides' 1/λ that is added to λ_i; see `kl_statistics`.
         initial_eigenvalue: of all λ_i.
         clamp: λ_i ≥ 1 / max(10, min(d_i, clamp))²; None: no floor.
@@ -100,7 +102,7 @@ def kl_shampoo(
     tensor([[-0.5000, -0.0000],
             [-0.0000, -0.2500]])
     """
-    direction = chain(ema(beta1, bias_correction=False), scale_by_eigenvalues(epsilon))
+    direction = chain(_momentum(beta1, nesterov), scale_by_eigenvalues(epsilon))
     stages = [
         _statistics(beta2, damping, initial_eigenvalue, clamp, vectors),
         in_eigenbasis(direction, every, offset=1, basis=basis, stagger=stagger),
@@ -127,6 +129,7 @@ def kl_soap(
     beta2: Hyper = 0.98,
     statistics_beta: Hyper | None = None,
     epsilon: Hyper = 1e-8,
+    nesterov: bool = False,
     damping: Hyper = 0.0,
     initial_eigenvalue: float = 0.1,
     clamp: int | None = 4000,
@@ -165,6 +168,7 @@ def kl_soap(
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1, beta2, epsilon: of Adam.
+        nesterov: whether M looks ahead, as in `ema`; not in the paper.
         statistics_beta: of L_i and λ_i; beta2 by default.
         damping, initial_eigenvalue, clamp: as in `kl_shampoo`.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
@@ -189,7 +193,7 @@ def kl_soap(
     if statistics_beta is not None:
         check_range("statistics_beta", statistics_beta, 0.0, 1.0, high_open=True)
     beta = beta2 if statistics_beta is None else statistics_beta
-    adam = chain(ema(beta1, bias_correction=False), scale_by_rms(beta2, epsilon))
+    adam = chain(_momentum(beta1, nesterov), scale_by_rms(beta2, epsilon))
     stages = [
         _statistics(beta, damping, initial_eigenvalue, clamp, vectors),
         in_eigenbasis(adam, every, offset=1, basis=basis, stagger=stagger),
@@ -207,6 +211,10 @@ def kl_soap(
         distribute=distribute,
         tile=tile,
     )
+
+
+def _momentum(beta1: Hyper, nesterov: bool) -> GradientTransformation:
+    return ema(beta1, nesterov=nesterov, bias_correction=False)
 
 
 def _statistics(

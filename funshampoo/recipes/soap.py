@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from funshampoo.blocks.layout import Merge
 from funshampoo.blocks.portions import TileSize
-from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import Mask
-from funshampoo.core.checks import check_flag, check_range
+from funshampoo.core.checks import check_range
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.linalg import Basis
 from funshampoo.operators.exponents import Sides, chosen_sides
 from funshampoo.recipes.in_blocks import Distribute, in_blocks
 from funshampoo.recipes.shampoo import Vectors
-from funshampoo.transforms import ema, in_eigenbasis, kronecker_statistics, scale_by_adam
+from funshampoo.transforms import in_eigenbasis, kronecker_statistics, scale_by_adam
 
 
 def soap(
@@ -59,8 +58,8 @@ def soap(
         learning_rate: number, tensor, or schedule of the old step count.
         beta1, beta2, epsilon: of Adam.
         statistics_beta: βs; beta2 by default.
-        nesterov: whether Adam's first moment looks ahead, as in `ema`. It did better on every task
-            of docs/family.md; it is not in the paper.
+        nesterov: whether Adam's first moment looks ahead, as in `scale_by_adam`. It did better on
+            every task of docs/family.md; it is not in the paper.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
         max_size, merge: blocks; see `blocked`.
@@ -88,10 +87,7 @@ def soap(
     if statistics_beta is not None:
         check_range("statistics_beta", statistics_beta, 0.0, 1.0, low_open=True)
     sides = chosen_sides(vectors, sides)
-    check_flag("nesterov", nesterov)
-    adam = scale_by_adam(beta1, beta2, epsilon)
-    if nesterov:
-        adam = chain(ema(beta1, nesterov=True), scale_by_adam(0.0, beta2, epsilon))
+    adam = scale_by_adam(beta1, beta2, epsilon, nesterov=nesterov)
     stages = [
         kronecker_statistics(beta2 if statistics_beta is None else statistics_beta, sides=sides),
         in_eigenbasis(adam, every, offset=1, basis=basis, stagger=stagger),

@@ -18,7 +18,7 @@ import funshampoo as fs
 from funshampoo.blocks import Stacked
 from funshampoo.models import METHOD_ROLES
 from funshampoo.models.groups import for_new_runs
-from funshampoo.recipes import ELEMENTWISE, OF_ADAMS_LENGTH, RECIPES
+from funshampoo.recipes import ELEMENTWISE, LOOK_AHEAD, OF_ADAMS_LENGTH, RECIPES
 from tests.models.zoo import ZOO, Experts, ResNet, gpt2, llama, mixtral
 
 D = torch.float64
@@ -481,11 +481,12 @@ def test_what_goes_to_the_method_is_said_once() -> None:
     assert set(METHOD_ROLES) | {"embedding", "head", "vector"} == set(fs.models.ROLES)
 
 
-def test_a_checkpoint_from_before_soap_looked_ahead_goes_on_without() -> None:
+@pytest.mark.parametrize("method", sorted(LOOK_AHEAD))
+def test_a_checkpoint_from_before_it_looked_ahead_goes_on_without(method: str) -> None:
     def model_and_optimizer(**options: Any) -> tuple[nn.Module, fs.Optimizer]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
-        return model, fs.for_model(model, "soap", lr=0.1, **options)
+        return model, fs.for_model(model, method, lr=0.1, **options)
 
     def step(model: nn.Module, optimizer: fs.Optimizer) -> None:
         for i, p in enumerate(model.parameters()):

@@ -208,6 +208,44 @@ def test_a_look_ahead_of_soap_is_its_equation(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(updates["w"], step, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (5,)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "corrects"),
+    [
+        (fs.adamw, True),
+        (fs.soap, True),
+        (fs.eigenvalue_shampoo, True),
+        (fs.kl_soap, False),
+        (fs.kl_shampoo, False),
+    ],
+)
+def test_a_look_ahead_is_the_mean_of_two_steps(
+    method: Any, corrects: bool, shape: tuple[int, ...]
+) -> None:
+    """beta1 M + (1-beta1) R is over a root in which beta1 has no part: so the step is the mean of
+    those with beta1 and with 0, each by the weight of its average. Bases are renewed meanwhile.
+    """
+    beta, options = 0.9, {"weight_decay": 0.0, "beta2": 0.95}
+    options |= {} if method is fs.adamw else {"every": 2, "merge": "none"}
+    ahead = method(0.1, beta1=beta, nesterov=True, **options)
+    runs = [ahead, method(0.1, beta1=beta, **options), method(0.1, beta1=0.0, **options)]
+    params = {"w": torch.zeros(shape, dtype=torch.float64)}
+    states = [tx.init(params) for tx in runs]
+    seen = -1 if method in (fs.soap, fs.kl_soap, fs.kl_shampoo) else 0  # bases, no step
+    for t in range(7):
+        g = {"w": randn(*shape, seed=t + 1, dtype=torch.float64)}
+        steps = []
+        for i, tx in enumerate(runs):
+            updates, states[i] = tx.update(g, states[i], params)
+            steps.append(updates["w"])
+        seen += 1
+        total = 1 - beta ** (seen + 1) if corrects else 1.0
+        plain = beta * (1 - beta**seen if corrects else 1.0) * steps[1]
+        torch.testing.assert_close(steps[0], (plain + (1 - beta) * steps[2]) / total)
+        assert steps[0].any() == (seen > 0)
+        assert t < 2 or not torch.equal(steps[0], steps[1])
+
+
 def test_lion_is_its_equation() -> None:
     w, m = randn(7, dtype=D), torch.zeros(7, dtype=D)
     tx = fs.lion(0.1, weight_decay=0.2)
