@@ -21,7 +21,7 @@ class PlainShampoo:
         *,
         beta1: float = 0.9,
         beta2: float = 0.99,
-        beta3: float | None = None,
+        beta3: float | str | None = None,
         epsilon: float = 1e-4,
         every: int = 1,
         start: int | None = None,
@@ -41,7 +41,8 @@ class PlainShampoo:
     ) -> None:
         self.w, self.lr, self.t = w.copy(), lr, 0
         self.beta1, self.beta2 = beta1, beta2
-        self.beta3 = beta1 if beta3 is None else beta3
+        named = {None: beta1, "nesterov": beta1**2}
+        self.beta3 = named[beta3] if beta3 is None or isinstance(beta3, str) else beta3
         self.epsilon, self.every, self.start = epsilon, every, start or every
         self.statistics_every, self.seen, self.sides = statistics_every, 0, sides
         named = {"shampoo": 1 / 4, "shampoo_squared": 1 / 2}

@@ -80,7 +80,7 @@ def for_model(
         compile, cuda_graph, tf32, stochastic_rounding, consolidate, accept_adamw: see `Optimizer`.
         options: the method's, by torch.optim's names: betas, weight_decay, every, ... They don't
             reach `others`: AdamW's weight_decay stays 0.01 unless other_options sets it. Shampoo's
-            exponents are 1/3 and its beta3 is beta1² (of the beta1 at construction), and those of
+            exponents are 1/3 and its beta3 is "nesterov", beta1², and those of
             `recipes.LOOK_AHEAD`, SOAP among them, have nesterov=True, which did better than the
             papers' (docs/family.md): for these, give exponents=None, beta3=None, nesterov=False.
 
@@ -126,7 +126,7 @@ def for_model(
     warn_of_routes(routes, settings, stacklevel=2)
     flags: Any = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
     flags |= {"cuda_graph": cuda_graph, "tf32": tf32, "stochastic_rounding": stochastic_rounding}
-    defaults = {**for_new_runs(main, options), **options}
+    defaults = {**for_new_runs(main), **options}
     optimizer = Optimizer(grouped(parameters, settings), main, lr=lr, **flags, **defaults)
     optimizer._model_order = [name for name in parameters if name in settings]
     warn_of_costs(optimizer, stacklevel=2)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from funshampoo.core.checks import hint
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.models.kinds import ROLES, Kind
-from funshampoo.optim.values import is_number
 from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.recipes import ELEMENTWISE, LOOK_AHEAD, OF_ADAMS_LENGTH, RECIPES
 
@@ -61,8 +60,7 @@ class Routes(NamedTuple):
         found |= options
         if kind.stacked is not None and "merge" in _arguments(method):
             found["merge"] = kind.stacked
-        found = {**found, **extra}
-        return {**for_new_runs(method, found), **found, "method": method}
+        return {**for_new_runs(method), **found, **extra, "method": method}
 
 
 def recipe_of(argument: str, given: Any) -> Recipe:
@@ -85,22 +83,16 @@ def recipe_of(argument: str, given: Any) -> Recipe:
     return given  # type: ignore[no-any-return]
 
 
-def for_new_runs(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+def for_new_runs(recipe: Recipe) -> dict[str, Any]:
     """Options that differ from a recipe's default, its paper's, because docs/defaults.md found them
-    to be better, or as good, on every task, at no cost: for Shampoo exponents of 1/3, and a
-    look-ahead, beta3 = beta1²; for those of `LOOK_AHEAD` nesterov=True.
-
-    Args:
-        given: the other options, such as betas.
+    to be better, or as good, on every task, at no cost: for Shampoo exponents of 1/3 and Nesterov's
+    look-ahead, for those of `LOOK_AHEAD` nesterov=True.
     """
     found: dict[str, Any] = {}
     if _of_partial(recipe) in [RECIPES[name] for name in LOOK_AHEAD]:
         found = {"nesterov": True}
     elif _of_partial(recipe) is RECIPES["shampoo"]:
-        betas = given.get("betas", Vocabulary(recipe).defaults({}).get("betas"))
-        is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and is_number(betas[0])
-        ahead = {"beta3": betas[0] ** 2} if is_pair else {}  # another is an error of the recipe's
-        found = {"exponents": 1 / 3, **ahead}
+        found = {"exponents": 1 / 3, "beta3": "nesterov"}
     return {n: value for n, value in found.items() if n not in getattr(recipe, "keywords", {})}
 
 

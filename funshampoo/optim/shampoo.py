@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
@@ -38,7 +38,7 @@ class ShampooOptions(WrapperOptions, total=False):
     test compares this with the recipe, name by name.
     """
 
-    beta3: Hyper | None
+    beta3: Hyper | Literal["nesterov"] | None
     relative_epsilon: Hyper
     start: int
     statistics_every: int

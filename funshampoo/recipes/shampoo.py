@@ -40,7 +40,7 @@ def shampoo(
     *,
     beta1: Hyper = 0.9,
     beta2: Hyper = 0.99,
-    beta3: Hyper | None = None,
+    beta3: Hyper | Literal["nesterov"] | None = None,
     epsilon: Hyper = 0.0,
     relative_epsilon: Hyper = 1e-6,
     every: int = 10,
@@ -90,8 +90,8 @@ def shampoo(
     Args:
         learning_rate: number, tensor, or schedule of the old step count. With grafting its scale is
             the grafted method's: with "adam", start from the rate that works for AdamW.
-        beta1, beta3: the filter; see `ema`. beta3 = beta1² is Nesterov's look-ahead on the filter
-            and worth trying.
+        beta1, beta3: the filter; see `ema`. beta3="nesterov" is its nesterov=True: beta1², whatever
+            a scheduler makes of beta1, and worth trying.
         beta2: decay of the statistics; the number 1 means a plain sum.
         epsilon: absolute damping. It is 0 because the gradients' scale is unknown.
         relative_epsilon: relative to each factor's largest eigenvalue, for the default solver (one
@@ -202,7 +202,8 @@ def shampoo(
         direction = graft(direction, onto, start=start, least_order=2 if diagonal else 0)
     if tile == "auto" and not (grafting is None or isinstance(grafting, str)):
         tile = None  # who knows what it does across blocks
-    average = ema(beta1, beta3, bias_correction=bias_correction, own_steps=own_steps)
+    ahead: Any = {"nesterov": True} if beta3 == "nesterov" else {"beta3": beta3}
+    average = ema(beta1, **ahead, bias_correction=bias_correction, own_steps=own_steps)
     return in_blocks(
         [statistics, average, direction],
         learning_rate=learning_rate,

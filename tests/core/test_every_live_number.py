@@ -117,6 +117,12 @@ TABLE = [
         },
         {"every": 2, "max_size": 4, "weight_decay_kind": "corrected"},
     ),
+    Numbers(
+        "shampoo:nesterov",
+        fs.shampoo,
+        {**SHAMPOO, "grafting_epsilon": (0.25, 0.5)},
+        {"beta3": "nesterov", "every": 2, "max_size": 4},
+    ),
     Numbers("adaptive_clip", fs.adaptive_clip, {"max_ratio": (0.5, 0.25), "epsilon": (0.25, 0.5)}),
     Numbers("add_cautious_decay", fs.add_cautious_decay, {"weight_decay": (0.5, 0.25)}),
     Numbers("ema_nesterov", fs.ema_nesterov, {"look_ahead": (0.5, 0.25), "beta": (0.75, 0.5)}),

@@ -45,6 +45,7 @@ OPTIONS = [
     {"beta1": 0.0},
     {"beta2": 1.0, "grafting": "adagrad"},
     {"beta3": 0.5},
+    {"beta3": "nesterov", "beta1": 0.7},
     {"every": 3},
     {"every": 2, "start": 5},
     {"max_size": 3},
