@@ -96,9 +96,8 @@ def _one_by_one(jobs: Iterable[Job]) -> list[Batch]:
 
 def _is_alike(job: Job, other: Job) -> bool:
     mine, theirs = job.kept.residual, other.kept.residual
-    if job.rule.side != other.rule.side or mine.dtype != theirs.dtype:
-        return False
-    return mine.device == theirs.device and is_same(job.rule, other.rule)
+    alike = mine.dtype == theirs.dtype and mine.device == theirs.device
+    return alike and is_same(job.rule, other.rule)
 
 
 def _cut(jobs: Sequence[Job]) -> list[Batch]:
@@ -169,16 +168,13 @@ def tasks_of(batch: Batch) -> list[Task]:
 def _task(batch: Batch) -> Task:
     """The task of a batch; its jobs get their parts of the result."""
     counts = [1 if rows is None else len(rows) for _, rows in batch]
-    rule = batch[0][0].rule
+    rule, first = batch[0][0].rule, 0
     seconds = rule.cost * sum(counts)
     task = Task(functools.partial(_found, batch), seconds, rule.side > LARGEST_SIDE)
-    if len(batch) == 1:
-        batch[0][0].parts.append(task.taken)
-        return task
-    first = 0
-    for (job, _), count in zip(batch, counts):
-        job.parts.append(functools.partial(_share, task, first, count))
-        job.shares = True
+    for (job, rows), count in zip(batch, counts):
+        job.shares = len(batch) > 1
+        share = functools.partial(_share, task, first, count)
+        job.parts.append((rows, share if job.shares else task.taken))
         first += count
     return task
 
