@@ -30,7 +30,7 @@ class EigenSolver(RootSolver):
 
     def __call__(self, A: Tensor, p: float, epsilon: Hyper = 0.0) -> InverseRoot:
         """A^(-1/p), with a new eigendecomposition."""
-        self._check(A, p, epsilon)
+        self._check(A, p)
         spectrum = decompose(A)  # no products, and perhaps long: other threads need not wait
         with full_precision():
             return self.from_spectrum(A, spectrum, p, epsilon)
@@ -46,7 +46,7 @@ class EigenSolver(RootSolver):
             basis: (..., d, d), orthogonal: eigenvectors of an earlier A as columns.
             tolerance: see `spectrum_near`.
         """
-        self._check(A, p, epsilon)
+        self._check(A, p)
         spectrum = self.renewed(A, epsilon, basis, tolerance)
         with full_precision():
             return self.from_spectrum(A, spectrum, p, epsilon), spectrum.vectors
@@ -61,13 +61,9 @@ class EigenSolver(RootSolver):
     ) -> InverseRoot:
         """A^(-1/p) from a spectrum of A, exact or approximate, in any order."""
 
-    def check_epsilon(self, epsilon: Hyper) -> None:
-        """Raise for an epsilon that this solver does not support."""
-
-    def _check(self, A: Tensor, p: float, epsilon: Hyper) -> None:
+    def _check(self, A: Tensor, p: float) -> None:
         check_matrix(A)
         check_exponent(p)
-        self.check_epsilon(epsilon)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -143,18 +139,15 @@ class pseudo_inverse(EigenSolver):
     rtol: Hyper | None = None
     atol: float = 0.0
 
-    def check_epsilon(self, epsilon: Hyper) -> None:
+    def from_spectrum(
+        self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
+    ) -> InverseRoot:
         """See `EigenSolver`."""
         if isinstance(epsilon, Tensor) or epsilon != 0:
             raise ValueError(
                 f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would "
                 "fill the null space that it leaves out; use eigh() for a damped root"
             )
-
-    def from_spectrum(
-        self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
-    ) -> InverseRoot:
-        """See `EigenSolver`."""
         relative = A.shape[-1] * torch.finfo(A.dtype).eps if self.rtol is None else self.rtol
         if isinstance(relative, Tensor):
             relative = relative.to(A)

@@ -292,10 +292,6 @@ def splus(
     check_range("eps", eps, 0.0)
     check_range("nonstandard_constant", nonstandard_constant, 0)
 
-    def scale(shape: tuple[int, ...]) -> float:
-        square = len(shape) == 2 and max(shape) <= max_dim
-        return 2 / sum(shape) if square else nonstandard_constant
-
     stages = signs_in_eigenbases(
         lr,
         beta1=b1,
@@ -305,6 +301,7 @@ def splus(
         every=inverse_every,
         basis=None,
         is_kept=lambda d: d < max_dim,
-        scale=scale,
+        max_side=max_dim,
+        others_scale=nonstandard_constant,
     )
     return whole(chain(*stages), 20, None)

@@ -217,7 +217,3 @@ class RenewedSolver(EigenSolver):
     ) -> InverseRoot:
         """As in `inner`."""
         return self.inner.from_spectrum(A, spectrum, p, epsilon)
-
-    def check_epsilon(self, epsilon: Hyper) -> None:
-        """As in `inner`."""
-        self.inner.check_epsilon(epsilon)

@@ -206,16 +206,13 @@ class Block(NamedTuple):
     eigenvalues: Any
 
 
-Whitened: TypeAlias = Callable[[Block], tuple[list[Tensor], Any]]
+Whitened: TypeAlias = tuple[list[Tensor], Any]
 """G_i for every side, and the new eigenvalues."""
 
 
-def _by_roots(**unused: Any) -> Whitened:
-    def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        X = matrices_of(block.units)
-        return [_whitened_by(X, i, block) for i in range(len(X))], ()
-
-    return whitened
+def _by_roots(block: Block, **unused: Any) -> Whitened:
+    X = matrices_of(block.units)
+    return [_whitened_by(X, i, block) for i in range(len(X))], ()
 
 
 def _whitened_by(X: Sequence[Tensor | None], side: int, block: Block) -> Tensor:
@@ -228,42 +225,36 @@ def _whitened_by(X: Sequence[Tensor | None], side: int, block: Block) -> Tensor:
     return x
 
 
-def _by_ritz_values(*, least: Least, **unused: Any) -> Whitened:
-    def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        Q, g = matrices_of(block.units), block.gradient
-        h = []
-        for i, L in enumerate(block.factors):
-            d = g.shape[block.block_ndim + i]
-            basis = Q[i]
-            ritz = g.new_ones(d) if basis is None else ritz_values(basis, L, block.weight)
-            h.append(inverse_root(torch.clamp(ritz, min=least(d) if callable(least) else least)))
-        parts = [rotate(g, others(Q, i), block.block_ndim) for i in range(len(Q))]
-        return [bounded(weighted(x, h, i)) for i, x in enumerate(parts)], ()
-
-    return whitened
+def _by_ritz_values(block: Block, *, least: Least, **unused: Any) -> Whitened:
+    Q, g = matrices_of(block.units), block.gradient
+    h = []
+    for i, L in enumerate(block.factors):
+        d = g.shape[block.block_ndim + i]
+        basis = Q[i]
+        ritz = g.new_ones(d) if basis is None else ritz_values(basis, L, block.weight)
+        h.append(inverse_root(torch.clamp(ritz, min=least(d) if callable(least) else least)))
+    parts = [rotate(g, others(Q, i), block.block_ndim) for i in range(len(Q))]
+    return [bounded(weighted(x, h, i)) for i, x in enumerate(parts)], ()
 
 
-def _by_eigenvalues(*, starts_whole: bool, **numbers: Any) -> Whitened:
-    def whitened(block: Block) -> tuple[list[Tensor], Any]:
-        Q, g, ndim = matrices_of(block.units), block.gradient, block.block_ndim
-        if not Q:  # no sides: one entry, treated as a side
-            Q, g = [None], g[..., None]
-        if isinstance(block.seen, Tensor):
-            known = block.seen > 0
-        else:  # bases exist from the start
-            known = g.new_ones(g.shape[:ndim], dtype=torch.bool)
-        moves = known & (block.fine[0] > 0) if block.fine else known
-        parts = [rotate(g, others(Q, i), ndim) for i in range(len(Q))]
-        R = rotate(parts[0], [Q[0], *[None] * (len(Q) - 1)], ndim)
-        new, h = renewed_eigenvalues(R, block.eigenvalues, known, moves, **numbers)
-        found = [bounded(weighted(x, h[i], i)) for i, x in enumerate(parts)]
-        if starts_whole:
-            ones = g.new_ones(known.shape)
-            whole = ones * on_device((1 - numbers["beta"]) ** -0.5, ones)
-            found = [x * per_block(torch.where(known, ones, whole), x) for x in found]
-        return found, tuple(new)
-
-    return whitened
+def _by_eigenvalues(block: Block, *, starts_whole: bool, **numbers: Any) -> Whitened:
+    Q, g, ndim = matrices_of(block.units), block.gradient, block.block_ndim
+    if not Q:  # no sides: one entry, treated as a side
+        Q, g = [None], g[..., None]
+    if isinstance(block.seen, Tensor):
+        known = block.seen > 0
+    else:  # bases exist from the start
+        known = g.new_ones(g.shape[:ndim], dtype=torch.bool)
+    moves = known & (block.fine[0] > 0) if block.fine else known
+    parts = [rotate(g, others(Q, i), ndim) for i in range(len(Q))]
+    R = rotate(parts[0], [Q[0], *[None] * (len(Q) - 1)], ndim)
+    new, h = renewed_eigenvalues(R, block.eigenvalues, known, moves, **numbers)
+    found = [bounded(weighted(x, h[i], i)) for i, x in enumerate(parts)]
+    if starts_whole:
+        ones = g.new_ones(known.shape)
+        whole = ones * on_device((1 - numbers["beta"]) ** -0.5, ones)
+        found = [x * per_block(torch.where(known, ones, whole), x) for x in found]
+    return found, tuple(new)
 
 
 WHITENED: dict[str, Callable[..., Whitened]] = {
@@ -271,7 +262,7 @@ WHITENED: dict[str, Callable[..., Whitened]] = {
     "ritz": _by_ritz_values,
     "roots": _by_roots,
 }
-"""{`through` of `kl_statistics`: its numbers, by keyword -> how to compute G_i}."""
+"""{`through` of `kl_statistics`: how to compute G_i of a block, with its numbers by keyword}."""
 
 
 def check_through(through: str, least: Least, bias_correction: bool, **flags: bool) -> None:

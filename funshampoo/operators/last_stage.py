@@ -13,6 +13,7 @@ def last_stage(
     init: Callable[..., Any],
     update: Callable[..., Any],
     *numbers: Any,
+    name: str = "",
     counts: bool | None = None,
     elementwise: bool = True,
     traits: Iterable[str] = (),
@@ -21,12 +22,14 @@ def last_stage(
     """A stage that needs parameters. Its effect on rows that are not alive is undone.
 
     Args:
+        name: by default that of the function that `update` was defined in.
         numbers: its hyperparameters. By default it counts steps if one of them is a schedule.
         traits: see `core.traits`.
     """
     stage = GradientTransformation(
         init,
         update,
+        name,
         counts=any(map(callable, numbers)) if counts is None else counts,
         numbers=numbers,
         elementwise=elementwise,

@@ -87,13 +87,6 @@ def splus(
     check_count("max_side", max_side)
     check_range("others_scale", others_scale, 0.0)
 
-    def is_kept(d: int) -> bool:
-        return d <= max_side
-
-    def scale(shape: tuple[int, ...]) -> float:
-        square = len(shape) == 2 and max(shape) <= max_side
-        return 2 / sum(shape) if square else others_scale
-
     stages = signs_in_eigenbases(
         learning_rate,
         beta1=beta1,
@@ -102,8 +95,9 @@ def splus(
         weight_decay=weight_decay,
         every=every,
         basis=basis,
-        is_kept=is_kept,
-        scale=scale,
+        is_kept=lambda d: d <= max_side,
+        max_side=max_side,
+        others_scale=others_scale,
     )
     return whole(chain(*stages), max_failures, distribute, merge)
 
@@ -118,12 +112,17 @@ def signs_in_eigenbases(
     every: int,
     basis: Basis | None,
     is_kept: Callable[[int], bool],
-    scale: Callable[[tuple[int, ...]], float],
+    max_side: float,
+    others_scale: float,
 ) -> list[GradientTransformation]:
-    """The stages of `splus`, by which sides have factor matrices and how long steps are."""
+    """The stages of `splus`; `is_kept` says which sides have factor matrices."""
 
     def sides(shape: tuple[int, ...]) -> Sequence[bool]:
         return [len(shape) == 2 and is_kept(d) for d in shape]
+
+    def scale(shape: tuple[int, ...]) -> float:
+        square = len(shape) == 2 and max(shape) <= max_side
+        return 2 / sum(shape) if square else others_scale
 
     return [
         kronecker_statistics(beta2, bias_correction=False, sides=sides),

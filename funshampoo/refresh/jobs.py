@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -58,8 +58,8 @@ class Job:
         kept: the old values.
         rows: the rows whose turn it is.
         alive: for all rows, 0 where this step must change nothing; None: all are 1.
-        parts: functions that each return the results of some of the rows, in order, once the work
-            has been done.
+        parts: some of the rows each, in order, and a function that returns their results once the
+            work has been done.
         shares: whether these results share memory with other jobs' results.
     """
 
@@ -67,7 +67,7 @@ class Job:
         self, rule: Rule, reading: Reading, kept: Kept, rows: Rows, alive: Tensor | None = None
     ) -> None:
         self.rule, self.kept, self.rows, self._alive = rule, kept, rows, alive
-        self.parts: list[Callable[[], Outcome]] = []
+        self.parts: list[tuple[Rows, Callable[[], Outcome]]] = []
         self.shares = False
         self._matrices, *self._inputs = reading
 
@@ -99,7 +99,8 @@ class Job:
     def ended(self, donate: bool) -> Kept:
         """The values to keep now; written into the old memory, part by part, if it is donated."""
         kept = self.kept
-        for rows, found in self._results() if donate else [(self.rows, self._joined())]:
+        for rows, part in self.parts if donate else [(self.rows, self._joined)]:
+            found = part()
             if self._alive is not None:
                 alive = found.known & (taken(self._alive, rows) > 0)
                 found = changed(found, known=alive)
@@ -107,21 +108,9 @@ class Job:
             kept = written(kept, mine, renewed(found, mine, self.rule), rows, donate)
         return kept
 
-    def _results(self) -> Iterator[tuple[Rows, Outcome]]:
-        """Some of the rows, and their results; each part is freed before the next."""
-        first = 0
-        for part in self.parts:
-            found = part()
-            if found.known.ndim == 0:  # the single matrix of a leaf
-                yield None, found
-                continue
-            count = len(found.known)
-            yield self.every_row()[first : first + count], found
-            first += count
-
     def _joined(self) -> Outcome:
         """The results of all rows, in their own memory."""
-        found = [part() for part in self.parts]
+        found = [part() for _, part in self.parts]
         return found[0] if len(found) == 1 and not self.shares else joined(found)
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.linalg.solver import are_same
+
 
 class Found(NamedTuple):
     """A rule's results, with the rows first.
@@ -100,11 +102,8 @@ def eigh_seconds(d: int) -> float:
 
 
 def is_same(rule: Rule, other: Rule) -> bool:
-    """Whether two rules are equal. A tensor equals only itself: no values are read."""
-    if type(rule) is not type(other):
-        return False
-    pairs = zip(_numbers(rule), _numbers(other))
-    return all([a is b or (not isinstance(a, Tensor) and a == b) for a, b in pairs])
+    """Whether two rules are equal; see `are_same`."""
+    return type(rule) is type(other) and are_same(_numbers(rule), _numbers(other))
 
 
 def tensors_of(rule: Rule) -> list[Tensor]:

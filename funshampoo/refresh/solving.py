@@ -17,12 +17,14 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 
 from funshampoo.refresh.jobs import Job, Outcome, Rows, joined, outcome, row_slice
 from funshampoo.refresh.rule import is_same
-from funshampoo.refresh.workers import Workers, workers
+from funshampoo.refresh.workers import workers
 
 LARGEST_SIDE = 256
 """Up to this side a matrix has one kernel thread, and several may share a task."""
@@ -62,9 +64,14 @@ def carry_out(jobs: Sequence[Job], in_blocks: bool) -> None:
     for batch in divided(others):
         _task(batch).carry_out()
     tasks = [task for batch in divided(threaded) for task in tasks_of(batch)]
-    begin(tasks)
-    for task in tasks:
-        task.wait()
+    futures = begin(tasks)
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:  # a task's, or Ctrl-C: what is queued would keep the process alive
+        for future in futures:
+            future.cancel()
+        raise
 
 
 Batch = list[tuple[Job, Rows]]
@@ -89,9 +96,8 @@ def _one_by_one(jobs: Iterable[Job]) -> list[Batch]:
 
 def _is_alike(job: Job, other: Job) -> bool:
     mine, theirs = job.kept.residual, other.kept.residual
-    if job.rule.side != other.rule.side or mine.dtype != theirs.dtype:
-        return False
-    return mine.device == theirs.device and is_same(job.rule, other.rule)
+    alike = mine.dtype == theirs.dtype and mine.device == theirs.device
+    return alike and is_same(job.rule, other.rule)
 
 
 def _cut(jobs: Sequence[Job]) -> list[Batch]:
@@ -123,39 +129,27 @@ class Task:
     """A call of a rule, here or in a thread.
 
     Attributes:
+        compute: the call.
         seconds: approximate time of one kernel thread.
         divisible: whether several kernel threads may take part.
+        result: the call's result, once it is done; None before it has begun.
     """
 
     def __init__(
         self, compute: Callable[[], Outcome], seconds: float, divisible: bool = False
     ) -> None:
-        self.seconds, self.divisible = seconds, divisible
-        self._compute = compute
-        self._result: Callable[[], Outcome] | None = None
-
-    @property
-    def begun(self) -> bool:
-        """Whether it is running, or done."""
-        return self._result is not None
-
-    def begin(self, pool: Workers) -> None:
-        """Submit it to these threads."""
-        self._result = pool.submit(self._compute).result
+        self.compute, self.seconds, self.divisible = compute, seconds, divisible
+        self.result: Any = None
 
     def carry_out(self) -> None:
         """Run it now, in this thread."""
-        found = self._compute()
-        self._result = lambda: found
-
-    def wait(self) -> Outcome:
-        """Its result, once it is done."""
-        assert self._result is not None
-        return self._result()
+        found = self.compute()
+        self.result = lambda: found
 
     def taken(self) -> Outcome:
         """Its result, for the last time: it is not kept here."""
-        found, self._result = self.wait(), None
+        found: Outcome = self.result()
+        self.result = None
         return found
 
 
@@ -174,16 +168,13 @@ def tasks_of(batch: Batch) -> list[Task]:
 def _task(batch: Batch) -> Task:
     """The task of a batch; its jobs get their parts of the result."""
     counts = [1 if rows is None else len(rows) for _, rows in batch]
-    rule = batch[0][0].rule
+    rule, first = batch[0][0].rule, 0
     seconds = rule.cost * sum(counts)
     task = Task(functools.partial(_found, batch), seconds, rule.side > LARGEST_SIDE)
-    if len(batch) == 1:
-        batch[0][0].parts.append(task.taken)
-        return task
-    first = 0
-    for (job, _), count in zip(batch, counts):
-        job.parts.append(functools.partial(_share, task, first, count))
-        job.shares = True
+    for (job, rows), count in zip(batch, counts):
+        job.shares = len(batch) > 1
+        share = functools.partial(_share, task, first, count)
+        job.parts.append((rows, share if job.shares else task.taken))
         first += count
     return task
 
@@ -194,7 +185,8 @@ def _found(batch: Batch) -> Outcome:
 
 
 def _share(task: Task, first: int, count: int) -> Outcome:
-    return row_slice(task.wait(), first, count)
+    part: Outcome = row_slice(task.result(), first, count)
+    return part
 
 
 def pieces(rows: Sequence[int], side: int, seconds: float, threads: int) -> list[Sequence[int]]:
@@ -213,17 +205,20 @@ def pieces(rows: Sequence[int], side: int, seconds: float, threads: int) -> list
     return [rows[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def begin(tasks: Iterable[Task]) -> None:
-    """Start all of these: some now, in this thread, the others in threads, the longest first."""
+def begin(tasks: Iterable[Task]) -> list[Future[Outcome]]:
+    """Do some of these in this thread, and start the others in threads, the longest first."""
     waiting = sorted(tasks, key=lambda task: -task.seconds)
     if not waiting:
-        return
+        return []
     threads = torch.get_num_threads()
     for task in _best_here(waiting, threads):
         task.carry_out()
+    futures = []
     for task in waiting:
-        if not task.begun:
-            task.begin(workers(threads))
+        if task.result is None:
+            futures.append(workers(threads).submit(task.compute))
+            task.result = futures[-1].result
+    return futures
 
 
 def _best_here(waiting: Sequence[Task], threads: int) -> list[Task]:

@@ -7,13 +7,10 @@ without the GIL, so Python threads can work on different matrices.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
-import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,35 +19,22 @@ from torch._C import _functorch
 
 from funshampoo.core.modes import in_a_mode
 
-_Task = tuple["Future[Any]", Callable[[], Any]]
 _SETTING = threading.Lock()
 
 
 class Workers:
-    """A queue of tasks, and threads that take them in order.
-
-    The threads are daemons, so they do not keep the process alive. At interpreter exit, queued
-    tasks are cancelled and running ones are waited for, since the libraries that they run in are
-    about to be unloaded.
+    """A `ThreadPoolExecutor` whose threads have one kernel thread each, and exist from the start.
 
     Args:
         count: number of threads.
     """
 
     def __init__(self, count: int) -> None:
-        self.count = count
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._ready = threading.Semaphore(0)
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"funshampoo-{i}", daemon=True)
-            for i in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-        for _ in self._threads:
-            self._ready.acquire()  # from here on their temporary setting applies to no other thread
-        atexit.register(self.close)
+        self._pool = ThreadPoolExecutor(count, "funshampoo", _take_one_kernel_thread)
+        ready = threading.Barrier(count + 1)
+        for _ in range(count):
+            self._pool.submit(ready.wait)
+        ready.wait()  # from here on their temporary setting applies to no other thread
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
         """Run `function()` in a thread, under the caller's grad mode and inference mode."""
@@ -60,43 +44,16 @@ class Workers:
             with torch.inference_mode(inference), torch.set_grad_enabled(grad):
                 return function()
 
-        future: Future[Any] = Future()
-        if self._closed:  # at interpreter exit: no thread is left to run it
-            _carry_out(future, task)
-        else:
-            self._tasks.put((future, task))
-        return future
+        try:
+            return self._pool.submit(task)
+        except RuntimeError:  # closed, or at interpreter exit: no thread is left to run it
+            future: Future[Any] = Future()
+            future.set_result(task())
+            return future
 
     def close(self) -> None:
         """Cancel queued tasks and wait for running ones."""
-        self._closed = True
-        atexit.unregister(self.close)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if task := self._tasks.get_nowait():
-                    task[0].cancel()
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        try:
-            _take_one_kernel_thread()
-        finally:
-            self._ready.release()
-        while (task := self._tasks.get()) is not None:
-            _carry_out(*task)
-            del task  # hold no tensor while waiting for the next
-
-
-def _carry_out(future: Future[Any], function: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function())
-    except BaseException as error:  # of any type: it is raised where the result is requested
-        future.set_exception(error)
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _take_one_kernel_thread() -> None:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.traits import WEIGHS, with_traits
-from funshampoo.core.tree import cast, update_leaves, wide
+from funshampoo.core.contract import GradientTransformation, Hyper
+from funshampoo.core.traits import WEIGHS
 from funshampoo.operators.leaf_ops import filled, multiply
+from funshampoo.operators.leafwise import leafwise
 from funshampoo.operators.matrices import norm_over, safe
 
 
@@ -37,21 +36,11 @@ def adaptive_clip(max_ratio: Hyper = 0.01, epsilon: Hyper = 1e-3) -> GradientTra
     check_range("max_ratio", max_ratio, 0.0, low_open=True, infinite=True)
     check_range("epsilon", epsilon, 0.0)
 
-    def clipped(
-        updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
-    ) -> Tree:
-        ratio, least = number(max_ratio, hyper), number(epsilon, hyper)
+    def clipped(u: Tensor, w: Tensor, ratio: Hyper, least: Hyper, block_ndim: int) -> Tensor:
+        first = block_ndim + (u.ndim >= block_ndim + 2)
+        size, weight = norm_over(u, first), norm_over(w, first)
+        floored = torch.maximum(weight, filled(weight, least))
+        allowed = multiply(floored, ratio, donate=False)
+        return torch.where(size > allowed, u * (allowed / safe(size)), u)
 
-        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            first = block_ndim + (u.ndim >= block_ndim + 2)
-            size = norm_over(u, first)
-            weight = norm_over(cast(w, u.dtype), first)
-            floored = torch.maximum(weight, filled(weight, least))
-            allowed = multiply(floored, ratio, donate=False)
-            return (torch.where(size > allowed, u * (allowed / safe(size)), u),)
-
-        return update_leaves(leaf, updates, (), (params,))[0]
-
-    stage = stateless(clipped, "adaptive_clip", numbers=[max_ratio, epsilon], needs_params=True)
-    return with_traits(stage, WEIGHS)
+    return leafwise(clipped, [max_ratio, epsilon], needs_params=True, traits=(WEIGHS,))

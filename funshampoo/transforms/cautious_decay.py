@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from funshampoo.core.checks import check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.traits import DIRECTED, with_traits
-from funshampoo.core.tree import cast, update_leaves, wide
+from funshampoo.core.contract import GradientTransformation, Hyper
+from funshampoo.core.traits import DIRECTED
+from funshampoo.core.tree import cast
 from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.leafwise import leafwise
 
 
 def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
@@ -32,17 +32,9 @@ def add_cautious_decay(weight_decay: Hyper = 0.0) -> GradientTransformation:
     """
     check_range("weight_decay", weight_decay, 0.0)
 
-    def decayed(updates: Tree, params: Tree, *, hyper: Numbers = NO_NUMBERS) -> Tree:
-        decay = number(weight_decay, hyper)
+    def decayed(u: Tensor, w: Tensor, decay: Hyper, block_ndim: int) -> Tensor:
+        return u + multiply(w * cast(w.sign() * u >= 0, u.dtype), decay, donate=False)
 
-        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            w = cast(w, u.dtype)
-            return (u + multiply(w * cast(w.sign() * u >= 0, u.dtype), decay, donate=False),)
-
-        return update_leaves(leaf, updates, (), (params,))[0]
-
-    stage = stateless(
-        decayed, "add_cautious_decay", numbers=[weight_decay], elementwise=True, needs_params=True
+    return leafwise(
+        decayed, [weight_decay], needs_params=True, elementwise=True, traits=(DIRECTED,)
     )
-    return with_traits(stage, DIRECTED)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from funshampoo.core.contract import GradientTransformation, Tree, stateless
-from funshampoo.core.tree import update_leaves, wide
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.operators.leafwise import leafwise
 
 
 def centralize() -> GradientTransformation:
@@ -22,13 +22,9 @@ def centralize() -> GradientTransformation:
             [ 0.,  0.]]), 'b': tensor([1., 1.])}
     """
 
-    def centred(updates: Tree, *, block_ndim: int = 0) -> Tree:
-        def leaf(u: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            if u.ndim < block_ndim + 2 or not u.numel():
-                return (u,)
-            return (u - u.mean(tuple(range(block_ndim + 1, u.ndim)), keepdim=True),)
+    def centred(u: Tensor, block_ndim: int) -> Tensor:
+        if u.ndim < block_ndim + 2 or not u.numel():
+            return u
+        return u - u.mean(tuple(range(block_ndim + 1, u.ndim)), keepdim=True)
 
-        return update_leaves(leaf, updates, ())[0]
-
-    return stateless(centred, "centralize")
+    return leafwise(centred)

@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flag, check_rate
-from funshampoo.core.clock import advanced, started
-from funshampoo.core.context import Context
-from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.needs import rate_of
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.traits import DIRECTED, TURNS
-from funshampoo.core.tree import cast, update_leaves, wide
-from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.leafwise import leafwise_at_rate
 from funshampoo.operators.matrices import inner_product, norm_over, safe
-from funshampoo.state.stages import LearningRateState
 
 
 def hyperball(
@@ -58,28 +53,15 @@ def hyperball(
     check_flag("relative", relative)
     check_choice("radius", radius, ("kept", "first_order"))
 
-    def init(params: Tree, *, clock: bool = False) -> LearningRateState:
-        return LearningRateState(started(callable(learning_rate), clock))
+    def moved(u: Tensor, w: Tensor, rate: Hyper, block_ndim: int) -> Tensor:
+        size = norm_over(w, block_ndim)
+        if relative:  # divide first: the quotient of the two lengths may overflow
+            u = u / safe(norm_over(u, block_ndim)) * size
+        step = multiply(u, rate, donate=False)
+        new, wanted = w - step, size
+        if radius == "first_order":
+            wanted = size - inner_product(step, w, block_ndim) / safe(size)
+        factor = wanted / safe(norm_over(new, block_ndim))
+        return torch.where(size == 0, -step, new * factor - w)
 
-    def update(
-        updates: Tree, state: LearningRateState, params: Tree, context: Context
-    ) -> tuple[Tree, LearningRateState]:
-        rate = rate_of(learning_rate, state.steps, context)
-
-        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            w = cast(w, u.dtype)
-            size = norm_over(w, context.block_ndim)
-            if relative:  # divide first: the quotient of the two lengths may overflow
-                u = u / safe(norm_over(u, context.block_ndim)) * size
-            step = multiply(u, rate, donate=False)
-            moved, wanted = w - step, size
-            if radius == "first_order":
-                wanted = size - inner_product(step, w, context.block_ndim) / safe(size)
-            factor = wanted / safe(norm_over(moved, context.block_ndim))
-            return (torch.where(size == 0, -step, moved * factor - w),)
-
-        out = update_leaves(leaf, updates, (), (params,))[0]
-        return out, LearningRateState(advanced(state.steps, context.donate))
-
-    return last_stage(init, update, learning_rate, elementwise=False, traits=(DIRECTED, TURNS))
+    return leafwise_at_rate(moved, learning_rate, elementwise=False, traits=(DIRECTED, TURNS))

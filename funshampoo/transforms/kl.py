@@ -138,8 +138,7 @@ def kl_statistics(
         updates: Tree, state: KlState, params: Tree, context: Context
     ) -> tuple[Tree, KlState]:
         beta, ndim, donate = number(beta2, context.hyper), context.block_ndim, context.donate
-        numbers = {"beta": beta, "damping": number(damping, context.hyper)}
-        whitened = WHITENED[through](**numbers, least=least_eigenvalue, **flags)
+        numbers = {"beta": beta, "damping": number(damping, context.hyper), **flags}
         (factors, weight), eigenvalues = state
         known = () if context.alive is None else (context.alive,)
         share = 1.0 if plain_sum else 1 - beta
@@ -148,7 +147,8 @@ def kl_statistics(
         def accumulate(u: Tensor, g: Tensor, units: Any, n: Any, *rest: Any) -> tuple[Any, ...]:
             *fine, w, old, values = rest
             g = wide(g)
-            parts, values = whitened(Block(g, ndim, units, n, fine, w, old, values))
+            block = Block(g, ndim, units, n, fine, w, old, values)
+            parts, values = WHITENED[through](block, least=least_eigenvalue, **numbers)
             decay = kept_share(beta, fine[0], g) if fine and of_row else beta
             new = []
             for i, (L, part) in enumerate(zip(old, parts)):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from funshampoo.core.checks import check_range, check_rate
-from funshampoo.core.clock import advanced, started
-from funshampoo.core.context import Context
-from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
-from funshampoo.core.live import number
-from funshampoo.core.needs import rate_of
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.traits import LATE
-from funshampoo.core.tree import cast, update_leaves, wide
-from funshampoo.operators.last_stage import last_stage
 from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.leafwise import leafwise_at_rate
 from funshampoo.operators.shape_scale import Scale, check_scale, is_of_no_shape
-from funshampoo.state.stages import LearningRateState
 from funshampoo.transforms.shape import factor_of
 
 
@@ -49,22 +45,9 @@ def decay_after_step(
     check_rate(learning_rate)
     check_scale(scale)
 
-    def init(params: Tree, *, clock: bool = False) -> LearningRateState:
-        return LearningRateState(started(callable(learning_rate), clock))
+    def decayed(u: Tensor, w: Tensor, rate: Hyper, decay: Hyper, block_ndim: int) -> Tensor:
+        shrunk = (w + u) * factor_of(scale, tuple(u.shape[block_ndim:]))
+        return u - multiply(shrunk, decay * rate, donate=False)
 
-    def update(
-        updates: Tree, state: LearningRateState, params: Tree, context: Context
-    ) -> tuple[Tree, LearningRateState]:
-        rate = rate_of(learning_rate, state.steps, context)
-        share = number(weight_decay, context.hyper) * rate
-
-        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            shrunk = (cast(w, u.dtype) + u) * factor_of(scale, tuple(u.shape[context.block_ndim :]))
-            return (u - multiply(shrunk, share, donate=False),)
-
-        out = update_leaves(leaf, updates, (), (params,))[0]
-        return out, LearningRateState(advanced(state.steps, context.donate))
-
-    alike = is_of_no_shape(scale)
-    return last_stage(init, update, weight_decay, learning_rate, elementwise=alike, traits=(LATE,))
+    options: Any = {"elementwise": is_of_no_shape(scale), "traits": (LATE,)}
+    return leafwise_at_rate(decayed, learning_rate, [weight_decay], **options)

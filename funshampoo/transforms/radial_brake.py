@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from funshampoo.core.checks import check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.traits import DIRECTED, with_traits
-from funshampoo.core.tree import cast, update_leaves, wide
+from funshampoo.core.contract import GradientTransformation, Hyper
+from funshampoo.core.traits import DIRECTED
+from funshampoo.core.tree import cast
 from funshampoo.operators.leaf_ops import on_device
+from funshampoo.operators.leafwise import leafwise
 from funshampoo.operators.matrices import inner_product, safe
 
 
@@ -37,20 +37,10 @@ def radial_brake(outward: Hyper = 0.5, inward: Hyper = 1.0) -> GradientTransform
     check_range("outward", outward, 0.0)
     check_range("inward", inward, 0.0)
 
-    def braked(
-        updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
-    ) -> Tree:
-        out, into = number(outward, hyper), number(inward, hyper)
+    def braked(u: Tensor, w: Tensor, out: Hyper, into: Hyper, block_ndim: int) -> Tensor:
+        part = inner_product(u, w, block_ndim) / safe(inner_product(w, w, block_ndim))
+        goes_out = cast(part < 0, u.dtype)
+        factor = goes_out * on_device(out, u) + (1 - goes_out) * on_device(into, u)
+        return u + cast((factor - 1) * part, u.dtype) * w
 
-        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            w = cast(w, u.dtype)
-            part = inner_product(u, w, block_ndim) / safe(inner_product(w, w, block_ndim))
-            goes_out = cast(part < 0, u.dtype)
-            factor = goes_out * on_device(out, u) + (1 - goes_out) * on_device(into, u)
-            return (u + cast((factor - 1) * part, u.dtype) * w,)
-
-        return update_leaves(leaf, updates, (), (params,))[0]
-
-    stage = stateless(braked, "radial_brake", numbers=[outward, inward], needs_params=True)
-    return with_traits(stage, DIRECTED)
+    return leafwise(braked, [outward, inward], needs_params=True, traits=(DIRECTED,))

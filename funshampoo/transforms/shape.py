@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from funshampoo.core.contract import GradientTransformation, Tree, stateless
-from funshampoo.core.tree import update_leaves, wide
+from funshampoo.core.contract import GradientTransformation
+from funshampoo.operators.leafwise import leafwise
 from funshampoo.operators.shape_scale import Scale, check_scale, is_of_no_shape, shape_factor
 
 
@@ -29,14 +29,10 @@ def scale_by_shape(scale: Scale) -> GradientTransformation:
     """
     check_scale(scale)
 
-    def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
-        def leaf(u: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            return (u * factor_of(scale, tuple(u.shape[block_ndim:])),)
+    def scaled(u: Tensor, block_ndim: int) -> Tensor:
+        return u * factor_of(scale, tuple(u.shape[block_ndim:]))
 
-        return update_leaves(leaf, updates, ())[0]
-
-    return stateless(scaled, "scale_by_shape", elementwise=is_of_no_shape(scale))
+    return leafwise(scaled, elementwise=is_of_no_shape(scale))
 
 
 def factor_of(scale: Scale, shape: tuple[int, ...]) -> float:

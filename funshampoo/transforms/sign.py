@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.tree import update_leaves, wide
+from funshampoo.core.contract import GradientTransformation, Hyper
 from funshampoo.operators.leaf_ops import multiply, per_block
+from funshampoo.operators.leafwise import leafwise
 
 
 def sign(scale: Hyper | Literal["mean", "sum"] | None = None) -> GradientTransformation:
@@ -37,17 +36,12 @@ def sign(scale: Hyper | Literal["mean", "sum"] | None = None) -> GradientTransfo
     elif scale is not None:
         check_range("scale", scale, 0.0)
 
-    def signs(updates: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS) -> Tree:
-        def leaf(u: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            if scale is None:
-                return (u.sign(),)
-            if not isinstance(scale, str):
-                return (multiply(u.sign(), number(scale, hyper), donate=False),)
-            sizes = u.abs().reshape(*u.shape[:block_ndim], -1)
-            s = sizes.mean(-1) if scale == "mean" else sizes.sum(-1)
-            return (u.sign() * per_block(s, u),)
+    def signs(u: Tensor, s: Any, block_ndim: int) -> Tensor:
+        if s is None:
+            return u.sign()
+        if not isinstance(s, str):
+            return multiply(u.sign(), s, donate=False)
+        sizes = u.abs().reshape(*u.shape[:block_ndim], -1)
+        return u.sign() * per_block(sizes.mean(-1) if s == "mean" else sizes.sum(-1), u)
 
-        return update_leaves(leaf, updates, ())[0]
-
-    return stateless(signs, "sign", numbers=[scale], elementwise=not isinstance(scale, str))
+    return leafwise(signs, [scale], elementwise=not isinstance(scale, str))

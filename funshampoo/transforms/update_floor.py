@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_range
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
-from funshampoo.core.tree import cast, update_leaves, wide
+from funshampoo.core.contract import GradientTransformation, Hyper
 from funshampoo.operators.leaf_ops import multiply
+from funshampoo.operators.leafwise import leafwise
 from funshampoo.operators.matrices import norm_over, safe
 
 
@@ -40,18 +39,10 @@ def update_floor(
     check_range("min_ratio", min_ratio, 0.0)
     check_choice("per", per, ("tensor", "row"))
 
-    def raised(
-        updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
-    ) -> Tree:
-        ratio = number(min_ratio, hyper)
+    def raised(u: Tensor, w: Tensor, ratio: Hyper, block_ndim: int) -> Tensor:
+        first = block_ndim + (per == "row" and u.ndim >= block_ndim + 2)
+        size = norm_over(u, first)
+        wanted = multiply(norm_over(w, first), ratio, donate=False)
+        return torch.where(size < wanted, u / safe(size) * wanted, u)
 
-        def leaf(u: Tensor, w: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            first = block_ndim + (per == "row" and u.ndim >= block_ndim + 2)
-            size = norm_over(u, first)
-            wanted = multiply(norm_over(cast(w, u.dtype), first), ratio, donate=False)
-            return (torch.where(size < wanted, u / safe(size) * wanted, u),)
-
-        return update_leaves(leaf, updates, (), (params,))[0]
-
-    return stateless(raised, "update_floor", numbers=[min_ratio], needs_params=True)
+    return leafwise(raised, [min_ratio], needs_params=True)

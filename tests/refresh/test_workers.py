@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -113,6 +114,16 @@ def test_closing_cancels_what_is_queued_and_waits_for_what_runs() -> None:
     assert running.result() == "done"
     assert queued.cancelled()
     assert pool.submit(lambda: 3).result() == 3  # too late for the threads: here and now
+
+
+def test_where_a_task_fails_what_is_queued_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: Future[Any] = Future()
+    queued: Future[Any] = Future()
+    failed.set_exception(KeyboardInterrupt())
+    monkeypatch.setattr(solving, "begin", lambda tasks: [failed, queued])
+    with pytest.raises(KeyboardInterrupt):
+        solving.carry_out([], in_blocks=True)
+    assert queued.cancelled()
 
 
 def test_what_belongs_to_a_thread_stays_in_it() -> None:
