@@ -64,6 +64,10 @@ METHODS = {
     ),
     "SOAP": Method("soap", (0.005, 0.01, 0.02), {"nesterov": False}),
     "SOAP, nesterov": Method("soap", (0.005, 0.01, 0.02), {"nesterov": True}),
+    "KL-SOAP, nesterov": Method("kl_soap", (0.005, 0.01, 0.02), {"nesterov": True}),
+    "eigenvalue-corrected, nesterov": Method(
+        "eigenvalue_shampoo", (0.005, 0.01, 0.02), {"nesterov": True}
+    ),
     "Muon": Method("muon", (0.02, 0.04, 0.08)),
 }
 
