@@ -15,6 +15,7 @@ from funshampoo.linalg.products import each_matrix, matmul, power
 from funshampoo.linalg.solver import InverseRoot, RootSolver
 from funshampoo.linalg.spectral import decompose
 from funshampoo.operators import columns, leaf_ops
+from funshampoo.operators.leafwise import leafwise
 from funshampoo.operators.mode_products import (
     bias_corrected,
     mode_flops,
@@ -54,6 +55,7 @@ __all__ = [
     "identity",
     "is_readable",
     "leaf_ops",
+    "leafwise",
     "map_leaves",
     "matmul",
     "meaning",

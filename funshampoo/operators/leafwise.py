@@ -11,9 +11,9 @@ from funshampoo.core.adapting import name_of
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
-from funshampoo.core.live import NO_NUMBERS, Numbers, number
+from funshampoo.core.live import NO_NUMBERS, Numbers, is_ours, number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.traits import with_traits
+from funshampoo.core.traits import MAY_TURN, with_traits
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.last_stage import last_stage
 from funshampoo.state.stages import LearningRateState
@@ -30,13 +30,30 @@ def leafwise(
     """The stage U ← leaf(U, *numbers, block_ndim), or leaf(U, W, *numbers, block_ndim).
 
     Args:
-        leaf: of U in its compute dtype, a tensor or a stack of blocks. The stage has the name of
-            the function that `leaf` is defined in.
+        leaf: a function of U, in its compute dtype: a leaf of the updates, block_ndim 0, or a stack
+            of blocks, block_ndim 1. The stage has the name of the function that defines it.
         numbers: hyperparameters; `leaf` gets their values on this step.
         needs_params: whether `leaf` gets W, the parameter, in U's dtype.
         traits: see `core.traits`.
         options: see `GradientTransformation`.
+
+    Raises:
+        TypeError: leaf is no function, or numbers no list; on a step, leaf returned no new update.
+
+    >>> import torch
+    >>> def soft_threshold(least):
+    ...     def shrunk(u, least, block_ndim):
+    ...         return u.sign() * (u.abs() - least).clamp(min=0)
+    ...
+    ...     return leafwise(shrunk, [least])
+    >>> tx, params = soft_threshold(1.0), {"w": torch.zeros(2)}
+    >>> tx.update({"w": torch.tensor([3.0, -0.5])}, tx.init(params))[0]
+    {'w': tensor([2., -0.])}
     """
+    if not callable(leaf):
+        raise TypeError(f"leaf is {leaf!r}; give a function of an update that returns the new one.")
+    if not isinstance(numbers, (list, tuple)):
+        raise TypeError(f"numbers is {numbers!r}; give a list of hyperparameters.")
 
     def changed(
         updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS
@@ -45,6 +62,8 @@ def leafwise(
         return _changed(leaf, updates, [params] if needs_params else [], *now, block_ndim)
 
     own = {"numbers": numbers, "needs_params": needs_params}
+    if not is_ours(leaf):  # as of any stage of a user's: see `first_traits`
+        traits = (*traits, MAY_TURN)
     return with_traits(stateless(changed, name_of(leaf), **own, **options), *traits)
 
 
@@ -83,6 +102,16 @@ def _changed(
 ) -> Tree:
     def one(u: Tensor, *weight: Tensor) -> tuple[Tensor]:
         u = wide(u)
-        return (leaf(u, *[cast(w, u.dtype) for w in weight], *arguments),)
+        found = leaf(u, *[cast(w, u.dtype) for w in weight], *arguments)
+        if not isinstance(found, Tensor) or found.shape != u.shape:
+            raise TypeError(
+                f"the function of an update {tuple(u.shape)} returned {_said(found)}; return the "
+                "new update, a tensor of that shape."
+            )
+        return (found,)
 
     return update_leaves(one, updates, (), inputs)[0]
+
+
+def _said(found: Any) -> str:
+    return f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
