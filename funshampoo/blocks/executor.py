@@ -6,13 +6,13 @@
         part into the state, U to its destination
 
 If blocks are spread over ranks, a rank's portions consist of the rows that it owns, and U passes
-through the ranks' exchange (`Spread`).
+through the ranks' exchange: that of a `Ranks`, the `spread` of `sharded`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from funshampoo.blocks.state_rows import Part, StateRows, joined, store, store_s
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, refreshes
 from funshampoo.core.modes import is_traced, keep_freed_memory, row_index
+
+if TYPE_CHECKING:
+    from funshampoo.distributed.ranks import Ranks
 
 Put: TypeAlias = Callable[[str, range, Any], None]
 """(stack, its rows, their updates)"""
@@ -59,62 +62,6 @@ class Leaves(NamedTuple):
     shown: Sequence[bool] | None = None
 
 
-class Spread(Protocol):
-    """How the blocks of a step are spread over ranks."""
-
-    inner: GradientTransformation
-    whole: bool  # whether whole parameters are sharded, not only DTensors
-
-    def is_shared(self) -> bool:
-        """Whether other ranks share the step."""
-
-    def owned(self, layout: Layout) -> dict[str, range]:
-        """The rows of this rank, without stacks of which it owns none."""
-
-    def exchange(
-        self,
-        step: Callable[[Any, Put], Any],
-        put: Put,
-        state: Any,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
-    ) -> Any:
-        """Run `step(inner state, put)`, and pass the results of all ranks to `put`.
-
-        Args:
-            leaves: what is stepped and where it is, for comparison with other ranks.
-            absent: whether rows of this rank have no gradient, and so are not put.
-
-        Returns:
-            The new state.
-        """
-
-    def begin(self, leaves: Leaves, **context: Any) -> Any:
-        """The state of this rank's blocks, for sharded parameters (DTensors).
-
-        Args:
-            leaves: the parameters, both as `parameters` and as `gradients`.
-        """
-
-    def exchange_parts(
-        self,
-        step: StepOnRows,
-        state: Any,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
-    ) -> tuple[Any, list[Tensor]]:
-        """`exchange` for sharded parameters (DTensors).
-
-        Runs `step(inner state, rows of the full stacks, cuts, gather, put)`. Its portions count
-        this rank's rows from 0, and each is within one of the cuts.
-
-        Returns:
-            The new state, and for every leaf the update of this rank's part, in any shape.
-        """
-
-
 class Executor:
     """Steps on the blocks of one layout.
 
@@ -143,7 +90,7 @@ class Executor:
         leaves: Callable[[], Leaves],
     ) -> Any:
         """Step `inner` on the rows that have a gradient. Returns the new state."""
-        spread: Spread | None = inner.spread
+        spread: Ranks | None = inner.spread
         if spread is None or not spread.whole:
             return self._step(inner, self._whole, state, gather, put, missing, context)
         own, owner = spread.owned(self.layout), spread.inner
@@ -154,7 +101,7 @@ class Executor:
         return spread.exchange(step, put, state, context, leaves(), len(missing) > 0)
 
     def run_parts(
-        self, spread: Spread, state: Any, missing: Missing, context: Context, leaves: Leaves
+        self, spread: Ranks, state: Any, missing: Missing, context: Context, leaves: Leaves
     ) -> tuple[Any, list[Tensor]]:
         """`run` for sharded leaves (DTensors). Also returns their updates."""
         owner = spread.inner

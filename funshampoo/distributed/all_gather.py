@@ -38,7 +38,7 @@ class AllGather(Transport):
                 memory.clear()
             memory[key] = _buffers(shards, key)
         self._shard, self._buffer = memory[key]
-        self.rows = {stack: piece.all_rows for stack, piece in shards.owned_by(rank).items()}
+        self.rows = shards.owned_by(rank)
         self.places = _places(self._shard, shards, rank)
         self.sent = self._shard[: shards.length - shards.status]
         self.status = _status(self._shard, shards)
@@ -51,7 +51,7 @@ class AllGather(Transport):
         for rank, shard in enumerate(self._buffer.split(shards.length)):
             own = shards.owned_by(rank)
             for stack, x in _places(shard, shards, rank).items():
-                self.pieces.append((stack, own[stack].all_rows, x))
+                self.pieces.append((stack, own[stack], x))
         return _statuses(self._buffer, shards)
 
     def repeater(self) -> Callable[[float], Tensor]:
@@ -76,7 +76,7 @@ def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:
 def _places(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
     """Where a rank's rows are in its shard, (length,): views (rows, *block)."""
     own = shards.owned_by(rank)
-    shapes = {s: (piece.rows, *shards.stacks[s].block) for s, piece in own.items()}
+    shapes = {s: (len(rows), *shards.stacks[s].block) for s, rows in own.items()}
     sizes = [math.prod(shape) for shape in shapes.values()]
     parts = torch.split(shard, [*sizes, shards.length - sum(sizes)])
     return {s: x.view(shape) for (s, shape), x in zip(shapes.items(), parts)}

@@ -30,7 +30,7 @@ from funshampoo.distributed.disagreement import PreviousStep, RankStatus, check_
 from funshampoo.distributed.exchange import Transport, zeroing_nonfinite
 from funshampoo.distributed.ownership import Works, owners_of, works_of
 from funshampoo.distributed.parts import Parts
-from funshampoo.distributed.shards import Blocks, OwnedRows, Shards, shards_of
+from funshampoo.distributed.shards import Blocks, Shards, shards_of
 from funshampoo.distributed.transfer import Transfer
 from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
@@ -38,9 +38,10 @@ from funshampoo.state.stages import ShardedState
 
 @dataclass(frozen=True)
 class Ranks:
-    """`sharded` with its arguments; implements `Spread`.
+    """`sharded` with its arguments: how the blocks of a step are spread over ranks.
 
     Attributes:
+        whole: whether whole parameters are sharded, not only DTensors.
         counts: whether its state has a counter of steps.
     """
 
@@ -85,7 +86,7 @@ class Ranks:
         return self.communication_dtype or blocks.dtype
 
     def is_shared(self) -> bool:
-        """See `Spread`."""
+        """Whether other ranks share the step."""
         return self.in_use and rank_and_size(self.group)[1] > 1
 
     @property
@@ -93,20 +94,25 @@ class Ranks:
         """Whether anything seen so far is sharded."""
         return self.whole or bool(self.known_parts)
 
-    def own(self, blocks: Blocks) -> dict[str, OwnedRows]:
-        """{stack: this rank's rows}."""
+    def own(self, blocks: Blocks) -> dict[str, range]:
+        """{stack: this rank's rows}, without stacks of which it owns none."""
         rank, size = rank_and_size(self.group)
         if size > 1:
             return self.shards(blocks).owned_by(rank)
-        return {name: OwnedRows(name, 0, s.rows, 0) for name, s in blocks.stacks.items()}
+        return {name: range(stack.rows) for name, stack in blocks.stacks.items()}
 
     def owned(self, layout: Layout) -> dict[str, range]:
-        """See `Spread`."""
-        own = self.own(Blocks.of(layout.stacks))
-        return {name: piece.all_rows for name, piece in own.items()}
+        """`own`, of the stacks of a layout."""
+        return self.own(Blocks.of(layout.stacks))
 
     def begin(self, leaves: Leaves, **context: Any) -> ShardedState:
-        """See `Spread`. A collective: stages may initialize from the parameters."""
+        """The state of this rank's blocks, for sharded parameters (DTensors).
+
+        A collective: stages may initialize from the parameters.
+
+        Args:
+            leaves: the parameters, both as `parameters` and as `gradients`.
+        """
         blocks = Blocks.of(leaves.where.stacks)
         parts = self._parts(leaves, blocks, None)
         transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, {})
@@ -134,7 +140,16 @@ class Ranks:
         leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
-        """See `Spread`; leaves outside blocks have `Blocks` of their own."""
+        """Run `step(inner state, put)`, and pass the results of all ranks to `put`.
+
+        Args:
+            leaves: what is stepped and where it is, for comparison with other ranks; outside
+                blocks that is in `Blocks` of their own.
+            absent: whether rows of this rank have no gradient, and so are not put.
+
+        Returns:
+            The new state.
+        """
         where = leaves.where
         blocks = where if isinstance(where, Blocks) else Blocks.of(where.stacks)
         rank, size = rank_and_size(self.group)
@@ -162,7 +177,14 @@ class Ranks:
     def exchange_parts(
         self, step: StepOnRows, state: ShardedState, context: Context, leaves: Leaves, absent: bool
     ) -> tuple[ShardedState, list[Tensor]]:
-        """See `Spread`."""
+        """`exchange` for sharded parameters (DTensors).
+
+        Runs `step(inner state, rows of the full stacks, cuts, gather, put)`. Its portions count
+        this rank's rows from 0, and each is within one of the cuts.
+
+        Returns:
+            The new state, and for every leaf the update of this rank's part, in any shape.
+        """
         blocks = Blocks.of(leaves.where.stacks)
         parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
         rank_status = RankStatus()

@@ -23,7 +23,7 @@ from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.collectives import ProcessGroup
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ranks import Ranks
-from funshampoo.distributed.shards import Blocks, OwnedRows
+from funshampoo.distributed.shards import Blocks
 from funshampoo.state.stages import ShardedState
 
 
@@ -193,7 +193,7 @@ def _stepped(
         out, new = checked_pair(ranks.inner.run(mine, part, my_params, inside), ranks.inner.name)
         alone.append(out)
         for name, x in space.own_updates(out, own).items():
-            put(name, own[name].all_rows, x)  # None: zeros
+            put(name, own[name], x)  # None: zeros
         return new
 
     def collect(name: str, rows: range, x: Tensor) -> None:
@@ -230,7 +230,7 @@ class Space:
         }
         self.blocks = Blocks.of(stacks, in_blocks)
 
-    def select(self, tree: Tree, own: Mapping[str, OwnedRows]) -> Tree:
+    def select(self, tree: Tree, own: Mapping[str, range]) -> Tree:
         """This rank's part of a tree: views of rows; outside block space, other leaves are hidden.
 
         None stays None: there is no such tree.
@@ -238,20 +238,20 @@ class Space:
         if tree is None:
             return None
         if self.blocks.in_blocks:
-            return {s: tree[s].narrow(0, p.first, p.rows) for s, p in own.items()}
+            return {s: tree[s].narrow(0, r.start, len(r)) for s, r in own.items()}
         leaves = self.spec.flatten_up_to(tree)
         shown = [x if n in own else MaskedNode() for n, x in zip(self.names, leaves)]
         return self.spec.unflatten(shown)
 
-    def selected_context(self, context: Context, own: Mapping[str, OwnedRows]) -> Context:
+    def selected_context(self, context: Context, own: Mapping[str, range]) -> Context:
         """The context, with its trees over the blocks cut to this rank's."""
         rows = context.rows
         if rows is not None:
-            rows = {s: rows[s][p.first : p.first + p.rows] for s, p in own.items()}
+            rows = {s: rows[s][r.start : r.stop] for s, r in own.items()}
         gradient, alive = self.select(context.gradient, own), self.select(context.alive, own)
         return changed(context, gradient=gradient, alive=alive, rows=rows)
 
-    def own_updates(self, out: Tree, own: Mapping[str, OwnedRows]) -> dict[str, Tensor | None]:
+    def own_updates(self, out: Tree, own: Mapping[str, range]) -> dict[str, Tensor | None]:
         """{stack or leaf: update}, for those that this rank owns."""
         if self.blocks.in_blocks:
             return dict(out)
