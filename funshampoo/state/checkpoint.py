@@ -17,25 +17,12 @@ from funshampoo.core.wholes import placed_as
 from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.misfits import listed, misfit, report
-from funshampoo.state.naming import Named, Names, full_name, named, named_tensors, owned_elsewhere
+from funshampoo.state.naming import Named, Names, full_name, named, owned_elsewhere
 from funshampoo.state.nodes import check_is_state, check_kind, walk
-from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, merged, part_of
+from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, part_of
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import WrappedState
 from funshampoo.state.values import problems
-
-__all__ = [
-    "FORMAT",
-    "FORMAT_KEY",
-    "PART_KEY",
-    "Loaded",
-    "carried_over",
-    "check",
-    "load_state_dict",
-    "merged",
-    "named_tensors",
-    "state_dict",
-]
 
 FORMAT = 2
 FORMAT_KEY = "funshampoo/format"

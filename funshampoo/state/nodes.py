@@ -20,16 +20,7 @@ def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> St
     >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
     ScheduleState(steps=tensor(3))
     """
-    nodes: list[Any] = [states]
-    while nodes:  # from the last: usually it is a stage just before
-        node = nodes.pop()
-        if isinstance(node, kind):
-            return node
-        if isinstance(node, dict):
-            nodes.extend(node.values())
-        elif isinstance(node, (tuple, list)):
-            nodes.extend(node)
-    return None
+    return _found(states, kind, (), last=True)  # usually it is a stage just before
 
 
 def first_state(
@@ -42,15 +33,25 @@ def first_state(
         kind: the state's class.
         closed: kinds of states not to search in.
     """
+    return _found(states, kind, closed, last=False)
+
+
+def _found(
+    states: Any,
+    kind: type[StateT] | tuple[type[StateT], ...],
+    closed: type | tuple[type, ...],
+    *,
+    last: bool,
+) -> StateT | None:
     nodes: list[Any] = [states]
     while nodes:
         node = nodes.pop()
         if isinstance(node, kind):
             return node
         if isinstance(node, dict):
-            nodes.extend([*node.values()][::-1])
+            nodes.extend(node.values() if last else [*node.values()][::-1])
         elif isinstance(node, (tuple, list)) and not isinstance(node, closed):
-            nodes.extend(node[::-1])
+            nodes.extend(node if last else node[::-1])
     return None
 
 
