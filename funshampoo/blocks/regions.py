@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Layout, Region
-from funshampoo.core.modes import are_apart, is_traced
+from funshampoo.core.modes import are_apart
 
 Grid: TypeAlias = tuple[range, ...]
 """Blocks of a region, by their coordinates."""
@@ -130,12 +130,7 @@ class Parts(dict[tuple[str, range], Rows]):
         if lines is not None:
             return torch.cat(lines).contiguous()
         target = torch.empty(len(rows), *block, dtype=dtype, device=views[0].device)
-        targets = _split(target, found)
-        if is_traced() or len({view.dtype for view in views}) > 1:
-            for view, own in zip(views, targets):
-                own.copy_(view)
-        else:
-            torch._foreach_copy_(targets, views)
+        torch._foreach_copy_(_split(target, found), views)
         return target
 
     def scatter(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:

@@ -28,7 +28,7 @@ from funshampoo.distributed.collectives import (
 from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.disagreement import PreviousStep, RankStatus, check_statuses
 from funshampoo.distributed.exchange import Transport, zeroing_nonfinite
-from funshampoo.distributed.ownership import Works, owners_of, works_of
+from funshampoo.distributed.ownership import Works, costs_of, owners_of, works_of
 from funshampoo.distributed.parts import Parts
 from funshampoo.distributed.shards import Blocks, Shards, shards_of
 from funshampoo.distributed.transfer import Transfer
@@ -257,10 +257,7 @@ class Ranks:
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
             model, works = self._model(blocks), self._works(blocks)
-            costs = {
-                name: model.block(s.block, self.every, *works[name])
-                for name, s in blocks.stacks.items()
-            }
+            costs = costs_of(blocks.stacks, self.every, model, works)
             parts = Parts(leaves, costs, self.group)
             found = self.known_parts[id(layout)] = layout, placed, parts
         return found[2]
