@@ -254,7 +254,8 @@ def _leaves_of(
         leaves, spec = flatten(updates)
         known = leaves
         if any([leaf is None for leaf in leaves]):
-            raise ValueError(_shape_unknown(updates))
+            first = next(n for n, leaf in zip(leaf_names(updates), leaves) if leaf is None)
+            raise shape_unknown(first)
     else:
         (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
     if problem := problem_of_gradients(leaves, known):  # also for an earlier stage's updates
@@ -273,9 +274,11 @@ def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], giv
         raise ValueError(misfit(wanted, state, (), given))
 
 
-def _shape_unknown(updates: Tree) -> str:
-    names = [n for n, u in zip(leaf_names(updates), flatten(updates)[0]) if u is None]
-    return f"the gradient of '{names[0]}' is None and its shape unknown: pass params to update."
+def shape_unknown(name: str) -> ValueError:
+    """The error if a gradient is None, and there is no parameter that has its shape."""
+    return ValueError(
+        f"the gradient of '{name}' is None and its shape unknown: pass params to update."
+    )
 
 
 def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ from funshampoo.blocks.executor import Leaves, Put, StepOnRows
 from funshampoo.blocks.layout import Layout
 from funshampoo.combinators.failures import failure_report
 from funshampoo.core.clock import advanced, started
-from funshampoo.core.context import Context
+from funshampoo.core.context import EMPTY, Context
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import is_in_parts, places_of
 from funshampoo.distributed.agreement import Agreement, fingerprint_of
@@ -114,7 +114,7 @@ class Ranks:
             leaves: the parameters, both as `parameters` and as `gradients`.
         """
         blocks = Blocks.of(leaves.where.stacks)
-        parts = self._parts(leaves, blocks, None)
+        parts = self._parts(leaves, blocks, EMPTY)
         transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, {})
         transfer.gather()
         context["clock"] = clock = context["clock"] or self.counts
@@ -246,7 +246,7 @@ class Ranks:
         """Whether streaks are reported: on the step before each multiple of `every`."""
         return context.step is None or (context.step + 1) % self.every == 0
 
-    def _parts(self, leaves: Leaves, blocks: Blocks, context: Context | None) -> Parts:
+    def _parts(self, leaves: Leaves, blocks: Blocks, context: Context) -> Parts:
         """Which rank has which part. The first time for these parameters it is a collective."""
         layout: Layout = leaves.where
         known = leaves.gradients if leaves.parameters is None else leaves.parameters

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.blocks.blocking import shape_unknown
 from funshampoo.blocks.executor import Leaves, Put
 from funshampoo.blocks.layout import Stack
 from funshampoo.combinators.failures import failing_blocks, failure_limit_error, limit_reached
@@ -217,8 +218,10 @@ class Space:
         in_blocks = block_ndim > 0
         leaves, self.spec = flatten(tree)
         self.names = list(tree) if in_blocks else leaf_names(tree)
-        known = zip(self.names, tree.values() if in_blocks else leaves)
-        present = {name: _present(name, x) for name, x in known}
+        known = dict(zip(self.names, tree.values() if in_blocks else leaves))
+        for name, x in known.items():
+            if not isinstance(x, Tensor):
+                raise shape_unknown(name)
         stacks = {
             name: Stack(
                 tuple(x.shape[block_ndim:]),
@@ -226,7 +229,7 @@ class Space:
                 x.device,
                 x.shape[0] if in_blocks else 1,
             )
-            for name, x in present.items()
+            for name, x in known.items()
         }
         self.blocks = Blocks.of(stacks, in_blocks)
 
@@ -268,11 +271,3 @@ class Space:
         if self.blocks.in_blocks:
             return {name: full[name] for name in self.names}
         return self.spec.unflatten([full[n].view(stacks[n].block) for n in self.names])
-
-
-def _present(name: str, x: Any) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    raise ValueError(
-        f"sharded: the gradient of '{name}' is None and its shape unknown: pass params to update."
-    )
