@@ -40,7 +40,6 @@ class AllGather(Transport):
             shard = torch.zeros(shards.length, dtype=dtype, device=device)
             memory[key] = shard, torch.empty(length, dtype=dtype, device=device)
         self._shard, self._buffer = memory[key]
-        self.rows = shards.owned_by(rank)
         self.places = _places(self._shard, shards, rank)
         self.sent = self._shard[: shards.length - shards.status]
         self.status = _status(self._shard, shards)

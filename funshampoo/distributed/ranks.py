@@ -101,10 +101,6 @@ class Ranks:
             return self.shards(blocks).owned_by(rank)
         return {name: range(stack.rows) for name, stack in blocks.stacks.items()}
 
-    def owned(self, layout: Layout) -> dict[str, range]:
-        """`own`, of the stacks of a layout."""
-        return self.own(Blocks.of(layout.stacks))
-
     def begin(self, leaves: Leaves, **context: Any) -> ShardedState:
         """The state of this rank's blocks, for sharded parameters (DTensors).
 
@@ -118,7 +114,7 @@ class Ranks:
         transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, {})
         transfer.gather()
         context["clock"] = clock = context["clock"] or self.counts
-        inner = self.inner.init(transfer.rows_of(parts.rows)[0], **context)
+        inner = self.inner.init(transfer.rows_of(transfer.cuts[0])[0], **context)
         return self.begun(inner, copy.deepcopy(parts.owned), blocks.device, clock)
 
     def begun(
@@ -133,14 +129,14 @@ class Ranks:
 
     def exchange(
         self,
-        step: Callable[[Any, Put], Any],
+        step: Callable[[Any, dict[str, range], Put], Any],
         put: Put,
         state: ShardedState,
         context: Context,
         leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
-        """Run `step(inner state, put)`, and pass the results of all ranks to `put`.
+        """Run `step(inner state, own rows, put)`, and pass the results of all ranks to `put`.
 
         Args:
             leaves: what is stepped and where it is, for comparison with other ranks; outside
@@ -157,7 +153,7 @@ class Ranks:
         owned = blocks.described(own)
         if size == 1:
             self._check_owned(owned, state)
-            new = step(state.inner, put)
+            new = step(state.inner, own, put)
             report = failure_report(new, blocks.device) if self._is_due(context) else state.report
             steps = advanced(state.steps, context.donate)
             return ShardedState(new, state.owned, state.ranks, report, steps, state.run)
@@ -167,8 +163,12 @@ class Ranks:
         )
         key = blocks.device, dtype, shards.length * size
         transport = AllGather(shards, rank, self.group, key, self.memory if context.donate else {})
+
+        def own_step(inner: Any, place: Put) -> Any:
+            return step(inner, own, place)
+
         found = self._step_and_exchange(
-            transport, step, owned, state, blocks, context, absent, rank_status
+            transport, own_step, owned, state, blocks, context, absent, rank_status
         )
         for stack, rows, x in transport.pieces:
             put(stack, rows, x)

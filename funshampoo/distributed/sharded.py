@@ -189,12 +189,12 @@ def _stepped(
     found: dict[str, list[Tensor]] = {}
     alone: list[Tree] = []
 
-    def step(part: Any, put: Put) -> Any:
+    def step(part: Any, own: Mapping[str, range], put: Put) -> Any:
         mine, my_params = space.select(updates, own), space.select(params, own)
         out, new = checked_pair(ranks.inner.run(mine, part, my_params, inside), ranks.inner.name)
         alone.append(out)
         for name, x in space.own_updates(out, own).items():
-            put(name, own[name], x)  # None: zeros
+            put(name, range(len(own[name])), x)  # None: zeros
         return new
 
     def collect(name: str, rows: range, x: Tensor) -> None:

@@ -56,15 +56,14 @@ class Transfer(Transport):
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
         stacks = parts.layout.stacks
         if "sent" not in memory:
-            shapes = [torch.Size((len(r), *stacks[s].block)) for s, r in parts.rows.items()]
+            shapes = [torch.Size((len(ids), *stacks[s].block)) for s, ids in parts.ids.items()]
             numel = [shape.numel() for shape in shapes]
             with for_keeps():
                 sent = torch.zeros(sum(numel), dtype=dtype, device=device)
                 split = [x.view(s) for x, s in zip(torch.split(sent, numel), shapes)]
             memory["sent"] = sent, split
         self.sent = memory["sent"][0]
-        self.places = dict(zip(parts.rows, memory["sent"][1]))
-        self.rows = parts.rows
+        self.places = dict(zip(parts.ids, memory["sent"][1]))
         self._flat: dict[Column, list[Tensor | None]] = {}
         self._messages: list[tuple[Messages, Messages]] = []  # of collectives already met
         self._pending: list[Callable[[], list[Tensor]]] = []

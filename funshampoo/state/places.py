@@ -255,9 +255,8 @@ def spans_of(layout: Mapping[str, Any]) -> Iterator[tuple[str, str, Span]]:
 def stack_rows(state: BlockedState) -> dict[str, int]:
     """{stack: its number of blocks}, in the order of the stacks."""
     rows: dict[str, int] = {}
-    for stacks in state.layout.values():
-        for stack, spans in stacks.items():
-            rows[stack] = max(rows.get(stack, 0), *[r + 1 for r in rows_of(spans)[-1:]])
+    for _, stack, span in spans_of(state.layout):
+        rows[stack] = max(rows.get(stack, 0), span.last)
     return rows
 
 
