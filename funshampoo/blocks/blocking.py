@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funshampoo.blocks.copies import Given, Traced, Views
-from funshampoo.blocks.executor import Executors, Leaves, Put
+from funshampoo.blocks.executor import Executor, Leaves, Put
 from funshampoo.blocks.layout import Layout, LeafKeys, Merge, layout_of, leaf_keys
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
@@ -118,7 +119,7 @@ def blocked(
     def layout(keys: LeafKeys) -> Layout:  # a closure: to torch.compile its numbers are fixed
         return layout_of(keys, max_size, merge, keep)
 
-    blocks = _Blocked(inner, layout, with_params, Executors(tile))
+    blocks = _Blocked(inner, layout, with_params, tile)
     found = GradientTransformation(
         blocks.init,
         blocks.update,
@@ -142,7 +143,8 @@ class _Blocked:
     inner: GradientTransformation
     layout: Callable[[LeafKeys], Layout]
     with_params: bool | Mask
-    executors: Executors = field(repr=False)
+    tile: TileSize = field(repr=False)  # ranks may have their own
+    executors: dict[int, Executor] = field(default_factory=dict, repr=False)
 
     def init(
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -200,7 +202,7 @@ class _Blocked:
     ) -> tuple[Tree, BlockedState]:
         given, inner = self._read(updates, state, params, context.entered), self.inner
         here, own, said = self._inside(given, state, context), given.known, given.described
-        run, missing = self.executors.of(given.layout), given.missing_rows()
+        run, missing = self._executor(given.layout), given.missing_rows()
         found: list[Any] = []
         if any_in_parts(own):
             leaves = said()._replace(gradients=all_placed_like(given.leaves, own))
@@ -227,6 +229,17 @@ class _Blocked:
                 add_in_place(own, found)
         out = None if in_place else given.spec.unflatten(found)
         return out, BlockedState(new, state.layout, advanced(state.steps, context.donate))
+
+    def _executor(self, layout: Layout) -> Executor:
+        """That of a recent layout; layouts are cached, so they are known by identity."""
+        if torch.compiler.is_dynamo_compiling():
+            return Executor(layout, self.tile)
+        found = self.executors.get(id(layout))  # which keeps its layout alive
+        if found is None:
+            if len(self.executors) > 8:
+                self.executors.clear()
+            found = self.executors[id(layout)] = Executor(layout, self.tile)
+        return found
 
     def _may_add(self, own: list[Tensor]) -> bool:
         """Whether blocks may be added to these parameters one after the other."""

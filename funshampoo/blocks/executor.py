@@ -218,22 +218,3 @@ def _rows_at(x: Any, rows: Sequence[int]) -> Any:
     if isinstance(x, Tensor):
         return x.index_select(0, row_index(tuple(rows), x.device))
     return [x[row] for row in rows]
-
-
-class Executors:
-    """Executors for the most recent layouts."""
-
-    def __init__(self, size: TileSize) -> None:
-        self._size = size
-        self._known: dict[int, Executor] = {}
-
-    def of(self, layout: Layout) -> Executor:
-        """The executor of this layout. Layouts are cached, so they are compared by identity."""
-        if torch.compiler.is_dynamo_compiling():
-            return Executor(layout, self._size)
-        found = self._known.get(id(layout))
-        if found is None or found.layout is not layout:
-            if len(self._known) > 8:
-                self._known.clear()
-            found = self._known[id(layout)] = Executor(layout, self._size)
-        return found

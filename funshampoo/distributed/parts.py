@@ -19,7 +19,7 @@ from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
-from funshampoo.core.placed import is_in_parts
+from funshampoo.core.placed import is_in_parts, places_of
 from funshampoo.distributed.agreement import fingerprint_of, leaf_lines
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line
@@ -85,6 +85,7 @@ class Parts:
 
     Attributes:
         group: the ranks.
+        placed: mesh and placements of every parameter.
         held: what this rank holds of every parameter.
         shards: the owners of all rows: near the ranks that hold them, as far as balance allows.
         ids: {stack: the rows that this rank owns}.
@@ -104,6 +105,7 @@ class Parts:
         self.layout: Layout = leaves.where
         self.group, (self.rank, self.size) = group, rank_and_size(group)
         known: Any = leaves.gradients if leaves.parameters is None else leaves.parameters
+        self.placed = places_of(known)
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
         self._held = _gathered(leaf_lines(leaves), self.held, self.size, group)
         self.shards = near_shards(self.layout, costs, self._held)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Leaves, Put, StepOnRows
-from funshampoo.blocks.layout import Layout
 from funshampoo.combinators.failures import failure_report
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import EMPTY, Context
@@ -56,9 +55,7 @@ class Ranks:
     overlap: int
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of `AllGather`
     known_shards: dict[Any, Shards] = field(default_factory=dict, repr=False)
-    known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
-        default_factory=dict, repr=False
-    )
+    known_parts: dict[int, Parts] = field(default_factory=dict, repr=False)
 
     def shards(self, blocks: Blocks) -> Shards:
         """The shards of all ranks."""
@@ -248,19 +245,16 @@ class Ranks:
 
     def _parts(self, leaves: Leaves, blocks: Blocks, context: Context) -> Parts:
         """Which rank has which part. The first time for these parameters it is a collective."""
-        layout: Layout = leaves.where
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
-        placed = places_of(known)
-        found = self.known_parts.get(id(layout))
-        if found is None or found[0] is not layout or found[1] != placed:
+        found = self.known_parts.get(id(leaves.where))  # which keeps its layout alive
+        if found is None or found.placed != places_of(known):
             self.agreement.announce_change(leaves, context)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
             model, works = self._model(blocks), self._works(blocks)
             costs = costs_of(blocks.stacks, self.every, model, works)
-            parts = Parts(leaves, costs, self.group)
-            found = self.known_parts[id(layout)] = layout, placed, parts
-        return found[2]
+            found = self.known_parts[id(leaves.where)] = Parts(leaves, costs, self.group)
+        return found
 
     def everywhere(self, blocks: list[str]) -> list[str]:
         """The blocks that all ranks name: all call this, since they gathered the same report."""
