@@ -74,16 +74,13 @@ def _scope(
     state: BlockedState | ShardedState,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Scope:
-    def stack(block: tuple[int, ...], rows: int) -> Stack:
-        return Stack(block, torch.float32, torch.device("meta"), rows)
-
-    if isinstance(state, BlockedState):
-        stacks = {name: stack(block_of(name), rows) for name, rows in stack_rows(state).items()}
-        refreshed: Any = state
-    else:
-        stacks, refreshed = {name: stack(shapes[name], 1) for name in state.owned}, ()
-    works = works_of(transformation, {n: s.block for n, s in stacks.items()}, refreshed)
-    in_blocks, state_bytes = isinstance(state, BlockedState), dict.fromkeys(stacks, 0)
+    in_blocks = isinstance(state, BlockedState)
+    rows = stack_rows(state) if isinstance(state, BlockedState) else dict.fromkeys(state.owned, 1)
+    shape = {name: block_of(name) if in_blocks else shapes[name] for name in rows}
+    works = works_of(transformation, shape, state if in_blocks else ())
+    meta = torch.float32, torch.device("meta")
+    stacks = {name: Stack(block, *meta, rows[name]) for name, block in shape.items()}
+    state_bytes = dict.fromkeys(rows, 0)
 
     def add(place: Place, x: Tensor) -> None:
         name = place.stack if in_blocks else ".".join(place.leaf)
