@@ -20,7 +20,8 @@ def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> St
     >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
     ScheduleState(steps=tensor(3))
     """
-    return _found(states, kind, (), last=True)  # usually it is a stage just before
+    found: StateT | None = _found(states, kind, (), last=True)  # usually just before
+    return found
 
 
 def first_state(
@@ -33,16 +34,11 @@ def first_state(
         kind: the state's class.
         closed: kinds of states not to search in.
     """
-    return _found(states, kind, closed, last=False)
+    found: StateT | None = _found(states, kind, closed, last=False)
+    return found
 
 
-def _found(
-    states: Any,
-    kind: type[StateT] | tuple[type[StateT], ...],
-    closed: type | tuple[type, ...],
-    *,
-    last: bool,
-) -> StateT | None:
+def _found(states: Any, kind: Any, closed: Any, *, last: bool) -> Any:
     nodes: list[Any] = [states]
     while nodes:
         node = nodes.pop()
