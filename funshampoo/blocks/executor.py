@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from funshampoo.blocks.layout import Layout, block_ids
+from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion, TileSize, tiles_for, without
 from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.state_rows import Part, StateRows, joined, store, store_shared
@@ -75,9 +75,14 @@ class Executor:
         devices = [stack.device for stack in layout.stacks.values()]
         self._device = devices[0] if devices else torch.device("cpu")
         self._size = size
-        self._ids = block_ids(layout)
-        self._whole = {name: range(stack.rows) for name, stack in layout.stacks.items()}
-        self._states = StateRows(sum(map(len, self._whole.values())))
+        self._whole: dict[str, range] = {}
+        self._ids: dict[str, range] = {}  # a number for every block, counted through the stacks
+        rows = 0
+        for name, stack in layout.stacks.items():
+            self._whole[name] = range(stack.rows)
+            self._ids[name] = range(rows, rows + stack.rows)
+            rows += stack.rows
+        self._states = StateRows(rows)
         self._portions: dict[Any, list[Portion]] = {}
 
     def run(

@@ -15,7 +15,8 @@ from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.text import aligned, counted, duration, plural, readable
 from funshampoo.core.tree import compute_dtype, flatten
-from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
+from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel, Seconds
+from funshampoo.distributed.ownership import owners_of
 from funshampoo.distributed.sharded import sharded
 from funshampoo.plan.scopes import Scope, scopes_of
 from funshampoo.plan.shapes import model_shapes
@@ -193,7 +194,10 @@ def plan(
 def _planned(
     scope: Scope, world_size: int, every: int, cost: CostModel | None
 ) -> dict[str, StackPlan]:
-    owners, model = scope.owners(world_size, every, cost), cost or DEFAULT_COST
+    balanced = cost or (DEFAULT_COST if scope.in_blocks else BY_SIZE)  # as in `sharded`
+    works = scope.works if scope.in_blocks else None
+    owners = owners_of(scope.blocks, world_size, every, balanced, works)
+    model = cost or DEFAULT_COST
     return {
         name: StackPlan(
             equal.block,

@@ -11,8 +11,7 @@ from torch import Tensor
 from funshampoo.blocks.layout import Stack
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.tree import flatten, leaf_names
-from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
-from funshampoo.distributed.ownership import Works, owners_of, works_of
+from funshampoo.distributed.ownership import Works, works_of
 from funshampoo.state.places import Place, block_of, map_tensors, stack_rows
 from funshampoo.state.stages import BlockedState, ShardedState
 
@@ -31,14 +30,6 @@ class Scope(NamedTuple):
     works: Works
     state_bytes: dict[str, int]
     in_blocks: bool
-
-    def owners(
-        self, world_size: int, every: int, cost: CostModel | None
-    ) -> dict[str, tuple[int, ...]]:
-        """{stack, or leaf: the rank of every row}, as in `sharded`."""
-        model = cost or (DEFAULT_COST if self.in_blocks else BY_SIZE)
-        works = self.works if self.in_blocks else None
-        return owners_of(self.blocks, world_size, every, model, works)
 
 
 def scopes_of(transformation: GradientTransformation, state: Any, params: Any) -> list[Scope]:
