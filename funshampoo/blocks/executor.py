@@ -142,11 +142,12 @@ class Executor:
             counted = {n: range(len(rows)) for n, rows in own.items()}
             ids = {n: _rows_at(ids[n], rows) for n, rows in own.items()}
             alive = alive and {n: _rows_at(alive[n], rows) for n, rows in own.items()}
-        absent = missing and {
-            n: [k for k, row in enumerate(rows) if row in missing.get(n, ())]
-            for n, rows in own.items()
-        }
-        portions = self._portions_of(cuts or [counted], absent, in_place, refresh)
+            missing = {
+                n: [k for k, row in enumerate(rows) if row in missing[n]]
+                for n, rows in own.items()
+                if n in missing
+            }
+        portions = self._portions_of(cuts or [counted], missing, in_place, refresh)
         portions = portions or [{}]  # no gradients at all: shared entries still advance
         whole = len(portions) == 1 and portions[0] == counted
         parts: list[tuple[Part, Any]] = []

@@ -12,16 +12,36 @@ from funshampoo.core.interrupted import check_whole
 StateT = TypeVar("StateT")
 
 
-def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> StateT | None:
+def find_state(
+    states: Any,
+    kind: type[StateT] | tuple[type[StateT], ...],
+    closed: type | tuple[type, ...] = (),
+    *,
+    first: bool = False,
+) -> StateT | None:
     """The last state of this kind in a (nested) state, or None; of nested ones, the outer.
+
+    Args:
+        states: in the order of the chain.
+        kind: the state's class.
+        closed: kinds of states not to search in.
+        first: the first one in place of the last.
 
     >>> import torch
     >>> from funshampoo.state import ScheduleState
     >>> find_state({"a": {"b": ScheduleState(torch.tensor(3))}}, ScheduleState)
     ScheduleState(steps=tensor(3))
     """
-    found: StateT | None = _found(states, kind, (), last=True)  # usually just before
-    return found
+    nodes: list[Any] = [states]
+    while nodes:  # from the last: usually it is a stage just before
+        node = nodes.pop()
+        if isinstance(node, kind):
+            return node
+        if isinstance(node, dict):
+            nodes.extend([*node.values()][::-1] if first else node.values())
+        elif isinstance(node, (tuple, list)) and not isinstance(node, closed):
+            nodes.extend(node[::-1] if first else node)
+    return None
 
 
 def first_state(
@@ -34,21 +54,7 @@ def first_state(
         kind: the state's class.
         closed: kinds of states not to search in.
     """
-    found: StateT | None = _found(states, kind, closed, last=False)
-    return found
-
-
-def _found(states: Any, kind: Any, closed: Any, *, last: bool) -> Any:
-    nodes: list[Any] = [states]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, kind):
-            return node
-        if isinstance(node, dict):
-            nodes.extend(node.values() if last else [*node.values()][::-1])
-        elif isinstance(node, (tuple, list)) and not isinstance(node, closed):
-            nodes.extend(node if last else node[::-1])
-    return None
+    return find_state(states, kind, closed, first=True)
 
 
 def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

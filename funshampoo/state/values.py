@@ -33,7 +33,7 @@ def problems(entries: Sequence[Named], limit: int | None) -> list[str]:
     for some in _alike(_pairs(entries)):
         first, other = some[0]
         x = _stacked([entry.x for entry, _ in some]).to(first.dtype)
-        y = None if other is None else _stacked([o.x for _, o in some if o]).to(x.device)
+        y = None if other is None else _stacked([o.x for _, o in some if o])
         for bad, reason in _faults(first.kind, x, y, limit):
             for i in torch.nonzero(bad).flatten().tolist():
                 found.setdefault(some[i][0].name, reason)
@@ -50,9 +50,9 @@ def _faults(
     """
     kind, relation, field = parts_of(declared)
     if y is not None and relation == " <= ":
-        yield _rows(x > y), f"is above its '{field}'"
+        yield _rows(x > y.to(x.device)), f"is above its '{field}'"
     elif y is not None:
-        yield _rows(x == 0) & _rows(y != 0), f"is 0, while its '{field}' is not"
+        yield _rows(x == 0) & _rows(y != 0).to(x.device), f"is 0, while its '{field}' is not"
     if kind.startswith("number"):
         yield _rows(x.isnan()), "is NaN"
         for left, low, high, right in _RANGE.findall(kind):
