@@ -139,7 +139,7 @@ class Job:
     def pieces(self) -> int:
         """How many pieces go through this rank's messages, both ways."""
         (spread,) = spreads(self.tx)
-        *_, (_, _, known) = spread.known_parts.values()
+        *_, known = spread.known_parts.values()
         *_, ways = known._step_routes.values()  # of steps, after those of `init`
         routes = [*[incoming.route for incoming in ways.incoming], ways.scatter]
         return sum(len(slots) for route in routes for slots in (*route.out, *route.into))

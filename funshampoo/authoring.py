@@ -28,7 +28,7 @@ from funshampoo.operators.packed import unpack
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, Rule
 from funshampoo.state import find_state, meaning
 from funshampoo.state.nodes import first_state
-from funshampoo.state.upstream import statistics_of
+from funshampoo.state.partners import statistics_of
 
 __all__ = [
     "Basis",

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funshampoo.blocks.copies import Given, Traced, Views
-from funshampoo.blocks.executor import Executors, Leaves, Put
+from funshampoo.blocks.executor import Executor, Leaves, Put
 from funshampoo.blocks.layout import Layout, LeafKeys, Merge, layout_of, leaf_keys
 from funshampoo.blocks.portions import TileSize
 from funshampoo.blocks.stacks import rows_alive, stack_blocks
@@ -118,7 +119,7 @@ def blocked(
     def layout(keys: LeafKeys) -> Layout:  # a closure: to torch.compile its numbers are fixed
         return layout_of(keys, max_size, merge, keep)
 
-    blocks = _Blocked(inner, layout, with_params, Executors(tile))
+    blocks = _Blocked(inner, layout, with_params, tile)
     found = GradientTransformation(
         blocks.init,
         blocks.update,
@@ -142,7 +143,8 @@ class _Blocked:
     inner: GradientTransformation
     layout: Callable[[LeafKeys], Layout]
     with_params: bool | Mask
-    executors: Executors = field(repr=False)
+    tile: TileSize = field(repr=False)  # ranks may have their own
+    executors: dict[int, Executor] = field(default_factory=dict, repr=False)
 
     def init(
         self, params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -200,7 +202,7 @@ class _Blocked:
     ) -> tuple[Tree, BlockedState]:
         given, inner = self._read(updates, state, params, context.entered), self.inner
         here, own, said = self._inside(given, state, context), given.known, given.described
-        run, missing = self.executors.of(given.layout), given.missing_rows()
+        run, missing = self._executor(given.layout), given.missing_rows()
         found: list[Any] = []
         if any_in_parts(own):
             leaves = said()._replace(gradients=all_placed_like(given.leaves, own))
@@ -228,6 +230,17 @@ class _Blocked:
         out = None if in_place else given.spec.unflatten(found)
         return out, BlockedState(new, state.layout, advanced(state.steps, context.donate))
 
+    def _executor(self, layout: Layout) -> Executor:
+        """That of a recent layout; layouts are cached, so they are known by identity."""
+        if torch.compiler.is_dynamo_compiling():
+            return Executor(layout, self.tile)
+        found = self.executors.get(id(layout))  # which keeps its layout alive
+        if found is None:
+            if len(self.executors) > 8:
+                self.executors.clear()
+            found = self.executors[id(layout)] = Executor(layout, self.tile)
+        return found
+
     def _may_add(self, own: list[Tensor]) -> bool:
         """Whether blocks may be added to these parameters one after the other."""
         if is_traced() or not all([p.is_contiguous() for p in own]):
@@ -254,7 +267,8 @@ def _leaves_of(
         leaves, spec = flatten(updates)
         known = leaves
         if any([leaf is None for leaf in leaves]):
-            raise ValueError(_shape_unknown(updates))
+            first = next(n for n, leaf in zip(leaf_names(updates), leaves) if leaf is None)
+            raise shape_unknown(first)
     else:
         (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
     if problem := problem_of_gradients(leaves, known):  # also for an earlier stage's updates
@@ -273,9 +287,11 @@ def _check_layout(layout: Layout, state: BlockedState, names: Sequence[str], giv
         raise ValueError(misfit(wanted, state, (), given))
 
 
-def _shape_unknown(updates: Tree) -> str:
-    names = [n for n, u in zip(leaf_names(updates), flatten(updates)[0]) if u is None]
-    return f"the gradient of '{names[0]}' is None and its shape unknown: pass params to update."
+def shape_unknown(name: str) -> ValueError:
+    """The error if a gradient is None, and there is no parameter that has its shape."""
+    return ValueError(
+        f"the gradient of '{name}' is None and its shape unknown: pass params to update."
+    )
 
 
 def _shown(params: Tree, mask: bool | Mask) -> list[Tensor | None]:

@@ -98,10 +98,7 @@ class Views:
 
     def _empty(self, i: int) -> Tensor:
         leaf, where = self._given.known[i], self._given.layout.parameters[i]
-        dtype = compute_dtype(leaf)
-        if where.regions:
-            dtype = self._given.layout.stacks[where.regions[0].stack].dtype
-        return torch.empty(where.shape, dtype=dtype, device=leaf.device)
+        return torch.empty(where.shape, dtype=compute_dtype(leaf), device=leaf.device)
 
 
 class Traced:

@@ -6,18 +6,18 @@
         part into the state, U to its destination
 
 If blocks are spread over ranks, a rank's portions consist of the rows that it owns, and U passes
-through the ranks' exchange (`Spread`).
+through the ranks' exchange: that of a `Ranks`, the `spread` of `sharded`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from funshampoo.blocks.layout import Layout, block_ids
+from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion, TileSize, tiles_for, without
 from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.state_rows import Part, StateRows, joined, store, store_shared
@@ -25,16 +25,20 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, refreshes
 from funshampoo.core.modes import is_traced, keep_freed_memory, row_index
 
+if TYPE_CHECKING:
+    from funshampoo.distributed.ranks import Ranks
+
 Put: TypeAlias = Callable[[str, range, Any], None]
 """(stack, its rows, their updates)"""
 
 Gather: TypeAlias = Callable[[Portion], tuple[dict[str, Tensor], dict[str, Tensor] | None]]
 """The gradients of a portion, and the parameters that `inner` may see."""
 
-StepOnRows: TypeAlias = Callable[
-    [Any, Mapping[str, Sequence[int]], Sequence[Portion], Gather, Put], Any
-]
-"""(inner state, rows of the full stacks, portions arriving together, gather, put) -> new state"""
+OwnRows: TypeAlias = Mapping[str, Sequence[int]]
+"""{stack: the rows of the full stack that this rank steps}"""
+
+StepOnRows: TypeAlias = Callable[[Any, OwnRows, Sequence[Portion], Gather, Put], Any]
+"""(inner state, own rows, portions arriving together, gather, put) -> new state"""
 
 Missing: TypeAlias = Mapping[str, Collection[int]]
 """{stack: the rows without a gradient}"""
@@ -59,62 +63,6 @@ class Leaves(NamedTuple):
     shown: Sequence[bool] | None = None
 
 
-class Spread(Protocol):
-    """How the blocks of a step are spread over ranks."""
-
-    inner: GradientTransformation
-    whole: bool  # whether whole parameters are sharded, not only DTensors
-
-    def is_shared(self) -> bool:
-        """Whether other ranks share the step."""
-
-    def owned(self, layout: Layout) -> dict[str, range]:
-        """The rows of this rank, without stacks of which it owns none."""
-
-    def exchange(
-        self,
-        step: Callable[[Any, Put], Any],
-        put: Put,
-        state: Any,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
-    ) -> Any:
-        """Run `step(inner state, put)`, and pass the results of all ranks to `put`.
-
-        Args:
-            leaves: what is stepped and where it is, for comparison with other ranks.
-            absent: whether rows of this rank have no gradient, and so are not put.
-
-        Returns:
-            The new state.
-        """
-
-    def begin(self, leaves: Leaves, **context: Any) -> Any:
-        """The state of this rank's blocks, for sharded parameters (DTensors).
-
-        Args:
-            leaves: the parameters, both as `parameters` and as `gradients`.
-        """
-
-    def exchange_parts(
-        self,
-        step: StepOnRows,
-        state: Any,
-        context: Context,
-        leaves: Leaves,
-        absent: bool,
-    ) -> tuple[Any, list[Tensor]]:
-        """`exchange` for sharded parameters (DTensors).
-
-        Runs `step(inner state, rows of the full stacks, cuts, gather, put)`. Its portions count
-        this rank's rows from 0, and each is within one of the cuts.
-
-        Returns:
-            The new state, and for every leaf the update of this rank's part, in any shape.
-        """
-
-
 class Executor:
     """Steps on the blocks of one layout.
 
@@ -127,9 +75,14 @@ class Executor:
         devices = [stack.device for stack in layout.stacks.values()]
         self._device = devices[0] if devices else torch.device("cpu")
         self._size = size
-        self._ids = block_ids(layout)
-        self._whole = {name: range(stack.rows) for name, stack in layout.stacks.items()}
-        self._rows: dict[Any, StateRows] = {}
+        self._whole: dict[str, range] = {}
+        self._ids: dict[str, range] = {}  # a number for every block, counted through the stacks
+        rows = 0
+        for name, stack in layout.stacks.items():
+            self._whole[name] = range(stack.rows)
+            self._ids[name] = range(rows, rows + stack.rows)
+            rows += stack.rows
+        self._states = StateRows(rows)
         self._portions: dict[Any, list[Portion]] = {}
 
     def run(
@@ -143,72 +96,66 @@ class Executor:
         leaves: Callable[[], Leaves],
     ) -> Any:
         """Step `inner` on the rows that have a gradient. Returns the new state."""
-        spread: Spread | None = inner.spread
+        spread: Ranks | None = inner.spread
         if spread is None or not spread.whole:
             return self._step(inner, self._whole, state, gather, put, missing, context)
-        own, owner = spread.owned(self.layout), spread.inner
 
-        def step(state: Any, put: Put) -> Any:
-            return self._step(owner, own, state, gather, put, missing, context)
+        def step(state: Any, own: Mapping[str, range], put: Put) -> Any:
+            def gather_own(portion: Portion) -> Any:
+                return gather({n: own[n][r.start : r.stop] for n, r in portion.items()})
+
+            return self._step(spread.inner, own, state, gather_own, put, missing, context)
 
         return spread.exchange(step, put, state, context, leaves(), len(missing) > 0)
 
     def run_parts(
-        self, spread: Spread, state: Any, missing: Missing, context: Context, leaves: Leaves
+        self, spread: Ranks, state: Any, missing: Missing, context: Context, leaves: Leaves
     ) -> tuple[Any, list[Tensor]]:
         """`run` for sharded leaves (DTensors). Also returns their updates."""
-        owner = spread.inner
 
         def step(
-            state: Any,
-            rows: Mapping[str, Sequence[int]],
-            cuts: Sequence[Portion],
-            gather: Gather,
-            put: Put,
+            state: Any, own: OwnRows, cuts: Sequence[Portion], gather: Gather, put: Put
         ) -> Any:
-            own = {stack: range(len(mine)) for stack, mine in rows.items()}
-            ids = {stack: [self._ids[stack][r] for r in mine] for stack, mine in rows.items()}
-            absent = {
-                s: [k for k, r in enumerate(rows[s]) if r in missing.get(s, ())] for s in rows
-            }
-            alive = context.alive and {
-                stack: x.index_select(0, row_index(tuple(rows[stack]), x.device))
-                for stack, x in context.alive.items()
-                if stack in rows
-            }
-            here = changed(context, alive=alive)
-            lacking = {s: gone for s, gone in absent.items() if gone}
-            return self._step(owner, own, state, gather, put, lacking, here, ids, cuts)
+            return self._step(spread.inner, own, state, gather, put, missing, context, cuts)
 
         return spread.exchange_parts(step, state, context, leaves, len(missing) > 0)
 
     def _step(
         self,
         inner: GradientTransformation,
-        own: dict[str, range],
+        own: OwnRows,
         state: Any,
         gather: Gather,
         put: Put,
         missing: Missing,
         context: Context,
-        ids: Mapping[str, Sequence[int]] | None = None,
         cuts: Sequence[Portion] | None = None,
     ) -> Any:
-        ids = self._ids if ids is None else ids
+        """Step the rows that are this rank's own, which portions count from 0."""
         in_place = context.donate and not is_traced()
         if in_place and self._device.type == "cpu":
             keep_freed_memory()
         refresh = in_place and refreshes(inner, context)
-        portions = self._portions_of(cuts or [own], missing, in_place, refresh)
+        counted, alive = self._whole, context.alive
+        ids: OwnRows = self._ids
+        if own is not self._whole:
+            counted = {n: range(len(rows)) for n, rows in own.items()}
+            ids = {n: _rows_at(ids[n], rows) for n, rows in own.items()}
+            alive = alive and {n: _rows_at(alive[n], rows) for n, rows in own.items()}
+            missing = {
+                n: [k for k, row in enumerate(rows) if row in missing[n]]
+                for n, rows in own.items()
+                if n in missing
+            }
+        portions = self._portions_of(cuts or [counted], missing, in_place, refresh)
         portions = portions or [{}]  # no gradients at all: shared entries still advance
-        whole = len(portions) == 1 and portions[0] == own
-        alive: Mapping[str, Tensor] | None = context.alive
+        whole = len(portions) == 1 and portions[0] == counted
         parts: list[tuple[Part, Any]] = []
         shared: dict[int, Tensor] = {}
         for portion in portions:
             before, part = state, None
             if not whole:
-                before, part = self._state_rows(own).part(state, portion)
+                before, part = self._states.part(state, portion, own)
             stacks, params = gather(portion)
             here = changed(
                 context,
@@ -218,7 +165,8 @@ class Executor:
                 alive=alive and {n: alive[n][r.start : r.stop] for n, r in portion.items()},
             )
             if context.extra:
-                here = changed(here, extra=self._rows_of(context.extra, portion))
+                rows = {n: own[n][r.start : r.stop] for n, r in portion.items()}
+                here = changed(here, extra=self._extra_of(context.extra, rows))
             updates, after = inner.run(stacks, before, params, here)
             for name, span in portion.items():
                 put(name, span, updates[name])
@@ -232,15 +180,15 @@ class Executor:
         store_shared(state, shared)
         return joined(state, parts) if parts else state
 
-    def _rows_of(self, extra: Mapping[str, Any], portion: Portion) -> dict[str, Any]:
+    def _extra_of(self, extra: Mapping[str, Any], rows: OwnRows) -> dict[str, Any]:
         """What the caller passed, with these rows of what `blocked` has made stacks of."""
 
-        def rows(value: Any) -> Any:
-            if not isinstance(value, dict) or value.keys() != self.layout.stacks.keys():
-                return value
-            return {n: value[n][r.start : r.stop] for n, r in portion.items()}
+        def cut(x: Any) -> Any:
+            if not isinstance(x, dict) or x.keys() != self.layout.stacks.keys():
+                return x
+            return {n: _rows_at(x[n], r) for n, r in rows.items()}
 
-        return {name: rows(value) for name, value in extra.items()}
+        return {name: cut(x) for name, x in extra.items()}
 
     def _portions_of(
         self,
@@ -268,27 +216,11 @@ class Executor:
         blocks = {n: (self.layout.stacks[n].block, len(rows)) for n, rows in cut.items()}
         return tiles_for(blocks, self._size, self._device, refresh=refresh)
 
-    def _state_rows(self, own: dict[str, range]) -> StateRows:
-        key = tuple(own.items())
-        if key not in self._rows:
-            self._rows[key] = StateRows(own)
-        return self._rows[key]
 
-
-class Executors:
-    """Executors for the most recent layouts."""
-
-    def __init__(self, size: TileSize) -> None:
-        self._size = size
-        self._known: dict[int, Executor] = {}
-
-    def of(self, layout: Layout) -> Executor:
-        """The executor of this layout. Layouts are cached, so they are compared by identity."""
-        if torch.compiler.is_dynamo_compiling():
-            return Executor(layout, self._size)
-        found = self._known.get(id(layout))
-        if found is None or found.layout is not layout:
-            if len(self._known) > 8:
-                self._known.clear()
-            found = self._known[id(layout)] = Executor(layout, self._size)
-        return found
+def _rows_at(x: Any, rows: Sequence[int]) -> Any:
+    """These rows of a tensor, or of the numbers of all rows."""
+    if isinstance(rows, range):
+        return x[rows.start : rows.stop]
+    if isinstance(x, Tensor):
+        return x.index_select(0, row_index(tuple(rows), x.device))
+    return [x[row] for row in rows]

@@ -168,16 +168,6 @@ def _layout(leaves: LeafKeys, max_size: int | None, merge: Merge, keep: int) -> 
 _remembered_layout = functools.lru_cache(maxsize=256)(_layout)
 
 
-def block_ids(layout: Layout) -> dict[str, range]:
-    """A number for every block, counted through the stacks."""
-    ids: dict[str, range] = {}
-    first = 0
-    for name, stack in layout.stacks.items():
-        ids[name] = range(first, first + stack.rows)
-        first += stack.rows
-    return ids
-
-
 def _describe(where: ParameterLayout, max_size: int | None) -> dict[str, dict[str, tuple[()]]]:
     described: dict[str, dict[str, tuple[()]]] = {}
     for region in where.regions:

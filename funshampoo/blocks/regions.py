@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Layout, Region
-from funshampoo.core.modes import are_apart, is_traced
+from funshampoo.core.modes import are_apart
+
+Grid: TypeAlias = tuple[range, ...]
+"""Blocks of a region, by their coordinates."""
 
 
 class Piece(NamedTuple):
@@ -127,12 +130,7 @@ class Parts(dict[tuple[str, range], Rows]):
         if lines is not None:
             return torch.cat(lines).contiguous()
         target = torch.empty(len(rows), *block, dtype=dtype, device=views[0].device)
-        targets = _split(target, found)
-        if is_traced() or len({view.dtype for view in views}) > 1:
-            for view, own in zip(views, targets):
-                own.copy_(view)
-        else:
-            torch._foreach_copy_(targets, views)
+        torch._foreach_copy_(_split(target, found), views)
         return target
 
     def scatter(self, stack: str, rows: range, values: Tensor, leaves: Sequence[Any]) -> None:
@@ -204,9 +202,16 @@ def _piece(view: Tensor, region: Region) -> Piece:
 
 
 def _views(x: Tensor, region: Region, first: int, last: int) -> Iterator[Tensor]:
-    """Views (*grid, *block) of a merged parameter that hold these rows of the region in order."""
-    grid = x if region.block == x.shape else grid_of_blocks(x, region)
-    return _rows_of_grid(grid, len(region.block), first, last)
+    """Views (*grid, *block) of a merged parameter that hold these rows of the region in order.
+
+    A side with one block is left out of the grid.
+    """
+    if region.block == x.shape:
+        yield x
+        return
+    whole = grid_of_blocks(x, region)
+    for grid in grids(first, last, region.grid):
+        yield whole[tuple([r.start if len(r) == 1 else slice(r.start, r.stop) for r in grid])]
 
 
 def viewed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -224,24 +229,26 @@ def grid_of_blocks(x: Tensor, region: Region) -> Tensor:
     return x.view(split).permute(*range(0, 2 * order, 2), *range(1, 2 * order, 2))
 
 
-def _rows_of_grid(view: Tensor, order: int, first: int, last: int) -> Iterator[Tensor]:
-    """Smaller grids of blocks that hold the blocks first..last-1 of one, in row-major order.
+def grids(first: int, last: int, grid: tuple[int, ...]) -> Iterator[Grid]:
+    """The blocks first..last-1 of a grid in row-major order, as smaller grids.
 
-    Args:
-        view: (*grid, *block), where a block has `order` sides.
+    >>> list(grids(1, 6, (3, 2)))
+    [(range(0, 1), range(1, 2)), (range(1, 3), range(0, 2))]
     """
-    if view.ndim == order:
-        yield view
+    if first >= last:
         return
-    line = math.prod(view.shape[1 : view.ndim - order])  # blocks per step along the first side
+    if not grid:
+        yield ()
+        return
+    line = math.prod(grid[1:])
     top, bottom = -(-first // line), last // line
-    if top > bottom:  # all within one
-        start = bottom * line
-        yield from _rows_of_grid(view[bottom], order, first - start, last - start)
-        return
-    if first < top * line:
-        yield from _rows_of_grid(view[top - 1], order, first - (top - 1) * line, line)
+    head = min(last, top * line)  # end of the first line, if it is incomplete
+    yield from _of_line(top - 1, first, head, grid, line)
     if top < bottom:
-        yield view[top:bottom]
-    if bottom * line < last:
-        yield from _rows_of_grid(view[bottom], order, 0, last - bottom * line)
+        yield (range(top, bottom), *[range(n) for n in grid[1:]])
+    yield from _of_line(bottom, max(head, bottom * line), last, grid, line)
+
+
+def _of_line(at: int, first: int, last: int, grid: tuple[int, ...], line: int) -> Iterator[Grid]:
+    for rest in grids(first - at * line, last - at * line, grid[1:]):
+        yield (range(at, at + 1), *rest)

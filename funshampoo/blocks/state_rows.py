@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,44 +27,46 @@ class StateRows:
     A tensor has its stack's rows as leading axis, or is 0-dimensional and shared by all.
 
     Args:
-        own: {stack: the rows of the full stack that the state has}.
+        rows: how many there are, in all stacks.
     """
 
-    def __init__(self, own: Mapping[str, range]) -> None:
-        self._first = {stack: rows.start for stack, rows in own.items()}
+    def __init__(self, rows: int) -> None:
         # Tiles have at least two rows: this holds those of plain steps and those of refreshes.
-        self._most = max(256, sum(map(len, own.values())))
+        self._most = max(256, rows)
         self._known: dict[Any, Part] = {}
 
-    def part(self, state: Any, portion: Portion) -> tuple[Any, Part]:
-        """(the state of these rows, which leaves it has). Tensors with rows are views."""
+    def part(self, state: Any, portion: Portion, stacks: Collection[str]) -> tuple[Any, Part]:
+        """(the state of these rows, which leaves it has). Tensors with rows are views.
+
+        Args:
+            stacks: the names of all that the state has.
+        """
         leaves, structure = flatten(state)
         if torch.compiler.is_dynamo_compiling():
-            return self._cut(leaves, self._found(state, structure, len(leaves), portion))
+            return self._cut(leaves, self._found(state, structure, len(leaves), portion, stacks))
         key = structure, tuple([(stack, rows.start, rows.stop) for stack, rows in portion.items()])
         if key not in self._known:
             if len(self._known) >= self._most:
                 self._known.clear()
-            self._known[key] = self._found(state, structure, len(leaves), portion)
+            self._known[key] = self._found(state, structure, len(leaves), portion, stacks)
         return self._cut(leaves, self._known[key])
 
     def _cut(self, leaves: list[Any], part: Part) -> tuple[Any, Part]:
         cut = [_cut(leaves[k], rows) for k, rows in zip(part.indices, part.rows)]
         return part.structure.unflatten(cut), part
 
-    def _found(self, state: Any, structure: Any, count: int, portion: Portion) -> Part:
-        own = {
-            s: range(r.start - self._first[s], r.stop - self._first[s]) for s, r in portion.items()
-        }
+    def _found(
+        self, state: Any, structure: Any, count: int, portion: Portion, stacks: Collection[str]
+    ) -> Part:
         rows: dict[int, range] = {}
 
         def note(place: Place, x: Tensor, index: int) -> int:
             if place.stack is not None and x.ndim > 0:
-                rows[index] = own[place.stack]
+                rows[index] = portion[place.stack]
             return index
 
         numbered = structure.unflatten(range(count))
-        mine = map_tensors(note, state, numbered, stacks=self._first, only=portion)
+        mine = map_tensors(note, state, numbered, stacks=stacks, only=portion)
         indices, part = flatten(mine)
         return Part(part, indices, [rows.get(k) for k in indices])
 

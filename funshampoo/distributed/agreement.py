@@ -164,7 +164,7 @@ class Agreement:
         """Remember the step, to take part in its collectives again."""
         self._previous_step = step
 
-    def announce_change(self, leaves: Leaves, context: Context | None) -> None:
+    def announce_change(self, leaves: Leaves, context: Context) -> None:
         """Tell the ranks, if there was a previous step, that this one now steps other leaves.
 
         Raises:
@@ -237,11 +237,11 @@ class Agreement:
         description = functools.partial(self._description, leaves, context)
         return RankStatus(fingerprint, context.step or 0, content, lines, description)
 
-    def _description(self, leaves: Leaves, context: Context | None) -> list[Line]:
+    def _description(self, leaves: Leaves, context: Context) -> list[Line]:
         if self.caller is not None:
             return self.caller.description()
-        found = [*self._plan_lines(leaves), *gradient_dtype_lines(leaves)]
-        return found if context is None else [*found, *context_lines(context)]
+        own = self._plan_lines(leaves), gradient_dtype_lines(leaves), context_lines(context)
+        return [line for lines in own for line in lines]
 
     def _caller_lines(self) -> list[Line]:
         return [] if self.caller is None else self.caller.lines()

@@ -32,13 +32,14 @@ class AllGather(Transport):
     def __init__(
         self, shards: Shards, rank: int, group: ProcessGroup | None, key: Key, memory: Memory
     ) -> None:
-        self._shards, self._group, self._key = shards, group, key
+        self._arguments = shards, rank, group, key
         if key not in memory:
             if len(memory) > 3:  # groups were edited, and buffers are large
                 memory.clear()
-            memory[key] = _buffers(shards, key)
+            device, dtype, length = key
+            shard = torch.zeros(shards.length, dtype=dtype, device=device)
+            memory[key] = shard, torch.empty(length, dtype=dtype, device=device)
         self._shard, self._buffer = memory[key]
-        self.rows = {stack: piece.all_rows for stack, piece in shards.owned_by(rank).items()}
         self.places = _places(self._shard, shards, rank)
         self.sent = self._shard[: shards.length - shards.status]
         self.status = _status(self._shard, shards)
@@ -46,37 +47,31 @@ class AllGather(Transport):
 
     def exchange_updates(self) -> Tensor:
         """See `Transport`."""
-        shards = self._shards
-        all_gather_into(self._buffer, self._shard, self._group)
-        for rank, shard in enumerate(self._buffer.split(shards.length)):
+        shards, _, group, _ = self._arguments
+        all_gather_into(self._buffer, self._shard, group)
+        of_ranks = self._buffer.split(shards.length)
+        for rank, shard in enumerate(of_ranks):
             own = shards.owned_by(rank)
             for stack, x in _places(shard, shards, rank).items():
-                self.pieces.append((stack, own[stack].all_rows, x))
-        return _statuses(self._buffer, shards)
+                self.pieces.append((stack, own[stack], x))
+        return torch.stack([_status(shard, shards) for shard in of_ranks])
 
     def repeater(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
-        shards, key, group = self._shards, self._key, self._group
+        arguments = self._arguments
 
         def repeat(word: float) -> Tensor:
-            shard, buffer = _buffers(shards, key)
-            _status(shard, shards)[0] = word
-            all_gather_into(buffer, shard, group)
-            return _statuses(buffer, shards)
+            again = AllGather(*arguments, memory={})
+            again.status[0] = word
+            return again.exchange_updates()
 
         return repeat
-
-
-def _buffers(shards: Shards, key: Key) -> tuple[Tensor, Tensor]:
-    device, dtype, length = key
-    shard = torch.zeros(shards.length, dtype=dtype, device=device)
-    return shard, torch.empty(length, dtype=dtype, device=device)
 
 
 def _places(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
     """Where a rank's rows are in its shard, (length,): views (rows, *block)."""
     own = shards.owned_by(rank)
-    shapes = {s: (piece.rows, *shards.stacks[s].block) for s, piece in own.items()}
+    shapes = {s: (len(rows), *shards.stacks[s].block) for s, rows in own.items()}
     sizes = [math.prod(shape) for shape in shapes.values()]
     parts = torch.split(shard, [*sizes, shards.length - sum(sizes)])
     return {s: x.view(shape) for (s, shape), x in zip(shapes.items(), parts)}
@@ -85,8 +80,3 @@ def _places(shard: Tensor, shards: Shards, rank: int) -> dict[str, Tensor]:
 def _status(shard: Tensor, shards: Shards) -> Tensor:
     """A shard's status, (STATUS,) float32; a view."""
     return shard.narrow(0, shards.length - shards.status, shards.status).view(torch.float32)
-
-
-def _statuses(buffer: Tensor, shards: Shards) -> Tensor:
-    """All ranks' statuses, (ranks, STATUS)."""
-    return torch.stack([_status(shard, shards) for shard in buffer.split(shards.length)])

@@ -24,13 +24,11 @@ class Transport:
     """How the numbers of a step get from rank to rank.
 
     Attributes:
-        rows: {stack: the rows of this rank}, numbered as in the step.
         places: {stack: where its updates go, (rows, *block)}.
         sent: all updates, and any padding between them; flat.
         status: (STATUS,) float32, sent with them.
     """
 
-    rows: Mapping[str, range]
     places: dict[str, Tensor]
     sent: Tensor
     status: Tensor
@@ -82,7 +80,11 @@ class Transport:
         return new, statuses
 
     def put(self, stack: str, rows: range, updates: Tensor | None) -> None:
-        """Copy updates to their place, cast to its dtype; None means zeros."""
+        """Copy updates to their place, cast to its dtype; None means zeros.
+
+        Args:
+            rows: among this rank's, from 0.
+        """
         place = self.places[stack]
         if updates is None:
             place.zero_()
@@ -94,7 +96,7 @@ class Transport:
                 "optimizer that is not sharded."
             )
         if len(rows) < len(place):
-            place = place.narrow(0, rows.start - self.rows[stack].start, len(rows))
+            place = place.narrow(0, rows.start, len(rows))
         place.copy_(updates.view(place.shape))
 
 

@@ -77,7 +77,7 @@ def on_the_host(tree: Any) -> Any:
 
 
 def spreads(transformation: GradientTransformation | None) -> Iterator[Any]:
-    """The `Spread` of every part of a chain, at any depth, that is spread over ranks."""
+    """The `Ranks` of every part of a chain, at any depth, that is spread over ranks."""
     if transformation is None:
         return
     if transformation.spread is not None and transformation.spread.in_use:

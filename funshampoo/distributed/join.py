@@ -139,8 +139,8 @@ _NAMES = ("params", "param_names")
 
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:
     kinds = (bool, int, float, tuple, list, Tensor)
-    numbers = {name: x for name, x in group.items() if isinstance(x, kinds)}
-    found: dict[str, Any] = on_the_host({n: x for n, x in numbers.items() if n not in _NAMES})
+    numbers = {n: x for n, x in group.items() if isinstance(x, kinds) and n not in _NAMES}
+    found: dict[str, Any] = on_the_host(numbers)
     return found
 
 

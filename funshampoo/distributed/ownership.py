@@ -114,15 +114,20 @@ def owners_of(
     >>> owners_of(stacks, world_size=2, every=10)
     {'64x64': (0, 0, 0, 1, 1), '8': (1, 1)}
     """
-    check_count("world_size", world_size)
-    check_count("every", every)
-    known, costs = works or {}, list[float]()
-    for name, stack in stacks.items():
-        costs += [cost.block(stack.block, every, *known.get(name, ()))] * stack.rows
+    each = costs_of(stacks, every, cost, works)
+    costs = [each[name] for name, stack in stacks.items() for _ in range(stack.rows)]
     ranks = iter(longest_processing_time(costs, world_size))
     return {
         name: tuple(sorted(itertools.islice(ranks, stack.rows))) for name, stack in stacks.items()
     }
+
+
+def costs_of(
+    stacks: Mapping[str, Stack], every: int, cost: CostModel, works: Works | None
+) -> dict[str, float]:
+    """{stack: the modelled seconds per step of one of its blocks}; see `owners_of`."""
+    known = works or {}
+    return {name: cost.block(s.block, every, *known.get(name, ())) for name, s in stacks.items()}
 
 
 def works_of(

@@ -19,7 +19,7 @@ from funshampoo.blocks.executor import Leaves
 from funshampoo.blocks.layout import Layout
 from funshampoo.blocks.portions import Portion
 from funshampoo.core.boxes import Holding, holding
-from funshampoo.core.placed import is_in_parts
+from funshampoo.core.placed import is_in_parts, places_of
 from funshampoo.distributed.agreement import fingerprint_of, leaf_lines
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 from funshampoo.distributed.described import Line
@@ -85,10 +85,10 @@ class Parts:
 
     Attributes:
         group: the ranks.
+        placed: mesh and placements of every parameter.
         held: what this rank holds of every parameter.
         shards: the owners of all rows: near the ranks that hold them, as far as balance allows.
-        rows: {stack: the rows that this rank owns, counted from 0}.
-        ids: {stack: the indices of these rows in the full stack}.
+        ids: {stack: the rows that this rank owns}.
         owned: the same, as in `ShardedState`.
         dtypes: of the latest gradients, initially the parameters'. Messages have room for missing
             gradients, so that every message has the length that other ranks expect.
@@ -105,6 +105,7 @@ class Parts:
         self.layout: Layout = leaves.where
         self.group, (self.rank, self.size) = group, rank_and_size(group)
         known: Any = leaves.gradients if leaves.parameters is None else leaves.parameters
+        self.placed = places_of(known)
         self.held = [holding(x, p.merged) for x, p in zip(known, self.layout.parameters)]
         self._held = _gathered(leaf_lines(leaves), self.held, self.size, group)
         self.shards = near_shards(self.layout, costs, self._held)
@@ -115,7 +116,6 @@ class Parts:
             self.ids[piece.stack] = (*self.ids.get(piece.stack, ()), *piece.all_rows)
             spans = self.owned.setdefault(piece.stack, {})
             spans[f"{piece.first}:{piece.first + piece.rows}"] = ()
-        self.rows: Portion = {stack: range(len(ids)) for stack, ids in self.ids.items()}
         self.dtypes: list[torch.dtype] = [x.dtype for x in known]
         self.memory: dict[torch.dtype, dict[Any, Any]] = {}
         self._costs = costs
@@ -212,14 +212,13 @@ def _gathered(
     """
     if size == 1:
         return Held([held])
-    numbers = {own: i for i, own in enumerate(dict.fromkeys(held))}
-    own_numbers = [numbers[own] for own in held]
-    message = fingerprint_of(lines), socket.gethostname(), list(numbers), own_numbers
-    everyone = gathered_objects(message, group)
-    if any(of_rank[0] != message[0] for of_rank in everyone):  # on every rank, so all enter
+    one: dict[Holding, Holding] = {}  # pickle sends an object once
+    mine = [one.setdefault(own, own) for own in held]
+    everyone = gathered_objects((fingerprint_of(lines), socket.gethostname(), mine), group)
+    prints, hosts, holdings = zip(*everyone)
+    if len(set(prints)) > 1:  # on every rank, so all enter
         raise disagreement_error(lines, group)
-    holdings = [[kinds[i] for i in indices] for *_, kinds, indices in everyone]
-    return Held(holdings, nodes_of([host for _, host, *_ in everyone]))
+    return Held(holdings, nodes_of(hosts))
 
 
 def nodes_of(hosts: Sequence[str]) -> list[int]:

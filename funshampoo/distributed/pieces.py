@@ -10,16 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funshampoo.blocks.layout import Region
+from funshampoo.blocks.regions import grids
 from funshampoo.core.boxes import Box, Shape
-
-Grid: TypeAlias = tuple[range, ...]
-"""Blocks of a region, by their coordinates."""
 
 
 class View(NamedTuple):
@@ -63,31 +61,6 @@ def strides(shape: Sequence[int]) -> Shape:
     for side in reversed(shape[1:]):
         found.insert(0, found[0] * side)
     return tuple(found[: len(shape)])
-
-
-def grids(first: int, last: int, grid: Shape) -> Iterator[Grid]:
-    """The blocks first..last-1 of a grid in row-major order, as smaller grids.
-
-    >>> list(grids(1, 6, (3, 2)))
-    [(range(0, 1), range(1, 2)), (range(1, 3), range(0, 2))]
-    """
-    if first >= last:
-        return
-    if not grid:
-        yield ()
-        return
-    line = math.prod(grid[1:])
-    top, bottom = -(-first // line), last // line
-    head = min(last, top * line)  # end of the first line, if it is incomplete
-    yield from _of_line(top - 1, first, head, grid, line)
-    if top < bottom:
-        yield (range(top, bottom), *[range(n) for n in grid[1:]])
-    yield from _of_line(bottom, max(head, bottom * line), last, grid, line)
-
-
-def _of_line(at: int, first: int, last: int, grid: Shape, line: int) -> Iterator[Grid]:
-    for rest in grids(first - at * line, last - at * line, grid[1:]):
-        yield (range(at, at + 1), *rest)
 
 
 class _Part(NamedTuple):

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from funshampoo.blocks.executor import Leaves, Put, StepOnRows
-from funshampoo.blocks.layout import Layout
 from funshampoo.combinators.failures import failure_report
 from funshampoo.core.clock import advanced, started
-from funshampoo.core.context import Context
+from funshampoo.core.context import EMPTY, Context
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.placed import is_in_parts, places_of
 from funshampoo.distributed.agreement import Agreement, fingerprint_of
@@ -28,9 +27,9 @@ from funshampoo.distributed.collectives import (
 from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
 from funshampoo.distributed.disagreement import PreviousStep, RankStatus, check_statuses
 from funshampoo.distributed.exchange import Transport, zeroing_nonfinite
-from funshampoo.distributed.ownership import Works, owners_of, works_of
+from funshampoo.distributed.ownership import Works, costs_of, owners_of, works_of
 from funshampoo.distributed.parts import Parts
-from funshampoo.distributed.shards import Blocks, OwnedRows, Shards, shards_of
+from funshampoo.distributed.shards import Blocks, Shards, shards_of
 from funshampoo.distributed.transfer import Transfer
 from funshampoo.state.parts import run_of
 from funshampoo.state.stages import ShardedState
@@ -38,9 +37,10 @@ from funshampoo.state.stages import ShardedState
 
 @dataclass(frozen=True)
 class Ranks:
-    """`sharded` with its arguments; implements `Spread`.
+    """`sharded` with its arguments: how the blocks of a step are spread over ranks.
 
     Attributes:
+        whole: whether whole parameters are sharded, not only DTensors.
         counts: whether its state has a counter of steps.
     """
 
@@ -55,9 +55,7 @@ class Ranks:
     overlap: int
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # of `AllGather`
     known_shards: dict[Any, Shards] = field(default_factory=dict, repr=False)
-    known_parts: dict[Any, tuple[Layout, list[Any], Parts]] = field(
-        default_factory=dict, repr=False
-    )
+    known_parts: dict[int, Parts] = field(default_factory=dict, repr=False)
 
     def shards(self, blocks: Blocks) -> Shards:
         """The shards of all ranks."""
@@ -85,7 +83,7 @@ class Ranks:
         return self.communication_dtype or blocks.dtype
 
     def is_shared(self) -> bool:
-        """See `Spread`."""
+        """Whether other ranks share the step."""
         return self.in_use and rank_and_size(self.group)[1] > 1
 
     @property
@@ -93,26 +91,27 @@ class Ranks:
         """Whether anything seen so far is sharded."""
         return self.whole or bool(self.known_parts)
 
-    def own(self, blocks: Blocks) -> dict[str, OwnedRows]:
-        """{stack: this rank's rows}."""
+    def own(self, blocks: Blocks) -> dict[str, range]:
+        """{stack: this rank's rows}, without stacks of which it owns none."""
         rank, size = rank_and_size(self.group)
         if size > 1:
             return self.shards(blocks).owned_by(rank)
-        return {name: OwnedRows(name, 0, s.rows, 0) for name, s in blocks.stacks.items()}
-
-    def owned(self, layout: Layout) -> dict[str, range]:
-        """See `Spread`."""
-        own = self.own(Blocks.of(layout.stacks))
-        return {name: piece.all_rows for name, piece in own.items()}
+        return {name: range(stack.rows) for name, stack in blocks.stacks.items()}
 
     def begin(self, leaves: Leaves, **context: Any) -> ShardedState:
-        """See `Spread`. A collective: stages may initialize from the parameters."""
+        """The state of this rank's blocks, for sharded parameters (DTensors).
+
+        A collective: stages may initialize from the parameters.
+
+        Args:
+            leaves: the parameters, both as `parameters` and as `gradients`.
+        """
         blocks = Blocks.of(leaves.where.stacks)
-        parts = self._parts(leaves, blocks, None)
+        parts = self._parts(leaves, blocks, EMPTY)
         transfer = Transfer(parts, leaves, 1, blocks.dtype, blocks.device, {})
         transfer.gather()
         context["clock"] = clock = context["clock"] or self.counts
-        inner = self.inner.init(transfer.rows_of(parts.rows)[0], **context)
+        inner = self.inner.init(transfer.rows_of(transfer.cuts[0])[0], **context)
         return self.begun(inner, copy.deepcopy(parts.owned), blocks.device, clock)
 
     def begun(
@@ -127,14 +126,23 @@ class Ranks:
 
     def exchange(
         self,
-        step: Callable[[Any, Put], Any],
+        step: Callable[[Any, dict[str, range], Put], Any],
         put: Put,
         state: ShardedState,
         context: Context,
         leaves: Leaves,
         absent: bool,
     ) -> ShardedState:
-        """See `Spread`; leaves outside blocks have `Blocks` of their own."""
+        """Run `step(inner state, own rows, put)`, and pass the results of all ranks to `put`.
+
+        Args:
+            leaves: what is stepped and where it is, for comparison with other ranks; outside
+                blocks that is in `Blocks` of their own.
+            absent: whether rows of this rank have no gradient, and so are not put.
+
+        Returns:
+            The new state.
+        """
         where = leaves.where
         blocks = where if isinstance(where, Blocks) else Blocks.of(where.stacks)
         rank, size = rank_and_size(self.group)
@@ -142,7 +150,7 @@ class Ranks:
         owned = blocks.described(own)
         if size == 1:
             self._check_owned(owned, state)
-            new = step(state.inner, put)
+            new = step(state.inner, own, put)
             report = failure_report(new, blocks.device) if self._is_due(context) else state.report
             steps = advanced(state.steps, context.donate)
             return ShardedState(new, state.owned, state.ranks, report, steps, state.run)
@@ -152,8 +160,12 @@ class Ranks:
         )
         key = blocks.device, dtype, shards.length * size
         transport = AllGather(shards, rank, self.group, key, self.memory if context.donate else {})
+
+        def own_step(inner: Any, place: Put) -> Any:
+            return step(inner, own, place)
+
         found = self._step_and_exchange(
-            transport, step, owned, state, blocks, context, absent, rank_status
+            transport, own_step, owned, state, blocks, context, absent, rank_status
         )
         for stack, rows, x in transport.pieces:
             put(stack, rows, x)
@@ -162,7 +174,14 @@ class Ranks:
     def exchange_parts(
         self, step: StepOnRows, state: ShardedState, context: Context, leaves: Leaves, absent: bool
     ) -> tuple[ShardedState, list[Tensor]]:
-        """See `Spread`."""
+        """`exchange` for sharded parameters (DTensors).
+
+        Runs `step(inner state, rows of the full stacks, cuts, gather, put)`. Its portions count
+        this rank's rows from 0, and each is within one of the cuts.
+
+        Returns:
+            The new state, and for every leaf the update of this rank's part, in any shape.
+        """
         blocks = Blocks.of(leaves.where.stacks)
         parts, dtype = self._parts(leaves, blocks, context), self._dtype(blocks)
         rank_status = RankStatus()
@@ -224,24 +243,18 @@ class Ranks:
         """Whether streaks are reported: on the step before each multiple of `every`."""
         return context.step is None or (context.step + 1) % self.every == 0
 
-    def _parts(self, leaves: Leaves, blocks: Blocks, context: Context | None) -> Parts:
+    def _parts(self, leaves: Leaves, blocks: Blocks, context: Context) -> Parts:
         """Which rank has which part. The first time for these parameters it is a collective."""
-        layout: Layout = leaves.where
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
-        placed = places_of(known)
-        found = self.known_parts.get(id(layout))
-        if found is None or found[0] is not layout or found[1] != placed:
+        found = self.known_parts.get(id(leaves.where))  # which keeps its layout alive
+        if found is None or found.placed != places_of(known):
             self.agreement.announce_change(leaves, context)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()
             model, works = self._model(blocks), self._works(blocks)
-            costs = {
-                name: model.block(s.block, self.every, *works[name])
-                for name, s in blocks.stacks.items()
-            }
-            parts = Parts(leaves, costs, self.group)
-            found = self.known_parts[id(layout)] = layout, placed, parts
-        return found[2]
+            costs = costs_of(blocks.stacks, self.every, model, works)
+            found = self.known_parts[id(leaves.where)] = Parts(leaves, costs, self.group)
+        return found
 
     def everywhere(self, blocks: list[str]) -> list[str]:
         """The blocks that all ranks name: all call this, since they gathered the same report."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.blocks.blocking import shape_unknown
 from funshampoo.blocks.executor import Leaves, Put
 from funshampoo.blocks.layout import Stack
 from funshampoo.combinators.failures import failing_blocks, failure_limit_error, limit_reached
@@ -23,7 +24,7 @@ from funshampoo.distributed.agreement import Agreement
 from funshampoo.distributed.collectives import ProcessGroup
 from funshampoo.distributed.cost import CostModel
 from funshampoo.distributed.ranks import Ranks
-from funshampoo.distributed.shards import Blocks, OwnedRows
+from funshampoo.distributed.shards import Blocks
 from funshampoo.state.stages import ShardedState
 
 
@@ -188,12 +189,12 @@ def _stepped(
     found: dict[str, list[Tensor]] = {}
     alone: list[Tree] = []
 
-    def step(part: Any, put: Put) -> Any:
+    def step(part: Any, own: Mapping[str, range], put: Put) -> Any:
         mine, my_params = space.select(updates, own), space.select(params, own)
         out, new = checked_pair(ranks.inner.run(mine, part, my_params, inside), ranks.inner.name)
         alone.append(out)
         for name, x in space.own_updates(out, own).items():
-            put(name, own[name].all_rows, x)  # None: zeros
+            put(name, range(len(own[name])), x)  # None: zeros
         return new
 
     def collect(name: str, rows: range, x: Tensor) -> None:
@@ -217,8 +218,10 @@ class Space:
         in_blocks = block_ndim > 0
         leaves, self.spec = flatten(tree)
         self.names = list(tree) if in_blocks else leaf_names(tree)
-        known = zip(self.names, tree.values() if in_blocks else leaves)
-        present = {name: _present(name, x) for name, x in known}
+        known = dict(zip(self.names, tree.values() if in_blocks else leaves))
+        for name, x in known.items():
+            if not isinstance(x, Tensor):
+                raise shape_unknown(name)
         stacks = {
             name: Stack(
                 tuple(x.shape[block_ndim:]),
@@ -226,11 +229,11 @@ class Space:
                 x.device,
                 x.shape[0] if in_blocks else 1,
             )
-            for name, x in present.items()
+            for name, x in known.items()
         }
         self.blocks = Blocks.of(stacks, in_blocks)
 
-    def select(self, tree: Tree, own: Mapping[str, OwnedRows]) -> Tree:
+    def select(self, tree: Tree, own: Mapping[str, range]) -> Tree:
         """This rank's part of a tree: views of rows; outside block space, other leaves are hidden.
 
         None stays None: there is no such tree.
@@ -238,20 +241,20 @@ class Space:
         if tree is None:
             return None
         if self.blocks.in_blocks:
-            return {s: tree[s].narrow(0, p.first, p.rows) for s, p in own.items()}
+            return {s: tree[s].narrow(0, r.start, len(r)) for s, r in own.items()}
         leaves = self.spec.flatten_up_to(tree)
         shown = [x if n in own else MaskedNode() for n, x in zip(self.names, leaves)]
         return self.spec.unflatten(shown)
 
-    def selected_context(self, context: Context, own: Mapping[str, OwnedRows]) -> Context:
+    def selected_context(self, context: Context, own: Mapping[str, range]) -> Context:
         """The context, with its trees over the blocks cut to this rank's."""
         rows = context.rows
         if rows is not None:
-            rows = {s: rows[s][p.first : p.first + p.rows] for s, p in own.items()}
+            rows = {s: rows[s][r.start : r.stop] for s, r in own.items()}
         gradient, alive = self.select(context.gradient, own), self.select(context.alive, own)
         return changed(context, gradient=gradient, alive=alive, rows=rows)
 
-    def own_updates(self, out: Tree, own: Mapping[str, OwnedRows]) -> dict[str, Tensor | None]:
+    def own_updates(self, out: Tree, own: Mapping[str, range]) -> dict[str, Tensor | None]:
         """{stack or leaf: update}, for those that this rank owns."""
         if self.blocks.in_blocks:
             return dict(out)
@@ -268,11 +271,3 @@ class Space:
         if self.blocks.in_blocks:
             return {name: full[name] for name in self.names}
         return self.spec.unflatten([full[n].view(stacks[n].block) for n in self.names])
-
-
-def _present(name: str, x: Any) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    raise ValueError(
-        f"sharded: the gradient of '{name}' is None and its shape unknown: pass params to update."
-    )

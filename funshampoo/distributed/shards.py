@@ -51,10 +51,10 @@ class Blocks(NamedTuple):
         wide = any(stack.dtype == torch.float64 for stack in stacks.values())
         return cls(stacks, devices.pop(), torch.float64 if wide else torch.float32, in_blocks)
 
-    def described(self, own: Mapping[str, OwnedRows]) -> dict[str, dict[str, tuple[()]]]:
+    def described(self, own: Mapping[str, range]) -> dict[str, dict[str, tuple[()]]]:
         """`ShardedState.owned` of a rank that owns these."""
         if self.in_blocks:
-            return {s: {f"{p.first}:{p.first + p.rows}": ()} for s, p in own.items()}
+            return {s: {f"{rows.start}:{rows.stop}": ()} for s, rows in own.items()}
         return {name: {"owned" if name in own else "elsewhere": ()} for name in self.stacks}
 
 
@@ -86,9 +86,9 @@ class Shards(NamedTuple):
     length: int
     status: int
 
-    def owned_by(self, rank: int) -> dict[str, OwnedRows]:
+    def owned_by(self, rank: int) -> dict[str, range]:
         """{stack: this rank's rows}, without stacks of which it owns none."""
-        return {piece.stack: piece for piece in self.pieces if piece.owner == rank}
+        return {piece.stack: piece.all_rows for piece in self.pieces if piece.owner == rank}
 
 
 def shards_of(

@@ -56,15 +56,14 @@ class Transfer(Transport):
         self.status = torch.zeros(STATUS, dtype=torch.float32, device=device)
         stacks = parts.layout.stacks
         if "sent" not in memory:
-            shapes = [torch.Size((len(r), *stacks[s].block)) for s, r in parts.rows.items()]
+            shapes = [torch.Size((len(ids), *stacks[s].block)) for s, ids in parts.ids.items()]
             numel = [shape.numel() for shape in shapes]
             with for_keeps():
                 sent = torch.zeros(sum(numel), dtype=dtype, device=device)
                 split = [x.view(s) for x, s in zip(torch.split(sent, numel), shapes)]
             memory["sent"] = sent, split
         self.sent = memory["sent"][0]
-        self.places = dict(zip(parts.rows, memory["sent"][1]))
-        self.rows = parts.rows
+        self.places = dict(zip(parts.ids, memory["sent"][1]))
         self._flat: dict[Column, list[Tensor | None]] = {}
         self._messages: list[tuple[Messages, Messages]] = []  # of collectives already met
         self._pending: list[Callable[[], list[Tensor]]] = []
@@ -84,16 +83,14 @@ class Transfer(Transport):
         for incoming in self._plan.incoming:
             out, into = self._parts.messages(incoming.route, sent_dtypes, 0)
             self._messages.append((out, into))
-            sending, views = self._buffer("gather out", out)
+            sending, views = self._buffer(out)
             try:
                 for column, tensors in columns.items() if not self._flat else ():
                     self._flat[column] = _flat(tensors)
                 _fill(views, self._sources(out.slots))
             except BaseException as error:  # of any type: the other ranks are waiting
                 failure = failure or error
-            self._pending.append(
-                self._start_exchange("gather in", sending, out, into, len(self.cuts) == 1)
-            )
+            self._pending.append(self._start_exchange(sending, out, into, len(self.cuts) == 1))
         if failure is not None:
             raise failure
 
@@ -148,11 +145,11 @@ class Transfer(Transport):
         sent_dtypes = {(GRADIENTS, i): self._dtype for i in range(count)}
         out, into = self._parts.messages(route, sent_dtypes, HEAD)
         self._messages.append((out, into))
-        sending, views = self._buffer("scatter out", out)
-        _fill(views, self._rows_for("scatter", out, out.slots))
+        sending, views = self._buffer(out)
+        _fill(views, self._rows_for(out.slots))
         out.put_head(sending, self.status)
-        received = self._start_exchange("scatter in", sending, out, into)()
-        sources = [*self._rows_for("stay", out, route.stay), *received]
+        received = self._start_exchange(sending, out, into)()
+        sources = [*self._rows_for(route.stay), *received]
         updates: list[Any] = [None] * count
         for part in self._plan.updates:
             flat = torch.empty(sum(part.sizes), dtype=part.dtype, device=self._device)
@@ -162,7 +159,7 @@ class Transfer(Transport):
         self.updates = updates
         if self._parts.size == 1:
             return self.status.unsqueeze(0)
-        return into.heads(self._buffer("scatter in", into)[0])
+        return into.heads(self._buffer(into)[0])
 
     def repeater(self) -> Callable[[float], Tensor]:
         """See `Transport`."""
@@ -187,17 +184,17 @@ class Transfer(Transport):
             for s, rows in cut.items()
         }
 
-    def _rows_for(self, name: str, out: Messages, slots: Sequence[Slot]) -> list[Tensor]:
+    def _rows_for(self, slots: Sequence[Slot]) -> list[Tensor]:
         """Views of the updates of these pieces, where the owner has put them."""
-        key = name, id(out)
+        key = id(slots)  # of a route or a message, which last as long as the memory
         if key not in self._memory:
             places = self.places
             views = [as_view(places[s.stack], s.piece.shape, s.piece.rows) for s in slots]
             self._memory[key] = self.sent, views
         return self._memory[key][1]
 
-    def _buffer(self, name: str, messages: Messages) -> tuple[Tensor, list[Tensor]]:
-        key = name, id(messages)
+    def _buffer(self, messages: Messages) -> tuple[Tensor, list[Tensor]]:
+        key = id(messages)
         if key not in self._memory:
             with for_keeps():
                 buffer = messages.buffer(self._device)
@@ -205,12 +202,12 @@ class Transfer(Transport):
         return self._memory[key]
 
     def _start_exchange(
-        self, name: str, sending: Tensor, out: Messages, into: Messages, wait: bool = True
+        self, sending: Tensor, out: Messages, into: Messages, wait: bool = True
     ) -> Callable[[], list[Tensor]]:
         """A function that waits, and returns what the others sent, as views."""
         if self._parts.size == 1:
             return list
-        arriving, views = self._buffer(name, into)
+        arriving, views = self._buffer(into)
         args = arriving, into.splits, sending, out.splits, self._parts.group
         finish = all_to_all_into(*args, wait=wait)
 

@@ -35,7 +35,8 @@ from funshampoo.optim.ready import (
 )
 from funshampoo.optim.saved import Saved, flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
-from funshampoo.state.checkpoint import carried_over, load_state_dict, named_tensors
+from funshampoo.state.checkpoint import carried_over, load_state_dict
+from funshampoo.state.naming import named_tensors
 from funshampoo.state.parts import PART_KEY, part_of
 
 _LAZY = UninitializedParameter  # has no shape yet

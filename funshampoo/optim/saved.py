@@ -14,7 +14,8 @@ from torch import Tensor
 from funshampoo.core.bare import bare_names
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.values import copied, is_plain
-from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY, named_tensors
+from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY
+from funshampoo.state.naming import named_tensors
 
 Saved = Mapping[Tensor, Mapping[str, Any]]  # {parameter: its entries, including the shared ones}
 _OBJECT = "funshampoo: not saved: "  # begins the text that stands for a function or a solver

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import optree
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +14,9 @@ from funshampoo.blocks.layout import Merge
 from funshampoo.core.checks import check_count
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.text import aligned, counted, duration, plural, readable
-from funshampoo.core.traced_tree import dict_like
 from funshampoo.core.tree import compute_dtype, flatten
-from funshampoo.distributed.cost import DEFAULT_COST, CostModel, Seconds
+from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel, Seconds
+from funshampoo.distributed.ownership import owners_of
 from funshampoo.distributed.sharded import sharded
 from funshampoo.plan.scopes import Scope, scopes_of
 from funshampoo.plan.shapes import model_shapes
@@ -193,7 +194,10 @@ def plan(
 def _planned(
     scope: Scope, world_size: int, every: int, cost: CostModel | None
 ) -> dict[str, StackPlan]:
-    owners, model = scope.owners(world_size, every, cost), cost or DEFAULT_COST
+    balanced = cost or (DEFAULT_COST if scope.in_blocks else BY_SIZE)  # as in `sharded`
+    works = scope.works if scope.in_blocks else None
+    owners = owners_of(scope.blocks, world_size, every, balanced, works)
+    model = cost or DEFAULT_COST
     return {
         name: StackPlan(
             equal.block,
@@ -219,27 +223,26 @@ def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dty
         model = model_shapes(model)
     elif isinstance(model, nn.Module):
         model = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    elif isinstance(model, Mapping) and not isinstance(model, dict):
+        model = dict(model)
     leaves = flatten(model)[0]
     of_tensors = bool(leaves) and all(isinstance(x, Tensor) for x in leaves)
-    return _on_meta(model, dtype, "model", of_tensors)
 
+    def is_shape(node: Any) -> bool:  # in a tree of tensors, () is a tree without leaves
+        of_sides = isinstance(node, list | tuple) and (node or not of_tensors)
+        return bool(of_sides) and all(isinstance(d, int) and d >= 0 for d in node)
 
-def _on_meta(node: Any, dtype: torch.dtype, name: str, of_tensors: bool) -> Any:
-    """`of_tensors`: an empty list or tuple is a tree without leaves; otherwise it is a shape."""
-    if isinstance(node, Tensor):
-        return torch.empty(node.shape, dtype=node.dtype, device="meta")
-    if isinstance(node, Mapping):
-        children = {
-            key: _on_meta(child, dtype, f"{name}[{key!r}]", of_tensors)
-            for key, child in node.items()
-        }
-        return dict_like(node, children) if isinstance(node, dict) else children
-    if isinstance(node, list | tuple):
-        if (node or not of_tensors) and all(isinstance(d, int) and d >= 0 for d in node):
-            return torch.empty(tuple(node), dtype=dtype, device="meta")
-        parts = [_on_meta(x, dtype, f"{name}[{i}]", of_tensors) for i, x in enumerate(node)]
-        return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
-    raise TypeError(f"{name} is {node!r}; expected a tensor or a shape, such as (64, 32).")
+    def on_meta(at: optree.PyTreeAccessor, x: Any) -> Tensor:
+        if isinstance(x, Tensor):
+            return torch.empty(x.shape, dtype=x.dtype, device="meta")
+        if is_shape(x):
+            return torch.empty(tuple(x), dtype=dtype, device="meta")
+        raise TypeError(
+            f"{at.codify('model')} is {x!r}; expected a tensor or a shape, such as (64, 32)."
+        )
+
+    tree: Any = model
+    return optree.tree_map_with_accessor(on_meta, tree, is_leaf=is_shape, none_is_leaf=True)
 
 
 def _rank_plans(

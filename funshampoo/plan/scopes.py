@@ -11,8 +11,7 @@ from torch import Tensor
 from funshampoo.blocks.layout import Stack
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.tree import flatten, leaf_names
-from funshampoo.distributed.cost import BY_SIZE, DEFAULT_COST, CostModel
-from funshampoo.distributed.ownership import Works, owners_of, works_of
+from funshampoo.distributed.ownership import Works, works_of
 from funshampoo.state.places import Place, block_of, map_tensors, stack_rows
 from funshampoo.state.stages import BlockedState, ShardedState
 
@@ -31,14 +30,6 @@ class Scope(NamedTuple):
     works: Works
     state_bytes: dict[str, int]
     in_blocks: bool
-
-    def owners(
-        self, world_size: int, every: int, cost: CostModel | None
-    ) -> dict[str, tuple[int, ...]]:
-        """{stack, or leaf: the rank of every row}, as in `sharded`."""
-        model = cost or (DEFAULT_COST if self.in_blocks else BY_SIZE)
-        works = self.works if self.in_blocks else None
-        return owners_of(self.blocks, world_size, every, model, works)
 
 
 def scopes_of(transformation: GradientTransformation, state: Any, params: Any) -> list[Scope]:
@@ -74,16 +65,13 @@ def _scope(
     state: BlockedState | ShardedState,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Scope:
-    def stack(block: tuple[int, ...], rows: int) -> Stack:
-        return Stack(block, torch.float32, torch.device("meta"), rows)
-
-    if isinstance(state, BlockedState):
-        stacks = {name: stack(block_of(name), rows) for name, rows in stack_rows(state).items()}
-        refreshed: Any = state
-    else:
-        stacks, refreshed = {name: stack(shapes[name], 1) for name in state.owned}, ()
-    works = works_of(transformation, {n: s.block for n, s in stacks.items()}, refreshed)
-    in_blocks, state_bytes = isinstance(state, BlockedState), dict.fromkeys(stacks, 0)
+    in_blocks = isinstance(state, BlockedState)
+    rows = stack_rows(state) if isinstance(state, BlockedState) else dict.fromkeys(state.owned, 1)
+    shape = {name: block_of(name) if in_blocks else shapes[name] for name in rows}
+    works = works_of(transformation, shape, state if in_blocks else ())
+    meta = torch.float32, torch.device("meta")
+    stacks = {name: Stack(block, *meta, rows[name]) for name, block in shape.items()}
+    state_bytes = dict.fromkeys(rows, 0)
 
     def add(place: Place, x: Tensor) -> None:
         name = place.stack if in_blocks else ".".join(place.leaf)

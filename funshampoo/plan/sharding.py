@@ -20,6 +20,7 @@ from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.text import counted, duration, plural, readable
 from funshampoo.core.tree import flatten, leaf_names
 from funshampoo.distributed.cost import DEFAULT_COST, CostModel
+from funshampoo.distributed.ownership import costs_of
 from funshampoo.distributed.parts import near_shards
 from funshampoo.distributed.routes import Held, Shares, source_of
 from funshampoo.distributed.shards import Shards
@@ -119,10 +120,7 @@ def plan_sharded(
     inside = {name: x for name, x in known.items() if cut is not None and name in cut.layout}
     layout = layout_in(tx, inside)  # raises if there is no `blocked`, or several
     scope = next(s for s in scopes_of(tx, state, params) if s.in_blocks)
-    costs = {
-        name: cost.block(stack.block, every, *scope.works[name])
-        for name, stack in layout.stacks.items()
-    }
+    costs = costs_of(layout.stacks, every, cost, scope.works)
 
     @functools.cache
     def holdings(shape: Shape, way: Any, merged: Shape) -> list[Holding]:

@@ -12,8 +12,8 @@ from funshampoo.operators.mode_products import bias_corrected
 from funshampoo.operators.weights import weights_over
 from funshampoo.refresh.jobs import Reading
 from funshampoo.refresh.refreshing import Refreshing
+from funshampoo.state.partners import statistics_of
 from funshampoo.state.stages import RefreshedState
-from funshampoo.state.upstream import statistics_of
 
 
 def refreshed(

@@ -8,11 +8,12 @@ from funshampoo.state.averages import (
     ScheduleFreeState,
     TailAverageState,
 )
-from funshampoo.state.checkpoint import Loaded, check, load_state_dict, merged, state_dict
+from funshampoo.state.checkpoint import Loaded, check, load_state_dict, state_dict
 from funshampoo.state.health import Health, health
 from funshampoo.state.meaning import meaning
 from funshampoo.state.memory import Memory, summary
 from funshampoo.state.nodes import find_state
+from funshampoo.state.parts import merged
 from funshampoo.state.stages import (
     AdagradState,
     AdamState,

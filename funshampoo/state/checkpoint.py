@@ -17,25 +17,12 @@ from funshampoo.core.wholes import placed_as
 from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.misfits import listed, misfit, report
-from funshampoo.state.naming import Named, Names, full_name, named, named_tensors, owned_elsewhere
+from funshampoo.state.naming import Named, entries_of, named, owned_elsewhere
 from funshampoo.state.nodes import check_is_state, check_kind, walk
-from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, merged, part_of
+from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, part_of
 from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import WrappedState
 from funshampoo.state.values import problems
-
-__all__ = [
-    "FORMAT",
-    "FORMAT_KEY",
-    "PART_KEY",
-    "Loaded",
-    "carried_over",
-    "check",
-    "load_state_dict",
-    "merged",
-    "named_tensors",
-    "state_dict",
-]
 
 FORMAT = 2
 FORMAT_KEY = "funshampoo/format"
@@ -247,18 +234,17 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
 
 def _filled(state: Any, saved: Mapping[str, Tensor]) -> Any:
     """A state like `state`, with values from `saved` where it has them."""
-    names = Names()
 
     def filled(place: Place, x: Tensor) -> Tensor:
-        wanted = [(full_name(owner, rest), old) for owner, rest, old in names.parts(place, x)]
+        wanted = entries_of(place, x)
         if not wanted:
             return x
         if place.stack is None or x.ndim == 0:  # one per stack: any block's will do
-            found = next((saved[name] for name, _ in wanted if name in saved), x)
+            found = next((saved[one.name] for one in wanted if one.name in saved), x)
             return placed_as(x, found)
         new = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for row, (name, old) in zip(new, wanted):
-            row.copy_(saved.get(name, old))
+        for row, entry in zip(new, wanted):
+            row.copy_(saved.get(entry.name, entry.x))
         return new
 
     return map_tensors(filled, state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from typing import Any, NamedTuple, TextIO
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten
-from funshampoo.state.nodes import check_is_state
-from funshampoo.state.places import block_names, rows_of, walk_blocks
+from funshampoo.state.nodes import check_is_state, walk
+from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import (
-    BlockedState,
     GuardedState,
     Kept,
     MultiStepsState,
@@ -121,21 +119,12 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
     check_is_state(state)
     steps, skipped, held = 0, 0, 0
     spikes: int | None = None
-    factors: list[FactorHealth] = []
-    names: dict[str, dict[int, tuple[str, str]]] = {}
-    owned: dict[str, Any] = {}
     everywhere: list[tuple[int, ...]] = []
-    kept_at = 0
     clock: Tensor | None = None
-    for path, node, around in walk_blocks(state):
-        if around is None:
-            names, owned = {}, {}
+    for _, node in walk(state):
         counter = getattr(node, "steps", ())
         clock = counter if isinstance(counter, Tensor) else clock
-        if isinstance(node, BlockedState):
-            names, owned = block_names(node.layout), {}
-        elif isinstance(node, ShardedState):
-            owned = node.owned if names else {}
+        if isinstance(node, ShardedState):
             everywhere.append(tuple(int(n) for n in node.report.reshape(-1, 4).amax(0)))
         elif isinstance(node, GuardedState):
             held += sum(int(n.sum()) for n in flatten(node.held)[0])
@@ -144,33 +133,36 @@ def health(state: Any, *, file: TextIO | None = None) -> Health:
         elif isinstance(node, MultiStepsState):
             skipped += int(node.skipped.sum())
         elif isinstance(node, RefreshedState):
-            steps, kept_at = 0 if clock is None else int(clock.max()), len(path) + 1
-        elif isinstance(node, Kept):
-            factors.append(_factor(path[kept_at:], node, names, owned))
-    found = Health(steps, factors, skipped, held, everywhere, spikes)
+            steps = 0 if clock is None else int(clock.max())
+    found = Health(steps, _factors(state), skipped, held, everywhere, spikes)
     print(found, file=file or sys.stdout)
     return found
 
 
-def _factor(
-    path: tuple[str, ...],
-    kept: Kept,
-    names: Mapping[str, Mapping[int, tuple[str, str]]],
-    owned: Mapping[str, Any],
-) -> FactorHealth:
-    *inside, side = path
-    leaf = ".".join(inside)
-    residual = _largest(kept.residual)
-    worst = int(torch.argmax(_rows(kept.residual)))
-    row = rows_of(owned[leaf])[worst] if leaf in owned else worst
-    return FactorHealth(
-        where=f"{leaf} side {side}",
-        matrices=kept.residual.numel(),
-        residual=residual,
-        condition=_largest(kept.condition),
-        failures=int(kept.failures.sum()),
-        worst=names[leaf][row][0] if leaf in names and residual is not None else "",
-    )
+def _factors(state: Any) -> list[FactorHealth]:
+    sides: dict[Any, tuple[Place, dict[str, Tensor]]] = {}
+
+    def collect(place: Place, x: Tensor) -> None:
+        if place.kind is Kept and place.field != "value":
+            side = place.path[:-1], place.stack, place.leaf
+            sides.setdefault(side, (place, {}))[1][place.field] = x
+
+    map_tensors(collect, state)
+    found = []
+    for place, kept in sides.values():
+        residual, owners = _largest(kept["residual"]), place.owners()
+        worst = int(torch.argmax(_rows(kept["residual"])))
+        found.append(
+            FactorHealth(
+                where=f"{place.stack or '.'.join(place.leaf)} side {place.path[-2]}",
+                matrices=kept["residual"].numel(),
+                residual=residual,
+                condition=_largest(kept["condition"]),
+                failures=int(kept["failures"].sum()),
+                worst=owners[worst][0] if owners and residual is not None else "",
+            )
+        )
+    return found
 
 
 def _largest(measured: Tensor) -> float | None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from funshampoo.core.placed import local_part
 from funshampoo.core.text import readable
-from funshampoo.state.naming import Names
 from funshampoo.state.nodes import check_is_state
 from funshampoo.state.places import Place, map_tensors
 
@@ -69,12 +68,11 @@ def summary(state: Any, *, file: TextIO | None = None) -> Memory:
     check_is_state(state)
     stages: dict[str, int] = defaultdict(int)
     parameters: dict[str, int] = defaultdict(int)
-    names = Names()
 
     def collect(place: Place, x: Tensor) -> None:
         size = local_part(x).nbytes
         stages["/".join(place.stage) or type(state).__name__] += size
-        owners = [parameter for parameter, _ in names.owners(place)]
+        owners = [parameter for parameter, _ in place.owners()]
         if place.stack is None:
             owners = [".".join(place.leaf) or "(shared)"]
         for parameter, count in Counter(owners).items():

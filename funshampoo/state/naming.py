@@ -19,7 +19,7 @@ from torch import Tensor
 from funshampoo.state.meaning import kind_of
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import RUN
-from funshampoo.state.places import Place, block_names, map_tensors, rows_of, spans_of, walk_blocks
+from funshampoo.state.places import Place, map_tensors, rows_of, spans_of, walk_blocks
 from funshampoo.state.stages import HyperparamsState, Kept, ShardedState
 
 
@@ -45,12 +45,7 @@ class Named(NamedTuple):
     @property
     def name(self) -> str:
         """The name in a checkpoint."""
-        return full_name(self.owner, self.rest)
-
-
-def full_name(owner: str, rest: str) -> str:
-    """The name of a tensor in a checkpoint."""
-    return "/".join(filter(None, [owner, rest]))
+        return "/".join(filter(None, self[:2]))
 
 
 def named(state: Any) -> list[Named]:
@@ -60,14 +55,10 @@ def named(state: Any) -> list[Named]:
         ValueError: two of them have the same name.
     """
     found: list[Named] = []
-    names = Names()
     more = _said_above(state)
 
     def collect(place: Place, x: Tensor) -> None:
-        path, kind = path_of(place), kind_of(place.kind, place.field)
-        kind = more.get(id(x), kind)
-        for owner, rest, part in names.parts(place, x):
-            found.append(Named(owner, rest, path, kind, part, x.dtype))
+        found.extend(entries_of(place, x, more.get(id(x), "")))
 
     map_tensors(collect, state)
     _check_apart([entry[:2] for entry in found])
@@ -108,51 +99,36 @@ def _check_apart(names: list[tuple[str, str]]) -> None:
         )
 
 
-def path_of(place: Place) -> str:
-    """The end of a tensor's name: stages, field, side."""
-    return "/".join(place.path) or "state"
-
-
 _UNNAMED = (
     ("sharded", "report"),  # recomputed by steps
     RUN,  # stored in a checkpoint's part entry: "funshampoo/part"
 )
 
 
-class Names:
-    """The names of a state's tensors. Caches parsed layouts."""
+def entries_of(place: Place, x: Tensor, kind: str = "") -> list[Named]:
+    """The entries of one tensor: one for every block in it, or for the tensor.
 
-    def __init__(self) -> None:
-        self._blocks: dict[int, dict[str, dict[int, tuple[str, str]]]] = {}
-
-    def parts(self, place: Place, x: Tensor) -> list[tuple[str, str, Tensor]]:
-        """(parameter, rest of the name, view) for every block in a tensor, or for the tensor."""
-        if place.path[-2:] in _UNNAMED:
-            return []
-        path = path_of(place)
-        if place.stack is None:
-            return [(".".join(place.leaf), path, x)]
-        owners = self.owners(place)
-        if x.ndim and x.shape[0] != len(owners):
-            raise ValueError(
-                f"'{path}' has shape {tuple(x.shape)} for the {len(owners)} blocks of stack "
-                f"'{place.stack}': in block space the first axis counts blocks. The members of an "
-                "ensemble (vmap) are saved one by one, or all together by torch.save."
-            )
-        values = x.unbind(0) if x.ndim else [x] * len(owners)
-        return [
-            (parameter, f"{block}/{path}", value)
-            for (parameter, block), value in zip(owners, values)
-        ]
-
-    def owners(self, place: Place) -> list[tuple[str, str]]:
-        """(parameter, block) of every row held there; none outside block space."""
-        if place.stack is None:
-            return []
-        if id(place.layout) not in self._blocks:
-            self._blocks[id(place.layout)] = block_names(place.layout)
-        blocks = self._blocks[id(place.layout)][place.stack]
-        return [blocks[row] for row in place.rows or ()]
+    Args:
+        kind: by default, as its own node declares.
+    """
+    if place.path[-2:] in _UNNAMED:
+        return []
+    path = "/".join(place.path) or "state"
+    kind = kind or kind_of(place.kind, place.field)
+    if place.stack is None:
+        return [Named(".".join(place.leaf), path, path, kind, x, x.dtype)]
+    owners = place.owners()
+    if x.ndim and x.shape[0] != len(owners):
+        raise ValueError(
+            f"'{path}' has shape {tuple(x.shape)} for the {len(owners)} blocks of stack "
+            f"'{place.stack}': in block space the first axis counts blocks. The members of an "
+            "ensemble (vmap) are saved one by one, or all together by torch.save."
+        )
+    values = x.unbind(0) if x.ndim else [x] * len(owners)
+    return [
+        Named(parameter, f"{block}/{path}", path, kind, value, x.dtype)
+        for (parameter, block), value in zip(owners, values)
+    ]
 
 
 def owned_elsewhere(state: Any) -> list[str]:

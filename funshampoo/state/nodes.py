@@ -12,8 +12,20 @@ from funshampoo.core.interrupted import check_whole
 StateT = TypeVar("StateT")
 
 
-def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> StateT | None:
+def find_state(
+    states: Any,
+    kind: type[StateT] | tuple[type[StateT], ...],
+    closed: type | tuple[type, ...] = (),
+    *,
+    first: bool = False,
+) -> StateT | None:
     """The last state of this kind in a (nested) state, or None; of nested ones, the outer.
+
+    Args:
+        states: in the order of the chain.
+        kind: the state's class.
+        closed: kinds of states not to search in.
+        first: the first one in place of the last.
 
     >>> import torch
     >>> from funshampoo.state import ScheduleState
@@ -26,9 +38,9 @@ def find_state(states: Any, kind: type[StateT] | tuple[type[StateT], ...]) -> St
         if isinstance(node, kind):
             return node
         if isinstance(node, dict):
-            nodes.extend(node.values())
-        elif isinstance(node, (tuple, list)):
-            nodes.extend(node)
+            nodes.extend([*node.values()][::-1] if first else node.values())
+        elif isinstance(node, (tuple, list)) and not isinstance(node, closed):
+            nodes.extend(node[::-1] if first else node)
     return None
 
 
@@ -42,16 +54,7 @@ def first_state(
         kind: the state's class.
         closed: kinds of states not to search in.
     """
-    nodes: list[Any] = [states]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, kind):
-            return node
-        if isinstance(node, dict):
-            nodes.extend([*node.values()][::-1])
-        elif isinstance(node, (tuple, list)) and not isinstance(node, closed):
-            nodes.extend(node[::-1])
-    return None
+    return find_state(states, kind, closed, first=True)
 
 
 def walk(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -94,6 +94,7 @@ class Place(NamedTuple):
         rows: in block space, the row of the full stack for every row that the state holds; None if
             that is not known or there is no stack.
         layout: that of the enclosing `BlockedState`; empty outside block space.
+        blocks: `block_names` of it, once someone has asked for `owners`.
         kind: the class of the innermost enclosing named tuple.
         field: the name of its field that contains the tensor.
     """
@@ -106,6 +107,15 @@ class Place(NamedTuple):
     layout: Mapping[str, Any]
     kind: type | None
     field: str = ""
+    blocks: dict[str, dict[int, tuple[str, str]]] = {}  # noqa: RUF012, of a layout its own
+
+    def owners(self) -> list[tuple[str, str]]:
+        """(parameter, block) of every row held there; none outside block space."""
+        if self.stack is None:
+            return []
+        if not self.blocks:
+            self.blocks.update(block_names(self.layout))
+        return [self.blocks[self.stack][row] for row in self.rows or ()]
 
 
 class _Scope(NamedTuple):
@@ -180,7 +190,9 @@ def _entered(scope: _Scope, node: Any) -> _Scope:
     """Block space starts at a `BlockedState`; a `ShardedState` in it holds some of the rows."""
     if isinstance(node, BlockedState):
         rows = {stack: tuple(range(n)) for stack, n in stack_rows(node).items()}
-        return changed(scope, place=changed(scope.place, layout=node.layout), stacks=rows)
+        return changed(
+            scope, place=changed(scope.place, layout=node.layout, blocks={}), stacks=rows
+        )
     if isinstance(node, ShardedState) and scope.stacks is not None:
         return changed(scope, stacks={stack: rows_of(spans) for stack, spans in node.owned.items()})
     if isinstance(node, Kept):
@@ -255,9 +267,8 @@ def spans_of(layout: Mapping[str, Any]) -> Iterator[tuple[str, str, Span]]:
 def stack_rows(state: BlockedState) -> dict[str, int]:
     """{stack: its number of blocks}, in the order of the stacks."""
     rows: dict[str, int] = {}
-    for stacks in state.layout.values():
-        for stack, spans in stacks.items():
-            rows[stack] = max(rows.get(stack, 0), *[r + 1 for r in rows_of(spans)[-1:]])
+    for _, stack, span in spans_of(state.layout):
+        rows[stack] = max(rows.get(stack, 0), span.last)
     return rows
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,18 +30,29 @@ def problems(entries: Sequence[Named], limit: int | None) -> list[str]:
         limit: the upper limit of all counts; None if unknown.
     """
     found: dict[str, str] = {}
-    looked_at = [e for e in entries if e.kind != "any" and e.x.numel() and not e.x.is_meta]
-    for some in _alike(looked_at, lambda e: (e.kind, e.dtype), lambda e: [e.x]):
-        values = _stacked([entry.x for entry in some]).to(some[0].dtype)
-        for bad, reason in _faults(parts_of(some[0].kind)[0], values, limit):
+    for some in _alike(_pairs(entries)):
+        first, other = some[0]
+        x = _stacked([entry.x for entry, _ in some]).to(first.dtype)
+        y = None if other is None else _stacked([o.x for _, o in some if o])
+        for bad, reason in _faults(first.kind, x, y, limit):
             for i in torch.nonzero(bad).flatten().tolist():
-                found.setdefault(some[i].name, reason)
-    found.update(_beside(list(_related(entries))))
+                found.setdefault(some[i][0].name, reason)
     return [f"'{name}' {reason}" for name, reason in found.items()]
 
 
-def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, str]]:
-    """((n,) bool, what is wrong there) for n entries of one kind, (n, ...)."""
+def _faults(
+    declared: str, x: Tensor, y: Tensor | None, limit: int | None
+) -> Iterator[tuple[Tensor, str]]:
+    """((n,) bool, what is wrong there) for n entries of one kind, (n, ...).
+
+    Args:
+        y: the entries of the field that the kind names, if it names one.
+    """
+    kind, relation, field = parts_of(declared)
+    if y is not None and relation == " <= ":
+        yield _rows(x > y.to(x.device)), f"is above its '{field}'"
+    elif y is not None:
+        yield _rows(x == 0) & _rows(y != 0).to(x.device), f"is 0, while its '{field}' is not"
     if kind.startswith("number"):
         yield _rows(x.isnan()), "is NaN"
         for left, low, high, right in _RANGE.findall(kind):
@@ -74,16 +85,15 @@ def _faults(kind: str, x: Tensor, limit: int | None) -> Iterator[tuple[Tensor, s
         yield _rows(beyond), "has an entry above √(L_ii L_jj), as no sum of A Aᵀ has"
 
 
-class _Pair(NamedTuple):
-    """An entry, and the entry of the field that its kind names; see `meaning`."""
-
-    entry: Named
-    relation: str
-    other: Named
-    field: str
+_Pair: TypeAlias = tuple[Named, Named | None]
+"""An entry, and an entry of the field that its kind names; see `meaning`."""
 
 
-def _related(entries: Sequence[Named]) -> Iterator[_Pair]:
+def _pairs(entries: Sequence[Named]) -> Iterator[_Pair]:
+    """Every entry that has to be checked, with each entry of the other field, or with None.
+
+    A bound with another shape belongs to other blocks, and says nothing.
+    """
     of_field: dict[str, list[Named]] = {}
     for entry in entries:
         path = entry.name.split("/")
@@ -91,44 +101,24 @@ def _related(entries: Sequence[Named]) -> Iterator[_Pair]:
             path = path[:-1]
         of_field.setdefault("/".join(path), []).append(entry)
     for entry in entries:
+        if entry.kind == "any" or not entry.x.numel() or entry.x.is_meta:
+            continue
         _, relation, field = parts_of(entry.kind)
-        if relation and not entry.x.is_meta:
-            beside = "/".join([*entry.name.split("/")[:-1], field])
-            for other in of_field.get(beside, ()):
-                yield _Pair(entry, relation, other, field)
+        beside = of_field.get("/".join([*entry.name.split("/")[:-1], field]), []) if field else []
+        others: list[Named | None] = [
+            o for o in beside if relation == " of " or o.x.shape == entry.x.shape
+        ]
+        yield from [(entry, other) for other in others or [None]]
 
 
-def _beside(pairs: Sequence[_Pair]) -> Iterator[tuple[str, str]]:
-    """Counts above the field that bounds them, and weights of 0 for nonzero averages.
-
-    A bound with another shape belongs to other blocks, and says nothing.
-    """
-    same = [p for p in pairs if p.relation == " of " or p.entry.x.shape == p.other.x.shape]
-    for some in _alike(same, lambda p: (p.relation,), lambda p: [p.entry.x, p.other.x]):
-        x, y = _stacked([p.entry.x for p in some]), _stacked([p.other.x for p in some])
-        if some[0].relation == " <= ":
-            bad, reason = _rows(x > y.to(x.device)), "is above its '{}'"
-        else:
-            bad, reason = _rows(x == 0) & _rows(y != 0).to(x.device), "is 0, while its '{}' is not"
-        for i in torch.nonzero(bad).flatten().tolist():
-            yield some[i].entry.name, reason.format(some[i].field)
-
-
-_Item = TypeVar("_Item")
-
-
-def _alike(
-    items: Sequence[_Item],
-    key: Callable[[_Item], tuple[object, ...]],
-    tensors: Callable[[_Item], list[Tensor]],
-) -> Iterator[list[_Item]]:
-    """Groups to check together: of equal key and kind of tensors, and not too large."""
-    groups: dict[tuple[object, ...], list[_Item]] = {}
-    for item in items:
-        kinds = [(x.shape, x.dtype, x.device) for x in tensors(item)]
-        groups.setdefault((*key(item), *kinds), []).append(item)
+def _alike(pairs: Iterable[_Pair]) -> Iterator[list[_Pair]]:
+    """Groups to check together: of equal kind, shapes, dtypes and devices, and not too large."""
+    groups: dict[Any, list[_Pair]] = {}
+    for pair in pairs:
+        forms = [(entry.x.shape, entry.x.dtype, entry.x.device) for entry in pair if entry]
+        groups.setdefault((pair[0].kind, pair[0].dtype, *forms), []).append(pair)
     for group in groups.values():
-        size = max(1, _AT_A_TIME // max(1, tensors(group[0])[-1].numel()))
+        size = max(1, _AT_A_TIME // max([entry.x.numel() for entry in group[0] if entry]))
         yield from [group[first : first + size] for first in range(0, len(group), size)]
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from funshampoo.core.applying import apply_updates
 from funshampoo.core.contract import State, Tree
 from funshampoo.core.tree import flatten, leaf_names, map_leaves
-from funshampoo.state.checkpoint import load_state_dict, named_tensors, state_dict
+from funshampoo.state.checkpoint import load_state_dict, state_dict
+from funshampoo.state.naming import named_tensors
 from funshampoo.testing.trial import Trial, difference, named, not_finite
 
 

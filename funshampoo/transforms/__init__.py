@@ -1,7 +1,7 @@
 """The public stages, one per file."""
 
 from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
-from funshampoo.state.upstream import statistics_of
+from funshampoo.state.partners import statistics_of
 from funshampoo.transforms.adagrad import scale_by_adagrad
 from funshampoo.transforms.adam import scale_by_adam
 from funshampoo.transforms.adaptive_clip import adaptive_clip

@@ -21,7 +21,7 @@ from funshampoo.refresh import Refreshing, RefreshSchedule
 from funshampoo.refresh.bases import BasisRule, renewed
 from funshampoo.refresh.coordinates import coordinate_flops, one_more, stepped, with_bases
 from funshampoo.state.eigenbases import EigenbasisState
-from funshampoo.state.upstream import check_nearest, statistics_of
+from funshampoo.state.partners import check_nearest, statistics_of
 
 
 def in_eigenbasis(

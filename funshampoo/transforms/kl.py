@@ -28,8 +28,8 @@ from funshampoo.operators.kl import (
 from funshampoo.operators.leaf_ops import kept_share
 from funshampoo.operators.mode_products import unfold
 from funshampoo.operators.weights import counted, first_weights, weights_over
-from funshampoo.state.downstream import kept_later
 from funshampoo.state.eigenbases import KlState
+from funshampoo.state.partners import kept_later
 from funshampoo.state.stages import KroneckerState
 
 

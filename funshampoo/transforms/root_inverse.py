@@ -22,8 +22,8 @@ from funshampoo.operators.turning import preconditioned
 from funshampoo.refresh import Refreshing, RefreshSchedule
 from funshampoo.refresh.factors import refreshed
 from funshampoo.refresh.roots import root_rules
+from funshampoo.state.partners import check_nearest, statistics_of
 from funshampoo.state.stages import RefreshedState
-from funshampoo.state.upstream import check_nearest, statistics_of
 
 
 def root_inverse(

@@ -248,7 +248,7 @@ def trained_again(rank: int) -> Any:
         values, gradients = (placed(tree(t, SOME), sharding) for t in (0, 1))
         train(tx, values, range(1, 3), lambda t: gradients)  # noqa: B023
         (known,) = spread.known_parts.values()
-        gone += [weakref.ref(memory["sent"][0]) for memory in known[2].memory.values()]
+        gone += [weakref.ref(memory["sent"][0]) for memory in known.memory.values()]
     gc.collect()
     for rows in range(8, 88, 8):
         shapes = {"w": (rows, 8)}
@@ -273,7 +273,7 @@ def of_another_dtype(rank: int) -> Any:
 
     params, state = train(tx, params, range(1, 17), some)
     (spread,) = spreads(tx)
-    ((*_, known),) = spread.known_parts.values()
+    (known,) = spread.known_parts.values()
     before, said = whole(params), "went on"
     alone = some(1)
     if rank == 1:

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 
 from funshampoo.blocks.layout import Layout, layout_of
+from funshampoo.blocks.regions import grids
 from funshampoo.blocks.stacks import stack_blocks
 from funshampoo.core.boxes import Holding, holding_at
 from funshampoo.distributed.parts import near_shards
-from funshampoo.distributed.pieces import Cuts, View, as_view, coalesced, grids, strides
+from funshampoo.distributed.pieces import Cuts, View, as_view, coalesced, strides
 from funshampoo.distributed.routes import Held, Messages, Routes, Slot, find_routes
 
 SHAPES = st.lists(
