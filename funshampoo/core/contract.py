@@ -11,6 +11,7 @@ unchanged.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -32,7 +33,7 @@ from funshampoo.core.live import Live, check_placed, check_values, live_names, l
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.of_parts import checks_of, names_of, united
-from funshampoo.core.parameters import as_entering, of_parameters, unrecorded
+from funshampoo.core.parameters import as_entering, check_parameters, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.traits import Traits, first_traits, wanted_by
 from funshampoo.core.tree import flatten
@@ -142,13 +143,8 @@ class GradientTransformation:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
         self.state_of, self.spread = state_of, spread
-        self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
-        self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
-        self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
-        self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
-        self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise}
-        self._given |= {"needs_params": needs_params, "casts": casts}
-        self._init = adapted_init(init) if parts else of_parameters(adapted_init(init), self.name)
+        self._given = {"init": init, "update": update, "apply": apply}
+        self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
@@ -156,7 +152,7 @@ class GradientTransformation:
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes, self.elementwise, self.casts = passes, elementwise, casts
-        self._fits = Fits(self._init, lambda: names_of(self))
+        self._fits = Fits(self._made, lambda: names_of(self))
         children: list[Any] = list(self.parts.values())
         counting = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counting if counts is None else counts
@@ -190,14 +186,20 @@ class GradientTransformation:
         """
         any(map(is_in_parts, flatten(params)[0]))  # remembered for the steps
         if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
-            state = self._init(params, context)
+            state = self._made(params, context)
         else:  # a later step may come outside inference mode, and write to the state
             with for_keeps():
-                state = self._init(params, context)
+                state = self._made(params, context)
         check_state(state, self.name)
         if not context and not torch.compiler.is_dynamo_compiling():
             self._fits.remember(params, state)
         return state
+
+    def _made(self, params: Tree, context: Mapping[str, Any]) -> State:
+        """What `init` makes of the parameters, once checked, which combinators leave to parts."""
+        if not self.parts:
+            check_parameters(params, self.name)
+        return self._init(params, context)
 
     def update(
         self, updates: TreeT, state: State, params: Tree = None, **context: Any
@@ -306,10 +308,10 @@ def stateless(
 
 
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
-    """The same functions under another name, and what combinators set afterwards."""
-    found = GradientTransformation(name=name, **stage._given)
-    found.live, found.in_tf32 = stage.live, stage.in_tf32
-    found.wants, found.traits = stage.wants, stage.traits
+    """The same transformation under another name."""
+    found = copy.copy(stage)
+    found.name = name
+    found._fits = Fits(found._made, lambda: names_of(found))
     return found
 
 

@@ -14,7 +14,6 @@ from funshampoo.core.context import context_of
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
-from funshampoo.core.parameters import problem_of_gradients
 from funshampoo.core.placed import detached
 from funshampoo.optim.building import Builder, structure_differs
 from funshampoo.optim.entries import SHARED, is_note, is_shared, with_shared
@@ -169,8 +168,6 @@ class GroupRun:
         built = self._built
         assert built.transformation is not None
         gradients = {k.name: gradient_of(k.parameter) for k in self.known}
-        if problem := problem_of_gradients([*gradients.values()], self.parameters()):
-            raise RuntimeError(f"the gradient of '{self.known[problem[0]].name}' {problem[1]}.")
         params = dict(zip(gradients, detached(k.parameter for k in self.known)))
         tx = built.transformation
         names = {"donate": True, "hyper": built.numbers()}
