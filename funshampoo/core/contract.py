@@ -29,7 +29,7 @@ from funshampoo.core.checks import check_state
 from funshampoo.core.context import Context, changed, context_of
 from funshampoo.core.fit import Entered, Fits
 from funshampoo.core.interrupted import Watched
-from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
+from funshampoo.core.live import Live, check_placed, check_values, numbers_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.of_parts import checks_of, names_of, united
@@ -174,9 +174,10 @@ class GradientTransformation:
         self.reads_gradient: bool = any([p.reads_gradient for p in (adapted, *children)])
         self.traits: Traits = first_traits(children, update, passes, self.name)
         self.numbers = tuple(numbers or ())  # its own, without its parts'
-        self.lives: list[Live] = lives_among(self.numbers) + [x for p in children for x in p.lives]
-        own = None if may_read_any else live_names(self.numbers)
-        self.live: frozenset[str] | None = united(own, *[part.live for part in children])
+        own = [x for x in numbers_among(self.numbers) if isinstance(x, Live)]
+        self.lives: list[Live] = own + [x for part in children for x in part.lives]
+        names = None if may_read_any else [x.name for x in own]
+        self.live: frozenset[str] | None = united(names, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
         """The state for these parameters. Autograd records it for those that require gradients.

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 
 from funshampoo.core.applying import Entering
 from funshampoo.core.context import context_of
@@ -26,7 +26,6 @@ from funshampoo.optim.ready import (
     Ready,
     Snapshot,
     Unattached,
-    gradient_of,
     initial_state,
     is_initial,
     same_parameters,
@@ -36,8 +35,6 @@ from funshampoo.optim.saved import Saved, flattened
 from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import carried_over, load_state_dict, named_tensors
 from funshampoo.state.parts import PART_KEY, part_of
-
-_LAZY = UninitializedParameter  # has no shape yet
 
 
 class GroupRun:
@@ -91,7 +88,7 @@ class GroupRun:
         """A quickly made snapshot of what decides which parameters have a state."""
         names = self.group.get("param_names")
         seen = [
-            (id(p), p.requires_grad, p.device, p.dtype, None if type(p) is _LAZY else p.shape)
+            (id(p), p.requires_grad, p.device, p.dtype, None if is_lazy(p) else p.shape)
             for p in self.group["params"]
         ]
         return seen, None if names is None else list(names)
@@ -167,8 +164,10 @@ class GroupRun:
             return None
         built = self._built
         assert built.transformation is not None
-        gradients = {k.name: gradient_of(k.parameter) for k in self.known}
-        params = dict(zip(gradients, detached(k.parameter for k in self.known)))
+        own = {k.name: k.parameter for k in self.known}
+        # A frozen parameter may still have an old gradient.
+        gradients = {name: p.grad if p.requires_grad else None for name, p in own.items()}
+        params = dict(zip(own, detached(own.values())))
         tx = built.transformation
         names = {"donate": True, "hyper": built.numbers()}
         given = context_of(names, tx.accepts, tx.live, tx.wants)
@@ -202,11 +201,6 @@ class GroupRun:
     def parameters(self) -> list[Tensor]:
         """The parameters that the state was made for."""
         return [k.parameter for k in self.known]
-
-    def removed_parameters(self) -> list[Tensor]:
-        """Those of them that have left the group."""
-        here = set(self.group["params"])
-        return [p for p in self.parameters() if p not in here]
 
     def entries(self) -> tuple[ByParameter, dict[str, Tensor]]:
         """({parameter: {name: view}}, shared entries) of the state.

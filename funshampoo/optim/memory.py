@@ -43,10 +43,6 @@ class Memory:
         Args:
             make: makes a run from a group and the groups before it.
         """
-        if len(self.runs) == len(groups) and all(
-            [run.group is group for run, group in zip(self.runs, groups)]
-        ):
-            return
         known = {id(run.group): run for run in self.runs}
         runs = [
             known.pop(id(group)) if id(group) in known else make(group, groups[:i])
@@ -60,23 +56,16 @@ class Memory:
         """Called before a collective that is not part of a step; see `OptimizerAgreement`."""
         self._agreement.check_same_call(call)
 
-    def prepare(self) -> None:
-        """Make every run ready for a step of its group as it is now, or none of them.
-
-        Raises:
-            ValueError: a state can't follow an edit; a parameter is in two groups.
-        """
-        self.apply_edits()
-        self._forgotten = set()
-
     def step(self) -> None:
-        """Step all groups, as prepared. An exception after a first write marks all as half done.
+        """Step all groups as they are now. An exception after a first write marks all as half done.
 
         Raises:
             FailureLimitError, ValueError, TypeError: from any group, before anything has moved in
-                any of them.
+                any of them; a state can't follow an edit; a parameter is in two groups.
             InterruptedStepError: a state is half done.
         """
+        self.apply_edits()
+        self._forgotten = set()
         runs = self.runs
         watched = [run.watched() for run in runs]
         entering = [run.entering(watch) for run, watch in zip(runs, watched)]
@@ -101,7 +90,9 @@ class Memory:
             if self._agreement.options.get("stochastic_rounding"):
                 _check_rounded(self.runs)
             for run in self.runs:
-                unattached = unattached | run.copied_entries(run.removed_parameters())
+                here = set(run.group["params"])
+                gone = [p for p in run.parameters() if p not in here]
+                unattached = unattached | run.copied_entries(gone)
         plans = [run.planned(unattached, snapshot) for run, snapshot in zip(self.runs, snapshots)]
         self._agreement.check_same_edits(self.runs, plans)
         ready = [run.prepared(plan, unattached) for run, plan in zip(self.runs, plans)]

@@ -189,10 +189,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
     @_disable_dynamo  # torch.compiler.disable, without two seconds of import
     def _step_groups(self) -> None:
         """Not traced when a whole step is compiled: `compile=True` handles that."""
-        memory = self._match()
-        memory.prepare()
+        self._match().step()
         self._whole = None
-        memory.step()
 
     def _chains(self) -> list[GradientTransformation]:
         chains = [run.transformation for run in self._match().runs]

@@ -162,8 +162,3 @@ def blocks_of(state: Any) -> dict[str, set[str]]:
                 for parameter, block in rows.values():
                     found.setdefault(parameter, set()).add(block)
     return found
-
-
-def gradient_of(p: Tensor) -> Tensor | None:
-    """The gradient; None for a frozen parameter, which may still have an old one."""
-    return p.grad if p.requires_grad else None
