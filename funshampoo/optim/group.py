@@ -63,7 +63,6 @@ class GroupRun:
         self._state: Any = None
         self._read_only = False  # made only to be read, and neither stepped nor written to
         self._reader_watch: Watched | None = None  # detects writes through a reader's views
-        self._to_reset: set[Tensor] = set()  # to be reset before the state is next used
         self._snapshot: Snapshot = ()
         self._cache: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
         self.names()
@@ -101,7 +100,8 @@ class GroupRun:
         """The plan for a step of the group as it is now.
 
         Args:
-            unattached: entries of parameters that come from elsewhere.
+            unattached: entries that parameters continue from in place of those in a state; {} for
+                one that starts from nothing.
             snapshot: the group's current `snapshot`.
 
         Raises:
@@ -109,19 +109,19 @@ class GroupRun:
         """
         before = self._built
         built = self._builder.current(self.group, before)
-        edited = len(self._to_reset) > 0 or built.transformation is not before.transformation
+        edited = built.transformation is not before.transformation
         same_chain = not structure_differs(built, before)
         assigned = unattached and unattached.keys() & set(self.parameters())
         if self.is_made_for(snapshot) and same_chain and not assigned:
-            return Plan(built, self.known, snapshot, True, edited, self._to_reset)
+            return Plan(built, self.known, snapshot, True, edited)
         with_state = set(self.parameters()) if self.has_state else set()
-        known = self._trainable(self.group, with_state | unattached.keys())
+        brought = {p for p, entries in unattached.items() if entries}
+        known = self._trainable(self.group, with_state | brought)
         continues = self.has_state and same_chain and same_parameters(known, self.known)
         continues = continues and not any([k.parameter in unattached for k in known])
-        new = {k.parameter for k in known if k.parameter not in with_state | unattached.keys()}
-        return Plan(
-            built, known, snapshot, continues, edited or not continues, self._to_reset | new
-        )
+        remembered = brought | (with_state - unattached.keys())
+        new = {k.parameter for k in known if k.parameter not in remembered}
+        return Plan(built, known, snapshot, continues, edited or not continues, new)
 
     def prepared(self, plan: Plan, unattached: Unattached) -> Ready:
         """The state for the planned step; the run itself is not changed.
@@ -132,13 +132,10 @@ class GroupRun:
         Raises:
             ValueError: the edit changes the blocks. The state stays as it was.
         """
-        if self._to_reset:
-            self.apply_resets()
-            plan = self.planned(unattached, plan.snapshot)
         built, known, snapshot = plan[:3]
         if plan.continues:
             return Ready(built, known, self._state, snapshot)
-        if not self.has_state and not any([k.parameter in unattached for k in known]):
+        if not self.has_state and not any([unattached.get(k.parameter) for k in known]):
             return Ready(built, known, initial_state(built, known), snapshot, fresh=True)
         entries = self.entries() if self.has_state else ({}, {})
         return Ready(built, known, state_with_entries(built, known, *entries, unattached), snapshot)
@@ -147,7 +144,6 @@ class GroupRun:
         """Continue from this chain and state."""
         self._built, self.known, self._state, self._snapshot, self._read_only = ready
         self._reader_watch = None
-        self._to_reset = set()  # a new set: `all_or_nothing` may restore the old one
 
     def entering(self, watched: Watched) -> Entering | None:
         """The prepared step with its inputs checked; None if the group has no parameters to step.
@@ -194,7 +190,7 @@ class GroupRun:
         if not self.has_state or not tensors:
             return {}
         entries, shared = self.entries()
-        kept = [p for p in tensors if p in entries and p not in self._to_reset]
+        kept = [p for p in tensors if p in entries]
         own = {p: with_shared(entries[p], shared) for p in kept}
         return {p: {n: x.detach().clone() for n, x in own[p].items()} for p in kept}
 
@@ -242,37 +238,20 @@ class GroupRun:
         """Note that the state has been changed, or is about to be: the first step must keep it."""
         self._read_only = False
 
-    def reset_entries(self, p: Tensor, names: Collection[str] | None) -> None:
-        """Reset a parameter, or only these entries of it."""
-        if names is None:  # its entries are not visible until the next step
-            self._to_reset.add(p)
-            return
+    def reset_entries(self, p: Tensor, names: Collection[str]) -> None:
+        """Reset these entries of a parameter."""
         entries, shared = self.entries()
         kept = {name: x for name, x in entries[p].items() if name not in names}
         rest = {name: x for name, x in shared.items() if SHARED + name not in names}
-        self._state = self._refilled({**entries, p: kept}, rest)
-        self.mark_written()
-
-    def apply_resets(self) -> None:
-        """Reset the parameters whose state was deleted."""
-        to_reset = self._to_reset.intersection(self.parameters())
-        if to_reset and self._state is not None:
-            entries, shared = self.entries()
-            kept = {p: own for p, own in entries.items() if p not in to_reset}
-            self._state = self._refilled(kept, shared)
-        self._to_reset.clear()
-
-    def _refilled(self, entries: ByParameter, shared: Mapping[str, Tensor]) -> Any:
-        """A fresh state with these entries."""
         self._built = self._builder.current(self.group, self._built)  # a copied run has no chain
-        names = {k.parameter: k.name for k in self.known}
-        flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
-        return carried_over(initial_state(self._built, self.known), {**flat, **shared})
+        named = [(k.name, kept if k.parameter is p else entries[k.parameter]) for k in self.known]
+        flat = {f"{name}/{entry}": x for name, own in named for entry, x in own.items()}
+        self._state = carried_over(initial_state(self._built, self.known), {**flat, **rest})
+        self.mark_written()
 
     def forget(self) -> None:
         """Reset everything."""
         self.known, self._state, self._read_only, self._cache = [], None, False, None
-        self._to_reset = set()
 
     def loaded(
         self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
@@ -313,7 +292,6 @@ class GroupRun:
 
     def state(self) -> Any:
         """The chain's state; if there is none yet, one made for reading only."""
-        self.apply_resets()
         self.entries()
         return self._state
 
