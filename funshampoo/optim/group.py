@@ -165,7 +165,7 @@ class GroupRun:
         gradients = {name: p.grad if p.requires_grad else None for name, p in own.items()}
         params = dict(zip(own, detached(own.values())))
         tx = built.transformation
-        names = {"donate": True, "hyper": built.numbers()}
+        names = {"donate": True, "hyper": built.hyper}
         given = context_of(names, tx.accepts, tx.live, tx.wants)
         ascends = self.group.get("maximize", False)
         return Entering(tx, gradients, self._state, params, given, ascends).checked(watched.state)

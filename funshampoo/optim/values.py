@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from funshampoo.core.tree import map_leaves
+
 
 def same_value(x: Any, y: Any) -> bool:
     """Whether a recipe makes the same chain from these two values.
@@ -49,15 +51,9 @@ def structural(arguments: Mapping[str, Any]) -> Any:
     def kind(value: Any) -> Any:
         if isinstance(value, Tensor):
             return "a tensor"
-        if isinstance(value, float) and value not in (0.0, 1.0):
-            return "a number"
-        if type(value) in (tuple, list):
-            return [kind(v) for v in value]
-        if type(value) is dict:
-            return {key: kind(v) for key, v in value.items()}
-        return value
+        return "a number" if isinstance(value, float) and value not in (0.0, 1.0) else value
 
-    return kind(dict(arguments))
+    return map_leaves(kind, dict(arguments))
 
 
 def is_plain(value: Any) -> bool:
@@ -72,11 +68,8 @@ def is_plain(value: Any) -> bool:
 
 def copied(value: Any) -> Any:
     """A copy of containers, not of the tensors in them; NumPy's numbers become Python's."""
-    if type(value) in (tuple, list):
-        return type(value)([copied(v) for v in value])
-    if type(value) is dict:
-        return {key: copied(v) for key, v in value.items()}
-    return _number(value)
+    whole = isinstance(value, (tuple, list, dict))
+    return map_leaves(_number, value) if whole else _number(value)  # a number needs no flattening
 
 
 def _number(value: Any) -> Any:
