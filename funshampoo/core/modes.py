@@ -160,8 +160,6 @@ def may_reuse(*operands: Any) -> bool:
 
 _AUTOCASTED = ("cpu", "cuda", "mps", "xpu")
 
-_FULL_PRODUCTS = FullProducts()
-
 
 def full_precision() -> contextlib.AbstractContextManager[Any]:
     """Context in which float32 products stay float32: no autocast, no TF32, no bfloat16.
@@ -232,7 +230,7 @@ class _Asked(threading.local):
 
     tf32 = False
     waits = True
-    full = _FULL_PRODUCTS
+    full = FullProducts()
 
 
 _ASKED = _Asked()

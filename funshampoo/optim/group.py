@@ -61,8 +61,7 @@ class GroupRun:
         self._builder = Builder(method, execution)
         self.known: list[Known] = []  # the same object until the state's parameters change
         self._state: Any = None
-        self._read_only = False  # made only to be read, and neither stepped nor written to
-        self._reader_watch: Watched | None = None  # detects writes through a reader's views
+        self._fresh: Watched | None = None  # a state as made by init, which a reader may write to
         self._snapshot: Snapshot = ()
         self._cache: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
         self.names()
@@ -79,9 +78,7 @@ class GroupRun:
     @property
     def has_state(self) -> bool:
         """Whether there is a state that was stepped, loaded or written to (also in place)."""
-        if self._read_only and self._reader_watch is not None and self._reader_watch.was_written():
-            self._read_only = False
-        return self._state is not None and not self._read_only
+        return self._state is not None and (self._fresh is None or self._fresh.was_written())
 
     def snapshot(self) -> Snapshot:
         """A quickly made snapshot of what decides which parameters have a state."""
@@ -142,8 +139,8 @@ class GroupRun:
 
     def adopt(self, ready: Ready) -> None:
         """Continue from this chain and state."""
-        self._built, self.known, self._state, self._snapshot, self._read_only = ready
-        self._reader_watch = None
+        self._built, self.known, self._state, self._snapshot, fresh = ready
+        self._fresh = Watched(self._state).begin() if fresh else None
 
     def entering(self, watched: Watched) -> Entering | None:
         """The prepared step with its inputs checked; None if the group has no parameters to step.
@@ -173,7 +170,7 @@ class GroupRun:
     def step(self, entering: Entering | None) -> None:
         """Make this step. Parameters without a gradient are left alone."""
         if entering is not None:
-            self._read_only, self._cache = False, None
+            self._fresh, self._cache = None, None
             self._state = entering.applied()
 
     def watched(self) -> Watched:
@@ -210,7 +207,6 @@ class GroupRun:
         if self._cache is None or self._cache[0] is not self._state:
             check_whole(self._state)
             self._cache = self._state, *self._by_parameter()
-            self._reader_watch = Watched(self._state).begin() if self._read_only else None
         return self._cache[1:]
 
     def entries_of(self, p: Tensor) -> dict[str, Tensor]:
@@ -236,7 +232,7 @@ class GroupRun:
 
     def mark_written(self) -> None:
         """Note that the state has been changed, or is about to be: the first step must keep it."""
-        self._read_only = False
+        self._fresh = None
 
     def reset_entries(self, p: Tensor, names: Collection[str]) -> None:
         """Reset these entries of a parameter."""
@@ -251,7 +247,7 @@ class GroupRun:
 
     def forget(self) -> None:
         """Reset everything."""
-        self.known, self._state, self._read_only, self._cache = [], None, False, None
+        self.known, self._state, self._fresh, self._cache = [], None, None, None
 
     def loaded(
         self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
@@ -312,6 +308,7 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is left out and rebuilt."""
-        read_only = self._read_only and not self.has_state
-        changed = {"_snapshot": (), "_cache": None, "_read_only": read_only, "_reader_watch": None}
+        changed: dict[str, Any] = {"_snapshot": (), "_cache": None, "_fresh": None}
+        if not self.has_state:
+            changed |= {"known": [], "_state": None}
         return {**self.__dict__, **changed, "_built": self._built.without_functions()}

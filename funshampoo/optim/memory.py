@@ -135,11 +135,9 @@ class Memory:
 
     def remembered(self) -> list[Tensor]:
         """The parameters that have entries, in the order of the groups."""
-        return [p for p in self._known() if self.entries_of(p)]
-
-    def _known(self) -> list[Tensor]:
-        found = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
-        return list(dict.fromkeys([*found, *self._unattached, *self.notes]))
+        here = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
+        known = dict.fromkeys([*here, *self._unattached, *self.notes])
+        return [p for p in known if self.entries_of(p)]
 
     def checked(self, p: Tensor, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the entries that are the chain's; the rest are notes.
@@ -181,19 +179,14 @@ class Memory:
         Nothing is written to the current state, since they may be views of it.
         """
         chain = self.checked(p, entries)
-        run, known = self._run_with(p), self._chain_entries(p)
         own = {name: x for name, x in chain.items() if not is_shared(name)}
-        if run is None or not chain or _are_the_same(chain, known):
-            gone = {n for n in self.entries_of(p) if n not in entries and not is_shared(n)}
-            self.write(p, entries)
-            if gone or not entries:  # shared entries are not for this parameter to reset
-                self.forget(p, gone if entries else None)
-            return
-        self.write(p, {name: x for name, x in entries.items() if name not in own})
-        notes = self.notes.get(p, {})
-        self.notes[p] = {name: x for name, x in notes.items() if name in entries}
+        self.write(p, {name: x for name, x in chain.items() if is_shared(name)})
+        self.notes[p] = {name: x for name, x in entries.items() if name not in chain}
+        known = self._chain_entries(p)
         shared = {name: x for name, x in known.items() if is_shared(name)}
-        self._unattached[p] = shared | {name: x.detach().clone() for name, x in own.items()}
+        if not _are_the_same(own, {name: x for name, x in known.items() if name not in shared}):
+            copies = {name: x.detach().clone() for name, x in own.items()}
+            self._unattached[p] = {**shared, **copies} if own else {}
 
     def forget(self, p: Tensor, names: set[str] | None = None) -> None:
         """Reset a parameter, or only these entries of it."""
