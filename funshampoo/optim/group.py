@@ -104,21 +104,19 @@ class GroupRun:
         Raises:
             TypeError, ValueError: an edited value is out of range.
         """
-        before = self._built
-        built = self._builder.current(self.group, before)
-        edited = built.transformation is not before.transformation
-        same_chain = not structure_differs(built, before)
+        built = self._builder.current(self.group, self._built)
         assigned = unattached and unattached.keys() & set(self.parameters())
-        if self.is_made_for(snapshot) and same_chain and not assigned:
-            return Plan(built, self.known, snapshot, True, edited)
+        fits = self.has_state and not assigned and not structure_differs(built, self._built)
+        if fits and snapshot == self._snapshot:
+            return Plan(built, self.known, snapshot)
         with_state = set(self.parameters()) if self.has_state else set()
         brought = {p for p, entries in unattached.items() if entries}
         known = self._trainable(self.group, with_state | brought)
-        continues = self.has_state and same_chain and same_parameters(known, self.known)
-        continues = continues and not any([k.parameter in unattached for k in known])
+        if fits and same_parameters(known, self.known):
+            return Plan(built, self.known, snapshot)
         remembered = brought | (with_state - unattached.keys())
         new = {k.parameter for k in known if k.parameter not in remembered}
-        return Plan(built, known, snapshot, continues, edited or not continues, new)
+        return Plan(built, known, snapshot, new)
 
     def prepared(self, plan: Plan, unattached: Unattached) -> Ready:
         """The state for the planned step; the run itself is not changed.
@@ -130,7 +128,7 @@ class GroupRun:
             ValueError: the edit changes the blocks. The state stays as it was.
         """
         built, known, snapshot = plan[:3]
-        if plan.continues:
+        if known is self.known:
             return Ready(built, known, self._state, snapshot)
         if not self.has_state and not any([unattached.get(k.parameter) for k in known]):
             return Ready(built, known, initial_state(built, known), snapshot, fresh=True)

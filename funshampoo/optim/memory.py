@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.tree import HALF
 from funshampoo.optim.agreement import OptimizerAgreement
-from funshampoo.optim.entries import check_entry, is_note, is_shared
+from funshampoo.optim.entries import check_entry, is_note, split_shared, with_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Ready, Unattached
 
@@ -179,14 +179,13 @@ class Memory:
         Nothing is written to the current state, since they may be views of it.
         """
         chain = self.checked(p, entries)
-        own = {name: x for name, x in chain.items() if not is_shared(name)}
-        self.write(p, {name: x for name, x in chain.items() if is_shared(name)})
+        own, _ = split_shared(chain)
+        self.write(p, {name: x for name, x in chain.items() if name not in own})
         self.notes[p] = {name: x for name, x in entries.items() if name not in chain}
-        known = self._chain_entries(p)
-        shared = {name: x for name, x in known.items() if is_shared(name)}
-        if not _are_the_same(own, {name: x for name, x in known.items() if name not in shared}):
+        known, shared = split_shared(self._chain_entries(p))
+        if not _are_the_same(own, known):
             copies = {name: x.detach().clone() for name, x in own.items()}
-            self._unattached[p] = {**shared, **copies} if own else {}
+            self._unattached[p] = with_shared(copies, shared) if own else {}
 
     def forget(self, p: Tensor, names: set[str] | None = None) -> None:
         """Reset a parameter, or only these entries of it."""

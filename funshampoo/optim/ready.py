@@ -39,17 +39,14 @@ class Plan(NamedTuple):
     """The chain and parameters of a group's next step; nothing has been made for it yet.
 
     Attributes:
+        known: the run's own list if its state can be continued as it is.
         snapshot: the group's `snapshot`.
-        continues: whether the state of the last step can be continued.
-        is_edited: whether anything changes: another chain or state, or a reset.
         fresh_parameters: the parameters that start from nothing.
     """
 
     built: Built
     known: list[Known]
     snapshot: Snapshot
-    continues: bool
-    is_edited: bool
     fresh_parameters: Set[Tensor] = frozenset()
 
 
