@@ -148,7 +148,6 @@ class GradientTransformation:
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
-        self.in_tf32 = False  # True for the combinator `in_tf32`; a graph has to be inside it
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes, self.elementwise, self.casts = passes, elementwise, casts
@@ -157,8 +156,7 @@ class GradientTransformation:
         counting = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counting if counts is None else counts
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
-        largest = max(costs, default=None)
-        self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
+        self.refresh_cost = max(costs, default=None) if refresh_cost is None else refresh_cost
         needing = [part.needs for part in children if part.needs]
         own_need = bool(needing) if needs_params is None else needs_params
         self.needs: str = (needing or [self.name])[0] if own_need else ""
@@ -166,9 +164,7 @@ class GradientTransformation:
         minds = adapted.minds_alive if minds_alive is None else minds_alive
         self.minds_alive: bool = minds and all([part.minds_alive for part in children])
         self.checks: bool = check is not None or any([part.checks for part in children])
-        self.accepts: frozenset[str] | None = united(
-            adapted.accepts, accepts, *[part.accepts for part in children]
-        )
+        self.accepts = united(adapted.accepts, accepts, *[part.accepts for part in children])
         may_read_any = numbers is None and adapted.reads_hyper and not children
         self.wants: frozenset[str] = adapted.wants.union(*wanted_by(children, update))
         self.reads_gradient: bool = any([p.reads_gradient for p in (adapted, *children)])

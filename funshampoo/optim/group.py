@@ -213,7 +213,6 @@ class GroupRun:
         return with_shared(entries[p], shared)
 
     def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
-        owners = {k.name: k.parameter for k in self.known}
         own: dict[str, dict[str, Tensor]] = {k.name: {} for k in self.known}
         shared: dict[str, Tensor] = {}
         for owner, rest, x in named_tensors(self._state):
@@ -221,7 +220,7 @@ class GroupRun:
                 own[owner][rest] = x
             else:
                 shared["/".join(filter(None, [owner, rest]))] = x
-        return {owners[name]: entries for name, entries in own.items()}, shared
+        return {k.parameter: own[k.name] for k in self.known}, shared
 
     def mark_interrupted(self) -> None:
         """Mark the state as half done: the step over all groups was interrupted."""
