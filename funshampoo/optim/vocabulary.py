@@ -187,7 +187,7 @@ class Vocabulary:
             return "no number"
         if name == self.rate:
             return "a number"
-        return structural({name: value if isinstance(value, Tensor) else float(value)})
+        return structural(value if isinstance(value, Tensor) else float(value))
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All hyperparameters: those given, the method's defaults for the rest.
