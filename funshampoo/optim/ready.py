@@ -14,6 +14,7 @@ from funshampoo.core.parameters import detached
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
 from funshampoo.optim.entries import split_shared
+from funshampoo.optim.vocabulary import SCALED_TWICE
 from funshampoo.state.checkpoint import carried_over
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import part_of
@@ -92,10 +93,7 @@ def _check_scaled_once(built: Built, state: Any) -> None:
             "them by a negative number in another way than by scale_by_learning_rate."
         )
     if built.arguments.get("lr") is not None and rates > 1:
-        raise TypeError(
-            "the transformation scales by a learning rate already, and lr= would do it again: give "
-            "it without scale_by_learning_rate, or give its recipe."
-        )
+        raise TypeError(SCALED_TWICE)
 
 
 def is_initial(loaded: Any, made: Any) -> bool:

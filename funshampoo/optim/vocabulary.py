@@ -43,6 +43,10 @@ _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2":
     "precondition_frequency": "every",
     "shampoo_beta": "statistics_beta",
 }
+SCALED_TWICE = (
+    "the transformation scales by a learning rate already, and lr= would do it again: give it "
+    "without scale_by_learning_rate, or give its recipe."
+)
 _ELSEWHERE = ": it is said once for all groups, as an argument of the optimizer."
 # Entries that schedulers and other libraries keep in a group beside hyperparameters.
 _NOTES = {
@@ -270,10 +274,7 @@ class Vocabulary:
         if self.takes_rate or arguments.get("lr") is None:
             return built
         if {TURNS, TURNS + SOME} & built.traits.keys():
-            raise TypeError(
-                "the transformation scales by a learning rate already, and lr= would do it again: "
-                "give it without scale_by_learning_rate, or give its recipe."
-            )
+            raise TypeError(SCALED_TWICE)
         return chain(built, scale_by_learning_rate(arguments["lr"]))
 
     def _meant(self, name: str) -> str:
