@@ -130,9 +130,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 )
             if "method" in param_group:
                 vocabulary = Vocabulary(param_group["method"], param_group)
-            vocabulary.warn_unknown(param_group)
-            if "method" in param_group:
                 param_group = {**vocabulary.defaults({}), **param_group}
+            vocabulary.warn_unknown(param_group)
         memory = self._match()
         super().add_param_group(param_group)
         *others, group = self.param_groups
