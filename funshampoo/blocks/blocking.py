@@ -29,9 +29,9 @@ from funshampoo.core.modes import is_plain, is_traced, lie_apart
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.parameters import (
     UnfitLeafError,
+    check_gradients,
     check_local,
     detached_parameters,
-    problem_of_gradients,
 )
 from funshampoo.core.placed import (
     all_placed_like,
@@ -271,8 +271,7 @@ def _leaves_of(
             raise shape_unknown(first)
     else:
         (known, _), (leaves, spec) = check_same_structure(params, updates, "gradients")
-    if problem := problem_of_gradients(leaves, known):  # also for an earlier stage's updates
-        raise TypeError(f"the gradient of '{leaf_names(updates)[problem[0]]}' {problem[1]}.")
+    check_gradients(leaves, known, updates)  # also for an earlier stage's updates
     return leaves, known, spec, leaf_keys(known)
 
 

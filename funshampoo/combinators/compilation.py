@@ -25,6 +25,7 @@ from funshampoo.core.contract import (
 from funshampoo.core.live import Numbers
 from funshampoo.core.modes import full_precision, is_traced, product_precision
 from funshampoo.core.of_parts import steps_of
+from funshampoo.core.traits import IN_TF32
 from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import find_state, walk
 from funshampoo.state.stages import MultiStepsState, RefreshedState, ShardedState
@@ -71,7 +72,7 @@ def compiled(inner: GradientTransformation, **options: Any) -> GradientTransform
     """
     inner = as_transformation(inner)
     check_phases(inner, "compiled")
-    if _rounds(inner):
+    if IN_TF32 in inner.traits:
         raise ValueError(
             "compiled: in_tf32 does nothing in a graph; put it outside, in_tf32(compiled(tx))."
         )
@@ -209,10 +210,6 @@ def _has_phases(transformation: GradientTransformation) -> bool:
     """Whether steps differ in kind; a schedule alone, whose clock may be anywhere, has no phase."""
     parts = transformation.parts.values()
     return transformation._phase is not None or any(map(_has_phases, parts))
-
-
-def _rounds(transformation: GradientTransformation) -> bool:
-    return transformation.in_tf32 or any(map(_rounds, transformation.parts.values()))
 
 
 def _is_left(phase: Phase, gradients: Sequence[Any]) -> bool:

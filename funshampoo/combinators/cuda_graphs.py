@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from funshampoo.core.applying import applied
 from funshampoo.core.clock import running
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
+from funshampoo.core.live import numbers_among
 from funshampoo.core.modes import is_traced
 from funshampoo.core.of_parts import steps_of
 from funshampoo.core.placed import any_in_parts
@@ -181,9 +181,7 @@ def _check_recordable(inner: GradientTransformation, state: State, leaves: list[
 
 def _with_a_tensor_elsewhere(tx: GradientTransformation, device: torch.device) -> str:
     """The name of a stage with a number that is a tensor on another device; "" for none."""
-    for value in tx.numbers:
-        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        for x in (value, *[getattr(value, field.name) for field in fields]):
-            if isinstance(x, Tensor) and x.device != device:
-                return tx.name
+    for x in numbers_among(tx.numbers):
+        if isinstance(x, Tensor) and x.device != device:
+            return tx.name
     return next(filter(None, [_with_a_tensor_elsewhere(p, device) for p in tx.parts.values()]), "")

@@ -237,18 +237,14 @@ def _zeroed(tree: Tree, dead: Tree) -> Tree:
 
 def _merged(new: Any, old: Any, alive: Tree, block_ndim: int) -> Any:
     """The new state where the gradient could be used, else the old; `steps` always advance."""
-    if not block_ndim:
-        leaves = [f for f in flatten(alive)[0] if f is not None]
-
-        def choose_all(place: Place, a: Tensor, b: Tensor) -> Tensor:
-            counts_steps = place.path[-1:] == ("steps",)
-            return a if counts_steps else torch.where(leaves[0].to(a.device) > 0, a, b)
-
-        return map_tensors(choose_all, new, old) if leaves else new
+    one = next((fine for fine in flatten(alive)[0] if fine is not None), None)  # outside of blocks
 
     def choose(place: Place, a: Tensor, b: Tensor) -> Tensor:
-        if a is b or place.stack is None or a.ndim == 0 or alive[place.stack] is None:
+        fine = one
+        if block_ndim:
+            fine = None if place.stack is None or a.ndim == 0 else alive[place.stack]
+        if a is b or fine is None or place.path[-1:] == ("steps",):
             return a
-        return torch.where(per_block(alive[place.stack], a) > 0, a, b)
+        return torch.where(per_block(fine.to(a.device), a) > 0, a, b)
 
-    return map_tensors(choose, new, old, stacks=alive.keys())
+    return map_tensors(choose, new, old, stacks=alive.keys() if block_ndim else None)

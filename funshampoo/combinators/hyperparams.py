@@ -116,9 +116,6 @@ class _Recipe:
 
     def scheduled(self, steps: Tensor | None) -> dict[str, Tensor]:
         """The values of the schedules after this many steps."""
-        if not self.schedules:
-            return {}
-        assert steps is not None
         return {name: _as_hyperparam(schedule(steps)) for name, schedule in self.schedules.items()}
 
     def first(self, device: torch.device | None = None) -> dict[str, Tensor]:

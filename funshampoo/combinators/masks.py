@@ -170,9 +170,8 @@ def _told(flags_of: Callable[[Tree], Any], params: Tree, stage: str) -> Any:
 def _part_state(
     tx: GradientTransformation, params: Tree, flags: list[bool], context: Mapping[str, Any]
 ) -> State:
-    upstream = context.get("upstream", ())
-    hidden = {"upstream": _hidden_states(upstream, flatten(params)[1], flags)} if upstream else {}
-    return tx.init(_hide(params, flags), **{**context, **hidden})
+    upstream = _hidden_states(context.get("upstream", ()), flatten(params)[1], flags)
+    return tx.init(_hide(params, flags), **{**context, "upstream": upstream})
 
 
 def _step_part(

@@ -18,7 +18,7 @@ from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import REFRESH, GradientTransformation, State, Tree
 from funshampoo.core.interrupted import tensors_of
 from funshampoo.core.modes import for_a_recording, for_keeps, lie_apart
-from funshampoo.core.tree import flatten, leaf_names
+from funshampoo.core.tree import flatten, leaf_names, map_leaves
 
 Replay: TypeAlias = Callable[[], Any]
 
@@ -170,8 +170,7 @@ class Graphs:
     def _on_clocks(self, state: State, request: StepRequest) -> State:
         """A state with its counters on the CPU again."""
         clocks = {id(x): request.tensors[i] for i, x in zip(self.clocks, self.counters)}
-        leaves, layout = flatten(state)
-        return layout.unflatten([clocks.get(id(x), x) for x in leaves])
+        return map_leaves(lambda x: clocks.get(id(x), x), state)
 
     def replay(self, key: Any, request: StepRequest) -> None:
         """Make the step by replaying its graph."""
@@ -214,16 +213,11 @@ def put_back(before: list[Any], after: list[Any]) -> bool:
 
 def on_device(state: State, device: torch.device) -> State:
     """The state with all floating-point numbers on the device, where graphs can change them."""
-    leaves, layout = flatten(state)
-    if all([not isinstance(x, Tensor) or x.device == device or _may_count(x) for x in leaves]):
-        return state
-    return layout.unflatten(
-        [x.to(device) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
-    )
 
+    def moved(x: Any) -> Any:
+        return x.to(device) if isinstance(x, Tensor) and x.is_floating_point() else x
 
-def _may_count(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.int64 and x.ndim == 0
+    return map_leaves(moved, state)
 
 
 def _clocks(request: StepRequest, device: torch.device) -> list[int]:
@@ -237,7 +231,8 @@ def _clocks(request: StepRequest, device: torch.device) -> list[int]:
     found = []
     for i, x in enumerate(request.tensors):
         name = names[id(x)]
-        if _may_count(x) and name.split(".")[-1].strip("'") == "steps":
+        may_count = x.is_cpu and x.dtype == torch.int64 and x.ndim == 0
+        if may_count and name.split(".")[-1].strip("'") == "steps":
             found.append(i)
         elif x.device != device:
             raise ValueError(

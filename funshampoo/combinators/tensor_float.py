@@ -6,6 +6,7 @@ from funshampoo.core.applying import applied, apply_of
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.modes import asking_for_tf32
+from funshampoo.core.traits import IN_TF32, with_traits
 
 
 def in_tf32(inner: GradientTransformation) -> GradientTransformation:
@@ -47,7 +48,7 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
         with asking_for_tf32():
             return (None, applied(inner, *step)) if in_place else inner.run(*step)
 
-    found = GradientTransformation(
+    stage = GradientTransformation(
         inner.init,
         update,
         inner.name,
@@ -57,5 +58,4 @@ def in_tf32(inner: GradientTransformation) -> GradientTransformation:
         passes=inner.passes,
         casts=inner.casts,
     )
-    found.in_tf32 = True
-    return found
+    return with_traits(stage, IN_TF32)

@@ -151,33 +151,25 @@ def _signature(function: Callable[..., Any]) -> _Signature:
     For a plain function or method it reads the code object, which torch.compile can trace where it
     can't trace `inspect`: a factory may build transformations inside `update`.
     """
+    plain: Any = function
+    bound = 0  # the first parameter that a caller gives
     if isinstance(function, types.MethodType):
-        whole = _signature(function.__func__)
-        return _Signature(
-            whole.positional - 1,
-            whole.names[1:],
-            whole.keywords.difference(whole.names[:1]),
-            whole.variadic,
-            whole.any_keyword,
-            whole.required.difference(whole.names[:1]),
-        )
-    if isinstance(function, types.FunctionType) and not hasattr(function, "__wrapped__"):
-        code = function.__code__
+        plain, bound = function.__func__, 1
+    if isinstance(plain, types.FunctionType) and not hasattr(plain, "__wrapped__"):
+        code = plain.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if torch.compiler.is_dynamo_compiling():  # which can't read defaults, where none is missed
             optional = frozenset(names)
         else:
-            first = code.co_argcount - len(function.__defaults__ or ())
-            optional = frozenset(
-                [*names[first : code.co_argcount], *(function.__kwdefaults__ or ())]
-            )
+            first = code.co_argcount - len(plain.__defaults__ or ())
+            optional = frozenset([*names[first : code.co_argcount], *(plain.__kwdefaults__ or ())])
         return _Signature(
-            code.co_argcount,
-            names[: code.co_argcount],
-            frozenset(names[code.co_posonlyargcount :]),
+            code.co_argcount - bound,
+            names[bound : code.co_argcount],
+            frozenset(names[max(bound, code.co_posonlyargcount) :]),
             bool(code.co_flags & inspect.CO_VARARGS),
             bool(code.co_flags & inspect.CO_VARKEYWORDS),
-            frozenset(names).difference(optional),
+            frozenset(names[bound:]).difference(optional),
         )
     every = inspect.signature(function).parameters.values()
     variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD

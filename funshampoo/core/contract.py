@@ -11,6 +11,7 @@ unchanged.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -28,11 +29,11 @@ from funshampoo.core.checks import check_state
 from funshampoo.core.context import Context, changed, context_of
 from funshampoo.core.fit import Entered, Fits
 from funshampoo.core.interrupted import Watched
-from funshampoo.core.live import Live, check_placed, check_values, live_names, lives_among
+from funshampoo.core.live import Live, check_placed, check_values, numbers_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.of_parts import checks_of, names_of, united
-from funshampoo.core.parameters import as_entering, of_parameters, unrecorded
+from funshampoo.core.parameters import as_entering, check_parameters, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.traits import Traits, first_traits, wanted_by
 from funshampoo.core.tree import flatten
@@ -142,27 +143,20 @@ class GradientTransformation:
         self.name = name or name_of(update)
         self.parts: Mapping[str, GradientTransformation] = parts or {}
         self.state_of, self.spread = state_of, spread
-        self._given: dict[str, Any] = {"init": init, "update": update, "apply": apply}
-        self._given |= {"phase": phase, "check": check, "parts": parts, "state_of": state_of}
-        self._given |= {"counts": counts, "minds_alive": minds_alive, "spread": spread}
-        self._given |= {"accepts": accepts, "numbers": numbers, "flops": flops, "passes": passes}
-        self._given |= {"refresh_cost": refresh_cost, "elementwise": elementwise}
-        self._given |= {"needs_params": needs_params, "casts": casts}
-        self._init = adapted_init(init) if parts else of_parameters(adapted_init(init), self.name)
+        self._given = {"init": init, "update": update, "apply": apply}
+        self._init = adapted_init(init)
         adapted = adapted_update(update)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
-        self.in_tf32 = False  # True for the combinator `in_tf32`; a graph has to be inside it
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes, self.elementwise, self.casts = passes, elementwise, casts
-        self._fits = Fits(self._init, lambda: names_of(self))
+        self._fits = Fits(self._made, lambda: names_of(self))
         children: list[Any] = list(self.parts.values())
         counting = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counting if counts is None else counts
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
-        largest = max(costs, default=None)
-        self.refresh_cost: float | None = largest if refresh_cost is None else refresh_cost
+        self.refresh_cost = max(costs, default=None) if refresh_cost is None else refresh_cost
         needing = [part.needs for part in children if part.needs]
         own_need = bool(needing) if needs_params is None else needs_params
         self.needs: str = (needing or [self.name])[0] if own_need else ""
@@ -170,17 +164,16 @@ class GradientTransformation:
         minds = adapted.minds_alive if minds_alive is None else minds_alive
         self.minds_alive: bool = minds and all([part.minds_alive for part in children])
         self.checks: bool = check is not None or any([part.checks for part in children])
-        self.accepts: frozenset[str] | None = united(
-            adapted.accepts, accepts, *[part.accepts for part in children]
-        )
+        self.accepts = united(adapted.accepts, accepts, *[part.accepts for part in children])
         may_read_any = numbers is None and adapted.reads_hyper and not children
         self.wants: frozenset[str] = adapted.wants.union(*wanted_by(children, update))
         self.reads_gradient: bool = any([p.reads_gradient for p in (adapted, *children)])
         self.traits: Traits = first_traits(children, update, passes, self.name)
         self.numbers = tuple(numbers or ())  # its own, without its parts'
-        self.lives: list[Live] = lives_among(self.numbers) + [x for p in children for x in p.lives]
-        own = None if may_read_any else live_names(self.numbers)
-        self.live: frozenset[str] | None = united(own, *[part.live for part in children])
+        own = [x for x in numbers_among(self.numbers) if isinstance(x, Live)]
+        self.lives: list[Live] = own + [x for part in children for x in part.lives]
+        names = None if may_read_any else [x.name for x in own]
+        self.live: frozenset[str] | None = united(names, *[part.live for part in children])
 
     def init(self, params: Tree, **context: Any) -> State:
         """The state for these parameters. Autograd records it for those that require gradients.
@@ -190,14 +183,20 @@ class GradientTransformation:
         """
         any(map(is_in_parts, flatten(params)[0]))  # remembered for the steps
         if torch.compiler.is_dynamo_compiling() or not torch.is_inference_mode_enabled():
-            state = self._init(params, context)
+            state = self._made(params, context)
         else:  # a later step may come outside inference mode, and write to the state
             with for_keeps():
-                state = self._init(params, context)
+                state = self._made(params, context)
         check_state(state, self.name)
         if not context and not torch.compiler.is_dynamo_compiling():
             self._fits.remember(params, state)
         return state
+
+    def _made(self, params: Tree, context: Mapping[str, Any]) -> State:
+        """What `init` makes of the parameters, once checked, which combinators leave to parts."""
+        if not self.parts:
+            check_parameters(params, self.name)
+        return self._init(params, context)
 
     def update(
         self, updates: TreeT, state: State, params: Tree = None, **context: Any
@@ -306,10 +305,10 @@ def stateless(
 
 
 def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
-    """The same functions under another name, and what combinators set afterwards."""
-    found = GradientTransformation(name=name, **stage._given)
-    found.live, found.in_tf32 = stage.live, stage.in_tf32
-    found.wants, found.traits = stage.wants, stage.traits
+    """The same transformation under another name."""
+    found = copy.copy(stage)
+    found.name = name
+    found._fits = Fits(found._made, lambda: names_of(found))
     return found
 
 

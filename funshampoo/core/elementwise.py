@@ -108,8 +108,6 @@ class LocalStep:
 
     def local(self, tree: Tree) -> Tree:
         """The tree with this rank's parts in place of DTensors."""
-        if tree is None:
-            return None
         leaves, spec = flatten(tree)
         return spec.unflatten(local_parts(leaves)) if any_in_parts(leaves) else tree
 

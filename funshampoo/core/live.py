@@ -111,26 +111,20 @@ def resolved(holder: Any, hyper: Numbers) -> Any:
     return dataclasses.replace(holder, **live) if live else holder
 
 
-def live_names(values: Iterable[Any]) -> frozenset[str]:
-    """The names of the live numbers among these, including those in fields of a dataclass.
+def numbers_among(values: Iterable[Any]) -> list[Any]:
+    """These hyperparameters, with what a schedule or a dataclass of them, as a solver, is made of.
 
-    >>> sorted(live_names([0.5, Live("lr", 0.1), None]))
-    ['lr']
+    >>> numbers_among([0.5, Derived(max, (0.1, 0.2))])
+    [0.5, 0.1, 0.2]
     """
-    return frozenset([x.name for x in lives_among(values)])
-
-
-def lives_among(values: Iterable[Any]) -> list[Live]:
-    """The live numbers themselves."""
-    found: list[Live] = []
+    found: list[Any] = []
     for value in values:
-        if isinstance(value, Live):
-            found.append(value)
-        elif isinstance(value, Derived):
-            found += lives_among(value.numbers)
+        if isinstance(value, Derived):
+            found += numbers_among(value.numbers)
         elif dataclasses.is_dataclass(value):
-            fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
-            found += [x for x in fields if isinstance(x, Live)]
+            found += [getattr(value, field.name) for field in dataclasses.fields(value)]
+        else:
+            found.append(value)
     return found
 
 

@@ -15,7 +15,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from funshampoo.core.placed import SEEN, are_alike, local_parts
-from funshampoo.core.precision import FullProducts, RoundedProducts
+from funshampoo.core.precision import FullProducts, rounded_products
 
 
 def unwrapped(tensor: Tensor) -> Tensor | None:
@@ -160,8 +160,6 @@ def may_reuse(*operands: Any) -> bool:
 
 _AUTOCASTED = ("cpu", "cuda", "mps", "xpu")
 
-_FULL_PRODUCTS = FullProducts()
-
 
 def full_precision() -> contextlib.AbstractContextManager[Any]:
     """Context in which float32 products stay float32: no autocast, no TF32, no bfloat16.
@@ -217,7 +215,7 @@ def asking_for_tf32() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _rounded() -> Iterator[None]:
     """Full precision requested inside is honoured, and afterwards products are rounded again."""
-    with _asking(full=FullProducts(own=True)), RoundedProducts():
+    with _asking(full=FullProducts(own=True)), rounded_products():
         yield
 
 
@@ -232,7 +230,7 @@ class _Asked(threading.local):
 
     tf32 = False
     waits = True
-    full = _FULL_PRODUCTS
+    full = FullProducts()
 
 
 _ASKED = _Asked()

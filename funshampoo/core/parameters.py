@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,16 +105,6 @@ def check_parameters(params: Any, stage: str) -> None:
             raise NotAParameterError(stage, leaf_names(params)[i], problem)
 
 
-def of_parameters(init: Callable[[Any, Any], Any], stage: str) -> Callable[[Any, Any], Any]:
-    """The `init` of a stage, which checks the parameters first."""
-
-    def checked(params: Any, context: Any) -> Any:
-        check_parameters(params, stage)
-        return init(params, context)
-
-    return checked
-
-
 def check_tensors(params: Any, stage: str) -> None:
     """Check that every leaf is a tensor, so that a function can decide which part gets it.
 
@@ -171,15 +161,8 @@ def problem_of(leaf: Any) -> str:
     return ""
 
 
-def problem_of_gradients(
-    gradients: Sequence[Any], parameters: Sequence[Tensor]
-) -> tuple[int, str] | None:
-    """(index, reason) of the first that can't be its dense parameter's gradient, as None can."""
-    for i, (g, p) in enumerate(zip(gradients, parameters)):
-        fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
-        if not fits and g is not None:
-            return i, _problem_of_gradient(g, p)
-    return None
+class NotAGradientError(TypeError, RuntimeError):
+    """A gradient is sparse, no tensor or elsewhere: to torch.optim's users, a RuntimeError."""
 
 
 def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: Any) -> bool:
@@ -192,7 +175,8 @@ def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: A
         Whether one has another dtype than its parameter.
 
     Raises:
-        TypeError: one is not a dense real floating tensor, or is on another device.
+        NotAGradientError: one is no dense tensor, or is on another device.
+        TypeError: one is not of a real floating dtype.
         ValueError: one has another shape.
     """
     unlike = False
@@ -201,7 +185,7 @@ def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: A
             continue
         fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
         if not fits:
-            raise TypeError(
+            raise NotAGradientError(
                 f"the gradient of '{leaf_names(tree)[i]}' {_problem_of_gradient(g, p)}."
             )
         if g.shape != p.shape:
@@ -209,6 +193,9 @@ def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: A
                 f"leaf '{leaf_names(tree)[i]}' has shape {tuple(p.shape)} in params and "
                 f"{tuple(g.shape)} in gradients: give the gradient in its parameter's shape."
             )
+        if g.dtype is p.dtype:
+            continue
+        unlike = True
         if g.is_complex():
             raise TypeError(
                 f"leaf '{leaf_names(tree)[i]}' is complex in gradients, and real in params: give "
@@ -219,7 +206,6 @@ def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: A
                 f"the gradient of '{leaf_names(tree)[i]}' is of {g.dtype}, its parameter of "
                 f"{p.dtype}: give it in a real floating dtype."
             )
-        unlike |= g.dtype is not p.dtype
     return unlike
 
 

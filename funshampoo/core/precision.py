@@ -13,7 +13,9 @@ two contradict. Both are restored.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ class FullProducts:
     Other threads see the change for that long. If another precision is set meanwhile, it stays.
 
     Args:
-        own: whether it belongs to a thread in `RoundedProducts`, whose rounding then resumes.
+        own: whether it belongs to a thread in `rounded_products`, whose rounding then resumes.
     """
 
     def __init__(self, own: bool = False) -> None:
@@ -83,36 +85,26 @@ class FullProducts:
 
 
 _ROUNDING: list[Setting] = []
-"""The settings before each of the active `RoundedProducts` contexts, the oldest first."""
+"""The settings before each of the active `rounded_products` contexts, the oldest first."""
 
 
-class RoundedProducts:
-    """In this context a GPU rounds the operands of float32 products to TF32's 10 bits.
+@contextlib.contextmanager
+def rounded_products() -> Iterator[None]:
+    """Context in which a GPU rounds the operands of float32 products to TF32's 10 bits.
 
     The setting is process-wide, as above, and restored at the end unless another one has been
     set meanwhile. On a CPU products stay in full precision.
     """
-
-    def __init__(self) -> None:
-        self._before = Setting()
-
-    def __enter__(self) -> None:
-        _ROUNDING.append(self._before)
-        try:
-            self._before.round_on_cuda()
-        except BaseException:
-            self._leave()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        if torch.get_float32_matmul_precision() == "high":
-            self._leave()
-        else:
-            _ROUNDING.remove(self._before)
-
-    def _leave(self) -> None:
-        _ROUNDING.remove(self._before)
-        self._before.put_back()
+    before, rounds = Setting(), False
+    _ROUNDING.append(before)
+    try:
+        before.round_on_cuda()
+        rounds = True
+        yield
+    finally:
+        _ROUNDING.remove(before)
+        if not rounds or torch.get_float32_matmul_precision() == "high":
+            before.put_back()
 
 
 def products_are_rounded() -> bool:

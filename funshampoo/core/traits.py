@@ -55,6 +55,9 @@ IN_BASES = "in bases"
 OF_SIDES = "of sides"
 """Its state, or that of the stage it reads, belongs to the sides of the parameters themselves."""
 
+IN_TF32 = "in tf32"
+"""It changes the precision of products, and a graph has to be inside it."""
+
 PARTIAL = "partial"
 """It leaves some leaves alone, or to different parts."""
 

@@ -62,8 +62,10 @@ class OptimizerAgreement:
         self._plans, self._ascends = plans, [run.group.get("maximize", False) for run in runs]
         if not self._spreads:
             return
-        same = len(runs) == len(self._runs) and all([a is b for a, b in zip(runs, self._runs)])
-        if same and not any([plan.is_edited for plan in plans]):
+        each = zip(runs, plans)
+        now = [x for run, plan in each for x in (run, plan.built.transformation, plan.known)]
+        then = [x for run in self._runs for x in (run, run.transformation, run.known)]
+        if len(now) == len(then) and all(map(is_, now, then)):
             return
         for group, steps in self._steps():
             announce_change(steps, self.description, group)

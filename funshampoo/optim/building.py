@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_flag
@@ -28,8 +27,7 @@ class Built(NamedTuple):
         raw: the entries of the group that it was built from.
         structure: the part of the arguments that can change the structure of the state.
         live: the numbers that the chain looks up on every step; see `core.live`.
-        hyper: their values.
-        inputs: tensors from which a graph reads them, so new values need no new graph; else {}.
+        hyper: their values, for the context.
     """
 
     vocabulary: Vocabulary
@@ -39,17 +37,10 @@ class Built(NamedTuple):
     transformation: GradientTransformation | None
     live: dict[str, Live]
     hyper: dict[str, Any]
-    inputs: dict[str, Tensor]
-
-    def numbers(self) -> dict[str, Any]:
-        """The `hyper` of the context."""
-        for name, x in self.inputs.items():
-            x.fill_(self.hyper[name])
-        return {**self.hyper, **self.inputs}
 
     def without_functions(self) -> Built:
         """A copy without the fields that pickle and deepcopy can't handle."""
-        return self._replace(transformation=None, raw=[], live={}, inputs={})
+        return self._replace(transformation=None, raw=[], live={})
 
 
 class Builder:
@@ -78,20 +69,13 @@ class Builder:
         for name, x in hyper.items():
             if isinstance(x, Tensor):  # numbers were checked when the chain was built
                 _check_value(live[name], x)
-        inputs: dict[str, Tensor] = {}
         self._execution.check(arguments, {*live, vocabulary.rate}, transformation)
-        if self._execution.compile is not None:
-            inputs = {
-                name: torch.tensor(float(x), dtype=torch.float64, device="cpu")
-                for name, x in hyper.items()
-                if not isinstance(x, Tensor)
-            }
         if self._execution.in_graphs:
             self._count_graph()
         transformation = self._execution.wrap(transformation)
         structure = vocabulary.structure(arguments, live)
         raw = vocabulary.raw(group)
-        return Built(vocabulary, raw, arguments, structure, transformation, live, hyper, inputs)
+        return Built(vocabulary, raw, arguments, structure, transformation, live, hyper)
 
     def current(self, group: Mapping[str, Any], before: Built) -> Built:
         """The chain for the group as it is now: the previous one, if it is still valid.

@@ -7,14 +7,13 @@ from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 
 from funshampoo.core.applying import Entering
 from funshampoo.core.context import context_of
 from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
-from funshampoo.core.parameters import problem_of_gradients
 from funshampoo.core.placed import detached
 from funshampoo.optim.building import Builder, structure_differs
 from funshampoo.optim.entries import SHARED, is_note, is_shared, with_shared
@@ -27,7 +26,6 @@ from funshampoo.optim.ready import (
     Ready,
     Snapshot,
     Unattached,
-    gradient_of,
     initial_state,
     is_initial,
     same_parameters,
@@ -38,8 +36,6 @@ from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import carried_over, load_state_dict
 from funshampoo.state.naming import named_tensors
 from funshampoo.state.parts import PART_KEY, part_of
-
-_LAZY = UninitializedParameter  # has no shape yet
 
 
 class GroupRun:
@@ -66,9 +62,7 @@ class GroupRun:
         self._builder = Builder(method, execution)
         self.known: list[Known] = []  # the same object until the state's parameters change
         self._state: Any = None
-        self._read_only = False  # made only to be read, and neither stepped nor written to
-        self._reader_watch: Watched | None = None  # detects writes through a reader's views
-        self._to_reset: set[Tensor] = set()  # to be reset before the state is next used
+        self._fresh: Watched | None = None  # a state as made by init, which a reader may write to
         self._snapshot: Snapshot = ()
         self._cache: tuple[Any, ByParameter, dict[str, Tensor]] | None = None
         self.names()
@@ -85,15 +79,13 @@ class GroupRun:
     @property
     def has_state(self) -> bool:
         """Whether there is a state that was stepped, loaded or written to (also in place)."""
-        if self._read_only and self._reader_watch is not None and self._reader_watch.was_written():
-            self._read_only = False
-        return self._state is not None and not self._read_only
+        return self._state is not None and (self._fresh is None or self._fresh.was_written())
 
     def snapshot(self) -> Snapshot:
         """A quickly made snapshot of what decides which parameters have a state."""
         names = self.group.get("param_names")
         seen = [
-            (id(p), p.requires_grad, p.device, p.dtype, None if type(p) is _LAZY else p.shape)
+            (id(p), p.requires_grad, p.device, p.dtype, None if is_lazy(p) else p.shape)
             for p in self.group["params"]
         ]
         return seen, None if names is None else list(names)
@@ -106,27 +98,26 @@ class GroupRun:
         """The plan for a step of the group as it is now.
 
         Args:
-            unattached: entries of parameters that come from elsewhere.
+            unattached: entries that parameters continue from in place of those in a state; {} for
+                one that starts from nothing.
             snapshot: the group's current `snapshot`.
 
         Raises:
             TypeError, ValueError: an edited value is out of range.
         """
-        before = self._built
-        built = self._builder.current(self.group, before)
-        edited = len(self._to_reset) > 0 or built.transformation is not before.transformation
-        same_chain = not structure_differs(built, before)
+        built = self._builder.current(self.group, self._built)
         assigned = unattached and unattached.keys() & set(self.parameters())
-        if self.is_made_for(snapshot) and same_chain and not assigned:
-            return Plan(built, self.known, snapshot, True, edited, self._to_reset)
+        fits = self.has_state and not assigned and not structure_differs(built, self._built)
+        if fits and snapshot == self._snapshot:
+            return Plan(built, self.known, snapshot)
         with_state = set(self.parameters()) if self.has_state else set()
-        known = self._trainable(self.group, with_state | unattached.keys())
-        continues = self.has_state and same_chain and same_parameters(known, self.known)
-        continues = continues and not any([k.parameter in unattached for k in known])
-        new = {k.parameter for k in known if k.parameter not in with_state | unattached.keys()}
-        return Plan(
-            built, known, snapshot, continues, edited or not continues, self._to_reset | new
-        )
+        brought = {p for p, entries in unattached.items() if entries}
+        known = self._trainable(self.group, with_state | brought)
+        if fits and same_parameters(known, self.known):
+            return Plan(built, self.known, snapshot)
+        remembered = brought | (with_state - unattached.keys())
+        new = {k.parameter for k in known if k.parameter not in remembered}
+        return Plan(built, known, snapshot, new)
 
     def prepared(self, plan: Plan, unattached: Unattached) -> Ready:
         """The state for the planned step; the run itself is not changed.
@@ -137,22 +128,18 @@ class GroupRun:
         Raises:
             ValueError: the edit changes the blocks. The state stays as it was.
         """
-        if self._to_reset:
-            self.apply_resets()
-            plan = self.planned(unattached, plan.snapshot)
         built, known, snapshot = plan[:3]
-        if plan.continues:
+        if known is self.known:
             return Ready(built, known, self._state, snapshot)
-        if not self.has_state and not any([k.parameter in unattached for k in known]):
+        if not self.has_state and not any([unattached.get(k.parameter) for k in known]):
             return Ready(built, known, initial_state(built, known), snapshot, fresh=True)
         entries = self.entries() if self.has_state else ({}, {})
         return Ready(built, known, state_with_entries(built, known, *entries, unattached), snapshot)
 
     def adopt(self, ready: Ready) -> None:
         """Continue from this chain and state."""
-        self._built, self.known, self._state, self._snapshot, self._read_only = ready
-        self._reader_watch = None
-        self._to_reset = set()  # a new set: `all_or_nothing` may restore the old one
+        self._built, self.known, self._state, self._snapshot, fresh = ready
+        self._fresh = Watched(self._state).begin() if fresh else None
 
     def entering(self, watched: Watched) -> Entering | None:
         """The prepared step with its inputs checked; None if the group has no parameters to step.
@@ -169,12 +156,12 @@ class GroupRun:
             return None
         built = self._built
         assert built.transformation is not None
-        gradients = {k.name: gradient_of(k.parameter) for k in self.known}
-        if problem := problem_of_gradients([*gradients.values()], self.parameters()):
-            raise RuntimeError(f"the gradient of '{self.known[problem[0]].name}' {problem[1]}.")
-        params = dict(zip(gradients, detached(k.parameter for k in self.known)))
+        own = {k.name: k.parameter for k in self.known}
+        # A frozen parameter may still have an old gradient.
+        gradients = {name: p.grad if p.requires_grad else None for name, p in own.items()}
+        params = dict(zip(own, detached(own.values())))
         tx = built.transformation
-        names = {"donate": True, "hyper": built.numbers()}
+        names = {"donate": True, "hyper": built.hyper}
         given = context_of(names, tx.accepts, tx.live, tx.wants)
         ascends = self.group.get("maximize", False)
         return Entering(tx, gradients, self._state, params, given, ascends).checked(watched.state)
@@ -182,7 +169,7 @@ class GroupRun:
     def step(self, entering: Entering | None) -> None:
         """Make this step. Parameters without a gradient are left alone."""
         if entering is not None:
-            self._read_only, self._cache = False, None
+            self._fresh, self._cache = None, None
             self._state = entering.applied()
 
     def watched(self) -> Watched:
@@ -199,18 +186,13 @@ class GroupRun:
         if not self.has_state or not tensors:
             return {}
         entries, shared = self.entries()
-        kept = [p for p in tensors if p in entries and p not in self._to_reset]
+        kept = [p for p in tensors if p in entries]
         own = {p: with_shared(entries[p], shared) for p in kept}
         return {p: {n: x.detach().clone() for n, x in own[p].items()} for p in kept}
 
     def parameters(self) -> list[Tensor]:
         """The parameters that the state was made for."""
         return [k.parameter for k in self.known]
-
-    def removed_parameters(self) -> list[Tensor]:
-        """Those of them that have left the group."""
-        here = set(self.group["params"])
-        return [p for p in self.parameters() if p not in here]
 
     def entries(self) -> tuple[ByParameter, dict[str, Tensor]]:
         """({parameter: {name: view}}, shared entries) of the state.
@@ -224,7 +206,6 @@ class GroupRun:
         if self._cache is None or self._cache[0] is not self._state:
             check_whole(self._state)
             self._cache = self._state, *self._by_parameter()
-            self._reader_watch = Watched(self._state).begin() if self._read_only else None
         return self._cache[1:]
 
     def entries_of(self, p: Tensor) -> dict[str, Tensor]:
@@ -233,7 +214,6 @@ class GroupRun:
         return with_shared(entries[p], shared)
 
     def _by_parameter(self) -> tuple[ByParameter, dict[str, Tensor]]:
-        owners = {k.name: k.parameter for k in self.known}
         own: dict[str, dict[str, Tensor]] = {k.name: {} for k in self.known}
         shared: dict[str, Tensor] = {}
         for owner, rest, x in named_tensors(self._state):
@@ -241,7 +221,7 @@ class GroupRun:
                 own[owner][rest] = x
             else:
                 shared["/".join(filter(None, [owner, rest]))] = x
-        return {owners[name]: entries for name, entries in own.items()}, shared
+        return {k.parameter: own[k.name] for k in self.known}, shared
 
     def mark_interrupted(self) -> None:
         """Mark the state as half done: the step over all groups was interrupted."""
@@ -250,39 +230,22 @@ class GroupRun:
 
     def mark_written(self) -> None:
         """Note that the state has been changed, or is about to be: the first step must keep it."""
-        self._read_only = False
+        self._fresh = None
 
-    def reset_entries(self, p: Tensor, names: Collection[str] | None) -> None:
-        """Reset a parameter, or only these entries of it."""
-        if names is None:  # its entries are not visible until the next step
-            self._to_reset.add(p)
-            return
+    def reset_entries(self, p: Tensor, names: Collection[str]) -> None:
+        """Reset these entries of a parameter."""
         entries, shared = self.entries()
         kept = {name: x for name, x in entries[p].items() if name not in names}
         rest = {name: x for name, x in shared.items() if SHARED + name not in names}
-        self._state = self._refilled({**entries, p: kept}, rest)
-        self.mark_written()
-
-    def apply_resets(self) -> None:
-        """Reset the parameters whose state was deleted."""
-        to_reset = self._to_reset.intersection(self.parameters())
-        if to_reset and self._state is not None:
-            entries, shared = self.entries()
-            kept = {p: own for p, own in entries.items() if p not in to_reset}
-            self._state = self._refilled(kept, shared)
-        self._to_reset.clear()
-
-    def _refilled(self, entries: ByParameter, shared: Mapping[str, Tensor]) -> Any:
-        """A fresh state with these entries."""
         self._built = self._builder.current(self.group, self._built)  # a copied run has no chain
-        names = {k.parameter: k.name for k in self.known}
-        flat = {f"{names[p]}/{entry}": x for p, own in entries.items() for entry, x in own.items()}
-        return carried_over(initial_state(self._built, self.known), {**flat, **shared})
+        named = [(k.name, kept if k.parameter is p else entries[k.parameter]) for k in self.known]
+        flat = {f"{name}/{entry}": x for name, own in named for entry, x in own.items()}
+        self._state = carried_over(initial_state(self._built, self.known), {**flat, **rest})
+        self.mark_written()
 
     def forget(self) -> None:
         """Reset everything."""
-        self.known, self._state, self._read_only, self._cache = [], None, False, None
-        self._to_reset = set()
+        self.known, self._state, self._fresh, self._cache = [], None, None, None
 
     def loaded(
         self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
@@ -323,7 +286,6 @@ class GroupRun:
 
     def state(self) -> Any:
         """The chain's state; if there is none yet, one made for reading only."""
-        self.apply_resets()
         self.entries()
         return self._state
 
@@ -344,6 +306,7 @@ class GroupRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the chain is left out and rebuilt."""
-        read_only = self._read_only and not self.has_state
-        changed = {"_snapshot": (), "_cache": None, "_read_only": read_only, "_reader_watch": None}
+        changed: dict[str, Any] = {"_snapshot": (), "_cache": None, "_fresh": None}
+        if not self.has_state:
+            changed |= {"known": [], "_state": None}
         return {**self.__dict__, **changed, "_built": self._built.without_functions()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.tree import HALF
 from funshampoo.optim.agreement import OptimizerAgreement
-from funshampoo.optim.entries import check_entry, is_note, is_shared
+from funshampoo.optim.entries import check_entry, is_note, split_shared, with_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.ready import Ready, Unattached
 
@@ -32,10 +32,9 @@ class Memory:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._agreement = OptimizerAgreement(options)
         self.runs: list[GroupRun] = []
-        self._unattached: Unattached = {}
+        self._unattached: Unattached = {}  # with {} for what starts from nothing at the next step
         self.notes: dict[Tensor, dict[str, Any]] = {}
         self.writes = 0  # the number of changes made between steps
-        self._forgotten: set[Tensor] = set()  # parameters that are reset at the next step
 
     def match(self, groups: Sequence[Group], make: MakeRun) -> None:
         """Match the runs to the groups, one each; entries of removed groups are kept.
@@ -43,40 +42,28 @@ class Memory:
         Args:
             make: makes a run from a group and the groups before it.
         """
-        if len(self.runs) == len(groups) and all(
-            [run.group is group for run, group in zip(self.runs, groups)]
-        ):
-            return
         known = {id(run.group): run for run in self.runs}
         runs = [
             known.pop(id(group)) if id(group) in known else make(group, groups[:i])
             for i, group in enumerate(groups)
         ]
         for run in known.values():
-            self._unattached |= run.copied_entries(run.parameters())
+            self._unattached = run.copied_entries(run.parameters()) | self._unattached
         self.runs = runs
 
     def check_same_call(self, call: str) -> None:
         """Called before a collective that is not part of a step; see `OptimizerAgreement`."""
         self._agreement.check_same_call(call)
 
-    def prepare(self) -> None:
-        """Make every run ready for a step of its group as it is now, or none of them.
-
-        Raises:
-            ValueError: a state can't follow an edit; a parameter is in two groups.
-        """
-        self.apply_edits()
-        self._forgotten = set()
-
     def step(self) -> None:
-        """Step all groups, as prepared. An exception after a first write marks all as half done.
+        """Step all groups as they are now. An exception after a first write marks all as half done.
 
         Raises:
             FailureLimitError, ValueError, TypeError: from any group, before anything has moved in
-                any of them.
+                any of them; a state can't follow an edit; a parameter is in two groups.
             InterruptedStepError: a state is half done.
         """
+        self.apply_edits()
         runs = self.runs
         watched = [run.watched() for run in runs]
         entering = [run.entering(watch) for run, watch in zip(runs, watched)]
@@ -101,7 +88,9 @@ class Memory:
             if self._agreement.options.get("stochastic_rounding"):
                 _check_rounded(self.runs)
             for run in self.runs:
-                unattached = unattached | run.copied_entries(run.removed_parameters())
+                here = set(run.group["params"])
+                gone = [p for p in run.parameters() if p not in here]
+                unattached = run.copied_entries(gone) | unattached
         plans = [run.planned(unattached, snapshot) for run, snapshot in zip(self.runs, snapshots)]
         self._agreement.check_same_edits(self.runs, plans)
         ready = [run.prepared(plan, unattached) for run, plan in zip(self.runs, plans)]
@@ -109,7 +98,7 @@ class Memory:
         self._agreement.record(self.runs)
         if unattached:
             here = {known.parameter for one in ready for known in one.known}
-            self._unattached = {p: entries for p, entries in unattached.items() if p not in here}
+            self._unattached = {p: own for p, own in unattached.items() if own and p not in here}
 
     def adopt(self, ready: Sequence[Ready]) -> None:
         """Continue from these states, one per run."""
@@ -142,31 +131,26 @@ class Memory:
 
     def entries_of(self, p: Tensor) -> dict[str, Any]:
         """Everything that is remembered of a parameter; {} for an unknown one."""
-        chain = {} if p in self._forgotten else self._chain_entries(p)
-        return {**chain, **self.notes.get(p, {})}
-
-    def saved(self, p: Tensor) -> dict[str, Any]:
-        """The entries for a checkpoint, where a parameter that is to be reset isn't shown empty."""
         return {**self._chain_entries(p), **self.notes.get(p, {})}
 
     def remembered(self) -> list[Tensor]:
         """The parameters that have entries, in the order of the groups."""
-        return [p for p in self._known() if self.entries_of(p)]
+        here = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
+        known = dict.fromkeys([*here, *self._unattached, *self.notes])
+        return [p for p in known if self.entries_of(p)]
 
-    def _known(self) -> list[Tensor]:
-        found = [p for run in self.runs for p in [*run.entries()[0], *run.group["params"]]]
-        return list(dict.fromkeys([*found, *self._unattached, *self.notes]))
-
-    def check(self, p: Tensor, entries: Mapping[str, Any]) -> None:
-        """Raise if `write` would.
+    def checked(self, p: Tensor, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the entries that are the chain's; the rest are notes.
 
         Raises:
             KeyError, TypeError, ValueError: an entry of the chain does not fit.
         """
         run = self._run_with(p, even_if_unattached=True)
-        known = None if run is None else run.entries_of(p)
-        for name, x in self._of_chain(entries, known or {}).items():
-            check_entry(name, x, known)
+        known = self._unattached.get(p, {}) if run is None else run.entries_of(p)
+        chain = {name: x for name, x in entries.items() if name in known or not is_note(name)}
+        for name, x in chain.items():
+            check_entry(name, x, None if run is None else known)
+        return chain
 
     def write(self, p: Tensor, entries: Mapping[str, Any]) -> None:
         """Change these entries of a parameter, or none of them if one does not fit.
@@ -174,13 +158,9 @@ class Memory:
         What is written to a parameter that has no state yet, because it is frozen, in no group, or
         has just joined one, is kept until a step includes it.
         """
-        self.check(p, entries)
+        chain = self.checked(p, entries)
         self.writes += 1
-        run = self._run_with(p)
-        if run is not None:
-            run.apply_resets()  # a pending reset would undo this write
-        known = self._chain_entries(p)
-        chain = self._of_chain(entries, known)
+        run, known = self._run_with(p), self._chain_entries(p)
         if run is None and chain:
             self._unattached[p] = {**known, **chain}
         elif run is not None and chain:
@@ -188,8 +168,6 @@ class Memory:
                 for name, x in chain.items():
                     known[name].copy_(x)
             run.mark_written()
-        if chain:
-            self._forgotten.discard(p)
         notes = {name: x for name, x in entries.items() if name not in chain}
         if notes:
             self.notes.setdefault(p, {}).update(notes)
@@ -200,55 +178,43 @@ class Memory:
 
         Nothing is written to the current state, since they may be views of it.
         """
-        self.check(p, entries)
-        run, known = self._run_with(p), self._chain_entries(p)
-        chain = self._of_chain(entries, known)
-        own = {name: x for name, x in chain.items() if not is_shared(name)}
-        if run is None or not chain or _are_the_same(chain, known):
-            gone = {n for n in self.entries_of(p) if n not in entries and not is_shared(n)}
-            self.write(p, entries)
-            if gone or not entries:  # shared entries are not for this parameter to reset
-                self.forget(p, gone if entries else None)
-            return
-        self.write(p, {name: x for name, x in entries.items() if name not in own})
-        notes = self.notes.get(p, {})
-        self.notes[p] = {name: x for name, x in notes.items() if name in entries}
-        shared = {name: x for name, x in known.items() if is_shared(name)}
-        self._unattached[p] = shared | {name: x.detach().clone() for name, x in own.items()}
-        self._forgotten.discard(p)
-
-    @staticmethod
-    def _of_chain(entries: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: x for name, x in entries.items() if name in known or not is_note(name)}
+        chain = self.checked(p, entries)
+        own, _ = split_shared(chain)
+        self.write(p, {name: x for name, x in chain.items() if name not in own})
+        self.notes[p] = {name: x for name, x in entries.items() if name not in chain}
+        known, shared = split_shared(self._chain_entries(p))
+        if not _are_the_same(own, known):
+            copies = {name: x.detach().clone() for name, x in own.items()}
+            self._unattached[p] = with_shared(copies, shared) if own else {}
 
     def forget(self, p: Tensor, names: set[str] | None = None) -> None:
         """Reset a parameter, or only these entries of it."""
         self.writes += 1
-        gone = None if names is None else names - self.notes.get(p, {}).keys()
-        for known in (self.notes, self._unattached):
-            entries = known.pop(p, {})
-            if kept := {n: x for n, x in entries.items() if names is not None and n not in names}:
-                known[p] = kept
-        run = self._run_with(p)
-        if run is not None and (gone is None or gone):
-            run.reset_entries(p, gone)
+        notes, run = self.notes.pop(p, {}), self._run_with(p)
         if names is None:
-            self._forgotten.add(p)
+            self._unattached[p] = {}
+            return
+        if kept := {name: x for name, x in notes.items() if name not in names}:
+            self.notes[p] = kept
+        if p in self._unattached:
+            own = self._unattached[p].items()
+            self._unattached[p] = {name: x for name, x in own if name not in names}
+        elif run is not None and (gone := names - notes.keys()):
+            run.reset_entries(p, gone)
 
     def replace_states(self, ready: Sequence[Ready]) -> None:
-        """Continue from these states, and cancel pending resets."""
+        """Continue from these states."""
         self.writes += 1
         self.adopt(ready)
-        self._forgotten = set()
 
     def forget_all(self) -> None:
         """Reset everything, including notes and counters."""
         self.writes += 1
         for run in self.runs:
             run.forget()
-        params = [p for run in self.runs for p in run.group["params"]]
-        self._forgotten = self._forgotten.union(params)  # `all_or_nothing` may restore the old one
-        self._unattached, self.notes = {}, {}
+        # New dicts: `all_or_nothing` may restore the old ones.
+        self._unattached = {p: {} for run in self.runs for p in run.group["params"]}
+        self.notes = {}
 
     def _run_with(self, p: Tensor, even_if_unattached: bool = False) -> GroupRun | None:
         """The run whose state has this parameter; runs with a read-only state come last.

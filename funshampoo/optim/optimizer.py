@@ -130,9 +130,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
                 )
             if "method" in param_group:
                 vocabulary = Vocabulary(param_group["method"], param_group)
-            vocabulary.warn_unknown(param_group)
-            if "method" in param_group:
                 param_group = {**vocabulary.defaults({}), **param_group}
+            vocabulary.warn_unknown(param_group)
         memory = self._match()
         super().add_param_group(param_group)
         *others, group = self.param_groups
@@ -189,10 +188,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
     @_disable_dynamo  # torch.compiler.disable, without two seconds of import
     def _step_groups(self) -> None:
         """Not traced when a whole step is compiled: `compile=True` handles that."""
-        memory = self._match()
-        memory.prepare()
+        self._match().step()
         self._whole = None
-        memory.step()
 
     def _chains(self) -> list[GradientTransformation]:
         chains = [run.transformation for run in self._match().runs]

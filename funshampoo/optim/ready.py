@@ -14,6 +14,7 @@ from funshampoo.core.parameters import detached
 from funshampoo.distributed.gathering import gathered
 from funshampoo.optim.building import Built
 from funshampoo.optim.entries import split_shared
+from funshampoo.optim.vocabulary import SCALED_TWICE
 from funshampoo.state.checkpoint import carried_over
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import part_of
@@ -39,17 +40,14 @@ class Plan(NamedTuple):
     """The chain and parameters of a group's next step; nothing has been made for it yet.
 
     Attributes:
+        known: the run's own list if its state can be continued as it is.
         snapshot: the group's `snapshot`.
-        continues: whether the state of the last step can be continued.
-        is_edited: whether anything changes: another chain or state, or a reset.
         fresh_parameters: the parameters that start from nothing.
     """
 
     built: Built
     known: list[Known]
     snapshot: Snapshot
-    continues: bool
-    is_edited: bool
     fresh_parameters: Set[Tensor] = frozenset()
 
 
@@ -95,10 +93,7 @@ def _check_scaled_once(built: Built, state: Any) -> None:
             "them by a negative number in another way than by scale_by_learning_rate."
         )
     if built.arguments.get("lr") is not None and rates > 1:
-        raise TypeError(
-            "the transformation scales by a learning rate already, and lr= would do it again: give "
-            "it without scale_by_learning_rate, or give its recipe."
-        )
+        raise TypeError(SCALED_TWICE)
 
 
 def is_initial(loaded: Any, made: Any) -> bool:
@@ -162,8 +157,3 @@ def blocks_of(state: Any) -> dict[str, set[str]]:
                 for parameter, block in rows.values():
                     found.setdefault(parameter, set()).add(block)
     return found
-
-
-def gradient_of(p: Tensor) -> Tensor | None:
-    """The gradient; None for a frozen parameter, which may still have an old one."""
-    return p.grad if p.requires_grad else None

@@ -124,7 +124,7 @@ class States(MutableMapping[Tensor, Any]):
             KeyError, TypeError, ValueError: an entry does not fit.
         """
         for p, entries in given.items():
-            self._memory.check(p, unlabelled(entries))
+            self._memory.checked(p, unlabelled(entries))
         if not given:
             self.clear()
         for p in [p for p in self if p not in given]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from funshampoo.core.tree import flatten, map_leaves
 
 
 def same_value(x: Any, y: Any) -> bool:
@@ -14,13 +15,12 @@ def same_value(x: Any, y: Any) -> bool:
 
     A tensor never counts as the same: it may have been written to, after stages computed with it.
     """
-    if isinstance(x, Tensor):
-        return False
-    if type(x) in (tuple, list) and type(x) is type(y):
-        return len(x) == len(y) and all(map(same_value, x, y))
-    if type(x) is dict and type(y) is dict:
-        return x.keys() == y.keys() and all(same_value(x[key], y[key]) for key in x)
-    return x is y or (type(x) is type(y) and bool(x == y))
+    (xs, structure), (ys, other) = flatten(x), flatten(y)
+    return structure == other and all(map(_same_leaf, xs, ys))
+
+
+def _same_leaf(x: Any, y: Any) -> bool:
+    return not isinstance(x, Tensor) and (x is y or (type(x) is type(y) and bool(x == y)))
 
 
 def is_number(value: Any) -> bool:
@@ -40,8 +40,8 @@ def is_fixed(value: Any) -> bool:
     return not isinstance(value, (Tensor, list, dict))
 
 
-def structural(arguments: Mapping[str, Any]) -> Any:
-    """The part of a recipe's arguments that can change the structure of the state.
+def structural(arguments: Any) -> Any:
+    """The part of a recipe's arguments, or of one, that can change the structure of the state.
 
     The value of a float can't, except whether it is 0 or 1, which switch parts off.
     """
@@ -49,15 +49,9 @@ def structural(arguments: Mapping[str, Any]) -> Any:
     def kind(value: Any) -> Any:
         if isinstance(value, Tensor):
             return "a tensor"
-        if isinstance(value, float) and value not in (0.0, 1.0):
-            return "a number"
-        if type(value) in (tuple, list):
-            return [kind(v) for v in value]
-        if type(value) is dict:
-            return {key: kind(v) for key, v in value.items()}
-        return value
+        return "a number" if isinstance(value, float) and value not in (0.0, 1.0) else value
 
-    return kind(dict(arguments))
+    return map_leaves(kind, arguments)
 
 
 def is_plain(value: Any) -> bool:
@@ -72,11 +66,8 @@ def is_plain(value: Any) -> bool:
 
 def copied(value: Any) -> Any:
     """A copy of containers, not of the tensors in them; NumPy's numbers become Python's."""
-    if type(value) in (tuple, list):
-        return type(value)([copied(v) for v in value])
-    if type(value) is dict:
-        return {key: copied(v) for key, v in value.items()}
-    return _number(value)
+    whole = isinstance(value, (tuple, list, dict))
+    return map_leaves(_number, value) if whole else _number(value)  # a number needs no flattening
 
 
 def _number(value: Any) -> Any:

@@ -43,6 +43,10 @@ _SYNONYMS = {"eps": "epsilon", "learning_rate": "lr", "beta1": "betas", "beta2":
     "precondition_frequency": "every",
     "shampoo_beta": "statistics_beta",
 }
+SCALED_TWICE = (
+    "the transformation scales by a learning rate already, and lr= would do it again: give it "
+    "without scale_by_learning_rate, or give its recipe."
+)
 _ELSEWHERE = ": it is said once for all groups, as an argument of the optimizer."
 # Entries that schedulers and other libraries keep in a group beside hyperparameters.
 _NOTES = {
@@ -126,15 +130,11 @@ class Vocabulary:
 
         A pair (beta1, beta2) has two, "betas[0]" and "betas[1]".
         """
-        found: dict[str, Live] = {}
-        for name, value in arguments.items():
-            if not self._may_be_live(name):
-                continue
-            if type(value) is tuple and all(map(is_number, value)):
-                found |= {f"{name}[{i}]": Live(f"{name}[{i}]", x) for i, x in enumerate(value)}
-            elif is_number(value):
-                found[name] = Live(name, value)
-        return found
+        return {
+            name: Live(name, value)
+            for name, value in _one_by_one(arguments).items()
+            if is_number(value) and self._may_be_live(name.partition("[")[0])
+        }
 
     def _may_be_live(self, name: str) -> bool:
         if name == "lr" and not self.takes_rate:
@@ -156,39 +156,42 @@ class Vocabulary:
 
     def hyper(self, arguments: Arguments, live: Lives) -> dict[str, Any]:
         """The current values of the live numbers."""
-        return {name: _entry(arguments, name) for name in live}
+        values = _one_by_one(arguments)
+        return {name: values.get(name) for name in live}
 
     def same_chain(self, now: Arguments, before: Arguments, live: Lives, in_graph: bool) -> bool:
         """Whether a chain is still valid for these arguments: live numbers may change their values.
 
         In a graph, a rate that is the same tensor is valid, too, since the graph reads it.
         """
+        now, before = _one_by_one(now), _one_by_one(before)
         if now.keys() != before.keys():
             return False
         for name, value in now.items():
             old = before[name]
             if value is old and (is_fixed(value) or (in_graph and name == self.rate)):
                 continue
-            own = [n for n in live if n.partition("[")[0] == name]
-            if any([self._kind(n, now) != self._kind(n, before) for n in own]):
-                return False
-            if not own and not same_value(value, old):
+            if name in live:
+                same = self._kind(name, value) == self._kind(name, old)
+            else:
+                same = same_value(value, old)
+            if not same:
                 return False
         return True
 
     def structure(self, arguments: Arguments, live: Lives) -> Any:
         """The part of the arguments that can change the structure of the state."""
-        kinds = {name: self._kind(name, arguments) for name in live}
-        return structural(_without(arguments, live)), kinds
+        values = _one_by_one(arguments)
+        kinds = {name: self._kind(name, values.pop(name)) for name in live}
+        return structural(values), kinds
 
-    def _kind(self, name: str, arguments: Arguments) -> Any:
+    def _kind(self, name: str, value: Any) -> Any:
         """The part of a number's value that affects the structure: what it switches on or off."""
-        value = _entry(arguments, name)
         if not is_number(value):
             return "no number"
         if name == self.rate:
             return "a number"
-        return structural({name: value if isinstance(value, Tensor) else float(value)})
+        return structural(value if isinstance(value, Tensor) else float(value))
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All hyperparameters: those given, the method's defaults for the rest.
@@ -271,10 +274,7 @@ class Vocabulary:
         if self.takes_rate or arguments.get("lr") is None:
             return built
         if {TURNS, TURNS + SOME} & built.traits.keys():
-            raise TypeError(
-                "the transformation scales by a learning rate already, and lr= would do it again: "
-                "give it without scale_by_learning_rate, or give its recipe."
-            )
+            raise TypeError(SCALED_TWICE)
         return chain(built, scale_by_learning_rate(arguments["lr"]))
 
     def _meant(self, name: str) -> str:
@@ -304,18 +304,15 @@ def check_rate(lr: Any) -> None:
         raise TypeError(f"lr is {lr!r}; give one number.")
 
 
-def _entry(arguments: Arguments, name: str) -> Any:
-    """The value of "beta2", or of "betas[1]"; None if it no longer exists."""
-    whole, _, index = name.removesuffix("]").partition("[")
-    value = arguments.get(whole)
-    if not index:
-        return value
-    return value[int(index)] if type(value) is tuple and len(value) > int(index) else None
-
-
-def _without(arguments: Arguments, live: Lives) -> dict[str, Any]:
-    names = {name.partition("[")[0] for name in live}
-    return {name: value for name, value in arguments.items() if name not in names}
+def _one_by_one(arguments: Arguments) -> dict[str, Any]:
+    """The arguments, with "betas[0]" and "betas[1]" for a tuple of numbers."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if type(value) is tuple and all(map(is_number, value)):
+            found |= {f"{name}[{i}]": x for i, x in enumerate(value)}
+        else:
+            found[name] = value
+    return found
 
 
 def check_given(params: Any) -> None:

@@ -57,7 +57,7 @@ def part_of_this_rank(memory: Memory, index: Mapping[Tensor, int]) -> Entries:
         index: the number of every parameter.
     """
     memory.apply_edits()
-    found = {i: memory.saved(p) for p, i in index.items()}
+    found = {i: memory.entries_of(p) for p, i in index.items()}
     found = {i: entries for i, entries in found.items() if entries}
     for run in memory.runs:
         _label(run, found, index, part_of(run.state()))

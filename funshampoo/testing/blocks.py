@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -153,7 +154,8 @@ def _check_no_zero_was_averaged(trial: Trial, stacks: _Stacks, faulty: Run) -> N
     """
     zeros = stacks.run(trial.tx, stacks.with_fault(0.0))
     # The same stage, but `guarded` itself restores the rows that are not alive.
-    unaware = GradientTransformation(**{**trial.tx._given, "minds_alive": False})
+    unaware = copy.copy(trial.tx)
+    unaware.minds_alive = False
     put_back = stacks.run(guarded(unaware, max_failures=None), stacks.with_fault(math.nan))
     found, as_zero, unmoved = (
         stacks.without_estimates(stacks.chosen(state, [FAULTY]))

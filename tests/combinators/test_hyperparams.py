@@ -32,7 +32,7 @@ def test_under_another_name_the_callers_numbers_are_the_same() -> None:
     any_number = fs.wrapping(fs.scale(1.0), lambda updates, run, own, *, hyper: (run(updates), own))
     for tx in (own, any_number, fs.in_tf32(fs.scale(1.0))):
         found = renamed(tx, "another")
-        assert (found.live, found.in_tf32) == (tx.live, tx.in_tf32)
+        assert (found.live, found.traits) == (tx.live, tx.traits)
     params, found = {"w": torch.ones(2)}, renamed(own, "another")
     with pytest.raises(ValueError, match="no stage here reads a live number 'beta1'"):
         found.update(params, found.init(params), params, hyper={"beta1": 0.5})

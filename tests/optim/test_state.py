@@ -304,6 +304,28 @@ def test_what_left_a_group_may_be_written_to_entry_by_entry() -> None:
         assert torch.equal(x, before[entry] + (1 if entry == name else 0))
 
 
+@pytest.mark.parametrize("entry", [7.0, None], ids=["assigned", "deleted"])
+@pytest.mark.parametrize("whole", [False, True], ids=["parameter", "group"])
+def test_what_waits_for_a_step_goes_along_with_what_leaves(
+    entry: float | None, whole: bool
+) -> None:
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    p, name = params["p5"], "scale_by_adam/second"
+    if entry is None:
+        del optimizer.state[p]
+    else:
+        optimizer.state[p] = {name: torch.full_like(optimizer.state[p][name], entry)}
+    own = optimizer.param_groups[0]["params"]
+    own[:] = [] if whole else [q for q in own if q is not p]
+    if whole:
+        optimizer.param_groups.clear()
+    optimizer.state_dict()
+    found = optimizer.state[p].get(name)
+    assert found is None if entry is None else bool((found == entry).all())
+
+
 def test_what_is_shared_is_not_one_parameters_to_forget() -> None:
     params = parameters()
     optimizer = SHAMPOO.optimizer(params.items())
