@@ -50,7 +50,7 @@ def every_k(inner: GradientTransformation, k: int) -> GradientTransformation:
         "every) makes a step of several gradients; otherwise, put the learning rate behind."
     )
     rounds = "in between, updates would not be rounded: put it behind every_k(...)."
-    refuse(inner, "every_k", turns=steps, rounds=rounds)
+    refuse(inner, "every_k", flips=steps, rounds=rounds)
 
     def init(params: Tree, *, clock: bool = False, **context: Any) -> EveryKState:
         return EveryKState(inner.init(params, clock=True, **context), started(True, clock))

@@ -12,7 +12,7 @@ from funshampoo.core.context import PLACES, Context, changed
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
 from funshampoo.core.live import is_ours
 from funshampoo.core.of_parts import checked_pair
-from funshampoo.core.traits import MAY_TURN, refuse
+from funshampoo.core.traits import MAY_FLIP, refuse
 from funshampoo.state.stages import WrappedState
 
 
@@ -106,7 +106,7 @@ def wrapping(
     )
     found.wants |= step.wants
     if not is_ours(update):
-        found.traits = {**found.traits, MAY_TURN: name}
+        found.traits = {**found.traits, MAY_FLIP: name}
     if step.reads_hyper:
         found.live = None  # it is not known which
     return found

@@ -19,14 +19,14 @@ from funshampoo.state.stages import HyperparamsState
 if TYPE_CHECKING:
     from funshampoo.core.contract import GradientTransformation
 
-TURNS = "turns"
-"""It makes a step of a direction, by minus the learning rate."""
+FLIPS = "flips"
+"""It makes a step of a direction, by minus the learning rate, as flip_sign=True says."""
 
-MAY_TURN = "may turn"
+MAY_FLIP = "may flip"
 """It multiplies by a number that may be negative."""
 
 DIRECTED = "directed"
-"""It takes its updates for a direction: behind a stage that turns, its sign is the wrong one."""
+"""It takes its updates for a direction: behind a stage that flips, its sign is the wrong one."""
 
 TRACKS = "tracks"
 """Its state holds the weights that its updates lead to."""
@@ -64,7 +64,7 @@ PARTIAL = "partial"
 SOME = " some"
 """Behind one of these words: for some of the leaves."""
 
-_DIVIDED = (TURNS, DIRECTED, TRACKS, ROUNDS, WAITS)
+_DIVIDED = (FLIPS, DIRECTED, TRACKS, ROUNDS, WAITS)
 
 Traits = Mapping[str, str]  # {trait: the name of the stage that has it}
 
@@ -86,9 +86,9 @@ def inherited(parts: Iterable[GradientTransformation]) -> dict[str, str]:
 def first_traits(
     parts: Iterable[GradientTransformation], update: Any, passes: bool, name: str
 ) -> Traits:
-    """Those of a transformation, before it is told of others: a user's update may turn the sign."""
-    turned = {} if passes or _is_ours(update) else {MAY_TURN: name}
-    return {**inherited(parts), **turned}
+    """Those of a transformation, before it is told of others: a user's update may flip the sign."""
+    may_flip = {} if passes or _is_ours(update) else {MAY_FLIP: name}
+    return {**inherited(parts), **may_flip}
 
 
 def wanted_by(parts: Iterable[GradientTransformation], update: Any) -> list[frozenset[str]]:
@@ -141,12 +141,12 @@ def refuse_steps(inner: GradientTransformation, where: str) -> None:
     Raises:
         ValueError: names the stage and the combinator.
     """
-    turns = (
+    flips = (
         "it compares directions, and the learning rate turns them round: put that behind, as in "
         f"chain({where}(scale_by_adam()), scale_by_learning_rate(...))."
     )
     tracks = f"what changes the step has to come before it: put it behind {where}(...)."
-    refuse(inner, where, turns=turns, tracks=tracks)
+    refuse(inner, where, flips=flips, tracks=tracks)
 
 
 def check_behind_means(
@@ -194,12 +194,12 @@ def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
     whole = False
     for stage in stages:
         own = stage.traits
-        turns, directed = found.get(TURNS), own.get(DIRECTED)
-        turns_some, directed_some = found.get(TURNS + SOME), own.get(DIRECTED + SOME)
-        if (turns and (directed or directed_some)) or (turns_some and directed):
-            turns, directed = turns or turns_some, directed or directed_some
+        flips, directed = found.get(FLIPS), own.get(DIRECTED)
+        flips_some, directed_some = found.get(FLIPS + SOME), own.get(DIRECTED + SOME)
+        if (flips and (directed or directed_some)) or (flips_some and directed):
+            flips, directed = flips or flips_some, directed or directed_some
             raise ValueError(
-                f"{directed} stands behind {turns}, which turns a direction into a step, "
+                f"{directed} stands behind {flips}, which turns a direction into a step, "
                 f"-learning_rate times it: there its sign is the wrong one. Put {directed} before "
                 "it, or scale(-1.0) between the two."
             )
@@ -222,10 +222,10 @@ def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
                 f"those that {tracks} has in its state: put '{stage.name}' before it. A stage of "
                 "yours that changes nothing says so by passes=True."
             )
-        if MAY_TURN in found:  # whatever comes in, a later stage may get its negative
+        if MAY_FLIP in found:  # whatever comes in, a later stage may get its negative
             own = without(own, DIRECTED, DIRECTED + SOME)
-        if MAY_TURN in own:
-            found = without(found, TURNS, TURNS + SOME)
+        if MAY_FLIP in own:
+            found = without(found, FLIPS, FLIPS + SOME)
         whole = whole or PARTIAL not in own
         found = {**own, **found}
     return without(found, PARTIAL) if whole else found

@@ -13,7 +13,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, is_ours, number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.traits import MAY_TURN, with_traits
+from funshampoo.core.traits import MAY_FLIP, with_traits
 from funshampoo.core.tree import cast, update_leaves, wide
 from funshampoo.operators.last_stage import last_stage
 from funshampoo.state.stages import LearningRateState
@@ -63,7 +63,7 @@ def leafwise(
 
     own = {"numbers": numbers, "needs_params": needs_params}
     if not is_ours(leaf):  # as of any stage of a user's: see `first_traits`
-        traits = (*traits, MAY_TURN)
+        traits = (*traits, MAY_FLIP)
     return with_traits(stateless(changed, name_of(leaf), **own, **options), *traits)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from funshampoo.combinators.chaining import chain
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.live import Live, is_live_argument, signature_of, takes_live
-from funshampoo.core.traits import SOME, TURNS
+from funshampoo.core.traits import FLIPS, SOME
 from funshampoo.migrate.published import first_rate_of, from_published
 from funshampoo.optim.values import copied, is_fixed, is_number, same_value, structural
 from funshampoo.transforms import scale_by_learning_rate
@@ -273,7 +273,7 @@ class Vocabulary:
             )
         if self.takes_rate or arguments.get("lr") is None:
             return built
-        if {TURNS, TURNS + SOME} & built.traits.keys():
+        if {FLIPS, FLIPS + SOME} & built.traits.keys():
             raise TypeError(SCALED_TWICE)
         return chain(built, scale_by_learning_rate(arguments["lr"]))
 

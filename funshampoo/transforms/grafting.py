@@ -9,7 +9,7 @@ from funshampoo.core.clock import advanced, count_of, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, Phase, Tree, as_transformation
 from funshampoo.core.of_parts import checked_pair
-from funshampoo.core.traits import MAY_TURN, TURNS, refuse, without
+from funshampoo.core.traits import FLIPS, MAY_FLIP, refuse, without
 from funshampoo.core.tree import columns_of, flatten
 from funshampoo.operators.lengths import take_lengths
 from funshampoo.state.eigenbases import EigenbasisState
@@ -64,9 +64,9 @@ def graft(
     for part in (direction, onto):
         behind = "grafting changes what it returns: put it behind graft(...)."
         refuse(part, "graft", tracks=behind, rounds=behind)
-    turned = [TURNS in part.traits for part in (direction, onto)]
-    may_turn = MAY_TURN in direction.traits or MAY_TURN in onto.traits
-    if turned[0] != turned[1] and not may_turn and (start > 1 or least_order):
+    flipped = [FLIPS in part.traits for part in (direction, onto)]
+    may_flip = MAY_FLIP in direction.traits or MAY_FLIP in onto.traits
+    if flipped[0] != flipped[1] and not may_flip and (start > 1 or least_order):
         raise ValueError(
             "graft: one of direction and onto scales by the learning rate, and the other does not, "
             "so the steps of one are uphill: put scale_by_learning_rate behind graft(...)."
@@ -109,6 +109,6 @@ def graft(
 
     parts = {"direction": direction, "onto": onto}
     found = GradientTransformation(init, update, phase=phase, parts=parts, counts=counts)
-    if not turned[0]:  # the sign is that of the direction
-        found.traits = without(found.traits, TURNS)
+    if not flipped[0]:  # the sign is that of the direction
+        found.traits = without(found.traits, FLIPS)
     return found

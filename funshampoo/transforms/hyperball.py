@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funshampoo.core.checks import check_choice, check_flag, check_rate
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
-from funshampoo.core.traits import DIRECTED, TURNS
+from funshampoo.core.traits import DIRECTED, FLIPS
 from funshampoo.operators.leaf_ops import multiply
 from funshampoo.operators.leafwise import leafwise_at_rate
 from funshampoo.operators.matrices import inner_product, norm_over, safe
@@ -64,4 +64,4 @@ def hyperball(
         factor = wanted / safe(norm_over(new, block_ndim))
         return torch.where(size == 0, -step, new * factor - w)
 
-    return leafwise_at_rate(moved, learning_rate, elementwise=False, traits=(DIRECTED, TURNS))
+    return leafwise_at_rate(moved, learning_rate, elementwise=False, traits=(DIRECTED, FLIPS))

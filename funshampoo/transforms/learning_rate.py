@@ -8,7 +8,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
 from funshampoo.core.live import NO_NUMBERS, Numbers, number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.traits import DIRECTED, MAY_TURN, TURNS, with_traits
+from funshampoo.core.traits import DIRECTED, FLIPS, MAY_FLIP, with_traits
 from funshampoo.core.tree import update_columns
 from funshampoo.operators.columns import Column, in_compute_dtype, multiply
 from funshampoo.state.stages import LearningRateState
@@ -28,7 +28,7 @@ def scale(factor: Hyper) -> GradientTransformation:
 
     stage = stateless(scaled, "scale", numbers=[factor], elementwise=True)
     keeps = isinstance(factor, (int, float)) and factor >= 0
-    return stage if keeps else with_traits(stage, MAY_TURN)
+    return stage if keeps else with_traits(stage, MAY_FLIP)
 
 
 def scale_by_learning_rate(
@@ -74,7 +74,7 @@ def scale_by_learning_rate(
     stage = GradientTransformation(
         init, update, counts=callable(learning_rate), numbers=[learning_rate], elementwise=True
     )
-    return with_traits(stage, DIRECTED, TURNS) if flip_sign else stage
+    return with_traits(stage, DIRECTED, FLIPS) if flip_sign else stage
 
 
 def _times(updates: Tree, factor: Hyper) -> Tree:

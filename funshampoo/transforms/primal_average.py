@@ -10,7 +10,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.traits import DIRECTED, TRACKS, TURNS
+from funshampoo.core.traits import DIRECTED, FLIPS, TRACKS
 from funshampoo.core.tree import update_leaves
 from funshampoo.operators.averaged import copies, interpolated_step
 from funshampoo.operators.last_stage import last_stage
@@ -76,5 +76,5 @@ def primal_average(
         steps = advanced(state.rate.steps, context.donate)
         return step, PrimalAverageState(x, z, LearningRateState(steps))
 
-    traits = (DIRECTED, TURNS, TRACKS)
+    traits = (DIRECTED, FLIPS, TRACKS)
     return last_stage(init, update, learning_rate, average, interpolation, traits=traits)

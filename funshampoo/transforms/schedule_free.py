@@ -11,7 +11,7 @@ from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
 from funshampoo.core.live import number
 from funshampoo.core.needs import rate_of
-from funshampoo.core.traits import DIRECTED, TRACKS, TURNS
+from funshampoo.core.traits import DIRECTED, FLIPS, TRACKS
 from funshampoo.core.tree import update_leaves
 from funshampoo.linalg.products import power
 from funshampoo.operators.averaged import copies, interpolated_step
@@ -102,4 +102,4 @@ def schedule_free(
         now = LearningRateState(advanced(state.rate.steps, context.donate))
         return step, ScheduleFreeState(x, z, total, largest, seen, now)
 
-    return last_stage(init, update, learning_rate, beta, traits=(DIRECTED, TURNS, TRACKS))
+    return last_stage(init, update, learning_rate, beta, traits=(DIRECTED, FLIPS, TRACKS))

@@ -45,7 +45,7 @@ def test_a_number_is_live_and_the_parameter_has_the_updates_dtype() -> None:
         tx.update(params, state)
 
 
-def test_it_may_turn_the_sign_as_any_stage_of_a_users() -> None:
+def test_it_may_flip_the_sign_as_any_stage_of_a_users() -> None:
     """So decay behind it is not refused, as it is directly behind the learning rate."""
     late = fs.add_decayed_weights(0.1)
     with pytest.raises(ValueError, match="add_decayed_weights stands behind"):
