@@ -43,7 +43,7 @@ def statistics_of(upstream: Any, stage: str, tree: Any) -> KroneckerState:
             f"{stage} found the factor matrices of other blocks: put the stage that makes them "
             f"and {stage} inside the same blocked(...)."
         ) from error
-    if MaskedNode in map(type, factors):
+    if any([type(x) is MaskedNode for x in factors]):
         raise _hidden(factors, tree, stage, "kronecker_statistics(...)")
     return found
 
@@ -93,7 +93,7 @@ def kept_later(later: tuple[Any, ...], through: str, updates: Any) -> tuple[Any,
             f"{own} found no {stage} for its blocks: put it after it in the same chain, as in "
             f"chain(kl_statistics(...), {stage}).{_of_another(later, through)}"
         ) from error
-    if MaskedNode in map(type, kept):
+    if any([type(x) is MaskedNode for x in kept]):
         raise _hidden(kept, updates, own, stage)
     # Roots, Ritz values, and bases that start as the identity have no count.
     counted = through == "eigenvalues" and found.seen != ()

@@ -98,9 +98,10 @@ def scale_by_adam(
             return over_root(u, v, damping, squares, weight, divisor), *first, v, w
 
         source = updates if context.gradient is None else context.gradient
-        states, decays = (state, [decay1, decay2]) if filtered else (state[2:], [decay2])
+        second = state.second, state.second_weight
+        states, decays = (state, [decay1, decay2]) if filtered else (second, [decay2])
         inputs = (source, *known)
         out, *new = update_averages(rescale, updates, states, inputs, decays, own_steps, donate)
-        return out, AdamState(*state[: 4 - len(new)], *new)
+        return out, AdamState(*new) if filtered else AdamState((), (), *new)
 
     return GradientTransformation(init, update, numbers=[beta1, beta2, epsilon], elementwise=True)
