@@ -159,6 +159,8 @@ def test_gradients_without_parameters(case: Case) -> None:
     for change in changes:
         match = "gradient of 'w' is .* only dense tensors of a real floating dtype"
         check_refused(donated, match, tx, change(grads), state, None)
+    match = "gradient of 'w' is no tensor but of type ndarray"
+    check_refused(donated, match, tx, with_w(lambda w: w.numpy())(grads), state, None)
     if tensors(state) and look(state) != look(tx.init(with_w(lambda w: w.T)(params))):
         match = "^these gradients do not fit the state: .*call init"
         check_refused(donated, match, tx, with_w(lambda w: w.T.contiguous())(grads), state, None)

@@ -234,8 +234,8 @@ class _Blocked:
         """That of a recent layout; layouts are cached, so they are known by identity."""
         if torch.compiler.is_dynamo_compiling():
             return Executor(layout, self.tile)
-        found = self.executors.get(id(layout))  # which keeps its layout alive
-        if found is None:
+        found = self.executors.get(id(layout))  # which keeps its layout alive, but for a deepcopy's
+        if found is None or found.layout is not layout:
             if len(self.executors) > 8:
                 self.executors.clear()
             found = self.executors[id(layout)] = Executor(layout, self.tile)

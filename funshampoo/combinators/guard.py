@@ -236,14 +236,16 @@ def _zeroed(tree: Tree, dead: Tree) -> Tree:
 
 
 def _merged(new: Any, old: Any, alive: Tree, block_ndim: int) -> Any:
-    """The new state where the gradient could be used, else the old; `steps` always advance."""
+    """The new state where the gradient could be used, else the old; a clock always advances."""
     one = next((fine for fine in flatten(alive)[0] if fine is not None), None)  # outside of blocks
 
     def choose(place: Place, a: Tensor, b: Tensor) -> Tensor:
         fine = one
-        if block_ndim:
+        if block_ndim:  # where a block's own `steps` are held with it
             fine = None if place.stack is None or a.ndim == 0 else alive[place.stack]
-        if a is b or fine is None or place.path[-1:] == ("steps",):
+        elif place.path[-1:] == ("steps",):
+            return a
+        if a is b or fine is None:
             return a
         return torch.where(per_block(fine.to(a.device), a) > 0, a, b)
 

@@ -127,7 +127,7 @@ class Fits:
                 raise ValueError(structures_differ(params, updates, "gradients"))
             wanted = _looks(known)
         same = wanted == looks
-        unlike = not same and check_gradients(leaves, known, updates)
+        unlike = (not same or None in looks) and check_gradients(leaves, known, updates)
         own = Looks(spec, wanted, unlike, Parameter in map(type, known))
         entered = Entered(own, updates, params, leaves, known, same and params is not None)
         left, its_first, before = self._last

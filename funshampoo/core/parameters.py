@@ -181,7 +181,8 @@ def check_gradients(gradients: Sequence[Any], parameters: Sequence[Any], tree: A
     """
     unlike = False
     for i, (g, p) in enumerate(zip(gradients, parameters)):
-        if g is None or not isinstance(p, Tensor) or p.dtype not in _DTYPES:  # reported later
+        known = isinstance(p, Tensor) and p.dtype in _DTYPES  # else it is reported later
+        if g is None or (isinstance(g, Tensor) and not known):
             continue
         fits = isinstance(g, Tensor) and g.layout is torch.strided and g.device == p.device
         if not fits:

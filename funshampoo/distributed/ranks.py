@@ -246,8 +246,9 @@ class Ranks:
     def _parts(self, leaves: Leaves, blocks: Blocks, context: Context) -> Parts:
         """Which rank has which part. The first time for these parameters it is a collective."""
         known = leaves.gradients if leaves.parameters is None else leaves.parameters
-        found = self.known_parts.get(id(leaves.where))  # which keeps its layout alive
-        if found is None or found.placed != places_of(known):
+        found = self.known_parts.get(id(leaves.where))  # as in `blocked`, whose layout this is
+        same = found is not None and found.layout is leaves.where
+        if found is None or not same or found.placed != places_of(known):
             self.agreement.announce_change(leaves, context)
             if len(self.known_parts) > 3:  # groups were edited, and buffers are large
                 self.known_parts.clear()

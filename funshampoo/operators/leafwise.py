@@ -23,6 +23,7 @@ def leafwise(
     leaf: Callable[..., Tensor],
     numbers: Sequence[Any] = (),
     *,
+    name: str = "",
     needs_params: bool = False,
     traits: Iterable[str] = (),
     **options: Any,
@@ -31,8 +32,9 @@ def leafwise(
 
     Args:
         leaf: a function of U, in its compute dtype: a leaf of the updates, block_ndim 0, or a stack
-            of blocks, block_ndim 1. The stage has the name of the function that defines it.
+            of blocks, block_ndim 1.
         numbers: hyperparameters; `leaf` gets their values on this step.
+        name: of the stage; by default that of the function that defines `leaf`.
         needs_params: whether `leaf` gets W, the parameter, in U's dtype.
         traits: see `core.traits`.
         options: see `GradientTransformation`.
@@ -64,7 +66,7 @@ def leafwise(
     own = {"numbers": numbers, "needs_params": needs_params}
     if not is_ours(leaf):  # as of any stage of a user's: see `first_traits`
         traits = (*traits, MAY_FLIP)
-    return with_traits(stateless(changed, name_of(leaf), **own, **options), *traits)
+    return with_traits(stateless(changed, name or name_of(leaf), **own, **options), *traits)
 
 
 def leafwise_at_rate(
@@ -103,10 +105,11 @@ def _changed(
     def one(u: Tensor, *weight: Tensor) -> tuple[Tensor]:
         u = wide(u)
         found = leaf(u, *[cast(w, u.dtype) for w in weight], *arguments)
-        if not isinstance(found, Tensor) or found.shape != u.shape:
+        fits = isinstance(found, Tensor) and found.shape == u.shape and found.is_floating_point()
+        if not fits:
             raise TypeError(
                 f"the function of an update {tuple(u.shape)} returned {_said(found)}; return the "
-                "new update, a tensor of that shape."
+                "new update, a floating-point tensor of that shape."
             )
         return (found,)
 
@@ -114,4 +117,8 @@ def _changed(
 
 
 def _said(found: Any) -> str:
-    return f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+    return (
+        f"a tensor {tuple(found.shape)} of {found.dtype}"
+        if isinstance(found, Tensor)
+        else repr(found)
+    )

@@ -81,6 +81,11 @@ class GroupRun:
         """Whether there is a state that was stepped, loaded or written to (also in place)."""
         return self._state is not None and (self._fresh is None or self._fresh.was_written())
 
+    @property
+    def _lasts(self) -> bool:
+        """Whether the state need not be made anew: it has to be kept, or is of no parameters."""
+        return self.has_state or (self._state is not None and not self.known)
+
     def snapshot(self) -> Snapshot:
         """A quickly made snapshot of what decides which parameters have a state."""
         names = self.group.get("param_names")
@@ -92,7 +97,7 @@ class GroupRun:
 
     def is_made_for(self, snapshot: Snapshot) -> bool:
         """Whether the state was made for the parameters as they are now."""
-        return self.has_state and snapshot == self._snapshot
+        return self._lasts and snapshot == self._snapshot
 
     def planned(self, unattached: Unattached, snapshot: Snapshot) -> Plan:
         """The plan for a step of the group as it is now.
@@ -107,7 +112,7 @@ class GroupRun:
         """
         built = self._builder.current(self.group, self._built)
         assigned = unattached and unattached.keys() & set(self.parameters())
-        fits = self.has_state and not assigned and not structure_differs(built, self._built)
+        fits = self._lasts and not assigned and not structure_differs(built, self._built)
         if fits and snapshot == self._snapshot:
             return Plan(built, self.known, snapshot)
         with_state = set(self.parameters()) if self.has_state else set()
@@ -130,7 +135,7 @@ class GroupRun:
         """
         built, known, snapshot = plan[:3]
         if known is self.known:
-            return Ready(built, known, self._state, snapshot)
+            return Ready(built, known, self._state, snapshot, fresh=not self.has_state)
         if not self.has_state and not any([unattached.get(k.parameter) for k in known]):
             return Ready(built, known, initial_state(built, known), snapshot, fresh=True)
         entries = self.entries() if self.has_state else ({}, {})

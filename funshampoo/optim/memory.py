@@ -181,7 +181,9 @@ class Memory:
         chain = self.checked(p, entries)
         own, _ = split_shared(chain)
         self.write(p, {name: x for name, x in chain.items() if name not in own})
-        self.notes[p] = {name: x for name, x in entries.items() if name not in chain}
+        self.notes.pop(p, None)
+        if notes := {name: x for name, x in entries.items() if name not in chain}:
+            self.notes[p] = notes
         known, shared = split_shared(self._chain_entries(p))
         if not _are_the_same(own, known):
             copies = {name: x.detach().clone() for name, x in own.items()}

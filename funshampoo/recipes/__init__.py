@@ -42,5 +42,5 @@ OF_ADAMS_LENGTH = frozenset({"adamw", "eigenvalue_shampoo", "kl_soap", "shampoo"
 """Those whose steps are by default as long as Adam's, so that one learning rate serves both."""
 
 LOOK_AHEAD = frozenset({"eigenvalue_shampoo", "kl_soap", "normuon", "soap"})
-"""Those that nesterov=True made better, and on no task worse; their papers have it off. See
-docs/defaults.md."""
+"""Those that nesterov=True made better on a task, and on none worse by more than the error; their
+papers have it off. See docs/defaults.md."""

@@ -30,11 +30,22 @@ class Workers:
     """
 
     def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count, "funshampoo", _take_one_kernel_thread)
         ready = threading.Barrier(count + 1)
-        for _ in range(count):
-            self._pool.submit(ready.wait)
-        ready.wait()  # from here on their temporary setting applies to no other thread
+
+        def begin() -> None:
+            try:
+                _take_one_kernel_thread()
+            finally:
+                ready.wait()
+
+        self._pool = ThreadPoolExecutor(count, "funshampoo", begin)
+        try:
+            for _ in range(count):  # none is idle before all exist, so each call starts one
+                self._pool.submit(int)
+            ready.wait()  # from here on their temporary setting applies to no other thread
+        except BaseException:  # the process has no more threads: those begun must not wait for them
+            ready.abort()
+            raise
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
         """Run `function()` in a thread, under the caller's grad mode and inference mode."""

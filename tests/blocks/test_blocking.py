@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import OrderedDict
@@ -13,10 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funshampoo as fs
+from funshampoo.blocks.blocking import _Blocked
 from funshampoo.blocks.layout import layout_of, leaf_keys, merged_shape
 from funshampoo.blocks.stacks import stack_blocks, unstack_blocks
 from funshampoo.core.context import EMPTY
 from tests.trees import gradients, problem, tensors, train
+
+
+def test_a_copy_steps_by_layouts_that_are_alive() -> None:
+    """What is remembered by identity must not be found for what has it after a copy."""
+    blocks = _Blocked(fs.scale_by_adam(), lambda keys: layout_of(keys, 2, "none", 0), False, None)
+    old = blocks.layout(leaf_keys([torch.ones(4)]))
+    blocks._executor(old)
+    copied = copy.deepcopy(blocks)
+    assert copied._executor(old).layout is old
+
 
 shapes = st.lists(st.integers(0, 7), min_size=0, max_size=5)
 

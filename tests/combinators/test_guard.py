@@ -260,6 +260,23 @@ def test_what_a_stage_counts_is_held_too() -> None:
     assert int(state.inner.steps) == 1
 
 
+def test_what_a_stage_counts_by_block_is_held_by_block() -> None:
+    """Whatever it is called: only a clock, which all blocks share, goes on."""
+
+    def init(params: Any, *, block_ndim: int = 0) -> Any:
+        return {k: {"steps": torch.zeros(x.shape[:block_ndim])} for k, x in params.items()}
+
+    def update(updates: Any, state: Any) -> Any:
+        return updates, {k: {"steps": x["steps"] + 1} for k, x in state.items()}
+
+    tx = fs.blocked(guarded(fs.GradientTransformation(init, update, "mine")), 2)
+    g = {"w": torch.ones(4, 4)}
+    state = tx.init(g)
+    g["w"][0, 0] = float("nan")
+    _, state = tx.update(g, state)
+    assert state.inner.inner["2x2"]["steps"].tolist() == [0, 1, 1, 1]
+
+
 def test_labels_that_are_named_like_stacks_are_labels() -> None:
     parts = {"4": fs.scale_by_adam(), "2x3": fs.trace(0.9)}
     tx = fs.blocked(guarded(fs.partition(parts, {"2x3": "4", "4": "2x3"})))

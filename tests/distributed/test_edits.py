@@ -224,6 +224,25 @@ def test_other_parameters_of_a_function_are_told_too(ranks: Ranks) -> None:
         assert "the number of parameters is 4 on rank 0, 3 on rank 2" in message
 
 
+def frozen(rank: int) -> Any:
+    """A group without parameters to step, and a rank that reads alone."""
+    params = parameters("whole")
+    opt = fs.Shampoo([{"params": params[:4]}, {"params": []}], lr=0.1, distribute=fs.sharded)
+    params[4].requires_grad_(False)
+    opt.param_groups[1]["params"].append(params[4])
+    for t in range(3):
+        give_gradients(params[:4], t)
+        opt.step()
+        if rank == 0 and t:
+            opt.chain_states()
+    return local(params)
+
+
+def test_a_group_of_frozen_parameters_is_no_edit(ranks: Ranks) -> None:
+    first, second = ranks(2, frozen)
+    assert_equal(first, second)
+
+
 def options(rank: int, name: str) -> str:
     params = parameters("whole")
     opt = shampoo(params, **{name: rank == 1})

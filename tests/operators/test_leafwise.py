@@ -55,12 +55,19 @@ def test_it_may_flip_the_sign_as_any_stage_of_a_users() -> None:
 
 @pytest.mark.parametrize(
     ("returned", "words"),
-    [(None, "returned None"), (torch.ones(()), r"returned a tensor \(\)"), ((1,), "returned")],
+    [
+        (None, "returned None"),
+        (torch.ones(()), r"returned a tensor \(\)"),
+        (torch.ones(3, 2) > 0, "of torch.bool; return the new update, a floating-point"),
+        ((1,), "returned"),
+    ],
 )
 def test_what_is_no_update_is_an_error(returned: Any, words: str) -> None:
-    tx = leafwise(lambda u, block_ndim: returned)
+    tx = leafwise(lambda u, block_ndim: returned, name="wrong")
+    assert tx.name == "wrong"
+    params = {"w": PARAMS["w"]}
     with pytest.raises(TypeError, match=words):
-        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+        tx.update(params, tx.init(params), params)
 
 
 def test_wrong_arguments() -> None:

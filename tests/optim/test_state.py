@@ -251,6 +251,19 @@ def test_what_is_replaced_before_the_first_step_is_forgotten(method: Method, loa
     assert_same(shards, twins)
 
 
+def test_what_starts_anew_elsewhere_is_not_kept_alive() -> None:
+    params = parameters()
+    optimizer = ADAMW.optimizer(params.items())
+    run(optimizer, params, grads_of(2))
+    gone, params["p5"].grad = weakref.ref(params["p5"]), None
+    own = optimizer.param_groups[0]["params"]
+    own[:] = [p for p in own if p is not params["p5"]]
+    optimizer.state[params.pop("p5")] = {}
+    optimizer.step()
+    gc.collect()
+    assert gone() is None
+
+
 def keeps_start() -> fs.GradientTransformation:
     """W0 - W in the update's place: a state that depends on the parameters, as averages do."""
 

@@ -78,6 +78,31 @@ assert (torch.get_num_threads(), found[0]) == (before, before), (before, found)
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("fails", ["_take_one_kernel_thread", "start"])
+def test_where_threads_can_not_begin_the_process_ends(fails: str) -> None:
+    """With an error, not in wait for the others; as where a container has no more threads."""
+    script = f"""
+import threading
+from funshampoo.refresh import workers
+where = workers if {fails!r} in vars(workers) else threading.Thread
+real, begun = getattr(where, {fails!r}), []
+def second_fails(*thread):
+    begun.extend(t for t in thread if t.name.startswith("funshampoo"))
+    if len(begun) == 2 or where is workers:
+        raise RuntimeError("no more threads")
+    real(*thread)
+setattr(where, {fails!r}, second_fails)
+pool = workers.Workers(2)
+pool.submit(int).result(10)
+raise SystemExit(1)  # or all of it was done here
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "no more threads" in done.stderr
+
+
 def test_the_callers_modes_go_along() -> None:
     pool = workers(1)
 
