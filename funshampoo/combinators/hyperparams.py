@@ -7,6 +7,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def inject_hyperparams(
         TypeError: factory is no function; the arguments do not fit it; static_args names none of
             them; a number of `from_published`, called without a `functools.partial` that fixes the
             method; one without a type in a factory whose attribute `takes_live` is True.
+            From update, an entry of `hyperparams` is no number, or has another shape.
         ValueError: from update, `hyperparams` has other names than those that init made.
 
     >>> from funshampoo import sgd
@@ -196,7 +198,7 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
                 "given, or its default is a float other than 0, 1 and -1."
             )
         inside = running(state.steps, context)
-        edited = {name: _as_hyperparam(value) for name, value in state.hyperparams.items()}
+        edited = {name: _edited(name, x, first[name]) for name, x in state.hyperparams.items()}
         values = edited | recipe.scheduled(inside.clock)
         tx = inner if live else recipe.build(values)
         if live:
@@ -225,6 +227,19 @@ def _ranges(live: Live) -> dict[str, tuple[()]]:
     """The ranges of its values that the stages reading it declare, as keys."""
     found = dict.fromkeys([interval_of(check) for check in live.checks])
     return {range_: () for range_ in found if range_ is not None}
+
+
+def _edited(name: str, value: Any, first: Tensor) -> Tensor:
+    """A hyperparameter from the state, where a user may have put anything."""
+    known = isinstance(value, Tensor) or (isinstance(value, Real) and not isinstance(value, bool))
+    found = _as_hyperparam(value) if known else None
+    if found is None or found.shape != first.shape:
+        seen = repr(value) if found is None else f"of the shape {tuple(found.shape)}"
+        raise TypeError(
+            f"state.hyperparams['{name}'] is {seen}; it has the shape {tuple(first.shape)}: "
+            "give a tensor of that shape, as torch.tensor(0.1) for a number."
+        )
+    return found
 
 
 def _as_hyperparam(value: Any, device: torch.device | None = None) -> Tensor:
