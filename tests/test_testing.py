@@ -92,6 +92,12 @@ def probes() -> Any:
     return GradientTransformation(init, update)
 
 
+def returns_a_field() -> Any:
+    """The average for the state, from which the second step can't read it."""
+    first = right()
+    return other_update(lambda u, s: (u, first.update(u, s)[1].average), lambda p: first.init(p))
+
+
 def other_update(update: Callable[..., Any], init: Any = None) -> Any:
     return GradientTransformation(init or right().init, update, "broken")
 
@@ -542,6 +548,7 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
         {},
     ),
     (becomes_another_dtype, "is torch.float32 .* after step 1, and torch.float64", {}),
+    (returns_a_field, "the state of step 1 has another structure than that of init", {}),
     (fills_in_later, "the state of step 1 has another structure than that of init", {}),
     (update_of_another_shape, r"the update of 'layers.0.bias' is torch.float64 \(\)", {}),
     (returns_its_state, "lies in the memory of the update of 'layers.0.bias'", {}),

@@ -14,8 +14,10 @@ import torch
 
 import funshampoo as fs
 from funshampoo import linalg
+from funshampoo.authoring import leafwise, stateless, wrapping
 from funshampoo.core.live import Live
 from funshampoo.state import Checkpoint, check, health, load_state_dict, state_dict, summary
+from funshampoo.testing import check_stage
 from tests.trees import assert_unchanged, snapshot
 
 NO_STATES: dict[str, Callable[[torch.nn.Module], Any]] = {
@@ -210,3 +212,65 @@ def test_numbers_of_a_step_are_finite() -> None:
     tx.update(params, state, hyper={"max_value": math.inf})
     with pytest.raises(ValueError, match=r"momentum is inf; it must lie in \[0.0, inf\)"):
         tx.update(params, state, hyper={"momentum": math.inf})
+
+
+def live(rate):  # type: ignore[no-untyped-def]
+    return fs.scale(rate)
+
+
+live.takes_live = True  # type: ignore[attr-defined]
+
+# What is handed over where a function of an author's is expected, and what the error shows of it.
+FUNCTIONS: dict[str, tuple[Callable[[], Any], str]] = {
+    "leafwise, nothing of blocks": (
+        lambda: leafwise(lambda u: u),
+        r"leaf is <lambda>\(u\); it is called with \(u, block_ndim\)",
+    ),
+    "leafwise, a parameter": (
+        lambda: leafwise(lambda u, w, block_ndim: u),
+        "needs_params=True adds the parameter w",
+    ),
+    "leafwise, no number": (
+        lambda: leafwise(lambda u, block_ndim: u, [0.1]),
+        r"called with \(u, number, block_ndim\)",
+    ),
+    "leafwise, by keyword": (lambda: leafwise(lambda u, *, block_ndim: u), "leaf is <lambda>"),
+    "stateless": (lambda: stateless(lambda: 1, "mine"), r"called with \(updates\)"),
+    "update": (
+        lambda: fs.GradientTransformation(lambda params: (), lambda u: u),
+        r"update is <lambda>\(u\); it is called with \(updates, state\)",
+    ),
+    "init": (
+        lambda: fs.GradientTransformation(lambda params, beta: (), lambda u, s: (u, s)),
+        r"init is <lambda>\(params, beta\); it is called with \(params\)",
+    ),
+    "wrapping": (
+        lambda: wrapping(fs.ema(), lambda run, u: run(u)),
+        r"called with \(run, updates, own\)",
+    ),
+    "context in the place of params": (
+        lambda: fs.GradientTransformation(lambda params: (), lambda u, s, context: (u, s)),
+        "the fourth parameter",
+    ),
+    "check_stage": (
+        lambda: check_stage(lambda beta: fs.ema(beta)),
+        r"write check_stage\(lambda: mine\(0.1\)\)",
+    ),
+    "inject_hyperparams": (
+        lambda: fs.inject_hyperparams(fs.soap(0.1)),  # type: ignore[arg-type]
+        "give the function that makes it",
+    ),
+    "inject_hyperparams, a number without a type": (
+        lambda: fs.inject_hyperparams(live)(0.1),
+        "declare rate: float",
+    ),
+    "chain": (lambda: fs.chain([fs.ema(), fs.sign()]), r"chain\(\*stages\)"),
+}
+
+
+@pytest.mark.parametrize("place", FUNCTIONS)
+def test_functions_that_do_not_fit(place: str) -> None:
+    """They failed on the first step, by Python's "missing 1 required positional argument"."""
+    make, words = FUNCTIONS[place]
+    with pytest.raises(TypeError, match=words):
+        make()

@@ -7,6 +7,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from funshampoo.core.checks import interval_of
 from funshampoo.core.clock import advanced, new_counter, running, started
 from funshampoo.core.context import Context, changed
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
-from funshampoo.core.live import Live, is_live_argument, signature_of, takes_live
+from funshampoo.core.live import Live, is_live_argument, is_ours, signature_of, takes_live
 from funshampoo.core.tree import flatten
 from funshampoo.state.stages import HyperparamsState
 
@@ -34,8 +35,9 @@ def inject_hyperparams(
     value at the old count goes there, recomputed on every step. Everything else (ints such as
     `every`, bools, strings, None, solvers, masks, transformations) is static. Functions of
     funshampoo build their chain once, and look the numbers up on every step (`core.live`). Another
-    factory is called with the tensors on every update, unless its attribute `takes_live` is True,
-    which promises that it passes its numbers on to such functions unchanged.
+    factory is called with the tensors on every update, which torch.compile traces anew each time,
+    unless its attribute `takes_live` is True. That promises that its numbers have the type float,
+    and that it only passes them on, to such functions or to stages that read them by `number`.
 
     Tensors bypass the kernels that take numbers (1.7 times a plain step on forty small leaves):
     list what is never edited in `static_args`.
@@ -51,8 +53,10 @@ def inject_hyperparams(
         state._replace(hyperparams=state.hyperparams | {"learning_rate": torch.tensor(1e-4)})
 
     Raises:
-        TypeError: the arguments do not fit the factory; static_args names none of them; a number
-            of `from_published`, called without a `functools.partial` that fixes the method.
+        TypeError: factory is no function; the arguments do not fit it; static_args names none of
+            them; a number of `from_published`, called without a `functools.partial` that fixes the
+            method; one without a type in a factory whose attribute `takes_live` is True.
+            From update, an entry of `hyperparams` is no number, or has another shape.
         ValueError: from update, `hyperparams` has other names than those that init made.
 
     >>> from funshampoo import sgd
@@ -63,6 +67,10 @@ def inject_hyperparams(
     >>> tx.update({"w": torch.ones(1)}, state, params)[0]
     {'w': tensor([-0.1000])}
     """
+    if not callable(factory):
+        raise TypeError(
+            f"factory is {factory!r}; give the function that makes it: inject_hyperparams(f)(0.1)."
+        )
     signature = signature_of(factory)
     static = set(static_args)
     unknown = static - set(signature.parameters)
@@ -138,10 +146,12 @@ def _recipe(
         parameter = bound.signature.parameters[name]
         if live and not is_live_argument(factory, parameter):
             if parameter.annotation is parameter.empty and isinstance(value, (Tensor, float)):
+                what, remedy = "has no type in", f"takes_live is True, so declare {name}: float"
+                if is_ours(factory):
+                    what = "is one of many keywords of"
+                    remedy = "fix what says which, as in functools.partial(from_published, 'SOAP')"
                 raise TypeError(
-                    f"{name} is one of many keywords of {factory.__name__}, so it can't be "
-                    "injected: fix what says which, as in functools.partial(from_published, "
-                    "'SOAP')."
+                    f"{name} {what} {factory.__name__}, so it can't be injected: {remedy}."
                 )
             continue
         annotation = str(parameter.annotation)
@@ -184,10 +194,11 @@ def _injected(recipe: _Recipe) -> GradientTransformation:
         if state.hyperparams.keys() != first.keys():
             raise ValueError(
                 f"state.hyperparams has {sorted(state.hyperparams)}; this transformation has "
-                f"{sorted(first)}."
+                f"{sorted(first)}. An argument is there if it is a number, not in static_args, and "
+                "given, or its default is a float other than 0, 1 and -1."
             )
         inside = running(state.steps, context)
-        edited = {name: _as_hyperparam(value) for name, value in state.hyperparams.items()}
+        edited = {name: _edited(name, x, first[name]) for name, x in state.hyperparams.items()}
         values = edited | recipe.scheduled(inside.clock)
         tx = inner if live else recipe.build(values)
         if live:
@@ -216,6 +227,19 @@ def _ranges(live: Live) -> dict[str, tuple[()]]:
     """The ranges of its values that the stages reading it declare, as keys."""
     found = dict.fromkeys([interval_of(check) for check in live.checks])
     return {range_: () for range_ in found if range_ is not None}
+
+
+def _edited(name: str, value: Any, first: Tensor) -> Tensor:
+    """A hyperparameter from the state, where a user may have put anything."""
+    known = isinstance(value, Tensor) or (isinstance(value, Real) and not isinstance(value, bool))
+    found = _as_hyperparam(value) if known else None
+    if found is None or found.shape != first.shape:
+        seen = repr(value) if found is None else f"of the shape {tuple(found.shape)}"
+        raise TypeError(
+            f"state.hyperparams['{name}'] is {seen}; it has the shape {tuple(first.shape)}: "
+            "give a tensor of that shape, as torch.tensor(0.1) for a number."
+        )
+    return found
 
 
 def _as_hyperparam(value: Any, device: torch.device | None = None) -> Tensor:

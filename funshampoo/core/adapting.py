@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ import torch
 from funshampoo.core.context import PLACES, Context, as_keywords
 
 _CONTEXT = frozenset(PLACES)
+_OF_INIT = frozenset(("upstream", "block_ndim", "clock"))  # what an init may declare
+_PLACES = {1: ("updates",), 2: ("updates", "state"), 3: ("run", "updates", "own")}
 
 
 class Adapted(NamedTuple):
@@ -65,7 +67,13 @@ def adapted_wrapping(function: Callable[..., Any]) -> Adapted:
 
 def _adapted(function: Callable[..., Any], required: int) -> Adapted:
     """Adapt a function of (updates), (updates, state) or (run, updates, state), and any context."""
+    check_places(function, "update", _PLACES[required])
     positional, names, keywords, variadic, any_keyword, without_default = _signature(function)
+    if "context" in keywords:
+        raise TypeError(
+            f"{_shown(function, 'update')}: the whole context is the fourth parameter of "
+            "update(updates, state, params, context) alone; elsewhere declare names of it."
+        )
     by_place = variadic or positional > required
     by_name = not by_place and ("params" in keywords or any_keyword)
     declared = keywords - set(names[: required + by_place]) - {"params"}
@@ -118,10 +126,11 @@ def adapted_flops(function: Callable[..., float] | None) -> Callable[..., float]
 
 def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, Any]], Any]:
     """`call(params, context)` for a function that declares the context it needs."""
+    check_places(function, "init", ("params",), _OF_INIT)
     signature = _signature(function)
 
     def call(params: Any, context: Mapping[str, Any]) -> Any:
-        unknown = sorted(context.keys() - {"upstream", "block_ndim", "clock"})
+        unknown = sorted(context.keys() - _OF_INIT)
         if unknown:
             raise TypeError(f"init knows no '{unknown[0]}'.")
         return function(
@@ -132,6 +141,37 @@ def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, An
         )
 
     return call
+
+
+def check_places(
+    function: Callable[..., Any],
+    role: str,
+    given: Collection[str],
+    further: Collection[str] | None = None,
+    remedy: str = "",
+) -> None:
+    """Check that a function of the user's can be called with these arguments by place.
+
+    Args:
+        role: what it is, for the error.
+        further: the names that it may require besides; None: any.
+
+    Raises:
+        TypeError: it takes fewer arguments, or requires others.
+    """
+    try:
+        signature = _signature(function)
+    except ValueError:  # a builtin does not tell
+        return
+    others = signature.required.difference(signature.names[: len(given)])
+    few = signature.positional < len(given) and not signature.variadic
+    if few or (further is not None and not others.issubset(further)):
+        called = f"it is called with ({', '.join(given)})"
+        raise TypeError(f"{_shown(function, role)}; {called}{remedy and ': '}{remedy}.")
+
+
+def _shown(function: Callable[..., Any], role: str) -> str:
+    return f"{role} is {getattr(function, '__name__', 'a function')}{inspect.signature(function)}"
 
 
 def name_of(update: Callable[..., Any]) -> str:

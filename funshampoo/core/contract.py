@@ -332,7 +332,8 @@ def as_transformation(stage: Any) -> GradientTransformation:
         return GradientTransformation(stage.init, stage.update)
     if isinstance(stage, tuple) and len(stage) == 2 and all(map(callable, stage)):
         return GradientTransformation(*stage)
-    hint = "Did you pass the function that makes it, without calling it?"
+    made = "Did you pass the function that makes it, without calling it?"
+    hint = made if callable(stage) else "Of a list of stages, make chain(*stages)."
     if isinstance(stage, str):
         hint = f"Give funshampoo.{stage} or another recipe; names are for `for_model`."
     raise TypeError(f"{stage!r} is not a gradient transformation: needs init and update. {hint}")

@@ -79,7 +79,10 @@ def routing_table(optimizer: Optimizer) -> RoutingTable:
     4 parameters, 556 B of state.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"a {type(optimizer).__name__} is no funshampoo.Optimizer.")
+        raise TypeError(
+            f"a {type(optimizer).__name__} is no funshampoo.Optimizer: give what for_model(...) or "
+            "funshampoo.Optimizer(...) made; of a model alone, funshampoo.roles(model) tells."
+        )
     rows = []
     for group, parameters, method, state in planned(optimizer):
         of_group = str(group.get("role", "")), method, group.get("lr")

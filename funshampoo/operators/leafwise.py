@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.core.adapting import name_of
+from funshampoo.core.adapting import check_places, name_of
 from funshampoo.core.clock import advanced, started
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree, stateless
@@ -40,7 +40,8 @@ def leafwise(
         options: see `GradientTransformation`.
 
     Raises:
-        TypeError: leaf is no function, or numbers no list; on a step, leaf returned no new update.
+        TypeError: leaf is no function, or takes other arguments; numbers is no list; on a step,
+            leaf returned no new update.
 
     >>> import torch
     >>> def soft_threshold(least):
@@ -56,6 +57,9 @@ def leafwise(
         raise TypeError(f"leaf is {leaf!r}; give a function of an update that returns the new one.")
     if not isinstance(numbers, (list, tuple)):
         raise TypeError(f"numbers is {numbers!r}; give a list of hyperparameters.")
+    given = ["u", *["w"] * needs_params, *["number"] * len(numbers), "block_ndim"]
+    remedy = "needs_params=True adds the parameter w, and numbers=[...] the hyperparameters"
+    check_places(leaf, "leaf", given, (), remedy)
 
     def changed(
         updates: Tree, params: Tree, *, block_ndim: int = 0, hyper: Numbers = NO_NUMBERS

@@ -31,9 +31,10 @@ class _Check(NamedTuple):
         return find_state(trial.tx.init(trial.params), BlockedState) is None
 
 
-_PLAIN = (
-    "A stage has to take any tree of dense floating-point tensors; one that needs `step` or "
-    "`clock` gets them only in a chain: check_stage(lambda: chain(mine()))."
+_PLAIN = "A stage has to take any tree of dense floating-point tensors."
+_CLOCKLESS = (
+    " It declares `step` or `clock`, which are None outside a chain: "
+    "check_stage(lambda: chain(mine()))."
 )
 _INSIDE = (
     "Declare block_ndim, and take the axes from it on for the block's own; for a stage that stands "
@@ -162,6 +163,7 @@ def check_stage(
 
     Raises:
         StageError: with the stage, what was seen, and the remedy.
+        TypeError: `stage` is a function that needs arguments.
 
     >>> from funshampoo import ema
     >>> check_stage(lambda: ema(0.9), compile=False)
@@ -180,4 +182,5 @@ def check_stage(
                 raise
             except Exception as error:
                 seen = f"{check.tries} raised {type(error).__name__}: {str(error).rstrip('. ')}"
-                raise StageError(f"{trial.tx!r}: {seen}. {check.remedy}") from error
+                lacks = _CLOCKLESS if trial.tx.counts and trial.tx.name != "chain" else ""
+                raise StageError(f"{trial.tx!r}: {seen}. {check.remedy}{lacks}") from error

@@ -31,7 +31,9 @@ def returns_pairs(trial: Trial) -> None:
 
 def state_is_of_tensors(trial: Trial) -> None:
     """The state from update has no Python number or None; that from init is always checked."""
-    _, state = trial.step(trial.grads[0], trial.tx.init(trial.params), trial.params)
+    first = trial.tx.init(trial.params)
+    _, state = trial.step(trial.grads[0], first, trial.params)
+    _check_structure(trial, 1, state, first)  # now: another step could not read it
     for name, x in named(state).items():
         if not isinstance(x, Tensor):
             trial.fail(
@@ -92,12 +94,7 @@ def shapes_are_stable(trial: Trial) -> None:
     """The state keeps structure, shapes, dtypes and devices; updates have the parameters'."""
     first, *later = trial.still.states
     for t, (updates, state) in enumerate(zip(trial.still.updates, later), start=1):
-        if flatten(state)[1] != flatten(first)[1]:
-            trial.fail(
-                f"the state of step {t} has another structure than that of init",
-                "Return the same named tuple with the same keys on every step: what comes later "
-                "begins as zeros, or is left out, as (), on all steps.",
-            )
+        _check_structure(trial, t, state, first)
         for i, (a, b) in enumerate(zip(flatten(state)[0], flatten(first)[0])):
             if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
                 name = leaf_names(state)[i]
@@ -107,6 +104,15 @@ def shapes_are_stable(trial: Trial) -> None:
                     "Make it in init as it is going to be, and cast what is mixed into it.",
                 )
         _check_updates(trial, t, updates, trial.params)
+
+
+def _check_structure(trial: Trial, t: int, state: object, first: object) -> None:
+    if flatten(state)[1] != flatten(first)[1]:
+        trial.fail(
+            f"the state of step {t} has another structure than that of init",
+            "Return the same named tuple with the same keys on every step: what comes later "
+            "begins as zeros, or is left out, as (), on all steps.",
+        )
 
 
 def _check_updates(trial: Trial, t: int, updates: object, params: object) -> None:

@@ -72,7 +72,8 @@ def compiles_to_one_graph(trial: Trial) -> None:
     if graphs > 1:
         trial.fail(
             f"torch.compile made {graphs} graphs for {len(trial.grads)} steps that refresh nothing",
-            "No Python number may change from step to step: count in a 0-dimensional tensor.",
+            "No Python number may change from step to step: count in a 0-dimensional tensor. A "
+            "factory that inject_hyperparams calls on every step needs takes_live = True.",
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from funshampoo.core.adapting import check_places
 from funshampoo.core.applying import apply_updates
 from funshampoo.core.contract import GradientTransformation, State, Tree, as_transformation
 from funshampoo.core.tree import compute_dtype, flatten, leaf_names, map_leaves
@@ -95,6 +96,7 @@ class Trial:
 
 def _maker(stage: Any) -> Callable[[], GradientTransformation]:
     if callable(stage) and not hasattr(stage, "update"):
+        check_places(stage, "stage", (), (), "write check_stage(lambda: mine(0.1))")
         return lambda: as_transformation(stage())
     made = as_transformation(stage)
     return lambda: made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.func import vmap
@@ -156,6 +157,29 @@ def test_static_args_stay_numbers() -> None:
     assert "beta2" not in make(0.1, beta2=0.5).init(problem()).hyperparams
     with pytest.raises(TypeError, match="static_args names \\['beta_2'\\]"):
         fs.inject_hyperparams(fs.shampoo, static_args=("beta_2",))
+
+
+@pytest.mark.parametrize("value", [None, "0.1", True, torch.ones(2), [0.1]], ids=repr)
+@pytest.mark.parametrize("live", [True, False])
+def test_an_edit_that_is_no_number_is_refused_by_name(live: bool, value: Any) -> None:
+    """They reached torch, or the arithmetic of a stage, which broadcast some."""
+    make: Any = fs.sgd if live else lambda learning_rate: fs.sgd(learning_rate)
+    tx = fs.inject_hyperparams(make)(0.1)
+    params, state = problem(), tx.init(problem())
+    edited = state._replace(hyperparams=state.hyperparams | {"learning_rate": value})
+    with pytest.raises(TypeError, match=r"\['learning_rate'\] is .* torch.tensor\(0.1\)"):
+        tx.update(params, edited, params)
+    number = state._replace(hyperparams=state.hyperparams | {"learning_rate": np.float32(1)})
+    tx.update(params, number, params)
+
+
+def test_the_names_of_other_hyperparams_are_explained() -> None:
+    """A default of 1 is not in the state, which nothing but the docstring told."""
+    tx = fs.inject_hyperparams(lambda rate, factor=1.0: fs.scale(rate * factor))(0.1)
+    state = tx.init(problem())
+    edited = state._replace(hyperparams=state.hyperparams | {"factor": torch.tensor(2.0)})
+    with pytest.raises(ValueError, match="its default is a float other than 0, 1 and -1"):
+        tx.update(problem(), edited)
 
 
 def test_a_tensor_keeps_its_dtype() -> None:
