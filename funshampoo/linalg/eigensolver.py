@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import Hyper
+from funshampoo.core.live import is_exactly
 from funshampoo.core.modes import full_precision
 from funshampoo.linalg.adaptive import spectrum_near
 from funshampoo.linalg.solver import (
@@ -143,11 +144,7 @@ class pseudo_inverse(EigenSolver):
         self, A: Tensor, spectrum: AnySpectrum, p: float, epsilon: Hyper
     ) -> InverseRoot:
         """See `EigenSolver`."""
-        if isinstance(epsilon, Tensor) or epsilon != 0:
-            raise ValueError(
-                f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would "
-                "fill the null space that it leaves out; use eigh() for a damped root"
-            )
+        check_undamped(epsilon)
         relative = A.shape[-1] * torch.finfo(A.dtype).eps if self.rtol is None else self.rtol
         if isinstance(relative, Tensor):
             relative = relative.to(A)
@@ -155,3 +152,12 @@ class pseudo_inverse(EigenSolver):
         # Zero is never kept, whatever the tolerances, since it has no inverse.
         keep = values > (relative * values.amax(-1, keepdim=True)).clamp(min=self.atol)
         return inverse_root(A, spectrum, values, keep, p)
+
+
+def check_undamped(epsilon: Hyper) -> None:
+    """Raise for damping of `pseudo_inverse`: where a chain is built, and where it is used."""
+    if not is_exactly(epsilon, 0):
+        raise ValueError(
+            f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would "
+            "fill the null space that it leaves out; use eigh() for a damped root"
+        )

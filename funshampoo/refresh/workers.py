@@ -27,6 +27,9 @@ class Workers:
 
     Args:
         count: number of threads.
+
+    Raises:
+        RuntimeError: they can't be started.
     """
 
     def __init__(self, count: int) -> None:
@@ -35,17 +38,25 @@ class Workers:
         def begin() -> None:
             try:
                 _take_one_kernel_thread()
-            finally:
                 ready.wait()
+            except BaseException:  # those at the barrier would wait for this one for ever
+                ready.abort()
+                raise
 
         self._pool = ThreadPoolExecutor(count, "funshampoo", begin)
         try:
-            for _ in range(count):  # none is idle before all exist, so each call starts one
+            for _ in range(count):
                 self._pool.submit(int)
             ready.wait()  # from here on their temporary setting applies to no other thread
-        except BaseException:  # the process has no more threads: those begun must not wait for them
+        except BaseException as error:  # also Ctrl-C: a thread at the barrier would prevent an exit
             ready.abort()
-            raise
+            self.close()
+            if not isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError(
+                f"{count} threads for refreshes can't be started: the process may have reached a "
+                "limit of its user or container. With torch.set_num_threads(1) none is needed."
+            ) from error
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:
         """Run `function()` in a thread, under the caller's grad mode and inference mode."""

@@ -14,6 +14,7 @@ from funshampoo.core.parameters import check_local
 from funshampoo.core.traits import OF_SIDES, with_traits
 from funshampoo.linalg import Solver
 from funshampoo.linalg.choice import chosen_solver
+from funshampoo.linalg.eigensolver import check_undamped, pseudo_inverse
 from funshampoo.linalg.low_precision import check_product_dtype
 from funshampoo.linalg.solver import relative_cost
 from funshampoo.operators.exponents import Exponents, Sides, check_exponents
@@ -124,6 +125,8 @@ def root_inverse(
     check_product_dtype(product_dtype)
     check_flag("packed", packed)
     solve = chosen_solver(solver, basis_tolerance)
+    if isinstance(solve, pseudo_inverse):  # its own check comes with a refresh, in mid-step
+        check_undamped(epsilon)
     schedule = RefreshSchedule(every, start, stagger)
 
     def roots(hyper: Numbers) -> Refreshing:

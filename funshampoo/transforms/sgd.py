@@ -8,7 +8,8 @@ from funshampoo.core.contract import GradientTransformation, identity, renamed
 def scale_by_sgd() -> GradientTransformation:
     """The identity. As a grafting partner it gives P the norm of the (filtered) gradient.
 
-    >>> scale_by_sgd().update({"w": 1.0}, ())[0]
-    {'w': 1.0}
+    >>> import torch
+    >>> scale_by_sgd().update({"w": torch.ones(1)}, ())[0]
+    {'w': tensor([1.])}
     """
     return renamed(identity(), "scale_by_sgd")

@@ -51,6 +51,33 @@ def test_workers_have_one_kernel_thread_and_nobody_else_has() -> None:
     pool.close()
 
 
+@pytest.mark.parametrize("error", ["RuntimeError", "KeyboardInterrupt"])
+@pytest.mark.parametrize("started", [0, 1, 2, 3])
+def test_threads_that_cannot_be_started_leave_none_waiting(started: int, error: str) -> None:
+    """Two workers, each with a helper. In another process, which a waiting one would keep alive."""
+    script = f"""
+import threading
+from funshampoo.refresh.workers import Workers
+start, left = threading.Thread.start, [None] * {started}
+def limited(thread):
+    if not left:
+        raise {error}("no more")
+    left.pop()
+    start(thread)
+threading.Thread.start = limited
+try:
+    Workers(2)
+except (RuntimeError, KeyboardInterrupt) as failure:
+    print(type(failure).__name__, failure)
+assert threading.active_count() == 1, threading.enumerate()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "KeyboardInterrupt" in done.stdout or "2 threads for refreshes" in done.stdout
+
+
 def test_a_process_that_trains_in_threads_ends_with_the_threads_it_set() -> None:
     """In a fresh interpreter: whether the number was ever set, and by whom, differs there."""
     script = """

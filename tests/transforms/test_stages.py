@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -198,6 +199,13 @@ def test_a_non_finite_block_spares_the_others(solver: Any) -> None:
     bad_updates, state = tx.update(bad, tx.init(g))
     assert torch.equal(bad_updates["g"][4:], good_updates["g"][4:])
     assert find_state(state, Kept).failures.tolist() == [1, 0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("make", [fs.root_inverse, functools.partial(fs.shampoo, 0.1)])
+@pytest.mark.parametrize("epsilon", [1e-3, torch.tensor(0.0)], ids=str)
+def test_damping_of_a_pseudo_inverse_is_refused_before_any_step(make: Any, epsilon: Any) -> None:
+    with pytest.raises(ValueError, match="epsilon must be the number 0 for pseudo_inverse"):
+        make(epsilon=epsilon, solver=linalg.pseudo_inverse())
 
 
 def test_trace_scaling() -> None:
