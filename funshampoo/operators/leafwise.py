@@ -121,8 +121,6 @@ def _changed(
 
 
 def _said(found: Any) -> str:
-    return (
-        f"a tensor {tuple(found.shape)} of {found.dtype}"
-        if isinstance(found, Tensor)
-        else repr(found)
-    )
+    if isinstance(found, Tensor):
+        return f"a tensor {tuple(found.shape)} of {found.dtype}"
+    return repr(found)
