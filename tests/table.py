@@ -63,6 +63,12 @@ def _statistics_and(*stages: fs.GradientTransformation) -> fs.GradientTransforma
     return fs.chain(fs.kronecker_statistics(0.9), *stages)
 
 
+def _in_basis_of_matrices(inner: fs.GradientTransformation) -> fs.GradientTransformation:
+    """Not of vectors: of one gradient, 4 of 5 directions are any at all, as a CPU rounds."""
+    statistics = fs.kronecker_statistics(0.9, sides=lambda block: [len(block) > 1] * len(block))
+    return fs.chain(statistics, fs.in_eigenbasis(inner, 2))
+
+
 def _root(every: int = 2, **options: object) -> fs.GradientTransformation:
     return fs.root_inverse(every, start=1, **options)
 
@@ -189,7 +195,7 @@ CASES = [
         lambda: _blocked(_root(stagger=True, basis_tolerance=0.1)),
     ),
     Case("root_inverse:staggered", lambda: _blocked(_root(stagger=True))),
-    Case("in_eigenbasis", lambda: _statistics_and(fs.in_eigenbasis(fs.scale_by_adam(), 2))),
+    Case("in_eigenbasis", lambda: _in_basis_of_matrices(fs.scale_by_adam())),
     Case("in_eigenbasis:blocked", lambda: _blocked(fs.in_eigenbasis(fs.scale_by_adam(), 2))),
     Case(
         "in_eigenbasis:momentum",

@@ -43,12 +43,20 @@ def accumulated_factor(
     weight: Hyper,
     donate: bool,
     product_dtype: torch.dtype | None = None,
+    *,
+    by_row: bool = False,
 ) -> Any:
-    """beta L_i + weight x xᵀ, with x = mat_i(G); beta may be one per row, (N,). () stays."""
+    """beta L_i + weight x xᵀ, with x = mat_i(G). () stays.
+
+    Args:
+        by_row: beta is one number per row, (N,), on some steps. On the others it then is applied in
+            the same way, before the product, in which some CPUs' kernels round it otherwise.
+    """
     if not isinstance(factor, Tensor):
         return factor
-    if isinstance(beta, Tensor) and beta.ndim:
-        factor, beta = multiply(factor, per_block(beta, factor), donate), 1.0
+    if by_row:
+        decay = per_block(beta, factor) if isinstance(beta, Tensor) else beta
+        factor, beta = multiply(factor, decay, donate), 1.0
     product = None if product_dtype is None else rounded_gram(x, product_dtype)
     if product is None:
         is_packed = factor.shape[-2] != factor.shape[-1]

@@ -48,6 +48,13 @@ _LEAVE_OUT = (
 )
 
 
+_IN_ONE_WAY = (
+    "So the numbers of several ranks, of which one holds that block, would not be bitwise those of "
+    "one process. Compute what is kept in the same order whether `alive` is None or not: a factor "
+    "that differs by row only with it is multiplied in by itself also without it."
+)
+
+
 def _stacks_of(trial: Trial) -> _Stacks:
     """The stacks of a trial, made once, since its checks share a run."""
     found: _Stacks = trial.found.setdefault("stacks", _Stacks(trial))
@@ -92,7 +99,7 @@ def rows_in_two_parts(trial: Trial) -> None:
 def rows_are_rounded_alike(trial: Trial) -> None:
     """Rows elsewhere in memory have the same bits, as on another rank. Promised on a CPU alone."""
     stacks = _stacks_of(trial)
-    if not trial.options["bitwise"] or not all([x.is_cpu for x in stacks.params.values()]):
+    if not stacks.have_bits:
         return
     for rows in (OTHER_ORDER, *TWO_PARTS):
         pairs = zip(stacks.alone(rows).updates, stacks.whole.updates)
@@ -139,6 +146,8 @@ def faulty_blocks_are_held(trial: Trial) -> None:
         found, expected = (stacks.chosen(run.updates[t], others) for run in (faulty, clean))
         if seen := difference(found, expected, trial.tolerance):
             trial.fail(f"a gradient of NaN in a block changed those of others, {seen}", _LEAVE_OUT)
+        if stacks.have_bits and (seen := difference(found, expected)):
+            trial.fail(f"blocks beside one that is held are rounded otherwise, {seen}", _IN_ONE_WAY)
     _check_no_zero_was_averaged(trial, stacks, faulty)
     donated = stacks.run(held, grads, donate=True)
     if seen := difference(donated.updates, faulty.updates):
@@ -183,6 +192,12 @@ class _Stacks:
         self.grads = [like(self.params, seed=200 + t) for t in range(len(trial.grads))]
         self.context = with_cut(Context(extra=trial.context), trial.params, self._stacked).extra
         self._alone: dict[tuple[int, ...], Run] = {}
+
+    @property
+    def have_bits(self) -> bool:
+        """Whether the same blocks elsewhere, or beside others, have the same bits."""
+        cpu = all([x.is_cpu for x in self.params.values()])
+        return cpu and bool(self.trial.options["bitwise"])
 
     def _stacked(self, tree: Tree) -> Tree:
         """What the caller passes, as `blocked` cuts it: the same for all rows of a stack."""

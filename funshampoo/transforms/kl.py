@@ -154,7 +154,7 @@ def kl_statistics(
             for i, (L, part) in enumerate(zip(old, parts)):
                 x = unfold(part, i, ndim)
                 own = share / max(x.shape[-1], 1) if normalized else share
-                new.append(accumulated_factor(L, x, decay, own, donate))
+                new.append(accumulated_factor(L, x, decay, own, donate, by_row=of_row))
             return u, tuple(new), values
 
         source = updates if context.gradient is None else context.gradient

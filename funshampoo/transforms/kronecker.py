@@ -123,7 +123,8 @@ def kronecker_statistics(
             decay = kept_share(beta, fine[0], g) if fine and of_row else beta
             new = list(factors)
             for i, x in enumerate(unfoldings(g, context.block_ndim, wanted)):
-                new[i] = accumulated_factor(new[i], x, decay, share, donate, product_dtype)
+                own = new[i], x, decay, share, donate, product_dtype
+                new[i] = accumulated_factor(*own, by_row=of_row)
             return u, tuple(new)
 
         with product_precision():
