@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -43,11 +44,14 @@ def calls(function: Callable[[], Any]) -> int:
         nonlocal found
         found += event == "call"
 
+    gc.collect()
+    gc.disable()  # finalizers of what earlier tests left are not the step's
     sys.setprofile(look)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return found
 
 

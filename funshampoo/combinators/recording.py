@@ -22,7 +22,7 @@ from funshampoo.core.tree import flatten, leaf_names, map_leaves
 
 Replay: TypeAlias = Callable[[], Any]
 
-_SHAPE = operator.attrgetter("shape")
+_KIND = operator.attrgetter("dtype", "shape")
 
 
 class StepRequest:
@@ -53,10 +53,11 @@ class StepRequest:
     def where(self) -> tuple[Any, ...]:
         """The dtypes, shapes, strides and addresses that a graph would be bound to."""
         if not self._where:
-            kinds = [None if g is None else g.dtype for g in self.gradients]
-            shapes, strides = map(_SHAPE, self.leaves), map(Tensor.stride, self.leaves)
-            places = [x.data_ptr() for x in (*self.leaves, *self.tensors)]
-            self._where = (*kinds, *shapes, *strides, *places)
+            given = [None if g is None else g.dtype for g in self.gradients]
+            held = *self.leaves, *self.tensors
+            # Not the address alone, where a tensor of another kind may lie later.
+            kinds, strides = map(_KIND, held), map(Tensor.stride, held)
+            self._where = (*given, *kinds, *strides, *map(Tensor.data_ptr, held))
         return self._where
 
     def as_it_is(self) -> State:

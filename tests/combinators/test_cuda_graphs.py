@@ -380,6 +380,28 @@ def test_what_is_around_and_inside(
     assert_near(*found[::-1], TOLERANCE[device])
 
 
+def test_another_kind_of_state_at_the_same_address(device: str, recorder: Recorder) -> None:
+    """As where it is loaded, or grows, into memory that was freed."""
+
+    def update(updates: Any, state: Any) -> Any:
+        return {name: -0.01 * state.sum().to(u) * u for name, u in updates.items()}, state
+
+    memory = torch.arange(1.0, 7.0, device=device)
+    kinds = [memory[:3], memory[:2], memory[::2], memory.view(torch.float64), memory[:3]]
+    found = []
+    for graphs in (False, True):
+        now = iter(kinds)
+        tx = fs.GradientTransformation(lambda params, now=now: next(now), update, "sums")
+        tx, params = fs.cuda_graphed(tx) if graphs else tx, drawn(0, device)
+        state: Any = None
+        for t in range(20):
+            state = state if t % 4 else tx.init(params)
+            state = fs.update_in_place(tx, drawn(t, device), state, params)
+        found.append(params)
+    assert recorder.recorded == 4  # the first kind has come back
+    assert_near(*found[::-1], TOLERANCE[device])
+
+
 def edited(graphs: bool, device: str) -> dict[str, Tensor]:
     """Steps that are asked for in other ways from time to time."""
     tx = fs.chain(fs.trace(Live("momentum", 0.9)), chain_of("shampoo"))
