@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.context import changed
-from funshampoo.core.modes import row_index
+from funshampoo.core.modes import all_true, row_index
 from funshampoo.core.tree import flatten, map_leaves
 from funshampoo.linalg.solver import chooser, first
 from funshampoo.operators.packed import pack, unpack
@@ -120,9 +120,7 @@ def outcome(rule: Rule, asked: Asked) -> Outcome:
     Once a block's gradients have become zeros, its average decays to a few denormal numbers and
     stays there: 0.99 times 50 of them rounds to 50 again. These are unusable.
     """
-    # Two operators: a CPU computes a norm of order 1 or infinity one number at a time.
-    largest = asked.A.detach().abs().amax((-2, -1))
-    # Not >=: a NaN is not zero, but a failure to be counted.
+    known = _is_usable(asked.A.detach())
     found = _answer(rule, asked)
     if not isinstance(found, Found):
         raise TypeError(
@@ -130,12 +128,24 @@ def outcome(rule: Rule, asked: Asked) -> Outcome:
             "Found(value, residual, condition, converged), value a tuple of tensors."
         )
     for name, x in zip(("residual", "condition", "converged"), found[1:]):
-        if x.shape != largest.shape:
+        if x.shape != known.shape:
             raise ValueError(
                 f"{type(rule).__name__} returned {name} {tuple(x.shape)}, for matrices "
-                f"{tuple(asked.A.shape)}: return one for each, {tuple(largest.shape)}."
+                f"{tuple(asked.A.shape)}: return one for each, {tuple(known.shape)}."
             )
-    return Outcome(*found, ~(largest < torch.finfo(largest.dtype).tiny))
+    return Outcome(*found, known)
+
+
+def _is_usable(A: Tensor) -> Tensor:
+    """Whether (...) a matrix of A (..., d, d) has an entry that is neither zero nor denormal."""
+    tiny = torch.finfo(A.dtype).tiny
+    if A.is_cpu:  # of a positive semidefinite matrix, the largest lies on the diagonal
+        found = A.diagonal(dim1=-2, dim2=-1).amax(-1) >= tiny
+        if all_true(found):
+            return found
+    # Two operators: a CPU computes a norm of order 1 or infinity one number at a time.
+    # Not >=: a NaN is not zero, but a failure to be counted.
+    return ~(A.abs().amax((-2, -1)) < tiny)
 
 
 def _answer(rule: Rule, asked: Asked) -> Found:
