@@ -12,8 +12,12 @@ train: $(VENV)/ready
 train-text: $(VENV)/ready
 	$(BIN)/python examples/train.py --task text
 
+# As on another CPU, whose kernels round otherwise: make test CPU=avx2, or CPU=sse.
+KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+KERNELS_sse := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
+
 # With bytecode whatever the shell says: ranks and programs would compile every module again.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := $(KERNELS_$(CPU)) OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
