@@ -22,7 +22,7 @@ from funshampoo.core.tree import flatten, leaf_names, map_leaves
 
 Replay: TypeAlias = Callable[[], Any]
 
-_KIND = operator.attrgetter("dtype", "shape")
+_DTYPE, _KIND = operator.attrgetter("dtype"), operator.attrgetter("dtype", "shape")
 
 
 class StepRequest:
@@ -55,9 +55,11 @@ class StepRequest:
         if not self._where:
             given = [None if g is None else g.dtype for g in self.gradients]
             held = *self.leaves, *self.tensors
-            # Not the address alone, where a tensor of another kind may lie later.
-            kinds, strides = map(_KIND, held), map(Tensor.stride, held)
-            self._where = (*given, *kinds, *strides, *map(Tensor.data_ptr, held))
+            # An address alone is not enough: a tensor of another kind may lie there later. Of the
+            # state numbers and strides, since its many shapes take three times as long.
+            kinds = *map(_KIND, self.leaves), *map(_DTYPE, self.tensors)
+            sizes = *map(Tensor.numel, self.tensors), *map(Tensor.stride, held)
+            self._where = (*given, *kinds, *sizes, *map(Tensor.data_ptr, held))
         return self._where
 
     def as_it_is(self) -> State:
