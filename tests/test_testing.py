@@ -375,7 +375,7 @@ def of_stacks(function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def rounds_by_place() -> Any:
-    """As products and torch.linalg do, but on every CPU."""
+    """As products, powers and torch.linalg do, but on every CPU."""
 
     def leaf(u: Any, m: Any) -> Any:
         if u.ndim:
@@ -578,10 +578,9 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (across_blocks, "a block without the other blocks of its stack has other updates", {}),
     (
         rounds_by_place,
-        "elsewhere in its stack is rounded otherwise .*matmul, .*each_matrix",
+        "elsewhere in its stack is rounded otherwise .*matmul, .*by power, .*each_matrix",
         {},
     ),
-    (torchs_power, "elsewhere in its stack is rounded otherwise .*power", {}),
     (no_third_axis, "block space raised ValueError: a tensor of order 4. Declare block_ndim", {}),
     (ignores_alive, "whose gradient was NaN was moved as by a gradient of zeros", {}),
     (spreads_nan, "a gradient of NaN in a block got into 'inner.average", {}),
