@@ -75,7 +75,8 @@ def from_published(method: str, **args: Any) -> GradientTransformation:
 
     A parameter whose gradients are None at first counts its own steps, or with Schedule-Free all
     steps, as in the original. Only refreshes fall on the same steps for all: a parameter that
-    starts between two uses the identity until the next.
+    starts between two uses the identity until the next. So does one whose first gradient is zeros;
+    its first basis is a decomposition, where the originals take a QR step from the identity.
 
     Raises:
         ValueError: the method, or the value of an argument, is unknown or out of range. The error

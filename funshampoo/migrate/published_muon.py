@@ -11,7 +11,7 @@ import torch
 from funshampoo.combinators.chaining import chain
 from funshampoo.combinators.masks import partition
 from funshampoo.core.checks import check_choice, check_range, chosen
-from funshampoo.core.contract import GradientTransformation, Hyper, Schedule, Tree
+from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
 from funshampoo.core.tree import map_leaves
 from funshampoo.operators.shape_scale import SCALES, Scale
 from funshampoo.recipes.routing import decay, whole
@@ -46,7 +46,8 @@ def keller_jordan(
 
     For a kernel of four sides it orthogonalizes the matrix (out, the rest), and scales by the
     kernel's height and width; with as_published=False, by that matrix. A tensor of order 3 is a
-    stack of matrices.
+    stack of matrices, and so is one of order 5 or more unless as_published=False. A gradient of
+    None leaves its parameter alone; there it counts as zeros, so that momentum and decay go on.
     """
 
     def by_last_two(shape: tuple[int, ...]) -> float:
@@ -66,10 +67,12 @@ def keller_jordan(
             scale_by_learning_rate(lr),
         )
 
-    def kinds(tree: Tree) -> Tree:
-        return map_leaves(lambda p: "stacks" if p is not None and p.ndim == 3 else "flat", tree)
+    def kind(p: Any) -> str:
+        order = 2 if p is None else p.ndim
+        return "stacks" if order == 3 or (as_published and order > 4) else "flat"
 
-    return partition({"flat": steps_of(True), "stacks": steps_of(False)}, kinds)
+    parts = {"flat": steps_of(True), "stacks": steps_of(False)}
+    return partition(parts, lambda tree: map_leaves(kind, tree))
 
 
 def torch_optim(

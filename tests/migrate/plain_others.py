@@ -87,7 +87,7 @@ def _polar(X: Tensor, polynomials: Sequence[tuple[float, ...]], size: Tensor) ->
 
 
 def muon(w: Tensor, grads: list[Tensor], rates: list[float], args: Arguments) -> Found:
-    """KellerJordan's, of two to four sides: scaled by the last two, whatever these are."""
+    """KellerJordan's, of two sides or more: scaled by the last two, whatever these are."""
     mu, B, found = args["momentum"], torch.zeros_like(w), []
     for g, lr in zip(grads, rates):
         B = mu * B + (1 - mu) * g

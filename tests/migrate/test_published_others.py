@@ -19,7 +19,7 @@ ANY = [(6, 9), (5,), (), (4, 3, 2), (4, 3, 3, 3)]
 MODELS: dict[str, tuple[Any, list[tuple[int, ...]], list[dict[str, Any]]]] = {
     "Muon": (
         plain_others.muon,
-        [*MATRICES, (2, 6, 9), (4, 3, 3, 2)],
+        [*MATRICES, (2, 6, 9), (4, 3, 3, 2), (2, 2, 3, 4, 2)],
         [{"momentum": 0.0}, {"nesterov": False}, {"ns_steps": 3}, {"weight_decay": 0.3}],
     ),
     "Muon (torch.optim)": (
