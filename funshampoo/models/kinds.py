@@ -49,7 +49,7 @@ class Kind(NamedTuple):
         if self.role == "vector":
             return math.prod(shape), 1
         if self.role == "embedding":
-            return shape[-1], 1
+            return shape[0] if self.transposed else shape[-1], 1
         sides = tuple(shape)
         if self.stacked is not None:
             axis = self.stacked.axis
@@ -136,6 +136,9 @@ def _of_other(module: nn.Module, p: Tensor) -> Kind:
     tables = [m for m in module.children() if isinstance(m, nn.Embedding)]
     if p.ndim == 2 and any(m.embedding_dim == p.shape[1] for m in tables):
         return Kind("embedding")  # positions, beside the tokens to which they are added
+    oblong = [m.num_embeddings for m in tables if m.num_embeddings != m.embedding_dim]
+    if p.ndim == 2 and not set(oblong).isdisjoint(p.shape):  # a factor of the table, as in LoRA
+        return Kind("embedding", transposed=p.shape[1] in oblong)
     found = kind_of_shape(p.shape)
     if found.role != "vector" and not _stands_between_layers(module, p, others):
         return Kind("embedding")

@@ -294,6 +294,10 @@ class GroupRun:
         self.entries()
         return self._state
 
+    def peek(self) -> Any:
+        """The chain's state, even if it is half done; None if there is none."""
+        return self._state
+
     @property
     def transformation(self) -> GradientTransformation | None:
         """The chain; None in a copy that has not been stepped."""

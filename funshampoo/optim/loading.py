@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.core.interrupted import tensors_of
+from funshampoo.core.placed import local_part
 from funshampoo.distributed.collectives import gathered_objects
 from funshampoo.distributed.gathering import sharing_groups
-from funshampoo.optim.entries import is_shared
+from funshampoo.optim.entries import SHARED, is_note, is_shared
+from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.ready import Ready
-from funshampoo.optim.saved import check_fits, check_ours, indices_of, loaded_group
+from funshampoo.optim.saved import Saved, check_fits, check_ours, indices_of, loaded_group
 from funshampoo.state.checkpoint import of_run
-from funshampoo.state.parts import part_of
+from funshampoo.state.parts import PART_KEY, Part, part_of
 
 
 class Loading(NamedTuple):
@@ -121,19 +125,72 @@ def loaded(
         strict, cast: see `funshampoo.state.load_state_dict`.
 
     Raises:
-        ValueError: names missing or unknown, wrong shapes or dtypes, entries of an AdamW.
+        ValueError: names missing or unknown, wrong shapes or dtypes, entries of an AdamW, or only
+            one rank's part in a full state dict.
     """
     by_name = any(isinstance(index, str) for index in given["state"])
     found = Loading([], [], {}, _clocks(given["state"]))
     all_indices = indices_of(given["param_groups"], groups)
+    failures: list[Exception] = []
     for run, group, saved, indices in zip(memory.runs, groups, given["param_groups"], all_indices):
         found.groups.append(loaded_group(saved, group))
         entries = {}
         for p, index in zip(group["params"], indices):
             if index in given["state"] or not by_name:
                 entries[p] = given["state"].get(index, {})
-                check_ours(entries[p])
-        one, notes = run.loaded(found.groups[-1], entries, by_name, strict=strict, cast=cast)
-        found.ready.append(one)
-        found.notes.update(notes)
+        with _later(failures):
+            for own in entries.values():
+                check_ours(own)
+        with _later(failures):
+            one, notes = run.loaded(found.groups[-1], entries, by_name, strict=strict, cast=cast)
+            if by_name and strict:
+                _check_read(run, entries)
+            found.ready.append(one)
+            found.notes.update(notes)
+    if failures:
+        raise failures[0]
     return found
+
+
+@contextlib.contextmanager
+def _later(failures: list[Exception]) -> Iterator[None]:
+    """A context that keeps an error for later: other ranks need this one to make their states."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
+
+
+def _check_read(run: GroupRun, entries: Saved) -> None:
+    """Check that a full state dict has the blocks of all ranks.
+
+    torch's helper puts what rank 0 saved into what `state_dict` returns here, and hands in both. So
+    a block that rank 0 does not own would silently keep the values that it has. These are still in
+    the state's memory, whereas torch.distributed.checkpoint reads all entries into it, or none.
+
+    Raises:
+        ValueError: some entries are the state's own, beside those of another rank's part.
+    """
+    label = SHARED + PART_KEY
+    parts = [Part.read(own[label]) for own in entries.values() if label in own]
+    if not parts or parts[0].size == 1 or parts[0][:2] == part_of(run.peek())[:2]:
+        return
+    given = [
+        x
+        for own in entries.values()
+        for name, x in own.items()
+        if isinstance(x, Tensor) and name != label and not is_note(name)
+    ]
+    here = {_address(x) for x in tensors_of(run.peek())}
+    kept = [_address(x) in here for x in given]
+    if any(kept) and not all(kept):
+        raise ValueError(
+            f"the full state dict has the part of rank {parts[0].rank} of {parts[0].size} only; "
+            "nothing was changed. It is whole if the optimizer that saves it was made with "
+            "consolidate=True; or save without full_state_dict."
+        )
+
+
+def _address(x: Tensor) -> int:
+    """Where the memory begins that the tensor, or this rank's part of it, is a view of."""
+    return local_part(x).untyped_storage().data_ptr()

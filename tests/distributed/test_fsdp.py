@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -419,6 +420,53 @@ def test_a_full_state_dict_is_whole_if_consolidated(
     ranks: Ranks, method: str, offload: bool
 ) -> None:
     assert ranks(2, gathered, 2, method, offload) == [[], []]
+
+
+def for_one_step(size: int, way: str) -> Any:
+    """In two groups, whose states all ranks have to make even if one refuses the first."""
+    network = model()
+    WAYS[way](network, size)
+    sharing = {"distribute": fs.sharded} if way == "owners" and size > 1 else {}
+    first, *others = network.parameters()
+    optimizer = METHODS["shampoo"]([{"params": [first]}, {"params": others}], **sharing)
+    for p, g in zip(network.parameters(), gradients(0)):
+        p.grad = placed_as(p, g)
+    return network, optimizer
+
+
+def in_full(rank: int, way: str) -> Any:
+    """What the helper makes of a run that does not consolidate: rank 0's part."""
+    network, optimizer = for_one_step(2, way)
+    optimizer.step()
+    options = StateDictOptions(full_state_dict=True)
+    return get_optimizer_state_dict(network, optimizer, options=options)
+
+
+def given_in_full(rank: int, size: int, way: str, state: Any) -> tuple[str, bool]:
+    """The error, and whether the optimizer steps as if nothing had been given to it."""
+    network, optimizer = for_one_step(size, way)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=size > 1)
+    error = ""
+    try:
+        set_optimizer_state_dict(network, optimizer, state, options=options)
+    except ValueError as refusal:
+        error = str(refusal)
+    optimizer.step()
+    twin, alone = for_one_step(1, "plain")
+    alone.step()
+    expected = dict(twin.named_parameters())
+    return error, all(torch.equal(x, expected[n]) for n, x in whole(network).items())
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint on one process
+@pytest.mark.parametrize("way", ["fsdp2", "owners"])
+def test_a_full_state_dict_that_is_not_whole_is_refused(ranks: Ranks, way: str) -> None:
+    """It was loaded, and every block that rank 0 does not own started from nothing."""
+    state = ranks(2, in_full, way)[0]
+    for size, how in ((2, way), (1, "plain")):
+        for error, unchanged in ranks(size, given_in_full, size, how, state):
+            assert "consolidate=True" in error or "could not load" in error
+            assert unchanged
 
 
 LEGS = [("fsdp2", 4), ("plain", 1), ("fsdp2 x tp", 4), ("data parallel", 2), ("hsdp", 4)]

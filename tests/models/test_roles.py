@@ -183,6 +183,24 @@ def test_fans_are_those_of_the_matrix_that_is_multiplied_by() -> None:
     assert found["transformer.wpe.weight"].fans((16, 8)) == (8, 1)
 
 
+class Adapted(nn.Module):
+    """A frozen table with a change of low rank, in the parameters that peft's LoRA has."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.base_layer = nn.Embedding(tokens, width)
+        self.a = nn.ParameterDict({"default": nn.Parameter(torch.zeros(2, tokens))})
+        self.b = nn.ParameterDict({"default": nn.Parameter(torch.zeros(width, 2))})
+
+
+def test_a_factor_of_a_table_with_a_column_for_every_token_is_read_as_the_table_is() -> None:
+    """As a matrix, it had a factor matrix with a side for every token."""
+    found = kinds(nn.Sequential(Adapted(20, 8), nn.Linear(8, 8)))
+    assert found["0.a.default"].role == "embedding"
+    assert found["0.a.default"].fans((2, 20)) == (2, 1)
+    assert found["0.b.default"].role == "matrix"
+
+
 def test_roles_are_labels_for_partition() -> None:
     model = Experts()
     params = {name: p.detach() for name, p in model.named_parameters()}
