@@ -86,17 +86,30 @@ def test_a_row_is_what_the_code_does_today(name: str) -> None:
 
     In the median of the seeds, and beside the grid's other rates, as the row was: a factor matrix
     of few gradients has a null space, whose basis is rounding's choice, and a vmap of another size
-    rounds differently.
+    rounds differently. So does another CPU than that of the lines: there, as much as other
+    roundings of the images make.
     """
     then = {run.seed: run for run in Store(LINES).runs("digits", name) if run.rate == 0.01}
     task, points = ensemble.digits(), 3
     short = task._replace(order=lambda seed: task.order(seed)[: points * task.evaluate_every])
     entry = family.METHODS[name]
     members = [(rate, seed) for rate in (0.003, 0.01, 0.03, 0.1) for seed in range(family.SEEDS)]
-    runs = ensemble.train(short, entry.method, members, entry.averages)
-    now = [run for run in runs if run.rate == 0.01]
-    gaps = [abs(run.final - float(then[run.seed].losses[points - 1] or "inf")) for run in now]
-    assert median(gaps) < 0.01
+
+    def losses(rounding: float = 0.0) -> list[float]:
+        images, targets = short.train
+        own = short._replace(train=(images * (1 + rounding), targets))
+        runs = ensemble.train(own, entry.method, members, entry.averages)
+        return [run.final for run in runs if run.rate == 0.01]
+
+    def gap(some: list[float], others: list[float]) -> float:
+        return median([abs(a - b) for a, b in zip(some, others)])
+
+    now = losses()
+    found = gap(
+        now, [float(then[seed].losses[points - 1] or "inf") for seed in range(family.SEEDS)]
+    )
+    if found >= 0.01:
+        assert found < 2 * max(gap(now, losses(1e-6)), gap(now, losses(-1e-6)))
 
 
 def test_the_tables_of_a_gpu_are_made_from_its_lines() -> None:
