@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import funshampoo as fs
+from funshampoo import linalg
+from tests.trees import assert_unchanged, snapshot
 
 
 def two_groups(method: Any = fs.shampoo) -> tuple[nn.Sequential, fs.Optimizer]:
@@ -180,3 +182,31 @@ def test_copies_make_the_same_step(how: str) -> None:
     for p, q in zip(model.parameters(), twin.parameters()):
         assert p is not q
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_edit_that_damps_a_pseudo_inverse_is_refused_as_at_construction(steps: int) -> None:
+    """In either group, before the other one has moved."""
+    params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2, 3))]
+
+    def made(epsilon: float) -> fs.Optimizer:
+        groups = [{"params": [p]} for p in params]
+        solver = linalg.pseudo_inverse()
+        return fs.Optimizer(groups, fs.shampoo, lr=0.1, every=2, epsilon=epsilon, solver=solver)
+
+    message = "epsilon must be the number 0 for pseudo_inverse, got 0.1:"
+    with pytest.raises(ValueError, match=message):
+        made(0.1)
+    optimizer = made(0.0)
+    for p in params:
+        p.grad = torch.arange(6.0).reshape(p.shape)
+    for _ in range(steps):
+        optimizer.step()
+    for group in optimizer.param_groups:
+        before = snapshot(params, optimizer.chain_states())
+        group["epsilon"] = 0.1
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        group["epsilon"] = 0.0
+        assert_unchanged(before, params, optimizer.chain_states())
+    optimizer.step()
