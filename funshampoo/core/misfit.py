@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.clock import CLOCK
+from funshampoo.core.dependent import depends_on
 from funshampoo.core.text import plural
-from funshampoo.state.dependent import depends_on
 from funshampoo.state.stages import BlockedState, HyperparamsState, ShardedState, WrappedState
 
 # Not compared: descriptions in keys only, which do not distinguish states; and entries that may be

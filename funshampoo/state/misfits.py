@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from funshampoo.core.dependent import depends_on
 from funshampoo.core.placed import is_in_parts
 from funshampoo.core.wholes import lies_as
-from funshampoo.state.dependent import depends_on
 from funshampoo.state.parts import Part
 
 _GUARDED_NOW = (
