@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -258,6 +260,15 @@ def _compiled(step: Callable[..., Any], options: dict[str, Any]) -> Callable[...
     assert isinstance(run, types.FunctionType)
     code, scope = run.__code__.replace(), run.__globals__
     own = types.FunctionType(code, scope, run.__name__, None, run.__closure__)
+    if options.get("backend", "inductor") == "inductor":
+        _import_what_warns()
     compile_: Callable[..., Any] = torch.compile
     found: Callable[..., Any] = compile_(own, **{"fullgraph": True, "dynamic": False} | options)
     return found
+
+
+def _import_what_warns() -> None:
+    """Import what inductor does, without torch's warning of its own code: with -W error it dies."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is", DeprecationWarning)
+        importlib.import_module("torch.utils.mkldnn")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from funshampoo.core.checks import hint
 from funshampoo.core.context import PLACES, Context, as_keywords
 
 _CONTEXT = frozenset(PLACES)
@@ -50,14 +51,18 @@ class _Signature(NamedTuple):
     required: frozenset[str]  # parameters without a default
 
 
-def adapted_update(function: Callable[..., Any]) -> Adapted:
-    """Adapt `function(updates, state, params=None, **context)`, which may omit any context."""
+def adapted_update(function: Callable[..., Any], accepts: Collection[str] | None = ()) -> Adapted:
+    """Adapt `function(updates, state, params=None, **context)`, which may omit any context.
+
+    Args:
+        accepts: names that are the caller's own, however near to the context's.
+    """
     if isinstance(function, _WithoutState):
-        return _adapted(function.function, 1)
+        return _adapted(function.function, 1, accepts)
     signature = _signature(function)
     if signature.positional == 4 and signature.names[3] == "context":
         return Adapted(function, False, False, True, frozenset(), frozenset(), True, True)
-    return _adapted(function, 2)
+    return _adapted(function, 2, accepts)
 
 
 def adapted_wrapping(function: Callable[..., Any]) -> Adapted:
@@ -65,7 +70,9 @@ def adapted_wrapping(function: Callable[..., Any]) -> Adapted:
     return _adapted(function, 3)
 
 
-def _adapted(function: Callable[..., Any], required: int) -> Adapted:
+def _adapted(
+    function: Callable[..., Any], required: int, accepts: Collection[str] | None = ()
+) -> Adapted:
     """Adapt a function of (updates), (updates, state) or (run, updates, state), and any context."""
     check_places(function, "update", _PLACES[required])
     positional, names, keywords, variadic, any_keyword, without_default = _signature(function)
@@ -79,6 +86,10 @@ def _adapted(function: Callable[..., Any], required: int) -> Adapted:
     declared = keywords - set(names[: required + by_place]) - {"params"}
     fields = [(name, PLACES[name]) for name in sorted(declared & _CONTEXT)]
     own = declared - _CONTEXT - {"previous"}
+    others = own.difference(accepts or ())
+    remedy = " Give a value of the caller's another name"
+    remedy += ", or name it in accepts=[...]." * (required < 3) or "."  # `wrapping` has none
+    _check_spelling(function, "update", others, (*PLACES, "previous"), remedy)
 
     def call(updates: Any, state: Any, params: Any, context: Context, run: Any = None) -> Any:
         given = as_keywords(context) if any_keyword else {n: context[i] for n, i in fields}
@@ -119,7 +130,9 @@ def adapted_flops(function: Callable[..., float] | None) -> Callable[..., float]
     """`call(block, kept, apart)` for a function that may omit the last, or for None."""
     if function is None:
         return lambda block, kept, apart: 0.0
-    if "apart" in _signature(function).keywords:
+    keywords = _signature(function).keywords
+    _check_spelling(function, "flops", keywords, ("apart",))
+    if "apart" in keywords:
         return function
     return lambda block, kept, apart: function(block, kept)
 
@@ -128,6 +141,7 @@ def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, An
     """`call(params, context)` for a function that declares the context it needs."""
     check_places(function, "init", ("params",), _OF_INIT)
     signature = _signature(function)
+    _check_spelling(function, "init", signature.keywords - {"params"}, _OF_INIT)
 
     def call(params: Any, context: Mapping[str, Any]) -> Any:
         unknown = sorted(context.keys() - _OF_INIT)
@@ -168,6 +182,26 @@ def check_places(
     if few or (further is not None and not others.issubset(further)):
         called = f"it is called with ({', '.join(given)})"
         raise TypeError(f"{_shown(function, role)}; {called}{remedy and ': '}{remedy}.")
+
+
+def _check_spelling(
+    function: Callable[..., Any],
+    role: str,
+    own: Collection[str],
+    known: Collection[str],
+    remedy: str = "",
+) -> None:
+    """Check that no name is nearly one that it would get: it would silently keep its default.
+
+    Raises:
+        TypeError: one is.
+    """
+    if torch.compiler.is_dynamo_compiling():  # which has seen it built before
+        return
+    for name in sorted(set(own).difference(known)):
+        near = hint(name, known, least=0.8)
+        if near != ".":
+            raise TypeError(f"{_shown(function, role)}: nobody passes '{name}'{near}{remedy}")
 
 
 def _shown(function: Callable[..., Any], role: str) -> str:

@@ -113,8 +113,8 @@ def context_of(
     for name in sorted(wanted):
         if name not in own:
             raise TypeError(
-                f"a stage here needs '{name}': pass {name}=... to update. For steps without one, "
-                "and for Optimizer.step, which passes none, give the keyword a default."
+                f"a stage here needs '{name}': pass {name}=... to update. So for Optimizer.step; "
+                "for steps without one, give the keyword a default."
             )
     for name in ("donate", "refresh"):
         if names.get(name) is not None:
@@ -169,6 +169,23 @@ def _check_known(name: str, accepted: Collection[str] | None) -> None:
         f"no stage here knows '{name}'{near} A stage that wants a value of the caller's declares "
         "its name as a keyword of update."
     )
+
+
+def check_own(names: Collection[str], accepted: Sequence[Collection[str] | None]) -> None:
+    """Check that these are the caller's own names, and that a chain knows each.
+
+    Args:
+        accepted: by each chain; None: any.
+
+    Raises:
+        TypeError: nobody knows a name, or the context has another value of that name.
+    """
+    known = None if None in accepted else {name for own in accepted for name in own or ()}
+    for name in names:
+        if name in PLACES:
+            raise TypeError(f"'{name}' is not the caller's to say here: the optimizer itself does.")
+        if known is None or name not in known:
+            _check_known(name, known)
 
 
 def check_heard(given: Collection[str], known: frozenset[str] | None) -> None:

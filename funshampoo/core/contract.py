@@ -25,6 +25,7 @@ from funshampoo.core.adapting import (
     name_of,
     without_state,
 )
+from funshampoo.core.built_with import built_with
 from funshampoo.core.checks import check_state
 from funshampoo.core.context import Context, changed, context_of
 from funshampoo.core.fit import Entered, Fits
@@ -32,7 +33,7 @@ from funshampoo.core.interrupted import Watched
 from funshampoo.core.live import Live, check_placed, check_values, numbers_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import without_parameters
-from funshampoo.core.of_parts import checks_of, names_of, united
+from funshampoo.core.of_parts import checks_of, united
 from funshampoo.core.parameters import as_entering, check_parameters, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.traits import Traits, first_traits, wanted_by
@@ -145,13 +146,13 @@ class GradientTransformation:
         self.state_of, self.spread = state_of, spread
         self._given = {"init": init, "update": update, "apply": apply}
         self._init = adapted_init(init)
-        adapted = adapted_update(update)
+        adapted = adapted_update(update, accepts)
         self.run: Callable[[Tree, State, Tree, Context], tuple[Tree, State]] = adapted.call
         self.apply = apply
         self._phase, self._flops = phase, adapted_flops(flops)
         self.check: Callable[[State, Context], None] = check or checks_of(self.parts, state_of)
         self.passes, self.elementwise, self.casts = passes, elementwise, casts
-        self._fits = Fits(self._made, lambda: names_of(self))
+        self._fits = Fits(self._made, lambda: built_with(self))
         children: list[Any] = list(self.parts.values())
         counting = adapted.counts or any([part.counts for part in children])
         self.counts: bool = counting if counts is None else counts
@@ -308,7 +309,7 @@ def renamed(stage: GradientTransformation, name: str) -> GradientTransformation:
     """The same transformation under another name."""
     found = copy.copy(stage)
     found.name = name
-    found._fits = Fits(found._made, lambda: names_of(found))
+    found._fits = Fits(found._made, lambda: built_with(found))
     return found
 
 

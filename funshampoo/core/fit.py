@@ -82,23 +82,24 @@ class _Known(NamedTuple):
 
 
 _ELSEWHERE: dict[Any, list[_Known]] = {}
-"""{names of a transformation and its parts: the looks that were known most recently}."""
+"""{what a transformation was built with: the looks that were known most recently}."""
 
 
 class Fits:
     """The states that belong to a transformation, and their parameters: those that `init` makes.
 
     Their looks are remembered. For another state, perhaps left by an earlier process, `init` is
-    called again, for parameters on the meta device, unless a transformation with the same names
-    has known it: a loop may rebuild its chain for every step.
+    called again, for parameters on the meta device, unless a transformation that was built with the
+    same has known it: a loop may rebuild its chain for every step.
 
     Args:
         init: (params, context) -> state.
-        names: of the transformation and its parts.
+        built_with: what that `init` depends on besides.
     """
 
-    def __init__(self, init: Callable[[Any, Any], Any], names: Callable[[], Any]) -> None:
-        self._init, self._names = init, names
+    def __init__(self, init: Callable[[Any, Any], Any], built_with: Callable[[], Any]) -> None:
+        self._init, self._built_with = init, built_with
+        self._own: Any = None  # what that returned
         self._known: list[_Known] = []
         self._last: tuple[Any, Callable[[], Any], Looks | None] = (0, lambda: None, None)
         self._stepped = False  # since the last addition
@@ -165,7 +166,7 @@ class Fits:
     def _knows(self, spec: Any, leaves: list[Any], nodes: list[Any], tensors: list[Any]) -> bool:
         """Whether this is a known one, which then becomes the last to be forgotten."""
         if not self._known:
-            self._known = list(_ELSEWHERE.get(self._names(), ()))
+            self._known = list(_ELSEWHERE.get(self._key(), ()))
         known = self._known  # replaced, never written to: another thread may be reading it
         for i, one in enumerate(known):
             same = one.tensors == tensors and one.leaves == leaves and one.nodes == nodes
@@ -175,12 +176,17 @@ class Fits:
                 return True
         return False
 
+    def _key(self) -> Any:
+        if self._own is None:
+            self._own = self._built_with()
+        return self._own
+
     def _remember(self, spec: Any, *looks: list[Any]) -> None:
         known = _Known(spec, *looks)
         self._known = [known, *self._known[: _REMEMBERED - 1]]
         self._stepped = False
-        names = self._names()
-        _ELSEWHERE[names] = [known, *_ELSEWHERE.pop(names, [])[:7]]
+        own = self._key()
+        _ELSEWHERE[own] = [known, *_ELSEWHERE.pop(own, [])[:7]]
         if len(_ELSEWHERE) > _REMEMBERED:
             _ELSEWHERE.pop(next(iter(_ELSEWHERE)), None)
 

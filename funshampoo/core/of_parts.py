@@ -50,12 +50,6 @@ def check_of_every(inner: GradientTransformation, k: int) -> Callable[[Any, Cont
     return check
 
 
-def names_of(transformation: GradientTransformation) -> tuple[Any, ...]:
-    """Its name, and those of everything in it."""
-    parts = transformation.parts.items()
-    return transformation.name, *[(label, *names_of(part)) for label, part in parts]
-
-
 def steps_of(state: Any) -> Any:
     """The counter of a state that counts for itself and its contents; () if it has none."""
     own = state.get(CLOCK) if isinstance(state, dict) else state

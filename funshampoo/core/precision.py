@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from funshampoo.core.forked import whole_at_a_fork
+
 _Place = tuple[str, str]
 
 _HAS_PLACES = hasattr(torch._C, "_get_fp32_precision_getter")  # torch 2.9
@@ -40,8 +42,9 @@ class FullProducts:
         own: whether it belongs to a thread in `rounded_products`, whose rounding then resumes.
     """
 
+    _lock = whole_at_a_fork(threading.Lock())
+
     def __init__(self, own: bool = False) -> None:
-        self._lock = threading.Lock()
         self._own = own
         self._inside = 0
         self._before: Setting | None = None

@@ -11,7 +11,7 @@ a step with all ranks, this costs one sum of two integers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Joining:
         """The chains of all groups."""
         raise NotImplementedError
 
-    def _step_groups(self) -> None:
+    def _step_groups(self, values: Mapping[str, Any]) -> None:
         """What `step` does, without a closure and without `_sync_joined`."""
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class _Hook:
         here = self._optimizer
         share(here.param_groups, here.join_process_group, here.join_device, live=False)
         with torch.no_grad():
-            here._step_groups()
+            here._step_groups({})
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """Called when all ranks have ended: steps are ordinary again."""

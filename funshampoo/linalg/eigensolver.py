@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import Hyper
-from funshampoo.core.live import is_exactly
+from funshampoo.core.live import Live, initial, is_exactly
 from funshampoo.core.modes import full_precision
 from funshampoo.linalg.adaptive import spectrum_near
 from funshampoo.linalg.solver import (
@@ -156,6 +156,9 @@ class pseudo_inverse(EigenSolver):
 
 def check_undamped(epsilon: Hyper) -> None:
     """Raise for damping of `pseudo_inverse`: where a chain is built, and where it is used."""
+    if isinstance(epsilon, Live):  # a later value of it is checked before the step
+        epsilon.note(check_undamped)
+        epsilon = initial(epsilon)
     if not is_exactly(epsilon, 0):
         raise ValueError(
             f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would "

@@ -52,9 +52,10 @@ def averaged_as_published(
     check_range("train_interp_coeff", interpolation, 0.0, 1.0, low_open=True)
     if average is not None:
         check_range("eval_interp_coeff", average, 0.0, 1.0, high_open=True)
+    scheduled = callable(learning_rate)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> Any:
-        rate = LearningRateState(started(callable(learning_rate), clock))
+        rate = LearningRateState(started(scheduled, clock))
         if average is not None:
             return PrimalAverageState(copies(params), copies(params), rate)
         total, largest, seen = (_zeros(params, block_ndim, own_steps) for _ in range(3))
@@ -91,7 +92,7 @@ def averaged_as_published(
         init,
         update,
         "schedule_free" if average is None else "primal_average",
-        counts=callable(learning_rate),
+        counts=scheduled,
         numbers=[learning_rate, weight_decay, peak],
         elementwise=True,
         minds_alive=False,

@@ -88,9 +88,10 @@ def leafwise_at_rate(
 
     State: `LearningRateState`.
     """
+    scheduled = callable(learning_rate)
 
     def init(params: Tree, *, clock: bool = False) -> LearningRateState:
-        return LearningRateState(started(callable(learning_rate), clock))
+        return LearningRateState(started(scheduled, clock))
 
     def update(
         updates: Tree, state: LearningRateState, params: Tree, context: Context

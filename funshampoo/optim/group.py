@@ -146,11 +146,12 @@ class GroupRun:
         self._built, self.known, self._state, self._snapshot, fresh = ready
         self._fresh = Watched(self._state).begin() if fresh else None
 
-    def entering(self, watched: Watched) -> Entering | None:
+    def entering(self, watched: Watched, values: Mapping[str, Any]) -> Entering | None:
         """The prepared step with its inputs checked; None if the group has no parameters to step.
 
         Args:
             watched: this run's, from `watched`.
+            values: the caller's own, of which this method gets those that it declares.
 
         Raises:
             FailureLimitError: gradients or roots failed too often in a row.
@@ -166,7 +167,8 @@ class GroupRun:
         gradients = {name: p.grad if p.requires_grad else None for name, p in own.items()}
         params = dict(zip(own, detached(own.values())))
         tx = built.transformation
-        names = {"donate": True, "hyper": built.hyper}
+        declared = {n: x for n, x in values.items() if tx.accepts is None or n in tx.accepts}
+        names = {**declared, "donate": True, "hyper": built.hyper}
         given = context_of(names, tx.accepts, tx.live, tx.wants)
         ascends = self.group.get("maximize", False)
         return Entering(tx, gradients, self._state, params, given, ascends).checked(watched.state)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from funshampoo.core.context import check_own
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.tree import HALF
 from funshampoo.optim.agreement import OptimizerAgreement
@@ -55,8 +56,11 @@ class Memory:
         """Called before a collective that is not part of a step; see `OptimizerAgreement`."""
         self._agreement.check_same_call(call)
 
-    def step(self) -> None:
+    def step(self, values: Mapping[str, Any]) -> None:
         """Step all groups as they are now. An exception after a first write marks all as half done.
+
+        Args:
+            values: the caller's own, by the names that stages declare.
 
         Raises:
             FailureLimitError, ValueError, TypeError: from any group, before anything has moved in
@@ -65,8 +69,10 @@ class Memory:
         """
         self.apply_edits()
         runs = self.runs
+        if values:
+            check_own(values, [tx.accepts for run in runs if (tx := run.transformation)])
         watched = [run.watched() for run in runs]
-        entering = [run.entering(watch) for run, watch in zip(runs, watched)]
+        entering = [run.entering(watch, values) for run, watch in zip(runs, watched)]
         try:
             for run, step in zip(runs, entering):
                 run.step(step)

@@ -165,10 +165,10 @@ class Optimizer(torch.optim.Optimizer, Joining):
         return self._memory
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **values: Any) -> Any:
         """One step. A closure is called first, with gradients enabled; its loss is returned.
 
-        Raises:
+        Stages of yours get those `values` whose names they declare, as value=loss. Raises:
             RuntimeError: a sparse gradient (names the parameter).
             TypeError, ValueError: an edit in param_groups is out of range, or changes the blocks.
                 As with a sparse gradient, nothing has moved.
@@ -182,13 +182,13 @@ class Optimizer(torch.optim.Optimizer, Joining):
             with torch.enable_grad():
                 loss = closure()
         self._sync_joined()
-        self._step_groups()
+        self._step_groups(values)
         return loss
 
     @_disable_dynamo  # torch.compiler.disable, without two seconds of import
-    def _step_groups(self) -> None:
+    def _step_groups(self, values: Mapping[str, Any]) -> None:
         """Not traced when a whole step is compiled: `compile=True` handles that."""
-        self._match().step()
+        self._match().step(values)
         self._whole = None
 
     def _chains(self) -> list[GradientTransformation]:

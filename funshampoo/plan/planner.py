@@ -209,6 +209,15 @@ def _planned(
     }
 
 
+def _in_dicts(tree: Any) -> Any:
+    """The tree with dicts for mappings of other kinds, at any depth."""
+
+    def opened(x: Any) -> Any:
+        return _in_dicts(dict(x)) if isinstance(x, Mapping) else x
+
+    return optree.tree_map(opened, tree, none_is_leaf=True)
+
+
 def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The tree of meta tensors with the model's shapes; see `plan`.
 
@@ -223,8 +232,7 @@ def meta_parameters(model: str | nn.Module | Mapping[str, Any], dtype: torch.dty
         model = model_shapes(model)
     elif isinstance(model, nn.Module):
         model = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    elif isinstance(model, Mapping) and not isinstance(model, dict):
-        model = dict(model)
+    model = _in_dicts(model)
     leaves = flatten(model)[0]
     of_tensors = bool(leaves) and all(isinstance(x, Tensor) for x in leaves)
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from funshampoo.core.forked import whole_at_a_fork
 from funshampoo.core.modes import in_a_mode
 
-_SETTING = threading.Lock()
+_SETTING = whole_at_a_fork(threading.Lock())
 
 
 class Workers:

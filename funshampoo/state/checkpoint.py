@@ -26,6 +26,7 @@ from funshampoo.state.values import problems
 
 FORMAT = 2
 FORMAT_KEY = "funshampoo/format"
+_CLOCK_OF_SHARDED = "sharded/steps"
 
 
 class Loaded(NamedTuple):
@@ -206,7 +207,7 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
     _check_format(saved)
     part = Part.read(saved[PART_KEY]) if PART_KEY in saved else None
     places = {entry.name: entry for entry in named(state)}
-    saved = _repacked(saved, places)
+    saved = _with_clock(_repacked(saved, places), places)
     missing = [name for name in places if name not in saved]
     foreign = [name for name in saved if name not in places and not is_note(name)]
     elsewhere = dict.fromkeys(owned_elsewhere(state), False)  # are blocks of other ranks there?
@@ -295,6 +296,19 @@ def _repacked(saved: Mapping[str, Tensor], places: Mapping[str, Named]) -> dict[
         else x
         for name, x in saved.items()
     }
+
+
+def _with_clock(saved: dict[str, Tensor], places: Mapping[str, Named]) -> dict[str, Tensor]:
+    """The checkpoint with its clock where the state has its own.
+
+    Outside of blocks `sharded` counts in place of what is in it, and even if nothing there does.
+    """
+    ours = [name for name, x in places.items() if x.kind == "steps" and name not in saved]
+    theirs = [name for name in saved if name.endswith("/steps") and name not in places]
+    if len(theirs) != 1 or len(ours) > 1 or _CLOCK_OF_SHARDED not in (*ours, *theirs):
+        return saved
+    steps = saved.pop(theirs[0])
+    return saved | dict.fromkeys(ours, steps)
 
 
 def _is_symmetric(name: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from funshampoo.core.dependent import depends_on
 from funshampoo.core.placed import is_in_parts
 from funshampoo.core.wholes import lies_as
 from funshampoo.state.parts import Part
@@ -18,6 +19,13 @@ _GUARDED_NOW = (
 _GUARDED_THEN = (
     "The checkpoint's chain held what is not finite, and this one does not: to go on as it was, "
     "give guard=True, or guarded(...) around it; with strict=False the counts are left out."
+)
+_COUNTS_NOW = (
+    "This chain counts steps, and the checkpoint's did not: with strict=False the count "
+    "begins at 0."
+)
+_COUNTED_THEN = (
+    "The checkpoint's chain counted steps, and this one does not: strict=False leaves that out."
 )
 
 
@@ -67,6 +75,10 @@ def report(misfits: list[str], missing: list[str], unknown: list[str], part: Par
         )
     for names, remedy in ((missing, _GUARDED_NOW), (unknown, _GUARDED_THEN)):
         if names and all(["guarded/" in name for name in names]):
+            lines.append(remedy)
+    lines += filter(None, [depends_on([*missing, *unknown]).strip()])
+    for names, remedy in ((missing, _COUNTS_NOW), (unknown, _COUNTED_THEN)):
+        if [*missing, *unknown] == names and len(names) == 1 and names[0].endswith("/steps"):
             lines.append(remedy)
     if missing or unknown:
         # Not "strict=False" alone: torch's flattened helpers have one that does not reach this.

@@ -48,15 +48,16 @@ def ema_nesterov(look_ahead: Hyper | Schedule, beta: Hyper = 0.9) -> GradientTra
     """
     check_range("look_ahead", look_ahead, 0.0, schedule=True)
     check_range("beta", beta, 0.0, 1.0, high_open=True)
+    scheduled = callable(look_ahead)
 
     def init(params: Tree, *, clock: bool = False) -> EmaNesterovState:
-        steps = started(callable(look_ahead), clock)
+        steps = started(scheduled, clock)
         return EmaNesterovState(copies(params), full_like(params, 0.0), steps)
 
     def update(
         updates: Tree, state: EmaNesterovState, params: Tree, context: Context
     ) -> tuple[Tree, EmaNesterovState]:
-        done = count_of(state.steps, context) + 1 if callable(look_ahead) else None
+        done = count_of(state.steps, context) + 1 if scheduled else None
         s = value_at(look_ahead, done, context.hyper)
         decay = number(beta, context.hyper)
 

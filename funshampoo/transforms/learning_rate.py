@@ -60,9 +60,10 @@ def scale_by_learning_rate(
     check_rate(learning_rate)
     check_flags(flip_sign=flip_sign)
     sign = -1 if flip_sign else 1
+    scheduled = callable(learning_rate)
 
     def init(params: Tree, *, clock: bool = False) -> LearningRateState:
-        return LearningRateState(started(callable(learning_rate), clock))
+        return LearningRateState(started(scheduled, clock))
 
     def update(
         updates: Tree, state: LearningRateState, params: Tree, context: Context
@@ -72,7 +73,7 @@ def scale_by_learning_rate(
         return _times(updates, sign * rate), new
 
     stage = GradientTransformation(
-        init, update, counts=callable(learning_rate), numbers=[learning_rate], elementwise=True
+        init, update, counts=scheduled, numbers=[learning_rate], elementwise=True
     )
     return with_traits(stage, DIRECTED, FLIPS) if flip_sign else stage
 

@@ -58,9 +58,10 @@ def primal_average(
     check_rate(learning_rate)
     check_range("average", average, 0.0, 1.0, high_open=True)
     check_range("interpolation", interpolation, 0.0, 1.0)
+    scheduled = callable(learning_rate)
 
     def init(params: Tree, *, clock: bool = False) -> PrimalAverageState:
-        rate = LearningRateState(started(callable(learning_rate), clock))
+        rate = LearningRateState(started(scheduled, clock))
         return PrimalAverageState(copies(params), copies(params), rate)
 
     def update(

@@ -66,12 +66,13 @@ def schedule_free(
     check_range("r", r, 0.0)
     check_range("weight_lr_power", weight_lr_power, 0.0)
     check_flag("own_steps", own_steps)
+    scheduled = callable(learning_rate)
 
     def init(params: Tree, *, block_ndim: int = 0, clock: bool = False) -> ScheduleFreeState:
         total, largest, seen = (
             first_weights(params, block_ndim, corrects=True, own_steps=own_steps) for _ in range(3)
         )
-        rate = LearningRateState(started(callable(learning_rate), clock))
+        rate = LearningRateState(started(scheduled, clock))
         return ScheduleFreeState(copies(params), copies(params), total, largest, seen, rate)
 
     def update(

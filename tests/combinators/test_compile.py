@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import OrderedDict, defaultdict
 from functools import partial
 from typing import Any
@@ -105,6 +107,18 @@ def test_without_either_the_error_says_what_to_pass() -> None:
     compiled = torch.compile(tx.update, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"compiled\(tx\).*\s+refresh=funshampoo.refresh_due"):
         compiled(gradient(1), tx.init(params()), params())
+
+
+def test_warnings_as_errors_end_no_step() -> None:
+    """Inductor imports code of torch's that warns of itself. In a process that has not yet."""
+    script = """
+import sys
+from funshampoo.combinators.compilation import _compiled
+_compiled(lambda *step: None, {})
+assert "torch._inductor.fx_passes.pre_grad" not in sys.modules
+import torch._inductor.compile_fx
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=300)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")

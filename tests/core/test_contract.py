@@ -162,6 +162,46 @@ def test_where_any_keyword_is_taken_a_typo_is_an_error_all_the_same() -> None:
         tx.update(params, tx.init(params), value=1.0, refesh=True)
 
 
+MISSPELT: dict[str, tuple[Any, str]] = {
+    "update": (lambda u, s, *, refesh=None: (u, s), "'refesh'; did you mean 'refresh'.*accepts="),
+    "by place": (lambda u, s, p=None, aliv=None: (u, s), "'aliv'; did you mean 'alive'"),
+    "required": (lambda u, s, *, gradients: (u, s), "'gradients'; did you mean 'gradient'"),
+    "all others": (lambda u, s, *, previos=(): (u, s), "'previos'; did you mean 'previous'"),
+}
+
+
+@pytest.mark.parametrize("way", ["stage", "pair", "stateless"])
+@pytest.mark.parametrize("update", MISSPELT)
+def test_a_misspelt_keyword_is_refused_when_a_stage_is_built(update: str, way: str) -> None:
+    """With a default it would never be missed: `alive` of a typo is None for ever."""
+    function, message = MISSPELT[update]
+    build: dict[str, Any] = {
+        "stage": lambda: fs.GradientTransformation(lambda params: (), function),
+        "pair": lambda: fs.chain((lambda params: (), function)),
+        "stateless": lambda: fs.stateless(function),
+    }
+    with pytest.raises(TypeError, match=message):
+        build[way]()
+
+
+def test_a_misspelt_keyword_of_other_functions_is_refused() -> None:
+    with pytest.raises(TypeError, match="update is .*'aliv'; did you mean 'alive'.*another name.$"):
+        fs.wrapping(fs.scale(1.0), lambda run, updates, own, *, aliv=None: (run(updates), own))
+    with pytest.raises(TypeError, match="init is .*'upsteam'; did you mean 'upstream'"):
+        fs.GradientTransformation(lambda params, upsteam=(): params, two)
+    with pytest.raises(TypeError, match="flops is .*'appart'; did you mean 'apart'"):
+        fs.GradientTransformation(lambda p: (), two, flops=lambda block, kept, appart=False: 0.0)
+
+
+def test_a_value_of_the_callers_may_have_a_similar_name() -> None:
+    def update(updates: Any, state: Any, *, layer: float = 1.0, loss: float = 1.0) -> Any:
+        return {k: u * layer * loss for k, u in updates.items()}, state
+
+    tx = fs.GradientTransformation(lambda params: (), update, accepts=["layer"])
+    found, _ = tx.update({"w": torch.ones(1)}, (), layer=2.0, loss=3.0)
+    assert found["w"].item() == 6.0
+
+
 def test_a_stage_has_to_return_a_pair() -> None:
     def bare(updates: Any, state: Any) -> Any:
         return updates

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import funshampoo as fs
+from funshampoo import linalg
+from tests.trees import assert_unchanged, snapshot
 
 
 def two_groups(method: Any = fs.shampoo) -> tuple[nn.Sequential, fs.Optimizer]:
@@ -180,3 +182,62 @@ def test_copies_make_the_same_step(how: str) -> None:
     for p, q in zip(model.parameters(), twin.parameters()):
         assert p is not q
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_edit_that_damps_a_pseudo_inverse_is_refused_as_at_construction(steps: int) -> None:
+    """In either group, before the other one has moved."""
+    params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2, 3))]
+
+    def made(epsilon: float) -> fs.Optimizer:
+        groups = [{"params": [p]} for p in params]
+        solver = linalg.pseudo_inverse()
+        return fs.Optimizer(groups, fs.shampoo, lr=0.1, every=2, epsilon=epsilon, solver=solver)
+
+    message = "epsilon must be the number 0 for pseudo_inverse, got 0.1:"
+    with pytest.raises(ValueError, match=message):
+        made(0.1)
+    optimizer = made(0.0)
+    for p in params:
+        p.grad = torch.arange(6.0).reshape(p.shape)
+    for _ in range(steps):
+        optimizer.step()
+    for group in optimizer.param_groups:
+        before = snapshot(params, optimizer.chain_states())
+        group["epsilon"] = 0.1
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        group["epsilon"] = 0.0
+        assert_unchanged(before, params, optimizer.chain_states())
+    optimizer.step()
+
+
+def scaled_by_value(learning_rate: float = 0.1) -> fs.GradientTransformation:
+    """A recipe with a stage that needs a value of the caller's."""
+
+    def update(updates: Any, state: Any, *, value: float) -> Any:
+        return {name: u * value for name, u in updates.items()}, state
+
+    stage = fs.GradientTransformation(lambda params: (), update)
+    return fs.chain(stage, fs.scale_by_learning_rate(learning_rate))
+
+
+def test_a_step_passes_on_the_values_that_stages_declare() -> None:
+    """To the group whose method declares one; what nobody does is an error before any has moved."""
+    params = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    groups: list[Any] = [{"params": [params[0]], "method": scaled_by_value, "lr": 0.5}]
+    groups.append({"params": [params[1]]})
+    optimizer = fs.Optimizer(groups, fs.sgd, lr=0.5)
+    for p in params:
+        p.grad = torch.ones(2)
+    for values, message in (
+        ({}, "needs 'value'"),
+        ({"value": 2.0, "vlaue": 3.0}, "no stage here knows 'vlaue'; did you mean 'value'"),
+        ({"value": 2.0, "refresh": True}, "'refresh' is not the caller's to say here"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            optimizer.step(**values)
+        assert all([torch.equal(p, torch.zeros(2)) for p in params])
+    assert optimizer.step(lambda: 7.0, value=3.0) == 7.0
+    torch.testing.assert_close(params[0].detach(), torch.full((2,), -1.5))
+    torch.testing.assert_close(params[1].detach(), torch.full((2,), -0.5))

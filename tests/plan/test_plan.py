@@ -8,8 +8,9 @@ import math
 import re
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict, UserDict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optree
@@ -130,6 +131,14 @@ def test_trees_of_tensors_are_planned_as_they_are(kind: Any) -> None:
     assert found.ranks[0].state_bytes == sum(x.nbytes for x in tensors(tx.init(params)))
     layout = layout_of(leaf_keys(tensors(params)), 8, "small", 2)
     assert list(found.stacks) == list(layout.stacks)
+
+
+@pytest.mark.parametrize("leaf", [torch.ones(9, 3), (9, 3)], ids=["tensors", "shapes"])
+@pytest.mark.parametrize("kind", [OrderedDict, MappingProxyType, ChainMap, UserDict])
+def test_mappings_of_any_kind_at_any_depth(kind: Any, leaf: Any) -> None:
+    inside = {"b": kind({"c": leaf}), "d": [leaf]}
+    wanted = plan({"a": {"b": {"c": leaf}, "d": [leaf]}}, 2)
+    assert plan({"a": kind(inside)}, 2) == plan(kind({"a": inside}), 2) == wanted
 
 
 def test_owners_are_those_that_the_layout_of_a_job_gets() -> None:

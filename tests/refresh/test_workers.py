@@ -206,6 +206,50 @@ def test_a_forked_child_makes_its_own_threads() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+FORKS = """
+import os, sys, threading, time, warnings
+import torch
+import funshampoo as fs
+from funshampoo.core.precision import FullProducts
+from funshampoo.refresh import workers
+torch.set_num_threads(2)
+tx, params = fs.shampoo(0.1, every=1, max_size=8), {"w": torch.ones(32, 8)}
+grads = {"w": torch.randn(32, 8)}
+_, state = tx.update(grads, tx.init(params), params)
+assert workers._POOLS
+locks = [workers._SETTING, FullProducts._lock]
+held = threading.Event()
+def hold():
+    for lock in locks:
+        lock.acquire()
+    held.set()
+    time.sleep(0.5)
+    for lock in locks:
+        lock.release()
+threading.Thread(target=hold).start()
+held.wait()
+warnings.simplefilter("ignore")
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # else torch's own kernel threads may be waited for
+    found, state = tx.update(grads, state, params)
+    free = all([lock.acquire(timeout=5) for lock in locks])
+    os._exit(0 if free and found["w"].isfinite().all() else 1)
+deadline = time.monotonic() + 120
+while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+    time.sleep(0.05)
+if ended == (0, 0):
+    os.kill(child, 9)
+sys.exit(ended != (child, 0))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_steps_whatever_other_threads_held() -> None:
+    """With one kernel thread: torch's own do not exist there, and libgomp would wait for them."""
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=300)
+
+
 @pytest.mark.parametrize("stagger", [False, True])
 def test_threads_change_no_number(stagger: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refreshes by several threads are those of one process with one thread, to the last bit."""

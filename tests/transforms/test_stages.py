@@ -10,6 +10,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo import linalg
+from funshampoo.core.live import Live
 from funshampoo.linalg import InverseRoot
 from funshampoo.operators.exponents import side_exponents
 from funshampoo.operators.mode_products import precondition, unfold
@@ -206,6 +207,16 @@ def test_a_non_finite_block_spares_the_others(solver: Any) -> None:
 def test_damping_of_a_pseudo_inverse_is_refused_before_any_step(make: Any, epsilon: Any) -> None:
     with pytest.raises(ValueError, match="epsilon must be the number 0 for pseudo_inverse"):
         make(epsilon=epsilon, solver=linalg.pseudo_inverse())
+
+
+def test_damping_of_a_pseudo_inverse_by_a_live_number_is_refused_on_any_step() -> None:
+    """Not on the next refresh, when the statistics have been written to."""
+    params = {"w": torch.ones(2, 3)}
+    tx = fs.shampoo(0.1, start=3, epsilon=Live("epsilon", 0.0), solver=linalg.pseudo_inverse())
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="number 0 for pseudo_inverse, got 0.1"):
+        tx.update(params, state, params, hyper={"epsilon": 0.1})
+    tx.update(params, state, params, hyper={"epsilon": 0.0})
 
 
 def test_trace_scaling() -> None:

@@ -1,0 +1,190 @@
+"""A state of a stage that was built with other options: it goes on, or the error says what differs.
+
+What a stage keeps may depend on its options: Adam has no first moment if beta1 is 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import Tensor
+
+import funshampoo as fs
+from funshampoo.state import load_state_dict, state_dict
+from tests.test_bad_input import tree
+from tests.trees import assert_unchanged, clone, snapshot, tensors
+
+Makers = list[Callable[[], fs.GradientTransformation]]
+
+
+def schedule(count: Tensor) -> float:
+    return 0.1
+
+
+def with_each(make: Callable[..., Any], *options: dict[str, Any], first: Any = ()) -> Makers:
+    return [functools.partial(make, *first, **own) for own in ({}, *options)]
+
+
+def rooted(graft: Any = None, **options: Any) -> fs.GradientTransformation:
+    root = fs.root_inverse(**{"every": 2, "start": 1, **options})
+    roots = root if graft is None else fs.graft(root, fs.scale_by_adam(graft))
+    return fs.blocked(fs.chain(fs.kronecker_statistics(0.9), roots), max_size=4)
+
+
+def based(beta1: float = 0.9, through: str = "", **options: Any) -> fs.GradientTransformation:
+    basis = fs.in_eigenbasis(fs.scale_by_adam(beta1), 2, **options)
+    kl: Any = {"through": through, "least_eigenvalue": 0.1}
+    statistics = fs.kl_statistics(0.9, **kl) if through else fs.kronecker_statistics(0.9)
+    return fs.blocked(fs.chain(statistics, basis), max_size=4)
+
+
+def guarded(**options: Any) -> fs.GradientTransformation:
+    return fs.guarded(fs.trace(0.9), **options)
+
+
+AT_RATES = (fs.scale_by_learning_rate, fs.hyperball, fs.schedule_free, fs.ema_nesterov, fs.adamw)
+OWN = {"own_steps": False}
+OTHERS: dict[str, Makers] = {
+    "trace": with_each(
+        fs.trace, {"dampening": 0.5}, {"dampening": 0.5, "dampen_first_step": False}
+    ),
+    "ema": with_each(fs.ema, {"beta1": 0.0}, {"bias_correction": False}, OWN),
+    "scale_by_adam": with_each(
+        fs.scale_by_adam, {"beta1": 0.0}, {"nesterov": True}, {"weighted": False}, OWN
+    ),
+    "scale_by_second_moment": with_each(
+        fs.scale_by_second_moment, {"beta2": 1.0}, {"bias_correction": False}, OWN
+    ),
+    "kronecker_statistics": with_each(
+        fs.kronecker_statistics, {"every": 2}, {"packed": True}, {"sides": "smaller"}, OWN
+    ),
+    "root_inverse": with_each(
+        rooted,
+        {"basis_tolerance": 0.1},
+        {"exponents": {1: 0.0, 2: 0.25}},
+        {"graft": 0.0},
+        {"graft": 0.9},
+    ),
+    "in_eigenbasis": with_each(
+        based, {"beta1": 0.0}, {"first": "identity"}, {"stagger": True}, {"through": "eigenvalues"}
+    ),
+    "kl_statistics": with_each(
+        lambda through="eigenvalues": based(through=through, first="identity"), {"through": "ritz"}
+    ),
+    "guarded": with_each(guarded, {"every": 2}, {"spike_factor": 2.0}, {"by_leaf": True}),
+    "tail_average": with_each(fs.tail_average, {"start": 3}, {"beta": 0.9}),
+    "normalize_rows": with_each(fs.normalize_rows, {"flatten_sides": False}),
+    "multi_steps": with_each(fs.multi_steps, {"every": 2}, first=[fs.trace(0.9)])[1:],
+    "sharded": [
+        lambda: fs.adamw(0.1),
+        lambda: fs.adamw(schedule),
+        lambda: fs.adamw(0.1, distribute=fs.sharded),
+        lambda: fs.adamw(schedule, distribute=fs.sharded),
+    ],
+    **{f.__name__: [functools.partial(f, rate) for rate in (0.1, schedule)] for f in AT_RATES},
+    "shampoo": with_each(
+        fs.shampoo,
+        {"beta1": 0.0},
+        {"grafting": None},
+        {"statistics_every": 10},
+        first=[0.1],
+    ),
+}
+
+
+def refused(function: Callable[[], Any], message: str) -> bool:
+    """Whether it raises ValueError, which then says this; nothing else may be raised."""
+    said = []
+    try:
+        function()
+    except ValueError as error:
+        said = [str(error)]
+    assert all([message in text for text in said])
+    return bool(said)
+
+
+def goes_on(make: Any, state: Any, params: Any) -> bool:
+    """A step in place with a new transformation: it works as ever, or changes nothing."""
+    before, found = snapshot(state, params), [state]
+
+    def step() -> None:
+        found[0] = fs.update_in_place(make(), tree(2), state, params)
+
+    if refused(step, "the state is not "):
+        assert_unchanged(before, state, params)
+        return False
+    assert all([x.isfinite().all() for x in tensors([*found, params])])
+    wanted = make().init(params)
+    if isinstance(state, dict) and "clock" not in wanted:
+        found[0].pop("clock", None)  # which is left alone
+    assert optree.tree_structure(found[0]) == optree.tree_structure(wanted)
+    return True
+
+
+@pytest.mark.parametrize("stage", OTHERS)
+def test_a_state_of_other_options_goes_on_or_is_refused(stage: str) -> None:
+    """A new transformation believed that it knew a state that one of the same names had made."""
+    params = tree(0)
+    for make, other in itertools.permutations(OTHERS[stage], 2):
+        tx, loaded = make(), other().init(params)
+        _, state = tx.update(tree(1), tx.init(params), params)
+        saved = state_dict(clone(state))
+        goes_on(other, state, clone(params))
+
+        def load(other: Any = other, saved: Any = saved) -> Any:
+            return load_state_dict(other().init(params), saved).state
+
+        if not refused(load, "the checkpoint does not fit the state"):
+            loaded = load()
+        assert goes_on(other, loaded, clone(params))
+
+
+DEPENDS: dict[str, tuple[Any, Any, str]] = {
+    "beta1": (fs.scale_by_adam, lambda: fs.scale_by_adam(0.0), "beta1"),
+    "dampening": (fs.trace, OTHERS["trace"][2], "dampen_first_step"),
+    "every": (fs.kronecker_statistics, OTHERS["kronecker_statistics"][1], "every"),
+    "sides": (fs.kronecker_statistics, OTHERS["kronecker_statistics"][3], "sides"),
+    "own_steps": (fs.ema, lambda: fs.ema(own_steps=False), "own_steps"),
+    "basis_tolerance": (rooted, OTHERS["root_inverse"][1], "basis_tolerance"),
+    "spike_factor": (guarded, OTHERS["guarded"][2], "spike_factor"),
+}
+
+
+@pytest.mark.parametrize("option", DEPENDS)
+def test_the_error_names_the_option(option: str) -> None:
+    one, two, name = DEPENDS[option]
+    params = tree(0)
+    for make, other in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match=f"depends on .*{name}"):
+            make().update(tree(1), other().init(params), params)
+        if option != "every":  # one clock more
+            with pytest.raises(ValueError, match=f"depends on .*{name}"):
+                load_state_dict(make().init(params), state_dict(other().init(params)))
+
+
+@pytest.mark.parametrize("rate", [0.1, schedule])
+@pytest.mark.parametrize("guard", [False, True])
+def test_sharded_around_a_whole_chain_comes_and_goes(rate: Any, guard: bool) -> None:
+    """It counts in place of what is in it: the count goes where the chain has its own."""
+    params = tree(0)
+    chains = [fs.adamw(rate, guard=guard, distribute=way) for way in (None, fs.sharded)]
+    for here, there in (chains, chains[::-1]):
+        _, state = here.update(tree(1), here.init(params), params)
+        saved, fresh = state_dict(state), there.init(params)
+        if guard or rate is schedule or there is chains[0]:
+            loaded = load_state_dict(fresh, saved).state
+        else:  # nobody has counted
+            with pytest.raises(ValueError, match=r"count begins at 0.\n.*strict=False"):
+                load_state_dict(fresh, saved)
+            loaded = load_state_dict(fresh, saved, strict=False).state
+        wanted, _ = here.update(tree(2), state, params)
+        found, after = there.update(tree(2), loaded, params)
+        assert all(map(torch.equal, tensors(found), tensors(wanted)))
+        counts = [int(x) for name, x in state_dict(after).items() if name.endswith("/steps")]
+        assert counts == ([2] if guard or rate is schedule else [1] * (there is chains[1]))
