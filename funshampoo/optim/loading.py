@@ -176,13 +176,13 @@ def _check_read(run: GroupRun, entries: Saved) -> None:
     if not parts or parts[0].size == 1 or parts[0][:2] == part_of(run.peek())[:2]:
         return
     given = [
-        x
+        _address(x)
         for own in entries.values()
         for name, x in own.items()
         if isinstance(x, Tensor) and name != label and not is_note(name)
     ]
     here = {_address(x) for x in tensors_of(run.peek())}
-    kept = [_address(x) in here for x in given]
+    kept = [address in here for address in given if address]  # none: of nothing
     if any(kept) and not all(kept):
         raise ValueError(
             f"the full state dict has the part of rank {parts[0].rank} of {parts[0].size} only; "
