@@ -28,12 +28,18 @@ from funshampoo.authoring import (
     unfold,
     update_leaves,
 )
+from funshampoo.state import meaning
 from funshampoo.testing import StageError, check_stage
 from tests.refresh.clients import Basis
 
 
 class Average(NamedTuple):
     average: Any
+
+
+@meaning(best="any")
+class Best(NamedTuple):
+    best: Any
 
 
 class Counted(NamedTuple):
@@ -116,6 +122,17 @@ def test_stages_that_are_right_pass() -> None:
         warnings.simplefilter("error")
         check_stage(lambda: stage(mean_of_what_is_old, wide), compile=False)
     check_stage(fs.chain(right(), fs.scale(2.0)), params={"w": torch.randn(3, 2)})
+    check_stage(best_value, compile=False)
+    check_stage(best_value, context={"value": torch.tensor(1.0)}, compile=False)
+
+
+def best_value() -> Any:
+    """The state of docs/checkpoints.md, which is not finite before the first value."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any = None) -> Any:
+        return updates, state if value is None else Best(torch.maximum(state.best, value))
+
+    return other_update(update, lambda params: Best(torch.tensor(-math.inf)))
 
 
 def bare() -> Any:

@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 class RoutingTable(NamedTuple):
-    """Rows in the order of the groups; `print` displays them."""
+    """Rows in the order of the groups; `print(table)` displays them."""
 
     rows: tuple[Row, ...]
 
