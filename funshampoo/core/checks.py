@@ -137,11 +137,12 @@ def chosen(argument: str, value: Any, table: Mapping[Any, Any]) -> Any:
 def hint(name: str, known: Iterable[str], least: float = 0.6) -> str:
     """A suggestion after an unknown name: the nearest one, if it is at least this similar.
 
-    >>> hint("shampo", ["shampoo", "soap"]), hint("x", ["soap"])
-    ("; did you mean 'shampoo'?", '.')
+    >>> hint("shampo", ["shampoo", "soap"]), hint("SOAP", ["soap"]), hint("x", ["soap"])
+    ("; did you mean 'shampoo'?", "; did you mean 'soap'?", '.')
     """
-    near = difflib.get_close_matches(name, known, n=1, cutoff=least)
-    return f"; did you mean '{near[0]}'?" if near else "."
+    names = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=least)
+    return f"; did you mean '{names[near[0]]}'?" if near else "."
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -94,9 +94,21 @@ def all_to_all_into(
 
 
 def gathered_objects(mine: Any, group: ProcessGroup | None) -> list[Any]:
-    """The objects of all ranks, in rank order; by pickle."""
+    """The objects of all ranks, in rank order; by pickle.
+
+    Raises:
+        RuntimeError: numpy is not installed, which torch needs for it.
+    """
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
+    try:
+        dist.all_gather_object(found, mine, group=group)
+    except RuntimeError as error:
+        if "Numpy is not available" not in str(error):
+            raise
+        raise RuntimeError(
+            "the ranks can't compare what they were given: torch's collectives of objects need "
+            "numpy. Install it for every rank: pip install numpy."
+        ) from error
     return found
 
 

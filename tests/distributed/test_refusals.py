@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.func import grad, vmap
 
 import funshampoo as fs
+from funshampoo.distributed.collectives import gathered_objects
 from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_equal
@@ -25,6 +26,18 @@ def message_of(act: Callable[[], Any]) -> tuple[str, str]:
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def test_without_numpy_it_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own error says as little as this, at the first disagreement or load."""
+
+    def gather(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(RuntimeError, match="need numpy.*pip install numpy"):
+        gathered_objects(1, None)
 
 
 def one_step(tx: fs.GradientTransformation, params: Any) -> Any:
