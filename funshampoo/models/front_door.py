@@ -72,7 +72,8 @@ def for_model(
             say otherwise, vectors do not decay.
         method_roles: the roles that get the method.
         overrides: {pattern: role, or settings}: see `roles`. Settings that are not part of a role
-            go into the parameters' group: its own lr, weight_decay, max_size, or method.
+            go into the parameters' group: its own lr, weight_decay, max_size, or method. A method
+            that is neither `method` nor `others` has its recipe's default lr: give one with it.
         heads: see `roles`.
         scale_rates, base: with "mup", lr and other_lr are the ones tuned on `base`, a narrower
             model with the same names, or {name: shape} of it. Each parameter gets that rate times a
