@@ -113,8 +113,8 @@ def context_of(
     for name in sorted(wanted):
         if name not in own:
             raise TypeError(
-                f"a stage here needs '{name}': pass {name}=... to update. So for Optimizer.step; "
-                "for steps without one, give the keyword a default."
+                f"a stage here needs '{name}': pass {name}=... to update or to Optimizer.step, or "
+                "give the keyword a default."
             )
     for name in ("donate", "refresh"):
         if names.get(name) is not None:

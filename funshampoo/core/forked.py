@@ -3,6 +3,9 @@
 What torch starts is out of reach: once its kernel threads have run, libgomp waits in the child for
 threads that are not there, with or without funshampoo, until torch.set_num_threads(1) is called
 there, as a DataLoader's workers do.
+
+What a lock guards stays as it was at the fork: if another thread was in `precision.FullProducts`,
+the child's products remain in full precision, which may be slower.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def group_of(transformations: Iterable[GradientTransformation]) -> ProcessGroup 
 class Joining:
     """A mixin that lets `Join` accept an optimizer, as it accepts ZeroRedundancyOptimizer.
 
-    Its `step` calls `_sync_joined()` first, but after a closure, whose collectives are the model's.
+    Its `step` calls `_sync_joined` first, but after a closure, whose collectives are the model's.
     """
 
     param_groups: list[dict[str, Any]]
@@ -61,11 +61,15 @@ class Joining:
         """For `Join`: the ranks that share the blocks; by default all."""
         return group_of(self._chains()) or dist.group.WORLD
 
-    def _sync_joined(self) -> None:
+    def _sync_joined(self, values: Mapping[str, Any]) -> None:
         """Make sure that ranks whose data has ended can take this step too.
 
+        Args:
+            values: the caller's own. Refused on a rank's first step, not when another has ended.
+
         Raises:
-            RuntimeError: the optimizer is the first in the list given to `Join`.
+            RuntimeError: the optimizer is the first in the list given to `Join`; or there are
+                values, which a rank without data does not have.
         """
         config = self._join_config
         if config is None or not config.enable:
@@ -74,6 +78,13 @@ class Joining:
             raise RuntimeError(
                 "Join: the optimizer is the first in the list. Give the model first, as in "
                 "Join([model, optimizer]): its collectives come before the optimizer's."
+            )
+        if values:
+            name = next(iter(values))
+            raise RuntimeError(
+                f"Join: a rank whose data has ended steps without {name}=..., so no rank may pass "
+                "it to step. Make it a number of the group, which that rank gets from the others: "
+                "an argument of the recipe, set in param_groups before each step."
             )
         share(self.param_groups, self.join_process_group, self.join_device, live=True)
 

@@ -160,7 +160,9 @@ def check_undamped(epsilon: Hyper) -> None:
         epsilon.note(check_undamped)
         epsilon = initial(epsilon)
     if not is_exactly(epsilon, 0):
+        made = ", or a number by static_args=['epsilon'] of inject_hyperparams"
         raise ValueError(
-            f"epsilon must be the number 0 for pseudo_inverse, got {epsilon}: damping would "
+            f"epsilon must be the number 0 for pseudo_inverse, got {epsilon!r}: damping would "
             "fill the null space that it leaves out; use eigh() for a damped root"
+            + (made if isinstance(epsilon, Tensor) else "")
         )

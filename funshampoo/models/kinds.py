@@ -136,8 +136,9 @@ def _of_other(module: nn.Module, p: Tensor) -> Kind:
     tables = [m for m in module.children() if isinstance(m, nn.Embedding)]
     if p.ndim == 2 and any(m.embedding_dim == p.shape[1] for m in tables):
         return Kind("embedding")  # positions, beside the tokens to which they are added
-    oblong = [m.num_embeddings for m in tables if m.num_embeddings != m.embedding_dim]
-    if p.ndim == 2 and not set(oblong).isdisjoint(p.shape):  # a factor of the table, as in LoRA
+    frozen = [m.weight for m in tables if not m.weight.requires_grad]
+    oblong = [len(w) for w in frozen if len(w) != w.shape[1] and p.numel() < w.numel()]
+    if p.ndim == 2 and not set(oblong).isdisjoint(p.shape):  # a factor of its change, as in LoRA
         return Kind("embedding", transposed=p.shape[1] in oblong)
     found = kind_of_shape(p.shape)
     if found.role != "vector" and not _stands_between_layers(module, p, others):

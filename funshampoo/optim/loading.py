@@ -70,7 +70,8 @@ def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> L
     Raises:
         ValueError: another rank could not load what it was given, or was given a part of another
             step or run. Raised on every rank; the failing rank raises what `load` raised.
-        RuntimeError: other ranks are in a step.
+        RuntimeError: other ranks are in a step; or, of DTensors, by the group's timeout, another
+            could not make its states.
     """
     shared = [group for run in memory.runs for group in sharing_groups(run.transformation)]
     if not shared:
@@ -154,7 +155,11 @@ def loaded(
 
 @contextlib.contextmanager
 def _later(failures: list[Exception]) -> Iterator[None]:
-    """A context that keeps an error for later: other ranks need this one to make their states."""
+    """A context that keeps an error for later, since ranks make states of DTensors together.
+
+    So entries that do not fit, on one rank, keep no other waiting. What fails before a state is
+    made does: a hyperparameter out of range, on this rank alone.
+    """
     try:
         yield
     except Exception as error:

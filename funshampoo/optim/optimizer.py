@@ -168,8 +168,11 @@ class Optimizer(torch.optim.Optimizer, Joining):
     def step(self, closure: Callable[[], Any] | None = None, **values: Any) -> Any:
         """One step. A closure is called first, with gradients enabled; its loss is returned.
 
-        Stages of yours get those `values` whose names they declare, as value=loss. Raises:
-            RuntimeError: a sparse gradient (names the parameter).
+        Stages of yours get those `values` whose names they declare, as value=loss. Where blocks are
+        sharded, they have to be the same on all ranks.
+
+        Raises:
+            RuntimeError: a sparse gradient (names the parameter); `values`, inside `Join`.
             TypeError, ValueError: an edit in param_groups is out of range, or changes the blocks.
                 As with a sparse gradient, nothing has moved.
             FailureLimitError: gradients or roots failed too often in a row, in any group. Nothing
@@ -181,7 +184,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._sync_joined()
+        self._sync_joined(values)
         self._step_groups(values)
         return loss
 

@@ -137,7 +137,7 @@ def test_a_name_that_a_stage_needs_is_missed_before_anything_changes(nest: Any, 
         "in_place": torch.no_grad()(lambda: fs.update_in_place(tx, g, state, params)),
         "wrapper": fs.Optimizer(params.values(), tx, lr=1.0).step,
     }[step]
-    message = r"needs 'value': pass value=\.\.\. to update\. .*Optimizer"
+    message = r"needs 'value': pass value=\.\.\. to update or to Optimizer\.step, or give"
     with pytest.raises(TypeError, match=message):
         run()
     assert torch.equal(params["w"], torch.ones(2))

@@ -14,6 +14,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import funshampoo as fs
+from funshampoo.core.tree import map_leaves
 from funshampoo.distributed.join import group_of
 from tests.distributed.ranks import Ranks
 from tests.trees import assert_close, assert_equal
@@ -115,6 +116,47 @@ def optimizer_first(rank: int) -> str:
 def test_the_model_comes_first(ranks: Ranks) -> None:
     for message in ranks(2, optimizer_first):
         assert "Give the model first" in message
+
+
+def scaled_by_value(learning_rate: float = 0.1, default: bool = True) -> fs.GradientTransformation:
+    """A recipe with a stage that takes a value of the caller's, or has one of its own."""
+
+    def scaled(updates: Any, value: float) -> Any:
+        return map_leaves(lambda u: None if u is None else u * value, updates)
+
+    def defaulting(updates: Any, state: Any, *, value: float = 1.0) -> Any:
+        return scaled(updates, value), state
+
+    def wanting(updates: Any, state: Any, *, value: float) -> Any:
+        return scaled(updates, value), state
+
+    stage = fs.GradientTransformation(lambda params: (), defaulting if default else wanting)
+    return fs.sharded(fs.chain(stage, fs.scale_by_learning_rate(learning_rate)))
+
+
+def with_a_value(rank: int, default: bool, enable: bool) -> tuple[str, bool]:
+    """Uneven steps, and whether one has moved anything."""
+    ddp = DistributedDataParallel(Network(), find_unused_parameters=True)
+    optimizer = fs.Optimizer(ddp.parameters(), scaled_by_value, lr=0.1, default=default)
+    joinables: list[Any] = [ddp, optimizer]
+    message = ""
+    try:
+        with Join(joinables, enable=enable):
+            for t in range(1 + rank * enable):
+                loss(ddp, batch(rank, t)).backward()
+                optimizer.step(value=3.0)
+    except RuntimeError as error:
+        message = str(error)
+    return message, not torch.equal(ddp.module.first.weight, Network().first.weight)
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_values_of_a_step_are_refused_where_ranks_may_join(ranks: Ranks, default: bool) -> None:
+    """A rank without data has none: it stepped with the stage's default, or with an error."""
+    for message, moved in ranks(2, with_a_value, default, True):
+        assert "steps without value=..." in message
+        assert not moved
+    assert ranks(2, with_a_value, default, False) == [("", True)] * 2
 
 
 def without_the_optimizer(rank: int) -> Any:

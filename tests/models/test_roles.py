@@ -188,7 +188,7 @@ class Adapted(nn.Module):
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
-        self.base_layer = nn.Embedding(tokens, width)
+        self.base_layer = nn.Embedding(tokens, width).requires_grad_(False)
         self.a = nn.ParameterDict({"default": nn.Parameter(torch.zeros(2, tokens))})
         self.b = nn.ParameterDict({"default": nn.Parameter(torch.zeros(width, 2))})
 
@@ -199,6 +199,25 @@ def test_a_factor_of_a_table_with_a_column_for_every_token_is_read_as_the_table_
     assert found["0.a.default"].role == "embedding"
     assert found["0.a.default"].fans((2, 20)) == (2, 1)
     assert found["0.b.default"].role == "matrix"
+
+
+class BesideATable(nn.Module):
+    """Two matrices with as many columns, or rows, as the table beside them has rows."""
+
+    def __init__(self, trained: bool, inner: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 32).requires_grad_(trained)
+        self.up = nn.Parameter(torch.zeros(64, inner))
+        self.down = nn.Parameter(torch.zeros(inner, 64))
+
+
+@pytest.mark.parametrize(("trained", "inner"), [(True, 16), (False, 48)])
+def test_a_matrix_with_a_side_of_a_table_s_length_is_a_factor_only_if_it_can_be(
+    trained: bool, inner: int
+) -> None:
+    """A change of low rank is of a table that does not change itself, and is smaller than it."""
+    found = fs.roles(nn.Sequential(BesideATable(trained, inner), nn.Linear(4, 4)))
+    assert found["0.up"] == found["0.down"] == "matrix"
 
 
 def test_roles_are_labels_for_partition() -> None:

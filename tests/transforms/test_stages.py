@@ -209,6 +209,14 @@ def test_damping_of_a_pseudo_inverse_is_refused_before_any_step(make: Any, epsil
         make(epsilon=epsilon, solver=linalg.pseudo_inverse())
 
 
+def test_a_number_that_was_made_a_tensor_is_named_as_one() -> None:
+    """The error said that the number must be 0, and got 0.0."""
+    make, options = fs.inject_hyperparams, {"epsilon": 0.0, "solver": linalg.pseudo_inverse()}
+    with pytest.raises(ValueError, match=r"got tensor\(0\..* static_args=\['epsilon'\]"):
+        make(fs.shampoo)(0.1, **options)
+    make(fs.shampoo, static_args=["epsilon"])(0.1, **options)
+
+
 def test_damping_of_a_pseudo_inverse_by_a_live_number_is_refused_on_any_step() -> None:
     """Not on the next refresh, when the statistics have been written to."""
     params = {"w": torch.ones(2, 3)}
