@@ -106,7 +106,7 @@ def guarded(
     if spike_factor is not None:
         check_range("spike_factor", spike_factor, 1.0, low_open=True, infinite=True)
     _check_by_leaf(by_leaf, inner)
-    counts = inner.counts or max_failures is not None
+    counts, spiky = inner.counts or max_failures is not None, spike_factor is not None
 
     def init(
         params: Tree, *, block_ndim: int = 0, clock: bool = False, **context: Any
@@ -114,7 +114,7 @@ def guarded(
         check_parameters(params, "guarded")
         held, streak = [zeros_a_block(params, block_ndim, torch.int64) for _ in range(2)]
         state = inner.init(params, block_ndim=block_ndim, clock=clock or counts, **context)
-        spikes = () if spike_factor is None else no_spikes_yet(params, block_ndim)
+        spikes = no_spikes_yet(params, block_ndim) if spiky else ()
         return GuardedState(held, streak, state, started(counts, clock), spikes)
 
     def check(state: GuardedState, context: Context) -> None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -111,7 +111,7 @@ class _Recipe:
     """
 
     factory: Callable[..., GradientTransformation]
-    bound: inspect.BoundArguments
+    bound: inspect.BoundArguments = field(repr=False)  # `init` does not read it
     numbers: Mapping[str, Any]
     schedules: Mapping[str, Any]
     live: bool

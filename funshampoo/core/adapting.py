@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Mapping
@@ -14,6 +15,7 @@ from funshampoo.core.context import PLACES, Context, as_keywords
 
 _CONTEXT = frozenset(PLACES)
 _OF_INIT = frozenset(("upstream", "block_ndim", "clock"))  # what an init may declare
+_OTHER_WORDS = frozenset(("late", "live", "lock", "part", "row", "steps", "stream"))  # though near
 _PLACES = {1: ("updates",), 2: ("updates", "state"), 3: ("run", "updates", "own")}
 
 
@@ -130,8 +132,9 @@ def adapted_flops(function: Callable[..., float] | None) -> Callable[..., float]
     """`call(block, kept, apart)` for a function that may omit the last, or for None."""
     if function is None:
         return lambda block, kept, apart: 0.0
-    keywords = _signature(function).keywords
-    _check_spelling(function, "flops", keywords, ("apart",))
+    signature = _signature(function)
+    keywords = signature.keywords
+    _check_spelling(function, "flops", keywords.difference(signature.names[:2]), ("apart",))
     if "apart" in keywords:
         return function
     return lambda block, kept, apart: function(block, kept)
@@ -141,7 +144,7 @@ def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, An
     """`call(params, context)` for a function that declares the context it needs."""
     check_places(function, "init", ("params",), _OF_INIT)
     signature = _signature(function)
-    _check_spelling(function, "init", signature.keywords - {"params"}, _OF_INIT)
+    _check_spelling(function, "init", signature.keywords.difference(signature.names[:1]), _OF_INIT)
 
     def call(params: Any, context: Mapping[str, Any]) -> Any:
         unknown = sorted(context.keys() - _OF_INIT)
@@ -193,15 +196,20 @@ def _check_spelling(
 ) -> None:
     """Check that no name is nearly one that it would get: it would silently keep its default.
 
+    What a partial gives is asked of nobody.
+
     Raises:
         TypeError: one is.
     """
     if torch.compiler.is_dynamo_compiling():  # which has seen it built before
         return
-    for name in sorted(set(own).difference(known)):
-        near = hint(name, known, least=0.8)
+    bound = function.keywords if isinstance(function, functools.partial) else ()
+    for name in sorted(set(own).difference(known, _OTHER_WORDS, bound)):
+        near = hint(name, known, least=0.85)
         if near != ".":
-            raise TypeError(f"{_shown(function, role)}: nobody passes '{name}'{near}{remedy}")
+            raise TypeError(
+                f"{_shown(function, role)}: the library passes no '{name}'{near}{remedy}"
+            )
 
 
 def _shown(function: Callable[..., Any], role: str) -> str:

@@ -6,14 +6,18 @@ not among those of its `init`: two chains that differ in it are equal here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from funshampoo.core.live import Live
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _CODE = types.CodeType, type
@@ -22,7 +26,8 @@ _CODE = types.CodeType, type
 def built_with(x: Any, seen: dict[int, Any] | None = None) -> Any:
     """A value to compare, equal for transformations whose `init` does the same.
 
-    Of objects of an unknown class it has the class alone, and of tensors the shape and dtype.
+    Of tensors it has the shape and dtype. An object of a class that is not known here is equal to
+    itself alone: what its `init` reads of it can't be seen.
 
     >>> from funshampoo import scale_by_adam
     >>> one, other, without = scale_by_adam(0.9), scale_by_adam(0.8), scale_by_adam(0.0)
@@ -39,26 +44,52 @@ def built_with(x: Any, seen: dict[int, Any] | None = None) -> Any:
         return Tensor, x.shape, x.dtype
     if isinstance(x, _CODE):
         return x
-    return type(x), *[built_with(part, seen) for part in _inside(x)]
+    if isinstance(x, (set, frozenset)) and all([isinstance(part, _PLAIN) for part in x]):
+        return type(x), frozenset(x)
+    parts = _inside(x)
+    if parts is None:
+        return _Itself(x)
+    return type(x), *[built_with(part, seen) for part in parts]
 
 
-def _inside(x: Any) -> Iterator[Any]:
+class _Itself:
+    """Equal for the same object alone. It may be a model, so it is kept alive only if it has to."""
+
+    def __init__(self, x: Any) -> None:
+        self._id = id(x)
+        self._find: Callable[[], Any] = lambda: x
+        with contextlib.suppress(TypeError):  # of a class without weak references
+            self._find = weakref.ref(x)
+
+    def __eq__(self, other: object) -> bool:
+        x = self._find()
+        return isinstance(other, _Itself) and x is not None and x is other._find()
+
+    def __hash__(self) -> int:
+        return self._id
+
+
+def _inside(x: Any) -> Iterable[Any] | None:
+    """What an object is made of; None if its class is not known."""
     if isinstance(x, (tuple, list)):
-        yield from x
-    elif isinstance(x, Mapping):
-        yield from (*x, *x.values())
-    elif isinstance(x, functools.partial):
-        yield from (x.func, x.args, x.keywords)
-    elif isinstance(x, types.FunctionType):
-        yield from (x.__code__, x.__defaults__, x.__kwdefaults__)
-        yield from map(_content, x.__closure__ or ())
-    elif isinstance(x, types.MethodType):
-        of_fields = dataclasses.is_dataclass(x.__self__)
-        yield from (x.__func__, x.__self__ if of_fields else getattr(x.__self__, "__dict__", None))
-    elif dataclasses.is_dataclass(x):
-        yield from (getattr(x, f.name) for f in dataclasses.fields(x) if f.repr)
-    elif hasattr(x, "_given"):  # a transformation
-        yield from (x.name, x._given["init"], x.parts)
+        return x
+    if isinstance(x, Mapping):
+        return *x, *x.values()
+    if isinstance(x, Live):
+        return x.name, x.initial, x.function
+    if isinstance(x, functools.partial):
+        return x.func, x.args, x.keywords
+    if isinstance(x, types.FunctionType):
+        return x.__code__, x.__defaults__, x.__kwdefaults__, *map(_content, x.__closure__ or ())
+    if isinstance(x, functools._lru_cache_wrapper):
+        return (x.__wrapped__,)
+    if isinstance(x, types.MethodType):
+        return x.__func__, x.__self__
+    if dataclasses.is_dataclass(x):
+        return [getattr(x, f.name) for f in dataclasses.fields(x) if f.repr]
+    if isinstance(given := getattr(x, "_given", None), dict):  # a transformation
+        return x.name, given["init"], x.parts
+    return None
 
 
 def _content(cell: types.CellType) -> Any:

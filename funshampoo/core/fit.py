@@ -178,7 +178,11 @@ class Fits:
 
     def _key(self) -> Any:
         if self._own is None:
-            self._own = self._built_with()
+            try:
+                self._own = self._built_with()
+                hash(self._own)
+            except Exception:  # of a class of the user's, which may do anything: never shared
+                self._own = object()
         return self._own
 
     def _remember(self, spec: Any, *looks: list[Any]) -> None:

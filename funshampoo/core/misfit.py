@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.clock import CLOCK
-from funshampoo.core.dependent import depends_on
 from funshampoo.core.text import plural
 from funshampoo.state.stages import BlockedState, HyperparamsState, ShardedState, WrappedState
 
@@ -48,7 +47,7 @@ def misfit(wanted: Any, found: Any, devices: Collection[torch.device], given: st
         f"the state is not one of this transformation for these parameters: {problem}. Build the "
         "transformation that made it and give the parameters that it was made for, or call init. A "
         "stage of your own has to keep what it makes in init in its shapes."
-    ) + ("" if "has shape" in problem else depends_on([problem]))
+    )
 
 
 def other_stages(stages: set[str], found: set[Any]) -> str:

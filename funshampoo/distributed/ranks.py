@@ -49,7 +49,7 @@ class Ranks:
     every: int
     communication_dtype: torch.dtype | None
     cost: CostModel | None
-    agreement: Agreement
+    agreement: Agreement = field(repr=False)
     whole: bool
     counts: bool
     overlap: int

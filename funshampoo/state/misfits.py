@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.core.dependent import depends_on
 from funshampoo.core.placed import is_in_parts
 from funshampoo.core.wholes import lies_as
 from funshampoo.state.parts import Part
@@ -76,7 +75,6 @@ def report(misfits: list[str], missing: list[str], unknown: list[str], part: Par
     for names, remedy in ((missing, _GUARDED_NOW), (unknown, _GUARDED_THEN)):
         if names and all(["guarded/" in name for name in names]):
             lines.append(remedy)
-    lines += filter(None, [depends_on([*missing, *unknown]).strip()])
     for names, remedy in ((missing, _COUNTS_NOW), (unknown, _COUNTED_THEN)):
         if [*missing, *unknown] == names and len(names) == 1 and names[0].endswith("/steps"):
             lines.append(remedy)

@@ -128,9 +128,10 @@ def root_inverse(
     if isinstance(solve, pseudo_inverse):  # its own check comes with a refresh, in mid-step
         check_undamped(epsilon)
     schedule = RefreshSchedule(every, start, stagger)
+    given = solve, epsilon, trace_scaling, basis_tolerance
+    at_first = None, 0.0, None, basis_tolerance  # what `init` does without is not part of it
 
-    def roots(hyper: Numbers) -> Refreshing:
-        numbers = solve, epsilon, trace_scaling, basis_tolerance
+    def roots(hyper: Numbers, numbers: tuple[Any, ...]) -> Refreshing:
         rules = root_rules(exponents, sides, initial_eigenvalue, numbers, hyper)
         return Refreshing(rules, schedule, packed)
 
@@ -141,12 +142,12 @@ def root_inverse(
         if upstream is not None:
             statistics_of(upstream, "root_inverse", params)
             check_nearest(upstream, "root_inverse")
-        return roots(NO_NUMBERS).init(params, block_ndim, clock)
+        return roots(NO_NUMBERS, at_first).init(params, block_ndim, clock)
 
     def update(
         updates: Tree, state: RefreshedState, params: Tree, context: Context
     ) -> tuple[Tree, RefreshedState]:
-        state = refreshed(roots(context.hyper), updates, state, context, "root_inverse")
+        state = refreshed(roots(context.hyper, given), updates, state, context, "root_inverse")
         return preconditioned(updates, state.kept, context.block_ndim, product_dtype), state
 
     stage = GradientTransformation(

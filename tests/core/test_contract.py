@@ -193,6 +193,31 @@ def test_a_misspelt_keyword_of_other_functions_is_refused() -> None:
         fs.GradientTransformation(lambda p: (), two, flops=lambda block, kept, appart=False: 0.0)
 
 
+def test_other_words_are_no_misspellings() -> None:
+    """Nor are names that are given by place, or by a partial."""
+
+    def update(u: Any, s: Any, *, steps: Any = 1, block: Any = 1, layer: Any = 1) -> Any:
+        return u, s
+
+    def near(u: Any, s: Any, *, refesh: Any) -> Any:
+        return u, s
+
+    def init(upsteam: Any) -> Any:
+        return ()
+
+    def cloc(clocks: Any) -> Any:
+        return ()
+
+    def row(u: Any, s: Any, *, row: Any = 1, live: Any = 1, stream: Any = 1) -> Any:
+        return u, s
+
+    for function in (update, row, functools.partial(near, refesh=True)):
+        fs.GradientTransformation(lambda params: (), function)
+    for function in (init, cloc):
+        fs.GradientTransformation(function, two)
+    fs.GradientTransformation(lambda p: (), two, flops=lambda appart, kept: 0.0)
+
+
 def test_a_value_of_the_callers_may_have_a_similar_name() -> None:
     def update(updates: Any, state: Any, *, layer: float = 1.0, loss: float = 1.0) -> Any:
         return {k: u * layer * loss for k, u in updates.items()}, state

@@ -5,10 +5,15 @@ What a stage keeps may depend on its options: Adam has no first moment if beta1 
 
 from __future__ import annotations
 
+import collections.abc
+import dataclasses
+import enum
 import functools
 import itertools
+import types
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import optree
 import pytest
@@ -16,7 +21,9 @@ import torch
 from torch import Tensor
 
 import funshampoo as fs
+from funshampoo.core.built_with import built_with
 from funshampoo.state import load_state_dict, state_dict
+from tests.table import CASES
 from tests.test_bad_input import tree
 from tests.trees import assert_unchanged, clone, snapshot, tensors
 
@@ -145,27 +152,27 @@ def test_a_state_of_other_options_goes_on_or_is_refused(stage: str) -> None:
         assert goes_on(other, loaded, clone(params))
 
 
-DEPENDS: dict[str, tuple[Any, Any, str]] = {
-    "beta1": (fs.scale_by_adam, lambda: fs.scale_by_adam(0.0), "beta1"),
-    "dampening": (fs.trace, OTHERS["trace"][2], "dampen_first_step"),
-    "every": (fs.kronecker_statistics, OTHERS["kronecker_statistics"][1], "every"),
-    "sides": (fs.kronecker_statistics, OTHERS["kronecker_statistics"][3], "sides"),
-    "own_steps": (fs.ema, lambda: fs.ema(own_steps=False), "own_steps"),
-    "basis_tolerance": (rooted, OTHERS["root_inverse"][1], "basis_tolerance"),
-    "spike_factor": (guarded, OTHERS["guarded"][2], "spike_factor"),
+FIELDS: dict[str, tuple[Any, Any, str]] = {
+    "beta1": (fs.scale_by_adam, lambda: fs.scale_by_adam(0.0), "first"),
+    "dampening": (fs.trace, OTHERS["trace"][2], "seen"),
+    "sides": (fs.kronecker_statistics, OTHERS["kronecker_statistics"][3], "factors"),
+    "own_steps": (fs.ema, lambda: fs.ema(own_steps=False), "weight"),
+    "basis_tolerance": (rooted, OTHERS["root_inverse"][1], "value"),
+    "spike_factor": (guarded, OTHERS["guarded"][2], "spikes"),
 }
 
 
-@pytest.mark.parametrize("option", DEPENDS)
-def test_the_error_names_the_option(option: str) -> None:
-    one, two, name = DEPENDS[option]
+@pytest.mark.parametrize("option", FIELDS)
+def test_the_error_names_the_field(option: str) -> None:
+    """And no option: a parameter may have any name, also that of a field."""
+    one, two, name = FIELDS[option]
     params = tree(0)
     for make, other in ((one, two), (two, one)):
-        with pytest.raises(ValueError, match=f"depends on .*{name}"):
+        with pytest.raises(ValueError, match=f"at '.*{name}") as stepped:
             make().update(tree(1), other().init(params), params)
-        if option != "every":  # one clock more
-            with pytest.raises(ValueError, match=f"depends on .*{name}"):
-                load_state_dict(make().init(params), state_dict(other().init(params)))
+        with pytest.raises(ValueError, match=f"(missing|unknown).*{name}") as loaded:
+            load_state_dict(make().init(params), state_dict(other().init(params)))
+        assert all(["depends on" not in str(error.value) for error in (stepped, loaded)])
 
 
 @pytest.mark.parametrize("rate", [0.1, schedule])
@@ -188,3 +195,106 @@ def test_sharded_around_a_whole_chain_comes_and_goes(rate: Any, guard: bool) -> 
         assert all(map(torch.equal, tensors(found), tensors(wanted)))
         counts = [int(x) for name, x in state_dict(after).items() if name.endswith("/steps")]
         assert counts == ([2] if guard or rate is schedule else [1] * (there is chains[1]))
+
+
+class Config:
+    """An object of a class that the library does not know."""
+
+    def __init__(self, second: bool) -> None:
+        self.second = second
+
+    def __call__(self, params: Any) -> Any:
+        return {"second" if self.second else "first": params}
+
+
+class Kind(enum.Enum):
+    ONE = "first"
+    TWO = "second"
+
+
+def with_init(init: Any) -> fs.GradientTransformation:
+    return fs.GradientTransformation(init, lambda u, s: (u, s), "mine")
+
+
+UNKNOWN: dict[str, tuple[Any, Any]] = {
+    "object": (lambda c: lambda params: c(params), [Config(False), Config(True)]),
+    "method": (lambda c: c.__call__, [Config(False), Config(True)]),
+    "init": (lambda c: c, [Config(False), Config(True)]),
+    "namespace": (
+        lambda c: lambda params: {c.name: params},
+        [types.SimpleNamespace(name=name) for name in ("first", "second")],
+    ),
+    "enum": (lambda c: lambda params: {c.value: params}, list(Kind)),
+    "set": (lambda c: lambda params: dict.fromkeys(c, params), [{"first"}, {"second"}]),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_what_an_init_reads_of_any_object_tells_states_apart(kind: str) -> None:
+    """Of an object of an unknown class only the class was compared."""
+    make, (one, two) = UNKNOWN[kind]
+    params = tree(0)
+    state = with_init(make(one)).init(params)
+    with_init(make(two)).init(params)  # whose states are known from now on
+    with pytest.raises(ValueError, match="the state is not "):
+        with_init(make(two)).update(tree(1), state, params)
+    with_init(make(one)).update(tree(1), state, params)
+
+
+@dataclasses.dataclass
+class Unset:
+    cache: Any = dataclasses.field(init=False)
+
+
+class Unreadable(collections.abc.Mapping[str, Any]):
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Any:
+        return iter(["key"])
+
+    def __getitem__(self, key: str) -> Any:
+        raise OSError("closed")
+
+
+class Unhashable(str):
+    __hash__ = None  # type: ignore[assignment]
+
+
+STRANGE: dict[str, Any] = {
+    "unset field": Unset(),
+    "unreadable": Unreadable(),
+    "any attribute": torch.ops,
+    "mock": mock.MagicMock(),
+    "unhashable": Unhashable("a"),
+    "deep": functools.reduce(lambda inner, _: [inner], range(2000), []),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_an_init_may_close_over_anything(kind: str) -> None:
+    """To compare it must never raise what `init` itself does not."""
+    strange, params = STRANGE[kind], tree(0)
+    for _ in range(2):
+        tx = with_init(lambda params: params if strange is not None else ())
+        tx.update(tree(1), tx.init(params), params)
+
+
+def wrapped(rate: float) -> fs.GradientTransformation:
+    inner = fs.adamw(rate)
+    return fs.GradientTransformation(inner.init, lambda u, s, p: inner.update(u, s, p))
+
+
+REBUILT: dict[str, Callable[[float], fs.GradientTransformation]] = {
+    **{case.name: lambda _, make=case.make: make() for case in CASES},  # type: ignore[misc]
+    "wrapped": wrapped,
+    "pair": lambda rate: fs.chain((fs.trace(rate).init, lambda u, s: (u, s))),
+    "spikes": lambda rate: guarded(spike_factor=2.0 + rate),
+    "damping": lambda rate: fs.shampoo(0.1, relative_epsilon=rate),
+}
+
+
+def test_a_rebuilt_transformation_has_the_same_key() -> None:
+    """Also with another number in its `update`: else `init` runs again on every rebuilt step."""
+    differing = [name for name, f in REBUILT.items() if built_with(f(0.1)) != built_with(f(0.2))]
+    assert differing == []
