@@ -49,12 +49,13 @@ def accumulated_factor(
     """beta L_i + weight x xᵀ, with x = mat_i(G). () stays.
 
     Args:
-        by_row: beta is one number per row, (N,), on some steps. On the others it then is applied in
-            the same way, before the product, in which some CPUs' kernels round it otherwise.
+        by_row: beta is one number per row, (N,), on some steps. On a CPU the others then apply it
+            in the same way, before the product, in which some kernels round it otherwise; that is
+            a pass of its own.
     """
     if not isinstance(factor, Tensor):
         return factor
-    if by_row:
+    if by_row and (factor.is_cpu or isinstance(beta, Tensor)):
         decay = per_block(beta, factor) if isinstance(beta, Tensor) else beta
         factor, beta = multiply(factor, decay, donate), 1.0
     product = None if product_dtype is None else rounded_gram(x, product_dtype)
