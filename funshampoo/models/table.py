@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funshampoo.core.placed import any_in_parts
 from funshampoo.core.text import aligned, plural, readable
 from funshampoo.optim import Optimizer
 from funshampoo.optim.planned import planned
@@ -37,9 +38,15 @@ class Row(NamedTuple):
 
 
 class RoutingTable(NamedTuple):
-    """Rows in the order of the groups; `print(table)` displays them."""
+    """Rows in the order of the groups; `print(table)` displays them.
+
+    Attributes:
+        sharded: parameters are DTensors, of which every rank holds a part: the bytes of their state
+        are those of all ranks together.
+    """
 
     rows: tuple[Row, ...]
+    sharded: bool = False
 
     @property
     def state_bytes(self) -> int:
@@ -53,14 +60,18 @@ class RoutingTable(NamedTuple):
             size = "frozen" if row.frozen else readable(row.state_bytes)
             words = row.name, shape, row.role, row.method
             lines.append((*words, _rate(row.lr), str(row.blocks or "-"), size))
-        total = f"{plural(len(self.rows), 'parameter')}, {readable(self.state_bytes)} of state."
+        where = " on all ranks together" if self.sharded else ""
+        size = f"{readable(self.state_bytes)} of state{where}"
+        total = f"{plural(len(self.rows), 'parameter')}, {size}."
         return "\n".join([*aligned(lines, left=range(4)), total])
 
 
 def routing_table(optimizer: Optimizer) -> RoutingTable:
     """Name, shape, role, method, learning rate, blocks and bytes of state of every parameter.
 
-    It allocates nothing and needs no step. With sharded blocks, the bytes are this rank's.
+    It allocates nothing and needs no step. With sharded blocks, the bytes are this rank's; those of
+    sharded parameters (FSDP2, tensor parallelism) are all ranks' together, and
+    `python -m funshampoo.plan --sharding ...` shows what each rank holds.
 
     Args:
         optimizer: from `for_model`, or any `funshampoo.Optimizer`, which has no roles.
@@ -83,14 +94,15 @@ def routing_table(optimizer: Optimizer) -> RoutingTable:
             f"a {type(optimizer).__name__} is no funshampoo.Optimizer: give what for_model(...) or "
             "funshampoo.Optimizer(...) made; of a model alone, funshampoo.roles(model) tells."
         )
-    rows = []
+    rows, sharded = [], False
     for group, parameters, method, state in planned(optimizer):
+        sharded |= any_in_parts(parameters.values())
         of_group = str(group.get("role", "")), method, group.get("lr")
         sizes, blocks = summary(state, file=io.StringIO()).parameters, blocks_of(state)
         for name, p in parameters.items():
             own = len(blocks.get(name, ())), sizes.get(name, 0), not p.requires_grad
             rows.append(Row(name, tuple(p.shape), *of_group, *own))
-    return RoutingTable(tuple(rows))
+    return RoutingTable(tuple(rows), sharded)
 
 
 def _rate(lr: Any) -> str:

@@ -177,6 +177,28 @@ def test_every_recipe_by_the_front_door(ranks: Ranks) -> None:
         assert found == {name: [] for name in RECIPES}
 
 
+def table_and_own(rank: int) -> tuple[str, int, int]:
+    """The table's last line, its bytes, and those of this rank's state after a step."""
+    one = model()
+    rows(one, 2)
+    optimizer = fs.for_model(one, "soap", lr=0.01)
+    table = fs.routing_table(optimizer)
+    for p in one.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.chain_states()
+    own = sum(sum(summary(part, file=io.StringIO()).parameters.values()) for part in state)
+    return str(table).splitlines()[-1], table.state_bytes, own
+
+
+def test_the_routing_table_counts_the_state_of_all_ranks(ranks: Ranks) -> None:
+    found = ranks(2, table_and_own)
+    (words, total, _), own = found[0], sum(own for *_, own in found)
+    assert words.endswith("of state on all ranks together.")
+    assert own == pytest.approx(total, rel=0.05)
+    assert max(own for *_, own in found) < 0.8 * total
+
+
 # Functional code: trees of DTensors.
 
 
