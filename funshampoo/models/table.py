@@ -42,7 +42,7 @@ class RoutingTable(NamedTuple):
 
     Attributes:
         sharded: parameters are DTensors, of which every rank holds a part: the bytes of their state
-        are those of all ranks together.
+            are those of all ranks together.
     """
 
     rows: tuple[Row, ...]
