@@ -1,7 +1,5 @@
 """The public stages, one per file."""
 
-from funshampoo.operators.mode_products import bias_corrected, precondition, unfold
-from funshampoo.state.partners import statistics_of
 from funshampoo.transforms.adagrad import scale_by_adagrad
 from funshampoo.transforms.adam import scale_by_adam
 from funshampoo.transforms.adaptive_clip import adaptive_clip
@@ -44,7 +42,6 @@ __all__ = [
     "adaptive_clip",
     "add_cautious_decay",
     "add_decayed_weights",
-    "bias_corrected",
     "blend_towards",
     "cautious",
     "centralize",
@@ -61,7 +58,6 @@ __all__ = [
     "kronecker_statistics",
     "normalize_rows",
     "orthogonalize",
-    "precondition",
     "primal_average",
     "radial_brake",
     "root_inverse",
@@ -76,10 +72,8 @@ __all__ = [
     "scale_by_shape",
     "schedule_free",
     "sign",
-    "statistics_of",
     "stochastic_rounding",
     "tail_average",
     "trace",
-    "unfold",
     "update_floor",
 ]
