@@ -13,7 +13,7 @@ from funshampoo.core.placed import local_part, whole_numbers
 from funshampoo.core.text import plural
 from funshampoo.core.tree import flatten
 from funshampoo.state.nodes import walk
-from funshampoo.state.places import Place, block_names, map_tensors
+from funshampoo.state.places import Place, map_tensors
 from funshampoo.state.stages import GuardedState, Kept, SpikeState
 
 
@@ -92,10 +92,9 @@ def failing_blocks(state: Any, max_failures: int) -> list[str]:
             return x
         cause = "refresh of its statistics failed" if place.kind is Kept else bad
         worst = plain.reshape(-1, plain.shape[-1]).amax(0) if plain.ndim else plain.reshape(1)
+        owners = place.owners()
         for i in (worst >= max_failures).nonzero().flatten().tolist():
-            block: tuple[str, ...] = (".".join(place.leaf) or "all parameters",)
-            if place.stack is not None and place.rows is not None:
-                block = block_names(place.layout)[place.stack][place.rows[i]]
+            block = owners[i] if owners else (".".join(place.leaf) or "all parameters",)
             found.append(f"{' '.join(block)}: {cause}")
         return x
 

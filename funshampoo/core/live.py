@@ -167,11 +167,6 @@ def is_exactly(value: Any, what: float) -> bool:
     return isinstance(value, (int, float)) and value == what
 
 
-def is_tensor(value: Any) -> bool:
-    """Whether a hyperparameter is a tensor, when the chain is built."""
-    return isinstance(initial(value), Tensor)
-
-
 def initial(value: Any) -> Any:
     """A hyperparameter's value when the chain is built."""
     return number(value, NO_NUMBERS)

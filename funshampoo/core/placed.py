@@ -83,12 +83,9 @@ def local_parts(tensors: Iterable[Any]) -> list[Any]:
             x if type(x) is Tensor else x.to_local() if type(x) is kind else local_part(x)
             for x in tensors
         ]
+    odd = [x for x in found if type(x) is not Tensor and type(x) is not Parameter]
     # If a collective has yet to fill one, wait for it here.
-    return [x.wait() if hasattr(x, "wait") else x for x in found] if _odd(found) else found
-
-
-def _odd(tensors: Iterable[Any]) -> list[Any]:
-    return [x for x in tensors if type(x) is not Tensor and type(x) is not Parameter]
+    return [x.wait() if hasattr(x, "wait") else x for x in found] if odd else found
 
 
 def placed_like(gradient: Any, parameter: Any) -> Any:

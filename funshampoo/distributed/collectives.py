@@ -112,7 +112,7 @@ def gathered_objects(mine: Any, group: ProcessGroup | None) -> list[Any]:
     return found
 
 
-def check_outside_transforms(what: str) -> None:
+def check_outside_transforms() -> None:
     """Refuse transforms: collectives see one rank's plain tensors and would return garbage there.
 
     Raises:
@@ -120,11 +120,11 @@ def check_outside_transforms(what: str) -> None:
     """
     if torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
-            f"{what} can't be compiled: it talks to other ranks. Compile the loss and its "
+            "sharded can't be compiled: it talks to other ranks. Compile the loss and its "
             "gradient, and call update outside."
         )
     if _functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
-            f"{what} can't run inside torch.func.vmap or grad: it talks to other ranks. Take the "
+            "sharded can't run inside torch.func.vmap or grad: it talks to other ranks. Take the "
             "gradient inside, and call update outside of the transform."
         )

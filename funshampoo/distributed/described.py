@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.core.live import Live
+from funshampoo.core.live import Live, is_ours
 
 Line: TypeAlias = tuple[str, str]
 """(what it is, its value in words)"""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
-_PACKAGE = __name__.split(".")[0]
 
 
 def described(transformation: GradientTransformation) -> list[Line]:
@@ -88,21 +87,16 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """(name, value) of its parts; "" for parts without a name."""
     if isinstance(value, functools.partial):
         yield "", value.func
-        if _is_ours(value.func):
+        if is_ours(value.func):
             yield from (("", x) for x in (value.args, value.keywords))
     elif isinstance(value, types.MethodType):
         yield from (("", x) for x in (value.__self__, value.__func__))
-    elif dataclasses.is_dataclass(value) and _is_ours(type(value)) and not isinstance(value, type):
+    elif dataclasses.is_dataclass(value) and is_ours(type(value)) and not isinstance(value, type):
         yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr)
-    elif isinstance(value, types.FunctionType) and _is_ours(value):
+    elif isinstance(value, types.FunctionType) and is_ours(value):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or ()):
             try:
                 yield name, cell.cell_contents
             except ValueError:  # the cell is still empty
                 continue
         yield from (("", x) for x in (value.__defaults__ or ()))
-
-
-def _is_ours(value: Any) -> bool:
-    """Whether this package defines the function or class."""
-    return str(getattr(value, "__module__", "")).split(".")[0] == _PACKAGE

@@ -212,7 +212,8 @@ def nearest(
         members.setdefault(node, []).append(rank)
     alike = {id(shares): shares for shares in held}
 
-    def greedy(weight: int, eager: bool) -> _Found:
+    def greedy(weight: int, eager: bool) -> tuple[list[int], tuple[float, int, float]]:
+        """The owners, and how good that is."""
         known = {i: _near(shares, nodes, members, weight) for i, shares in alike.items()}
         near = [known[id(shares)] for shares in held]
         loads, owners = [0.0] * len(nodes), [0] * len(costs)
@@ -233,15 +234,10 @@ def nearest(
             loads[owner] += cost
             kept += held[block].get(owner, 0) + NODE * near[block].same.get(nodes[owner], 0)
         largest = max(loads)
-        return _Found(owners, (-max(largest, limit), kept, -largest))
+        return owners, (-max(largest, limit), kept, -largest)
 
     tries = [greedy(*how) for how in itertools.product((0, NODE), (False, True))]
-    return max(tries, key=lambda found: found.merit).owners
-
-
-class _Found(NamedTuple):
-    owners: list[int]
-    merit: tuple[float, int, float]
+    return max(tries, key=lambda found: found[1])[0]
 
 
 class _Near(NamedTuple):

@@ -57,10 +57,7 @@ def strides(shape: Sequence[int]) -> Shape:
     >>> strides((2, 3, 4))
     (12, 4, 1)
     """
-    found = [1]
-    for side in reversed(shape[1:]):
-        found.insert(0, found[0] * side)
-    return tuple(found[: len(shape)])
+    return tuple([math.prod(shape[i + 1 :]) for i in range(len(shape))])
 
 
 class _Part(NamedTuple):

@@ -60,7 +60,7 @@ class Ranks:
     def shards(self, blocks: Blocks) -> Shards:
         """The shards of all ranks."""
         _, size = rank_and_size(self.group)
-        check_outside_transforms("sharded")
+        check_outside_transforms()
         dtype = self._dtype(blocks)
         key = tuple(blocks.stacks.items()), blocks.in_blocks, size, dtype
         if key not in self.known_shards:

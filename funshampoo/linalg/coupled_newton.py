@@ -15,6 +15,7 @@ from funshampoo.core.tree import cast
 from funshampoo.linalg.estimates import largest_eigenvalue
 from funshampoo.linalg.normalized import Normalized, certify, normalize
 from funshampoo.linalg.products import matmul, matrix_power, power
+from funshampoo.linalg.root_steps import series
 from funshampoo.linalg.solver import (
     InverseRoot,
     RootSolver,
@@ -208,9 +209,7 @@ def _step(M: Tensor, identity: Tensor, p: int, order: int) -> Tensor:
     """N: M^(-1/p) = sum of b_i (I - M)^i, truncated; b_i = b_{i-1} (1 + (i-1) p) / (i p)."""
     if order == 2:
         return ((p + 1) * identity - M) / p
-    b = [1.0]
-    for i in range(1, order):
-        b.append(b[-1] * (1 + (i - 1) * p) / (i * p))
+    b = series(p, order - 1)
     N = b[-1] * identity
     for coefficient in reversed(b[:-1]):  # Horner
         N = coefficient * identity + matmul(N, identity - M)

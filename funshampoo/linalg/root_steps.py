@@ -98,12 +98,12 @@ def root_steps(p: int, lower: float, tolerance: float) -> list[Step]:
         errors = {k: max(1 - low, high - 1) for k, (low, high) in reached.items()}
         # Not next(), which torch 2.8 can't trace.
         k = min([k for k in errors if errors[k] <= tolerance] or [4])
-        steps.append(Step(_series(p, k), around_one=True))
+        steps.append(Step(series(p, k), around_one=True))
         low, high = reached[k]
     return steps
 
 
-def _series(p: int, k: int) -> tuple[float, ...]:
+def series(p: int, k: int) -> tuple[float, ...]:
     """The first k + 1 coefficients of (1 - y)^(-1/p), by powers of y."""
     found = [1.0]
     for j in range(1, k + 1):
@@ -116,7 +116,7 @@ def _reached(p: int, k: int, low: float, high: float) -> tuple[float, float]:
 
     It increases up to 1; beyond, it keeps increasing for even k and decreases for odd k.
     """
-    ends = [x * _value(_series(p, k), 1 - x**p) for x in (low, high)]
+    ends = [x * _value(series(p, k), 1 - x**p) for x in (low, high)]
     return min(ends), max(*ends, 1.0)
 
 

@@ -189,13 +189,11 @@ def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:
         for d in shape:
             if now * d <= limit:
                 now *= d
-                continue
-            if now > 1:
+            elif now > 1:
                 found.append(now)
                 now = d
             else:
                 found.append(d)
-                now = 1
         return [*found, now] if now > 1 or not found else found
 
     return merge

@@ -124,13 +124,13 @@ def for_model(
     if base is not None:
         factors = rate_factors_of(parameters, found, base, settings)
         settings = {n: scaled(s, factors[n]) for n, s in settings.items()}
-    warn_of_routes(routes, settings, stacklevel=2)
+    warn_of_routes(routes, settings)
     flags: Any = {"compile": compile, "consolidate": consolidate, "accept_adamw": accept_adamw}
     flags |= {"cuda_graph": cuda_graph, "tf32": tf32, "stochastic_rounding": stochastic_rounding}
     defaults = {**for_new_runs(main), **options}
     optimizer = Optimizer(grouped(parameters, settings), main, lr=lr, **flags, **defaults)
     optimizer._model_order = [name for name in parameters if name in settings]
-    warn_of_costs(optimizer, stacklevel=2)
+    warn_of_costs(optimizer)
     return optimizer
 
 

@@ -148,15 +148,16 @@ def scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return {**settings, "lr": settings["lr"] * factor, "rate_factor": factor}
 
 
-def warn_of_routes(
-    routes: Routes, settings: Mapping[str, Mapping[str, Any]], stacklevel: int
-) -> None:
-    """Warn if no parameter gets the method, or if it can't tell the matrices of a stack apart."""
+def warn_of_routes(routes: Routes, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn if no parameter gets the method, or if it can't tell the matrices of a stack apart.
+
+    In the name of the caller's caller.
+    """
     if all(s["method"] is not routes.method for s in settings.values()):
         warnings.warn(
             f"no parameter has one of the roles {', '.join(sorted(routes.roles))}: everything goes "
             "to the other method.",
-            stacklevel=stacklevel + 1,
+            stacklevel=3,
         )
     elementwise = [RECIPES[name] for name in ELEMENTWISE]
     for name, own in settings.items():
@@ -166,7 +167,7 @@ def warn_of_routes(
             warnings.warn(
                 f"{called} takes no `merge`, so that '{name}' is one tensor to it and not several "
                 "matrices: have it hand merge on to its blocked(...).",
-                stacklevel=stacklevel + 1,
+                stacklevel=3,
             )
             return
 

@@ -118,8 +118,11 @@ _LARGE = 64 * 2**20
 """Bytes of a parameter's state up to which there is no warning."""
 
 
-def warn_of_costs(optimizer: Optimizer, stacklevel: int) -> None:
-    """Warn once for each kind of reason, naming the parameters and the remedy."""
+def warn_of_costs(optimizer: Optimizer) -> None:
+    """Warn once for each kind of reason, naming the parameters and the remedy.
+
+    In the name of the caller's caller.
+    """
     rows = routing_table(optimizer).rows
     tables = [row for row in rows if _is_large_table(row)]
     if tables:
@@ -129,7 +132,7 @@ def warn_of_costs(optimizer: Optimizer, stacklevel: int) -> None:
             f"{readable(first.state_bytes)} of state in {plural(first.blocks, 'block')}, and the "
             "products that go with them, where most rows have no gradient in a step. AdamW is "
             "likely to be as good: leave the role out of method_roles, or the override away.",
-            stacklevel=stacklevel + 1,
+            stacklevel=3,
         )
     large = [row for row in rows if row not in tables and _is_out_of_proportion(row)]
     if large:
@@ -139,7 +142,7 @@ def warn_of_costs(optimizer: Optimizer, stacklevel: int) -> None:
             f"'{first.name}' of shape {first.shape}, {_ratio(first):.0f} times AdamW's state: "
             "smaller blocks (max_size) need less, and "
             f"overrides={{'{first.name}': 'vector'}} leaves it to AdamW.",
-            stacklevel=stacklevel + 1,
+            stacklevel=3,
         )
 
 

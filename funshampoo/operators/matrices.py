@@ -13,14 +13,14 @@ from funshampoo.linalg.norms import norm_over_axes, range_scale, stand
 from funshampoo.operators.leaf_ops import per_block
 
 
-def check_matrices(params: Tree, stage: str, block_ndim: int) -> None:
-    """Raises UnfitLeafError for a parameter with fewer than two sides; names it, and the stage."""
+def check_matrices(params: Tree, block_ndim: int) -> None:
+    """Raises UnfitLeafError for a parameter with fewer than two sides; names it."""
     for name, p in zip(leaf_names(params), flatten(params)[0]):
         if p.ndim < block_ndim + 2:
             raise UnfitLeafError(
-                f"{stage}: '{{}}' has the shape {tuple(p.shape[block_ndim:])} and is no matrix. "
-                "Give it to another method, by partition(...), or pass vectors='pass' to leave "
-                "such updates as they are.",
+                f"orthogonalize: '{{}}' has the shape {tuple(p.shape[block_ndim:])} and is no "
+                "matrix. Give it to another method, by partition(...), or pass vectors='pass' to "
+                "leave such updates as they are.",
                 name,
             )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funshampoo.blocks.blocking import layout_in, shows_parameters
 from funshampoo.blocks.layout import Layout
-from funshampoo.core.boxes import Holding, holding_at
+from funshampoo.core.boxes import Holding, Shape, holding_at
 from funshampoo.core.checks import check_choice
 from funshampoo.core.contract import GradientTransformation, as_transformation
 from funshampoo.core.text import counted, duration, plural, readable
@@ -33,7 +33,6 @@ from funshampoo.state.places import map_tensors
 from funshampoo.state.stages import BlockedState
 
 Sharding: TypeAlias = Literal["fsdp", "hsdp", "tp", "fsdp+tp"]
-Shape: TypeAlias = tuple[int, ...]
 
 
 class ShardingPlan(NamedTuple):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from funshampoo.combinators.masks import Mask
 from funshampoo.core.checks import check_flags
 from funshampoo.core.contract import GradientTransformation, Hyper, Schedule
-from funshampoo.core.live import is_exactly, is_tensor
+from funshampoo.core.live import initial, is_exactly
 from funshampoo.recipes.in_blocks import Distribute, by_leaves
 from funshampoo.transforms import add_decayed_weights, scale_by_adam, trace
 
@@ -91,7 +93,7 @@ def sgd(
     {'w': tensor([-0.1900])}
     """
     check_flags(nesterov=nesterov)
-    damped = not is_tensor(dampening) and not is_exactly(dampening, 0)
+    damped = not isinstance(initial(dampening), Tensor) and not is_exactly(dampening, 0)
     if nesterov and (is_exactly(momentum, 0) or damped):
         raise ValueError("nesterov needs momentum above 0 and dampening 0.")
     stages = []

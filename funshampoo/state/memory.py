@@ -30,13 +30,9 @@ class Memory(NamedTuple):
     parameters: dict[str, int]
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                *_table("stage", self.stages, self.total),
-                "",
-                *_table("parameter", self.parameters, self.total),
-            ]
-        )
+        stages = _table("stage", self.stages, self.total)
+        parameters = _table("parameter", self.parameters, self.total)
+        return "\n".join([*stages, "", *parameters])
 
 
 def summary(state: Any, *, file: TextIO | None = None) -> Memory:

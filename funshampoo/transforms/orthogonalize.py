@@ -77,7 +77,7 @@ def orthogonalize(
     def init(params: Tree, *, block_ndim: int = 0) -> EmptyState:
         check_local(params, "orthogonalize")
         if vectors == "refuse":
-            check_matrices(params, "orthogonalize", block_ndim)
+            check_matrices(params, block_ndim)
         return EmptyState()
 
     def update(updates: Tree, state: EmptyState, *, block_ndim: int = 0) -> tuple[Tree, EmptyState]:
