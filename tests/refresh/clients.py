@@ -16,7 +16,7 @@ from funshampoo.linalg.products import each_matrix, matmul
 from funshampoo.operators.mode_products import bias_corrected, precondition, rotate, unfold
 from funshampoo.refresh import Found, Refreshing, RefreshSchedule, Rule
 from funshampoo.state import RefreshedState
-from funshampoo.state.partners import statistics_of
+from funshampoo.transforms import statistics_of
 
 
 @dataclass(frozen=True)
