@@ -218,8 +218,6 @@ def _shown(function: Callable[..., Any], role: str) -> str:
 
 def name_of(update: Callable[..., Any]) -> str:
     """`momentum` for the function `momentum.<locals>.update`; `stage` if there is no such name."""
-    if isinstance(update, _WithoutState):
-        update = update.function
     code = getattr(update, "__code__", None)  # torch.compile can read it, unlike __qualname__
     qualified = code.co_qualname if code is not None else ""
     outer, _, own = qualified.rpartition(".<locals>.")
