@@ -163,7 +163,7 @@ def check_behind_means(
     found: Traits = {}
     for name, stage in stages.items():
         own = stage.traits
-        waits = found.get(WAITS) or (None if PARTIAL in own else found.get(WAITS + SOME))
+        waits = _before(found, own, WAITS)
         minds = not (stage.passes or {ROUNDS, ROUNDS + SOME} & own.keys())
         if waits and minds and (stage.needs or _has_averages(states[name])):
             raise ValueError(
@@ -171,6 +171,11 @@ def check_behind_means(
                 f"n-th, and would take them for updates: put it into {waits}(chain(...), every)."
             )
         found = {**own, **found}
+
+
+def _before(found: Traits, own: Traits, trait: str) -> str | None:
+    """The stage with this trait before one that has `own`: for the same leaves, as far as known."""
+    return found.get(trait) or (None if PARTIAL in own else found.get(trait + SOME))
 
 
 def _has_averages(state: Any) -> bool:
@@ -207,10 +212,7 @@ def in_sequence(stages: Iterable[GradientTransformation]) -> dict[str, str]:
             raise ValueError(
                 f"{own[IN_BASES]} is for coordinates in eigenbases: put it into in_eigenbasis(...)."
             )
-        last, tracks = [
-            found.get(trait) or (None if PARTIAL in own else found.get(trait + SOME))
-            for trait in (ROUNDS, TRACKS)
-        ]
+        last, tracks = _before(found, own, ROUNDS), _before(found, own, TRACKS)
         if last and not stage.passes:
             raise ValueError(
                 f"{last}: '{stage.name}' behind it changes updates that are rounded: put {last} "

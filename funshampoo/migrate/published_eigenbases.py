@@ -19,6 +19,7 @@ from funshampoo.linalg import orthogonal_iteration
 from funshampoo.migrate.published_muon import on_matrices
 from funshampoo.operators.kl import clamped_at
 from funshampoo.operators.leaf_ops import per_block
+from funshampoo.operators.leafwise import leafwise
 from funshampoo.recipes.routing import whole
 from funshampoo.recipes.splus import signs_in_eigenbases
 from funshampoo.state.eigenbases import EigenbasisState
@@ -169,15 +170,12 @@ def bounded_rms(limit: float) -> GradientTransformation:
 
 
 def _by_rms(factor: Callable[[Tensor], Tensor], name: str) -> GradientTransformation:
-    def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
-        def leaf(u: Tensor) -> tuple[Tensor]:
-            axes = tuple(range(block_ndim, u.ndim))
-            rms = u.square().mean(axes, keepdim=True).sqrt() if axes else u.abs()
-            return (u * factor(rms),)
+    def scaled(u: Tensor, block_ndim: int) -> Tensor:
+        axes = tuple(range(block_ndim, u.ndim))
+        rms = u.square().mean(axes, keepdim=True).sqrt() if axes else u.abs()
+        return u * factor(rms)
 
-        return update_leaves(leaf, updates, ())[0]
-
-    return stateless(scaled, name)
+    return leafwise(scaled, name=name)
 
 
 def _merged(limit: int) -> Callable[[tuple[int, ...]], Sequence[int]]:

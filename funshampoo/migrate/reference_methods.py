@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.checks import check_entries
-from funshampoo.core.contract import GradientTransformation, Hyper, Tree, stateless
+from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import initial
 from funshampoo.core.tree import update_leaves, wide
 from funshampoo.migrate.reference_config import GRAFTED, Config, Fields, diagonal
 from funshampoo.migrate.reference_solver import basis_of, initial_eigenvalue, solver_of
 from funshampoo.operators.exponents import side_exponents
 from funshampoo.operators.leaf_ops import per_block
+from funshampoo.operators.leafwise import leafwise
 from funshampoo.transforms import (
     ema,
     graft,
@@ -245,15 +246,11 @@ def signs_scaled_by(scale_fn: Callable[[Tensor], Any]) -> GradientTransformation
             )
         return s
 
-    def scaled(updates: Tree, *, block_ndim: int = 0) -> Tree:
-        def leaf(u: Tensor) -> tuple[Tensor]:
-            u = wide(u)
-            each: Any = torch.func.vmap(one) if block_ndim else one
-            return (u.sign() * per_block(each(u), u),)
+    def scaled(u: Tensor, block_ndim: int) -> Tensor:
+        each: Any = torch.func.vmap(one) if block_ndim else one
+        return u.sign() * per_block(each(u), u)
 
-        return update_leaves(leaf, updates, ())[0]
-
-    return stateless(scaled, "sign")
+    return leafwise(scaled, name="sign")
 
 
 BUILT: Mapping[str, Callable[[Fields, Setting], Found]] = {
