@@ -144,18 +144,15 @@ def adapted_init(function: Callable[..., Any]) -> Callable[[Any, Mapping[str, An
     """`call(params, context)` for a function that declares the context it needs."""
     check_places(function, "init", ("params",), _OF_INIT)
     signature = _signature(function)
-    _check_spelling(function, "init", signature.keywords.difference(signature.names[:1]), _OF_INIT)
+    known, any_keyword = signature.keywords, signature.any_keyword
+    _check_spelling(function, "init", known.difference(signature.names[:1]), _OF_INIT)
 
     def call(params: Any, context: Mapping[str, Any]) -> Any:
         unknown = sorted(context.keys() - _OF_INIT)
         if unknown:
             raise TypeError(f"init knows no '{unknown[0]}'.")
-        return function(
-            params,
-            **{
-                n: x for n, x in context.items() if signature.any_keyword or n in signature.keywords
-            },
-        )
+        declared = {n: x for n, x in context.items() if any_keyword or n in known}
+        return function(params, **declared)
 
     return call
 
