@@ -159,10 +159,14 @@ def disagreement_error(
 
 def difference(first: list[Line], other: list[Line], rank: int) -> str:
     """The first difference between rank 0 and another rank, in words, and the remedy."""
+    differs = first_difference(first, other, rank)
+    return f"sharded: the ranks do not agree: {differs}. {_REMEDY}"
+
+
+def first_difference(first: list[Line], other: list[Line], rank: int) -> str:
+    """The same without the remedy."""
     pairs = zip([*first, ("", "nothing more")], [*other, ("", "nothing more")])
     (label, ours), (their_label, theirs) = next((a, b) for a, b in pairs if a != b)
     if label == their_label:
-        differs = f"{label} is {ours} on rank 0, {theirs} on rank {rank}"
-    else:
-        differs = f"rank 0 has {label}: {ours}; rank {rank} {their_label}: {theirs}"
-    return f"sharded: the ranks do not agree: {differs}. {_REMEDY}"
+        return f"{label} is {ours} on rank 0, {theirs} on rank {rank}"
+    return f"rank 0 has {label}: {ours}; rank {rank} {their_label}: {theirs}"

@@ -10,15 +10,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from funshampoo.core.contract import GradientTransformation
-from funshampoo.core.placed import is_in_parts
+from funshampoo.core.placed import any_in_parts, is_in_parts
 from funshampoo.core.tree import map_leaves
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects, rank_and_size
 
 
-def sharing_groups(transformation: GradientTransformation | None) -> list[ProcessGroup | None]:
-    """The groups of ranks over which a chain shards its state; [] on one rank."""
+def sharing_groups(
+    transformation: GradientTransformation | None, parameters: Iterable[Any] = ()
+) -> list[ProcessGroup | None]:
+    """The groups of ranks over which a chain shards its state; [] on one rank.
+
+    Args:
+        parameters: of which it may not have made a state yet.
+    """
     found: list[ProcessGroup | None] = []
-    for spread in spreads(transformation):
+    for spread in spreads(transformation, any_in_parts(parameters)):
         group = spread.group
         if rank_and_size(group)[1] > 1 and not any([group is other for other in found]):
             found.append(group)
@@ -76,11 +82,15 @@ def on_the_host(tree: Any) -> Any:
     return map_leaves(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, tree)
 
 
-def spreads(transformation: GradientTransformation | None) -> Iterator[Any]:
-    """The `Ranks` of every part of a chain, at any depth, that is spread over ranks."""
+def spreads(transformation: GradientTransformation | None, in_parts: bool = False) -> Iterator[Any]:
+    """The `Ranks` of every part of a chain, at any depth, that is spread over ranks.
+
+    Args:
+        in_parts: whether it will be, though no state was made yet, because parameters are DTensors.
+    """
     if transformation is None:
         return
-    if transformation.spread is not None and transformation.spread.in_use:
+    if transformation.spread is not None and (in_parts or transformation.spread.in_use):
         yield transformation.spread
     for part in transformation.parts.values():
-        yield from spreads(part)
+        yield from spreads(part, in_parts)

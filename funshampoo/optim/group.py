@@ -15,6 +15,8 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.core.interrupted import Watched, check_whole, mark
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.placed import detached
+from funshampoo.distributed.collectives import ProcessGroup
+from funshampoo.distributed.gathering import sharing_groups
 from funshampoo.optim.building import Builder, structure_differs
 from funshampoo.optim.entries import SHARED, is_note, is_shared, with_shared
 from funshampoo.optim.execution import Execution
@@ -254,23 +256,41 @@ class GroupRun:
         """Reset everything."""
         self.known, self._state, self._fresh, self._cache = [], None, None, None
 
-    def loaded(
-        self, group: dict[str, Any], saved: Saved, own_part: bool, *, strict: bool, cast: bool
-    ) -> tuple[Ready, dict[Tensor, dict[str, Any]]]:
-        """A fresh state with saved values, and the saved notes; the run itself is not changed.
+    def planned_load(self, group: dict[str, Any], saved: Saved) -> Plan:
+        """The plan for a state with saved values; nothing is made, so no rank waits for another.
 
         Args:
             group: the group as it will be after loading.
             saved: {parameter: its entries, including the shared ones}; a parameter that is
                 missing starts from nothing.
-            own_part: whether this was read for this rank alone, whatever its part label says.
+
+        Raises:
+            TypeError, ValueError: a value in the group is out of range.
         """
         built = self._builder.current(group, self._built)
         own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
         names = copy.copy(self._names)  # a copy, so that a failure leaves the run's own alone
-        known = self._trainable(group, own, names)
+        return Plan(built, self._trainable(group, own, names), ())
+
+    def loaded(
+        self,
+        plan: Plan,
+        group: dict[str, Any],
+        saved: Saved,
+        own_part: bool,
+        *,
+        strict: bool,
+        cast: bool,
+    ) -> tuple[Ready, dict[Tensor, dict[str, Any]]]:
+        """A fresh state with saved values, and the saved notes; the run itself is not changed.
+
+        Args:
+            plan, group, saved: the plan made from the other two, see `planned_load`.
+            own_part: whether this was read for this rank alone, whatever its part label says.
+        """
+        built, known = plan.built, plan.known
         state = initial_state(built, known)
-        named = list(zip(names.of(group), group["params"]))
+        named = list(zip(copy.copy(self._names).of(group), group["params"]))
         flat, notes = flattened(saved, named, {k.name for k in known}, state)
         if not known:  # all are frozen, so even shared entries had no parameter to be saved under
             return Ready(built, known, state), notes
@@ -304,6 +324,13 @@ class GroupRun:
     def transformation(self) -> GradientTransformation | None:
         """The chain; None in a copy that has not been stepped."""
         return self._built.transformation
+
+    def sharing_groups(self) -> list[ProcessGroup | None]:
+        """The groups of ranks that share its blocks, or will: of a copy, or before a first step."""
+        built = self._built
+        if built.transformation is None:
+            built = self._builder.current(self.group, built)
+        return sharing_groups(built.transformation, self.group["params"])
 
     def _trainable(
         self, group: dict[str, Any], others: Set[Tensor], names: Names | None = None

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from funshampoo.core.interrupted import tensors_of
 from funshampoo.core.placed import local_part
-from funshampoo.distributed.collectives import gathered_objects
-from funshampoo.distributed.gathering import sharing_groups
+from funshampoo.distributed.collectives import ProcessGroup, gathered_objects
+from funshampoo.distributed.described import Line
+from funshampoo.distributed.disagreement import first_difference
+from funshampoo.optim.agreement import numbers_of
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Group, Memory
-from funshampoo.optim.ready import Ready
+from funshampoo.optim.ready import Plan, Ready
 from funshampoo.optim.saved import Saved, check_fits, check_ours, indices_of, loaded_group
 from funshampoo.state.checkpoint import of_run
 from funshampoo.state.parts import PART_KEY, Part, part_of
+
+Result = TypeVar("Result")
 
 
 class Loading(NamedTuple):
@@ -28,13 +31,25 @@ class Loading(NamedTuple):
         ready: the states.
         groups: the groups' hyperparameters.
         notes: the clients' notes, by parameter.
-        steps: (name, value) of the step counters: equal on all ranks that load the same save.
     """
 
     ready: list[Ready]
     groups: list[dict[str, Any]]
     notes: dict[Tensor, dict[str, Any]]
+
+
+class Checked(NamedTuple):
+    """A checkpoint of which everything has been checked that needs no state.
+
+    Attributes:
+        steps: (name, value) of the step counters: equal on all ranks that load the same save.
+        numbers: the hyperparameters in it, for comparison, as they decide what states are made.
+        make: makes the states; of DTensors, a collective.
+    """
+
     steps: set[tuple[str, float]]
+    numbers: list[Line]
+    make: Callable[[], Loading]
 
 
 _REMEDIES = {
@@ -61,48 +76,85 @@ def given_to(optimizer: Any, state_dict: Mapping[str, Any], strict: bool) -> Map
     return given  # type: ignore[no-any-return]
 
 
-def loaded_together(memory: Memory, call: str, load: Callable[[], Loading]) -> Loading:
-    """What `load` returns. Where ranks share blocks, a collective: all ranks load, or none does.
+def loaded_together(memory: Memory, call: str, check: Callable[[], Checked]) -> Loading:
+    """What is loaded. Where ranks share blocks, a collective: all ranks load, or none does.
+
+    They hear of what one rank alone can't load before they make states, which for DTensors they
+    make together, and once more when these are filled.
 
     Args:
         call: the method of the optimizer that all ranks must be in.
 
     Raises:
         ValueError: another rank could not load what it was given, or was given a part of another
-            step or run. Raised on every rank; the failing rank raises what `load` raised.
+            step or run, or other hyperparameters. Raised on every rank; the failing rank raises
+            its own error.
         RuntimeError: other ranks are in a step; or, of DTensors, by the group's timeout, another
-            could not make its states.
+            failed while it made its states.
     """
-    shared = [group for run in memory.runs for group in sharing_groups(run.transformation)]
+    shared = [group for run in memory.runs for group in run.sharing_groups()]
     if not shared:
-        return load()
+        return check().make()
     memory.check_same_call(call)
+    checked, everyone = _all_or_none(check, lambda one: one[:2], call, shared[0])
+    for rank, (steps, numbers) in enumerate(everyone):
+        if steps != everyone[0][0]:
+            raise _of_another_save(rank)
+        if numbers != everyone[0][1]:
+            raise ValueError(
+                f"the ranks were given checkpoints that differ: "
+                f"{first_difference(everyone[0][1], numbers, rank)}. Give those of one save. "
+                "Nothing was changed on any rank."
+            )
+    found, runs = _all_or_none(checked.make, _runs_of, call, shared[0])
+    known = list(map(max, zip(*runs)))
+    for rank, own in enumerate(runs):
+        # A whole state belongs to no run in particular; one rank may have it, others their parts.
+        if any(n not in (0, m) for n, m in zip(own, known)):
+            raise _of_another_save(rank)
+    ready = [one._replace(state=of_run(one.state, n)) for one, n in zip(found.ready, known)]
+    return found._replace(ready=ready)
+
+
+def _all_or_none(
+    act: Callable[[], Result],
+    told: Callable[[Result], Any],
+    call: str,
+    group: ProcessGroup | None,
+) -> tuple[Result, list[Any]]:
+    """What this rank's act returns, and what all ranks have told of theirs. A collective.
+
+    Raises:
+        ValueError: another rank's act failed; the failing rank raises its own error.
+    """
     failure: BaseException | None = None
-    steps: set[tuple[str, float]] = set()
-    numbers: list[int] = []
+    mine: Any = None
     try:
-        found = load()
-        steps, numbers = found.steps, [part_of(one.state).run for one in found.ready]
+        result = act()
+        mine = told(result)
     except BaseException as error:  # of any kind: the other ranks are waiting
         failure = error
-    everyone = gathered_objects((failure is None, steps, numbers), shared[0])
+    everyone = gathered_objects((failure is None, mine), group)
     if failure is not None:
         raise failure
-    known = [max(each) for each in zip(*[numbers for _, _, numbers in everyone])]
-    for rank, (succeeded, steps, numbers) in enumerate(everyone):
+    for rank, (succeeded, _) in enumerate(everyone):
         if not succeeded:
             raise ValueError(
                 f"rank {rank} of {len(everyone)} could not load what it was given; its own error "
                 f"says why. Nothing was changed on any rank. {_REMEDIES[call]}"
             )
-        # A whole state belongs to no run in particular; one rank may have it, others their parts.
-        if steps != everyone[0][1] or any(n not in (0, m) for n, m in zip(numbers, known)):
-            raise ValueError(
-                f"the checkpoint that rank {rank} was given is of another step or run than those "
-                "of other ranks: give those of one save. Nothing was changed on any rank."
-            )
-    ready = [one._replace(state=of_run(one.state, n)) for one, n in zip(found.ready, known)]
-    return found._replace(ready=ready)
+    return result, [theirs for _, theirs in everyone]
+
+
+def _runs_of(found: Loading) -> list[int]:
+    return [part_of(one.state).run for one in found.ready]
+
+
+def _of_another_save(rank: int) -> ValueError:
+    return ValueError(
+        f"the checkpoint that rank {rank} was given is of another step or run than those "
+        "of other ranks: give those of one save. Nothing was changed on any rank."
+    )
 
 
 def _clocks(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
@@ -115,10 +167,10 @@ def _clocks(state: Mapping[Any, Mapping[str, Any]]) -> set[tuple[str, Any]]:
     }
 
 
-def loaded(
+def checked(
     memory: Memory, groups: Sequence[Group], given: Mapping[str, Any], *, strict: bool, cast: bool
-) -> Loading:
-    """The states and groups of a checkpoint.
+) -> Checked:
+    """The states and groups of a checkpoint, once `make` is called.
 
     Args:
         memory, groups: the optimizer's.
@@ -127,43 +179,43 @@ def loaded(
 
     Raises:
         ValueError: names missing or unknown, wrong shapes or dtypes, entries of an AdamW, or only
-            one rank's part in a full state dict.
+            one rank's part in a full state dict; by `make` if only a state tells.
     """
     by_name = any(isinstance(index, str) for index in given["state"])
-    found = Loading([], [], {}, _clocks(given["state"]))
     all_indices = indices_of(given["param_groups"], groups)
-    failures: list[Exception] = []
+    after: list[Group] = []
+    entries: list[dict[Tensor, Any]] = []
+    plans: list[Plan] = []
     for run, group, saved, indices in zip(memory.runs, groups, given["param_groups"], all_indices):
-        found.groups.append(loaded_group(saved, group))
-        entries = {}
-        for p, index in zip(group["params"], indices):
-            if index in given["state"] or not by_name:
-                entries[p] = given["state"].get(index, {})
-        with _later(failures):
-            for own in entries.values():
-                check_ours(own)
-        with _later(failures):
-            one, notes = run.loaded(found.groups[-1], entries, by_name, strict=strict, cast=cast)
-            if by_name and strict:
-                _check_read(run, entries)
+        own = {
+            p: given["state"].get(index, {})
+            for p, index in zip(group["params"], indices)
+            if index in given["state"] or not by_name
+        }
+        for each in own.values():
+            check_ours(each)
+        after.append(loaded_group(saved, group))
+        plans.append(run.planned_load(after[-1], own))
+        entries.append(own)
+
+    def make() -> Loading:
+        found = Loading([], after, {})
+        failures: list[Exception] = []
+        for run, plan, group, own in zip(memory.runs, plans, after, entries):
+            try:
+                one, notes = run.loaded(plan, group, own, by_name, strict=strict, cast=cast)
+                if by_name and strict:
+                    _check_read(run, own)
+            except Exception as error:  # for later: all ranks make the states of all groups
+                failures.append(error)
+                continue
             found.ready.append(one)
             found.notes.update(notes)
-    if failures:
-        raise failures[0]
-    return found
+        if failures:
+            raise failures[0]
+        return found
 
-
-@contextlib.contextmanager
-def _later(failures: list[Exception]) -> Iterator[None]:
-    """A context that keeps an error for later, since ranks make states of DTensors together.
-
-    So entries that do not fit, on one rank, keep no other waiting. What fails before a state is
-    made does: a hyperparameter out of range, on this rank alone.
-    """
-    try:
-        yield
-    except Exception as error:
-        failures.append(error)
+    return Checked(_clocks(given["state"]), numbers_of(plans), make)
 
 
 def _check_read(run: GroupRun, entries: Saved) -> None:

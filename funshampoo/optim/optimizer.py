@@ -15,10 +15,10 @@ from funshampoo.core.contract import GradientTransformation
 from funshampoo.distributed.join import Joining
 from funshampoo.optim.execution import execution
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.loading import Loading, given_to, loaded, loaded_together
+from funshampoo.optim.loading import Checked, checked, given_to, loaded_together
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.saved import is_adamws, saved_group
-from funshampoo.optim.seeding import rates_of, seeded
+from funshampoo.optim.seeding import checked_seeds
 from funshampoo.optim.states import States
 from funshampoo.optim.vocabulary import Vocabulary, check_given
 from funshampoo.optim.whole import WholeEntries, entries_of_all_ranks, numbers_of, part_of_this_rank
@@ -305,17 +305,14 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """
         memory = self._match()
 
-        def load() -> Loading:
+        def check() -> Checked:
             given = given_to(self, state_dict, strict)
             if self._accept_adamw and any(map(is_adamws, given["state"].values())):
-                memory.forget_all()  # what is loaded replaces it
-                found = seeded(memory.runs, given, self._model_order)
-                rates = map(rates_of, memory.runs, given["param_groups"])
-                return found._replace(groups=list(rates))
-            return loaded(memory, self.param_groups, given, strict=strict, cast=cast)
+                return checked_seeds(memory, given, self._model_order, rates=True)
+            return checked(memory, self.param_groups, given, strict=strict, cast=cast)
 
         with memory.all_or_nothing(self.param_groups):
-            found = loaded_together(memory, "load_state_dict", load)
+            found = loaded_together(memory, "load_state_dict", check)
             for group, entries in zip(self.param_groups, found.groups):
                 group.update(entries)
             memory.replace(found.ready, found.notes)
@@ -340,8 +337,8 @@ class Optimizer(torch.optim.Optimizer, Joining):
         memory = self._match()
         memory.apply_edits()
         with memory.all_or_nothing(self.param_groups):
-            load = functools.partial(seeded, memory.runs, saved, self._model_order)
-            memory.replace_states(loaded_together(memory, "seed_from_adamw", load).ready)
+            check = functools.partial(checked_seeds, memory, saved, self._model_order)
+            memory.replace_states(loaded_together(memory, "seed_from_adamw", check).ready)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: built chains are left out and rebuilt."""

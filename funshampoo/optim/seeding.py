@@ -7,44 +7,59 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from funshampoo.core.bare import bare_names
+from funshampoo.distributed.described import described_value
 from funshampoo.migrate.seeding import check_saved, seed_from_adamw
 from funshampoo.optim.group import GroupRun
-from funshampoo.optim.loading import Loading
+from funshampoo.optim.loading import Checked, Loading
+from funshampoo.optim.memory import Memory
 from funshampoo.optim.saved import names_of
 from funshampoo.optim.vocabulary import check_rate
 from funshampoo.state.checkpoint import check
 
 
-def seeded(
-    runs: Sequence[GroupRun], saved: Mapping[str, Any], order: Sequence[str] = ()
-) -> Loading:
-    """The states of all groups with AdamW's moments in them.
+def checked_seeds(
+    memory: Memory, saved: Mapping[str, Any], order: Sequence[str] = (), *, rates: bool = False
+) -> Checked:
+    """The states of all groups with AdamW's moments in them, once `make` is called.
 
     Args:
-        runs: the optimizer's runs.
+        memory: the optimizer's.
         saved: AdamW's state_dict(), for the same parameters: matched by name if both optimizers
             were given names, else by order.
         order: the parameters' names in the order of the model, which an AdamW without names has;
             groups by role have another.
+        rates: whether what is loaded replaces everything, and the groups' rates as well.
 
     Raises:
-        ValueError: see `funshampoo.state.seed_from_adamw`; or the parameters' names differ.
-        TypeError: saved is not a state_dict.
+        ValueError: see `funshampoo.state.seed_from_adamw`; or the parameters' names differ; a rate
+            is out of range.
+        TypeError: saved is not a state_dict; a rate is not a single number.
     """
     check_saved(saved)
+    runs = memory.runs
     known = [(i, name) for i, run in enumerate(runs) for name in run.names()]
     if names_of([run.group for run in runs]):
         known = _in_their_order(known, saved, order)
-    found = Loading([], [], {}, set())
-    for i, run in enumerate(runs):
-        # Two groups may use the same name, so those of the other groups get a prefix.
-        own = [name if i == j else f"group {j}/{name}" for j, name in known]
-        found.ready.append(run.with_state(seed_from_adamw(run.state(), saved, own)))
-        check(found.ready[-1].state)
-    return found._replace(steps=_steps_of(saved))
+    groups = list(map(_rates_of, runs, saved["param_groups"])) if rates else []
+
+    def make() -> Loading:
+        if rates:
+            memory.forget_all()
+        found = Loading([], groups, {})
+        states = [run.state() for run in runs]  # all of them, before one does not fit
+        for i, (run, state) in enumerate(zip(runs, states)):
+            # Two groups may use the same name, so those of the other groups get a prefix.
+            own = [name if i == j else f"group {j}/{name}" for j, name in known]
+            found.ready.append(run.with_state(seed_from_adamw(state, saved, own)))
+            check(found.ready[-1].state)
+        return found
+
+    given = [(f"group {i}: {n}", x) for i, own in enumerate(groups) for n, x in own.items()]
+    numbers = [line for name, x in given for line in described_value(x, name)]
+    return Checked(_steps_of(saved), numbers, make)
 
 
-def rates_of(run: GroupRun, saved: Mapping[str, Any]) -> dict[str, Any]:
+def _rates_of(run: GroupRun, saved: Mapping[str, Any]) -> dict[str, Any]:
     """The rates that a scheduler has written to a saved group, for this run's group.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from funshampoo.core.placed import is_in_parts
-from funshampoo.distributed.gathering import all_succeeded, collected, sharing_groups, without_parts
+from funshampoo.distributed.gathering import all_succeeded, collected, without_parts
 from funshampoo.optim.entries import SHARED
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
@@ -79,7 +79,7 @@ def entries_of_all_ranks(
         RuntimeError: another rank could not collect its entries.
     """
     memory.check_same_call("consolidate_state_dict")
-    groups = [g for run in memory.runs for g in sharing_groups(run.transformation)]
+    groups = [group for run in memory.runs for group in run.sharing_groups()]
     if any(group is not groups[0] for group in groups):
         raise NotImplementedError(
             "the parameter groups share out their blocks over different process groups: save "
