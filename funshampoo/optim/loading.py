@@ -17,8 +17,17 @@ from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.ready import Plan, Ready
-from funshampoo.optim.saved import Saved, check_fits, check_ours, indices_of, loaded_group
+from funshampoo.optim.saved import (
+    Saved,
+    check_fits,
+    check_not_foreign,
+    check_ours,
+    indices_of,
+    loaded_group,
+    told_of_method,
+)
 from funshampoo.state.checkpoint import of_run
+from funshampoo.state.misfits import MisfitError
 from funshampoo.state.parts import PART_KEY, Part, part_of
 
 Result = TypeVar("Result")
@@ -195,15 +204,18 @@ def checked(
         for each in own.values():
             check_ours(each)
         after.append(loaded_group(saved, group))
-        plans.append(run.planned_load(after[-1], own))
+        with told_of_method(run.vocabulary, saved, given["state"], (TypeError, ValueError)):
+            plans.append(run.planned_load(after[-1], own))
         entries.append(own)
 
     def make() -> Loading:
         found = Loading([], after, {})
         failures: list[Exception] = []
-        for run, plan, group, own in zip(memory.runs, plans, after, entries):
+        each = zip(memory.runs, plans, after, entries, given["param_groups"])
+        for run, plan, group, own, saved in each:
             try:
-                one, notes = run.loaded(plan, group, own, by_name, strict=strict, cast=cast)
+                with told_of_method(run.vocabulary, saved, given["state"], MisfitError):
+                    one, notes = run.loaded(plan, group, own, by_name, strict=strict, cast=cast)
                 if by_name and strict:
                     _check_read(run, own)
             except Exception as error:  # for later: all ranks make the states of all groups
@@ -213,6 +225,8 @@ def checked(
             found.notes.update(notes)
         if failures:
             raise failures[0]
+        if strict:
+            check_not_foreign(given["state"])
         return found
 
     return Checked(_clocks(given["state"]), numbers_of(plans), make)

@@ -28,6 +28,10 @@ _COUNTED_THEN = (
 )
 
 
+class MisfitError(ValueError):
+    """A checkpoint has other names, shapes or dtypes than the state."""
+
+
 def misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
     """Why this value can't replace x; "" if it can."""
     if not isinstance(saved, Tensor):
