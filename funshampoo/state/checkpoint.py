@@ -16,7 +16,7 @@ from funshampoo.core.modes import for_keeps
 from funshampoo.core.wholes import placed_as
 from funshampoo.operators.packed import in_form_of
 from funshampoo.state.meaning import kind_of
-from funshampoo.state.misfits import MisfitError, listed, misfit, report
+from funshampoo.state.misfits import MisfitError, blocks_differ, listed, misfit, report
 from funshampoo.state.naming import Named, entries_of, named, owned_elsewhere
 from funshampoo.state.nodes import check_is_state, check_kind, walk
 from funshampoo.state.parts import PART_KEY, RUN, Part, bits_of, is_note, part_of
@@ -223,7 +223,9 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
     ]
     if misfits or (strict and (missing or unknown)):
         lists = misfits, missing if strict else [], unknown if strict else []
-        raise MisfitError(report(*lists, part))
+        whole = part is None or part.size == 1
+        differ = blocks_differ([*places, *elsewhere], saved, whole)
+        raise MisfitError(report(*lists, part, differ))
     entries = [place._replace(x=saved[name]) for name, place in places.items() if name in saved]
     kinds = {place.path: place.kind for place in places.values()}
     for name, owner in owners.items():  # so that all ranks refuse what one of them must

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -50,13 +51,42 @@ def misfit(name: str, x: Tensor, saved: Any, cast: bool) -> str:
     return ""
 
 
-def report(misfits: list[str], missing: list[str], unknown: list[str], part: Part | None) -> str:
+def blocks_differ(here: Iterable[str], there: Iterable[str], whole: bool) -> bool:
+    """Whether a parameter that both have is in other blocks there, by their names.
+
+    Args:
+        here, there: names of entries, or of blocks.
+        whole: whether the checkpoint has all blocks, not one rank's part of them.
+    """
+    ours, theirs = _blocks_of(here), _blocks_of(there)
+    both = ours.keys() & theirs.keys()
+    return any(theirs[p] != ours[p] if whole else not theirs[p] <= ours[p] for p in both)
+
+
+def _blocks_of(names: Iterable[str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for name in names:
+        parameter, _, rest = name.partition("/")
+        block = rest.partition("/")[0]
+        if block.startswith("block_"):
+            found.setdefault(parameter, set()).add(block)
+    return found
+
+
+def report(
+    misfits: list[str],
+    missing: list[str],
+    unknown: list[str],
+    part: Part | None,
+    other_blocks: bool,
+) -> str:
     """One message for all of them, with the remedies.
 
     Args:
         misfits: as from `misfit`.
         missing, unknown: names.
         part: which part of a state the checkpoint is, if it says so.
+        other_blocks: whether a parameter is in other blocks there.
     """
     lines = ["the checkpoint does not fit the state; nothing was changed."]
     for title, names in (
@@ -71,10 +101,10 @@ def report(misfits: list[str], missing: list[str], unknown: list[str], part: Par
             f"It is the part of rank {part.rank} of {part.size}: save every rank's, and load "
             "funshampoo.state.merged(parts)."
         )
-    if any("/block" in name for name in (*misfits, *missing, *unknown)):
+    if other_blocks or any("/block" in line and "' has shape" in line for line in misfits):
         lines.append(
             "Blocks of other shapes or names come from another max_size, merge or keep: build the "
-            "chain with those of the checkpoint."
+            "chain with those of the checkpoint. Or the parameters have other shapes there."
         )
     for names, remedy in ((missing, _GUARDED_NOW), (unknown, _GUARDED_THEN)):
         if names and all(["guarded/" in name for name in names]):

@@ -139,6 +139,38 @@ class TestWhatDoesNotFit:
         other = fs.shampoo(0.1, max_size=3, momentum=0.9)
         self.refuse(self.saved(), "(?s)does not fit.*another max_size, merge or keep", tx=other)
 
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            ({"max_size": 3}, True),
+            ({"max_size": 2}, True),
+            ({"max_size": None}, True),
+            ({"merge": "none"}, True),
+            ({"momentum": 0.0}, False),
+            ({"grafting": "sgd"}, False),
+            ({"grafting": None}, False),
+            ({"vectors": "blocks"}, False),
+            ({"sides": "smaller"}, False),
+        ],
+    )
+    def test_the_block_size_is_told_of_other_blocks_alone(
+        self, options: dict[str, Any], told: bool
+    ) -> None:
+        """Not of a stage, a parameter, an entry or a dtype that differs inside of the same ones."""
+        other = fs.shampoo(0.1, **{"max_size": 4, "momentum": 0.9, **options})
+        with pytest.raises(ValueError, match="does not fit the state") as refusal:
+            load_state_dict(other.init(problem()), self.saved())
+        assert ("another max_size" in str(refusal.value)) is told
+        gone = {name: x for name, x in self.saved().items() if not name.startswith("w/")}
+        for saved in (
+            gone,
+            self.saved(torch.float32),
+            {**self.saved(), "w/block_0_0/more": torch.ones(1)},
+        ):
+            with pytest.raises(ValueError, match="does not fit the state") as refusal:
+                load_state_dict(self.tx.init(problem()), saved)
+            assert "another max_size" not in str(refusal.value)
+
     def test_another_precision(self) -> None:
         saved = self.saved(torch.float32)
         self.refuse(saved, "is torch.float32 there and torch.float64 here; cast=True converts")
