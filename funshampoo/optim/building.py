@@ -47,14 +47,18 @@ class Builder:
     """Builds the chains of one group.
 
     Args:
+        group: their group.
         method: the method of a group that has none of its own.
         execution: what is wrapped around the chains.
     """
 
-    def __init__(self, method: Method, execution: Execution) -> None:
+    def __init__(self, group: dict[str, Any], method: Method, execution: Execution) -> None:
+        self._group = group
         self._method = method
         self._execution = execution
         self._graphs = 0
+        self._entries = set(group)  # those that it has had
+        self._size = len(group)
 
     def build(self, vocabulary: Vocabulary, group: Mapping[str, Any]) -> Built:
         """The chain of a group.
@@ -84,6 +88,8 @@ class Builder:
             TypeError, ValueError: an edited value is out of range.
         """
         check_flag("maximize", group.get("maximize", False))
+        if group is self._group and len(group) != self._size:  # not one that may be refused
+            self._warn_new(before.vocabulary)
         method = group.get("method", self._method)
         if before.vocabulary.method is not method:
             return self.build(Vocabulary(method), group)
@@ -101,6 +107,12 @@ class Builder:
             if hyper[name] is not before.hyper[name]:
                 _check_value(live, hyper[name])
         return before._replace(raw=raw, arguments=arguments, hyper=hyper)
+
+    def _warn_new(self, vocabulary: Vocabulary) -> None:
+        """Warn, once, of what has come to the group and looks like a misspelt hyperparameter."""
+        new = self._group.keys() - self._entries
+        self._entries, self._size = self._entries | new, len(self._group)
+        vocabulary.warn_unknown(new, edited=True)
 
     def _count_graph(self) -> None:
         self._graphs += 1

@@ -61,7 +61,7 @@ class GroupRun:
     ) -> None:
         self.group = group
         self._names = Names(first)
-        self._builder = Builder(method, execution)
+        self._builder = Builder(group, method, execution)
         self.known: list[Known] = []  # the same object until the state's parameters change
         self._state: Any = None
         self._fresh: Watched | None = None  # a state as made by init, which a reader may write to

@@ -119,7 +119,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
         """Add parameters with hyperparameters of their own; see torch.optim.Optimizer.
 
         Entries that the method does not know are kept for other readers; one that looks like a
-        misspelt hyperparameter raises a warning.
+        misspelt hyperparameter raises a warning, also if it comes later.
         """
         vocabulary = self._vocabulary
         if isinstance(param_group, dict):
@@ -152,6 +152,7 @@ class Optimizer(torch.optim.Optimizer, Joining):
             own = group.keys() - self.defaults.keys()
             method = group.get("method", self._method)
             vocabulary = self._vocabulary if method is self._method else Vocabulary(method, own)
+            vocabulary.warn_unknown(group, edited=True)
             for name, value in {**vocabulary.defaults({}), **self.defaults}.items():
                 group.setdefault(name, value)
         known = vocabulary.first_rate  # the constructor's lr, whatever lr is later

@@ -206,7 +206,9 @@ class Vocabulary:
         unknown = sorted(set(given) - known - {"maximize"} - self.extras)
         if unknown:
             name = unknown[0]
-            meant = self._meant(name) or "".join(difflib.get_close_matches(name, OF_ALL_GROUPS, 1))
+            meant = self._meant(name, 0.6) or "".join(
+                difflib.get_close_matches(name, OF_ALL_GROUPS, 1)
+            )
             remedy = f"; did you mean '{meant}'?" if meant else "."
             raise TypeError(
                 f"{self._subject()} has no hyperparameter '{name}'"
@@ -216,13 +218,20 @@ class Vocabulary:
         found = {**self._names, **given}
         return {name: v for name, v in found.items() if v is not inspect.Parameter.empty}
 
-    def warn_unknown(self, group: Mapping[str, Any]) -> None:
-        """Warn of an entry of a new group that looks like a misspelt or misplaced hyperparameter.
+    def warn_unknown(self, entries: Iterable[str], edited: bool = False) -> None:
+        """Warn of an entry of a group that looks like a misspelt or misplaced hyperparameter.
 
         Others are a client's, such as SAM's rho, and are kept, as torch.optim does.
+
+        Args:
+            entries: their names.
+            edited: whether they came later, as most of clients' do: only those that are nearly a
+                hyperparameter's, and not one with more words, such as "weight_decay_end".
         """
-        for name in sorted(group.keys() - self._names.keys() - _OURS - _NOTES - self.extras):
-            meant = self._meant(name)
+        for name in sorted(set(entries) - self._names.keys() - _OURS - _NOTES - self.extras):
+            meant = self._meant(name, 0.8 if edited else 0.6)
+            if edited and any([f"_{known}_" in f"_{name}_" for known in self._names]):
+                meant = ""
             if meant or name in OF_ALL_GROUPS:
                 remedy = f"; did you mean '{meant}'?" if meant else _ELSEWHERE
                 warnings.warn(
@@ -288,12 +297,13 @@ class Vocabulary:
             raise TypeError(SCALED_TWICE)
         return chain(built, scale_by_learning_rate(arguments["lr"]))
 
-    def _meant(self, name: str) -> str:
-        """The hyperparameter that a misspelt name probably stands for; "" for none."""
+    def _meant(self, name: str, least: float) -> str:
+        """The hyperparameter, at least this similar, that a name stands for; "" for none."""
         known = self._names.keys()
-        if _SYNONYMS.get(name) in known:
-            return _SYNONYMS[name]
-        return "".join(difflib.get_close_matches(name, known, n=1))
+        for meant in (_SYNONYMS.get(name), name.lower()):
+            if meant in known:
+                return str(meant)
+        return "".join(difflib.get_close_matches(name, known, n=1, cutoff=least))
 
     def _subject(self) -> str:
         """The method, as the subject of a sentence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 
 import funshampoo as fs
 from funshampoo.optim.vocabulary import OF_ALL_GROUPS
+from funshampoo.recipes import RECIPES
 from tests.optim.runs import (
     ADAMW,
     BARE,
@@ -290,6 +292,54 @@ def test_an_unknown_entry_of_a_group_is_kept(name: str, meant: str | None) -> No
     optimizer.step()
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0][name] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("weight_deacy", "did you mean 'weight_decay'"),
+        ("learning_rate", "did you mean 'lr'"),
+        ("LR", "did you mean 'lr'"),
+        ("beta1", "did you mean 'betas'"),
+        ("compile", "as an argument of the optimizer"),
+    ],
+)
+@pytest.mark.parametrize("how", ["edited", "loaded", "appended"])
+def test_an_entry_that_comes_later_and_looks_misspelt(how: str, name: str, told: str) -> None:
+    """It does nothing, as in torch.optim; the next step says so, and no other."""
+    optimizer = fs.Optimizer([Parameter(torch.ones(2))], fs.adamw, lr=0.1)
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    if how == "loaded":
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0][name] = 0.5
+        optimizer.load_state_dict(saved)
+    elif how == "appended":
+        optimizer.param_groups.append({"params": [Parameter(torch.ones(2))], name: 0.5})
+    else:
+        group[name] = 0.5
+    with pytest.warns(UserWarning, match=f"'{name}', which adamw does not read.*{told}") as found:
+        optimizer.step()
+    assert len(found) == 1
+    optimizer.step()
+    optimizer.param_groups[-1].pop(name)
+    optimizer.step()
+    optimizer.param_groups[-1][name] = 0.25
+    optimizer.step()
+
+
+KEPT_BY_CLIENTS = (
+    *("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum", "lr_scale"),
+    *("weight_decay_end", "lr_mult", "wd_mult", "layer_decay", "group_name", "name", "foreach"),
+    *("use_muon", "warmup_lr", "is_decoupled_lr", "initial_weight_decay", "rho", "layer_id"),
+)
+
+
+@pytest.mark.parametrize("method", RECIPES.values(), ids=RECIPES)
+def test_what_clients_add_later_is_theirs(method: Any) -> None:
+    optimizer = fs.Optimizer([Parameter(torch.ones(2, 2))], method, lr=0.1)
+    optimizer.param_groups[0] |= dict.fromkeys(KEPT_BY_CLIENTS, 0.5)
+    optimizer.step()
 
 
 def test_what_is_said_of_all_groups_is_no_groups_own() -> None:
