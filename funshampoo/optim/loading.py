@@ -13,19 +13,12 @@ from funshampoo.distributed.collectives import ProcessGroup, gathered_objects
 from funshampoo.distributed.described import Line
 from funshampoo.distributed.disagreement import first_difference
 from funshampoo.optim.agreement import numbers_of
+from funshampoo.optim.another_method import check_not_foreign, told_of_method
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.ready import Plan, Ready
-from funshampoo.optim.saved import (
-    Saved,
-    check_fits,
-    check_not_foreign,
-    check_ours,
-    indices_of,
-    loaded_group,
-    told_of_method,
-)
+from funshampoo.optim.saved import Saved, check_fits, check_ours, indices_of, loaded_group
 from funshampoo.state.checkpoint import of_run
 from funshampoo.state.misfits import MisfitError
 from funshampoo.state.parts import PART_KEY, Part, part_of
@@ -204,7 +197,7 @@ def checked(
         for each in own.values():
             check_ours(each)
         after.append(loaded_group(saved, group))
-        with told_of_method(run.vocabulary, saved, given["state"], (TypeError, ValueError)):
+        with told_of_method(run, saved, given["state"], (TypeError, ValueError)):
             plans.append(run.planned_load(after[-1], own))
         entries.append(own)
 
@@ -214,7 +207,7 @@ def checked(
         each = zip(memory.runs, plans, after, entries, given["param_groups"])
         for run, plan, group, own, saved in each:
             try:
-                with told_of_method(run.vocabulary, saved, given["state"], MisfitError):
+                with told_of_method(run, saved, given["state"], MisfitError):
                     one, notes = run.loaded(plan, group, own, by_name, strict=strict, cast=cast)
                 if by_name and strict:
                     _check_read(run, own)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -15,16 +14,11 @@ from torch import Tensor
 from funshampoo.core.bare import bare_names
 from funshampoo.optim.entries import SHARED, is_note, is_shared
 from funshampoo.optim.values import copied, is_plain
-from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY
 from funshampoo.state.naming import named_tensors
 
 Saved = Mapping[Tensor, Mapping[str, Any]]  # {parameter: its entries, including the shared ones}
 _OBJECT = "funshampoo: not saved: "  # begins the text that stands for a function or a solver
-_REMEDY = (
-    "Nothing was changed. Construct the optimizer that wrote it, or load only the parameters, and "
-    "begin with a new state."
-)
 
 
 def saved_group(group: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
@@ -192,62 +186,6 @@ def flattened(
 def is_adamws(entries: Mapping[str, Any]) -> bool:
     """Whether these are the entries that torch's AdamW and Adam have for a parameter."""
     return entries.keys() >= {"exp_avg", "exp_avg_sq"}
-
-
-@contextlib.contextmanager
-def told_of_method(
-    vocabulary: Callable[[], Vocabulary],
-    group: Mapping[str, Any],
-    state: Mapping[Any, Mapping[str, Any]],
-    kinds: type[Exception] | tuple[type[Exception], ...],
-) -> Iterator[None]:
-    """A context whose errors begin with the fact that a checkpoint is of another method, if it is.
-
-    Not refused for that alone: another method's may fit, as lion's fits sign_descent.
-
-    Args:
-        vocabulary: of the method here; called only after an error.
-        group, state: a saved group, and what was saved of all parameters.
-        kinds: the errors that may come of it.
-    """
-    try:
-        yield
-    except kinds as error:
-        check_not_foreign(state, error)
-        ours = vocabulary()
-        lacking, others = ours.strangers(group)
-        if not (lacking or others):
-            raise
-        differs = [f"{verb} {_few(n)}" for verb, n in (("lack", lacking), ("have", others)) if n]
-        raise ValueError(
-            f"the checkpoint is of another method than {ours.method_name}: its groups "
-            f"{', and '.join(differs)}. {_REMEDY}\n{error}"
-        ) from error
-
-
-def check_not_foreign(
-    state: Mapping[Any, Mapping[str, Any]], error: Exception | None = None
-) -> None:
-    """Check that a state is not another optimizer's: all of it would be taken for notes.
-
-    Ours has a label, too.
-
-    Args:
-        error: what came of it.
-
-    Raises:
-        ValueError: it is.
-    """
-    names = sorted({str(name) for entries in state.values() for name in entries})
-    if names and all(map(is_note, names)):
-        raise ValueError(
-            f"the checkpoint is of another optimizer, which keeps {_few(names)} for a parameter. "
-            f"{_REMEDY}" + (f"\n{error}" if error else "")
-        ) from error
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_ours(entries: Mapping[str, Any]) -> None:

@@ -18,7 +18,6 @@ from funshampoo.core.live import Live, is_live_argument, signature_of, takes_liv
 from funshampoo.core.traits import FLIPS, SOME
 from funshampoo.migrate.published import first_rate_of, from_published
 from funshampoo.optim.values import copied, is_fixed, is_number, same_value, structural
-from funshampoo.recipes import RECIPES
 from funshampoo.transforms import scale_by_learning_rate
 
 Method = Any  # a recipe, or a transformation
@@ -63,8 +62,6 @@ _NOTES = {
     "role",
     "swa_lr",
 }
-# Hyperparameters that methods did not have from the beginning, so that older checkpoints lack them.
-_LATER = {"guard", "nesterov"}
 
 
 class Vocabulary:
@@ -239,14 +236,6 @@ class Vocabulary:
                     f"read{remedy}",
                     stacklevel=4,
                 )
-
-    def strangers(self, group: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """(hyperparameters that a saved group lacks, those of other recipes that it has)."""
-        known = self._names.keys() | self.extras
-        others = {name for recipe in RECIPES.values() for name in Vocabulary(recipe)._names}
-        return sorted(self._names.keys() - group.keys() - _LATER), sorted(
-            others & (group.keys() - known)
-        )
 
     def raw(self, group: Mapping[str, Any]) -> list[Any]:
         """The entries of a group that `arguments` reads."""

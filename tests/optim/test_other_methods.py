@@ -96,3 +96,24 @@ def test_a_checkpoint_of_its_own_is_not_another_methods(here: str) -> None:
     saved["param_groups"][0].pop("nesterov")  # as one from before it had that
     with pytest.raises(ValueError, match=r"^the checkpoint does not fit the state"):
         of_recipe(here).load_state_dict(saved)
+
+
+def test_a_group_with_a_method_of_its_own_has_the_defaults_of_all() -> None:
+    """These are no sign of another method; what the group's own would not have is one."""
+
+    def two(first: Any, second: Any) -> fs.Optimizer:
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        methods = zip(net, (first, second))
+        groups = [{"params": list(layer.parameters()), "method": m} for layer, m in methods]
+        net(torch.ones(3)).sum().backward()
+        optimizer = fs.Optimizer(groups, fs.shampoo, lr=0.01)
+        optimizer.step()
+        return optimizer
+
+    optimizer = two(fs.soap, fs.adamw)
+    saved = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="another method than adamw: its groups have basis"):
+        two(fs.adamw, fs.soap).load_state_dict(saved)
+    saved["state"][2].pop("scale_by_adam/first")
+    with pytest.raises(ValueError, match="^the checkpoint does not fit the state"):
+        optimizer.load_state_dict(saved)
