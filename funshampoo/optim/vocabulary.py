@@ -60,6 +60,7 @@ _NOTES = {
     "name",
     "rate_factor",
     "role",
+    "step",
     "swa_lr",
 }
 

@@ -329,10 +329,10 @@ def test_an_entry_that_comes_later_and_looks_misspelt(how: str, name: str, told:
 
 
 KEPT_BY_CLIENTS = (
-    *("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum", "lr_scale"),
-    *("weight_decay_end", "lr_mult", "wd_mult", "layer_decay", "group_name", "name", "foreach"),
-    *("use_muon", "warmup_lr", "is_decoupled_lr", "initial_weight_decay", "rho", "layer_id"),
-)
+    "initial_lr max_lr min_lr swa_lr max_momentum base_momentum lr_scale lr_mult wd_mult layer_decay "
+    "weight_decay_end initial_weight_decay group_name name step foreach use_muon warmup_lr rho "
+    "is_decoupled_lr layer_id"
+).split()
 
 
 @pytest.mark.parametrize("method", RECIPES.values(), ids=RECIPES)
