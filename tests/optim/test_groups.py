@@ -328,11 +328,11 @@ def test_an_entry_that_comes_later_and_looks_misspelt(how: str, name: str, told:
     optimizer.step()
 
 
-KEPT_BY_CLIENTS = (
-    "initial_lr max_lr min_lr swa_lr max_momentum base_momentum lr_scale lr_mult wd_mult layer_decay "
-    "weight_decay_end initial_weight_decay group_name name step foreach use_muon warmup_lr rho "
-    "is_decoupled_lr layer_id"
-).split()
+KEPT_BY_CLIENTS = [
+    *("initial_lr", "max_lr", "min_lr", "swa_lr", "warmup_lr", "lr_scale", "lr_mult", "wd_mult"),
+    *("max_momentum", "base_momentum", "weight_decay_end", "initial_weight_decay", "rho", "step"),
+    *("name", "group_name", "layer_decay", "layer_id", "use_muon", "is_decoupled_lr", "foreach"),
+]
 
 
 @pytest.mark.parametrize("method", RECIPES.values(), ids=RECIPES)
