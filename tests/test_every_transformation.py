@@ -14,6 +14,7 @@ from tests.table import CASES, NOT_TRANSFORMATIONS, Case, every_case
 from tests.trees import (
     assert_close,
     assert_equal,
+    default_dtype,
     gradients,
     problem,
     tensors,
@@ -54,14 +55,17 @@ def test_it_compiles_as_every_stage_does(case: Case) -> None:
 @pytest.mark.parametrize(
     "donate", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pure", "donated"]
 )
-def test_autocast_changes_nothing(case: Case, donate: bool) -> None:
-    """A step may stand inside the model's autocast: factor matrices and roots stay float32."""
+def test_autocast_and_a_default_dtype_change_nothing(case: Case, donate: bool) -> None:
+    """A step may stand inside the model's autocast: factor matrices and roots stay float32.
+
+    So does what is made of integers and Python numbers, which torch gives the default dtype.
+    """
     f32 = torch.float32
     tx, params, grads = case.make(), problem(dtype=f32), gradients(3, f32)
     plain = train(tx, params, grads, fs.apply_updates, donate=donate)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), default_dtype(torch.float16):
         assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
-        assert_equal(plain, train(tx, params, grads, fs.apply_updates, donate=donate))
+        assert_equal(plain, train(case.make(), params, grads, fs.apply_updates, donate=donate))
 
 
 @every_case

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optree
@@ -29,6 +30,17 @@ def problem(seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
 def gradients(steps: int, dtype: torch.dtype = torch.float64, seed: int = 100) -> list[Any]:
     """One tree of gradients a step, of order 1 and never zero."""
     return [problem(seed + t, dtype) for t in range(steps)]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As in code that builds its model in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tensors(tree: Any) -> list[Tensor]:

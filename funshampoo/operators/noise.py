@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funshampoo.operators.rounding import random_bits
+from funshampoo.operators.rounding import random_bits, uniform
 
 
 def random_normal(shape: Sequence[int], seed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,8 +31,7 @@ def random_normal(shape: Sequence[int], seed: Tensor, dtype: torch.dtype = torch
     salts = 2 * seed.to(torch.int32)[..., None]
     # In (0, 1), of which the logarithm is finite.
     u, v = [
-        ((random_bits([index.view(torch.float32)], salts + i) & (2**24 - 1)) + 0.5) * 2.0**-24
-        for i in range(2)
+        uniform(random_bits([index.view(torch.float32)], salts + i)) + 2.0**-25 for i in range(2)
     ]
     normal = (-2 * u.log()).sqrt() * torch.cos(2 * math.pi * v)  # Box and Muller, 1958
     return normal.reshape((*seed.shape, *shape)).to(dtype)

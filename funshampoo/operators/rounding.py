@@ -42,6 +42,13 @@ def _shifted(x: Tensor, places: int) -> Tensor:
     return found
 
 
+def uniform(bits: Tensor) -> Tensor:
+    """float32 in [0, 1), of the last bits of each entry: float16 could not hold their numbers."""
+    # A product of integers and a Python number would be of the default dtype, whatever that is.
+    found: Tensor = (bits & (2**_BITS - 1)).to(torch.float32) * 2.0**-_BITS
+    return found
+
+
 def rounded_at_random(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """x rounded to `dtype`: up with a probability equal to its fraction of the step, else down.
 
@@ -65,5 +72,5 @@ def rounded_at_random(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     step = (power * info.eps).clamp(min=least)
     scaled = x / step
     below = scaled.floor()
-    r = (bits & (2**_BITS - 1)) * 2.0**-_BITS
+    r = uniform(bits)
     return torch.where(power < torch.inf, (below + (r < scaled - below)) * step, x)

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 import funshampoo as fs
-from tests.trees import assert_close, assert_equal, gradients, problem, tensors, train
+from tests.trees import (
+    assert_close,
+    assert_equal,
+    default_dtype,
+    gradients,
+    problem,
+    tensors,
+    train,
+)
 
 
 def mean(trees: list[Any]) -> Any:
@@ -155,9 +163,6 @@ def test_a_frozen_parameter_stays_where_it_is_in_the_wrapper() -> None:
 
 
 def test_the_count_of_micro_batches_is_float32_whatever_the_default() -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         state = fs.multi_steps(fs.sgd(0.1), 300).init({"w": torch.zeros(2, dtype=torch.float64)})
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert state.used.dtype == torch.float32

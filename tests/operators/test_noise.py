@@ -6,6 +6,7 @@ import torch
 from torch.func import vmap
 
 from funshampoo.authoring import random_normal
+from tests.trees import default_dtype
 
 
 def test_they_are_normal_and_independent_of_each_other() -> None:
@@ -28,3 +29,10 @@ def test_a_row_depends_on_its_seed_alone() -> None:
     assert torch.equal(rows, vmap(lambda seed: random_normal((3, 5), seed, torch.float64))(seeds))
     assert random_normal((), seeds[0]).shape == ()
     assert random_normal((0, 2), seeds[0]).shape == (0, 2)
+
+
+def test_the_default_dtype_plays_no_part() -> None:
+    """float16 ends below the integers that the numbers are made of: they were NaN."""
+    expected = random_normal((64,), torch.tensor(3))
+    with default_dtype(torch.float16):
+        assert torch.equal(random_normal((64,), torch.tensor(3)), expected)

@@ -12,6 +12,7 @@ from torch.torch_version import TorchVersion
 
 import funshampoo as fs
 from funshampoo.operators.rounding import random_bits, rounded_at_random
+from tests.trees import default_dtype
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 N = 2048
@@ -64,6 +65,16 @@ def test_below_the_normal_numbers_every_bit_counts(whole: int, share: float) -> 
     ups = rounded_at_random(x, torch.float16, random).double() * 2**24 - whole
     wanted = (x[0].double() * 2**24 - whole).item()
     assert abs(ups.mean().item() - wanted) < 4.5 * (wanted * (1 - wanted) / n) ** 0.5
+
+
+@HALVES
+def test_the_default_dtype_plays_no_part(dtype: torch.dtype) -> None:
+    """Where a model is built in half precision: in float16, most small steps were lost."""
+    x = normal(N)
+    expected = rounded_at_random(x, dtype, bits(N))
+    random = bits(N)
+    with default_dtype(dtype):
+        assert torch.equal(rounded_at_random(x, dtype, random), expected)
 
 
 @HALVES
