@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funshampoo.core.interrupted import tensors_of
 from funshampoo.core.live import Live, initial
 from funshampoo.core.tree import flatten
 
@@ -176,8 +177,11 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_state(state: Any, name: str) -> None:
-    """Raise TypeError, naming the stage, if its state contains anything but tensors."""
-    leaves, _ = flatten(state)
+    """Raise TypeError, naming the stage, if its state contains anything but tensors.
+
+    Or if these are in a container that optree knows and nothing else does, which would not save it.
+    """
+    leaves, spec = flatten(state)
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -185,3 +189,18 @@ def check_state(state: Any, name: str) -> None:
                 "vmap know tensors alone. Make it one, torch.tensor(...), and write () for what is "
                 "not there."
             )
+    if not torch.compiler.is_dynamo_compiling() and len(tensors_of(state)) < len(leaves):
+        raise TypeError(
+            f"the state of '{name}' has tensors in a {_unknown_in(spec)}, where checkpoints and "
+            "guards do not find them: they know dicts, lists, tuples and named tuples. Make it one "
+            "of these; if parameters are in one, give them as {name: tensor}."
+        )
+
+
+def _unknown_in(spec: Any) -> str:
+    nodes = [spec]
+    for node in nodes:  # it grows meanwhile
+        if node.type is not None and not issubclass(node.type, (dict, list, tuple)):
+            return str(node.type.__name__)
+        nodes.extend(node.children())
+    return "container of an unknown kind"

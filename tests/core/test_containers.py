@@ -1,9 +1,12 @@
-"""A state keeps the kinds of dicts that its parameters have: for optree they differ."""
+"""A state keeps the kinds of dicts that its parameters have: for optree they differ.
+
+What else optree knows is refused in a state, of which checkpoints lost it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from functools import partial
 from typing import Any
 
@@ -58,3 +61,21 @@ def test_dicts_stay_of_their_kind(make: Any, container: Any) -> None:
         assert optree.tree_structure(state) == structure
     loaded = load_state_dict(tx.init(params), state_dict(state)).state
     assert optree.tree_structure(loaded) == structure
+
+
+def _of_two() -> fs.GradientTransformation:
+    def init(params: Any) -> Any:
+        return deque([map_leaves(torch.zeros_like, params), torch.zeros(())])
+
+    return fs.GradientTransformation(init, lambda updates, state: (updates, state), "of_two")
+
+
+def test_a_state_in_other_containers_is_refused() -> None:
+    """optree knows more of them. A checkpoint was empty, and loaded as a fresh state."""
+    params = {"a": torch.ones(2), "b": deque([torch.ones(3)])}
+    message = r"the state of '\w+' has tensors in a deque, where checkpoints and guards"
+    for tx in (fs.adamw(0.1), fs.muon(0.1), fs.guarded(fs.trace(0.9)), fs.schedule_free(0.1)):
+        with pytest.raises(TypeError, match=message):
+            tx.init(params)
+    with pytest.raises(TypeError, match=message.replace(r"\w+", "of_two")):
+        fs.chain(_of_two(), fs.scale(0.1)).init({"w": torch.ones(2)})
