@@ -41,12 +41,12 @@ def optimizer(rate: Any) -> fs.GradientTransformation:
     )
 
 
-def train_one(rate: Any, params: Any, steps: int) -> tuple[Any, torch.Tensor]:
+def train_one(rate: Any, params: Any, steps: int, **context: Any) -> tuple[Any, torch.Tensor]:
     tx = optimizer(rate)
     state = tx.init(params)
     for _ in range(steps):
         grads, value = grad_and_value(loss)(params, X, Y)
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, **context)
         params = fs.apply_updates(params, updates)
     return params, value
 
@@ -226,9 +226,11 @@ def test_vmap_of_grad_over_learning_rates() -> None:
     assert_close(list(together), [grad(through)(rate) for rate in rates], 1e-9)
 
 
-def test_plain_autograd_through_the_optimizer() -> None:
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+def test_plain_autograd_through_the_optimizer(donate: bool) -> None:
+    """What autograd records is not written to, as under torch.func: backward needs it."""
     rate = torch.tensor(0.1, dtype=D, requires_grad=True)
-    train_one(rate, model(0), 3)[1].backward()
+    train_one(rate, model(0), 3, donate=donate)[1].backward()
     expected = grad(lambda r: train_one(r, model(0), 3)[1])(rate.detach())
     assert rate.grad is not None
     assert torch.allclose(rate.grad, expected, rtol=1e-12)

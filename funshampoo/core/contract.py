@@ -34,7 +34,7 @@ from funshampoo.core.live import Live, check_placed, check_values, numbers_among
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.needs import without_parameters
 from funshampoo.core.of_parts import checks_of, united
-from funshampoo.core.parameters import as_entering, check_parameters, unrecorded
+from funshampoo.core.parameters import as_entering, check_parameters, is_recorded, unrecorded
 from funshampoo.core.placed import SEEN, is_in_parts, placed_as
 from funshampoo.core.traits import Traits, first_traits, wanted_by
 from funshampoo.core.tree import flatten
@@ -205,8 +205,7 @@ class GradientTransformation:
         """(updates, state) after a step. Pure, unless donate=True.
 
         Args:
-            updates: gradients; a leaf may be None. DTensors are first given the placements of their
-                parameters, if `params` are given.
+            updates: gradients; a leaf may be None. DTensors first get the placements of `params`.
             state: from `init`, or from the step before.
             params: a tree like the updates, if a stage needs them.
             context: names of `Context`, and those that a stage of yours declares.
@@ -224,11 +223,12 @@ class GradientTransformation:
         if torch.compiler.is_dynamo_compiling():
             return self.run(placed_as(updates, params), state, params, given)
         updates, entered = self.checked(updates, state, params, given)
-        given, looks = changed(given, entered=entered), entered.looks
+        donate = given.donate and not is_recorded(updates, state)
+        given, looks = changed(given, entered=entered, donate=donate), entered.looks
         if looks.unlike and not self.casts:
             updates = as_entering(updates, params, casts=True)
         params = unrecorded(params, updates) if looks.of_module else params
-        if given.donate:
+        if donate:
             with Watched(state):
                 found = self.run(updates, state, params, given)
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 
+from funshampoo.core.interrupted import tensors_of
 from funshampoo.core.placed import is_in_parts
 from funshampoo.core.tree import cast, compute_dtype, flatten, leaf_names
 
@@ -51,6 +52,14 @@ def unrecorded(params: Any, gradients: Any) -> Any:
     if any([isinstance(g, Tensor) and g.requires_grad for g in flatten(gradients)[0]]):
         return params
     return spec.unflatten(detached_parameters(leaves))
+
+
+def is_recorded(updates: Any, state: Any) -> bool:
+    """Whether autograd records a step on these: backward needs the old values of what it writes."""
+    if not torch.is_grad_enabled():
+        return False
+    found = [*flatten(updates)[0], *tensors_of(state)]
+    return any([isinstance(x, Tensor) and x.requires_grad for x in found])
 
 
 def detached_parameters(tensors: Sequence[Any]) -> list[Any]:
