@@ -334,6 +334,20 @@ def hides_from_checkpoints() -> Any:
     return other_update(update, lambda params: Average(collections.deque([torch.zeros(())])))
 
 
+class ShardedState(NamedTuple):
+    """It has the name of another, whose report steps make anew."""
+
+    inner: Any
+    report: Any
+
+
+def is_taken_for_another() -> Any:
+    def update(updates: Any, state: Any) -> Any:
+        return map_leaves(lambda u: u, updates), ShardedState((), state.report + 1)
+
+    return other_update(update, lambda params: ShardedState((), torch.zeros(())))
+
+
 def has_no_name() -> Any:
     def init(params: Any) -> Any:
         return {"inner": {"a/b": torch.zeros(()), "a": {"b": torch.zeros(())}}}
@@ -585,7 +599,8 @@ BROKEN: list[tuple[Callable[[], Any], str, dict[str, Any]]] = [
     (depends_on_others, "a gradient of None for 'w' changed the updates of other leaves", {}),
     (remembers_by_step, "after torch.save and torch.load step 4 gives other updates", {}),
     (has_no_name, "state_dict and load_state_dict raised ValueError: two tensors", {"none": False}),
-    (hides_from_checkpoints, "went through state_dict and load_state_dict is another one", {}),
+    (hides_from_checkpoints, "the state of 'broken' has tensors in a deque", {}),
+    (is_taken_for_another, "went through state_dict and load_state_dict is another one", {}),
     (half_precision, "of the state is torch.bfloat16, where the parameters are", {}),
     (overflows, "in step 1 is not finite, at float16", {}),
     (one_dtype, "a tree of several dtypes raised TypeError: several dtypes", {}),

@@ -189,18 +189,21 @@ def check_state(state: Any, name: str) -> None:
                 "vmap know tensors alone. Make it one, torch.tensor(...), and write () for what is "
                 "not there."
             )
-    if not torch.compiler.is_dynamo_compiling() and len(tensors_of(state)) < len(leaves):
+    if torch.compiler.is_dynamo_compiling() or len(tensors_of(state)) == len(leaves):
+        return
+    if kind := _unknown_in(spec):
         raise TypeError(
-            f"the state of '{name}' has tensors in a {_unknown_in(spec)}, where checkpoints and "
-            "guards do not find them: they know dicts, lists, tuples and named tuples. Make it one "
-            "of these; if parameters are in one, give them as {name: tensor}."
+            f"the state of '{name}' has tensors in a {kind}, where checkpoints and guards do not "
+            "find them: they know dicts, lists, tuples and named tuples. Make it one of these; if "
+            "parameters are in one, give them as {name: tensor}."
         )
 
 
 def _unknown_in(spec: Any) -> str:
+    """The kind of a container that is none of these, or ""."""
     nodes = [spec]
     for node in nodes:  # it grows meanwhile
         if node.type is not None and not issubclass(node.type, (dict, list, tuple)):
             return str(node.type.__name__)
         nodes.extend(node.children())
-    return "container of an unknown kind"
+    return ""
