@@ -124,6 +124,30 @@ def test_a_batched_hyperparameter_with_a_donated_state(name: str) -> None:
         assert_close([x[i] for x in tensors_of(donated)], tensors_of(expected), 1e-9)
 
 
+@pytest.mark.parametrize("own", ["gradient", "state"])
+@pytest.mark.parametrize("make", [fs.adamw, fs.shampoo])
+def test_members_can_not_write_to_a_parameter_that_they_share(make: Any, own: str) -> None:
+    tx, params = make(0.1), {"w": torch.ones(3, 2)}
+    grads = {"w": torch.randn(4, 3, 2)}
+    state = vmap(lambda g: tx.init({"w": 0 * g["w"]}))(grads)
+    before = snapshot(state)
+
+    def step(g: Any, s: Any) -> Any:
+        g = g if own == "gradient" else {"w": torch.ones(3, 2)}
+        return fs.update_in_place(tx, g, s, params)
+
+    with pytest.raises(ValueError, match="'w' is one tensor for all members of vmap"):
+        vmap(step)(grads, state)
+    assert_unchanged(before, state)
+    assert params["w"].equal(torch.ones(3, 2))
+    members = {"w": torch.stack([params["w"]] * 4)}
+    vmap(lambda g, s, p: fs.update_in_place(tx, g, s, p))(grads, state, members)
+    for w, g in zip(members["w"], grads["w"]):
+        alone = {"w": params["w"].clone()}
+        fs.update_in_place(tx, {"w": g}, tx.init(alone), alone)
+        torch.testing.assert_close(w, alone["w"])
+
+
 def test_per_example_preconditioning_inside_vmap_of_grad() -> None:
     """vmap(grad) inside, the chain outside: the gradients of examples, averaged by hand."""
     params = model(0)

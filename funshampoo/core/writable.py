@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from funshampoo.core.parameters import NotAParameterError, problem_of
 from funshampoo.core.tree import leaf_names
+
+_OF_ALL_MEMBERS = (
+    "parameter '{}' is one tensor for all members of vmap, and each member's step would be written "
+    "to it: give each a copy, as torch.stack([p] * n) with in_dims 0, or take update's updates."
+)
 
 
 def check_writable(
@@ -24,7 +30,8 @@ def check_writable(
 
     Raises:
         ValueError: it requires gradients, or its gradient or the state does, while autograd
-            records; or it is expanded, so that entries share memory.
+            records; or it is expanded, so that entries share memory; or under vmap all members
+            share it, and its gradient or the state is each member's own.
         TypeError: it is not a dense tensor of a real floating dtype, and has a gradient.
     """
     if torch.is_grad_enabled() and any([x.requires_grad for x in state]):
@@ -33,16 +40,21 @@ def check_writable(
             "would record what is written to it on every step: call init with p.detach(), or under "
             "torch.no_grad(). To differentiate through steps, use update and apply_updates."
         )
-    plain = all([isinstance(p, Tensor) and p.is_floating_point() for p in leaves])
+    mapped = _functorch.peek_interpreter_stack() is not None
+    plain = not mapped and all([isinstance(p, Tensor) and p.is_floating_point() for p in leaves])
     if plain and all([p.is_contiguous() for p in leaves]):
         every = [x for x in (*leaves, *gradients) if x is not None]
         if not torch.is_grad_enabled() or not any([x.requires_grad for x in every]):
             return
+    of_members = mapped and any(map(_functorch.is_batchedtensor, state))
     for i, (p, g) in enumerate(zip(leaves, gradients)):
         if g is None:  # nothing is written; and anything may be hidden by `masked`
             continue
         if problem := problem_of(p):
             raise NotAParameterError("update_in_place", leaf_names(params)[i], problem)
+        is_own = of_members or (mapped and _functorch.is_batchedtensor(g))
+        if is_own and not _functorch.is_batchedtensor(p):
+            raise ValueError(_OF_ALL_MEMBERS.format(leaf_names(params)[i]))
         if problem := _problem_of_writing(p, g):
             raise ValueError(problem.format(leaf_names(params)[i]))
 
