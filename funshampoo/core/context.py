@@ -75,6 +75,7 @@ def changed(node: NodeT, **changes: Any) -> NodeT:
     """`node._replace(...)`, for a context, a state or another named tuple.
 
     torch 2.8 can't trace _replace; on 2.11 a graph that returns its result returns an empty tuple.
+    Nor does 2.8 trace a part of a named tuple, node[1:].
     """
     kind: Any = type(node)
     found: NodeT = kind(*map(changes.get, kind._fields, node))

@@ -158,7 +158,7 @@ class Fits:
                 ids = tuple(map(id, state.values())) if type(state) is dict else id(state)
                 self._last = ids, weakref.ref(first), looks
             if self._known and not self._stepped:
-                look = (*looks[:2], *_look_of(state))
+                look = (looks.spec, looks.leaves, *_look_of(state))
                 if not self._knows(*look):
                     self._remember(*look)
                 self._stepped = True

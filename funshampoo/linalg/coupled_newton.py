@@ -102,10 +102,9 @@ class coupled_newton(RootSolver):
             least = A.shape[-1] * torch.finfo(A.dtype).eps * largest
             damping = torch.maximum(10 * damping, least)
             retried = self._attempt(A, largest, damping, p, ~settled)
-            result = InverseRoot(
-                where(settled, result.root, retried.root),
-                *(torch.where(settled, a, b) for a, b in zip(result[1:], retried[1:], strict=True)),
-            )
+            (first, *numbers), (second, *others) = result, retried  # no [1:]: see `changed`
+            chosen = [torch.where(settled, a, b) for a, b in zip(numbers, others, strict=True)]
+            result = InverseRoot(where(settled, first, second), *chosen)
         return result
 
     def _attempt(

@@ -67,7 +67,7 @@ def averaged_as_published(
         shrink = _shrink(rate, decay, kind, largest)
 
         shared = average is not None or not own_steps
-        sums = () if average is not None else state[2:5]
+        x, z, *sums, _ = state
         everyone = _shares(average, interpolation, rate, lr_power, sums) if shared else None
 
         def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *own: Tensor) -> tuple[Any, ...]:
@@ -83,7 +83,8 @@ def averaged_as_published(
             x = (new - (1 - interpolation) * z) / interpolation
             return new - cast(y, z.dtype), x, z, *(() if shared else found[2])
 
-        step, x, z, *rest = update_leaves(leaf, updates, state[: 2 if shared else 5], (params,))
+        kept = (x, z) if shared else (x, z, *sums)
+        step, x, z, *rest = update_leaves(leaf, updates, kept, (params,))
         found = everyone[2] if everyone else rest
         now = LearningRateState(advanced(state.rate.steps, context.donate))
         return step, type(state)(x, z, *found, now)

@@ -62,7 +62,8 @@ def update_averages(
     """
     if own_steps:
         return update_columns(function, updates, states, inputs)
-    weights, apart = states[1::2], list(states)
+    apart = list(states)
+    weights = apart[1::2]
     apart[1::2] = [map_leaves(lambda leaf, w=w: w.clone(), updates) for w in weights]
     found = list(update_columns(function, updates, apart, inputs))
     found[2::2] = [leaf_ops.add_weight(w, beta, donate) for w, beta in zip(weights, decays)]

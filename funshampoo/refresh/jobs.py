@@ -127,7 +127,8 @@ def outcome(rule: Rule, asked: Asked) -> Outcome:
             f"{type(rule).__name__} returned a {type(found).__name__}: a rule returns "
             "Found(value, residual, condition, converged), value a tuple of tensors."
         )
-    for name, x in zip(("residual", "condition", "converged"), found[1:]):
+    for name in ("residual", "condition", "converged"):  # not by found[1:]: see `changed`
+        x = getattr(found, name)
         if x.shape != known.shape:
             raise ValueError(
                 f"{type(rule).__name__} returned {name} {tuple(x.shape)}, for matrices "

@@ -40,7 +40,7 @@ def find_state(
         if isinstance(node, dict):
             nodes.extend([*node.values()][::-1] if first else node.values())
         elif isinstance(node, (tuple, list)) and not isinstance(node, closed):
-            nodes.extend(node[::-1] if first else node)
+            nodes.extend([*node][::-1] if first else node)
     return None
 
 

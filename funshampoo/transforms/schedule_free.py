@@ -89,7 +89,8 @@ def schedule_free(
             share = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
             return share, total, largest, seen
 
-        everyone = () if own_steps else weighed(*state[2:5])
+        x, z, *numbers, _ = state
+        everyone = () if own_steps else weighed(*numbers)
         shared = sent_once(everyone[0]) if everyone else None
 
         def leaf(u: Tensor, y: Tensor, x: Tensor, z: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
@@ -97,7 +98,7 @@ def schedule_free(
             step, x, z = interpolated_step(u, y, x, z, rate, share, between, context.donate)
             return step, x, z, *sums
 
-        kept = state[:5] if own_steps else state[:2]
+        kept = (x, z, *numbers) if own_steps else (x, z)
         step, x, z, *found = update_leaves(leaf, updates, kept, (params,))
         total, largest, seen = found or everyone[1:]
         now = LearningRateState(advanced(state.rate.steps, context.donate))

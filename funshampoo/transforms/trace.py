@@ -85,8 +85,8 @@ def trace(
         def damped(u: Column) -> Column:
             return columns.multiply(u, 1 - left_out) if damps else u
 
-        states = state if needs_seen else state[:1]
-        out, *new = update_columns(accumulate, updates, states, known)
-        return out, TraceState(*new, *state[len(new) :])
+        states = state if needs_seen else (state.buffer,)
+        out, buffer, *seen = update_columns(accumulate, updates, states, known)
+        return out, TraceState(buffer, *(seen or [state.seen]))
 
     return GradientTransformation(init, update, numbers=[momentum, dampening], elementwise=True)
