@@ -108,6 +108,7 @@ def _cases() -> list[Any]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # 2.8's SequentialLR passes it itself
 @pytest.mark.parametrize(("scheduler_name", "method"), _cases())
 def test_takes_effect_at_the_next_step(scheduler_name: str, method: Method) -> None:
     params, grads = parameters(), grads_of(STEPS)
