@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+MESSAGE = "an error raised in a graph loses its message"
+
 OLD = TorchVersion(torch.__version__) < "2.9"
 
 
