@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils import backend_registration
 
 import funshampoo as fs
 from funshampoo.combinators import failures
@@ -92,7 +92,7 @@ def problems(cases: list[Case]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    _setup_privateuseone_for_python_backend(DEVICE)
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     wanted = [case for case in CASES if not sys.argv[1:] or case.name in sys.argv[1:]]
     found = list(problems(wanted))
     print(f"{len(wanted)} cases", *found, sep="\n")

@@ -13,6 +13,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo.core.placed import SEEN
+from tests.releases import wrong_in_28
 
 MOST = 450
 """Of a pure plain step of Shampoo on two matrices and two vectors, which are four stacks."""
@@ -77,6 +78,7 @@ def plain_steps(tx: fs.GradientTransformation, copies: int = 1) -> tuple[int, in
 
 
 def test_a_plain_step_of_shampoo() -> None:
+    wrong_in_28("it lacks foreach operators of DTensors, for which each stage looks")
     pure, in_place = plain_steps(fs.shampoo(0.01))
     assert pure <= MOST
     assert in_place <= MOST_IN_PLACE
