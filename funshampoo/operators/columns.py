@@ -29,13 +29,13 @@ _LACKS = torch.__version__ < "2.13"
 """Whether this release lacks some foreach operators for DTensors."""
 
 
-def _in_parts(xs: Column) -> bool:
-    return SEEN["any"] and any_in_parts(xs)
-
-
 def lerp(old: Column, new: Column, weight: Hyper, donate: bool) -> Column:
     """(1 - weight) old + weight new, in old's dtypes."""
-    if isinstance(weight, Tensor) or not is_plain(old, new) or (_LACKS and _in_parts(old)):
+    if (
+        isinstance(weight, Tensor)
+        or not is_plain(old, new)
+        or (_LACKS and SEEN["any"] and any_in_parts(old))
+    ):
         return [leaf_ops.lerp(x, y, weight, donate) for x, y in zip(old, new)]
     if not donate:
         return list(torch._foreach_lerp(old, new, weight))
@@ -153,7 +153,7 @@ def seen(weight: Column, alive: Sequence[Column]) -> Column:
     if not alive:
         return weight
     least = [torch.finfo(w.dtype).tiny for w in weight]
-    if is_plain(weight) and not (_LACKS and _in_parts(weight)):
+    if is_plain(weight) and not (_LACKS and SEEN["any"] and any_in_parts(weight)):
         return list(torch._foreach_clamp_min(weight, least))
     return [torch.clamp(w, min=tiny) for w, tiny in zip(weight, least)]
 
@@ -238,7 +238,7 @@ def clamp(xs: Column, limit: Hyper) -> Column:
         isinstance(limit, Tensor)
         or not is_plain(xs)
         or all([x.is_cpu for x in xs])
-        or (_LACKS and _in_parts(xs))
+        or (_LACKS and SEEN["any"] and any_in_parts(xs))
     ):
         return [leaf_ops.clamp(x, limit) for x in xs]  # both limits in one pass
     limits = [leaf_ops.in_range(limit, x.dtype) for x in xs]

@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import funshampoo as fs
-from tests.releases import MESSAGE, wrong_in_28
+from tests.releases import MESSAGE, wrong_before
 from tests.trees import assert_close
 
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_few_graphs_where_the_step_is_an_int() -> None:
 )
 def test_the_order_of_parameters_is_that_outside(container: Any) -> None:
     """Equal shapes in an order that is not alphabetical: rows of stacks must not be swapped."""
-    wrong_in_28("a graph makes no defaultdict", isinstance(container, partial))
+    wrong_before("2.10", "a graph makes no defaultdict", isinstance(container, partial))
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     p, g = (
@@ -105,7 +105,7 @@ def test_gradients_that_do_not_fit_the_state_are_an_error_here_too() -> None:
 
 
 def test_without_either_the_error_says_what_to_pass() -> None:
-    wrong_in_28(MESSAGE)
+    wrong_before("2.10", MESSAGE)
     torch._dynamo.reset()
     tx = optimizer()
     compiled = torch.compile(tx.update, fullgraph=True, backend="eager")

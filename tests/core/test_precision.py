@@ -12,7 +12,7 @@ import torch
 
 from funshampoo.core.modes import asking_for_tf32, full_precision, product_precision
 from funshampoo.core.precision import products_are_rounded
-from tests.releases import wrong_in_28
+from tests.releases import wrong_before
 
 NEW = hasattr(torch._C, "_get_fp32_precision_getter")
 PLACES = [
@@ -258,7 +258,7 @@ def test_many_threads() -> None:
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_in_a_graph(precision: str) -> None:
     """It is traced without a break, and sets nothing."""
-    wrong_in_28("a graph changes medium to high", precision == "medium")
+    wrong_before("2.9", "a graph changes medium to high", precision == "medium")
 
     def product(x: torch.Tensor) -> torch.Tensor:
         with full_precision():

@@ -17,7 +17,7 @@ from funshampoo.core.tree import flatten
 from tests.distributed.problems import Shapes
 from tests.distributed.problems import tree as numbers
 from tests.distributed.ranks import Ranks
-from tests.releases import wrong_in_28
+from tests.releases import wrong_before
 from tests.table import CASES, Case
 from tests.test_calls import calls
 
@@ -70,7 +70,7 @@ def counted(rank: int, method: str, wrapped: bool) -> list[int]:
 @pytest.mark.parametrize("wrapped", [False, True], ids=["function", "wrapper"])
 @pytest.mark.parametrize("method", METHODS)
 def test_calls_for_another_parameter(ranks: Ranks, method: str, wrapped: bool) -> None:
-    wrong_in_28("a sharded parameter costs more calls", wrapped and method != "muon")
+    wrong_before("2.10", "a sharded parameter costs more calls", wrapped and method != "muon")
     for few, many in ranks(2, counted, method, wrapped):
         assert (many - few) / (len(small(MANY)) - len(small(FEW))) <= MOST[method]
 
@@ -190,7 +190,7 @@ def elsewhere(rank: int) -> list[bool]:
 
 
 def test_what_lies_otherwise_goes_through_torch(ranks: Ranks) -> None:
-    wrong_in_28("lerp of such DTensors uses the weight of the previous call")
+    wrong_before("2.9", "lerp of such DTensors uses the weight of the previous call")
     assert ranks(2, elsewhere) == [[True, True]] * 2
 
 

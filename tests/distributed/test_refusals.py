@@ -16,7 +16,7 @@ import funshampoo as fs
 from funshampoo.distributed.collectives import gathered_objects
 from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks
-from tests.releases import MESSAGE, wrong_in_28
+from tests.releases import MESSAGE, wrong_before
 from tests.trees import assert_equal
 
 
@@ -119,7 +119,7 @@ def compiled(rank: int) -> Any:
 
 
 def test_inside_torch_compile(ranks: Ranks) -> None:
-    wrong_in_28(MESSAGE)
+    wrong_before("2.9", MESSAGE)
     for (_, message), still_alive in ranks(2, compiled):
         assert "Compile the loss and its gradient, and call update outside" in message
         assert still_alive

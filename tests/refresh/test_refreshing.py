@@ -182,6 +182,7 @@ def test_an_ensemble_is_a_loop(method: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo cannot trace optree")  # 2.8
 @every_method
 def test_two_graphs(method: str) -> None:
     """The first refresh is one of them: `rounds` says that it is the first, not the step."""
