@@ -10,6 +10,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo.testing import check_stage
+from tests.releases import wrong_before
 from tests.table import CASES, NOT_TRANSFORMATIONS, Case, every_case
 from tests.trees import (
     assert_close,
@@ -47,6 +48,8 @@ def test_it_passes_the_checks_of_every_stage(case: Case) -> None:
 @pytest.mark.slow
 @every_case
 def test_it_compiles_as_every_stage_does(case: Case) -> None:
+    shared = "sharded" in case.name or case.name == "multi_steps:shampoo"
+    wrong_before("2.10", "a graph can't look for ranks in a state", shared)
     check_stage(case.make, params=problem(), **{"compile": "aot_eager", **case.options})
 
 

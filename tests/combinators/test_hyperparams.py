@@ -196,7 +196,7 @@ def test_an_argument_that_the_factory_does_not_have() -> None:
 
 def test_a_recipe_of_ones_own_can_be_compiled_whole() -> None:
     """It is built anew inside the graph, where torch.compile can't trace `inspect`."""
-    wrong_before("2.11", "a transformation can't be built inside a graph")
+    wrong_before("2.13", "a transformation can't be built inside a graph")
 
     def recipe(rate: float, decay: float = 0.5) -> fs.GradientTransformation:
         direction = fs.chain(fs.kronecker_statistics(decay), fs.ema(decay))
