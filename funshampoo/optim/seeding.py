@@ -13,6 +13,7 @@ from funshampoo.optim.group import GroupRun
 from funshampoo.optim.loading import Checked, Loading
 from funshampoo.optim.memory import Memory
 from funshampoo.optim.saved import names_of
+from funshampoo.optim.values import is_number
 from funshampoo.optim.vocabulary import check_rate
 from funshampoo.state.checkpoint import check
 
@@ -73,8 +74,9 @@ def _rates_of(run: GroupRun, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps_of(saved: Mapping[str, Any]) -> set[tuple[str, float]]:
-    entries = saved["state"].items()
-    return {(f"AdamW's {i}", float(entry["step"])) for i, entry in entries if "step" in entry}
+    """What AdamW has counted; what is no number is refused when the states are filled."""
+    steps = {f"AdamW's {i}": entry.get("step") for i, entry in saved["state"].items()}
+    return {(n, float(x)) for n, x in steps.items() if is_number(x) and not getattr(x, "ndim", 0)}
 
 
 def _in_their_order(

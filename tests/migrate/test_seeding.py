@@ -276,6 +276,10 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "no pair": (lambda saved: saved["param_groups"][0].update(betas=0.9), "betas are 0.9"),
     "no list": (lambda saved: saved["param_groups"][0].update(params=None), "no state_dict"),
     "no number": (lambda saved: saved["state"][1].update(step=[1]), r"made \[1\] steps of"),
+    "no one number": (
+        lambda saved: saved["state"][1].update(step=torch.ones(2)),
+        r"made tensor\(\[1., 1.\]\) steps of",
+    ),
     "no moment": (lambda saved: saved["state"][1].update(exp_avg=[1]), r"exp_avg of .* is \[1\]"),
 }
 
