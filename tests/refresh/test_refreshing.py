@@ -37,6 +37,7 @@ from tests.refresh.methods import (
     shampoo,
     soap,
 )
+from tests.releases import wrong_before
 from tests.test_position import one_thread
 from tests.trees import assert_close, assert_equal, tensors
 
@@ -198,8 +199,15 @@ def test_two_graphs(method: str) -> None:
         expected, other = tx.update(gradient(t), other, params, **context)
         assert_close(mine, expected, 1e-8)
     assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+def test_a_graph_has_to_be_told_whether_to_refresh() -> None:
+    wrong_before("2.13", "an error raised in a graph breaks it, and torch goes on without one")
+    torch._dynamo.reset()
+    tx, params = fs.blocked(METHODS["shampoo"](), max_size=3), gradient(0)
     with pytest.raises(RuntimeError, match="can't be read inside torch.compile"):
-        torch.compile(tx.update, backend="eager")(gradient(1), state, params)
+        torch.compile(tx.update, backend="eager")(gradient(1), tx.init(params), params)
 
 
 @every_method
