@@ -95,7 +95,10 @@ def test_this_file_shows_something() -> None:
     assert watch.products == watch.rounded == 1
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+LONG = {"coupled_higher_order": pytest.mark.slow}  # takes as long as all others
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, ())) for n in SOLVERS])
 def test_roots(name: str) -> None:
     A = stack()
     assert_unmoved(lambda: SOLVERS[name](A, 4, 0.0))

@@ -51,8 +51,13 @@ def test_workers_have_one_kernel_thread_and_nobody_else_has() -> None:
     pool.close()
 
 
-@pytest.mark.parametrize("error", ["RuntimeError", "KeyboardInterrupt"])
-@pytest.mark.parametrize("started", [0, 1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", pytest.param("KeyboardInterrupt", marks=SLOW)])
+@pytest.mark.parametrize(
+    "started", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 3]
+)
 def test_threads_that_cannot_be_started_leave_none_waiting(started: int, error: str) -> None:
     """Two workers, each with a helper. In another process, which a waiting one would keep alive."""
     script = f"""
