@@ -18,7 +18,7 @@ from funshampoo.core.placed import detached
 from funshampoo.distributed.collectives import ProcessGroup
 from funshampoo.distributed.gathering import sharing_groups
 from funshampoo.optim.building import Builder, structure_differs
-from funshampoo.optim.entries import SHARED, is_note, is_shared, with_shared
+from funshampoo.optim.entries import SHARED, with_shared
 from funshampoo.optim.execution import Execution
 from funshampoo.optim.names import Names
 from funshampoo.optim.ready import (
@@ -33,7 +33,7 @@ from funshampoo.optim.ready import (
     same_parameters,
     state_with_entries,
 )
-from funshampoo.optim.saved import Saved, flattened
+from funshampoo.optim.saved import Saved, flattened, with_state
 from funshampoo.optim.vocabulary import Method, Vocabulary
 from funshampoo.state.checkpoint import carried_over, load_state_dict
 from funshampoo.state.naming import named_tensors
@@ -268,9 +268,8 @@ class GroupRun:
             TypeError, ValueError: a value in the group is out of range.
         """
         built = self._builder.current(group, self._built)
-        own = {p for p, e in saved.items() if any(not is_note(n) and not is_shared(n) for n in e)}
         names = copy.copy(self._names)  # a copy, so that a failure leaves the run's own alone
-        return Plan(built, self._trainable(group, own, names), ())
+        return Plan(built, self._trainable(group, with_state(saved), names), ())
 
     def loaded(
         self,

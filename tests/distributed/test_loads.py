@@ -183,3 +183,28 @@ def test_what_has_not_met_the_other_ranks_is_whole(ranks: Ranks, way: str, when:
     """Without a step the chain did not know yet that it shares, and gave a part as the whole."""
     (whole,) = ranks(1, saved_before_a_step, way, when)
     assert ranks(2, saved_before_a_step, way, when) == [whole] * 2
+
+
+def frozen(rank: int, way: str) -> tuple[Any, Any]:
+    """The parameters after a step from this rank's own part, and those of the run that saved it."""
+    (params, opt), (again, loaded) = stepped(way), new(way)
+    for one in (params, again):
+        one[0].requires_grad_(False)
+        one[4].requires_grad_(False)
+    loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for p, q in zip(params, again):
+        q.data.copy_(p.data)
+    for one, stepper in ((params, opt), (again, loaded)):
+        give_gradients(one, 2)
+        stepper.step()
+        one[0].requires_grad_(True)  # and it continues from the state that it had
+        give_gradients(one, 3)
+        stepper.step()
+    return local(params), local(again)
+
+
+@pytest.mark.parametrize("way", ["whole", "parts"])
+def test_parts_with_frozen_parameters(ranks: Ranks, way: str) -> None:
+    """Its blocks belong to one rank; the others took it for one that has had no state."""
+    for expected, found in ranks(2, frozen, way):
+        assert_equal(expected, found)
