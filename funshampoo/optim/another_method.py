@@ -58,6 +58,8 @@ def _differing(
     what all groups have by default.
     """
     lacking = ours.defaults({}).keys() - saved.keys() - _LATER
+    if ours.takes_any:  # those of others may be an option of ours that was not given here
+        return sorted(lacking), []
     known = {name for recipe in RECIPES.values() for name in Vocabulary(recipe).defaults({})}
     return sorted(lacking), sorted((saved.keys() & known) - here.keys())
 

@@ -78,6 +78,7 @@ class Vocabulary:
 
     Attributes:
         extras: names of arguments that only **keywords take.
+        takes_any: whether there are such **keywords.
         first_rate: the argument that is the constructor's original lr; None if there is none.
 
     >>> from funshampoo import adamw
@@ -104,7 +105,8 @@ class Vocabulary:
         if self._paired:
             self._names["betas"] = (self._names.pop("beta1"), self._names.pop("beta2"))
         self.extras: set[str] = set()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        self.takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if self.takes_any:
             declared = {
                 n for n, meant in _SYNONYMS.items() if meant == "lr" or meant in self._names
             }

@@ -98,6 +98,15 @@ def test_a_checkpoint_of_its_own_is_not_another_methods(here: str) -> None:
         of_recipe(here).load_state_dict(saved)
 
 
+def test_an_option_of_any_keywords_is_no_sign_of_another_method() -> None:
+    def mine(learning_rate: float, **options: Any) -> fs.GradientTransformation:
+        return fs.shampoo(learning_rate, **options)
+
+    saved = copy.deepcopy(stepped(functools.partial(fs.Optimizer, method=mine, momentum=0.9)))
+    with pytest.raises(ValueError, match=r"^the checkpoint does not fit the state"):
+        stepped(functools.partial(fs.Optimizer, method=mine)).load_state_dict(saved.state_dict())
+
+
 def test_a_group_with_a_method_of_its_own_has_the_defaults_of_all() -> None:
     """These are no sign of another method; what the group's own would not have is one."""
 
