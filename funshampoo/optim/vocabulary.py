@@ -228,7 +228,8 @@ class Vocabulary:
             edited: whether they came later, as most of clients' do: only those that are nearly a
                 hyperparameter's, and not one with more words, such as "weight_decay_end".
         """
-        for name in sorted(set(entries) - self._names.keys() - _OURS - _NOTES - self.extras):
+        words = {name for name in entries if isinstance(name, str)}  # torch.optim keeps any key
+        for name in sorted(words - self._names.keys() - _OURS - _NOTES - self.extras):
             meant = self._meant(name, 0.8 if edited else 0.6)
             if edited and any([f"_{known}_" in f"_{name}_" for known in self._names]):
                 meant = ""

@@ -338,7 +338,7 @@ KEPT_BY_CLIENTS = [
 @pytest.mark.parametrize("method", RECIPES.values(), ids=RECIPES)
 def test_what_clients_add_later_is_theirs(method: Any) -> None:
     optimizer = fs.Optimizer([Parameter(torch.ones(2, 2))], method, lr=0.1)
-    optimizer.param_groups[0] |= dict.fromkeys(KEPT_BY_CLIENTS, 0.5)
+    optimizer.param_groups[0] |= dict.fromkeys([*KEPT_BY_CLIENTS, 0, ("a", 1)], 0.5)
     optimizer.step()
 
 
