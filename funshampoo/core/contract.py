@@ -223,7 +223,7 @@ class GradientTransformation:
         if torch.compiler.is_dynamo_compiling():
             return self.run(placed_as(updates, params), state, params, given)
         updates, entered = self.checked(updates, state, params, given)
-        donate = given.donate and not is_recorded(updates, state)
+        donate = given.donate and not is_recorded(entered.gradients, state)
         given, looks = changed(given, entered=entered, donate=donate), entered.looks
         if looks.unlike and not self.casts:
             updates = as_entering(updates, params, casts=True)

@@ -54,12 +54,11 @@ def unrecorded(params: Any, gradients: Any) -> Any:
     return spec.unflatten(detached_parameters(leaves))
 
 
-def is_recorded(updates: Any, state: Any) -> bool:
+def is_recorded(gradients: Sequence[Any], state: Any) -> bool:
     """Whether autograd records a step on these: backward needs the old values of what it writes."""
     if not torch.is_grad_enabled():
         return False
-    found = [*flatten(updates)[0], *tensors_of(state)]
-    return any([isinstance(x, Tensor) and x.requires_grad for x in found])
+    return any([x.requires_grad for x in (*gradients, *tensors_of(state)) if x is not None])
 
 
 def detached_parameters(tensors: Sequence[Any]) -> list[Any]:
