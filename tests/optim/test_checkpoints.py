@@ -503,3 +503,16 @@ def test_a_load_that_fails_leaves_the_names() -> None:
         optimizer.load_state_dict(saved)
     run(optimizer, params, grads_of(1))
     assert set(optimizer.chain_states()[0]["blocked"].layout) == {f"param_{i}" for i in range(6)}
+
+
+def test_a_note_of_a_frozen_parameter_is_no_state() -> None:
+    """The label of the group may stand beside it, under the name of a shared entry."""
+    frozen = Parameter(torch.ones(2, 3), requires_grad=False)
+    params = [frozen, Parameter(torch.ones(2, 3))]
+    optimizer = fs.Shampoo(params, lr=0.1)
+    optimizer.state[frozen]["rho"] = 0.5
+    params[1].grad = torch.ones(2, 3)
+    optimizer.step()
+    again = fs.Shampoo(params, lr=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert dict(again.state[frozen]) == {"rho": 0.5}
