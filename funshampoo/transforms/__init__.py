@@ -1,8 +1,10 @@
 """The public stages, one per file."""
 
 # Authors of stages find these in `funshampoo.authoring`; they were here in 0.1.
-from funshampoo.operators.mode_products import bias_corrected, precondition, unfold  # noqa: F401
-from funshampoo.state.partners import statistics_of  # noqa: F401
+from funshampoo.operators.mode_products import bias_corrected as bias_corrected
+from funshampoo.operators.mode_products import precondition as precondition
+from funshampoo.operators.mode_products import unfold as unfold
+from funshampoo.state.partners import statistics_of as statistics_of
 from funshampoo.transforms.adagrad import scale_by_adagrad
 from funshampoo.transforms.adam import scale_by_adam
 from funshampoo.transforms.adaptive_clip import adaptive_clip
