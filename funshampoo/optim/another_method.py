@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from funshampoo.optim.entries import is_note
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.vocabulary import Vocabulary
 from funshampoo.recipes import RECIPES
+from funshampoo.state.misfits import listed
 
 _REMEDY = (
     "Nothing was changed. Construct the optimizer that wrote it, or load only the parameters, and "
@@ -42,7 +43,9 @@ def told_of_method(
         lacking, others = _differing(ours, run.group, group)
         if not (lacking or others):
             raise
-        differs = [f"{verb} {_few(n)}" for verb, n in (("lack", lacking), ("have", others)) if n]
+        differs = [
+            f"{verb} {listed(n, 3)}" for verb, n in (("lack", lacking), ("have", others)) if n
+        ]
         raise ValueError(
             f"the checkpoint is of another method than {ours.method_name}: its groups "
             f"{', and '.join(differs)}. {_REMEDY}\n{error}"
@@ -80,10 +83,6 @@ def check_not_foreign(
     names = sorted({str(name) for entries in state.values() for name in entries})
     if names and all(map(is_note, names)):
         raise ValueError(
-            f"the checkpoint is of another optimizer, which keeps {_few(names)} for a parameter. "
-            f"{_REMEDY}" + (f"\n{error}" if error else "")
+            f"the checkpoint is of another optimizer, which keeps {listed(names, 3)} for a "
+            f"parameter. {_REMEDY}" + (f"\n{error}" if error else "")
         ) from error
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -121,6 +121,6 @@ def report(
     return "\n".join(lines)
 
 
-def listed(names: list[str]) -> str:
-    """The first ten, and the total count."""
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first ten, say, and the total count."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
