@@ -110,7 +110,7 @@ class OptimizerAgreement:
 
     def description(self) -> list[Line]:
         """See `Caller`."""
-        found = [("the call", self._call), *self.lines(), *numbers_of(self._plans)]
+        found = [("the call", self._call), *self.lines(), *hyperparameters_of(self._plans)]
         for i, plan in enumerate(self._plans):
             found.append((f"group {i}: the number of parameters", str(len(plan.known))))
             for k, text in enumerate(self._parameters(i, plan)):
@@ -120,7 +120,7 @@ class OptimizerAgreement:
     def _edited(self) -> list[Any]:
         """What is equal on ranks that made the same edits, whatever the order of parameters."""
         texts = [sorted(self._parameters(i, plan)) for i, plan in enumerate(self._plans)]
-        return [self.lines(), numbers_of(self._plans), texts]
+        return [self.lines(), hyperparameters_of(self._plans), texts]
 
     def _parameters(self, group: int, plan: Plan) -> Iterator[str]:
         for known in plan.known:
@@ -139,7 +139,7 @@ class OptimizerAgreement:
         self.__init__(state["options"])  # type: ignore[misc]
 
 
-def numbers_of(plans: Sequence[Plan]) -> list[Line]:
+def hyperparameters_of(plans: Sequence[Plan]) -> list[Line]:
     """The hyperparameters of all groups."""
     return [
         line

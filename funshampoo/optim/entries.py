@@ -16,6 +16,7 @@ from funshampoo.core.checks import hint
 from funshampoo.state.parts import PART_KEY, Part
 
 SHARED = "shared/"  # entries of no parameter are listed under every one, so that no tool drops them
+LABEL = SHARED + PART_KEY  # of one parameter of a group: which part of the group's state was saved
 
 
 def is_note(name: Any) -> bool:
@@ -50,7 +51,7 @@ def unlabelled(entries: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: they belong to one part of several.
     """
     found = dict(entries)
-    label = found.pop(SHARED + PART_KEY, None)
+    label = found.pop(LABEL, None)
     if label is not None and (part := Part.read(label)).size > 1:
         raise ValueError(
             f"these entries are of the part of rank {part.rank} of {part.size}: load the part by "

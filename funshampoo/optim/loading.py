@@ -12,16 +12,16 @@ from funshampoo.core.placed import local_part
 from funshampoo.distributed.collectives import ProcessGroup, gathered_objects
 from funshampoo.distributed.described import Line
 from funshampoo.distributed.disagreement import first_difference
-from funshampoo.optim.agreement import numbers_of
+from funshampoo.optim.agreement import hyperparameters_of
 from funshampoo.optim.another_method import check_not_foreign, told_of_method
-from funshampoo.optim.entries import SHARED, is_note, is_shared
+from funshampoo.optim.entries import LABEL, is_note, is_shared
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Group, Memory
 from funshampoo.optim.ready import Plan, Ready
 from funshampoo.optim.saved import Saved, check_fits, check_ours, indices_of, loaded_group
 from funshampoo.state.checkpoint import of_run
 from funshampoo.state.misfits import MisfitError
-from funshampoo.state.parts import PART_KEY, Part, part_of
+from funshampoo.state.parts import Part, part_of
 
 Result = TypeVar("Result")
 
@@ -222,7 +222,7 @@ def checked(
             check_not_foreign(given["state"])
         return found
 
-    return Checked(_clocks(given["state"]), numbers_of(plans), make)
+    return Checked(_clocks(given["state"]), hyperparameters_of(plans), make)
 
 
 def _check_read(run: GroupRun, entries: Saved) -> None:
@@ -235,15 +235,14 @@ def _check_read(run: GroupRun, entries: Saved) -> None:
     Raises:
         ValueError: some entries are the state's own, beside those of another rank's part.
     """
-    label = SHARED + PART_KEY
-    parts = [Part.read(own[label]) for own in entries.values() if label in own]
+    parts = [Part.read(own[LABEL]) for own in entries.values() if LABEL in own]
     if not parts or parts[0].size == 1 or parts[0][:2] == part_of(run.peek())[:2]:
         return
     given = [
         _address(x)
         for own in entries.values()
         for name, x in own.items()
-        if isinstance(x, Tensor) and name != label and not is_note(name)
+        if isinstance(x, Tensor) and name != LABEL and not is_note(name)
     ]
     here = {_address(x) for x in tensors_of(run.peek())}
     kept = [address in here for address in given if address]  # none: of nothing

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from funshampoo.core.bare import bare_names
-from funshampoo.optim.entries import SHARED, is_note, is_shared
+from funshampoo.optim.entries import LABEL, SHARED, is_note, is_shared
 from funshampoo.optim.values import copied, is_plain
 from funshampoo.state.checkpoint import FORMAT, FORMAT_KEY
 from funshampoo.state.naming import named_tensors
-from funshampoo.state.parts import PART_KEY
 
 Saved = Mapping[Tensor, Mapping[str, Any]]  # {parameter: its entries, including the shared ones}
 _OBJECT = "funshampoo: not saved: "  # begins the text that stands for a function or a solver
@@ -190,8 +189,7 @@ def with_state(saved: Saved) -> set[Tensor]:
     Shared entries count: a rank that owns none of a parameter's blocks has saved no others. The
     label does not: beside a client's notes it may be all.
     """
-    label = SHARED + PART_KEY
-    return {p for p, e in saved.items() if any(n != label and not is_note(n) for n in e)}
+    return {p for p, e in saved.items() if any(n != LABEL and not is_note(n) for n in e)}
 
 
 def is_adamws(entries: Mapping[str, Any]) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from funshampoo.core.placed import is_in_parts
 from funshampoo.distributed.gathering import all_succeeded, collected, without_parts
-from funshampoo.optim.entries import SHARED
+from funshampoo.optim.entries import LABEL
 from funshampoo.optim.group import GroupRun
 from funshampoo.optim.memory import Memory
-from funshampoo.state.parts import PART_KEY, Part, merged, part_of
+from funshampoo.state.parts import Part, merged, part_of
 
 Entries = dict[Any, dict[str, Any]]  # {number of a parameter: what is remembered of it}
 
@@ -118,4 +118,4 @@ def _label(run: GroupRun, found: Entries, index: Mapping[Tensor, int], part: Par
     """Label the first parameter of a group with which part of its state this is."""
     first = next((i for i in map(index.get, run.group["params"]) if i in found), None)
     if first is not None:
-        found[first] = {**found[first], SHARED + PART_KEY: part.entry()}
+        found[first] = {**found[first], LABEL: part.entry()}
