@@ -41,21 +41,36 @@ class Case(NamedTuple):
         return (again and self.public in made_of_others) or self.name in FURTHER
 
 
-# A graph of torch.compile, and stages once more with options that other cases have among theirs.
+# A graph of torch.compile, stages once more with options that other cases have among theirs, and
+# recipes and combinators that take seconds, of stages that have cases of their own.
 FURTHER = {
+    "blend_towards:gate",
     "compiled",
+    "cuda_graphed",
+    "eigenvalue_shampoo",
     "graft:from_3",
+    "graft:matrices",
+    "in_eigenbasis:eigh",
     "in_eigenbasis:from_the_identity",
     "in_eigenbasis:momentum",
     "in_eigenbasis:renewed_first",
+    "in_tf32",
+    "kl_shampoo",
+    "kl_soap",
     "kl_statistics:ritz",
     "kl_statistics:roots",
+    "normuon",
     "root_inverse:adaptive",
     "root_inverse:adaptive_unblocked",
     "root_inverse:low_precision",
+    "root_inverse:newton",
+    "root_inverse:packed",
     "root_inverse:pseudo_inverse",
     "root_inverse:staggered",
+    "root_inverse:staggered_adaptive",
     "root_inverse:trace_scaled",
+    "soap_muon",
+    "spectral_descent",
 }
 
 

@@ -36,6 +36,7 @@ def run_quickly(section: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # a whole program
 def test_a_quick_run_writes_table_numbers_and_picture(tmp_path: Path) -> None:
     """Of one section, and leaves the others."""
     pytest.importorskip("matplotlib")

@@ -14,6 +14,7 @@ import torch
 import funshampoo as fs
 from funshampoo.core.placed import SEEN
 from tests.releases import wrong_before
+from tests.sooner import these
 
 MOST = 450
 """Of a pure plain step of Shampoo on two matrices and two vectors, which are four stacks."""
@@ -84,7 +85,11 @@ def test_a_plain_step_of_shampoo() -> None:
     assert in_place <= MOST_IN_PLACE
 
 
-@pytest.mark.parametrize("recipe", [fs.shampoo, fs.soap, fs.adamw], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "recipe",
+    these([fs.shampoo, fs.soap, fs.adamw], sooner=[fs.shampoo, fs.adamw]),
+    ids=lambda f: f.__name__,
+)
 def test_equal_parameters_add_no_calls(recipe: Any) -> None:
     """Work in Python goes with the stacks, not with the parameters: sixteen of each here."""
     few, many = plain_steps(recipe(0.01)), plain_steps(recipe(0.01), copies=16)

@@ -28,6 +28,7 @@ def report(*names: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # a whole program
 def test_recipes_step_where_their_tensors_are() -> None:
     assert report("shampoo", "kl_soap", "muon") == "3 cases\n"
 

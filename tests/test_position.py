@@ -16,6 +16,7 @@ from torch import Tensor
 import funshampoo as fs
 from funshampoo import linalg
 from funshampoo.linalg import products
+from tests.sooner import these
 
 DTYPES = [torch.float32, torch.float64]
 N = 6
@@ -109,7 +110,7 @@ def test_every_number_of_a_chain(block: tuple[int, ...], partner: str) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     "d",
-    [1, 2, 5, 9, 10, 41, *[pytest.param(d, marks=pytest.mark.slow) for d in (3, 7, 25, 64, 81)]],
+    these([1, 2, 3, 5, 7, 9, 10, 25, 41, 64, 81], sooner=[1, 2, 5, 9, 10, 41]),
 )
 def test_roots_residuals_and_conditions(d: int, solver: str, dtype: torch.dtype) -> None:
     x = randn(N, d, max(1, d // 2), dtype=dtype)

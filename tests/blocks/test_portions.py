@@ -80,7 +80,11 @@ OPTIONS: list[dict[str, Any]] = [
 TILED = [(40, "in place"), ("auto", "donated"), (40, "pure"), (40, "donated"), (300, "in place")]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "default")
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, marks=[] if i < 4 else [pytest.mark.slow]) for i, o in enumerate(OPTIONS)],
+    ids=lambda options: "-".join(options) or "default",
+)
 def test_tiles_give_the_bits_of_the_whole(options: dict[str, Any]) -> None:
     def make(tile: Any) -> fs.GradientTransformation:
         return fs.shampoo(0.05, max_size=8, every=3, tile=tile, **options)

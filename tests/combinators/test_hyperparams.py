@@ -194,6 +194,7 @@ def test_an_argument_that_the_factory_does_not_have() -> None:
         fs.inject_hyperparams(fs.sgd)(learning_rat=0.1)
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_can_be_compiled_whole() -> None:
     """It is built anew inside the graph, where torch.compile can't trace `inspect`."""
     wrong_before("2.13", "a transformation can't be built inside a graph")

@@ -177,6 +177,7 @@ def test_donated_is_pure(make: Callable[[], fs.GradientTransformation]) -> None:
         assert_equal(state, other)
 
 
+@pytest.mark.slow
 def test_in_tiles() -> None:
     grads = noise(2)
     whole, tiled = run(shampoo(), grads), run(shampoo(tile=8), grads, donate=True)
@@ -212,6 +213,7 @@ def counters(state: Any) -> SpikeState:
     return spikes_in(state)._replace(average=())
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_are_judged_one_by_one() -> None:
     runs = [[without_none(g) for g in noise(seed)] for seed in (0, 1)]
     tx = shampoo()

@@ -16,6 +16,7 @@ from funshampoo import linalg
 from funshampoo.core.live import Live, is_live_argument, takes_live
 from funshampoo.recipes import RECIPES
 from funshampoo.state.stages import HyperparamsState
+from tests.sooner import these
 from tests.trees import assert_close, assert_equal, gradients, problem
 
 Make = Callable[..., fs.GradientTransformation]
@@ -303,7 +304,12 @@ OTHERS = {
     ("splus", "average"),  # as the next one
     ("tail_average", "beta"),  # it moves no parameter, so that no edit would show
 }
-every_entry = pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+# Of the recipes, which hand their numbers on to stages, `make test` takes three.
+LATER = RECIPES.keys() - {"shampoo", "adamw", "muon"}
+every_entry = pytest.mark.parametrize(
+    "entry",
+    these({e.name: e for e in TABLE}, sooner={e.name for e in TABLE} - LATER),
+)
 
 
 def test_the_table_has_every_number_that_may_be_live() -> None:
@@ -386,15 +392,7 @@ def test_injected_is_the_same_bit_for_bit_and_edits_reach_it(entry: Numbers) -> 
         assert_equal(floats, wanted)
 
 
-# Of the recipes `make test` takes three here: the test above goes through all of them.
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(entry, id=entry.name, marks=[] if sooner else [pytest.mark.slow])
-        for entry in TABLE
-        for sooner in [entry.name not in RECIPES or entry.name in ("shampoo", "adamw", "muon")]
-    ],
-)
+@every_entry
 def test_what_hyper_says_is_used_bit_for_bit(entry: Numbers) -> None:
     plain, params = built(entry, before(entry)), problem()
     first, then = steps_of(entry)

@@ -18,7 +18,12 @@ from funshampoo.plan.shapes import model_shapes
 
 
 @pytest.mark.parametrize(
-    ("ranks", "sample"), [(4, range(4)), pytest.param(64, range(64)), (1024, range(0, 1024, 100))]
+    ("ranks", "sample"),
+    [
+        (4, range(4)),
+        pytest.param(64, range(64), marks=pytest.mark.slow),
+        pytest.param(1024, range(0, 1024, 100), marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_moves_at_most_a_twentieth_more_than_its_pieces(ranks: int, sample: range) -> None:
     """GPT-2 by rows, blocks of 1,024: heads and alignment beside the pieces, both ways together."""

@@ -11,6 +11,7 @@ import funshampoo as fs
 from funshampoo.state import merged, state_dict
 from tests.distributed.problems import train, tree
 from tests.distributed.ranks import Ranks
+from tests.sooner import these
 from tests.trees import assert_equal
 
 METHODS: dict[str, Callable[..., fs.GradientTransformation]] = {
@@ -49,7 +50,7 @@ def trained(rank: int, name: str, sharding: bool) -> Any:
     return params, {k: v.clone() for k, v in state_dict(state).items() if "part" not in k}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", these([*METHODS], sooner=["soap_staggered", "kl_soap"]))
 def test_any_number_of_ranks_the_same_bits(ranks: Ranks, name: str) -> None:
     expected, state = trained(0, name, False)
     assert all((expected[k] - x).abs().max() > 0 for k, x in tree(0).items())

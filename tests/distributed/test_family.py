@@ -13,6 +13,7 @@ import funshampoo as fs
 from funshampoo.state import load_state_dict, merged, state_dict
 from tests.distributed.problems import SHAPES, train, tree
 from tests.distributed.ranks import Ranks
+from tests.sooner import these
 from tests.trees import assert_equal, tensors
 
 DECAYS = {name: len(shape) > 1 for name, shape in SHAPES.items()}
@@ -44,7 +45,9 @@ def run(rank: int, recipe: str, shares: bool) -> Any:
     return train(make(recipe, shares), tree(0), range(1, 8), tree)[0]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", these([*RECIPES], sooner=["muon_lion", "soap_muon", "adamw", "soap"])
+)
 def test_any_number_of_ranks_gives_the_bits_of_one_process(ranks: Ranks, recipe: str) -> None:
     (expected,) = ranks(1, run, recipe, False)
     assert all(not torch.equal(a, b) for a, b in zip(tensors(expected), tensors(tree(0))))

@@ -32,6 +32,7 @@ import funshampoo as fs
 from funshampoo.core.wholes import placed_as
 from tests.distributed.ranks import Ranks
 from tests.releases import wrong_before
+from tests.sooner import these
 
 STEPS = 4  # refreshed at the first and the third
 SLOW = [pytest.mark.slow]
@@ -421,7 +422,7 @@ def gathered(rank: int, size: int, method: str, offload: bool) -> list[str]:
     return [name for name, x in whole(after).items() if not torch.equal(x, expected[name])]
 
 
-@pytest.mark.parametrize("method", ["shampoo", "soap", "adamw"])
+@pytest.mark.parametrize("method", these(["shampoo", "soap", "adamw"], sooner=["shampoo"]))
 @pytest.mark.parametrize("offload", [False, True], ids=["on all", "from rank 0"])
 def test_a_full_state_dict_is_whole_if_consolidated(
     ranks: Ranks, method: str, offload: bool
@@ -496,7 +497,9 @@ def through(ranks: Ranks, where: str, method: str, flat: bool, legs: list[tuple[
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint on one process
-@pytest.mark.parametrize(("method", "flat"), [("shampoo", False), ("adamw", True)])
+@pytest.mark.parametrize(
+    ("method", "flat"), [("shampoo", False), pytest.param("adamw", True, marks=SLOW)]
+)
 def test_a_checkpoint_outlives_the_sharding(
     ranks: Ranks, tmp_path: Path, method: str, flat: bool
 ) -> None:

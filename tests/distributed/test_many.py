@@ -18,6 +18,7 @@ from tests.distributed.problems import Shapes
 from tests.distributed.problems import tree as numbers
 from tests.distributed.ranks import Ranks
 from tests.releases import wrong_before
+from tests.sooner import these
 from tests.table import CASES, Case
 from tests.test_calls import calls
 
@@ -68,7 +69,7 @@ def counted(rank: int, method: str, wrapped: bool) -> list[int]:
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="somebody else looks at the calls")
 @pytest.mark.parametrize("wrapped", [False, True], ids=["function", "wrapper"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", these([*METHODS], sooner=["shampoo"]))
 def test_calls_for_another_parameter(ranks: Ranks, method: str, wrapped: bool) -> None:
     wrong_before("2.10", "a sharded parameter costs more calls", wrapped and method != "muon")
     for few, many in ranks(2, counted, method, wrapped):
@@ -138,6 +139,7 @@ def compared(rank: int, names: list[str]) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow  # every case of the table, on ranks
 def test_parts_have_the_numbers_of_the_whole(ranks: Ranks) -> None:
     names = [case.name for case in ELEMENTWISE]
     assert {"scale_by_adam", "trace", "ema", "scale_by_learning_rate", "adamw"} <= set(names)

@@ -195,7 +195,10 @@ def train_on_hosts(rank: int, hosts: str, replicas: int) -> tuple[Any, list[int]
     return whole, list(found[0].nodes), came
 
 
-@pytest.mark.parametrize(("hosts", "replicas"), [("in order", 2), ("mixed", 1), ("apart", 1)])
+@pytest.mark.parametrize(
+    ("hosts", "replicas"),
+    [pytest.param("in order", 2, marks=pytest.mark.slow), ("mixed", 1), ("apart", 1)],
+)
 def test_ranks_on_several_hosts_have_the_numbers_of_one_process(
     ranks: Ranks, hosts: str, replicas: int
 ) -> None:

@@ -67,7 +67,7 @@ def train_placed(rank: int, sharding: str, options: dict[str, Any]) -> dict[str,
         (2, "replicated"),
         (4, "rows of 4"),
         (4, "hybrid"),
-        (4, "both"),
+        pytest.param(4, "both", marks=pytest.mark.slow),
     ],
 )
 def test_the_numbers_are_those_of_one_process(ranks: Ranks, size: int, sharding: str) -> None:

@@ -118,6 +118,7 @@ def compiled(rank: int) -> Any:
     return message_of(lambda: whole(tree(1, SMALL), state)), alive(rank)
 
 
+@pytest.mark.slow
 def test_inside_torch_compile(ranks: Ranks) -> None:
     wrong_before("2.9", MESSAGE)
     for (_, message), still_alive in ranks(2, compiled):

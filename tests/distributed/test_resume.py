@@ -18,6 +18,7 @@ from funshampoo.state import Checkpoint, load_state_dict, merged, state_dict
 from funshampoo.state.parts import Part
 from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks
+from tests.sooner import these
 from tests.trees import assert_equal, assert_unchanged, snapshot
 
 DCP = ("dcp", "bare dcp")
@@ -98,7 +99,7 @@ def quiet_dcp(function: Any, content: Any, folder: str) -> None:
         function(content, checkpoint_id=folder)
 
 
-@pytest.mark.parametrize("kind", ["torch", *DCP, "safetensors"])
+@pytest.mark.parametrize("kind", these(["torch", *DCP, "safetensors"], sooner=["torch", "dcp"]))
 def test_three_ranks_save_and_one_two_or_four_go_on(
     ranks: Ranks, tmp_path: Path, kind: str
 ) -> None:

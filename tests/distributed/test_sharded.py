@@ -38,7 +38,11 @@ CHAINS: list[tuple[dict[str, Any], tuple[int, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "sizes"), CHAINS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [pytest.param(*c, marks=[] if i < 4 else [pytest.mark.slow]) for i, c in enumerate(CHAINS)],
+    ids=str,
+)
 def test_any_number_of_ranks_gives_the_bits_of_one_process(
     ranks: Ranks, options: dict[str, Any], sizes: tuple[int, ...]
 ) -> None:

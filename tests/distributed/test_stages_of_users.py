@@ -40,7 +40,10 @@ def run(rank: int, name: str, stagger: bool, shared: bool, shapes: Shapes = EVEN
     return params, state_dict(state), rounds
 
 
-@pytest.mark.parametrize(("stagger", "shapes"), [(False, ODD), (True, ODD), (False, EVEN)])
+@pytest.mark.parametrize(
+    ("stagger", "shapes"),
+    [(False, ODD), pytest.param(True, ODD, marks=pytest.mark.slow), (False, EVEN)],
+)
 @pytest.mark.parametrize("name", ["soap", "kl"])
 def test_a_client_gives_the_bits_of_one_process(
     ranks: Ranks, name: str, stagger: bool, shapes: Shapes

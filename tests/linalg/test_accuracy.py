@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from funshampoo.linalg import coupled_newton, eigh, newton_schulz, pseudo_inverse
+from tests.sooner import these
 
 from .spectra import (
     DTYPES,
@@ -22,9 +23,7 @@ from .spectra import (
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "p", [1, 2, 4, *[pytest.param(p, marks=pytest.mark.slow) for p in (3, 5, 6, 8, 12)]]
-)
+@pytest.mark.parametrize("p", these([1, 2, 3, 4, 5, 6, 8, 12], sooner=[1, 2, 4]))
 def test_every_size(name: str, p: int, dtype: torch.dtype) -> None:
     for d in (1, 2, 3, 5, 8, 17, 32, 64, 128):
         Q, values = orthogonal(d), log_spaced(d, 1e4)

@@ -151,6 +151,7 @@ def test_statistics_on_a_gpu_stay_positive_semidefinite(d: int) -> None:
         assert torch.linalg.eigvalsh(factor.double()).min() > -1e-4 * scale
 
 
+@pytest.mark.slow
 def test_the_common_checks_with_small_products_rounded_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,6 +175,7 @@ def test_the_small_products_of_that_test_are_rounded(monkeypatch: pytest.MonkeyP
     assert_close(trained(BF16), trained(None), 0.1)
 
 
+@pytest.mark.slow
 def test_compiled_and_derivatives() -> None:
     """One graph; and the gradient of a loss of the updates is that without, to the rounding."""
     torch._dynamo.reset()

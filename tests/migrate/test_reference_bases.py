@@ -105,6 +105,7 @@ def test_every_field_reaches_the_chain(
     assert difference(a, b) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "epsilon", "other", "exact"),
     [
@@ -143,6 +144,7 @@ def test_a_coordinate_that_comes_late_is_taken_into_the_basis(config: dict[str, 
     torch.testing.assert_close(Q.mT @ Q, torch.eye(4).double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "config"), [(CORRECTED, QR), (STORED, {**EIGH, "tolerance": 0.3})]
 )

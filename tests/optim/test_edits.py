@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import funshampoo as fs
+from tests.sooner import these
 
 Opt = torch.optim.Optimizer
 Edit = Callable[[Opt, list[Parameter]], list[Parameter]]
@@ -206,9 +207,7 @@ QUICK = {"insert_first", "replace_by_another_shape", "move", "pop_group", "clear
 @pytest.mark.parametrize(
     "named", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unnamed", "named"]
 )
-@pytest.mark.parametrize(
-    "edit", [pytest.param(e, marks=[] if e in QUICK else pytest.mark.slow) for e in EDITS]
-)
+@pytest.mark.parametrize("edit", these([*EDITS], sooner=QUICK))
 def test_shampoo_moves_as_one_for_every_tensor(edit: str, named: bool) -> None:
     ours = trained(shampoo, EDITS[edit], named)
     alone = trained(Alone, EDITS[edit], named)

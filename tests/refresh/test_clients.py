@@ -9,6 +9,7 @@ import pytest
 import funshampoo as fs
 from funshampoo.testing import check_stage
 from tests.refresh.clients import in_eigenbasis, kl_shampoo
+from tests.sooner import these
 from tests.test_position import one_thread
 
 __all__ = ["one_thread"]  # a fixture, for all tests here
@@ -26,14 +27,14 @@ def kl() -> fs.GradientTransformation:
     return kl_shampoo(0.9, **WHEN)
 
 
-@pytest.mark.parametrize("method", [soap, kl])
+@pytest.mark.parametrize("method", these([soap, kl], sooner=[soap]))
 def test_a_client_passes_the_checks_of_every_stage(
     method: Callable[[], fs.GradientTransformation],
 ) -> None:
     check_stage(method, steps=10)
 
 
-@pytest.mark.parametrize("method", [soap, kl])
+@pytest.mark.parametrize("method", these([soap, kl], sooner=[kl]))
 def test_a_client_in_blocks_passes_them_too(
     method: Callable[[], fs.GradientTransformation],
 ) -> None:

@@ -38,6 +38,7 @@ from tests.refresh.methods import (
     soap,
 )
 from tests.releases import wrong_before
+from tests.sooner import these
 from tests.test_position import one_thread
 from tests.trees import assert_close, assert_equal, tensors
 
@@ -158,7 +159,7 @@ def test_stacks_against_plain_loops(method: str, stagger: bool) -> None:
             assert torch.allclose(mine[stack][row], plain, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("blocked", these([False, True], sooner=[True]))
 @every_method
 def test_donated_is_pure(method: str, blocked: bool) -> None:
     """To the last bit, also where gradients are missing and turns are spread."""
@@ -310,7 +311,7 @@ ROOTS: dict[str, fs.GradientTransformation] = {
 }
 
 
-@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("name", these([*ROOTS], sooner={"eigh", "in_eigenbasis"}))
 def test_gradients_that_become_zeros_fail_no_refresh(name: str) -> None:
     """Statistics decay to denormal numbers and stay there: the last value is kept, uncounted."""
     tx = fs.guarded(fs.chain(fs.kronecker_statistics(0.9), ROOTS[name]), max_failures=1)

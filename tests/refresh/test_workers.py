@@ -18,6 +18,7 @@ import funshampoo as fs
 from funshampoo.refresh import solving
 from funshampoo.refresh.rule import eigh_seconds
 from funshampoo.refresh.workers import Workers, can_run_in_a_thread, workers
+from tests.sooner import these
 from tests.trees import assert_equal, gradients, problem, train
 
 
@@ -51,13 +52,10 @@ def test_workers_have_one_kernel_thread_and_nobody_else_has() -> None:
     pool.close()
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("error", ["RuntimeError", pytest.param("KeyboardInterrupt", marks=SLOW)])
 @pytest.mark.parametrize(
-    "started", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 3]
+    "error", these(["RuntimeError", "KeyboardInterrupt"], sooner=["RuntimeError"])
 )
+@pytest.mark.parametrize("started", these(range(4), sooner=[3]))
 def test_threads_that_cannot_be_started_leave_none_waiting(started: int, error: str) -> None:
     """Two workers, each with a helper. In another process, which a waiting one would keep alive."""
     script = f"""
@@ -83,6 +81,7 @@ assert threading.active_count() == 1, threading.enumerate()
     assert "KeyboardInterrupt" in done.stdout or "2 threads for refreshes" in done.stdout
 
 
+@pytest.mark.slow  # a whole program
 def test_a_process_that_trains_in_threads_ends_with_the_threads_it_set() -> None:
     """In a fresh interpreter: whether the number was ever set, and by whom, differs there."""
     script = """
@@ -110,7 +109,7 @@ assert (torch.get_num_threads(), found[0]) == (before, before), (before, found)
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("fails", ["_take_one_kernel_thread", "start"])
+@pytest.mark.parametrize("fails", these(["start", "_take_one_kernel_thread"], sooner=["start"]))
 def test_where_threads_can_not_begin_the_process_ends(fails: str) -> None:
     """With an error, not in wait for the others; as where a container has no more threads."""
     script = f"""
