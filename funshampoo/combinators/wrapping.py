@@ -31,7 +31,8 @@ def wrapping(
         update: `update(run, updates, own, params=None, **context) -> (updates, own)`.
             `run(updates, **changes)` steps `inner` and returns its updates; `changes` are `params`
             and names of the context that `inner` is to see instead. It may be called once, more
-            often or never, if a Python value decides that; then pass a `phase` explicitly.
+            often or never; what runs on some steps only is written as `every_k` is, with a `phase`.
+            With no default for `params`, a step without them is an error before it begins.
         init: `init(params, **context) -> own`; by default there is no state of its own.
         name: by default that of the function that `update` was defined in.
         flops: of its own products, see `GradientTransformation`.
@@ -103,6 +104,7 @@ def wrapping(
         accepts=step.accepts,
         flops=flops,
         elementwise=elementwise and inner.elementwise,
+        needs_params=True if step.needs_params else None,
     )
     found.wants |= step.wants
     if not is_ours(update):

@@ -32,6 +32,7 @@ class Adapted(NamedTuple):
         wants: those without a default, that it can't do without.
         reads_hyper: whether it may read live numbers that it does not declare.
         reads_gradient: whether it may read the context's `gradient`.
+        needs_params: whether its parameters have no default, unless it takes the whole context.
     """
 
     call: Callable[..., Any]
@@ -42,6 +43,7 @@ class Adapted(NamedTuple):
     wants: frozenset[str]
     reads_hyper: bool
     reads_gradient: bool
+    needs_params: bool
 
 
 class _Signature(NamedTuple):
@@ -63,7 +65,7 @@ def adapted_update(function: Callable[..., Any], accepts: Collection[str] | None
         return _adapted(function.function, 1, accepts)
     signature = _signature(function)
     if signature.positional == 4 and signature.names[3] == "context":
-        return Adapted(function, False, False, True, frozenset(), frozenset(), True, True)
+        return Adapted(function, False, False, True, frozenset(), frozenset(), True, True, False)
     return _adapted(function, 2, accepts)
 
 
@@ -85,6 +87,7 @@ def _adapted(
         )
     by_place = variadic or positional > required
     by_name = not by_place and ("params" in keywords or any_keyword)
+    weights = {"params"} if by_name else set(names[required : required + by_place])
     declared = keywords - set(names[: required + by_place]) - {"params"}
     fields = [(name, PLACES[name]) for name in sorted(declared & _CONTEXT)]
     own = declared - _CONTEXT - {"previous"}
@@ -116,6 +119,7 @@ def _adapted(
         wants=frozenset(own & without_default),
         reads_hyper=any_keyword or "hyper" in declared,
         reads_gradient=any_keyword or "gradient" in declared,
+        needs_params=not any_keyword and not weights.isdisjoint(without_default),
     )
 
 

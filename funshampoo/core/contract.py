@@ -96,8 +96,8 @@ class GradientTransformation:
         passes: whether it never changes the updates.
         elementwise: whether each number of an update depends only on the same number of gradient,
             state and parameter; if so, it gets a rank's parts of DTensors, see `core.elementwise`.
-        needs_params: whether a step is impossible without parameters, so that a call without them
-            raises an error before anything is changed. By default, if a part needs them.
+        needs_params: whether a step without parameters is refused before anything is changed. By
+            default, if a part needs them or, unless it takes any context, `params` has no default.
         casts: whether it takes gradients of any real floating dtype, and casts them as it steps
             them; otherwise all are cast to their parameters' compute dtype beforehand.
         refresh_cost: cost of the refresh of one matrix, relative to the default solver's time: a
@@ -159,7 +159,7 @@ class GradientTransformation:
         costs = [part.refresh_cost for part in children if part.refresh_cost is not None]
         self.refresh_cost = max(costs, default=None) if refresh_cost is None else refresh_cost
         needing = [part.needs for part in children if part.needs]
-        own_need = bool(needing) if needs_params is None else needs_params
+        own_need = adapted.needs_params or bool(needing) if needs_params is None else needs_params
         self.needs: str = (needing or [self.name])[0] if own_need else ""
         self._knows_when = phase is not None or not adapted.branches
         minds = adapted.minds_alive if minds_alive is None else minds_alive

@@ -73,7 +73,8 @@ def compiles_to_one_graph(trial: Trial) -> None:
         trial.fail(
             f"torch.compile made {graphs} graphs for {len(trial.grads)} steps that refresh nothing",
             "No Python number may change from step to step: count in a 0-dimensional tensor. A "
-            "factory that inject_hyperparams calls on every step needs takes_live = True.",
+            "factory that inject_hyperparams calls on every step needs takes_live = True. Nor may "
+            "strides of the state change, as those of QR's result do: keep it .contiguous().",
         )
 
 

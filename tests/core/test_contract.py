@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import funshampoo as fs
+from funshampoo.authoring import stateless, wrapping
 from funshampoo.core.context import Context
 from funshampoo.core.contract import as_transformation
-from tests.trees import tensors
+from tests.trees import assert_unchanged, snapshot, tensors
 
 
 class OptaxStyle(NamedTuple):
@@ -402,3 +403,30 @@ def test_a_loss_is_no_tree_of_a_bare_number() -> None:
     bare, loss = torch.tensor(1.0), torch.tensor(2.0)
     tx.update(bare, tx.init(bare), bare, loss=loss)
     assert seen[-1] is loss
+
+
+def pulled(run: Any, updates: Any, own: Any, params: Any) -> Any:
+    return keyword_params(run(updates), own, params=params)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fs.GradientTransformation(lambda params: fs.EmptyState(), keyword_params, "mine"),
+        lambda: fs.GradientTransformation(lambda params: fs.EmptyState(), other_name, "mine"),
+        lambda: stateless(lambda u, params: keyword_params(u, (), params=params)[0], "mine"),
+        lambda: wrapping(fs.scale(1.0), pulled, name="mine"),
+    ],
+)
+def test_params_without_a_default_are_needed_before_a_step_begins(make: Any) -> None:
+    params = {"w": torch.ones(3)}
+    for around in (fs.chain, fs.guarded, fs.sharded):
+        tx = fs.chain(fs.trace(0.9), around(make()))
+        state = tx.init(params)
+        before = snapshot(state)
+        with pytest.raises(ValueError, match="mine needs the parameters: pass params to update"):
+            tx.update(params, state, donate=True)
+        assert_unchanged(before, state)
+    inside = fs.blocked(make())
+    with pytest.raises(ValueError, match="mine needs the parameters: blocked.*with_params=True"):
+        inside.update(params, inside.init(params), params)
