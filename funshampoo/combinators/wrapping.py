@@ -13,7 +13,7 @@ from funshampoo.core.contract import GradientTransformation, Tree, as_transforma
 from funshampoo.core.live import is_ours
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.traits import MAY_FLIP, refuse
-from funshampoo.state.stages import WrappedState
+from funshampoo.state.stages import OF_PARAMETERS, WrappedState
 
 
 def wrapping(
@@ -69,7 +69,9 @@ def wrapping(
     def init_both(params: Tree, *, clock: bool = False, **context: Any) -> WrappedState:
         context["clock"] = clock or counts
         own = first(params, context)
-        return WrappedState(own, inner.init(params, **context), started(counts, clock), pace)
+        a_tree = hasattr(own, "_fields") and type(own) is type(params)
+        marks: dict[str, tuple[()]] = {**pace, OF_PARAMETERS: ()} if a_tree else pace
+        return WrappedState(own, inner.init(params, **context), started(counts, clock), marks)
 
     def update_both(
         updates: Tree, state: WrappedState, params: Tree, context: Context
@@ -92,7 +94,7 @@ def wrapping(
             return out
 
         out, own = checked_pair(step.call(updates, state.own, params, inside, run), name)
-        return out, WrappedState(own, stepped, advanced(state.steps, context.donate), pace)
+        return out, WrappedState(own, stepped, advanced(state.steps, context.donate), state.pace)
 
     found = GradientTransformation(
         init_both,

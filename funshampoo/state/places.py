@@ -18,7 +18,14 @@ from funshampoo.core.context import changed
 from funshampoo.core.traced_tree import dict_like
 from funshampoo.state.meaning import is_declared
 from funshampoo.state.nodes import walk
-from funshampoo.state.stages import BlockedState, Kept, PartitionState, ShardedState
+from funshampoo.state.stages import (
+    OF_PARAMETERS,
+    BlockedState,
+    Kept,
+    PartitionState,
+    ShardedState,
+    WrappedState,
+)
 
 Path = tuple[str, ...]
 
@@ -211,7 +218,13 @@ def _inside(scope: _Scope, node: Any, field: str) -> _Scope:
         place = changed(place, path=(*place.path, *_combinator(node), field))
     if field in ("direction", "onto"):
         place = changed(place, stage=(*place.stage, field))
-    return changed(scope, place=place, of_states=field in _KEYED_BY_NAME)
+    return changed(scope, place=place, of_states=field in _KEYED_BY_NAME or _is_own(node, field))
+
+
+def _is_own(node: Any, field: str) -> bool:
+    """Whether a field holds the state of a combinator of a user's, a named tuple."""
+    mine = isinstance(node, WrappedState) and field == "own" and hasattr(node.own, "_fields")
+    return mine and OF_PARAMETERS not in node.pace
 
 
 def _combinator(node: Any) -> Path:

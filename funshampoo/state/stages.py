@@ -227,12 +227,16 @@ class MaskedState(NamedTuple):
     inner: Any
 
 
+OF_PARAMETERS = "of parameters"
+
+
 class WrappedState(NamedTuple):
     """State of a combinator made by `wrapping`: its own, and that of the wrapped part.
 
     Attributes:
         pace: {"once": ()} if it steps `inner` at most once per step, as funshampoo's own do, so
-            that no count in it can exceed the clock; else {}. Stored in keys, like a layout.
+            that no count in it can exceed the clock; {OF_PARAMETERS: ()} if `own` is a tree in
+            the parameters' named tuple, and no state with trees in it. In keys, like a layout.
     """
 
     own: Any
