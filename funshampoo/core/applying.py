@@ -12,9 +12,9 @@ from funshampoo.core.context import Context, changed, context_of
 from funshampoo.core.contract import GradientTransformation, State, Tree, TreeT
 from funshampoo.core.elementwise import local_step
 from funshampoo.core.fit import Entered
-from funshampoo.core.interrupted import Watched
+from funshampoo.core.interrupted import Watched, tensors_of
 from funshampoo.core.live import check_values
-from funshampoo.core.modes import are_apart, is_plain
+from funshampoo.core.modes import are_apart, for_keeps, is_plain
 from funshampoo.core.of_parts import checked_pair
 from funshampoo.core.parameters import as_entering
 from funshampoo.core.placed import all_placed_like, any_in_parts, local_parts, placed_as
@@ -172,7 +172,18 @@ class Entering(NamedTuple):
         return changed(self, updates=updates, entered=entered)
 
     def applied(self) -> State:
-        """The state after the step."""
+        """The state after the step, which later ones can write to in any mode."""
+        if torch.is_inference_mode_enabled() and not self._is_of_inference():
+            with for_keeps():
+                return self._applied()
+        return self._applied()
+
+    def _is_of_inference(self) -> bool:
+        """Whether only inference mode may write to some of it."""
+        tensors = (*tensors_of(self.state), *tensors_of(self.params))
+        return any([x.is_inference() for x in tensors])
+
+    def _applied(self) -> State:
         tx, updates, state, params, context, ascends, entered = self
         assert entered is not None, "nobody has checked it"
         casts = entered.looks.unlike and not tx.casts

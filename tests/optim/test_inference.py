@@ -11,6 +11,7 @@ import torch
 
 import funshampoo as fs
 from funshampoo.core.tree import flatten
+from funshampoo.recipes import RECIPES
 from funshampoo.state import Checkpoint, load_state_dict, seed_from_adamw, state_dict
 from tests.optim.runs import (
     ADAMW,
@@ -156,6 +157,31 @@ def test_functions(recipe: Any, make: Callable[[Any, Any, Any], Any]) -> None:
     assert not _inference_tensors(state)
     for _ in range(2):
         state = fs.update_in_place(tx, {"w": torch.ones(4, 3)}, state, params)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step(name: str) -> None:
+    """Those after it continue from what it has made, bases and averages in them, to the bit."""
+    found = []
+    for inference in (True, False):
+        params, grads = parameters(), grads_of(4)
+        optimizer = fs.Optimizer(params.values(), RECIPES[name], lr=0.01)
+        for t, step in enumerate(grads):
+            with torch.inference_mode(inference and t in (0, 2)):
+                run(optimizer, params, [step])
+        assert not _inference_tensors(optimizer.chain_states())
+        found.append([p.detach() for p in params.values()])
+    assert all(map(torch.equal, *found))
+
+
+@torch.inference_mode()
+def test_steps_of_what_belongs_to_inference_mode() -> None:
+    """Nobody else may write to such parameters, or to the states that `update` makes there."""
+    tx, params = fs.soap(0.1, every=1), {"w": torch.ones(4, 3)}
+    assert params["w"].is_inference()
+    _, state = tx.update({"w": torch.ones(4, 3)}, tx.init(params), params)
+    fs.update_in_place(tx, {"w": torch.ones(4, 3)}, state, params)
+    assert not torch.equal(params["w"], torch.ones(4, 3))
 
 
 @pytest.mark.parametrize("recipe", [fs.shampoo, fs.adamw])
