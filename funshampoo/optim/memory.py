@@ -152,7 +152,9 @@ class Memory:
             KeyError, TypeError, ValueError: an entry of the chain does not fit.
         """
         run = self._run_with(p, even_if_unattached=True)
-        known = self._unattached.get(p, {}) if run is None else run.entries_of(p)
+        known = dict(self._unattached.get(p, {}))  # also those that its new group does without
+        if run is not None:
+            known |= run.entries_of(p)
         chain = {name: x for name, x in entries.items() if name in known or not is_note(name)}
         for name, x in chain.items():
             check_entry(name, x, None if run is None else known)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funshampoo.core.clock import read_counter
 from funshampoo.core.interrupted import tensors_of
 from funshampoo.core.modes import for_keeps
 from funshampoo.core.parameters import detached
@@ -119,7 +120,8 @@ def state_with_entries(
     Args:
         built: the chain that the state is for.
         known: the parameters as they are now.
-        mine, shared: the group's entries, see `GroupRun.entries`.
+        mine, shared: the group's entries, see `GroupRun.entries`. If it has made no step, it
+            continues from the counters that the first parameter with any brings.
         unattached: entries of parameters that come from elsewhere.
 
     Raises:
@@ -133,7 +135,7 @@ def state_with_entries(
             entries = mine.get(k.parameter, {})
             if k.parameter in unattached:
                 entries, others = split_shared(unattached[k.parameter])
-                shared = shared or others
+                shared = (others or shared) if _has_not_begun(shared) else shared
             theirs = {entry.split("/")[0] for entry in entries if entry.startswith("block")}
             if k.name in blocks and not theirs <= blocks[k.name]:
                 raise ValueError(f"'{k.name}' falls into other blocks than before.")
@@ -146,6 +148,12 @@ def state_with_entries(
             "parameter start anew (del optimizer.state[parameter]), or go on with a new "
             f"optimizer. {error}"
         ) from error
+
+
+def _has_not_begun(shared: Mapping[str, Tensor]) -> bool:
+    """Whether these are of no step, as in a new group that a client has written to."""
+    counters = [x for name, x in shared.items() if name.rpartition("/")[2] == "steps"]
+    return not shared or (bool(counters) and not any(map(read_counter, counters)))
 
 
 def blocks_of(state: Any) -> dict[str, set[str]]:

@@ -457,6 +457,59 @@ def test_a_write_to_a_new_group_leaves_what_the_others_bring() -> None:
     assert torch.equal(optimizer.state[p]["scale_by_adam/second_weight"], weight)
 
 
+def rewrite(optimizer: fs.Optimizer, p: Tensor) -> None:
+    optimizer.state[p] = {name: x.clone() for name, x in optimizer.state[p].items()}
+
+
+def write_one(optimizer: fs.Optimizer, p: Tensor) -> None:
+    name = next(name for name in optimizer.state[p] if not name.startswith("shared/"))
+    optimizer.state[p][name] = optimizer.state[p][name].clone()
+
+
+def write_in_place(optimizer: fs.Optimizer, p: Tensor) -> None:
+    next(iter(optimizer.state[p].values())).add_(0)
+
+
+@pytest.mark.parametrize("write", [rewrite, write_one, write_in_place])
+def test_a_write_to_a_new_group_leaves_the_count_that_the_others_bring(
+    write: Callable[[fs.Optimizer, Tensor], None],
+) -> None:
+    """Else roots were refreshed on other steps, and grafting began once more."""
+    found = []
+    for writes in (False, True):
+        params, grads = parameters(), grads_of(6)
+        optimizer = fs.Shampoo(params.items(), lr=0.1, every=2, start=3, max_size=4)
+        run(optimizer, params, grads[:4])
+        own = optimizer.param_groups[0]["params"]
+        new = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
+        optimizer.add_param_group({"params": [("new", new)]})
+        optimizer.param_groups[1]["params"] += [own.pop(), own.pop()]
+        optimizer.param_groups[1]["param_names"] += list(params)[-2:]
+        del optimizer.param_groups[0]["param_names"][-2:]
+        if writes:
+            for p in optimizer.param_groups[1]["params"][: 1 if write is write_in_place else None]:
+                write(optimizer, p)
+        run(optimizer, {**params, "new": new}, [{**g, "new": new.detach() * 2} for g in grads[4:]])
+        found.append({**params, "new": new})
+    assert_same(*found)
+
+
+def test_what_is_read_may_be_written_back_after_a_move() -> None:
+    """Also what the new group has no place for, which the next step leaves out."""
+    found = []
+    for writes in (False, True):
+        params, grads = parameters(), grads_of(3)
+        optimizer = fs.Optimizer(params.items(), fs.sgd, lr=0.1, momentum=0.9)
+        run(optimizer, params, grads[:2])
+        optimizer.param_groups[0] = {**optimizer.param_groups[0], "momentum": 0.0}
+        if writes:
+            for p in params.values():
+                rewrite(optimizer, p)
+        run(optimizer, params, grads[2:])
+        found.append(params)
+    assert_same(*found)
+
+
 def test_what_was_assigned_is_checked_like_what_is_there() -> None:
     params = parameters()
     optimizer = ADAMW.optimizer(params.items())
