@@ -17,11 +17,13 @@ FIRST: dict[str, list[Any]] = {
     "in_eigenbasis": [fs.sign()],
     "sharded": [fs.sign()],
 }
-ELSEWHERE = {"for_model", "sharded"}  # test_for_model.py; a process group is asked for first
+SOLVERS = [name for name in fs.linalg.__all__ if name.islower()]
+ELSEWHERE = {"for_model"}  # test_for_model.py
 
 
 def switches() -> list[tuple[str, str]]:
     functions = {n: f for n in fs.__all__ if inspect.isfunction(f := getattr(fs, n))}
+    functions |= {n: getattr(fs.linalg, n) for n in SOLVERS}
     return [
         (name, argument)
         for name, function in functions.items()
@@ -40,6 +42,6 @@ def without_options(name: str, function: Callable[..., Any]) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "argument"), switches())
 def test_a_switch_is_a_bool(name: str, argument: str) -> None:
-    function = getattr(fs, name)
+    function = getattr(fs.linalg if name in SOLVERS else fs, name)
     with pytest.raises(TypeError, match=f"{argument.removeprefix('use_')} is 'no'"):
         function(*without_options(name, function), **{argument: "no"})

@@ -62,6 +62,7 @@ def evaluation_parameters(state: State, params: Tree) -> Tree:
                 "the parameters are not those that the state was made for: another tree."
             ) from error
         found = [x if isinstance(x, Tensor) else old for x, old in zip(parts, found)]
+    _check_shapes(found, params)
     if all([x is None for x in found]):
         raise ValueError(
             "no stage of this state averages: put schedule_free, primal_average, ema_nesterov or "
@@ -69,6 +70,15 @@ def evaluation_parameters(state: State, params: Tree) -> Tree:
         )
     pairs = zip(found, leaves)
     return spec.unflatten([p if x is None else x.to(p.dtype, copy=True) for x, p in pairs])
+
+
+def _check_shapes(found: list[Any], params: Tree) -> None:
+    for name, x, p in zip(leaf_names(params), found, flatten(params)[0]):
+        if x is not None and x.shape != p.shape:
+            raise ValueError(
+                f"the parameters are not those that the state was made for: '{name}' has the shape "
+                f"{tuple(p.shape)}, and its average {tuple(x.shape)}."
+            )
 
 
 def _assembled(stacks: Any, state: BlockedState, params: Tree) -> Tree:

@@ -12,7 +12,7 @@ from funshampoo.blocks.blocking import shape_unknown
 from funshampoo.blocks.executor import Leaves, Put
 from funshampoo.blocks.layout import Stack
 from funshampoo.combinators.failures import failing_blocks, failure_limit_error, limit_reached
-from funshampoo.core.checks import check_choice, check_count
+from funshampoo.core.checks import check_choice, check_count, check_flag
 from funshampoo.core.clock import look_due, running
 from funshampoo.core.context import Context, changed, with_cut
 from funshampoo.core.contract import GradientTransformation, Tree, as_transformation
@@ -121,6 +121,7 @@ def sharded(
     refuse(inner, "sharded", couples=alone)
     check_count("every", every)
     check_count("overlap", overlap)
+    check_flag("whole", whole)
     if max_failures is not None:
         check_count("max_failures", max_failures)
     check_choice(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from funshampoo.core.checks import check_count, check_range
+from funshampoo.core.checks import check_count, check_flag, check_range
 from funshampoo.core.contract import Hyper
 from funshampoo.core.modes import all_true, may_reuse
 
@@ -78,6 +78,8 @@ class RootSolver(ABC):
         own: Any = self  # all that call this are dataclasses
         for field in dataclasses.fields(own):
             value, least = getattr(self, field.name), self.least.get(field.name)
+            if field.type == "bool":
+                check_flag(field.name, value)
             if least is None or (value is None and field.default is None):
                 continue
             if field.type == "int":

@@ -83,10 +83,12 @@ def kl_shampoo(
         initial_eigenvalue: of all λ_i.
         clamp: λ_i ≥ 1 / max(10, min(d_i, clamp))²; None: no floor.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
-        every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
+        every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. As
+            published, the steps after the first are every + 1, 2 every + 1, ...
         max_size, merge: blocks; see `blocked`.
         vectors: "diagonal": a block with one side or none has the eigenvalues of its coordinates,
-            unrotated, so its step is RMSprop's, with momentum. "blocks": a d×d matrix.
+            unrotated: RMSprop's step, with momentum, by the averages from before this gradient.
+            "blocks": a d×d matrix.
         max_failures, spike_factor, distribute, tile: as in `shampoo`.
 
     Raises:
@@ -172,7 +174,8 @@ def kl_soap(
         statistics_beta: of L_i and λ_i; beta2 by default.
         damping, initial_eigenvalue, clamp: as in `kl_shampoo`.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
-        every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
+        every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. As
+            published, the steps after the first are every + 1, 2 every + 1, ...
         max_size, merge: blocks; see `blocked`.
         vectors: "diagonal": a block with one side or none takes Adam's own step. "blocks": in the
             eigenbasis of a d×d matrix.

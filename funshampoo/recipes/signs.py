@@ -69,7 +69,8 @@ def sign_descent(
 ) -> GradientTransformation:
     """Sign descent with momentum (signum): every entry moves equally far.
 
-        M ← beta1 M + (1 - beta1) G,   W ← W - learning_rate (s sign(M) + weight_decay W)
+        M ← beta1 M + (1 - beta1) G,   M̂ = M / (1 - beta1^t)
+        W ← W - learning_rate (s sign(M̂) + weight_decay W)
 
     Defaults are those of SignDescentPreconditionerConfig of facebookresearch/optimizers. A
     non-finite gradient enters M, unless `guard` is set.
@@ -80,7 +81,7 @@ def sign_descent(
     Args:
         learning_rate: number, tensor, or schedule of the old step count.
         beta1: see `ema`.
-        scale: see `sign`; "sum" is the steepest descent under the norm max |W_ij|.
+        scale: s, from M̂; see `sign`. "sum" is the steepest descent under the norm max |W_ij|.
         weight_decay: λ ≥ 0, decoupled.
         distribute: `funshampoo.sharded`, to shard the leaves over data-parallel ranks, whole leaves
             by size; as in `shampoo`.

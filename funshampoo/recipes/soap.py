@@ -61,7 +61,8 @@ def soap(
         nesterov: whether Adam's first moment looks ahead, as in `scale_by_adam`. It did better on
             every task of docs/family.md; it is not in the paper.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
-        every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`.
+        every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. As
+            published, the steps after the first are every + 1, 2 every + 1, ...
         max_size, merge: blocks; see `blocked`.
         vectors: "diagonal": a block with one side or none takes Adam's own step. "blocks": in the
             eigenbasis of a d×d matrix.

@@ -33,7 +33,8 @@ def ema(
         U ← (beta1 M + (1 - beta1) U) / (1 - beta1^(t+1))
 
     Args:
-        beta1: decay, in [0, 1). The number 0 makes the stage the identity, without state.
+        beta1: decay, in [0, 1). The number 0 makes the stage the identity, without state, unless
+            beta3 looks ahead from the last update.
         beta3: decay of the look-ahead, in [0, 1); None means beta1.
         nesterov: look ahead from the new M.
         bias_correction: divide by the total weight of the gradients in the average.
@@ -59,7 +60,7 @@ def ema(
         check_range("beta3", beta3, 0.0, 1.0, high_open=True)
         if nesterov:
             raise ValueError("beta3 and nesterov both look ahead: give one of them.")
-    if is_exactly(beta1, 0):
+    if is_exactly(beta1, 0) and beta3 is None:
         return renamed(identity(), "ema")
 
     by_weight = bias_correction and own_steps

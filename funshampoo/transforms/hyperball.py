@@ -23,8 +23,8 @@ def hyperball(
 ) -> GradientTransformation:
     """Norm-controlled step: U ← W' - W, where W' is a step along -U, rescaled to length ρ.
 
-        V = W - learning_rate ‖W‖ U / ‖U‖   if relative, else   W - learning_rate U
-        W' = V ρ / ‖V‖,   ρ = ‖W‖ or ‖W‖ - learning_rate ⟨U, W⟩ / ‖W‖
+        S = learning_rate ‖W‖ U / ‖U‖   if relative, else   learning_rate U
+        W' = (W - S) ρ / ‖W - S‖,   ρ = ‖W‖ or ‖W‖ - ⟨S, W⟩ / ‖W‖
 
     Put it at the end of a chain instead of `scale_by_learning_rate`, without weight decay: it sets
     the norm of each leaf (in `blocked`, block). A weight of zero stays zero if relative; else it

@@ -36,8 +36,8 @@ def orthogonalize(
 
         X ← U / ‖U‖,   X ← (a + b X Xᵀ + c (X Xᵀ)²) X for each (a, b, c),   U ← s X
 
-    The result depends on the gradient's direction only, not on its length. Matrices have to be
-    whole: in `blocked`, use max_size=None.
+    The result depends on the gradient's direction only, not on its length, if that is far above
+    epsilon. Matrices have to be whole: in `blocked`, use max_size=None.
 
     Args:
         polynomials, steps: a name of `linalg.polynomials.TABLES`, or (a, b, c) for each step.

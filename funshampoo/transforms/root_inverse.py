@@ -136,12 +136,11 @@ def root_inverse(
         return Refreshing(rules, schedule, packed)
 
     def init(
-        params: Tree, *, upstream: Any = None, block_ndim: int = 0, clock: bool = False
+        params: Tree, *, upstream: Any = (), block_ndim: int = 0, clock: bool = False
     ) -> RefreshedState:
         check_local(params, "root_inverse")
-        if upstream is not None:
-            statistics_of(upstream, "root_inverse", params)
-            check_nearest(upstream, "root_inverse")
+        statistics_of(upstream, "root_inverse", params)
+        check_nearest(upstream, "root_inverse")
         return roots(NO_NUMBERS, at_first).init(params, block_ndim, clock)
 
     def update(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funshampoo.core.checks import check_choice, check_flags, check_range
+from funshampoo.core.checks import check_choice, check_count, check_flags, check_range
 from funshampoo.core.context import Context
 from funshampoo.core.contract import GradientTransformation, Hyper, Tree
 from funshampoo.core.live import is_exactly, number
@@ -60,6 +60,8 @@ def scale_by_second_moment(
     check_range("beta2", beta2, 0.0, 1.0)
     check_range("epsilon", epsilon, 0.0)
     by_order: Any = exponent if isinstance(exponent, Mapping) else {None: exponent}
+    for order in by_order.keys() - {None}:
+        check_count("an order in exponent", order, 0)
     for value in by_order.values():
         if isinstance(value, Tensor):
             raise TypeError("exponent is a tensor; give a number, which is fixed when it is built.")

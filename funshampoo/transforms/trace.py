@@ -30,8 +30,8 @@ def trace(
         momentum: decay, ≥ 0 (below 1 for a bounded sum).
         nesterov: look ahead.
         dampening: share of every update to leave out, in [0, 1).
-        dampen_first_step: False leaves a block's first update undamped, as in torch.optim.SGD. The
-            Distributed Shampoo reference damps it too.
+        dampen_first_step: False lets a block's first update enter B undamped, as torch.optim.SGD
+            does. The Distributed Shampoo reference damps it too.
 
     State: `TraceState`, float32 at least.
 

@@ -247,16 +247,17 @@ def test_a_look_ahead_is_the_mean_of_two_steps(
         assert t < 2 or not torch.equal(steps[0], steps[1])
 
 
-def test_lion_is_its_equation() -> None:
+@pytest.mark.parametrize("beta2", [0.99, 0.0])  # at 0 it looks ahead from the last gradient
+def test_lion_is_its_equation(beta2: float) -> None:
     w, m = randn(7, dtype=D), torch.zeros(7, dtype=D)
-    tx = fs.lion(0.1, weight_decay=0.2)
+    tx = fs.lion(0.1, beta2=beta2, weight_decay=0.2)
     params, state = {"w": w}, tx.init({"w": w})
     for t in range(5):
         g = randn(7, seed=t + 1, dtype=D)
         updates, state = tx.update({"w": g}, state, params)
         params = fs.apply_updates(params, updates)
         w = w * (1 - 0.1 * 0.2) - 0.1 * (0.9 * m + 0.1 * g).sign()
-        m = 0.99 * m + 0.01 * g
+        m = beta2 * m + (1 - beta2) * g
         assert torch.allclose(params["w"], w, rtol=1e-12)
 
 

@@ -194,6 +194,8 @@ def test_errors_of_evaluation() -> None:
     state = fs.schedule_free(0.1).init(params)
     with pytest.raises(ValueError, match="another tree"):
         fs.evaluation_parameters(state, {"v": params["w"], "w": params["w"]})
+    with pytest.raises(ValueError, match=r"'w' has the shape \(3,\), and its average \(2,\)"):
+        fs.evaluation_parameters(state, {"w": torch.ones(3)})
     state = fs.blocked(fs.schedule_free(0.1), with_params=True).init(params)
     with pytest.raises(ValueError, match="not those that the state was made for"):
         fs.evaluation_parameters(state, {"v": params["w"]})

@@ -207,6 +207,7 @@ def test_a_decay_after_the_step_shrinks_what_it_made() -> None:
         (lambda: fs.scale_by_second_moment(epsilon=-1.0), "epsilon is -1.0"),
         (lambda: fs.scale_by_second_moment(exponent=0.0), "exponent is 0.0"),
         (lambda: fs.scale_by_second_moment(exponent={2: -1.0}), "exponent is -1.0"),
+        (lambda: fs.scale_by_second_moment(exponent={"2": 0.5}), "an order in exponent is '2'"),  # type: ignore[dict-item]
         (lambda: fs.scale_by_second_moment(exponent=torch.tensor(0.25)), "exponent is a tensor"),  # type: ignore[arg-type]
         (lambda: fs.scale_by_second_moment(damping="x"), "damping is 'x'"),  # type: ignore[arg-type]
         (lambda: fs.scale_by_shape("x"), "scale is 'x'"),  # type: ignore[arg-type]

@@ -126,6 +126,12 @@ def test_a_missing_upstream_stage_names_itself_and_the_remedy(stage: Any) -> Non
             tx.init(problem())
 
 
+@pytest.mark.parametrize("stage", [fs.root_inverse(5), fs.in_eigenbasis(fs.scale_by_adam())])
+def test_so_does_one_outside_of_a_chain(stage: Any) -> None:
+    with pytest.raises(ValueError, match="found no factor matrices: put kronecker"):
+        stage.init(problem())
+
+
 def test_refresh_schedule_and_the_identity_before_it() -> None:
     tx = fs.chain(fs.kronecker_statistics(1.0), fs.root_inverse(3, start=5))
     grads = [{"g": randn(4, seed=t)} for t in range(10)]
@@ -317,6 +323,25 @@ def test_ema_follows_changing_betas_and_stays_a_weighted_mean() -> None:
     for beta in (0.9, 0.5, 0.99, 0.0001):
         u, state = fs.ema(torch.tensor(beta, dtype=D)).update(params, state)
         assert u["w"].item() == pytest.approx(3.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_ema_without_memory_still_looks_ahead_from_the_last_update(bias_correction: bool) -> None:
+    """beta1=0 made it the identity, whatever beta3 said."""
+    grads = [{"g": randn(3, seed=t)} for t in range(4)]
+    last = torch.zeros(3, dtype=D)
+    tx = fs.guarded(fs.ema(0.0, 0.4, bias_correction=bias_correction))
+    history, state = run(tx, grads)
+    for t, (u, g) in enumerate(zip(history, grads, strict=True)):
+        total = 0.6 if bias_correction and t == 0 else 1.0
+        assert torch.allclose(u["g"], (0.4 * last + 0.6 * g["g"]) / total, rtol=1e-12)
+        last = g["g"]
+    held = {"g": torch.full((3,), float("nan"), dtype=D)}
+    for _ in range(2):
+        u, state = tx.update(held, state)
+        assert not u["g"].any()
+    u, _ = tx.update(grads[0], state)
+    assert u["g"].isfinite().all()
 
 
 def test_clip_by_global_norm_agrees_with_torch_and_is_exact_below() -> None:
