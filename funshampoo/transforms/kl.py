@@ -67,7 +67,8 @@ def kl_statistics(
                                          + damping Π_j mean(1 / λ_j))
 
       A block's first gradient finds no bases: its L_i are plain and λ_i keeps its initial value;
-    - "ritz": the same with λ_j = diag(Q_jᵀ L_j Q_j), at the cost of a product of d³ per side.
+    - "ritz": the same with λ_j = diag(Q_jᵀ L_j Q_j) / weight, at the cost of a product of d³ per
+      side. A block's first gradient finds no L_j: all λ_j are least_eigenvalue.
 
     Args:
         beta2: decay of all averages, in [0, 1); with "roots" the number 1 gives a plain sum.
@@ -78,12 +79,12 @@ def kl_statistics(
             Not with "roots", which the epsilon of `root_inverse` bounds.
         damping: ≥ 0, see above.
         bias_correction, weighted, own_steps: as in `kronecker_statistics`; for L_i only.
-        normalized: False omits the factor d_i / n, which for a matrix is 1 / (the other side).
+        normalized: False omits the factor d_i / n of L_i, for a matrix 1 / (the other side).
         starts_whole: a block's first gradient enters L_i with weight 1 instead of 1 - beta2. Only
             with "eigenvalues" and bias_correction=False.
         in_turn: only with "eigenvalues": of three sides, some use eigenvalues that others got on
-            this step, as in the published code: the second uses the third's, the first the
-            second's.
+            this step, as in the published code: λ of the second uses the third's, λ and L of
+            the first use the second's.
         sides: as in `kronecker_statistics`; a side with False gets no factor matrix. With
             "eigenvalues" it still has λ_i, in the unrotated coordinates.
 
