@@ -52,10 +52,9 @@ def record(
         scale_by_learning_rate(learning_rate),
     )
     blocks = blocked(guarded(hidden), None, merge="matrix", with_params=True)
-    parts = {"hidden": blocks, "rest": others or adamw(learning_rate)}
-    return chain(
-        partition(parts, labels or parts_of), ema_nesterov(0.3, beta=0.9), tail_average(beta=0.9)
-    )
+    others = others or adamw(learning_rate)
+    steps = partition({"hidden": blocks, "rest": others}, labels or parts_of)
+    return chain(steps, ema_nesterov(0.3, beta=0.9), tail_average(beta=0.9))
 
 
 record.takes_live = True  # type: ignore[attr-defined]  # it hands the rate on as it is
