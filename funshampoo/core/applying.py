@@ -174,16 +174,8 @@ class Entering(NamedTuple):
     def applied(self) -> State:
         """The state after the step, which later ones can write to in any mode."""
         if torch.is_inference_mode_enabled() and not self._is_of_inference():
-            with for_keeps():
-                return self._applied()
-        return self._applied()
-
-    def _is_of_inference(self) -> bool:
-        """Whether only inference mode may write to some of it."""
-        tensors = (*tensors_of(self.state), *tensors_of(self.params))
-        return any([x.is_inference() for x in tensors])
-
-    def _applied(self) -> State:
+            with for_keeps():  # which ends that mode
+                return self.applied()
         tx, updates, state, params, context, ascends, entered = self
         assert entered is not None, "nobody has checked it"
         casts = entered.looks.unlike and not tx.casts
@@ -192,6 +184,11 @@ class Entering(NamedTuple):
         new = applied(tx, updates, state, params, changed(context, entered=entered))
         tx._fits.made((None, new), entered.looks)
         return new
+
+    def _is_of_inference(self) -> bool:
+        """Whether only inference mode may write to some of it."""
+        tensors = (*tensors_of(self.state), *tensors_of(self.params))
+        return any([x.is_inference() for x in tensors])
 
 
 def applied(
