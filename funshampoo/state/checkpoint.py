@@ -210,14 +210,12 @@ def _fit(state: Any, saved: Mapping[str, Tensor], strict: bool, cast: bool) -> _
     saved = _with_clock(_repacked(saved, places), places)
     missing = [name for name in places if name not in saved]
     foreign = [name for name in saved if name not in places and not is_note(name)]
-    needed = owned_elsewhere(state)
-    elsewhere = dict.fromkeys(needed, False)  # are blocks of other ranks there?
+    elsewhere = dict.fromkeys(owned_elsewhere(state), False)  # are blocks of other ranks there?
     owners = {name: _owner(name, elsewhere) for name in foreign}
     elsewhere |= dict.fromkeys([owner for owner in owners.values() if owner], True)
     unknown = [name for name, owner in owners.items() if not owner]
     if part is None or part[:2] != part_of(state)[:2]:  # else the other ranks have their own
-        lost = [name for name, there in elsewhere.items() if needed[name] and not there]
-        missing += [f"{prefix}/..." for prefix in lost]
+        missing += [f"{prefix}/..." for prefix, there in elsewhere.items() if not there]
     misfits = [
         problem
         for name, place in places.items()

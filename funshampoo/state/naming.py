@@ -11,7 +11,6 @@ So it does not depend on stacks, ranks, or a stage's position among others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from funshampoo.state.meaning import kind_of
 from funshampoo.state.nodes import walk
 from funshampoo.state.parts import RUN
 from funshampoo.state.places import Place, map_tensors, rows_of, spans_of, walk_blocks
-from funshampoo.state.stages import HyperparamsState, Kept, MaskedState, ShardedState
+from funshampoo.state.stages import HyperparamsState, Kept, ShardedState
 
 
 class Named(NamedTuple):
@@ -132,36 +131,15 @@ def entries_of(place: Place, x: Tensor, kind: str = "") -> list[Named]:
     ]
 
 
-def owned_elsewhere(state: Any) -> dict[str, bool]:
-    """{what other ranks own: whether a checkpoint has to have it}.
-
-    These are blocks such as "conv1.weight/block_0_1", or leaves. Only their owner's state shows
-    what it keeps of them. It may be nothing, as in `sgd` without momentum: so they have to be there
-    if this rank keeps something of all that it owns, and no mask may leave them out.
-    """
-    found: dict[str, bool] = {}
+def owned_elsewhere(state: Any) -> list[str]:
+    """Names of what other ranks own: blocks such as "conv1.weight/block_0_1", or leaves."""
+    found: list[str] = []
     for _, node, around in walk_blocks(state):
         if isinstance(node, ShardedState) and around is not None:
-            needed = _keeps_all(node, node.owned)
             for parameter, stack, span in spans_of(around.layout):
                 own = set(rows_of(node.owned.get(stack, {})))
                 rows = zip(range(span.first, span.last), span.blocks())
-                found |= {f"{parameter}/{block}": needed for row, block in rows if row not in own}
+                found += [f"{parameter}/{block}" for row, block in rows if row not in own]
         elif isinstance(node, ShardedState):
-            needed = _keeps_all(node, None)
-            found |= {leaf: needed for leaf, where in node.owned.items() if "elsewhere" in where}
+            found += [leaf for leaf, where in node.owned.items() if "elsewhere" in where]
     return found
-
-
-def _keeps_all(node: ShardedState, stacks: Mapping[str, Any] | None) -> bool:
-    """Whether a rank's part has tensors of every stack (None: leaf) that it owns, and no mask."""
-    own = [name for name, where in node.owned.items() if "elsewhere" not in where]
-    kept: set[str | None] = set()
-
-    def collect(place: Place, x: Tensor) -> None:
-        kept.update([place.stack, ".".join(place.leaf)])
-        kept.update([parameter for parameter, _ in place.owners()])
-
-    map_tensors(collect, node.inner, stacks=stacks)
-    masks = [x for _, x in walk(node.inner) if isinstance(x, MaskedState)]
-    return bool(own) and kept.issuperset(own) and not masks

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 import funshampoo as fs
 from funshampoo.state import Checkpoint, load_state_dict, merged, state_dict
-from funshampoo.state.parts import PART_KEY, Part
+from funshampoo.state.parts import Part
 from tests.distributed.problems import SMALL, optimizer, train, tree
 from tests.distributed.ranks import Ranks
 from tests.sooner import these
@@ -302,28 +302,6 @@ def test_leaf_by_leaf(ranks: Ranks) -> None:
         assert all(torch.equal(together[name], x) for name, x in whole[0][1].items())
     for message in ranks(2, refused_leaves, parts[:2]):
         assert "that of rank 2 is missing" in message
-
-
-def bare(rank: int) -> None:
-    """Load what ranks saved of chains that keep nothing of some leaves, or of any."""
-    some = {name: name == "w" for name in SMALL}
-    for tx in (
-        fs.sharded(fs.sgd(0.1)),
-        fs.sharded(fs.blocked(fs.scale(0.1), max_size=8)),
-        fs.chain(fs.sharded(fs.scale(0.1)), fs.trace(0.9)),
-        fs.sharded(fs.masked(fs.trace(0.9), some)),
-    ):
-        params, state = train(tx, tree(0, SMALL), range(1, 3), gradient)
-        saved = state_dict(state)
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, saved)
-        loaded = state_dict(load_state_dict(tx.init(params), merged(parts)).state)
-        saved.pop(PART_KEY), loaded.pop(PART_KEY)  # a run continued from a whole is a new one
-        assert_equal(loaded, saved)
-
-
-def test_nothing_is_missing_where_nothing_is_kept(ranks: Ranks) -> None:
-    ranks(4, bare)
 
 
 def partitioned(rank: int, steps: range, parts: Any) -> Any:
