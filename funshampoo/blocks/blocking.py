@@ -86,9 +86,9 @@ def blocked(
 
     Raises:
         ValueError: an argument out of range; a stage in `inner` computes with all blocks, and there
-            are tiles, or changes an update whose weight it takes for zero (a decay does not), and
-            with_params hides some; blocked inside blocked; from update, gradients whose shapes,
-            names or order differ from what init saw (names the leaf).
+            are tiles, or would take a hidden weight for zero and change its update by that (a decay
+            leaves it alone), and with_params hides some; blocked inside blocked; from update,
+            gradients whose shapes, names or order differ from what init saw (names the leaf).
 
     Reference: Shi et al., arXiv 2309.06497 (blocking and merging).
 

@@ -106,7 +106,7 @@ def wrapping(
         accepts=step.accepts,
         flops=flops,
         elementwise=elementwise and inner.elementwise,
-        needs_params=True if step.needs_params else None,
+        needs_params=step.needs_params or None,
     )
     found.wants |= step.wants
     if not is_ours(update):

@@ -172,7 +172,7 @@ class Entering(NamedTuple):
         return changed(self, updates=updates, entered=entered)
 
     def applied(self) -> State:
-        """The state after the step, which later ones can write to in any mode."""
+        """The state after the step: one that was made outside of inference mode stays so."""
         if torch.is_inference_mode_enabled() and not self._is_of_inference():
             with for_keeps():  # which ends that mode
                 return self.applied()

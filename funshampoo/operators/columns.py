@@ -59,7 +59,7 @@ def add_scaled(xs: Column, ys: Column, factor: Hyper) -> Column:
     """xs + factor ys, as new tensors: on a device in one pass, with that pass's rounding."""
     if isinstance(factor, Tensor) or not is_plain(xs, ys) or any([x.is_cpu for x in xs]):
         # A CPU kernel rounds the product or not depending on an entry's position in the tensor.
-        return add(multiply(ys, factor), xs, donate=is_plain(xs, ys))  # into the new tensors
+        return add(multiply(ys, factor), xs, donate=is_plain(xs, ys))  # the product is new
     return list(torch._foreach_add(xs, ys, alpha=factor))
 
 

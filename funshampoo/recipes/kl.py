@@ -84,7 +84,7 @@ def kl_shampoo(
         clamp: λ_i ≥ 1 / max(10, min(d_i, clamp))²; None: no floor.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. As
-            published, the steps after the first are every + 1, 2 every + 1, ...
+            published, on step 1 and then on steps every + 1, 2 every + 1, ...
         max_size, merge: blocks; see `blocked`.
         vectors: "diagonal": a block with one side or none has the eigenvalues of its coordinates,
             unrotated: RMSprop's step, with momentum, by the averages from before this gradient.
@@ -175,7 +175,7 @@ def kl_soap(
         damping, initial_eigenvalue, clamp: as in `kl_shampoo`.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. As
-            published, the steps after the first are every + 1, 2 every + 1, ...
+            published, on step 1 and then on steps every + 1, 2 every + 1, ...
         max_size, merge: blocks; see `blocked`.
         vectors: "diagonal": a block with one side or none takes Adam's own step. "blocks": in the
             eigenbasis of a d×d matrix.

@@ -62,7 +62,7 @@ def soap(
             every task of docs/family.md; it is not in the paper.
         weight_decay, mask: decoupled, see `add_decayed_weights`.
         every, basis, stagger: when and how the bases are renewed; see `in_eigenbasis`. As
-            published, the steps after the first are every + 1, 2 every + 1, ...
+            published, on step 1 and then on steps every + 1, 2 every + 1, ...
         max_size, merge: blocks; see `blocked`.
         vectors: "diagonal": a block with one side or none takes Adam's own step. "blocks": in the
             eigenbasis of a d×d matrix.

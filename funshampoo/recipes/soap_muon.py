@@ -68,8 +68,8 @@ def soap_muon(
         gate: how far to go from U towards the whitened U; see `blend_towards`.
         outward, inward: see `radial_brake`.
         min_ratio: see `update_floor`.
-        every, basis: when and how the bases are renewed; see `in_eigenbasis`. As published, the
-            steps after the first are every + 1, 2 every + 1, ...
+        every, basis: when and how the bases are renewed; see `in_eigenbasis`. As published, on
+            step 1 and then on steps every + 1, 2 every + 1, ...
         matrices, others: the leaves it is for, by default all with two sides or more; and what the
             rest gets, by default `adamw(learning_rate)`.
         merge: `blocks.Stacked(...)` if a leaf is a stack of matrices, or several in one; see

@@ -38,10 +38,10 @@ LARGEST_BATCH = 2**25
 gigabytes (4.7 for all of GPT-2), which a CUDA graph would keep."""
 
 CACHED_PIECE = 2**20
-"""Numbers of one stack that one CPU thread computes at a time: 64 matrices of side 128, whose
-temporaries stay in its cache. On an AMD EPYC a transformer's refresh took 0.92 to 0.96 of its time
-with pieces of half as many. On an Intel CPU these take 1.03 times as long as what is here, since
-each costs 0.7 ms in Python and small operators."""
+"""Numbers of one stack that one CPU thread computes at a time: 64 matrices of side 128. On an AMD
+EPYC, a transformer's refresh in pieces of 2^19, which stay in its cache, took 0.92 to 0.96 of its
+time with whole stacks; on an Intel CPU, 1.03 of that with 2^20, as a piece costs 0.7 ms in Python
+and small operators."""
 
 CACHED_BATCH = 2**18
 """Numbers up to which a CPU joins stacks: for small matrices, operator overhead dominates; for

@@ -177,7 +177,6 @@ def test_donated_is_pure(make: Callable[[], fs.GradientTransformation]) -> None:
         assert_equal(state, other)
 
 
-@pytest.mark.slow
 def test_in_tiles() -> None:
     grads = noise(2)
     whole, tiled = run(shampoo(), grads), run(shampoo(tile=8), grads, donate=True)
