@@ -59,13 +59,7 @@ def test_the_stages_of_the_guide_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(turned["w"], left @ (left.T @ next_g @ right).sign() @ right.T)
 
 
-@pytest.mark.parametrize(
-    "i",
-    [
-        pytest.param(i, marks=[pytest.mark.slow] if "compile" in block else [])
-        for i, block in enumerate(python_blocks("README.md"))
-    ],
-)
+@pytest.mark.parametrize("i", range(len(python_blocks("README.md"))))  # a graph of a refresh, too
 def test_the_examples_of_the_readme_run(
     i: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
