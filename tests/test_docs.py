@@ -64,6 +64,7 @@ def test_the_examples_of_the_readme_run(
     i: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # some save a file
+    torch._dynamo.reset()  # other tests' graphs of the same code count towards its limit
     exec(python_blocks("README.md")[i], {})
 
 
