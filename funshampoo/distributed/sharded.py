@@ -27,6 +27,8 @@ from funshampoo.distributed.ranks import Ranks
 from funshampoo.distributed.shards import Blocks
 from funshampoo.state.stages import ShardedState
 
+_SENT_AS = (None, torch.float32, torch.bfloat16, torch.float16)
+
 
 def sharded(
     inner: GradientTransformation,
@@ -124,11 +126,7 @@ def sharded(
     check_flag("whole", whole)
     if max_failures is not None:
         check_count("max_failures", max_failures)
-    check_choice(
-        "communication_dtype",
-        communication_dtype,
-        (None, torch.float32, torch.bfloat16, torch.float16),
-    )
+    check_choice("communication_dtype", communication_dtype, _SENT_AS)
     options: dict[str, Any] = {"every": every, "max_failures": max_failures, "cost": cost}
     options |= {"communication_dtype": communication_dtype, "whole": whole, "overlap": overlap}
     agreement = Agreement(inner, process_group, options)
