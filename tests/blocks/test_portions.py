@@ -20,6 +20,7 @@ from funshampoo.blocks.portions import tiles_for, tiles_of
 from funshampoo.blocks.regions import Parts
 from funshampoo.blocks.stacks import stack_blocks
 from funshampoo.blocks.state_rows import StateRows
+from tests.sooner import these
 from tests.trees import assert_equal, assert_unchanged, clone, snapshot, tensors
 
 # Ragged at 8 in one side and in both, odd and even sides, orders 0 to 4, nothing at all.
@@ -82,7 +83,7 @@ TILED = [(40, "in place"), ("auto", "donated"), (40, "pure"), (40, "donated"), (
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(o, marks=[] if i < 4 else [pytest.mark.slow]) for i, o in enumerate(OPTIONS)],
+    these(OPTIONS, sooner=OPTIONS[:4]),
     ids=lambda options: "-".join(options) or "default",
 )
 def test_tiles_give_the_bits_of_the_whole(options: dict[str, Any]) -> None:
